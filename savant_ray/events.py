@@ -1,0 +1,123 @@
+"""What workers tell the driver: small frozen facts in the past tense.
+
+An event is the one record from which the console, `training_log.txt`, `metrics.jsonl` and `samples.jsonl` derive.
+Fields are plain numbers, strings, tuples and dicts of them, so that an event survives JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A fact; `kind` is its name in `metrics.jsonl`."""
+
+    kind: ClassVar[str]
+
+    def to_record(self) -> dict[str, Any]:
+        """The event as one JSON object, `"event"` first."""
+        return {"event": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptStarted(Event):
+    """The workers of one launch are up and the model is built."""
+
+    kind = "attempt"
+    workers: int
+    device: str  # "cpu" or the GPU's name
+    parameters: int
+    max_steps: int
+    effective_batch: int  # sequences per step
+    notes: tuple[str, ...] = ()  # what the user should know: no compiler, smaller card than the cap, …
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResumed(Event):
+    """Training goes on from a checkpoint, or from the weights of another run (`run.init_from`)."""
+
+    kind = "resume"
+    step: int
+    path: str
+    note: str = ""
+
+    def to_record(self) -> dict[str, Any]:
+        """As every event, but the path is called `from` in the record."""
+        record = super().to_record()
+        record["from"] = record.pop("path")
+        return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(Event):
+    """One optimizer step over all workers."""
+
+    kind = "step"
+    step: int  # 1-based: the number of updates done
+    train_loss: float  # nats per target token over the whole effective batch
+    learning_rate: float
+    grad_norm: float  # before clipping
+    tokens: int  # target tokens of this step, all workers
+    tokens_per_second: float
+    skipped_micro_batches: int
+    micro_batch_size: int
+    memory_gb: float  # peak since the last step on rank 0, GiB; on the CPU the resident size
+    data_wait_seconds: float
+    step_seconds: float
+    update_skipped: bool = False  # the gradient norm was not finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationDone(Event):
+    """The loss on held-out text."""
+
+    kind = "validation"
+    step: int
+    validation_loss: float  # nats per target token
+    bits_per_byte: float
+    weights_moved: float | None  # share of weights (rows that had a gradient) changed since the last validation
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleGenerated(Event):
+    """An answer to `validation.prompt`."""
+
+    kind = "sample"
+    step: int
+    prompt: str
+    text: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event):
+    """A complete checkpoint lies in the run folder."""
+
+    kind = "checkpoint"
+    step: int
+    path: str
+    reason: str  # "periodic", "final" or "stop"
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchSkipped(Event):
+    """A micro-batch whose loss was not finite touched nothing."""
+
+    kind = "skip"
+    step: int
+    rank: int
+    loss: str  # "nan", "inf" or "-inf"
+    positions: tuple[int, ...]  # global positions of its sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice(Event):
+    """Something the user should read once."""
+
+    kind = "notice"
+    text: str
