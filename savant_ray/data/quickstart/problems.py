@@ -1,0 +1,215 @@
+"""Arithmetic and logic problems with worked answers, and the rule for which of them are held out.
+
+A problem reads `Question: …\\nAnswer: Let's think step by step: …`. Its answer repeats the expression, goes
+through the places, ones first, and ends in `The answer is 61.`:
+
+    27 + 34. 7 + 4 = 11. 20 + 30 = 50. So 61. The answer is 61.
+    61 - 27. 1 - 7 = -6. 60 - 20 = 40. So 34. The answer is 34.
+    27 * 4. 7 * 4 = 28. 20 * 4 = 80. So 108. The answer is 108.
+    27 or 34. 20 < 30. So 34. The answer is 34.
+
+Held out are pairs of operands, whatever is done with them and in whichever order, and whole wordings:
+
+- {5, 10}, the pair of the training guide's prompt, and by hash about one in ten of the other pairs of 0 … 99.
+- Pairs of round numbers (one digit, or whole tens) are the table that the worked steps are made of. Nobody can
+  work out 27 + 34 who never saw 7 + 4, so they are never held out, {5, 10} excepted.
+- A training problem combines no held-out pair: not in its question (three operands: any two of them), not in
+  between (27 + 34 - 5 combines 61 and 5), and not in a worked step (17 * 5 would state 10 * 5).
+- A held-out problem is one whose first two operands are a held-out pair.
+
+Every function here is pure: the same seed gives the same problems.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from operator import add, mul, sub
+from random import Random
+
+from savant_ray.data.quickstart.wordings import ITEMS, NAMES, WORDINGS, Wording
+
+TEMPLATES = tuple(WORDINGS)
+LARGEST_OPERAND = 99
+HELD_OUT_SHARE = 0.1
+
+_OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, ">": max, "<": min}
+_PATIENCE = 200  # draws in a row without a new problem after which a template counts as used up
+_SMALL_SHARE = 0.25  # operands drawn below 20, so that short numbers are as familiar as long ones
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, its worked answer and the number that the answer must end in."""
+
+    template: str
+    wording: str
+    operands: tuple[int, ...]
+    prompt: str
+    answer_text: str
+    answer: int
+
+    @property
+    def text(self) -> str:
+        """The whole training document."""
+        return f"{self.prompt} {self.answer_text}"
+
+
+def is_held_out(x: int, y: int) -> bool:
+    """Whether no training text may combine x and y, in either order."""
+    low, high = sorted((x, y))
+    if (low, high) == (5, 10):
+        return True
+    if not 0 <= low <= high <= LARGEST_OPERAND or (_is_round(low) and _is_round(high)):
+        return False
+    digest = hashlib.blake2b(f"{low} {high}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
+
+
+def problems(
+    seed: int,
+    n: int,
+    held_out: bool = False,
+    templates: Sequence[str] = TEMPLATES,
+    unseen_wordings: bool = False,
+) -> list[Problem]:
+    """n different problems, the templates taking turns; fewer where the templates have no more.
+
+    `held_out` asks for held-out pairs of operands, `unseen_wordings` for the wordings that no training text has.
+    A template named twice gets two turns.
+    """
+    rng = Random(f"{seed} {held_out} {unseen_wordings}")
+    found: dict[str, Problem] = {}
+    turns = list(templates)
+    while turns and len(found) < n:
+        for template in tuple(turns):
+            problem = _new_problem(rng, template, held_out, unseen_wordings, found)
+            if problem is None:
+                turns.remove(template)
+            elif len(found) < n:
+                found[problem.prompt] = problem
+    return list(found.values())
+
+
+def final_answer(text: str) -> int | None:
+    """The number in the first `The answer is …` of a generated answer; None where there is none."""
+    match = re.search(r"The answer is (-?\d+)", text)
+    return int(match[1]) if match else None
+
+
+def combined_pairs(operands: Sequence[int], operations: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Every pair that a problem combines: in its question, in between and in its worked steps."""
+    yield from combinations(operands, 2)
+    left = operands[0]
+    for operation, right in zip(operations, operands[1:], strict=True):
+        yield left, right
+        yield from _places(left, operation, right)
+        left = _OPERATIONS[operation](left, right)
+
+
+def _is_round(x: int) -> bool:
+    return x < 10 or x % 10 == 0
+
+
+def _new_problem(
+    rng: Random, template: str, held_out: bool, unseen_wordings: bool, found: dict[str, Problem]
+) -> Problem | None:
+    wordings = [w for w in WORDINGS[template] if w.unseen == unseen_wordings]
+    for _ in range(_PATIENCE):
+        wording = rng.choice(wordings)
+        operands = _draw_operands(rng, wording.operations, held_out)
+        if operands is None:
+            continue
+        problem = _write(rng, template, wording, operands)
+        if problem.prompt not in found:
+            return problem
+    return None
+
+
+def _draw_operands(rng: Random, operations: Sequence[str], held_out: bool) -> tuple[int, ...] | None:
+    """Operands that suit the operations and the split; None where this draw gave none."""
+    pair = rng.choice(_held_out_pairs()) if held_out else (_draw_number(rng), _draw_number(rng))
+    operands = rng.sample(pair, 2) + [_draw_number(rng) for _ in operations[1:]]
+    if operations[0] == "-":
+        operands[:2] = sorted(operands[:2], reverse=True)
+    elif operations[0] == "*" and not held_out:
+        operands[1] = rng.randrange(10)
+    if not _fits(operands, operations):
+        return None
+    if not held_out and any(is_held_out(x, y) for x, y in combined_pairs(operands, operations)):
+        return None
+    return tuple(operands)
+
+
+def _draw_number(rng: Random) -> int:
+    return rng.randrange(20 if rng.random() < _SMALL_SHARE else LARGEST_OPERAND + 1)
+
+
+@cache
+def _held_out_pairs() -> tuple[tuple[int, int], ...]:
+    numbers = range(LARGEST_OPERAND + 1)
+    return tuple(pair for pair in combinations(numbers, 2) if is_held_out(*pair)) + tuple(
+        (x, x) for x in numbers if is_held_out(x, x)
+    )
+
+
+def _fits(operands: Sequence[int], operations: Sequence[str]) -> bool:
+    """No negative result, no intermediate result above 99, one factor of one digit, a comparison of two numbers."""
+    left = operands[0]
+    for i, (operation, right) in enumerate(zip(operations, operands[1:], strict=True)):
+        if i > 0 and left > LARGEST_OPERAND:
+            return False
+        if operation in "<>" and left == right:
+            return False
+        if operation == "*" and right > 9:
+            return False
+        left = _OPERATIONS[operation](left, right)
+        if left < 0:
+            return False
+    return True
+
+
+def _write(rng: Random, template: str, wording: Wording, operands: tuple[int, ...]) -> Problem:
+    name, other = rng.sample(NAMES, 2)
+    slots = dict(zip("xyz", operands, strict=False), name=name, other=other, items=rng.choice(ITEMS))
+    steps, answer = _work_out(operands, wording.operations)
+    return Problem(
+        template=template,
+        wording=wording.name,
+        operands=operands,
+        prompt=f"Question: {wording.question.format(**slots)}\nAnswer: Let's think step by step:",
+        answer_text=f"{wording.lead}{' '.join(steps)} The answer is {answer}.",
+        answer=answer,
+    )
+
+
+def _work_out(operands: Sequence[int], operations: Sequence[str]) -> tuple[list[str], int]:
+    """The worked steps as sentences, and the result."""
+    sentences: list[str] = []
+    left = operands[0]
+    for operation, right in zip(operations, operands[1:], strict=True):
+        sentences.append(f"{left} {'or' if operation in '<>' else operation} {right}.")
+        sentences += [_step(x, operation, y) for x, y in _places(left, operation, right)]
+        left = _OPERATIONS[operation](left, right)
+        sentences.append(f"So {left}.")
+    return sentences, left
+
+
+def _places(left: int, operation: str, right: int) -> list[tuple[int, int]]:
+    """The pairs that the worked steps combine: ones then tens; when comparing, tens then (if equal) ones."""
+    ones, tens = (left % 10, right % 10), (left - left % 10, right - right % 10)
+    if operation in "<>":
+        return [tens, ones] if tens[0] == tens[1] else [tens]
+    if operation == "*":
+        return [(left % 10, right), (left - left % 10, right)]
+    return [ones, tens]
+
+
+def _step(x: int, operation: str, y: int) -> str:
+    if operation in "<>":
+        return f"{x} {'=' if x == y else '>' if x > y else '<'} {y}."
+    return f"{x} {operation} {y} = {_OPERATIONS[operation](x, y)}."

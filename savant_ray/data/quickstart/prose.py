@@ -1,0 +1,177 @@
+"""English prose that every Python brings along: its language reference and its library's own documentation.
+
+Sources are `pydoc_data.topics` and the docstrings and longer comments of the standard library, read from the source
+files without importing them. They differ a little from one Python version to the next; for one version the
+documents are always the same.
+
+No paragraph comes twice. Held-out documents come from whole modules and topics, chosen by a hash of their name, and
+share no longer passage with any other document.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from savant_ray.data.quickstart.problems import is_held_out
+
+HELD_OUT_SHARE = 0.04
+DOCUMENT_CHARACTERS = 3000  # a document ends with the paragraph that takes it past this length
+
+# Not prose (generated tables), not on every machine (packaged apart), or tests.
+_SKIPPED = frozenset(
+    "__pycache__ _pyrepl distutils encodings ensurepip idlelib lib2to3 pydoc_data"
+    " dist-packages site-packages test tests tkinter turtledemo".split()
+)
+_SHORTEST_DOCSTRING = 60
+_SHORTEST_COMMENT = 150
+_SHINGLE_WORDS = 8
+_SHARED_SHINGLES = 0.05  # a held-out document that shares more of its 8-word passages is dropped
+
+_COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#[^\n]*\n){3,}", re.MULTILINE)
+_RULER = re.compile(r"^[ \t]*[-=~*^#+_\"']{4,}[ \t]*$", re.MULTILINE)
+_COMBINATION = re.compile(r"(?<![\w.])(\d+) ?(?:[-+*/<>=]|and|or|plus|minus|times) ?(\d+)(?![\w.])")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of prose: `source` is `topic:lambda` or `module:heapq`."""
+
+    source: str
+    text: str
+
+
+@cache
+def prose() -> tuple[list[Document], list[Document]]:
+    """(training documents, held-out documents); both empty where Python came without its sources."""
+    seen: set[str] = set()
+    documents = [
+        Document(source, text)
+        for source, passages in [*_topics(), *_modules()]
+        for text in _join(source, _fresh_paragraphs(passages, seen))
+    ]
+    training = [d for d in documents if not _is_held_out_source(d.source)]
+    known = {shingle for d in training for shingle in _shingles(d.text)}
+    held_out = [d for d in documents if _is_held_out_source(d.source) and _is_new(d.text, known)]
+    return training, held_out
+
+
+def _topics() -> Iterator[tuple[str, list[str]]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions package it apart
+        return
+    for name in sorted(topics):
+        yield f"topic:{name}", [topics[name]]
+
+
+def _modules() -> Iterator[tuple[str, list[str]]]:
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in _source_files(library):
+        parts = path.relative_to(library).with_suffix("").parts
+        yield "module:" + ".".join(parts).removesuffix(".__init__"), _passages(path)
+
+
+def _source_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name in _SKIPPED or path.name.startswith(("config-", "_sysconfigdata")):
+            continue
+        if path.is_dir():
+            yield from _source_files(path)
+        elif path.suffix == ".py":
+            yield path
+
+
+def _passages(path: Path) -> list[str]:
+    """The docstrings (under the signatures that they explain) and comments of a source file, in its order."""
+    try:
+        with tokenize.open(path) as file:
+            code = file.read()
+        tree = ast.parse(code)
+    except (OSError, SyntaxError, ValueError):
+        return []
+    found = sorted([*_docstrings(tree), *_comments(code)])
+    return [text.encode("utf-8", "ignore").decode() for _, text in found]  # without lone surrogates
+
+
+def _docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in [tree, *_statements(tree)]:
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring and len(docstring) >= _SHORTEST_DOCSTRING:
+                yield getattr(node, "lineno", 0), f"{_heading(node)}{docstring}"
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements below a node. Expressions, nine tenths of a tree, hold no docstrings."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.ExceptHandler):
+            yield child
+            yield from _statements(child)
+
+
+def _heading(node: ast.AST) -> str:
+    if isinstance(node, ast.ClassDef):
+        return f"class {node.name}:\n"
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return f"{node.name}({ast.unparse(node.args)}):\n"
+    return ""
+
+
+def _comments(code: str) -> Iterator[tuple[int, str]]:
+    for block in _COMMENT_BLOCK.finditer(code):
+        text = re.sub(r"^[ \t]*#+ ?", "", block[0], flags=re.MULTILINE).strip()
+        if len(text) >= _SHORTEST_COMMENT and not re.search("copyright|licen[cs]e", text, re.IGNORECASE):
+            yield code.count("\n", 0, block.start()) + 1, text
+
+
+def _fresh_paragraphs(passages: Iterable[str], seen: set[str]) -> Iterator[str]:
+    """The paragraphs that no document has had yet; `seen` grows."""
+    for passage in passages:
+        for paragraph in re.split(r"\n[ \t]*\n", _RULER.sub("", passage.expandtabs())):
+            key = " ".join(paragraph.lower().split())
+            if key and key not in seen and not _combines_held_out(paragraph):
+                seen.add(key)
+                yield "\n".join(line.rstrip() for line in paragraph.strip("\n").splitlines())
+
+
+def _combines_held_out(text: str) -> bool:
+    """Whether the text joins two numbers by a sign or a word that no training text may combine."""
+    return any(is_held_out(int(x), int(y)) for x, y in _COMBINATION.findall(text))
+
+
+def _join(source: str, paragraphs: Iterable[str]) -> Iterator[str]:
+    """Documents of a sensible length from a source's paragraphs, each headed by the source's name."""
+    title = source.replace(":", " ").capitalize()
+    parts: list[str] = []
+    for paragraph in paragraphs:
+        parts.append(paragraph)
+        if sum(map(len, parts)) >= DOCUMENT_CHARACTERS:
+            yield "\n\n".join([title, *parts])
+            parts = []
+    if sum(map(len, parts)) >= _SHORTEST_COMMENT:
+        yield "\n\n".join([title, *parts])
+
+
+def _is_held_out_source(source: str) -> bool:
+    """By the hash of the topic or of the top-level package: sister modules explain the same things alike."""
+    name = source.split(".")[0]
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
+
+
+def _shingles(text: str) -> Iterator[str]:
+    words = re.findall(r"\w+", text.lower())
+    return (" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(len(words) - _SHINGLE_WORDS + 1))
+
+
+def _is_new(text: str, known: set[str]) -> bool:
+    shingles = list(_shingles(text))
+    return sum(s in known for s in shingles) <= _SHARED_SHINGLES * len(shingles)

@@ -1,0 +1,196 @@
+"""The quickstart's data: the same every time, true in every step, and honest about what is held out."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from savant_ray.data.quickstart import GENIUS_FILE, TRAIN_FILE, VALIDATION_FILE, write_quickstart
+from savant_ray.data.quickstart.problems import TEMPLATES, final_answer, is_held_out, problems
+from savant_ray.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+FILES = (TRAIN_FILE, VALIDATION_FILE, GENIUS_FILE)
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+EQUATION = re.compile(r"(?<![\w.])(\d+) ([-+*]) (\d+) = (-?\d+)\b")
+COMPARISON = re.compile(r"(?<![\w.])(?<![-+*] )(\d+) ([<>=]) (\d+)\.")
+EXPRESSION = re.compile(r"(?<![\w.])(\d+) ?(?:[-+*/<>=]|or|and|times|plus|minus) ?(\d+)(?![\w.])")
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart")
+    started = time.monotonic()
+    write_quickstart(folder, say=quiet)
+    assert time.monotonic() - started < 60
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path) -> dict[str, list[dict[str, str]]]:
+    return {name: [json.loads(line) for line in (folder / name).read_text().split("\n")[:-1]] for name in FILES}
+
+
+def problem_texts(rows: list[dict[str, str]]) -> list[str]:
+    return [row["text"] for row in rows if row["text"].startswith("Question: ")]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+# --- the files
+
+
+def test_there_is_a_megabyte_of_prose_and_twenty_thousand_problems(rows):
+    prose = [row["text"] for row in rows[TRAIN_FILE] if not row["text"].startswith("Question: ")]
+    assert sum(map(len, prose)) > 1_500_000
+    assert len(problem_texts(rows[TRAIN_FILE])) > 5000
+    assert len(problem_texts(rows[GENIUS_FILE])) == len(rows[GENIUS_FILE]) == 20_000
+
+
+def test_validation_mixes_both_kinds_from_its_first_rows_on(rows):
+    kinds = Counter(row["source"].split(":")[0] == "problem" for row in rows[VALIDATION_FILE])
+    assert kinds[True] == 500 and kinds[False] >= 20
+    first = [len(row["text"]) for row in rows[VALIDATION_FILE][:100]]
+    prose = [len(row["text"]) for row in rows[VALIDATION_FILE][:100] if not row["text"].startswith("Question: ")]
+    assert 0.1 < sum(prose) / sum(first) < 0.9
+
+
+def test_no_document_comes_twice_in_any_of_the_files(rows):
+    texts = [row["text"] for name in FILES for row in rows[name]]
+    assert len(texts) == len(set(texts)) and all(text.strip() for text in texts)
+
+
+def test_held_out_prose_shares_no_paragraph_with_training_prose(rows):
+    def paragraphs(name: str) -> set[str]:
+        texts = [row["text"] for row in rows[name] if not row["text"].startswith("Question: ")]
+        return {" ".join(p.split()) for text in texts for p in text.split("\n\n")[1:]}
+
+    assert not paragraphs(TRAIN_FILE) & paragraphs(VALIDATION_FILE)
+
+
+def test_another_process_writes_the_same_bytes_and_leaves_nothing_aside(folder, tmp_path):
+    code = "import sys, pathlib; from savant_ray.data.quickstart import write_quickstart as w; w(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_files_already_there_are_left_alone_unless_forced(tmp_path):
+    (tmp_path / TRAIN_FILE).write_text("mine\n")
+    said: list[str] = []
+    write_quickstart(tmp_path, say=said.append)
+    assert (tmp_path / TRAIN_FILE).read_text() == "mine\n" and (tmp_path / GENIUS_FILE).exists()
+    write_quickstart(tmp_path, say=said.append)
+    assert said[-1] == f"quickstart data: already in {tmp_path}"
+    write_quickstart(tmp_path, force=True, say=quiet)
+    assert (tmp_path / TRAIN_FILE).read_text() != "mine\n"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(DataError, match="taken: the quickstart data cannot be written here"):
+        write_quickstart(tmp_path / "taken", say=quiet)
+
+
+# --- what is held out
+
+
+def test_the_guides_pair_is_held_out_and_about_a_tenth_of_the_others():
+    assert is_held_out(5, 10) and is_held_out(10, 5)
+    pairs = [(x, y) for x in range(100) for y in range(x, 100)]
+    assert 0.08 < sum(is_held_out(*pair) for pair in pairs) / len(pairs) < 0.12
+    assert all(is_held_out(x, y) == is_held_out(y, x) for x, y in pairs)
+
+
+def test_the_table_that_worked_steps_are_made_of_is_never_held_out():
+    table = [*range(10), *range(10, 100, 10)]
+    assert [pair for pair in combinations(table, 2) if is_held_out(*pair)] == [(5, 10)]
+
+
+@pytest.mark.parametrize("name", [TRAIN_FILE, GENIUS_FILE])
+def test_no_training_text_combines_a_held_out_pair(rows, name):
+    for row in rows[name]:
+        assert not [pair for pair in EXPRESSION.findall(row["text"]) if is_held_out(*map(int, pair))], row
+    for text in problem_texts(rows[name]):
+        question = text.split("\nAnswer:")[0]
+        assert not any(is_held_out(*pair) for pair in combinations(numbers(question), 2)), text
+
+
+def test_every_validation_problem_asks_for_a_held_out_pair(rows):
+    for text in problem_texts(rows[VALIDATION_FILE]):
+        asked = numbers(text.split("\nAnswer:")[0])
+        assert any(is_held_out(*pair) for pair in combinations(asked, 2)), text
+
+
+def test_validation_has_wordings_that_no_training_text_has(rows):
+    def wordings(name: str) -> set[str]:
+        return {row["source"] for row in rows[name] if row["source"].startswith("problem:")}
+
+    unseen = wordings(VALIDATION_FILE) - wordings(TRAIN_FILE) - wordings(GENIUS_FILE)
+    assert {source.split("/")[0] for source in unseen} == {f"problem:{template}" for template in TEMPLATES}
+
+
+# --- the problems
+
+
+def test_every_worked_step_is_true(rows):
+    equations = comparisons = 0
+    for text in (text for name in FILES for text in problem_texts(rows[name])):
+        for x, sign, y, result in EQUATION.findall(text):
+            assert OPERATORS[sign](int(x), int(y)) == int(result), text
+            equations += 1
+        for x, sign, y in COMPARISON.findall(text.split("step by step:")[1]):
+            relation = {"<": operator.lt, ">": operator.gt, "=": operator.eq}[sign]
+            assert relation(int(x), int(y)), text
+            comparisons += 1
+    assert equations > 40_000 and comparisons > 3000
+
+
+def test_every_answer_ends_in_the_right_number():
+    for problem in problems(1, 3000) + problems(2, 1000, held_out=True) + problems(3, 500, True, unseen_wordings=True):
+        assert problem.answer_text.endswith(f" So {problem.answer}. The answer is {problem.answer}.")
+        assert final_answer(problem.text) == problem.answer
+    sums = [p for p in problems(1, 600) if p.template == "sum"]
+    assert sums and all(p.answer == sum(p.operands) for p in sums)
+
+
+def test_places_are_joined_to_the_right_result():
+    joined = re.compile(r"(\d+) ([-+*]) (\d+)\. \S+ \S \S+ = (-?\d+)\. \S+ \S \S+ = (\d+)\. So (\d+)\.")
+    for problem in problems(4, 2000):
+        for x, sign, y, ones, tens, result in joined.findall(problem.answer_text):
+            assert int(ones) + int(tens) == int(result) == OPERATORS[sign](int(x), int(y))
+
+
+def test_the_guides_prompt_is_one_of_the_problems():
+    prompt = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
+    found = {p.prompt: p for p in problems(0, 20_000, held_out=True, templates=["sum"])}
+    assert found[prompt].answer_text == "X + Y = 5 + 10. 5 + 0 = 5. 0 + 10 = 10. So 15. The answer is 15."
+
+
+def test_templates_take_turns_and_the_same_seed_gives_the_same_problems():
+    assert problems(7, 60) == problems(7, 60) != problems(8, 60)
+    assert Counter(p.template for p in problems(7, 60)) == dict.fromkeys(TEMPLATES, 10)
+    assert len({p.prompt for p in problems(7, 600)}) == 600
+    assert {p.template for p in problems(7, 5, templates=["product"])} == {"product"}
+
+
+def test_a_template_without_more_problems_ends_early_instead_of_for_ever():
+    few = problems(1, 100_000, held_out=True, templates=["product"], unseen_wordings=True)
+    assert 100 < len(few) < 1000
