@@ -1,0 +1,1 @@
+"""JSONL → sequences: read, tokenise and pack once, then read any position of the one global order."""

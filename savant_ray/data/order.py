@@ -1,0 +1,139 @@
+"""Which sequence is at position p: a pure function of (seed, p).
+
+Positions count the sequences of the endless global order. Nothing is stored and nothing replayed, so that any start
+position costs the same and any number of workers sees the same steps.
+
+Mixing is chairman assignment (R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980) over one
+period of the exact rational weights: in every prefix of n positions each source has weight · n sequences, off by
+less than 1. Shuffling is a Feistel network with cycle walking, keyed by seed, source and epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from savant_ray.errors import DataError, SettingsError
+
+Int64s = NDArray[np.int64]
+UInt64s = NDArray[np.uint64]
+
+MAX_PERIOD = 100_000
+FEISTEL_ROUNDS = 8
+
+
+class GlobalOrder:
+    """Sources of `sizes` sequences mixed by `weights`, each reshuffled every epoch and cycled for ever.
+
+    Raises:
+        DataError: a source is empty.
+        SettingsError: a weight is not positive, or the weights have no short common period.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        if len(sizes) != len(weights) or not sizes:
+            raise SettingsError(f"{len(sizes)} sources need as many weights, found {len(weights)}")
+        if min(sizes) < 1:
+            raise DataError(f"source {min(range(len(sizes)), key=sizes.__getitem__)} yields no sequence")
+        self._sizes = np.asarray(sizes, dtype=np.int64)
+        self._seed = seed
+        self._pattern, self._turn = _period(_counts(weights))
+        self._per_period = np.bincount(self._pattern, minlength=len(sizes)).astype(np.int64)
+
+    def locate(self, positions: Int64s) -> tuple[Int64s, Int64s]:
+        """The source and the row in it for each position, two arrays shaped like `positions` (all ≥ 0)."""
+        period, offset = np.divmod(positions, len(self._pattern))
+        source = self._pattern[offset]
+        epoch, slot = np.divmod(period * self._per_period[source] + self._turn[offset], self._sizes[source])
+        row = np.empty_like(slot)
+        for index, size in enumerate(self._sizes):
+            mine = source == index
+            row[mine] = permute(slot[mine], int(size), _keys(self._seed, index, epoch[mine]))
+        return source, row
+
+
+def share(effective_batch: int, rank: int, world_size: int) -> range:
+    """Rank's part of a step: contiguous, the ranks' parts differ by at most one."""
+    return range(effective_batch * rank // world_size, effective_batch * (rank + 1) // world_size)
+
+
+def permute(slots: Int64s, size: int, keys: UInt64s) -> Int64s:
+    """The images of `slots` under the permutations of range(size) chosen by `keys`, one key per slot.
+
+    The network permutes the next power of two; an image outside is permuted again until it falls inside.
+    """
+    bits = max((size - 1).bit_length(), 2)
+    images = slots.astype(np.uint64)
+    outside = np.arange(len(images))
+    while len(outside):
+        images[outside] = _feistel(images[outside], bits, keys[outside])
+        outside = outside[images[outside] >= size]
+    return images.astype(np.int64)
+
+
+def _counts(weights: Sequence[float]) -> list[int]:
+    """How often each source occurs in the shortest period with exactly these weights."""
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise SettingsError(f"weights {_listed(weights)}: every weight must be above 0; leave the source out instead")
+    exact = [Fraction(str(weight)) for weight in weights]  # as written: 0.1 is a tenth
+    total = sum(exact)
+    parts = [weight / total for weight in exact]
+    period = math.lcm(*(part.denominator for part in parts))
+    if period > MAX_PERIOD:
+        raise SettingsError(
+            f"weights {_listed(weights)} repeat only after {period:,} sequences; round them (at most {MAX_PERIOD:,}), "
+            f"or write ratios such as 1, 2, 3"
+        )
+    return [int(part * period) for part in parts]
+
+
+def _period(counts: list[int]) -> tuple[Int64s, Int64s]:
+    """The source at each offset of a period, and how often that source came before in the period."""
+    period, slack = sum(counts), max(2 * len(counts) - 2, 1)
+    given = [0] * len(counts)
+    pattern, turn = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
+    for offset in range(period):
+        # owed = slack · period · (count · (offset + 1) / period − given): in whole numbers, so never rounded
+        owed = [slack * (count * (offset + 1) - got * period) for count, got in zip(counts, given, strict=True)]
+        entitled = (i for i in range(len(counts)) if owed[i] >= period)
+        chosen = min(entitled, key=lambda i: Fraction((slack - 1) * period - owed[i], counts[i]), default=0)
+        pattern[offset], turn[offset] = chosen, given[chosen]
+        given[chosen] += 1
+    return pattern, turn
+
+
+def _feistel(values: UInt64s, bits: int, keys: UInt64s) -> UInt64s:
+    """A permutation of range(2**bits) per key; halves of unequal length take turns."""
+    low_bits = bits // 2
+    low, high = values & _ones(low_bits), values >> np.uint64(low_bits)
+    for round_ in range(FEISTEL_ROUNDS):
+        key = keys + np.uint64(2 * round_)
+        low ^= _scramble(_scramble(high) ^ key) & _ones(low_bits)
+        high ^= _scramble(_scramble(low) ^ (key + np.uint64(1))) & _ones(bits - low_bits)
+    return (high << np.uint64(low_bits)) | low
+
+
+def _keys(seed: int, source: int, epochs: Int64s) -> UInt64s:
+    """One key per epoch; unlike (seed, source, epoch) give unrelated keys."""
+    start = _scramble(np.asarray([seed % (1 << 64)], dtype=np.uint64)) + np.uint64(source)
+    return _scramble(_scramble(start) + epochs.astype(np.uint64))
+
+
+def _scramble(values: UInt64s) -> UInt64s:
+    """SplitMix64's finalizer (S. Vigna): every bit of the input moves half the bits of the output."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _ones(bits: int) -> np.uint64:
+    return np.uint64((1 << bits) - 1)
+
+
+def _listed(weights: Sequence[float]) -> str:
+    return ", ".join(str(weight) for weight in weights)
