@@ -27,6 +27,7 @@ class AttemptStarted(Event):
     """The workers of one launch are up and the model is built."""
 
     kind = "attempt"
+    step: int  # updates done before it; 0 = from the beginning
     workers: int
     device: str  # "cpu" or the GPU's name
     parameters: int
@@ -121,3 +122,13 @@ class Notice(Event):
 
     kind = "notice"
     text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFailed(Event):
+    """A worker ended the run with an error of `savant_ray.errors`."""
+
+    kind = "failure"
+    error: str  # class name
+    text: str
+    exit_code: int

@@ -1,0 +1,28 @@
+"""How well a model predicts held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
+from savant_ray.model.transformer import UniversalTransformer
+
+
+@torch.no_grad()
+def loss_sums(model: UniversalTransformer, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """[sum of token losses in nats, number of target tokens] in fp64, over (tokens_BT, document_ids_BT) pairs."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for tokens_BT, document_ids_BT in micro_batches:
+        targets_BT = next_token_targets(tokens_BT, document_ids_BT)
+        loss = cross_entropy_sum(model.hidden(tokens_BT, document_ids_BT), model.head.weight, targets_BT)
+        sums += torch.tensor([loss.item(), (targets_BT != IGNORED).sum().item()], dtype=torch.float64)
+    return sums
+
+
+def bits_per_byte(nats_per_token: float, target_tokens: int, text_bytes: int) -> float:
+    """Comparable across tokenizers: the text's own tokens and bytes (UTF-8) say how many bytes a token stands for."""
+    return nats_per_token / math.log(2) * target_tokens / text_bytes

@@ -1,0 +1,153 @@
+"""UniversalTransformer: embedding, recurrent block, liquid gates, head.
+
+One block is applied `n_loops` times with the same weights (Universal Transformer, arXiv 1807.03819). Its two halves
+update the stream by a learned convex mixture, `x = (1 - a) r + a out` with `a = sigmoid(W r + b)`: the liquid gates.
+There is no positional encoding; order comes from causality and the windows.
+
+Shapes: B batch, T time, S keys in reach, D dim, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from savant_ray.config import ModelConfig
+from savant_ray.model.attention import attend, build_masks, causal_mask
+from savant_ray.model.kv_cache import KeyValueCache
+
+NORM_EPS = 1e-6
+MASK_BUFFERS = frozenset({"global_mask", "local_mask", "recurrent_block.attn.mask"})  # of the original program
+
+
+class UniversalTransformer(nn.Module):
+    """`model(tokens)` -> logits; `hidden` stops before the head; `decode` reads and extends a cache."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute_loops = False  # trade time for memory: keep only each loop's input for the backward pass
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.recurrent_block = RecurrentBlock(config)
+        self.ln_f = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_load_state_dict_pre_hook(_drop_mask_buffers)
+
+    def forward(self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
+        """Logits `[B, T, V]`; without `document_ids` each row is one document."""
+        return self.head(self.hidden(tokens_BT, document_ids_BT))
+
+    def hidden(self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None, n_loops: int | None = None) -> Tensor:
+        """The normalised stream `[B, T, D]` that the head reads; padding has document id -1."""
+        if document_ids_BT is None:
+            document_ids_BT = torch.zeros_like(tokens_BT)
+        masks = build_masks(document_ids_BT, self.config.window_size)
+        x_BTD = self.embed(tokens_BT)
+        for loop in range(n_loops or self.config.n_loops):
+            mask = masks.for_loop(self.is_global(loop))
+            if self.recompute_loops and torch.is_grad_enabled():
+                x_BTD = checkpoint(self.recurrent_block, x_BTD, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD = self.recurrent_block(x_BTD, mask)
+        return self.ln_f(x_BTD)
+
+    def decode(self, tokens_BT: Tensor, cache: KeyValueCache, n_loops: int | None = None) -> Tensor:
+        """Logits `[B, V]` after the last of the new tokens, which follow those already in the cache."""
+        x_BTD = self.embed(tokens_BT)
+        for loop in range(n_loops or self.config.n_loops):
+            # .forward: a compiled block would compile anew for each length of the cache
+            x_BTD = self.recurrent_block.forward(x_BTD, None, _LoopReader(cache, loop, self.window(loop)))
+        return self.head(self.ln_f(x_BTD[:, -1]))
+
+    def new_cache(self, n_loops: int | None = None) -> KeyValueCache:
+        """An empty cache for `decode`."""
+        return KeyValueCache([self.window(loop) for loop in range(n_loops or self.config.n_loops)])
+
+    def is_global(self, loop: int) -> bool:
+        """Every `global_every`-th loop sees the whole document, the others `window_size` tokens back."""
+        return (loop + 1) % self.config.global_every == 0
+
+    def window(self, loop: int) -> int | None:
+        """How far back the loop looks, None = to the beginning."""
+        return None if self.is_global(loop) else self.config.window_size
+
+
+class RecurrentBlock(nn.Module):
+    """Attention and feed-forward, each behind a liquid gate; `[B, T, D]` -> `[B, T, D]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = int(2 * 4 * config.dim / 3)
+        self.attn = LiquidAttention(config)
+        self.ln_ffn = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, 2 * hidden, bias=False), SwiGLU(), nn.Linear(hidden, config.dim, bias=False)
+        )
+        self.liquid_gate_ffn = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, reader: _LoopReader | None = None) -> Tensor:
+        """One loop, over whole sequences (`mask`) or over new tokens of a cache (`reader`)."""
+        x_BTD = self.attn(x_BTD, mask, reader)
+        return liquid_update(x_BTD, self.ffn(self.ln_ffn(x_BTD)), self.liquid_gate_ffn)
+
+
+class LiquidAttention(nn.Module):
+    """The attention half of the block, with norm, projections and gate."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.soft_cap = config.soft_cap
+        self.ln = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.liquid_gate = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, reader: _LoopReader | None) -> Tensor:
+        """The stream after the attention half."""
+        normed = self.ln(x_BTD)
+        q, k, v = (self._heads(projection(normed)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if reader is not None:
+            k, v, mask = reader.append(k, v)
+        out_BHTD = attend(q, k, v, mask, self.soft_cap)
+        return liquid_update(x_BTD, self.o_proj(out_BHTD.transpose(1, 2).flatten(2)), self.liquid_gate)
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """`silu(gate) * value` of the two halves (value, gate) of the last dimension (arXiv 2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., 2 h]` -> `[..., h]`."""
+        value, gate = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class _LoopReader:
+    """One loop's view of the cache during `decode`."""
+
+    def __init__(self, cache: KeyValueCache, loop: int, window: int | None) -> None:
+        self._cache, self._loop, self._window = cache, loop, window
+
+    def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n_new = k_BHTD.shape[2]
+        k_BHSD, v_BHSD = self._cache.append(self._loop, k_BHTD, v_BHTD)
+        return k_BHSD, v_BHSD, causal_mask(n_new, k_BHSD.shape[2], self._window, k_BHTD.device)
+
+
+def liquid_update(r_BTD: Tensor, out_BTD: Tensor, gate: nn.Linear) -> Tensor:
+    """`(1 - a) r + a out` with `a = sigmoid(gate(r))`."""
+    a = torch.sigmoid(gate(r_BTD))
+    return (1 - a) * r_BTD + a * out_BTD
+
+
+def _drop_mask_buffers(module: nn.Module, state_dict: dict[str, Tensor], *_: object) -> None:
+    """The original program saved its masks as buffers; here they follow from the settings."""
+    for name in MASK_BUFFERS & state_dict.keys():
+        del state_dict[name]

@@ -1,0 +1,128 @@
+"""The whole training loop. Start reading here.
+
+A step takes the next `effective_batch` sequences of the global order, each rank its share of them (`training/step.py`).
+What the loop needs from the outside, it asks of a `Host`: under Ray that is `cluster/worker.py`, in tests a few lines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+from savant_ray.config import Config
+from savant_ray.errors import TrainingError
+from savant_ray.events import Event, MicroBatchSkipped, StepDone
+from savant_ray.optim.schedule import learning_rate
+from savant_ray.training.memory import memory_used_gb
+from savant_ray.training.state import TrainingState
+from savant_ray.training.step import MicroBatch, StepResult, take_step
+
+Share = TypeVar("Share")
+
+
+class Host(Protocol):
+    """Where the loop runs; every rank has one."""
+
+    rank: int
+
+    def emit(self, event: Event) -> None:
+        """Tells the driver; never blocks."""
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to stop; costs nothing."""
+
+    def save(self, state: TrainingState, reason: str) -> None:
+        """Writes a checkpoint; collective."""
+
+    def validate(self, state: TrainingState) -> None:
+        """Validation loss and a sample; collective."""
+
+
+def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroBatch]], host: Host) -> bool:
+    """Trains to `training.max_steps`; returns False when it was stopped before, with that step saved.
+
+    `shares` yields this rank's micro-batches, step by step, from `state.position` on.
+
+    Raises:
+        TrainingError: `training.max_skipped_steps` steps in a row could not update the weights.
+    """
+    settings = config.training
+    for share, data_wait in timed(shares):
+        rate = learning_rate(state.step + 1, settings.learning_rate, settings.warmup_steps, settings.max_steps)
+        started = time.perf_counter()
+        result = take_step(state, share, rate, settings.gradient_clip, host.stop_requested())
+        seconds = data_wait + time.perf_counter() - started
+        advance(state, result, settings.effective_batch)
+        tell(host, state, result, rate, seconds, data_wait, settings.batch_size)
+        refuse_endless_skips(state, settings.max_skipped_steps)
+
+        finished = state.step >= settings.max_steps
+        if result.stop or finished or state.step % config.checkpoint.every_steps == 0:
+            host.save(state, "final" if finished else "stop" if result.stop else "periodic")
+        if result.stop and not finished:
+            return False
+        if finished or state.step % config.validation.every_steps == 0:
+            host.validate(state)
+        if finished:
+            return True
+    return True
+
+
+def advance(state: TrainingState, result: StepResult, effective_batch: int) -> None:
+    """Counts the step."""
+    state.step += 1
+    state.position += effective_batch
+    state.tokens_seen += result.tokens
+    state.skipped_micro_batches += result.skipped
+    state.skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
+
+
+def tell(
+    host: Host, state: TrainingState, result: StepResult, rate: float, seconds: float, wait: float, batch_size: int
+) -> None:
+    """Emits what happened: rank 0 the step, each rank what it skipped."""
+    for skipped in result.skipped_here:
+        host.emit(
+            MicroBatchSkipped(step=state.step, rank=host.rank, loss=str(skipped.loss), positions=skipped.positions)
+        )
+    if host.rank != 0:
+        return
+    host.emit(
+        StepDone(
+            step=state.step,
+            train_loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            tokens=result.tokens,
+            tokens_per_second=result.tokens / seconds,
+            skipped_micro_batches=result.skipped,
+            micro_batch_size=batch_size,
+            memory_gb=memory_used_gb(state.device),
+            data_wait_seconds=wait,
+            step_seconds=seconds,
+            update_skipped=not result.updated,
+        )
+    )
+
+
+def refuse_endless_skips(state: TrainingState, limit: int) -> None:
+    """Ends a run that no longer learns; its last checkpoints stay as they are."""
+    if state.skipped_in_a_row >= limit:
+        raise TrainingError(
+            f"{state.skipped_in_a_row} steps in a row (up to step {state.step}) gave no finite gradient, so the weights "
+            "did not change; the last checkpoints are kept. Lower training.learning_rate, or look at the skipped "
+            "positions in metrics.jsonl. (training.max_skipped_steps sets this limit.)"
+        )
+
+
+def timed(shares: Iterable[Share]) -> Iterator[tuple[Share, float]]:
+    """Each share with the seconds that were spent waiting for it."""
+    iterator = iter(shares)
+    while True:
+        started = time.perf_counter()
+        try:
+            share = next(iterator)
+        except StopIteration:
+            return
+        yield share, time.perf_counter() - started

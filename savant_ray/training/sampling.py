@@ -1,0 +1,63 @@
+"""A checkpoint answers a prompt: what `savant generate` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from savant_ray.config import Config, load_config
+from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
+from savant_ray.errors import SettingsError
+from savant_ray.inference.generate import Sampling, generate
+from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.training.checkpoint import CONFIG, TOKENIZER, find_checkpoint, read_checkpoint
+
+
+def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Config]:
+    """The fp32 model of a checkpoint (or of a run's newest one) on the GPU if there is one, with its tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = find_checkpoint(checkpoint)
+    config = load_config(file=folder / CONFIG, environment={})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device("meta"):
+        model = UniversalTransformer(config.model)
+    weights = read_checkpoint(folder)["model_state_dict"]
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval(), Tokenizer.load(str(folder / TOKENIZER)), config
+
+
+def stream_answer(
+    checkpoint: Path,
+    prompt: str,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    n_loops: int | None = None,
+) -> Iterator[str]:
+    """Yields text as it is generated; what is None is taken from the checkpoint's `validation` settings.
+
+    Raises:
+        CheckpointError: there is no readable checkpoint.
+        SettingsError: the prompt is empty.
+    """
+    model, tokenizer, config = load_model(checkpoint)
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
+        raise SettingsError("--prompt: the prompt has no tokens")
+    sampling = Sampling(
+        vocab_size=tokenizer.vocab_size,
+        end_of_document=tokenizer.end_of_document,
+        never_sampled=tokenizer.never_sampled,
+        max_new_tokens=config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        temperature=config.validation.temperature if temperature is None else temperature,
+        seed=seed,
+    )
+    decoder = IncrementalDecoder(tokenizer)
+    for token in generate(model, tokens, sampling, n_loops):
+        yield decoder.push(token)
+    yield decoder.finish()

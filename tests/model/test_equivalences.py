@@ -1,0 +1,135 @@
+"""Ways to the same numbers: packed = one document at a time, windowed = masked, cached = full forward, bf16 ~ fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from savant_ray.config import ModelConfig
+from savant_ray.model.attention import attend, build_masks, causal_mask
+from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
+from savant_ray.model.transformer import UniversalTransformer
+
+SMALL = dict(vocab_size=61, dim=32, n_heads=2, n_loops=4, max_seq_len=32, window_size=5, global_every=2, soft_cap=50.0)
+
+
+def make_model(**changes: object) -> UniversalTransformer:
+    torch.manual_seed(1)
+    return UniversalTransformer(ModelConfig(**(SMALL | changes)))
+
+
+def packed_row() -> tuple[Tensor, Tensor, list[slice]]:
+    """Three documents and padding in one row of 32."""
+    tokens = torch.randint(1, 61, (1, 32))
+    documents = torch.tensor([[0] * 11 + [1] * 3 + [2] * 14 + [-1] * 4])
+    return tokens, documents, [slice(0, 11), slice(11, 14), slice(14, 28)]
+
+
+def test_packed_documents_give_the_logits_of_each_document_alone() -> None:
+    model = make_model()
+    tokens, documents, parts = packed_row()
+    together = model(tokens, documents)
+    for part in parts:
+        torch.testing.assert_close(together[:, part], model(tokens[:, part]), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_gives_finite_outputs_and_gradients() -> None:
+    model = make_model()
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+    documents = torch.full((2, 32), -1)
+    documents[0, :3] = 0
+    loss = cross_entropy_sum(
+        model.hidden(tokens, documents), model.head.weight, next_token_targets(tokens, documents)
+    )
+    loss.backward()
+    assert torch.isfinite(model.hidden(tokens, documents)).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("window_size", [1, 2, 5, 8, 31])
+@pytest.mark.parametrize("sequence_length", [1, 7, 8, 32])
+def test_banded_windows_are_masked_windows(window_size: int, sequence_length: int) -> None:
+    torch.manual_seed(window_size)
+    q, k, v = (torch.randn(2, 3, sequence_length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    documents = torch.randint(0, 3, (2, sequence_length)).sort(dim=1).values
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    dense = same & causal_mask(sequence_length, sequence_length, window_size, q.device)
+    windowed = build_masks(documents, window_size).windowed
+    ways = [attend(q, k, v, mask, 50.0) for mask in (dense, windowed)]
+    torch.testing.assert_close(ways[0], ways[1], rtol=1e-5, atol=1e-6)  # the cap works in fp32
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in ways]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefill", [1, 4, 20])
+def test_cached_decoding_gives_the_logits_of_the_full_forward_past_max_seq_len(prefill: int) -> None:
+    model = make_model()
+    tokens = torch.randint(0, 61, (2, 80))  # max_seq_len is 32, the window 5
+    full = model(tokens)
+    cache = model.new_cache()
+    torch.testing.assert_close(model.decode(tokens[:, :prefill], cache), full[:, prefill - 1], rtol=1e-4, atol=1e-5)
+    for t in range(prefill, 80):
+        torch.testing.assert_close(model.decode(tokens[:, t : t + 1], cache), full[:, t], rtol=1e-4, atol=1e-5)
+
+
+def test_recomputed_loops_give_the_same_loss_and_gradients() -> None:
+    tokens, documents, _ = packed_row()
+    results = []
+    for recompute in (False, True):
+        model = make_model()
+        model.recompute_loops = recompute
+        loss = cross_entropy_sum(
+            model.hidden(tokens, documents), model.head.weight, next_token_targets(tokens, documents)
+        )
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
+def test_the_loss_in_chunks_is_the_cross_entropy_of_the_full_logits(chunk_rows: int) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(2, 16, 24, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(61, 24, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 61, (2, 16))
+    targets[0, 3:9] = IGNORED
+    expected = torch.nn.functional.cross_entropy((x @ head.T).flatten(0, 1), targets.flatten(), reduction="sum")
+    loss = cross_entropy_sum(x, head, targets, chunk_rows)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for mine, full in zip(
+        torch.autograd.grad(3 * loss, (x, head)), torch.autograd.grad(3 * expected, (x, head)), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), full, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_without_any_target_has_loss_zero_and_zero_gradients() -> None:
+    x = torch.randn(1, 4, 8, requires_grad=True)
+    head = torch.randn(5, 8, requires_grad=True)
+    loss = cross_entropy_sum(x, head, torch.full((1, 4), IGNORED))
+    loss.backward()
+    assert loss == 0 and not x.grad.any() and not head.grad.any()
+
+
+def test_targets_end_with_their_document_and_padding_has_none() -> None:
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 0]])
+    documents = torch.tensor([[0, 0, 1, 1, 1, -1]])
+    assert next_token_targets(tokens, documents).tolist() == [[6, IGNORED, 8, 9, IGNORED, IGNORED]]
+
+
+def test_bf16_stays_within_two_percent_of_the_fp32_loss_and_five_of_its_gradients() -> None:
+    tokens = torch.randint(0, 61, (4, 32))
+    documents = torch.zeros_like(tokens)
+    losses, gradients = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model().to(dtype)
+        for p in model.parameters():
+            p.grad_dtype = torch.float32
+        loss = cross_entropy_sum(
+            model.hidden(tokens, documents), model.head.weight, next_token_targets(tokens, documents)
+        )
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()

@@ -1,0 +1,50 @@
+"""The schedule as numbers; the flat buffer as the place where gradients really add up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from savant_ray.optim.gradients import GradientBuffer, clip_to_mean
+from savant_ray.optim.schedule import learning_rate
+
+
+def test_the_guides_schedule_warms_up_over_4000_steps_and_ends_at_zero() -> None:
+    rates = [learning_rate(step, 2e-5, 4_000, 80_000) for step in (1, 2_000, 4_000, 42_000, 80_000)]
+    assert rates == pytest.approx([5e-9, 1e-5, 2e-5, 1e-5, 0.0], abs=1e-12)
+
+
+def test_the_schedule_rises_then_falls_and_never_jumps() -> None:
+    rates = [learning_rate(step, 1.0, 10, 100) for step in range(1, 101)]
+    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) <= 0.1 + 1e-12
+
+
+def test_without_warm_up_the_first_step_has_nearly_the_full_rate() -> None:
+    assert learning_rate(1, 1.0, 0, 100) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_add_up_in_fp32_inside_the_one_buffer(dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.ones(4, 3, dtype=dtype))
+    buffer = GradientBuffer([parameter], n_sums=2)
+    for _ in range(1000):
+        (parameter * 0.001).sum().backward()
+    expected = 1000 * torch.tensor(0.001, dtype=dtype).float()
+    torch.testing.assert_close(buffer.gradients, expected.expand(12), rtol=1e-4, atol=0)
+    assert parameter.grad.dtype == torch.float32 and not buffer.sums.any()
+
+
+def test_clipping_divides_by_the_tokens_and_keeps_the_norm_below_the_limit() -> None:
+    gradients = torch.tensor([30.0, 40.0])
+    assert clip_to_mean(gradients, n_tokens=10, max_norm=1.0).item() == pytest.approx(5.0)
+    torch.testing.assert_close(gradients, torch.tensor([0.6, 0.8]))
+    small = torch.tensor([3.0, 4.0])
+    clip_to_mean(small, n_tokens=10, max_norm=1.0)
+    torch.testing.assert_close(small, torch.tensor([0.3, 0.4]))
+
+
+def test_a_non_finite_gradient_gives_a_non_finite_norm() -> None:
+    assert not torch.isfinite(clip_to_mean(torch.tensor([1.0, float("nan")]), 1.0, 1.0))
+    assert not torch.isfinite(clip_to_mean(torch.tensor([1.0, float("inf")]), 1.0, 1.0))

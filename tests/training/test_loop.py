@@ -1,0 +1,81 @@
+"""The loop: what it saves, when it validates, and that a stopped run goes on as if it had not been."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from savant_ray.config import Config
+from savant_ray.errors import TrainingError
+from savant_ray.events import StepDone
+from savant_ray.training.loop import train
+from tests.training.tiny import RecordingHost, shares, tiny_config, tiny_state, weights
+
+
+def with_cadence(config: Config, checkpoint: int, validation: int) -> Config:
+    settings = config.to_dict()
+    settings["checkpoint"]["every_steps"], settings["validation"]["every_steps"] = checkpoint, validation
+    return Config.from_dict(settings)
+
+
+def losses(host: RecordingHost) -> dict[int, float]:
+    return {event.step: event.train_loss for event in host.events if isinstance(event, StepDone)}
+
+
+def test_checkpoints_and_validations_fall_on_their_steps_and_on_the_last() -> None:
+    config = with_cadence(tiny_config(max_steps=7), checkpoint=2, validation=3)
+    host, state = RecordingHost(), tiny_state(config)
+    assert train(state, config, shares(state, config), host)
+    assert host.saved == [(2, "periodic"), (4, "periodic"), (6, "periodic"), (7, "final")]
+    assert host.validated == [3, 6, 7]
+    assert list(losses(host)) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_training_learns() -> None:
+    config = tiny_config(max_steps=30, learning_rate=3e-2)
+    host, state = RecordingHost(), tiny_state(config)
+    train(state, config, ([next(shares(tiny_state(config), config))[0]] for _ in range(30)), host)
+    assert losses(host)[30] < losses(host)[1] - 1.0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_a_stopped_run_goes_on_bit_for_bit(precision: str, stop_at: int) -> None:
+    config = tiny_config(precision=precision)
+    straight_host, straight = RecordingHost(), tiny_state(config)
+    train(straight, config, shares(straight, config), straight_host)
+
+    first_host, first = RecordingHost(stop_at=stop_at), tiny_state(config)
+    assert not train(first, config, shares(first, config), first_host)
+    assert first_host.saved == [(stop_at, "stop")]
+    file = io.BytesIO()
+    torch.save(first_host.checkpoint, file)
+    file.seek(0)
+
+    second_host, second = RecordingHost(), tiny_state(config)
+    second.load_checkpoint(torch.load(file, weights_only=True))
+    assert (second.step, second.position) == (stop_at, stop_at * 12)
+    assert train(second, config, shares(second, config), second_host)
+    assert losses(first_host) | losses(second_host) == losses(straight_host)
+    assert all(torch.equal(w, weights(second)[name]) for name, w in weights(straight).items())
+
+
+def test_a_run_that_no_longer_learns_ends_with_an_error() -> None:
+    config = tiny_config(max_steps=50, max_skipped_steps=3)
+    host, state = RecordingHost(), tiny_state(config)
+    with torch.no_grad():
+        state.model.head.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        train(state, config, shares(state, config), host)
+    assert state.step == 3 and host.saved == []
+
+
+def test_the_share_of_weights_that_moved_is_near_one_in_bf16_at_the_guides_rate() -> None:
+    config = tiny_config(precision="bf16", learning_rate=2e-5, warmup_fraction=0.0, max_steps=10_000)
+    host, state = RecordingHost(), tiny_state(config)
+    assert state.weights_moved() is None
+    steps = shares(state, config)
+    train(state, config, (next(steps) for _ in range(100)), host)
+    assert state.weights_moved() >= 0.95

@@ -1,0 +1,99 @@
+"""A step's result depends on its sequences, not on how they are split."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from savant_ray.training.step import take_step
+from tests.training.tiny import micro_batch, share, tiny_config, tiny_state, weights
+
+N = 12
+
+
+def step(state, micro_batches, stop=False):
+    return take_step(state, micro_batches, learning_rate=1e-2, gradient_clip=1.0, stop=stop)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 12])
+def test_the_split_into_micro_batches_does_not_matter(batch_size: int) -> None:
+    states = [tiny_state(tiny_config()) for _ in range(2)]
+    whole = step(states[0], [micro_batch(np.arange(N))])
+    parts = step(states[1], share(0, N, 0, 1, batch_size))
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6) and parts.tokens == whole.tokens
+    for a, b in zip(weights(states[0]).values(), weights(states[1]).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def _rank(rank: int, world_size: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.set_num_threads(1)
+    config = tiny_config()
+    state = tiny_state(config)
+    results = []
+    for k in range(3):
+        stop = rank == world_size - 1 and k == 2
+        result = step(state, share(k * N, N, rank, world_size, config.training.batch_size), stop)
+        results.append((result.loss, result.tokens, result.grad_norm, result.stop))
+    torch.save((results, weights(state)), f"{folder}/{world_size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_ranks(world_size: int, folder: Path) -> list[tuple[list, dict[str, torch.Tensor]]]:
+    folder.mkdir()
+    mp.spawn(_rank, (world_size, str(folder)), nprocs=world_size)
+    return [torch.load(folder / f"{world_size}-{rank}.pt") for rank in range(world_size)]
+
+
+@pytest.mark.slow
+def test_one_two_three_and_five_workers_take_the_same_steps(tmp_path: Path) -> None:
+    alone = run_ranks(1, tmp_path / "1")[0]
+    for world_size in (2, 3, 5):  # 5 does not divide 12
+        ranks = run_ranks(world_size, tmp_path / str(world_size))
+        for results, final in ranks:
+            assert results == ranks[0][0], "every rank has the same figures"
+            assert all(torch.equal(final[name], ranks[0][1][name]) for name in final), "and the same weights"
+        for mine, one in zip(ranks[0][0], alone[0], strict=True):
+            assert mine == pytest.approx(one, rel=1e-5)
+        for name, tensor in ranks[0][1].items():
+            torch.testing.assert_close(tensor, alone[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [(0,), (2,), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_micro_batch_leaves_the_step_that_it_was_not_part_of(bad, value, monkeypatch) -> None:
+    """First, last, some or all micro-batches: equal to a step from which they were left out."""
+    import savant_ray.training.step as module
+
+    micro_batches = share(0, N, 0, 1, 4)
+    honest = module.cross_entropy_sum
+    calls = iter(range(len(micro_batches)))
+    monkeypatch.setattr(
+        module, "cross_entropy_sum", lambda *a: honest(*a) * (value if next(calls) in bad else 1.0)
+    )
+    poisoned = tiny_state(tiny_config())
+    result = step(poisoned, micro_batches)
+    monkeypatch.setattr(module, "cross_entropy_sum", honest)
+    clean = tiny_state(tiny_config())
+    expected = step(clean, [b for i, b in enumerate(micro_batches) if i not in bad])
+
+    assert result.skipped == len(bad)
+    assert [s.positions for s in result.skipped_here] == [micro_batches[i].positions for i in bad]
+    assert result.updated == expected.updated == (len(bad) < 3)
+    assert all(torch.equal(a, b) for a, b in zip(weights(poisoned).values(), weights(clean).values(), strict=True))
+
+
+def test_a_non_finite_gradient_norm_skips_the_update() -> None:
+    state = tiny_state(tiny_config())
+    before = weights(state)
+    handle = state.model.head.weight.register_hook(lambda g: g * float("inf"))
+    result = step(state, share(0, N, 0, 1, 4))
+    handle.remove()
+    assert not result.updated and all(torch.equal(before[n], w) for n, w in weights(state).items())

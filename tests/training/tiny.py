@@ -1,0 +1,95 @@
+"""A two-loop model and a text without files: sequence p is a function of p."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from savant_ray.config import Config
+from savant_ray.events import Event
+from savant_ray.training.state import TrainingState, new_state
+from savant_ray.training.step import MicroBatch
+
+LENGTH, VOCABULARY = 16, 50
+MODEL = dict(
+    vocab_size=VOCABULARY, dim=16, n_heads=2, n_loops=2, max_seq_len=LENGTH, window_size=4, global_every=2, soft_cap=50.0
+)
+CPU = torch.device("cpu")
+
+
+def tiny_config(**training: Any) -> Config:
+    settings = dict(
+        max_steps=6, batch_size=4, accumulation=3, learning_rate=1e-2, warmup_fraction=0.2, precision="fp32", compile=False
+    )
+    return Config.from_dict(
+        {
+            "model": MODEL,
+            "training": settings | training,
+            "validation": {"every_steps": 1000},
+            "checkpoint": {"every_steps": 1000},
+        }
+    )
+
+
+def tiny_state(config: Config) -> TrainingState:
+    return new_state(config, CPU)
+
+
+def micro_batch(positions: np.ndarray | list[int]) -> MicroBatch:
+    tokens, documents = zip(*(_sequence(int(p)) for p in positions), strict=True)
+    return MicroBatch(torch.stack(tokens), torch.stack(documents), tuple(int(p) for p in positions))
+
+
+def share(first: int, effective_batch: int, rank: int, world_size: int, batch_size: int) -> list[MicroBatch]:
+    mine = np.array_split(np.arange(first, first + effective_batch), world_size)[rank]
+    return [micro_batch(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
+
+
+def shares(state: TrainingState, config: Config, rank: int = 0, world_size: int = 1) -> Iterator[list[MicroBatch]]:
+    settings = config.training
+    first = state.position
+    for step in range(settings.max_steps - state.step):
+        start = first + step * settings.effective_batch
+        yield share(start, settings.effective_batch, rank, world_size, settings.batch_size)
+
+
+def weights(state: TrainingState) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in state.master_weights().items()}
+
+
+class RecordingHost:
+    """The loop's surroundings in a few lines."""
+
+    def __init__(self, rank: int = 0, stop_at: int | None = None) -> None:
+        self.rank, self.stop_at = rank, stop_at
+        self.events: list[Event] = []
+        self.saved: list[tuple[int, str]] = []
+        self.validated: list[int] = []
+        self.checkpoint: dict[str, Any] = {}
+        self._asked = 0
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+    def stop_requested(self) -> bool:
+        self._asked += 1
+        return self._asked == self.stop_at
+
+    def save(self, state: TrainingState, reason: str) -> None:
+        self.saved.append((state.step, reason))
+        self.checkpoint = state.to_checkpoint()
+
+    def validate(self, state: TrainingState) -> None:
+        self.validated.append(state.step)
+
+
+def _sequence(position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two documents and some padding, of lengths that depend on the position."""
+    generator = torch.Generator().manual_seed(position)
+    first = 3 + position % 5
+    documents = torch.tensor([0] * first + [1] * (LENGTH - first - position % 3) + [-1] * (position % 3))
+    tokens = torch.randint(1, VOCABULARY, (LENGTH,), generator=generator)
+    return torch.where(documents >= 0, tokens, 0), documents
