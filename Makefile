@@ -1,0 +1,112 @@
+# `make install` creates the environment in .venv and nothing else; every other target stands on it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-quick check clean
+
+VENV ?= .venv
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+PYTHON ?= python3 python3.13 python3.12 python3.11
+TORCH_INDEX ?=
+
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:
+	@cat <<'END'
+	make install      the environment in $(VENV), and nothing else
+	make train        train the quickstart ($(CONFIG)); again: go on where it stopped
+	make test         the whole test suite
+	make test-quick   the tests that need neither Ray nor much time
+	make check        syntax and layers
+	make clean        remove the environment; data and checkpoints stay
+
+	ARGS="--training.max_steps 100"   handed on to the command
+	CONFIG=configs/savant.yaml        another configuration
+	PYTHON=python3.12                 the Python to build the environment with (3.11 to 3.13)
+	TORCH_INDEX=…                     the package index that torch comes from (README, "With and without a GPU")
+	END
+
+install: $(STAMP)
+	@:
+
+train: install
+	@exec $(RUN) jobs/train.py --config $(CONFIG) $(ARGS)
+
+test: install
+	@exec $(RUN) -m pytest $(ARGS)
+
+test-quick: install
+	@exec $(RUN) -m pytest -m "not slow" $(ARGS)
+
+check: install
+	@$(RUN) -m compileall -q savant_ray jobs tests
+	$(RUN) -m pytest tests/test_layers.py
+
+clean:
+	rm -rf $(VENV)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(find_python)
+	if ! $(RUN) -m pip --version >/dev/null 2>&1; then
+	    echo "Creating $(VENV) with $$("$$python" --version) …"
+	    "$$python" -m venv --clear $(VENV)
+	fi
+	echo "Installing requirements.txt into $(VENV) …"
+	$(install_torch)
+	$(RUN) -m pip install -r requirements.txt
+	$(RUN) -m pip install --no-build-isolation --no-deps -e .
+	touch $(STAMP)
+
+# Sets $python: the first that is of the right version and can create environments.
+define find_python
+python= ; without_venv=
+for candidate in $(PYTHON); do
+    "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null || continue
+    if "$$candidate" -c 'import venv, ensurepip' 2>/dev/null; then python="$$candidate"; break; fi
+    without_venv="$$candidate"
+done
+if [ -z "$$python" ] && [ -n "$$without_venv" ]; then
+    echo "$$without_venv cannot create environments: sudo apt install python3-venv" >&2; exit 1
+elif [ -z "$$python" ]; then
+    echo "No Python 3.11, 3.12 or 3.13 among: $(PYTHON). Install one (sudo apt install python3 python3-venv)" >&2
+    echo "or name yours: make install PYTHON=/path/to/python3" >&2; exit 1
+fi
+endef
+
+# The plain wheel of many package indexes is the CUDA build, with gigabytes of CUDA packages. Without an NVIDIA GPU the
+# CPU build is taken; a torch of the right version that is already there stays.
+define install_torch
+torch_is_there() {
+    $(RUN) -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch").split("+")[0] != sys.argv[1])' \
+        $(TORCH) 2>/dev/null
+}
+brings_cuda() {
+    report=$$($(RUN) -m pip install --dry-run --quiet --report - torch==$(TORCH) 2>/dev/null) &&
+        grep -qE '"name": ?"(nvidia|cuda|triton)' <<<"$$report"
+}
+if torch_is_there; then
+    :
+elif [ -n "$(TORCH_INDEX)" ]; then
+    $(RUN) -m pip install --index-url "$(TORCH_INDEX)" torch==$(TORCH)
+elif nvidia-smi >/dev/null 2>&1 || $(RUN) -m pip install torch==$(TORCH)+cpu 2>/dev/null; then
+    :
+elif brings_cuda; then
+    cat >&2 <<'END'
+
+	This machine has no NVIDIA GPU, and its package index has only the CUDA build of torch: gigabytes of no use here.
+	Please say where the CPU build is: on pytorch.org, "Get Started", choose Pip and CPU; the command shown there ends
+	in --index-url and an address. Then, with that address,
+
+	    make $(or $(MAKECMDGOALS),install) TORCH_INDEX=ADDRESS
+
+	END
+    exit 1
+fi
+endef
