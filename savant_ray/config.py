@@ -1,0 +1,259 @@
+"""Every setting: default, unit, meaning, check; from YAML, environment and command line.
+
+Later sources win: defaults < YAML file < environment (`SAVANT_TRAINING__MAX_STEPS`) < command line
+(`--training.max_steps`). The defaults are the training guide's where it speaks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from savant_ray.errors import SettingsError
+from savant_ray.settings.complaints import explain
+from savant_ray.settings.sources import Reading, Setting
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Text | Annotated[list[Text], Field(min_length=1)]
+Auto = Literal["auto"]
+
+LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
+
+
+class Section(BaseModel):
+    """Settings that belong together; `strict`, so that `true` is no number and `"3"` no count."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """Which run, and where it is kept."""
+
+    name: Text = Field("checkpoints_savant", description="name of the run, and of its folder")
+    storage_path: Text = Field(".", description="where run folders lie; several nodes need one they all share")
+    seed: int = Field(1337, ge=0, description="all randomness is a function of it")
+    init_from: Text | None = Field(
+        None, description="start a new run from the weights of this run or checkpoint folder"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if name in (".", "..") or any(c in "/\\" or ord(c) < 32 for c in name):
+            raise ValueError(f"run.name: {name!r} is not a folder's name; where it lies is run.storage_path")
+        return name
+
+
+class ModelConfig(Section):
+    """The network's shape."""
+
+    vocab_size: Count = Field(32_000, description="tokens the model knows; at least the tokenizer's")
+    dim: Count = Field(1024, description="width of the residual stream")
+    n_heads: Count = Field(16, description="attention heads; divides dim")
+    n_loops: Count = Field(12, description="passes of the recurrent block")
+    max_seq_len: int = Field(1024, ge=2, description="tokens of a training sequence")
+    window_size: Count = Field(256, description="tokens a windowed loop looks back")
+    global_every: Count = Field(4, description="every so many loops attention is global instead of windowed")
+    soft_cap: Positive = Field(50.0, description="bound of the attention scores: cap · tanh(score / cap)")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.n_heads
+
+    @model_validator(mode="after")
+    def _heads_share_dim(self) -> Self:
+        if self.dim % self.n_heads:
+            raise ValueError(f"model.n_heads: {self.n_heads} does not divide model.dim = {self.dim}")
+        return self
+
+
+class SourceConfig(Section):
+    """One kind of training text and its share."""
+
+    path: Texts = Field(description="JSONL file, folder, glob or URI, or a list of them; also .gz and .zst")
+    weight: Positive = Field(description="share of the sequences, relative to the other sources' weights")
+    optional: bool = Field(False, description="go on without it when it is missing")
+
+
+DEFAULT_SOURCES = [
+    SourceConfig(path="dataset/savant_dataset_train.jsonl", weight=0.8),
+    SourceConfig(path="dataset/genius_dataset.jsonl", weight=0.2, optional=True),
+]
+
+
+class DataConfig(Section):
+    """What is read."""
+
+    sources: list[SourceConfig] = Field(
+        DEFAULT_SOURCES, min_length=1, description="training text: [{path, weight, optional}, …]"
+    )
+    validation: Texts = Field("dataset/savant_dataset_val.jsonl", description="held-out JSONL, as a source's path")
+    tokenizer: Text = Field(
+        "train", description="a tokenizer.json, a Hugging Face name such as albert-base-v2, or train: learn one"
+    )
+    cache_dir: Text = Field("cache", description="folder of the tokenised text")
+    on_bad_line: Literal["skip", "error"] = Field("skip", description="skip and count a bad line, or end with an error")
+    max_line_mb: Positive = Field(64.0, description="a longer line is a bad line, MiB")
+    quickstart: bool = Field(False, description="make the quickstart's text files first when they are missing")
+
+
+class TrainingConfig(Section):
+    """How the weights are learnt."""
+
+    max_steps: Count = Field(80_000, description="optimizer steps in all")
+    batch_size: Count = Field(12, description="sequences of a micro-batch: one forward and backward pass")
+    accumulation: Count = Field(16, description="micro-batches of a step; batch_size × accumulation = effective batch")
+    learning_rate: Positive = Field(2e-5, description="peak, at the end of the warm-up; then cosine to 0")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of max_steps over which the rate rises")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decay, per step and learning rate")
+    gradient_clip: Positive = Field(1.0, description="largest global norm of the gradient")
+    precision: Literal["bf16", "bf16-mixed", "fp32"] = Field(
+        "bf16", description="bf16: weights too; bf16-mixed: fp32 weights; fp32: everything"
+    )
+    optimizer: Literal["adamw"] = Field("adamw", description="the update rule")
+    vram_limit_gb: Positive = Field(10.0, description="hard limit of GPU memory per worker, GiB")
+    compile: bool | Auto = Field("auto", description="compile the model; auto: where a compiler is there")
+    recompute_loops: bool | Auto = Field(
+        "auto", description="recompute each loop in the backward pass instead of keeping it: slower, far less memory"
+    )
+    max_skipped_steps: Count = Field(10, description="so many skipped steps in a row end the run with an error")
+
+    @property
+    def effective_batch(self) -> int:
+        """Sequences per step, over all workers."""
+        return self.batch_size * self.accumulation
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises."""
+        return round(self.warmup_fraction * self.max_steps)
+
+
+class ValidationConfig(Section):
+    """The pause in which the model shows what it has learnt."""
+
+    every_steps: Count = Field(500, description="steps between validations")
+    batches: Count = Field(10, description="micro-batches of held-out text")
+    prompt: Text = Field(LOGIC_PROMPT, description="the logic test: what the model is asked to go on with")
+    max_new_tokens: Count = Field(300, description="longest answer, tokens")
+    temperature: float = Field(0.6, ge=0, description="0: always the likeliest token; higher: freer")
+
+
+class CheckpointConfig(Section):
+    """What is kept."""
+
+    every_steps: Count = Field(500, description="steps between checkpoints")
+    keep: Count = Field(3, description="newest checkpoints to keep; older ones are deleted")
+
+
+class ScalingConfig(Section):
+    """Over how many processes, on what."""
+
+    num_workers: Count = Field(1, description="training processes; they share each step's sequences")
+    use_gpu: bool | Auto = Field("auto", description="one GPU per worker; auto: if there are enough")
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        None, description="Ray resources of a worker such as {CPU: 4}; null: an even share of the machine"
+    )
+    max_failures: int = Field(3, ge=0, description="how often lost workers are started again")
+
+
+class Config(Section):
+    """Everything a run is told; travels to workers as a plain dict."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    scaling: ScalingConfig = Field(default_factory=ScalingConfig)
+
+    @model_validator(mode="after")
+    def _every_worker_has_work(self) -> Self:
+        workers, sequences = self.scaling.num_workers, self.training.effective_batch
+        if workers > sequences:
+            raise ValueError(
+                f"scaling.num_workers: {workers} is more than the {sequences} sequences of a step "
+                "(training.batch_size × training.accumulation)"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and text; the inverse of `from_dict`."""
+        return self.model_dump()
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Checks and builds.
+
+        Raises:
+            SettingsError: something is unknown, of the wrong type, out of range or contradictory.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            problems = [f"{name}: {message}" for name, message in explain(error, known_names())]
+            raise SettingsError("\n".join(problems)) from error
+
+
+def load_config(
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> Config:
+    """Defaults < `file` < `environment` (`os.environ` unless given) < `arguments` (`--training.max_steps 1000`).
+
+    Raises:
+        SettingsError: one line for each thing that is wrong, naming file, variable or option.
+    """
+    reading = Reading(setting_rows())
+    if file is not None:
+        reading.file(file)
+    reading.environment(os.environ if environment is None else environment)
+    reading.command_line(arguments)
+    try:
+        config = Config.model_validate(reading.nested())
+    except ValidationError as error:
+        reading.complain(error, known_names())
+    if reading.problems:
+        raise SettingsError("\n".join(reading.problems))
+    return config
+
+
+def dump_yaml(config: Config) -> str:
+    """The complete settings as a file that `load_config` reads back to the same."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def setting_rows() -> list[Setting]:
+    """Every setting with its name, default and meaning, in the order of the sections."""
+    rows: list[Setting] = []
+    for section, defaults in Config():
+        for name, field in type(defaults).model_fields.items():
+            default = defaults.model_dump()[name]
+            rows.append(Setting(f"{section}.{name}", default, field.description or "", _types(field.annotation)))
+    return rows
+
+
+def known_names() -> list[str]:
+    """Whatever can be misspelt: sections, settings and the parts of a source."""
+    return [*Config.model_fields, *(row.name for row in setting_rows()), *SourceConfig.model_fields]
+
+
+def _types(annotation: Any) -> tuple[type, ...]:
+    """The plain types a value may have, through unions and `Annotated`."""
+    origin = get_origin(annotation)
+    if isinstance(annotation, type) and origin is None:
+        return (annotation,)
+    if origin in (list, dict):
+        return (origin,)
+    members = get_args(annotation)[:1] if origin is Annotated else get_args(annotation)
+    return tuple(t for member in members for t in (_types(member) if not isinstance(member, str) else (str,)))

@@ -1,0 +1,82 @@
+"""What is wrong with the settings, in the user's words."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from savant_ray.settings.yaml_text import show
+
+
+def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """`; did you mean …?` if something is close, counting a setting's last word as its whole name."""
+    word = word.replace("-", "_")
+    same_field = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
+    close = same_field or difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def explain(error: ValidationError, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of dotted name and message, one for each value however many types it could have had."""
+    by_name: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        by_name.setdefault(_dotted(problem["loc"]), []).append(problem)
+    for name, problems in by_name.items():
+        if any(other.startswith(f"{name}[") for other in by_name):
+            continue  # a list, whose item is the culprit
+        wanted = [word for problem in problems for word in _wanted(problem)]
+        if wanted:
+            *most, last = wanted
+            words = f"{', '.join(most)} or {last}" if most else last
+            yield name, f"expected {words}, found {show(problems[0]['input'])}"
+        elif problems[0]["type"] == "value_error":  # the checks in `config.py` name the setting themselves
+            named, _, message = str(problems[0]["ctx"]["error"]).partition(": ")
+            yield named, message
+        else:
+            yield name, _outside(problems[0], name, names)
+
+
+_TYPES = {
+    "int_type": ["a whole number"],
+    "float_type": ["a number"],
+    "finite_number": ["a finite number"],
+    "bool_type": ["true", "false"],
+    "string_type": ["text"],
+    "list_type": ["a list"],
+    "dict_type": ["names with values"],
+    "model_type": ["names with values"],
+}
+_RANGES = {
+    "greater_than": "has to be greater than {gt:g}",
+    "greater_than_equal": "has to be at least {ge:g}",
+    "less_than": "has to be less than {lt:g}",
+    "less_than_equal": "has to be at most {le:g}",
+    "too_short": "needs at least {min_length}",
+    "string_too_short": "must not be empty",
+}
+
+
+def _wanted(problem: Any) -> list[str]:
+    if problem["type"] == "literal_error":
+        return re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+    return _TYPES.get(problem["type"], [])
+
+
+def _outside(problem: Any, name: str, names: Sequence[str]) -> str:
+    if problem["type"] == "extra_forbidden":
+        word = name.rpartition(".")[2] if "[" in name else name
+        return f"no such setting{did_you_mean(word, names)}"
+    if problem["type"] == "missing":
+        return "is missing"
+    phrase = _RANGES.get(problem["type"], problem["msg"])
+    return f"{show(problem['input'])} {phrase.format(**problem.get('ctx', {}))}"
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """A pydantic location without the names of a union's members: `data.sources[0].path`."""
+    parts = [p for p in location if isinstance(p, int) or not re.match(r"(bool|str|list|literal|constrained-str)(\[|$)", p)]
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")
