@@ -7,53 +7,23 @@ index. Ray Data's own JSON reading fails whole files on one bad line, splits at 
 from __future__ import annotations
 
 import json
-import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orjson
 import pyarrow as pa
-import pyarrow.fs as pafs
 
+from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError
 
-KIB, MIB = 1 << 10, 1 << 20
+MIB = 1 << 20
 BLOCK_BYTES = MIB  # what a reader holds at a time
 MAX_LINE_BYTES = 64 * MIB
-CODECS = {".gz": "gzip", ".zst": "zstd"}
-SUFFIXES = tuple(suffix + packed for suffix in (".jsonl", ".json", ".ndjson") for packed in ("", *CODECS))
+UNBOUNDED = sys.maxsize
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of JSON lines: an absolute path or a URI, and what tells whether it changed."""
-
-    path: str
-    size: int  # bytes as stored
-    mtime_ns: int
-
-    @property
-    def codec(self) -> str | None:
-        """The compression, known by the file's suffix."""
-        return CODECS.get(os.path.splitext(self.path)[1])
-
-    def open(self) -> pa.NativeFile:
-        """Random access to a plain file, a stream through a compressed one.
-
-        Raises:
-            DataError: the file cannot be opened.
-        """
-        filesystem, path = _resolve(self.path)
-        try:
-            if self.codec is None:
-                return filesystem.open_input_file(path)
-            return filesystem.open_input_stream(path, compression=self.codec)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -73,17 +43,6 @@ class Line(NamedTuple):
     problem: str = ""
 
 
-def expand(pattern: str | Sequence[str]) -> list[SourceFile]:
-    """The files behind a path, folder (recursively), glob or `pyarrow.fs` URI, sorted, each once.
-
-    Raises:
-        DataError: nothing is there; names the pattern.
-    """
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    found = {file.path: file for each in patterns for file in _expand_one(each)}
-    return [found[path] for path in sorted(found)]
-
-
 def plan_ranges(files: Sequence[SourceFile], range_bytes: int | None = None) -> list[ByteRange]:
     """The ranges of `files` in order; a compressed file is one range, an empty file none.
 
@@ -94,78 +53,57 @@ def plan_ranges(files: Sequence[SourceFile], range_bytes: int | None = None) -> 
     return [part for file in files for part in _cut(file, step)]
 
 
-def read_range(part: ByteRange, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Every line of the range, holding one block and one line of at most `max_line_bytes` at a time.
+def documents(files: Sequence[SourceFile], max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[str]:
+    """The texts of the files one after the other, without their bad lines."""
+    for part in plan_ranges(files):
+        with RangeReader(part, max_line_bytes) as lines:
+            yield from (line.text for line in lines if line.text)
+
+
+class RangeReader:
+    """Iterates every line of a range, holding one block and one line of at most `max_line_bytes` at a time.
 
     Raises:
-        DataError: the file cannot be read or decompressed.
+        DataError: the file cannot be opened, read or decompressed.
     """
-    with part.file.open() as stream:
-        try:
-            raw_lines = _split_lines(_owned_blocks(stream, part), max_line_bytes)
+
+    def __init__(self, part: ByteRange, max_line_bytes: int = MAX_LINE_BYTES) -> None:
+        self._part = part
+        self._max_line_bytes = max_line_bytes
+        filesystem, path = part.file.resolve()
+        codec = part.file.codec
+        with self._named_errors():
+            self._stored = filesystem.open_input_file(path)
+            self._stream = pa.CompressedInputStream(self._stored, codec) if codec else self._stored
+
+    def __enter__(self) -> RangeReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stored.close()
+
+    def __iter__(self) -> Iterator[Line]:
+        with self._named_errors():
+            raw_lines = _split_lines(_owned_blocks(self._stream, self._part), self._max_line_bytes)
             for number, raw in enumerate(raw_lines, start=1):
-                yield _parse(number, raw, max_line_bytes)
+                yield _parse(number, raw, self._max_line_bytes)
+
+    @property
+    def bytes_read(self) -> int:
+        """How many of the range's bytes, as stored, have been read."""
+        return max(min(self._stored.tell(), self._part.stop) - self._part.start, 0)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, EOFError) as error:
-            raise DataError(f"{part.file.path}: cannot be read to its end ({error})") from error
-
-
-def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    if "://" in path:
-        return pafs.FileSystem.from_uri(path)
-    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
-
-
-def _expand_one(pattern: str) -> list[SourceFile]:
-    try:
-        filesystem, path = _resolve(pattern)
-        info = filesystem.get_file_info(path)
-        if info.type == pafs.FileType.File:
-            infos = [info]
-        elif info.type == pafs.FileType.Directory:
-            infos = [each for each in _files_below(filesystem, path) if each.path.endswith(SUFFIXES)]
-        else:
-            matches = _glob_expression(path).fullmatch
-            infos = [each for each in _files_below(filesystem, _fixed_folder(path)) if matches(each.path)]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{pattern}: cannot be listed ({error})") from error
-    if not infos:
-        raise DataError(_nothing_found(pattern, info.type == pafs.FileType.Directory))
-    scheme = pattern.split("://")[0] + "://" if "://" in pattern else ""
-    return [SourceFile(scheme + each.path, each.size, each.mtime_ns or 0) for each in infos]
-
-
-def _nothing_found(pattern: str, is_folder: bool) -> str:
-    if is_folder:
-        return f"{pattern}: the folder holds no {', '.join(SUFFIXES[:3])} …"
-    return f"{pattern}: no such {'match' if _is_glob(pattern) else 'file or folder'}"
-
-
-def _files_below(filesystem: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
-    selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
-    infos = filesystem.get_file_info(selector)
-    return [each for each in infos if each.type == pafs.FileType.File and not each.base_name.startswith(".")]
-
-
-def _is_glob(path: str) -> bool:
-    return any(character in path for character in "*?[")
-
-
-def _fixed_folder(path: str) -> str:
-    """The deepest folder above every match of a glob."""
-    return re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0] or "/"
-
-
-def _glob_expression(path: str) -> re.Pattern[str]:
-    """`*` and `?` stay within a folder, `**/` crosses folders, `[…]` is a set of characters."""
-    meanings = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", path)
-    literal_at_even = (part if i % 2 else re.escape(part) for i, part in enumerate(parts))
-    return re.compile("".join(meanings.get(part, part.replace("[!", "[^")) for part in literal_at_even))
+            raise DataError(f"{self._part.file.path}: cannot be read ({error})") from error
 
 
 def _cut(file: SourceFile, step: int) -> list[ByteRange]:
     if file.codec and file.size:
-        return [ByteRange(file, 0, sys.maxsize)]
+        return [ByteRange(file, 0, UNBOUNDED)]
     return [ByteRange(file, start, min(start + step, file.size)) for start in range(0, file.size, step)]
 
 

@@ -1,0 +1,249 @@
+"""JSONL files → a token cache: the Ray Data job that tokenises and packs once.
+
+Every byte range of the files is a task that writes a shard and then, renamed last, what it found. A killed
+preparation therefore goes on with the ranges that are missing, and the folder gets its name when all are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray.data
+
+from savant_ray.data import ray_data
+from savant_ray.data.content import content_hashes, fingerprint, write_aside
+from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, documents, plan_ranges
+from savant_ray.data.shard_writer import NAMED_BAD_LINES, RangeSummary, Recipe, shard_name, write_shard
+from savant_ray.data.sources import SourceFile
+from savant_ray.data.token_cache import (
+    MANIFEST,
+    BadLine,
+    FileSummary,
+    Manifest,
+    ShardInfo,
+    TokenCache,
+    bad_line_report,
+)
+from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+from savant_ray.errors import DataError
+
+FORMAT_VERSION = 1
+TRAINING_CHARACTERS = 128 << 20  # a tokenizer learns little from more
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def prepare(
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    cache_dir: str | Path,
+    on_bad_line: Literal["skip", "error"] = "skip",
+    max_line_bytes: int = MAX_LINE_BYTES,
+    progress: Progress | None = None,
+) -> TokenCache:
+    """The token cache of `files` below `cache_dir`, made if it is not there. Ray must be initialised to make it.
+
+    Raises:
+        DataError: a file cannot be read or yields nothing, or a line is bad and `on_bad_line` is "error".
+    """
+    cache_dir = Path(cache_dir).expanduser().absolute()
+    recipe = Recipe(tokenizer.to_json(), sequence_length, max_line_bytes)
+    identity = {
+        "version": FORMAT_VERSION,
+        "files": list(zip(_names(files), content_hashes(files, cache_dir), strict=True)),
+        "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes],
+    }
+    job = _Job(files, recipe, fingerprint(identity), cache_dir)
+    with _locked(job.folder.with_suffix(".lock")):
+        if not job.folder.exists():
+            job.run(progress or (lambda done, total: None))
+    cache = TokenCache.open(job.folder)
+    if on_bad_line == "error" and cache.manifest.bad_lines:
+        raise DataError("\n".join(bad_line_report(cache.manifest, verdict="refused")))
+    return cache
+
+
+def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_size: int = 32_000) -> Tokenizer:
+    """A tokenizer learnt from the files (from their first 128 M characters), kept below `cache_dir`.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    cache_dir = Path(cache_dir).expanduser().absolute()
+    identity = {"version": FORMAT_VERSION, "files": content_hashes(files, cache_dir), "vocab_size": vocab_size}
+    path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
+    with _locked(path.with_suffix(".lock")):
+        if not path.exists():
+            train_tokenizer(_first_characters(documents(files), TRAINING_CHARACTERS), vocab_size).save(path)
+    return Tokenizer.load(path)
+
+
+class _Job:
+    """One preparation: its ranges, and the folder where it grows until it gets its name."""
+
+    def __init__(self, files: Sequence[SourceFile], recipe: Recipe, identity: str, cache_dir: Path) -> None:
+        self._files = files
+        self._ranges = plan_ranges(files)
+        self._recipe = recipe
+        self._identity = identity
+        self.folder = cache_dir / f"{_names(files)[0].partition('.')[0].replace('/', '-')}-{identity[:16]}"
+        self._unfinished = self.folder.with_suffix(".unfinished")
+
+    def run(self, progress: Progress) -> None:
+        """Makes the missing shards, then the manifest, then the folder's name.
+
+        Raises:
+            DataError: a file cannot be read or yields nothing.
+        """
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        self._write_missing(progress)
+        manifest = _sum_up(
+            self._files,
+            self._ranges,
+            [RangeSummary.read(self._unfinished, index) for index in range(len(self._ranges))],
+            fingerprint=self._identity,
+            sequence_length=self._recipe.sequence_length,
+        )
+        _refuse_empty(manifest)
+        write_aside(self._unfinished / MANIFEST, manifest.to_json())
+        self._unfinished.rename(self.folder)
+
+    def _write_missing(self, progress: Progress) -> None:
+        """One Ray Data task per range; a task tells the bytes it has done, or what is wrong."""
+        missing = [i for i in range(len(self._ranges)) if not RangeSummary.is_complete(self._unfinished, i)]
+        total = sum(file.size for file in self._files)
+        done = total - sum(_stored_bytes(self._ranges[index]) for index in missing)
+        progress(done, total)
+        for row in self._run_tasks(missing):
+            if error := row["error"].as_py():
+                raise DataError(error)
+            done = min(done + row["bytes"].as_py(), total)  # Ray repeats a task whose worker died
+            progress(done, total)
+
+    def _run_tasks(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+        if not indices:
+            return iter(())
+        items = [{"index": index, **_as_row(self._ranges[index])} for index in indices]
+        with ray_data.settings():
+            dataset = ray.data.from_items(items, override_num_blocks=len(items))
+            dataset = dataset.flat_map(_WriteShard(self._unfinished, self._recipe), num_cpus=1)
+        return ray_data.rows(dataset)
+
+
+@dataclass(frozen=True)
+class _WriteShard:
+    """The task: a row that names a range → rows that tell the bytes done since the row before, or an error."""
+
+    folder: Path
+    recipe: Recipe
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        index, before = row.pop("index"), 0
+        try:
+            for now in write_shard(self.folder, index, _from_row(row), self.recipe):
+                yield {"bytes": now - before, "error": ""}
+                before = now
+        except DataError as error:
+            yield {"bytes": 0, "error": str(error)}
+
+
+def _as_row(part: ByteRange) -> dict[str, Any]:
+    return {**dataclasses.asdict(part.file), "start": part.start, "stop": part.stop}
+
+
+def _from_row(row: dict[str, Any]) -> ByteRange:
+    start, stop = row.pop("start"), row.pop("stop")
+    return ByteRange(SourceFile(**row), start, stop)
+
+
+def _sum_up(
+    files: Sequence[SourceFile], ranges: Sequence[ByteRange], summaries: Sequence[RangeSummary], **identity: Any
+) -> Manifest:
+    """What all ranges yielded together; line numbers now count from the start of the file."""
+    names = dict(zip([file.path for file in files], _names(files), strict=True))
+    origins = [names[part.file.path] for part in ranges]
+    lines, documents, bad = (_per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines"))
+    before = _lines_before(origins, summaries)
+    parts = list(zip(origins, before, summaries, strict=True))
+    named = [BadLine(name, first + line, why) for name, first, each in parts for line, why in each.first_bad_lines]
+    return Manifest(
+        files=tuple(FileSummary(name, lines[name], documents[name], bad[name]) for name in names.values()),
+        shards=tuple(
+            ShardInfo(shard_name(index), each.shard_bytes, each.rows, name, first)
+            for index, (name, first, each) in enumerate(parts)
+            if each.rows
+        ),
+        rows=sum(each.rows for each in summaries),
+        documents=documents.total(),
+        tokens=sum(each.tokens for each in summaries),
+        target_tokens=sum(each.tokens - each.pieces for each in summaries),
+        text_bytes=sum(each.text_bytes for each in summaries),
+        bad_lines=bad.total(),
+        first_bad_lines=tuple(named[:NAMED_BAD_LINES]),
+        **identity,
+    )
+
+
+def _per_file(origins: Sequence[str], summaries: Sequence[RangeSummary], key: str) -> Counter[str]:
+    totals: Counter[str] = Counter()
+    for origin, summary in zip(origins, summaries, strict=True):
+        totals[origin] += getattr(summary, key)
+    return totals
+
+
+def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> list[int]:
+    """How many lines of its file lie before each range."""
+    seen: Counter[str] = Counter()
+    before = []
+    for origin, summary in zip(origins, summaries, strict=True):
+        before.append(seen[origin])
+        seen[origin] += summary.lines
+    return before
+
+
+def _refuse_empty(manifest: Manifest) -> None:
+    empty = [
+        f"{each.path}: no document in {each.lines:,} lines ({each.bad_lines:,} bad)"
+        for each in manifest.files
+        if not each.documents
+    ]
+    if empty:
+        raise DataError("\n".join([*empty, *bad_line_report(manifest, verdict="refused")[:10]]))
+
+
+def _names(files: Sequence[SourceFile]) -> list[str]:
+    """The paths from the folder on that all files share: the same wherever that folder lies."""
+    if not files:
+        raise DataError("no file to prepare")
+    shared = len(os.path.commonpath([os.path.dirname(file.path) for file in files]))
+    return [file.path[shared:].lstrip("/") for file in files]
+
+
+def _stored_bytes(part: ByteRange) -> int:
+    return min(part.stop, part.file.size) - part.start
+
+
+def _first_characters(texts: Iterator[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        limit -= len(text)
+        if limit <= 0:
+            return
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the others wait, and find the work done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,54 @@
+"""Ray Data under our settings: silent, and every row handed over as soon as it is there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray.data
+from ray._private.log import PlainRayHandler
+from ray.data import DataContext
+
+
+@contextmanager
+def settings(steps_ahead: int = 2) -> Iterator[None]:
+    """For the creation of a `Dataset`, which takes the context of that moment with it.
+
+    Nothing is printed: the caller shows its own progress. A block holds one row, and a task that runs `steps_ahead`
+    blocks ahead of the reader waits.
+    """
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+    context.target_max_block_size = 1
+    context._max_num_blocks_in_streaming_gen_buffer = steps_ahead  # no public name in Ray 2.60
+    _quieten_console()
+    with DataContext.current(context):
+        yield
+
+
+def _quieten_console() -> None:
+    """Ray Data's remarks go to its log file; it remarks even that its progress bars are off."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, PlainRayHandler):
+            handler.setLevel(logging.ERROR)
+
+
+def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """The rows of `dataset`; closing the iterator stops its tasks."""
+    batches = iter(dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1))
+    try:
+        for batch in batches:
+            yield {name: batch.column(name)[0] for name in batch.column_names}
+    finally:
+        _stop(dataset)
+
+
+def _stop(dataset: ray.data.Dataset) -> None:
+    """Ray Data ends an execution that was not read to its end only when it is garbage-collected; this ends it now."""
+    executor = dataset._current_executor
+    if executor is not None:
+        executor.shutdown(force=True)

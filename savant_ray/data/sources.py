@@ -1,0 +1,102 @@
+"""Files, folders, globs and URIs → the files behind them.
+
+One way for the local disk and for every `pyarrow.fs` store (s3://, gs://, hdfs://).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from savant_ray.errors import DataError
+
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+SUFFIXES = tuple(suffix + packed for suffix in (".jsonl", ".json", ".ndjson") for packed in ("", *CODECS))
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of JSON lines: an absolute path or a URI, and what tells whether it changed."""
+
+    path: str
+    size: int  # bytes as stored
+    mtime_ns: int
+
+    @property
+    def codec(self) -> str | None:
+        """The compression, known by the file's suffix."""
+        return CODECS.get(os.path.splitext(self.path)[1])
+
+    def resolve(self) -> tuple[pafs.FileSystem, str]:
+        """The file system and the path in it."""
+        return _resolve(self.path)
+
+
+def expand(pattern: str | Sequence[str]) -> list[SourceFile]:
+    """The files behind a path, folder (recursively), glob or `pyarrow.fs` URI, sorted, each once.
+
+    Raises:
+        DataError: nothing is there; names the pattern.
+    """
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    found = {file.path: file for each in patterns for file in _expand_one(each)}
+    return [found[path] for path in sorted(found)]
+
+
+def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
+    if "://" in path:
+        return pafs.FileSystem.from_uri(path)
+    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+
+
+def _expand_one(pattern: str) -> list[SourceFile]:
+    try:
+        filesystem, path = _resolve(pattern)
+        info = filesystem.get_file_info(path)
+        if info.type == pafs.FileType.File:
+            infos = [info]
+        elif info.type == pafs.FileType.Directory:
+            infos = [each for each in _files_below(filesystem, path) if each.path.endswith(SUFFIXES)]
+        else:
+            matches = _glob_expression(path).fullmatch
+            infos = [each for each in _files_below(filesystem, _fixed_folder(path)) if matches(each.path)]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{pattern}: cannot be listed ({error})") from error
+    if not infos:
+        raise DataError(_nothing_found(pattern, info.type == pafs.FileType.Directory))
+    scheme = pattern.split("://")[0] + "://" if "://" in pattern else ""
+    return [SourceFile(scheme + each.path, each.size, each.mtime_ns or 0) for each in infos]
+
+
+def _nothing_found(pattern: str, is_folder: bool) -> str:
+    if is_folder:
+        return f"{pattern}: the folder holds no {', '.join(SUFFIXES[:3])} …"
+    return f"{pattern}: no such {'match' if _is_glob(pattern) else 'file or folder'}"
+
+
+def _files_below(filesystem: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
+    selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
+    infos = filesystem.get_file_info(selector)
+    return [each for each in infos if each.type == pafs.FileType.File and not each.base_name.startswith(".")]
+
+
+def _is_glob(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _fixed_folder(path: str) -> str:
+    """The deepest folder above every match of a glob."""
+    return re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0] or "/"
+
+
+def _glob_expression(path: str) -> re.Pattern[str]:
+    """`*` and `?` stay within a folder, `**/` crosses folders, `[…]` is a set of characters."""
+    meanings = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", path)
+    literal_at_even = (part if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    return re.compile("".join(meanings.get(part, part.replace("[!", "[^")) for part in literal_at_even))

@@ -1,0 +1,260 @@
+"""Packed sequences on disk: written once, then any row by its number.
+
+    <name>-<fingerprint>/
+    ├── shard-00000.arrow   Arrow IPC: tokens [rows, sequence_length], piece lengths and line numbers per row
+    ├── shard-00000.json    what the range yielded; written after its shard
+    └── manifest.json       the sum of all; a folder under this name is complete
+
+The folder's name covers the content of the files, so a cache is never out of date. Shards are memory-mapped: a read
+costs the rows it asks for. Every node needs the folder under the same path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from savant_ray.errors import DataError
+
+Unsigned = NDArray[np.unsignedinteger]
+
+MANIFEST = "manifest.json"
+OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """`tokens` [N, T] int32 and `document_ids` [N, T] int32: 0, 1, 2 … within a row, -1 (and token 0) for padding."""
+
+    tokens: NDArray[np.int32]
+    document_ids: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Sequences:
+        return Sequences(self.tokens[rows], self.document_ids[rows])
+
+    @classmethod
+    def empty(cls, n: int, sequence_length: int) -> Sequences:
+        """`n` rows of padding."""
+        shape = (n, sequence_length)
+        return cls(np.zeros(shape, dtype=np.int32), np.full(shape, -1, dtype=np.int32))
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no document."""
+
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """What one file held; `path` is relative to the folder that all files share."""
+
+    path: str
+    lines: int
+    documents: int
+    bad_lines: int
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A shard, the file it comes from and how many of that file's lines lie before it."""
+
+    name: str
+    bytes: int
+    rows: int
+    file: str
+    lines_before: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a token cache holds."""
+
+    fingerprint: str
+    sequence_length: int
+    files: tuple[FileSummary, ...]
+    shards: tuple[ShardInfo, ...]
+    rows: int
+    documents: int
+    tokens: int
+    target_tokens: int  # tokens less one per piece: the last token of a piece has no target
+    text_bytes: int  # UTF-8 bytes of the documents
+    bad_lines: int
+    first_bad_lines: tuple[BadLine, ...]
+
+    @property
+    def padding(self) -> int:
+        """Positions without a token."""
+        return self.rows * self.sequence_length - self.tokens
+
+    def to_json(self) -> str:
+        """The manifest as it lies in the folder."""
+        return json.dumps(dataclasses.asdict(self) | {"padding": self.padding}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        del values["padding"]
+        values["files"] = tuple(FileSummary(**each) for each in values["files"])
+        values["shards"] = tuple(ShardInfo(**each) for each in values["shards"])
+        values["first_bad_lines"] = tuple(BadLine(**each) for each in values["first_bad_lines"])
+        return cls(**values)
+
+
+def bad_line_report(manifest: Manifest, verdict: str = "skipped") -> list[str]:
+    """A sentence for each bad line that the manifest names, and one for those it only counts."""
+    summaries = {each.path: each for each in manifest.files}
+    sentences = [
+        f"{bad.file} line {bad.line}: {bad.reason}; {verdict}, "
+        f"{summaries[bad.file].bad_lines:,} of {summaries[bad.file].lines:,} lines"
+        for bad in manifest.first_bad_lines
+    ]
+    unnamed = manifest.bad_lines - len(sentences)
+    return [*sentences, f"… and {unnamed:,} more bad lines"] if unnamed else sentences
+
+
+class TokenCache:
+    """The rows of a cache folder, numbered over all shards."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._shard_ends = np.cumsum([shard.rows for shard in manifest.shards], dtype=np.int64)
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> TokenCache:
+        """An existing cache.
+
+        Raises:
+            DataError: the folder is no cache, or a shard is missing or cut short.
+        """
+        folder = Path(folder)
+        try:
+            manifest = Manifest.from_json((folder / MANIFEST).read_text())
+            sizes = [(folder / shard.name).stat().st_size for shard in manifest.shards]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}: not a complete token cache ({error}); delete it, it will be made again") from error
+        for shard, size in zip(manifest.shards, sizes, strict=True):
+            if size != shard.bytes:
+                raise DataError(
+                    f"{folder / shard.name}: has {size:,} of {shard.bytes:,} bytes; delete the folder, "
+                    f"it will be made again"
+                )
+        return cls(folder, manifest)
+
+    @property
+    def n_sequences(self) -> int:
+        """How many rows there are."""
+        return self.manifest.rows
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per row, padding included."""
+        return self.manifest.sequence_length
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same files, tokenizer and sequence length, and only for them."""
+        return self.manifest.fingerprint
+
+    def take(self, rows: NDArray[np.int64]) -> Sequences:
+        """The rows of these numbers, in this order."""
+        result = Sequences.empty(len(rows), self.sequence_length)
+        shards = np.searchsorted(self._shard_ends, rows, side="right")
+        for index in np.unique(shards):
+            here = np.flatnonzero(shards == index)
+            shard = self._shard(int(index))
+            for place, row in zip(here.tolist(), (rows[here] - self._first_row(int(index))).tolist(), strict=True):
+                batch, at = shard.find(row)
+                lengths = batch.lengths(at)
+                result.tokens[place] = batch.tokens[at]
+                result.document_ids[place, : lengths.sum()] = np.repeat(np.arange(len(lengths)), lengths)
+        return result
+
+    def documents(self, row: int) -> list[tuple[str, int]]:
+        """File and line of each document in the row, in order: where to look when a micro-batch goes wrong."""
+        index = int(np.searchsorted(self._shard_ends, row, side="right"))
+        info = self.manifest.shards[index]
+        batch, at = self._shard(index).find(row - self._first_row(index))
+        return [(info.file, info.lines_before + int(line)) for line in batch.lines(at)]
+
+    def _first_row(self, shard: int) -> int:
+        return int(self._shard_ends[shard]) - self.manifest.shards[shard].rows
+
+    def _shard(self, index: int) -> _Shard:
+        """Opened shards are kept, the least recently used one is closed first."""
+        shard = self._open.pop(index, None) or _Shard(self.folder / self.manifest.shards[index].name)
+        self._open[index] = shard
+        if len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return shard
+
+
+class _Shard:
+    """A memory-mapped Arrow file."""
+
+    def __init__(self, path: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._batches = [_Batch(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        self._ends = np.cumsum([len(batch.tokens) for batch in self._batches])
+
+    def find(self, row: int) -> tuple[_Batch, int]:
+        """The record batch that holds the row, and where."""
+        index = int(np.searchsorted(self._ends, row, side="right"))
+        return self._batches[index], row - (int(self._ends[index - 1]) if index else 0)
+
+
+class _Batch:
+    """A chunk of rows as NumPy arrays on the mapped file."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        tokens, lengths, lines = batch.columns
+        self.tokens: Unsigned = tokens.values.to_numpy(zero_copy_only=True).reshape(-1, tokens.type.list_size)
+        self._ends = lengths.offsets.to_numpy(zero_copy_only=True)
+        self._lengths = lengths.values.to_numpy(zero_copy_only=True)
+        self._lines = lines.values.to_numpy(zero_copy_only=True)
+
+    def lengths(self, row: int) -> Unsigned:
+        """The lengths of the row's pieces."""
+        return self._lengths[self._ends[row] : self._ends[row + 1]]
+
+    def lines(self, row: int) -> Unsigned:
+        """The line numbers of the row's pieces, counted from the start of the range."""
+        return self._lines[self._ends[row] : self._ends[row + 1]]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    """The smallest type that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def shard_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
+    """The columns of a shard."""
+    tokens = pa.list_(pa.from_numpy_dtype(token_dtype(vocab_size)), sequence_length)
+    return pa.schema({"tokens": tokens, "lengths": pa.list_(pa.uint32()), "lines": pa.list_(pa.uint32())})
+
+
+def shard_batch(
+    schema: pa.Schema, rows: Unsigned, row_ends: NDArray[np.int64], lengths: NDArray[Any], lines: NDArray[Any]
+) -> pa.RecordBatch:
+    """Rows [N, T] with the lengths and line numbers of their pieces; `row_ends[i]` pieces lie up to the end of row i."""
+    ends = pa.array(np.concatenate(([0], row_ends)), pa.int32())
+    tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), type=schema.field("tokens").type)
+    lists = [pa.ListArray.from_arrays(ends, pa.array(each, pa.uint32())) for each in (lengths, lines)]
+    return pa.RecordBatch.from_arrays([tokens, *lists], schema=schema)
