@@ -243,6 +243,11 @@ def setting_rows() -> list[Setting]:
     return rows
 
 
+def section_meanings() -> dict[str, str]:
+    """Every section's name and what it is about."""
+    return {name: type(section).__doc__ or "" for name, section in Config()}
+
+
 def known_names() -> list[str]:
     """Whatever can be misspelt: sections, settings and the parts of a source."""
     return [*Config.model_fields, *(row.name for row in setting_rows()), *SourceConfig.model_fields]

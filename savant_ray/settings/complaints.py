@@ -28,16 +28,19 @@ def explain(error: ValidationError, names: Sequence[str]) -> Iterator[tuple[str,
     for name, problems in by_name.items():
         if any(other.startswith(f"{name}[") for other in by_name):
             continue  # a list, whose item is the culprit
-        wanted = [word for problem in problems for word in _wanted(problem)]
-        if wanted:
-            *most, last = wanted
-            words = f"{', '.join(most)} or {last}" if most else last
-            yield name, f"expected {words}, found {show(problems[0]['input'])}"
-        elif problems[0]["type"] == "value_error":  # the checks in `config.py` name the setting themselves
-            named, _, message = str(problems[0]["ctx"]["error"]).partition(": ")
-            yield named, message
-        else:
-            yield name, _outside(problems[0], name, names)
+        yield _complaint(name, problems, names)
+
+
+def _complaint(name: str, problems: list[Any], names: Sequence[str]) -> tuple[str, str]:
+    for problem in problems:
+        if problem["type"] == "value_error":  # the checks in `config.py` name the setting themselves
+            named, _, message = str(problem["ctx"]["error"]).partition(": ")
+            return named, message
+        if not _wanted(problem):  # of the right type: the types it might have had instead do not matter
+            return name, _outside(problem, name, names)
+    *most, last = [word for problem in problems for word in _wanted(problem)]
+    words = f"{', '.join(most)} or {last}" if most else last
+    return name, f"expected {words}, found {show(problems[0]['input'])}"
 
 
 _TYPES = {

@@ -36,7 +36,15 @@ def load_yaml(text: str) -> Any:
 def show(value: Any) -> str:
     """A value as the user would write it in YAML, shortened."""
     try:
-        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1 << 20)
+        lines = isinstance(value, str) and "\n" in value
+        text = yaml.safe_dump(
+            value,
+            default_flow_style=True,
+            default_style='"' if lines else None,
+            allow_unicode=True,
+            sort_keys=False,
+            width=1 << 20,
+        )
     except yaml.YAMLError:
         text = repr(value)
     text = text.strip().removesuffix("...").strip()

@@ -1,0 +1,245 @@
+"""Settings: where they come from, which wins, and what is refused in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from savant_ray.config import Config, ModelConfig, dump_yaml, load_config, setting_rows
+from savant_ray.errors import SettingsError
+from savant_ray.settings.sources import PREFIX
+
+
+def refusal(
+    *arguments: str, environment: dict[str, str] | None = None, file: Path | None = None, yaml: str | None = None
+) -> list[str]:
+    """What is said about wrong settings, one line each."""
+    if yaml is not None:
+        assert file is not None
+        file.write_text(yaml, encoding="utf-8")
+    with pytest.raises(SettingsError) as error:
+        load_config(arguments, environment or {}, file)
+    assert error.value.exit_code == 2
+    return str(error.value).splitlines()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "settings.yaml"
+
+
+def test_later_sources_win_over_earlier_ones(file: Path) -> None:
+    file.write_text("training: {max_steps: 1, batch_size: 1, accumulation: 1}\n")
+    environment = {"SAVANT_TRAINING__BATCH_SIZE": "2", "SAVANT_TRAINING__ACCUMULATION": "2"}
+    training = load_config(["--training.accumulation", "3"], environment, file).training
+    assert (training.max_steps, training.batch_size, training.accumulation) == (1, 2, 3)
+    assert training.learning_rate == 2e-5
+
+
+def test_the_environment_is_the_processs_own_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAVANT_RUN__SEED", "5")
+    assert load_config().run.seed == 5
+    assert load_config(environment={}).run.seed == 1337
+
+
+def test_an_option_takes_its_value_after_a_space_or_an_equals_sign() -> None:
+    spaced = load_config(["--training.max_steps", "7", "--training.weight_decay", "0"], {})
+    assert spaced == load_config(["--training.max_steps=7", "--training.weight_decay=0"], {})
+
+
+def test_the_last_of_two_equal_options_wins() -> None:
+    assert load_config(["--run.seed=1", "--run.seed=2"], {}).run.seed == 2
+
+
+@pytest.mark.parametrize("text", ["2e-5", "2.0e-05", "0.00002", ".00002", "2E-5"])
+def test_a_number_reads_the_same_from_every_source(text: str, file: Path) -> None:
+    file.write_text(f"training: {{learning_rate: {text}}}\n")
+    from_file = load_config((), {}, file)
+    assert from_file.training.learning_rate == 2e-5
+    assert from_file == load_config(["--training.learning_rate", text], {})
+    assert from_file == load_config((), {"SAVANT_TRAINING__LEARNING_RATE": text})
+
+
+def test_text_stays_as_typed_on_the_command_line() -> None:
+    prompt = "Question: {a: 1}, [b] # no comment\n- 012 'x'"
+    config = load_config(["--validation.prompt", prompt, "--run.name", "012"], {})
+    assert (config.validation.prompt, config.run.name) == (prompt, "012")
+
+
+def test_lists_and_names_with_values_are_given_as_yaml_or_json() -> None:
+    sources = '[{"path": ["a.jsonl", "b/*.jsonl"], "weight": 1}, {path: c, weight: .5, optional: true}]'
+    resources = "{CPU: 2, GPU: 0.5}"
+    config = load_config(["--data.sources", sources, "--scaling.resources_per_worker", resources], {})
+    assert [source.path for source in config.data.sources] == [["a.jsonl", "b/*.jsonl"], "c"]
+    assert [source.optional for source in config.data.sources] == [False, True]
+    assert config.scaling.resources_per_worker == {"CPU": 2, "GPU": 0.5}
+    assert load_config(["--data.validation", "[a, b]"], {}).data.validation == ["a", "b"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_a_switch_is_auto_true_or_false(text: str, value: str | bool) -> None:
+    assert load_config(["--training.compile", text], {}).training.compile is value
+
+
+def test_null_takes_an_optional_setting_back(file: Path) -> None:
+    file.write_text("run: {init_from: other}\n")
+    assert load_config(["--run.init_from", "null"], {}, file).run.init_from is None
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "training:\n", "\ufefftraining:\n  # nothing\n"])
+def test_a_file_that_says_nothing_leaves_the_defaults(text: str, file: Path) -> None:
+    file.write_text(text, encoding="utf-8")
+    assert load_config((), {}, file) == Config()
+
+
+def test_the_complete_settings_read_back_to_the_same(file: Path) -> None:
+    prompt = "Zeile 1\n\n  “U+2028: \u2028” # kein Kommentar\n"
+    config = load_config(["--validation.prompt", prompt, "--training.learning_rate", "1e-7"], {})
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_config((), {}, file) == config
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_every_setting_can_be_given_by_every_source(file: Path) -> None:
+    import yaml
+
+    for row in setting_rows():
+        text = row.default if isinstance(row.default, str) else yaml.safe_dump(row.default, default_flow_style=True)
+        assert load_config([f"--{row.name}", text], {}) == load_config((), {row.variable: text}) == Config()
+
+
+def test_every_setting_says_what_it_means() -> None:
+    assert all(row.meaning and row.name.count(".") == 1 for row in setting_rows())
+    assert all(row.variable == PREFIX + row.name.upper().replace(".", "__") for row in setting_rows())
+
+
+def test_an_unknown_name_is_refused_with_a_suggestion_whatever_its_source(file: Path) -> None:
+    environment = {"SAVANT_TRAINING__MAX_STEP": "1", "SAVANT_TRAINING_BATCH_SIZE": "1", "HOME": "/"}
+    yaml = "trainig: {max_steps: 3}\nmodel: {n_head: 2}\ndata: {sources: [{path: a, weigth: 1, weight: 1}]}\n"
+    assert refusal("--training.max_step", "1", "--max_steps=1", environment=environment, file=file, yaml=yaml) == [
+        f"{file}: trainig: no such setting; did you mean training?",
+        f"{file}: model.n_head: no such setting; did you mean model.n_heads?",
+        "SAVANT_TRAINING_BATCH_SIZE: no such setting; did you mean SAVANT_TRAINING__BATCH_SIZE?",
+        "SAVANT_TRAINING__MAX_STEP: no such setting; did you mean SAVANT_TRAINING__MAX_STEPS?",
+        "--training.max_step: no such setting; did you mean training.max_steps?",
+        "--max_steps: no such setting; did you mean training.max_steps?",
+        f"{file}: data.sources[0].weigth: no such setting; did you mean weight?",
+    ]
+
+
+def test_a_name_like_none_is_refused_without_a_suggestion() -> None:
+    assert refusal("--xyzzy", "1") == ["--xyzzy: no such setting"]
+
+
+def test_a_key_given_twice_is_refused_with_its_lines(file: Path) -> None:
+    yaml = "training:\n  max_steps: 1\n  max_steps: 2\nmodel: {}\ntraining: {}\n"
+    assert sorted(refusal(file=file, yaml=yaml)) == [
+        f"{file} line 3: max_steps was already given in line 2",
+        f"{file} line 5: training was already given in line 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("a: [1\nb: 2\n", " line 2: not valid YAML: expected ',' or ']', but got ':'"),
+        ("run:\n\tname: x\n", " line 2: not valid YAML: found character '\\t' that cannot start any token"),
+        ("run: {seed: !!int x}\n", ": not valid YAML: invalid literal for int() with base 10: 'x'"),
+        ("run: !!python/object:os.system x\n", " line 1: not valid YAML: could not determine a constructor"),
+        ("a: 1\n---\nb: 2\n", " line 2: not valid YAML: but found another document"),
+        ("[" * 5000, ": not valid YAML: "),
+        ("- a\n", ": expected sections with settings, found [a]"),
+        ("training: 3\n", ": training: expected settings below it, found 3"),
+    ],
+)
+def test_a_file_that_is_no_settings_file_is_refused_with_its_line(yaml: str, message: str, file: Path) -> None:
+    (line,) = refusal(file=file, yaml=yaml)
+    assert line.startswith(f"{file}{message}")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, file: Path) -> None:
+    assert refusal(file=tmp_path / "none.yaml") == [f"{tmp_path}/none.yaml: no such file or directory"]
+    assert refusal(file=tmp_path) == [f"{tmp_path}: is a directory"]
+    file.write_bytes(b"run: {name: \xff}")
+    assert refusal(file=file) == [f"{file}: not UTF-8 text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("training.batch_size", "true", "expected a whole number, found true"),
+        ("training.batch_size", "1.5", "expected a whole number, found 1.5"),
+        ("training.batch_size", "many", "expected a whole number, found many"),
+        ("training.batch_size", "9" * 5000, "expected a whole number, found .inf"),
+        ("training.batch_size", "0", "0 has to be at least 1"),
+        ("training.learning_rate", ".nan", "expected a finite number, found .nan"),
+        ("training.learning_rate", ".inf", "expected a finite number, found .inf"),
+        ("training.learning_rate", "-1", "-1 has to be greater than 0"),
+        ("training.learning_rate", "true", "expected a number, found true"),
+        ("training.warmup_fraction", "1", "1 has to be less than 1"),
+        ("training.precision", "fp16", "expected bf16, bf16-mixed or fp32, found fp16"),
+        ("training.compile", "1", "expected true, false or auto, found '1'"),
+        ("data.sources", "[]", "[] needs at least 1"),
+        ("data.validation", "", "'' must not be empty"),
+        ("data.on_bad_line", "ignore", "expected skip or error, found ignore"),
+        ("run.name", "a/b", "'a/b' is not a folder's name; where it lies is run.storage_path"),
+        ("run.name", "..", "'..' is not a folder's name; where it lies is run.storage_path"),
+        ("scaling.resources_per_worker", "4", "expected names with values, found 4"),
+        ("scaling.num_workers", "193", "193 is more than the 192 sequences of a step "),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused_under_the_name_it_was_given(name: str, text: str, message: str) -> None:
+    variable = PREFIX + name.replace(".", "__").upper()
+    (option_line,) = refusal(f"--{name}", text)
+    (variable_line,) = refusal(environment={variable: text})
+    assert option_line.startswith(f"--{name}: {message}")
+    assert variable_line.startswith(f"{variable}: {message}")
+
+
+def test_text_in_a_file_is_text_and_a_count_is_a_count(file: Path) -> None:
+    assert refusal(file=file, yaml='run: {name: 7, seed: "7"}\n') == [
+        f"{file}: run.name: expected text, found 7",
+        f"{file}: run.seed: expected a whole number, found '7'",
+    ]
+
+
+def test_a_wrong_item_of_a_list_is_named(file: Path) -> None:
+    yaml = "data: {validation: [a, 3], sources: [{path: a, weight: -1}, {weight: 1}]}\n"
+    assert refusal(file=file, yaml=yaml) == [
+        f"{file}: data.sources[0].weight: -1 has to be greater than 0",
+        f"{file}: data.sources[1].path: is missing",
+        f"{file}: data.validation[1]: expected text, found 3",
+    ]
+
+
+def test_settings_that_contradict_each_other_are_refused(file: Path) -> None:
+    yaml = "model: {dim: 512, n_heads: 7}\n"
+    assert refusal(file=file, yaml=yaml) == [f"{file}: model.n_heads: 7 does not divide model.dim = 512"]
+    assert refusal("--model.dim", "500") == ["model.n_heads: 16 does not divide model.dim = 500 (--model.dim)"]
+
+
+def test_a_plain_dict_is_checked_as_every_other_source() -> None:
+    with pytest.raises(SettingsError, match=r"^trainig: no such setting; did you mean training\?$"):
+        Config.from_dict({"trainig": {}})
+    with pytest.raises(SettingsError, match="^model.n_heads: 7 does not divide model.dim = 512$"):
+        Config.from_dict({"model": {"n_heads": 7, "dim": 512}})
+
+
+def test_an_option_without_a_value_or_a_value_without_an_option_is_refused() -> None:
+    assert refusal("stray", "--run.seed", "--run.name") == [
+        "stray: expected --section.setting VALUE",
+        "--run.seed: a value is missing",
+        "--run.name: a value is missing",
+    ]
+
+
+def test_settings_do_not_change_once_made() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().run.seed = 3  # type: ignore[misc]
+
+
+def test_what_follows_from_settings_is_computed_from_them() -> None:
+    config = Config()
+    assert (config.training.effective_batch, config.training.warmup_steps) == (192, 4000)
+    assert ModelConfig(dim=64, n_heads=4).head_dim == 16

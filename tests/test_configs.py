@@ -1,0 +1,63 @@
+"""Every shipped settings file loads, and says only what differs from the defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from savant_ray.config import LOGIC_PROMPT, Config, load_config
+
+FOLDER = Path(__file__).parents[1] / "configs"
+SHIPPED = sorted(FOLDER.glob("*.yaml"))
+
+
+def stated(path: Path) -> dict[str, Any]:
+    """What the file itself says, by dotted name."""
+    sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+
+
+def test_the_three_promised_files_are_there() -> None:
+    assert {"savant.yaml", "quickstart.yaml", "cluster.yaml"} <= {path.name for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_file_loads_and_states_only_what_differs(path: Path) -> None:
+    config, defaults = load_config((), {}, path).to_dict(), Config().to_dict()
+    for name in stated(path):
+        section, field = name.split(".")
+        assert config[section][field] != defaults[section][field], f"{name} is the default"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_file_says_for_what_on_what_how_long_and_what_to_expect(path: Path) -> None:
+    header = path.read_text(encoding="utf-8")
+    assert all(f"# {topic}:" in header for topic in ("For what", "On what", "How long", "Expect"))
+
+
+def test_savant_yaml_is_the_training_guides_run() -> None:
+    config = load_config((), {}, FOLDER / "savant.yaml")
+    training, validation, checkpoint = config.training, config.validation, config.checkpoint
+    assert (training.batch_size, training.accumulation, training.effective_batch) == (12, 16, 192)
+    assert (training.learning_rate, training.max_steps) == (2e-5, 80_000)
+    assert (training.warmup_fraction, training.warmup_steps) == (0.05, 4_000)
+    assert (training.vram_limit_gb, training.gradient_clip, training.precision) == (10.0, 1.0, "bf16")
+    assert config.model.soft_cap == 50.0
+    assert (validation.every_steps, validation.batches) == (500, 10)
+    assert (validation.max_new_tokens, validation.temperature) == (300, 0.6)
+    assert validation.prompt == LOGIC_PROMPT
+    assert LOGIC_PROMPT == "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
+    assert (checkpoint.every_steps, checkpoint.keep, config.run.name) == (500, 3, "checkpoints_savant")
+    assert [(s.path, s.weight, s.optional) for s in config.data.sources] == [
+        ("dataset/savant_dataset_train.jsonl", 0.8, False),
+        ("dataset/genius_dataset.jsonl", 0.2, True),
+    ]
+
+
+def test_the_quickstart_reads_the_files_it_makes() -> None:
+    config = load_config((), {}, FOLDER / "quickstart.yaml")
+    assert config.data.quickstart
+    assert config.data.sources == Config().data.sources
