@@ -1,0 +1,98 @@
+"""The terminal: a live line with the story scrolling above it, or plain lines where nobody watches."""
+
+from __future__ import annotations
+
+import sys
+from typing import Protocol, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.text import Text
+
+BAR_WIDTH = 20
+
+
+class Console(Protocol):
+    """Where a run speaks; all text comes formatted and printable."""
+
+    def say(self, text: str) -> None:
+        """Lines that stay."""
+
+    def show(self, label: str, done: float, total: float | None, figures: str) -> None:
+        """What is going on right now, for a display that changes."""
+
+    def remark(self, text: str) -> None:
+        """The same from time to time, for a display that does not."""
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+
+
+def open_console(stream: TextIO | None = None) -> Console:
+    """A live one on a terminal that can move its cursor, else a plain one."""
+    stream = sys.stdout if stream is None else stream
+    rich = RichConsole(file=stream, force_terminal=stream.isatty(), highlight=False)
+    return LiveConsole(rich) if rich.is_terminal and not rich.is_dumb_terminal else PlainConsole(stream)
+
+
+class PlainConsole:
+    """Lines without control characters. A reader that went away (`| head`) must not end the training."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream: TextIO | None = stream
+
+    def say(self, text: str) -> None:
+        """Prints and flushes."""
+        if self._stream is None:
+            return
+        try:
+            print(text, file=self._stream, flush=True)
+        except OSError:
+            self._stream = None
+
+    def show(self, label: str, done: float, total: float | None, figures: str) -> None:
+        """Nothing changes on paper."""
+
+    def remark(self, text: str) -> None:
+        """Prints."""
+        self.say(text)
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
+class LiveConsole:
+    """One live line: what is done, a bar, the figures. `Text` is never read as markup."""
+
+    def __init__(self, rich: RichConsole) -> None:
+        self._rich = rich
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(BAR_WIDTH),
+            TextColumn("{task.fields[figures]}", markup=False),
+            console=rich,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def say(self, text: str) -> None:
+        """Prints above the live line; wrapped by the terminal, so that it can be copied."""
+        self._rich.print(Text(text), soft_wrap=True)
+
+    def show(self, label: str, done: float, total: float | None, figures: str) -> None:
+        """Changes the live line; without a total the bar only shows that something happens."""
+        if self._task is not None and total is not None:
+            self._progress.update(self._task, description=label, total=total, completed=done, figures=figures)
+            return
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._progress.start()
+        self._task = self._progress.add_task(label, total=total, completed=done, figures=figures)
+
+    def remark(self, text: str) -> None:
+        """The live line says it already."""
+
+    def close(self) -> None:
+        """Removes the live line and gives the cursor back."""
+        self._progress.stop()

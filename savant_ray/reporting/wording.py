@@ -1,0 +1,146 @@
+"""Events and numbers in words: the one place that formats them, for the terminal and the log alike."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from functools import singledispatch
+from pathlib import PurePosixPath
+
+from savant_ray.events import (
+    AttemptStarted,
+    CheckpointSaved,
+    Event,
+    MicroBatchSkipped,
+    Notice,
+    RunResumed,
+    SampleGenerated,
+    StepDone,
+    ValidationDone,
+)
+
+MIB = 1 << 20
+SHARE_OF_WAITING_TO_MENTION = 0.01
+
+
+@singledispatch
+def describe(event: Event) -> str:
+    """The event as lines of text; empty if there is nothing to say about it."""
+    return ""
+
+
+@describe.register
+def _(event: AttemptStarted) -> str:
+    workers = "1 worker" if event.workers == 1 else f"{event.workers} workers"
+    first = (
+        f"training {event.parameters:,} parameters on {workers} ({event.device}): "
+        f"{event.step:,} of {event.max_steps:,} steps done, {event.effective_batch:,} sequences a step"
+    )
+    return "\n".join([first, *(f"note: {note}" for note in event.notes)])
+
+
+@describe.register
+def _(event: RunResumed) -> str:
+    start = f"resuming from {event.path}" if event.step else f"starting from the weights of {event.path}"
+    return f"{start} ({event.note})" if event.note else start
+
+
+@describe.register
+def _(event: ValidationDone) -> str:
+    moved = "" if event.weights_moved is None else f" · {percent(event.weights_moved)} of the weights moved"
+    return (
+        f"validation at step {event.step:,}: loss {event.validation_loss:.4f} · {event.bits_per_byte:.3f} bits per byte"
+        f"{moved} · {duration(event.seconds)}"
+    )
+
+
+@describe.register
+def _(event: SampleGenerated) -> str:
+    prompt = "\n".join(f"    {line}" for line in event.prompt.split("\n"))
+    answer = "\n".join(f"  > {line}" for line in (event.text or "(nothing)").split("\n"))
+    return f"sample at step {event.step:,} · {duration(event.seconds)}\n{prompt}\n{answer}"
+
+
+@describe.register
+def _(event: CheckpointSaved) -> str:
+    reason = "" if event.reason == "periodic" else f" ({event.reason})"
+    return f"saved {PurePosixPath(event.path).name}{reason} · {duration(event.seconds)}"
+
+
+@describe.register
+def _(event: MicroBatchSkipped) -> str:
+    return (
+        f"step {event.step:,}: a micro-batch of worker {event.rank} had loss {event.loss} and was skipped "
+        f"(positions {', '.join(str(position) for position in event.positions)})"
+    )
+
+
+@describe.register
+def _(event: Notice) -> str:
+    return event.text
+
+
+def step_label(step: int, max_steps: int) -> str:
+    """How far training is."""
+    return f"step {step:,}/{max_steps:,}"
+
+
+def step_figures(event: StepDone, seconds_left: float | None) -> str:
+    """A step's numbers in one line."""
+    parts = [
+        f"loss {event.train_loss:.4f}",
+        f"rate {event.learning_rate:.2e}",
+        f"{event.tokens_per_second:,.0f} tokens/s",
+        f"{event.memory_gb:.1f} GiB",
+    ]
+    waiting = event.data_wait_seconds / event.step_seconds if event.step_seconds else 0.0
+    if waiting > SHARE_OF_WAITING_TO_MENTION:
+        parts.append(f"{percent(waiting)} waiting for data")
+    if event.skipped_micro_batches:
+        parts.append(f"{event.skipped_micro_batches} micro-batches skipped")
+    if event.update_skipped:
+        parts.append(f"update skipped: gradient norm {event.grad_norm}")
+    if seconds_left is not None:
+        parts.append(f"{duration(seconds_left)} left")
+    return " · ".join(parts)
+
+
+def progress_figures(done: float, total: float, unit: str) -> str:
+    """How much of a preparation is done; bytes are shown in MiB."""
+    scale, name, digits = (MIB, "MiB", 1) if unit == "bytes" else (1, unit, 0)
+    share = f"{percent(done / total)}, " if total else ""
+    return f"{share}{done / scale:,.{digits}f} of {total / scale:,.{digits}f} {name}"
+
+
+def percent(share: float) -> str:
+    """`12 %`, with a decimal where it matters."""
+    return f"{100 * share:.1f} %" if 0 < share < 0.1 or 0.9 < share < 1 else f"{100 * share:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: `3.2 s`, `12 min 5 s`, `3 h 20 min`, `2 d 4 h`."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for large, small, large_name, small_name in _UNITS:
+        if whole >= large:
+            rest = f" {whole % large // small} {small_name}" if whole % large >= small else ""
+            return f"{whole // large} {large_name}{rest}"
+    return f"{whole} s"
+
+
+_UNITS = [(86_400, 3_600, "d", "h"), (3_600, 60, "h", "min"), (60, 1, "min", "s")]
+
+
+def printable(text: str) -> str:
+    """The text with its control characters spelt out: a model's answer must not steer the reader's terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _UNSEEN else _spelt(c) for c in text)
+
+
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (also right-to-left overrides), surrogate, line breaks
+
+
+def _spelt(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
