@@ -23,7 +23,8 @@ Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
 
 MAX_PERIOD = 100_000
-FEISTEL_ROUNDS = 8
+FEISTEL_ROUNDS = 8  # each changes both halves
+ROUND_KEY = np.uint64(0xD1342543DE82EF95)  # odd, so that no round key comes twice
 
 
 class GlobalOrder:
@@ -110,10 +111,11 @@ def _feistel(values: UInt64s, bits: int, keys: UInt64s) -> UInt64s:
     """A permutation of range(2**bits) per key; halves of unequal length take turns."""
     low_bits = bits // 2
     low, high = values & _ones(low_bits), values >> np.uint64(low_bits)
-    for round_ in range(FEISTEL_ROUNDS):
-        key = keys + np.uint64(2 * round_)
-        low ^= _scramble(_scramble(high) ^ key) & _ones(low_bits)
-        high ^= _scramble(_scramble(low) ^ (key + np.uint64(1))) & _ones(bits - low_bits)
+    for _ in range(FEISTEL_ROUNDS):
+        low ^= _scramble(high + keys) & _ones(low_bits)
+        keys = keys + ROUND_KEY
+        high ^= _scramble(low + keys) & _ones(bits - low_bits)
+        keys = keys + ROUND_KEY
     return (high << np.uint64(low_bits)) | low
 
 

@@ -48,9 +48,12 @@ def prepare(
     cache_dir: str | Path,
     on_bad_line: Literal["skip", "error"] = "skip",
     max_line_bytes: int = MAX_LINE_BYTES,
+    range_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> TokenCache:
     """The token cache of `files` below `cache_dir`, made if it is not there. Ray must be initialised to make it.
+
+    A task reads `range_bytes` of a file (default: see `plan_ranges`).
 
     Raises:
         DataError: a file cannot be read or yields nothing, or a line is bad and `on_bad_line` is "error".
@@ -60,9 +63,9 @@ def prepare(
     identity = {
         "version": FORMAT_VERSION,
         "files": list(zip(_names(files), content_hashes(files, cache_dir), strict=True)),
-        "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes],
+        "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
     }
-    job = _Job(files, recipe, fingerprint(identity), cache_dir)
+    job = _Job(plan_ranges(files, range_bytes), files, recipe, fingerprint(identity), cache_dir)
     with _locked(job.folder.with_suffix(".lock")):
         if not job.folder.exists():
             job.run(progress or (lambda done, total: None))
@@ -90,9 +93,16 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
 class _Job:
     """One preparation: its ranges, and the folder where it grows until it gets its name."""
 
-    def __init__(self, files: Sequence[SourceFile], recipe: Recipe, identity: str, cache_dir: Path) -> None:
+    def __init__(
+        self,
+        ranges: Sequence[ByteRange],
+        files: Sequence[SourceFile],
+        recipe: Recipe,
+        identity: str,
+        cache_dir: Path,
+    ) -> None:
         self._files = files
-        self._ranges = plan_ranges(files)
+        self._ranges = ranges
         self._recipe = recipe
         self._identity = identity
         self.folder = cache_dir / f"{_names(files)[0].partition('.')[0].replace('/', '-')}-{identity[:16]}"

@@ -26,6 +26,7 @@ class SourceFile:
     path: str
     size: int  # bytes as stored
     mtime_ns: int
+    query: str = ""  # options of a URI: "?endpoint_override=…"
 
     @property
     def codec(self) -> str | None:
@@ -34,7 +35,7 @@ class SourceFile:
 
     def resolve(self) -> tuple[pafs.FileSystem, str]:
         """The file system and the path in it."""
-        return _resolve(self.path)
+        return _resolve(self.path + self.query)
 
 
 def expand(pattern: str | Sequence[str]) -> list[SourceFile]:
@@ -48,10 +49,19 @@ def expand(pattern: str | Sequence[str]) -> list[SourceFile]:
     return [found[path] for path in sorted(found)]
 
 
-def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    if "://" in path:
-        return pafs.FileSystem.from_uri(path)
-    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+def _resolve(pattern: str) -> tuple[pafs.FileSystem, str]:
+    """The file system and the path in it; a URI's wildcards are kept from the URI parser, `?` begins its options."""
+    if "://" not in pattern:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(pattern))
+    path, query = _split_query(pattern)
+    plain = _fixed_folder(path) if _is_glob(path) else path
+    filesystem, resolved = pafs.FileSystem.from_uri(plain + query)
+    return filesystem, resolved + path[len(plain) :]
+
+
+def _split_query(pattern: str) -> tuple[str, str]:
+    path, mark, options = pattern.partition("?") if "://" in pattern else (pattern, "", "")
+    return path, mark + options
 
 
 def _expand_one(pattern: str) -> list[SourceFile]:
@@ -70,7 +80,8 @@ def _expand_one(pattern: str) -> list[SourceFile]:
     if not infos:
         raise DataError(_nothing_found(pattern, info.type == pafs.FileType.Directory))
     scheme = pattern.split("://")[0] + "://" if "://" in pattern else ""
-    return [SourceFile(scheme + each.path, each.size, each.mtime_ns or 0) for each in infos]
+    query = _split_query(pattern)[1]
+    return [SourceFile(scheme + each.path, each.size, each.mtime_ns or 0, query) for each in infos]
 
 
 def _nothing_found(pattern: str, is_folder: bool) -> str:

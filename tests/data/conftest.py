@@ -1,0 +1,45 @@
+"""Real Ray, and a tokenizer that makes a token of each byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """Text of n ASCII characters → n tokens, and one that ends the document."""
+    return train_tokenizer(iter(()), vocab_size=258)
+
+
+@pytest.fixture(scope="module")
+def real_ray() -> Iterator[None]:
+    """A local Ray with two CPUs, shut down after the module."""
+    ray = pytest.importorskip("ray")
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[[str, Iterable[str]], Path]:
+    """Writes texts as a JSONL file below the test's folder."""
+
+    def write(name: str, texts: Iterable[str]) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        return path
+
+    return write
