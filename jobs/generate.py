@@ -1,4 +1,4 @@
-"""Lets a checkpoint go on with a prompt: python jobs/generate.py --checkpoint RUN --prompt "…""""
+"""Lets a checkpoint go on with a prompt: python jobs/generate.py --checkpoint RUN --prompt TEXT"""
 
 import sys
 from pathlib import Path

@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode must not end a training
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # where a reader went away, here is the place to notice
+        return code
     except SavantError as error:
         print(textwrap.indent(str(error), "       ").replace("       ", "error: ", 1), file=sys.stderr)
         return error.exit_code

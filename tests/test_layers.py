@@ -1,0 +1,167 @@
+"""Who may import whom, and what a module looks like: the directions of the design, enforced.
+
+    cli → cluster → {training, reporting} → {inference, optim} → {data, model}
+
+Imports inside functions and under TYPE_CHECKING count too.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "savant_ray"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+EVERYBODY_MAY = {"errors", "events", "config"}
+ALLOWED = {
+    "cli": {"cluster", "training", "reporting", "data", "benchmarks", "settings"},
+    "benchmarks": {"cluster", "training", "reporting", "inference", "optim", "data", "model", "settings"},
+    "cluster": {"training", "reporting", "inference", "optim", "data", "model"},
+    "training": {"inference", "optim", "data", "model"},
+    "reporting": set(),
+    "inference": {"data", "model"},
+    "optim": set(),
+    "data": set(),
+    "model": set(),
+    "config": {"settings"},
+    "settings": set(),
+    "events": set(),
+    "errors": set(),
+}
+THIRD_PARTY = {
+    "cli": set(),
+    "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "tokenizers", "torch"},
+    "cluster": {"numpy", "psutil", "pyarrow", "ray", "torch"},
+    "training": {"numpy", "psutil", "torch"},
+    "reporting": {"rich", "tensorboardX"},
+    "inference": {"numpy", "torch"},
+    "optim": {"torch"},
+    "data": {"numpy", "orjson", "pandas", "pyarrow", "ray", "tokenizers"},
+    "model": {"torch"},
+    "config": {"pydantic", "yaml"},
+    "settings": {"pydantic", "yaml"},
+    "events": set(),
+    "errors": set(),
+}
+ONLY_IN_CLUSTER = ("ray.train", "ray.tune")
+NOT_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
+LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_JOB = 299, 60, 25
+
+
+def name_of(path: Path) -> str:
+    """`savant_ray.data.order` of its file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """`data` of `savant_ray.data.order`; the package itself is nobody's part."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module a file imports, wherever in it."""
+    package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+KNOWN = {name_of(path): path for path in MODULES}
+
+
+def own_imports(path: Path) -> set[str]:
+    """The project's modules that a file imports."""
+    return {name for name in imports(path) if name in KNOWN and name != name_of(path)}
+
+
+def foreign_imports(path: Path) -> set[str]:
+    """The packages of others that a file imports."""
+    tops = {name.partition(".")[0] for name in imports(path)}
+    return tops - set(sys.stdlib_module_names) - {"savant_ray"}
+
+
+def part_modules(part: str) -> list[Path]:
+    return [path for path in MODULES if part_of(name_of(path)) == part]
+
+
+def test_every_part_of_the_package_has_its_place() -> None:
+    assert {part_of(name) for name in KNOWN} - {""} <= set(ALLOWED) == set(THIRD_PARTY)
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_a_part_imports_only_what_lies_below_it(part: str) -> None:
+    allowed = ALLOWED[part] | EVERYBODY_MAY | {part, ""}
+    for path in part_modules(part):
+        wrong = {name for name in own_imports(path) if part_of(name) not in allowed}
+        assert not wrong, f"{path.relative_to(ROOT)} may not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("part", THIRD_PARTY)
+def test_a_part_imports_only_the_packages_in_its_row(part: str) -> None:
+    for path in part_modules(part):
+        wrong = foreign_imports(path) - THIRD_PARTY[part]
+        assert not wrong, f"{path.relative_to(ROOT)} may not import {sorted(wrong)}"
+
+
+def test_only_the_cluster_knows_ray_train() -> None:
+    for path in MODULES:
+        if part_of(name_of(path)) not in ("cluster", "benchmarks"):
+            wrong = {name for name in imports(path) if name.startswith(ONLY_IN_CLUSTER)}
+            assert not wrong, f"{path.relative_to(ROOT)} may not import {sorted(wrong)}"
+
+
+def test_data_uses_tensors_only_as_arrays() -> None:
+    assert all("torch" not in foreign_imports(path) for path in part_modules("data"))
+
+
+def test_no_two_modules_import_each_other_however_indirectly() -> None:
+    graph = {name: own_imports(path) for name, path in KNOWN.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " → ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_no_module_is_named_after_nothing() -> None:
+    assert not [name for name in KNOWN if set(name.split(".")) & NOT_NAMES]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_says_in_its_first_line_what_it_is_and_stays_readable(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    docstring = ast.get_docstring(tree)
+    assert docstring and docstring.splitlines()[0].strip()
+    assert len(text.splitlines()) <= LONGEST_MODULE
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
+            assert node.returns is not None, f"{node.name} does not say what it returns"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
+def test_a_job_is_one_call(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_JOB
+    assert not [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.For | ast.While)]
+    assert {name for name in imports(path) if name.startswith("savant_ray")} == {"savant_ray.cli", "savant_ray.cli.main"}
