@@ -1,15 +1,18 @@
-"""The terminal: a live line with the story scrolling above it, or plain lines where nobody watches."""
+"""The terminal: a live display with the story scrolling above it, or plain lines where nobody watches."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Protocol, TextIO
 
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-BAR_WIDTH = 20
+BAR_WIDTH = 40
 
 
 class Console(Protocol):
@@ -62,37 +65,49 @@ class PlainConsole:
 
 
 class LiveConsole:
-    """One live line: what is done, a bar, the figures. `Text` is never read as markup."""
+    """What is done with a bar, and the figures below it: together they would not fit into 80 columns. `Text` is never read as markup.
+
+    A terminal that was closed must not end the training either, so its errors are left alone.
+    """
 
     def __init__(self, rich: RichConsole) -> None:
         self._rich = rich
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(BAR_WIDTH),
-            TextColumn("{task.fields[figures]}", markup=False),
-            console=rich,
-            transient=True,
-        )
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(BAR_WIDTH)
+        self._progress = _WithFigures(*columns, console=rich, transient=True)
         self._task: TaskID | None = None
 
     def say(self, text: str) -> None:
         """Prints above the live line; wrapped by the terminal, so that it can be copied."""
-        self._rich.print(Text(text), soft_wrap=True)
+        with suppress(OSError):
+            self._rich.print(Text(text), soft_wrap=True)
 
     def show(self, label: str, done: float, total: float | None, figures: str) -> None:
         """Changes the live line; without a total the bar only shows that something happens."""
-        if self._task is not None and total is not None:
-            self._progress.update(self._task, description=label, total=total, completed=done, figures=figures)
-            return
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._progress.start()
-        self._task = self._progress.add_task(label, total=total, completed=done, figures=figures)
+        with suppress(OSError):
+            if self._task is not None and total is not None:
+                self._progress.update(self._task, description=label, total=total, completed=done, figures=figures)
+            else:
+                self._begin(label, done, total, figures)
 
     def remark(self, text: str) -> None:
         """The live line says it already."""
 
     def close(self) -> None:
         """Removes the live line and gives the cursor back."""
-        self._progress.stop()
+        with suppress(OSError):
+            self._progress.stop()
+
+    def _begin(self, label: str, done: float, total: float | None, figures: str) -> None:
+        """A new task, because rich cannot take a task's total back."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._progress.start()
+        self._task = self._progress.add_task(label, total=total, completed=done, figures=figures)
+
+
+class _WithFigures(Progress):
+    """A bar with a line of text below it."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(f"  {task.fields['figures']}") for task in self.tasks if task.fields["figures"])

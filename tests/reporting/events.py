@@ -1,0 +1,40 @@
+"""Events as a run would emit them, with plausible numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from savant_ray.events import AttemptStarted, CheckpointSaved, SampleGenerated, StepDone, ValidationDone
+
+
+def attempt(step: int = 0, max_steps: int = 1000, **changes: Any) -> AttemptStarted:
+    fields: dict[str, Any] = {"workers": 1, "device": "cpu", "parameters": 1_234_567, "effective_batch": 192}
+    return AttemptStarted(step=step, max_steps=max_steps, **(fields | changes))
+
+
+def step_done(step: int, **changes: Any) -> StepDone:
+    fields: dict[str, Any] = {
+        "train_loss": 6.3915,
+        "learning_rate": 2e-5,
+        "grad_norm": 0.91,
+        "tokens": 190_000,
+        "tokens_per_second": 12_345.6,
+        "skipped_micro_batches": 0,
+        "micro_batch_size": 12,
+        "memory_gb": 3.21,
+        "data_wait_seconds": 0.0,
+        "step_seconds": 2.0,
+    }
+    return StepDone(step=step, **(fields | changes))
+
+
+def validation(step: int) -> ValidationDone:
+    return ValidationDone(step=step, validation_loss=5.1234, bits_per_byte=2.1, weights_moved=0.971, seconds=3.2)
+
+
+def sample(step: int, text: str = " five\nplus ten", prompt: str = "Question: X?\nAnswer:") -> SampleGenerated:
+    return SampleGenerated(step=step, prompt=prompt, text=text, seconds=1.5)
+
+
+def checkpoint(step: int, reason: str = "periodic") -> CheckpointSaved:
+    return CheckpointSaved(step=step, path=f"/runs/x/step_{step}", reason=reason, seconds=0.4)

@@ -1,0 +1,101 @@
+"""The record: complete lines, each step once, whatever happened to the run."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from savant_ray.events import Event, MicroBatchSkipped, RunResumed
+from savant_ray.reporting.record import METRICS, SAMPLES, Record, read_records
+from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
+
+
+def write(folder: Path, *events: Event, after: int | None = None) -> None:
+    record = Record(folder)
+    if after is not None:
+        record.drop_after(after)
+    for event in events:
+        record.append(event)
+    record.close()
+
+
+def history(folder: Path, file: str = METRICS) -> list[tuple[str, Any]]:
+    return [(line["event"], line.get("step")) for line in read_records(folder / file)]
+
+
+def one_attempt(*steps: int) -> list[Event]:
+    return [event for step in steps for event in (step_done(step), validation(step), sample(step), checkpoint(step))]
+
+
+def test_an_event_is_one_line_with_its_name_and_time_first(tmp_path: Path) -> None:
+    write(tmp_path, step_done(3), RunResumed(step=2, path="/runs/x/step_2"))
+    step, resume = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
+    assert list(step)[:4] == ["event", "time", "step", "train_loss"]
+    assert {"learning_rate", "grad_norm", "tokens", "tokens_per_second", "skipped_micro_batches"} <= set(step)
+    assert {"micro_batch_size", "memory_gb"} <= set(step)
+    assert (resume["event"], resume["step"], resume["from"]) == ("resume", 2, "/runs/x/step_2")
+    assert datetime.fromisoformat(step["time"]).utcoffset() == timedelta(0)
+
+
+def test_a_line_is_there_as_soon_as_its_event_is_handled(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.append(step_done(1))
+    assert history(tmp_path) == [("step", 1)]
+    record.close()
+
+
+def test_samples_have_a_file_of_their_own_too(tmp_path: Path) -> None:
+    text = 'ünïcode \u2028 "quotes"\n\x1b[31m'
+    write(tmp_path, step_done(1), sample(1, text))
+    (line,) = read_records(tmp_path / SAMPLES)
+    assert (line["step"], line["text"]) == (1, text)
+    assert history(tmp_path) == [("step", 1), ("sample", 1)]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_json_does_not_have_becomes_null(number: float, tmp_path: Path) -> None:
+    write(tmp_path, step_done(1, train_loss=number))
+    (line,) = read_records(tmp_path / METRICS)
+    assert line["train_loss"] is None
+
+
+@pytest.mark.parametrize("torn", ['{"event": "st', "{", '{"event": "step", "step": 9}', "\x00\x00"])
+def test_half_a_line_of_a_killed_run_is_cut_off(torn: str, tmp_path: Path) -> None:
+    write(tmp_path, *one_attempt(1, 2))
+    whole = history(tmp_path)
+    with (tmp_path / METRICS).open("a") as file:
+        file.write(torn)
+    assert history(tmp_path) == whole
+    write(tmp_path, step_done(3))
+    assert history(tmp_path) == [*whole, ("step", 3)]
+
+
+@pytest.mark.parametrize("resumed_at", range(5))
+def test_a_resumed_run_has_the_steps_of_an_uninterrupted_one_each_once(resumed_at: int, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    whole.mkdir()
+    resumed.mkdir()
+    write(whole, *one_attempt(1, 2, 3, 4, 5, 6))
+    write(resumed, *one_attempt(1, 2, 3, 4))
+    write(resumed, *one_attempt(*range(resumed_at + 1, 7)), after=resumed_at)
+    assert history(resumed) == history(whole)
+    assert history(resumed, SAMPLES) == history(whole, SAMPLES)
+
+
+def test_what_happened_at_a_launch_stays_and_what_happened_in_a_lost_step_does_not(tmp_path: Path) -> None:
+    skip = MicroBatchSkipped(step=8, rank=0, loss="nan", positions=(1, 2))
+    write(tmp_path, attempt(0), step_done(7), skip, step_done(8))
+    write(tmp_path, attempt(5), after=5)
+    assert history(tmp_path) == [("attempt", 0), ("attempt", 5)]
+
+
+def test_nothing_is_rewritten_when_nothing_was_lost(tmp_path: Path) -> None:
+    write(tmp_path, *one_attempt(1, 2))
+    inode = (tmp_path / METRICS).stat().st_ino
+    write(tmp_path, step_done(3), after=2)
+    assert (tmp_path / METRICS).stat().st_ino == inode
+    assert not list(tmp_path.glob("*.tmp"))

@@ -1,0 +1,205 @@
+"""What a run says, where it is watched and where it is not."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from savant_ray.errors import DataError
+from savant_ray.events import Notice
+from savant_ray.reporting import RunReport
+from savant_ray.reporting.console import LiveConsole, PlainConsole, open_console
+from savant_ray.reporting.record import METRICS, read_records
+from savant_ray.reporting.run_report import LOG
+from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def paper() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    return Terminal()
+
+
+def log_of(folder: Path) -> list[str]:
+    """The log without its times."""
+    text = (folder / LOG).read_text(encoding="utf-8")
+    return [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  | {27}", "", line) for line in text.splitlines()]
+
+
+def tell(report: RunReport, clock: Clock, steps: range, seconds: float = 2.0) -> None:
+    for step in steps:
+        clock.now += seconds
+        report.handle(step_done(step, step_seconds=seconds))
+
+
+def test_an_unwatched_run_prints_the_first_and_last_step_and_one_every_30_seconds(
+    tmp_path: Path, clock: Clock, paper: io.StringIO
+) -> None:
+    with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
+        report.handle(attempt(max_steps=100))
+        tell(report, clock, range(1, 101))
+    steps = [int(step) for step in re.findall(r"^step (\d+)/100 · loss 6.3915 ", paper.getvalue(), re.MULTILINE)]
+    assert steps == [1, 16, 31, 46, 61, 76, 91, 100]
+    assert len(list(read_records(tmp_path / METRICS))) == 101
+
+
+def test_the_log_says_what_the_plain_console_says(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
+    with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
+        report.stage("starting Ray")
+        report.handle(attempt(notes=("a note",)))
+        tell(report, clock, range(1, 40))
+        for event in (checkpoint(39), validation(39), sample(39), Notice(text="two\nlines")):
+            report.handle(event)
+        report.say("done")
+    assert log_of(tmp_path) == paper.getvalue().splitlines()
+    assert "\x1b" not in paper.getvalue() and "\r" not in paper.getvalue()
+
+
+def test_the_log_is_appended_over_all_attempts(tmp_path: Path) -> None:
+    for number in range(2):
+        with RunReport(tmp_path, console=PlainConsole(io.StringIO())) as report:
+            report.say(f"attempt {number}")
+    assert log_of(tmp_path) == ["attempt 0", "", "attempt 1"]
+
+
+def test_a_validation_says_the_time_since_the_last_one_after_the_step_it_follows(
+    tmp_path: Path, clock: Clock, paper: io.StringIO
+) -> None:
+    with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
+        report.handle(attempt())
+        for step in (1, 2):
+            tell(report, clock, range(step * 5 - 4, step * 5 + 1), seconds=5.0)
+            report.handle(validation(step * 5))
+    lines = paper.getvalue().splitlines()
+    first, second = [number for number, line in enumerate(lines) if line.startswith("validation")]
+    assert lines[first].endswith("· 25 s since the start") and lines[first - 1].startswith("step 5/1,000")
+    assert lines[second].endswith("· 25 s since the last") and lines[second - 1].startswith("step 10/1,000")
+
+
+def test_a_skipped_update_is_told_at_once(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
+    with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
+        report.handle(attempt())
+        report.handle(step_done(1))
+        report.handle(step_done(2, update_skipped=True, grad_norm=float("inf")))
+        assert "step 2/1,000" in paper.getvalue()
+
+
+def test_the_newest_step_is_told_when_a_run_is_stopped(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
+    with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
+        report.handle(attempt())
+        tell(report, clock, range(1, 4))
+        assert report.last_step == 3
+    assert "step 3/1,000" in paper.getvalue()
+
+
+def test_preparation_shows_how_far_it_is(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
+    with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
+        report.stage("preparing data")
+        for done in range(101):
+            clock.now += 1
+            report.progress(done, 100, "files")
+    assert paper.getvalue().splitlines() == [
+        "preparing data …",
+        "preparing data: 29 %, 29 of 100 files",
+        "preparing data: 59 %, 59 of 100 files",
+        "preparing data: 89 %, 89 of 100 files",
+    ]
+
+
+def test_lost_steps_leave_the_record_when_workers_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    with RunReport(tmp_path, console=PlainConsole(io.StringIO())) as report:
+        for event in (attempt(0), *map(step_done, (1, 2, 3)), attempt(1), *map(step_done, (2, 3, 4))):
+            report.handle(event)
+        assert report.last_step == 4
+    steps = [line["step"] for line in read_records(tmp_path / METRICS) if line["event"] == "step"]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_why_a_run_ended_is_in_its_log_and_left_to_the_command_line_on_the_console(
+    tmp_path: Path, paper: io.StringIO
+) -> None:
+    with pytest.raises(DataError), RunReport(tmp_path, console=PlainConsole(paper)):
+        raise DataError("train.jsonl: no such file")
+    assert log_of(tmp_path) == ["error: train.jsonl: no such file"]
+    assert paper.getvalue() == ""
+
+
+def test_without_a_run_folder_only_the_console_hears(paper: io.StringIO) -> None:
+    with RunReport(None, console=PlainConsole(paper)) as report:
+        report.stage("preparing data")
+        report.handle(Notice(text="two bad lines"))
+    assert paper.getvalue() == "preparing data …\ntwo bad lines\n"
+
+
+def test_a_terminal_shows_a_live_line_and_the_story_above_it(
+    tmp_path: Path, clock: Clock, terminal: Terminal
+) -> None:
+    with RunReport(tmp_path, console=open_console(terminal), clock=clock) as report:
+        report.stage("starting Ray")
+        report.handle(attempt(max_steps=10))
+        tell(report, clock, range(1, 6))
+        report.handle(validation(5))
+        report.handle(sample(5, "[bold]five[/bold] \x1b[2Jten"))
+    shown = terminal.getvalue()
+    assert "starting Ray" in shown and "step 5/10" in shown and "10 s left" in shown
+    assert "validation at step 5: loss 5.1234" in shown
+    assert r"[bold]five[/bold] \x1b[2Jten" in shown and "\x1b[2J" not in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor comes back
+
+
+def test_a_terminal_wraps_no_line_that_one_may_want_to_copy(terminal: Terminal) -> None:
+    command = f"next: python jobs/generate.py --checkpoint {'x' * 200}"
+    open_console(terminal).say(command)
+    assert command in terminal.getvalue()
+
+
+def test_a_console_is_live_only_on_a_terminal_that_can_move_its_cursor(
+    terminal: Terminal, paper: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(open_console(terminal), LiveConsole)
+    assert isinstance(open_console(paper), PlainConsole)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(open_console(terminal), PlainConsole)
+
+
+def test_a_reader_that_went_away_does_not_end_the_training(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    stream = os.fdopen(write, "w")
+    with RunReport(tmp_path, console=PlainConsole(stream)) as report:
+        report.say("one")
+        report.say("two")
+    assert log_of(tmp_path) == ["one", "two"]
+    with pytest.raises(BrokenPipeError):
+        stream.close()

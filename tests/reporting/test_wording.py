@@ -1,0 +1,94 @@
+"""Numbers and events in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from savant_ray.events import Event, MicroBatchSkipped, Notice, RunFailed, RunResumed
+from savant_ray.reporting.pace import Pace
+from savant_ray.reporting.wording import describe, duration, percent, printable, progress_figures, step_figures
+from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (
+            attempt(500, workers=2, notes=("no compiler: slower",)),
+            "training 1,234,567 parameters on 2 workers (cpu): 500 of 1,000 steps done, 192 sequences a step\n"
+            "note: no compiler: slower",
+        ),
+        (RunResumed(step=5, path="/runs/x/step_5"), "resuming from /runs/x/step_5"),
+        (
+            RunResumed(step=0, path="/runs/x/step_5", note="weights only"),
+            "starting from the weights of /runs/x/step_5 (weights only)",
+        ),
+        (
+            validation(500),
+            "validation at step 500: loss 5.1234 · 2.100 bits per byte · 97.1 % of the weights moved · 3.2 s",
+        ),
+        (sample(5), "sample at step 5 · 1.5 s\n    Question: X?\n    Answer:\n  >  five\n  > plus ten"),
+        (sample(5, text=""), "sample at step 5 · 1.5 s\n    Question: X?\n    Answer:\n  > (nothing)"),
+        (checkpoint(5), "saved step_5 · 0.4 s"),
+        (checkpoint(5, "stop"), "saved step_5 (stop) · 0.4 s"),
+        (
+            MicroBatchSkipped(step=7, rank=1, loss="nan", positions=(12, 13)),
+            "step 7: a micro-batch of worker 1 had loss nan and was skipped (positions 12, 13)",
+        ),
+        (Notice(text="read this"), "read this"),
+        (RunFailed(error="DataError", text="told on the way out", exit_code=3), ""),
+    ],
+)
+def test_an_event_reads_as_a_sentence(event: Event, text: str) -> None:
+    assert describe(event) == text
+
+
+def test_a_steps_figures_mention_trouble_only_where_there_is_some() -> None:
+    assert step_figures(step_done(1), 125) == "loss 6.3915 · rate 2.00e-05 · 12,346 tokens/s · 3.2 GiB · 2 min 5 s left"
+    trouble = step_done(
+        1, data_wait_seconds=0.5, skipped_micro_batches=2, update_skipped=True, grad_norm=float("nan")
+    )
+    assert step_figures(trouble, None) == (
+        "loss 6.3915 · rate 2.00e-05 · 12,346 tokens/s · 3.2 GiB · 25 % waiting for data · "
+        "2 micro-batches skipped · update skipped: gradient norm nan"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *[(0, "0.0 s"), (9.94, "9.9 s"), (10, "10 s"), (59.4, "59 s"), (59.6, "1 min"), (125, "2 min 5 s")],
+        *[(3600, "1 h"), (12_000, "3 h 20 min"), (200_000, "2 d 7 h"), (float("inf"), "unknown time")],
+    ],
+)
+def test_a_duration_has_two_units_at_most(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_shares_and_amounts_are_rounded_to_what_matters() -> None:
+    assert [percent(share) for share in (0, 0.012, 0.5, 0.971, 1)] == ["0 %", "1.2 %", "50 %", "97.1 %", "100 %"]
+    assert progress_figures(3 << 20, 12 << 20, "bytes") == "25 %, 3.0 of 12.0 MiB"
+    assert progress_figures(1000, 2000, "documents") == "50 %, 1,000 of 2,000 documents"
+    assert progress_figures(0, 0, "files") == "0 of 0 files"
+
+
+def test_control_characters_are_spelt_out_and_all_else_is_left_alone() -> None:
+    assert printable("\x1b[2J\r\x07\x9b\u202e\u2028\ud800") == r"\x1b[2J\r\x07\x9b\u202e\u2028\ud800"
+    assert printable("Zeile 1\n\tüber → 漢字 🙂 [bold]") == "Zeile 1\n\tüber → 漢字 🙂 [bold]"
+
+
+def test_the_time_left_is_not_swayed_by_one_slow_step() -> None:
+    pace, now = Pace(), 0.0
+    assert pace.seconds_left(10) is None
+    for seconds in [60.0, *[2.0] * 20, 30.0, *[2.0] * 19]:  # the first compiles, one in the middle stalls
+        now += seconds
+        pace.observe(seconds, now)
+    assert pace.seconds_left(100) == pytest.approx(200)
+
+
+def test_the_time_left_counts_pauses_at_their_average_share() -> None:
+    pace, now = Pace(), 0.0
+    for step in range(101):
+        now += 2.0 + (50.0 if step and step % 50 == 0 else 0.0)
+        pace.observe(2.0, now)
+    assert pace.seconds_left(100) == pytest.approx(300)
