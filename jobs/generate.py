@@ -6,7 +6,7 @@ from pathlib import Path
 # The working folder of a Ray job is a copy: the code beside this file is meant, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from savant_ray.cli import main  # noqa: E402
+from savant_ray.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["generate", *sys.argv[1:]]))

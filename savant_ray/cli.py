@@ -101,8 +101,10 @@ def _generate(arguments: Sequence[str]) -> int:
     parser = _parser("generate")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", required=True, help="a run folder or a step_N in it")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text to go on with")
-    parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest answer [as in the run's validation]")
-    parser.add_argument("--temperature", type=_temperature, metavar="T", help="0: the likeliest [as in the run's validation]")
+    parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest answer [the run's]")
+    parser.add_argument(
+        "--temperature", type=_temperature, metavar="T", help="0: always the likeliest token [the run's]"
+    )
     parser.add_argument("--seed", type=int, metavar="N", default=0, help="another seed, another answer [0]")
     parser.add_argument("--loops", type=_count, metavar="N", help="passes of the recurrent block [the model's n_loops]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file")
@@ -176,7 +178,9 @@ def _parser(command: str, settings: bool = False) -> argparse.ArgumentParser:
     )
     if settings:
         parser.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="this, and all settings")
-        parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="YAML file with what differs from the defaults")
+        parser.add_argument(
+            "--config", type=Path, metavar="FILE.yaml", help="YAML file with what differs from the defaults"
+        )
     return parser
 
 

@@ -36,11 +36,11 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Which run, and where it is kept."""
 
-    name: Text = Field("checkpoints_savant", description="name of the run, and of its folder")
-    storage_path: Text = Field(".", description="where run folders lie; several nodes need one they all share")
-    seed: int = Field(1337, ge=0, description="all randomness is a function of it")
+    name: Text = Field(default="checkpoints_savant", description="name of the run, and of its folder")
+    storage_path: Text = Field(default=".", description="where run folders lie; several nodes need one they all share")
+    seed: int = Field(default=1337, ge=0, description="all randomness is a function of it")
     init_from: Text | None = Field(
-        None, description="start a new run from the weights of this run or checkpoint folder"
+        default=None, description="start a new run from the weights of this run or checkpoint folder"
     )
 
     @field_validator("name")
@@ -54,14 +54,14 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The network's shape."""
 
-    vocab_size: Count = Field(32_000, description="tokens the model knows; at least the tokenizer's")
-    dim: Count = Field(1024, description="width of the residual stream")
-    n_heads: Count = Field(16, description="attention heads; divides dim")
-    n_loops: Count = Field(12, description="passes of the recurrent block")
-    max_seq_len: int = Field(1024, ge=2, description="tokens of a training sequence")
-    window_size: Count = Field(256, description="tokens a windowed loop looks back")
-    global_every: Count = Field(4, description="every so many loops attention is global instead of windowed")
-    soft_cap: Positive = Field(50.0, description="bound of the attention scores: cap · tanh(score / cap)")
+    vocab_size: Count = Field(default=32_000, description="tokens the model knows; at least the tokenizer's")
+    dim: Count = Field(default=1024, description="width of the residual stream")
+    n_heads: Count = Field(default=16, description="attention heads; divides dim")
+    n_loops: Count = Field(default=12, description="passes of the recurrent block")
+    max_seq_len: int = Field(default=1024, ge=2, description="tokens of a training sequence")
+    window_size: Count = Field(default=256, description="tokens a windowed loop looks back")
+    global_every: Count = Field(default=4, description="every so many loops attention is global instead of windowed")
+    soft_cap: Positive = Field(default=50.0, description="bound of the attention scores: cap · tanh(score / cap)")
 
     @property
     def head_dim(self) -> int:
@@ -80,7 +80,7 @@ class SourceConfig(Section):
 
     path: Texts = Field(description="JSONL file, folder, glob or URI, or a list of them; also .gz and .zst")
     weight: Positive = Field(description="share of the sequences, relative to the other sources' weights")
-    optional: bool = Field(False, description="go on without it when it is missing")
+    optional: bool = Field(default=False, description="go on without it when it is missing")
 
 
 DEFAULT_SOURCES = [
@@ -93,38 +93,45 @@ class DataConfig(Section):
     """What is read."""
 
     sources: list[SourceConfig] = Field(
-        DEFAULT_SOURCES, min_length=1, description="training text: [{path, weight, optional}, …]"
+        default=DEFAULT_SOURCES, min_length=1, description="training text: [{path, weight, optional}, …]"
     )
-    validation: Texts = Field("dataset/savant_dataset_val.jsonl", description="held-out JSONL, as a source's path")
+    validation: Texts = Field(
+        default="dataset/savant_dataset_val.jsonl", description="held-out JSONL, as a source's path"
+    )
     tokenizer: Text = Field(
-        "train", description="a tokenizer.json, a Hugging Face name such as albert-base-v2, or train: learn one"
+        default="train", description="a tokenizer.json, a Hugging Face name such as albert-base-v2, or train: learn one"
     )
-    cache_dir: Text = Field("cache", description="folder of the tokenised text")
-    on_bad_line: Literal["skip", "error"] = Field("skip", description="skip and count a bad line, or end with an error")
-    max_line_mb: Positive = Field(64.0, description="a longer line is a bad line, MiB")
-    quickstart: bool = Field(False, description="make the quickstart's text files first when they are missing")
+    cache_dir: Text = Field(default="cache", description="folder of the tokenised text")
+    on_bad_line: Literal["skip", "error"] = Field(
+        default="skip", description="skip and count a bad line, or end with an error"
+    )
+    max_line_mb: Positive = Field(default=64.0, description="a longer line is a bad line, MiB")
+    quickstart: bool = Field(default=False, description="make the quickstart's text files first when they are missing")
 
 
 class TrainingConfig(Section):
     """How the weights are learnt."""
 
-    max_steps: Count = Field(80_000, description="optimizer steps in all")
-    batch_size: Count = Field(12, description="sequences of a micro-batch: one forward and backward pass")
-    accumulation: Count = Field(16, description="micro-batches of a step; batch_size × accumulation = effective batch")
-    learning_rate: Positive = Field(2e-5, description="peak, at the end of the warm-up; then cosine to 0")
-    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of max_steps over which the rate rises")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decay, per step and learning rate")
-    gradient_clip: Positive = Field(1.0, description="largest global norm of the gradient")
+    max_steps: Count = Field(default=80_000, description="optimizer steps in all")
+    batch_size: Count = Field(default=12, description="sequences of a micro-batch: one forward and backward pass")
+    accumulation: Count = Field(
+        default=16, description="micro-batches of a step; batch_size × accumulation = effective batch"
+    )
+    learning_rate: Positive = Field(default=2e-5, description="peak, at the end of the warm-up; then cosine to 0")
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="share of max_steps over which the rate rises")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decay, per step and learning rate")
+    gradient_clip: Positive = Field(default=1.0, description="largest global norm of the gradient")
     precision: Literal["bf16", "bf16-mixed", "fp32"] = Field(
-        "bf16", description="bf16: weights too; bf16-mixed: fp32 weights; fp32: everything"
+        default="bf16", description="bf16: weights too; bf16-mixed: fp32 weights; fp32: everything"
     )
-    optimizer: Literal["adamw"] = Field("adamw", description="the update rule")
-    vram_limit_gb: Positive = Field(10.0, description="hard limit of GPU memory per worker, GiB")
-    compile: bool | Auto = Field("auto", description="compile the model; auto: where a compiler is there")
+    optimizer: Literal["adamw"] = Field(default="adamw", description="the update rule")
+    vram_limit_gb: Positive = Field(default=10.0, description="hard limit of GPU memory per worker, GiB")
+    compile: bool | Auto = Field(default="auto", description="compile the model; auto: where a compiler is there")
     recompute_loops: bool | Auto = Field(
-        "auto", description="recompute each loop in the backward pass instead of keeping it: slower, far less memory"
+        default="auto",
+        description="recompute each loop in the backward pass instead of keeping it: slower, far less memory",
     )
-    max_skipped_steps: Count = Field(10, description="so many skipped steps in a row end the run with an error")
+    max_skipped_steps: Count = Field(default=10, description="so many skipped steps in a row end the run with an error")
 
     @property
     def effective_batch(self) -> int:
@@ -140,41 +147,41 @@ class TrainingConfig(Section):
 class ValidationConfig(Section):
     """The pause in which the model shows what it has learnt."""
 
-    every_steps: Count = Field(500, description="steps between validations")
-    batches: Count = Field(10, description="micro-batches of held-out text")
-    prompt: Text = Field(LOGIC_PROMPT, description="the logic test: what the model is asked to go on with")
-    max_new_tokens: Count = Field(300, description="longest answer, tokens")
-    temperature: float = Field(0.6, ge=0, description="0: always the likeliest token; higher: freer")
+    every_steps: Count = Field(default=500, description="steps between validations")
+    batches: Count = Field(default=10, description="micro-batches of held-out text")
+    prompt: Text = Field(default=LOGIC_PROMPT, description="the logic test: what the model is asked to go on with")
+    max_new_tokens: Count = Field(default=300, description="longest answer, tokens")
+    temperature: float = Field(default=0.6, ge=0, description="0: always the likeliest token; higher: freer")
 
 
 class CheckpointConfig(Section):
     """What is kept."""
 
-    every_steps: Count = Field(500, description="steps between checkpoints")
-    keep: Count = Field(3, description="newest checkpoints to keep; older ones are deleted")
+    every_steps: Count = Field(default=500, description="steps between checkpoints")
+    keep: Count = Field(default=3, description="newest checkpoints to keep; older ones are deleted")
 
 
 class ScalingConfig(Section):
     """Over how many processes, on what."""
 
-    num_workers: Count = Field(1, description="training processes; they share each step's sequences")
-    use_gpu: bool | Auto = Field("auto", description="one GPU per worker; auto: if there are enough")
+    num_workers: Count = Field(default=1, description="training processes; they share each step's sequences")
+    use_gpu: bool | Auto = Field(default="auto", description="one GPU per worker; auto: if there are enough")
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
-        None, description="Ray resources of a worker such as {CPU: 4}; null: an even share of the machine"
+        default=None, description="Ray resources of a worker such as {CPU: 4}; null: an even share of the machine"
     )
-    max_failures: int = Field(3, ge=0, description="how often lost workers are started again")
+    max_failures: int = Field(default=3, ge=0, description="how often lost workers are started again")
 
 
 class Config(Section):
     """Everything a run is told; travels to workers as a plain dict."""
 
-    run: RunConfig = Field(default_factory=RunConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    validation: ValidationConfig = Field(default_factory=ValidationConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    scaling: ScalingConfig = Field(default_factory=ScalingConfig)
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    scaling: ScalingConfig = ScalingConfig()
 
     @model_validator(mode="after")
     def _every_worker_has_work(self) -> Self:
@@ -230,7 +237,8 @@ def load_config(
 
 def dump_yaml(config: Config) -> str:
     """The complete settings as a file that `load_config` reads back to the same."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+    text: str = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+    return text
 
 
 def setting_rows() -> list[Setting]:

@@ -35,8 +35,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append((checkpoint, prompt, options))
         yield from (" five", " plus\x1b[2J", " ten")
 
-    install("savant_ray.cluster.driver", train=lambda config: made.append(config) or STOPPED_EARLY)
-    install("savant_ray.cluster.preparation", prepare=lambda config: made.append(config))
+    def train(config: Config) -> int:
+        made.append(config)
+        return STOPPED_EARLY
+
+    install("savant_ray.cluster.driver", train=train)
+    install("savant_ray.cluster.preparation", prepare=made.append)
     install("savant_ray.training.sampling", stream_answer=stream_answer)
     install("savant_ray.data.quickstart", write_quickstart=lambda folder, force: made.append((folder, force)))
     install("savant_ray.benchmarks.registry", run=lambda name, json_path: made.append((name, json_path)))
@@ -72,9 +76,7 @@ def test_help_of_a_command_with_settings_lists_each_with_meaning_and_default(
 
 
 @pytest.mark.parametrize("command", ["generate", "benchmark"])
-def test_help_of_a_command_without_settings_lists_its_options(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_of_a_command_without_settings_lists_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "-h"]) == 0
     assert "--json FILE" in capsys.readouterr().out
 

@@ -65,9 +65,9 @@ class PlainConsole:
 
 
 class LiveConsole:
-    """What is done with a bar, and the figures below it: together they would not fit into 80 columns. `Text` is never read as markup.
+    """What is done with a bar, and the figures below it: together they would not fit into 80 columns.
 
-    A terminal that was closed must not end the training either, so its errors are left alone.
+    `Text` is never read as markup. A terminal that was closed must not end the training either, so its errors are left alone.
     """
 
     def __init__(self, rich: RichConsole) -> None:
@@ -102,7 +102,7 @@ class LiveConsole:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._progress.start()
-        self._task = self._progress.add_task(label, total=total, completed=done, figures=figures)
+        self._task = self._progress.add_task(label, total=total, completed=int(done), figures=figures)
 
 
 class _WithFigures(Progress):

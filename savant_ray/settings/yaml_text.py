@@ -86,7 +86,8 @@ class _Loader(yaml.SafeLoader):
                 self.duplicates.append(f" line {line}: {key.value} was already given in line {seen[key.value]}")
             elif isinstance(key, yaml.ScalarNode):
                 seen[key.value] = line
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:

@@ -162,9 +162,7 @@ def test_without_a_run_folder_only_the_console_hears(paper: io.StringIO) -> None
     assert paper.getvalue() == "preparing data …\ntwo bad lines\n"
 
 
-def test_a_terminal_shows_a_live_line_and_the_story_above_it(
-    tmp_path: Path, clock: Clock, terminal: Terminal
-) -> None:
+def test_a_terminal_shows_a_live_line_and_the_story_above_it(tmp_path: Path, clock: Clock, terminal: Terminal) -> None:
     with RunReport(tmp_path, console=open_console(terminal), clock=clock) as report:
         report.stage("starting Ray")
         report.handle(attempt(max_steps=10))
