@@ -67,7 +67,8 @@ class PlainConsole:
 class LiveConsole:
     """What is done with a bar, and the figures below it: together they would not fit into 80 columns.
 
-    `Text` is never read as markup. A terminal that was closed must not end the training either, so its errors are left alone.
+    `Text` is never read as markup. A terminal that was closed must not end the training either: its errors are
+    left alone.
     """
 
     def __init__(self, rich: RichConsole) -> None:
