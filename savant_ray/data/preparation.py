@@ -124,6 +124,8 @@ class _Job:
             sequence_length=self._recipe.sequence_length,
         )
         _refuse_empty(manifest)
+        for left_behind in self._unfinished.glob("*.tmp"):
+            left_behind.unlink(missing_ok=True)
         write_aside(self._unfinished / MANIFEST, manifest.to_json())
         self._unfinished.rename(self.folder)
 
@@ -222,7 +224,7 @@ def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> 
 
 def _refuse_empty(manifest: Manifest) -> None:
     empty = [
-        f"{each.path}: no document in {each.lines:,} lines ({each.bad_lines:,} bad)"
+        f"{each.path}: no document in {each.lines:,} lines" + f", {each.bad_lines:,} of them bad" * bool(each.bad_lines)
         for each in manifest.files
         if not each.documents
     ]

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray.data
 from ray._private.log import PlainRayHandler
-from ray.data import DataContext
+from ray.data import DataContext, ExecutionResources
 
 
 @contextmanager
-def settings(steps_ahead: int = 2) -> Iterator[None]:
+def settings(object_store_bytes: float = math.inf) -> Iterator[None]:
     """For the creation of a `Dataset`, which takes the context of that moment with it.
 
-    Nothing is printed: the caller shows its own progress. A block holds one row, and a task that runs `steps_ahead`
-    blocks ahead of the reader waits.
+    Nothing is printed: the caller shows its own progress. A block holds one row. A task waits while more than
+    `object_store_bytes` of its rows are unread; by default it would read ahead until the object store is half full.
     """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
     context.target_max_block_size = 1
-    context._max_num_blocks_in_streaming_gen_buffer = steps_ahead  # no public name in Ray 2.60
+    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=object_store_bytes)
     _quieten_console()
     with DataContext.current(context):
         yield
@@ -50,5 +52,5 @@ def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 def _stop(dataset: ray.data.Dataset) -> None:
     """Ray Data ends an execution that was not read to its end only when it is garbage-collected; this ends it now."""
     executor = dataset._current_executor
-    if executor is not None:
+    if executor is not None and not sys.is_finalizing():
         executor.shutdown(force=True)

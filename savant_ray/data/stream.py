@@ -25,6 +25,8 @@ from savant_ray.data import ray_data
 from savant_ray.data.order import GlobalOrder, share
 from savant_ray.data.token_cache import Sequences, TokenCache
 
+STEPS_AHEAD = 4
+
 
 @dataclass(frozen=True)
 class StreamPlan:
@@ -92,7 +94,7 @@ class StepStream:
             nothing = StepShare(np.empty(0, dtype=np.int64), Sequences.empty(0, self.plan.sequence_length))
             yield from (nothing for _ in range(n_steps))
             return
-        with ray_data.settings():
+        with ray_data.settings(object_store_bytes=STEPS_AHEAD * self._step_bytes):
             dataset = ray.data.read_datasource(
                 _StepSource(self, start_position, n_steps),
                 override_num_blocks=1,
@@ -105,6 +107,10 @@ class StepStream:
     def positions(self, start_position: int) -> NDArray[np.int64]:
         """This rank's positions in the step that begins at `start_position`."""
         return start_position + np.arange(self._share.start, self._share.stop)
+
+    @property
+    def _step_bytes(self) -> int:
+        return len(self._share) * (self.plan.sequence_length * 2 * 4 + 8)
 
     @property
     def _share(self) -> range:

@@ -1,0 +1,166 @@
+"""Ray Data delivers the global order: any start, any number of workers, no CPU of its own."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from savant_ray.data.order import GlobalOrder
+from savant_ray.data.preparation import prepare
+from savant_ray.data.sources import expand
+from savant_ray.data.stream import StepShare, StepStream, StreamPlan
+from savant_ray.data.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.slow
+
+SEQUENCE_LENGTH = 32
+DOCUMENTS = 117
+
+
+@pytest.fixture(scope="module")
+def plan(real_ray: None, tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Tokenizer) -> StreamPlan:
+    """Two sources of 117 and 40 documents, each of which fills a row."""
+    folder = tmp_path_factory.mktemp("plan")
+    folders = []
+    for name, count in (("train", DOCUMENTS), ("logic", 40)):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{name} {i:03d}".ljust(31, ".")}) + "\n" for i in range(count)))
+        cache = prepare(expand(str(path)), byte_tokenizer, SEQUENCE_LENGTH, folder / "cache", range_bytes=1_000)
+        assert cache.n_sequences == count
+        folders.append(str(cache.folder))
+    return StreamPlan(tuple(folders), (0.8, 0.2), seed=5, effective_batch=192)
+
+
+def one_source(plan: StreamPlan, effective_batch: int) -> StreamPlan:
+    """The 117 documents alone."""
+    return StreamPlan(plan.folders[:1], (1.0,), plan.seed, effective_batch)
+
+
+def assert_same(share: StepShare, plan: StreamPlan) -> None:
+    expected = plan.read(share.positions)
+    assert np.array_equal(share.sequences.tokens, expected.tokens)
+    assert np.array_equal(share.sequences.document_ids, expected.document_ids)
+
+
+def read_texts(plan: StreamPlan, tokenizer: Tokenizer, shares: list[StepShare]) -> list[str]:
+    return [tokenizer.decode(tokens.tolist()) for share in shares for tokens in share.sequences.tokens]
+
+
+def test_a_plan_travels(plan: StreamPlan) -> None:
+    plan.read(np.arange(3))
+    copy = pickle.loads(pickle.dumps(plan))
+    assert copy == plan
+    assert len(pickle.dumps(plan)) < 1_000
+    assert copy.sizes == (DOCUMENTS, 40)
+
+
+def test_the_plan_reads_what_the_order_says(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
+    positions = np.array([0, 3, 10**12, 7])
+    sequences = plan.read(positions)
+    sources, rows = GlobalOrder(plan.sizes, plan.weights, plan.seed).locate(positions)
+    for at, position in enumerate(positions):
+        ((file, line),) = plan.documents(int(position))
+        text = byte_tokenizer.decode(sequences.tokens[at].tolist())
+        assert file == ("train.jsonl", "logic.jsonl")[sources[at]]
+        assert text.startswith(f"{file.removesuffix('.jsonl')} {line - 1:03d}.")
+    assert rows[0] < DOCUMENTS
+
+
+@pytest.mark.parametrize("start", [0, 1_001])
+def test_the_stream_is_the_order_from_any_start(plan: StreamPlan, start: int) -> None:
+    shares = list(StepStream(plan, 1, 3).steps(start, 5))
+    expected = [start + 192 * step + offset for step in range(5) for offset in range(64, 128)]
+    assert [position for share in shares for position in share.positions.tolist()] == expected
+    for share in shares:
+        assert_same(share, plan)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
+def test_any_number_of_workers_sees_the_same_step(plan: StreamPlan, world_size: int) -> None:
+    streams = [StepStream(plan, rank, world_size) for rank in range(world_size)]
+    for step in range(3):
+        positions = np.concatenate([stream.positions(50 + 192 * step) for stream in streams])
+        assert positions.tolist() == list(range(50 + 192 * step, 50 + 192 * (step + 1)))
+
+
+def test_three_workers_read_what_one_reads(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
+    alone = [read_texts(plan, byte_tokenizer, [share]) for share in StepStream(plan, 0, 1).steps(11, 2)]
+    ranks = [list(StepStream(plan, rank, 3).steps(11, 2)) for rank in range(3)]
+    for step in range(2):
+        assert read_texts(plan, byte_tokenizer, [shares[step] for shares in ranks]) == alone[step]
+
+
+def test_every_rank_makes_every_step_even_without_a_share(plan: StreamPlan) -> None:
+    small = one_source(plan, effective_batch=1)
+    shares = [list(StepStream(small, rank, 2).steps(4, 3)) for rank in range(2)]
+    assert [[len(share.positions) for share in steps] for steps in shares] == [[0, 0, 0], [1, 1, 1]]
+    assert shares[0][0].sequences.tokens.shape == (0, SEQUENCE_LENGTH)
+
+
+@pytest.mark.parametrize("effective_batch", [1, 7])
+def test_stopped_after_every_step_none_is_missing_and_none_doubled(
+    plan: StreamPlan, byte_tokenizer: Tokenizer, effective_batch: int
+) -> None:
+    small = one_source(plan, effective_batch)
+    steps = -(-2 * DOCUMENTS // effective_batch)
+    read = [
+        small.read(StepStream(small, 0, 1).positions(step * effective_batch)).tokens  # a new process per step
+        for step in range(steps)
+    ]
+    texts = [byte_tokenizer.decode(tokens.tolist()) for tokens in np.concatenate(read)]
+    for epoch in range(2):
+        counts = Counter(texts[epoch * DOCUMENTS : (epoch + 1) * DOCUMENTS])
+        assert sorted(counts) == [f"train {i:03d}".ljust(31, ".") for i in range(DOCUMENTS)]
+        assert set(counts.values()) == {1}
+
+
+def test_stopped_and_resumed_streams_are_the_uninterrupted_one(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
+    small = one_source(plan, effective_batch=7)
+    whole = read_texts(small, byte_tokenizer, list(StepStream(small, 0, 1).steps(0, 34)))
+    resumed: list[str] = []
+    for step, n_steps in ((0, 1), (1, 15), (16, 18)):
+        stream = StepStream(small, 0, 1).steps(7 * step, 100)
+        resumed += read_texts(small, byte_tokenizer, [next(stream) for _ in range(n_steps)])
+        stream.close()
+    assert resumed == whole
+    assert set(Counter(whole[:DOCUMENTS]).values()) == {1}
+
+
+def test_it_reads_beside_workers_that_hold_every_cpu(plan: StreamPlan) -> None:
+    import ray
+
+    @ray.remote(num_cpus=2)
+    class Holder:
+        def read(self) -> list[int]:
+            shares = StepStream(plan, 0, 2).steps(5, 3)
+            return [len(share.positions) for share in shares]
+
+    holder = Holder.remote()
+    assert ray.get(holder.read.remote(), timeout=60) == [96, 96, 96]
+    ray.kill(holder)
+
+
+def test_it_reads_a_few_steps_ahead_and_ends_when_closed(plan: StreamPlan, tmp_path: Path) -> None:
+    class Watched(StepStream):
+        """Leaves a file for each step that is read."""
+
+        def positions(self, start_position: int) -> np.ndarray:
+            (tmp_path / str(start_position)).touch()
+            return super().positions(start_position)
+
+    stream = Watched(plan, 0, 1).steps(0, 1_000_000)
+    for _ in range(5):
+        next(stream)
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) <= 5 + 8
+    stream.close()
+    time.sleep(0.5)
+    read = len(list(tmp_path.iterdir()))
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) == read
