@@ -76,7 +76,7 @@ def prepare(
 
 
 def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_size: int = 32_000) -> Tokenizer:
-    """A tokenizer learnt from the files (from their first 128 M characters), kept below `cache_dir`.
+    """A tokenizer learnt from the files (from 128 M characters, where there are more), kept below `cache_dir`.
 
     Raises:
         DataError: a file cannot be read.
@@ -86,7 +86,7 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
     with _locked(path.with_suffix(".lock")):
         if not path.exists():
-            train_tokenizer(_first_characters(documents(files), TRAINING_CHARACTERS), vocab_size).save(path)
+            train_tokenizer(_texts_to_learn_from(files), vocab_size).save(path)
     return Tokenizer.load(path)
 
 
@@ -244,12 +244,16 @@ def _stored_bytes(part: ByteRange) -> int:
     return min(part.stop, part.file.size) - part.start
 
 
-def _first_characters(texts: Iterator[str], limit: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        limit -= len(text)
-        if limit <= 0:
-            return
+def _texts_to_learn_from(files: Sequence[SourceFile]) -> Iterator[str]:
+    """Documents from the start of each file, as many characters as its part of all bytes allows."""
+    total = sum(file.size for file in files)
+    for file in files:
+        left = TRAINING_CHARACTERS * file.size // max(total, 1)
+        for text in documents([file]):
+            if left <= 0:
+                break
+            left -= len(text)
+            yield text
 
 
 @contextmanager

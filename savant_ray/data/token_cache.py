@@ -149,12 +149,12 @@ class TokenCache:
             manifest = Manifest.from_json((folder / MANIFEST).read_text())
             sizes = [(folder / shard.name).stat().st_size for shard in manifest.shards]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: not a complete token cache ({error}); delete it, it will be made again") from error
+            raise DataError(f"{folder}: no complete token cache ({error}); delete it, to have it made again") from error
         for shard, size in zip(manifest.shards, sizes, strict=True):
             if size != shard.bytes:
                 raise DataError(
                     f"{folder / shard.name}: has {size:,} of {shard.bytes:,} bytes; delete the folder, "
-                    f"it will be made again"
+                    f"to have it made again"
                 )
         return cls(folder, manifest)
 
@@ -253,7 +253,7 @@ def shard_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
 def shard_batch(
     schema: pa.Schema, rows: Unsigned, row_ends: NDArray[np.int64], lengths: NDArray[Any], lines: NDArray[Any]
 ) -> pa.RecordBatch:
-    """Rows [N, T] with the lengths and line numbers of their pieces; `row_ends[i]` pieces lie up to the end of row i."""
+    """Rows [N, T] and the length and line number of each piece; row i ends with piece `row_ends[i] - 1`."""
     ends = pa.array(np.concatenate(([0], row_ends)), pa.int32())
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), type=schema.field("tokens").type)
     lists = [pa.ListArray.from_arrays(ends, pa.array(each, pa.uint32())) for each in (lengths, lines)]

@@ -6,7 +6,7 @@ import json
 
 MAX_LINE_BYTES = 2_000
 
-GOOD = ["first", "with\u2028separators\u0085 and\rreturns", "déjà 漢字 🎉", "2024-01-01", "12345", "last, without line end"]
+GOOD = ["first", "with\u2028separators\u0085 and\rreturns", "déjà 漢字 🎉", "2024-01-01", "12345", "last, unended"]
 
 
 def _object(text: object) -> bytes:

@@ -21,7 +21,7 @@ def unpack(lengths: list[int], sequence_length: int) -> tuple[np.ndarray, np.nda
 
 
 @settings(max_examples=300, deadline=None)
-@given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=60), sequence_length=st.sampled_from([1, 2, 7, 16, 64]))
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=60), st.sampled_from([1, 2, 7, 16, 64]))
 def test_every_token_is_in_one_row_and_pieces_stay_in_order(lengths: list[int], sequence_length: int) -> None:
     rows, _ = unpack(lengths, sequence_length)
     assert rows.shape[1] == sequence_length

@@ -221,7 +221,7 @@ def test_a_damaged_cache_is_named(tmp_path: Path, write_jsonl: WriteJsonl, byte_
     with pytest.raises(DataError, match=r"shard-00000\.arrow: has 100 of [\d,]+ bytes; delete the folder"):
         TokenCache.open(folder)
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match="not a complete token cache"):
+    with pytest.raises(DataError, match="no complete token cache"):
         TokenCache.open(folder)
 
 
