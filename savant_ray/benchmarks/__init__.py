@@ -1,0 +1,1 @@
+"""The straightforward baseline and the measurements against it; nothing imports it."""

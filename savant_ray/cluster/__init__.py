@@ -1,0 +1,1 @@
+"""The Ray job: driver, worker function, bridge, data for workers. The only part that knows Ray Train."""

@@ -102,16 +102,20 @@ class TrainingState:
         self.skipped_in_a_row = extra["skipped_in_a_row"]
 
 
-def new_state(config: Config, device: torch.device) -> TrainingState:
-    """A model in PyTorch's default initialisation, drawn on the CPU from `run.seed`, and an optimizer without past."""
+def new_state(config: Config, device: torch.device, precision: str | None = None) -> TrainingState:
+    """A model in PyTorch's default initialisation, drawn on the CPU from `run.seed`, and an optimizer without past.
+
+    `precision` is the setting's unless the device needs another.
+    """
+    precision = precision or config.training.precision
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = UniversalTransformer(config.model)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.to(device, weights_dtype(config.training.precision))
+    model.to(device, weights_dtype(precision))
     optimizer = AdamW(model.parameters(), config.training.learning_rate, config.training.weight_decay)
     gradients = GradientBuffer(model.parameters(), N_SUMS)
-    state = TrainingState(model, optimizer, gradients, config.training.precision, device)
+    state = TrainingState(model, optimizer, gradients, precision, device)
     state.load_weights(weights)
     return state
 

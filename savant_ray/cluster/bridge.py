@@ -1,0 +1,77 @@
+"""The bridge between driver and workers: events up, one wish down.
+
+`ray.train.report()` is a barrier over all ranks and is throttled to one per health check, so per-step numbers take
+this actor instead: a worker's call returns at once, and the driver has the event a few milliseconds later. The one
+wish that goes down, "stop", waits here until workers exist, so a signal is never too early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING
+
+import ray
+
+from savant_ray.events import Event
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+POLL_SECONDS = 30.0
+
+
+@ray.remote(num_cpus=0, max_concurrency=10_000)
+class Bridge:
+    """One per attempt, on the driver's node; it dies with the driver."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._news = asyncio.Event()
+        self._stop = asyncio.Event()
+
+    async def tell(self, event: Event) -> None:
+        """A worker's fact."""
+        self._events.append(event)
+        self._news.set()
+
+    async def take_events(self, seconds: float) -> list[Event]:
+        """All events since the last call; waits up to `seconds` for the first."""
+        await _wait(self._news, seconds)
+        self._news.clear()
+        events, self._events = self._events, []
+        return events
+
+    async def request_stop(self) -> None:
+        """The driver's wish; it stays."""
+        self._stop.set()
+
+    async def stop_requested(self, seconds: float) -> bool:
+        """Whether to stop; waits up to `seconds` for the wish."""
+        return await _wait(self._stop, seconds)
+
+
+class StopListener:
+    """A worker's ear: a daemon thread long-polls the bridge, so that asking costs a step nothing."""
+
+    def __init__(self, bridge: ActorHandle) -> None:
+        self._bridge = bridge
+        self._heard = threading.Event()
+        threading.Thread(target=self._listen, name="stop-listener", daemon=True).start()
+
+    def stop_requested(self) -> bool:
+        """Whether the wish has arrived."""
+        return self._heard.is_set()
+
+    def _listen(self) -> None:
+        while not ray.get(self._bridge.stop_requested.remote(POLL_SECONDS)):
+            pass
+        self._heard.set()
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return False
+    return True

@@ -1,0 +1,57 @@
+"""What is refused before Ray starts, in the user's words."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from savant_ray.cluster.paths import run_folder
+from savant_ray.config import Config
+from savant_ray.errors import SettingsError
+from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.training.checkpoint import find_checkpoint, newest_checkpoint, step_of
+
+BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
+GB = 1e9
+
+
+def check_before_start(config: Config) -> str | None:
+    """Everything that needs no GPU and no Ray; returns why there is nothing to do, or None.
+
+    Raises:
+        SettingsError: the storage cannot be written, or the disk is too small for the checkpoints.
+        CheckpointError: `run.init_from` names no checkpoint.
+    """
+    folder = run_folder(config)
+    if config.run.init_from is not None:
+        find_checkpoint(Path(config.run.init_from))
+    newest = newest_checkpoint(folder)
+    if newest is not None and step_of(newest) >= config.training.max_steps:
+        return (
+            f"{folder} has done its {step_of(newest):,} steps; raise training.max_steps to go on, "
+            f'or: python jobs/generate.py --checkpoint {folder} --prompt "…"'
+        )
+    check_disk(folder, checkpoint_bytes(config), config.checkpoint.keep)
+    return None
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """How large one checkpoint will be."""
+    with torch.device("meta"):
+        model = UniversalTransformer(config.model)
+    return BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
+
+
+def check_disk(folder: Path, one_checkpoint: int, keep: int) -> None:
+    """Room for the checkpoints that are kept and the one being written, less what lies there already."""
+    existing = sum(f.stat().st_size for f in folder.glob("step_*/*") if f.is_file())
+    needed = max(0, one_checkpoint * (keep + 1) - existing)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SettingsError(
+            f"run.storage_path: {folder} has {free / GB:.1f} GB free, {keep + 1} checkpoints of "
+            f"{one_checkpoint / GB:.1f} GB need {needed / GB:.1f} GB more; make room, lower checkpoint.keep, "
+            "or choose another run.storage_path"
+        )

@@ -1,0 +1,157 @@
+"""From settings to what workers read: tokenizer, token caches, the plan of the global order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from savant_ray.cluster.paths import output_folder, with_absolute_paths
+from savant_ray.cluster.session import prepare_environment, ray_session
+from savant_ray.config import Config, SourceConfig
+from savant_ray.data.preparation import learn_tokenizer
+from savant_ray.data.preparation import prepare as prepare_files
+from savant_ray.data.quickstart import write_quickstart
+from savant_ray.data.sources import SourceFile, expand
+from savant_ray.data.stream import StreamPlan
+from savant_ray.data.token_cache import TokenCache, bad_line_report
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import DataError, SettingsError
+from savant_ray.reporting import RunReport
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run trains on."""
+
+    tokenizer_path: Path
+    plan: StreamPlan
+    validation: Path  # a token cache
+    fingerprint: str  # of tokenizer, sources and weights
+
+
+def prepare(config: Config) -> None:
+    """`savant prepare`: everything that training would prepare first.
+
+    Raises:
+        DataError: text is missing, unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
+    """
+    prepare_environment()
+    config = with_absolute_paths(config, Path.cwd(), output_folder())
+    with RunReport(None) as report:
+        report.stage("starting Ray")
+        with ray_session():
+            prepare_data(config, report)
+
+
+def prepare_data(config: Config, report: RunReport) -> PreparedData:
+    """Makes what is missing; Ray must be running.
+
+    Raises:
+        DataError: text is missing, unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
+        SettingsError: the tokenizer has more entries than the model's vocabulary.
+    """
+    if config.data.quickstart:
+        write_missing_quickstart(config, report)
+    sources = existing_sources(config.data.sources, report.say)
+    tokenizer, tokenizer_path = get_tokenizer(config, [file for _, files in sources for file in files], report)
+    caches = [
+        tokenise(f"tokenising {_named(source)}", files, tokenizer, config, report) for source, files in sources
+    ]
+    validation = tokenise("tokenising the validation text", expand(config.data.validation), tokenizer, config, report)
+    plan = StreamPlan(
+        folders=tuple(str(cache.folder) for cache in caches),
+        weights=tuple(source.weight for source, _ in sources),
+        seed=config.run.seed,
+        effective_batch=config.training.effective_batch,
+    )
+    report.say(_summary(caches, validation))
+    identity = repr((tokenizer.fingerprint, [cache.fingerprint for cache in caches], plan.weights))
+    return PreparedData(tokenizer_path, plan, validation.folder, hashlib.sha256(identity.encode()).hexdigest())
+
+
+def write_missing_quickstart(config: Config, report: RunReport) -> None:
+    """The quickstart's files beside where the first source is expected, when one of them is not there."""
+    paths = [p for source in config.data.sources for p in _listed(source.path)] + _listed(config.data.validation)
+    if all(Path(path).exists() for path in paths):
+        return
+    report.stage("making the quickstart's text")
+    write_quickstart(Path(paths[0]).parent, say=report.say)
+
+
+def existing_sources(
+    sources: list[SourceConfig], say: Callable[[str], None]
+) -> list[tuple[SourceConfig, list[SourceFile]]]:
+    """Each source with its files; a missing optional one is left out, and said."""
+    found = []
+    for source in sources:
+        try:
+            found.append((source, expand(source.path)))
+        except DataError as error:
+            if not source.optional:
+                raise
+            say(f"going on without the optional {_named(source)} ({error})")
+    if not found:
+        raise DataError("data.sources: none of the optional sources is there, so there is nothing to train on")
+    return found
+
+
+def get_tokenizer(config: Config, files: list[SourceFile], report: RunReport) -> tuple[Tokenizer, Path]:
+    """The run's tokenizer, and a `tokenizer.json` of it in the cache folder."""
+    cache_dir = Path(config.data.cache_dir)
+    if config.data.tokenizer == "train":
+        report.stage("learning the tokenizer")
+        tokenizer = learn_tokenizer(files, cache_dir, config.model.vocab_size)
+    else:
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise SettingsError(
+            f"model.vocab_size: {config.model.vocab_size:,} is less than the {tokenizer.vocab_size:,} entries of "
+            f"data.tokenizer = {config.data.tokenizer}"
+        )
+    path = cache_dir / f"tokenizer-used-{tokenizer.fingerprint[:16]}.json"
+    if not path.exists():
+        tokenizer.save(path)
+    return tokenizer, path
+
+
+def tokenise(
+    title: str, files: list[SourceFile], tokenizer: Tokenizer, config: Config, report: RunReport
+) -> TokenCache:
+    """The token cache of the files; says which lines were left out."""
+    report.stage(title)
+    cache = prepare_files(
+        files,
+        tokenizer,
+        config.model.max_seq_len,
+        config.data.cache_dir,
+        on_bad_line=config.data.on_bad_line,
+        max_line_bytes=int(config.data.max_line_mb * MIB),
+        progress=lambda done, total: report.progress(done, total, "bytes"),
+    )
+    for sentence in bad_line_report(cache.manifest):
+        report.say(sentence)
+    return cache
+
+
+def _summary(caches: list[TokenCache], validation: TokenCache) -> str:
+    """`documents 26,830 · tokens 2,661,510 · …`"""
+    manifests = [cache.manifest for cache in caches]
+    tokens = sum(m.tokens for m in manifests)
+    padding = sum(m.padding for m in manifests) / sum(m.rows * m.sequence_length for m in manifests)
+    return (
+        f"training text: {sum(m.documents for m in manifests):,} documents, {tokens:,} tokens in "
+        f"{sum(m.rows for m in manifests):,} sequences ({padding:.2%} padding); "
+        f"validation text: {validation.manifest.documents:,} documents, {validation.manifest.tokens:,} tokens"
+    )
+
+
+def _named(source: SourceConfig) -> str:
+    return ", ".join(Path(path).name for path in _listed(source.path))
+
+
+def _listed(path: str | list[str]) -> list[str]:
+    return [path] if isinstance(path, str) else list(path)

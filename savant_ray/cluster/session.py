@@ -1,0 +1,57 @@
+"""Connects to Ray: a cluster that is there (RAY_ADDRESS, `ray job submit`), else a local one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Read by Ray when it is imported or started, so they are set before that; what the user has set stays.
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the least time between two report() calls, 2 s by default
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each worker's print appears twice
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the folder of the driver
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def prepare_environment() -> None:
+    """Sets what Ray reads from the environment; call before `import ray`."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "RAY_ADDRESS" not in os.environ:  # a local cluster, bound to this machine: no token to pass around
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray for the time of a `with` block."""
+    prepare_environment()
+    import ray
+
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def n_gpus() -> int:
+    """GPUs of the whole cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def n_cpus() -> int:
+    """CPUs of the whole cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))

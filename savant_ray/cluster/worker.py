@@ -1,0 +1,131 @@
+"""What each Ray Train worker runs: memory cap first, then model, resume, loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+from ray.train.torch import get_device
+
+from savant_ray.cluster.host import RayHost
+from savant_ray.cluster.resume import load_newest
+from savant_ray.config import Config
+from savant_ray.data.stream import StepStream
+from savant_ray.data.token_cache import Sequences, TokenCache
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import SavantError
+from savant_ray.events import AttemptStarted, RunFailed, RunResumed
+from savant_ray.training.compilation import compile_block
+from savant_ray.training.loop import train
+from savant_ray.training.memory import cap_memory
+from savant_ray.training.precision import usable_precision
+from savant_ray.training.state import TrainingState, new_state
+from savant_ray.training.step import MicroBatch
+from savant_ray.training.validator import Validator
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What the driver sends: plain values that the dashboard may show, and the bridge's handle."""
+
+    config: dict[str, Any]
+    run_folder: str
+    tokenizer: str  # a tokenizer.json that every node can read
+    validation: str  # a token cache that every node can read
+    data_fingerprint: str
+    bridge: Any
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """The training function of `TorchTrainer`; `settings` are the fields of a `WorkerTask`."""
+    task = WorkerTask(**settings)
+    config = Config.from_dict(task.config)
+    tokenizer = Tokenizer.load(task.tokenizer)
+    host = RayHost(task.bridge, Path(task.run_folder), config, tokenizer)
+    try:
+        _train(task, config, tokenizer, host)
+    except SavantError as error:
+        host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
+        raise
+
+
+def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost) -> None:
+    device = get_device()
+    precision, note = usable_precision(config.training.precision, device)
+    notes = [cap_memory(device, config.training.vram_limit_gb), note]
+    state = new_state(config, device, precision)
+    state.data_fingerprint = task.data_fingerprint
+    state.model.recompute_loops = recomputes_loops(config.training.recompute_loops, device)
+    notes.append(compile_block(state.model, config.training.compile, device))
+    resumed = load_newest(state, config, host.run_folder)
+    _announce(host, state, config, [note for note in notes if note], resumed)
+    host.validator = make_validator(task, config, tokenizer, host, device)
+    stream: StepStream = ray.train.get_dataset_shard("train")
+    steps = stream.steps(state.position, config.training.max_steps - state.step)
+    shares = (split(step.sequences, step.positions, config.training.batch_size, device) for step in steps)
+    train(state, config, shares, host)
+
+
+def recomputes_loops(setting: bool | str, device: torch.device) -> bool:
+    """`training.recompute_loops`; "auto" = on a GPU, where T x T scores of all loops would not fit under 10 GiB."""
+    return device.type == "cuda" if setting == "auto" else bool(setting)
+
+
+def make_validator(
+    task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost, device: torch.device
+) -> Validator:
+    """The validator with this rank's share of the first `validation.batches` batches, in file order."""
+    cache = TokenCache.open(task.validation)
+    batch_size = config.training.batch_size
+    wanted = np.arange(min(config.validation.batches * batch_size, cache.n_sequences))
+    rows = np.array_split(wanted, host.world_size)[host.rank]
+    return Validator(
+        config=config,
+        tokenizer=tokenizer,
+        micro_batches=split(cache.take(rows), rows, batch_size, device),
+        target_tokens=cache.manifest.target_tokens,
+        text_bytes=cache.manifest.text_bytes,
+        rank=host.rank,
+        emit=host.emit,
+    )
+
+
+def split(
+    sequences: Sequences, positions: np.ndarray, batch_size: int, device: torch.device
+) -> list[MicroBatch]:
+    """Sequences `[N, T]` as micro-batches of at most `batch_size` on the device."""
+    starts = range(0, len(positions), batch_size)
+    return [_micro_batch(sequences, positions, slice(s, s + batch_size), device) for s in starts]
+
+
+def _micro_batch(sequences: Sequences, positions: np.ndarray, part: slice, device: torch.device) -> MicroBatch:
+    return MicroBatch(
+        tokens_BT=torch.from_numpy(sequences.tokens[part].copy()).to(device),
+        document_ids_BT=torch.from_numpy(sequences.document_ids[part].copy()).to(device),
+        positions=tuple(int(p) for p in positions[part]),
+    )
+
+
+def _announce(
+    host: RayHost, state: TrainingState, config: Config, notes: list[str], resumed: RunResumed | None
+) -> None:
+    if host.rank != 0:
+        return
+    host.emit(
+        AttemptStarted(
+            step=state.step,
+            workers=host.world_size,
+            device=torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "cpu",
+            parameters=sum(p.numel() for p in state.model.parameters()),
+            max_steps=config.training.max_steps,
+            effective_batch=config.training.effective_batch,
+            notes=tuple(notes),
+        )
+    )
+    if resumed is not None:
+        host.emit(resumed)
