@@ -11,7 +11,6 @@ import fcntl
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,9 +65,7 @@ def prepare(
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
     }
     job = _Job(plan_ranges(files, range_bytes), files, recipe, fingerprint(identity), cache_dir)
-    with _locked(job.folder.with_suffix(".lock")):
-        if not job.folder.exists():
-            job.run(progress or (lambda done, total: None))
+    _make_once(job.folder, lambda: job.run(progress or (lambda done, total: None)))
     cache = TokenCache.open(job.folder)
     if on_bad_line == "error" and cache.manifest.bad_lines:
         raise DataError("\n".join(bad_line_report(cache.manifest, verdict="refused")))
@@ -84,9 +81,7 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
     cache_dir = Path(cache_dir).expanduser().absolute()
     identity = {"version": FORMAT_VERSION, "files": content_hashes(files, cache_dir), "vocab_size": vocab_size}
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
-    with _locked(path.with_suffix(".lock")):
-        if not path.exists():
-            train_tokenizer(_texts_to_learn_from(files), vocab_size).save(path)
+    _make_once(path, lambda: train_tokenizer(_texts_to_learn_from(files), vocab_size).save(path))
     return Tokenizer.load(path)
 
 
@@ -166,6 +161,8 @@ class _WriteShard:
                 before = now
         except DataError as error:
             yield {"bytes": 0, "error": str(error)}
+        except OSError as error:
+            yield {"bytes": 0, "error": f"{self.folder}: cannot be written ({error})"}
 
 
 def _as_row(part: ByteRange) -> dict[str, Any]:
@@ -236,7 +233,9 @@ def _names(files: Sequence[SourceFile]) -> list[str]:
     """The paths from the folder on that all files share: the same wherever that folder lies."""
     if not files:
         raise DataError("no file to prepare")
-    shared = len(os.path.commonpath([os.path.dirname(file.path) for file in files]))
+    folders = [os.path.dirname(file.path) for file in files]
+    is_mixed = len({folder.startswith("/") for folder in folders}) > 1  # local files and URIs
+    shared = 0 if is_mixed else len(os.path.commonpath(folders))
     return [file.path[shared:].lstrip("/") for file in files]
 
 
@@ -256,10 +255,12 @@ def _texts_to_learn_from(files: Sequence[SourceFile]) -> Iterator[str]:
             yield text
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait, and find the work done."""
+def _make_once(path: Path, make: Callable[[], None]) -> None:
+    """Makes what is not there; of several processes one makes it, the others wait for it."""
+    if path.exists():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make()

@@ -23,7 +23,7 @@ from savant_ray.data.packing import pack
 from savant_ray.data.token_cache import shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import Tokenizer
 
-BATCH_CHARACTERS = 1 << 19  # tokenised at once
+BATCH_CHARACTERS = 1 << 18  # tokenised at once
 CHUNK_TOKENS = 1 << 21  # packed at once: many rows, so that the last one's padding does not count
 NAMED_BAD_LINES = 100
 

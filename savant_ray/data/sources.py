@@ -73,27 +73,38 @@ def _expand_one(pattern: str) -> list[SourceFile]:
         elif info.type == pafs.FileType.Directory:
             infos = [each for each in _files_below(filesystem, path) if each.path.endswith(SUFFIXES)]
         else:
-            matches = _glob_expression(path).fullmatch
-            infos = [each for each in _files_below(filesystem, _fixed_folder(path)) if matches(each.path)]
+            infos = _matching(filesystem, path) if _is_glob(path) else []
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{pattern}: cannot be listed ({error})") from error
     if not infos:
         raise DataError(_nothing_found(pattern, info.type == pafs.FileType.Directory))
-    scheme = pattern.split("://")[0] + "://" if "://" in pattern else ""
-    query = _split_query(pattern)[1]
-    return [SourceFile(scheme + each.path, each.size, each.mtime_ns or 0, query) for each in infos]
+    prefix, query = _around(pattern, path)
+    return [SourceFile(prefix + each.path, each.size, each.mtime_ns or 0, query) for each in infos]
+
+
+def _around(pattern: str, path: str) -> tuple[str, str]:
+    """What a URI has before the path in its file system, and its options."""
+    uri, query = _split_query(pattern)
+    return (uri.rstrip("/").removesuffix(path), query) if "://" in uri else ("", "")
 
 
 def _nothing_found(pattern: str, is_folder: bool) -> str:
     if is_folder:
-        return f"{pattern}: the folder holds no {', '.join(SUFFIXES[:3])} …"
+        return f"{pattern}: the folder holds no {', '.join(SUFFIXES[::3])} …"
     return f"{pattern}: no such {'match' if _is_glob(pattern) else 'file or folder'}"
 
 
-def _files_below(filesystem: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
-    selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
-    infos = filesystem.get_file_info(selector)
-    return [each for each in infos if each.type == pafs.FileType.File and not each.base_name.startswith(".")]
+def _matching(filesystem: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
+    folder = _fixed_folder(path)
+    deep = "/" in path[len(folder) :].lstrip("/")
+    matches = _glob_expression(path).fullmatch
+    return [each for each in _files_below(filesystem, folder, deep) if matches(each.path)]
+
+
+def _files_below(filesystem: pafs.FileSystem, folder: str, deep: bool = True) -> list[pafs.FileInfo]:
+    """Files but the hidden ones, which editors and notebooks leave."""
+    infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=deep, allow_not_found=True))
+    return [each for each in infos if each.type == pafs.FileType.File and "/." not in each.path[len(folder) :]]
 
 
 def _is_glob(path: str) -> bool:
