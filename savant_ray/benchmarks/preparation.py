@@ -16,8 +16,9 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,30 @@ import ray
 
 from savant_ray.data.preparation import learn_tokenizer, prepare
 from savant_ray.data.sources import expand
+from savant_ray.data.token_cache import Manifest
 from savant_ray.data.tokenizer import Tokenizer
 
 Figures = dict[str, dict[str, Any]]
 
 GB, MIB = 10**9, 1 << 20
 CORES = os.cpu_count() or 1
+RAY_NICENESS = 15  # of Ray's workers; the bare processes must wait for other work as they do
 SLICE_BYTES = 16_000_000  # for each core, in each turn of the bare way
 DOCUMENT_CHARACTERS = 3_000
 SEQUENCE_LENGTH, VOCAB_SIZE = 1024, 32_000
 TURNS_OF_SMALLEST = 3
 
 
+@dataclass(frozen=True)
+class Rate:
+    """Tokens per second of the clock, all cores together, and per second of one core's work."""
+
+    clock: float
+    core: float
+
+
 def run(sizes_gb: Sequence[float] = (0.1, 1, 3), folder: str | None = None) -> Figures:
-    """For each size: tokens per second against the bare way, and the largest process against that of the smallest size.
+    """For each size: both rates against the bare way, and the largest process against that of the smallest size.
 
     `folder` (default: the system's temporary one) needs twice the largest size.
     """
@@ -49,36 +60,50 @@ def run(sizes_gb: Sequence[float] = (0.1, 1, 3), folder: str | None = None) -> F
     with _ray_session():
         for size in sorted(sizes_gb):
             with tempfile.TemporaryDirectory(dir=folder) as here:
-                rates, peak = measure(Path(here), int(size * GB), TURNS_OF_SMALLEST if not figures else 1)
+                rates, peak = measure(Path(here), int(size * GB), 1 if figures else TURNS_OF_SMALLEST)
             smallest_peak = smallest_peak or peak
-            figures[f"preparation_{size:g}_gb"] = rates
-            figures[f"preparation_memory_{size:g}_gb"] = _figure(
-                [peak / smallest_peak], f"largest process {peak:.0f} MiB"
-            )
-    return figures
+            memory = _figure([peak / smallest_peak], f"largest process {peak:.0f} MiB")
+            figures |= {f"{name}_{size:g}_gb": figure for name, figure in (rates | {"memory": memory}).items()}
+    return {f"preparation_{name}": figure for name, figure in figures.items()}
 
 
-def measure(folder: Path, size: int, turns: int) -> tuple[dict[str, Any], float]:
-    """The figure for `size` bytes of text, and the peak of the largest process in MiB."""
-    text = folder / "text.jsonl"
+def measure(folder: Path, size: int, turns: int) -> tuple[Figures, float]:
+    """The figures `clock` and `core` for `size` bytes of text, and the peak of the largest process in MiB."""
+    text, sample = folder / "text.jsonl", folder / "sample.jsonl"
     _write_text(text, size)
-    files = expand(str(text))
-    sample = folder / "sample.jsonl"
-    _write_text(sample, min(size, SLICE_BYTES))
+    _write_text(sample, SLICE_BYTES)
     tokenizer = learn_tokenizer(expand(str(sample)), folder, VOCAB_SIZE)
     bare, prepared = [_bare_rate(sample, tokenizer)], []
     with _peak_of_largest_process() as peak:
         for turn in range(turns):
-            started = time.perf_counter()
-            manifest = prepare(files, tokenizer, SEQUENCE_LENGTH, folder / str(turn)).manifest
-            prepared.append(manifest.tokens / (time.perf_counter() - started))
+            rate, manifest = _prepared_rate(text, tokenizer, folder / str(turn))
+            prepared.append(rate)
             bare.append(_bare_rate(sample, tokenizer))
-    ratios = [rate / statistics.mean(bare[turn : turn + 2]) for turn, rate in enumerate(prepared)]
-    detail = (
-        f"{prepared[-1] / 1e6:.2f} M tokens/s, {size / manifest.tokens * prepared[-1] / 1e6:.2f} MB/s on {CORES} cores; "
-        f"bare {statistics.mean(bare) / 1e6:.2f} M tokens/s; padding {manifest.padding / manifest.tokens:.3%}"
-    )
-    return _figure(ratios, detail), peak[0]
+    padding = f"padding {manifest.padding / (manifest.tokens + manifest.padding):.3%}"
+    figures = {}
+    for key in ("clock", "core"):
+        words = _in_words(prepared, bare, key, size / manifest.tokens)
+        figures[key] = _figure(_ratios(prepared, bare, key), f"{words}; {padding}")
+    return figures, peak[0]
+
+
+def _ratios(prepared: Sequence[Rate], bare: Sequence[Rate], key: str) -> list[float]:
+    """Each preparation against the mean of the bare turns before and after it."""
+    around = [statistics.mean(getattr(rate, key) for rate in bare[turn : turn + 2]) for turn in range(len(prepared))]
+    return [getattr(rate, key) / other for rate, other in zip(prepared, around, strict=True)]
+
+
+def _in_words(prepared: Sequence[Rate], bare: Sequence[Rate], key: str, bytes_per_token: float) -> str:
+    mine, other = (statistics.median(getattr(rate, key) for rate in rates) / 1e6 for rates in (prepared, bare))
+    return f"{mine:.2f} M tokens/s = {mine * bytes_per_token:.2f} MB/s, bare {other:.2f} M tokens/s, {CORES} cores"
+
+
+def _prepared_rate(text: Path, tokenizer: Tokenizer, cache_dir: Path) -> tuple[Rate, Manifest]:
+    files = expand(str(text))
+    worked, started = _core_seconds(), time.perf_counter()
+    manifest = prepare(files, tokenizer, SEQUENCE_LENGTH, cache_dir).manifest
+    seconds, worked = time.perf_counter() - started, _core_seconds() - worked
+    return Rate(manifest.tokens / seconds, manifest.tokens / worked), manifest
 
 
 def _write_text(path: Path, size: int) -> None:
@@ -98,21 +123,28 @@ def _documents() -> Iterator[str]:
             yield from filter(str.strip, parts)
 
 
-def _bare_rate(sample: Path, tokenizer: Tokenizer) -> float:
-    """Tokens per second of all cores at once, each with the sample for itself."""
+def _bare_rate(sample: Path, tokenizer: Tokenizer) -> Rate:
+    """All cores at once, each with the sample for itself."""
     with multiprocessing.get_context("spawn").Pool(CORES) as pool:
-        return sum(pool.starmap(_parse_and_encode, [(str(sample), tokenizer.to_json())] * CORES, chunksize=1))
+        rates = pool.starmap(_parse_and_encode, [(str(sample), tokenizer.to_json())] * CORES, chunksize=1)
+    return Rate(sum(rate.clock for rate in rates), statistics.mean(rate.core for rate in rates))
 
 
-def _parse_and_encode(sample: str, tokenizer_json: str) -> float:
+def _parse_and_encode(sample: str, tokenizer_json: str) -> Rate:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.nice(RAY_NICENESS)
     tokenizer = Tokenizer.from_json(tokenizer_json)
-    started = time.perf_counter()
+    worked, started = time.process_time(), time.perf_counter()
     tokens = 0
     with open(sample, "rb") as file:
-        while lines := file.readlines(MIB // 2):
+        while lines := file.readlines(MIB // 4):
             tokens += sum(map(len, tokenizer.encode_batch([orjson.loads(line)["text"] for line in lines])))
-    return tokens / (time.perf_counter() - started)
+    return Rate(tokens / (time.perf_counter() - started), tokens / (time.process_time() - worked))
+
+
+def _core_seconds() -> float:
+    """What this process, Ray and its workers have worked."""
+    return sum(_unless_ended(lambda each: sum(each.cpu_times()[:2]), each) for each in _own_processes())
 
 
 @contextmanager
@@ -121,8 +153,8 @@ def _peak_of_largest_process() -> Iterator[list[float]]:
     peak, done = [0.0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.2):
-            peak[0] = max(peak[0], *map(_resident_mib, _own_processes()))
+        while not done.wait(1):
+            peak[0] = max(peak[0], *(_unless_ended(_resident_mib, each) for each in _own_processes()))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -135,13 +167,18 @@ def _peak_of_largest_process() -> Iterator[list[float]]:
 
 def _own_processes() -> list[psutil.Process]:
     this = psutil.Process()
-    return [this, *(each for each in this.children(recursive=True))]
+    return [this, *this.children(recursive=True)]
 
 
 def _resident_mib(process: psutil.Process) -> float:
+    is_ours = process.pid == os.getpid() or process.name().startswith("ray::")
+    return process.memory_info().rss / MIB if is_ours else 0.0
+
+
+def _unless_ended(ask: Callable[[psutil.Process], float], process: psutil.Process) -> float:
     try:
-        return process.memory_info().rss / MIB if process.pid == os.getpid() or "ray::" in process.name() else 0.0
-    except psutil.Error:  # it has just ended
+        return ask(process)
+    except psutil.Error:
         return 0.0
 
 
