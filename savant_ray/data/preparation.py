@@ -35,6 +35,7 @@ from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.errors import DataError
 
 FORMAT_VERSION = 1
+PROGRESS_BYTES = 2 << 20  # between two signs of life of a task
 TRAINING_CHARACTERS = 128 << 20  # a tokenizer learns little from more
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -154,11 +155,13 @@ class _WriteShard:
     recipe: Recipe
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        index, before = row.pop("index"), 0
+        index, told, now = row.pop("index"), 0, 0
         try:
             for now in write_shard(self.folder, index, _from_row(row), self.recipe):
-                yield {"bytes": now - before, "error": ""}
-                before = now
+                if now - told >= PROGRESS_BYTES:
+                    yield {"bytes": now - told, "error": ""}
+                    told = now
+            yield {"bytes": now - told, "error": ""}
         except DataError as error:
             yield {"bytes": 0, "error": str(error)}
         except OSError as error:
