@@ -60,4 +60,4 @@ def test_savant_yaml_is_the_training_guides_run() -> None:
 def test_the_quickstart_reads_the_files_it_makes() -> None:
     config = load_config((), {}, FOLDER / "quickstart.yaml")
     assert config.data.quickstart
-    assert config.data.sources == Config().data.sources
+    assert [s.path for s in config.data.sources] == [s.path for s in Config().data.sources]

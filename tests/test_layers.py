@@ -36,10 +36,10 @@ ALLOWED = {
 }
 THIRD_PARTY = {
     "cli": set(),
-    "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "tokenizers", "torch"},
+    "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "cluster": {"numpy", "psutil", "pyarrow", "ray", "torch"},
     "training": {"numpy", "psutil", "torch"},
-    "reporting": {"rich", "tensorboardX"},
+    "reporting": {"rich"},
     "inference": {"numpy", "torch"},
     "optim": {"torch"},
     "data": {"numpy", "orjson", "pandas", "pyarrow", "ray", "tokenizers"},

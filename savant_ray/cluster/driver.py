@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from savant_ray.cluster.lock import locked
 from savant_ray.cluster.paths import in_ray_job, output_folder, run_folder, with_absolute_paths
 from savant_ray.cluster.session import prepare_environment, ray_session
 from savant_ray.cluster.signals import StopSignals
@@ -32,7 +33,7 @@ def train(config: Config) -> int:
     signals = StopSignals()
     signals.install()
     config = with_absolute_paths(config, Path.cwd(), output_folder())
-    with RunReport(run_folder(config), config.training.max_steps) as report:
+    with locked(run_folder(config)), RunReport(run_folder(config), config.training.max_steps) as report:
         if in_ray_job():
             report.say(f"this is a Ray job: the run is kept in {run_folder(config)}")
         try:
@@ -44,16 +45,17 @@ def train(config: Config) -> int:
 
 def _train(config: Config, report: RunReport, signals: StopSignals) -> int:
     from savant_ray.cluster.checks import check_before_start
-    from savant_ray.cluster.preparation import prepare_data
+    from savant_ray.cluster.preparation import find_text, prepare_data
 
     finished = check_before_start(config)
     if finished is not None:
         report.say(finished)
         return 0
+    text = find_text(config, report)
     report.stage("starting Ray")
     with ray_session():
         signals.install()
-        data = prepare_data(config, report)
+        data = prepare_data(config, text, report)
         report.stage("starting workers")
         outcome = _fit(config, data, report, signals)
     return _conclude(config, outcome, report)
@@ -106,9 +108,7 @@ def _conclude(config: Config, outcome: Outcome, report: RunReport) -> int:
     if outcome.error is not None:
         raise _as_savant_error(outcome) from outcome.error
     if report.last_step < config.training.max_steps:
-        report.say(
-            f"stopped and saved at step {report.last_step:,}; run the same command again to go on from {_last_checkpoint(config)}"
-        )
+        report.say(f"stopped and saved as {_last_checkpoint(config)}; to go on, run the same command again")
         return STOPPED_EARLY
     report.say(f'trained; next: python jobs/generate.py --checkpoint {run_folder(config)} --prompt "…"')
     return 0

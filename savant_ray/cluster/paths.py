@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from savant_ray.config import Config
+from savant_ray.errors import SettingsError
 
 JOB_HOME = "savant_runs"
 
@@ -21,7 +22,14 @@ def in_ray_job(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def with_absolute_paths(config: Config, folder: Path, output_folder: Path) -> Config:
-    """Inputs against `folder`, outputs against `output_folder`; URIs and absolute paths stay."""
+    """Inputs against `folder`, outputs against `output_folder`; URIs and absolute paths stay.
+
+    Raises:
+        SettingsError: an output path is a URI; only text may come from object storage.
+    """
+    for name, path in {"run.storage_path": config.run.storage_path, "data.cache_dir": config.data.cache_dir}.items():
+        if "://" in path:
+            raise SettingsError(f"{name}: {path} is a URI; give a folder that every node reaches, such as /mnt/shared")
     settings = config.to_dict()
     run, data = settings["run"], settings["data"]
     run["storage_path"] = _absolute(run["storage_path"], output_folder)

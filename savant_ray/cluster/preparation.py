@@ -24,6 +24,14 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True)
+class Text:
+    """The files that a run reads."""
+
+    sources: list[tuple[SourceConfig, list[SourceFile]]]
+    validation: list[SourceFile]
+
+
+@dataclass(frozen=True)
 class PreparedData:
     """What a run trains on."""
 
@@ -42,29 +50,38 @@ def prepare(config: Config) -> None:
     prepare_environment()
     config = with_absolute_paths(config, Path.cwd(), output_folder())
     with RunReport(None) as report:
+        text = find_text(config, report)
         report.stage("starting Ray")
         with ray_session():
-            prepare_data(config, report)
+            prepare_data(config, text, report)
 
 
-def prepare_data(config: Config, report: RunReport) -> PreparedData:
-    """Makes what is missing; Ray must be running.
+def find_text(config: Config, report: RunReport) -> Text:
+    """The files behind the settings' patterns; needs no Ray.
 
     Raises:
-        DataError: text is missing, unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
-        SettingsError: the tokenizer has more entries than the model's vocabulary.
+        DataError: a source that is not optional, or the validation text, is missing.
     """
     if config.data.quickstart:
         write_missing_quickstart(config, report)
-    sources = existing_sources(config.data.sources, report.say)
-    tokenizer, tokenizer_path = get_tokenizer(config, [file for _, files in sources for file in files], report)
+    return Text(existing_sources(config.data.sources, report.say), expand(config.data.validation))
+
+
+def prepare_data(config: Config, text: Text, report: RunReport) -> PreparedData:
+    """Makes what is missing; Ray must be running.
+
+    Raises:
+        DataError: text is unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
+        SettingsError: the tokenizer has more entries than the model's vocabulary.
+    """
+    tokenizer, tokenizer_path = get_tokenizer(config, [file for _, files in text.sources for file in files], report)
     caches = [
-        tokenise(f"tokenising {_named(source)}", files, tokenizer, config, report) for source, files in sources
+        tokenise(f"tokenising {_named(source)}", files, tokenizer, config, report) for source, files in text.sources
     ]
-    validation = tokenise("tokenising the validation text", expand(config.data.validation), tokenizer, config, report)
+    validation = tokenise("tokenising the validation text", text.validation, tokenizer, config, report)
     plan = StreamPlan(
         folders=tuple(str(cache.folder) for cache in caches),
-        weights=tuple(source.weight for source, _ in sources),
+        weights=tuple(source.weight for source, _ in text.sources),
         seed=config.run.seed,
         effective_batch=config.training.effective_batch,
     )

@@ -1,0 +1,135 @@
+"""Real jobs on a real local Ray, with a text and a model small enough to wait for."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+ROOT = Path(__file__).parents[2]
+WORDS = "red blue green one two three four five six seven eight nine ten cat dog tree sea sun".split()
+
+SETTINGS = {
+    "run.name": "tiny",
+    "model.vocab_size": 400,
+    "model.dim": 32,
+    "model.n_heads": 2,
+    "model.n_loops": 2,
+    "model.max_seq_len": 64,
+    "model.window_size": 16,
+    "model.global_every": 2,
+    "training.max_steps": 8,
+    "training.batch_size": 3,
+    "training.accumulation": 4,
+    "training.learning_rate": 0.01,
+    "training.precision": "fp32",
+    "training.compile": "false",
+    "validation.every_steps": 4,
+    "validation.batches": 2,
+    "validation.max_new_tokens": 5,
+    "checkpoint.every_steps": 4,
+}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with training and validation text; the optional logic file is missing."""
+    return with_text(tmp_path)
+
+
+def with_text(folder: Path) -> Path:
+    write_text(folder / "dataset/savant_dataset_train.jsonl", 300, seed=1)
+    write_text(folder / "dataset/savant_dataset_val.jsonl", 60, seed=2)
+    return folder
+
+
+def write_text(path: Path, documents: int, seed: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    chance = random.Random(seed)
+    texts = (" ".join(chance.choices(WORDS, k=chance.randint(5, 60))) for _ in range(documents))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def options(**changes: Any) -> list[str]:
+    settings = SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's, without what would send a job elsewhere."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SAVANT_"))}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | changes
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running Ray head."""
+
+    address: str
+    dashboard: str
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Head]:
+    """One head with a dashboard for all tests that do not need their own: a job on it starts sooner."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray's sockets lie below it
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    port = free_port()
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 2,
+            "include_dashboard": True,
+            "dashboard_port": port,
+            "temp_dir": folder,
+            "object_store_memory": 200 << 20,
+        },
+    )
+    yield Head(cluster.address, f"http://127.0.0.1:{port}")
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def start_job(head: Head, workplace: Path, **changes: Any) -> subprocess.Popen[str]:
+    """Starts `python jobs/train.py` in the workplace, on the running head."""
+    command = [sys.executable, str(ROOT / "jobs/train.py"), *options(**changes)]
+    there = environment(RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
+    return subprocess.Popen(
+        command, cwd=workplace, env=there, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run_job(head: Head, workplace: Path, **changes: Any) -> tuple[int, str]:
+    """Runs a job to its end: exit code and what it printed."""
+    job = start_job(head, workplace, **changes)
+    printed, _ = job.communicate(timeout=300)
+    return job.returncode, printed
+
+
+def records(run: Path, event: str) -> list[dict[str, Any]]:
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == event]
+
+
+def losses(run: Path) -> list[float]:
+    steps = records(run, "step")
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1)), "each step once, in order"
+    return [step["train_loss"] for step in steps]

@@ -1,0 +1,67 @@
+"""What is decided before Ray starts: paths, disk, lock."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from savant_ray.cluster.checks import check_before_start, check_disk, checkpoint_bytes
+from savant_ray.cluster.lock import locked
+from savant_ray.cluster.paths import in_ray_job, output_folder, with_absolute_paths
+from savant_ray.config import Config, load_config
+from savant_ray.errors import CheckpointError, SavantError, SettingsError
+
+
+def test_relative_paths_are_against_the_folder_and_uris_stay(tmp_path: Path) -> None:
+    config = load_config(["--data.validation", '["a.jsonl", "s3://b/c.jsonl"]'], environment={})
+    resolved = with_absolute_paths(config, tmp_path / "in", tmp_path / "out")
+    assert resolved.data.validation == [f"{tmp_path}/in/a.jsonl", "s3://b/c.jsonl"]
+    assert resolved.run.storage_path == f"{tmp_path}/out" and resolved.data.cache_dir == f"{tmp_path}/out/cache"
+    assert resolved.data.sources[0].path == f"{tmp_path}/in/dataset/savant_dataset_train.jsonl"
+    assert resolved.data.tokenizer == "train"
+    assert with_absolute_paths(resolved, Path("/elsewhere"), Path("/elsewhere")) == resolved
+
+
+def test_a_run_on_object_storage_is_refused() -> None:
+    config = load_config(["--run.storage_path", "s3://bucket/runs"], environment={})
+    with pytest.raises(SettingsError, match=r"run\.storage_path: s3://bucket/runs is a URI"):
+        with_absolute_paths(config, Path("/in"), Path("/out"))
+
+
+def test_a_job_writes_below_home_because_its_folder_vanishes() -> None:
+    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    assert in_ray_job(job) and output_folder(job) == Path.home() / "savant_runs"
+    assert not in_ray_job({}) and output_folder({}) == Path.cwd()
+
+
+def test_the_guides_checkpoint_is_about_a_gigabyte() -> None:
+    assert checkpoint_bytes(Config()) == pytest.approx(12 * 80.2e6, rel=0.01)
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    check_disk(tmp_path, one_checkpoint=1000, keep=3)
+    with pytest.raises(SettingsError, match=r"run\.storage_path: .* GB free, 4 checkpoints of .* GB need"):
+        check_disk(tmp_path, one_checkpoint=10**18, keep=3)
+
+
+def test_init_from_must_name_a_checkpoint(tmp_path: Path) -> None:
+    settings = Config().to_dict()
+    settings["run"] |= {"storage_path": str(tmp_path), "init_from": str(tmp_path / "nothing")}
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        check_before_start(Config.from_dict(settings))
+
+
+def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) -> None:
+    hold = "import sys, time; from savant_ray.cluster.lock import locked\n"
+    hold += "with locked(__import__('pathlib').Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(SavantError, match=f"in use by process {holder.pid} on"), locked(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    with locked(tmp_path):
+        pass

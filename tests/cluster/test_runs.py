@@ -1,0 +1,152 @@
+"""`python jobs/train.py`: from text to a checkpoint that answers, stopped and resumed on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from savant_ray.training.checkpoint import checkpoints, read_checkpoint
+from tests.cluster.conftest import (
+    ROOT,
+    Head,
+    environment,
+    losses,
+    options,
+    records,
+    run_job,
+    start_job,
+    with_text,
+)
+
+pytestmark = pytest.mark.slow
+
+
+class Finished(NamedTuple):
+    """A run of eight steps that went through, and what it printed."""
+
+    workplace: Path
+    run: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def finished(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    workplace = with_text(tmp_path_factory.mktemp("finished"))
+    code, printed = run_job(head, workplace)
+    assert code == 0, printed
+    return Finished(workplace, workplace / "tiny", printed)
+
+
+def copied(finished: Finished, target: Path) -> Path:
+    shutil.copytree(finished.workplace, target, dirs_exist_ok=True)
+    return target
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(checkpoints(run)[-1])["model_state_dict"]
+
+
+def test_a_run_leaves_what_the_design_says(finished: Finished) -> None:
+    run = finished.run
+    assert {p.name for p in run.iterdir()} >= {
+        "step_4", "step_8", "metrics.jsonl", "samples.jsonl", "training_log.txt",
+    }  # fmt: skip
+    assert len(losses(run)) == 8 and losses(run)[-1] < losses(run)[0]
+    assert [v["step"] for v in records(run, "validation")] == [4, 8]
+    assert [(c["step"], c["reason"]) for c in records(run, "checkpoint")] == [(4, "periodic"), (8, "final")]
+    assert all(s["tokens"] > 0 and s["grad_norm"] > 0 for s in records(run, "step"))
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [4, 8] and samples[0]["prompt"].startswith("Question: If X = 5")
+    log = (run / "training_log.txt").read_text()
+    assert all(f"validation at step {step}" in log for step in (4, 8)) and samples[0]["prompt"].split("\n")[1] in log
+
+
+def test_a_run_says_what_is_missing_and_what_to_do_next(finished: Finished) -> None:
+    assert "optional genius_dataset.jsonl" in finished.printed
+    assert f"jobs/generate.py --checkpoint {finished.run}" in finished.printed
+
+
+def test_a_checkpoint_answers_a_prompt_on_the_command_line(finished: Finished) -> None:
+    command = [sys.executable, str(ROOT / "jobs/generate.py"), "--checkpoint", "tiny", "--prompt", "one two"]
+    command += ["--max-new-tokens", "100", "--json", "answer.json"]  # past max_seq_len = 64
+    done = subprocess.run(command, cwd=finished.workplace, env=environment(), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((finished.workplace / "answer.json").read_text())
+    assert done.stdout.strip() == "one two" + answer["text"].rstrip() and answer["prompt"] == "one two"
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(head: Head, finished: Finished, tmp_path: Path) -> None:
+    workplace = copied(finished, tmp_path)
+    code, printed = run_job(head, workplace)
+    assert code == 0 and "has done its 8 steps" in printed
+    code, printed = run_job(head, workplace, training__max_steps=10)
+    assert code == 0 and "step_8" in printed, printed
+    assert losses(workplace / "tiny")[:8] == losses(finished.run) and len(losses(workplace / "tiny")) == 10
+
+
+def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, tmp_path: Path) -> None:
+    code, printed = run_job(head, with_text(tmp_path), scaling__num_workers=2)
+    assert code == 0, printed
+    assert losses(tmp_path / "tiny") == pytest.approx(losses(finished.run), rel=1e-3)
+    assert losses(tmp_path / "tiny")[0] == pytest.approx(losses(finished.run)[0], rel=1e-6)
+    assert records(tmp_path / "tiny", "attempt")[0]["workers"] == 2
+
+
+def test_a_new_run_may_start_from_the_weights_of_another(head: Head, finished: Finished, tmp_path: Path) -> None:
+    workplace = copied(finished, tmp_path)
+    code, printed = run_job(head, workplace, run__name="second", run__init_from="tiny", training__max_steps=2)
+    assert code == 0 and "weights only" in printed, printed
+    assert losses(workplace / "second")[0] < losses(finished.run)[0] - 0.1
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(head: Head, workplace: Path) -> None:
+    assert run_job(head, workplace, run__name="straight", training__max_steps=60)[0] == 0
+    job = start_job(head, workplace, training__max_steps=60)
+    run = workplace / "tiny"
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(records(run, "step")) >= 5)
+    job.send_signal(signal.SIGINT)
+    printed, _ = job.communicate(timeout=60)
+    assert job.returncode == 75, printed
+    assert "run the same command" in printed
+    stopped_at = len(losses(run))
+    assert checkpoints(run)[-1].name == f"step_{stopped_at}" and 5 <= stopped_at < 60
+
+    code, printed = run_job(head, workplace, training__max_steps=60)
+    assert code == 0 and f"step_{stopped_at}" in printed, printed
+    assert losses(run) == losses(workplace / "straight")
+    straight = final_weights(workplace / "straight")
+    assert all(torch.equal(straight[name], w) for name, w in final_weights(run).items())
+    assert len(checkpoints(run)) == 3
+
+
+def test_without_a_cluster_a_run_starts_its_own_ray_and_is_silent_about_it(workplace: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs/train.py"), *options(training__max_steps=2)]
+    done = subprocess.run(command, cwd=workplace, env=environment(), text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(workplace / "tiny")) == 2
+    assert done.stderr == "", "the noise of a healthy Ray is not the user's"
+
+
+def test_wrong_settings_and_missing_text_are_told_before_ray_starts(head: Head, workplace: Path) -> None:
+    code, printed = run_job(head, workplace, model__n_heads=7)
+    assert code == 2 and "model.n_heads: 7 does not divide model.dim = 32" in printed
+    code, printed = run_job(head, workplace, data__validation="nowhere.jsonl")
+    assert code == 3 and "nowhere.jsonl" in printed and "starting Ray" not in printed
+    assert "Traceback" not in printed
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)

@@ -1,0 +1,67 @@
+"""Generation: greedy equals full recomputing, the same seed the same text, nothing forbidden."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from savant_ray.inference.generate import Sampling, generate
+from savant_ray.inference.validation import bits_per_byte, loss_sums
+from savant_ray.model.transformer import UniversalTransformer
+from tests.training.tiny import LENGTH, micro_batch, tiny_config, tiny_state
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture
+def model() -> UniversalTransformer:
+    model = tiny_state(tiny_config()).model
+    with torch.no_grad():
+        model.head.weight.mul_(20)  # an untrained head is nearly flat
+    return model
+
+
+def sampling(**changes: object) -> Sampling:
+    defaults = dict(vocab_size=40, end_of_document=1, never_sampled=frozenset({0, 2}), max_new_tokens=60, temperature=1.0)
+    return Sampling(**(defaults | changes))
+
+
+def test_greedy_answers_are_those_of_recomputing_the_whole_prefix(model: UniversalTransformer) -> None:
+    answer = list(generate(model, PROMPT, sampling(temperature=0, end_of_document=-1, max_new_tokens=3 * LENGTH)))
+    text = list(PROMPT)
+    for token in answer:
+        logits = model(torch.tensor([text]))[0, -1]
+        logits[[0, 2, *range(40, 50)]] = float("-inf")
+        assert token == int(logits.argmax())
+        text.append(token)
+    assert len(answer) == 3 * LENGTH, "on past max_seq_len"
+
+
+def test_the_same_seed_gives_the_same_text_and_another_another(model: UniversalTransformer) -> None:
+    texts = [tuple(generate(model, PROMPT, sampling(seed=seed))) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_what_must_never_be_sampled_never_is(model: UniversalTransformer) -> None:
+    tokens = [t for seed in range(30) for t in generate(model, PROMPT, sampling(seed=seed, temperature=5.0))]
+    assert len(tokens) > 300 and set(tokens) <= set(range(3, 40))
+
+
+def test_the_end_of_the_document_ends_the_answer(model: UniversalTransformer) -> None:
+    lengths = [len(list(generate(model, PROMPT, sampling(seed=s, temperature=5.0)))) for s in range(20)]
+    assert min(lengths) < 60
+
+
+def test_an_empty_prompt_is_refused(model: UniversalTransformer) -> None:
+    with pytest.raises(ValueError, match="no tokens"):
+        next(generate(model, [], sampling()))
+
+
+def test_the_validation_loss_does_not_depend_on_micro_batches(model: UniversalTransformer) -> None:
+    batches = [micro_batch(range(8)), micro_batch(range(3)), micro_batch(range(3, 8))]
+    whole, first, second = (loss_sums(model, [(b.tokens_BT, b.document_ids_BT)]) for b in batches)
+    torch.testing.assert_close(first + second, whole)
+
+
+def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight() -> None:
+    assert bits_per_byte(5.545177444479562, target_tokens=100, text_bytes=100) == pytest.approx(8)
