@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,22 +10,21 @@ from typing import Any
 
 import ray.data
 from ray._private.log import PlainRayHandler
-from ray.data import DataContext, ExecutionResources
+from ray.data import DataContext
 
 
 @contextmanager
-def settings(object_store_bytes: float = math.inf) -> Iterator[None]:
+def settings(block_bytes: int = 1) -> Iterator[None]:
     """For the creation of a `Dataset`, which takes the context of that moment with it.
 
-    Nothing is printed: the caller shows its own progress. A block holds one row. A task waits while more than
-    `object_store_bytes` of its rows are unread; by default it would read ahead until the object store is half full.
+    Nothing is printed: the caller shows its own progress. A task hands its rows over when they come to `block_bytes`:
+    by default each at once.
     """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
-    context.target_max_block_size = 1
-    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=object_store_bytes)
+    context.target_max_block_size = block_bytes
     _quieten_console()
     with DataContext.current(context):
         yield
@@ -41,10 +39,11 @@ def _quieten_console() -> None:
 
 def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     """The rows of `dataset`; closing the iterator stops its tasks."""
-    batches = iter(dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1))
+    batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
     try:
         for batch in batches:
-            yield {name: batch.column(name)[0] for name in batch.column_names}
+            for row in range(batch.num_rows):
+                yield {name: batch.column(name)[row] for name in batch.column_names}
     finally:
         _stop(dataset)
 

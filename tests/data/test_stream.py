@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -146,7 +147,9 @@ def test_it_reads_beside_workers_that_hold_every_cpu(plan: StreamPlan) -> None:
     ray.kill(holder)
 
 
-def test_it_reads_a_few_steps_ahead_and_ends_when_closed(plan: StreamPlan, tmp_path: Path) -> None:
+def test_it_reads_one_portion_ahead_and_ends_when_closed(
+    plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Watched(StepStream):
         """Leaves a file for each step that is read."""
 
@@ -154,13 +157,33 @@ def test_it_reads_a_few_steps_ahead_and_ends_when_closed(plan: StreamPlan, tmp_p
             (tmp_path / str(start_position)).touch()
             return super().positions(start_position)
 
+    monkeypatch.setattr("savant_ray.data.stream.LONGEST_PORTION", 4)
     stream = Watched(plan, 0, 1).steps(0, 1_000_000)
     for _ in range(5):
         next(stream)
-    time.sleep(1)
-    assert len(list(tmp_path.iterdir())) <= 5 + 8
+    time.sleep(3)
+    assert len(list(tmp_path.iterdir())) == 12, "the portion in use and the one after it"
     stream.close()
-    time.sleep(0.5)
-    read = len(list(tmp_path.iterdir()))
     time.sleep(1)
-    assert len(list(tmp_path.iterdir())) == read
+    assert len(list(tmp_path.iterdir())) == 12
+
+
+def test_portions_join_without_a_gap(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("savant_ray.data.stream.LONGEST_PORTION", 4)
+    positions = np.concatenate([share.positions for share in StepStream(plan, 0, 1).steps(77, 10)])
+    assert np.array_equal(positions, 77 + np.arange(10 * 192))
+
+
+def test_once_a_portion_is_read_ray_data_leaves_the_processor_to_training(plan: StreamPlan) -> None:
+    """Its scheduler thread spins for as long as an execution lasts."""
+    stream = StepStream(plan, 0, 1).steps(0, 100)
+    next(stream)
+    deadline = time.monotonic() + 30
+    while executors() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert executors() == []
+    assert sum(1 for _ in stream) == 99
+
+
+def executors() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("StreamingExecutor")]
