@@ -15,6 +15,7 @@ from ray.train.torch import get_device
 from savant_ray.cluster.host import RayHost
 from savant_ray.cluster.resume import load_newest
 from savant_ray.config import Config
+from savant_ray.data.order import GlobalOrder, share
 from savant_ray.data.stream import StepStream
 from savant_ray.data.token_cache import Sequences, TokenCache
 from savant_ray.data.tokenizer import Tokenizer
@@ -27,6 +28,8 @@ from savant_ray.training.precision import usable_precision
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch
 from savant_ray.training.validator import Validator
+
+VALIDATION_SEED = 0  # not `run.seed`: runs with other seeds are compared on the same sequences
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost) -> None:
     device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where collectives over objects put their bytes
     precision, note = usable_precision(config.training.precision, device)
     notes = [cap_memory(device, config.training.vram_limit_gb), note]
     state = new_state(config, device, precision)
@@ -79,11 +84,15 @@ def recomputes_loops(setting: bool | str, device: torch.device) -> bool:
 def make_validator(
     task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost, device: torch.device
 ) -> Validator:
-    """The validator with this rank's share of the first `validation.batches` batches, in file order."""
+    """The validator with this rank's share of `validation.batches` batches, the same for every run on that text.
+
+    Drawn from the whole text: packing puts the longest documents first.
+    """
     cache = TokenCache.open(task.validation)
     batch_size = config.training.batch_size
-    wanted = np.arange(min(config.validation.batches * batch_size, cache.n_sequences))
-    rows = np.array_split(wanted, host.world_size)[host.rank]
+    wanted = min(config.validation.batches * batch_size, cache.n_sequences)
+    _, rows = GlobalOrder([cache.n_sequences], [1.0], VALIDATION_SEED).locate(np.arange(wanted))
+    rows = rows[np.asarray(share(wanted, host.rank, host.world_size), dtype=np.int64)]
     return Validator(
         config=config,
         tokenizer=tokenizer,
