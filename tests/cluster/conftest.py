@@ -68,9 +68,13 @@ def options(**changes: Any) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's, without what would send a job elsewhere."""
+    """This process's, without what would send a job elsewhere; `python` is the one that runs the tests."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SAVANT_"))}
-    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | changes
+    return kept | {"PATH": here_first(), "OMP_NUM_THREADS": "1"} | changes
+
+
+def here_first() -> str:
+    return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Head:
 def head() -> Iterator[Head]:
     """One head with a dashboard for all tests that do not need their own: a job on it starts sooner."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray's sockets lie below it
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "PATH": here_first()}  # a submitted job inherits the head's PATH
     port = free_port()
     cluster = Cluster(
         initialize_head=True,
