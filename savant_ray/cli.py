@@ -72,10 +72,17 @@ def _overview() -> str:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    _, config = _settings(_parser("train", settings=True), arguments)
+    parser = _parser("train", settings=True)
+    parser.add_argument("--fresh", action="store_true", help="start anew; an older run of that name is moved aside")
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on although model, tokenizer or text are not those of the checkpoint, and keep what fits",
+    )
+    options, config = _settings(parser, arguments)
     from savant_ray.cluster.driver import train
 
-    return train(config)
+    return train(config, fresh=options.fresh, allow_changes=options.allow_changes)
 
 
 def _prepare(arguments: Sequence[str]) -> int:

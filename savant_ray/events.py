@@ -33,7 +33,18 @@ class AttemptStarted(Event):
     parameters: int
     max_steps: int
     effective_batch: int  # sequences per step
+    validates_first: bool  # at `step`, which was done before but may have been cut short
     notes: tuple[str, ...] = ()  # what the user should know: no compiler, smaller card than the cap, …
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptEnded(Event):
+    """The workers of one launch are through, or were stopped and have saved."""
+
+    kind = "end"
+    step: int
+    finished: bool  # trained to `training.max_steps`
+    saved_step: int  # of the newest checkpoint; 0 = none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +55,7 @@ class RunResumed(Event):
     step: int
     path: str
     note: str = ""
+    warnings: tuple[str, ...] = ()  # what could not be taken over
 
     def to_record(self) -> dict[str, Any]:
         """As every event, but the path is called `from` in the record."""
@@ -103,6 +115,15 @@ class CheckpointSaved(Event):
     path: str
     reason: str  # "periodic", "final" or "stop"
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFailed(Event):
+    """A checkpoint could not be written; the older ones are whole."""
+
+    kind = "checkpoint_failure"
+    step: int
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

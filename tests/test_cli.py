@@ -35,8 +35,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append((checkpoint, prompt, options))
         yield from (" five", " plus\x1b[2J", " ten")
 
-    def train(config: Config) -> int:
-        made.append(config)
+    def train(config: Config, **options: bool) -> int:
+        made.append((config, options))
         return STOPPED_EARLY
 
     install("savant_ray.cluster.driver", train=train)
@@ -92,7 +92,11 @@ def test_train_hands_over_the_settings_and_ends_with_the_trainings_exit_code(cal
     config = ROOT / "configs" / "quickstart.yaml"
     arguments = ["--training.max_steps", "3", "--training.weight_decay=0", "--run.name", "x"]
     assert main(["train", arguments[0], arguments[1], "--config", str(config), *arguments[2:]]) == STOPPED_EARLY
-    assert calls == [load_config(arguments, file=config)]
+    assert main(["train", "--fresh", "--allow-changes"]) == STOPPED_EARLY
+    assert calls == [
+        (load_config(arguments, file=config), {"fresh": False, "allow_changes": False}),
+        (Config(), {"fresh": True, "allow_changes": True}),
+    ]
 
 
 def test_wrong_settings_are_all_told_and_nothing_is_started(
@@ -111,7 +115,7 @@ def test_wrong_settings_are_all_told_and_nothing_is_started(
 def test_a_failure_is_told_in_a_line_and_has_its_exit_code(
     error: Any, calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(config: Config) -> int:
+    def fail(config: Config, **options: bool) -> int:
         raise error
 
     monkeypatch.setattr(sys.modules["savant_ray.cluster.driver"], "train", fail)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import ray
@@ -29,6 +30,7 @@ class Bridge:
         self._events: list[Event] = []
         self._news = asyncio.Event()
         self._stop = asyncio.Event()
+        self._grace_seconds = 0.0
 
     async def tell(self, event: Event) -> None:
         """A worker's fact."""
@@ -42,13 +44,14 @@ class Bridge:
         events, self._events = self._events, []
         return events
 
-    async def request_stop(self) -> None:
+    async def request_stop(self, grace_seconds: float) -> None:
         """The driver's wish; it stays."""
+        self._grace_seconds = grace_seconds
         self._stop.set()
 
-    async def stop_requested(self, seconds: float) -> bool:
-        """Whether to stop; waits up to `seconds` for the wish."""
-        return await _wait(self._stop, seconds)
+    async def stop_requested(self, seconds: float) -> float | None:
+        """None, or within how many seconds to stop; waits up to `seconds` for the wish."""
+        return self._grace_seconds if await _wait(self._stop, seconds) else None
 
 
 class StopListener:
@@ -56,17 +59,17 @@ class StopListener:
 
     def __init__(self, bridge: ActorHandle) -> None:
         self._bridge = bridge
-        self._heard = threading.Event()
+        self._deadline: float | None = None  # by time.monotonic()
         threading.Thread(target=self._listen, name="stop-listener", daemon=True).start()
 
-    def stop_requested(self) -> bool:
-        """Whether the wish has arrived."""
-        return self._heard.is_set()
+    def grace_left(self) -> float | None:
+        """None until the wish has arrived, then the seconds that are left for it."""
+        return None if self._deadline is None else self._deadline - time.monotonic()
 
     def _listen(self) -> None:
-        while not ray.get(self._bridge.stop_requested.remote(POLL_SECONDS)):
+        while (grace_seconds := ray.get(self._bridge.stop_requested.remote(POLL_SECONDS))) is None:
             pass
-        self._heard.set()
+        self._deadline = time.monotonic() + grace_seconds
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:

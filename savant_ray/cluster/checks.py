@@ -11,14 +11,26 @@ from savant_ray.cluster.paths import run_folder
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.training.checkpoint import find_checkpoint, newest_checkpoint, step_of
+from savant_ray.reporting.record import has_sample
+from savant_ray.training.checkpoint import find_checkpoint, step_of
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
 GB = 1e9
 
 
-def check_before_start(config: Config) -> str | None:
-    """Everything that needs no GPU and no Ray; returns why there is nothing to do, or None.
+def is_finished(config: Config, newest: Path) -> str | None:
+    """Why there is nothing to do; a last validation that a stop cut short is still to be made up for."""
+    folder, step = run_folder(config), step_of(newest)
+    if step < config.training.max_steps or not has_sample(folder, step):
+        return None
+    return (
+        f"{folder} has done its {step:,} steps; raise training.max_steps to go on, "
+        f'or: python jobs/generate.py --checkpoint {folder} --prompt "…"'
+    )
+
+
+def check_before_start(config: Config) -> None:
+    """Everything that needs no GPU and no Ray.
 
     Raises:
         SettingsError: the storage cannot be written, or the disk is too small for the checkpoints.
@@ -27,14 +39,7 @@ def check_before_start(config: Config) -> str | None:
     folder = run_folder(config)
     if config.run.init_from is not None:
         find_checkpoint(Path(config.run.init_from))
-    newest = newest_checkpoint(folder)
-    if newest is not None and step_of(newest) >= config.training.max_steps:
-        return (
-            f"{folder} has done its {step_of(newest):,} steps; raise training.max_steps to go on, "
-            f'or: python jobs/generate.py --checkpoint {folder} --prompt "…"'
-        )
     check_disk(folder, checkpoint_bytes(config), config.checkpoint.keep)
-    return None
 
 
 def checkpoint_bytes(config: Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from savant_ray.cluster.bridge import StopListener
+from savant_ray.cluster.preemption import drain_grace_left
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.events import CheckpointSaved, Event, SampleGenerated, StepDone, ValidationDone
-from savant_ray.training.checkpoint import write_checkpoint
+from savant_ray.events import CheckpointFailed, CheckpointSaved, Event, Notice, SampleGenerated, StepDone, ValidationDone
+from savant_ray.reporting.record import to_line
+from savant_ray.training.checkpoint import CONFIG, RECORDS, TOKENIZER, write_checkpoint
+from savant_ray.training.ranks import any_rank
 from savant_ray.training.state import TrainingState
 from savant_ray.training.validator import Validator
 
@@ -23,6 +27,7 @@ class RayHost:
     """One per worker; implements `savant_ray.training.loop.Host`."""
 
     validator: Validator
+    saved_step = 0  # of the newest checkpoint
 
     def __init__(self, bridge: Any, run_folder: Path, config: Config, tokenizer: Tokenizer) -> None:
         context = ray.train.get_context()
@@ -30,46 +35,76 @@ class RayHost:
         self.run_folder = run_folder
         self._bridge = bridge
         self._listener = StopListener(bridge)
-        self._config_yaml, self._tokenizer_json = dump_yaml(config), tokenizer.to_json()
+        self._grace_seconds = config.run.grace_seconds
+        self._save_seconds = 0.0  # how long the last checkpoint took
+        self._drain_told = False
+        self._texts = {CONFIG: dump_yaml(config), TOKENIZER: tokenizer.to_json()}
+        self._lines: list[dict[str, Any]] = []  # of the record, since the last checkpoint
         self._reported: dict[str, float | str] = {}  # the newest figures, which go with a checkpoint into Ray's result
 
     def emit(self, event: Event, wait: bool = False) -> None:
-        """Sends the event up; `wait` for those after which the process may end."""
+        """Sends the event up; `wait` until it and those before it have arrived."""
         self._remember(event)
         sent = self._bridge.tell.remote(event)
         if wait:
             ray.get(sent)
 
-    def stop_requested(self) -> bool:
-        """Whether the driver wishes to stop."""
-        return self._listener.stop_requested()
+    def grace_left(self) -> float | None:
+        """None until the driver wishes to stop or a node of the run is drained; then seconds, less those of a save."""
+        left = self._listener.grace_left()
+        if left is None and (left := drain_grace_left(self._grace_seconds)) is not None:
+            self._tell_drain()
+        return None if left is None else left - self._save_seconds
 
-    def save(self, state: TrainingState, reason: str) -> None:
+    def stop_requested(self) -> bool:
+        """Whether there is a reason to stop."""
+        return self.grace_left() is not None
+
+    def save(self, state: TrainingState, reason: str) -> bool:
         """Rank 0 writes `step_N` into the run folder; all ranks hand it to Ray Train, which keeps the newest three.
 
-        The folder already lies where Ray would copy it (NO_UPLOAD), so nothing is copied.
+        The folder already lies where Ray would copy it (NO_UPLOAD), so nothing is copied. False on every rank: the
+        storage refused, so that there is nothing to hand over.
         """
         started = time.perf_counter()
-        checkpoint = None
-        if self.rank == 0:
-            folder = write_checkpoint(self.run_folder, state.to_checkpoint(), self._config_yaml, self._tokenizer_json)
-            checkpoint = Checkpoint(str(folder))
+        folder = self._write(state) if self.rank == 0 else None
+        if any_rank(self.rank == 0 and folder is None, state.device):
+            return False
         ray.train.report(
             {**self._reported, "step": state.step},
-            checkpoint=checkpoint,
+            checkpoint=Checkpoint(str(folder)) if folder else None,
             checkpoint_dir_name=f"step_{state.step}",
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
-        if checkpoint is not None:
-            seconds = time.perf_counter() - started
-            self.emit(CheckpointSaved(step=state.step, path=checkpoint.path, reason=reason, seconds=seconds), wait=True)
+        self.saved_step, self._save_seconds = state.step, time.perf_counter() - started
+        if folder is not None:
+            self._lines.clear()
+            self.emit(
+                CheckpointSaved(step=state.step, path=str(folder), reason=reason, seconds=self._save_seconds), wait=True
+            )
+        return True
 
-    def validate(self, state: TrainingState) -> None:
-        """Loss on held-out text and a sample."""
-        self.validator(state)
+    def validate(self, state: TrainingState) -> bool:
+        """Loss on held-out text and a sample; whether some rank has a reason to stop."""
+        return self.validator(state)
+
+    def _write(self, state: TrainingState) -> Path | None:
+        records = "".join(json.dumps(line) + "\n" for line in self._lines)
+        try:
+            return write_checkpoint(self.run_folder, state.to_checkpoint(), {**self._texts, RECORDS: records})
+        except OSError as error:
+            self.emit(CheckpointFailed(step=state.step, text=str(error)), wait=True)
+            return None
+
+    def _tell_drain(self) -> None:
+        if not self._drain_told and self.rank == 0:
+            self.emit(Notice(text="a node of this run is being taken away: this step is finished and saved"))
+        self._drain_told = True
 
     def _remember(self, event: Event) -> None:
-        """Plain numbers and strings only: Ray writes them as JSON."""
+        """For Ray's result: plain numbers and strings only, as Ray writes them as JSON."""
+        if self.rank == 0:
+            self._lines.append(to_line(event))
         match event:
             case StepDone():
                 self._reported |= {"train_loss": event.train_loss, "tokens_per_second": event.tokens_per_second}

@@ -17,6 +17,26 @@ from savant_ray.errors import SavantError
 LOCK = ".lock"
 
 
+def move_run_aside(run_folder: Path) -> Path | None:
+    """Renames the folder to the first free `<name>.old`, `<name>.old-2`, …; None: there was none.
+
+    Raises:
+        SavantError: another process trains this run.
+    """
+    if not run_folder.exists():
+        return None
+    with locked(run_folder):
+        return set_aside(run_folder, ".old")
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Renames it to the first free name with that suffix, and a number from the second on."""
+    target, number = path.with_name(path.name + suffix), 2
+    while target.exists():
+        target, number = path.with_name(f"{path.name}{suffix}-{number}"), number + 1
+    return path.rename(target)
+
+
 @contextmanager
 def locked(run_folder: Path) -> Iterator[None]:
     """Holds the folder, which is made if need be, for the time of a `with` block.

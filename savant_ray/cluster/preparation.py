@@ -35,6 +35,7 @@ class Text:
 class PreparedData:
     """What a run trains on."""
 
+    tokenizer: Tokenizer
     tokenizer_path: Path
     plan: StreamPlan
     validation: Path  # a token cache
@@ -87,7 +88,7 @@ def prepare_data(config: Config, text: Text, report: RunReport) -> PreparedData:
     )
     report.say(_summary(caches, validation))
     identity = repr((tokenizer.fingerprint, [cache.fingerprint for cache in caches], plan.weights))
-    return PreparedData(tokenizer_path, plan, validation.folder, hashlib.sha256(identity.encode()).hexdigest())
+    return PreparedData(tokenizer, tokenizer_path, plan, validation.folder, hashlib.sha256(identity.encode()).hexdigest())
 
 
 def write_missing_quickstart(config: Config, report: RunReport) -> None:

@@ -12,7 +12,7 @@ from savant_ray.training.checkpoint import find_checkpoint, newest_checkpoint, r
 from savant_ray.training.state import TrainingState
 
 
-def load_newest(state: TrainingState, config: Config, run_folder: Path) -> RunResumed | None:
+def load_newest(state: TrainingState, config: Config, run_folder: Path, allow_changes: bool) -> RunResumed | None:
     """Loads on every rank what rank 0 found; collective.
 
     Raises:
@@ -20,8 +20,8 @@ def load_newest(state: TrainingState, config: Config, run_folder: Path) -> RunRe
     """
     newest = agree(newest_checkpoint(run_folder))
     if newest is not None:
-        state.load_checkpoint(read_checkpoint(newest))
-        return RunResumed(step=state.step, path=str(newest))
+        notes = state.load_checkpoint(read_checkpoint(newest), allow_changes)
+        return RunResumed(step=state.step, path=str(newest), warnings=tuple(notes))
     if config.run.init_from is None:
         return None
     origin = agree(find_checkpoint(Path(config.run.init_from)))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+from savant_ray.cluster.paths import in_ray_job
+from savant_ray.config import Config
 
 # Read by Ray when it is imported or started, so they are set before that; what the user has set stays.
 ENVIRONMENT = {
@@ -18,6 +21,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
 
 def prepare_environment() -> None:
@@ -41,6 +45,13 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def grace_seconds(config: Config, environment: Mapping[str, str] = os.environ) -> float:
+    """How long a stop may take: `run.grace_seconds`, but `ray job stop` kills a job after a time of its own."""
+    if not in_ray_job(environment):
+        return config.run.grace_seconds
+    return min(config.run.grace_seconds, float(environment.get(JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT)))
 
 
 def n_gpus() -> int:

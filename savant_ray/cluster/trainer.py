@@ -17,7 +17,7 @@ from savant_ray.config import Config
 from savant_ray.errors import SettingsError
 
 
-def make_trainer(config: Config, data: PreparedData, bridge: Any) -> TorchTrainer:
+def make_trainer(config: Config, data: PreparedData, bridge: Any, allow_changes: bool) -> TorchTrainer:
     """The job; Ray must be running."""
     task = WorkerTask(
         config=config.to_dict(),
@@ -25,6 +25,7 @@ def make_trainer(config: Config, data: PreparedData, bridge: Any) -> TorchTraine
         tokenizer=str(data.tokenizer_path),
         validation=str(data.validation),
         data_fingerprint=data.fingerprint,
+        allow_changes=allow_changes,
         bridge=bridge,
     )
     return TorchTrainer(

@@ -20,9 +20,9 @@ from savant_ray.data.stream import StepStream
 from savant_ray.data.token_cache import Sequences, TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError
-from savant_ray.events import AttemptStarted, RunFailed, RunResumed
+from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed
 from savant_ray.training.compilation import compile_block
-from savant_ray.training.loop import train
+from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory
 from savant_ray.training.precision import usable_precision
 from savant_ray.training.state import TrainingState, new_state
@@ -41,6 +41,7 @@ class WorkerTask:
     tokenizer: str  # a tokenizer.json that every node can read
     validation: str  # a token cache that every node can read
     data_fingerprint: str
+    allow_changes: bool
     bridge: Any
 
 
@@ -67,13 +68,16 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost
     state.data_fingerprint = task.data_fingerprint
     state.model.recompute_loops = recomputes_loops(config.training.recompute_loops, device)
     notes.append(compile_block(state.model, config.training.compile, device))
-    resumed = load_newest(state, config, host.run_folder)
+    resumed = load_newest(state, config, host.run_folder, task.allow_changes)
+    host.saved_step = state.step
     _announce(host, state, config, [note for note in notes if note], resumed)
     host.validator = make_validator(task, config, tokenizer, host, device)
     stream: StepStream = ray.train.get_dataset_shard("train")
     steps = stream.steps(state.position, config.training.max_steps - state.step)
     shares = (split(step.sequences, step.positions, config.training.batch_size, device) for step in steps)
-    train(state, config, shares, host)
+    finished = train(state, config, shares, host)
+    if host.rank == 0:
+        host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saved_step), wait=True)
 
 
 def recomputes_loops(setting: bool | str, device: torch.device) -> bool:
@@ -101,6 +105,7 @@ def make_validator(
         text_bytes=cache.manifest.text_bytes,
         rank=host.rank,
         emit=host.emit,
+        stop_requested=host.stop_requested,
     )
 
 
@@ -133,6 +138,7 @@ def _announce(
             parameters=sum(p.numel() for p in state.model.parameters()),
             max_steps=config.training.max_steps,
             effective_batch=config.training.effective_batch,
+            validates_first=validation_is_due(state.step, config),
             notes=tuple(notes),
         )
     )

@@ -60,15 +60,27 @@ class AdamW(torch.optim.Optimizer):
         """Moments and step counts as they were saved, unrounded; the learning rate is the schedule's business.
 
         Raises:
-            CheckpointError: a moment is missing or has another shape.
+            CheckpointError: the state is another optimizer's or another model's; nothing has changed then.
         """
-        saved = state_dict["state"]
+        if problem := self._misfit(state_dict):
+            raise CheckpointError(problem)
         for index, parameter in enumerate(self._parameters()):
             for name, tensor in self.state[parameter].items():
-                value = saved.get(index, {}).get(name)
-                if value is None or torch.as_tensor(value).shape != tensor.shape:
-                    raise CheckpointError(f"optimizer state {index}.{name} is missing or has another shape")
-                tensor.copy_(torch.as_tensor(value))
+                tensor.copy_(torch.as_tensor(state_dict["state"][index][name]))
+
+    def _misfit(self, state_dict: dict[str, Any]) -> str | None:
+        """Why a saved state is not one for these parameters."""
+        saved, parameters = state_dict["state"], self._parameters()
+        if len(saved) != len(parameters):
+            return f"it is for {len(saved)} parameters, the model has {len(parameters)}"
+        for index, parameter in enumerate(parameters):
+            mine, theirs = self.state[parameter], saved.get(index, {})
+            if set(theirs) != set(mine):
+                return f"it holds {', '.join(sorted(theirs)) or 'nothing'} where AdamW has {', '.join(sorted(mine))}"
+            for name, tensor in mine.items():
+                if torch.as_tensor(theirs[name]).shape != tensor.shape:
+                    return f"{name} of parameter {index} has another shape"
+        return None
 
     @staticmethod
     def _update(full: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:

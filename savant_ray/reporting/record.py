@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 from savant_ray.events import Event, SampleGenerated
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-ABOUT_A_LAUNCH = ("attempt", "resume", "notice", "failure")  # happened, even if the steps after it are gone
+VALIDATION = ("validation", "sample")
+ABOUT_A_LAUNCH = ("attempt", "end", "resume", "notice", "failure")  # happened, even if the steps after it are gone
 
 
 class Record:
@@ -29,17 +30,24 @@ class Record:
 
     def append(self, event: Event) -> None:
         """Writes one line, a sample to both files."""
-        fields = event.to_record()
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = {"event": fields.pop("event"), "time": now, **fields}
+        self._append(to_line(event))
+
+    def fill(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Adds what workers kept beside a checkpoint and the file lacks: its driver died before it heard of it."""
+        there = {(line["event"], line.get("step")) for line in read_records(self._metrics.path)}
+        for line in lines:
+            if line["event"] not in ABOUT_A_LAUNCH and (line["event"], line["step"]) not in there:
+                self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
         self._metrics.append(line)
-        if isinstance(event, SampleGenerated):
+        if line["event"] == SampleGenerated.kind:
             self._samples.append(line)
 
-    def drop_after(self, step: int) -> None:
-        """Forgets what happened after `step`, because it is about to happen again."""
-        self._metrics.drop_after(step)
-        self._samples.drop_after(step)
+    def go_back_to(self, step: int, validates: bool) -> None:
+        """Forgets what is about to happen again: all after `step`, and its own validation if `validates`."""
+        for file in (self._metrics, self._samples):
+            file.keep(lambda line: not _happens_again(line, step, validates))
 
     def close(self) -> None:
         """Closes the files."""
@@ -51,33 +59,40 @@ class JsonLines:
     """A file of JSON objects, one a line, that is only ever complete."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         _cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line; a number that JSON does not have (NaN, infinity) becomes null."""
-        self._file.write(json.dumps(_finite(line), ensure_ascii=False, allow_nan=False) + "\n")
+        """Adds a line."""
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
-    def drop_after(self, step: int) -> None:
-        """Removes the lines about later steps: written aside, renamed over."""
-        lines = list(read_records(self._path))
-        kept = [line for line in lines if line.get("step", 0) <= step or line.get("event") in ABOUT_A_LAUNCH]
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Removes the other lines: written aside, renamed over."""
+        lines = list(read_records(self.path))
+        kept = [line for line in lines if wanted(line)]
         if len(kept) == len(lines):
             return
         self._file.close()
-        aside = self._path.with_name(f"{self._path.name}.tmp")
+        aside = self.path.with_name(f"{self.path.name}.tmp")
         with aside.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        aside.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def to_line(event: Event) -> dict[str, Any]:
+    """The event as its line, with the present time; a number that JSON does not have (NaN, infinity) becomes null."""
+    fields = event.to_record()
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return _finite({"event": fields.pop("event"), "time": now, **fields})
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -90,6 +105,24 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith(b"\n"):
                 yield json.loads(line)
+
+
+def saved_a_checkpoint(run_folder: Path) -> bool:
+    """Whether the run's record tells of a checkpoint."""
+    path = run_folder / METRICS
+    return path.exists() and any(line["event"] == "checkpoint" for line in read_records(path))
+
+
+def has_sample(run_folder: Path, step: int) -> bool:
+    """Whether the record has the sample of that step, the last thing a validation does."""
+    path = run_folder / SAMPLES
+    return path.exists() and any(line["step"] == step for line in read_records(path))
+
+
+def _happens_again(line: dict[str, Any], step: int, validates: bool) -> bool:
+    if line["event"] in ABOUT_A_LAUNCH:
+        return False
+    return line["step"] > step or (validates and line["step"] == step and line["event"] in VALIDATION)
 
 
 def _cut_torn_line(path: Path) -> None:

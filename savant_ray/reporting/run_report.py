@@ -7,10 +7,10 @@ before a validation, when its update was skipped, and every 30 seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from savant_ray.events import AttemptStarted, Event, StepDone, ValidationDone
 from savant_ray.reporting.console import Console, open_console
@@ -68,6 +68,11 @@ class RunReport:
         elif text := describe(event):
             self.say(text)
 
+    def fill(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Completes the record of an earlier launch whose driver died."""
+        if self._record is not None:
+            self._record.fill(lines)
+
     def stage(self, text: str) -> None:
         """What begins now, before there are steps: "starting Ray"."""
         self._stage, self._last_remark = text, self._clock()
@@ -98,7 +103,7 @@ class RunReport:
     def _start(self, event: AttemptStarted) -> None:
         """The run stands at `event.step`: what was recorded after it happens again."""
         if self._record is not None:
-            self._record.drop_after(event.step)
+            self._record.go_back_to(event.step, event.validates_first)
         self.last_step, self._max_steps = event.step, event.max_steps
         self._pace, self._first_step, self._unsaid = Pace(), True, ""
         self._last_pause = ("the start", self._clock())

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 
 from savant_ray.events import (
     AttemptStarted,
+    CheckpointFailed,
     CheckpointSaved,
     Event,
     MicroBatchSkipped,
@@ -42,7 +43,8 @@ def _(event: AttemptStarted) -> str:
 @describe.register
 def _(event: RunResumed) -> str:
     start = f"resuming from {event.path}" if event.step else f"starting from the weights of {event.path}"
-    return f"{start} ({event.note})" if event.note else start
+    first = f"{start} ({event.note})" if event.note else start
+    return "\n".join([first, *(f"WARNING: {warning}" for warning in event.warnings)])
 
 
 @describe.register
@@ -65,6 +67,14 @@ def _(event: SampleGenerated) -> str:
 def _(event: CheckpointSaved) -> str:
     reason = "" if event.reason == "periodic" else f" ({event.reason})"
     return f"saved {PurePosixPath(event.path).name}{reason} · {duration(event.seconds)}"
+
+
+@describe.register
+def _(event: CheckpointFailed) -> str:
+    return (
+        f"WARNING: step {event.step:,} could not be saved: {event.text}. Training goes on and tries again at the next "
+        "checkpoint; the older ones are whole. Free some space, or mend the storage."
+    )
 
 
 @describe.register

@@ -3,6 +3,7 @@
     step_500/step_500.pt      weights, optimizer, position (see training/state.py)
     step_500/config.yaml      the settings it was trained with
     step_500/tokenizer.json   the tokenizer it was trained with
+    step_500/records.jsonl    what was told since the checkpoint before, should the driver not have heard it
     step_500/manifest.json    sizes and SHA-256 of the others; written last
 
 The folder is written as `step_500.tmp` and renamed, so a folder without a manifest is not a checkpoint.
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +27,54 @@ from savant_ray.errors import CheckpointError
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
+RECORDS = "records.jsonl"
 _FOLDER = re.compile(r"step_(\d+)")
 
 
-def write_checkpoint(run_folder: Path, content: dict[str, Any], config_yaml: str, tokenizer_json: str) -> Path:
-    """Writes `run_folder/step_N` for the content's step N and returns it."""
+def write_checkpoint(run_folder: Path, content: dict[str, Any], texts: Mapping[str, str]) -> Path:
+    """Writes `run_folder/step_N` for the content's step N, `texts` (by file name) beside it, and returns it.
+
+    Raises:
+        OSError: the storage refuses; what was there before is whole.
+    """
     folder = run_folder / f"step_{content['step']}"
     aside = folder.with_name(folder.name + ".tmp")
-    for stale in (aside, folder):  # a folder of that name is left from a run that died before it was reported
-        if stale.exists():
-            shutil.rmtree(stale)
-    aside.mkdir(parents=True)
-    torch.save(content, aside / f"{folder.name}.pt")
-    (aside / CONFIG).write_text(config_yaml)
-    (aside / TOKENIZER).write_text(tokenizer_json)
-    (aside / MANIFEST).write_text(json.dumps(_manifest(aside, content["step"]), indent=1))
-    for path in aside.iterdir():
-        _sync(path)
+    if aside.exists():  # left from a run that died while writing it
+        shutil.rmtree(aside)
+    try:
+        _fill(aside, folder.name, content, texts)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # what there is of it only takes room
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
     aside.rename(folder)
     _sync(run_folder)
     return folder
 
 
+def _fill(aside: Path, name: str, content: dict[str, Any], texts: Mapping[str, str]) -> None:
+    aside.mkdir(parents=True)
+    try:
+        torch.save(content, aside / f"{name}.pt")
+    except RuntimeError as error:  # what PyTorch's writer makes of a full disk
+        raise OSError(f"{aside / name}.pt: {str(error).splitlines()[0]}") from error
+    for file, text in texts.items():
+        (aside / file).write_text(text, encoding="utf-8")
+    (aside / MANIFEST).write_text(json.dumps(_manifest(aside, content), indent=1))
+    for path in aside.iterdir():
+        _sync(path)
+
+
+def step_folders(run_folder: Path) -> list[Path]:
+    """The folders of a run that are named as checkpoints are, whole or not, oldest first, by step number."""
+    found = (path for path in run_folder.glob("step_*") if _FOLDER.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of)
+
+
 def checkpoints(run_folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first, by step number."""
-    found = [path for path in run_folder.glob("step_*") if _FOLDER.fullmatch(path.name)]
-    return sorted((path for path in found if (path / MANIFEST).is_file()), key=step_of)
+    return [folder for folder in step_folders(run_folder) if (folder / MANIFEST).is_file()]
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
@@ -78,9 +102,35 @@ def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[st
     Raises:
         CheckpointError: a file is missing, cut short or altered, or the format is of another version.
     """
-    for name, expected in json.loads((folder / MANIFEST).read_text())["files"].items():
-        _check(folder, name, expected)
+    verify(folder)
     return torch.load(folder / f"{folder.name}.pt", map_location=device, weights_only=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Step, data fingerprint, and size and hash of each file.
+
+    Raises:
+        CheckpointError: it is missing or not one of ours.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        if manifest.pop("sha256") != _sha256_of(manifest):
+            raise ValueError
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {folder.name}: no {MANIFEST}, so it was never completed") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"checkpoint {folder.name}: {MANIFEST} is not what was written") from None
+    return manifest
+
+
+def verify(folder: Path) -> None:
+    """Checks every file against the manifest; reads them whole.
+
+    Raises:
+        CheckpointError: one is missing, cut short or altered.
+    """
+    for name, expected in read_manifest(folder)["files"].items():
+        _check(folder, name, expected)
 
 
 def step_of(folder: Path) -> int:
@@ -91,9 +141,10 @@ def step_of(folder: Path) -> int:
     return int(match.group(1))
 
 
-def _manifest(folder: Path, step: int) -> dict[str, Any]:
+def _manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    return {"step": step, "files": files}
+    manifest = {"step": content["step"], "data_fingerprint": content["savant"]["data_fingerprint"], "files": files}
+    return {**manifest, "sha256": _sha256_of(manifest)}
 
 
 def _check(folder: Path, name: str, expected: dict[str, Any]) -> None:
@@ -108,6 +159,10 @@ def _check(folder: Path, name: str, expected: dict[str, Any]) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from savant_ray.config import Config
 from savant_ray.errors import TrainingError
-from savant_ray.events import Event, MicroBatchSkipped, StepDone
+from savant_ray.events import Event, MicroBatchSkipped, Notice, StepDone
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.memory import memory_used_gb
 from savant_ray.training.state import TrainingState
@@ -29,44 +29,63 @@ class Host(Protocol):
     def emit(self, event: Event) -> None:
         """Tells the driver; never blocks."""
 
-    def stop_requested(self) -> bool:
-        """Whether this rank was asked to stop; costs nothing."""
+    def grace_left(self) -> float | None:
+        """None until this rank is asked to stop, then the seconds that are left for it; costs nothing."""
 
-    def save(self, state: TrainingState, reason: str) -> None:
-        """Writes a checkpoint; collective."""
+    def save(self, state: TrainingState, reason: str) -> bool:
+        """Writes a checkpoint; collective. False: it could not be written, and the driver was told."""
 
-    def validate(self, state: TrainingState) -> None:
-        """Validation loss and a sample; collective."""
+    def validate(self, state: TrainingState) -> bool:
+        """Validation loss and a sample; collective. True: some rank was asked to stop, and it may be cut short."""
 
 
 def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroBatch]], host: Host) -> bool:
-    """Trains to `training.max_steps`; returns False when it was stopped before, with that step saved.
+    """Trains to `training.max_steps`; returns False when it was stopped before, with the last finished step saved.
 
-    `shares` yields this rank's micro-batches, step by step, from `state.position` on.
+    `shares` yields this rank's micro-batches, step by step, from `state.position` on. A validation comes after the
+    checkpoint of its step, so a run that goes on from a step that has one begins with it: it may have been cut short.
 
     Raises:
         TrainingError: `training.max_skipped_steps` steps in a row could not update the weights.
     """
     settings = config.training
+    saved = state.step
+    if validation_is_due(state.step, config) and host.validate(state):
+        return False
     for share, data_wait in timed(shares):
         rate = learning_rate(state.step + 1, settings.learning_rate, settings.warmup_steps, settings.max_steps)
         started = time.perf_counter()
-        result = take_step(state, share, rate, settings.gradient_clip, host.stop_requested())
+        result = take_step(state, share, rate, settings.gradient_clip, host.grace_left)
         seconds = data_wait + time.perf_counter() - started
-        advance(state, result, settings.effective_batch)
-        tell(host, state, result, rate, seconds, data_wait, settings.batch_size)
-        refuse_endless_skips(state, settings.max_skipped_steps)
+        if result.abandoned:
+            host.emit(Notice(text=f"step {state.step + 1:,} would outlast the grace period: given up, nothing is lost"))
+        else:
+            advance(state, result, settings.effective_batch)
+            tell(host, state, result, rate, seconds, data_wait, settings.batch_size)
+            refuse_endless_skips(state, settings.max_skipped_steps)
 
-        finished = state.step >= settings.max_steps
-        if result.stop or finished or state.step % config.checkpoint.every_steps == 0:
-            host.save(state, "final" if finished else "stop" if result.stop else "periodic")
-        if result.stop and not finished:
+        stop = result.stop
+        if not stop and (reason := save_reason(state.step, config)) and host.save(state, reason):
+            saved = state.step
+        if not stop and validation_is_due(state.step, config):
+            stop = host.validate(state)
+        if stop:
+            if state.step > saved:  # Ray Train loses checkpoints that are reported twice
+                host.save(state, "stop")
             return False
-        if finished or state.step % config.validation.every_steps == 0:
-            host.validate(state)
-        if finished:
-            return True
     return True
+
+
+def save_reason(step: int, config: Config) -> str | None:
+    """Why there is to be a checkpoint after this step, if there is."""
+    if step >= config.training.max_steps:
+        return "final"
+    return "periodic" if step % config.checkpoint.every_steps == 0 else None
+
+
+def validation_is_due(step: int, config: Config) -> bool:
+    """After every `validation.every_steps` steps and the last; before the first, what an untrained model says."""
+    return step >= config.training.max_steps or step % config.validation.every_steps == 0
 
 
 def advance(state: TrainingState, result: StepResult, effective_batch: int) -> None:

@@ -6,6 +6,7 @@ on in another precision and an export loses nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.training.precision import weights_dtype
 
 FORMAT_VERSION = 1
-N_SUMS = 4  # loss, tokens, skipped micro-batches, stop
+N_SUMS = 5  # see training/step.py
 
 
 @dataclass
@@ -51,7 +52,9 @@ class TrainingState:
             CheckpointError: names or shapes differ from the model's; all differences are listed.
         """
         parameters = dict(self.model.named_parameters())
-        if differences := weight_differences(parameters, weights):
+        missing = [f"{name} is missing" for name in parameters.keys() - weights.keys()]
+        left_over = [f"{name} is unknown" for name in weights.keys() - parameters.keys()]
+        if differences := sorted(missing + left_over) + list(reshaped_weights(parameters, weights).values()):
             raise CheckpointError("the weights do not fit the model: " + "; ".join(differences))
         for name, parameter in parameters.items():
             self.optimizer.set_master(parameter, weights[name].to(self.device, torch.float32))
@@ -89,12 +92,48 @@ class TrainingState:
             },
         }
 
-    def load_checkpoint(self, content: dict[str, Any]) -> None:
-        """Goes on where `to_checkpoint` was called."""
+    def load_checkpoint(self, content: dict[str, Any], allow_changes: bool = False) -> list[str]:
+        """Goes on where `to_checkpoint` was called; returns what could not be taken over, a sentence each.
+
+        Parts that only the model or only the checkpoint has are left as they are; `allow_changes` treats weights of
+        another shape alike. The optimizer starts afresh then, and where its state does not fit.
+
+        Raises:
+            CheckpointError: weights have other shapes than the model's; all are listed.
+        """
+        notes = self._load_what_fits(content["model_state_dict"], allow_changes)
+        problem = "the model has changed" if notes else self._load_optimizer(content["optimizer_state_dict"])
+        if problem:
+            notes.append(f"the optimizer starts afresh: {problem}")
+        if (epoch := content["scheduler_state_dict"].get("last_epoch")) != content["step"]:
+            notes.append(f"the saved schedule stood at {epoch}; it goes on at step {content['step']:,}")
+        self._load_counters(content)
+        return notes
+
+    def _load_what_fits(self, weights: dict[str, Tensor], allow_changes: bool) -> list[str]:
+        mine = dict(self.model.named_parameters())
+        reshaped = reshaped_weights(mine, weights)
+        if reshaped and not allow_changes:
+            raise CheckpointError("the weights have other shapes: " + "; ".join(reshaped.values()))
+        fitting = [name for name in mine if name in weights and name not in reshaped]
+        for name in fitting:
+            self.optimizer.set_master(mine[name], weights[name].to(self.device, torch.float32))
+        missing = [f"{name} is not in the checkpoint: a fresh one" for name in mine if name not in weights]
+        left_over = [f"{name} of the checkpoint has no place in the model: dropped" for name in weights.keys() - mine.keys()]
+        return missing + sorted(left_over) + [f"{text}: a fresh one" for text in reshaped.values()]
+
+    def _load_optimizer(self, state_dict: dict[str, Any]) -> str | None:
+        """Takes over the state, or says why it does not fit."""
+        try:
+            self.optimizer.load_state_dict(state_dict)
+        except CheckpointError as problem:
+            return str(problem)
+        return None
+
+    def _load_counters(self, content: dict[str, Any]) -> None:
         extra = content["savant"]
-        self.load_weights(content["model_state_dict"])
-        self.optimizer.load_state_dict(content["optimizer_state_dict"])
-        torch.set_rng_state(extra["torch_rng_state"].cpu())
+        if "torch_rng_state" in extra:  # not in a file of the original format
+            torch.set_rng_state(extra["torch_rng_state"].cpu())
         self.step = content["step"]
         self.position = extra["position"]
         self.tokens_seen = extra["tokens_seen"]
@@ -120,13 +159,10 @@ def new_state(config: Config, device: torch.device, precision: str | None = None
     return state
 
 
-def weight_differences(parameters: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
-    """What keeps `weights` from fitting, a phrase each."""
-    missing = [f"{name} is missing" for name in parameters.keys() - weights.keys()]
-    left_over = [f"{name} is unknown" for name in weights.keys() - parameters.keys()]
-    reshaped = [
-        f"{name} is {list(weights[name].shape)}, the model's {list(parameters[name].shape)}"
-        for name in parameters.keys() & weights.keys()
-        if weights[name].shape != parameters[name].shape
-    ]
-    return sorted(missing + left_over + reshaped)
+def reshaped_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Weights whose shape is not the model's, by name: a phrase each."""
+    return {
+        name: f"{name} is {list(weights[name].shape)}, the model's {list(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in weights and weights[name].shape != parameter.shape
+    }

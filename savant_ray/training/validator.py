@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
@@ -16,9 +17,12 @@ from savant_ray.events import Event, SampleGenerated, ValidationDone
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.inference.validation import bits_per_byte, loss_sums
 from savant_ray.training.precision import autocast
+from savant_ray.training.ranks import add_up, any_rank
 from savant_ray.training.seeds import derived_seed
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -32,29 +36,36 @@ class Validator:
     text_bytes: int  # of the whole validation text, UTF-8
     rank: int
     emit: Callable[[Event], None]
+    stop_requested: Callable[[], bool]
 
-    def __call__(self, state: TrainingState) -> None:
-        """Collective: all ranks add up their losses; rank 0 generates."""
+    def __call__(self, state: TrainingState) -> bool:
+        """Collective: all ranks add up their losses, rank 0 generates; what a stop cuts short is not emitted.
+
+        Returns whether some rank was asked to stop.
+        """
         with _evaluating(state):
             self._validate(state)
-            if self.rank == 0:
+            if self.rank == 0 and not self.stop_requested():
                 self._sample(state)
+        return any_rank(self.stop_requested(), state.device)
 
     def _validate(self, state: TrainingState) -> None:
         started = time.perf_counter()
-        sums = loss_sums(state.model, ((b.tokens_BT, b.document_ids_BT) for b in self.micro_batches)).to(state.device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-        loss = float(sums[0] / sums[1])
-        if self.rank != 0:
-            return
+        batches = [(batch.tokens_BT, batch.document_ids_BT) for batch in self.micro_batches]
+        sums = loss_sums(state.model, self._unless_stopped(batches))
+        stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
+        loss, tokens, stops = add_up(torch.cat([sums, stopped]).to(state.device)).tolist()
+        if self.rank == 0 and not stops:
+            self._tell(state, loss / tokens, time.perf_counter() - started)
+
+    def _tell(self, state: TrainingState, loss: float, seconds: float) -> None:
         self.emit(
             ValidationDone(
                 step=state.step,
                 validation_loss=loss,
                 bits_per_byte=bits_per_byte(loss, self.target_tokens, self.text_bytes),
                 weights_moved=state.weights_moved(),
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
             )
         )
 
@@ -69,7 +80,9 @@ class Validator:
             temperature=settings.temperature,
             seed=derived_seed(self.config.run.seed, state.step, "sample"),
         )
-        tokens = list(generate(state.model, self.tokenizer.encode(settings.prompt), sampling))
+        tokens = list(self._unless_stopped(generate(state.model, self.tokenizer.encode(settings.prompt), sampling)))
+        if self.stop_requested():
+            return
         self.emit(
             SampleGenerated(
                 step=state.step,
@@ -78,6 +91,9 @@ class Validator:
                 seconds=time.perf_counter() - started,
             )
         )
+
+    def _unless_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
+        return takewhile(lambda _: not self.stop_requested(), items)
 
 
 @contextmanager

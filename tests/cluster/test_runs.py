@@ -62,13 +62,13 @@ def test_a_run_leaves_what_the_design_says(finished: Finished) -> None:
         "step_4", "step_8", "metrics.jsonl", "samples.jsonl", "training_log.txt",
     }  # fmt: skip
     assert len(losses(run)) == 8 and losses(run)[-1] < losses(run)[0]
-    assert [v["step"] for v in records(run, "validation")] == [4, 8]
+    assert [v["step"] for v in records(run, "validation")] == [0, 4, 8]
     assert [(c["step"], c["reason"]) for c in records(run, "checkpoint")] == [(4, "periodic"), (8, "final")]
     assert all(s["tokens"] > 0 and s["grad_norm"] > 0 for s in records(run, "step"))
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in samples] == [4, 8] and samples[0]["prompt"].startswith("Question: If X = 5")
+    assert [s["step"] for s in samples] == [0, 4, 8] and samples[0]["prompt"].startswith("Question: If X = 5")
     log = (run / "training_log.txt").read_text()
-    assert all(f"validation at step {step}" in log for step in (4, 8)) and samples[0]["prompt"].split("\n")[1] in log
+    assert all(f"validation at step {step}" in log for step in (0, 4, 8)) and samples[0]["prompt"].split("\n")[1] in log
 
 
 def test_a_run_says_what_is_missing_and_what_to_do_next(finished: Finished) -> None:

@@ -111,5 +111,5 @@ def test_a_reloaded_optimizer_goes_on_bit_for_bit() -> None:
 def test_a_moment_of_another_shape_is_refused() -> None:
     optimizer, _ = split_optimizer()
     other = AdamW([nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(30))], **SETTINGS)
-    with pytest.raises(CheckpointError, match=r"0\.exp_avg"):
+    with pytest.raises(CheckpointError, match="exp_avg of parameter 0 has another shape"):
         optimizer.load_state_dict(other.state_dict())

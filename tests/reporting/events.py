@@ -9,6 +9,7 @@ from savant_ray.events import AttemptStarted, CheckpointSaved, SampleGenerated, 
 
 def attempt(step: int = 0, max_steps: int = 1000, **changes: Any) -> AttemptStarted:
     fields: dict[str, Any] = {"workers": 1, "device": "cpu", "parameters": 1_234_567, "effective_batch": 192}
+    fields["validates_first"] = False
     return AttemptStarted(step=step, max_steps=max_steps, **(fields | changes))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,8 @@ from savant_ray.training.checkpoint import (
 
 
 def write(run: Path, step: int) -> Path:
-    return write_checkpoint(run, {"step": step, "model_state_dict": {"w": torch.arange(100.0)}}, "a: 1\n", "{}")
+    content = {"step": step, "model_state_dict": {"w": torch.arange(100.0)}, "savant": {"data_fingerprint": "abc"}}
+    return write_checkpoint(run, content, {"config.yaml": "a: 1\n", "tokenizer.json": "{}"})
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -56,6 +60,44 @@ def test_a_file_cut_short_or_altered_is_named(tmp_path: Path) -> None:
     file.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
     with pytest.raises(CheckpointError, match="SHA-256"):
         read_checkpoint(tmp_path / "step_7")
+
+
+@pytest.mark.parametrize("name", ["step_7.pt", "config.yaml", "tokenizer.json", "manifest.json"])
+def test_a_file_cut_anywhere_or_with_any_byte_flipped_is_never_loaded(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path, 7) / name
+    whole, chance = file.read_bytes(), random.Random(name)
+    cuts = [whole[: len(whole) * tenth // 10] for tenth in range(10)]
+    places = [chance.randrange(len(whole)) for _ in range(30)]
+    flips = [whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :] for at in places]
+    for altered in cuts + flips:
+        file.write_bytes(altered)
+        if name == "manifest.json" and same_json(altered, whole):  # a blank became another blank
+            continue
+        with pytest.raises(CheckpointError, match="checkpoint step_7"):
+            read_checkpoint(tmp_path / "step_7")
+    file.write_bytes(whole)
+    assert read_checkpoint(tmp_path / "step_7")["step"] == 7
+
+
+def same_json(altered: bytes, whole: bytes) -> bool:
+    try:
+        return json.loads(altered) == json.loads(whole)
+    except ValueError:
+        return False
+
+
+def test_storage_that_refuses_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as on a full disk: no file beyond 100 bytes
+    try:
+        with pytest.raises(OSError):
+            write(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_1" and read_checkpoint(tmp_path / "step_1")["step"] == 1
+    assert not list(tmp_path.glob("*.tmp")), "and takes no room"
+    assert read_checkpoint(write(tmp_path, 2))["step"] == 2
 
 
 def test_writing_again_replaces_what_a_dead_run_left(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from savant_ray.inference.generate import Sampling, generate
 from savant_ray.training.memory import GIB, cap_memory, memory_used_gb
 from savant_ray.training.state import new_state
 from savant_ray.training.step import MicroBatch, take_step
-from tests.training.tiny import CPU, share, tiny_config, weights
+from tests.training.tiny import CPU, never, share, tiny_config, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(precision: str, tolerance: flo
     for device in (CPU, torch.device("cuda")):
         state = new_state(tiny_config(), device, "fp32" if device == CPU else precision)
         for k in range(3):
-            result = take_step(state, on(device, share(k * 12, 12, 0, 1, 4)), 1e-2, 1.0, False)
+            result = take_step(state, on(device, share(k * 12, 12, 0, 1, 4)), 1e-2, 1.0, never)
         losses.append(result.loss)
     assert losses[1] == pytest.approx(losses[0], rel=tolerance)
 
@@ -61,6 +61,6 @@ def test_the_guides_model_takes_a_step_of_twelve_sequences_below_10_gib() -> Non
     state.model.recompute_loops = True
     before = weights(state)["embed.weight"][:10].cpu()
     tokens = torch.randint(0, 10, (12, 1024), device=device)
-    result = take_step(state, [MicroBatch(tokens, torch.zeros_like(tokens), ())] * 2, 2e-5, 1.0, False)
+    result = take_step(state, [MicroBatch(tokens, torch.zeros_like(tokens), ())] * 2, 2e-5, 1.0, never)
     assert result.updated and memory_used_gb(device) < 10.0
     assert not torch.equal(weights(state)["embed.weight"][:10].cpu(), before)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 import torch
 
 from savant_ray.config import Config
 from savant_ray.errors import TrainingError
-from savant_ray.events import StepDone
+from savant_ray.events import Notice, StepDone
 from savant_ray.training.loop import train
 from tests.training.tiny import RecordingHost, shares, tiny_config, tiny_state, weights
 
@@ -29,7 +30,7 @@ def test_checkpoints_and_validations_fall_on_their_steps_and_on_the_last() -> No
     host, state = RecordingHost(), tiny_state(config)
     assert train(state, config, shares(state, config), host)
     assert host.saved == [(2, "periodic"), (4, "periodic"), (6, "periodic"), (7, "final")]
-    assert host.validated == [3, 6, 7]
+    assert host.validated == [0, 3, 6, 7], "what the untrained model says comes first"
     assert list(losses(host)) == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -60,6 +61,48 @@ def test_a_stopped_run_goes_on_bit_for_bit(precision: str, stop_at: int) -> None
     assert train(second, config, shares(second, config), second_host)
     assert losses(first_host) | losses(second_host) == losses(straight_host)
     assert all(torch.equal(w, weights(second)[name]) for name, w in weights(straight).items())
+
+
+@pytest.mark.parametrize("stop_at", [3, 6])
+def test_a_validation_that_a_stop_cut_short_is_made_up_for_and_its_step_saved_once(stop_at: int) -> None:
+    config = with_cadence(tiny_config(), checkpoint=2, validation=3)
+    first, state = RecordingHost(stop_at=stop_at, in_validation=True), tiny_state(config)
+    assert not train(state, config, shares(state, config), first)
+    assert [step for step, _ in first.saved] == ([2, 3] if stop_at == 3 else [2, 4, 6])
+    second, resumed = RecordingHost(), tiny_state(config)
+    resumed.load_checkpoint(first.checkpoint)
+    assert train(resumed, config, shares(resumed, config), second)
+    assert first.validated + second.validated == [0, 3, 6]
+    saved = [step for step, _ in first.saved + second.saved]
+    assert len(saved) == len(set(saved)), "Ray Train loses a checkpoint that it is told of twice"
+
+
+def test_a_stop_before_the_first_step_saves_nothing_again() -> None:
+    config = with_cadence(tiny_config(), checkpoint=2, validation=2)
+    first, state = RecordingHost(stop_at=2), tiny_state(config)
+    assert not train(state, config, shares(state, config), first) and first.saved == [(2, "stop")]
+    second = RecordingHost(stop_at=2, in_validation=True)
+    assert not train(state, config, shares(state, config), second)
+    assert second.saved == [] and second.events == []
+
+
+def test_a_step_that_would_outlast_the_grace_period_is_given_up_and_the_one_before_saved() -> None:
+    config = tiny_config()
+    host, state = RecordingHost(stop_at=4, grace=0.0), tiny_state(config)
+    host.grace_left = lambda: -1.0 if host.step == 3 else None
+    assert not train(state, config, shares(state, config), host)
+    assert host.saved == [(3, "stop")] and list(losses(host)) == [1, 2, 3]
+    assert "step 4 would outlast" in [event.text for event in host.events if isinstance(event, Notice)][0]
+
+
+def test_training_goes_on_when_the_storage_refuses_and_tries_again() -> None:
+    config = with_cadence(tiny_config(), checkpoint=2, validation=1000)
+    host, state = RecordingHost(), tiny_state(config)
+    host.storage_refuses = True
+    train(state, config, itertools.islice(shares(state, config), 5), host)
+    host.storage_refuses = False
+    train(state, config, shares(state, config), host)
+    assert host.saved == [(6, "final")] and list(losses(host)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_that_no_longer_learns_ends_with_an_error() -> None:

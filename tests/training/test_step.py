@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from savant_ray.training.step import take_step
-from tests.training.tiny import micro_batch, share, tiny_config, tiny_state, weights
+from savant_ray.training.step import outlasts, take_step
+from tests.training.tiny import micro_batch, never, share, tiny_config, tiny_state, weights
 
 N = 12
 
 
-def step(state, micro_batches, stop=False):
-    return take_step(state, micro_batches, learning_rate=1e-2, gradient_clip=1.0, stop=stop)
+def step(state, micro_batches, grace_left=never):
+    return take_step(state, micro_batches, learning_rate=1e-2, gradient_clip=1.0, grace_left=grace_left)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 12])
@@ -39,10 +39,15 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     state = tiny_state(config)
     results = []
     for k in range(3):
-        stop = rank == world_size - 1 and k == 2
-        result = step(state, share(k * N, N, rank, world_size, config.training.batch_size), stop)
+        hurry = rank == world_size - 1 and k == 2
+        mine = share(k * N, N, rank, world_size, config.training.batch_size)
+        result = step(state, mine, (lambda: 60.0) if hurry else never)
         results.append((result.loss, result.tokens, result.grad_norm, result.stop))
-    torch.save((results, weights(state)), f"{folder}/{world_size}-{rank}.pt")
+    final = weights(state)
+    given_up = step(state, share(3 * N, N, rank, world_size, 4), (lambda: 0.0) if rank == world_size - 1 else never)
+    assert given_up.abandoned and given_up.stop and not given_up.updated
+    assert all(torch.equal(final[name], w) for name, w in weights(state).items()), "nothing changed on any rank"
+    torch.save((results, final), f"{folder}/{world_size}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -97,3 +102,19 @@ def test_a_non_finite_gradient_norm_skips_the_update() -> None:
     result = step(state, share(0, N, 0, 1, 4))
     handle.remove()
     assert not result.updated and all(torch.equal(before[n], w) for n, w in weights(state).items())
+
+
+def test_a_step_is_given_up_only_when_its_rest_takes_longer_than_what_is_left() -> None:
+    assert not outlasts(None, elapsed=1e9, done=1, total=2), "nobody wishes to stop"
+    assert not outlasts(0.1, elapsed=0.0, done=0, total=16), "how long it takes is not known yet"
+    assert outlasts(-1.0, elapsed=0.0, done=0, total=16), "but the time is up"
+    assert outlasts(29.0, elapsed=2.0, done=1, total=16) and not outlasts(30.0, elapsed=2.0, done=1, total=16)
+    assert not outlasts(2.0, elapsed=30.0, done=15, total=16)
+
+
+def test_a_step_that_is_given_up_leaves_the_next_one_as_it_was() -> None:
+    straight, hurried = tiny_state(tiny_config()), tiny_state(tiny_config())
+    left = iter([None, 60.0, 0.0, 0.0])
+    assert step(hurried, share(0, N, 0, 1, 4), lambda: next(left)).abandoned
+    assert step(hurried, share(0, N, 0, 1, 4)).loss == step(straight, share(0, N, 0, 1, 4)).loss
+    assert all(torch.equal(weights(straight)[name], w) for name, w in weights(hurried).items())

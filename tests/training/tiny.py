@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from savant_ray.config import Config
-from savant_ray.events import Event
+from savant_ray.events import Event, StepDone
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch
 
@@ -60,30 +60,41 @@ def weights(state: TrainingState) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state.master_weights().items()}
 
 
-class RecordingHost:
-    """The loop's surroundings in a few lines."""
+def never() -> None:
+    """Nobody wishes to stop."""
 
-    def __init__(self, rank: int = 0, stop_at: int | None = None) -> None:
-        self.rank, self.stop_at = rank, stop_at
+
+class RecordingHost:
+    """The loop's surroundings in a few lines: asked to stop in step `stop_at`, or in the validation after it."""
+
+    def __init__(self, rank: int = 0, stop_at: int | None = None, in_validation: bool = False, grace: float = 60) -> None:
+        self.rank, self.stop_at, self.in_validation, self.grace = rank, stop_at, in_validation, grace
+        self.step, self.storage_refuses = 0, False
         self.events: list[Event] = []
         self.saved: list[tuple[int, str]] = []
         self.validated: list[int] = []
         self.checkpoint: dict[str, Any] = {}
-        self._asked = 0
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
+        if isinstance(event, StepDone):
+            self.step = event.step
 
-    def stop_requested(self) -> bool:
-        self._asked += 1
-        return self._asked == self.stop_at
+    def grace_left(self) -> float | None:
+        return self.grace if not self.in_validation and self.step + 1 == self.stop_at else None
 
-    def save(self, state: TrainingState, reason: str) -> None:
+    def save(self, state: TrainingState, reason: str) -> bool:
+        if self.storage_refuses:
+            return False
         self.saved.append((state.step, reason))
         self.checkpoint = state.to_checkpoint()
+        return True
 
-    def validate(self, state: TrainingState) -> None:
-        self.validated.append(state.step)
+    def validate(self, state: TrainingState) -> bool:
+        stop = self.in_validation and state.step == self.stop_at
+        if not stop:
+            self.validated.append(state.step)
+        return stop
 
 
 def _sequence(position: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,104 @@
+"""Where a launch goes on: the newest whole checkpoint of its run folder, and whether it is this run's.
+
+Runs in the driver before Ray starts. What is damaged is set aside, never deleted; what would train garbage silently
+(another model, other data) is refused with the list of differences.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from savant_ray.cluster.lock import set_aside
+from savant_ray.cluster.snapshot import rebuild_snapshot
+from savant_ray.config import Config, load_config
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import CheckpointError
+from savant_ray.reporting.record import read_records, saved_a_checkpoint
+from savant_ray.training.checkpoint import CONFIG, RECORDS, TOKENIZER, checkpoints, read_manifest, step_folders, verify
+
+DAMAGED = ".damaged"
+MUST_AGREE = ("model.", "run.seed")
+ALLOW = "--allow-changes goes on all the same and keeps what fits; --fresh starts anew and moves this run aside."
+
+
+def find_start(run_folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint; damaged ones are set aside, and Ray's list of checkpoints is made true.
+
+    Raises:
+        CheckpointError: the folder held checkpoints, and none of them is whole.
+    """
+    for unfinished in run_folder.glob("step_*.tmp"):
+        shutil.rmtree(unfinished)
+    start = None
+    for folder in reversed(step_folders(run_folder)):
+        try:
+            verify(folder)
+        except CheckpointError as damage:
+            say(f"{damage}; set aside as {set_aside(folder, DAMAGED).name}")
+        else:
+            start = folder
+            break
+    if start is None and (list(run_folder.glob(f"step_*{DAMAGED}*")) or saved_a_checkpoint(run_folder)):
+        raise CheckpointError(
+            f"{run_folder} holds a run, but no whole checkpoint of it is left. Bring one back, or start anew with "
+            "--fresh: it moves this run aside and loses nothing."
+        )
+    rebuild_snapshot(run_folder, checkpoints(run_folder))
+    return start
+
+
+def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of the record that lie beside the checkpoints, oldest first."""
+    for folder in checkpoints(run_folder):
+        if (folder / RECORDS).exists():
+            yield from read_records(folder / RECORDS)
+
+
+def refuse_other_settings(start: Path, config: Config) -> None:
+    """The checkpoint's model and seed against the settings: the shape of the weights and the order of the data.
+
+    Raises:
+        CheckpointError: they differ; all differences are listed.
+    """
+    changes = changed_settings(saved_settings(start), config.to_dict())
+    _refuse(start, [text for name, text in changes.items() if name.startswith(MUST_AGREE)])
+
+
+def saved_settings(start: Path) -> dict[str, Any]:
+    """What the checkpoint was trained with, as `Config.to_dict()`."""
+    return load_config(file=start / CONFIG, environment={}).to_dict()
+
+
+def refuse_other_data(start: Path, config: Config, tokenizer: Tokenizer, data_fingerprint: str) -> None:
+    """The checkpoint's tokenizer and text against the prepared ones.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if read_manifest(start)["data_fingerprint"] == data_fingerprint:
+        return
+    if Tokenizer.load(str(start / TOKENIZER)).fingerprint != tokenizer.fingerprint:
+        _refuse(start, ["data.tokenizer: another tokenizer, so the tokens mean something else"])
+    changes = changed_settings(saved_settings(start), config.to_dict())
+    listed = changes.get("data.sources", "data.sources: a file was added, changed or removed")
+    _refuse(start, [f"{listed}; so a position in the order means another sequence"])
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = "") -> dict[str, str]:
+    """What differs between two `Config.to_dict()`: dotted name -> `name: 8, now 10`."""
+    changes: dict[str, str] = {}
+    for key in {**old, **new}:
+        name, before, now = f"{section}{key}", old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changes |= changed_settings(before, now, f"{name}.")
+        elif before != now:
+            changes[name] = f"{name}: {before}, now {now}"
+    return changes
+
+
+def _refuse(start: Path, differences: list[str]) -> None:
+    if differences:
+        raise CheckpointError(f"{start.name} was trained with something else:\n  " + "\n  ".join([*differences, ALLOW]))

@@ -1,0 +1,183 @@
+"""Where a launch goes on: the newest whole checkpoint of this very run, or a refusal that says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray.train import CheckpointConfig
+
+from savant_ray.cluster.checks import is_finished
+from savant_ray.cluster.lock import locked, move_run_aside
+from savant_ray.cluster.snapshot import SNAPSHOT, rebuild_snapshot
+from savant_ray.cluster.starting_point import changed_settings, find_start, refuse_other_data, refuse_other_settings
+from savant_ray.config import Config, dump_yaml
+from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+from savant_ray.errors import CheckpointError
+from savant_ray.training.checkpoint import checkpoints, write_checkpoint
+
+TEXTS = ["red green blue one two three", "blue two", "three four red"]
+
+
+def tokenizer(size: int = 280) -> Tokenizer:
+    return train_tokenizer(iter(TEXTS), size)
+
+
+def write(run: Path, *steps: int, config: Config = Config(), data: str = "abc") -> None:
+    for step in steps:
+        content = {"step": step, "weights": torch.ones(50), "savant": {"data_fingerprint": data}}
+        texts = {"config.yaml": dump_yaml(config), "tokenizer.json": tokenizer().to_json(), "records.jsonl": ""}
+        write_checkpoint(run, content, texts)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir() if path.name.startswith("step"))
+
+
+def changed(**sections: dict[str, Any]) -> Config:
+    settings = Config().to_dict()
+    for section, values in sections.items():
+        settings[section] |= values
+    return Config.from_dict(settings)
+
+
+def test_a_new_folder_starts_from_scratch(tmp_path: Path) -> None:
+    assert find_start(tmp_path, print) is None
+
+
+def cut(folder: Path) -> None:
+    file = folder / f"{folder.name}.pt"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def flip(folder: Path) -> None:
+    file = folder / f"{folder.name}.pt"
+    content = bytearray(file.read_bytes())
+    content[300] ^= 4
+    file.write_bytes(content)
+
+
+def unmanifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(("damage", "words"), [(cut, "has 200 of"), (flip, "SHA-256"), (unmanifest, "never completed")])
+def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_taken(damage: Any, words: str, tmp_path: Path) -> None:
+    write(tmp_path, 9900, 10000)
+    damage(tmp_path / "step_10000")
+    said: list[str] = []
+    assert find_start(tmp_path, said.append) == tmp_path / "step_9900"
+    assert len(said) == 1 and words in said[0] and "set aside as step_10000.damaged" in said[0]
+    assert names(tmp_path) == ["step_10000.damaged", "step_9900"]
+    write(tmp_path, 10000)
+    damage(tmp_path / "step_10000")
+    assert find_start(tmp_path, said.append) == tmp_path / "step_9900" and "step_10000.damaged-2" in names(tmp_path)
+
+
+def test_with_no_whole_checkpoint_left_a_run_is_not_begun_anew_in_silence(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2)
+    for folder in checkpoints(tmp_path):
+        cut(folder)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no whole checkpoint of it is left.*--fresh"):
+            find_start(tmp_path, lambda _: None)
+
+
+def test_nor_in_a_folder_whose_checkpoints_somebody_deleted(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "checkpoint", "step": 5}) + "\n")
+    with pytest.raises(CheckpointError, match="holds a run"):
+        find_start(tmp_path, print)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "step", "step": 5}) + "\n")
+    (tmp_path / "step_6.tmp").mkdir()
+    assert find_start(tmp_path, print) is None and names(tmp_path) == []
+
+
+def test_fresh_moves_the_old_run_aside_and_loses_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert move_run_aside(run) is None
+    for expected in ("run.old", "run.old-2"):
+        write(run, 1)
+        assert move_run_aside(run) == tmp_path / expected
+        assert names(tmp_path / expected) == ["step_1"] and not run.exists()
+    with locked(tmp_path / "run"):
+        pass
+
+
+def rays_checkpoints(run: Path) -> list[str]:
+    """What Ray Train makes of the run folder when it starts there."""
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+    from ray.train.v2._internal.execution.context import StorageContext
+
+    storage = StorageContext(storage_path=str(run.parent), experiment_dir_name=run.name)
+    manager = CheckpointManager(CheckpointConfig(num_to_keep=3), storage)
+    return [Path(result.checkpoint.path).name for result in manager._checkpoint_results]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "names folders that are gone", "empty"])
+def test_rays_own_list_is_mended_before_ray_reads_it(damage: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write(run, 5, 9900, 10000)
+    snapshot = run / SNAPSHOT
+    rebuild_snapshot(run, [*checkpoints(run), run / "step_20000"])
+    if damage == "truncated":
+        snapshot.write_bytes(snapshot.read_bytes()[:100])
+    elif damage == "missing":
+        snapshot.unlink()
+    elif damage == "empty":
+        snapshot.write_bytes(b"")
+    find_start(run, print)
+    assert rays_checkpoints(run) == ["step_5", "step_9900", "step_10000"]
+
+
+def test_a_list_of_nothing_is_no_list(tmp_path: Path) -> None:
+    (tmp_path / SNAPSHOT).write_text("{")
+    find_start(tmp_path, print)
+    assert not (tmp_path / SNAPSHOT).exists()
+
+
+def test_another_model_or_seed_is_refused_with_every_difference(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    refuse_other_settings(tmp_path / "step_5", changed(training={"batch_size": 6, "learning_rate": 1e-3}))
+    other = changed(model={"n_loops": 6, "soft_cap": 30.0}, run={"seed": 1})
+    with pytest.raises(CheckpointError) as refusal:
+        refuse_other_settings(tmp_path / "step_5", other)
+    expected = ("model.n_loops: 12, now 6", "model.soft_cap: 50.0, now 30.0", "run.seed: 1337, now 1", "--allow-changes")
+    assert all(text in str(refusal.value) for text in expected)
+
+
+def test_other_text_and_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, 5, data="abc")
+    start = tmp_path / "step_5"
+    refuse_other_data(start, Config(), tokenizer(), "abc")
+    with pytest.raises(CheckpointError, match=r"data\.sources: a file was added, changed or removed"):
+        refuse_other_data(start, Config(), tokenizer(), "xyz")
+    reweighted = changed(data={"sources": [{"path": "a.jsonl", "weight": 1.0}]})
+    with pytest.raises(CheckpointError, match=r"data\.sources: .* now .*a\.jsonl"):
+        refuse_other_data(start, reweighted, tokenizer(), "xyz")
+    with pytest.raises(CheckpointError, match=r"data\.tokenizer"):
+        refuse_other_data(start, Config(), tokenizer(270), "xyz")
+
+
+def test_changed_settings_are_named_by_their_dotted_names() -> None:
+    old = {"a": {"b": 1, "c": {"d": 2}}, "gone": 3}
+    assert changed_settings(old, {"a": {"b": 1, "c": {"d": 5}}, "new": True}) == {
+        "a.c.d": "a.c.d: 2, now 5",
+        "gone": "gone: 3, now None",
+        "new": "new: None, now True",
+    }
+
+
+def test_a_finished_run_is_finished_once_its_last_sample_is_there(tmp_path: Path) -> None:
+    config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
+    write(tmp_path / "run", 5)
+    assert is_finished(config, tmp_path / "run/step_5") is None, "a stop cut the last validation short"
+    (tmp_path / "run/samples.jsonl").write_text(json.dumps({"event": "sample", "step": 5}) + "\n")
+    assert "has done its 5 steps" in (is_finished(config, tmp_path / "run/step_5") or "")
+    longer = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 6})
+    assert is_finished(longer, tmp_path / "run/step_5") is None
