@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import statistics
+import sys
 import sysconfig
 import tempfile
 import threading
@@ -63,8 +65,16 @@ def run(sizes_gb: Sequence[float] = (0.1, 1, 3), folder: str | None = None) -> F
                 rates, peak = measure(Path(here), int(size * GB), 1 if figures else TURNS_OF_SMALLEST)
             smallest_peak = smallest_peak or peak
             memory = _figure([peak / smallest_peak], f"largest process {peak:.0f} MiB")
-            figures |= {f"{name}_{size:g}_gb": figure for name, figure in (rates | {"memory": memory}).items()}
-    return {f"preparation_{name}": figure for name, figure in figures.items()}
+            of_size = {f"preparation_{name}_{size:g}_gb": each for name, each in (rates | {"memory": memory}).items()}
+            _tell(of_size)
+            figures |= of_size
+    return figures
+
+
+def _tell(figures: Figures) -> None:
+    """A size takes minutes, so each is told when it is through."""
+    for name, figure in figures.items():
+        print(f"{name}: {figure['ratio']:.2f} · {figure['detail']}", file=sys.stderr, flush=True)
 
 
 def measure(folder: Path, size: int, turns: int) -> tuple[Figures, float]:
@@ -187,7 +197,8 @@ def _ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(num_cpus=CORES, include_dashboard=False, log_to_driver=False)
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
