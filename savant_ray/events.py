@@ -135,6 +135,7 @@ class MicroBatchSkipped(Event):
     rank: int
     loss: str  # "nan", "inf" or "-inf"
     positions: tuple[int, ...]  # global positions of its sequences
+    documents: tuple[str, ...] = ()  # "train.jsonl:17": file and line of each that lies in them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from savant_ray.events import Event
+from savant_ray.events import Event, RunFailed
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -31,9 +31,11 @@ class Bridge:
         self._news = asyncio.Event()
         self._stop = asyncio.Event()
         self._grace_seconds = 0.0
+        self._failed = False
 
     async def tell(self, event: Event) -> None:
         """A worker's fact."""
+        self._failed = self._failed or isinstance(event, RunFailed)
         self._events.append(event)
         self._news.set()
 
@@ -43,6 +45,10 @@ class Bridge:
         self._news.clear()
         events, self._events = self._events, []
         return events
+
+    async def has_failed(self) -> bool:
+        """Whether a worker ended the run with an error for the user, which starting workers again would not mend."""
+        return self._failed
 
     async def request_stop(self, grace_seconds: float) -> None:
         """The driver's wish; it stays."""

@@ -52,7 +52,13 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False) -> i
 def _train(config: Config, allow_changes: bool, report: RunReport, signals: StopSignals) -> int:
     from savant_ray.cluster.checks import check_before_start, is_finished
     from savant_ray.cluster.preparation import find_text, prepare_data
-    from savant_ray.cluster.starting_point import find_start, records_of, refuse_other_data, refuse_other_settings
+    from savant_ray.cluster.starting_point import (
+        changes_since,
+        find_start,
+        records_of,
+        refuse_other_data,
+        refuse_other_settings,
+    )
 
     start = find_start(run_folder(config), report.say)
     report.fill(records_of(run_folder(config)))
@@ -61,6 +67,8 @@ def _train(config: Config, allow_changes: bool, report: RunReport, signals: Stop
         return 0
     if start is not None and not allow_changes:
         refuse_other_settings(start, config)
+    if start is not None:
+        _tell_changes(start.name, changes_since(start, config), report)
     check_before_start(config)
     text = find_text(config, report)
     report.stage("starting Ray")
@@ -72,6 +80,13 @@ def _train(config: Config, allow_changes: bool, report: RunReport, signals: Stop
         report.stage("starting workers")
         outcome = _fit(config, data, allow_changes, report, signals)
     return _conclude(config, outcome, report)
+
+
+def _tell_changes(start: str, changes: dict[str, str], report: RunReport) -> None:
+    if changes:
+        report.say(f"changed since {start}: {'; '.join(changes.values())}")
+    if "training.max_steps" in changes:
+        report.say("the learning rate follows the schedule of the new length from here on")
 
 
 @dataclass
@@ -88,6 +103,7 @@ def _fit(config: Config, data: Any, allow_changes: bool, report: RunReport, sign
     import ray
 
     from savant_ray.cluster.bridge import Bridge
+    from savant_ray.cluster.starting_point import records_of
     from savant_ray.cluster.trainer import make_trainer
 
     bridge = Bridge.remote()
@@ -99,6 +115,8 @@ def _fit(config: Config, data: Any, allow_changes: bool, report: RunReport, sign
         finished = outcome.done.is_set()  # asked before the events, so that the last ones are not missed
         for event in ray.get(bridge.take_events.remote(0 if finished else POLL_SECONDS)):
             _note(event, outcome, signals)
+            if isinstance(event, AttemptStarted):
+                report.fill(records_of(run_folder(config)))
             report.handle(event)
         if finished:
             return outcome

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,18 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from savant_ray.cluster.bridge import StopListener
 from savant_ray.cluster.preemption import drain_grace_left
 from savant_ray.config import Config, dump_yaml
+from savant_ray.data.stream import StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.events import CheckpointFailed, CheckpointSaved, Event, Notice, SampleGenerated, StepDone, ValidationDone
+from savant_ray.events import (
+    CheckpointFailed,
+    CheckpointSaved,
+    Event,
+    MicroBatchSkipped,
+    Notice,
+    SampleGenerated,
+    StepDone,
+    ValidationDone,
+)
 from savant_ray.reporting.record import to_line
 from savant_ray.training.checkpoint import CONFIG, RECORDS, TOKENIZER, write_checkpoint
 from savant_ray.training.ranks import any_rank
@@ -26,6 +38,7 @@ from savant_ray.training.validator import Validator
 class RayHost:
     """One per worker; implements `savant_ray.training.loop.Host`."""
 
+    plan: StreamPlan
     validator: Validator
     saved_step = 0  # of the newest checkpoint
 
@@ -44,6 +57,8 @@ class RayHost:
 
     def emit(self, event: Event, wait: bool = False) -> None:
         """Sends the event up; `wait` until it and those before it have arrived."""
+        if isinstance(event, MicroBatchSkipped):
+            event = dataclasses.replace(event, documents=self._documents(event.positions))
         self._remember(event)
         sent = self._bridge.tell.remote(event)
         if wait:
@@ -100,6 +115,9 @@ class RayHost:
         if not self._drain_told and self.rank == 0:
             self.emit(Notice(text="a node of this run is being taken away: this step is finished and saved"))
         self._drain_told = True
+
+    def _documents(self, positions: Sequence[int]) -> tuple[str, ...]:
+        return tuple(f"{file}:{line}" for position in positions for file, line in self.plan.documents(position))
 
     def _remember(self, event: Event) -> None:
         """For Ray's result: plain numbers and strings only, as Ray writes them as JSON."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ def find_start(run_folder: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of the record that lie beside the checkpoints, oldest first."""
+    """The lines of the record that lie whole beside the checkpoints, oldest first."""
     for folder in checkpoints(run_folder):
-        if (folder / RECORDS).exists():
+        with suppress(CheckpointError):
+            verify(folder, RECORDS)
             yield from read_records(folder / RECORDS)
 
 
@@ -63,8 +65,12 @@ def refuse_other_settings(start: Path, config: Config) -> None:
     Raises:
         CheckpointError: they differ; all differences are listed.
     """
-    changes = changed_settings(saved_settings(start), config.to_dict())
-    _refuse(start, [text for name, text in changes.items() if name.startswith(MUST_AGREE)])
+    _refuse(start, [text for name, text in changes_since(start, config).items() if name.startswith(MUST_AGREE)])
+
+
+def changes_since(start: Path, config: Config) -> dict[str, str]:
+    """What has changed since the checkpoint was written: dotted name -> `name: 8, now 10`."""
+    return changed_settings(saved_settings(start), config.to_dict())
 
 
 def saved_settings(start: Path) -> dict[str, Any]:
@@ -82,8 +88,7 @@ def refuse_other_data(start: Path, config: Config, tokenizer: Tokenizer, data_fi
         return
     if Tokenizer.load(str(start / TOKENIZER)).fingerprint != tokenizer.fingerprint:
         _refuse(start, ["data.tokenizer: another tokenizer, so the tokens mean something else"])
-    changes = changed_settings(saved_settings(start), config.to_dict())
-    listed = changes.get("data.sources", "data.sources: a file was added, changed or removed")
+    listed = changes_since(start, config).get("data.sources", "data.sources: a file was added, changed or removed")
     _refuse(start, [f"{listed}; so a position in the order means another sequence"])
 
 

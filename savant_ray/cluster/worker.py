@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import torch
 from ray.train.torch import get_device
@@ -48,6 +49,8 @@ class WorkerTask:
 def train_worker(settings: dict[str, Any]) -> None:
     """The training function of `TorchTrainer`; `settings` are the fields of a `WorkerTask`."""
     task = WorkerTask(**settings)
+    if ray.get(task.bridge.has_failed.remote()):
+        return
     config = Config.from_dict(task.config)
     tokenizer = Tokenizer.load(task.tokenizer)
     host = RayHost(task.bridge, Path(task.run_folder), config, tokenizer)
@@ -73,6 +76,7 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost
     _announce(host, state, config, [note for note in notes if note], resumed)
     host.validator = make_validator(task, config, tokenizer, host, device)
     stream: StepStream = ray.train.get_dataset_shard("train")
+    host.plan = stream.plan
     steps = stream.steps(state.position, config.training.max_steps - state.step)
     shares = (split(step.sequences, step.positions, config.training.batch_size, device) for step in steps)
     finished = train(state, config, shares, host)

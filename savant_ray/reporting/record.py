@@ -1,7 +1,8 @@
 """`metrics.jsonl` and `samples.jsonl`: every event as one JSON line, from which all else derives.
 
-A run that is killed may leave half a line: it is cut off at the next opening. A run that goes on from an earlier step
-drops what was recorded after it, so that each step is in the record once.
+A run that is killed may leave half a line, a power cut a stretch of zeros: at the next opening such lines go, and with
+them into `metrics.jsonl.damaged` a copy of the file as it was. A run that goes on from an earlier step drops what was
+recorded after it, so that each step is in the record once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +62,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _cut_torn_line(path)
+        _mend(path)
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, line: dict[str, Any]) -> None:
@@ -75,12 +77,7 @@ class JsonLines:
         if len(kept) == len(lines):
             return
         self._file.close()
-        aside = self.path.with_name(f"{self.path.name}.tmp")
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.path)
+        _rewrite(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -125,12 +122,35 @@ def _happens_again(line: dict[str, Any], step: int, validates: bool) -> bool:
     return line["step"] > step or (validates and line["step"] == step and line["event"] in VALIDATION)
 
 
-def _cut_torn_line(path: Path) -> None:
+def _mend(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
         complete = sum(len(line) for line in file if line.endswith(b"\n"))
         file.truncate(complete)
+    with path.open("rb") as file:
+        lines = [_parsed(line) for line in file]
+    if None in lines:
+        shutil.copy2(path, path.with_name(f"{path.name}.damaged"))
+        _rewrite(path, [line for line in lines if line is not None])
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None: it is none, or says nothing of an event."""
+    try:
+        parsed = json.loads(line)
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, dict) and "event" in parsed else None
+
+
+def _rewrite(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def _finite(value: Any) -> Any:

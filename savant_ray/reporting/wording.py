@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Sequence
 from functools import singledispatch
 from pathlib import PurePosixPath
 
@@ -21,6 +22,7 @@ from savant_ray.events import (
 )
 
 MIB = 1 << 20
+DOCUMENTS_TO_NAME = 3
 SHARE_OF_WAITING_TO_MENTION = 0.01
 
 
@@ -81,8 +83,15 @@ def _(event: CheckpointFailed) -> str:
 def _(event: MicroBatchSkipped) -> str:
     return (
         f"step {event.step:,}: a micro-batch of worker {event.rank} had loss {event.loss} and was skipped "
-        f"(positions {', '.join(str(position) for position in event.positions)})"
+        f"(positions {', '.join(str(position) for position in event.positions)}){_first_of(event.documents)}"
     )
+
+
+def _first_of(documents: Sequence[str]) -> str:
+    """The record has them all."""
+    named = ", ".join(documents[:DOCUMENTS_TO_NAME])
+    more = len(documents) - DOCUMENTS_TO_NAME
+    return (f"; documents: {named}" if named else "") + (f" and {more:,} more, see metrics.jsonl" if more > 0 else "")
 
 
 @describe.register

@@ -91,6 +91,7 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(head: Head, finished: F
     assert code == 0 and "has done its 8 steps" in printed
     code, printed = run_job(head, workplace, training__max_steps=10)
     assert code == 0 and "step_8" in printed, printed
+    assert "changed since step_8: training.max_steps: 8, now 10" in printed and "schedule of the new length" in printed
     assert losses(workplace / "tiny")[:8] == losses(finished.run) and len(losses(workplace / "tiny")) == 10
 
 

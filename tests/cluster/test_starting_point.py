@@ -119,6 +119,7 @@ def rays_checkpoints(run: Path) -> list[str]:
     return [Path(result.checkpoint.path).name for result in manager._checkpoint_results]
 
 
+@pytest.mark.filterwarnings("ignore:The `parse_obj` method")
 @pytest.mark.parametrize("damage", ["truncated", "missing", "names folders that are gone", "empty"])
 def test_rays_own_list_is_mended_before_ray_reads_it(damage: str, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -117,3 +117,12 @@ def test_nothing_is_rewritten_when_nothing_was_lost(tmp_path: Path) -> None:
     write(tmp_path, step_done(3), after=2)
     assert (tmp_path / METRICS).stat().st_ino == inode
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_a_power_cut_left_goes_and_a_copy_of_it_stays(tmp_path: Path) -> None:
+    write(tmp_path, step_done(1), step_done(2))
+    with (tmp_path / METRICS).open("ab") as file:
+        file.write(b"\0\0\0\n[1]\n" + json.dumps({"event": "step", "step": 3}).encode() + b'\n{"event": "st')
+    write(tmp_path, step_done(4))
+    assert history(tmp_path) == [("step", step) for step in (1, 2, 3, 4)]
+    assert b"\0\0\0" in (tmp_path / f"{METRICS}.damaged").read_bytes()

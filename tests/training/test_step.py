@@ -44,7 +44,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
         result = step(state, mine, (lambda: 60.0) if hurry else never)
         results.append((result.loss, result.tokens, result.grad_norm, result.stop))
     final = weights(state)
-    given_up = step(state, share(3 * N, N, rank, world_size, 4), (lambda: 0.0) if rank == world_size - 1 else never)
+    given_up = step(state, share(3 * N, N, rank, world_size, 1), (lambda: 0.0) if rank == world_size - 1 else never)
     assert given_up.abandoned and given_up.stop and not given_up.updated
     assert all(torch.equal(final[name], w) for name, w in weights(state).items()), "nothing changed on any rank"
     torch.save((results, final), f"{folder}/{world_size}-{rank}.pt")
