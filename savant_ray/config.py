@@ -167,12 +167,23 @@ class CheckpointConfig(Section):
 class ScalingConfig(Section):
     """Over how many processes, on what."""
 
-    num_workers: Count = Field(default=1, description="training processes; they share each step's sequences")
+    num_workers: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] = Field(
+        default=1,
+        description="training processes, which share each step's sequences; [1, 4]: as many as there is room for",
+    )
     use_gpu: bool | Auto = Field(default="auto", description="one GPU per worker; auto: if there are enough")
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
         default=None, description="Ray resources of a worker such as {CPU: 4}; null: an even share of the machine"
     )
     max_failures: int = Field(default=3, ge=0, description="how often lost workers are started again")
+
+    @property
+    def worker_limits(self) -> tuple[int, int]:
+        """The fewest, without which training waits, and the most."""
+        if isinstance(self.num_workers, int):
+            return self.num_workers, self.num_workers
+        fewest, most = self.num_workers
+        return fewest, most
 
 
 class Config(Section):
@@ -188,7 +199,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _every_worker_has_work(self) -> Self:
-        workers, sequences = self.scaling.num_workers, self.training.effective_batch
+        fewest, workers, sequences = *self.scaling.worker_limits, self.training.effective_batch
+        if fewest > workers:
+            raise ValueError(f"scaling.num_workers: the fewest, {fewest}, are more than the most, {workers}")
         if workers > sequences:
             raise ValueError(
                 f"scaling.num_workers: {workers} is more than the {sequences} sequences of a step "

@@ -186,6 +186,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, file: Path) -> None
         ("run.name", "a/b", "'a/b' is not a folder's name; where it lies is run.storage_path"),
         ("run.name", "..", "'..' is not a folder's name; where it lies is run.storage_path"),
         ("scaling.resources_per_worker", "4", "expected names with values, found 4"),
+        ("scaling.num_workers", "x", "expected a whole number or a list, found x"),
+        ("scaling.num_workers", "[1, 2, 3]", "[1, 2, 3] needs at most 2"),
+        ("scaling.num_workers", "[2, 1]", "the fewest, 2, are more than the most, 1"),
         ("scaling.num_workers", "193", "193 is more than the 192 sequences of a step "),
     ],
 )

@@ -13,6 +13,7 @@ from savant_ray.config import Config
 # Read by Ray when it is imported or started, so they are set before that; what the user has set stays.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the least time between two report() calls, 2 s by default
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # how long an elastic run waits for a node that is gone; 60 by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each worker's print appears twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the folder of the driver

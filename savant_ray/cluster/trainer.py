@@ -17,6 +17,9 @@ from savant_ray.config import Config
 from savant_ray.errors import SettingsError
 
 
+SECONDS_BETWEEN_RESIZES = 30.0  # each costs a start of all workers and the steps since the last checkpoint
+
+
 def make_trainer(config: Config, data: PreparedData, bridge: Any, allow_changes: bool) -> TorchTrainer:
     """The job; Ray must be running."""
     task = WorkerTask(
@@ -48,16 +51,21 @@ def scaling(config: Config) -> ScalingConfig:
     """`use_gpu: auto` = when the cluster has a GPU for each worker; on CPUs the workers share all cores.
 
     Raises:
-        SettingsError: the cluster can never offer what is asked for.
+        SettingsError: the cluster can never offer what is asked for, the fewest workers at least.
     """
-    workers, gpus = config.scaling.num_workers, n_gpus()
-    use_gpu = gpus >= workers if config.scaling.use_gpu == "auto" else bool(config.scaling.use_gpu)
-    if use_gpu and gpus < workers:
-        raise SettingsError(f"scaling.num_workers: {workers} GPU workers need {workers} GPUs, the cluster has {gpus}")
-    resources = config.scaling.resources_per_worker or {"CPU": max(1, n_cpus() // workers)}
-    if not use_gpu and resources.get("CPU", 0) * workers > n_cpus():
+    (fewest, most), gpus = config.scaling.worker_limits, n_gpus()
+    use_gpu = gpus >= fewest if config.scaling.use_gpu == "auto" else bool(config.scaling.use_gpu)
+    if use_gpu and gpus < fewest:
+        raise SettingsError(f"scaling.num_workers: {fewest} GPU workers need {fewest} GPUs, the cluster has {gpus}")
+    resources = config.scaling.resources_per_worker or {"CPU": max(1, n_cpus() // most)}
+    if not use_gpu and resources.get("CPU", 0) * fewest > n_cpus():
         raise SettingsError(
-            f"scaling.num_workers: {workers} workers with {resources['CPU']:g} CPUs each do not fit on "
+            f"scaling.num_workers: {fewest} workers with {resources['CPU']:g} CPUs each do not fit on "
             f"{n_cpus()} CPUs; lower it or scaling.resources_per_worker"
         )
-    return ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources)
+    return ScalingConfig(
+        num_workers=most if fewest == most else (fewest, most),
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
+    )

@@ -59,6 +59,7 @@ _RANGES = {
     "less_than": "has to be less than {lt:g}",
     "less_than_equal": "has to be at most {le:g}",
     "too_short": "needs at least {min_length}",
+    "too_long": "needs at most {max_length}",
     "string_too_short": "must not be empty",
 }
 
@@ -82,6 +83,6 @@ def _outside(problem: Any, name: str, names: Sequence[str]) -> str:
 def _dotted(location: tuple[int | str, ...]) -> str:
     """A pydantic location without the names of a union's members: `data.sources[0].path`."""
     parts = [
-        p for p in location if isinstance(p, int) or not re.match(r"(bool|str|list|literal|constrained-str)(\[|$)", p)
+        p for p in location if isinstance(p, int) or not re.match(r"(bool|str|list|literal|constrained-str|constrained-int)(\[|$)", p)
     ]
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")

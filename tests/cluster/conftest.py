@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,14 @@ class Head:
 
 @pytest.fixture(scope="session")
 def head() -> Iterator[Head]:
-    """One head with a dashboard for all tests that do not need their own: a job on it starts sooner."""
+    """One head for all tests that do not need their own: a job on it starts sooner."""
+    with running_head() as head:
+        yield head
+
+
+@contextmanager
+def running_head() -> Iterator[Head]:
+    """A head with a dashboard, two CPUs and the environment of this process."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray's sockets lie below it
     os.environ |= {"RAY_AUTH_MODE": "disabled", "PATH": here_first()}  # a submitted job inherits the head's PATH
     port = free_port()
@@ -101,9 +109,11 @@ def head() -> Iterator[Head]:
             "object_store_memory": 200 << 20,
         },
     )
-    yield Head(cluster.address, f"http://127.0.0.1:{port}")
-    cluster.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield Head(cluster.address, f"http://127.0.0.1:{port}")
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_port() -> int:
