@@ -72,7 +72,9 @@ def _train(config: Config, allow_changes: bool, report: RunReport, signals: Stop
     check_before_start(config)
     text = find_text(config, report)
     report.stage("starting Ray")
-    with ray_session():
+    from savant_ray.cluster.failures import ray_errors_explained
+
+    with ray_session(), ray_errors_explained():
         signals.install()
         data = prepare_data(config, text, report)
         if start is not None and not allow_changes:
@@ -146,8 +148,8 @@ def _run_fit(trainer: Any, outcome: Outcome) -> None:
 
 
 def _conclude(config: Config, outcome: Outcome, report: RunReport) -> int:
-    if outcome.error is not None:
-        raise _as_savant_error(outcome) from outcome.error
+    if outcome.failure is not None or outcome.error is not None:
+        raise _failure(config, outcome, report) from outcome.error
     if outcome.end is None:
         raise TrainingError("training ended without a word from its workers; run the same command again to go on")
     if outcome.end.saved_step < outcome.end.step:
@@ -162,11 +164,12 @@ def _conclude(config: Config, outcome: Outcome, report: RunReport) -> int:
     return 0
 
 
-def _as_savant_error(outcome: Outcome) -> SavantError:
-    if outcome.failure is not None:
-        kinds = {kind.__name__: kind for kind in SavantError.__subclasses__()}
-        return kinds.get(outcome.failure.error, TrainingError)(outcome.failure.text)
-    return TrainingError(f"training ended: {outcome.error}")
+def _failure(config: Config, outcome: Outcome, report: RunReport) -> SavantError:
+    from savant_ray.cluster.failures import explain_failure
+
+    if outcome.failure is None:
+        report.log(str(outcome.error))
+    return explain_failure(outcome.error, outcome.failure, _last_checkpoint(config), config.scaling.max_failures)
 
 
 def _last_checkpoint(config: Config) -> str:

@@ -93,6 +93,11 @@ class RunReport:
             self._log.write(text)
         self._console.say(text)
 
+    def log(self, text: str) -> None:
+        """Lines for the log only."""
+        if self._log is not None:
+            self._log.write(printable(text))
+
     def close(self) -> None:
         """Gives the terminal back and closes the files."""
         self._console.close()

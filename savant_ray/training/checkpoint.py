@@ -43,12 +43,12 @@ def write_checkpoint(run_folder: Path, content: dict[str, Any], texts: Mapping[s
         shutil.rmtree(aside)
     try:
         _fill(aside, folder.name, content, texts)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # what there is of it only takes room
         raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
     _sync(run_folder)
     return folder
 

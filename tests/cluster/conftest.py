@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,3 +148,10 @@ def losses(run: Path) -> list[float]:
     steps = records(run, "step")
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1)), "each step once, in order"
     return [step["train_loss"] for step in steps]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)

@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +23,7 @@ from tests.cluster.conftest import (
     records,
     run_job,
     start_job,
+    wait_for,
     with_text,
 )
 
@@ -144,10 +143,3 @@ def test_wrong_settings_and_missing_text_are_told_before_ray_starts(head: Head, 
     code, printed = run_job(head, workplace, data__validation="nowhere.jsonl")
     assert code == 3 and "nowhere.jsonl" in printed and "starting Ray" not in printed
     assert "Traceback" not in printed
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)

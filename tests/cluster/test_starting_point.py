@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ray.train import CheckpointConfig
+from ray.train import Checkpoint, CheckpointConfig
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.context import StorageContext
+from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from savant_ray.cluster.checks import is_finished
 from savant_ray.cluster.lock import locked, move_run_aside
@@ -109,17 +113,47 @@ def test_fresh_moves_the_old_run_aside_and_loses_nothing(tmp_path: Path) -> None
         pass
 
 
-def rays_checkpoints(run: Path) -> list[str]:
-    """What Ray Train makes of the run folder when it starts there."""
-    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
-    from ray.train.v2._internal.execution.context import StorageContext
-
+def rays_manager(run: Path, keep: int = 3) -> CheckpointManager:
+    """Ray Train's own, as it starts in the run folder."""
     storage = StorageContext(storage_path=str(run.parent), experiment_dir_name=run.name)
-    manager = CheckpointManager(CheckpointConfig(num_to_keep=3), storage)
-    return [Path(result.checkpoint.path).name for result in manager._checkpoint_results]
+    return CheckpointManager(CheckpointConfig(num_to_keep=keep), storage)
 
 
-@pytest.mark.filterwarnings("ignore:The `parse_obj` method")
+def rays_checkpoints(run: Path) -> list[str]:
+    return [Path(result.checkpoint.path).name for result in rays_manager(run)._checkpoint_results]
+
+
+def save(manager: CheckpointManager, run: Path, step: int) -> list[str]:
+    """As a worker does; returns the folders that are left."""
+    write(run, step)
+    report = _TrainingReport(Checkpoint(str(run / f"step_{step}")), {"step": step}, validation=False)
+
+    async def register() -> None:  # it wakes those that wait for it, in its event loop
+        manager.register_checkpoint(report)
+
+    asyncio.run(register())
+    return [folder.name for folder in checkpoints(run)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("keep", "left"), [(3, [1, 2, 3, 3, 3, 3]), (1, [1, 1, 1, 1, 1, 1])])
+def test_the_newest_are_kept_and_never_is_the_newest_deleted(keep: int, left: list[int], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    manager = rays_manager(run, keep)
+    for step, expected in zip(range(9700, 10300, 100), left, strict=True):
+        folders = save(manager, run, step)
+        assert len(folders) == expected and folders[-1] == f"step_{step}"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_later_launch_deletes_by_number_what_earlier_ones_left(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write(run, 10000, 9900, 5000)
+    find_start(run, print)
+    assert save(rays_manager(run), run, 10100) == ["step_9900", "step_10000", "step_10100"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("damage", ["truncated", "missing", "names folders that are gone", "empty"])
 def test_rays_own_list_is_mended_before_ray_reads_it(damage: str, tmp_path: Path) -> None:
     run = tmp_path / "run"

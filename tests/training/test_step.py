@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from pathlib import Path
 
@@ -69,6 +71,39 @@ def test_one_two_three_and_five_workers_take_the_same_steps(tmp_path: Path) -> N
             assert mine == pytest.approx(one, rel=1e-5)
         for name, tensor in ranks[0][1].items():
             torch.testing.assert_close(tensor, alone[1][name], rtol=1e-3, atol=1e-4)
+
+
+def _poisoned_rank(rank: int, folder: str, poison: bool) -> None:
+    """Two ranks take two steps; in the first one, the first micro-batch of rank 1 is poisoned, or left out."""
+    import savant_ray.training.step as module
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    state, honest = tiny_state(tiny_config()), module.cross_entropy_sum
+    shares = [share(k * N, N, rank, 2, 2) for k in range(2)]
+    calls = itertools.count()
+    if rank == 1 and poison:
+        module.cross_entropy_sum = lambda *a: honest(*a) * (math.nan if next(calls) == 0 else 1.0)
+    elif rank == 1:
+        del shares[0][0]
+    results = [step(state, mine) for mine in shares]
+    figures = [(r.loss, r.tokens, r.grad_norm, r.updated) for r in results]
+    torch.save((figures, results[0].skipped, len(results[0].skipped_here), weights(state)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_poison_on_one_rank_only_is_as_if_that_micro_batch_had_not_been_there(tmp_path: Path) -> None:
+    results = {}
+    for poison in (True, False):
+        folder = tmp_path / str(poison)
+        folder.mkdir()
+        mp.spawn(_poisoned_rank, (str(folder), poison), nprocs=2)
+        results[poison] = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    clean = results[False][0]
+    for rank, (figures, skipped, skipped_here, final) in enumerate(results[True]):
+        assert figures == clean[0] and skipped == 1 and skipped_here == rank
+        assert all(torch.equal(final[name], clean[3][name]) for name in final)
 
 
 @pytest.mark.parametrize("bad", [(0,), (2,), (0, 1), (0, 1, 2)])

@@ -1,0 +1,70 @@
+"""What to say of a run that Ray Train gave up: whose failure it was, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.exceptions import RayActorError, RayError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+from savant_ray.errors import SavantError, TrainingError
+from savant_ray.events import RunFailed
+
+CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")  # of another's failure
+
+
+def explain_failure(error: BaseException | None, told: RunFailed | None, newest: str, max_failures: int) -> SavantError:
+    """What a worker `told` before it gave up, or what Ray says of it; `newest` names where the run would go on."""
+    if told is not None:
+        kinds = {kind.__name__: kind for kind in SavantError.__subclasses__()}
+        return kinds.get(told.error, TrainingError)(told.text)
+    return TrainingError(
+        f"{_culprit(error)}\n"
+        f"It was tried again {max_failures} times (scaling.max_failures). What Ray knows is in training_log.txt. "
+        f"When the cause is mended, run the same command again to go on from {newest}."
+    )
+
+
+@contextmanager
+def ray_errors_explained() -> Iterator[None]:
+    """Turns what Ray raises in the driver itself (its head is gone, the bridge died) into a `TrainingError`."""
+    try:
+        yield
+    except RayError as error:
+        raise TrainingError(
+            f"Ray failed: {_last_line(error)}\nRun the same command again to go on from the last checkpoint."
+        ) from error
+
+
+def _culprit(error: BaseException | None) -> str:
+    """One line for the worker whose failure made the others fail."""
+    if not isinstance(error, WorkerGroupError):
+        return f"training ended: {_last_line(error)}"
+    failures = sorted(error.worker_failures.items(), key=lambda item: _is_consequence(item[1]))
+    rank, failure = failures[0]
+    return f"worker {rank}: {_in_words(failure)}"
+
+
+def _is_consequence(failure: BaseException) -> bool:
+    return any(sign in str(failure) for sign in CONSEQUENCES)
+
+
+def _in_words(failure: BaseException) -> str:
+    text = str(failure)
+    if "OutOfMemoryError" in text or "memory monitor" in text.lower() or "running low on memory" in text:
+        return (
+            "Ray ended it because its node ran out of memory; give it less to hold (training.batch_size, "
+            "scaling.num_workers), or stop what else runs there"
+        )
+    if isinstance(failure, UserExceptionWithTraceback):
+        return _last_line(failure)
+    if isinstance(failure, RayActorError) or "died" in text:
+        return "it died: it was killed, ran out of memory, or its node is gone"
+    return _last_line(failure)
+
+
+def _last_line(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

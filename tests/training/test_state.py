@@ -1,0 +1,103 @@
+"""A checkpoint's content in a model that is not quite the one it came from: what fits is kept, the rest is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from savant_ray.errors import CheckpointError
+from savant_ray.training.loop import train
+from savant_ray.training.state import TrainingState
+from tests.training.tiny import RecordingHost, shares, tiny_config, tiny_state, weights
+
+HEAD = "head.weight"
+
+
+def trained() -> dict[str, Any]:
+    config = tiny_config(max_steps=3)
+    state, host = tiny_state(config), RecordingHost()
+    train(state, config, shares(state, config), host)
+    return host.checkpoint
+
+
+def moments(state: TrainingState) -> list[torch.Tensor]:
+    return [state.optimizer.state[p]["exp_avg"] for p in state.model.parameters()]
+
+
+def fresh() -> TrainingState:
+    return tiny_state(tiny_config())
+
+
+def test_everything_of_the_same_model_is_taken_over_without_a_word() -> None:
+    state, content = fresh(), trained()
+    assert state.load_checkpoint(content) == []
+    assert (state.step, state.position) == (3, 36)
+    assert all(torch.equal(w, content["model_state_dict"][name]) for name, w in weights(state).items())
+    assert all(moment.any() for moment in moments(state))
+
+
+def without_state(content: dict[str, Any]) -> None:
+    content["optimizer_state_dict"]["state"] = {}
+
+
+def of_another_optimizer(content: dict[str, Any]) -> None:
+    states = content["optimizer_state_dict"]["state"]
+    for index, state in states.items():
+        states[index] = {"momentum_buffer": state["exp_avg"]}
+
+
+def of_another_shape(content: dict[str, Any]) -> None:
+    content["optimizer_state_dict"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (without_state, "it is for 0 parameters"),
+        (of_another_optimizer, "it holds momentum_buffer where AdamW has exp_avg, exp_avg_sq, step"),
+        (of_another_shape, "exp_avg of parameter 0 has another shape"),
+    ],
+)
+def test_an_optimizer_state_that_does_not_fit_is_named_and_a_fresh_one_taken(
+    change: Callable[[dict[str, Any]], None], named: str
+) -> None:
+    state, content = fresh(), trained()
+    change(content)
+    (note,) = state.load_checkpoint(content)
+    assert note.startswith(f"the optimizer starts afresh: {named}")
+    assert not any(moment.any() for moment in moments(state))
+    assert all(torch.equal(w, content["model_state_dict"][name]) for name, w in weights(state).items())
+    assert (state.step, state.position) == (3, 36)
+
+
+def test_parts_added_to_or_taken_from_the_model_are_named_and_the_rest_is_kept() -> None:
+    state, content = fresh(), trained()
+    before = weights(state)[HEAD]
+    content["model_state_dict"]["gone.weight"] = content["model_state_dict"].pop(HEAD)
+    notes = state.load_checkpoint(content)
+    assert notes[:2] == [
+        f"{HEAD} is not in the checkpoint: a fresh one",
+        "gone.weight of the checkpoint has no place in the model: dropped",
+    ]
+    assert notes[2].startswith("the optimizer starts afresh")
+    now = weights(state)
+    assert torch.equal(now.pop(HEAD), before)
+    assert all(torch.equal(w, content["model_state_dict"][name]) for name, w in now.items())
+
+
+def test_weights_of_another_shape_are_refused_unless_changes_are_allowed() -> None:
+    state, content = fresh(), trained()
+    content["model_state_dict"][HEAD] = content["model_state_dict"][HEAD][:-1]
+    with pytest.raises(CheckpointError, match=r"head.weight is \[49, 16\], the model's \[50, 16\]"):
+        state.load_checkpoint(content)
+    notes = state.load_checkpoint(content, allow_changes=True)
+    assert notes[0] == "head.weight is [49, 16], the model's [50, 16]: a fresh one"
+
+
+def test_a_schedule_that_stood_elsewhere_goes_on_at_the_step() -> None:
+    state, content = fresh(), trained()
+    content["scheduler_state_dict"]["last_epoch"] = 7
+    assert state.load_checkpoint(content) == ["the saved schedule stood at 7; it goes on at step 3"]
