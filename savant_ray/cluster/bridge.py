@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from savant_ray.events import Event, RunFailed
 
@@ -58,6 +59,12 @@ class Bridge:
     async def stop_requested(self, seconds: float) -> float | None:
         """None, or within how many seconds to stop; waits up to `seconds` for the wish."""
         return self._grace_seconds if await _wait(self._stop, seconds) else None
+
+
+def start_bridge() -> ActorHandle:
+    """On this very node: an actor without resources would be put on any, and lost with it."""
+    here = ray.get_runtime_context().get_node_id()
+    return Bridge.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
 
 
 class StopListener:

@@ -104,11 +104,11 @@ class Outcome:
 def _fit(config: Config, data: Any, allow_changes: bool, report: RunReport, signals: StopSignals) -> Outcome:
     import ray
 
-    from savant_ray.cluster.bridge import Bridge
+    from savant_ray.cluster.bridge import start_bridge
     from savant_ray.cluster.starting_point import records_of
     from savant_ray.cluster.trainer import make_trainer
 
-    bridge = Bridge.remote()
+    bridge = start_bridge()
     trainer = make_trainer(config, data, bridge, allow_changes)
     outcome = Outcome()
     threading.Thread(target=_run_fit, args=(trainer, outcome), name="fit", daemon=True).start()
