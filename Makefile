@@ -4,11 +4,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-quick check clean
+.PHONY: help install train test test-quick torture soak check clean
 
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
+N ?= 100
 PYTHON ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 
@@ -24,6 +25,8 @@ help:
 	make train        train the quickstart ($(CONFIG)); again: go on where it stopped
 	make test         the whole test suite
 	make test-quick   the tests that need neither Ray nor much time
+	make torture      interrupt runs N=100 times, at every moment; each must end as if nobody had
+	make soak         80,000 tiny steps; memory, open files and step time must stay flat
 	make check        syntax and layers
 	make clean        remove the environment; data and checkpoints stay
 
@@ -44,6 +47,12 @@ test: install
 
 test-quick: install
 	@exec $(RUN) -m pytest -m "not slow" $(ARGS)
+
+torture: install
+	@exec $(RUN) -m tests.torture $(N)
+
+soak: install
+	@exec $(RUN) -m tests.torture.soak
 
 check: install
 	@$(RUN) -m compileall -q savant_ray jobs tests

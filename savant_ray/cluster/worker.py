@@ -65,6 +65,7 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives over objects put their bytes
+    torch.manual_seed(config.run.seed)  # nothing of ours draws from it; what a library draws is the same each time
     precision, note = usable_precision(config.training.precision, device)
     notes = [cap_memory(device, config.training.vram_limit_gb), note]
     state = new_state(config, device, precision)

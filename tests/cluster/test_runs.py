@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 
@@ -135,6 +137,20 @@ def test_without_a_cluster_a_run_starts_its_own_ray_and_is_silent_about_it(workp
     assert done.returncode == 0, done.stderr
     assert len(losses(workplace / "tiny")) == 2
     assert done.stderr == "", "the noise of a healthy Ray is not the user's"
+
+
+def test_ctrl_c_in_a_terminal_reaches_rays_processes_too_and_saves_all_the_same(workplace: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs/train.py"), *options(training__max_steps=5000)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    job = subprocess.Popen(command, cwd=workplace, env=environment(), text=True, start_new_session=True, **pipes)
+    run = workplace / "tiny"
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(records(run, "step")) >= 5)
+    started = psutil.Process(job.pid).children(recursive=True)
+    os.killpg(job.pid, signal.SIGINT)
+    printed, _ = job.communicate(timeout=60)
+    assert job.returncode == 75 and "stopped and saved as" in printed, printed
+    assert checkpoints(run)[-1].name == f"step_{len(losses(run))}"
+    wait_for(lambda: not any(process.is_running() for process in started))
 
 
 def test_wrong_settings_and_missing_text_are_told_before_ray_starts(head: Head, workplace: Path) -> None:

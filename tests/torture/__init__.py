@@ -1,0 +1,1 @@
+"""Interrupting runs at every moment, and proving that nothing is lost."""

@@ -1,0 +1,79 @@
+"""Slows a run's windows down and says which one a process is in, so that each can be hit; for torture tests only.
+
+Python imports this file at its start when its folder is on PYTHONPATH. With SAVANT_TORTURE=FOLDER, each process that
+trains keeps the name of its present window in FOLDER/<pid>.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SECONDS = 0.15
+# module -> function -> window; slept at its beginning, or at its end where the moment after it is the delicate one
+WINDOWS = {
+    "savant_ray.training.step": {"accumulate": "accumulation", "update": "update"},
+    "savant_ray.training.validator": {"Validator._validate": "validation", "Validator._sample": "generation"},
+    "savant_ray.training.checkpoint": {"_fill": "save"},
+    "savant_ray.cluster.host": {"write_checkpoint": "handover"},
+}
+AT_THE_END = ("save", "handover")
+
+
+def in_window(name: str, function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        place = folder / str(os.getpid())
+        before = place.read_text() if place.exists() else ""
+        place.write_text(name)
+        if name not in AT_THE_END:
+            time.sleep(SECONDS)
+        result = function(*args, **kwargs)
+        if name in AT_THE_END:
+            time.sleep(SECONDS)
+        place.write_text(before)
+        return result
+
+    return slowed
+
+
+def slow_down(module: ModuleType, folder: Path) -> None:
+    for path, window in WINDOWS[module.__name__].items():
+        *owners, name = path.split(".")
+        owner = functools.reduce(getattr, owners, module)
+        setattr(owner, name, in_window(window, getattr(owner, name), folder))
+
+
+class SlowLoader(Loader):
+    def __init__(self, loader: Loader, folder: Path) -> None:
+        self._loader, self._folder = loader, folder
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        slow_down(module, self._folder)
+
+
+class Finder(MetaPathFinder):
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name in WINDOWS else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = SlowLoader(spec.loader, self._folder)
+        return spec
+
+
+if "SAVANT_TORTURE" in os.environ:
+    sys.meta_path.insert(0, Finder(Path(os.environ["SAVANT_TORTURE"])))
