@@ -23,7 +23,7 @@ ARCHITECTURE = "UniversalTransformer"
 
 
 def export(checkpoint: Path, format: Format, output: Path) -> list[str]:
-    """Writes a run's newest checkpoint, a step folder or a file of the original; returns what was lost, a sentence each.
+    """Writes a run's newest checkpoint, a step folder's or a file of the original; returns what was lost, in sentences.
 
     `original` gives one file, in the order of the original's files in the run folder if there are any, `safetensors` a
     folder with `model.safetensors` (fp32), `config.json`, `tokenizer.json`.

@@ -107,12 +107,13 @@ def read_original(
 
 
 def four_keys(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """A file's four keys, checked: weights (fp32) and moments in the file's own order, and its masks. Executes no code from it.
+    """A file's four keys, checked: weights (fp32) and moments in the file's own order, and its masks.
 
-    A state of optimizer or scheduler that is none comes back empty, so that the weights can be used all the same.
+    Executes no code from the file. A state of optimizer or scheduler that is none comes back empty, so that the weights
+    can be used all the same.
 
     Raises:
-        CheckpointError: the file is missing, cut short, altered, lacks a key, holds code, or another step than its name.
+        CheckpointError: the file is missing, cut short, altered, lacks a key, holds code or the step of another name.
     """
     _check_records(path)
     content = _load(path, device)
@@ -124,7 +125,7 @@ def four_keys(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     if _FILE.fullmatch(path.name) and original_step(path) != step:
         raise CheckpointError(f"{path} holds step {step}: rename it to step_{step}.pt")
     if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise CheckpointError(f"{path}: not a file of the original: its model_state_dict holds something else than weights")
+        raise CheckpointError(f"{path}: not a file of the original: its model_state_dict holds no weights by name")
     scheduler = content["scheduler_state_dict"]
     return {
         "step": step,
@@ -185,13 +186,18 @@ def _check_records(path: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip() or _marked_as_folder(archive)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:  # damaged headers let `zipfile` fail in a dozen ways
         raise CheckpointError(f"{path}: cut short, altered or not written by torch.save ({_reason(error)})") from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: altered since it was written ({damaged} has another CRC-32)")
+        raise CheckpointError(f"{path}: altered since it was written (its record {damaged} is not what was put in)")
+
+
+def _marked_as_folder(archive: zipfile.ZipFile) -> str | None:
+    """A record with MS-DOS's folder bit: PyTorch reads nothing then and hands out memory as it finds it."""
+    return next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)
 
 
 def _load(path: Path, device: str | torch.device) -> dict[str, Any]:

@@ -87,10 +87,10 @@ class OriginalModel(nn.Module):
 class OriginalProgram:
     """Trains, saves `step_X.pt` and goes on from one; `rate(i)` is the share of the peak after i updates."""
 
-    def __init__(self, peak: float = 1e-2, rate: Callable[[int], float] = lambda _: 1.0, weight_decay: float = 0.01) -> None:
+    def __init__(self, peak: float = 1e-2, rate: Callable[[int], float] = lambda _: 1.0) -> None:
         torch.manual_seed(11)
         self.model = OriginalModel()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=peak, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=peak, weight_decay=0.01)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         self.step = 0
 
@@ -118,7 +118,7 @@ class OriginalProgram:
         return path
 
     def load(self, path: Path) -> None:
-        """A file whose parameters lie in another order would be a disaster here: the test sees to that."""
+        """Without a look at the order of the parameters, as PyTorch does."""
         content = torch.load(path, weights_only=True)
         self.step = content["step"]
         self.model.load_state_dict(content["model_state_dict"], strict=False)
