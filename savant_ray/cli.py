@@ -132,6 +132,27 @@ def _generate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _export(arguments: Sequence[str]) -> int:
+    parser = _parser("export")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder, a step_N in it, or a file of the original"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("original", "safetensors"),
+        required=True,
+        help="a file that the original script loads, or a folder with weights, settings and tokenizer",
+    )
+    parser.add_argument("--output", type=Path, metavar="PATH", required=True, help="the new file or folder")
+    options = parser.parse_args(arguments)
+    from savant_ray.training.export import export
+
+    for warning in export(options.checkpoint, options.format, options.output):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{options.output} is written")
+    return 0
+
+
 def _config(arguments: Sequence[str]) -> int:
     _, config = _settings(_parser("config", settings=True), arguments)
     from savant_ray.config import dump_yaml
@@ -155,6 +176,7 @@ COMMANDS = {
     "train": Command(_train, "train a run, or go on with it"),
     "prepare": Command(_prepare, "tokenise and pack the training text, which train does by itself too"),
     "generate": Command(_generate, "let a checkpoint go on with a prompt"),
+    "export": Command(_export, "write a checkpoint for other programs"),
     "config": Command(_config, "print the complete settings"),
     "benchmark": Command(_benchmark, "measure against the straightforward way"),
 }

@@ -42,6 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     install("savant_ray.cluster.driver", train=train)
     install("savant_ray.cluster.preparation", prepare=made.append)
     install("savant_ray.training.sampling", stream_answer=stream_answer)
+    install("savant_ray.training.export", export=lambda *options: made.append(options) or ["no moments"])
     install("savant_ray.data.quickstart", write_quickstart=lambda folder, force: made.append((folder, force)))
     install("savant_ray.benchmarks.registry", run=lambda name, json_path: made.append((name, json_path)))
     return made
@@ -85,7 +86,7 @@ def test_an_unknown_command_is_refused_with_a_suggestion(capsys: pytest.CaptureF
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: trian: no such command; did you mean train?\n"
     assert main(["xyzzy"]) == 2
-    assert "there are train, prepare, generate, config, benchmark" in capsys.readouterr().err
+    assert "there are train, prepare, generate, export, config, benchmark" in capsys.readouterr().err
 
 
 def test_train_hands_over_the_settings_and_ends_with_the_trainings_exit_code(calls: list[Any]) -> None:
@@ -178,6 +179,20 @@ def test_generate_says_where_it_could_not_write(
     file = tmp_path / "none" / "answer.json"
     assert main(["generate", "--checkpoint", "run", "--prompt", "x", "--json", str(file)]) == 1
     assert capsys.readouterr().err == f"error: --json {file}: No such file or directory\n"
+
+
+def test_export_hands_over_what_to_write_where_and_tells_what_was_lost(
+    calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "run", "--format", "original", "--output", "step_5.pt"]) == 0
+    assert calls == [(Path("run"), "original", Path("step_5.pt"))]
+    assert capsys.readouterr() == ("step_5.pt is written\n", "warning: no moments\n")
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "--format", "gguf", "--output", "x"], ["--format", "original"]])
+def test_export_refuses_what_it_cannot_do(arguments: list[str], calls: list[Any]) -> None:
+    assert main(["export", *arguments]) == 2
+    assert calls == []
 
 
 def test_config_prints_the_complete_result(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ THIRD_PARTY = {
     "cli": set(),
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "cluster": {"numpy", "psutil", "pyarrow", "ray", "torch"},
-    "training": {"numpy", "psutil", "torch"},
+    "training": {"numpy", "psutil", "safetensors", "torch"},
     "reporting": {"rich"},
     "inference": {"numpy", "torch"},
     "optim": {"torch"},

@@ -13,6 +13,7 @@ from savant_ray.errors import SettingsError
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.reporting.record import has_sample
 from savant_ray.training.checkpoint import find_checkpoint, step_of
+from savant_ray.training.original import original_step
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
 GB = 1e9
@@ -20,7 +21,7 @@ GB = 1e9
 
 def is_finished(config: Config, newest: Path) -> str | None:
     """Why there is nothing to do; a last validation that a stop cut short is still to be made up for."""
-    folder, step = run_folder(config), step_of(newest)
+    folder, step = run_folder(config), original_step(newest) if newest.is_file() else step_of(newest)
     if step < config.training.max_steps or not has_sample(folder, step):
         return None
     return (

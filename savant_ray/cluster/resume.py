@@ -1,4 +1,8 @@
-"""Where a worker goes on: the newest checkpoint of the run, else the weights of `run.init_from`, else from scratch."""
+"""Where a worker goes on: the newest checkpoint of the run, else the weights of `run.init_from`, else from scratch.
+
+The driver has looked at them (`starting_point.py`); here the choice is made again, because Ray Train starts workers
+anew without asking it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import torch.distributed as dist
 
 from savant_ray.config import Config
 from savant_ray.events import RunResumed
-from savant_ray.training.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
+from savant_ray.training.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, step_of
+from savant_ray.training.original import NOTE, newest_original, read_original
 from savant_ray.training.state import TrainingState
 
 
@@ -19,6 +24,12 @@ def load_newest(state: TrainingState, config: Config, run_folder: Path, allow_ch
         CheckpointError: the checkpoint is damaged or does not fit.
     """
     newest = agree(newest_checkpoint(run_folder))
+    original = agree(newest_original(run_folder, step_of(newest) if newest else -1, say=lambda _: None))
+    if original is not None:
+        names = [name for name, _ in state.model.named_parameters()]
+        content = read_original(original, names, config.training.effective_batch)
+        notes = state.load_checkpoint(content, allow_changes)
+        return RunResumed(step=state.step, path=str(original), note=NOTE, warnings=tuple(notes))
     if newest is not None:
         notes = state.load_checkpoint(read_checkpoint(newest), allow_changes)
         return RunResumed(step=state.step, path=str(newest), warnings=tuple(notes))

@@ -18,7 +18,17 @@ from savant_ray.config import Config, load_config
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import CheckpointError
 from savant_ray.reporting.record import read_records, saved_a_checkpoint
-from savant_ray.training.checkpoint import CONFIG, RECORDS, TOKENIZER, checkpoints, read_manifest, step_folders, verify
+from savant_ray.training.checkpoint import (
+    CONFIG,
+    RECORDS,
+    TOKENIZER,
+    checkpoints,
+    read_manifest,
+    step_folders,
+    step_of,
+    verify,
+)
+from savant_ray.training.original import newest_original
 
 DAMAGED = ".damaged"
 MUST_AGREE = ("model.", "run.seed")
@@ -26,7 +36,9 @@ ALLOW = "--allow-changes goes on all the same and keeps what fits; --fresh start
 
 
 def find_start(run_folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint; damaged ones are set aside, and Ray's list of checkpoints is made true.
+    """The newest whole checkpoint, a folder of ours or a flat file of the original script.
+
+    Damaged folders are set aside, the original's files stay as they are, and Ray's list of checkpoints is made true.
 
     Raises:
         CheckpointError: the folder held checkpoints, and none of them is whole.
@@ -42,6 +54,7 @@ def find_start(run_folder: Path, say: Callable[[str], None]) -> Path | None:
         else:
             start = folder
             break
+    start = newest_original(run_folder, step_of(start) if start else -1, say) or start
     if start is None and (list(run_folder.glob(f"step_*{DAMAGED}*")) or saved_a_checkpoint(run_folder)):
         raise CheckpointError(
             f"{run_folder} holds a run, but no whole checkpoint of it is left. Bring one back, or start anew with "
@@ -62,6 +75,8 @@ def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
 def refuse_other_settings(start: Path, config: Config) -> None:
     """The checkpoint's model and seed against the settings: the shape of the weights and the order of the data.
 
+    A file of the original tells nothing of either; the shapes of its weights are compared when it is loaded.
+
     Raises:
         CheckpointError: they differ; all differences are listed.
     """
@@ -70,6 +85,8 @@ def refuse_other_settings(start: Path, config: Config) -> None:
 
 def changes_since(start: Path, config: Config) -> dict[str, str]:
     """What has changed since the checkpoint was written: dotted name -> `name: 8, now 10`."""
+    if start.is_file():
+        return {}
     return changed_settings(saved_settings(start), config.to_dict())
 
 
@@ -84,7 +101,7 @@ def refuse_other_data(start: Path, config: Config, tokenizer: Tokenizer, data_fi
     Raises:
         CheckpointError: they differ.
     """
-    if read_manifest(start)["data_fingerprint"] == data_fingerprint:
+    if start.is_file() or read_manifest(start)["data_fingerprint"] == data_fingerprint:
         return
     if Tokenizer.load(str(start / TOKENIZER)).fingerprint != tokenizer.fingerprint:
         _refuse(start, ["data.tokenizer: another tokenizer, so the tokens mean something else"])

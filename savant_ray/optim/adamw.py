@@ -71,6 +71,8 @@ class AdamW(torch.optim.Optimizer):
     def _misfit(self, state_dict: dict[str, Any]) -> str | None:
         """Why a saved state is not one for these parameters."""
         saved, parameters = state_dict["state"], self._parameters()
+        if (groups := len(state_dict["param_groups"])) != len(self.param_groups):
+            return f"it has {groups} groups of parameters where there is {len(self.param_groups)} here"
         if len(saved) != len(parameters):
             return f"it is for {len(saved)} parameters, the model has {len(parameters)}"
         for index, parameter in enumerate(parameters):

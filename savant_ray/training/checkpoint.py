@@ -49,21 +49,30 @@ def write_checkpoint(run_folder: Path, content: dict[str, Any], texts: Mapping[s
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # what there is of it only takes room
         raise
-    _sync(run_folder)
+    sync(run_folder)
     return folder
 
 
 def _fill(aside: Path, name: str, content: dict[str, Any], texts: Mapping[str, str]) -> None:
     aside.mkdir(parents=True)
-    try:
-        torch.save(content, aside / f"{name}.pt")
-    except RuntimeError as error:  # what PyTorch's writer makes of a full disk
-        raise OSError(f"{aside / name}.pt: {str(error).splitlines()[0]}") from error
+    save(content, aside / f"{name}.pt")
     for file, text in texts.items():
         (aside / file).write_text(text, encoding="utf-8")
     (aside / MANIFEST).write_text(json.dumps(_manifest(aside, content), indent=1))
     for path in aside.iterdir():
-        _sync(path)
+        sync(path)
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    """`torch.save`.
+
+    Raises:
+        OSError: the storage refuses; what there is of the file stays.
+    """
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # what PyTorch's writer makes of a full disk
+        raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def step_folders(run_folder: Path) -> list[Path]:
@@ -166,7 +175,7 @@ def _sha256_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Asks the operating system to put a file or a folder's entries on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

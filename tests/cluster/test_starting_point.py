@@ -216,3 +216,20 @@ def test_a_finished_run_is_finished_once_its_last_sample_is_there(tmp_path: Path
     assert "has done its 5 steps" in (is_finished(config, tmp_path / "run/step_5") or "")
     longer = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 6})
     assert is_finished(longer, tmp_path / "run/step_5") is None
+
+
+def test_a_file_of_the_original_is_taken_when_it_is_the_newest_and_never_set_aside(tmp_path: Path) -> None:
+    write(tmp_path, 5, 6)
+    config = changed(run={"storage_path": str(tmp_path.parent), "name": tmp_path.name}, training={"max_steps": 8})
+    for step in (4, 8):
+        four = {"step": step, "model_state_dict": {"w": torch.ones(2)}, "optimizer_state_dict": {}, "scheduler_state_dict": {}}
+        torch.save(four, tmp_path / f"step_{step}.pt")
+    original = tmp_path / "step_8.pt"
+    assert find_start(tmp_path, print) == original
+    refuse_other_settings(original, changed(run={"seed": 1}))
+    refuse_other_data(original, config, tokenizer(), "xyz")
+    assert is_finished(config, original) is None, "its last sample is still to come"
+    original.write_bytes(original.read_bytes()[:200])
+    said: list[str] = []
+    assert find_start(tmp_path, said.append) == tmp_path / "step_6" and "left where it is" in said[0]
+    assert original.exists()
