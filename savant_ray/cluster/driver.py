@@ -158,7 +158,8 @@ def _conclude(config: Config, outcome: Outcome, report: RunReport) -> int:
             "when it is started again"
         )
     if not outcome.end.finished:
-        report.say(f"stopped and saved as {_last_checkpoint(config)}; to go on, run the same command again")
+        saved = f"stopped and saved as {_last_checkpoint(config)}" if outcome.end.step else "stopped before the first step"
+        report.say(f"{saved}; to go on, run the same command again")
         return STOPPED_EARLY
     report.say(f'trained; next: python jobs/generate.py --checkpoint {run_folder(config)} --prompt "…"')
     return 0

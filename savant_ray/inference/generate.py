@@ -31,6 +31,8 @@ def generate(
 
     The choice is a function of (weights, prompt, sampling) alone. Memory grows with the tokens in global loops only.
 
+    A model whose numbers are none any more (NaN) says nothing.
+
     Raises:
         ValueError: the prompt has no tokens.
     """
@@ -43,6 +45,8 @@ def generate(
     new_tokens = list(prompt)
     for _ in range(sampling.max_new_tokens):
         logits_V = model.decode(torch.tensor([new_tokens], device=device), cache, n_loops)[0].float()
+        if logits_V.isnan().any():  # the model has diverged and has nothing to say
+            return
         token = choose(logits_V.masked_fill(forbidden_V, float("-inf")), sampling.temperature, generator)
         if token == sampling.end_of_document:
             return

@@ -79,6 +79,19 @@ def here_first() -> str:
     return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
+started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_left_running() -> Iterator[None]:
+    """A job that a failed test left behind would keep its head's CPUs from all later tests."""
+    yield
+    while started:
+        job = started.pop()
+        job.kill()
+        job.wait()
+
+
 @dataclass(frozen=True)
 class Head:
     """A running Ray head."""
@@ -127,9 +140,11 @@ def start_job(head: Head, workplace: Path, **changes: Any) -> subprocess.Popen[s
     """Starts `python jobs/train.py` in the workplace, on the running head."""
     command = [sys.executable, str(ROOT / "jobs/train.py"), *options(**changes)]
     there = environment(RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
-    return subprocess.Popen(
+    job = subprocess.Popen(
         command, cwd=workplace, env=there, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+    started.append(job)
+    return job
 
 
 def run_job(head: Head, workplace: Path, **changes: Any) -> tuple[int, str]:

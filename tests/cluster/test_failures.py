@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import psutil
@@ -20,67 +19,55 @@ def steps_saved(run: Path) -> list[str]:
     return [folder.name for folder in checkpoints(run)]
 
 
-def test_training_goes_on_when_a_checkpoint_cannot_be_written(head: Head, workplace: Path) -> None:
+def test_training_goes_on_when_a_checkpoint_cannot_be_written_and_says_so(head: Head, workplace: Path) -> None:
     run = workplace / "tiny"
     run.mkdir()
-    (run / "step_4").write_text("a file where the folder should be")
+    for step in (4, 8):
+        (run / f"step_{step}").write_text("a file where the folder should be")
     code, printed = run_job(head, workplace)
-    assert code == 0 and "WARNING: step 4 could not be saved" in printed, printed
-    assert steps_saved(run) == ["step_8"] and len(losses(run)) == 8
-    assert [line["step"] for line in records(run, "checkpoint_failure")] == [4]
-
-
-def test_a_run_whose_last_step_could_not_be_saved_says_so(head: Head, workplace: Path) -> None:
-    run = workplace / "tiny"
-    run.mkdir()
-    (run / "step_8").write_text("a file where the folder should be")
-    code, printed = run_job(head, workplace)
-    assert code == 4 and "step 8 could not be saved" in printed and "goes on from step_4" in printed, printed
+    assert "WARNING: step 4 could not be saved" in printed and len(losses(run)) == 8, printed
+    assert code == 4 and "step 8 could not be saved" in printed and "goes on from the beginning" in printed, printed
+    assert [line["step"] for line in records(run, "checkpoint_failure")] == [4, 8]
     (run / "step_8").unlink()
     code, printed = run_job(head, workplace)
-    assert code == 0 and steps_saved(run) == ["step_4", "step_8"], printed
-    assert len(losses(run)) == 8
+    assert code == 0 and steps_saved(run) == ["step_8"] and len(losses(run)) == 8, printed
 
 
-def test_a_run_that_diverges_ends_with_what_to_do_and_keeps_its_checkpoints(head: Head, workplace: Path) -> None:
-    assert run_job(head, workplace, training__max_steps=3)[0] == 0
-    hot = {"training__max_steps": 60, "training__learning_rate": 1e30, "training__max_skipped_steps": 3}
-    code, printed = run_job(head, workplace, **hot)
+def test_a_run_that_diverges_ends_with_what_to_do(head: Head, workplace: Path) -> None:
+    hot = {"training__learning_rate": 3e38, "training__weight_decay": 1.0, "training__warmup_fraction": 0.0}
+    code, printed = run_job(head, workplace, **hot, training__max_skipped_steps=3)
     assert code == 1 and "3 steps in a row" in printed and "Lower training.learning_rate" in printed, printed
     assert "Traceback" not in printed
-    assert "step_3" in steps_saved(workplace / "tiny")
-    skipped = records(workplace / "tiny", "skip")
+    run = workplace / "tiny"
+    skipped = records(run, "skip")
     assert skipped and all(skip["positions"] and "savant_dataset_train.jsonl:" in skip["documents"][0] for skip in skipped)
-    assert len(records(workplace / "tiny", "attempt")) == 2, "what no retry can mend is not tried again"
+    assert len(records(run, "attempt")) == 1, "what no retry can mend is not tried again"
 
 
 def test_a_worker_that_dies_too_often_ends_the_run_with_where_to_go_on(head: Head, workplace: Path) -> None:
     job = start_job(head, workplace, training__max_steps=2000, scaling__max_failures=0)
     run = workplace / "tiny"
     wait_for(lambda: steps_saved(run))
-    (worker,) = workers_of(job)
+    (worker,) = training_workers()
     os.kill(worker.pid, signal.SIGKILL)
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 1 and "run the same command again" in printed, printed
     assert "Traceback" not in printed
 
 
-def workers_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Training workers on this machine that belong to the job: those that work in its folder."""
-    folder = psutil.Process(job.pid).cwd()
-    return [
-        process
-        for process in psutil.process_iter(["name", "cwd"])
-        if process.info["name"].startswith("ray::") and "RayTrainWorker" in process.info["name"] and process.info["cwd"] == folder
-    ]
+def training_workers() -> list[psutil.Process]:
+    """Of the one job that runs on the head, which is a child of this process."""
+    below = psutil.Process().children(recursive=True)
+    return [process for process in below if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["once", "twice"])
 def test_ctrl_c_while_the_model_is_compiled(second: bool, head: Head, workplace: Path) -> None:
     job = start_job(head, workplace, training__max_steps=60, training__compile="true")
     run = workplace / "tiny"
-    wait_for(lambda: (run / "metrics.jsonl").exists() and records(run, "attempt"))
-    workers = workers_of(job)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and records(run, "sample"))  # what comes next is the first step
+    workers = training_workers()
+    assert workers
     job.send_signal(signal.SIGINT)
     if second:
         wait_for(lambda: "stopping: " in (run / "training_log.txt").read_text())
@@ -96,13 +83,11 @@ def test_ctrl_c_while_the_model_is_compiled(second: bool, head: Head, workplace:
 
 def test_ctrl_c_while_the_text_is_prepared(head: Head, workplace: Path) -> None:
     text = workplace / "dataset/savant_dataset_train.jsonl"
-    text.write_text(text.read_text() * 300)
+    text.write_text(text.read_text() * 100)
     job = start_job(head, workplace)
     log = workplace / "tiny/training_log.txt"
     wait_for(lambda: log.exists() and "tokenising" in log.read_text())
     job.send_signal(signal.SIGTERM)
     printed, _ = job.communicate(timeout=60)
     assert job.returncode == 75 and "goes on from the beginning" in printed, printed
-    code, printed = run_job(head, workplace)
-    assert code == 0, printed
-    assert len(losses(workplace / "tiny")) == 8
+    assert "starting workers" not in printed and not training_workers()

@@ -65,3 +65,10 @@ def test_the_validation_loss_does_not_depend_on_micro_batches(model: UniversalTr
 
 def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight() -> None:
     assert bits_per_byte(5.545177444479562, target_tokens=100, text_bytes=100) == pytest.approx(8)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_model_that_has_diverged_says_nothing(temperature: float, model: UniversalTransformer) -> None:
+    with torch.no_grad():
+        model.head.weight[3, 0] = float("nan")
+    assert list(generate(model, PROMPT, sampling(temperature=temperature))) == []
