@@ -4,11 +4,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-quick torture soak check clean
+.PHONY: help install train submit test test-quick torture soak check clean
 
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
+ADDRESS ?= http://127.0.0.1:8265
 N ?= 100
 PYTHON ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
@@ -23,6 +24,7 @@ help:
 	@cat <<'END'
 	make install      the environment in $(VENV), and nothing else
 	make train        train the quickstart ($(CONFIG)); again: go on where it stopped
+	make submit       the same as a job on the Ray cluster at ADDRESS
 	make test         the whole test suite
 	make test-quick   the tests that need neither Ray nor much time
 	make torture      interrupt runs N=100 times, at every moment; each must end as if nobody had
@@ -32,6 +34,7 @@ help:
 
 	ARGS="--training.max_steps 100"   handed on to the command
 	CONFIG=configs/savant.yaml        another configuration
+	ADDRESS=http://head:8265          the cluster's dashboard, for make submit
 	PYTHON=python3.12                 the Python to build the environment with (3.11 to 3.13)
 	TORCH_INDEX=…                     the package index that torch comes from (README, "With and without a GPU")
 	END
@@ -41,6 +44,10 @@ install: $(STAMP)
 
 train: install
 	@exec $(RUN) jobs/train.py --config $(CONFIG) $(ARGS)
+
+submit: install
+	@exec $(VENV)/bin/ray job submit --address $(ADDRESS) --working-dir . --runtime-env jobs/runtime_env.yaml \
+	    -- python jobs/train.py --config $(CONFIG) $(ARGS)
 
 test: install
 	@exec $(RUN) -m pytest $(ARGS)

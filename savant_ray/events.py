@@ -23,6 +23,21 @@ class Event:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkersStarted(Event):
+    """The workers have found room in the cluster and begin to build the model."""
+
+    kind = "workers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersLost(Event):
+    """A worker failed or its node is gone, so that the others ended too; Ray Train starts all of them again."""
+
+    kind = "workers_lost"
+    text: str  # whose failure it was
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Event):
     """The workers of one launch are up and the model is built."""
 

@@ -35,7 +35,7 @@ def commands() -> Iterator[list[str]]:
     """Every command of every page, as words; a command that is handed on to Ray comes apart."""
     for page in PAGES:
         for words in split_commands("".join(blocks(page, "sh")).replace("\\\n", " ")):
-            if words[:1] == ["ray"]:
+            if words[:1] == ["ray"] and "--" in words:
                 separator = words.index("--")
                 yield words[:separator]
                 words = words[separator + 1 :]
@@ -104,7 +104,7 @@ def check(words: list[str]) -> None:
     elif program == "savant":
         check_savant(rest[0], rest[1:])
     elif program == "ray":
-        assert rest[:2] == ["job", "submit"], words
+        assert rest[:2] in (["job", "submit"], ["job", "stop"]), words
     else:
         assert program in ELSEWHERE or (ROOT / rest[0]).is_file(), f"{words}: not a command that this test knows"
 
@@ -113,7 +113,7 @@ def check(words: list[str]) -> None:
 def test_a_command_can_be_typed_as_it_stands(words):
     check(words)
     for name in words:
-        if name.startswith(("configs/", "tests/", "savant_ray/")):
+        if name.startswith(("configs/", "jobs/", "tests/", "savant_ray/")):
             assert (ROOT / name).is_file(), f"{name} does not exist"
 
 
@@ -122,7 +122,7 @@ def test_files_that_the_text_names_exist():
         names = re.findall(r"`((?:savant_ray|configs|jobs|tests)/[\w./]+|[\w.]+\.(?:txt|toml|yml))`", page.read_text())
         missing = [name for name in names if not (ROOT / name).exists() and name != "training_log.txt"]
         assert missing == [], page.name
-        assert [link for link in re.findall(r"\]\((\w[\w.]+)\)", page.read_text()) if not (ROOT / link).exists()] == []
+        assert [link for link in re.findall(r"\]\((\w[\w./]+)\)", page.read_text()) if not (ROOT / link).exists()] == []
 
 
 def test_settings_that_the_text_names_are_known():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from savant_ray.events import Event, RunFailed
+from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -33,10 +33,19 @@ class Bridge:
         self._stop = asyncio.Event()
         self._grace_seconds = 0.0
         self._failed = False
+        self._has_workers = False
 
     async def tell(self, event: Event) -> None:
-        """A worker's fact."""
-        self._failed = self._failed or isinstance(event, RunFailed)
+        """A worker's fact, or Ray Train's of its workers."""
+        match event:
+            case RunFailed():
+                self._failed = True
+            case WorkersStarted():
+                self._has_workers = True
+            case WorkersLost():
+                if self._failed or not self._has_workers:  # they gave up and said why, or it was said before
+                    return
+                self._has_workers = False
         self._events.append(event)
         self._news.set()
 

@@ -17,7 +17,7 @@ from savant_ray.cluster.session import grace_seconds, prepare_environment, ray_s
 from savant_ray.cluster.signals import StopSignals
 from savant_ray.config import Config
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
-from savant_ray.events import AttemptEnded, AttemptStarted, Event, RunFailed
+from savant_ray.events import AttemptEnded, AttemptStarted, Event, RunFailed, WorkersLost
 from savant_ray.reporting import RunReport
 
 POLL_SECONDS = 0.5
@@ -106,10 +106,12 @@ def _fit(config: Config, data: Any, allow_changes: bool, report: RunReport, sign
 
     from savant_ray.cluster.bridge import start_bridge
     from savant_ray.cluster.starting_point import records_of
-    from savant_ray.cluster.trainer import make_trainer
+    from savant_ray.cluster.trainer import make_trainer, needs
+    from savant_ray.cluster.waiting import WorkerWatch
 
     bridge = start_bridge()
     trainer = make_trainer(config, data, bridge, allow_changes)
+    watch = WorkerWatch(config.scaling.worker_limits[0], needs(trainer.scaling_config), report.say)
     outcome = Outcome()
     threading.Thread(target=_run_fit, args=(trainer, outcome), name="fit", daemon=True).start()
     told = False
@@ -117,11 +119,15 @@ def _fit(config: Config, data: Any, allow_changes: bool, report: RunReport, sign
         finished = outcome.done.is_set()  # asked before the events, so that the last ones are not missed
         for event in ray.get(bridge.take_events.remote(0 if finished else POLL_SECONDS)):
             _note(event, outcome, signals)
+            watch.note(event)
             if isinstance(event, AttemptStarted):
                 report.fill(records_of(run_folder(config)))
             report.handle(event)
         if finished:
             return outcome
+        watch.remark()
+        if signals.received and not signals.patient:  # the workers were lost meanwhile, so that nobody is left to save
+            raise KeyboardInterrupt
         if signals.received and not told:
             told = True
             ray.get(bridge.request_stop.remote(grace_seconds(config)))
@@ -130,8 +136,10 @@ def _fit(config: Config, data: Any, allow_changes: bool, report: RunReport, sign
 
 def _note(event: Event, outcome: Outcome, signals: StopSignals) -> None:
     match event:
-        case AttemptStarted():  # before it there is nothing to save, so a signal ends the launch at once
+        case AttemptStarted():  # without workers there is nothing to save, so a signal ends the launch at once
             signals.patient = True
+        case WorkersLost():
+            signals.patient = False
         case AttemptEnded():
             outcome.end = event
         case RunFailed():

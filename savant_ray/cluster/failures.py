@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from ray.exceptions import RayActorError, RayError
-from ray.train import WorkerGroupError
+from ray.train import UserCallback, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from savant_ray.errors import SavantError, TrainingError
-from savant_ray.events import RunFailed
+from savant_ray.events import RunFailed, WorkersLost
 
 CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")  # of another's failure
 
@@ -38,12 +39,26 @@ def ray_errors_explained() -> Iterator[None]:
         ) from error
 
 
+class FailureNews(UserCallback):
+    """Tells the driver at once that workers failed; lives in Ray Train's controller, which starts them again."""
+
+    def __init__(self, bridge: Any) -> None:
+        self._bridge = bridge
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+        """Called by Ray Train with what each failed rank raised or died of."""
+        self._bridge.tell.remote(WorkersLost(text=_first_failure(worker_exceptions)))
+
+
 def _culprit(error: BaseException | None) -> str:
     """One line for the worker whose failure made the others fail."""
     if not isinstance(error, WorkerGroupError):
         return f"training ended: {_last_line(error)}"
-    failures = sorted(error.worker_failures.items(), key=lambda item: _is_consequence(item[1]))
-    rank, failure = failures[0]
+    return _first_failure(error.worker_failures)
+
+
+def _first_failure(failures: Mapping[int, BaseException]) -> str:
+    rank, failure = min(failures.items(), key=lambda item: _is_consequence(item[1]))
     return f"worker {rank}: {_in_words(failure)}"
 
 
@@ -58,6 +73,8 @@ def _in_words(failure: BaseException) -> str:
             "Ray ended it because its node ran out of memory; give it less to hold (training.batch_size, "
             "scaling.num_workers), or stop what else runs there"
         )
+    if _is_consequence(failure):  # the other one's death is known to Ray only half a minute later
+        return "it lost its connection to another worker: that one was killed, ran out of memory, or its node is gone"
     if isinstance(failure, UserExceptionWithTraceback):
         return _last_line(failure)
     if isinstance(failure, RayActorError) or "died" in text:

@@ -112,7 +112,7 @@ class RayHost:
             return None
 
     def _tell_drain(self) -> None:
-        if not self._drain_told and self.rank == 0:
+        if not self._drain_told:  # by every rank, as any may be the first to hear of it
             self.emit(Notice(text="a node of this run is being taken away: this step is finished and saved"))
         self._drain_told = True
 

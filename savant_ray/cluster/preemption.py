@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import time
 
+from ray._private.state import state
 from ray.train.v2._internal.execution.context import get_train_context
+
+
+def draining_nodes() -> set[str]:
+    """The ids of the nodes that take no more work."""
+    return set(state.get_draining_nodes())
 
 
 def drain_grace_left(without_deadline: float) -> float | None:

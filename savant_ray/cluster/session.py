@@ -14,6 +14,7 @@ from savant_ray.config import Config
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the least time between two report() calls, 2 s by default
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # how long an elastic run waits for a node that is gone; 60 by default
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how soon workers hear of a drained node; 5 by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each worker's print appears twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the folder of the driver
@@ -55,15 +56,11 @@ def grace_seconds(config: Config, environment: Mapping[str, str] = os.environ) -
     return min(config.run.grace_seconds, float(environment.get(JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT)))
 
 
-def n_gpus() -> int:
-    """GPUs of the whole cluster."""
+def node_resources() -> list[dict[str, float]]:
+    """What each node has, those left out that are gone or about to be taken away; Ray must be running."""
     import ray
 
-    return int(ray.cluster_resources().get("GPU", 0))
+    from savant_ray.cluster.preemption import draining_nodes
 
-
-def n_cpus() -> int:
-    """CPUs of the whole cluster."""
-    import ray
-
-    return int(ray.cluster_resources().get("CPU", 1))
+    leaving = draining_nodes()
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]

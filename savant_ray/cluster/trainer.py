@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -9,9 +11,10 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
 from savant_ray.cluster.data_config import StepDataConfig
+from savant_ray.cluster.failures import FailureNews
 from savant_ray.cluster.paths import run_folder
 from savant_ray.cluster.preparation import PreparedData
-from savant_ray.cluster.session import n_cpus, n_gpus
+from savant_ray.cluster.session import node_resources
 from savant_ray.cluster.worker import WorkerTask, train_worker
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
@@ -40,6 +43,7 @@ def make_trainer(config: Config, data: PreparedData, bridge: Any, allow_changes:
             storage_path=config.run.storage_path,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            callbacks=[FailureNews(bridge)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
         datasets={"train": data.plan},
@@ -51,21 +55,45 @@ def scaling(config: Config) -> ScalingConfig:
     """`use_gpu: auto` = when the cluster has a GPU for each worker; on CPUs the workers share all cores.
 
     Raises:
-        SettingsError: the cluster can never offer what is asked for, the fewest workers at least.
+        SettingsError: the cluster cannot offer what is asked for, the fewest workers at least.
     """
-    (fewest, most), gpus = config.scaling.worker_limits, n_gpus()
+    (fewest, most), nodes = config.scaling.worker_limits, node_resources()
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
     use_gpu = gpus >= fewest if config.scaling.use_gpu == "auto" else bool(config.scaling.use_gpu)
     if use_gpu and gpus < fewest:
         raise SettingsError(f"scaling.num_workers: {fewest} GPU workers need {fewest} GPUs, the cluster has {gpus}")
-    resources = config.scaling.resources_per_worker or {"CPU": max(1, n_cpus() // most)}
-    if not use_gpu and resources.get("CPU", 0) * fewest > n_cpus():
-        raise SettingsError(
-            f"scaling.num_workers: {fewest} workers with {resources['CPU']:g} CPUs each do not fit on "
-            f"{n_cpus()} CPUs; lower it or scaling.resources_per_worker"
-        )
-    return ScalingConfig(
+    scaling = ScalingConfig(
         num_workers=most if fewest == most else (fewest, most),
         use_gpu=use_gpu,
-        resources_per_worker=resources,
+        resources_per_worker=config.scaling.resources_per_worker or {"CPU": cpus_per_worker(nodes, most, use_gpu)},
         elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
     )
+    if (room := workers_that_fit(nodes, needs(scaling))) < fewest:
+        each = ", ".join(f"{name}: {amount:g}" for name, amount in needs(scaling).items())
+        raise SettingsError(
+            f"scaling.num_workers: {fewest} workers with {{{each}}} each do not fit, the cluster's nodes have room for "
+            f"{room}; lower it or scaling.resources_per_worker"
+        )
+    return scaling
+
+
+def needs(scaling: ScalingConfig) -> dict[str, float]:
+    """What one worker takes."""
+    gpu = {"GPU": 1.0} if scaling.use_gpu else {}
+    return gpu | dict(scaling.resources_per_worker or {})
+
+
+def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu: bool) -> int:
+    """The most cores each so that all workers find room; a worker is never spread over nodes."""
+    gpu = {"GPU": 1.0} if use_gpu else {}
+    largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    fitting = (n for n in range(largest, 0, -1) if workers_that_fit(nodes, gpu | {"CPU": n}) >= workers)
+    return next(fitting, 1)
+
+
+def workers_that_fit(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> int:
+    """How many workers that take `resources` there is room for when nothing else runs."""
+    wanted = {name: amount for name, amount in resources.items() if amount > 0}
+    if not wanted:
+        return sys.maxsize
+    return sum(int(min(node.get(name, 0) // amount for name, amount in wanted.items())) for node in nodes)

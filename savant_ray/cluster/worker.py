@@ -21,7 +21,7 @@ from savant_ray.data.stream import StepStream
 from savant_ray.data.token_cache import Sequences, TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError
-from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed
+from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory
@@ -54,6 +54,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     config = Config.from_dict(task.config)
     tokenizer = Tokenizer.load(task.tokenizer)
     host = RayHost(task.bridge, Path(task.run_folder), config, tokenizer)
+    if host.rank == 0:
+        host.emit(WorkersStarted())
     try:
         _train(task, config, tokenizer, host)
     except SavantError as error:

@@ -20,7 +20,8 @@ from savant_ray.events import Event, SampleGenerated
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 VALIDATION = ("validation", "sample")
-ABOUT_A_LAUNCH = ("attempt", "end", "resume", "notice", "failure")  # happened, even if the steps after it are gone
+# What happened even if the steps after it are gone.
+ABOUT_A_LAUNCH = ("attempt", "end", "resume", "notice", "failure", "workers", "workers_lost")
 
 
 class Record:

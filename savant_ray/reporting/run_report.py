@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from savant_ray.events import AttemptStarted, Event, StepDone, ValidationDone
+from savant_ray.events import AttemptStarted, Event, Notice, StepDone, ValidationDone
 from savant_ray.reporting.console import Console, open_console
 from savant_ray.reporting.pace import Pace
 from savant_ray.reporting.record import Record
@@ -44,6 +44,7 @@ class RunReport:
         self._last_pause = ("the start", clock())
         self._unsaid = ""  # the newest step, when it was not worth a line yet
         self._first_step = True
+        self._noticed: set[str] = set()
         self.last_step = 0
 
     def __enter__(self) -> Self:
@@ -56,7 +57,11 @@ class RunReport:
         self.close()
 
     def handle(self, event: Event) -> None:
-        """Records the event and says what there is to say about it."""
+        """Records the event and says what there is to say about it; a notice that several workers give only once."""
+        if isinstance(event, Notice):
+            if event.text in self._noticed:
+                return
+            self._noticed.add(event.text)
         if isinstance(event, AttemptStarted):
             self._start(event)
         if self._record is not None:

@@ -19,6 +19,7 @@ from savant_ray.events import (
     SampleGenerated,
     StepDone,
     ValidationDone,
+    WorkersLost,
 )
 
 MIB = 1 << 20
@@ -92,6 +93,11 @@ def _first_of(documents: Sequence[str]) -> str:
     named = ", ".join(documents[:DOCUMENTS_TO_NAME])
     more = len(documents) - DOCUMENTS_TO_NAME
     return (f"; documents: {named}" if named else "") + (f" and {more:,} more, see metrics.jsonl" if more > 0 else "")
+
+
+@describe.register
+def _(event: WorkersLost) -> str:
+    return f"WARNING: {event.text}; the steps since the last checkpoint are done again"
 
 
 @describe.register

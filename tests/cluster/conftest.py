@@ -119,6 +119,7 @@ def running_head() -> Iterator[Head]:
             "num_cpus": 2,
             "include_dashboard": True,
             "dashboard_port": port,
+            "dashboard_agent_listen_port": free_port(),  # another Ray of this machine may have the usual one
             "temp_dir": folder,
             "object_store_memory": 200 << 20,
         },

@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from savant_ray.cluster.checks import check_before_start, check_disk, checkpoint_bytes
 from savant_ray.cluster.lock import locked
 from savant_ray.cluster.paths import in_ray_job, output_folder, with_absolute_paths
+from savant_ray.cluster.session import grace_seconds
 from savant_ray.config import Config, load_config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_relative_paths_are_against_the_folder_and_uris_stay(tmp_path: Path) -> None:
@@ -65,3 +69,12 @@ def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) ->
     holder.wait()
     with locked(tmp_path):
         pass
+
+
+def test_a_submitted_job_knows_how_long_its_stop_may_take() -> None:
+    sent = yaml.safe_load((ROOT / "jobs/runtime_env.yaml").read_text())["env_vars"]
+    in_a_job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    patient = load_config(["--run.grace_seconds", "300"], environment={})
+    assert grace_seconds(patient, in_a_job | sent) == 60
+    assert grace_seconds(patient, in_a_job) == 3, "Ray's own default"
+    assert grace_seconds(patient, {}) == 300

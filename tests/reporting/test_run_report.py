@@ -201,3 +201,11 @@ def test_a_reader_that_went_away_does_not_end_the_training(tmp_path: Path) -> No
     assert log_of(tmp_path) == ["one", "two"]
     with pytest.raises(BrokenPipeError):
         stream.close()
+
+
+def test_a_notice_that_every_worker_gives_is_told_and_recorded_once(tmp_path: Path, paper: io.StringIO) -> None:
+    with RunReport(tmp_path, console=PlainConsole(paper)) as report:
+        for text in ("a node goes", "a node goes", "step 3 given up"):
+            report.handle(Notice(text=text))
+    assert paper.getvalue() == "a node goes\nstep 3 given up\n"
+    assert [line["text"] for line in read_records(tmp_path / METRICS)] == ["a node goes", "step 3 given up"]

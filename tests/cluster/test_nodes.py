@@ -1,0 +1,143 @@
+"""Nodes that are taken away, die or come: what is saved, what is repeated, what the user is told."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+from savant_ray.training.checkpoint import checkpoints
+from tests.cluster.conftest import Head, losses, records, run_job, start_job, wait_for, with_text
+
+pytestmark = pytest.mark.slow
+RUN: dict[str, Any] = {
+    "training__max_steps": 100,
+    "training__accumulation": 16,  # a step takes long enough to be hit
+    "checkpoint__every_steps": 10,
+    "validation__every_steps": 100,
+    "scaling__num_workers": 2,
+    "scaling__resources_per_worker": "{CPU: 1}",
+}
+
+
+class Nodes:
+    """A head that only drives, and nodes with one CPU, so one worker, each."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.head = Head(cluster.address, "")
+
+    def add(self) -> Any:
+        return self.cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+
+    def kill(self, node: Any) -> None:
+        """As if its power went: SIGKILL for every process of the node."""
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def drain(self, node: Any) -> None:
+        """As a cloud announces that it takes a spot node back."""
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why_not = GcsClient(address=self.cluster.address).drain_node(node.node_id, reason, "reclaimed", 0)
+        assert accepted, why_not
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    head = {"num_cpus": 0, "temp_dir": folder, "object_store_memory": 100 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield Nodes(cluster)
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def straight(head: Head, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the run that nothing happened to."""
+    workplace = with_text(tmp_path_factory.mktemp("straight"))
+    code, printed = run_job(head, workplace, **RUN)
+    assert code == 0, printed
+    return losses(workplace / "tiny")
+
+
+def steps(run: Path) -> int:
+    return len(records(run, "step")) if (run / "metrics.jsonl").exists() else 0
+
+
+def log(run: Path) -> str:
+    return (run / "training_log.txt").read_text()
+
+
+def end(job: subprocess.Popen[str]) -> tuple[int, str]:
+    printed, _ = job.communicate(timeout=120)
+    print(printed)
+    return job.returncode, printed
+
+
+def test_a_drained_node_saves_the_step_and_the_same_command_goes_on(
+    nodes: Nodes, workplace: Path, straight: list[float]
+) -> None:
+    run = workplace / "tiny"
+    _, leaving = nodes.add(), nodes.add()
+    job = start_job(nodes.head, workplace, **RUN)
+    wait_for(lambda: steps(run) >= 12)
+    nodes.drain(leaving)
+    code, printed = end(job)
+    assert code == 75 and "is being taken away" in printed and "run the same command again" in printed, printed
+    stopped_at = len(losses(run))
+    assert checkpoints(run)[-1].name == f"step_{stopped_at}" and 12 <= stopped_at < 100
+    assert records(run, "checkpoint")[-1]["reason"] == "stop"
+    assert len(records(run, "attempt")) == 1, "not tried again on its own where there is no room"
+
+    nodes.add()
+    code, printed = run_job(nodes.head, workplace, **RUN)
+    assert code == 0 and f"step_{stopped_at}" in printed, printed
+    assert losses(run) == straight
+
+
+def test_a_run_recovers_from_a_lost_node_at_once_or_when_another_one_comes(
+    nodes: Nodes, workplace: Path, straight: list[float]
+) -> None:
+    run = workplace / "tiny"
+    first, second = nodes.add(), nodes.add()
+    job = start_job(nodes.head, workplace, **RUN)
+    wait_for(lambda: steps(run) >= 12)
+    nodes.add()
+    nodes.kill(first)
+    wait_for(lambda: len(records(run, "attempt")) == 2)
+    assert "its node is gone" in log(run)
+    went_on_at = records(run, "attempt")[1]["step"]
+    assert went_on_at >= 10 and went_on_at % 10 == 0, "the last checkpoint"
+
+    wait_for(lambda: steps(run) >= went_on_at + 12)
+    nodes.kill(second)
+    wait_for(lambda: "waiting for resources: 2 workers with {CPU: 1} each" in log(run))
+    nodes.add()
+    code, printed = end(job)
+    assert code == 0, printed
+    assert len(records(run, "attempt")) == 3
+    assert losses(run) == straight
+
+
+def test_ctrl_c_while_lost_workers_are_waited_for_ends_at_once(nodes: Nodes, workplace: Path) -> None:
+    run = workplace / "tiny"
+    _, lost = nodes.add(), nodes.add()
+    job = start_job(nodes.head, workplace, **RUN)
+    wait_for(lambda: steps(run) >= 12)
+    nodes.kill(lost)
+    wait_for(lambda: "its node is gone" in log(run))
+    job.send_signal(signal.SIGINT)
+    code, printed = end(job)
+    assert code == 75 and f"goes on from {checkpoints(run)[-1].name}" in printed, printed

@@ -1,0 +1,61 @@
+"""What a worker takes of a cluster, and what is said when there is no room."""
+
+from __future__ import annotations
+
+from savant_ray.cluster.trainer import cpus_per_worker, workers_that_fit
+from savant_ray.cluster.waiting import SECONDS_UNTIL_SAID, WorkerWatch, waiting_for
+from savant_ray.events import WorkersLost, WorkersStarted
+
+
+def test_on_one_machine_the_workers_share_all_cores() -> None:
+    assert [cpus_per_worker([{"CPU": 8.0}], workers, False) for workers in (1, 2, 3, 8)] == [8, 4, 2, 1]
+
+
+def test_a_worker_takes_no_more_cores_than_one_node_has() -> None:
+    head, node, gpu_node = {"CPU": 16.0}, {"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}
+    assert cpus_per_worker([{}, node, node], 1, False) == 4
+    assert cpus_per_worker([{}, node, node], 2, False) == 4
+    assert cpus_per_worker([{}, node, node], 3, False) == 2
+    assert cpus_per_worker([head, gpu_node, gpu_node], 4, True) == 4, "only nodes with a GPU count"
+    assert cpus_per_worker([node], 9, False) == 1, "at least one, whether there is room or not"
+    assert cpus_per_worker([], 1, False) == 1
+
+
+def test_room_is_counted_node_by_node() -> None:
+    nodes = [{"CPU": 3.0}, {"CPU": 3.0, "GPU": 1.0}]
+    assert workers_that_fit(nodes, {"CPU": 2}) == 2
+    assert workers_that_fit(nodes, {"CPU": 0.5, "GPU": 1}) == 1
+    assert workers_that_fit(nodes, {"CPU": 4}) == 0
+    assert workers_that_fit(nodes, {"CPU": 0}) > 1000
+
+
+def test_who_waits_for_workers_is_told_once_each_time_what_is_missing(monkeypatch) -> None:
+    said: list[str] = []
+    now = 0.0
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0})
+    watch = WorkerWatch(2, {"CPU": 1.0}, said.append, lambda: now)
+
+    def pass_time(seconds: float) -> int:
+        nonlocal now
+        now += seconds
+        watch.remark()
+        watch.remark()
+        return len(said)
+
+    assert pass_time(SECONDS_UNTIL_SAID - 1) == 0
+    watch.note(WorkersStarted())
+    assert pass_time(1000) == 0, "there are workers"
+    watch.note(WorkersLost(text="worker 1: it died"))
+    assert pass_time(1) == 0
+    assert pass_time(SECONDS_UNTIL_SAID) == 1
+    assert "2 workers with {CPU: 1} each; the cluster has 1 CPU free of 3" in said[0]
+    assert pass_time(1000) == 1
+    watch.note(WorkersStarted())
+    watch.note(WorkersLost(text="worker 0: it died"))
+    assert pass_time(SECONDS_UNTIL_SAID) == 2
+
+
+def test_a_missing_resource_is_named() -> None:
+    text = waiting_for(1, {"GPU": 1.0, "CPU": 4.0}, {"CPU": 8.0}, {"CPU": 8.0})
+    assert "1 worker with {GPU: 1, CPU: 4} each" in text and "0 GPU free of 0, 8 CPU free of 8" in text
