@@ -166,7 +166,8 @@ class Torture:
                 interruption.repeated = known - of_kind(run, "attempt")[-1]["step"]
                 continue
             self._end(launch, run, interruption)
-            interruption.repeated = last_step(run) - newest_step(run)
+            if interruption.window != "start":  # there nobody trains; what is lost, a kill before it has lost
+                interruption.repeated = last_step(run) - newest_step(run)
             return
         wait_for(launch.ended)
 
