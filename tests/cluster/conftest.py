@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +125,7 @@ def running_head() -> Iterator[Head]:
             "object_store_memory": 200 << 20,
         },
     )
+    write_ray_address(cluster.address, folder)  # else a job takes any Ray that it finds on this machine
     try:
         yield Head(cluster.address, f"http://127.0.0.1:{port}")
     finally:
