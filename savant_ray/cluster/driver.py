@@ -85,8 +85,10 @@ def _train(config: Config, allow_changes: bool, report: RunReport, signals: Stop
 
 
 def _tell_changes(start: str, changes: dict[str, str], report: RunReport) -> None:
-    if changes:
-        report.say(f"changed since {start}: {'; '.join(changes.values())}")
+    """Where files lie may change; what is in them is compared elsewhere."""
+    told = [text for name, text in changes.items() if not name.startswith(("run.", "data."))]
+    if told:
+        report.say(f"changed since {start}: {'; '.join(told)}")
     if "training.max_steps" in changes:
         report.say("the learning rate follows the schedule of the new length from here on")
 

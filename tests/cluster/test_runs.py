@@ -24,7 +24,6 @@ from tests.cluster.conftest import (
     options,
     records,
     run_job,
-    start_job,
     wait_for,
     with_text,
 )
