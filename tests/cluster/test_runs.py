@@ -81,28 +81,23 @@ def test_a_checkpoint_answers_a_prompt_on_the_command_line(finished: Finished) -
     assert done.stdout.strip() == "one two" + answer["text"].rstrip() and answer["prompt"] == "one two"
 
 
-def test_a_finished_run_says_so_and_a_longer_one_goes_on(head: Head, finished: Finished, tmp_path: Path) -> None:
-    workplace = copied(finished, tmp_path)
-    code, printed = run_job(head, workplace)
-    assert code == 0 and "has done its 8 steps" in printed
-    code, printed = run_job(head, workplace, training__max_steps=10)
-    assert code == 0 and "step_8" in printed, printed
-    assert "changed since step_8: training.max_steps: 8, now 10" in printed and "schedule of the new length" in printed
-    assert losses(workplace / "tiny")[:8] == losses(finished.run) and len(losses(workplace / "tiny")) == 10
-
-
-def test_a_file_of_the_original_script_goes_on_as_the_checkpoint_it_was_made_from(
+def test_a_finished_run_says_so_and_a_longer_one_goes_on_as_it_does_from_a_file_of_the_original(
     head: Head, finished: Finished, tmp_path: Path
 ) -> None:
     workplace = copied(finished, tmp_path)
     original = workplace / "flat/step_8.pt"
     original.parent.mkdir()
     assert main(["export", str(workplace / "tiny"), "--format", "original", "--output", str(original)]) == 0
-    assert run_job(head, workplace, training__max_steps=10)[0] == 0
+    code, printed = run_job(head, workplace)
+    assert code == 0 and "has done its 8 steps" in printed
+    code, printed = run_job(head, workplace, training__max_steps=10)
+    assert code == 0 and "step_8" in printed, printed
+    assert "changed since step_8: training.max_steps: 8, now 10" in printed and "schedule of the new length" in printed
+    longer = losses(workplace / "tiny")
+    assert longer[:8] == losses(finished.run) and len(longer) == 10
     code, printed = run_job(head, workplace, run__name="flat", training__max_steps=10)
     assert code == 0 and f"resuming from {original}" in printed, printed
-    expected = [(line["step"], line["train_loss"]) for line in records(workplace / "tiny", "step")][8:]
-    assert [(line["step"], line["train_loss"]) for line in records(workplace / "flat", "step")] == expected
+    assert [(s["step"], s["train_loss"]) for s in records(workplace / "flat", "step")] == [(9, longer[8]), (10, longer[9])]
     assert original.exists(), "it is not ours to delete"
 
 
