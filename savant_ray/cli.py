@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough; the interpreter must not stumble over it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a file or folder that cannot be read or written, wherever it was
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except SystemExit as end:  # argparse: 0 after --help, 2 after a wrong option
         return end.code if isinstance(end.code, int) else 1
 

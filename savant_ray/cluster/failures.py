@@ -68,6 +68,8 @@ def _is_consequence(failure: BaseException) -> bool:
 
 def _in_words(failure: BaseException) -> str:
     text = str(failure)
+    if "CUDA out of memory" in text:
+        return "its GPU memory, training.vram_limit_gb, did not suffice; lower training.batch_size and raise accumulation"
     if "OutOfMemoryError" in text or "memory monitor" in text.lower() or "running low on memory" in text:
         return (
             "Ray ended it because its node ran out of memory; give it less to hold (training.batch_size, "

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from savant_ray.errors import SavantError
+from savant_ray.errors import SavantError, SettingsError
 
 LOCK = ".lock"
 
@@ -43,8 +43,12 @@ def locked(run_folder: Path) -> Iterator[None]:
 
     Raises:
         SavantError: another process trains this run.
+        SettingsError: the folder cannot be made.
     """
-    run_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"run.storage_path: {run_folder} cannot be made: {error.strerror}") from error
     with (run_folder / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

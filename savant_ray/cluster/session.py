@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from savant_ray.cluster.paths import in_ray_job
 from savant_ray.config import Config
+from savant_ray.errors import SavantError
 
 # Read by Ray when it is imported or started, so they are set before that; what the user has set stays.
 ENVIRONMENT = {
@@ -23,6 +24,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+SHARE_OF_WAIT = 0.7  # for the step; the rest is for saving it and for leaving
 JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
 
@@ -40,7 +42,11 @@ def ray_session() -> Iterator[None]:
     prepare_environment()
     import ray
 
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = os.environ.get("RAY_ADDRESS", "on this machine")
+        raise SavantError(f"Ray {where} could not be reached or started: {error}") from error
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -53,7 +59,8 @@ def grace_seconds(config: Config, environment: Mapping[str, str] = os.environ) -
     """How long a stop may take: `run.grace_seconds`, but `ray job stop` kills a job after a time of its own."""
     if not in_ray_job(environment):
         return config.run.grace_seconds
-    return min(config.run.grace_seconds, float(environment.get(JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT)))
+    wait = float(environment.get(JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT))
+    return min(config.run.grace_seconds, SHARE_OF_WAIT * wait)
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -75,11 +75,14 @@ def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
 def refuse_other_settings(start: Path, config: Config) -> None:
     """The checkpoint's model and seed against the settings: the shape of the weights and the order of the data.
 
-    A file of the original tells nothing of either; the shapes of its weights are compared when it is loaded.
+    A file of the original tells nothing of either; the shapes of its weights are compared when it is loaded. Nor does
+    it tell its tokenizer, so a newly learnt one is refused.
 
     Raises:
         CheckpointError: they differ; all differences are listed.
     """
+    if start.is_file() and config.data.tokenizer == "train":
+        _refuse(start, ["data.tokenizer: train would learn another one than the file was trained with; give its own"])
     _refuse(start, [text for name, text in changes_since(start, config).items() if name.startswith(MUST_AGREE)])
 
 

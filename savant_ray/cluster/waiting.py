@@ -49,6 +49,6 @@ def waiting_for(
     each = ", ".join(f"{name}: {amount:g}" for name, amount in resources.items())
     has = ", ".join(f"{free.get(name, 0):g} {name} free of {there.get(name, 0):g}" for name in resources)
     return (
-        f"waiting for resources: {workers} {'worker' if workers == 1 else 'workers'} with {{{each}}} each; the cluster "
-        f"has {has}. The run goes on by itself as soon as there is room; `ray status` shows the nodes."
+        f"no workers yet; if it is for want of resources: {workers} {'worker' if workers == 1 else 'workers'} with {{{each}}} each; the cluster "
+        f"has {has}. The run goes on by itself as soon as they are there; `ray status` shows the nodes."
     )

@@ -76,6 +76,8 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost
     resumed = load_newest(state, config, host.run_folder, task.allow_changes)
     host.saved_step = state.step
     _announce(host, state, config, [note for note in notes if note], resumed)
+    if resumed is not None and Path(resumed.path).is_file():  # the original's: from here on the run has one of its own
+        host.save(state, "taken over")
     host.validator = make_validator(task, config, tokenizer, host, device)
     stream: StepStream = ray.train.get_dataset_shard("train")
     host.plan = stream.plan

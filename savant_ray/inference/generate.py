@@ -45,7 +45,7 @@ def generate(
     new_tokens = list(prompt)
     for _ in range(sampling.max_new_tokens):
         logits_V = model.decode(torch.tensor([new_tokens], device=device), cache, n_loops)[0].float()
-        if logits_V.isnan().any():  # the model has diverged and has nothing to say
+        if not logits_V.isfinite().all():  # the model has diverged and has nothing to say
             return
         token = choose(logits_V.masked_fill(forbidden_V, float("-inf")), sampling.temperature, generator)
         if token == sampling.end_of_document:

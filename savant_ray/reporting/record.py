@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,13 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         _mend(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line."""
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        """Adds a line; what a full disk refuses is kept and tried again with the next."""
+        self._unwritten += json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        self._write()
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Removes the other lines: written aside, renamed over."""
@@ -79,11 +81,21 @@ class JsonLines:
             return
         self._file.close()
         _rewrite(self.path, kept)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Closes the file."""
+        self._write()
         self._file.close()
+
+    def _write(self) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        with suppress(OSError):
+            if self._file.write(self._unwritten) == len(self._unwritten):
+                self._unwritten = b""
+                return
+        with suppress(OSError):
+            self._file.truncate(end)  # half a line would be the end of all later ones
 
 
 def to_line(event: Event) -> dict[str, Any]:

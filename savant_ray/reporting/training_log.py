@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -11,16 +12,19 @@ class TrainingLog:
 
     def __init__(self, path: Path) -> None:
         again = path.exists() and path.stat().st_size > 0
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         if again:  # an empty line between attempts
-            self._file.write("\n")
+            self._append("\n")
 
     def write(self, text: str) -> None:
-        """The time, then the text, its further lines indented below its first."""
+        """The time, then the text, its further lines indented below its first; a full disk loses lines, not the run."""
         time = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        self._file.write(f"{time}  {text.replace(chr(10), chr(10) + ' ' * (len(time) + 2))}\n")
-        self._file.flush()
+        self._append(f"{time}  {text.replace(chr(10), chr(10) + ' ' * (len(time) + 2))}\n")
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+    def _append(self, text: str) -> None:
+        with suppress(OSError):
+            self._file.write(text.encode())

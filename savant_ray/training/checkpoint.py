@@ -140,6 +140,8 @@ def verify(folder: Path, *names: str) -> None:
     """
     files = read_manifest(folder)["files"]
     for name in names or files:
+        if name not in files:
+            raise CheckpointError(f"checkpoint {folder.name}: {MANIFEST} does not list {name}")
         _check(folder, name, files[name])
 
 

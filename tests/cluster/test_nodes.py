@@ -123,7 +123,7 @@ def test_a_run_recovers_from_a_lost_node_at_once_or_when_another_one_comes(
 
     wait_for(lambda: steps(run) >= went_on_at + 12)
     nodes.kill(second)
-    wait_for(lambda: "waiting for resources: 2 workers with {CPU: 1} each" in log(run))
+    wait_for(lambda: "no workers yet; if it is for want of resources: 2 workers with {CPU: 1} each" in log(run))
     nodes.add()
     code, printed = end(job)
     assert code == 0, printed

@@ -93,12 +93,13 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on_as_it_does_from_a_file_
     code, printed = run_job(head, workplace, training__max_steps=10)
     assert code == 0 and "step_8" in printed, printed
     assert "changed since step_8: training.max_steps: 8, now 10" in printed and "schedule of the new length" in printed
-    longer = losses(workplace / "tiny")
+    longer, tokenizer = losses(workplace / "tiny"), workplace / "tiny/step_8/tokenizer.json"
     assert longer[:8] == losses(finished.run) and len(longer) == 10
-    code, printed = run_job(head, workplace, run__name="flat", training__max_steps=10)
+    code, printed = run_job(head, workplace, run__name="flat", training__max_steps=10, data__tokenizer=tokenizer)
     assert code == 0 and f"resuming from {original}" in printed, printed
     assert [(s["step"], s["train_loss"]) for s in records(workplace / "flat", "step")] == [(9, longer[8]), (10, longer[9])]
     assert original.exists(), "it is not ours to delete"
+    assert [c["step"] for c in records(workplace / "flat", "checkpoint")] == [8, 10], "taken over, then its own"
 
 
 def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, tmp_path: Path) -> None:

@@ -226,7 +226,9 @@ def test_a_file_of_the_original_is_taken_when_it_is_the_newest_and_never_set_asi
         torch.save(four, tmp_path / f"step_{step}.pt")
     original = tmp_path / "step_8.pt"
     assert find_start(tmp_path, print) == original
-    refuse_other_settings(original, changed(run={"seed": 1}))
+    refuse_other_settings(original, changed(run={"seed": 1}, data={"tokenizer": "albert-base-v2"}))
+    with pytest.raises(CheckpointError, match="data.tokenizer: train would learn another one"):
+        refuse_other_settings(original, Config())
     refuse_other_data(original, config, tokenizer(), "xyz")
     assert is_finished(config, original) is None, "its last sample is still to come"
     original.write_bytes(original.read_bytes()[:200])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,19 @@ def test_what_a_power_cut_left_goes_and_a_copy_of_it_stays(tmp_path: Path) -> No
     write(tmp_path, step_done(4))
     assert history(tmp_path) == [("step", step) for step in (1, 2, 3, 4)]
     assert b"\0\0\0" in (tmp_path / f"{METRICS}.damaged").read_bytes()
+
+
+def test_what_a_full_disk_refuses_is_written_when_there_is_room_again(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.append(step_done(1))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS).stat().st_size + 10, limit[1]))
+    try:
+        for step in (2, 3):
+            record.append(step_done(step))
+            assert history(tmp_path) == [("step", 1)] and (tmp_path / METRICS).read_bytes().endswith(b"}\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    record.append(step_done(4))
+    record.close()
+    assert history(tmp_path) == [("step", step) for step in (1, 2, 3, 4)]
