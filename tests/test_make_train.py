@@ -22,7 +22,7 @@ def test_make_train_ends_with_a_checkpoint_a_sample_and_what_to_do_next(tmp_path
     few_steps = environment(
         SAVANT_TRAINING__MAX_STEPS="3", SAVANT_VALIDATION__BATCHES="1", SAVANT_TRAINING__COMPILE="false"
     )
-    command = ["make", "train", f"VENV={sys.prefix}"]
+    command = ["make", "train", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]  # never into this environment
     done = subprocess.run(command, cwd=copy, env=few_steps, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     run = copy / "checkpoints_quickstart"
