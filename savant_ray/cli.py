@@ -109,7 +109,9 @@ def _prepare(arguments: Sequence[str]) -> int:
 
 def _generate(arguments: Sequence[str]) -> int:
     parser = _parser("generate")
-    parser.add_argument("--checkpoint", type=Path, metavar="PATH", required=True, help="a run folder or a step_N in it")
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", required=True, help="a run folder or a step_N in it; also s3://…"
+    )
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text to go on with")
     parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest answer [the run's]")
     parser.add_argument(
@@ -119,26 +121,28 @@ def _generate(arguments: Sequence[str]) -> int:
     parser.add_argument("--loops", type=_count, metavar="N", help="passes of the recurrent block [the model's n_loops]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file")
     options = parser.parse_args(arguments)
+    from savant_ray.cluster.storage import on_this_machine
     from savant_ray.training.sampling import stream_answer
 
-    pieces = stream_answer(
-        options.checkpoint,
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        n_loops=options.loops,
-    )
-    text = _print_answer(options.prompt, pieces)
+    with on_this_machine(options.checkpoint) as checkpoint:
+        pieces = stream_answer(
+            checkpoint,
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            n_loops=options.loops,
+        )
+        text = _print_answer(options.prompt, pieces)
     if options.json is not None:
-        _write_json(options.json, {"prompt": options.prompt, "text": text, "checkpoint": str(options.checkpoint)})
+        _write_json(options.json, {"prompt": options.prompt, "text": text, "checkpoint": options.checkpoint})
     return 0
 
 
 def _export(arguments: Sequence[str]) -> int:
     parser = _parser("export")
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a run folder, a step_N in it, or a file of the original"
+        "checkpoint", metavar="CHECKPOINT", help="a run folder, a step_N in it (also s3://…), or a file of the original"
     )
     parser.add_argument(
         "--format",
@@ -148,10 +152,12 @@ def _export(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--output", type=Path, metavar="PATH", required=True, help="the new file or folder")
     options = parser.parse_args(arguments)
+    from savant_ray.cluster.storage import on_this_machine
     from savant_ray.training.export import export
 
-    for warning in export(options.checkpoint, options.format, options.output):
-        print(f"warning: {warning}", file=sys.stderr)
+    with on_this_machine(options.checkpoint) as checkpoint:
+        for warning in export(checkpoint, options.format, options.output):
+            print(f"warning: {warning}", file=sys.stderr)
     print(f"{options.output} is written")
     return 0
 

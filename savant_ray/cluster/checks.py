@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from savant_ray.cluster.paths import run_folder
+from savant_ray.cluster.disk import Disk
+from savant_ray.cluster.storage import on_this_machine
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
 from savant_ray.model.transformer import UniversalTransformer
@@ -19,10 +20,10 @@ BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
 GB = 1e9
 
 
-def is_finished(config: Config, newest: Path) -> str | None:
+def is_finished(config: Config, storage: Disk, newest: Path) -> str | None:
     """Why there is nothing to do; a last validation that a stop cut short is still to be made up for."""
-    folder, step = run_folder(config), original_step(newest) if newest.is_file() else step_of(newest)
-    if step < config.training.max_steps or not has_sample(folder, step):
+    folder, step = storage.location, original_step(newest) if newest.is_file() else step_of(newest)
+    if step < config.training.max_steps or not has_sample(storage.folder, step):
         return None
     return (
         f"{folder} has done its {step:,} steps; raise training.max_steps to go on, "
@@ -30,17 +31,17 @@ def is_finished(config: Config, newest: Path) -> str | None:
     )
 
 
-def check_before_start(config: Config) -> None:
+def check_before_start(config: Config, storage: Disk) -> None:
     """Everything that needs no GPU and no Ray.
 
     Raises:
         SettingsError: the storage cannot be written, or the disk is too small for the checkpoints.
         CheckpointError: `run.init_from` names no checkpoint.
     """
-    folder = run_folder(config)
     if config.run.init_from is not None:
-        find_checkpoint(Path(config.run.init_from))
-    check_disk(folder, checkpoint_bytes(config), config.checkpoint.keep)
+        with on_this_machine(config.run.init_from) as path:
+            find_checkpoint(path)
+    check_disk(storage.folder, checkpoint_bytes(config), config.checkpoint.keep if storage.filesystem is None else 1)
 
 
 def checkpoint_bytes(config: Config) -> int:

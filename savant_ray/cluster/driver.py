@@ -7,20 +7,36 @@ The main thread owns signals and console: it moves events from the bridge to the
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from savant_ray.cluster.lock import locked, move_run_aside
-from savant_ray.cluster.paths import in_ray_job, output_folder, run_folder, with_absolute_paths
+from savant_ray.cluster.paths import in_ray_job, output_folder, with_absolute_paths
 from savant_ray.cluster.session import grace_seconds, prepare_environment, ray_session
 from savant_ray.cluster.signals import StopSignals
 from savant_ray.config import Config
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
-from savant_ray.events import AttemptEnded, AttemptStarted, Event, RunFailed, WorkersLost
+from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed, WorkersLost
 from savant_ray.reporting import RunReport
 
+if TYPE_CHECKING:
+    from savant_ray.cluster.courier import Courier
+    from savant_ray.cluster.disk import Disk
+
 POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch works with."""
+
+    config: Config
+    allow_changes: bool
+    storage: Disk
+    report: RunReport
+    courier: Courier
+    signals: StopSignals
 
 
 def train(config: Config, fresh: bool = False, allow_changes: bool = False) -> int:
@@ -35,62 +51,71 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False) -> i
     prepare_environment()
     signals = StopSignals()
     signals.install()
+    from savant_ray.cluster.courier import Courier
+    from savant_ray.cluster.storage import run_storage, storage_errors_explained
+
     config = with_absolute_paths(config, Path.cwd(), output_folder())
-    moved = move_run_aside(run_folder(config)) if fresh else None
-    with locked(run_folder(config)), RunReport(run_folder(config), config.training.max_steps) as report:
+    storage = run_storage(config)
+    with ExitStack() as held:
+        with storage_errors_explained(storage):
+            moved = storage.move_aside() if fresh else None
+            held.enter_context(storage.in_use())
+            storage.fetch_records()
+        courier = held.enter_context(Courier(storage))
+        report = held.enter_context(RunReport(storage.folder, config.training.max_steps))
         if moved is not None:
             report.say(f"starting anew; the run that was here is now {moved}")
         if in_ray_job():
-            report.say(f"this is a Ray job: the run is kept in {run_folder(config)}")
+            report.say(f"this is a Ray job: the run is kept in {storage.location}")
         try:
-            return _train(config, allow_changes, report, signals)
+            return _train(Launch(config, allow_changes, storage, report, courier, signals))
         except KeyboardInterrupt:
-            report.say(f"stopped at once; the run goes on from {_last_checkpoint(config)} when it is started again")
+            report.say(f"stopped at once; the run goes on from {_newest(storage)} when it is started again")
             return STOPPED_EARLY
 
 
-def _train(config: Config, allow_changes: bool, report: RunReport, signals: StopSignals) -> int:
+def _train(launch: Launch) -> int:
     from savant_ray.cluster.checks import check_before_start, is_finished
     from savant_ray.cluster.preparation import find_text, prepare_data
-    from savant_ray.cluster.starting_point import (
-        changes_since,
-        find_start,
-        records_of,
-        refuse_other_data,
-        refuse_other_settings,
-    )
+    from savant_ray.cluster.starting_point import find_start, records_of, refuse_other_data
+    from savant_ray.cluster.storage import storage_errors_explained
 
-    start = find_start(run_folder(config), report.say)
-    report.fill(records_of(run_folder(config)))
-    if start is not None and (finished := is_finished(config, start)):
+    config, storage, report = launch.config, launch.storage, launch.report
+    with storage_errors_explained(storage):
+        start = find_start(storage, report.say)
+    report.fill(records_of(storage.folder))
+    if start is not None and (finished := is_finished(config, storage, start)):
         report.say(finished)
         return 0
-    if start is not None and not allow_changes:
-        refuse_other_settings(start, config)
     if start is not None:
-        _tell_changes(start.name, changes_since(start, config), report)
-    check_before_start(config)
+        _compare(start, launch)
+    check_before_start(config, storage)
     text = find_text(config, report)
     report.stage("starting Ray")
     from savant_ray.cluster.failures import ray_errors_explained
 
     with ray_session(), ray_errors_explained():
-        signals.install()
+        launch.signals.install()
         data = prepare_data(config, text, report)
-        if start is not None and not allow_changes:
+        if start is not None and not launch.allow_changes:
             refuse_other_data(start, config, data.tokenizer, data.fingerprint)
         report.stage("starting workers")
-        outcome = _fit(config, data, allow_changes, report, signals)
-    return _conclude(config, outcome, report)
+        outcome = _fit(launch, data)
+    return _conclude(launch, outcome)
 
 
-def _tell_changes(start: str, changes: dict[str, str], report: RunReport) -> None:
-    """Where files lie may change; what is in them is compared elsewhere."""
+def _compare(start: Path, launch: Launch) -> None:
+    """Refuses settings that would train garbage and tells of others; where files lie may change in silence."""
+    from savant_ray.cluster.starting_point import changes_since, refuse_other_settings
+
+    if not launch.allow_changes:
+        refuse_other_settings(start, launch.config)
+    changes = changes_since(start, launch.config)
     told = [text for name, text in changes.items() if not name.startswith(("run.", "data."))]
     if told:
-        report.say(f"changed since {start}: {'; '.join(told)}")
+        launch.report.say(f"changed since {start.name}: {'; '.join(told)}")
     if "training.max_steps" in changes:
-        report.say("the learning rate follows the schedule of the new length from here on")
+        launch.report.say("the learning rate follows the schedule of the new length from here on")
 
 
 @dataclass
@@ -103,16 +128,16 @@ class Outcome:
     done: threading.Event = field(default_factory=threading.Event)
 
 
-def _fit(config: Config, data: Any, allow_changes: bool, report: RunReport, signals: StopSignals) -> Outcome:
+def _fit(launch: Launch, data: Any) -> Outcome:
     import ray
 
     from savant_ray.cluster.bridge import start_bridge
-    from savant_ray.cluster.starting_point import records_of
     from savant_ray.cluster.trainer import make_trainer, needs
     from savant_ray.cluster.waiting import WorkerWatch
 
+    config, report, signals = launch.config, launch.report, launch.signals
     bridge = start_bridge()
-    trainer = make_trainer(config, data, bridge, allow_changes)
+    trainer = make_trainer(config, launch.storage, data, bridge, launch.allow_changes)
     watch = WorkerWatch(config.scaling.worker_limits[0], needs(trainer.scaling_config), report.say)
     outcome = Outcome()
     threading.Thread(target=_run_fit, args=(trainer, outcome), name="fit", daemon=True).start()
@@ -122,9 +147,7 @@ def _fit(config: Config, data: Any, allow_changes: bool, report: RunReport, sign
         for event in ray.get(bridge.take_events.remote(0 if finished else POLL_SECONDS)):
             _note(event, outcome, signals)
             watch.note(event)
-            if isinstance(event, AttemptStarted):
-                report.fill(records_of(run_folder(config)))
-            report.handle(event)
+            _report(event, launch)
         if finished:
             return outcome
         watch.remark()
@@ -134,6 +157,16 @@ def _fit(config: Config, data: Any, allow_changes: bool, report: RunReport, sign
             told = True
             ray.get(bridge.request_stop.remote(grace_seconds(config)))
             report.say("stopping: this step is finished and saved first (once more to leave at once)")
+
+
+def _report(event: Event, launch: Launch) -> None:
+    from savant_ray.cluster.starting_point import records_of
+
+    if isinstance(event, AttemptStarted):
+        launch.report.fill(records_of(launch.storage.folder))
+    launch.report.handle(event)
+    if isinstance(event, AttemptStarted | CheckpointSaved):
+        launch.courier.send()
 
 
 def _note(event: Event, outcome: Outcome, signals: StopSignals) -> None:
@@ -157,34 +190,36 @@ def _run_fit(trainer: Any, outcome: Outcome) -> None:
         outcome.done.set()
 
 
-def _conclude(config: Config, outcome: Outcome, report: RunReport) -> int:
+def _conclude(launch: Launch, outcome: Outcome) -> int:
+    newest = _newest(launch.storage)
     if outcome.failure is not None or outcome.error is not None:
-        raise _failure(config, outcome, report) from outcome.error
+        raise _failure(launch, outcome, newest) from outcome.error
     if outcome.end is None:
         raise TrainingError("training ended without a word from its workers; run the same command again to go on")
     if outcome.end.saved_step < outcome.end.step:
         raise CheckpointError(
-            f"step {outcome.end.step:,} could not be saved (see above); the run goes on from {_last_checkpoint(config)} "
+            f"step {outcome.end.step:,} could not be saved (see above); the run goes on from {newest} "
             "when it is started again"
         )
     if not outcome.end.finished:
-        saved = f"stopped and saved as {_last_checkpoint(config)}" if outcome.end.step else "stopped before the first step"
-        report.say(f"{saved}; to go on, run the same command again")
+        saved = f"stopped and saved as {newest}" if outcome.end.step else "stopped before the first step"
+        launch.report.say(f"{saved}; to go on, run the same command again")
         return STOPPED_EARLY
-    report.say(f'trained; next: python jobs/generate.py --checkpoint {run_folder(config)} --prompt "…"')
+    where = launch.storage.location
+    launch.report.say(f'trained; next: python jobs/generate.py --checkpoint {where} --prompt "…"')
     return 0
 
 
-def _failure(config: Config, outcome: Outcome, report: RunReport) -> SavantError:
+def _failure(launch: Launch, outcome: Outcome, newest: str) -> SavantError:
     from savant_ray.cluster.failures import explain_failure
 
     if outcome.failure is None:
-        report.log(str(outcome.error))
-    return explain_failure(outcome.error, outcome.failure, _last_checkpoint(config), config.scaling.max_failures)
+        launch.report.log(str(outcome.error))
+    return explain_failure(outcome.error, outcome.failure, newest, launch.config.scaling.max_failures)
 
 
-def _last_checkpoint(config: Config) -> str:
-    from savant_ray.training.checkpoint import newest_checkpoint
-
-    newest = newest_checkpoint(run_folder(config))
-    return newest.name if newest is not None else "the beginning (no checkpoint yet)"
+def _newest(storage: Disk) -> str:
+    try:
+        return next(reversed(storage.complete_steps()), "the beginning (no checkpoint yet)")
+    except OSError:  # object storage that is not reached
+        return "its newest checkpoint"

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +13,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from savant_ray.cluster.bridge import StopListener
+from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.preemption import drain_grace_left
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.stream import StreamPlan
@@ -42,10 +42,10 @@ class RayHost:
     validator: Validator
     saved_step = 0  # of the newest checkpoint
 
-    def __init__(self, bridge: Any, run_folder: Path, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, bridge: Any, storage: Disk, config: Config, tokenizer: Tokenizer) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.run_folder = run_folder
+        self._storage = storage
         self._bridge = bridge
         self._listener = StopListener(bridge)
         self._grace_seconds = config.run.grace_seconds
@@ -76,37 +76,38 @@ class RayHost:
         return self.grace_left() is not None
 
     def save(self, state: TrainingState, reason: str) -> bool:
-        """Rank 0 writes `step_N` into the run folder; all ranks hand it to Ray Train, which keeps the newest three.
+        """Rank 0 writes `step_N` to where the run is kept; all ranks hand it to Ray Train, which keeps the newest three.
 
-        The folder already lies where Ray would copy it (NO_UPLOAD), so nothing is copied. False on every rank: the
-        storage refused, so that there is nothing to hand over.
+        It already lies where Ray would copy it (NO_UPLOAD), so nothing is copied. False on every rank: the storage
+        refused, so that there is nothing to hand over.
         """
         started = time.perf_counter()
-        folder = self._write(state) if self.rank == 0 else None
-        if any_rank(self.rank == 0 and folder is None, state.device):
+        path = self._write(state) if self.rank == 0 else None
+        if any_rank(self.rank == 0 and path is None, state.device):
             return False
+        name = f"step_{state.step}"
         ray.train.report(
             {**self._reported, "step": state.step},
-            checkpoint=Checkpoint(str(folder)) if folder else None,
-            checkpoint_dir_name=f"step_{state.step}",
+            checkpoint=Checkpoint(path, self._storage.filesystem) if path else None,
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
         self.saved_step, self._save_seconds = state.step, time.perf_counter() - started
-        if folder is not None:
+        if path is not None:
             self._lines.clear()
-            self.emit(
-                CheckpointSaved(step=state.step, path=str(folder), reason=reason, seconds=self._save_seconds), wait=True
-            )
+            where = self._storage.locate(name)
+            self.emit(CheckpointSaved(step=state.step, path=where, reason=reason, seconds=self._save_seconds), wait=True)
         return True
 
     def validate(self, state: TrainingState) -> bool:
         """Loss on held-out text and a sample; whether some rank has a reason to stop."""
         return self.validator(state)
 
-    def _write(self, state: TrainingState) -> Path | None:
-        records = "".join(json.dumps(line) + "\n" for line in self._lines)
+    def _write(self, state: TrainingState) -> str | None:
+        """The checkpoint's path in the storage; None: the storage refused it, and the driver was told."""
+        texts = {**self._texts, RECORDS: "".join(json.dumps(line) + "\n" for line in self._lines)}
         try:
-            return write_checkpoint(self.run_folder, state.to_checkpoint(), {**self._texts, RECORDS: records})
+            return self._storage.keep(write_checkpoint(self._storage.folder, state.to_checkpoint(), texts))
         except OSError as error:
             self.emit(CheckpointFailed(step=state.step, text=str(error)), wait=True)
             return None

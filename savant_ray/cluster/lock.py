@@ -6,9 +6,10 @@ The lock is the operating system's (`flock`), so a process that died holds none.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,10 +32,13 @@ def move_run_aside(run_folder: Path) -> Path | None:
 
 def set_aside(path: Path, suffix: str) -> Path:
     """Renames it to the first free name with that suffix, and a number from the second on."""
-    target, number = path.with_name(path.name + suffix), 2
-    while target.exists():
-        target, number = path.with_name(f"{path.name}{suffix}-{number}"), number + 1
-    return path.rename(target)
+    return path.rename(free_name(f"{path}{suffix}", os.path.exists))
+
+
+def free_name(wanted: str, is_taken: Callable[[str], bool]) -> str:
+    """`wanted`, or with -2, -3, … the first that is free."""
+    names = (wanted if number == 1 else f"{wanted}-{number}" for number in itertools.count(1))
+    return next(name for name in names if not is_taken(name))
 
 
 @contextmanager

@@ -25,11 +25,12 @@ def with_absolute_paths(config: Config, folder: Path, output_folder: Path) -> Co
     """Inputs against `folder`, outputs against `output_folder`; URIs and absolute paths stay.
 
     Raises:
-        SettingsError: an output path is a URI; only text may come from object storage.
+        SettingsError: `data.cache_dir` is a URI; its files are memory-mapped.
     """
-    for name, path in {"run.storage_path": config.run.storage_path, "data.cache_dir": config.data.cache_dir}.items():
-        if "://" in path:
-            raise SettingsError(f"{name}: {path} is a URI; give a folder that every node reaches, such as /mnt/shared")
+    if is_uri(config.data.cache_dir):
+        raise SettingsError(
+            f"data.cache_dir: {config.data.cache_dir} is a URI; give a folder that every node reaches, such as /mnt/shared"
+        )
     settings = config.to_dict()
     run, data = settings["run"], settings["data"]
     run["storage_path"] = _absolute(run["storage_path"], output_folder)
@@ -50,14 +51,40 @@ def output_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def run_folder(config: Config) -> Path:
-    """`<run.storage_path>/<run.name>`."""
-    return Path(config.run.storage_path) / config.run.name
+    """`<run.storage_path>/<run.name>`; for a URI its mirror on this machine, `~/savant_runs/s3/<bucket>/…/<run.name>`."""
+    if not is_uri(config.run.storage_path):
+        return Path(config.run.storage_path) / config.run.name
+    scheme, _, rest = _split_query(config.run.storage_path)[0].partition("://")
+    return Path.home() / JOB_HOME / scheme / rest.strip("/") / config.run.name
+
+
+def is_uri(path: str) -> bool:
+    """Whether it names a place that `pyarrow.fs` reaches."""
+    return "://" in path
+
+
+def joined(uri: str, name: str) -> str:
+    """The URI of `name` below it; what follows a `?` are options, and stays at the end."""
+    base, query = _split_query(uri)
+    return f"{base.rstrip('/')}/{name}{query}"
+
+
+def parent_and_name(uri: str) -> tuple[str, str]:
+    """The inverse of `joined`."""
+    base, query = _split_query(uri)
+    parent, _, name = base.rstrip("/").rpartition("/")
+    return parent + query, name
+
+
+def _split_query(uri: str) -> tuple[str, str]:
+    base, mark, query = uri.partition("?")
+    return base, mark + query
 
 
 def _absolute(path: str | list[str], folder: Path) -> str | list[str]:
     if isinstance(path, list):
         return [str(_absolute(p, folder)) for p in path]
-    return path if "://" in path else str(folder / Path(path).expanduser())
+    return path if is_uri(path) else str(folder / Path(path).expanduser())
 
 
 def _names_a_file(tokenizer: str, folder: Path) -> bool:

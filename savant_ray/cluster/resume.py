@@ -6,44 +6,72 @@ anew without asking it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import ray.train
 import torch.distributed as dist
 
+from savant_ray.cluster.disk import Disk
+from savant_ray.cluster.storage import on_this_machine
 from savant_ray.config import Config
 from savant_ray.events import RunResumed
-from savant_ray.training.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, step_of
+from savant_ray.training.checkpoint import find_checkpoint, is_step_name, read_checkpoint, step_of
 from savant_ray.training.original import NOTE, newest_original, read_original
 from savant_ray.training.state import TrainingState
 
 
-def load_newest(state: TrainingState, config: Config, run_folder: Path, allow_changes: bool) -> RunResumed | None:
+def load_newest(state: TrainingState, config: Config, storage: Disk, allow_changes: bool) -> RunResumed | None:
     """Loads on every rank what rank 0 found; collective.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit.
+        OSError: the storage cannot be read.
     """
-    newest = agree(newest_checkpoint(run_folder))
-    original = agree(newest_original(run_folder, step_of(newest) if newest else -1, say=lambda _: None))
-    if original is not None:
-        names = [name for name, _ in state.model.named_parameters()]
-        content = read_original(original, names, config.training.effective_batch)
-        notes = state.load_checkpoint(content, allow_changes)
-        return RunResumed(step=state.step, path=str(original), note=NOTE, warnings=tuple(notes))
-    if newest is not None:
-        notes = state.load_checkpoint(read_checkpoint(newest), allow_changes)
-        return RunResumed(step=state.step, path=str(newest), warnings=tuple(notes))
-    if config.run.init_from is None:
-        return None
-    origin = agree(find_checkpoint(Path(config.run.init_from)))
-    state.load_weights(read_checkpoint(origin)["model_state_dict"])
-    return RunResumed(step=0, path=str(origin), note="its weights only: a new run with a fresh optimizer")
+    name = agree(lambda: newest_name(storage))
+    if name is None:
+        return _initial_weights(state, config)
+    path = fetch_once_per_node(storage, name)
+    if is_step_name(name):
+        notes = state.load_checkpoint(read_checkpoint(path), allow_changes)
+        return RunResumed(step=state.step, path=storage.locate(name), warnings=tuple(notes))
+    names = [parameter for parameter, _ in state.model.named_parameters()]
+    content = read_original(path, names, config.training.effective_batch)
+    notes = state.load_checkpoint(content, allow_changes)
+    return RunResumed(step=state.step, path=storage.locate(name), note=NOTE, warnings=tuple(notes))
 
 
-def agree(path: Path | None) -> Path | None:
-    """Rank 0's path on every rank."""
+def newest_name(storage: Disk) -> str | None:
+    """Of the newest checkpoint, or of the original's file that is newer."""
+    newest = next(reversed(storage.complete_steps()), None)
+    storage.fetch_originals()
+    original = newest_original(storage.folder, step_of(Path(newest)) if newest else -1, say=lambda _: None)
+    return original.name if original else newest
+
+
+def fetch_once_per_node(storage: Disk, name: str) -> Path:
+    """By the node's first rank; the others wait for it. Collective."""
+    first = not dist.is_initialized() or ray.train.get_context().get_local_rank() == 0
+    if first:
+        storage.fetch(name)
+    if dist.is_initialized():
+        dist.barrier()
+    return storage.folder / name
+
+
+def agree(decide: Callable[[], str | None]) -> str | None:
+    """What rank 0 decides, on every rank."""
     if not dist.is_initialized():
-        return path
-    shared = [path]
+        return decide()
+    shared = [decide() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
+
+
+def _initial_weights(state: TrainingState, config: Config) -> RunResumed | None:
+    if config.run.init_from is None:
+        return None
+    with on_this_machine(config.run.init_from) as path:
+        origin = find_checkpoint(path)
+        state.load_weights(read_checkpoint(origin)["model_state_dict"])
+    return RunResumed(step=0, path=config.run.init_from, note="its weights only: a new run with a fresh optimizer")

@@ -7,25 +7,24 @@ them. The run folder itself says which checkpoints there are, so the list is wri
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
+from savant_ray.cluster.disk import Disk
 from savant_ray.training.checkpoint import step_of
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-def rebuild_snapshot(run_folder: Path, checkpoints: Sequence[Path]) -> None:
-    """Lists `checkpoints`, oldest first; with none the list is removed."""
-    if not checkpoints:
-        (run_folder / SNAPSHOT).unlink(missing_ok=True)
+def rebuild_snapshot(storage: Disk) -> None:
+    """Lists the complete checkpoints, oldest first; without any the list is removed. Raises OSError."""
+    names = storage.complete_steps()
+    if not names:
+        storage.remove(SNAPSHOT)
         return
     results = [
-        _TrainingResultState(checkpoint_dir_name=folder.name, metrics={"step": step_of(folder)})
-        for folder in checkpoints
+        _TrainingResultState(checkpoint_dir_name=name, metrics={"step": step_of(Path(name))}) for name in names
     ]
     state = _CheckpointManagerState(
         checkpoint_results=results,
@@ -38,6 +37,4 @@ def rebuild_snapshot(run_folder: Path, checkpoints: Sequence[Path]) -> None:
         timed_out_validation_checkpoint_dir_names=[],
         failed_validation_checkpoint_dir_names=[],
     )
-    aside = run_folder / f"{SNAPSHOT}.tmp"
-    aside.write_text(state.model_dump_json())
-    os.replace(aside, run_folder / SNAPSHOT)
+    storage.write(SNAPSHOT, state.model_dump_json())

@@ -6,13 +6,12 @@ Runs in the driver before Ray starts. What is damaged is set aside, never delete
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from savant_ray.cluster.lock import set_aside
+from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.snapshot import rebuild_snapshot
 from savant_ray.config import Config, load_config
 from savant_ray.data.tokenizer import Tokenizer
@@ -24,43 +23,43 @@ from savant_ray.training.checkpoint import (
     TOKENIZER,
     checkpoints,
     read_manifest,
-    step_folders,
     step_of,
     verify,
 )
 from savant_ray.training.original import newest_original
 
-DAMAGED = ".damaged"
 MUST_AGREE = ("model.", "run.seed")
 ALLOW = "--allow-changes goes on all the same and keeps what fits; --fresh starts anew and moves this run aside."
 
 
-def find_start(run_folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint, a folder of ours or a flat file of the original script.
+def find_start(storage: Disk, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint, a folder of ours or a flat file of the original script, on this machine.
 
     Damaged folders are set aside, the original's files stay as they are, and Ray's list of checkpoints is made true.
 
     Raises:
         CheckpointError: the folder held checkpoints, and none of them is whole.
+        OSError: the storage cannot be read or written.
     """
-    for unfinished in run_folder.glob("step_*.tmp"):
-        shutil.rmtree(unfinished)
+    storage.remove_unfinished()
+    storage.fetch_originals()
     start = None
-    for folder in reversed(step_folders(run_folder)):
+    for name in reversed(storage.steps()):
+        folder = storage.fetch(name)
         try:
             verify(folder)
         except CheckpointError as damage:
-            say(f"{damage}; set aside as {set_aside(folder, DAMAGED).name}")
+            say(f"{damage}; set aside as {storage.set_aside(name)}")
         else:
             start = folder
             break
-    start = newest_original(run_folder, step_of(start) if start else -1, say) or start
-    if start is None and (list(run_folder.glob(f"step_*{DAMAGED}*")) or saved_a_checkpoint(run_folder)):
+    start = newest_original(storage.folder, step_of(start) if start else -1, say) or start
+    if start is None and (storage.has_damaged() or saved_a_checkpoint(storage.folder)):
         raise CheckpointError(
-            f"{run_folder} holds a run, but no whole checkpoint of it is left. Bring one back, or start anew with "
+            f"{storage.location} holds a run, but no whole checkpoint of it is left. Bring one back, or start anew with "
             "--fresh: it moves this run aside and loses nothing."
         )
-    rebuild_snapshot(run_folder, checkpoints(run_folder))
+    rebuild_snapshot(storage)
     return start
 
 

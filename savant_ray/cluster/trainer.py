@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +12,8 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
 from savant_ray.cluster.data_config import StepDataConfig
+from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.failures import FailureNews
-from savant_ray.cluster.paths import run_folder
 from savant_ray.cluster.preparation import PreparedData
 from savant_ray.cluster.session import node_resources
 from savant_ray.cluster.worker import WorkerTask, train_worker
@@ -23,11 +24,10 @@ from savant_ray.errors import SettingsError
 SECONDS_BETWEEN_RESIZES = 30.0  # each costs a start of all workers and the steps since the last checkpoint
 
 
-def make_trainer(config: Config, data: PreparedData, bridge: Any, allow_changes: bool) -> TorchTrainer:
+def make_trainer(config: Config, storage: Disk, data: PreparedData, bridge: Any, allow_changes: bool) -> TorchTrainer:
     """The job; Ray must be running."""
     task = WorkerTask(
         config=config.to_dict(),
-        run_folder=str(run_folder(config)),
         tokenizer=str(data.tokenizer_path),
         validation=str(data.validation),
         data_fingerprint=data.fingerprint,
@@ -40,7 +40,8 @@ def make_trainer(config: Config, data: PreparedData, bridge: Any, allow_changes:
         scaling_config=scaling(config),
         run_config=RunConfig(
             name=config.run.name,
-            storage_path=config.run.storage_path,
+            storage_path=os.path.dirname(storage.path),
+            storage_filesystem=storage.filesystem,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             callbacks=[FailureNews(bridge)],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,10 @@ import ray.train
 import torch
 from ray.train.torch import get_device
 
+from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.host import RayHost
 from savant_ray.cluster.resume import load_newest
+from savant_ray.cluster.storage import run_storage
 from savant_ray.config import Config
 from savant_ray.data.order import GlobalOrder, share
 from savant_ray.data.stream import StepStream
@@ -24,6 +25,7 @@ from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResume
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory
+from savant_ray.training.original import NOTE
 from savant_ray.training.precision import usable_precision
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch
@@ -37,7 +39,6 @@ class WorkerTask:
     """What the driver sends: plain values that the dashboard may show, and the bridge's handle."""
 
     config: dict[str, Any]
-    run_folder: str
     tokenizer: str  # a tokenizer.json that every node can read
     validation: str  # a token cache that every node can read
     data_fingerprint: str
@@ -52,17 +53,18 @@ def train_worker(settings: dict[str, Any]) -> None:
         return
     config = Config.from_dict(task.config)
     tokenizer = Tokenizer.load(task.tokenizer)
-    host = RayHost(task.bridge, Path(task.run_folder), config, tokenizer)
+    storage = run_storage(config)
+    host = RayHost(task.bridge, storage, config, tokenizer)
     if host.rank == 0:
         host.emit(WorkersStarted())
     try:
-        _train(task, config, tokenizer, host)
+        _train(task, config, tokenizer, storage, host)
     except SavantError as error:
         host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
         raise
 
 
-def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost) -> None:
+def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk, host: RayHost) -> None:
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives over objects put their bytes
@@ -73,10 +75,10 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost
     state.data_fingerprint = task.data_fingerprint
     state.model.recompute_loops = recomputes_loops(config.training.recompute_loops, device)
     notes.append(compile_block(state.model, config.training.compile, device))
-    resumed = load_newest(state, config, host.run_folder, task.allow_changes)
+    resumed = load_newest(state, config, storage, task.allow_changes)
     host.saved_step = state.step
     _announce(host, state, config, [note for note in notes if note], resumed)
-    if resumed is not None and Path(resumed.path).is_file():  # the original's: from here on the run has one of its own
+    if resumed is not None and resumed.note == NOTE:  # the original's: from here on the run has one of its own
         host.save(state, "taken over")
     host.validator = make_validator(task, config, tokenizer, host, device)
     stream: StepStream = ray.train.get_dataset_shard("train")

@@ -117,6 +117,13 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+def last_time(path: Path) -> str:
+    """When the last event of a record was, "" of one that is not there or holds none."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    parsed = (_parsed(line) for line in reversed(lines))
+    return next((str(line.get("time", "")) for line in parsed if line is not None), "")
+
+
 def saved_a_checkpoint(run_folder: Path) -> bool:
     """Whether the run's record tells of a checkpoint."""
     path = run_folder / METRICS

@@ -77,8 +77,13 @@ def save(content: dict[str, Any], path: Path) -> None:
 
 def step_folders(run_folder: Path) -> list[Path]:
     """The folders of a run that are named as checkpoints are, whole or not, oldest first, by step number."""
-    found = (path for path in run_folder.glob("step_*") if _FOLDER.fullmatch(path.name) and path.is_dir())
+    found = (path for path in run_folder.glob("step_*") if is_step_name(path.name) and path.is_dir())
     return sorted(found, key=step_of)
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a folder of that name is a checkpoint's."""
+    return _FOLDER.fullmatch(name) is not None
 
 
 def checkpoints(run_folder: Path) -> list[Path]:

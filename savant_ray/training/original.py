@@ -51,8 +51,13 @@ _FILE = re.compile(r"step_(\d+)\.pt")
 
 def original_files(run_folder: Path) -> list[Path]:
     """The original's files that lie directly in a run folder, whole or not, oldest first, by step number."""
-    found = (path for path in run_folder.glob("step_*.pt") if _FILE.fullmatch(path.name) and path.is_file())
+    found = (path for path in run_folder.glob("step_*.pt") if is_original_name(path.name) and path.is_file())
     return sorted(found, key=original_step)
+
+
+def is_original_name(name: str) -> bool:
+    """Whether a file of that name is the original's."""
+    return _FILE.fullmatch(name) is not None
 
 
 def original_step(path: Path) -> int:

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from savant_ray.cluster.checks import check_before_start, check_disk, checkpoint_bytes
+from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.lock import locked
-from savant_ray.cluster.paths import in_ray_job, output_folder, with_absolute_paths
+from savant_ray.cluster.paths import in_ray_job, joined, output_folder, parent_and_name, run_folder, with_absolute_paths
 from savant_ray.cluster.session import grace_seconds
 from savant_ray.config import Config, load_config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
@@ -29,9 +30,16 @@ def test_relative_paths_are_against_the_folder_and_uris_stay(tmp_path: Path) -> 
     assert with_absolute_paths(resolved, Path("/elsewhere"), Path("/elsewhere")) == resolved
 
 
-def test_a_run_on_object_storage_is_refused() -> None:
-    config = load_config(["--run.storage_path", "s3://bucket/runs"], environment={})
-    with pytest.raises(SettingsError, match=r"run\.storage_path: s3://bucket/runs is a URI"):
+def test_a_run_in_object_storage_has_a_mirror_below_home_and_a_cache_that_has_none() -> None:
+    config = load_config(["--run.storage_path", "s3://bucket/my/runs?region=eu-west-1"], environment={})
+    resolved = with_absolute_paths(config, Path("/in"), Path("/out"))
+    assert resolved.run.storage_path == config.run.storage_path
+    assert run_folder(resolved) == Path.home() / "savant_runs/s3/bucket/my/runs/checkpoints_savant"
+    uri = joined(config.run.storage_path, "step_5")
+    assert uri == "s3://bucket/my/runs/step_5?region=eu-west-1"
+    assert parent_and_name(uri) == (config.run.storage_path, "step_5")
+    config = load_config(["--data.cache_dir", "s3://bucket/cache"], environment={})
+    with pytest.raises(SettingsError, match=r"data\.cache_dir: s3://bucket/cache is a URI"):
         with_absolute_paths(config, Path("/in"), Path("/out"))
 
 
@@ -55,7 +63,7 @@ def test_init_from_must_name_a_checkpoint(tmp_path: Path) -> None:
     settings = Config().to_dict()
     settings["run"] |= {"storage_path": str(tmp_path), "init_from": str(tmp_path / "nothing")}
     with pytest.raises(CheckpointError, match="no checkpoint there"):
-        check_before_start(Config.from_dict(settings))
+        check_before_start(Config.from_dict(settings), Disk(tmp_path))
 
 
 def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from savant_ray.cluster.checks import is_finished
+from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.lock import locked, move_run_aside
 from savant_ray.cluster.snapshot import SNAPSHOT, rebuild_snapshot
 from savant_ray.cluster.starting_point import changed_settings, find_start, refuse_other_data, refuse_other_settings
@@ -49,7 +51,7 @@ def changed(**sections: dict[str, Any]) -> Config:
 
 
 def test_a_new_folder_starts_from_scratch(tmp_path: Path) -> None:
-    assert find_start(tmp_path, print) is None
+    assert find_start(Disk(tmp_path), print) is None
 
 
 def cut(folder: Path) -> None:
@@ -73,12 +75,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_taken(damage: 
     write(tmp_path, 9900, 10000)
     damage(tmp_path / "step_10000")
     said: list[str] = []
-    assert find_start(tmp_path, said.append) == tmp_path / "step_9900"
+    assert find_start(Disk(tmp_path), said.append) == tmp_path / "step_9900"
     assert len(said) == 1 and words in said[0] and "set aside as step_10000.damaged" in said[0]
     assert names(tmp_path) == ["step_10000.damaged", "step_9900"]
     write(tmp_path, 10000)
     damage(tmp_path / "step_10000")
-    assert find_start(tmp_path, said.append) == tmp_path / "step_9900" and "step_10000.damaged-2" in names(tmp_path)
+    assert find_start(Disk(tmp_path), said.append) == tmp_path / "step_9900" and "step_10000.damaged-2" in names(tmp_path)
 
 
 def test_with_no_whole_checkpoint_left_a_run_is_not_begun_anew_in_silence(tmp_path: Path) -> None:
@@ -87,19 +89,19 @@ def test_with_no_whole_checkpoint_left_a_run_is_not_begun_anew_in_silence(tmp_pa
         cut(folder)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="no whole checkpoint of it is left.*--fresh"):
-            find_start(tmp_path, lambda _: None)
+            find_start(Disk(tmp_path), lambda _: None)
 
 
 def test_nor_in_a_folder_whose_checkpoints_somebody_deleted(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "checkpoint", "step": 5}) + "\n")
     with pytest.raises(CheckpointError, match="holds a run"):
-        find_start(tmp_path, print)
+        find_start(Disk(tmp_path), print)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "step", "step": 5}) + "\n")
     (tmp_path / "step_6.tmp").mkdir()
-    assert find_start(tmp_path, print) is None and names(tmp_path) == []
+    assert find_start(Disk(tmp_path), print) is None and names(tmp_path) == []
 
 
 def test_fresh_moves_the_old_run_aside_and_loses_nothing(tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_the_newest_are_kept_and_never_is_the_newest_deleted(keep: int, left: li
 def test_a_later_launch_deletes_by_number_what_earlier_ones_left(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write(run, 10000, 9900, 5000)
-    find_start(run, print)
+    find_start(Disk(run), print)
     assert save(rays_manager(run), run, 10100) == ["step_9900", "step_10000", "step_10100"]
 
 
@@ -159,20 +161,22 @@ def test_rays_own_list_is_mended_before_ray_reads_it(damage: str, tmp_path: Path
     run = tmp_path / "run"
     write(run, 5, 9900, 10000)
     snapshot = run / SNAPSHOT
-    rebuild_snapshot(run, [*checkpoints(run), run / "step_20000"])
+    write(run, 20000)
+    rebuild_snapshot(Disk(run))
+    shutil.rmtree(run / "step_20000")
     if damage == "truncated":
         snapshot.write_bytes(snapshot.read_bytes()[:100])
     elif damage == "missing":
         snapshot.unlink()
     elif damage == "empty":
         snapshot.write_bytes(b"")
-    find_start(run, print)
+    find_start(Disk(run), print)
     assert rays_checkpoints(run) == ["step_5", "step_9900", "step_10000"]
 
 
 def test_a_list_of_nothing_is_no_list(tmp_path: Path) -> None:
     (tmp_path / SNAPSHOT).write_text("{")
-    find_start(tmp_path, print)
+    find_start(Disk(tmp_path), print)
     assert not (tmp_path / SNAPSHOT).exists()
 
 
@@ -211,11 +215,11 @@ def test_changed_settings_are_named_by_their_dotted_names() -> None:
 def test_a_finished_run_is_finished_once_its_last_sample_is_there(tmp_path: Path) -> None:
     config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
     write(tmp_path / "run", 5)
-    assert is_finished(config, tmp_path / "run/step_5") is None, "a stop cut the last validation short"
+    assert is_finished(config, Disk(tmp_path / "run"), tmp_path / "run/step_5") is None, "a stop cut the last validation short"
     (tmp_path / "run/samples.jsonl").write_text(json.dumps({"event": "sample", "step": 5}) + "\n")
-    assert "has done its 5 steps" in (is_finished(config, tmp_path / "run/step_5") or "")
+    assert "has done its 5 steps" in (is_finished(config, Disk(tmp_path / "run"), tmp_path / "run/step_5") or "")
     longer = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 6})
-    assert is_finished(longer, tmp_path / "run/step_5") is None
+    assert is_finished(longer, Disk(tmp_path / "run"), tmp_path / "run/step_5") is None
 
 
 def test_a_file_of_the_original_is_taken_when_it_is_the_newest_and_never_set_aside(tmp_path: Path) -> None:
@@ -225,13 +229,13 @@ def test_a_file_of_the_original_is_taken_when_it_is_the_newest_and_never_set_asi
         four = {"step": step, "model_state_dict": {"w": torch.ones(2)}, "optimizer_state_dict": {}, "scheduler_state_dict": {}}
         torch.save(four, tmp_path / f"step_{step}.pt")
     original = tmp_path / "step_8.pt"
-    assert find_start(tmp_path, print) == original
+    assert find_start(Disk(tmp_path), print) == original
     refuse_other_settings(original, changed(run={"seed": 1}, data={"tokenizer": "albert-base-v2"}))
     with pytest.raises(CheckpointError, match="data.tokenizer: train would learn another one"):
         refuse_other_settings(original, Config())
     refuse_other_data(original, config, tokenizer(), "xyz")
-    assert is_finished(config, original) is None, "its last sample is still to come"
+    assert is_finished(config, Disk(tmp_path), original) is None, "its last sample is still to come"
     original.write_bytes(original.read_bytes()[:200])
     said: list[str] = []
-    assert find_start(tmp_path, said.append) == tmp_path / "step_6" and "left where it is" in said[0]
+    assert find_start(Disk(tmp_path), said.append) == tmp_path / "step_6" and "left where it is" in said[0]
     assert original.exists()

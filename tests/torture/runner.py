@@ -248,5 +248,5 @@ def tortured_head(windows: Path) -> Iterator[Head]:
     """A head whose processes say in which window they are."""
     windows.mkdir(parents=True, exist_ok=True)
     site = str(Path(__file__).parent / "site")
-    with mock.patch.dict(os.environ, {"SAVANT_TORTURE": str(windows), "PYTHONPATH": site}), running_head() as head:
+    with mock.patch.dict(os.environ, {"TORTURE_WINDOWS": str(windows), "PYTHONPATH": site}), running_head() as head:
         yield head

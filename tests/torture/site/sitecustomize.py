@@ -1,6 +1,6 @@
 """Slows a run's windows down and says which one a process is in, so that each can be hit; for torture tests only.
 
-Python imports this file at its start when its folder is on PYTHONPATH. With SAVANT_TORTURE=FOLDER, each process that
+Python imports this file at its start when its folder is on PYTHONPATH. With TORTURE_WINDOWS=FOLDER, each process that
 trains keeps the name of its present window in FOLDER/<pid>.
 """
 
@@ -75,5 +75,5 @@ class Finder(MetaPathFinder):
         return spec
 
 
-if "SAVANT_TORTURE" in os.environ:
-    sys.meta_path.insert(0, Finder(Path(os.environ["SAVANT_TORTURE"])))
+if "TORTURE_WINDOWS" in os.environ:
+    sys.meta_path.insert(0, Finder(Path(os.environ["TORTURE_WINDOWS"])))

@@ -1,0 +1,258 @@
+"""A run in object storage: nothing is half there, nothing is lost, and every machine finds the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from savant_ray.cluster import lease as lease_module
+from savant_ray.cluster.courier import Courier
+from savant_ray.cluster.lease import LEASE, leased
+from savant_ray.cluster.object_storage import ObjectStorage
+from savant_ray.cluster.snapshot import SNAPSHOT
+from savant_ray.cluster.starting_point import find_start
+from savant_ray.cluster.storage import on_this_machine, storage_errors_explained
+from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.training.checkpoint import MANIFEST, verify
+from tests.cluster.object_store import BUCKET, CREDENTIALS, ObjectStore, running_store
+from tests.cluster.test_starting_point import write
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectStore]:
+    with pytest.MonkeyPatch.context() as patch, running_store_with(patch) as store:
+        yield store
+
+
+def running_store_with(patch: pytest.MonkeyPatch) -> Any:
+    for name, value in CREDENTIALS.items():
+        patch.setenv(name, value)
+    return running_store()
+
+
+@pytest.fixture
+def store(server: ObjectStore) -> ObjectStore:
+    """Empty."""
+    server.filesystem.delete_dir_contents(BUCKET)
+    return server
+
+
+@pytest.fixture
+def here(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
+    return ObjectStorage(store.uri("runs/run"), tmp_path / "here")
+
+
+@pytest.fixture
+def elsewhere(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
+    """The same run on another machine."""
+    return ObjectStorage(store.uri("runs/run"), tmp_path / "elsewhere")
+
+
+def keep(storage: ObjectStorage, *steps: int) -> None:
+    for step in steps:
+        write(storage.folder, step)
+        assert storage.keep(storage.folder / f"step_{step}") == f"{BUCKET}/runs/run/step_{step}"
+
+
+def test_a_checkpoint_that_is_sent_is_found_whole_on_another_machine(
+    here: ObjectStorage, elsewhere: ObjectStorage
+) -> None:
+    keep(here, 9900, 10000)
+    assert find_start(elsewhere, print) == elsewhere.folder / "step_10000"
+    verify(elsewhere.folder / "step_10000")
+    for storage in (here, elsewhere):
+        assert [path.name for path in storage.folder.glob("step_*")] == ["step_10000"], "a mirror needs the newest only"
+    assert here.complete_steps() == ["step_9900", "step_10000"]
+
+
+def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(
+    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(here, 1)
+    sent: list[str] = []
+    upload = ObjectStorage._upload
+
+    def dying(self: ObjectStorage, file: Path, target: str) -> None:
+        if file.name == MANIFEST:
+            raise OSError("the power is gone")
+        sent.append(file.name)
+        upload(self, file, target)
+
+    monkeypatch.setattr(ObjectStorage, "_upload", dying)
+    write(here.folder, 2)
+    files = {file.name for file in (here.folder / "step_2").iterdir()}
+    with pytest.raises(OSError, match="power"):
+        here.keep(here.folder / "step_2")
+    assert set(sent) == files - {MANIFEST} and f"step_2/{sent[0]}" in store.names("runs/run")
+    assert find_start(elsewhere, print) == elsewhere.folder / "step_1"
+    assert not any(name.startswith("step_2") for name in store.names("runs/run"))
+
+
+def flip(store: ObjectStore, path: str) -> None:
+    content = bytearray(store.read(path))
+    content[300] ^= 4
+    store.write(path, bytes(content))
+
+
+def test_a_damaged_checkpoint_is_set_aside_there_and_the_next_older_one_taken(
+    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+) -> None:
+    keep(here, 1, 2)
+    flip(store, "runs/run/step_2/step_2.pt")
+    said: list[str] = []
+    assert find_start(elsewhere, said.append) == elsewhere.folder / "step_1"
+    assert len(said) == 1 and "SHA-256" in said[0] and "set aside as step_2.damaged" in said[0]
+    assert "step_2.damaged/step_2.pt" in store.names("runs/run") and elsewhere.complete_steps() == ["step_1"]
+    flip(store, "runs/run/step_1/step_1.pt")
+    shutil.rmtree(elsewhere.folder)
+    with pytest.raises(CheckpointError, match="no whole checkpoint of it is left"):
+        find_start(elsewhere, said.append)
+
+
+def test_a_damaged_mirror_is_fetched_again_and_a_stale_one_dropped(here: ObjectStorage, store: ObjectStore) -> None:
+    keep(here, 1)
+    mirrored = here.folder / "step_1/step_1.pt"
+    whole = mirrored.read_bytes()
+    mirrored.write_bytes(whole[:100])
+    write(here.folder, 7)  # of a run that is gone from the storage
+    assert find_start(here, pytest.fail) == here.folder / "step_1" and mirrored.read_bytes() == whole
+    assert not (here.folder / "step_7").exists()
+
+
+def test_rays_list_names_what_is_there(here: ObjectStorage, store: ObjectStore) -> None:
+    find_start(here, print)
+    assert SNAPSHOT not in store.names("runs/run")
+    keep(here, 5, 9900, 10000)
+    find_start(here, print)
+    listed = json.loads(store.read(f"runs/run/{SNAPSHOT}"))["checkpoint_results"]
+    assert [result["checkpoint_dir_name"] for result in listed] == ["step_5", "step_9900", "step_10000"]
+
+
+def record(storage: ObjectStorage, *times: str) -> None:
+    storage.folder.mkdir(exist_ok=True)
+    lines = (json.dumps({"event": "checkpoint", "step": 1, "time": time}) + "\n" for time in times)
+    (storage.folder / "metrics.jsonl").write_text("".join(lines))
+    (storage.folder / "training_log.txt").write_text(f"log until {times[-1]}")
+
+
+def log_of(storage: ObjectStorage) -> str:
+    return (storage.folder / "training_log.txt").read_text()
+
+
+def test_the_later_record_counts_wherever_it_was_written(here: ObjectStorage, elsewhere: ObjectStorage) -> None:
+    record(here, "10:00")
+    with Courier(here):
+        pass
+    elsewhere.fetch_records()
+    assert log_of(elsewhere) == "log until 10:00"
+    record(elsewhere, "10:00", "10:05")
+    elsewhere.send_records()
+    here.fetch_records()
+    assert log_of(here) == "log until 10:05"
+    record(here, "10:00", "10:05", "10:06")
+    here.fetch_records()
+    assert log_of(here) == "log until 10:06", "a driver that was killed had not sent it yet"
+
+
+def test_the_record_of_a_run_that_is_gone_goes_aside(here: ObjectStorage) -> None:
+    record(here, "10:00")
+    here.fetch_records()
+    assert find_start(here, print) is None
+    assert sorted(path.name for path in here.folder.iterdir()) == ["metrics.jsonl.old", "training_log.txt.old"]
+
+
+def test_a_file_of_the_original_is_found_there(here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore) -> None:
+    import torch
+
+    keep(here, 4)
+    four = {"step": 8, "model_state_dict": {"w": torch.ones(2)}, "optimizer_state_dict": {}, "scheduler_state_dict": {}}
+    torch.save(four, here.folder / "flat.pt")
+    store.write("runs/run/step_8.pt", (here.folder / "flat.pt").read_bytes())
+    assert find_start(elsewhere, print) == elsewhere.folder / "step_8.pt"
+
+
+def test_fresh_moves_the_run_aside_there_and_loses_nothing(here: ObjectStorage, store: ObjectStore) -> None:
+    assert here.move_aside() is None
+    for expected in ("run.old", "run.old-2"):
+        keep(here, 1)
+        before = store.names("runs/run")
+        assert here.move_aside() == store.uri(f"runs/{expected}")
+        assert store.names(f"runs/{expected}") == before and store.names("runs/run") == []
+        assert find_start(here, print) is None
+
+
+def test_a_checkpoint_there_is_named_by_its_uri(here: ObjectStorage, store: ObjectStore) -> None:
+    keep(here, 1, 2)
+    for uri, step in {store.uri("runs/run"): "step_2", store.uri("runs/run/step_1"): "step_1"}.items():
+        with on_this_machine(uri) as folder:
+            assert folder.name == step
+            verify(folder)
+        assert not folder.exists()
+    for missing in ("runs/run/step_3", "runs/other"):
+        with pytest.raises(CheckpointError, match="no checkpoint there"), on_this_machine(store.uri(missing)):
+            pass
+    with on_this_machine("a/run") as folder:
+        assert folder == Path("a/run")
+
+
+@pytest.mark.parametrize("uri", ["s3:///nothing", "unknown://bucket/run", "s3://bucket/run?colour=red"])
+def test_a_uri_that_pyarrow_does_not_know_is_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no storage that could be used"):
+        ObjectStorage(uri, tmp_path)
+
+
+def test_no_such_bucket_and_no_server_are_told(here: ObjectStorage, store: ObjectStore, tmp_path: Path) -> None:
+    missing = ObjectStorage(f"s3://nobody/run{store.query}", tmp_path / "missing")
+    with pytest.raises(SavantError, match=r"run\.storage_path: s3://nobody/run.* cannot be read or written"):
+        with storage_errors_explained(missing), missing.in_use():
+            pass
+    store.stop()
+    try:
+        with pytest.raises(SavantError, match="onnect"), storage_errors_explained(here), here.in_use():
+            pass
+    finally:
+        store.start()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lease_module, "SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_run_in_use_is_refused_wherever_it_is_in_use(
+    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+) -> None:
+    with here.in_use():
+        with pytest.raises(SavantError, match=f"in use by process {os.getpid()} on {socket.gethostname()}"):
+            with elsewhere.in_use():
+                pass
+        with pytest.raises(SavantError, match="in use"), here.in_use():
+            pass
+    assert LEASE not in store.names("runs/run")
+    with elsewhere.in_use():
+        pass
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_dead_run_holds_no_lease(here: ObjectStorage, store: ObjectStore) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    said: list[str] = []
+    for host in (socket.gethostname(), "another-machine"):
+        mark = {"token": "x", "process": gone.pid, "host": host, "beat": 3}
+        store.write(f"runs/run/{LEASE}", json.dumps(mark).encode())
+        with leased(here.filesystem, here.path, said.append):
+            assert json.loads(store.read(f"runs/run/{LEASE}"))["process"] == os.getpid()
+    assert len(said) == 1 and "process" in said[0] and "on another-machine may still train" in said[0]
