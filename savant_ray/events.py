@@ -128,8 +128,9 @@ class CheckpointSaved(Event):
     kind = "checkpoint"
     step: int
     path: str
-    reason: str  # "periodic", "final" or "stop"
-    seconds: float
+    reason: str  # "periodic", "final", "stop" or "taken over"
+    seconds: float  # until it was complete
+    stall_seconds: float = 0.0  # of them training stood still
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,10 +76,11 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     state.model.recompute_loops = recomputes_loops(config.training.recompute_loops, device)
     notes.append(compile_block(state.model, config.training.compile, device))
     resumed = load_newest(state, config, storage, task.allow_changes)
-    host.saved_step = state.step
+    host.saver.saved_step = state.step
     _announce(host, state, config, [note for note in notes if note], resumed)
     if resumed is not None and resumed.note == NOTE:  # the original's: from here on the run has one of its own
         host.save(state, "taken over")
+        host.finish_saving()
     host.validator = make_validator(task, config, tokenizer, host, device)
     stream: StepStream = ray.train.get_dataset_shard("train")
     host.plan = stream.plan
@@ -87,7 +88,7 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     shares = (split(step.sequences, step.positions, config.training.batch_size, device) for step in steps)
     finished = train(state, config, shares, host)
     if host.rank == 0:
-        host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saved_step), wait=True)
+        host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saver.saved_step), wait=True)
 
 
 def recomputes_loops(setting: bool | str, device: torch.device) -> bool:

@@ -6,7 +6,6 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from functools import singledispatch
-from pathlib import PurePosixPath
 
 from savant_ray.events import (
     AttemptStarted,
@@ -69,7 +68,7 @@ def _(event: SampleGenerated) -> str:
 @describe.register
 def _(event: CheckpointSaved) -> str:
     reason = "" if event.reason == "periodic" else f" ({event.reason})"
-    return f"saved {PurePosixPath(event.path).name}{reason} · {duration(event.seconds)}"
+    return f"saved step_{event.step}{reason} · {duration(event.seconds)}"
 
 
 @describe.register

@@ -32,15 +32,18 @@ class Host(Protocol):
     def grace_left(self) -> float | None:
         """None until this rank is asked to stop, then the seconds that are left for it; costs nothing."""
 
-    def save(self, state: TrainingState, reason: str) -> bool:
-        """Writes a checkpoint; collective. False: it could not be written, and the driver was told."""
+    def save(self, state: TrainingState, reason: str) -> None:
+        """Begins a checkpoint of the state as it is now; all ranks call it. A storage that refuses is told of."""
+
+    def finish_saving(self) -> None:
+        """Waits until the checkpoint that was begun is written; all ranks call it."""
 
     def validate(self, state: TrainingState) -> bool:
         """Validation loss and a sample; collective. True: some rank was asked to stop, and it may be cut short."""
 
 
 def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroBatch]], host: Host) -> bool:
-    """Trains to `training.max_steps`; returns False when it was stopped before, with the last finished step saved.
+    """Trains to `training.max_steps`; returns False when it was stopped before. The last finished step is saved.
 
     `shares` yields this rank's micro-batches, step by step, from `state.position` on. A validation comes after the
     checkpoint of its step, so a run that goes on from a step that has one begins with it: it may have been cut short.
@@ -52,6 +55,7 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
     saved = state.step
     if validation_is_due(state.step, config) and host.validate(state):
         return False
+    stop = False
     for share, data_wait in timed(shares):
         rate = learning_rate(state.step + 1, settings.learning_rate, settings.warmup_steps, settings.max_steps)
         started = time.perf_counter()
@@ -65,15 +69,17 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
             refuse_endless_skips(state, settings.max_skipped_steps)
 
         stop = result.stop
-        if not stop and (reason := save_reason(state.step, config)) and host.save(state, reason):
+        if not stop and (reason := save_reason(state.step, config)):
+            host.save(state, reason)
             saved = state.step
         if not stop and validation_is_due(state.step, config):
             stop = host.validate(state)
         if stop:
             if state.step > saved:  # Ray Train loses checkpoints that are reported twice
                 host.save(state, "stop")
-            return False
-    return True
+            break
+    host.finish_saving()
+    return not stop
 
 
 def save_reason(step: int, config: Config) -> str | None:

@@ -59,7 +59,7 @@ def with_text(folder: Path) -> Path:
 
 
 def write_text(path: Path, documents: int, seed: int) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     chance = random.Random(seed)
     texts = (" ".join(chance.choices(WORDS, k=chance.randint(5, 60))) for _ in range(documents))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -31,7 +31,7 @@ from tests.cluster.conftest import ROOT, Head, environment, options, running_hea
 STOPS = ("SIGINT", "SIGTERM", "job stop")
 KILLS = ("kill -9 a worker", "kill -9 the driver")
 MEANS = STOPS + KILLS
-WINDOWS = ("start", "accumulation", "update", "validation", "generation", "save", "handover")
+WINDOWS = ("start", "accumulation", "update", "validation", "generation", "save", "background write", "handover")
 NOT_POSSIBLE = {("kill -9 a worker", "start")}  # there is none yet
 SETTINGS = {
     "training__max_steps": 60,
@@ -195,13 +195,13 @@ class Torture:
         return None if launch.ended() else self._anybody_in((window,)) or 0
 
     def _anybody_in(self, windows: tuple[str, ...]) -> int | None:
-        for place in self._windows.iterdir():
-            if place.read_text() in windows and psutil.pid_exists(int(place.name)):
+        for place in self._windows.glob("[0-9]*"):
+            if set(place.read_text().splitlines()) & set(windows) and psutil.pid_exists(int(place.name)):
                 return int(place.name)
         return None
 
     def _expect_no_process_left(self) -> None:
-        wait_for(lambda: not any(psutil.pid_exists(int(place.name)) for place in self._windows.iterdir()), 30)
+        wait_for(lambda: not any(psutil.pid_exists(int(place.name)) for place in self._windows.glob("[0-9]*")), 30)
         shutil.rmtree(self._windows)
         self._windows.mkdir()
 

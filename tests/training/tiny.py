@@ -74,6 +74,7 @@ class RecordingHost:
         self.saved: list[tuple[int, str]] = []
         self.validated: list[int] = []
         self.checkpoint: dict[str, Any] = {}
+        self._begun: tuple[int, str, dict[str, Any]] | None = None
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
@@ -83,12 +84,16 @@ class RecordingHost:
     def grace_left(self) -> float | None:
         return self.grace if not self.in_validation and self.step + 1 == self.stop_at else None
 
-    def save(self, state: TrainingState, reason: str) -> bool:
-        if self.storage_refuses:
-            return False
-        self.saved.append((state.step, reason))
-        self.checkpoint = state.to_checkpoint()
-        return True
+    def save(self, state: TrainingState, reason: str) -> None:
+        self.finish_saving()
+        self._begun = (state.step, reason, state.copy_to_host())
+
+    def finish_saving(self) -> None:
+        """The storage refuses at the last moment."""
+        if self._begun is not None and not self.storage_refuses:
+            step, reason, self.checkpoint = self._begun
+            self.saved.append((step, reason))
+        self._begun = None
 
     def validate(self, state: TrainingState) -> bool:
         stop = self.in_validation and state.step == self.stop_at

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
@@ -22,58 +23,81 @@ SECONDS = 0.15
 WINDOWS = {
     "savant_ray.training.step": {"accumulate": "accumulation", "update": "update"},
     "savant_ray.training.validator": {"Validator._validate": "validation", "Validator._sample": "generation"},
-    "savant_ray.training.checkpoint": {"_fill": "save"},
-    "savant_ray.cluster.host": {"write_checkpoint": "handover"},
+    "savant_ray.training.state": {"TrainingState.copy_to_host": "save"},
+    "savant_ray.training.checkpoint": {"_fill": "background write"},
+    "savant_ray.cluster.saving": {"write_checkpoint": "handover"},
 }
-AT_THE_END = ("save", "handover")
+AT_THE_END = ("save", "background write", "handover")
 
 
-def in_window(name: str, function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+class Windows:
+    """Which this process is in: more than one, as checkpoints are written beside training."""
+
+    def __init__(self, folder: Path) -> None:
+        self._place, self._open, self._lock = folder / str(os.getpid()), [], threading.Lock()
+
+    def enter(self, name: str) -> None:
+        with self._lock:
+            self._open.append(name)
+            self._tell()
+
+    def leave(self, name: str) -> None:
+        with self._lock:
+            self._open.remove(name)
+            self._tell()
+
+    def _tell(self) -> None:
+        aside = self._place.with_name(f".{self._place.name}")
+        aside.write_text("\n".join(self._open))
+        aside.replace(self._place)
+
+
+def in_window(name: str, function: Callable[..., Any], windows: Windows) -> Callable[..., Any]:
     @functools.wraps(function)
     def slowed(*args: Any, **kwargs: Any) -> Any:
-        place = folder / str(os.getpid())
-        before = place.read_text() if place.exists() else ""
-        place.write_text(name)
-        if name not in AT_THE_END:
-            time.sleep(SECONDS)
-        result = function(*args, **kwargs)
-        if name in AT_THE_END:
-            time.sleep(SECONDS)
-        place.write_text(before)
-        return result
+        windows.enter(name)
+        try:
+            if name not in AT_THE_END:
+                time.sleep(SECONDS)
+            result = function(*args, **kwargs)
+            if name in AT_THE_END:
+                time.sleep(SECONDS)
+            return result
+        finally:
+            windows.leave(name)
 
     return slowed
 
 
-def slow_down(module: ModuleType, folder: Path) -> None:
+def slow_down(module: ModuleType, windows: Windows) -> None:
     for path, window in WINDOWS[module.__name__].items():
         *owners, name = path.split(".")
         owner = functools.reduce(getattr, owners, module)
-        setattr(owner, name, in_window(window, getattr(owner, name), folder))
+        setattr(owner, name, in_window(window, getattr(owner, name), windows))
 
 
 class SlowLoader(Loader):
-    def __init__(self, loader: Loader, folder: Path) -> None:
-        self._loader, self._folder = loader, folder
+    def __init__(self, loader: Loader, windows: Windows) -> None:
+        self._loader, self._windows = loader, windows
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        slow_down(module, self._folder)
+        slow_down(module, self._windows)
 
 
 class Finder(MetaPathFinder):
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, windows: Windows) -> None:
+        self._windows = windows
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path) if name in WINDOWS else None
         if spec is not None and spec.loader is not None:
-            spec.loader = SlowLoader(spec.loader, self._folder)
+            spec.loader = SlowLoader(spec.loader, self._windows)
         return spec
 
 
 if "TORTURE_WINDOWS" in os.environ:
-    sys.meta_path.insert(0, Finder(Path(os.environ["TORTURE_WINDOWS"])))
+    sys.meta_path.insert(0, Finder(Windows(Path(os.environ["TORTURE_WINDOWS"]))))

@@ -1,0 +1,109 @@
+"""A whole run whose text and checkpoints are in object storage, on one machine after another."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from savant_ray.training.checkpoint import checkpoints
+from tests.cluster.conftest import (
+    ROOT,
+    Head,
+    environment,
+    losses,
+    options,
+    records,
+    run_job,
+    started,
+    wait_for,
+    with_text,
+)
+from tests.cluster.object_store import CREDENTIALS, ObjectStore, running_store
+
+pytestmark = pytest.mark.slow
+STEPS = {"training__max_steps": 300, "checkpoint__every_steps": 20, "validation__every_steps": 100}
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    with running_store() as store:
+        yield store
+
+
+class Machine:
+    """One with a home and a Ray of its own."""
+
+    def __init__(self, folder: Path, store: ObjectStore) -> None:
+        self._folder, self._store = folder, store
+        self.run = folder / "savant_runs/s3/bucket/runs/tiny"  # the mirror
+        folder.mkdir()
+
+    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+        there = environment(HOME=str(self._folder), **CREDENTIALS)
+        command = [sys.executable, str(ROOT / "jobs" / script), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        job = subprocess.Popen(command, cwd=self._folder, env=there, text=True, **pipes)
+        started.append(job)
+        return job
+
+    def train(self) -> subprocess.Popen[str]:
+        text = {
+            "data__sources": f'[{{path: "{self._store.uri("text/savant_dataset_train.jsonl")}", weight: 1.0}}]',
+            "data__validation": self._store.uri("text/savant_dataset_val.jsonl"),
+            "run__storage_path": self._store.uri("runs"),
+        }
+        return self.start("train.py", *options(**STEPS | text))
+
+    def steps(self) -> int:
+        return len(records(self.run, "step")) if (self.run / "metrics.jsonl").exists() else 0
+
+
+def end(job: subprocess.Popen[str]) -> tuple[int, str]:
+    printed, _ = job.communicate(timeout=180)
+    return job.returncode, printed
+
+
+def test_a_run_in_object_storage_goes_on_on_another_machine_and_survives_an_outage(
+    head: Head, store: ObjectStore, tmp_path: Path
+) -> None:
+    on_disk = with_text(tmp_path / "disk")
+    code, printed = run_job(head, on_disk, **STEPS)
+    assert code == 0, printed
+    for file in (on_disk / "dataset").iterdir():
+        store.write(f"text/{file.name}", file.read_bytes())
+
+    first = Machine(tmp_path / "first", store)
+    job = first.train()
+    wait_for(lambda: first.steps() >= 30)
+    job.send_signal(signal.SIGINT)
+    code, printed = end(job)
+    assert code == 75 and "run the same command again" in printed, printed
+    stopped_at = first.steps()
+    assert f"runs/tiny/step_{stopped_at}" in printed and f"step_{stopped_at}/manifest.json" in store.names("runs/tiny")
+    assert [folder.name for folder in checkpoints(first.run)] == [f"step_{stopped_at}"], "the mirror needs the newest"
+
+    second = Machine(tmp_path / "second", store)
+    job = second.train()
+    wait_for(lambda: second.steps() >= stopped_at + 5)
+    store.stop()
+    wait_for(lambda: records(second.run, "checkpoint_failure"))
+    store.start()
+    code, printed = end(job)
+    assert code == 0 and f"step_{stopped_at}" in printed and "could not be saved" in printed, printed
+    assert losses(second.run) == losses(on_disk / "tiny")
+    kept = {name.partition("/")[0] for name in store.names("runs/tiny") if name.startswith("step_")}
+    assert kept == {"step_260", "step_280", "step_300"}
+    assert store.read("runs/tiny/metrics.jsonl") == (second.run / "metrics.jsonl").read_bytes()
+    assert b"trained; next:" in store.read("runs/tiny/training_log.txt")
+
+    third = Machine(tmp_path / "third", store)
+    checkpoint = ("--checkpoint", store.uri("runs/tiny"), "--prompt", "one two", "--max-new-tokens", "3")
+    code, printed = end(third.start("generate.py", *checkpoint))
+    assert code == 0 and printed.startswith("one two"), printed
