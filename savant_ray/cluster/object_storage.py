@@ -27,6 +27,7 @@ from savant_ray.training.original import is_original_name
 
 RECORDS = (METRICS, SAMPLES, LOG)
 CHUNK_BYTES = 64 << 20
+UNSENT = ".unsent"
 
 
 class ObjectStorage(Disk):
@@ -70,9 +71,7 @@ class ObjectStorage(Disk):
             self.fetch(name)
 
     def remove_unfinished(self) -> None:
-        begun = {path.partition("/")[0] for path in self._files() if "/" in path}
-        for name in set(filter(is_step_name, begun)) - set(self.complete_steps()):
-            self.filesystem.delete_dir(f"{self.path}/{name}")
+        self._remove_begun()
         for left in [*self.folder.glob("fetch-*"), *self.folder.glob("step_*.tmp")]:
             shutil.rmtree(left)
         for stale in {folder.name for folder in step_folders(self.folder)} - set(self.complete_steps()):
@@ -93,14 +92,16 @@ class ObjectStorage(Disk):
         try:
             if folder.name in self.complete_steps():  # first of all it is no longer complete
                 self.filesystem.delete_file(f"{target}/{MANIFEST}")
+            self._remove_begun()
             for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
                 self._upload(file, f"{target}/{file.name}")
-        except OSError:
-            _remove(folder)  # it is not the run's, and would only take room
-            raise
-        for other in step_folders(self.folder):
-            if other != folder:
-                shutil.rmtree(other)
+        except OSError as error:
+            unsent = folder.with_name(folder.name + UNSENT)
+            _remove(unsent)
+            folder.rename(unsent)
+            self._mirror_only(unsent)
+            raise OSError(f"{error}. It lies whole in {unsent} of this node") from error
+        self._mirror_only(folder)
         return target
 
     def write(self, name: str, text: str) -> None:
@@ -143,6 +144,18 @@ class ObjectStorage(Disk):
     def send_records(self) -> None:
         for file in filter(Path.exists, (self.folder / name for name in RECORDS)):
             self._upload(file, f"{self.path}/{file.name}")
+
+    def _mirror_only(self, newest: Path) -> None:
+        """Drops the mirror's other checkpoints, those that could not be sent too."""
+        for folder in [*step_folders(self.folder), *self.folder.glob(f"step_*{UNSENT}")]:
+            if folder != newest:
+                shutil.rmtree(folder)
+
+    def _remove_begun(self) -> None:
+        """Folders without a manifest, which an interrupted sending or deleting left."""
+        begun = {path.partition("/")[0] for path in self._files() if "/" in path}
+        for name in set(filter(is_step_name, begun)) - set(self.complete_steps()):
+            self.filesystem.delete_dir(f"{self.path}/{name}")
 
     def _files(self, path: str | None = None) -> list[str]:
         """What lies there, relative to the run (or to `path`), without hidden files."""

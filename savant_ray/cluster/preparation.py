@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from savant_ray.cluster.paths import output_folder, with_absolute_paths
+from savant_ray.cluster.paths import is_uri, output_folder, parent_and_name, with_absolute_paths
 from savant_ray.cluster.session import prepare_environment, ray_session
 from savant_ray.config import Config, SourceConfig
 from savant_ray.data.preparation import learn_tokenizer
@@ -168,7 +168,7 @@ def _summary(caches: list[TokenCache], validation: TokenCache) -> str:
 
 
 def _named(source: SourceConfig) -> str:
-    return ", ".join(Path(path).name for path in _listed(source.path))
+    return ", ".join(parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in _listed(source.path))
 
 
 def _listed(path: str | list[str]) -> list[str]:

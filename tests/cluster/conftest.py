@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._common.utils import reset_ray_address
 from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
@@ -111,23 +112,23 @@ def head() -> Iterator[Head]:
 @contextmanager
 def running_head() -> Iterator[Head]:
     """A head with a dashboard, two CPUs and the environment of this process."""
+    port = free_port()
+    agent = free_port()  # another Ray of this machine may have the usual one
+    dashboard = {"include_dashboard": True, "dashboard_port": port, "dashboard_agent_listen_port": agent}
+    with running_cluster(num_cpus=2, object_store_memory=200 << 20, **dashboard) as cluster:
+        yield Head(cluster.address, f"http://127.0.0.1:{port}")
+
+
+@contextmanager
+def running_cluster(**head: Any) -> Iterator[Cluster]:
+    """A cluster of nothing but a head."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray's sockets lie below it
     os.environ |= {"RAY_AUTH_MODE": "disabled", "PATH": here_first()}  # a submitted job inherits the head's PATH
-    port = free_port()
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 2,
-            "include_dashboard": True,
-            "dashboard_port": port,
-            "dashboard_agent_listen_port": free_port(),  # another Ray of this machine may have the usual one
-            "temp_dir": folder,
-            "object_store_memory": 200 << 20,
-        },
-    )
+    cluster = Cluster(initialize_head=True, head_node_args={"temp_dir": folder, **head})
+    reset_ray_address()  # else a run without a cluster takes this one
     write_ray_address(cluster.address, folder)  # else a job takes any Ray that it finds on this machine
     try:
-        yield Head(cluster.address, f"http://127.0.0.1:{port}")
+        yield cluster
     finally:
         cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from ray.cluster_utils import Cluster
 from savant_ray.config import Config
 from savant_ray.data.stream import StreamPlan
 from savant_ray.model.loss import IGNORED, next_token_targets
-from tests.cluster.conftest import Head, losses, records, start_job, wait_for
+from tests.cluster.conftest import Head, losses, records, running_cluster, start_job, wait_for
 
 pytestmark = pytest.mark.slow
 EVERY = 50  # steps between checkpoints
@@ -32,17 +30,12 @@ RUN: dict[str, Any] = {
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A head that only drives, and two nodes with a CPU each."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    head = {"num_cpus": 0, "temp_dir": folder, "object_store_memory": 100 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-    yield cluster
-    cluster.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with running_cluster(num_cpus=0, object_store_memory=100 << 20, include_dashboard=False) as cluster:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+        yield cluster
 
 
 def test_a_run_goes_on_with_a_node_less_and_with_a_node_more(cluster: Cluster, workplace: Path) -> None:

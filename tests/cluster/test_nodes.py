@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from savant_ray.training.checkpoint import checkpoints
-from tests.cluster.conftest import Head, losses, records, run_job, start_job, wait_for, with_text
+from tests.cluster.conftest import Head, losses, records, run_job, running_cluster, start_job, wait_for, with_text
 
 pytestmark = pytest.mark.slow
 RUN: dict[str, Any] = {
@@ -51,16 +49,9 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    head = {"num_cpus": 0, "temp_dir": folder, "object_store_memory": 100 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
+def nodes() -> Iterator[Nodes]:
+    with running_cluster(num_cpus=0, object_store_memory=100 << 20, include_dashboard=False) as cluster:
         yield Nodes(cluster)
-    finally:
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -90,8 +90,9 @@ def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(
     monkeypatch.setattr(ObjectStorage, "_upload", dying)
     write(here.folder, 2)
     files = {file.name for file in (here.folder / "step_2").iterdir()}
-    with pytest.raises(OSError, match="power"):
+    with pytest.raises(OSError, match=r"power.* whole in .*step_2\.unsent of this node"):
         here.keep(here.folder / "step_2")
+    assert {file.name for file in (here.folder / "step_2.unsent").iterdir()} == files
     assert set(sent) == files - {MANIFEST} and f"step_2/{sent[0]}" in store.names("runs/run")
     assert find_start(elsewhere, print) == elsewhere.folder / "step_1"
     assert not any(name.startswith("step_2") for name in store.names("runs/run"))

@@ -125,6 +125,7 @@ def test_without_a_cluster_a_run_starts_its_own_ray_and_ctrl_c_in_its_terminal_s
     run = workplace / "tiny"
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(records(run, "step")) >= 5)
     started = psutil.Process(job.pid).children(recursive=True)
+    assert any(process.name() == "raylet" for process in started), "its own"
     os.killpg(job.pid, signal.SIGINT)
     printed, noise = job.communicate(timeout=60)
     assert job.returncode == 75 and "stopped and saved as" in printed and "run the same command" in printed, printed
