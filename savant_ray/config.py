@@ -37,13 +37,13 @@ class RunConfig(Section):
     """Which run, and where it is kept."""
 
     name: Text = Field(default="checkpoints_savant", description="name of the run, and of its folder")
-    storage_path: Text = Field(default=".", description="where run folders lie; several nodes need one they all share")
+    storage_path: Text = Field(default=".", description="where run folders lie; several nodes need one they all share, or s3://…")
     seed: int = Field(default=1337, ge=0, description="all randomness is a function of it")
     grace_seconds: Positive = Field(
         default=30.0, description="after a stop a step that would take longer than this is given up, seconds"
     )
     init_from: Text | None = Field(
-        default=None, description="start a new run from the weights of this run or checkpoint folder"
+        default=None, description="start a new run from the weights of this run or checkpoint folder; also s3://…"
     )
 
     @field_validator("name")

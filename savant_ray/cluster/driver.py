@@ -51,10 +51,17 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False) -> i
     prepare_environment()
     signals = StopSignals()
     signals.install()
+    try:
+        return _launch(with_absolute_paths(config, Path.cwd(), output_folder()), fresh, allow_changes, signals)
+    except KeyboardInterrupt:
+        print("stopped at once, before anything had begun")
+        return STOPPED_EARLY
+
+
+def _launch(config: Config, fresh: bool, allow_changes: bool, signals: StopSignals) -> int:
     from savant_ray.cluster.courier import Courier
     from savant_ray.cluster.storage import run_storage, storage_errors_explained
 
-    config = with_absolute_paths(config, Path.cwd(), output_folder())
     storage = run_storage(config)
     with ExitStack() as held:
         with storage_errors_explained(storage):
@@ -81,6 +88,8 @@ def _train(launch: Launch) -> int:
     from savant_ray.cluster.storage import storage_errors_explained
 
     config, storage, report = launch.config, launch.storage, launch.report
+    if storage.filesystem is not None:
+        report.stage(f"looking for checkpoints in {storage.location}")
     with storage_errors_explained(storage):
         start = find_start(storage, report.say)
     report.fill(records_of(storage.folder))

@@ -13,6 +13,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from savant_ray.errors import SavantError, TrainingError
 from savant_ray.events import RunFailed, WorkersLost
 
+OUT_OF_MEMORY = ("outofmemoryerror", "memory monitor", "running low on memory", "due to oom", "out of memory issue")
 CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")  # of another's failure
 
 
@@ -35,7 +36,7 @@ def ray_errors_explained() -> Iterator[None]:
         yield
     except RayError as error:
         raise TrainingError(
-            f"Ray failed: {_last_line(error)}\nRun the same command again to go on from the last checkpoint."
+            f"Ray failed: {_in_words(error)}\nRun the same command again to go on from the last checkpoint."
         ) from error
 
 
@@ -70,9 +71,9 @@ def _in_words(failure: BaseException) -> str:
     text = str(failure)
     if "CUDA out of memory" in text:
         return "its GPU memory, training.vram_limit_gb, did not suffice; lower training.batch_size and raise accumulation"
-    if "OutOfMemoryError" in text or "memory monitor" in text.lower() or "running low on memory" in text:
+    if any(sign in text.lower() for sign in OUT_OF_MEMORY):
         return (
-            "Ray ended it because its node ran out of memory; give it less to hold (training.batch_size, "
+            "its node ran out of memory, so Ray ended it; give it less to hold (training.batch_size, "
             "scaling.num_workers), or stop what else runs there"
         )
     if _is_consequence(failure):  # the other one's death is known to Ray only half a minute later

@@ -60,6 +60,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         _train(task, config, tokenizer, storage, host)
     except SavantError as error:
+        host.finish_saving()
         host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
         raise
 

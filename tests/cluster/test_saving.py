@@ -1,0 +1,134 @@
+"""Checkpoints beside training: what is written is what was, one at a time, and no failure is swallowed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from savant_ray.cluster import saving
+from savant_ray.cluster.disk import Disk
+from savant_ray.cluster.saving import Saver
+from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
+from savant_ray.training.checkpoint import RECORDS, read_checkpoint, write_checkpoint
+from tests.training.tiny import tiny_config, tiny_state
+
+
+class RayTrain:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.reported: list[tuple[int, Any]] = []
+
+    def report(self, metrics: dict[str, Any], checkpoint: Any, **_: Any) -> None:
+        self.reported.append((metrics["step"], checkpoint and Path(checkpoint.path).name))
+
+
+class SlowDisk:
+    """Writes when it is allowed to."""
+
+    def __init__(self) -> None:
+        self.may_write = threading.Event()
+        self.error: Exception | None = None
+
+    def write(self, *arguments: Any) -> Path:
+        assert self.may_write.wait(10)
+        if self.error is not None:
+            raise self.error
+        return write_checkpoint(*arguments)
+
+
+@pytest.fixture
+def ray_train(monkeypatch: pytest.MonkeyPatch) -> RayTrain:
+    ray_train = RayTrain()
+    monkeypatch.setattr(saving.ray.train, "report", ray_train.report)
+    return ray_train
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
+    disk = SlowDisk()
+    monkeypatch.setattr(saving, "write_checkpoint", disk.write)
+    return disk
+
+
+@pytest.fixture
+def told() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def saver(tmp_path: Path, told: list[Event]) -> Saver:
+    return Saver(Disk(tmp_path), {}, told.append)
+
+
+def content(step: int) -> dict[str, Any]:
+    return {"step": step, "savant": {"data_fingerprint": "abc"}}
+
+
+def test_what_is_written_is_the_state_at_the_save_whatever_training_does_meanwhile(
+    saver: Saver, disk: SlowDisk, ray_train: RayTrain, told: list[Event], tmp_path: Path
+) -> None:
+    state = tiny_state(tiny_config())
+    expected = state.copy_to_host()
+    saver.begin(0, "periodic", state.copy_to_host, {"train_loss": 1.0})
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.zero_()
+            state.optimizer.state[parameter]["exp_avg"].fill_(7)
+    disk.may_write.set()
+    saver.finish()
+    written = read_checkpoint(tmp_path / "step_0")
+    for name, weight in expected["model_state_dict"].items():
+        assert torch.equal(written["model_state_dict"][name], weight)
+    for index, moments in expected["optimizer_state_dict"]["state"].items():
+        assert torch.equal(written["optimizer_state_dict"]["state"][index]["exp_avg"], moments["exp_avg"])
+    assert ray_train.reported == [(0, "step_0")]
+    (saved,) = told
+    assert isinstance(saved, CheckpointSaved) and 0 <= saved.stall_seconds < saved.seconds
+
+
+def test_a_save_waits_for_the_one_before_it(saver: Saver, disk: SlowDisk, ray_train: RayTrain) -> None:
+    saver.begin(1, "periodic", lambda: content(1), {})
+    threading.Timer(0.2, disk.may_write.set).start()
+    saver.begin(2, "stop", lambda: content(2), {})
+    assert ray_train.reported == [(1, "step_1")] and saver.saved_step == 1
+    saver.finish()
+    assert ray_train.reported == [(1, "step_1"), (2, "step_2")] and saver.saved_step == 2
+
+
+def test_a_storage_that_refuses_is_told_and_the_next_checkpoint_has_the_records_of_both(
+    saver: Saver, disk: SlowDisk, ray_train: RayTrain, told: list[Event], tmp_path: Path
+) -> None:
+    disk.may_write.set()
+    disk.error = OSError("no space left")
+    saver.lines.append({"event": "step", "step": 1})
+    saver.begin(1, "periodic", lambda: content(1), {})
+    saver.finish()
+    assert ray_train.reported == [(1, None)] and saver.saved_step == 0, "the other ranks wait for a word"
+    assert isinstance(told[0], CheckpointFailed) and "no space left" in told[0].text
+    disk.error = None
+    saver.lines.append({"event": "step", "step": 2})
+    saver.begin(2, "periodic", lambda: content(2), {})
+    saver.finish()
+    records = (tmp_path / "step_2" / RECORDS).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in records] == [1, 2] and saver.lines == []
+
+
+def test_any_other_error_ends_the_run_and_lets_nobody_wait(saver: Saver, disk: SlowDisk, ray_train: RayTrain) -> None:
+    disk.may_write.set()
+    disk.error = ValueError("a mistake of ours")
+    saver.begin(1, "periodic", lambda: content(1), {})
+    with pytest.raises(ValueError, match="mistake"):
+        saver.finish()
+    assert ray_train.reported == [(1, None)]
+
+
+def test_a_rank_without_the_state_hands_over_alone(saver: Saver, ray_train: RayTrain, told: list[Event]) -> None:
+    saver.begin(1, "periodic", None, {})
+    saver.finish()
+    assert ray_train.reported == [(1, None)] and told == []
