@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from savant_ray.cluster.paths import in_ray_job, output_folder, with_absolute_paths
-from savant_ray.cluster.session import grace_seconds, prepare_environment, ray_session
+from savant_ray.cluster.session import grace_seconds, leave_at_once, prepare_environment, ray_session
 from savant_ray.cluster.signals import StopSignals
 from savant_ray.config import Config
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
@@ -78,7 +78,8 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, signals: StopSigna
             return _train(Launch(config, allow_changes, storage, report, courier, signals))
         except KeyboardInterrupt:
             report.say(f"stopped at once; the run goes on from {_newest(storage)} when it is started again")
-            return STOPPED_EARLY
+            held.close()
+            return leave_at_once(STOPPED_EARLY)
 
 
 def _train(launch: Launch) -> int:

@@ -155,7 +155,8 @@ class ObjectStorage(Disk):
         """Folders without a manifest, which an interrupted sending or deleting left."""
         begun = {path.partition("/")[0] for path in self._files() if "/" in path}
         for name in set(filter(is_step_name, begun)) - set(self.complete_steps()):
-            self.filesystem.delete_dir(f"{self.path}/{name}")
+            with suppress(FileNotFoundError):  # Ray was deleting it and is through
+                self.filesystem.delete_dir(f"{self.path}/{name}")
 
     def _files(self, path: str | None = None) -> list[str]:
         """What lies there, relative to the run (or to `path`), without hidden files."""

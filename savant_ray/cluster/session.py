@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import psutil
 
 from savant_ray.cluster.paths import in_ray_job
 from savant_ray.config import Config
@@ -51,8 +54,30 @@ def ray_session() -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
-    finally:
+    except KeyboardInterrupt:  # see leave_at_once
+        raise
+    except BaseException:
         ray.shutdown()
+        raise
+    ray.shutdown()
+
+
+def leave_at_once(code: int) -> int:
+    """Ends this process with `code` if it is connected to Ray, else returns it.
+
+    A thread may be inside `fit()`, and Ray crashes when it is shut down under it (seen: exit by SIGSEGV). A cluster ends
+    the workers of a driver that is gone; one that this process had started for itself ends with it.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        return code
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def grace_seconds(config: Config, environment: Mapping[str, str] = os.environ) -> float:
