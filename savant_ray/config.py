@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from savant_ray.errors import SettingsError
 from savant_ray.settings.complaints import explain
+from savant_ray.settings.rows import rows_of
 from savant_ray.settings.sources import Reading, Setting
 
 Count = Annotated[int, Field(ge=1)]
@@ -37,7 +38,9 @@ class RunConfig(Section):
     """Which run, and where it is kept."""
 
     name: Text = Field(default="checkpoints_savant", description="name of the run, and of its folder")
-    storage_path: Text = Field(default=".", description="where run folders lie; several nodes need one they all share, or s3://…")
+    storage_path: Text = Field(
+        default=".", description="where run folders lie; several nodes need one they all share, or s3://…"
+    )
     seed: int = Field(default=1337, ge=0, description="all randomness is a function of it")
     grace_seconds: Positive = Field(
         default=30.0, description="after a stop a step that would take longer than this is given up, seconds"
@@ -116,7 +119,10 @@ class TrainingConfig(Section):
     """How the weights are learnt."""
 
     max_steps: Count = Field(default=80_000, description="optimizer steps in all")
-    batch_size: Count = Field(default=12, description="sequences of a micro-batch: one forward and backward pass")
+    batch_size: Count = Field(
+        default=12,
+        description="sequences of a micro-batch: one forward and backward pass; a CPU may take fewer at once",
+    )
     accumulation: Count = Field(
         default=16, description="micro-batches of a step; batch_size × accumulation = effective batch"
     )
@@ -129,10 +135,11 @@ class TrainingConfig(Section):
     )
     optimizer: Literal["adamw"] = Field(default="adamw", description="the update rule")
     vram_limit_gb: Positive = Field(default=10.0, description="hard limit of GPU memory per worker, GiB")
-    compile: bool | Auto = Field(default="auto", description="compile the model; auto: where a compiler is there")
+    compile: bool | Auto = Field(default="auto", description="compile the model; auto: where it pays and a compiler is there")
     recompute_loops: bool | Auto = Field(
         default="auto",
-        description="recompute each loop in the backward pass instead of keeping it: slower, far less memory",
+        description="recompute each loop in the backward pass instead of keeping it: slower, far less memory; "
+        "auto: once a micro-batch has not fitted under vram_limit_gb",
     )
     max_skipped_steps: Count = Field(default=10, description="so many skipped steps in a row end the run with an error")
 
@@ -186,6 +193,15 @@ class ScalingConfig(Section):
         return fewest, most
 
 
+class ReportingConfig(Section):
+    """Who else is told; the record in the run folder has it all."""
+
+    mlflow: Text | None = Field(
+        default=None, description="MLflow's tracking address, such as http://host:5000 or sqlite:////data/mlflow.db"
+    )
+    wandb: Text | None = Field(default=None, description="the project's name at Weights & Biases")
+
+
 class Config(Section):
     """Everything a run is told; travels to workers as a plain dict."""
 
@@ -196,6 +212,7 @@ class Config(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     scaling: ScalingConfig = ScalingConfig()
+    reporting: ReportingConfig = ReportingConfig()
 
     @model_validator(mode="after")
     def _every_worker_has_work(self) -> Self:
@@ -259,12 +276,7 @@ def dump_yaml(config: Config) -> str:
 
 def setting_rows() -> list[Setting]:
     """Every setting with its name, default and meaning, in the order of the sections."""
-    rows: list[Setting] = []
-    for section, defaults in Config():
-        for name, field in type(defaults).model_fields.items():
-            default = defaults.model_dump()[name]
-            rows.append(Setting(f"{section}.{name}", default, field.description or "", _types(field.annotation)))
-    return rows
+    return rows_of(Config())
 
 
 def section_meanings() -> dict[str, str]:
@@ -275,14 +287,3 @@ def section_meanings() -> dict[str, str]:
 def known_names() -> list[str]:
     """Whatever can be misspelt: sections, settings and the parts of a source."""
     return [*Config.model_fields, *(row.name for row in setting_rows()), *SourceConfig.model_fields]
-
-
-def _types(annotation: Any) -> tuple[type, ...]:
-    """The plain types a value may have, through unions and `Annotated`."""
-    origin = get_origin(annotation)
-    if isinstance(annotation, type) and origin is None:
-        return (annotation,)
-    if origin in (list, dict):
-        return (origin,)
-    members = get_args(annotation)[:1] if origin is Annotated else get_args(annotation)
-    return tuple(t for member in members for t in (_types(member) if not isinstance(member, str) else (str,)))

@@ -7,7 +7,7 @@ Fields are plain numbers, strings, tuples and dicts of them, so that an event su
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
@@ -20,6 +20,27 @@ class Event:
     def to_record(self) -> dict[str, Any]:
         """The event as one JSON object, `"event"` first."""
         return {"event": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class TextCounts:
+    """What a text came to."""
+
+    path: str
+    documents: int
+    tokens: int
+    sequences: int
+    padding: int  # tokens
+    bad_lines: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPrepared(Event):
+    """Training and validation text are tokenised and packed."""
+
+    kind = "data"
+    sources: tuple[TextCounts, ...]
+    validation: TextCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +71,11 @@ class AttemptStarted(Event):
     effective_batch: int  # sequences per step
     validates_first: bool  # at `step`, which was done before but may have been cut short
     notes: tuple[str, ...] = ()  # what the user should know: no compiler, smaller card than the cap, …
+    precision: str = ""  # that is computed in
+    threads: int = 0  # of a worker
+    vram_limit_gb: float | None = None  # GiB; None = nothing is capped
+    versions: dict[str, str] = field(default_factory=dict)  # of python, torch and ray
+    settings: dict[str, Any] = field(default_factory=dict)  # section -> setting -> value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +120,11 @@ class StepDone(Event):
     micro_batch_size: int
     memory_gb: float  # peak since the last step on rank 0, GiB; on the CPU the resident size
     data_wait_seconds: float
-    step_seconds: float
+    compute_seconds: float  # forward and backward passes of rank 0
+    reduce_seconds: float  # adding up gradients, and waiting for the slowest rank
+    update_seconds: float
+    step_seconds: float  # all of it; what a checkpoint stalls is told with the checkpoint
+    share_of_peak: float | None = None  # useful FLOPs of rank 0 / (seconds * its matmul peak); None = unknown
     update_skipped: bool = False  # the gradient norm was not finite
 
 

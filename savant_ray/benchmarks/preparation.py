@@ -22,18 +22,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 import psutil
 import ray
 
+from savant_ray.benchmarks.rounds import Figures, figure
 from savant_ray.data.preparation import learn_tokenizer, prepare
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import Manifest
 from savant_ray.data.tokenizer import Tokenizer
-
-Figures = dict[str, dict[str, Any]]
 
 GB, MIB = 10**9, 1 << 20
 CORES = os.cpu_count() or 1
@@ -64,7 +62,7 @@ def run(sizes_gb: Sequence[float] = (0.1, 1, 3), folder: str | None = None) -> F
             with tempfile.TemporaryDirectory(dir=folder) as here:
                 rates, peak = measure(Path(here), int(size * GB), 1 if figures else TURNS_OF_SMALLEST)
             smallest_peak = smallest_peak or peak
-            memory = _figure([peak / smallest_peak], f"largest process {peak:.0f} MiB")
+            memory = figure([peak / smallest_peak], f"largest process {peak:.0f} MiB")
             of_size = {f"preparation_{name}_{size:g}_gb": each for name, each in (rates | {"memory": memory}).items()}
             _tell(of_size)
             figures |= of_size
@@ -93,7 +91,7 @@ def measure(folder: Path, size: int, turns: int) -> tuple[Figures, float]:
     figures = {}
     for key in ("clock", "core"):
         words = _in_words(prepared, bare, key, size / manifest.tokens)
-        figures[key] = _figure(_ratios(prepared, bare, key), f"{words}; {padding}")
+        figures[key] = figure(_ratios(prepared, bare, key), f"{words}; {padding}")
     return figures, peak[0]
 
 
@@ -203,12 +201,3 @@ def _ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _figure(ratios: Sequence[float], detail: str) -> dict[str, Any]:
-    return {
-        "ratio": round(statistics.median(ratios), 3),
-        "rounds": len(ratios),
-        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-        "detail": detail,
-    }

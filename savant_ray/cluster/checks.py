@@ -5,13 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.storage import on_this_machine
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
-from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import has_sample
 from savant_ray.training.checkpoint import find_checkpoint, step_of
 from savant_ray.training.original import original_step
@@ -46,9 +44,7 @@ def check_before_start(config: Config, storage: Disk) -> None:
 
 def checkpoint_bytes(config: Config) -> int:
     """How large one checkpoint will be."""
-    with torch.device("meta"):
-        model = UniversalTransformer(config.model)
-    return BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
+    return BYTES_PER_PARAMETER * n_parameters(config.model)
 
 
 def check_disk(folder: Path, one_checkpoint: int, keep: int) -> None:

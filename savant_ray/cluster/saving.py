@@ -17,6 +17,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from savant_ray.cluster.disk import Disk
+from savant_ray.cluster.forgiving import forgiving
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
 from savant_ray.training.checkpoint import RECORDS, write_checkpoint
 
@@ -95,7 +96,7 @@ class Saver:
         name = f"step_{save.step}"
         ray.train.report(
             {**save.figures, "step": save.step},
-            checkpoint=None if path is None else Checkpoint(path, self._storage.filesystem),
+            checkpoint=None if path is None else Checkpoint(path, forgiving(self._storage.filesystem)),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.training.compilation import compile_block
+from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.loop import train, validation_is_due
-from savant_ray.training.memory import cap_memory
+from savant_ray.training.memory import cap_memory, memory_used_gb
 from savant_ray.training.original import NOTE
 from savant_ray.training.precision import usable_precision
 from savant_ray.training.state import TrainingState, new_state
@@ -74,8 +76,7 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     notes = [cap_memory(device, config.training.vram_limit_gb), note]
     state = new_state(config, device, precision)
     state.data_fingerprint = task.data_fingerprint
-    state.model.recompute_loops = recomputes_loops(config.training.recompute_loops, device)
-    notes.append(compile_block(state.model, config.training.compile, device))
+    notes.append(compile_block(state.model, config.training.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
     host.saver.saved_step = state.step
     _announce(host, state, config, [note for note in notes if note], resumed)
@@ -86,15 +87,10 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     stream: StepStream = ray.train.get_dataset_shard("train")
     host.plan = stream.plan
     steps = stream.steps(state.position, config.training.max_steps - state.step)
-    shares = (split(step.sequences, step.positions, config.training.batch_size, device) for step in steps)
-    finished = train(state, config, shares, host)
+    shares = (split(step.sequences, step.positions, config, device) for step in steps)
+    finished = train(state, config, host.metrics.watched(shares, lambda: memory_used_gb(device)), host)
     if host.rank == 0:
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saver.saved_step), wait=True)
-
-
-def recomputes_loops(setting: bool | str, device: torch.device) -> bool:
-    """`training.recompute_loops`; "auto" = on a GPU, where T x T scores of all loops would not fit under 10 GiB."""
-    return device.type == "cuda" if setting == "auto" else bool(setting)
 
 
 def make_validator(
@@ -105,14 +101,13 @@ def make_validator(
     Drawn from the whole text: packing puts the longest documents first.
     """
     cache = TokenCache.open(task.validation)
-    batch_size = config.training.batch_size
-    wanted = min(config.validation.batches * batch_size, cache.n_sequences)
+    wanted = min(config.validation.batches * config.training.batch_size, cache.n_sequences)
     _, rows = GlobalOrder([cache.n_sequences], [1.0], VALIDATION_SEED).locate(np.arange(wanted))
     rows = rows[np.asarray(share(wanted, host.rank, host.world_size), dtype=np.int64)]
     return Validator(
         config=config,
         tokenizer=tokenizer,
-        micro_batches=split(cache.take(rows), rows, batch_size, device),
+        micro_batches=split(cache.take(rows), rows, config, device),
         target_tokens=cache.manifest.target_tokens,
         text_bytes=cache.manifest.text_bytes,
         rank=host.rank,
@@ -121,20 +116,25 @@ def make_validator(
     )
 
 
-def split(
-    sequences: Sequences, positions: np.ndarray, batch_size: int, device: torch.device
-) -> list[MicroBatch]:
-    """Sequences `[N, T]` as micro-batches of at most `batch_size` on the device."""
-    starts = range(0, len(positions), batch_size)
-    return [_micro_batch(sequences, positions, slice(s, s + batch_size), device) for s in starts]
+def split(sequences: Sequences, positions: np.ndarray, config: Config, device: torch.device) -> list[MicroBatch]:
+    """Sequences `[N, T]` as micro-batches of at most `training.batch_size` on the device."""
+    size = config.training.batch_size
+    parts = [slice(start, start + size) for start in range(0, len(positions), size)]
+    return [
+        MicroBatch(
+            tokens_BT=_on(device, sequences.tokens[part]),
+            document_ids_BT=_on(device, sequences.document_ids[part]),
+            positions=tuple(int(p) for p in positions[part]),
+            useful_flops=useful_flops(config.model, document_lengths(sequences.document_ids[part])),
+        )
+        for part in parts
+    ]
 
 
-def _micro_batch(sequences: Sequences, positions: np.ndarray, part: slice, device: torch.device) -> MicroBatch:
-    return MicroBatch(
-        tokens_BT=torch.from_numpy(sequences.tokens[part].copy()).to(device),
-        document_ids_BT=torch.from_numpy(sequences.document_ids[part].copy()).to(device),
-        positions=tuple(int(p) for p in positions[part]),
-    )
+def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
+    """A copy there; a GPU fetches it by itself from pinned memory."""
+    tensor = torch.from_numpy(array.copy())
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _announce(
@@ -152,6 +152,11 @@ def _announce(
             effective_batch=config.training.effective_batch,
             validates_first=validation_is_due(state.step, config),
             notes=tuple(notes),
+            precision=state.precision,
+            threads=torch.get_num_threads(),
+            vram_limit_gb=config.training.vram_limit_gb if state.device.type == "cuda" else None,
+            versions={"python": platform.python_version(), "torch": str(torch.__version__), "ray": ray.__version__},
+            settings=config.to_dict(),
         )
     )
     if resumed is not None:

@@ -1,4 +1,4 @@
-"""Goes on with a prompt, token by token, over a key-value cache."""
+"""Goes on with prompts, token by token, over a key-value cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class Sampling:
     seed: int = 0
 
 
-@torch.no_grad()
 def generate(
     model: UniversalTransformer, prompt: Sequence[int], sampling: Sampling, n_loops: int | None = None
 ) -> Iterator[int]:
@@ -36,30 +35,68 @@ def generate(
     Raises:
         ValueError: the prompt has no tokens.
     """
-    if not prompt:
+    for tokens in _rounds(model, [prompt], sampling, n_loops):
+        yield from (token for token in tokens if token is not None)
+
+
+def generate_many(
+    model: UniversalTransformer, prompts: Sequence[Sequence[int]], sampling: Sampling, n_loops: int | None = None
+) -> list[list[int]]:
+    """What `generate` yields for each prompt, all of them at once: equal but for the rounding of larger products.
+
+    Raises:
+        ValueError: a prompt has no tokens.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    for tokens in _rounds(model, prompts, sampling, n_loops):
+        for answer, token in zip(answers, tokens, strict=True):
+            answer.extend([] if token is None else [token])
+    return answers
+
+
+@torch.no_grad()
+def _rounds(
+    model: UniversalTransformer, prompts: Sequence[Sequence[int]], sampling: Sampling, n_loops: int | None
+) -> Iterator[list[int | None]]:
+    """Yields the next token of each row, None for rows that have ended, until all have."""
+    if not all(prompts):
         raise ValueError("the prompt has no tokens")
     device = model.head.weight.device
     forbidden_V = _forbidden(sampling, model.config.vocab_size).to(device)
-    generator = torch.Generator().manual_seed(sampling.seed)
-    cache = model.new_cache(n_loops)
-    new_tokens = list(prompt)
+    generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
+    tokens_BT, padding_B = _left_padded(prompts)
+    cache = model.new_cache(n_loops, padding_B.to(device) if padding_B.any() else None)
+    ended = [False] * len(prompts)
     for _ in range(sampling.max_new_tokens):
-        logits_V = model.decode(torch.tensor([new_tokens], device=device), cache, n_loops)[0].float()
-        if not logits_V.isfinite().all():  # the model has diverged and has nothing to say
+        logits_BV = model.decode(tokens_BT.to(device), cache, n_loops).float()
+        is_sane = logits_BV.isfinite().all(dim=-1).tolist()  # else the model has diverged and has nothing to say
+        logits_BV = logits_BV.masked_fill(forbidden_V, float("-inf"))
+        chosen = choose(logits_BV, sampling.temperature, generators, is_sane)
+        ended = [was or token in (None, sampling.end_of_document) for was, token in zip(ended, chosen, strict=True)]
+        if all(ended):
             return
-        token = choose(logits_V.masked_fill(forbidden_V, float("-inf")), sampling.temperature, generator)
-        if token == sampling.end_of_document:
-            return
-        yield token
-        new_tokens = [token]
+        yield [None if done else token for done, token in zip(ended, chosen, strict=True)]
+        tokens_BT = torch.tensor([[token or 0] for token in chosen])
 
 
-def choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """One token id from the logits; drawn on the CPU, so that every device draws alike."""
+def choose(
+    logits_BV: Tensor, temperature: float, generators: Sequence[torch.Generator], is_sane: Sequence[bool]
+) -> list[int | None]:
+    """A token id for each sane row; drawn on the CPU, so that every device draws alike."""
     if temperature == 0:
-        return int(logits_V.argmax())
-    probabilities = torch.softmax(logits_V.cpu() / temperature, dim=-1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+        return [token if sane else None for token, sane in zip(logits_BV.argmax(dim=-1).tolist(), is_sane, strict=True)]
+    scaled_BV = logits_BV.cpu() / temperature
+    return [
+        int(torch.multinomial(torch.softmax(row_V, dim=-1), 1, generator=generator)) if sane else None
+        for row_V, generator, sane in zip(scaled_BV, generators, is_sane, strict=True)
+    ]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """[B, T] tokens that end together, and [B] how many of padding each row begins with."""
+    longest = max(map(len, prompts))
+    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(rows), torch.tensor([longest - len(prompt) for prompt in prompts])
 
 
 def _forbidden(sampling: Sampling, vocab_size: int) -> Tensor:

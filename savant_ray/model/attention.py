@@ -1,36 +1,43 @@
-"""Soft-capped causal attention, global and windowed, document-aware.
+"""Soft-capped causal attention, global and windowed, document-aware: one interface, three exact ways.
 
-Two exact ways to the same numbers. Dense: all T x S scores under a mask; it serves global loops and cached decoding.
-Banded: the sequence is cut into chunks of `window_size`, and a chunk of queries meets its own and the previous chunk
-of keys, which is all that a window can reach; so the work grows with T x window_size instead of T x T.
+Whole sequences: `flex.py` on a GPU that has it, `cpu_attention.py` on a CPU; the mask, built once per micro-batch for all
+loops, carries the choice. Cached decoding, and other devices: all T x S scores under a dense mask.
 
-`torch.nn.functional.scaled_dot_product_attention` has no soft cap (Gemma 2, arXiv 2408.00118), so neither uses it.
+`torch.nn.functional.scaled_dot_product_attention` has no soft cap (Gemma 2, arXiv 2408.00118), so none uses it.
 
-Shapes: B batch, H heads, T queries, S keys, D head_dim, N chunks, C chunk length = window_size, K = 2 C.
+Shapes: B batch, H heads, T queries, S keys, D head_dim, N chunks of queries.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-NO_DOCUMENT = -2  # differs from every document id and from padding (-1)
+from savant_ray.model.cpu_attention import cpu_attention, first_keys
+from savant_ray.model.flex import block_mask, flex, has_flex
 
 
-@dataclass(frozen=True)
-class Masks:
-    """What may see what (True = visible), built once per forward pass and shared by all loops."""
+class Mask(NamedTuple):
+    """What may not be seen, and how it is best computed."""
 
-    global_B1TS: Tensor
-    windowed: Tensor  # [B, 1, T, S] dense, or [B, 1, N, C, K] banded
+    hidden: Tensor | None  # [B, 1, T, S] or [T, S]; True = not seen; None = all is seen
+    first_key_N: Tensor | None = None  # of each chunk, for `cpu_attention`
+    blocks: BlockMask | None = None  # for `flex`
 
-    def for_loop(self, is_global: bool) -> Tensor:
+
+class Masks(NamedTuple):
+    """Built once per forward pass and shared by all loops."""
+
+    of_global: Mask
+    of_windowed: Mask
+
+    def for_loop(self, is_global: bool) -> Mask:
         """The mask of a global or of a windowed loop."""
-        return self.global_B1TS if is_global else self.windowed
+        return self.of_global if is_global else self.of_windowed
 
 
 def build_masks(document_ids_BT: Tensor, window_size: int) -> Masks:
@@ -38,12 +45,38 @@ def build_masks(document_ids_BT: Tensor, window_size: int) -> Masks:
 
     Padding (-1) counts as a document of its own, so that no row of scores is empty and no output is NaN.
     """
-    sequence_length = document_ids_BT.shape[1]
+    length, device = document_ids_BT.shape[1], document_ids_BT.device
+    if has_flex(device):
+        return Masks(*(Mask(None, blocks=block_mask(document_ids_BT, window)) for window in (None, window_size)))
     same_document = document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :]
-    visible = same_document & causal_mask(sequence_length, sequence_length, None, document_ids_BT.device)
-    if window_size >= sequence_length:
-        return Masks(visible, visible)
-    return Masks(visible, _banded_mask(document_ids_BT, window_size))
+    visible = same_document & causal_mask(length, length, None, device)
+    in_window = visible & causal_mask(length, length, window_size, device)
+    if device.type == "cpu":
+        return Masks(*(Mask(~each, first_keys(each)) for each in (visible, in_window)))
+    return Masks(Mask(~visible), Mask(~in_window))
+
+
+def cached_masks(
+    n_new: int, n_before: int, window_size: int, padding_B: Tensor | None, device: torch.device
+) -> Masks:
+    """Masks of `n_new` tokens behind `n_before` in a cache that returns what they can reach.
+
+    The first `padding_B` of all tokens of a row are padding, which sees and is seen by padding only.
+    """
+    return Masks(*(_cached_mask(n_new, n_before, window, padding_B, device) for window in (None, window_size)))
+
+
+def _cached_mask(
+    n_new: int, n_before: int, window_size: int | None, padding_B: Tensor | None, device: torch.device
+) -> Mask:
+    if n_new == 1 and padding_B is None:
+        return Mask(None)
+    reach = n_before if window_size is None else min(n_before, window_size)
+    visible = causal_mask(n_new, reach + n_new, window_size, device)
+    if padding_B is not None:
+        is_padding_BS = torch.arange(n_before - reach, n_before + n_new, device=device) < padding_B[:, None]
+        visible = visible & (is_padding_BS[:, None, -n_new:, None] == is_padding_BS[:, None, None, :])
+    return Mask(~visible)
 
 
 def causal_mask(n_queries: int, n_keys: int, window_size: int | None, device: torch.device) -> Tensor:
@@ -54,48 +87,19 @@ def causal_mask(n_queries: int, n_keys: int, window_size: int | None, device: to
     return visible if window_size is None else visible & (key >= query - window_size)
 
 
-def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor, soft_cap: float) -> Tensor:
-    """Attention output [B, H, T, D]; a five-dimensional mask asks for the banded way."""
-    if mask.dim() == 5:
-        return _banded(q_BHTD, k_BHSD, v_BHSD, mask, soft_cap)
-    return _soft_capped(q_BHTD, k_BHSD, v_BHSD, mask, soft_cap)
+def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Mask, soft_cap: float) -> Tensor:
+    """Attention output [B, H, T, D]."""
+    if mask.blocks is not None:
+        return flex(q_BHTD, k_BHSD, v_BHSD, mask.blocks, soft_cap)
+    if mask.first_key_N is not None:
+        return cpu_attention(q_BHTD, k_BHSD, v_BHSD, mask.hidden, mask.first_key_N, soft_cap)
+    return _soft_capped(q_BHTD, k_BHSD, v_BHSD, mask.hidden, soft_cap)
 
 
-def _soft_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, soft_cap: float) -> Tensor:
+def _soft_capped(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, soft_cap: float) -> Tensor:
     """softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v over the last two dimensions; the cap works in fp32."""
     scores = (q @ k.mT).float() * (1.0 / (math.sqrt(q.shape[-1]) * soft_cap))
-    capped = (soft_cap * torch.tanh(scores)).masked_fill(~mask, float("-inf"))
+    capped = soft_cap * torch.tanh(scores)
+    if hidden is not None:
+        capped = capped.masked_fill(hidden, float("-inf"))
     return torch.softmax(capped, dim=-1).to(v.dtype) @ v
-
-
-def _banded(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask_B1NCK: Tensor, soft_cap: float) -> Tensor:
-    n_chunks, chunk = mask_B1NCK.shape[2:4]
-    sequence_length = q_BHTD.shape[2]
-    q, k, v = (_chunks(x, n_chunks, chunk) for x in (q_BHTD, k_BHTD, v_BHTD))
-    out = _soft_capped(q, _with_previous(k), _with_previous(v), mask_B1NCK, soft_cap)
-    return out.flatten(2, 3)[:, :, :sequence_length]
-
-
-def _chunks(x_BHTD: Tensor, n_chunks: int, chunk: int) -> Tensor:
-    """[B, H, N, C, D], padded with zeros at the end."""
-    padding = n_chunks * chunk - x_BHTD.shape[2]
-    return F.pad(x_BHTD, (0, 0, 0, padding)).unflatten(2, (n_chunks, chunk))
-
-
-def _with_previous(x_BHNCD: Tensor) -> Tensor:
-    """[B, H, N, K, D]: each chunk behind the chunk before it (zeros before the first)."""
-    previous = F.pad(x_BHNCD, (0, 0, 0, 0, 1, 0))[:, :, :-1]
-    return torch.cat((previous, x_BHNCD), dim=3)
-
-
-def _banded_mask(document_ids_BT: Tensor, chunk: int) -> Tensor:
-    """[B, 1, N, C, K]: key j of a double chunk is within reach of query i when i <= j <= i + C."""
-    n_chunks = -(-document_ids_BT.shape[1] // chunk)
-    padding = n_chunks * chunk - document_ids_BT.shape[1]
-    query_BNC = F.pad(document_ids_BT, (0, padding), value=-1).unflatten(1, (n_chunks, chunk))
-    previous_BNC = F.pad(query_BNC, (0, 0, 1, 0), value=NO_DOCUMENT)[:, :-1]
-    key_BNK = torch.cat((previous_BNC, query_BNC), dim=2)
-    query = torch.arange(chunk, device=document_ids_BT.device)[:, None]
-    key = torch.arange(2 * chunk, device=document_ids_BT.device)[None, :]
-    within_reach = (key >= query) & (key <= query + chunk)
-    return (within_reach & (query_BNC[..., None] == key_BNK[:, :, None, :]))[:, None]

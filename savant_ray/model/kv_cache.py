@@ -14,13 +14,20 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Grows with the tokens it is given; `windows[i]` is how far loop i looks back, None = to the beginning."""
+    """Grows with the tokens it is given; `windows[i]` is how far loop i looks back, None = to the beginning.
 
-    def __init__(self, windows: list[int | None]) -> None:
+    `padding_B`: the first so many tokens of each row are padding. `length` counts what all loops have been given.
+    """
+
+    def __init__(self, windows: list[int | None], padding_B: Tensor | None = None) -> None:
+        self.length, self.padding_B = 0, padding_B
         self._loops = [_LoopCache(window) for window in windows]
 
     def append(self, loop: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """The loop's keys and values `[B, H, S, D]` that the new tokens can reach, the new ones at the end."""
+        """The loop's keys and values `[B, H, S, D]` that the new tokens can reach, the new ones at the end.
+
+        S = T + what was there before, but at most the loop's window of it.
+        """
         return self._loops[loop].append(k_BHTD, v_BHTD)
 
 
@@ -37,8 +44,9 @@ class _LoopCache:
         buffers = self._with_room(end, k_BHTD, v_BHTD)
         for buffer, new in zip(buffers, (k_BHTD, v_BHTD), strict=True):
             buffer[:, :, self._length : end] = new
+        first = 0 if self._window is None else max(0, self._length - self._window)
         self._length = end
-        return buffers[0][:, :, :end], buffers[1][:, :, :end]
+        return buffers[0][:, :, first:end], buffers[1][:, :, first:end]
 
     def _forget(self, window: int) -> None:
         """Moves the last `window` entries to the front, once the buffer holds as many dead ones (amortised O(1))."""

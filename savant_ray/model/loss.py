@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # no target here, as in torch.nn.functional.cross_entropy
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 512
 
 
 def next_token_targets(tokens_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
@@ -55,13 +55,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _chunk(x_CD: Tensor, head_VD: Tensor, targets_C: Tensor, grad_x: Tensor | None, grad_head: Tensor | None) -> Tensor:
     """The chunk's loss sum; writes its gradients into `grad_x` and onto `grad_head`."""
     logits_CV = (x_CD @ head_VD.mT).float()
-    normaliser_C = torch.logsumexp(logits_CV, dim=-1)
-    loss = (normaliser_C - logits_CV.gather(1, targets_C[:, None])[:, 0]).sum()
+    of_target_C = logits_CV.gather(1, targets_C[:, None])
+    largest_C = logits_CV.amax(dim=1, keepdim=True)
+    weights_CV = logits_CV.sub_(largest_C).exp_()  # one pass of exp for the loss and its gradient
+    total_C = weights_CV.sum(dim=1, keepdim=True)
+    loss = (total_C.log() + largest_C - of_target_C).sum()
     if grad_x is None or grad_head is None:
         return loss
-    grad_logits = logits_CV.sub_(normaliser_C[:, None]).exp_()
+    grad_logits = weights_CV.div_(total_C)
     grad_logits.scatter_add_(1, targets_C[:, None], grad_logits.new_full((len(targets_C), 1), -1.0))
     grad_logits = grad_logits.to(x_CD.dtype)
     grad_x.copy_(grad_logits @ head_VD)
-    grad_head.add_(grad_logits.mT @ x_CD)
+    if grad_logits.dtype == grad_head.dtype:
+        grad_head.addmm_(grad_logits.mT, x_CD)
+    else:
+        grad_head.add_(grad_logits.mT @ x_CD)
     return loss

@@ -9,17 +9,33 @@ Shapes: B batch, T time, S keys in reach, D dim, H heads, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from savant_ray.config import ModelConfig
-from savant_ray.model.attention import attend, build_masks, causal_mask
+from savant_ray.model.attention import Mask, attend, build_masks, cached_masks
 from savant_ray.model.kv_cache import KeyValueCache
 
 NORM_EPS = 1e-6
+CacheReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # takes new keys and values, returns all in reach
 MASK_BUFFERS = frozenset({"global_mask", "local_mask", "recurrent_block.attn.mask"})  # of the original program
+
+
+def n_parameters(config: ModelConfig) -> int:
+    """Of the model that is not built yet."""
+    dim, hidden = config.dim, ffn_width(config)
+    gates, norms = 2 * (dim**2 + dim), 3 * dim
+    return 2 * config.vocab_size * dim + 4 * dim**2 + 3 * dim * hidden + gates + norms
+
+
+def ffn_width(config: ModelConfig) -> int:
+    """Hidden features of the feed-forward half."""
+    return int(2 * 4 * config.dim / 3)
 
 
 class UniversalTransformer(nn.Module):
@@ -55,15 +71,19 @@ class UniversalTransformer(nn.Module):
 
     def decode(self, tokens_BT: Tensor, cache: KeyValueCache, n_loops: int | None = None) -> Tensor:
         """Logits `[B, V]` after the last of the new tokens, which follow those already in the cache."""
+        n_new = tokens_BT.shape[1]
+        masks = cached_masks(n_new, cache.length, self.config.window_size, cache.padding_B, tokens_BT.device)
         x_BTD = self.embed(tokens_BT)
         for loop in range(n_loops or self.config.n_loops):
             # .forward: a compiled block would compile anew for each length of the cache
-            x_BTD = self.recurrent_block.forward(x_BTD, None, _LoopReader(cache, loop, self.window(loop)))
+            reader = functools.partial(cache.append, loop)
+            x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), reader)
+        cache.length += n_new
         return self.head(self.ln_f(x_BTD[:, -1]))
 
-    def new_cache(self, n_loops: int | None = None) -> KeyValueCache:
-        """An empty cache for `decode`."""
-        return KeyValueCache([self.window(loop) for loop in range(n_loops or self.config.n_loops)])
+    def new_cache(self, n_loops: int | None = None, padding_B: Tensor | None = None) -> KeyValueCache:
+        """An empty cache for `decode`, of rows that begin with so many tokens of padding."""
+        return KeyValueCache([self.window(loop) for loop in range(n_loops or self.config.n_loops)], padding_B)
 
     def is_global(self, loop: int) -> bool:
         """Every `global_every`-th loop sees the whole document, the others `window_size` tokens back."""
@@ -79,7 +99,7 @@ class RecurrentBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden = int(2 * 4 * config.dim / 3)
+        hidden = ffn_width(config)
         self.attn = LiquidAttention(config)
         self.ln_ffn = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.ffn = nn.Sequential(
@@ -87,8 +107,8 @@ class RecurrentBlock(nn.Module):
         )
         self.liquid_gate_ffn = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None, reader: _LoopReader | None = None) -> Tensor:
-        """One loop, over whole sequences (`mask`) or over new tokens of a cache (`reader`)."""
+    def forward(self, x_BTD: Tensor, mask: Mask, reader: CacheReader | None = None) -> Tensor:
+        """One loop, over whole sequences, or over new tokens whose keys and values a `reader` adds to a cache."""
         x_BTD = self.attn(x_BTD, mask, reader)
         return liquid_update(x_BTD, self.ffn(self.ln_ffn(x_BTD)), self.liquid_gate_ffn)
 
@@ -107,12 +127,12 @@ class LiquidAttention(nn.Module):
         self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.liquid_gate = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None, reader: _LoopReader | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask: Mask, reader: CacheReader | None) -> Tensor:
         """The stream after the attention half."""
         normed = self.ln(x_BTD)
         q, k, v = (self._heads(projection(normed)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if reader is not None:
-            k, v, mask = reader.append(k, v)
+            k, v = reader(k, v)
         out_BHTD = attend(q, k, v, mask, self.soft_cap)
         return liquid_update(x_BTD, self.o_proj(out_BHTD.transpose(1, 2).flatten(2)), self.liquid_gate)
 
@@ -127,18 +147,6 @@ class SwiGLU(nn.Module):
         """`[..., 2 h]` -> `[..., h]`."""
         value, gate = x.chunk(2, dim=-1)
         return F.silu(gate) * value
-
-
-class _LoopReader:
-    """One loop's view of the cache during `decode`."""
-
-    def __init__(self, cache: KeyValueCache, loop: int, window: int | None) -> None:
-        self._cache, self._loop, self._window = cache, loop, window
-
-    def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n_new = k_BHTD.shape[2]
-        k_BHSD, v_BHSD = self._cache.append(self._loop, k_BHTD, v_BHTD)
-        return k_BHSD, v_BHSD, causal_mask(n_new, k_BHSD.shape[2], self._window, k_BHTD.device)
 
 
 def liquid_update(r_BTD: Tensor, out_BTD: Tensor, gate: nn.Linear) -> Tensor:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import shutil
 import sysconfig
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
 from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.training.precision import Precision
 
 SHAPES = 64  # micro-batch sizes that may be compiled before PyTorch falls back to eager
 
 
-def compile_block(model: UniversalTransformer, setting: bool | str, device: torch.device) -> str | None:
-    """Applies `training.compile` ("auto" = where a compiler is found); returns what the user should know.
+def compile_block(
+    model: UniversalTransformer, setting: bool | str, device: torch.device, precision: Precision
+) -> str | None:
+    """Applies `training.compile`; returns what the user should know.
+
+    "auto": where a compiler is found and it pays, which in fp32 on a CPU it does not (measured, docs/LOG.md: 0 to 4 %
+    faster after half a minute of compiling).
 
     Each shape gets a graph of its own (`dynamic=False`), so that a run and its resumption run the same kernels.
     """
-    if setting is False:
+    if setting is False or (setting == "auto" and device.type == "cpu" and precision == "fp32"):
         return None
     missing = _missing_tools(device)
     if missing and setting == "auto":
@@ -26,6 +33,13 @@ def compile_block(model: UniversalTransformer, setting: bool | str, device: torc
     torch._dynamo.config.recompile_limit = SHAPES
     model.recurrent_block.compile(dynamic=False)
     return "compiling the model: the first step takes up to a minute longer"
+
+
+def uncompiled(model: UniversalTransformer) -> AbstractContextManager[None]:
+    """Runs the block as it is written, compiled or not; the stance of a model that is not would import the compiler."""
+    if model.recurrent_block._compiled_call_impl is None:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _missing_tools(device: torch.device) -> str | None:

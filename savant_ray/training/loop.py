@@ -14,7 +14,8 @@ from savant_ray.config import Config
 from savant_ray.errors import TrainingError
 from savant_ray.events import Event, MicroBatchSkipped, Notice, StepDone
 from savant_ray.optim.schedule import learning_rate
-from savant_ray.training.memory import memory_used_gb
+from savant_ray.training.efficiency import Peak
+from savant_ray.training.memory import cap_memory, memory_used_gb
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch, StepResult, take_step
 
@@ -52,20 +53,22 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
         TrainingError: `training.max_skipped_steps` steps in a row could not update the weights.
     """
     settings = config.training
-    saved = state.step
+    begun = saved = state.step
     if validation_is_due(state.step, config) and host.validate(state):
         return False
-    stop = False
+    stop, peak = False, Peak(state.precision, state.device)
     for share, data_wait in timed(shares):
         rate = learning_rate(state.step + 1, settings.learning_rate, settings.warmup_steps, settings.max_steps)
         started = time.perf_counter()
-        result = take_step(state, share, rate, settings.gradient_clip, host.grace_left)
+        result = take_step_that_fits(state, share, rate, settings.gradient_clip, host)
         seconds = data_wait + time.perf_counter() - started
         if result.abandoned:
             host.emit(Notice(text=f"step {state.step + 1:,} would outlast the grace period: given up, nothing is lost"))
         else:
             advance(state, result, settings.effective_batch)
-            tell(host, state, result, rate, seconds, data_wait, settings.batch_size)
+            if state.step == begun + 1:  # libraries have taken their memory by now, and it counts
+                cap_memory(state.device, settings.vram_limit_gb)
+            tell(host, state, result, rate, seconds, data_wait, peak.share(useful(share), seconds))
             refuse_endless_skips(state, settings.max_skipped_steps)
 
         stop = result.stop
@@ -74,12 +77,28 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
             saved = state.step
         if not stop and validation_is_due(state.step, config):
             stop = host.validate(state)
+            peak.measure()
         if stop:
             if state.step > saved:  # Ray Train loses checkpoints that are reported twice
                 host.save(state, "stop")
             break
     host.finish_saving()
     return not stop
+
+
+def take_step_that_fits(
+    state: TrainingState, share: Sequence[MicroBatch], rate: float, gradient_clip: float, host: Host
+) -> StepResult:
+    """Takes a step, with less at once when there was no room for it; all ranks together.
+
+    Raises:
+        MemoryCapError: one sequence does not fit.
+    """
+    while (result := take_step(state, share, rate, gradient_clip, host.grace_left)).no_room and not result.abandoned:
+        state.use(state.fit.smaller())
+        if host.rank == 0:
+            host.emit(Notice(text=f"step {state.step + 1:,} did not fit into memory: from here on {state.fit}"))
+    return result
 
 
 def save_reason(step: int, config: Config) -> str | None:
@@ -103,8 +122,19 @@ def advance(state: TrainingState, result: StepResult, effective_batch: int) -> N
     state.skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
 
 
+def useful(share: Sequence[MicroBatch]) -> float:
+    """FLOPs of this rank's share."""
+    return sum(micro_batch.useful_flops for micro_batch in share)
+
+
 def tell(
-    host: Host, state: TrainingState, result: StepResult, rate: float, seconds: float, wait: float, batch_size: int
+    host: Host,
+    state: TrainingState,
+    result: StepResult,
+    rate: float,
+    seconds: float,
+    wait: float,
+    share_of_peak: float | None,
 ) -> None:
     """Emits what happened: rank 0 the step, each rank what it skipped."""
     for skipped in result.skipped_here:
@@ -122,10 +152,14 @@ def tell(
             tokens=result.tokens,
             tokens_per_second=result.tokens / seconds,
             skipped_micro_batches=result.skipped,
-            micro_batch_size=batch_size,
+            micro_batch_size=state.fit.rows,
             memory_gb=memory_used_gb(state.device),
             data_wait_seconds=wait,
+            compute_seconds=result.seconds.compute,
+            reduce_seconds=result.seconds.reduce,
+            update_seconds=result.seconds.update,
             step_seconds=seconds,
+            share_of_peak=share_of_peak,
             update_skipped=not result.updated,
         )
     )

@@ -18,10 +18,11 @@ from savant_ray.errors import CheckpointError
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.optim.adamw import AdamW
 from savant_ray.optim.gradients import GradientBuffer
+from savant_ray.training.fitting import Fit
 from savant_ray.training.precision import weights_dtype
 
 FORMAT_VERSION = 1
-N_SUMS = 5  # see training/step.py
+N_SUMS = 6  # see training/step.py
 
 
 @dataclass
@@ -33,6 +34,7 @@ class TrainingState:
     gradients: GradientBuffer
     precision: str
     device: torch.device
+    fit: Fit
     step: int = 0
     position: int = 0
     tokens_seen: int = 0
@@ -40,10 +42,16 @@ class TrainingState:
     skipped_in_a_row: int = 0  # steps without an update
     data_fingerprint: str = ""
     _seen_weights: dict[str, Tensor] = field(default_factory=dict)
+    _host_copy: dict[str, Any] = field(default_factory=dict)
 
     def master_weights(self) -> dict[str, Tensor]:
         """fp32 weights by name."""
         return {name: self.optimizer.master(p) for name, p in self.model.named_parameters()}
+
+    def use(self, fit: Fit) -> None:
+        """From the next forward pass on."""
+        self.fit = fit
+        self.model.recompute_loops = fit.recompute_loops
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Takes over fp32 weights by name.
@@ -88,13 +96,18 @@ class TrainingState:
                 "skipped_micro_batches": self.skipped_micro_batches,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "data_fingerprint": self.data_fingerprint,
+                "fit": self.fit.to_record(),
                 "torch_rng_state": torch.get_rng_state(),
             },
         }
 
     def copy_to_host(self) -> dict[str, Any]:
-        """`to_checkpoint` as it is now: copies in host memory, 12 bytes a weight, which later steps do not touch."""
-        return _copied(self.to_checkpoint())
+        """`to_checkpoint` as it is now: copies in host memory, 12 bytes a weight, which later steps do not touch.
+
+        The next call writes over them.
+        """
+        self._host_copy = _copied(self.to_checkpoint(), self._host_copy)
+        return self._host_copy
 
     def load_checkpoint(self, content: dict[str, Any], allow_changes: bool = False) -> list[str]:
         """Goes on where `to_checkpoint` was called; returns what could not be taken over, a sentence each.
@@ -143,6 +156,7 @@ class TrainingState:
         self.tokens_seen = extra["tokens_seen"]
         self.skipped_micro_batches = extra["skipped_micro_batches"]
         self.skipped_in_a_row = extra["skipped_in_a_row"]
+        self.use(self.fit.remembered(extra.get("fit")))
 
 
 def new_state(config: Config, device: torch.device, precision: str | None = None) -> TrainingState:
@@ -158,7 +172,9 @@ def new_state(config: Config, device: torch.device, precision: str | None = None
     model.to(device, weights_dtype(precision))
     optimizer = AdamW(model.parameters(), config.training.learning_rate, config.training.weight_decay)
     gradients = GradientBuffer(model.parameters(), N_SUMS)
-    state = TrainingState(model, optimizer, gradients, precision, device)
+    fit = Fit.of(config, device)
+    state = TrainingState(model, optimizer, gradients, precision, device, fit)
+    state.use(fit)
     state.load_weights(weights)
     return state
 
@@ -172,9 +188,13 @@ def reshaped_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Ten
     }
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, into: Any) -> Any:
+    """A copy in host memory, in the place of an older one of the same shape: fresh memory costs more than copying."""
     if isinstance(value, Tensor):
-        return value.to("cpu", copy=True)
+        if not isinstance(into, Tensor) or into.shape != value.shape or into.dtype != value.dtype:
+            into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return into.copy_(value)
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        older = into if isinstance(into, dict) else {}
+        return {key: _copied(item, older.get(key)) for key, item in value.items()}
+    return [_copied(item, None) for item in value] if isinstance(value, list) else value

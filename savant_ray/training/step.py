@@ -2,7 +2,8 @@
 
 Losses are SUMMED over tokens, gradients and sums travel in one all-reduce, and the division by the global number of
 tokens comes last. So the result does not depend on how the sequences were split over ranks and micro-batches, and a
-micro-batch that is left out needs no correction anywhere.
+micro-batch that is left out needs no correction anywhere. What does not fit under the memory cap on one rank is undone on
+all: nothing of a step is applied before its end, so it can begin anew with less at once (`training/fitting.py`).
 
 Shapes: B sequences of a micro-batch, T time.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.optim.gradients import clip_to_mean
+from savant_ray.training.fitting import unless_out_of_memory
 from savant_ray.training.precision import autocast
 from savant_ray.training.ranks import add_up
 from savant_ray.training.state import TrainingState
 
-LOSS, TOKENS, SKIPPED, STOP, ABANDONED = range(5)  # the sums behind the gradients
+LOSS, TOKENS, SKIPPED, STOP, ABANDONED, NO_ROOM = range(6)  # the sums behind the gradients
 
 GraceLeft = Callable[[], float | None]  # None while nobody wishes to stop, then the seconds that are left for it
 
@@ -35,6 +37,13 @@ class MicroBatch:
     tokens_BT: Tensor
     document_ids_BT: Tensor
     positions: tuple[int, ...]  # in the global order
+    useful_flops: float = 0.0  # of its forward and backward pass, for the share of peak
+
+    def parts(self, rows: int) -> Iterator[MicroBatch]:
+        """The same sequences, at most `rows` at once."""
+        for start in range(0, len(self.tokens_BT), rows):
+            part = slice(start, start + rows)
+            yield MicroBatch(self.tokens_BT[part], self.document_ids_BT[part], self.positions[part])
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,24 @@ class Skipped:
 
     positions: tuple[int, ...]
     loss: float
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Where the time of a step went."""
+
+    compute: float  # forward and backward passes
+    reduce: float  # waiting for the other ranks, too
+    update: float
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What a rank's share came to."""
+
+    skipped: tuple[Skipped, ...] = ()
+    abandoned: bool = False
+    no_room: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +83,9 @@ class StepResult:
     updated: bool
     stop: bool  # some rank was asked to stop
     abandoned: bool  # and the step would have outlasted the grace period: nothing has changed
+    no_room: bool  # some rank ran out of device memory: nothing has changed
     skipped_here: tuple[Skipped, ...]
+    seconds: StepSeconds
 
 
 def take_step(
@@ -66,13 +95,19 @@ def take_step(
 
     A stop does not cut the step short, unless the rest of its accumulation would outlast the grace period on some rank.
     """
+    started = time.perf_counter()
     state.gradients.zero()
-    skipped, abandoned = accumulate(state, share, grace_left)
+    here = accumulate(state, share, grace_left)
     sums = state.gradients.sums
-    sums[SKIPPED], sums[STOP], sums[ABANDONED] = len(skipped), float(grace_left() is not None), float(abandoned)
+    flags = [len(here.skipped), grace_left() is not None, here.abandoned, here.no_room]
+    sums[SKIPPED:] = torch.tensor(flags, dtype=sums.dtype)
+    synchronize(state.device)
+    accumulated = time.perf_counter()
     add_up(state.gradients.flat)
-    loss, tokens, n_skipped, stops, gave_up = sums.tolist()
-    norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if tokens and not gave_up else math.nan
+    loss, tokens, n_skipped, stops, gave_up, no_room = sums.tolist()
+    reduced = time.perf_counter()
+    is_whole = tokens and not gave_up and not no_room
+    norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if is_whole else math.nan
     updated = math.isfinite(norm)
     if updated:
         update(state, learning_rate)
@@ -84,31 +119,40 @@ def take_step(
         updated=updated,
         stop=stops > 0,
         abandoned=gave_up > 0,
-        skipped_here=tuple(skipped),
+        no_room=no_room > 0,
+        skipped_here=here.skipped,
+        seconds=StepSeconds(accumulated - started, reduced - accumulated, time.perf_counter() - reduced),
     )
 
 
-def accumulate(
-    state: TrainingState, share: Sequence[MicroBatch], grace_left: GraceLeft
-) -> tuple[list[Skipped], bool]:
-    """Adds the share's gradients, loss and tokens to the buffer; returns what was left out, and whether it gave up."""
+def accumulate(state: TrainingState, share: Sequence[MicroBatch], grace_left: GraceLeft) -> Accumulated:
+    """Adds the share's gradients, loss and tokens to the buffer, as much at once as `state.fit` says."""
+    micro_batches = [part for micro_batch in share for part in micro_batch.parts(state.fit.rows)]
     skipped: list[Skipped] = []
     started = time.perf_counter()
-    for done, micro_batch in enumerate(share):
-        if outlasts(grace_left(), time.perf_counter() - started, done, len(share)):
-            return skipped, True
-        targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
-        with autocast(state.precision, state.device):
-            x_BTD = state.model.hidden(micro_batch.tokens_BT, micro_batch.document_ids_BT)
-            loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT)
-        value = loss.item()
-        if not math.isfinite(value):
-            skipped.append(Skipped(micro_batch.positions, value))
-            continue
+    for done, micro_batch in enumerate(micro_batches):
+        if outlasts(grace_left(), time.perf_counter() - started, done, len(micro_batches)):
+            return Accumulated(tuple(skipped), abandoned=True)
+        loss = unless_out_of_memory(lambda part=micro_batch: add_gradients(state, part), state.device)
+        if loss is None:
+            return Accumulated(tuple(skipped), no_room=True)
+        if not math.isfinite(loss):
+            skipped.append(Skipped(micro_batch.positions, loss))
+    return Accumulated(tuple(skipped))
+
+
+def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> float:
+    """One forward and backward pass into the buffer; a loss that is not finite adds nothing. Returns the loss sum."""
+    targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
+    with autocast(state.precision, state.device):
+        x_BTD = state.model.hidden(micro_batch.tokens_BT, micro_batch.document_ids_BT)
+        loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT)
+    value = loss.item()
+    if math.isfinite(value):
         loss.backward()
         state.gradients.sums[LOSS] += value
         state.gradients.sums[TOKENS] += (targets_BT != IGNORED).sum()
-    return skipped, False
+    return value
 
 
 def outlasts(grace_left: float | None, elapsed: float, done: int, total: int) -> bool:
@@ -124,3 +168,9 @@ def update(state: TrainingState, learning_rate: float) -> None:
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device, so that its time is booked where it was spent."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

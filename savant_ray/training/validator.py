@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,12 +11,16 @@ from itertools import takewhile
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.events import Event, SampleGenerated, ValidationDone
+from savant_ray.errors import MemoryCapError
+from savant_ray.events import Event, Notice, SampleGenerated, ValidationDone
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.inference.validation import bits_per_byte, loss_sums
+from savant_ray.training.compilation import uncompiled
+from savant_ray.training.fitting import unless_out_of_memory
 from savant_ray.training.precision import autocast
 from savant_ray.training.ranks import add_up, any_rank
 from savant_ray.training.seeds import derived_seed
@@ -37,6 +42,7 @@ class Validator:
     rank: int
     emit: Callable[[Event], None]
     stop_requested: Callable[[], bool]
+    rows: int = 0  # sequences of a forward pass at most; 0 = as they come
 
     def __call__(self, state: TrainingState) -> bool:
         """Collective: all ranks add up their losses, rank 0 generates; what a stop cuts short is not emitted.
@@ -51,12 +57,29 @@ class Validator:
 
     def _validate(self, state: TrainingState) -> None:
         started = time.perf_counter()
-        batches = [(batch.tokens_BT, batch.document_ids_BT) for batch in self.micro_batches]
-        sums = loss_sums(state.model, self._unless_stopped(batches))
+        sums = self._loss_sums(state)
         stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
         loss, tokens, stops = add_up(torch.cat([sums, stopped]).to(state.device)).tolist()
         if self.rank == 0 and not stops:
             self._tell(state, loss / tokens, time.perf_counter() - started)
+
+    def _loss_sums(self, state: TrainingState) -> Tensor:
+        """Of this rank's sequences, with less at once where there was no room; training's own micro-batches stay.
+
+        Raises:
+            MemoryCapError: one sequence does not fit.
+        """
+        while True:
+            rows = self.rows or self.config.training.batch_size
+            parts = [part for batch in self.micro_batches for part in batch.parts(rows)]
+            batches = self._unless_stopped([(part.tokens_BT, part.document_ids_BT) for part in parts])
+            sums = unless_out_of_memory(functools.partial(loss_sums, state.model, batches), state.device)
+            if sums is not None:
+                return sums
+            if rows == 1:
+                raise MemoryCapError("not even one sequence of validation fits into memory; lower model.max_seq_len")
+            self.rows = (rows + 1) // 2
+            self.emit(Notice(text=f"validation did not fit into memory: from here on its sequences go through at most {self.rows} at once"))
 
     def _tell(self, state: TrainingState, loss: float, seconds: float) -> None:
         self.emit(
@@ -80,8 +103,11 @@ class Validator:
             temperature=settings.temperature,
             seed=derived_seed(self.config.run.seed, state.step, "sample"),
         )
-        tokens = list(self._unless_stopped(generate(state.model, self.tokenizer.encode(settings.prompt), sampling)))
-        if self.stop_requested():
+        answer = self._unless_stopped(generate(state.model, self.tokenizer.encode(settings.prompt), sampling))
+        tokens = unless_out_of_memory(lambda: list(answer), state.device)
+        if tokens is None:
+            self.emit(Notice(text=f"step {state.step:,}: the answer to the prompt did not fit into memory"))
+        if tokens is None or self.stop_requested():
             return
         self.emit(
             SampleGenerated(
@@ -99,5 +125,5 @@ class Validator:
 @contextmanager
 def _evaluating(state: TrainingState) -> Iterator[None]:
     """Forward passes as in training, but uncompiled: a graph without gradients would be compiled for a few batches."""
-    with torch.compiler.set_stance("force_eager"), autocast(state.precision, state.device):
+    with uncompiled(state.model), autocast(state.precision, state.device):
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from savant_ray.inference.generate import Sampling, generate
+from savant_ray.inference.generate import Sampling, generate, generate_many
 from savant_ray.inference.validation import bits_per_byte, loss_sums
 from savant_ray.model.transformer import UniversalTransformer
 from tests.training.tiny import LENGTH, micro_batch, tiny_config, tiny_state
@@ -35,6 +35,15 @@ def test_greedy_answers_are_those_of_recomputing_the_whole_prefix(model: Univers
         assert token == int(logits.argmax())
         text.append(token)
     assert len(answer) == 3 * LENGTH, "on past max_seq_len"
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_several_prompts_at_once_are_answered_as_each_alone(model: UniversalTransformer, temperature: float) -> None:
+    prompts = [[5], [6, 7, 8, 9, 10, 11, 12], [5, 6, 7], list(range(3, 33))]
+    how = sampling(temperature=temperature, max_new_tokens=3 * LENGTH)
+    together = generate_many(model, prompts, how)
+    assert together == [list(generate(model, prompt, how)) for prompt in prompts]
+    assert len({len(answer) for answer in together}) > 1, "some end before others"
 
 
 def test_the_same_seed_gives_the_same_text_and_another_another(model: UniversalTransformer) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from savant_ray.config import ModelConfig
-from savant_ray.model.attention import attend, build_masks, causal_mask
+from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
+from savant_ray.model.flex import block_mask
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
-from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.model.transformer import UniversalTransformer, n_parameters
 
 SMALL = dict(vocab_size=61, dim=32, n_heads=2, n_loops=4, max_seq_len=32, window_size=5, global_every=2, soft_cap=50.0)
 
@@ -49,17 +50,35 @@ def test_padding_gives_finite_outputs_and_gradients() -> None:
 
 @pytest.mark.parametrize("window_size", [1, 2, 5, 8, 31])
 @pytest.mark.parametrize("sequence_length", [1, 7, 8, 32])
-def test_banded_windows_are_masked_windows(window_size: int, sequence_length: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 8, 128])
+def test_chunks_of_queries_give_what_all_scores_at_once_give(
+    window_size: int, sequence_length: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(window_size)
+    monkeypatch.setattr("savant_ray.model.cpu_attention.CHUNK", chunk)
     q, k, v = (torch.randn(2, 3, sequence_length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     documents = torch.randint(0, 3, (2, sequence_length)).sort(dim=1).values
     same = documents[:, None, :, None] == documents[:, None, None, :]
-    dense = same & causal_mask(sequence_length, sequence_length, window_size, q.device)
-    windowed = build_masks(documents, window_size).windowed
-    ways = [attend(q, k, v, mask, 50.0) for mask in (dense, windowed)]
-    torch.testing.assert_close(ways[0], ways[1], rtol=1e-5, atol=1e-6)  # the cap works in fp32
+    dense = Mask(~(same & causal_mask(sequence_length, sequence_length, window_size, q.device)))
+    ways = [attend(q, k, v, mask, 50.0) for mask in (dense, build_masks(documents, window_size).of_windowed)]
     gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in ways]
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ways[1], ways[0], rtol=1e-5, atol=1e-6)  # the cap works in fp32
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window_size", [None, 1, 5, 300])
+@pytest.mark.parametrize("sequence_length", [7, 200])
+def test_the_masks_and_the_cap_of_a_gpu_give_what_all_scores_at_once_give(
+    window_size: int | None, sequence_length: int
+) -> None:
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(2, 3, sequence_length, 16) for _ in range(3))
+    documents = torch.randint(0, 3, (2, sequence_length)).sort(dim=1).values
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    dense = Mask(~(same & causal_mask(sequence_length, sequence_length, window_size, q.device)))
+    here = Mask(None, blocks=block_mask(documents, window_size))  # forward only: on a CPU it has no backward pass
+    torch.testing.assert_close(attend(q, k, v, here, 2.0), attend(q, k, v, dense, 2.0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("prefill", [1, 4, 20])
@@ -71,6 +90,17 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_past_max_seq_len(p
     torch.testing.assert_close(model.decode(tokens[:, :prefill], cache), full[:, prefill - 1], rtol=1e-4, atol=1e-5)
     for t in range(prefill, 80):
         torch.testing.assert_close(model.decode(tokens[:, t : t + 1], cache), full[:, t], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_begin_with_padding_decode_as_they_would_alone() -> None:
+    model = make_model()
+    tokens = torch.randint(0, 61, (3, 50))
+    padding = torch.tensor([0, 4, 13])
+    cache = model.new_cache(padding_B=padding)
+    steps = [model.decode(tokens[:, :15], cache)] + [model.decode(tokens[:, t : t + 1], cache) for t in range(15, 50)]
+    for row, n_padding in enumerate(padding.tolist()):
+        alone = model(tokens[row : row + 1, n_padding:])[0, 14 - n_padding :]
+        torch.testing.assert_close(torch.stack([logits[row] for logits in steps]), alone, rtol=1e-4, atol=1e-5)
 
 
 def test_recomputed_loops_give_the_same_loss_and_gradients() -> None:
@@ -133,3 +163,9 @@ def test_bf16_stays_within_two_percent_of_the_fp32_loss_and_five_of_its_gradient
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
+def test_the_size_of_a_model_is_known_before_it_is_built() -> None:
+    for changes in ({}, {"dim": 48, "vocab_size": 100}):
+        model = make_model(**changes)
+        assert n_parameters(model.config) == sum(p.numel() for p in model.parameters())

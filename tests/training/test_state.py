@@ -11,7 +11,8 @@ import torch
 from savant_ray.errors import CheckpointError
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
-from tests.training.tiny import RecordingHost, shares, tiny_config, tiny_state, weights
+from savant_ray.training.step import take_step
+from tests.training.tiny import RecordingHost, never, share, shares, tiny_config, tiny_state, weights
 
 HEAD = "head.weight"
 
@@ -101,3 +102,17 @@ def test_a_schedule_that_stood_elsewhere_goes_on_at_the_step() -> None:
     state, content = fresh(), trained()
     content["scheduler_state_dict"]["last_epoch"] = 7
     assert state.load_checkpoint(content) == ["the saved schedule stood at 7; it goes on at step 3"]
+
+
+def test_a_second_copy_takes_the_place_of_the_first_and_is_the_state_as_it_is_then() -> None:
+    config = tiny_config()
+    state = tiny_state(config)
+    first = state.copy_to_host()["model_state_dict"]["embed.weight"]
+    before = first.clone()
+    take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    assert torch.equal(first, before), "a step does not touch it"
+    second = state.copy_to_host()
+    assert second["model_state_dict"]["embed.weight"].data_ptr() == first.data_ptr()
+    for name, weight in state.master_weights().items():
+        assert torch.equal(second["model_state_dict"][name], weight)
+    assert second["optimizer_state_dict"]["state"][0]["exp_avg"].any()

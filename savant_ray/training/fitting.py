@@ -1,0 +1,103 @@
+"""How much of a step goes through the device at once, and what gives way when that does not fit under the cap.
+
+Under a cap, first each loop is recomputed in the backward pass instead of kept (arXiv 1604.06174); then micro-batches are
+halved, down to one sequence. The step begins anew with the same sequences, so that effective batch and order stay what
+they are. A CPU begins with few sequences at once: they are as fast as many, and hold far less memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from savant_ray.config import Config
+from savant_ray.errors import MemoryCapError
+
+FAILED_ALLOCATIONS = (  # libraries that allocate beside PyTorch report it as any other error
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "ncclUnhandledCudaError: Call to CUDA function failed. Cuda failure 'out of memory'",
+)
+Result = TypeVar("Result")
+CPU_STREAM_ELEMENTS = 1 << 19  # tokens x dim at once; more was not faster at widths of 128 to 512 (docs/LOG.md)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is tried, and what it was found for."""
+
+    device: str  # "cpu" or "cuda"
+    limit_gb: float
+    batch_size: int
+    may_recompute: bool
+    rows: int  # sequences of a micro-batch at most
+    recompute_loops: bool
+
+    @classmethod
+    def of(cls, config: Config, device: torch.device) -> Fit:
+        """What the settings ask for, on a CPU with no more at once than is of use."""
+        settings, rows = config.training, config.training.batch_size
+        if device.type == "cpu":
+            rows = min(rows, max(1, CPU_STREAM_ELEMENTS // (config.model.max_seq_len * config.model.dim)))
+        return cls(
+            device=device.type,
+            limit_gb=settings.vram_limit_gb,
+            batch_size=settings.batch_size,
+            may_recompute=settings.recompute_loops is not False,
+            rows=rows,
+            recompute_loops=settings.recompute_loops is True,
+        )
+
+    def smaller(self) -> Fit:
+        """What needs less memory.
+
+        Raises:
+            MemoryCapError: nothing does.
+        """
+        if self.may_recompute and not self.recompute_loops:
+            return dataclasses.replace(self, recompute_loops=True)
+        if self.rows == 1:
+            raise MemoryCapError(
+                f"not even one sequence fits under training.vram_limit_gb = {self.limit_gb:g}; raise it, or lower "
+                "model.max_seq_len, model.dim or model.vocab_size"
+                + ("" if self.recompute_loops else "; or let training.recompute_loops be auto")
+            )
+        return dataclasses.replace(self, rows=(self.rows + 1) // 2)
+
+    def to_record(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return dataclasses.asdict(self)
+
+    def remembered(self, record: dict[str, Any] | None) -> Fit:
+        """What a checkpoint's run had found, if it was found for the same settings."""
+        found = Fit(**record) if record else self
+        asked = ("device", "limit_gb", "batch_size", "may_recompute")
+        return found if all(getattr(found, name) == getattr(self, name) for name in asked) else self
+
+    def __str__(self) -> str:
+        loops = "loops recomputed in the backward pass" if self.recompute_loops else "loops kept for the backward pass"
+        return f"micro-batches of {self.rows}, {loops}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device had no room for something."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in FAILED_ALLOCATIONS)
+
+
+def unless_out_of_memory(act: Callable[[], Result], device: torch.device) -> Result | None:
+    """What `act` returns; None if the device had no room for it, and then what it held is free again."""
+    try:
+        return act()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    if device.type == "cuda":  # out of the `except`, whose traceback holds the tensors
+        torch.cuda.empty_cache()
+    return None

@@ -1,0 +1,202 @@
+"""A step that does not fit under the cap is taken with less at once, and comes to the same."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from savant_ray.config import Config
+from savant_ray.errors import MemoryCapError
+from savant_ray.events import Event, Notice, StepDone, ValidationDone
+from savant_ray.training.fitting import Fit, is_out_of_memory, unless_out_of_memory
+from savant_ray.training.loop import train
+from savant_ray.training.state import TrainingState
+from savant_ray.training.step import take_step
+from savant_ray.training.validator import Validator
+from tests.training.tiny import CPU, RecordingHost, never, share, shares, tiny_config, tiny_state, weights
+
+Room = Callable[[], None]
+
+
+def with_room_for(state: TrainingState, rows: float, after: int = 0) -> TrainingState:
+    """An allocator that holds the kept loops of `rows / 2` sequences or the recomputed ones of `rows`.
+
+    The first `after` forward passes always fit.
+    """
+    model, honest, calls = state.model, state.model.hidden, iter(range(10**6))
+
+    def hidden(tokens_BT: torch.Tensor, *others: object) -> torch.Tensor:
+        needed = len(tokens_BT) * (1 if model.recompute_loops else 2)
+        if next(calls) >= after and needed > rows:
+            raise torch.OutOfMemoryError("Tried to allocate")
+        return honest(tokens_BT, *others)
+
+    model.hidden = hidden  # type: ignore[method-assign]
+    return state
+
+
+def trained(config: Config, state: TrainingState) -> tuple[RecordingHost, TrainingState]:
+    host = RecordingHost()
+    assert train(state, config, shares(state, config), host)
+    return host, state
+
+
+def steps(host: RecordingHost) -> list[StepDone]:
+    return [event for event in host.events if isinstance(event, StepDone)]
+
+
+def notices(host: RecordingHost) -> list[str]:
+    return [event.text for event in host.events if isinstance(event, Notice)]
+
+
+@pytest.mark.parametrize(
+    ("room", "expected_rows", "recompute"), [(8, 4, False), (4, 4, True), (3, 2, True), (2, 2, True), (1, 1, True)]
+)
+@pytest.mark.parametrize("after", [0, 4])
+def test_a_smaller_room_gives_the_same_steps(room: int, expected_rows: int, recompute: bool, after: int) -> None:
+    config = tiny_config()
+    free, free_state = trained(config, tiny_state(config))
+    host, state = trained(config, with_room_for(tiny_state(config), room, after))
+    assert (state.fit.rows, state.fit.recompute_loops) == (expected_rows, recompute)
+    assert len(notices(host)) == (recompute + (expected_rows < 4) + (expected_rows < 2)), "each is said once"
+    assert steps(host)[-1].micro_batch_size == expected_rows
+    for mine, other in zip(steps(host), steps(free), strict=True):
+        assert mine.train_loss == pytest.approx(other.train_loss, rel=1e-5) and mine.tokens == other.tokens
+    for mine, other in zip(weights(state).values(), weights(free_state).values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+
+
+def test_nothing_of_a_step_is_applied_that_did_not_fit() -> None:
+    state = with_room_for(tiny_state(tiny_config()), 0, after=2)
+    before, moments = weights(state), state.optimizer.state_dict()
+    result = take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    assert result.no_room and not result.updated
+    assert all(torch.equal(before[name], w) for name, w in weights(state).items())
+    assert not any(moment["exp_avg"].any() for moment in moments["state"].values())
+
+
+def test_if_not_even_one_sequence_fits_the_run_ends_with_what_to_lower() -> None:
+    config = tiny_config()
+    with pytest.raises(MemoryCapError, match="vram_limit_gb = 10.*max_seq_len") as caught:
+        trained(config, with_room_for(tiny_state(config), 0.5))
+    assert caught.value.exit_code == 5
+
+
+def test_what_fits_is_remembered_in_the_checkpoint_for_the_same_settings() -> None:
+    config = tiny_config()
+    host, _ = trained(config, with_room_for(tiny_state(config), 2))
+    file = io.BytesIO()
+    torch.save(host.checkpoint, file)
+    file.seek(0)
+    checkpoint = torch.load(file, weights_only=True)
+
+    longer = tiny_config(max_steps=8)
+    again = with_room_for(tiny_state(longer), 2)
+    again.load_checkpoint(checkpoint)
+    assert not notices(trained(longer, again)[0])
+    for change in ({"vram_limit_gb": 20.0}, {"batch_size": 6, "accumulation": 2}, {"recompute_loops": False}):
+        other = tiny_state(tiny_config(**change))
+        other.load_checkpoint(checkpoint)
+        assert other.fit == Fit.of(tiny_config(**change), CPU), "found for other settings"
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("auto", [(12, False), (12, True), (6, True), (3, True), (2, True), (1, True)]),
+        (True, [(12, True), (6, True), (3, True), (2, True), (1, True)]),
+        (False, [(12, False), (6, False), (3, False), (2, False), (1, False)]),
+    ],
+)
+def test_what_gives_way_in_turn(setting: bool | str, expected: list[tuple[int, bool]]) -> None:
+    config = Config.from_dict({"training": {"recompute_loops": setting}})
+    fit, seen = Fit.of(config, torch.device("cuda")), []
+    with pytest.raises(MemoryCapError):
+        while True:
+            seen.append((fit.rows, fit.recompute_loops))
+            fit = fit.smaller()
+    assert seen == expected
+
+
+@pytest.mark.parametrize(("dim", "max_seq_len", "rows"), [(1024, 1024, 1), (512, 1024, 1), (128, 256, 12), (256, 512, 4)])
+def test_a_cpu_takes_no_more_at_once_than_is_of_use(dim: int, max_seq_len: int, rows: int) -> None:
+    config = Config.from_dict({"model": {"dim": dim, "max_seq_len": max_seq_len}})
+    assert Fit.of(config, CPU).rows == rows
+    assert Fit.of(config, torch.device("cuda")).rows == 12
+
+
+def test_other_errors_are_not_taken_for_want_of_memory() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("x")) and is_out_of_memory(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    )
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+
+    def fail() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        unless_out_of_memory(fail, CPU)
+
+
+def validated(state: TrainingState, config: Config) -> list[Event]:
+    """What a validation of twelve sequences tells."""
+    words = SimpleNamespace(
+        vocab_size=50, end_of_document=50, never_sampled=frozenset(), encode=lambda text: [3, 4], decode=str
+    )
+    events: list[Event] = []
+    Validator(
+        config, words, share(0, 12, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
+        stop_requested=lambda: False,
+    )(state)  # fmt: skip
+    return events
+
+
+def test_a_validation_that_does_not_fit_shrinks_itself_only() -> None:
+    config = tiny_config()
+    whole = validated(tiny_state(config), config)
+    state = with_room_for(tiny_state(config), 4)
+    said, loss, _ = validated(state, config)
+    assert isinstance(said, Notice) and "at most 2 at once" in said.text
+    assert isinstance(loss, ValidationDone) and isinstance(whole[0], ValidationDone)
+    assert loss.validation_loss == pytest.approx(whole[0].validation_loss, rel=1e-6)
+    assert state.fit == Fit.of(config, CPU)
+
+
+def test_an_answer_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = tiny_config(), tiny_state(tiny_config())
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate")
+
+    monkeypatch.setattr(state.model, "decode", no_room)
+    loss, said = validated(state, config)
+    assert isinstance(loss, ValidationDone) and isinstance(said, Notice) and "answer" in said.text
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    config = tiny_config(max_steps=3)
+    state = tiny_state(config)
+    if rank == 1:
+        with_room_for(state, 2, after=1)
+    host = RecordingHost(rank)
+    train(state, config, shares(state, config, rank, 2), host)
+    torch.save((state.fit.to_record(), weights(state), notices(host)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_ranks_shrink_together_when_one_has_no_room(tmp_path: Path) -> None:
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    (fit, first, said), (other_fit, second, silent) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert fit == other_fit and fit["rows"] == 2 and fit["recompute_loops"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(said) == 2 and not silent
