@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 POLL_SECONDS = 30.0
 
 
-@ray.remote(num_cpus=0, max_concurrency=10_000)
+@ray.remote(num_cpus=0, max_concurrency=10_000, enable_task_events=False)
 class Bridge:
-    """One per attempt, on the driver's node; it dies with the driver."""
+    """One per attempt, on the driver's node; it dies with the driver.
+
+    Ray's head would remember each call for its dashboard, 3 KB each (measured over 80,000 steps), so it is told of none.
+    """
 
     def __init__(self) -> None:
         self._events: list[Event] = []

@@ -6,25 +6,38 @@ The main thread owns signals and console: it moves events from the bridge to the
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from savant_ray.cluster.paths import in_ray_job, output_folder, with_absolute_paths
-from savant_ray.cluster.session import grace_seconds, leave_at_once, prepare_environment, ray_session
+from savant_ray.cluster.session import (
+    Leave,
+    grace_seconds,
+    is_our_own,
+    leave_at_once,
+    prepare_environment,
+    ray_session,
+)
 from savant_ray.cluster.signals import StopSignals
-from savant_ray.config import Config
+from savant_ray.config import Config, dump_yaml
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed, WorkersLost
-from savant_ray.reporting import RunReport
+from savant_ray.reporting import RunReport, open_trackers
 
 if TYPE_CHECKING:
     from savant_ray.cluster.courier import Courier
     from savant_ray.cluster.disk import Disk
 
+SETTINGS = "config.yaml"  # in the run folder: those of the newest launch
 POLL_SECONDS = 0.5
+# How long `fit()` may take to return when the workers are through. A terminal's Ctrl+C also kills parts of the dashboard,
+# and Ray Train's cleaner then asks it in vain for 8 s (Ray 2.60); a Ray of our own ends with us anyhow.
+PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -33,17 +46,18 @@ class Launch:
 
     config: Config
     allow_changes: bool
+    verbose: bool
     storage: Disk
     report: RunReport
     courier: Courier
     signals: StopSignals
 
 
-def train(config: Config, fresh: bool = False, allow_changes: bool = False) -> int:
+def train(config: Config, fresh: bool = False, allow_changes: bool = False, verbose: bool = False) -> int:
     """Trains the run to its end or until it is stopped; returns the exit code.
 
     `fresh` moves an older run of that name aside first; `allow_changes` goes on with other settings or data than the
-    run's checkpoint was trained with.
+    run's checkpoint was trained with; `verbose` shows what Ray says.
 
     Raises:
         SavantError: with its own exit code; the message is for the user.
@@ -52,13 +66,14 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False) -> i
     signals = StopSignals()
     signals.install()
     try:
-        return _launch(with_absolute_paths(config, Path.cwd(), output_folder()), fresh, allow_changes, signals)
+        config = with_absolute_paths(config, Path.cwd(), output_folder())
+        return _launch(config, fresh, allow_changes, verbose, signals)
     except KeyboardInterrupt:
         print("stopped at once, before anything had begun")
         return STOPPED_EARLY
 
 
-def _launch(config: Config, fresh: bool, allow_changes: bool, signals: StopSignals) -> int:
+def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, signals: StopSignals) -> int:
     from savant_ray.cluster.courier import Courier
     from savant_ray.cluster.storage import run_storage, storage_errors_explained
 
@@ -69,17 +84,21 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, signals: StopSigna
             held.enter_context(storage.in_use())
             storage.fetch_records()
         courier = held.enter_context(Courier(storage))
-        report = held.enter_context(RunReport(storage.folder, config.training.max_steps))
+        followers = open_trackers(config.reporting, config.run.name)
+        report = held.enter_context(RunReport(storage.folder, config.training.max_steps, followers=followers))
         if moved is not None:
             report.say(f"starting anew; the run that was here is now {moved}")
         if in_ray_job():
             report.say(f"this is a Ray job: the run is kept in {storage.location}")
         try:
-            return _train(Launch(config, allow_changes, storage, report, courier, signals))
+            return _train(Launch(config, allow_changes, verbose, storage, report, courier, signals))
         except KeyboardInterrupt:
             report.say(f"stopped at once; the run goes on from {_newest(storage)} when it is started again")
             held.close()
             return leave_at_once(STOPPED_EARLY)
+        except Leave as leave:
+            held.close()
+            return leave_at_once(leave.code)
 
 
 def _train(launch: Launch) -> int:
@@ -100,17 +119,20 @@ def _train(launch: Launch) -> int:
     if start is not None:
         _compare(start, launch)
     check_before_start(config, storage)
+    (storage.folder / SETTINGS).write_text(dump_yaml(config), encoding="utf-8")
     text = find_text(config, report)
     report.stage("starting Ray")
     from savant_ray.cluster.failures import ray_errors_explained
 
-    with ray_session(), ray_errors_explained():
+    with ray_session(launch.verbose), ray_errors_explained():
         launch.signals.install()
         data = prepare_data(config, text, report)
         if start is not None and not launch.allow_changes:
             refuse_other_data(start, config, data.tokenizer, data.fingerprint)
         report.stage("starting workers")
         outcome = _fit(launch, data)
+        if not outcome.done.is_set():
+            raise Leave(_conclude(launch, outcome))
     return _conclude(launch, outcome)
 
 
@@ -121,7 +143,7 @@ def _compare(start: Path, launch: Launch) -> None:
     if not launch.allow_changes:
         refuse_other_settings(start, launch.config)
     changes = changes_since(start, launch.config)
-    told = [text for name, text in changes.items() if not name.startswith(("run.", "data."))]
+    told = [text for name, text in changes.items() if not name.startswith(("run.", "data.", "reporting."))]
     if told:
         launch.report.say(f"changed since {start.name}: {'; '.join(told)}")
     if "training.max_steps" in changes:
@@ -147,18 +169,20 @@ def _fit(launch: Launch, data: Any) -> Outcome:
 
     config, report, signals = launch.config, launch.report, launch.signals
     bridge = start_bridge()
-    trainer = make_trainer(config, launch.storage, data, bridge, launch.allow_changes)
+    trainer = make_trainer(config, launch.storage, data, bridge, launch.allow_changes, launch.verbose)
     watch = WorkerWatch(config.scaling.worker_limits[0], needs(trainer.scaling_config), report.say)
     outcome = Outcome()
     threading.Thread(target=_run_fit, args=(trainer, outcome), name="fit", daemon=True).start()
-    told = False
+    told, through = False, math.inf  # when the workers were through, and all was saved
     while True:
         finished = outcome.done.is_set()  # asked before the events, so that the last ones are not missed
         for event in ray.get(bridge.take_events.remote(0 if finished else POLL_SECONDS)):
             _note(event, outcome, signals)
             watch.note(event)
             _report(event, launch)
-        if finished:
+        if outcome.end is not None and outcome.end.saved_step >= outcome.end.step:
+            through = min(through, time.monotonic())
+        if finished or time.monotonic() > through + PATIENCE and is_our_own():
             return outcome
         watch.remark()
         if signals.received and not signals.patient:  # the workers were lost meanwhile, so that nobody is left to save

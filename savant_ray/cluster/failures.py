@@ -73,8 +73,8 @@ def _in_words(failure: BaseException) -> str:
         return "its GPU memory, training.vram_limit_gb, did not suffice; lower training.batch_size and raise accumulation"
     if any(sign in text.lower() for sign in OUT_OF_MEMORY):
         return (
-            "its node ran out of memory, so Ray ended it; give it less to hold (training.batch_size, "
-            "scaling.num_workers), or stop what else runs there"
+            "its node ran out of memory, so Ray ended it; give it less to hold (a lower training.batch_size or "
+            "scaling.num_workers, training.recompute_loops: true), or stop what else runs there"
         )
     if _is_consequence(failure):  # the other one's death is known to Ray only half a minute later
         return "it lost its connection to another worker: that one was killed, ran out of memory, or its node is gone"

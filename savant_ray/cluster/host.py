@@ -12,6 +12,7 @@ import ray.train
 
 from savant_ray.cluster.bridge import StopListener
 from savant_ray.cluster.disk import Disk
+from savant_ray.cluster.metrics import RunMetrics
 from savant_ray.cluster.preemption import drain_grace_left
 from savant_ray.cluster.saving import Saver
 from savant_ray.config import Config, dump_yaml
@@ -40,6 +41,7 @@ class RayHost:
     def __init__(self, bridge: Any, storage: Disk, config: Config, tokenizer: Tokenizer) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.metrics = RunMetrics(config.run.name, self.rank)
         self._bridge = bridge
         self._listener = StopListener(bridge)
         self._grace_seconds = config.run.grace_seconds
@@ -53,6 +55,7 @@ class RayHost:
         if isinstance(event, MicroBatchSkipped):
             event = dataclasses.replace(event, documents=self._documents(event.positions))
         self._remember(event)
+        self.metrics.observe(event)
         sent = self._bridge.tell.remote(event)
         if wait:
             ray.get(sent)

@@ -41,6 +41,18 @@ def free_name(wanted: str, is_taken: Callable[[str], bool]) -> str:
     return next(name for name in names if not is_taken(name))
 
 
+def is_in_use(run_folder: Path) -> bool:
+    """Whether some process trains this run."""
+    try:
+        with (run_folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # never locked
+        return False
+    return False
+
+
 @contextmanager
 def locked(run_folder: Path) -> Iterator[None]:
     """Holds the folder, which is made if need be, for the time of a `with` block.

@@ -18,6 +18,7 @@ from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, bad_line_report
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError, SettingsError
+from savant_ray.events import DataPrepared, TextCounts
 from savant_ray.reporting import RunReport
 
 MIB = 1 << 20
@@ -77,7 +78,7 @@ def prepare_data(config: Config, text: Text, report: RunReport) -> PreparedData:
     """
     tokenizer, tokenizer_path = get_tokenizer(config, [file for _, files in text.sources for file in files], report)
     caches = [
-        tokenise(f"tokenising {_named(source)}", files, tokenizer, config, report) for source, files in text.sources
+        tokenise(f"tokenising {_named(source.path)}", files, tokenizer, config, report) for source, files in text.sources
     ]
     validation = tokenise("tokenising the validation text", text.validation, tokenizer, config, report)
     plan = StreamPlan(
@@ -86,7 +87,12 @@ def prepare_data(config: Config, text: Text, report: RunReport) -> PreparedData:
         seed=config.run.seed,
         effective_batch=config.training.effective_batch,
     )
-    report.say(_summary(caches, validation))
+    report.handle(
+        DataPrepared(
+            sources=tuple(_counts(_named(source.path), cache) for (source, _), cache in zip(text.sources, caches, strict=True)),
+            validation=_counts(_named(config.data.validation), validation),
+        )
+    )
     identity = repr((tokenizer.fingerprint, [cache.fingerprint for cache in caches], plan.weights))
     return PreparedData(tokenizer, tokenizer_path, plan, validation.folder, hashlib.sha256(identity.encode()).hexdigest())
 
@@ -111,7 +117,7 @@ def existing_sources(
         except DataError as error:
             if not source.optional:
                 raise
-            say(f"going on without the optional {_named(source)} ({error})")
+            say(f"going on without the optional {_named(source.path)} ({error})")
     if not found:
         raise DataError("data.sources: none of the optional sources is there, so there is nothing to train on")
     return found
@@ -155,20 +161,13 @@ def tokenise(
     return cache
 
 
-def _summary(caches: list[TokenCache], validation: TokenCache) -> str:
-    """`documents 26,830 · tokens 2,661,510 · …`"""
-    manifests = [cache.manifest for cache in caches]
-    tokens = sum(m.tokens for m in manifests)
-    padding = sum(m.padding for m in manifests) / sum(m.rows * m.sequence_length for m in manifests)
-    return (
-        f"training text: {sum(m.documents for m in manifests):,} documents, {tokens:,} tokens in "
-        f"{sum(m.rows for m in manifests):,} sequences ({padding:.2%} padding); "
-        f"validation text: {validation.manifest.documents:,} documents, {validation.manifest.tokens:,} tokens"
-    )
+def _counts(name: str, cache: TokenCache) -> TextCounts:
+    manifest = cache.manifest
+    return TextCounts(name, manifest.documents, manifest.tokens, manifest.rows, manifest.padding, manifest.bad_lines)
 
 
-def _named(source: SourceConfig) -> str:
-    return ", ".join(parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in _listed(source.path))
+def _named(paths: str | list[str]) -> str:
+    return ", ".join(parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in _listed(paths))
 
 
 def _listed(path: str | list[str]) -> list[str]:

@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the folder of the driver
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_task_events_max_num_tasks_in_gcs": "10000",  # its 100,000 by default take 0.3 GB of a head that runs for days
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
@@ -40,26 +41,44 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray for the time of a `with` block."""
+def ray_session(verbose: bool = False) -> Iterator[None]:
+    """Ray for the time of a `with` block; `verbose`: with what it and the workers' processes say."""
     prepare_environment()
     import ray
 
+    level = logging.INFO if verbose else logging.ERROR
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        ray.init(log_to_driver=verbose, logging_level=level, configure_logging=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS", "on this machine")
         raise SavantError(f"Ray {where} could not be reached or started: {error}") from error
+    if is_our_own():  # nobody drains it: its watcher would be one more process that imports for 3 s
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(level)
     try:
         yield
-    except KeyboardInterrupt:  # see leave_at_once
+    except (KeyboardInterrupt, Leave):  # see leave_at_once
         raise
     except BaseException:
         ray.shutdown()
         raise
     ray.shutdown()
+
+
+def is_our_own() -> bool:
+    """Whether this process started the cluster that it is connected to."""
+    from ray._private.worker import _global_node
+
+    return _global_node is not None and _global_node.is_head()
+
+
+class Leave(BaseException):
+    """All is done but for `fit()` to return: this process ends with `code`, by `leave_at_once`."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 def leave_at_once(code: int) -> int:

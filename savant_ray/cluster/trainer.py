@@ -14,6 +14,7 @@ from ray.train.v2.api.config import LoggingConfig
 from savant_ray.cluster.data_config import StepDataConfig
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.failures import FailureNews
+from savant_ray.cluster.forgiving import forgiving
 from savant_ray.cluster.preparation import PreparedData
 from savant_ray.cluster.session import node_resources
 from savant_ray.cluster.worker import WorkerTask, train_worker
@@ -24,7 +25,9 @@ from savant_ray.errors import SettingsError
 SECONDS_BETWEEN_RESIZES = 30.0  # each costs a start of all workers and the steps since the last checkpoint
 
 
-def make_trainer(config: Config, storage: Disk, data: PreparedData, bridge: Any, allow_changes: bool) -> TorchTrainer:
+def make_trainer(
+    config: Config, storage: Disk, data: PreparedData, bridge: Any, allow_changes: bool, verbose: bool
+) -> TorchTrainer:
     """The job; Ray must be running."""
     task = WorkerTask(
         config=config.to_dict(),
@@ -41,11 +44,11 @@ def make_trainer(config: Config, storage: Disk, data: PreparedData, bridge: Any,
         run_config=RunConfig(
             name=config.run.name,
             storage_path=os.path.dirname(storage.path),
-            storage_filesystem=storage.filesystem,
+            storage_filesystem=forgiving(storage.filesystem),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             callbacks=[FailureNews(bridge)],
-            logging_config=LoggingConfig(log_level="ERROR"),
+            logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
         ),
         datasets={"train": data.plan},
         dataset_config=StepDataConfig(),

@@ -46,9 +46,10 @@ def waiting_for(
     workers: int, resources: Mapping[str, float], free: Mapping[str, float], there: Mapping[str, float]
 ) -> str:
     """What is asked for and what the cluster has."""
+    who = "worker" if workers == 1 else "workers"
     each = ", ".join(f"{name}: {amount:g}" for name, amount in resources.items())
     has = ", ".join(f"{free.get(name, 0):g} {name} free of {there.get(name, 0):g}" for name in resources)
     return (
-        f"no workers yet; if it is for want of resources: {workers} {'worker' if workers == 1 else 'workers'} with {{{each}}} each; the cluster "
-        f"has {has}. The run goes on by itself as soon as they are there; `ray status` shows the nodes."
+        f"no workers yet; if it is for want of resources: {workers} {who} with {{{each}}} each; "
+        f"the cluster has {has}. The run goes on by itself as soon as they are there; `ray status` shows the nodes."
     )

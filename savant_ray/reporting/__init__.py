@@ -1,5 +1,6 @@
-"""What a run says: the live terminal line, `training_log.txt`, `metrics.jsonl`, `samples.jsonl`. No torch, no Ray."""
+"""What a run says: live in the terminal, on paper, in its record, and to trackers; later in tables and pages. No torch, no Ray."""
 
 from savant_ray.reporting.run_report import RunReport
+from savant_ray.reporting.trackers import open_trackers
 
-__all__ = ["RunReport"]
+__all__ = ["RunReport", "open_trackers"]

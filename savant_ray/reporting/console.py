@@ -12,7 +12,10 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
+from savant_ray.reporting.trend import HEIGHTS
+
 BAR_WIDTH = 40
+PLAIN_HEIGHTS = str.maketrans(HEIGHTS + "·", "__..-=+#" + "|")  # for terminals without Unicode
 
 
 class Console(Protocol):
@@ -107,8 +110,13 @@ class LiveConsole:
 
 
 class _WithFigures(Progress):
-    """A bar with a line of text below it."""
+    """A bar with lines of text below it, which are cut where the terminal ends."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        yield from (Text(f"  {task.fields['figures']}") for task in self.tasks if task.fields["figures"])
+        lines = (line for task in self.tasks for line in task.fields["figures"].splitlines())
+        yield from (Text(f"  {_drawable(line, self.console)}", no_wrap=True, overflow="ellipsis") for line in lines)
+
+
+def _drawable(text: str, console: RichConsole) -> str:
+    return text.translate(PLAIN_HEIGHTS) if console.options.ascii_only else text

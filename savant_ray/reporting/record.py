@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and `samples.jsonl`: every event as one JSON line, from which all else derives.
+"""`metrics.jsonl` and `samples.jsonl`: every event as one JSON line, from which all else derives, TensorBoard's files too.
 
 A run that is killed may leave half a line, a power cut a stretch of zeros: at the next opening such lines go, and with
 them into `metrics.jsonl.damaged` a copy of the file as it was. A run that goes on from an earlier step drops what was
@@ -11,26 +11,41 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from savant_ray.events import Event, SampleGenerated
+from savant_ray.reporting.tensorboard import TensorBoard
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 VALIDATION = ("validation", "sample")
 # What happened even if the steps after it are gone.
-ABOUT_A_LAUNCH = ("attempt", "end", "resume", "notice", "failure", "workers", "workers_lost")
+ABOUT_A_LAUNCH = ("data", "attempt", "end", "resume", "notice", "failure", "workers", "workers_lost")
+
+
+class Follower(Protocol):
+    """Whoever reads the record while it grows."""
+
+    def begin(self, record: Path) -> None:
+        """The record stands where the run goes on from; until this is called again it only grows."""
+
+    def complaint(self) -> str:
+        """What the user should hear, once; empty if there is nothing."""
+
+    def close(self) -> None:
+        """The launch is over."""
 
 
 class Record:
-    """The two files of one run; flushed with each event."""
+    """The two files of one run, flushed with each event, and what TensorBoard shows of them."""
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, run_folder: Path, followers: Sequence[Follower] = ()) -> None:
         self._metrics = JsonLines(run_folder / METRICS)
         self._samples = JsonLines(run_folder / SAMPLES)
+        self._board, self._followers = TensorBoard(run_folder), followers
 
     def append(self, event: Event) -> None:
         """Writes one line, a sample to both files."""
@@ -47,16 +62,24 @@ class Record:
         self._metrics.append(line)
         if line["event"] == SampleGenerated.kind:
             self._samples.append(line)
+        self._board.write(line)
 
     def go_back_to(self, step: int, validates: bool) -> None:
         """Forgets what is about to happen again: all after `step`, and its own validation if `validates`."""
         for file in (self._metrics, self._samples):
             file.keep(lambda line: not _happens_again(line, step, validates))
+        self._board.begin(step, read_records(self._metrics.path))
+        for follower in self._followers:
+            follower.begin(self._metrics.path)
+
+    def complaints(self) -> list[str]:
+        """Of the followers, each once."""
+        return [text for follower in self._followers if (text := follower.complaint())]
 
     def close(self) -> None:
         """Closes the files."""
-        self._metrics.close()
-        self._samples.close()
+        for file in (self._metrics, self._samples, self._board, *self._followers):
+            file.close()
 
 
 class JsonLines:
@@ -120,8 +143,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 def last_time(path: Path) -> str:
     """When the last event of a record was, "" of one that is not there or holds none."""
     lines = path.read_bytes().splitlines() if path.exists() else []
-    parsed = (_parsed(line) for line in reversed(lines))
-    return next((str(line.get("time", "")) for line in parsed if line is not None), "")
+    events = (parsed(line) for line in reversed(lines))
+    return next((str(event.get("time", "")) for event in events if event is not None), "")
 
 
 def saved_a_checkpoint(run_folder: Path) -> bool:
@@ -149,19 +172,19 @@ def _mend(path: Path) -> None:
         complete = sum(len(line) for line in file if line.endswith(b"\n"))
         file.truncate(complete)
     with path.open("rb") as file:
-        lines = [_parsed(line) for line in file]
+        lines = [parsed(line) for line in file]
     if None in lines:
         shutil.copy2(path, path.with_name(f"{path.name}.damaged"))
         _rewrite(path, [line for line in lines if line is not None])
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
     """The object of a line; None: it is none, or says nothing of an event."""
     try:
-        parsed = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
-    return parsed if isinstance(parsed, dict) and "event" in parsed else None
+    return value if isinstance(value, dict) and "event" in value else None
 
 
 def _rewrite(path: Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ before a validation, when its update was skipped, and every 30 seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,9 +15,18 @@ from typing import Any, Self
 from savant_ray.events import AttemptStarted, Event, Notice, StepDone, ValidationDone
 from savant_ray.reporting.console import Console, open_console
 from savant_ray.reporting.pace import Pace
-from savant_ray.reporting.record import Record
+from savant_ray.reporting.record import Follower, Record
 from savant_ray.reporting.training_log import TrainingLog
-from savant_ray.reporting.wording import describe, duration, printable, progress_figures, step_figures, step_label
+from savant_ray.reporting.trend import Trend
+from savant_ray.reporting.wording import (
+    describe,
+    duration,
+    printable,
+    progress_figures,
+    step_figures,
+    step_label,
+    step_panel,
+)
 
 LOG = "training_log.txt"
 SECONDS_BETWEEN_REMARKS = 30.0
@@ -32,14 +41,17 @@ class RunReport:
         max_steps: int = 0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        followers: Sequence[Follower] = (),
     ) -> None:
         if run_folder is not None:
             run_folder.mkdir(parents=True, exist_ok=True)
-        self._record = None if run_folder is None else Record(run_folder)
+        self._record = None if run_folder is None else Record(run_folder, followers)
         self._log = None if run_folder is None else TrainingLog(run_folder / LOG)
         self._console = open_console() if console is None else console
         self._clock, self._max_steps = clock, max_steps
         self._pace, self._stage = Pace(), ""
+        self._trend, self._skipped = Trend(), 0  # of this launch
+        self._limit_gb: float | None = None
         self._last_remark = clock()
         self._last_pause = ("the start", clock())
         self._unsaid = ""  # the newest step, when it was not worth a line yet
@@ -66,6 +78,7 @@ class RunReport:
             self._start(event)
         if self._record is not None:
             self._record.append(event)
+            self._say_complaints(self._record)
         if isinstance(event, StepDone):
             self._step(event)
         elif isinstance(event, ValidationDone):
@@ -105,16 +118,19 @@ class RunReport:
 
     def close(self) -> None:
         """Gives the terminal back and closes the files."""
+        if self._record is not None:
+            self._record.close()
+            self._say_complaints(self._record)
         self._console.close()
-        for file in (self._record, self._log):
-            if file is not None:
-                file.close()
+        if self._log is not None:
+            self._log.close()
 
     def _start(self, event: AttemptStarted) -> None:
         """The run stands at `event.step`: what was recorded after it happens again."""
         if self._record is not None:
             self._record.go_back_to(event.step, event.validates_first)
-        self.last_step, self._max_steps = event.step, event.max_steps
+        self.last_step, self._max_steps, self._limit_gb = event.step, event.max_steps, event.vram_limit_gb
+        self._trend, self._skipped = Trend(), 0
         self._pace, self._first_step, self._unsaid = Pace(), True, ""
         self._last_pause = ("the start", self._clock())
 
@@ -122,8 +138,12 @@ class RunReport:
         self.last_step = event.step
         self._pace.observe(event.step_seconds, self._clock())
         label = step_label(event.step, self._max_steps)
-        figures = step_figures(event, self._pace.seconds_left(self._max_steps - event.step))
-        self._console.show(label, event.step, self._max_steps, figures)
+        left = self._pace.seconds_left(self._max_steps - event.step)
+        figures = step_figures(event, left)
+        self._trend.add(event.train_loss)
+        self._skipped += event.skipped_micro_batches
+        panel = step_panel(event, str(self._trend), self._skipped, self._limit_gb, left)
+        self._console.show(label, event.step, self._max_steps, panel)
         self._unsaid = f"{label} · {figures}"
         special = self._first_step or event.step == self._max_steps or event.update_skipped
         self._first_step = False
@@ -135,6 +155,10 @@ class RunReport:
         mark, then = self._last_pause
         self._last_pause = ("the last", self._clock())
         self.say(f"{describe(event)} · {duration(self._clock() - then)} since {mark}")
+
+    def _say_complaints(self, record: Record) -> None:
+        for text in record.complaints():
+            self.say(text)
 
     def _say_newest_step(self) -> None:
         if self._unsaid:

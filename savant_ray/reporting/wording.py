@@ -11,6 +11,7 @@ from savant_ray.events import (
     AttemptStarted,
     CheckpointFailed,
     CheckpointSaved,
+    DataPrepared,
     Event,
     MicroBatchSkipped,
     Notice,
@@ -40,6 +41,18 @@ def _(event: AttemptStarted) -> str:
         f"{event.step:,} of {event.max_steps:,} steps done, {event.effective_batch:,} sequences a step"
     )
     return "\n".join([first, *(f"note: {note}" for note in event.notes)])
+
+
+@describe.register
+def _(event: DataPrepared) -> str:
+    tokens = sum(source.tokens for source in event.sources)
+    sequences = sum(source.sequences for source in event.sources)
+    padding = sum(source.padding for source in event.sources)
+    return (
+        f"training text: {sum(source.documents for source in event.sources):,} documents, {tokens:,} tokens in "
+        f"{sequences:,} sequences ({padding / (tokens + padding):.2%} padding); "
+        f"validation text: {event.validation.documents:,} documents, {event.validation.tokens:,} tokens"
+    )
 
 
 @describe.register
@@ -115,6 +128,7 @@ def step_figures(event: StepDone, seconds_left: float | None) -> str:
         f"loss {event.train_loss:.4f}",
         f"rate {event.learning_rate:.2e}",
         f"{event.tokens_per_second:,.0f} tokens/s",
+        *_share_of_peak(event),
         f"{event.memory_gb:.1f} GiB",
     ]
     waiting = event.data_wait_seconds / event.step_seconds if event.step_seconds else 0.0
@@ -127,6 +141,26 @@ def step_figures(event: StepDone, seconds_left: float | None) -> str:
     if seconds_left is not None:
         parts.append(f"{duration(seconds_left)} left")
     return " · ".join(parts)
+
+
+def step_panel(event: StepDone, trend: str, skipped: int, limit_gb: float | None, seconds_left: float | None) -> str:
+    """A step's numbers in two lines, for a display that is looked at; `skipped` micro-batches in this launch."""
+    learning = [
+        f"loss {event.train_loss:.4f}" + (f" {trend}" if trend else ""),
+        f"rate {event.learning_rate:.2e}",
+        f"gradient norm {event.grad_norm:.2f}",
+    ]
+    memory = f"{event.memory_gb:.1f} GiB" if limit_gb is None else f"{event.memory_gb:.1f} of {limit_gb:g} GiB"
+    speed = [f"{event.tokens_per_second:,.0f} tokens/s", *_share_of_peak(event), memory]
+    if skipped:
+        speed.append(f"{skipped:,} skipped")
+    if seconds_left is not None:
+        speed.append(f"{duration(seconds_left)} left")
+    return " · ".join(learning) + "\n" + " · ".join(speed)
+
+
+def _share_of_peak(event: StepDone) -> list[str]:
+    return [] if event.share_of_peak is None else [f"{percent(event.share_of_peak)} of peak"]
 
 
 def progress_figures(done: float, total: float, unit: str) -> str:

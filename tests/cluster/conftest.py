@@ -47,6 +47,16 @@ SETTINGS = {
 }
 
 
+RUN: dict[str, Any] = {  # long enough for something to happen to it
+    "training__max_steps": 100,
+    "training__accumulation": 16,  # a step takes long enough to be hit
+    "checkpoint__every_steps": 10,
+    "validation__every_steps": 100,
+    "scaling__num_workers": 2,
+    "scaling__resources_per_worker": "{CPU: 1}",
+}
+
+
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
     """A folder with training and validation text; the optional logic file is missing."""
@@ -73,8 +83,9 @@ def options(**changes: Any) -> list[str]:
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, without what would send a job elsewhere; `python` is the one that runs the tests."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SAVANT_"))}
-    return kept | {"PATH": here_first(), "OMP_NUM_THREADS": "1"} | changes
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SAVANT_", "MAKE"))}
+    lean = {"OMP_NUM_THREADS": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}  # a tenth of a launch, for the dashboard
+    return kept | {"PATH": here_first()} | lean | changes
 
 
 def here_first() -> str:
@@ -134,6 +145,15 @@ def running_cluster(**head: Any) -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def straight(head: Head, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of `RUN` when nothing happens to it."""
+    workplace = with_text(tmp_path_factory.mktemp("straight"))
+    code, printed = run_job(head, workplace, **RUN)
+    assert code == 0, printed
+    return losses(workplace / "tiny")
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -161,6 +181,10 @@ def run_job(head: Head, workplace: Path, **changes: Any) -> tuple[int, str]:
 def records(run: Path, event: str) -> list[dict[str, Any]]:
     lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["event"] == event]
+
+
+def steps_done(run: Path) -> int:
+    return len(records(run, "step")) if (run / "metrics.jsonl").exists() else 0
 
 
 def losses(run: Path) -> list[float]:

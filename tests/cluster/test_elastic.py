@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from savant_ray.config import Config
 from savant_ray.data.stream import StreamPlan
 from savant_ray.model.loss import IGNORED, next_token_targets
-from tests.cluster.conftest import Head, losses, records, running_cluster, start_job, wait_for
+from tests.cluster.conftest import Head, losses, records, running_cluster, start_job, steps_done, wait_for
 
 pytestmark = pytest.mark.slow
 EVERY = 50  # steps between checkpoints
@@ -41,9 +41,9 @@ def cluster() -> Iterator[Cluster]:
 def test_a_run_goes_on_with_a_node_less_and_with_a_node_more(cluster: Cluster, workplace: Path) -> None:
     run = workplace / "tiny"
     job = start_job(Head(cluster.address, ""), workplace, **RUN)
-    wait_for(lambda: steps(run) > EVERY)
+    wait_for(lambda: steps_done(run) > EVERY)
     lost = next(iter(cluster.worker_nodes))
-    before = steps(run)
+    before = steps_done(run)
     cluster.remove_node(lost, allow_graceful=False)
     wait_for(lambda: len(attempts(run)) == 2)
     assert attempts(run)[0]["workers"] == 2 and attempts(run)[1]["workers"] == 1
@@ -52,7 +52,7 @@ def test_a_run_goes_on_with_a_node_less_and_with_a_node_more(cluster: Cluster, w
     wait_for(lambda: len(attempts(run)) == 3)
     assert attempts(run)[2]["workers"] == 2
     n = attempts(run)[2]["step"] + 10
-    wait_for(lambda: steps(run) >= n)
+    wait_for(lambda: steps_done(run) >= n)
     stop(job)
 
     (cache,) = (workplace / "cache").glob("savant_dataset_train-*/")
@@ -76,7 +76,3 @@ def stop(job: subprocess.Popen[str]) -> None:
 
 def attempts(run: Path) -> list[dict[str, Any]]:
     return records(run, "attempt")
-
-
-def steps(run: Path) -> int:
-    return len(records(run, "step")) if (run / "metrics.jsonl").exists() else 0

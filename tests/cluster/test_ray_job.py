@@ -13,7 +13,7 @@ import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from savant_ray.training.checkpoint import checkpoints
-from tests.cluster.conftest import ROOT, SETTINGS, Head, environment, losses, records, wait_for
+from tests.cluster.conftest import ROOT, SETTINGS, Head, environment, losses, records, steps_done, wait_for
 
 pytestmark = pytest.mark.slow
 SMALLER = "--training.max_steps 3 --training.compile false --model.dim 32 --model.vocab_size 600 --validation.batches 1"
@@ -57,7 +57,7 @@ def test_ray_job_stop_saves_the_step_and_the_next_submission_goes_on_there(head:
     write_config(folder / "configs/own.yaml", workplace, max_steps=80)
     job = make_submit(head, folder, "configs/own.yaml")
     name = submission(job)
-    wait_for(lambda: job.poll() is not None or steps(run) >= 12)
+    wait_for(lambda: job.poll() is not None or steps_done(run) >= 12)
     assert job.poll() is None, job.communicate()
     stop = [Path(sys.executable).parent / "ray", "job", "stop", "--address", head.dashboard, name]
     assert subprocess.run(stop, env=environment(RAY_AUTH_MODE="disabled"), timeout=120).returncode == 0
@@ -75,10 +75,6 @@ def test_ray_job_stop_saves_the_step_and_the_next_submission_goes_on_there(head:
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0 and f"step_{stopped_at}" in printed, printed
     assert records(run, "attempt")[-1]["step"] == stopped_at and len(losses(run)) == 80
-
-
-def steps(run: Path) -> int:
-    return len(records(run, "step")) if (run / "metrics.jsonl").exists() else 0
 
 
 def write_config(path: Path, workplace: Path, max_steps: int) -> None:

@@ -55,7 +55,7 @@ def copied(finished: Finished, target: Path) -> Path:
 def test_a_run_leaves_what_the_design_says(finished: Finished) -> None:
     run = finished.run
     assert {p.name for p in run.iterdir()} >= {
-        "step_4", "step_8", "metrics.jsonl", "samples.jsonl", "training_log.txt",
+        "step_4", "step_8", "config.yaml", "metrics.jsonl", "samples.jsonl", "training_log.txt",
     }  # fmt: skip
     assert len(losses(run)) == 8 and losses(run)[-1] < losses(run)[0]
     assert [v["step"] for v in records(run, "validation")] == [0, 4, 8]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_what_is_written_is_the_state_at_the_save_whatever_training_does_meanwhi
     saver: Saver, disk: SlowDisk, ray_train: RayTrain, told: list[Event], tmp_path: Path
 ) -> None:
     state = tiny_state(tiny_config())
-    expected = state.copy_to_host()
+    expected = copy.deepcopy(state.to_checkpoint())
     saver.begin(0, "periodic", state.copy_to_host, {"train_loss": 1.0})
     with torch.no_grad():
         for parameter in state.model.parameters():

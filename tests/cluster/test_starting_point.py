@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from savant_ray.cluster.checks import is_finished
 from savant_ray.cluster.disk import Disk
+from savant_ray.cluster.forgiving import forgiving
 from savant_ray.cluster.lock import locked, move_run_aside
 from savant_ray.cluster.snapshot import SNAPSHOT, rebuild_snapshot
 from savant_ray.cluster.starting_point import changed_settings, find_start, refuse_other_data, refuse_other_settings
@@ -117,7 +119,7 @@ def test_fresh_moves_the_old_run_aside_and_loses_nothing(tmp_path: Path) -> None
 
 def rays_manager(run: Path, keep: int = 3) -> CheckpointManager:
     """Ray Train's own, as it starts in the run folder."""
-    storage = StorageContext(storage_path=str(run.parent), experiment_dir_name=run.name)
+    storage = StorageContext(str(run.parent), run.name, storage_filesystem=pickle.loads(pickle.dumps(forgiving(None))))
     return CheckpointManager(CheckpointConfig(num_to_keep=keep), storage)
 
 
@@ -128,7 +130,7 @@ def rays_checkpoints(run: Path) -> list[str]:
 def save(manager: CheckpointManager, run: Path, step: int) -> list[str]:
     """As a worker does; returns the folders that are left."""
     write(run, step)
-    report = _TrainingReport(Checkpoint(str(run / f"step_{step}")), {"step": step}, validation=False)
+    report = _TrainingReport(Checkpoint(str(run / f"step_{step}"), forgiving(None)), {"step": step}, validation=False)
 
     async def register() -> None:  # it wakes those that wait for it, in its event loop
         manager.register_checkpoint(report)
@@ -153,6 +155,45 @@ def test_a_later_launch_deletes_by_number_what_earlier_ones_left(tmp_path: Path)
     write(run, 10000, 9900, 5000)
     find_start(Disk(run), print)
     assert save(rays_manager(run), run, 10100) == ["step_9900", "step_10000", "step_10100"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_list_that_cannot_be_written_and_a_checkpoint_that_is_gone_do_not_end_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    manager = rays_manager(run, keep=1)
+    assert save(manager, run, 1) == ["step_1"]
+    (run / SNAPSHOT).unlink()
+    (run / SNAPSHOT).mkdir()  # refuses to be written
+    shutil.rmtree(run / "step_1")
+    assert save(manager, run, 2) == ["step_2"]
+    (run / SNAPSHOT).rmdir()
+    assert save(manager, run, 3) == ["step_3"] and rays_checkpoints(run) == ["step_3"]
+
+
+class Sulking:
+    """A file system that refuses for a while."""
+
+    type_name = "sulking"
+    refuses = True
+
+    def __init__(self) -> None:
+        self.deleted: list[str] = []
+
+    def delete_dir(self, path: str) -> None:
+        if self.refuses:
+            raise OSError("not now")
+        if path == "gone":
+            raise FileNotFoundError(path)
+        self.deleted.append(path)
+
+
+def test_what_could_not_be_deleted_is_deleted_with_the_next() -> None:
+    sulking = Sulking()
+    forgiving(sulking).delete_dir("run/step_1")
+    sulking.refuses = False
+    for path in ("gone", "run/step_2"):
+        forgiving(sulking).delete_dir(path)
+    assert sulking.deleted == ["run/step_1", "run/step_2"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1,10 +1,12 @@
-"""Events as a run would emit them, with plausible numbers."""
+"""Events as a run would emit them, with plausible numbers, and the record that they make."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from savant_ray.events import AttemptStarted, CheckpointSaved, SampleGenerated, StepDone, ValidationDone
+from savant_ray.events import AttemptStarted, CheckpointSaved, Event, SampleGenerated, StepDone, ValidationDone
+from savant_ray.reporting.record import Record
 
 
 def attempt(step: int = 0, max_steps: int = 1000, **changes: Any) -> AttemptStarted:
@@ -24,6 +26,9 @@ def step_done(step: int, **changes: Any) -> StepDone:
         "micro_batch_size": 12,
         "memory_gb": 3.21,
         "data_wait_seconds": 0.0,
+        "compute_seconds": 1.8,
+        "reduce_seconds": 0.1,
+        "update_seconds": 0.1,
         "step_seconds": 2.0,
     }
     return StepDone(step=step, **(fields | changes))
@@ -39,3 +44,18 @@ def sample(step: int, text: str = " five\nplus ten", prompt: str = "Question: X?
 
 def checkpoint(step: int, reason: str = "periodic") -> CheckpointSaved:
     return CheckpointSaved(step=step, path=f"/runs/x/step_{step}", reason=reason, seconds=0.4)
+
+
+def write(folder: Path, *events: Event) -> Path:
+    """A run folder with the record of these events."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = Record(folder)
+    for event in events:
+        record.append(event)
+    record.close()
+    return folder
+
+
+def idle(_: Path) -> bool:
+    """No run is trained at present."""
+    return False

@@ -209,3 +209,16 @@ def test_a_notice_that_every_worker_gives_is_told_and_recorded_once(tmp_path: Pa
             report.handle(Notice(text=text))
     assert paper.getvalue() == "a node goes\nstep 3 given up\n"
     assert [line["text"] for line in read_records(tmp_path / METRICS)] == ["a node goes", "step 3 given up"]
+
+
+def test_a_watched_run_shows_trend_memory_against_the_cap_and_what_was_skipped(
+    tmp_path: Path, clock: Clock, terminal: Terminal
+) -> None:
+    with RunReport(tmp_path, console=open_console(terminal), clock=clock) as report:
+        report.handle(attempt(max_steps=100, vram_limit_gb=10.0))
+        report.handle(step_done(1, train_loss=6.0, skipped_micro_batches=2))
+        report.handle(step_done(2, train_loss=5.0, share_of_peak=0.543))
+        report._console.say("drawn")  # above the live part, which is drawn anew with it
+    shown = terminal.getvalue()
+    assert "loss 5.0000 █▁ · rate 2.00e-05 · gradient norm 0.91" in shown
+    assert "54 % of peak · 3.2 of 10 GiB · 2 skipped" in shown

@@ -1,0 +1,86 @@
+"""Which curves are drawn together, and in which units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from savant_ray.reporting.page.curves import Curve, aligned, smoothed, worth_drawing
+from savant_ray.reporting.page.history import History
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of each step and how it is drawn."""
+
+    title: str
+    unit: str
+    column: str
+    scale: float = 1.0
+    smooth: bool = True
+    logarithmic: bool = False
+
+
+FIGURES = (
+    Figure("Learning rate", "", "learning_rate", smooth=False),
+    Figure("Gradient norm", "before clipping", "grad_norm", logarithmic=True),
+    Figure("Throughput", "tokens/s", "tokens_per_second"),
+    Figure("Share of peak", "% of the matrix product's", "share_of_peak", scale=100),
+    Figure("Memory", "GiB, peak of rank 0", "memory_gb", smooth=False),
+    Figure("Waiting for data", "ms a step", "data_wait_seconds", scale=1000),
+)
+
+
+def charts(histories: Sequence[History], names: Sequence[str]) -> list[dict[str, Any]]:
+    """All charts, the loss first; one that has nothing to show is left out."""
+    all_charts = [
+        _chart("Loss", "nats per token", _losses(histories, names)),
+        _chart("Validation", "bits per byte", _validations(histories, names, "bits_per_byte")),
+        *(_chart(each.title, each.unit, _figures(histories, names, each), each.logarithmic) for each in FIGURES),
+    ]
+    return [chart for chart in all_charts if chart["steps"]]
+
+
+def _chart(title: str, unit: str, curves: Sequence[Curve], logarithmic: bool = False) -> dict[str, Any]:
+    return {"title": title, "unit": unit, "logarithmic": logarithmic, **aligned(curves)}
+
+
+def _losses(histories: Sequence[History], names: Sequence[str]) -> list[Curve]:
+    figure = Figure("Loss", "", "train_loss")
+    return _figures(histories, names, figure, "training") + _validations(histories, names, "validation_loss")
+
+
+def _figures(histories: Sequence[History], names: Sequence[str], figure: Figure, what: str = "") -> list[Curve]:
+    curves = []
+    for run, (history, name) in enumerate(zip(histories, names, strict=True)):
+        values = history.steps[figure.column] * figure.scale
+        if not np.isfinite(values).any():
+            continue
+        kept = worth_drawing(values)
+        steps, label = history.steps["step"][kept], _label(name, what)
+        curves.append(Curve(f"{label or 'each step'}", run, "raw", steps, values[kept]))
+        if figure.smooth:
+            curves.append(Curve(f"{label} smoothed".strip(), run, "smooth", steps, smoothed(values)[kept]))
+        limit = history.attempt.get("vram_limit_gb") if figure.column == "memory_gb" else None
+        if limit is not None:
+            curves.append(Curve(_label(name, "cap"), run, "limit", steps, np.full(len(steps), limit)))
+    return curves
+
+
+def _validations(histories: Sequence[History], names: Sequence[str], field: str) -> list[Curve]:
+    curves = []
+    for run, (history, name) in enumerate(zip(histories, names, strict=True)):
+        told = {line["step"]: line[field] for line in history.validations if line.get(field) is not None}
+        steps = np.array(sorted(told), dtype=np.float64)
+        if told:
+            values = np.array([told[step] for step in steps])
+            curves.append(Curve(_label(name, "validation"), run, "points", steps, values))
+    return curves
+
+
+def _label(name: str, what: str) -> str:
+    """`name` is empty where there is one run only."""
+    return " ".join(part for part in (name, what) if part)

@@ -1,0 +1,197 @@
+"""What became of runs, from their records: a table of all, five lines about one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from savant_ray.errors import SettingsError
+from savant_ray.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointSaved,
+    RunFailed,
+    SampleGenerated,
+    StepDone,
+    ValidationDone,
+)
+from savant_ray.reporting.record import METRICS, parsed
+from savant_ray.reporting.wording import duration, printable
+
+STEP = json.dumps({"event": StepDone.kind})[:-1].encode()  # how a step's line begins: most lines are steps
+RECENT_STEPS = 100
+SAMPLE_WIDTH = 100
+WIDE = 300  # columns for whoever is not a terminal: nothing is wrapped
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run; None = its record does not say."""
+
+    name: str
+    folder: str
+    state: str  # running, finished, stopped, failed, or interrupted: killed without a word
+    step: int
+    max_steps: int | None
+    train_loss: float | None
+    validation_loss: float | None
+    best_validation_loss: float | None
+    best_validation_step: int | None
+    tokens_per_second: float | None
+    step_seconds: float | None  # median of the recent ones
+    checkpoint: str | None  # the newest that is told of
+    checkpoint_time: str | None
+    sample: str | None
+    sample_step: int | None
+    last_time: str
+    failure: str | None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of the recent steps; None where nothing is running."""
+        if self.state != "running" or self.step_seconds is None or self.max_steps is None:
+            return None
+        return (self.max_steps - self.step) * self.step_seconds
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """Run folders: these, their subfolders, and those of `savant_runs` at any depth."""
+    found = [
+        record.parent
+        for folder in folders
+        for pattern in (METRICS, f"*/{METRICS}", f"savant_runs/**/{METRICS}")
+        for record in sorted(folder.glob(pattern))
+    ]
+    return list(dict.fromkeys(path.resolve() for path in found))
+
+
+def summarise(run_folder: Path, is_in_use: Callable[[Path], bool]) -> RunSummary:
+    """The run's state; `is_in_use` says whether some process trains it now.
+
+    Raises:
+        SettingsError: there is no record in the folder.
+    """
+    if not (run_folder / METRICS).is_file():
+        raise SettingsError(f"{run_folder}: no run (it has no {METRICS}); `savant runs` lists those that are here")
+    steps, newest, best = _read(run_folder / METRICS)
+    step = steps[-1] if steps else {}
+    attempt, ended, validated = (newest.get(kind.kind, {}) for kind in (AttemptStarted, AttemptEnded, ValidationDone))
+    saved, sample = newest.get(CheckpointSaved.kind, {}), newest.get(SampleGenerated.kind, {})
+    state = "running" if is_in_use(run_folder) else _state(newest)
+    times = [each["step_seconds"] for each in steps if each.get("step_seconds") is not None]
+    return RunSummary(
+        name=run_folder.resolve().name,
+        folder=str(run_folder),
+        state=state,
+        step=max(step.get("step", 0), ended.get("step", 0), saved.get("step", 0)),
+        max_steps=attempt.get("max_steps"),
+        train_loss=step.get("train_loss"),
+        validation_loss=validated.get("validation_loss"),
+        best_validation_loss=best.get("validation_loss"),
+        best_validation_step=best.get("step"),
+        tokens_per_second=step.get("tokens_per_second"),
+        step_seconds=median(times) if times else None,
+        checkpoint=f"step_{saved['step']}" if saved else None,
+        checkpoint_time=saved.get("time"),
+        sample=sample.get("text"),
+        sample_step=sample.get("step"),
+        last_time=max((line["time"] for line in [step, *newest.values()] if line), default=""),
+        failure=newest.get(RunFailed.kind, {}).get("text") if state == "failed" else None,
+    )
+
+
+def print_table(runs: Iterable[RunSummary]) -> None:
+    """A run a row."""
+    table = Table("run", "state", "step", "loss", "validation", "last checkpoint", "last heard of", box=None)
+    for run in runs:
+        steps = f"{run.step:,}" + ("" if run.max_steps is None else f" of {run.max_steps:,}")
+        losses = ("" if loss is None else f"{loss:.4f}" for loss in (run.train_loss, run.validation_loss))
+        table.add_row(printable(_from_here(run.folder)), run.state, steps, *losses, run.checkpoint or "none", ago(run.last_time))
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+
+
+def _from_here(folder: str) -> str:
+    path = Path(folder)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else folder
+
+
+def status(run: RunSummary) -> str:
+    """Five lines."""
+    last = f", last heard of {ago(run.last_time)}" if run.last_time else ""
+    of = "" if run.max_steps is None else f" of {run.max_steps:,}"
+    speed = [] if run.tokens_per_second is None else [f"{run.tokens_per_second:,.0f} tokens/s"]
+    left = [] if run.seconds_left is None else [f"{duration(run.seconds_left)} left"]
+    loss = [] if run.train_loss is None else [f"loss {run.train_loss:.4f}"]
+    lines = [
+        f"{run.name}: {run.state}{last}" + (f": {run.failure}" if run.failure else ""),
+        " · ".join([f"step {run.step:,}{of}", *loss, *speed, *left]),
+        _validation(run),
+        f"saved {run.checkpoint}, {ago(run.checkpoint_time)}" if run.checkpoint_time else "no checkpoint yet",
+        _sample(run),
+    ]
+    return printable("\n".join(line.replace("\n", " ") for line in lines))
+
+
+def to_json(runs: Iterable[RunSummary]) -> str:
+    """The same for programs."""
+    return json.dumps([{**asdict(run), "seconds_left": run.seconds_left} for run in runs], ensure_ascii=False, indent=2)
+
+
+def ago(time: str | None) -> str:
+    """`12 min 5 s ago` of an ISO time."""
+    if not time:
+        return "unknown"
+    return f"{duration(max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()))} ago"
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], dict[str, Any]]:
+    """The recent steps, the newest line of each other kind, and the best validation."""
+    recent: deque[bytes] = deque(maxlen=RECENT_STEPS)
+    newest: dict[str, dict[str, Any]] = {}
+    best: dict[str, Any] = {}
+    with path.open("rb") as file:
+        for text in file:
+            if text.startswith(STEP):
+                recent.append(text)
+            elif (line := parsed(text)) is not None:
+                newest.pop(line["event"], None)  # so that the order is that of the newest lines
+                newest[line["event"]] = line
+                loss = line.get("validation_loss")
+                if loss is not None and loss <= best.get("validation_loss", loss):
+                    best = line
+    return [line for text in recent if (line := parsed(text)) is not None], newest, best
+
+
+def _state(newest: dict[str, dict[str, Any]]) -> str:
+    """From what was said last of all that a launch says at its start and its end."""
+    last = [kind for kind in newest if kind in (AttemptStarted.kind, AttemptEnded.kind, RunFailed.kind)][-1:]
+    if last == [RunFailed.kind]:
+        return "failed"
+    if last == [AttemptEnded.kind]:
+        return "finished" if newest[AttemptEnded.kind]["finished"] else "stopped"
+    return "interrupted"
+
+
+def _validation(run: RunSummary) -> str:
+    if run.validation_loss is None:
+        return "no validation yet"
+    best = f" · best {run.best_validation_loss:.4f} at step {run.best_validation_step:,}"
+    return f"validation loss {run.validation_loss:.4f}{best}"
+
+
+def _sample(run: RunSummary) -> str:
+    if run.sample is None:
+        return "no sample yet"
+    text = " ".join(run.sample.split())
+    cut = text if len(text) <= SAMPLE_WIDTH else f"{text[:SAMPLE_WIDTH]}…"
+    return f"answered at step {run.sample_step:,}: {cut}"

@@ -1,0 +1,42 @@
+"""The record told to an experiment tracker, beside training.
+
+    tracking   a thread that sends what a tracker does not have yet
+    mlflow     MLflow
+    wandb      Weights & Biases
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from savant_ray.config import ReportingConfig
+from savant_ray.errors import SettingsError
+from savant_ray.reporting.trackers.tracking import Tracking
+
+
+def open_trackers(config: ReportingConfig, run: str) -> list[Tracking]:
+    """Those that the settings ask for; nothing is connected yet.
+
+    Raises:
+        SettingsError: a tracker's package is not installed.
+    """
+    trackings = []
+    if config.mlflow is not None:
+        _require("mlflow")
+        from savant_ray.reporting.trackers.mlflow import Mlflow
+
+        trackings.append(Tracking("MLflow", Mlflow(config.mlflow, run)))
+    if config.wandb is not None:
+        _require("wandb")
+        from savant_ray.reporting.trackers.wandb import Wandb
+
+        trackings.append(Tracking("Weights & Biases", Wandb(config.wandb, run)))
+    return trackings
+
+
+def _require(package: str) -> None:
+    if find_spec(package) is None:
+        raise SettingsError(
+            f"reporting.{package}: the package {package} is not installed; in the checkout, "
+            f"`pip install -e '.[{package}]'` does that"
+        )

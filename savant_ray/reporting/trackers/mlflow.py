@@ -1,0 +1,74 @@
+"""MLflow: an experiment `savant_ray`, a run there for each run here, samples among its artifacts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import datetime
+from typing import Any
+
+from savant_ray.events import SampleGenerated
+from savant_ray.reporting.trackers.tracking import Line, numbers
+
+EXPERIMENT = "savant_ray"
+IDENTITY = "savant_ray.identity"
+LAST_STEP = {"step": "step/train_loss", "validation": "validation/validation_loss", "checkpoint": "checkpoint/seconds"}
+MOST_NUMBERS = 1000  # that MLflow takes at once
+
+
+class Mlflow:
+    """A `Tracker`; nothing is connected before `open`."""
+
+    def __init__(self, address: str, run: str) -> None:
+        self._address, self._name = address, run
+
+    def open(self, identity: str, settings: dict[str, Any]) -> dict[str, int]:
+        """See `Tracker`. A run that is made gets the settings as its parameters."""
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own 7 take minutes
+        for library in ("mlflow", "alembic"):
+            logging.getLogger(library).setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        self._client = MlflowClient(tracking_uri=self._address)
+        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        number = self._client.create_experiment(EXPERIMENT) if experiment is None else experiment.experiment_id
+        found = self._client.search_runs([number], f"tags.`{IDENTITY}` = '{identity}'", max_results=1)
+        if found:
+            self._id = found[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+            return self._told()
+        self._id = self._client.create_run(number, run_name=self._name, tags={IDENTITY: identity}).info.run_id
+        self._client.log_batch(self._id, params=[Param(name, str(value)) for name, value in settings.items()])
+        return {}
+
+    def send(self, lines: list[Line]) -> None:
+        """See `Tracker`."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, round(1000 * datetime.fromisoformat(line["time"]).timestamp()), line["step"])
+            for line in lines
+            for name, value in numbers(line).items()
+        ]
+        for start in range(0, len(metrics), MOST_NUMBERS):
+            self._client.log_batch(self._id, metrics=metrics[start : start + MOST_NUMBERS])
+        for line in lines:
+            if line["event"] == SampleGenerated.kind:
+                self._client.log_text(self._id, f"{line['prompt']}{line['text']}", _artifact(line["step"]))
+
+    def close(self, finished: bool) -> None:
+        """See `Tracker`."""
+        self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
+
+    def _told(self) -> dict[str, int]:
+        samples = [file.path for file in self._client.list_artifacts(self._id, "samples")]
+        told = {SampleGenerated.kind: max((int(path[-12:-4]) for path in samples), default=-1)}
+        for kind, metric in LAST_STEP.items():
+            steps = [each.step for each in self._client.get_metric_history(self._id, metric)]
+            told[kind] = max(steps, default=-1)
+        return told
+
+
+def _artifact(step: int) -> str:
+    return f"samples/step_{step:08}.txt"

@@ -1,0 +1,192 @@
+"""The report tells what the record tells, in one file, and shows text as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from savant_ray.cli import main
+from savant_ray.config import Config
+from savant_ray.errors import SettingsError
+from savant_ray.events import AttemptEnded, DataPrepared, Event, RunFailed, TextCounts, WorkersLost
+from savant_ray.reporting.page import write_page
+from savant_ray.reporting.page.curves import Curve, aligned, smoothed, worth_drawing
+from savant_ray.reporting.page.history import Launch, read_history
+from savant_ray.reporting.page.timeline import timeline
+from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation, write
+
+FAILED = RunFailed(error="TrainingError", text="it <diverged>", exit_code=1)
+DATA = DataPrepared(
+    sources=(TextCounts("train.jsonl", documents=1234, tokens=99_000, sequences=99, padding=1000, bad_lines=7),),
+    validation=TextCounts("val.jsonl", documents=12, tokens=990, sequences=1, padding=10, bad_lines=0),
+)
+SETTINGS = Config.from_dict({"training": {"learning_rate": 1e-3}}).to_dict()
+RUN: tuple[Event, ...] = (
+    DATA,
+    attempt(max_steps=20, settings=SETTINGS, versions={"torch": "2.13.0"}),
+    *(step_done(step, train_loss=9.0 - step / 10) for step in range(1, 11)),
+    validation(5),
+    sample(5, text="</script><b>bold</b> \x1b[2J"),
+    checkpoint(10),
+)
+
+
+def html_of(*runs: Path, output: Path) -> str:
+    write_page(runs, output, idle)
+    return output.read_text(encoding="utf-8")
+
+
+def drawn(html: str) -> list[dict]:
+    """The charts that the page's script draws."""
+    found = re.search(r'<script type="application/json" id="charts-data">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def seen(html: str) -> str:
+    """What a reader reads: no tags, scripts and styles."""
+    without = re.sub(r"<(script|style).*?</\1>", "", html, flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", without)).split())
+
+
+# --- the page
+
+
+def test_the_page_tells_what_the_record_tells(tmp_path: Path) -> None:
+    html = html_of(write(tmp_path / "run", *RUN), output=tmp_path / "report.html")
+    text = seen(html)
+    for told in (
+        "step 10 of 20", "training loss 8.0000", "validation loss 5.1234", "tokens trained on 1,900,000",
+        "train.jsonl 1,234 99,000 99 1.0 % 7", "val.jsonl (validation) 12 990", "torch 2.13.0",
+        "training.learning_rate 0.001 2e-05", "1 of", "run interrupted", "Question: X?",
+    ):  # fmt: skip
+        assert told in text, told
+    loss, validated = drawn(html)[:2]
+    raw, smooth, points = (series["values"] for series in loss["series"])
+    assert loss["steps"] == list(range(1, 11))
+    assert raw == pytest.approx([9.0 - step / 10 for step in range(1, 11)]) and smooth == raw, "a span of one step"
+    assert points == [None] * 4 + [5.1234] + [None] * 5
+    assert validated["steps"] == [5] and validated["series"][0]["values"] == [2.1]
+
+
+def test_what_a_model_answers_is_text_and_nothing_else(tmp_path: Path) -> None:
+    html = html_of(write(tmp_path / "</script><i>", *RUN, FAILED), output=tmp_path / "report.html")
+    assert "<b>bold" not in html and "<i>&" not in html and "</script><i>" not in html
+    assert r"</script><b>bold</b> \x1b[2J" in seen(html) and "it <diverged>" in seen(html)
+
+
+def test_nothing_is_loaded_from_anywhere(tmp_path: Path) -> None:
+    html = html_of(write(tmp_path / "run", *RUN), output=tmp_path / "report.html")
+    assert re.findall(r"""(?:src|href)=["'](?!data:)""", html) == [] and "@import" not in html and "url(" not in html
+
+
+def test_runs_are_compared_and_told_apart(tmp_path: Path) -> None:
+    other = Config.from_dict({"training": {"learning_rate": 1e-4}}).to_dict()
+    one, two = write(tmp_path / "a/run", *RUN), write(tmp_path / "b/run", attempt(settings=other), step_done(1))
+    three = write(tmp_path / "three", *RUN[:2])
+    html = html_of(one, two, three, output=tmp_path / "report.html")
+    text = seen(html)
+    assert f"{one} · {two} · three" in text, "names that are the same are told by their folders"
+    assert "training.learning_rate 0.001 0.0001 0.001 2e-05" in text
+    assert {series["run"] for series in drawn(html)[0]["series"]} == {0, 1}
+    assert f"{two} training" in {series["label"] for series in drawn(html)[0]["series"]}
+
+
+@pytest.mark.parametrize("events", [(), RUN[:1], RUN[:2], (*RUN[:2], step_done(1, share_of_peak=None, grad_norm=float("nan")))])
+def test_a_run_that_has_hardly_begun_has_a_page(events: tuple[Event, ...], tmp_path: Path) -> None:
+    run = write(tmp_path / "run", *events)
+    assert "Savant report" in seen(html_of(run, output=tmp_path / "report.html"))
+
+
+def test_the_command_writes_into_the_run_or_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "one", *RUN), write(tmp_path / "two", *RUN)
+    assert main(["report", "one"]) == 0 and (tmp_path / "one/report.html").exists()
+    assert main(["report", "one", "two"]) == 0 and (tmp_path / "report.html").exists()
+    assert main(["report", "one", "--output", "mine.html"]) == 0 and (tmp_path / "mine.html").exists()
+    assert "mine.html is written" in capsys.readouterr().out
+    assert main(["report", "none"]) == SettingsError.exit_code and "no run" in capsys.readouterr().err
+    assert main(["report", "one", "--output", "missing/mine.html"]) == 1 and "missing" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == []
+
+
+# --- launches
+
+
+def test_launches_end_as_they_were_told_to(tmp_path: Path) -> None:
+    run = write(
+        tmp_path / "run",
+        *(attempt(), step_done(1), checkpoint(1), AttemptEnded(step=1, finished=False, saved_step=1)),
+        *(attempt(1), step_done(2), WorkersLost(text="a node is gone")),
+        *(attempt(1), step_done(2), FAILED),
+        *(attempt(1), step_done(2)),
+        *(attempt(2), step_done(3), AttemptEnded(step=3, finished=True, saved_step=3)),
+    )
+    launches = read_history(run, idle).launches
+    endings = [launch.ending for launch in launches]
+    assert endings == ["stopped", "workers lost", "failed", "killed", "finished"]
+    assert [(launch.first_step, launch.last_step) for launch in launches] == [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]
+    assert [step for _, step in launches[0].checkpoints] == [1]
+    assert read_history(run, lambda _: True).launches[-1].ending == "running"
+
+
+times = st.floats(0, 1e6)
+
+
+@given(st.lists(st.tuples(times, times), min_size=1, max_size=8))
+def test_the_strip_holds_all_launches_in_order(pairs: list[tuple[float, float]]) -> None:
+    moments = sorted(time for pair in pairs for time in pair)
+    launches = [
+        Launch(start, end, 0, 1, checkpoints=[((start + end) / 2, 1)])
+        for start, end in zip(moments[::2], moments[1::2], strict=True)
+    ]
+    stretches = timeline(launches)
+    ends = [stretch.left + stretch.width for stretch in stretches]
+    assert stretches[0].left == 0 and ends[-1] == pytest.approx(100)
+    assert all(end <= after.left + 1e-9 for end, after in zip(ends, stretches[1:]))
+    for stretch, end in zip(stretches, ends, strict=True):
+        assert stretch.left - 1e-9 <= stretch.checkpoints[0][0] <= end + 1e-9
+
+
+# --- curves
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**32 - 1))
+def test_no_spike_is_lost_and_few_points_are_drawn(n: int, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=n)
+    kept = worth_drawing(values, points=200)
+    assert len(kept) <= max(200, 1) + 2 and (np.diff(kept) > 0).all() and kept[-1] == n - 1
+    assert {values.argmin(), values.argmax()} <= set(kept.tolist())
+
+
+def test_a_logarithmic_axis_has_its_first_steps() -> None:
+    assert set(range(20)) <= set(worth_drawing(np.arange(80_000.0)).tolist())
+
+
+def test_the_smooth_curve_is_an_average_that_what_is_not_finite_leaves_alone() -> None:
+    values = np.full(500, 3.0)
+    values[5::7], values[3] = np.nan, np.inf
+    assert smoothed(values) == pytest.approx(3.0)
+    noisy = np.random.default_rng(0).normal(size=5000)
+    assert np.std(smoothed(noisy)) < 0.2 * np.std(noisy)
+
+
+def test_curves_of_other_lengths_share_an_axis() -> None:
+    one = Curve("one", 0, "raw", np.array([1, 2, 3]), np.array([1.0, np.nan, 3.0]))
+    two = Curve("two", 1, "points", np.array([2, 10]), np.array([0.123456789, 5.0]))
+    assert aligned([one, two]) == {
+        "steps": [1, 2, 3, 10],
+        "series": [
+            {"label": "one", "run": 0, "style": "raw", "values": [1.0, None, 3.0, None]},
+            {"label": "two", "run": 1, "style": "points", "values": [None, 0.12346, None, 5.0]},
+        ],
+    }

@@ -1,0 +1,85 @@
+"""`savant runs` and `savant status` tell what the record tells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from savant_ray.cli import main
+from savant_ray.cluster.lock import is_in_use, locked
+from savant_ray.errors import SettingsError
+from savant_ray.events import AttemptEnded, Event, RunFailed
+from savant_ray.reporting.runs import find_runs, status, summarise
+from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation, write
+
+
+TRAINED = (attempt(max_steps=20), *(step_done(step, train_loss=9.0 - step) for step in range(1, 6)), validation(5))
+DONE = AttemptEnded(step=20, finished=True, saved_step=20)
+STOPPED = AttemptEnded(step=5, finished=False, saved_step=5)
+FAILED = RunFailed(error="TrainingError", text="it diverged", exit_code=1)
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ((attempt(),), "interrupted"),
+        ((*TRAINED, STOPPED), "stopped"),
+        ((*TRAINED, STOPPED, attempt(5)), "interrupted"),
+        ((*TRAINED, DONE), "finished"),
+        ((*TRAINED, FAILED), "failed"),
+        ((*TRAINED, FAILED, attempt(5), DONE), "finished"),
+    ],
+)
+def test_the_state_of_a_run_is_what_was_said_last(events: tuple[Event, ...], state: str, tmp_path: Path) -> None:
+    run = write(tmp_path / "run", *events)
+    assert summarise(run, idle).state == state
+    with locked(run):
+        assert summarise(run, is_in_use).state == "running"
+    assert summarise(run, is_in_use).state == state
+
+
+def test_five_lines_say_how_a_run_stands(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", *TRAINED, checkpoint(5), sample(5, text=" fif\nteen\x1b[2J"))
+    first, steps, validated, saved, answered = status(summarise(run, lambda _: True)).splitlines()
+    assert first.startswith("run: running, last heard of ")
+    assert steps == "step 5 of 20 · loss 4.0000 · 12,346 tokens/s · 30 s left", "15 steps at 2 s"
+    assert validated == "validation loss 5.1234 · best 5.1234 at step 5"
+    assert saved.startswith("saved step_5, ") and saved.endswith(" ago")
+    assert answered == r"answered at step 5: fif teen\x1b[2J"
+
+
+def test_a_run_that_has_just_begun_has_five_lines_too(tmp_path: Path) -> None:
+    lines = status(summarise(write(tmp_path / "run", attempt()), idle)).splitlines()
+    assert lines[1:] == ["step 0 of 1,000", "no validation yet", "no checkpoint yet", "no sample yet"]
+
+
+def test_runs_are_found_here_and_where_jobs_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["runs"]) == 0 and "no runs here" in capsys.readouterr().out
+    wanted = [
+        write(tmp_path / "here/one", *TRAINED, DONE),
+        write(tmp_path / "home/savant_runs/two", *TRAINED),
+        write(tmp_path / "home/savant_runs/s3/bucket/three", attempt()),
+    ]
+    assert find_runs([Path(), Path.home()]) == [wanted[0], wanted[2], wanted[1]]
+    assert main(["runs"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in " ".join(printed.split()) for word in ("one", "finished", "5 of 20", "interrupted"))
+    assert main(["runs", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [(run["name"], run["state"], run["step"]) for run in listed] == [
+        ("one", "finished", 20), ("three", "interrupted", 0), ("two", "interrupted", 5)
+    ]  # fmt: skip
+
+
+def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SettingsError, match="no run"):
+        summarise(tmp_path, idle)
+    assert main(["status", str(tmp_path)]) == 2
+    assert "savant runs" in capsys.readouterr().err

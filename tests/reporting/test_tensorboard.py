@@ -1,0 +1,85 @@
+"""What TensorBoard itself reads is what the record says, over all launches of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from savant_ray.reporting import tensorboard
+from savant_ray.reporting.record import METRICS, Record, read_records
+from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
+
+
+def launch(folder: Path, first: int, last: int) -> Record:
+    """Trains from after `first` to `last`, and is killed: nothing is closed."""
+    record = Record(folder)
+    record.go_back_to(first, validates=False)
+    record.append(attempt(first))
+    for step in range(first + 1, last + 1):
+        record.append(step_done(step, train_loss=10.0 / step))
+    return record
+
+
+def read(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder / tensorboard.FOLDER), size_guidance={"scalars": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def check_tensorboard(folder: Path) -> None:
+    """Every number of the record, each once."""
+    accumulator, lines = read(folder), list(read_records(folder / METRICS))
+    steps = [line for line in lines if line["event"] == "step"]
+    for name in ("train_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gb", "data_wait_seconds"):
+        shown = [(each.step, each.value) for each in accumulator.Scalars(f"step/{name}")]
+        assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in steps]
+
+
+def test_tensorboard_shows_the_numbers_of_the_record_and_the_samples(tmp_path: Path) -> None:
+    record = launch(tmp_path, 0, 5)
+    for event in (validation(5), checkpoint(5), sample(5, text=" # five\nplus"), step_done(6, share_of_peak=0.5)):
+        record.append(event)
+    record.close()
+    check_tensorboard(tmp_path)
+    accumulator = read(tmp_path)
+    assert accumulator.Scalars("validation/validation_loss")[0].value == pytest.approx(5.1234)
+    assert accumulator.Scalars("checkpoint/seconds")[0].step == 5
+    assert [each.value for each in accumulator.Scalars("step/share_of_peak")] == [0.5]
+    text = accumulator.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.splitlines() == ["    Question: X?", "    Answer: # five", "    plus"], "not taken for Markdown"
+
+
+@pytest.mark.parametrize("told_again", [0, 2, 1000])
+def test_a_run_that_goes_back_has_each_step_once(
+    told_again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorboard, "TOLD_AGAIN", told_again)
+    for first, last in ((0, 20), (10, 30), (25, 40)):
+        launch(tmp_path, first, last).close()
+    check_tensorboard(tmp_path)
+    assert len(read(tmp_path).Scalars("step/train_loss")) == 40
+
+
+def test_what_a_killed_driver_had_not_written_is_filled_in(tmp_path: Path) -> None:
+    abandoned = launch(tmp_path, 0, 20)
+    for file in (tmp_path / tensorboard.FOLDER).iterdir():
+        file.write_bytes(file.read_bytes()[:-70])
+    launch(tmp_path, 20, 30).close()
+    check_tensorboard(tmp_path)
+    abandoned.close()
+
+
+def test_a_run_that_came_to_another_machine_without_these_files_has_them_whole(tmp_path: Path) -> None:
+    launch(tmp_path, 0, 1500).close()
+    for file in (tmp_path / tensorboard.FOLDER).iterdir():
+        file.unlink()
+    launch(tmp_path, 1500, 1501).close()
+    check_tensorboard(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / tensorboard.FOLDER).write_text("in the way")
+    launch(tmp_path, 0, 3).close()
+    assert len(list(read_records(tmp_path / METRICS))) == 4

@@ -1,0 +1,160 @@
+"""A tracker has the record's numbers, each once over all launches, and no trouble of it becomes the run's."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from savant_ray.cli import main
+from savant_ray.config import Config, ReportingConfig
+from savant_ray.errors import SettingsError
+from savant_ray.events import AttemptEnded
+from savant_ray.reporting import trackers
+from savant_ray.reporting.record import Record
+from savant_ray.reporting.trackers import Tracking, open_trackers, tracking
+from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
+
+SETTINGS = Config.from_dict({"training": {"learning_rate": 1e-3}}).to_dict()
+
+
+class Fake:
+    """Keeps lines; fails where it is told to."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.fails_at, self.gate = "", threading.Event()
+        self.gate.set()
+        self.ends: list[bool] = []
+
+    def open(self, identity: str, settings: dict[str, Any]) -> dict[str, int]:
+        assert identity.isalnum() and settings["training.learning_rate"] == 1e-3
+        self.gate.wait()
+        self._fail("open")
+        told: dict[str, int] = {}
+        for line in self.lines:
+            told[line["event"]] = max(line["step"], told.get(line["event"], -1))
+        return told
+
+    def send(self, lines: list[dict[str, Any]]) -> None:
+        self._fail("send")
+        self.lines += lines
+
+    def close(self, finished: bool) -> None:
+        self._fail("close")
+        self.ends.append(finished)
+
+    def _fail(self, where: str) -> None:
+        if self.fails_at == where:
+            raise ConnectionError("no server\nand much more")
+
+    def steps(self, event: str) -> list[int]:
+        return [line["step"] for line in self.lines if line["event"] == event]
+
+
+def launch(folder: Path, first: int, last: int, tracker: Any, finished: bool = False) -> Record:
+    """Trains from after `first` to `last`."""
+    record = Record(folder, [Tracking("Fake", tracker)])
+    record.append(attempt(first, settings=SETTINGS))
+    record.go_back_to(first, validates=False)
+    for step in range(first + 1, last + 1):
+        record.append(step_done(step, train_loss=10.0 / step))
+        if step % 5 == 0:
+            for event in (validation(step), sample(step), checkpoint(step)):
+                record.append(event)
+    record.append(AttemptEnded(step=last, finished=finished, saved_step=last))
+    return record
+
+
+def test_every_line_is_told_once_over_launches_that_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "MOST_LINES", 3)
+    fake = Fake()
+    for first, last in ((0, 12), (5, 20), (20, 23)):
+        record = launch(tmp_path, first, last, fake, finished=last == 23)
+        record.close()
+        assert record.complaints() == []
+    assert fake.steps("step") == list(range(1, 24))
+    assert fake.steps("validation") == fake.steps("sample") == fake.steps("checkpoint") == [5, 10, 15, 20]
+    assert fake.ends == [False, False, True]
+
+
+def test_workers_that_start_again_within_a_launch_repeat_nothing(tmp_path: Path) -> None:
+    fake = Fake()
+    record = launch(tmp_path, 0, 12, fake)
+    record.go_back_to(10, validates=False)
+    for step in (11, 12, 13):
+        record.append(step_done(step))
+    record.close()
+    assert fake.steps("step") == list(range(1, 14))
+
+
+@pytest.mark.parametrize("where", ["open", "send", "close"])
+def test_a_server_that_is_away_is_told_of_once_and_gets_all_at_the_next_launch(where: str, tmp_path: Path) -> None:
+    fake = Fake()
+    fake.fails_at = where
+    record = launch(tmp_path, 0, 6, fake)
+    record.close()
+    (said,) = record.complaints()
+    assert "Fake is told nothing more: no server. The record" in said and record.complaints() == []
+    fake.fails_at = ""
+    launch(tmp_path, 6, 8, fake).close()
+    assert fake.steps("step") == list(range(1, 9)) and fake.steps("sample") == [5]
+
+
+def test_a_server_that_never_answers_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE", 0.01)
+    fake = Fake()
+    fake.gate.clear()
+    record = launch(tmp_path, 0, 6, fake)
+    record.close()
+    assert fake.lines == []
+    fake.gate.set()
+
+
+def test_a_tracker_that_is_not_installed_is_a_wrong_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
+    assert open_trackers(ReportingConfig(), "run") == []
+    assert main(["train", "--reporting.wandb", "mine"]) == SettingsError.exit_code
+    assert "reporting.wandb: the package wandb is not installed" in capsys.readouterr().err
+
+
+def test_mlflow_has_the_numbers_of_the_record_over_all_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)  # where MLflow keeps artifacts
+    monkeypatch.setattr(tracking, "PATIENCE", 60.0)  # it makes its tables first
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    (tmp_path / "run").mkdir()
+    for first, last in ((0, 12), (10, 20)):
+        (tracking_,) = open_trackers(ReportingConfig(mlflow=address), "tiny")
+        record = launch(tmp_path / "run", first, last, tracking_._tracker, finished=last == 20)
+        record.close()
+        assert record.complaints() == []
+    client = MlflowClient(tracking_uri=address)
+    (run,) = client.search_runs([client.get_experiment_by_name("savant_ray").experiment_id])
+    assert run.info.run_name == "tiny" and run.info.status == "FINISHED"
+    assert run.data.params["training.learning_rate"] == "0.001"
+    told = [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, "step/train_loss")]
+    assert told == [(step, 10.0 / step) for step in range(1, 21)]
+    validated = client.get_metric_history(run.info.run_id, "validation/validation_loss")
+    assert [(each.step, each.value) for each in validated] == [(step, 5.1234) for step in (5, 10, 15, 20)]
+    assert len(client.list_artifacts(run.info.run_id, "samples")) == 4
+
+
+def test_weights_and_biases_takes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(tracking, "PATIENCE", 60.0)
+    (tmp_path / "run").mkdir()
+    (tracking_,) = open_trackers(ReportingConfig(wandb="savant"), "tiny")
+    record = launch(tmp_path / "run", 0, 12, tracking_._tracker, finished=True)
+    record.close()
+    assert record.complaints() == []
+    (kept,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert kept.stat().st_size > 1000

@@ -1,0 +1,221 @@
+"""The manifests in jobs/cluster are what Kubernetes, KubeRay and `ray up` take, and agree with the project.
+
+The schemas hold the fields that we use, as the CRDs of KubeRay 1.5 and 1.6 have them; anything else is an error.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from savant_ray.config import Config, load_config
+from tests.test_readme import check_ray
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "jobs/cluster"
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+Schema = dict[str, Any]
+
+TEXT: Schema = {"type": "string"}
+NUMBER: Schema = {"type": "integer", "minimum": 0}
+YES_OR_NO: Schema = {"type": "boolean"}
+TEXTS_BY_NAME: Schema = {"type": "object", "additionalProperties": TEXT}
+QUANTITY: Schema = {"type": "string", "pattern": r"^\d+(\.\d+)?(m|[KMGTPE]i?)?$"}
+QUANTITIES: Schema = {"type": "object", "additionalProperties": QUANTITY}
+
+
+def fields(required: str = "", optional: str = "", **schemas: Schema) -> Schema:
+    """An object with these fields and no other; those without a schema are texts."""
+    names = [*required.split(), *optional.split()]
+    known = {name: schemas.get(name, TEXT) for name in names}
+    return {"type": "object", "properties": known, "required": required.split(), "additionalProperties": False}
+
+
+def items(schema: Schema) -> Schema:
+    return {"type": "array", "minItems": 1, "items": schema}
+
+
+CONTAINER = fields(
+    "name image",
+    "env lifecycle resources volumeMounts",
+    env=items(fields("name value")),
+    lifecycle=fields("preStop", preStop=fields("exec", exec=fields("command", command=items(TEXT)))),
+    resources=fields("limits requests", limits=QUANTITIES, requests=QUANTITIES),
+    volumeMounts=items(fields("name mountPath")),
+)
+VOLUME = fields(
+    "name",
+    "persistentVolumeClaim emptyDir",
+    persistentVolumeClaim=fields("claimName"),
+    emptyDir=fields("", "medium sizeLimit", sizeLimit=QUANTITY),
+)
+POD = fields(
+    "spec",
+    spec=fields(
+        "containers terminationGracePeriodSeconds",
+        "volumes",
+        terminationGracePeriodSeconds=NUMBER,
+        containers=items(CONTAINER),
+        volumes=items(VOLUME),
+    ),
+)
+WORKERS = fields(
+    "groupName minReplicas maxReplicas template",
+    "replicas rayStartParams",
+    replicas=NUMBER,
+    minReplicas=NUMBER,
+    maxReplicas=NUMBER,
+    rayStartParams=TEXTS_BY_NAME,
+    template=POD,
+)
+CLUSTER = fields(
+    "rayVersion authOptions headGroupSpec workerGroupSpecs",
+    authOptions=fields("mode", mode={"enum": ["token"]}),
+    headGroupSpec=fields("template", "rayStartParams", rayStartParams=TEXTS_BY_NAME, template=POD),
+    workerGroupSpecs=items(WORKERS),
+)
+JOB = fields(
+    "entrypoint rayClusterSpec",
+    "runtimeEnvYAML backoffLimit submissionMode shutdownAfterJobFinishes ttlSecondsAfterFinished",
+    backoffLimit=NUMBER,
+    submissionMode={"enum": ["K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"]},
+    shutdownAfterJobFinishes=YES_OR_NO,
+    ttlSecondsAfterFinished=NUMBER,
+    rayClusterSpec=CLUSTER,
+)
+STORAGE = fields(
+    "accessModes resources",
+    accessModes=items({"enum": ["ReadWriteMany"]}),
+    resources=fields("requests", requests=QUANTITIES),
+)
+MANIFESTS = {
+    "raycluster.yaml": ("ray.io/v1", "RayCluster", CLUSTER),
+    "rayjob.yaml": ("ray.io/v1", "RayJob", JOB),
+    "storage.yaml": ("v1", "PersistentVolumeClaim", STORAGE),
+}
+
+
+def manifest(name: str) -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / name).read_text())
+
+
+def cluster(name: str) -> dict[str, Any]:
+    """The cluster that a manifest describes."""
+    spec = manifest(name)["spec"]
+    return spec.get("rayClusterSpec", spec)
+
+
+def pods(name: str) -> list[dict[str, Any]]:
+    """The pods of its head and its workers."""
+    described = cluster(name)
+    groups = [described["headGroupSpec"], *described["workerGroupSpecs"]]
+    return [group["template"]["spec"] for group in groups]
+
+
+def before_stop(pod: dict[str, Any]) -> str:
+    """The program that a pod runs before it ends."""
+    return pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+
+
+def runtime_variables(text: str) -> dict[str, str]:
+    return yaml.safe_load(text)["env_vars"]
+
+
+SUBMITTED = runtime_variables((ROOT / "jobs/runtime_env.yaml").read_text())
+SHIPPED = load_config((), {}, ROOT / "configs/cluster.yaml")
+both = pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_has_the_fields_of_its_kind_and_no_others(name: str) -> None:
+    version, kind, spec = MANIFESTS[name]
+    schema = fields("apiVersion kind metadata spec", metadata=fields("name"), spec=spec)
+    found = manifest(name)
+    jsonschema.validate(found, schema)
+    assert (found["apiVersion"], found["kind"]) == (version, kind)
+
+
+def test_a_misspelt_field_is_an_error() -> None:
+    wrong = cluster("raycluster.yaml") | {"workerGroupSpec": []}
+    with pytest.raises(jsonschema.ValidationError, match="workerGroupSpec"):
+        jsonschema.validate(wrong, CLUSTER)
+
+
+def test_job_and_cluster_describe_the_same_pods() -> None:
+    assert cluster("rayjob.yaml") == cluster("raycluster.yaml")
+
+
+@both
+def test_the_pods_run_the_version_of_ray_that_is_pinned(name: str) -> None:
+    pinned = re.search(r"^ray\S*==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert pinned and cluster(name)["rayVersion"] == pinned[1]
+    assert f":{pinned[1]}-py3" in (FOLDER / name).read_text(), "the image that the comment builds upon"
+
+
+@both
+def test_a_pod_that_is_deleted_has_the_time_to_save(name: str) -> None:
+    head, worker = pods(name)
+    compile(before_stop(head), "preStop", "exec")
+    check_ray(shlex.split(before_stop(worker).partition("sleep")[0])[1:])
+    drained, slept = (float(seconds) for seconds in re.findall(r"(?:seconds|sleep) (\d+)", before_stop(worker)))
+    assert drained == slept > Config().run.grace_seconds
+    assert worker["terminationGracePeriodSeconds"] >= slept + 30
+    assert head["terminationGracePeriodSeconds"] >= float(SUBMITTED[STOP_WAIT]) + 30
+
+
+@both
+def test_every_pod_has_the_storage_that_the_settings_name_and_the_variables_of_a_job(name: str) -> None:
+    claim = manifest("storage.yaml")["metadata"]["name"]
+    for pod in pods(name):
+        (container,) = pod["containers"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert volumes.keys() == mounts.keys() and volumes["storage"]["persistentVolumeClaim"]["claimName"] == claim
+        for path in (SHIPPED.run.storage_path, SHIPPED.data.cache_dir):
+            assert str(path).startswith(f"{mounts['storage']}/")
+        variables = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert variables.items() >= SUBMITTED.items()
+
+
+@both
+def test_there_is_a_gpu_for_each_worker_of_the_settings(name: str) -> None:
+    (group,) = cluster(name)["workerGroupSpecs"]
+    assert group["replicas"] == group["maxReplicas"] == SHIPPED.scaling.num_workers
+    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert cluster(name)["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+
+
+def test_the_job_starts_files_that_there_are_with_settings_that_there_are() -> None:
+    spec = manifest("rayjob.yaml")["spec"]
+    files = re.findall(r"/savant/(\S+)", spec["entrypoint"])
+    assert len(files) == 2 and all((ROOT / file).is_file() for file in files)
+    variables = runtime_variables(spec["runtimeEnvYAML"])
+    assert variables.items() >= SUBMITTED.items()
+    config = load_config((), variables, ROOT / files[1])
+    for path in (config.data.validation, *(source.path for source in config.data.sources)):
+        assert str(path).startswith(f"{SHIPPED.run.storage_path}/")
+
+
+def test_ray_up_takes_the_launcher() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    launcher = manifest("launcher.yaml")
+    config = prepare_config(launcher)
+    validate_config(config)
+    assert config["max_workers"] == len(launcher["provider"]["worker_ips"])
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(config | {"worker_start_commands": []})
+
+
+def test_the_launchers_nodes_share_a_token_and_their_dashboard_stays_on_loopback() -> None:
+    launcher = manifest("launcher.yaml")
+    starts = [launcher[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")]
+    assert all("RAY_AUTH_MODE=token" in start for start in starts)
+    assert f"{STOP_WAIT}={SUBMITTED[STOP_WAIT]}" in starts[0] and "--dashboard-host=127.0.0.1" in starts[0]
+    assert launcher["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"

@@ -1,0 +1,97 @@
+"""The dashboard in jobs/monitoring asks for what the workers export, and the recipes stay on this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from savant_ray.cluster.metrics import LABELS, METRICS
+
+FOLDER = Path(__file__).parents[1] / "jobs/monitoring"
+DASHBOARD = json.loads((FOLDER / "grafana/dashboards/savant.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+EXPORTED = {metric.exported for metric in METRICS}
+WORDS_OF_PROMQL = {"by", "max", "sum", "rate", "count", "last_over_time", "run", "rank"}
+WIDTH = 24  # of a dashboard, in Grafana's own unit
+
+
+def expressions() -> Iterator[str]:
+    """Every question that a panel asks."""
+    for panel in PANELS:
+        yield from (target["expr"] for target in panel["targets"])
+
+
+def names(expression: str) -> set[str]:
+    """The metrics in an expression."""
+    bare = re.sub(r'"[^"]*"|\$\w+', "", expression)
+    return set(re.findall(r"[a-z_]\w*", bare)) - WORDS_OF_PROMQL
+
+
+def cells(panel: dict[str, Any]) -> set[tuple[int, int]]:
+    place = panel["gridPos"]
+    columns = range(place["x"], place["x"] + place["w"])
+    return {(x, y) for x in columns for y in range(place["y"], place["y"] + place["h"])}
+
+
+def test_every_panel_asks_for_what_is_exported_and_everything_exported_is_shown() -> None:
+    asked = set.union(*(names(expression) for expression in expressions()))
+    assert asked == EXPORTED
+
+
+def test_every_question_is_about_the_chosen_runs() -> None:
+    for expression in expressions():
+        assert len(re.findall(r'\{run=~"\$run"\}', expression)) == len(re.findall("ray_savant", expression))
+        assert re.findall(r"by \(([\w, ]+)\)", expression)[0] in (LABELS[0], ", ".join(LABELS))
+
+
+def test_runs_and_datasource_are_variables() -> None:
+    variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+    assert set(variables) == {"datasource", "run"} and variables["datasource"]["type"] == "datasource"
+    asked = re.fullmatch(r"label_values\((\w+), run\)", variables["run"]["query"]["query"])
+    assert asked and asked[1] in EXPORTED and variables["run"]["includeAll"]
+    for panel in PANELS:
+        assert panel["datasource"]["uid"] == "${datasource}"
+        assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
+
+
+def test_every_panel_has_a_description_a_unit_and_a_place_of_its_own() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        assert not taken & cells(panel) and max(x for x, _ in cells(panel)) < WIDTH, panel["title"]
+        taken |= cells(panel)
+    assert all(panel["description"] and panel["fieldConfig"]["defaults"]["unit"] for panel in PANELS)
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def test_the_rows_are_what_one_watches_a_run_for() -> None:
+    rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
+    assert rows == ["Progress", "Speed", "Memory", "Checkpoints", "Faults"]
+
+
+def test_prometheus_finds_the_nodes_in_the_file_that_ray_keeps() -> None:
+    from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
+
+    (job,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    assert job["file_sd_configs"] == [{"files": [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}]
+
+
+def test_grafana_is_provisioned_with_this_dashboard_and_rays_own_under_the_name_that_they_ask_for() -> None:
+    from ray.dashboard.modules.metrics.metrics_head import DEFAULT_PROMETHEUS_NAME
+
+    provisioning = FOLDER / "grafana/provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"]
+    assert (source["name"], source["url"]) == (DEFAULT_PROMETHEUS_NAME, "http://127.0.0.1:9090")
+    ours, _ = yaml.safe_load((provisioning / "dashboards/savant.yml").read_text())["providers"]
+    path = ours["options"]["path"].replace("$MONITORING", str(FOLDER))
+    assert list(Path(path).glob("*.json")) == [FOLDER / "grafana/dashboards/savant.json"]
+
+
+def test_nothing_in_the_recipes_listens_on_other_addresses_than_loopback() -> None:
+    for path in FOLDER.rglob("*.yml"):
+        addresses = re.findall(r"(?:\d+\.){3}\d+", path.read_text())
+        assert set(addresses) <= {"127.0.0.1"}, path.name
