@@ -86,17 +86,17 @@ def test_an_unknown_command_is_refused_with_a_suggestion(capsys: pytest.CaptureF
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: trian: no such command; did you mean train?\n"
     assert main(["xyzzy"]) == 2
-    assert "there are train, prepare, generate, export, config, benchmark" in capsys.readouterr().err
+    assert "there are train, prepare, runs, status, report, generate, evaluate, export, config, benchmark" in capsys.readouterr().err
 
 
 def test_train_hands_over_the_settings_and_ends_with_the_trainings_exit_code(calls: list[Any]) -> None:
     config = ROOT / "configs" / "quickstart.yaml"
     arguments = ["--training.max_steps", "3", "--training.weight_decay=0", "--run.name", "x"]
     assert main(["train", arguments[0], arguments[1], "--config", str(config), *arguments[2:]]) == STOPPED_EARLY
-    assert main(["train", "--fresh", "--allow-changes"]) == STOPPED_EARLY
+    assert main(["train", "--fresh", "--allow-changes", "--verbose"]) == STOPPED_EARLY
     assert calls == [
-        (load_config(arguments, file=config), {"fresh": False, "allow_changes": False}),
-        (Config(), {"fresh": True, "allow_changes": True}),
+        (load_config(arguments, file=config), {"fresh": False, "allow_changes": False, "verbose": False}),
+        (Config(), {"fresh": True, "allow_changes": True, "verbose": True}),
     ]
 
 
@@ -205,6 +205,14 @@ def test_config_prints_the_complete_result(capsys: pytest.CaptureFixture[str]) -
 def test_benchmark_runs_the_one_that_is_named(calls: list[Any]) -> None:
     assert main(["benchmark", "step", "--json", "x.json"]) == 0
     assert calls == [("step", Path("x.json"))]
+
+
+def test_help_of_benchmark_names_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    from savant_ray.benchmarks.registry import BENCHMARKS
+
+    main(["benchmark", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(list(BENCHMARKS)[:-1])} or {list(BENCHMARKS)[-1]}; all" in printed
 
 
 @pytest.mark.parametrize("job", ["train", "prepare", "generate", "benchmark"])

@@ -20,7 +20,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 EVERYBODY_MAY = {"errors", "events", "config"}
 ALLOWED = {
-    "cli": {"cluster", "training", "reporting", "data", "benchmarks", "settings"},
+    "cli": {"commands"},
+    "command_line": {"settings"},
+    "commands": {"command_line", "cluster", "training", "reporting", "inference", "data", "benchmarks", "settings"},
     "benchmarks": {"cluster", "training", "reporting", "inference", "optim", "data", "model", "settings"},
     "cluster": {"training", "reporting", "inference", "optim", "data", "model"},
     "training": {"inference", "optim", "data", "model"},
@@ -36,11 +38,13 @@ ALLOWED = {
 }
 THIRD_PARTY = {
     "cli": set(),
+    "command_line": set(),
+    "commands": set(),
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "cluster": {"numpy", "psutil", "pyarrow", "ray", "torch"},
-    "training": {"numpy", "psutil", "safetensors", "torch"},
-    "reporting": {"rich"},
-    "inference": {"numpy", "torch"},
+    "training": {"numpy", "psutil", "pynvml", "safetensors", "torch"},
+    "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},
+    "inference": {"numpy", "orjson", "torch"},
     "optim": {"torch"},
     "data": {"numpy", "orjson", "pandas", "pyarrow", "ray", "tokenizers"},
     "model": {"torch"},

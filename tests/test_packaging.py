@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-IMPORT_NAMES = {"pyyaml": "yaml", "pydantic-settings": "pydantic_settings", "tensorboardx": "tensorboardX"}
+IMPORT_NAMES = {"pyyaml": "yaml", "jinja2": "jinja2", "nvidia-ml-py": "pynvml"}
 
 
 def parsed(lines: list[str]) -> list[Requirement]:
@@ -31,6 +31,7 @@ PINS = parsed((ROOT / "requirements.txt").read_text().splitlines())
 RANGES = parsed(
     PROJECT["project"]["dependencies"]
     + PROJECT["project"]["optional-dependencies"]["test"]
+    + PROJECT["project"]["optional-dependencies"]["mlflow"]
     + PROJECT["build-system"]["requires"]
 )
 
@@ -75,7 +76,7 @@ def test_this_environment_has_the_pinned_versions():
 
 def test_every_third_party_import_is_a_requirement():
     known = {IMPORT_NAMES.get(canonicalize_name(pin.name), pin.name) for pin in PINS}
-    known |= {"savant_ray", *sys.stdlib_module_names}
+    known |= {"savant_ray", "mlflow", "wandb", *sys.stdlib_module_names}
     for path in [*ROOT.glob("savant_ray/**/*.py"), *ROOT.glob("jobs/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

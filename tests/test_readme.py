@@ -1,6 +1,6 @@
-"""What the README tells people to type exists, and its tree is the package's.
+"""What the README tells people to type exists; its tree is the package's, its table of settings that of `config.py`.
 
-`python tests/test_readme.py` writes the tree into the README.
+`python tests/test_readme.py` writes tree and table into the README.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from savant_ray.config import setting_rows
+from savant_ray.settings.yaml_text import show
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md"]
-ELSEWHERE = {"sudo", "git", "cd", "source", "conda"}  # programs that are not ours to check
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "docs/HOW_IT_WORKS.md"]
+# Programs that are not ours to check.
+ELSEWHERE = set("sudo git cd source conda export chmod kubectl prometheus grafana tensorboard".split())
+TABLE = re.compile(r"(<!-- The settings:[^\n]*-->\n\n)(.*?)(\n<!-- End of the settings)", re.DOTALL)
 TREE = re.compile(r"(<!-- The tree:[^\n]*-->\n```text\n)(.*?)(```\n<!-- End of the tree)", re.DOTALL)
 
 
@@ -92,6 +98,18 @@ def check_savant(name: str, options: list[str]) -> None:
         assert known, f"savant {name} has no {option}"
 
 
+def check_ray(words: list[str]) -> None:
+    """Ray has the command, with these options."""
+    from ray.scripts.scripts import cli
+
+    command: Any = cli
+    while hasattr(command, "commands"):
+        assert words[0] in command.commands, f"ray has no {words[0]}"
+        command, *words = command.commands[words[0]], *words[1:]
+    known = {name for parameter in command.params for name in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known, f"{command.name}: {words}"
+
+
 def check(words: list[str]) -> None:
     program, *rest = without_environment(words)
     if program == "make":
@@ -104,7 +122,7 @@ def check(words: list[str]) -> None:
     elif program == "savant":
         check_savant(rest[0], rest[1:])
     elif program == "ray":
-        assert rest[:2] in (["job", "submit"], ["job", "stop"]), words
+        check_ray(rest)
     else:
         assert program in ELSEWHERE or (ROOT / rest[0]).is_file(), f"{words}: not a command that this test knows"
 
@@ -122,7 +140,8 @@ def test_files_that_the_text_names_exist():
         names = re.findall(r"`((?:savant_ray|configs|jobs|tests)/[\w./]+|[\w.]+\.(?:txt|toml|yml))`", page.read_text())
         missing = [name for name in names if not (ROOT / name).exists() and name != "training_log.txt"]
         assert missing == [], page.name
-        assert [link for link in re.findall(r"\]\((\w[\w./]+)\)", page.read_text()) if not (ROOT / link).exists()] == []
+        links = re.findall(r"\]\((\w[\w./]+)\)", page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_settings_that_the_text_names_are_known():
@@ -187,5 +206,26 @@ def test_the_tree_is_the_packages_with_the_modules_own_phrases():
     assert found and found[2] == tree(), "python tests/test_readme.py writes the tree anew"
 
 
+# --- the settings
+
+
+def table() -> str:
+    rows = [(f"`{row.name}`", f"`{shown(row.default)}`", row.meaning) for row in setting_rows()]
+    lines = [("setting", "default", "meaning"), ("---", "---", "---"), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def shown(value: Any) -> str:
+    return show(value).replace("\n", " ")
+
+
+def test_the_table_of_settings_is_that_of_the_program():
+    found = TABLE.search(README.read_text())
+    assert found and found[2] == table(), "python tests/test_readme.py writes the table anew"
+
+
 if __name__ == "__main__":
-    README.write_text(TREE.sub(lambda found: found[1] + tree() + found[3], README.read_text()))
+    text = README.read_text()
+    for pattern, content in ((TREE, tree), (TABLE, table)):
+        text = pattern.sub(lambda found, content=content: found[1] + content() + found[3], text)
+    README.write_text(text)

@@ -1,0 +1,12 @@
+"""Scores a checkpoint on the logic suite or on your own questions: python jobs/evaluate.py RUN"""
+
+import sys
+from pathlib import Path
+
+# The working folder of a Ray job is a copy: the code beside this file is meant, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from savant_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,246 @@
+"""What each command takes from the command line and which function it calls.
+
+What a command needs is imported when it runs, so that `savant --help` answers at once and a wrong setting is told
+before torch and Ray are loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from savant_ray.command_line import count, new_parser, temperature, with_settings
+from savant_ray.errors import SavantError
+
+QUICKSTART_FOLDER = Path("dataset")
+
+
+class Command(NamedTuple):
+    """A word after `savant`."""
+
+    run: Callable[[Sequence[str]], int]
+    summary: str
+
+
+def _train(arguments: Sequence[str]) -> int:
+    parser = _parser("train", settings=True)
+    parser.add_argument("--fresh", action="store_true", help="start anew; an older run of that name is moved aside")
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on although model, tokenizer or text are not those of the checkpoint, and keep what fits",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show what Ray and the workers' libraries say, too")
+    options, config = with_settings(parser, arguments)
+    from savant_ray.cluster.driver import train
+
+    return train(config, fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose)
+
+
+def _prepare(arguments: Sequence[str]) -> int:
+    parser = _parser("prepare", settings=True)
+    parser.add_argument("--quickstart", action="store_true", help="write the quickstart's text files into dataset/")
+    parser.add_argument("--force", action="store_true", help="with --quickstart: also those that are there already")
+    options, config = with_settings(parser, arguments)
+    if options.force and not options.quickstart:
+        parser.error("--force goes with --quickstart")
+    if options.quickstart:
+        from savant_ray.data.quickstart import write_quickstart
+
+        write_quickstart(QUICKSTART_FOLDER, force=options.force)
+        if options.config is None:
+            return 0
+    from savant_ray.cluster.preparation import prepare
+
+    prepare(config)
+    return 0
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    parser = _parser("generate")
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", required=True, help="a run folder or a step_N in it; also s3://…"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text to go on with")
+    parser.add_argument("--max-new-tokens", type=count, metavar="N", help="longest answer [the run's]")
+    parser.add_argument(
+        "--temperature", type=temperature, metavar="T", help="0: always the likeliest token [the run's]"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="another seed, another answer [0]")
+    parser.add_argument("--loops", type=count, metavar="N", help="passes of the recurrent block [the model's n_loops]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file")
+    options = parser.parse_args(arguments)
+    from savant_ray.cluster.storage import on_this_machine
+    from savant_ray.training.sampling import stream_answer
+
+    with on_this_machine(options.checkpoint) as checkpoint:
+        pieces = stream_answer(
+            checkpoint,
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            n_loops=options.loops,
+        )
+        text = _print_answer(options.prompt, pieces)
+    if options.json is not None:
+        _write_json(options.json, {"prompt": options.prompt, "text": text, "checkpoint": options.checkpoint})
+    return 0
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    parser = _parser("evaluate")
+    parser.add_argument("checkpoint", metavar="RUN", help="a run folder or a step_N in it; also s3://…")
+    parser.add_argument("--suite", choices=("logic",), default="logic", help="questions that come with savant_ray [logic]")
+    parser.add_argument("--problems", type=Path, metavar="FILE.jsonl", help="your own instead: prompt and answer a line")
+    parser.add_argument("--max-new-tokens", type=count, metavar="N", help="longest answer [the run's]")
+    parser.add_argument("--loops", type=count, metavar="N", help="passes of the recurrent block [the model's n_loops]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write scores and answers to this file")
+    options = parser.parse_args(arguments)
+    from savant_ray.cluster.storage import on_this_machine
+    from savant_ray.inference.logic import logic_suite, read_questions
+    from savant_ray.reporting.scores import print_scores, with_progress
+    from savant_ray.training.evaluation import answers_of, result
+
+    questions = logic_suite() if options.problems is None else read_questions(options.problems)
+    with on_this_machine(options.checkpoint) as checkpoint:
+        answers = answers_of(checkpoint, questions, options.max_new_tokens, options.loops)
+        scored = result(list(with_progress(answers, len(questions))))
+    print_scores(scored)
+    if options.json is not None:
+        _write_json(options.json, {"checkpoint": options.checkpoint, **scored})
+    return 0
+
+
+def _export(arguments: Sequence[str]) -> int:
+    parser = _parser("export")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run folder, a step_N in it (also s3://…), or a file of the original"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("original", "safetensors"),
+        required=True,
+        help="a file that the original script loads, or a folder with weights, settings and tokenizer",
+    )
+    parser.add_argument("--output", type=Path, metavar="PATH", required=True, help="the new file or folder")
+    options = parser.parse_args(arguments)
+    from savant_ray.cluster.storage import on_this_machine
+    from savant_ray.training.export import export
+
+    with on_this_machine(options.checkpoint) as checkpoint:
+        for warning in export(checkpoint, options.format, options.output):
+            print(f"warning: {warning}", file=sys.stderr)
+    print(f"{options.output} is written")
+    return 0
+
+
+def _runs(arguments: Sequence[str]) -> int:
+    parser = _parser("runs")
+    parser.add_argument(
+        "folders", type=Path, metavar="FOLDER", nargs="*", help="where to look [here, and where jobs keep theirs]"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs: print a JSON list")
+    options = parser.parse_args(arguments)
+    from savant_ray.cluster.lock import is_in_use
+    from savant_ray.reporting.runs import find_runs, print_table, summarise, to_json
+
+    runs = [summarise(folder, is_in_use) for folder in find_runs(options.folders or [Path(), Path.home()])]
+    if options.json:
+        print(to_json(runs))
+    elif runs:
+        print_table(runs)
+    else:
+        print("no runs here; `savant train` makes one, `savant runs FOLDER` looks elsewhere")
+    return 0
+
+
+def _status(arguments: Sequence[str]) -> int:
+    parser = _parser("status")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    options = parser.parse_args(arguments)
+    from savant_ray.cluster.lock import is_in_use
+    from savant_ray.reporting.runs import status, summarise
+
+    print(status(summarise(options.run, is_in_use)))
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    parser = _parser("report")
+    parser.add_argument("runs", type=Path, metavar="RUN", nargs="+", help="a run folder; several are compared")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.html", help="the page [RUN/report.html; ./report.html of several runs]"
+    )
+    options = parser.parse_args(arguments)
+    from savant_ray.cluster.lock import is_in_use
+    from savant_ray.reporting.page import write_page
+
+    path = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
+    write_page(options.runs, path, is_in_use)
+    print(f"{path} is written; open it in a browser")
+    return 0
+
+
+def _config(arguments: Sequence[str]) -> int:
+    _, config = with_settings(_parser("config", settings=True), arguments)
+    from savant_ray.config import dump_yaml
+
+    print(dump_yaml(config), end="")
+    return 0
+
+
+def _benchmark(arguments: Sequence[str]) -> int:
+    parser = _parser("benchmark")
+    names = "train, attention, loss, generate, checkpoint, data, ray, scaling or start"
+    parser.add_argument("name", metavar="NAME", nargs="?", help=f"what to measure: {names}; all in turn without it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    options = parser.parse_args(arguments)
+    from savant_ray.benchmarks.registry import run
+
+    run(options.name, options.json)
+    return 0
+
+
+COMMANDS = {
+    "train": Command(_train, "train a run, or go on with it"),
+    "prepare": Command(_prepare, "tokenise and pack the training text, which train does by itself too"),
+    "runs": Command(_runs, "list runs: state, step, loss, last checkpoint"),
+    "status": Command(_status, "tell in five lines how a run stands"),
+    "report": Command(_report, "write what a run did, or several side by side, as one HTML page"),
+    "generate": Command(_generate, "let a checkpoint go on with a prompt"),
+    "evaluate": Command(_evaluate, "score a checkpoint's answers to logic problems, or to your own"),
+    "export": Command(_export, "write a checkpoint for other programs"),
+    "config": Command(_config, "print the complete settings"),
+    "benchmark": Command(_benchmark, "measure against the straightforward way"),
+}
+
+
+def _parser(command: str, settings: bool = False) -> argparse.ArgumentParser:
+    return new_parser(command, COMMANDS[command].summary, settings)
+
+
+def _print_answer(prompt: str, pieces: Any) -> str:
+    """Prints prompt and answer as it comes; a terminal gets no control characters from the model."""
+    from savant_ray.reporting.wording import printable
+
+    show = printable if sys.stdout.isatty() else str
+    print(show(prompt), end="", flush=True)
+    text = ""
+    for piece in pieces:
+        text += piece
+        print(show(piece), end="", flush=True)
+    print()
+    return text
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    import json
+
+    try:
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SavantError(f"--json {path}: {error.strerror}") from error

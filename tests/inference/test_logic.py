@@ -1,0 +1,123 @@
+"""The logic suite asks what no training text can have told, and counts what is right."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from savant_ray.data.quickstart.problems import final_answer, is_held_out, problems
+from savant_ray.data.tokenizer import train_tokenizer
+from savant_ray.errors import DataError
+from savant_ray.inference.logic import (
+    Answer,
+    Question,
+    Score,
+    ask,
+    conclusion,
+    logic_suite,
+    read_questions,
+    scores,
+    total,
+)
+from savant_ray.model.transformer import UniversalTransformer
+from tests.training.tiny import tiny_config
+
+SUITE = logic_suite()
+
+
+def test_there_are_six_templates_in_equal_shares_and_wordings_that_are_new() -> None:
+    counts = Counter(question.template for question in SUITE)
+    trained = {name: n for name, n in counts.items() if not name.endswith(", new wording")}
+    assert len(trained) >= 6 and sum(trained.values()) >= 600 and max(trained.values()) - min(trained.values()) <= 1
+    assert set(counts) - set(trained) == {f"{name}, new wording" for name in trained}
+    assert len({question.prompt for question in SUITE}) == len(SUITE) and logic_suite() == SUITE
+
+
+def test_no_question_is_among_trained_ones_nor_its_pair_of_numbers() -> None:
+    trained = problems(0, 5000)
+    assert not {question.prompt for question in SUITE} & {problem.prompt for problem in trained}
+    assert not any(is_held_out(*problem.operands[:2]) for problem in trained)
+
+
+def test_the_worked_answer_of_a_problem_counts_as_right_and_its_neighbour_as_wrong() -> None:
+    for problem in problems(1, 200, held_out=True):
+        question = Question(problem.template, problem.prompt, str(problem.answer))
+        assert Answer(question, problem.answer_text).correct
+        wrong = problem.answer_text.replace(f"The answer is {problem.answer}.", f"The answer is {problem.answer + 1}.")
+        assert not Answer(question, wrong).correct and not Answer(question, "").correct
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("4 + 3 = 7. The answer is 61. The answer is 5.", "61"),
+        ("So -34. The answer is -34", "-34"),
+        ("The answer is yes, both.", "yes, both"),
+        ("7 and then 8 or so", "8"),
+        ("no idea", ""),
+    ],
+)
+def test_what_an_answer_ends_in(text: str, said: str) -> None:
+    assert conclusion(text) == said
+    assert final_answer(text) is None or str(final_answer(text)) == said
+
+
+@given(st.integers(0, 2000), st.data())
+def test_the_interval_holds_the_share_and_narrows_with_questions(n: int, data: st.DataObject) -> None:
+    correct = data.draw(st.integers(0, n))
+    low, high = Score(n, correct).interval
+    assert 0 <= low <= Score(n, correct).share + 1e-12 and high <= 1 and (n == 0 or Score(n, correct).share <= high + 1e-12)
+    wider_low, wider_high = Score(n // 4, correct // 4).interval
+    assert n < 100 or high - low < wider_high - wider_low
+
+
+def test_the_interval_is_wilsons() -> None:
+    assert Score(600, 540).interval == pytest.approx((0.8734, 0.9215), abs=1e-4)
+
+
+def test_new_wordings_are_counted_apart() -> None:
+    seen, new = Question("sum", "a", "1"), Question("sum, new wording", "b", "1")
+    templates = scores([Answer(seen, "1"), Answer(seen, "2"), Answer(new, "1")])
+    assert templates == {"sum": Score(2, 1), "sum, new wording": Score(1, 1)}
+    assert total(templates) == Score(2, 1) and total(templates, new_wordings=True) == Score(1, 1)
+
+
+def test_each_question_is_answered_once_as_it_would_be_alone() -> None:
+    torch.manual_seed(1)
+    model = UniversalTransformer(tiny_config().model.model_copy(update={"vocab_size": 300}))
+    with torch.no_grad():
+        model.head.weight.mul_(20)  # so that no two tokens are nearly alike
+    tokenizer = train_tokenizer(iter(["ab cd 0123456789"] * 50), vocab_size=300)
+    questions = [Question("t", "ab" * (1 + i % 7) + str(i), "1") for i in range(70)]
+    answers = list(ask(model, tokenizer, questions, max_new_tokens=5))
+    assert sorted(answer.question.prompt for answer in answers) == sorted(question.prompt for question in questions)
+    (alone,) = ask(model, tokenizer, [answers[3].question], max_new_tokens=5)
+    assert alone == answers[3]
+
+
+def test_own_questions_are_read_and_bad_lines_named(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    lines = [{"prompt": "2 + 2?", "answer": 4}, {"prompt": "Is it?", "answer": "Yes", "template": "logic"}]
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    first, second = read_questions(path)
+    assert first == Question("questions", "2 + 2?", "4") and second == Question("logic", "Is it?", "Yes")
+    assert Answer(second, "The answer is yes.").correct
+    for line, told in (
+        ("{", "line 1: no JSON"),
+        ('{"prompt": "x"}', '"answer" a text or a whole number (found: prompt)'),
+        ('{"prompt": "x", "answer": 1.5}', "line 1"),
+        ("[1]", "a JSON object"),
+        ("", "no questions"),
+    ):
+        path.write_text(line)
+        with pytest.raises(DataError, match="own.jsonl") as error:
+            read_questions(path)
+        assert told in str(error.value)
+    with pytest.raises(DataError, match="No such file"):
+        read_questions(tmp_path / "missing.jsonl")
