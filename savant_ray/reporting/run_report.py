@@ -1,7 +1,7 @@
 """One event in, and the record, the log and the console have it.
 
-A step is shown live on a terminal; on paper (the log, a plain console) it is worth a line at the first, at the last,
-before a validation, when its update was skipped, and every 30 seconds.
+A step is shown live on a terminal; on paper (the log, a plain console) it is worth a line at the first, at the last and
+every 30 seconds. What happens between steps is told when it happens.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from savant_ray.reporting.wording import (
     duration,
     printable,
     progress_figures,
+    skipped_update,
     step_figures,
     step_label,
     step_panel,
@@ -145,13 +146,14 @@ class RunReport:
         panel = step_panel(event, str(self._trend), self._skipped, self._limit_gb, left)
         self._console.show(label, event.step, self._max_steps, panel)
         self._unsaid = f"{label} · {figures}"
-        special = self._first_step or event.step == self._max_steps or event.update_skipped
+        special = self._first_step or event.step == self._max_steps
         self._first_step = False
+        if event.update_skipped:
+            self.say(skipped_update(event))
         if self._due() or special:
             self._say_newest_step()
 
     def _validation(self, event: ValidationDone) -> None:
-        self._say_newest_step()
         mark, then = self._last_pause
         self._last_pause = ("the last", self._clock())
         self.say(f"{describe(event)} · {duration(self._clock() - then)} since {mark}")

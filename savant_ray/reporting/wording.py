@@ -136,11 +136,14 @@ def step_figures(event: StepDone, seconds_left: float | None) -> str:
         parts.append(f"{percent(waiting)} waiting for data")
     if event.skipped_micro_batches:
         parts.append(f"{event.skipped_micro_batches} micro-batches skipped")
-    if event.update_skipped:
-        parts.append(f"update skipped: gradient norm {event.grad_norm}")
     if seconds_left is not None:
         parts.append(f"{duration(seconds_left)} left")
     return " · ".join(parts)
+
+
+def skipped_update(event: StepDone) -> str:
+    """A step that changed nothing."""
+    return f"WARNING: step {event.step:,} changed nothing: its gradient norm was {event.grad_norm}"
 
 
 def step_panel(event: StepDone, trend: str, skipped: int, limit_gb: float | None, seconds_left: float | None) -> str:

@@ -93,7 +93,7 @@ def test_the_log_is_appended_over_all_attempts(tmp_path: Path) -> None:
     assert log_of(tmp_path) == ["attempt 0", "", "attempt 1"]
 
 
-def test_a_validation_says_the_time_since_the_last_one_after_the_step_it_follows(
+def test_a_validation_says_the_time_since_the_last_one_and_costs_no_line_for_its_step(
     tmp_path: Path, clock: Clock, paper: io.StringIO
 ) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
@@ -102,9 +102,10 @@ def test_a_validation_says_the_time_since_the_last_one_after_the_step_it_follows
             tell(report, clock, range(step * 5 - 4, step * 5 + 1), seconds=5.0)
             report.handle(validation(step * 5))
     lines = paper.getvalue().splitlines()
-    first, second = [number for number, line in enumerate(lines) if line.startswith("validation")]
-    assert lines[first].endswith("· 25 s since the start") and lines[first - 1].startswith("step 5/1,000")
-    assert lines[second].endswith("· 25 s since the last") and lines[second - 1].startswith("step 10/1,000")
+    first, second = [line for line in lines if line.startswith("validation")]
+    assert first.endswith("· 25 s since the start") and second.endswith("· 25 s since the last")
+    steps = [line.split(" ·")[0] for line in lines if line.startswith("step")]
+    assert steps == ["step 1/1,000", "step 7/1,000", "step 10/1,000"]  # the first, one after 30 s, the last
 
 
 def test_a_skipped_update_is_told_at_once(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
@@ -112,7 +113,8 @@ def test_a_skipped_update_is_told_at_once(tmp_path: Path, clock: Clock, paper: i
         report.handle(attempt())
         report.handle(step_done(1))
         report.handle(step_done(2, update_skipped=True, grad_norm=float("inf")))
-        assert "step 2/1,000" in paper.getvalue()
+        assert "WARNING: step 2 changed nothing: its gradient norm was inf" in paper.getvalue()
+        assert "step 2/1,000" not in paper.getvalue()
 
 
 def test_the_newest_step_is_told_when_a_run_is_stopped(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
