@@ -67,6 +67,9 @@ class ModelConfig(Section):
     max_seq_len: int = Field(default=1024, ge=2, description="tokens of a training sequence")
     window_size: Count = Field(default=256, description="tokens a windowed loop looks back")
     global_every: Count = Field(default=4, description="every so many loops attention is global instead of windowed")
+    positions: Literal["none", "rotary"] = Field(
+        default="none", description="how tokens know their distance: by causality and windows alone, or turned by angles"
+    )
     soft_cap: Positive = Field(default=50.0, description="bound of the attention scores: cap · tanh(score / cap)")
 
     @property
@@ -78,6 +81,8 @@ class ModelConfig(Section):
     def _heads_share_dim(self) -> Self:
         if self.dim % self.n_heads:
             raise ValueError(f"model.n_heads: {self.n_heads} does not divide model.dim = {self.dim}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"model.positions: rotary needs an even head width, dim / n_heads = {self.head_dim}")
         return self
 
 
@@ -133,7 +138,9 @@ class TrainingConfig(Section):
     precision: Literal["bf16", "bf16-mixed", "fp32"] = Field(
         default="bf16", description="bf16: weights too; bf16-mixed: fp32 weights; fp32: everything"
     )
-    optimizer: Literal["adamw"] = Field(default="adamw", description="the update rule")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="the update rule; muon: for the block's matrices, AdamW for the rest"
+    )
     vram_limit_gb: Positive = Field(default=10.0, description="hard limit of GPU memory per worker, GiB")
     compile: bool | Auto = Field(default="auto", description="compile the model; auto: where it pays and a compiler is there")
     recompute_loops: bool | Auto = Field(
@@ -159,6 +166,9 @@ class ValidationConfig(Section):
 
     every_steps: Count = Field(default=500, description="steps between validations")
     batches: Count = Field(default=10, description="micro-batches of held-out text")
+    logic_problems: int = Field(
+        default=60, ge=0, description="held-out logic problems to answer; all 720 after the last step; 0: none at all"
+    )
     prompt: Text = Field(default=LOGIC_PROMPT, description="the logic test: what the model is asked to go on with")
     max_new_tokens: Count = Field(default=300, description="longest answer, tokens")
     temperature: float = Field(default=0.6, ge=0, description="0: always the likeliest token; higher: freer")

@@ -141,6 +141,21 @@ class ValidationDone(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogicScored(Event):
+    """Logic problems answered greedily: the share of exact matches, and within what it lies at 95 % confidence."""
+
+    kind = "score"
+    step: int
+    score: float
+    n: int
+    low: float
+    high: float
+    templates: dict[str, dict[str, float]]  # name -> {"score": …, "n": …}; new wordings apart, not in `score`
+    final: bool  # the whole suite, after the last step
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleGenerated(Event):
     """An answer to `validation.prompt`."""
 
@@ -149,6 +164,7 @@ class SampleGenerated(Event):
     prompt: str
     text: str
     seconds: float
+    logic_score: float | None = None  # of this validation's problems
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from savant_ray.errors import SavantError
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.efficiency import document_lengths, useful_flops
+from savant_ray.training.examiner import Examiner
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory, memory_used_gb
 from savant_ray.training.original import NOTE
@@ -104,6 +105,7 @@ def make_validator(
     wanted = min(config.validation.batches * config.training.batch_size, cache.n_sequences)
     _, rows = GlobalOrder([cache.n_sequences], [1.0], VALIDATION_SEED).locate(np.arange(wanted))
     rows = rows[np.asarray(share(wanted, host.rank, host.world_size), dtype=np.int64)]
+    examiner = Examiner(config, tokenizer, host.rank, host.world_size, host.stop_requested)
     return Validator(
         config=config,
         tokenizer=tokenizer,
@@ -113,6 +115,7 @@ def make_validator(
         rank=host.rank,
         emit=host.emit,
         stop_requested=host.stop_requested,
+        examiner=examiner if config.validation.logic_problems else None,
     )
 
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from savant_ray.errors import DataError
 
@@ -161,11 +161,11 @@ class IncrementalDecoder:
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 32_000) -> Tokenizer:
     """A byte-level BPE learnt from `texts`: any text is encodable, and every digit is a token of its own.
 
-    Digits are split one by one, with the space before them, because arithmetic is learnt that way.
+    Digits are split one by one, because arithmetic is learnt that way; a space before a number belongs to its first digit.
     """
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(Regex(r" ?\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

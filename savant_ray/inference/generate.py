@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,15 +40,23 @@ def generate(
 
 
 def generate_many(
-    model: UniversalTransformer, prompts: Sequence[Sequence[int]], sampling: Sampling, n_loops: int | None = None
+    model: UniversalTransformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    n_loops: int | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
     """What `generate` yields for each prompt, all of them at once: equal but for the rounding of larger products.
+
+    Ends where it is when `stop_requested`.
 
     Raises:
         ValueError: a prompt has no tokens.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     for tokens in _rounds(model, prompts, sampling, n_loops):
+        if stop_requested():
+            break
         for answer, token in zip(answers, tokens, strict=True):
             answer.extend([] if token is None else [token])
     return answers

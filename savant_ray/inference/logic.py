@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,10 @@ def ask(
     questions: Sequence[Question],
     max_new_tokens: int,
     n_loops: int | None = None,
+    at_once: int = AT_ONCE,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Iterator[Answer]:
-    """Yields the model's greedy answer to each question, those with short prompts first.
+    """Yields the model's greedy answer to each question, those with short prompts first, until `stop_requested`.
 
     Raises:
         DataError: a prompt has no tokens.
@@ -118,12 +120,15 @@ def ask(
         temperature=0.0,
     )
     by_length = sorted(questions, key=lambda question: len(question.prompt))  # little padding in front of the short ones
-    for start in range(0, len(by_length), AT_ONCE):
-        some = by_length[start : start + AT_ONCE]
+    for start in range(0, len(by_length), at_once):
+        some = by_length[start : start + at_once]
         prompts = tokenizer.encode_batch([question.prompt for question in some])
         if not all(prompts):
             raise DataError("a question has an empty prompt")
-        for question, tokens in zip(some, generate_many(model, prompts, sampling, n_loops), strict=True):
+        answers = generate_many(model, prompts, sampling, n_loops, stop_requested)
+        if stop_requested():
+            return
+        for question, tokens in zip(some, answers, strict=True):
             yield Answer(question, tokenizer.decode(tokens))
 
 

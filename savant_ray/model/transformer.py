@@ -2,7 +2,7 @@
 
 One block is applied `n_loops` times with the same weights (Universal Transformer, arXiv 1807.03819). Its two halves
 update the stream by a learned convex mixture, `x = (1 - a) r + a out` with `a = sigmoid(W r + b)`: the liquid gates.
-There is no positional encoding; order comes from causality and the windows.
+There is no positional encoding; order comes from causality and the windows. (`model.positions: rotary` adds one.)
 
 Shapes: B batch, T time, S keys in reach, D dim, H heads, V vocabulary.
 """
@@ -10,7 +10,7 @@ Shapes: B batch, T time, S keys in reach, D dim, H heads, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from savant_ray.config import ModelConfig
 from savant_ray.model.attention import Mask, attend, build_masks, cached_masks
 from savant_ray.model.kv_cache import KeyValueCache
+from savant_ray.model.rotary import Rotation, rotate, rotation
 
 NORM_EPS = 1e-6
 CacheReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # takes new keys and values, returns all in reach
@@ -59,31 +60,46 @@ class UniversalTransformer(nn.Module):
         """The normalised stream `[B, T, D]` that the head reads; padding has document id -1."""
         if document_ids_BT is None:
             document_ids_BT = torch.zeros_like(tokens_BT)
+        for x_BTD in self.states(tokens_BT, document_ids_BT, n_loops):
+            pass
+        return self.ln_f(x_BTD)
+
+    def states(self, tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None) -> Iterator[Tensor]:
+        """The stream `[B, T, D]` before the first loop and after each."""
         masks = build_masks(document_ids_BT, self.config.window_size)
+        by = self.rotation(0, tokens_BT)
         x_BTD = self.embed(tokens_BT)
+        yield x_BTD
         for loop in range(n_loops or self.config.n_loops):
             mask = masks.for_loop(self.is_global(loop))
             if self.recompute_loops and torch.is_grad_enabled():
-                x_BTD = checkpoint(self.recurrent_block, x_BTD, mask, use_reentrant=False, preserve_rng_state=False)
+                x_BTD = checkpoint(self.recurrent_block, x_BTD, mask, by, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTD = self.recurrent_block(x_BTD, mask)
-        return self.ln_f(x_BTD)
+                x_BTD = self.recurrent_block(x_BTD, mask, by)
+            yield x_BTD
 
     def decode(self, tokens_BT: Tensor, cache: KeyValueCache, n_loops: int | None = None) -> Tensor:
         """Logits `[B, V]` after the last of the new tokens, which follow those already in the cache."""
         n_new = tokens_BT.shape[1]
         masks = cached_masks(n_new, cache.length, self.config.window_size, cache.padding_B, tokens_BT.device)
+        by = self.rotation(cache.length, tokens_BT)
         x_BTD = self.embed(tokens_BT)
         for loop in range(n_loops or self.config.n_loops):
             # .forward: a compiled block would compile anew for each length of the cache
             reader = functools.partial(cache.append, loop)
-            x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), reader)
+            x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), by, reader)
         cache.length += n_new
         return self.head(self.ln_f(x_BTD[:, -1]))
 
     def new_cache(self, n_loops: int | None = None, padding_B: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `decode`, of rows that begin with so many tokens of padding."""
         return KeyValueCache([self.window(loop) for loop in range(n_loops or self.config.n_loops)], padding_B)
+
+    def rotation(self, first: int, tokens_BT: Tensor) -> Rotation | None:
+        """Of tokens from place `first` on, if the model has positions; in packed rows only distances matter."""
+        if self.config.positions == "none":
+            return None
+        return rotation(first, tokens_BT.shape[1], self.config.head_dim, tokens_BT.device)
 
     def is_global(self, loop: int) -> bool:
         """Every `global_every`-th loop sees the whole document, the others `window_size` tokens back."""
@@ -107,9 +123,11 @@ class RecurrentBlock(nn.Module):
         )
         self.liquid_gate_ffn = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x_BTD: Tensor, mask: Mask, reader: CacheReader | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, mask: Mask, by: Rotation | None = None, reader: CacheReader | None = None
+    ) -> Tensor:
         """One loop, over whole sequences, or over new tokens whose keys and values a `reader` adds to a cache."""
-        x_BTD = self.attn(x_BTD, mask, reader)
+        x_BTD = self.attn(x_BTD, mask, by, reader)
         return liquid_update(x_BTD, self.ffn(self.ln_ffn(x_BTD)), self.liquid_gate_ffn)
 
 
@@ -127,10 +145,11 @@ class LiquidAttention(nn.Module):
         self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.liquid_gate = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x_BTD: Tensor, mask: Mask, reader: CacheReader | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask: Mask, by: Rotation | None, reader: CacheReader | None) -> Tensor:
         """The stream after the attention half."""
         normed = self.ln(x_BTD)
         q, k, v = (self._heads(projection(normed)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, by), rotate(k, by)
         if reader is not None:
             k, v = reader(k, v)
         out_BHTD = attend(q, k, v, mask, self.soft_cap)

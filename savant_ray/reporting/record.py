@@ -21,7 +21,7 @@ from savant_ray.events import Event, SampleGenerated
 from savant_ray.reporting.tensorboard import TensorBoard
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-VALIDATION = ("validation", "sample")
+VALIDATION = ("validation", "score", "sample")
 # What happened even if the steps after it are gone.
 ABOUT_A_LAUNCH = ("data", "attempt", "end", "resume", "notice", "failure", "workers", "workers_lost")
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from savant_ray.events import CheckpointSaved, SampleGenerated, StepDone, ValidationDone
+from savant_ray.events import CheckpointSaved, LogicScored, SampleGenerated, StepDone, ValidationDone
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FOLDER = "tensorboard"
 TOLD_AGAIN = 1000  # steps: far more than a driver has in its hands
 FLUSH_SECONDS = 5
-WITH_NUMBERS = {StepDone.kind, ValidationDone.kind, CheckpointSaved.kind}
+WITH_NUMBERS = {StepDone.kind, ValidationDone.kind, LogicScored.kind, CheckpointSaved.kind}
 
 
 class TensorBoard:

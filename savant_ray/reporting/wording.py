@@ -13,6 +13,7 @@ from savant_ray.events import (
     CheckpointSaved,
     DataPrepared,
     Event,
+    LogicScored,
     MicroBatchSkipped,
     Notice,
     RunResumed,
@@ -69,6 +70,19 @@ def _(event: ValidationDone) -> str:
         f"validation at step {event.step:,}: loss {event.validation_loss:.4f} · {event.bits_per_byte:.3f} bits per byte"
         f"{moved} · {duration(event.seconds)}"
     )
+
+
+@describe.register
+def _(event: LogicScored) -> str:
+    whole = "all" if event.final else "some"
+    first = (
+        f"logic at step {event.step:,}: {percent(event.score)} of {whole} {event.n:,} problems right "
+        f"({percent(event.low)} – {percent(event.high)}) · {duration(event.seconds)}"
+    )
+    if not event.final:
+        return first
+    rows = (f"  {name}: {percent(each['score'])} of {each['n']:.0f}" for name, each in event.templates.items())
+    return "\n".join([first, *rows])
 
 
 @describe.register

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from savant_ray.config import Config
+from savant_ray.config import Config, TrainingConfig
 from savant_ray.errors import CheckpointError
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.optim.adamw import AdamW
 from savant_ray.optim.gradients import GradientBuffer
+from savant_ray.optim.master_weights import MasterWeightOptimizer
+from savant_ray.optim.muon import Muon
 from savant_ray.training.fitting import Fit
 from savant_ray.training.precision import weights_dtype
 
@@ -30,7 +32,7 @@ class TrainingState:
     """`step` updates are done, and `position` sequences of the global order are used up."""
 
     model: UniversalTransformer
-    optimizer: AdamW
+    optimizer: MasterWeightOptimizer
     gradients: GradientBuffer
     precision: str
     device: torch.device
@@ -75,7 +77,7 @@ class TrainingState:
         moved = total = 0
         for name, parameter in self.model.named_parameters():
             now = self.optimizer.master(parameter).cpu()
-            rows = self.optimizer.state[parameter]["exp_avg_sq"].reshape(len(parameter), -1).any(dim=1).cpu()
+            rows = self.optimizer.had_gradient(parameter).cpu()
             if name in self._seen_weights:
                 moved += int((now != self._seen_weights[name]).reshape(len(now), -1)[rows].sum())
                 total += int(rows.sum()) * (now.numel() // len(now))
@@ -170,13 +172,23 @@ def new_state(config: Config, device: torch.device, precision: str | None = None
         model = UniversalTransformer(config.model)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.to(device, weights_dtype(precision))
-    optimizer = AdamW(model.parameters(), config.training.learning_rate, config.training.weight_decay)
+    optimizer = new_optimizer(model, config.training)
     gradients = GradientBuffer(model.parameters(), N_SUMS)
     fit = Fit.of(config, device)
     state = TrainingState(model, optimizer, gradients, precision, device, fit)
     state.use(fit)
     state.load_weights(weights)
     return state
+
+
+def new_optimizer(model: UniversalTransformer, settings: TrainingConfig) -> MasterWeightOptimizer:
+    """`training.optimizer` over all of the model's weights."""
+    if settings.optimizer == "adamw":
+        return AdamW(model.parameters(), settings.learning_rate, settings.weight_decay)
+    matrices = [p for p in model.recurrent_block.parameters() if p.ndim == 2]
+    of_muon = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in of_muon]
+    return Muon(matrices, others, settings.learning_rate, settings.weight_decay)
 
 
 def reshaped_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:

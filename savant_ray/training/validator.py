@@ -1,4 +1,4 @@
-"""What happens every `validation.every_steps` steps: the loss on held-out text, and an answer to the logic prompt."""
+"""What happens every `validation.every_steps` steps: the loss on held-out text, logic problems, and an answer to a prompt."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch import Tensor
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import MemoryCapError
-from savant_ray.events import Event, Notice, SampleGenerated, ValidationDone
+from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.inference.validation import bits_per_byte, loss_sums
 from savant_ray.training.compilation import uncompiled
+from savant_ray.training.examiner import Examiner
 from savant_ray.training.fitting import unless_out_of_memory
 from savant_ray.training.precision import autocast
 from savant_ray.training.ranks import add_up, any_rank
@@ -42,17 +43,23 @@ class Validator:
     rank: int
     emit: Callable[[Event], None]
     stop_requested: Callable[[], bool]
+    examiner: Examiner | None = None
     rows: int = 0  # sequences of a forward pass at most; 0 = as they come
 
     def __call__(self, state: TrainingState) -> bool:
-        """Collective: all ranks add up their losses, rank 0 generates; what a stop cuts short is not emitted.
+        """Collective: all ranks add up losses and right answers, rank 0 goes on with the prompt.
+
+        What a stop cuts short is not emitted.
 
         Returns whether some rank was asked to stop.
         """
         with _evaluating(state):
             self._validate(state)
+            scored = None if self.examiner is None else self.examiner(state)
+            if self.rank == 0 and scored is not None:
+                self.emit(scored)
             if self.rank == 0 and not self.stop_requested():
-                self._sample(state)
+                self._sample(state, scored)
         return any_rank(self.stop_requested(), state.device)
 
     def _validate(self, state: TrainingState) -> None:
@@ -92,7 +99,7 @@ class Validator:
             )
         )
 
-    def _sample(self, state: TrainingState) -> None:
+    def _sample(self, state: TrainingState, scored: LogicScored | None) -> None:
         started = time.perf_counter()
         settings = self.config.validation
         sampling = Sampling(
@@ -115,6 +122,7 @@ class Validator:
                 prompt=settings.prompt,
                 text=self.tokenizer.decode(tokens),
                 seconds=time.perf_counter() - started,
+                logic_score=None if scored is None else scored.score,
             )
         )
 

@@ -48,9 +48,10 @@ def test_a_special_token_in_a_text_is_text(trained: Tokenizer) -> None:
         assert tokenizer.decode(ids) == text
 
 
-def test_every_digit_is_a_token(trained: Tokenizer) -> None:
+def test_every_digit_is_a_token_the_first_of_a_number_with_its_space(trained: Tokenizer) -> None:
     assert len(trained.encode("1510421")) == 7
-    assert trained.encode(" 15") == trained.encode(" ") + trained.encode("1") + trained.encode("5")
+    assert trained.encode(" 15") == trained.encode(" 1") + trained.encode("5")
+    assert len(trained.encode(" 15")) == 2 or len(trained.encode(" 1")) == 2  # a small vocabulary may lack " 1"
 
 
 def test_a_batch_is_encoded_like_its_texts(trained: Tokenizer) -> None:

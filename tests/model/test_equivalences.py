@@ -27,8 +27,9 @@ def packed_row() -> tuple[Tensor, Tensor, list[slice]]:
     return tokens, documents, [slice(0, 11), slice(11, 14), slice(14, 28)]
 
 
-def test_packed_documents_give_the_logits_of_each_document_alone() -> None:
-    model = make_model()
+@pytest.mark.parametrize("positions", ["none", "rotary"])
+def test_packed_documents_give_the_logits_of_each_document_alone(positions: str) -> None:
+    model = make_model(positions=positions)
     tokens, documents, parts = packed_row()
     together = model(tokens, documents)
     for part in parts:
@@ -81,9 +82,10 @@ def test_the_masks_and_the_cap_of_a_gpu_give_what_all_scores_at_once_give(
     torch.testing.assert_close(attend(q, k, v, here, 2.0), attend(q, k, v, dense, 2.0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("positions", ["none", "rotary"])
 @pytest.mark.parametrize("prefill", [1, 4, 20])
-def test_cached_decoding_gives_the_logits_of_the_full_forward_past_max_seq_len(prefill: int) -> None:
-    model = make_model()
+def test_cached_decoding_gives_the_logits_of_the_full_forward_past_max_seq_len(prefill: int, positions: str) -> None:
+    model = make_model(positions=positions)
     tokens = torch.randint(0, 61, (2, 80))  # max_seq_len is 32, the window 5
     full = model(tokens)
     cache = model.new_cache()
@@ -92,8 +94,9 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_past_max_seq_len(p
         torch.testing.assert_close(model.decode(tokens[:, t : t + 1], cache), full[:, t], rtol=1e-4, atol=1e-5)
 
 
-def test_rows_that_begin_with_padding_decode_as_they_would_alone() -> None:
-    model = make_model()
+@pytest.mark.parametrize("positions", ["none", "rotary"])
+def test_rows_that_begin_with_padding_decode_as_they_would_alone(positions: str) -> None:
+    model = make_model(positions=positions)
     tokens = torch.randint(0, 61, (3, 50))
     padding = torch.tensor([0, 4, 13])
     cache = model.new_cache(padding_B=padding)

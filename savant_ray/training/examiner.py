@@ -1,0 +1,81 @@
+"""The logic suite at a validation: each rank answers its share of the problems, and the right ones are added up."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from savant_ray.config import Config
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import MemoryCapError
+from savant_ray.events import LogicScored
+from savant_ray.inference.logic import AT_ONCE, Answer, Question, Score, ask, logic_suite, total
+from savant_ray.training.fitting import unless_out_of_memory
+from savant_ray.training.ranks import add_up
+from savant_ray.training.state import TrainingState
+
+
+@dataclass
+class Examiner:
+    """Called with the state by every rank."""
+
+    config: Config
+    tokenizer: Tokenizer
+    rank: int
+    world_size: int
+    stop_requested: Callable[[], bool]
+    at_once: int = AT_ONCE  # questions; fewer once they did not fit into memory
+
+    def __call__(self, state: TrainingState) -> LogicScored | None:
+        """`validation.logic_problems` of the suite, after the last step all of it; None when a stop cut it short.
+
+        Collective; the same on every rank.
+
+        Raises:
+            MemoryCapError: one question does not fit.
+        """
+        started = time.perf_counter()
+        final = state.step >= self.config.training.max_steps
+        questions = logic_suite()[: None if final else self.config.validation.logic_problems]
+        names = sorted({question.template for question in questions})
+        answers = self._answers(state, questions[self.rank :: self.world_size])
+        right = [sum(answer.correct for answer in answers if answer.question.template == name) for name in names]
+        sums = torch.tensor([*right, float(self.stop_requested())], device=state.device)
+        *right, stops = add_up(sums).tolist()
+        if stops:
+            return None
+        asked = [sum(question.template == name for question in questions) for name in names]
+        templates = {name: Score(n, int(k)) for name, n, k in zip(names, asked, right, strict=True)}
+        return _told(state.step, templates, final, time.perf_counter() - started)
+
+    def _answers(self, state: TrainingState, mine: list[Question]) -> list[Answer]:
+        longest = self.config.validation.max_new_tokens
+        while True:
+            asked = functools.partial(
+                ask, state.model, self.tokenizer, mine, longest, at_once=self.at_once, stop_requested=self.stop_requested
+            )
+            answers = unless_out_of_memory(lambda asked=asked: list(asked()), state.device)
+            if answers is not None:
+                return answers
+            if self.at_once == 1:
+                raise MemoryCapError("not even one logic problem fits into memory; lower validation.max_new_tokens")
+            self.at_once = (self.at_once + 1) // 2
+
+
+def _told(step: int, templates: dict[str, Score], final: bool, seconds: float) -> LogicScored:
+    all_ = total(templates)
+    low, high = all_.interval
+    return LogicScored(
+        step=step,
+        score=all_.share,
+        n=all_.n,
+        low=low,
+        high=high,
+        templates={name: {"score": score.share, "n": score.n} for name, score in templates.items()},
+        final=final,
+        seconds=seconds,
+    )
