@@ -119,6 +119,40 @@ def test_the_command_writes_into_the_run_or_here(
     assert sorted(path.name for path in tmp_path.glob("*.tmp")) == []
 
 
+# --- scores
+
+
+def scored(run: Path, step: int, score: float, final: bool, **templates: float) -> Path:
+    """Adds a line to the record as an exam at that step leaves it."""
+    shares = {name: {"score": share, "n": 50} for name, share in templates.items()}
+    line = {"event": "score", "time": "2026-01-31T17:05:00+00:00", "step": step, "score": score, "n": 100, "final": final}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "low": score - 0.1, "high": score + 0.1, "templates": shares}) + "\n")
+    return run
+
+
+def test_logic_scores_are_a_curve_and_the_final_ones_a_table_run_beside_run(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", *RUN), write(tmp_path / "two", *RUN)
+    three = write(tmp_path / "three", *RUN)
+    scored(one, 5, 0.2, False, add=0.9), scored(one, 7, 0.3, True, add=0.1)
+    scored(one, 10, 0.42, True, **{"add": 0.5, "compare, <new>": 0.34}), scored(two, 5, 0.6, True, add=0.75)
+    scored(three, 5, 0.7, False, add=0.98)
+    html = html_of(one, two, three, output=tmp_path / "report.html")
+    (chart,) = (chart for chart in drawn(html) if chart["title"] == "Logic score")
+    assert chart["steps"] == [5, 7, 10]
+    assert [series["values"] for series in chart["series"]] == [[20, 30, 42], [60, None, None], [70, None, None]]
+    text = seen(html)
+    assert "add 50 % of 50 75 % of 50 – compare, <new> 34 % of 50 – – " in text, "newest final one, a row per template"
+    assert "all 42 % (32 % – 52 %) of 100, step 10 60 % (50 % – 70 %) of 100, step 5 – " in text
+
+
+def test_without_scores_there_is_no_table_and_before_the_end_only_the_curve(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", *RUN)
+    assert "Logic score" not in html_of(run, output=tmp_path / "report.html")
+    html = html_of(scored(run, 5, 0.2, False, add=0.9), output=tmp_path / "report.html")
+    assert "Logic score" in html and "Logic score" not in seen(html)
+
+
 # --- launches
 
 
