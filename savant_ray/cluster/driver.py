@@ -124,8 +124,10 @@ def _train(launch: Launch) -> int:
     report.stage("starting Ray")
     from savant_ray.cluster.failures import ray_errors_explained
 
-    with ray_session(launch.verbose), ray_errors_explained():
+    with ray_session(launch.verbose) as dashboard, ray_errors_explained():
         launch.signals.install()
+        if dashboard:
+            report.say(f"Ray's dashboard: {dashboard}")
         data = prepare_data(config, text, report)
         if start is not None and not launch.allow_changes:
             refuse_other_data(start, config, data.tokenizer, data.fingerprint)
