@@ -161,13 +161,14 @@ def _samples(histories: Sequence[History]) -> dict[str, Any]:
 
 
 def _scores(histories: Sequence[History]) -> dict[str, Any]:
-    """Each run's newest final score or None, and `rows` of a template and each run's share of it; empty without any."""
+    """Each run's newest final score or None, and `rows` of a template and each run's share; empty without any."""
     newest = [next((line for line in reversed(history.scores) if line.get("final")), None) for history in histories]
     if not any(newest):
         return {}
     shares = [line["templates"] if line else {} for line in newest]
     templates = sorted({name for share in shares for name in share})
-    return {"newest": newest, "rows": [(name, [share.get(name) for share in shares]) for name in templates]}
+    rows = [(name, [share.get(name) for share in shares]) for name in templates]
+    return {"newest": newest, "rows": [*rows, ("all", newest)]}
 
 
 def _clock(time: float | datetime) -> str:
