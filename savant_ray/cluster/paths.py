@@ -19,7 +19,7 @@ JOB_HOME = "savant_runs"
 
 
 def python_to_type(python: Path = Path(sys.executable)) -> str:
-    """How this Python is called from the folder: `python` only where that is this one, which it is not for who typed make."""
+    """How this Python is called from here; `python` may be none or another one for who typed make."""
     found = shutil.which("python")
     if found is not None and Path(found).parent == python.parent:
         return "python"
