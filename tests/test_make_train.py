@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import environment, losses
+from tests.cluster.conftest import LEAN, environment, losses
 
 ROOT = Path(__file__).parents[1]
+LENGTH_OF_TIME = len("2026-01-31 17:05:00+00:00")  # in front of each line of the log
 
 
 @pytest.mark.slow
@@ -19,9 +20,9 @@ def test_make_train_ends_with_a_checkpoint_a_sample_and_what_to_do_next(tmp_path
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("this environment was not made by `make install`")
     copy = copy_of_the_repository(tmp_path / "savant")
-    few_steps = environment(
-        SAVANT_TRAINING__MAX_STEPS="3", SAVANT_VALIDATION__BATCHES="1", SAVANT_TRAINING__COMPILE="false"
-    )
+    few_steps = environment(SAVANT_TRAINING__MAX_STEPS="3", SAVANT_VALIDATION__BATCHES="1")
+    for name in LEAN:
+        del few_steps[name]  # Ray as a new user has it
     command = ["make", "train", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]  # never into this environment
     done = subprocess.run(command, cwd=copy, env=few_steps, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -29,6 +30,10 @@ def test_make_train_ends_with_a_checkpoint_a_sample_and_what_to_do_next(tmp_path
     assert len(losses(run)) == 3 and (run / "step_3/manifest.json").exists()
     assert "sample at step 3" in done.stdout and "next: python jobs/generate.py" in done.stdout
     assert (copy / "dataset/genius_dataset.jsonl").exists()
+    assert done.stderr == "", "the noise of a healthy Ray is not the user's"
+    logged = {line[LENGTH_OF_TIME:].strip() for line in (run / "training_log.txt").read_text().splitlines()}
+    others = [line for line in done.stdout.splitlines() if line.strip() not in logged]
+    assert [line for line in others if not line.startswith("quickstart data: ")] == [], "what the log has and no more"
 
     again = subprocess.run(command, cwd=copy, env=few_steps, text=True, capture_output=True, timeout=500)
     assert again.returncode == 0 and "has done its 3 steps" in again.stdout

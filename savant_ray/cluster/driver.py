@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from savant_ray.cluster.paths import in_ray_job, output_folder, with_absolute_paths
+from savant_ray.cluster.paths import in_ray_job, output_folder, python_to_type, with_absolute_paths
 from savant_ray.cluster.session import (
     Leave,
     grace_seconds,
@@ -124,8 +124,10 @@ def _train(launch: Launch) -> int:
     report.stage("starting Ray")
     from savant_ray.cluster.failures import ray_errors_explained
 
-    with ray_session(launch.verbose), ray_errors_explained():
+    with ray_session(launch.verbose) as dashboard, ray_errors_explained():
         launch.signals.install()
+        if dashboard:
+            report.say(f"Ray's dashboard: {dashboard}")
         data = prepare_data(config, text, report)
         if start is not None and not launch.allow_changes:
             refuse_other_data(start, config, data.tokenizer, data.fingerprint)
@@ -240,7 +242,7 @@ def _conclude(launch: Launch, outcome: Outcome) -> int:
         launch.report.say(f"{saved}; to go on, run the same command again")
         return STOPPED_EARLY
     where = launch.storage.location
-    launch.report.say(f'trained; next: python jobs/generate.py --checkpoint {where} --prompt "…"')
+    launch.report.say(f'trained; next: {python_to_type()} jobs/generate.py --checkpoint {where} --prompt "…"')
     return 0
 
 

@@ -7,6 +7,8 @@ job, so there what a run WRITES (run folders, token cache) goes below the home f
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +16,14 @@ from savant_ray.config import Config
 from savant_ray.errors import SettingsError
 
 JOB_HOME = "savant_runs"
+
+
+def python_to_type(python: Path = Path(sys.executable)) -> str:
+    """How this Python is called from here; `python` may be none or another one for who typed make."""
+    found = shutil.which("python")
+    if found is not None and Path(found).parent == python.parent:
+        return "python"
+    return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
 
 
 def in_ray_job(environment: Mapping[str, str] = os.environ) -> bool:

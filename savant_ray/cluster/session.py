@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # how long an elastic run waits for a node that is gone; 60 by default
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how soon workers hear of a drained node; 5 by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each worker's print appears twice
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # attempts and workers at the dashboard's /api/train/v2/runs/v1
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the folder of the driver
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_task_events_max_num_tasks_in_gcs": "10000",  # its 100,000 by default take 0.3 GB of a head that runs for days
@@ -41,14 +41,17 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def ray_session(verbose: bool = False) -> Iterator[None]:
-    """Ray for the time of a `with` block; `verbose`: with what it and the workers' processes say."""
+def ray_session(verbose: bool = False) -> Iterator[str]:
+    """Ray for the time of a `with` block, which gets the dashboard's address, "" if there is none.
+
+    `verbose`: with what Ray and the workers' processes say.
+    """
     prepare_environment()
     import ray
 
     level = logging.INFO if verbose else logging.ERROR
     try:
-        ray.init(log_to_driver=verbose, logging_level=level, configure_logging=True)
+        context = ray.init(log_to_driver=verbose, logging_level=level, configure_logging=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS", "on this machine")
         raise SavantError(f"Ray {where} could not be reached or started: {error}") from error
@@ -57,7 +60,7 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
     try:
-        yield
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     except (KeyboardInterrupt, Leave):  # see leave_at_once
         raise
     except BaseException:

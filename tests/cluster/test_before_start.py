@@ -12,7 +12,15 @@ import yaml
 from savant_ray.cluster.checks import check_before_start, check_disk, checkpoint_bytes
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.lock import locked
-from savant_ray.cluster.paths import in_ray_job, joined, output_folder, parent_and_name, run_folder, with_absolute_paths
+from savant_ray.cluster.paths import (
+    in_ray_job,
+    joined,
+    output_folder,
+    parent_and_name,
+    python_to_type,
+    run_folder,
+    with_absolute_paths,
+)
 from savant_ray.cluster.session import grace_seconds
 from savant_ray.config import Config, load_config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
@@ -41,6 +49,20 @@ def test_a_run_in_object_storage_has_a_mirror_below_home_and_a_cache_that_has_no
     config = load_config(["--data.cache_dir", "s3://bucket/cache"], environment={})
     with pytest.raises(SettingsError, match=r"data\.cache_dir: s3://bucket/cache is a URI"):
         with_absolute_paths(config, Path("/in"), Path("/out"))
+
+
+def test_the_next_command_calls_the_python_that_has_the_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    assert python_to_type(python) == ".venv/bin/python", "as make calls it"
+    (tmp_path / "elsewhere").mkdir(), monkeypatch.chdir(tmp_path / "elsewhere")
+    assert python_to_type(python) == str(python)
+    monkeypatch.setenv("PATH", str(python.parent))
+    assert python_to_type(python) == "python"
 
 
 def test_a_job_writes_below_home_because_its_folder_vanishes() -> None:

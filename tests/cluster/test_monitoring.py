@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
@@ -20,6 +21,7 @@ from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 from savant_ray.cluster.metrics import METRICS
 from savant_ray.reporting.page import write_page
 from savant_ray.reporting.run_report import LOG
+from savant_ray.reporting.wording import percent
 from tests.cluster.conftest import (
     ROOT,
     Head,
@@ -86,8 +88,11 @@ def scrape(targets: Path) -> dict[str, list[Sample]]:
     """All samples of ours, by name."""
     found: dict[str, list[Sample]] = {}
     for target in json.loads(targets.read_text())[0]["targets"]:
-        with urlopen(f"http://{target}/metrics", timeout=30) as page:
-            text = page.read().decode()
+        try:
+            with urlopen(f"http://{target}/metrics", timeout=30) as page:
+                text = page.read().decode()
+        except URLError:  # the autoscaler's port is one for all Rays of a machine; Prometheus goes on as well
+            continue
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name.startswith("ray_savant_"):
@@ -150,11 +155,21 @@ def check_values(found: dict[str, list[Sample]], run: Path) -> None:
 def check_log(run: Path) -> None:
     """Every figure in the log is the record's, in as many digits as are shown."""
     log = (run / LOG).read_text()
-    losses = {step["step"]: f"{step['train_loss']:.4f}" for step in records(run, "step")}
-    told = [(int(step), loss) for step, loss in re.findall(r"step (\d+)/5,000 · loss ([\d.]+)", log)]
-    assert told and told == [(step, losses[step]) for step, _ in told]
-    validated = [f"{line['step']}: loss {line['validation_loss']:.4f}" for line in records(run, "validation")]
-    assert validated == re.findall(r"validation at step (\d+: loss [\d.]+)", log)
+    steps = {step["step"]: step for step in records(run, "step")}
+    told = re.findall(r"step ([\d,]+)/5,000 · (.*)", log)
+    assert told
+    for number, figures in told:
+        step = steps[int(number.replace(",", ""))]
+        assert re.findall(r"loss ([\d.]+) · rate ([\d.e-]+) · ([\d,]+) tokens/s", figures) == [
+            (f"{step['train_loss']:.4f}", f"{step['learning_rate']:.2e}", f"{step['tokens_per_second']:,.0f}")
+        ]
+        assert re.findall(r"([\d.]+ %) of peak", figures) == [percent(step["share_of_peak"])]
+        assert re.findall(r"([\d.]+) GiB", figures) == [f"{step['memory_gb']:.1f}"]
+        assert sum(map(int, re.findall(r"(\d+) micro-batches skipped", figures))) == step["skipped_micro_batches"]
+    validations = records(run, "validation")
+    validated = [(line["step"], f"{line['validation_loss']:.4f}", f"{line['bits_per_byte']:.3f}") for line in validations]
+    shown = re.findall(r"validation at step ([\d,]+): loss ([\d.]+) · ([\d.]+) bits per byte", log)
+    assert validated == [(int(step.replace(",", "")), loss, bits) for step, loss, bits in shown]
 
 
 def check_page(run: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -103,8 +105,10 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on_as_it_does_from_a_file_
 
 
 def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, tmp_path: Path) -> None:
-    code, printed = run_job(head, with_text(tmp_path), scaling__num_workers=2)
+    code, printed = run_job(head, with_text(tmp_path), "--verbose", scaling__num_workers=2)
     assert code == 0, printed
+    rays = re.compile(r"\(TrainController pid=\d+\)")
+    assert rays.search(printed) and not rays.search(finished.printed), "what Ray says is shown to who asks for it"
     assert losses(tmp_path / "tiny") == pytest.approx(losses(finished.run), rel=1e-3)
     assert losses(tmp_path / "tiny")[0] == pytest.approx(losses(finished.run)[0], rel=1e-6)
     assert records(tmp_path / "tiny", "attempt")[0]["workers"] == 2
@@ -121,17 +125,35 @@ def test_without_a_cluster_a_run_starts_its_own_ray_and_ctrl_c_in_its_terminal_s
     """A terminal's Ctrl+C goes to the whole process group, Ray's own processes included."""
     command = [sys.executable, str(ROOT / "jobs/train.py"), *options(training__max_steps=5000)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    job = subprocess.Popen(command, cwd=workplace, env=environment(), text=True, start_new_session=True, **pipes)
+    tracked = environment(RAY_TRAIN_ENABLE_STATE_TRACKING="1")  # as it is shipped
+    job = subprocess.Popen(command, cwd=workplace, env=tracked, text=True, start_new_session=True, **pipes)
     run = workplace / "tiny"
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(records(run, "step")) >= 5)
     started = psutil.Process(job.pid).children(recursive=True)
     assert any(process.name() == "raylet" for process in started), "its own"
+    (address,) = re.findall(r"Ray's dashboard: (http://127\.0\.0\.1:\d+)\n", (run / "training_log.txt").read_text())
+    check_that_the_dashboard_has(run.name, address)
     os.killpg(job.pid, signal.SIGINT)
     printed, noise = job.communicate(timeout=60)
     assert job.returncode == 75 and "stopped and saved as" in printed and "run the same command" in printed, printed
     assert checkpoints(run)[-1].name == f"step_{len(losses(run))}"
     assert noise == "", "the noise of a healthy Ray is not the user's"
     wait_for(lambda: not any(process.is_running() for process in started))
+
+
+def check_that_the_dashboard_has(run: str, address: str) -> None:
+    """Its attempt and worker, alive, as Ray Train tells them."""
+
+    def told() -> dict[str, Any]:
+        with urlopen(f"{address}/api/train/v2/runs/v1", timeout=30) as answer:
+            (told,) = json.load(answer)["train_runs"]
+        return told
+
+    wait_for(lambda: told()["status"] == "RUNNING", seconds=30)
+    (attempt,) = told()["attempts"]
+    (worker,) = attempt["workers"]
+    assert (told()["name"], attempt["status"]) == (run, "RUNNING")
+    assert (worker["world_rank"], worker["status"]) == (0, "ALIVE") and psutil.pid_exists(worker["pid"])
 
 
 def test_wrong_settings_and_missing_text_are_told_before_ray_starts(head: Head, workplace: Path) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.cluster.conftest import ROOT, environment, free_port, losses, wait_for
-from tests.cluster.test_ray_job import copy_repository, write_config
-from tests.test_readme import split_commands
+from savant_ray.training.checkpoint import checkpoints
+from tests.cluster.conftest import ROOT, environment, free_port, losses, records, steps_done, wait_for
+from tests.cluster.test_ray_job import copy_repository, submission, write_config
+from tests.test_readme import split_commands, without_environment
 
 pytestmark = pytest.mark.slow
 SECTION = "From one machine to a cluster"
@@ -35,15 +38,29 @@ def typed(beginning: str) -> list[str]:
 class Cluster:
     """A head that wants a token, and where whoever has it submits."""
 
+    address: str
     dashboard: str
     home: Path
     variables: Mapping[str, str]
 
-    def run(self, *words: str, folder: Path = ROOT, **changes: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
         """Types a command of the README, with this cluster's address."""
-        here = [word.replace(DASHBOARD, self.dashboard) for word in words]
         there = {**self.variables, **changes}
-        return subprocess.run(here, cwd=folder, env=there, text=True, capture_output=True, timeout=400)
+        return subprocess.run(self.here(words), cwd=ROOT, env=there, text=True, capture_output=True, timeout=400)
+
+    def start(self, *words: str, folder: Path) -> subprocess.Popen[str]:
+        """The same, and does not wait."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(self.here(words), cwd=folder, env=dict(self.variables), text=True, **pipes)
+
+    def here(self, words: Sequence[str]) -> list[str]:
+        """With this cluster's address instead of the README's."""
+        return [word.replace(DASHBOARD, self.dashboard) for word in words]
+
+    def nodes(self) -> list[str]:
+        """The states of its nodes."""
+        listed = self.run("ray", "list", "nodes", "--format", "json", "--address", self.dashboard)
+        return [node["state"] for node in json.loads(listed.stdout)] if listed.returncode == 0 else []
 
 
 @pytest.fixture
@@ -56,14 +73,22 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     for command in ("ray get-auth-token", "chmod"):
         subprocess.run(" ".join(typed(command)), shell=True, env=there, check=True, timeout=120)
     start = " ".join(typed("ray start --head")).replace("--port 6379", f"--port {port}").split()
-    own = f"--block --num-cpus 2 --object-store-memory {200 << 20} --temp-dir {folder} --node-ip-address 127.0.0.1"
-    ports = f"--dashboard-port {dashboard} --dashboard-agent-listen-port {agent} --ray-client-server-port {client}"
-    head = subprocess.Popen([*start, *own.split(), *ports.split()], env=there, stdout=subprocess.DEVNULL)
+    own = f"--num-cpus 2 --temp-dir {folder} --dashboard-agent-listen-port {agent}"
+    ports = f"--dashboard-port {dashboard} --ray-client-server-port {client}"
+    with node([*start, *own.split(), *ports.split()], there):
+        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", home, there)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def node(start: Sequence[str], variables: Mapping[str, str]) -> Iterator[None]:
+    """A node of a cluster, for the time of a `with` block."""
+    own = f"--block --object-store-memory {200 << 20} --node-ip-address 127.0.0.1".split()
+    process = subprocess.Popen([*start, *own], env=variables, stdout=subprocess.DEVNULL)
     try:
-        yield Cluster(f"http://127.0.0.1:{dashboard}", home, there)
+        yield
     finally:
-        end_with_all_below(head)
-        shutil.rmtree(folder, ignore_errors=True)
+        end_with_all_below(process)
 
 
 def end_with_all_below(head: subprocess.Popen[bytes]) -> None:
@@ -77,7 +102,9 @@ def end_with_all_below(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
-def test_a_job_is_submitted_and_watched_with_a_token_and_refused_without(cluster: Cluster, workplace: Path) -> None:
+def test_a_job_is_submitted_stopped_and_taken_up_again_with_a_token_and_refused_without(
+    cluster: Cluster, workplace: Path
+) -> None:
     token = cluster.home / ".ray/auth_token"
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) >= 32
     jobs = typed("ray job list")
@@ -86,19 +113,35 @@ def test_a_job_is_submitted_and_watched_with_a_token_and_refused_without(cluster
         answer = cluster.run(*jobs, **refused)
         assert answer.returncode != 0 and re.search("40[13]|[Aa]uthenticat", answer.stdout + answer.stderr)
 
-    folder = copy_repository(workplace / "repository")
-    write_config(folder / "configs/cluster.yaml", workplace, max_steps=3)
+    folder, run = copy_repository(workplace / "repository"), workplace / "tiny"
+    write_config(folder / "configs/cluster.yaml", workplace, max_steps=60)
     venv = Path(sys.executable).parent.parent
     submit = [*typed("make submit"), "--old-file", f"{venv}/.installed", f"VENV={venv}"]
-    done = cluster.run(*submit, folder=folder)
-    assert done.returncode == 0 and "succeeded" in done.stdout.lower(), done.stdout + done.stderr
-    assert len(losses(workplace / "tiny")) == 3
+    job = cluster.start(*submit, folder=folder)
+    name = submission(job)
+    wait_for(lambda: job.poll() is not None or steps_done(run) >= 5)
+    assert cluster.run(*named(typed("ray job stop"), name)).returncode == 0
+    printed, _ = job.communicate(timeout=60)
+    stopped_at = len(losses(run))
+    assert 5 <= stopped_at < 60 and checkpoints(run)[-1].name == f"step_{stopped_at}", printed
 
-    (name,) = set(re.findall(r"raysubmit_\w+", done.stdout))
+    again = cluster.start(*submit, folder=folder)
+    name = submission(again)
+    printed, _ = again.communicate(timeout=300)
+    assert again.returncode == 0 and "succeeded" in printed.lower(), printed
+    assert records(run, "attempt")[-1]["step"] == stopped_at and len(losses(run)) == 60
     status, logs = (cluster.run(*named(typed(f"ray job {what}"), name)) for what in ("status", "logs"))
     assert status.returncode == 0 and "succeeded" in (status.stdout + status.stderr).lower()
-    assert logs.returncode == 0 and "step_3" in logs.stdout
-    assert token.read_text() not in done.stdout + logs.stdout
+    assert logs.returncode == 0 and "step_60" in logs.stdout
+    assert token.read_text() not in printed + logs.stdout
+
+
+def test_a_second_machine_joins_with_the_token(cluster: Cluster) -> None:
+    wait_for(lambda: cluster.nodes() == ["ALIVE"])
+    start = without_environment(typed("RAY_AUTH_MODE=token ray start"))
+    there = [word.replace("HEAD:6379", cluster.address) for word in start]
+    with node([*there, "--num-cpus", "1", "--dashboard-agent-listen-port", str(free_port())], cluster.variables):
+        wait_for(lambda: cluster.nodes() == ["ALIVE", "ALIVE"])
 
 
 def named(words: list[str], name: str) -> list[str]:

@@ -20,6 +20,7 @@ from savant_ray.reporting.page import write_page
 from savant_ray.reporting.page.curves import Curve, aligned, smoothed, worth_drawing
 from savant_ray.reporting.page.history import Launch, read_history
 from savant_ray.reporting.page.timeline import timeline
+from savant_ray.reporting.record import to_line
 from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation, write
 
 FAILED = RunFailed(error="TrainingError", text="it <diverged>", exit_code=1)
@@ -117,6 +118,62 @@ def test_the_command_writes_into_the_run_or_here(
     assert main(["report", "none"]) == SettingsError.exit_code and "no run" in capsys.readouterr().err
     assert main(["report", "one", "--output", "missing/mine.html"]) == 1 and "missing" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.glob("*.tmp")) == []
+
+
+# --- scores
+
+
+def scored(run: Path, step: int, score: float, final: bool, **templates: float) -> Path:
+    """Adds a line to the record as an exam at that step leaves it."""
+    shares = {name: {"score": share, "n": 50} for name, share in templates.items()}
+    line = {"event": "score", "time": "2026-01-31T17:05:00+00:00", "step": step, "score": score, "n": 100, "final": final}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "low": score - 0.1, "high": score + 0.1, "templates": shares}) + "\n")
+    return run
+
+
+def test_logic_scores_are_a_curve_and_the_final_ones_a_table_run_beside_run(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", *RUN), write(tmp_path / "two", *RUN)
+    three = write(tmp_path / "three", *RUN)
+    scored(one, 5, 0.2, False, add=0.9), scored(one, 7, 0.3, True, add=0.1)
+    scored(one, 10, 0.42, True, **{"add": 0.5, "compare, <new>": 0.34}), scored(two, 5, 0.6, True, add=0.75)
+    scored(three, 5, 0.7, False, add=0.98)
+    html = html_of(one, two, three, output=tmp_path / "report.html")
+    (chart,) = (chart for chart in drawn(html) if chart["title"] == "Logic score")
+    assert chart["steps"] == [5, 7, 10]
+    assert [series["values"] for series in chart["series"]] == [[20, 30, 42], [60, None, None], [70, None, None]]
+    text = seen(html)
+    assert "add 50 % of 50 75 % of 50 – compare, <new> 34 % of 50 – – " in text, "newest final one, a row per template"
+    assert "all 42 % of 100 60 % of 100 – 95 % interval of all 32 % – 52 % 50 % – 70 % – at step 10 5 – " in text
+
+
+def test_without_scores_there_is_no_table_and_before_the_end_only_the_curve(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", *RUN)
+    assert "Logic score" not in html_of(run, output=tmp_path / "report.html")
+    html = html_of(scored(run, 5, 0.2, False, add=0.9), output=tmp_path / "report.html")
+    assert "Logic score" in html and "Logic score" not in seen(html)
+
+
+# --- long runs
+
+
+def long_run(folder: Path, steps: int) -> Path:
+    """The record of a run of so many noisy steps, a validation and a sample every 500."""
+    write(folder, attempt(max_steps=steps, settings=SETTINGS))
+    noise, line = np.random.default_rng(0).normal(size=(steps, 3)), to_line(step_done(1, share_of_peak=0.3))
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, (loss, speed, norm) in enumerate(noise.tolist(), 1):
+            noisy = {"train_loss": 3 + loss, "tokens_per_second": 9e3 + speed, "grad_norm": 1 + abs(norm)}
+            file.write(json.dumps(line | noisy | {"step": step}) + "\n")
+            if step % 500 == 0:
+                for event in (validation(step), sample(step, text="word " * 300), checkpoint(step)):
+                    file.write(json.dumps(to_line(event)) + "\n")
+    return folder
+
+
+def test_the_page_of_80000_steps_is_not_much_larger_than_that_of_8000(tmp_path: Path) -> None:
+    short, long = (html_of(long_run(tmp_path / f"{n}", n), output=tmp_path / "report.html") for n in (8000, 80_000))
+    assert len(long) < min(1.5e6, 1.5 * len(short))
 
 
 # --- launches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,17 @@ pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium on this m
 
 STEPS = range(1, 301)
 SCREENS = {"wide": (1280, 900), "phone": (390, 844)}
+PIXELS = """(async () => {
+  const image = new Image();
+  image.src = "data:image/png;base64,%s";
+  await image.decode();
+  const canvas = new OffscreenCanvas(image.width, image.height), context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  const colours = new Map();
+  for (const colour of new Uint32Array(context.getImageData(0, 0, image.width, image.height).data.buffer))
+    colours.set(colour, (colours.get(colour) || 0) + 1);
+  return [image.width, image.height, colours.size, Math.max(...colours.values()) / (image.width * image.height)];
+})()"""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +61,18 @@ def test_a_page_is_drawn_without_a_network_and_without_complaints(
     assert len(charts) >= 7 and min(charts) > 250
     light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] > 128")
     assert light is not dark
+
+
+@pytest.mark.parametrize("screen, dark", [("wide", False), ("phone", False), ("wide", True)])
+def test_a_screenshot_shows_a_page_and_not_a_blank_sheet(
+    page: Page, report: Path, tmp_path: Path, screen: str, dark: bool
+) -> None:
+    page.open(report, *SCREENS[screen], dark=dark)
+    page.screenshot(tmp_path / "page.png")
+    picture = base64.b64encode((tmp_path / "page.png").read_bytes()).decode()
+    width, height, colours, of_the_commonest = page.evaluate(PIXELS % picture)
+    assert (width, height) == SCREENS[screen]
+    assert colours > 100 and of_the_commonest < 0.95, "letters and curves"
 
 
 def test_curves_are_the_numbers_of_the_record(page: Page, report: Path) -> None:

@@ -11,6 +11,13 @@ from savant_ray.reporting import tensorboard
 from savant_ray.reporting.record import METRICS, Record, read_records
 from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
 
+NUMBERS = {
+    "step": "train_loss learning_rate grad_norm tokens tokens_per_second share_of_peak memory_gb skipped_micro_batches "
+    "data_wait_seconds step_seconds".split(),
+    "validation": ["validation_loss", "bits_per_byte", "weights_moved"],
+    "checkpoint": ["seconds", "stall_seconds"],
+}
+
 
 def launch(folder: Path, first: int, last: int) -> Record:
     """Trains from after `first` to `last`, and is killed: nothing is closed."""
@@ -31,10 +38,13 @@ def read(folder: Path) -> EventAccumulator:
 def check_tensorboard(folder: Path) -> None:
     """Every number of the record, each once."""
     accumulator, lines = read(folder), list(read_records(folder / METRICS))
-    steps = [line for line in lines if line["event"] == "step"]
-    for name in ("train_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gb", "data_wait_seconds"):
-        shown = [(each.step, each.value) for each in accumulator.Scalars(f"step/{name}")]
-        assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in steps]
+    for kind, names in NUMBERS.items():
+        for name in names:
+            told = [line for line in lines if line["event"] == kind and line[name] is not None]
+            tag = f"{kind}/{name}"
+            shown = accumulator.Scalars(tag) if told else []
+            expected = [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in told]
+            assert [(each.step, each.value) for each in shown] == expected, tag
 
 
 def test_tensorboard_shows_the_numbers_of_the_record_and_the_samples(tmp_path: Path) -> None:

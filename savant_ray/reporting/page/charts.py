@@ -39,6 +39,7 @@ def charts(histories: Sequence[History], names: Sequence[str]) -> list[dict[str,
     all_charts = [
         _chart("Loss", "nats per token", _losses(histories, names)),
         _chart("Validation", "bits per byte", _validations(histories, names, "bits_per_byte")),
+        _chart("Logic score", "% right", _scores(histories, names)),
         *(_chart(each.title, each.unit, _figures(histories, names, each), each.logarithmic) for each in FIGURES),
     ]
     return [chart for chart in all_charts if chart["steps"]]
@@ -71,13 +72,24 @@ def _figures(histories: Sequence[History], names: Sequence[str], figure: Figure,
 
 
 def _validations(histories: Sequence[History], names: Sequence[str], field: str) -> list[Curve]:
+    return _points([history.validations for history in histories], names, "validation", field)
+
+
+def _scores(histories: Sequence[History], names: Sequence[str]) -> list[Curve]:
+    return _points([history.scores for history in histories], names, "logic", "score", scale=100)
+
+
+def _points(
+    lines: Sequence[Sequence[dict[str, Any]]], names: Sequence[str], what: str, field: str, scale: float = 1.0
+) -> list[Curve]:
+    """A field of each run's lines; of two lines of a step the later counts."""
     curves = []
-    for run, (history, name) in enumerate(zip(histories, names, strict=True)):
-        told = {line["step"]: line[field] for line in history.validations if line.get(field) is not None}
-        steps = np.array(sorted(told), dtype=np.float64)
-        if told:
-            values = np.array([told[step] for step in steps])
-            curves.append(Curve(_label(name, "validation"), run, "points", steps, values))
+    for run, (told, name) in enumerate(zip(lines, names, strict=True)):
+        of_step = {line["step"]: scale * line[field] for line in told if line.get(field) is not None}
+        steps = np.array(sorted(of_step), dtype=np.float64)
+        if of_step:
+            values = np.array([of_step[step] for step in steps])
+            curves.append(Curve(_label(name, what), run, "points", steps, values))
     return curves
 
 

@@ -1,4 +1,4 @@
-"""A run's record as columns of steps, launches, validations and samples."""
+"""A run's record as columns of steps, launches, validations, samples and scores."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from savant_ray.events import (
 from savant_ray.reporting.record import METRICS, parsed
 from savant_ray.reporting.runs import RunSummary, summarise
 
+SCORE = "score"  # the kind of event that an exam is told as
 COLUMNS = (
     "step",
     "train_loss",
@@ -69,6 +70,7 @@ class History:
     data: dict[str, Any] = field(default_factory=dict)
     validations: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -115,6 +117,8 @@ def _note(line: dict[str, Any], history: History) -> None:
         history.validations.append(line)
     elif kind == SampleGenerated.kind:
         history.samples.append(line)
+    elif kind == SCORE:
+        history.scores.append(line)
     if history.launches and kind != DataPrepared.kind:
         _continue(history.launches[-1], kind, time, line)
 

@@ -53,6 +53,7 @@ def render(histories: Sequence[History]) -> str:
         timelines=[timeline(history.launches) for history in histories],
         settings=_settings(histories),
         samples=_samples(histories),
+        scores=_scores(histories),
         charts=_json(drawn),
         n_charts=len(drawn),
         span=max((smooth_span(len(history.steps["step"])) for history in histories), default=1),
@@ -157,6 +158,17 @@ def _samples(histories: Sequence[History]) -> dict[str, Any]:
     rows = [(step, [(samples.get(step), loss.get(step)) for samples, loss in runs]) for step in shown]
     prompts = list(dict.fromkeys(line["prompt"] for history in histories for line in history.samples))
     return {"prompts": prompts, "rows": rows, "of": len(steps)}
+
+
+def _scores(histories: Sequence[History]) -> dict[str, Any]:
+    """Each run's newest final score or None, and `rows` of a template and each run's share; empty without any."""
+    newest = [next((line for line in reversed(history.scores) if line.get("final")), None) for history in histories]
+    if not any(newest):
+        return {}
+    shares = [line["templates"] if line else {} for line in newest]
+    templates = sorted({name for share in shares for name in share})
+    rows = [(name, [share.get(name) for share in shares]) for name in templates]
+    return {"newest": newest, "rows": [*rows, ("all", newest)]}
 
 
 def _clock(time: float | datetime) -> str:
