@@ -59,6 +59,11 @@ def count(text: str) -> int:
     return int(text)
 
 
+def counts(text: str) -> list[int]:
+    """Whole numbers of at least 1, with commas between them."""
+    return [count(part) for part in text.split(",")]
+
+
 def temperature(text: str) -> float:
     """A number of at least 0."""
     try:

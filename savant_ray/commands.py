@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from savant_ray.command_line import count, new_parser, temperature, with_settings
+from savant_ray.command_line import count, counts, new_parser, temperature, with_settings
 from savant_ray.errors import SavantError
 
 QUICKSTART_FOLDER = Path("dataset")
@@ -98,18 +98,25 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--problems", type=Path, metavar="FILE.jsonl", help="your own instead: prompt and answer a line")
     parser.add_argument("--max-new-tokens", type=count, metavar="N", help="longest answer [the run's]")
     parser.add_argument("--loops", type=count, metavar="N", help="passes of the recurrent block [the model's n_loops]")
+    parser.add_argument(
+        "--depths", type=counts, metavar="N,N,…", help="instead: score and loss with so many loops, such as 1,2,4,8,16,32"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write scores and answers to this file")
     options = parser.parse_args(arguments)
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.inference.logic import logic_suite, read_questions
-    from savant_ray.reporting.scores import print_scores, with_progress
-    from savant_ray.training.evaluation import answers_of, result
+    from savant_ray.reporting.scores import print_depths, print_scores, with_progress
+    from savant_ray.training.evaluation import answers_of, by_depth, result
 
     questions = logic_suite() if options.problems is None else read_questions(options.problems)
     with on_this_machine(options.checkpoint) as checkpoint:
-        answers = answers_of(checkpoint, questions, options.max_new_tokens, options.loops)
-        scored = result(list(with_progress(answers, len(questions))))
-    print_scores(scored)
+        if options.depths:
+            depths = by_depth(checkpoint, questions, options.depths, options.max_new_tokens)
+            scored = {"depths": list(with_progress(depths, len(options.depths)))}
+        else:
+            answers = answers_of(checkpoint, questions, options.max_new_tokens, options.loops)
+            scored = result(list(with_progress(answers, len(questions))))
+    (print_depths if options.depths else print_scores)(scored)
     if options.json is not None:
         _write_json(options.json, {"checkpoint": options.checkpoint, **scored})
     return 0

@@ -138,6 +138,18 @@ class ValidationDone(Event):
     bits_per_byte: float
     weights_moved: float | None  # share of weights (rows that had a gradient) changed since the last validation
     seconds: float
+    residuals: tuple[float, ...] = ()  # of each loop: how much it changes the stream, |s_k+1 - s_k| / |s_k|
+    cosines: tuple[float, ...] = ()  # after each loop: mean cosine between two tokens; near 1 they have collapsed
+
+    @property
+    def last_residual(self) -> float | None:
+        """Of the last loop."""
+        return self.residuals[-1] if self.residuals else None
+
+    @property
+    def last_cosine(self) -> float | None:
+        """After the last loop."""
+        return self.cosines[-1] if self.cosines else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,8 @@ METRICS = (
     Metric("savant_skipped_updates", StepDone, "update_skipped", "Steps without a finite gradient", counts=True),
     Metric("savant_skipped_micro_batches", MicroBatchSkipped, "", "Micro-batches without a finite loss", counts=True),
     Metric("savant_validation_loss", ValidationDone, "validation_loss", "Loss on held-out text, nats per token"),
+    Metric("savant_last_loop_residual", ValidationDone, "last_residual", "How much the last loop changes the stream"),
+    Metric("savant_token_cosine", ValidationDone, "last_cosine", "Mean cosine between tokens; near 1: collapsed"),
     Metric("savant_logic_score", LogicScored, "score", "Share of logic problems answered right"),
     Metric("savant_checkpoint_seconds", CheckpointSaved, "seconds", "Until the checkpoint was complete"),
     Metric("savant_checkpoint_stall_seconds", CheckpointSaved, "stall_seconds", "Of them training stood still"),

@@ -13,12 +13,14 @@ from savant_ray.model.transformer import UniversalTransformer
 
 
 @torch.no_grad()
-def loss_sums(model: UniversalTransformer, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def loss_sums(
+    model: UniversalTransformer, micro_batches: Iterable[tuple[Tensor, Tensor]], n_loops: int | None = None
+) -> Tensor:
     """[sum of token losses in nats, number of target tokens] in fp64, over (tokens_BT, document_ids_BT) pairs."""
     sums = torch.zeros(2, dtype=torch.float64)
     for tokens_BT, document_ids_BT in micro_batches:
         targets_BT = next_token_targets(tokens_BT, document_ids_BT)
-        loss = cross_entropy_sum(model.hidden(tokens_BT, document_ids_BT), model.head.weight, targets_BT)
+        loss = cross_entropy_sum(model.hidden(tokens_BT, document_ids_BT, n_loops), model.head.weight, targets_BT)
         sums += torch.tensor([loss.item(), (targets_BT != IGNORED).sum().item()], dtype=torch.float64)
     return sums
 

@@ -35,6 +35,17 @@ def print_scores(result: dict[str, Any]) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
+def print_depths(result: dict[str, Any]) -> None:
+    """A number of loops a row."""
+    table = Table("loops", "right", "questions", "95 % interval", "loss", "last loop changes", "cosine", box=None)
+    for column in table.columns:
+        column.justify = "right"
+    for each in result["depths"]:
+        figures = (each["loss"], each.get("residual"), each.get("cosine"))
+        table.add_row(str(each["loops"]), *_row(each), *("–" if x is None else f"{x:.4f}" for x in figures))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
 def _row(score: dict[str, Any]) -> list[str]:
     low, high = score["interval"]
     return [percent(score["score"]), f"{score['n']:,}", f"{percent(low)} – {percent(high)}"]

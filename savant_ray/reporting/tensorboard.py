@@ -73,7 +73,9 @@ def _values(line: dict[str, Any]) -> Iterator[Summary.Value]:
         yield _text("sample", f"{line['prompt']}{line['text']}")
     elif kind in WITH_NUMBERS:
         for name, value in line.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, list):  # a number a loop
+                yield from (Summary.Value(tag=f"{kind}/{name}/{loop}", simple_value=v) for loop, v in enumerate(value, 1) if v is not None)
+            elif name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 yield Summary.Value(tag=f"{kind}/{name}", simple_value=value)
 
 

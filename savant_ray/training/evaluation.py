@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from savant_ray.config import Config
+from savant_ray.data.jsonl import documents
+from savant_ray.data.sources import expand
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import DataError
+from savant_ray.inference.depth import loop_statistics
 from savant_ray.inference.logic import Answer, Question, Score, ask, scores, total
+from savant_ray.inference.validation import loss_sums
 from savant_ray.training.sampling import load_model
+
+DOCUMENTS = 100  # of held-out text, for the loss at each depth
 
 
 def answers_of(
@@ -46,3 +59,37 @@ def result(answers: Sequence[Answer]) -> dict[str, Any]:
 
 def _told(score: Score) -> dict[str, Any]:
     return {"score": score.share, "n": score.n, "interval": list(score.interval)}
+
+
+def by_depth(
+    checkpoint: Path, questions: Sequence[Question], depths: Sequence[int], max_new_tokens: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yields for each number of loops the score, the loss on the run's held-out text (None without the file), and of its
+    last loop residual and cosine.
+
+    Raises:
+        CheckpointError: there is no readable checkpoint.
+        DataError: a question has an empty prompt.
+    """
+    model, tokenizer, config = load_model(checkpoint)
+    longest = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
+    rows = [tuple(part.to(model.head.weight.device) for part in row) for row in held_out_rows(config, tokenizer)]
+    for n_loops in depths:
+        score = total(scores(ask(model, tokenizer, questions, longest, n_loops)))
+        loss, tokens = loss_sums(model, rows, n_loops).tolist()
+        told = {"loops": n_loops, **_told(score), "loss": loss / tokens if tokens else None}
+        if rows:
+            found = loop_statistics(model, *rows[0], n_loops)
+            told |= {"residual": found.residuals[-1], "cosine": found.cosines[-1]}
+        yield told
+
+
+def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens, document ids) `[1, T]` of the first validation documents, each alone; none where the file is gone."""
+    try:
+        texts = list(islice(documents(expand(config.data.validation)), DOCUMENTS))
+    except DataError:
+        return
+    for ids in tokenizer.encode_batch(texts):
+        tokens_T = torch.tensor([*ids, tokenizer.end_of_document][: config.model.max_seq_len])
+        yield tokens_T[None], torch.zeros_like(tokens_T)[None]

@@ -17,6 +17,7 @@ from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import MemoryCapError
 from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
+from savant_ray.inference.depth import loop_statistics
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.inference.validation import bits_per_byte, loss_sums
 from savant_ray.training.compilation import uncompiled
@@ -29,6 +30,11 @@ from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch
 
 Item = TypeVar("Item")
+ROWS_OF_DEPTH = 2  # sequences that show what the loops do
+COLLAPSE = (
+    "WARNING: step {step:,}: after the last loop all tokens are nearly alike (mean cosine {cosine:.2f}), so the loops "
+    "may have collapsed; lower training.learning_rate or model.n_loops"
+)
 
 
 @dataclass
@@ -89,6 +95,10 @@ class Validator:
             self.emit(Notice(text=f"validation did not fit into memory: from here on its sequences go through at most {self.rows} at once"))
 
     def _tell(self, state: TrainingState, loss: float, seconds: float) -> None:
+        rows = next(self.micro_batches[0].parts(ROWS_OF_DEPTH))
+        depth = loop_statistics(state.model, rows.tokens_BT, rows.document_ids_BT)
+        if depth.has_collapsed:
+            self.emit(Notice(text=COLLAPSE.format(step=state.step, cosine=depth.cosines[-1])))
         self.emit(
             ValidationDone(
                 step=state.step,
@@ -96,6 +106,8 @@ class Validator:
                 bits_per_byte=bits_per_byte(loss, self.target_tokens, self.text_bytes),
                 weights_moved=state.weights_moved(),
                 seconds=seconds,
+                residuals=depth.residuals,
+                cosines=depth.cosines,
             )
         )
 

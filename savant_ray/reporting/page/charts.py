@@ -40,6 +40,8 @@ def charts(histories: Sequence[History], names: Sequence[str]) -> list[dict[str,
         _chart("Loss", "nats per token", _losses(histories, names)),
         _chart("Validation", "bits per byte", _validations(histories, names, "bits_per_byte")),
         _chart("Logic score", "% right", _scores(histories, names)),
+        _chart("What each loop still changes", "|s′ − s| / |s|", _loops(histories, names, "residuals"), True),
+        _chart("How alike tokens become", "mean cosine after each loop", _loops(histories, names, "cosines")),
         *(_chart(each.title, each.unit, _figures(histories, names, each), each.logarithmic) for each in FIGURES),
     ]
     return [chart for chart in all_charts if chart["steps"]]
@@ -73,6 +75,19 @@ def _figures(histories: Sequence[History], names: Sequence[str], figure: Figure,
 
 def _validations(histories: Sequence[History], names: Sequence[str], field: str) -> list[Curve]:
     return _points([history.validations for history in histories], names, "validation", field)
+
+
+def _loops(histories: Sequence[History], names: Sequence[str], field: str) -> list[Curve]:
+    """A curve for each loop of each run."""
+    curves = []
+    for run, (history, name) in enumerate(zip(histories, names, strict=True)):
+        told = [line for line in history.validations if line.get(field)]
+        for loop in range(max((len(line[field]) for line in told), default=0)):
+            of_step = {line["step"]: line[field][loop] for line in told if loop < len(line[field])}
+            steps = np.array(sorted(of_step), dtype=np.float64)
+            values = np.array([of_step[step] for step in steps], dtype=np.float64)  # None becomes NaN
+            curves.append(Curve(_label(name, f"loop {loop + 1}"), run, "points", steps, values))
+    return curves
 
 
 def _scores(histories: Sequence[History], names: Sequence[str]) -> list[Curve]:
