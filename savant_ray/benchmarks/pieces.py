@@ -13,6 +13,7 @@ from savant_ray.benchmarks.peak import benchmark_device, benchmark_dtype, model_
 from savant_ray.benchmarks.rounds import Figures, figure, in_turn, seconds
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.loss import cross_entropy_sum
+from savant_ray.training.efficiency import synchronize
 
 ROUNDS = 9
 DOCUMENT = 250  # tokens, side by side in a row
