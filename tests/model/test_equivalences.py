@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from savant_ray.config import ModelConfig
+from savant_ray.model import loss as loss_module
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.flex import block_mask
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
@@ -131,6 +132,45 @@ def test_the_loss_in_chunks_is_the_cross_entropy_of_the_full_logits(chunk_rows: 
         torch.autograd.grad(3 * loss, (x, head)), torch.autograd.grad(3 * expected, (x, head)), strict=True
     ):
         torch.testing.assert_close(mine.double(), full, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_the_loss_under_autocast_is_within_a_thousandth_of_full_fp32_logits_and_two_percent_of_their_gradients(
+    stream: torch.dtype, weights: torch.dtype
+) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(2, 40, 64).to(stream).requires_grad_()
+    head = (0.2 * torch.randn(61, 64)).to(weights).requires_grad_()
+    targets = torch.randint(0, 61, (2, 40))
+    full = torch.nn.functional.cross_entropy((x.float() @ head.float().T).flatten(0, 1), targets.flatten(), reduction="sum")
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        loss = cross_entropy_sum(x, head, targets, chunk_rows=32)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, full, rtol=1e-3, atol=0)
+    gradients = (torch.autograd.grad(each, (x, head)) for each in (loss, full))
+    for mine, other in zip(*gradients, strict=True):
+        assert mine.dtype == other.dtype and (mine - other).float().norm() < 0.02 * other.float().norm()
+
+
+def test_the_gradient_of_an_fp32_head_adds_up_in_fp32_under_autocast() -> None:
+    """One row a chunk, alike: a sum in bf16 would stand still after 256 of them."""
+    x, head = torch.ones(1, 1024, 4, requires_grad=True), torch.zeros(2, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        loss = cross_entropy_sum(x, head, torch.zeros(1, 1024, dtype=torch.int64), chunk_rows=1)
+    loss.backward()
+    assert torch.equal(head.grad, torch.tensor([[-512.0] * 4, [512.0] * 4]))
+
+
+def test_a_loss_without_gradients_computes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model's own head, a parameter that wants them."""
+    asked, honest = [], loss_module._chunk
+    monkeypatch.setattr(loss_module, "_chunk", lambda *inputs: asked.append(inputs[3:]) or honest(*inputs))
+    x, head = torch.randn(1, 4, 8), torch.nn.Parameter(torch.randn(5, 8))
+    with torch.no_grad():
+        quiet = cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64))
+    assert asked == [(None, None)] and not quiet.requires_grad
+    assert torch.equal(quiet, cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64)))
 
 
 def test_a_batch_without_any_target_has_loss_zero_and_zero_gradients() -> None:
