@@ -33,7 +33,7 @@ def _attention_figures() -> Iterator[tuple[str, dict[str, object]]]:
     qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     for text, length in (("one_document", T), ("packed", DOCUMENT)):
         documents = (torch.arange(T, device=device) // length)[None]
-        masks = build_masks(documents, config.window_size)
+        masks = build_masks(documents, config.window_size, config.head_dim)
         same_document = documents[:, None, :, None] == documents[:, None, None, :]
         for loop, mask, window in (("windowed", masks.of_windowed, config.window_size), ("global", masks.of_global, None)):
             dense = Mask(~(same_document & causal_mask(T, T, window, device)))

@@ -40,13 +40,13 @@ class Masks(NamedTuple):
         return self.of_global if is_global else self.of_windowed
 
 
-def build_masks(document_ids_BT: Tensor, window_size: int) -> Masks:
+def build_masks(document_ids_BT: Tensor, window_size: int, head_dim: int) -> Masks:
     """Masks of whole sequences: causal, inside one document, and at most `window_size` back in windowed loops.
 
     Padding (-1) counts as a document of its own, so that no row of scores is empty and no output is NaN.
     """
     length, device = document_ids_BT.shape[1], document_ids_BT.device
-    if has_flex(device):
+    if has_flex(device, head_dim):
         return Masks(*(Mask(None, blocks=block_mask(document_ids_BT, window)) for window in (None, window_size)))
     same_document = document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :]
     visible = same_document & causal_mask(length, length, None, device)

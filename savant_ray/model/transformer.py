@@ -59,7 +59,7 @@ class UniversalTransformer(nn.Module):
         """The normalised stream `[B, T, D]` that the head reads; padding has document id -1."""
         if document_ids_BT is None:
             document_ids_BT = torch.zeros_like(tokens_BT)
-        masks = build_masks(document_ids_BT, self.config.window_size)
+        masks = build_masks(document_ids_BT, self.config.window_size, self.config.head_dim)
         x_BTD = self.embed(tokens_BT)
         for loop in range(n_loops or self.config.n_loops):
             mask = masks.for_loop(self.is_global(loop))

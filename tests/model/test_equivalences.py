@@ -61,7 +61,7 @@ def test_chunks_of_queries_give_what_all_scores_at_once_give(
     documents = torch.randint(0, 3, (2, sequence_length)).sort(dim=1).values
     same = documents[:, None, :, None] == documents[:, None, None, :]
     dense = Mask(~(same & causal_mask(sequence_length, sequence_length, window_size, q.device)))
-    ways = [attend(q, k, v, mask, 50.0) for mask in (dense, build_masks(documents, window_size).of_windowed)]
+    ways = [attend(q, k, v, mask, 50.0) for mask in (dense, build_masks(documents, window_size, 8).of_windowed)]
     gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in ways]
     torch.testing.assert_close(ways[1], ways[0], rtol=1e-5, atol=1e-6)  # the cap works in fp32
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
