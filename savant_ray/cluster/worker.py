@@ -25,6 +25,7 @@ from savant_ray.errors import SavantError
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.efficiency import document_lengths, useful_flops
+from savant_ray.training.fitting import nothing_gives_way
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory, memory_used_gb
 from savant_ray.training.original import NOTE
@@ -60,7 +61,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     if host.rank == 0:
         host.emit(WorkersStarted())
     try:
-        _train(task, config, tokenizer, storage, host)
+        with nothing_gives_way(config.training.vram_limit_gb):
+            _train(task, config, tokenizer, storage, host)
     except SavantError as error:
         host.finish_saving()
         host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
