@@ -12,7 +12,7 @@ from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.flex import has_flex
 from savant_ray.model.loss import IGNORED, cross_entropy_sum
 from savant_ray.training.loop import take_step_that_fits
-from savant_ray.training.memory import GIB, cap_memory, memory_used_gb
+from savant_ray.training.memory import GIB, cap_memory, cap_memory_again, memory_used_gb
 from savant_ray.training.state import new_state
 from savant_ray.training.step import MicroBatch, take_step
 from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, tiny_config, weights
@@ -90,6 +90,16 @@ def test_the_cap_holds(request: pytest.FixtureRequest) -> None:
         torch.empty(int(1.3 * GIB), dtype=torch.uint8, device=device)
     assert 0.6 < memory_used_gb(device) < 2.0 and kept.numel()
     assert "capped at that" in (cap_memory(device, 10_000) or "")
+
+
+def test_what_is_kept_beyond_the_limit_is_given_back_after_the_first_step(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: torch.cuda.set_per_process_memory_fraction(1.0, CUDA))
+    cap_memory(CUDA, 6.0)
+    kept = torch.empty(int(2.5 * GIB), dtype=torch.uint8, device=CUDA)
+    del kept  # to the allocator, not to the device
+    assert "were held for them" in (cap_memory_again(CUDA, 2.0) or "")
+    assert torch.cuda.memory_reserved(CUDA) < 2.0 * GIB
+    assert cap_memory_again(CUDA, 2.0) is None
 
 
 def test_greedy_generation_is_the_cpus() -> None:
