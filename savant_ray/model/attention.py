@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from savant_ray.model.cpu_attention import cpu_attention, first_keys
+from savant_ray.model.cpu_attention import cpu_attention, first_keys, fp32_product
 from savant_ray.model.flex import block_mask, flex, has_flex
 
 
@@ -97,8 +97,8 @@ def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Mask, soft_cap:
 
 
 def _soft_capped(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, soft_cap: float) -> Tensor:
-    """softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v over the last two dimensions; the cap works in fp32."""
-    scores = (q @ k.mT).float() * (1.0 / (math.sqrt(q.shape[-1]) * soft_cap))
+    """softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v over the last two dimensions; scores are fp32."""
+    scores = fp32_product(q, k) * (1.0 / (math.sqrt(q.shape[-1]) * soft_cap))
     capped = soft_cap * torch.tanh(scores)
     if hidden is not None:
         capped = capped.masked_fill(hidden, float("-inf"))

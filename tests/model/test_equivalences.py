@@ -9,6 +9,7 @@ from torch import Tensor
 from savant_ray.config import ModelConfig
 from savant_ray.model import loss as loss_module
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
+from savant_ray.model.cpu_attention import _capped
 from savant_ray.model.flex import block_mask
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.model.transformer import UniversalTransformer, n_parameters
@@ -65,6 +66,34 @@ def test_chunks_of_queries_give_what_all_scores_at_once_give(
     gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in ways]
     torch.testing.assert_close(ways[1], ways[0], rtol=1e-5, atol=1e-6)  # the cap works in fp32
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("under_autocast", [False, True])
+@pytest.mark.parametrize("window_size", [None, 40])
+def test_attention_in_bf16_is_off_by_its_outputs_rounding_only_as_scores_are_fp32(
+    window_size: int | None, under_autocast: bool
+) -> None:
+    """Against fp64 of the same bf16 inputs, scores up to the cap: with scores rounded to bf16 1.2 % and 2.4 %."""
+    torch.manual_seed(0)
+    q, k, v = ((scale * torch.randn(2, 4, 300, 64)).bfloat16().requires_grad_() for scale in (4, 4, 1))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    hidden = ~causal_mask(300, 300, window_size, q.device)
+    scores = 50 * torch.tanh(exact[0] @ exact[1].mT / 8 / 50)
+    expected = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1) @ exact[2]
+    gradients = torch.autograd.grad(expected.square().sum(), exact)
+    chunks = build_masks(torch.zeros(2, 300, dtype=torch.int64), window_size or 300, 64).for_loop(window_size is None)
+    for mask in (Mask(hidden), chunks):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=under_autocast, cache_enabled=False):
+            out = attend(q, k, v, mask, 50.0)
+        assert relative_error(out, expected) < 0.004
+        for mine, other in zip(torch.autograd.grad(out.float().square().sum(), (q, k, v)), gradients, strict=True):
+            assert relative_error(mine, other) < 0.012
+    capped = 50 * _capped(q.detach(), k.detach(), 50.0)
+    assert (capped - scores).abs().max() < 1e-4, "0.06 to 0.10 where the product is rounded to bf16"
+
+
+def relative_error(mine: Tensor, exact: Tensor) -> float:
+    return ((mine.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
