@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory, memory_used_gb
 from savant_ray.training.original import NOTE
 from savant_ray.training.precision import usable_precision
+from savant_ray.training.prefetch import one_ahead
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch
 from savant_ray.training.validator import Validator
@@ -90,6 +92,8 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     host.plan = stream.plan
     steps = stream.steps(state.position, config.training.max_steps - state.step)
     shares = (split(step.sequences, step.positions, config, device) for step in steps)
+    if device.type == "cuda":  # each thread has a device of its own, and a context on another would take memory there
+        shares = one_ahead(shares, functools.partial(torch.cuda.set_device, device))
     finished = train(state, config, host.metrics.watched(shares, lambda: memory_used_gb(device)), host)
     if host.rank == 0:
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saver.saved_step), wait=True)
