@@ -83,6 +83,8 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     notes.append(compile_block(state.model, config.training.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
     host.saver.saved_step = state.step
+    if host.rank == 0:
+        state.make_room_for_copies()
     _announce(host, state, config, [note for note in notes if note], resumed)
     if resumed is not None and resumed.note == NOTE:  # the original's: from here on the run has one of its own
         host.save(state, "taken over")
