@@ -8,6 +8,8 @@ Imports inside functions and under TYPE_CHECKING count too.
 from __future__ import annotations
 
 import ast
+import builtins
+import symtable
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +163,23 @@ def test_a_module_says_in_its_first_line_what_it_is_and_stays_readable(path: Pat
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
             assert node.returns is not None, f"{node.name} does not say what it returns"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_uses_no_name_that_it_does_not_have(path: Path) -> None:
+    """Names of modules that nothing runs in a quick test (those for a GPU) are found as well."""
+    whole = symtable.symtable(path.read_text(encoding="utf-8"), str(path), "exec")
+    known = {symbol.get_name() for symbol in whole.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    known |= set(dir(builtins)) | {"__file__", "__name__", "__doc__"}
+    used = {symbol.get_name() for scope in scopes(whole) for symbol in scope.get_symbols() if symbol.is_global()}
+    assert not used - known
+
+
+def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    """The table and all that lie in it."""
+    yield table
+    for child in table.get_children():
+        yield from scopes(child)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)

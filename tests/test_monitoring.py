@@ -70,7 +70,7 @@ def test_every_panel_has_a_description_a_unit_and_a_place_of_its_own() -> None:
 
 def test_the_rows_are_what_one_watches_a_run_for() -> None:
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert rows == ["Progress", "Speed", "Memory", "Checkpoints", "Faults"]
+    assert rows == ["Progress", "Reasoning", "Speed", "Memory", "Checkpoints", "Faults"]
 
 
 def test_prometheus_finds_the_nodes_in_the_file_that_ray_keeps() -> None:

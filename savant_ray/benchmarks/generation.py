@@ -11,6 +11,7 @@ from savant_ray.benchmarks.peak import benchmark_device, benchmark_dtype, model_
 from savant_ray.benchmarks.rounds import Figures, figure, in_turn, seconds
 from savant_ray.inference.generate import Sampling, generate_many
 from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.training.efficiency import synchronize
 
 ROUNDS = 2
 PROMPT, NEW = 20, 300

@@ -13,6 +13,7 @@ from savant_ray.benchmarks.peak import benchmark_device, benchmark_dtype, model_
 from savant_ray.benchmarks.rounds import Figures, figure, in_turn, seconds
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.loss import cross_entropy_sum
+from savant_ray.training.efficiency import synchronize
 
 ROUNDS = 9
 DOCUMENT = 250  # tokens, side by side in a row
@@ -32,7 +33,7 @@ def _attention_figures() -> Iterator[tuple[str, dict[str, object]]]:
     qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     for text, length in (("one_document", T), ("packed", DOCUMENT)):
         documents = (torch.arange(T, device=device) // length)[None]
-        masks = build_masks(documents, config.window_size)
+        masks = build_masks(documents, config.window_size, config.head_dim)
         same_document = documents[:, None, :, None] == documents[:, None, None, :]
         for loop, mask, window in (("windowed", masks.of_windowed, config.window_size), ("global", masks.of_global, None)):
             dense = Mask(~(same_document & causal_mask(T, T, window, device)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,12 @@ from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResume
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.examiner import Examiner
+from savant_ray.training.fitting import nothing_gives_way
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory, memory_used_gb
 from savant_ray.training.original import NOTE
 from savant_ray.training.precision import usable_precision
+from savant_ray.training.prefetch import one_ahead
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch
 from savant_ray.training.validator import Validator
@@ -61,7 +64,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     if host.rank == 0:
         host.emit(WorkersStarted())
     try:
-        _train(task, config, tokenizer, storage, host)
+        with nothing_gives_way(config.training.vram_limit_gb):
+            _train(task, config, tokenizer, storage, host)
     except SavantError as error:
         host.finish_saving()
         host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
@@ -80,6 +84,8 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     notes.append(compile_block(state.model, config.training.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
     host.saver.saved_step = state.step
+    if host.rank == 0:
+        state.make_room_for_copies()
     _announce(host, state, config, [note for note in notes if note], resumed)
     if resumed is not None and resumed.note == NOTE:  # the original's: from here on the run has one of its own
         host.save(state, "taken over")
@@ -89,6 +95,8 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     host.plan = stream.plan
     steps = stream.steps(state.position, config.training.max_steps - state.step)
     shares = (split(step.sequences, step.positions, config, device) for step in steps)
+    if device.type == "cuda":  # each thread has a device of its own, and a context on another would take memory there
+        shares = one_ahead(shares, functools.partial(torch.cuda.set_device, device))
     finished = train(state, config, host.metrics.watched(shares, lambda: memory_used_gb(device)), host)
     if host.rank == 0:
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saver.saved_step), wait=True)

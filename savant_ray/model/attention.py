@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from savant_ray.model.cpu_attention import cpu_attention, first_keys
+from savant_ray.model.cpu_attention import cpu_attention, first_keys, fp32_product
 from savant_ray.model.flex import block_mask, flex, has_flex
 
 
@@ -40,13 +40,13 @@ class Masks(NamedTuple):
         return self.of_global if is_global else self.of_windowed
 
 
-def build_masks(document_ids_BT: Tensor, window_size: int) -> Masks:
+def build_masks(document_ids_BT: Tensor, window_size: int, head_dim: int) -> Masks:
     """Masks of whole sequences: causal, inside one document, and at most `window_size` back in windowed loops.
 
     Padding (-1) counts as a document of its own, so that no row of scores is empty and no output is NaN.
     """
     length, device = document_ids_BT.shape[1], document_ids_BT.device
-    if has_flex(device):
+    if has_flex(device, head_dim):
         return Masks(*(Mask(None, blocks=block_mask(document_ids_BT, window)) for window in (None, window_size)))
     same_document = document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :]
     visible = same_document & causal_mask(length, length, None, device)
@@ -97,8 +97,8 @@ def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Mask, soft_cap:
 
 
 def _soft_capped(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, soft_cap: float) -> Tensor:
-    """softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v over the last two dimensions; the cap works in fp32."""
-    scores = (q @ k.mT).float() * (1.0 / (math.sqrt(q.shape[-1]) * soft_cap))
+    """softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v over the last two dimensions; scores are fp32."""
+    scores = fp32_product(q, k) * (1.0 / (math.sqrt(q.shape[-1]) * soft_cap))
     capped = soft_cap * torch.tanh(scores)
     if hidden is not None:
         capped = capped.masked_fill(hidden, float("-inf"))

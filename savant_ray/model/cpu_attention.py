@@ -71,7 +71,7 @@ def _backward(
         probabilities = (capped * soft_cap).sub_(lse[:, :, rows]).exp_()
         probabilities.masked_fill_(hidden_B1TS[:, :, rows, keys], 0.0)
         grad_v[:, :, keys] += probabilities.to(v.dtype).mT @ grad_out[:, :, rows]
-        grad_scores = (grad_out[:, :, rows] @ v[:, :, keys].mT).float()
+        grad_scores = fp32_product(grad_out[:, :, rows], v[:, :, keys])
         grad_scores.sub_(delta[:, :, rows]).mul_(probabilities)
         grad_scores.addcmul_(grad_scores, capped.square_(), value=-1)  # the cap's derivative is 1 - tanh²
         low = grad_scores.mul_(scale).to(q.dtype)
@@ -89,7 +89,14 @@ def _chunks(n_queries: int, first_key_N: Tensor) -> Iterator[tuple[slice, slice]
 
 def _capped(q: Tensor, k: Tensor, soft_cap: float) -> Tensor:
     """tanh(q k^T / sqrt(D) / soft_cap) in fp32."""
-    return (q @ k.mT).float().mul_(1.0 / (math.sqrt(q.shape[-1]) * soft_cap)).tanh_()
+    return fp32_product(q, k).mul_(1.0 / (math.sqrt(q.shape[-1]) * soft_cap)).tanh_()
+
+
+def fp32_product(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T over the last two dimensions, which autocast, or a product of bf16, would round to bf16 first."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        return (q.to(dtype) @ k.to(dtype).mT).float()
 
 
 def _row_numbers(q: Tensor) -> Tensor:

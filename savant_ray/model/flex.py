@@ -12,25 +12,34 @@ from __future__ import annotations
 import functools
 import importlib.util
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 OLDEST_CAPABILITY = (8, 0)  # the first with bf16 tensor cores
+SMALLEST_HEAD_DIM = 16  # of the kernels; below it PyTorch raises
+SHAPES = 64  # micro-batch sizes that may be compiled before PyTorch falls back to eager, which holds all scores
 
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @functools.cache
-def has_flex(device: torch.device) -> bool:
-    """Whether this device compiles `flex_attention`; Triton needs a C compiler for the launchers of its kernels."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+def has_flex(device: torch.device, head_dim: int) -> bool:
+    """Whether this device compiles `flex_attention`; Triton builds the launchers of its kernels with a C compiler."""
+    if device.type != "cuda" or head_dim < SMALLEST_HEAD_DIM or importlib.util.find_spec("triton") is None:
         return False
-    if not any(shutil.which(compiler) for compiler in ("gcc", "clang", "cc")):
+    if not has_python_headers() or not any(shutil.which(compiler) for compiler in ("gcc", "clang", "cc")):
         return False
     return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+
+
+def has_python_headers() -> bool:
+    """Whether extensions of this Python can be compiled, as Triton's and Inductor's are (package python3-dev)."""
+    return (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
 
 
 def block_mask(document_ids_BT: Tensor, window_size: int | None) -> BlockMask:
@@ -68,4 +77,5 @@ def flex(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: BlockMask, soft_c
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     """For a model that is not compiled: uncompiled, `flex_attention` would hold all scores at once."""
+    torch._dynamo.config.recompile_limit = SHAPES
     return torch.compile(flex_attention, dynamic=False)

@@ -66,7 +66,7 @@ class UniversalTransformer(nn.Module):
 
     def states(self, tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None) -> Iterator[Tensor]:
         """The stream `[B, T, D]` before the first loop and after each."""
-        masks = build_masks(document_ids_BT, self.config.window_size)
+        masks = build_masks(document_ids_BT, self.config.window_size, self.config.head_dim)
         by = self.rotation(0, tokens_BT)
         x_BTD = self.embed(tokens_BT)
         yield x_BTD

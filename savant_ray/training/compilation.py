@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sysconfig
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+from savant_ray.model.flex import SHAPES, has_python_headers
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.precision import Precision
-
-SHAPES = 64  # micro-batch sizes that may be compiled before PyTorch falls back to eager
 
 
 def compile_block(
@@ -27,7 +25,7 @@ def compile_block(
     """
     if setting is False or (setting == "auto" and device.type == "cpu" and precision == "fp32"):
         return None
-    missing = _missing_tools(device)
+    missing = _missing_tools()
     if missing and setting == "auto":
         return f"{missing} not found: training runs uncompiled (slower, same results up to rounding)"
     torch._dynamo.config.recompile_limit = SHAPES
@@ -35,16 +33,21 @@ def compile_block(
     return "compiling the model: the first step takes up to a minute longer"
 
 
-def uncompiled(model: UniversalTransformer) -> AbstractContextManager[None]:
-    """Runs the block as it is written, compiled or not; the stance of a model that is not would import the compiler."""
-    if model.recurrent_block._compiled_call_impl is None:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled(model: UniversalTransformer) -> Iterator[None]:
+    """Runs the block as it is written, compiled or not.
+
+    Attention stays compiled on a GPU: the stance "force_eager" would make it hold all scores at once.
+    """
+    block = model.recurrent_block
+    compiled, block._compiled_call_impl = block._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        block._compiled_call_impl = compiled
 
 
-def _missing_tools(device: torch.device) -> str | None:
+def _missing_tools() -> str | None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return "g++"
-    if device.type == "cpu" and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "Python.h (package python3-dev)"
-    return None
+    return None if has_python_headers() else "Python.h (package python3-dev)"

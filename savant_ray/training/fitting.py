@@ -8,20 +8,23 @@ they are. A CPU begins with few sequences at once: they are as fast as many, and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from savant_ray.config import Config
-from savant_ray.errors import MemoryCapError
+from savant_ray.errors import MemoryCapError, SavantError
 
-FAILED_ALLOCATIONS = (  # libraries that allocate beside PyTorch report it as any other error
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "ncclUnhandledCudaError: Call to CUDA function failed. Cuda failure 'out of memory'",
+FAILED_ALLOCATION = re.compile(  # libraries that allocate beside PyTorch report it as any other error
+    r"CUDA error: out of memory"
+    r"|Triton Error \[CUDA\]: out of memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|CUDNN_STATUS_ALLOC_FAILED"
+    r"|Cuda failure (\d+ )?'out of memory'"  # NCCL's last error
 )
 Result = TypeVar("Result")
 CPU_STREAM_ELEMENTS = 1 << 19  # tokens x dim at once; more was not faster at widths of 128 to 512 (docs/LOG.md)
@@ -84,20 +87,42 @@ class Fit:
         return f"micro-batches of {self.rows}, {loops}"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device had no room for something."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the device had no room for something; the compiler wraps what its kernels run into."""
+    if error is None or isinstance(error, SavantError):
+        return False
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in FAILED_ALLOCATIONS)
+    if isinstance(error, RuntimeError) and FAILED_ALLOCATION.search(str(error)):
+        return True
+    return is_out_of_memory(getattr(error, "inner_exception", None)) or is_out_of_memory(error.__cause__)
 
 
 def unless_out_of_memory(act: Callable[[], Result], device: torch.device) -> Result | None:
     """What `act` returns; None if the device had no room for it, and then what it held is free again."""
     try:
         return act()
-    except RuntimeError as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
     if device.type == "cuda":  # out of the `except`, whose traceback holds the tensors
         torch.cuda.empty_cache()
     return None
+
+
+@contextmanager
+def nothing_gives_way(limit_gb: float) -> Iterator[None]:
+    """Around what needs memory however little goes through at once: the model, its gradients, its update.
+
+    Raises:
+        MemoryCapError: the device had no room for it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryCapError(
+            f"the model with its gradients and moments does not fit under training.vram_limit_gb = {limit_gb:g}; raise it, "
+            f"or lower model.dim or model.vocab_size ({str(error).strip().partition(chr(10))[0]})"
+        ) from error

@@ -15,7 +15,7 @@ from savant_ray.errors import TrainingError
 from savant_ray.events import Event, MicroBatchSkipped, Notice, StepDone
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.efficiency import Peak
-from savant_ray.training.memory import cap_memory, memory_used_gb
+from savant_ray.training.memory import cap_memory_again, memory_used_gb
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch, StepResult, take_step
 
@@ -67,7 +67,7 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
         else:
             advance(state, result, settings.effective_batch)
             if state.step == begun + 1:  # libraries have taken their memory by now, and it counts
-                cap_memory(state.device, settings.vram_limit_gb)
+                warn(host, cap_memory_again(state.device, settings.vram_limit_gb))
             tell(host, state, result, rate, seconds, data_wait, peak.share(useful(share), seconds))
             refuse_endless_skips(state, settings.max_skipped_steps)
 
@@ -120,6 +120,12 @@ def advance(state: TrainingState, result: StepResult, effective_batch: int) -> N
     state.tokens_seen += result.tokens
     state.skipped_micro_batches += result.skipped
     state.skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
+
+
+def warn(host: Host, note: str | None) -> None:
+    """Tells the user, of whichever rank it is."""
+    if note is not None:
+        host.emit(Notice(text=f"rank {host.rank}: {note}"))
 
 
 def useful(share: Sequence[MicroBatch]) -> float:

@@ -19,19 +19,46 @@ MOST_OUTSIDE_GB = 1.0  # what other processes hold cannot be told apart without 
 
 
 def cap_memory(device: torch.device, limit_gb: float) -> str | None:
-    """Limits what this process takes of a GPU to `limit_gb` GiB.
+    """Limits what this process takes of a GPU to `limit_gb` GiB; call before the first tensor.
 
-    Call before the first tensor, and again after the first step, when libraries have taken theirs. Returns what the
-    user should know (a smaller card, no GPU), or None.
+    Returns what the user should know (a smaller card, no GPU), or None.
     """
     if device.type != "cuda":
         return f"training.vram_limit_gb = {limit_gb:g} caps GPU memory; on the CPU there is nothing to cap"
-    total_gb = torch.cuda.get_device_properties(device).total_memory / GIB
-    fraction = allocator_fraction(limit_gb, total_gb, outside_allocator_gb(device))
-    torch.cuda.set_per_process_memory_fraction(fraction, device)
-    if limit_gb <= total_gb:
+    _limit_allocator(device, limit_gb)
+    if limit_gb <= (total_gb := _total_gb(device)):
         return None
     return f"training.vram_limit_gb = {limit_gb:g}, but the GPU has {total_gb:.1f} GiB: capped at that"
+
+
+def cap_memory_again(device: torch.device, limit_gb: float) -> str | None:
+    """The same after the first step, when libraries have taken theirs; what was kept beyond the new limit is given back.
+
+    Returns what the user should know if it had gone beyond, or None.
+    """
+    if device.type != "cuda":
+        return None
+    allowed_gb = _limit_allocator(device, limit_gb)
+    reserved_gb = torch.cuda.memory_reserved(device) / GIB
+    if reserved_gb <= allowed_gb:
+        return None
+    torch.cuda.empty_cache()
+    return (
+        f"libraries hold {outside_allocator_gb(device):.1f} GiB of the GPU, so that {allowed_gb:.1f} of "
+        f"training.vram_limit_gb = {limit_gb:g} are left for tensors; {reserved_gb:.1f} were held for them"
+    )
+
+
+def _limit_allocator(device: torch.device, limit_gb: float) -> float:
+    """Sets what PyTorch's allocator may take; GiB."""
+    total_gb = _total_gb(device)
+    fraction = allocator_fraction(limit_gb, total_gb, outside_allocator_gb(device))
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    return fraction * total_gb
+
+
+def _total_gb(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory / GIB
 
 
 def allocator_fraction(limit_gb: float, total_gb: float, outside_gb: float) -> float:

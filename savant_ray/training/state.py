@@ -6,6 +6,7 @@ on in another precision and an export loses nothing.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,7 @@ class TrainingState:
     data_fingerprint: str = ""
     _seen_weights: dict[str, Tensor] = field(default_factory=dict)
     _host_copy: dict[str, Any] = field(default_factory=dict)
+    _room: threading.Thread | None = None  # that allocates `_host_copy`
 
     def master_weights(self) -> dict[str, Tensor]:
         """fp32 weights by name."""
@@ -108,8 +110,19 @@ class TrainingState:
 
         The next call writes over them.
         """
+        if self._room is not None:
+            self._room.join()
         self._host_copy = _copied(self.to_checkpoint(), self._host_copy)
         return self._host_copy
+
+    def make_room_for_copies(self) -> None:
+        """Allocates in a thread what the first `copy_to_host` writes to, which then costs no more than the later ones."""
+        like = _shapes(self.to_checkpoint())
+        self._room = threading.Thread(target=self._make_room, args=(like,), name="room-for-copies", daemon=True)
+        self._room.start()
+
+    def _make_room(self, like: Any) -> None:
+        self._host_copy = _touched(like, pin_memory=self.device.type == "cuda")
 
     def load_checkpoint(self, content: dict[str, Any], allow_changes: bool = False) -> list[str]:
         """Goes on where `to_checkpoint` was called; returns what could not be taken over, a sentence each.
@@ -210,3 +223,21 @@ def _copied(value: Any, into: Any) -> Any:
         older = into if isinstance(into, dict) else {}
         return {key: _copied(item, older.get(key)) for key, item in value.items()}
     return [_copied(item, None) for item in value] if isinstance(value, list) else value
+
+
+def _shapes(value: Any) -> Any:
+    """The dicts and tensors of a checkpoint without their content."""
+    if isinstance(value, dict):
+        return {key: _shapes(item) for key, item in value.items()}
+    return value.to("meta") if isinstance(value, Tensor) else None
+
+
+def _touched(like: Any, pin_memory: bool) -> Any:
+    """Host memory for these shapes, each page of which is really there; written by one thread, beside training."""
+    if isinstance(like, dict):
+        return {key: _touched(item, pin_memory) for key, item in like.items()}
+    if not isinstance(like, Tensor):
+        return None
+    room = torch.empty_like(like, device="cpu", pin_memory=pin_memory)
+    room.numpy().fill(0)
+    return room

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch
 from savant_ray.benchmarks import training
 from savant_ray.benchmarks.registry import table
 from savant_ray.benchmarks.training import Case
-from savant_ray.config import ModelConfig
+from savant_ray.config import Config, ModelConfig
+from savant_ray.training.state import TrainingState
+from savant_ray.training.step import StepResult, take_step
 
 CPU = torch.device("cpu")
 
@@ -26,6 +30,25 @@ def test_both_take_a_step_on_the_same_documents(case: Case) -> None:
     theirs, ours = training._baseline(case, CPU)(), training._ours(case, CPU)()
     assert ours.tokens == case.n_documents * (case.document_tokens - 1)
     assert theirs == pytest.approx(math.log(60), rel=0.1) and ours.loss == pytest.approx(math.log(60), rel=0.1)
+
+
+def test_what_does_not_fit_under_the_cap_is_taken_with_less_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def narrow(state: TrainingState, *inputs: Any) -> StepResult:
+        rows.append(state.fit.rows)
+        return dataclasses.replace(take_step(state, *inputs), no_room=state.fit.rows > 3)
+
+    monkeypatch.setattr(training, "take_step", narrow)
+    assert training._ours(Case(32, 3), CPU)().updated
+    assert rows == [12, 12, 6, 3], "first the loops are recomputed"
+
+
+def test_a_gpu_takes_the_guides_micro_batches() -> None:
+    guide = Config()
+    for case in training.CASES_ON_A_GPU.values():
+        per_row = guide.model.max_seq_len // case.document_tokens
+        assert case.n_documents == per_row * guide.training.batch_size
 
 
 def test_the_figures_are_ratios_of_neighbouring_rounds() -> None:

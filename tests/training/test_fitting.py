@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._dynamo.exc import BackendCompilerFailed
 
 from savant_ray.config import Config
 from savant_ray.errors import MemoryCapError
 from savant_ray.events import Event, Notice, StepDone, ValidationDone
-from savant_ray.training.fitting import Fit, is_out_of_memory, unless_out_of_memory
+from savant_ray.training.fitting import Fit, is_out_of_memory, nothing_gives_way, unless_out_of_memory
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
@@ -132,17 +133,65 @@ def test_a_cpu_takes_no_more_at_once_than_is_of_use(dim: int, max_seq_len: int, 
     assert Fit.of(config, torch.device("cuda")).rows == 12
 
 
-def test_other_errors_are_not_taken_for_want_of_memory() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError("x")) and is_out_of_memory(
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    )
-    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27.5
+ncclUnhandledCudaError: Call to CUDA function failed.
+Last error:
+Cuda failure %s"""
 
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        (NCCL % "2 'out of memory'", True),
+        (NCCL % "'out of memory'", True),
+        (NCCL % "700 'an illegal memory access was encountered'", False),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", False),
+        ("out of resource: shared memory, Required: 180224, Hardware limit: 101376", False),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_want_of_memory_is_known_by_what_libraries_say_of_it(text: str, expected: bool) -> None:
+    assert is_out_of_memory(RuntimeError(text)) == expected
+    assert not is_out_of_memory(ValueError(text))
+
+
+def test_want_of_memory_is_known_by_its_type_and_inside_of_what_the_compiler_and_others_make_of_it() -> None:
+    cause = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert is_out_of_memory(cause)
+    assert is_out_of_memory(BackendCompilerFailed("inductor", cause, None))
+    assert is_out_of_memory(BackendCompilerFailed("inductor", RuntimeError("Triton Error [CUDA]: out of memory"), None))
+    assert not is_out_of_memory(BackendCompilerFailed("inductor", RuntimeError("no such kernel"), None))
+    wrapped = RuntimeError("the benchmark of a kernel failed")
+    wrapped.__cause__ = cause
+    assert is_out_of_memory(wrapped)
+
+
+def test_other_errors_are_not_taken_for_want_of_memory() -> None:
     def fail() -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
         unless_out_of_memory(fail, CPU)
+    with pytest.raises(RuntimeError, match="shapes"), nothing_gives_way(10):
+        fail()
+
+
+def test_an_update_that_does_not_fit_ends_the_run_with_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    state = tiny_state(config)
+
+    def no_room(full: torch.Tensor, *_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nProcess 7 has 9 GiB in use")
+
+    monkeypatch.setattr(state.optimizer, "update", no_room)
+    with pytest.raises(MemoryCapError, match="vram_limit_gb = 10; raise it, or lower model.dim") as caught:
+        with nothing_gives_way(10):
+            trained(config, state)
+    assert caught.value.exit_code == 5 and "\n" not in str(caught.value)
 
 
 def validated(state: TrainingState, config: Config) -> list[Event]:

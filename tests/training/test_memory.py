@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pynvml
 import pytest
 import torch
 
-from savant_ray.training.memory import MARGIN_GB, allocator_fraction, cap_memory, memory_used_gb
-from tests.training.tiny import CPU
+from savant_ray.events import Notice
+from savant_ray.training import loop, memory
+from savant_ray.training.memory import (
+    GIB,
+    MARGIN_GB,
+    MOST_OUTSIDE_GB,
+    allocator_fraction,
+    cap_memory,
+    cap_memory_again,
+    memory_used_gb,
+)
+from tests.training.tiny import CPU, RecordingHost, shares, tiny_config, tiny_state
+
+CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -23,3 +38,72 @@ def test_a_cpu_has_nothing_to_cap_and_tells_its_resident_size() -> None:
     before = memory_used_gb(CPU)
     kept = torch.ones(100 << 20, dtype=torch.uint8)
     assert memory_used_gb(CPU) - before > 0.08 and kept.numel()
+
+
+class FakeGPU:
+    """A card of 12 GiB: what the allocator has reserved, and what the process and others hold beside it, GiB."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, by_nvml: float | None = None) -> None:
+        self.total, self.reserved, self.outside, self.fraction = 12.0, 0.0, 0.5, 1.0
+        for name, answer in {
+            "get_device_properties": lambda device: SimpleNamespace(total_memory=int(self.total * GIB)),
+            "memory_reserved": lambda device: int(self.reserved * GIB),
+            "mem_get_info": lambda device: tuple(int(x * GIB) for x in (self.total - self.reserved - self.outside, self.total)),
+            "set_per_process_memory_fraction": self.set_fraction,
+            "empty_cache": self.empty_cache,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+        monkeypatch.setattr(memory, "_held_by_process", lambda device: None if by_nvml is None else int(by_nvml * GIB))
+
+    def set_fraction(self, fraction: float, device: torch.device) -> None:
+        self.fraction = fraction
+
+    def empty_cache(self) -> None:
+        self.reserved = 1.0
+
+
+def test_without_nvml_what_the_device_misses_is_the_processs_but_at_most_a_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    gpu.reserved = 3.0
+    assert memory.outside_allocator_gb(CUDA) == pytest.approx(0.5, abs=1e-6)
+    gpu.outside = 7.0  # another process
+    assert memory.outside_allocator_gb(CUDA) == MOST_OUTSIDE_GB == 1.0
+    FakeGPU(monkeypatch, by_nvml=3.25).reserved = 3.0
+    assert memory.outside_allocator_gb(CUDA) == pytest.approx(0.25, abs=1e-6), "NVML can tell processes apart"
+
+
+def test_nvml_that_is_missing_or_does_not_see_the_process_knows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7"))
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    assert memory._held_by_process(CUDA) is None
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+    other = SimpleNamespace(pid=-1, usedGpuMemory=5)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: [other])
+    assert memory._held_by_process(CUDA) is None
+
+
+def test_after_the_first_step_what_libraries_took_is_taken_off_and_the_cache_beyond_it_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = FakeGPU(monkeypatch)
+    assert cap_memory(CUDA, 10.0) is None
+    assert gpu.fraction * gpu.total == pytest.approx(9.4, abs=1e-6)
+    gpu.reserved = 9.0
+    assert cap_memory_again(CUDA, 10.0) is None and gpu.reserved == 9.0
+    gpu.outside, gpu.reserved = 0.9, 9.3
+    note = cap_memory_again(CUDA, 10.0) or ""
+    assert gpu.fraction * gpu.total == pytest.approx(9.0, abs=1e-6) and gpu.reserved == 1.0
+    assert "libraries hold 0.9 GiB" in note and "9.0 of training.vram_limit_gb = 10 are left" in note
+    assert cap_memory_again(CPU, 10.0) is None
+
+
+def test_what_the_second_cap_has_to_say_reaches_the_user_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "cap_memory_again", lambda device, limit_gb: f"{limit_gb:g} are too few")
+    config, host = tiny_config(), RecordingHost()
+    state = tiny_state(config)
+    loop.train(state, config, shares(state, config), host)
+    assert [event.text for event in host.events if isinstance(event, Notice)] == ["rank 0: 10 are too few"]

@@ -116,3 +116,28 @@ def test_a_second_copy_takes_the_place_of_the_first_and_is_the_state_as_it_is_th
     for name, weight in state.master_weights().items():
         assert torch.equal(second["model_state_dict"][name], weight)
     assert second["optimizer_state_dict"]["state"][0]["exp_avg"].any()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_first_copy_into_room_that_was_made_for_it_is_the_state(precision: str) -> None:
+    state = tiny_state(tiny_config(precision=precision))
+    state.make_room_for_copies()
+    take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    state._room.join()
+    rooms = tensors(state._host_copy)
+    copied, expected = tensors(state.copy_to_host()), tensors(state.to_checkpoint())
+    assert copied.keys() == expected.keys() == rooms.keys()
+    for name, tensor in copied.items():
+        assert torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype, name
+        assert tensor.data_ptr() == rooms[name].data_ptr(), "nothing was allocated for it"
+    counters = {name: value for name, value in state.to_checkpoint()["savant"].items() if name != "torch_rng_state"}
+    assert counters == {name: state._host_copy["savant"][name] for name in counters}
+
+
+def tensors(content: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """All in a checkpoint, by their path."""
+    if isinstance(content, torch.Tensor):
+        return {name: content}
+    if not isinstance(content, dict):
+        return {}
+    return {path: tensor for key, item in content.items() for path, tensor in tensors(item, f"{name}/{key}").items()}

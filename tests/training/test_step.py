@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import savant_ray.training.step as module
+from savant_ray.events import StepDone
+from savant_ray.training.loop import train
 from savant_ray.training.step import outlasts, take_step
-from tests.training.tiny import micro_batch, never, share, tiny_config, tiny_state, weights
+from tests.training.tiny import RecordingHost, micro_batch, never, share, shares, tiny_config, tiny_state, weights
 
 N = 12
 
@@ -75,8 +81,6 @@ def test_one_two_three_and_five_workers_take_the_same_steps(tmp_path: Path) -> N
 
 def _poisoned_rank(rank: int, folder: str, poison: bool) -> None:
     """Two ranks take two steps; in the first one, the first micro-batch of rank 1 is poisoned, or left out."""
-    import savant_ray.training.step as module
-
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
     state, honest = tiny_state(tiny_config()), module.cross_entropy_sum
@@ -110,8 +114,6 @@ def test_poison_on_one_rank_only_is_as_if_that_micro_batch_had_not_been_there(tm
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_micro_batch_leaves_the_step_that_it_was_not_part_of(bad, value, monkeypatch) -> None:
     """First, last, some or all micro-batches: equal to a step from which they were left out."""
-    import savant_ray.training.step as module
-
     micro_batches = share(0, N, 0, 1, 4)
     honest = module.cross_entropy_sum
     calls = iter(range(len(micro_batches)))
@@ -153,3 +155,24 @@ def test_a_step_that_is_given_up_leaves_the_next_one_as_it_was() -> None:
     assert step(hurried, share(0, N, 0, 1, 4), lambda: next(left)).abandoned
     assert step(hurried, share(0, N, 0, 1, 4)).loss == step(straight, share(0, N, 0, 1, 4)).loss
     assert all(torch.equal(weights(straight)[name], w) for name, w in weights(hurried).items())
+
+
+def test_the_seconds_of_a_step_are_booked_where_they_were_spent_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its parts, and the wait for data, is made to last; what lies between them is a hundredth of a second."""
+    config = tiny_config(max_steps=3)
+    state, host = tiny_state(config), RecordingHost()
+    slow = {"data_wait_seconds": 0.04, "compute_seconds": 0.15, "reduce_seconds": 0.1, "update_seconds": 0.08}
+
+    def lasting(seconds: float, act: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *inputs, **named: (time.sleep(seconds), act(*inputs, **named))[1]
+
+    monkeypatch.setattr(module, "add_gradients", lasting(0.05, module.add_gradients))  # three micro-batches
+    monkeypatch.setattr(module, "add_up", lasting(0.1, module.add_up))
+    monkeypatch.setattr(state.optimizer, "step", lasting(0.08, state.optimizer.step))
+    train(state, config, (lasting(0.04, lambda each: each)(each) for each in shares(state, config)), host)
+    told = [event for event in host.events if isinstance(event, StepDone)]
+    for name, least in slow.items():
+        assert all(getattr(event, name) >= least for event in told), name
+    parts = [sum(getattr(event, name) for name in slow) for event in told]
+    assert all(part <= event.step_seconds for part, event in zip(parts, told, strict=True))
+    assert min(event.step_seconds - part for part, event in zip(parts, told, strict=True)) < 0.01
