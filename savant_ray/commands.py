@@ -202,7 +202,7 @@ def _config(arguments: Sequence[str]) -> int:
 
 def _benchmark(arguments: Sequence[str]) -> int:
     parser = _parser("benchmark")
-    names = "train, attention, loss, generate, checkpoint, data, ray, scaling or start"
+    names = "train, attention, loss, generate, checkpoint, precision, data, ray, scaling or start"
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"what to measure: {names}; all in turn without it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     options = parser.parse_args(arguments)

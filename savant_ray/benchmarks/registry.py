@@ -24,6 +24,7 @@ BENCHMARKS = {
     "loss": "pieces.run_loss",
     "generate": "generation.run",
     "checkpoint": "checkpointing.run",
+    "precision": "precision.run",
     "data": "preparation.run",
     "ray": "under_ray.run",
     "scaling": "scaling.run",

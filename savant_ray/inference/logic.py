@@ -69,7 +69,7 @@ class Score:
             return 0.0, 1.0
         middle = (self.share + Z**2 / (2 * self.n)) / (1 + Z**2 / self.n)
         spread = math.sqrt(self.share * (1 - self.share) / self.n + Z**2 / (4 * self.n**2)) * Z / (1 + Z**2 / self.n)
-        return max(0.0, middle - spread), min(1.0, middle + spread)
+        return max(0.0, min(self.share, middle - spread)), min(1.0, max(self.share, middle + spread))
 
 
 def logic_suite() -> list[Question]:

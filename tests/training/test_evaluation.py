@@ -1,0 +1,89 @@
+"""`savant evaluate`: the table per template, one's own problems, and the score at other numbers of loops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from savant_ray.cli import main
+from savant_ray.config import Config, dump_yaml
+from savant_ray.data.tokenizer import train_tokenizer
+from savant_ray.inference.logic import logic_suite
+from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.training.checkpoint import write_checkpoint
+from savant_ray.training.evaluation import by_depth
+from savant_ray.training.state import new_state
+from tests.training.tiny import CPU, MODEL
+
+TEXT = "Question: what is 1 + 2? The answer is 3.\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text((json.dumps({"text": TEXT}) + "\n") * 3)
+    config = Config.from_dict(
+        {
+            "model": MODEL | {"vocab_size": 300},
+            "data": {"validation": str(held_out)},
+            "training": {"precision": "fp32"},
+            "validation": {"max_new_tokens": 2},
+        }
+    )
+    texts = {"config.yaml": dump_yaml(config), "tokenizer.json": train_tokenizer(iter([TEXT] * 9), 300).to_json()}
+    return write_checkpoint(tmp_path / "run", {**new_state(config, CPU).to_checkpoint(), "step": 3}, texts).parent
+
+
+def test_the_suite_is_scored_per_template_with_an_interval(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(run), "--json", str(tmp_path / "scores.json")]) == 0
+    printed = capsys.readouterr().out
+    told = json.loads((tmp_path / "scores.json").read_text())
+    assert told["n"] == 600 and told["interval"][0] <= told["score"] <= told["interval"][1]
+    assert {"sum", "difference", "product", "comparison", "word_problem", "two_step"} <= set(told["templates"])
+    assert all(name in printed for name in told["templates"]) and "95 % interval" in printed
+    assert len(told["answers"]) == len(logic_suite()) and told["answers"][0].keys() >= {"prompt", "expected", "text", "correct"}
+
+
+def test_ones_own_problems_are_asked_instead(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2}) + "\n")
+    assert main(["evaluate", str(run), "--problems", str(own), "--json", str(tmp_path / "scores.json")]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["n"] == 1
+
+
+def test_each_number_of_loops_has_its_own_score_loss_and_residual(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2}) + "\n")
+    arguments = ["evaluate", str(run), "--problems", str(own), "--depths", "1,2,8", "--json", str(tmp_path / "depths.json")]
+    assert main(arguments) == 0
+    depths = json.loads((tmp_path / "depths.json").read_text())["depths"]
+    assert [each["loops"] for each in depths] == [1, 2, 8] and len({each["loss"] for each in depths}) == 3
+    assert all(each["residual"] > 0 and -1 <= each["cosine"] <= 1 for each in depths)
+    assert "last loop changes" in capsys.readouterr().out
+    assert main([*arguments[:5], "1,x"]) == 2
+
+
+def test_the_loss_at_the_trained_depth_is_the_models(run: Path) -> None:
+    (told,) = by_depth(run, logic_suite()[:1], [2])
+    state = torch.load(run / "step_3/step_3.pt", weights_only=True)
+    config = Config.from_dict({"model": MODEL | {"vocab_size": 300}})
+    model = UniversalTransformer(config.model)
+    model.load_state_dict(state["model_state_dict"])
+    tokenizer = train_tokenizer(iter([TEXT] * 9), 300)
+    tokens = torch.tensor([[*tokenizer.encode(TEXT), tokenizer.end_of_document][: config.model.max_seq_len]])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:])
+    assert told["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_without_the_held_out_text_there_is_no_loss_but_a_score(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "held_out.jsonl").unlink()
+    (told,) = by_depth(run, logic_suite()[:1], [1])
+    assert told["loss"] is None and told["n"] == 1
