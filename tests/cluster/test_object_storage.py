@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,14 @@ def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(
     with pytest.raises(OSError, match=r"power.* whole in .*step_2\.unsent of this node"):
         here.keep(here.folder / "step_2")
     assert {file.name for file in (here.folder / "step_2.unsent").iterdir()} == files
-    assert set(sent) == files - {MANIFEST} and f"step_2/{sent[0]}" in store.names("runs/run")
-    assert find_start(elsewhere, print) == elsewhere.folder / "step_1"
-    assert not any(name.startswith("step_2") for name in store.names("runs/run"))
+    assert set(sent) == files - {MANIFEST} and sent[-1] == "step_2.pt" and f"step_2/{sent[0]}" in store.names("runs/run")
+    said: list[str] = []
+    assert find_start(elsewhere, said.append) == elsewhere.folder / "step_1"
+    assert len(said) == 1 and "set aside as step_2.damaged" in said[0], "weights are never deleted in silence"
+    assert {f"step_2.damaged/{name}" for name in sent} <= set(store.names("runs/run"))
+    store.write("runs/run/step_3/config.yaml", b"the power was gone before the weights were sent")
+    assert find_start(elsewhere, pytest.fail) == elsewhere.folder / "step_1"
+    assert not any(name.startswith("step_3") for name in store.names("runs/run"))
 
 
 def flip(store: ObjectStore, path: str) -> None:
@@ -189,6 +195,39 @@ def test_fresh_moves_the_run_aside_there_and_loses_nothing(here: ObjectStorage, 
         assert here.move_aside() == store.uri(f"runs/{expected}")
         assert store.names(f"runs/{expected}") == before and store.names("runs/run") == []
         assert find_start(here, print) is None
+
+
+@pytest.mark.parametrize("survived", range(10))
+def test_fresh_killed_at_any_moment_loses_nothing(
+    survived: int, here: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(here, 1)
+    weights = store.read("runs/run/step_1/step_1.pt")
+    here.filesystem = DyingAfter(here.filesystem, survived)  # type: ignore[assignment]
+    with pytest.raises(OSError, match="the power"):
+        here._move(here.path, f"{here.path}.old")
+    again = ObjectStorage(here.location, here.folder)
+    said: list[str] = []
+    with suppress(CheckpointError):
+        find_start(again, said.append)
+    there = {name: store.read(f"runs/{name}") for name in store.names("runs") if name.endswith("step_1.pt")}
+    assert weights in there.values()
+    whole = [name for name in store.names("runs") if name.endswith("step_1/manifest.json")]
+    assert whole and all(f"{name.rpartition('/')[0]}/step_1.pt" in there for name in whole)
+
+
+class DyingAfter:
+    """A file system whose process dies after so many copies and deletions."""
+
+    def __init__(self, filesystem: Any, moments: int) -> None:
+        self._filesystem, self._moments = filesystem, moments
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("copy_file", "delete_file", "delete_dir"):
+            if self._moments == 0:
+                raise OSError("the power is gone")
+            self._moments -= 1
+        return getattr(self._filesystem, name)
 
 
 def test_a_checkpoint_there_is_named_by_its_uri(here: ObjectStorage, store: ObjectStore) -> None:
