@@ -184,6 +184,7 @@ def _fit(launch: Launch, data: Any) -> Outcome:
             through = min(through, time.monotonic())
         if finished or time.monotonic() > through + PATIENCE and is_our_own():
             return outcome
+        launch.storage.refuse_if_lost()
         watch.remark()
         if signals.received and not signals.patient:  # the workers were lost meanwhile, so that nobody is left to save
             raise KeyboardInterrupt

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from savant_ray.cluster.disk import DAMAGED, Disk
-from savant_ray.cluster.lease import leased
+from savant_ray.cluster.lease import Lease, leased
 from savant_ray.cluster.lock import free_name, locked, set_aside
 from savant_ray.cluster.paths import joined
-from savant_ray.errors import CheckpointError, SettingsError
+from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
 from savant_ray.training.checkpoint import MANIFEST, is_step_name, step_folders, step_of, verify
@@ -38,6 +38,7 @@ class ObjectStorage(Disk):
     """
 
     filesystem: pafs.FileSystem
+    _lease: Lease | None = None
 
     def __init__(self, uri: str, folder: Path) -> None:
         self.folder, self.location = folder, uri
@@ -123,8 +124,12 @@ class ObjectStorage(Disk):
 
     @contextmanager
     def in_use(self, say: Callable[[str], None] = print) -> Iterator[None]:
-        with locked(self.folder), leased(self.filesystem, self.path, say):
+        with locked(self.folder), leased(self.filesystem, self.path, say) as self._lease:
             yield
+
+    def refuse_if_lost(self) -> None:
+        if self._lease is not None:
+            self._lease.refuse_if_lost()
 
     def fetch_records(self) -> None:
         """Takes what another machine has recorded since; what this one has recorded of a run that is gone goes aside."""
@@ -141,6 +146,10 @@ class ObjectStorage(Disk):
                     Path(scratch, name).replace(self.folder / name)
 
     def send_records(self) -> None:
+        try:
+            self.refuse_if_lost()
+        except SavantError as lost:  # what lies there is the other one's
+            raise OSError("another process trains this run") from lost
         for file in filter(Path.exists, (self.folder / name for name in RECORDS)):
             self._upload(file, f"{self.path}/{file.name}")
 

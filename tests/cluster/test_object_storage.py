@@ -24,6 +24,7 @@ from savant_ray.cluster.starting_point import find_start
 from savant_ray.cluster.storage import on_this_machine, storage_errors_explained
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.training.checkpoint import MANIFEST, verify
+from tests.cluster.conftest import wait_for
 from tests.cluster.object_store import BUCKET, CREDENTIALS, ObjectStore, running_store
 from tests.cluster.test_starting_point import write
 
@@ -283,6 +284,24 @@ def test_a_run_in_use_is_refused_wherever_it_is_in_use(
     assert LEASE not in store.names("runs/run")
     with elsewhere.in_use():
         pass
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_run_that_was_taken_over_while_the_storage_was_not_reached_stops_and_leaves_it_alone(
+    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+) -> None:
+    record(here, "10:00")
+    with here.in_use():
+        here.refuse_if_lost()
+        taken = json.dumps({"token": "x", "process": 7, "host": "another-machine", "beat": 1}).encode()
+        store.write(f"runs/run/{LEASE}", taken)
+        wait_for(lambda: here._lease is not None and here._lease._winner, 20)
+        with pytest.raises(SavantError, match="process 7 on another-machine has taken the run over"):
+            here.refuse_if_lost()
+        with pytest.raises(OSError, match="another process trains this run"):
+            here.send_records()
+        assert store.read(f"runs/run/{LEASE}") == taken
+    assert store.read(f"runs/run/{LEASE}") == taken and store.names("runs/run") == [LEASE]
 
 
 @pytest.mark.usefixtures("impatient")
