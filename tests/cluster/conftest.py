@@ -161,9 +161,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start_job(head: Head, workplace: Path, **changes: Any) -> subprocess.Popen[str]:
+def start_job(head: Head, workplace: Path, *flags: str, **changes: Any) -> subprocess.Popen[str]:
     """Starts `python jobs/train.py` in the workplace, on the running head."""
-    command = [sys.executable, str(ROOT / "jobs/train.py"), *options(**changes)]
+    command = [sys.executable, str(ROOT / "jobs/train.py"), *flags, *options(**changes)]
     there = environment(RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
     job = subprocess.Popen(
         command, cwd=workplace, env=there, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -172,9 +172,9 @@ def start_job(head: Head, workplace: Path, **changes: Any) -> subprocess.Popen[s
     return job
 
 
-def run_job(head: Head, workplace: Path, **changes: Any) -> tuple[int, str]:
+def run_job(head: Head, workplace: Path, *flags: str, **changes: Any) -> tuple[int, str]:
     """Runs a job to its end: exit code and what it printed."""
-    job = start_job(head, workplace, **changes)
+    job = start_job(head, workplace, *flags, **changes)
     printed, _ = job.communicate(timeout=300)
     return job.returncode, printed
 
