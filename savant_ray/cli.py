@@ -6,10 +6,9 @@ import difflib
 import io
 import os
 import sys
-import textwrap
 
 from savant_ray.commands import COMMANDS
-from savant_ray.errors import SavantError, SettingsError
+from savant_ray.errors import SavantError, SettingsError, tell
 
 INTERRUPTED = 130  # what shells say of a command that Ctrl+C ended
 
@@ -23,17 +22,13 @@ def main(argv: list[str] | None = None) -> int:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # where a reader went away, here is the place to notice
         return code
-    except SavantError as error:
-        print(textwrap.indent(str(error), "       ").replace("       ", "error: ", 1), file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough; the interpreter must not stumble over it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a file or folder that cannot be read or written, wherever it was
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (SavantError, OSError) as error:
+        return tell(error)
     except SystemExit as end:  # argparse: 0 after --help, 2 after a wrong option
         return end.code if isinstance(end.code, int) else 1
 

@@ -13,6 +13,10 @@ The message is written for the person at the terminal: where, what was found, wh
 
 from __future__ import annotations
 
+import sys
+import textwrap
+import traceback
+
 STOPPED_EARLY = 75
 
 
@@ -48,3 +52,15 @@ class MemoryCapError(SavantError):
 
 class TrainingError(SavantError):
     """Training itself went wrong: too many skipped steps, a worker that died for good."""
+
+
+def tell(error: Exception) -> int:
+    """Says on the terminal what ended a command; returns its exit code. What is a mistake of ours has a traceback."""
+    if isinstance(error, SavantError):
+        print(textwrap.indent(str(error), "       ").replace("       ", "error: ", 1), file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, OSError):  # a file or folder that cannot be read or written, wherever it was
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return 1

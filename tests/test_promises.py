@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
@@ -12,7 +13,13 @@ from tests.torture.promises import expect_the_same_run
 from tests.torture.runner import STOPS, Torture, tortured_head
 
 
-N = 4  # `make torture N=100` goes through every window many times
+INTERRUPTIONS = (  # of the many pairs those that few others come near; `make torture N=100` draws all of them
+    ("SIGTERM", "validation"),
+    ("kill -9 a worker", "update"),
+    ("job stop", "background write"),
+    ("SIGINT", "handover"),
+    ("kill -9 the driver", "generation"),
+)
 
 
 @pytest.mark.slow
@@ -21,8 +28,8 @@ def test_an_interrupted_run_is_the_run_that_nobody_interrupted(tmp_path: Path) -
     with tortured_head(folder / "windows") as head:
         torture = Torture(head, folder, folder / "windows", sys.executable)
         straight = torture.train_straight()
-        torture.interrupt(N, seed=0, say=print)
+        torture.interrupt(INTERRUPTIONS, random.Random(0), say=print)
     for run in torture.trained:
         expect_the_same_run(straight, run)
-    assert len(torture.done) == N and len({each.window for each in torture.done}) == N
+    assert [(each.means, each.window) for each in torture.done] == list(INTERRUPTIONS)
     assert all(each.repeated == 0 for each in torture.done if each.means in STOPS), torture.done

@@ -98,8 +98,9 @@ class _Host:
     def save(self, state: TrainingState, reason: str) -> None:
         """Keeps nothing."""
 
-    def finish_saving(self) -> None:
+    def finish_saving(self) -> bool:
         """Has nothing to wait for."""
+        return True
 
     def validate(self, state: TrainingState) -> bool:
         """Not here."""

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from savant_ray.cluster.session import refuse_dead_ray
 from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 POLL_SECONDS = 30.0
+SECONDS_UNTIL_ASKED = 0.5  # whether Ray lives, when no answer comes
 
 
 @ray.remote(num_cpus=0, max_concurrency=10_000, enable_task_events=False)
@@ -77,6 +79,19 @@ def start_bridge() -> ActorHandle:
     """On this very node: an actor without resources would be put on any, and lost with it."""
     here = ray.get_runtime_context().get_node_id()
     return Bridge.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
+
+
+def next_events(bridge: ActorHandle, seconds: float) -> list[Event]:
+    """In the driver: all since the last call; waits up to `seconds` for the first.
+
+    Raises:
+        TrainingError: Ray itself has died.
+    """
+    events = bridge.take_events.remote(seconds)
+    while not ray.wait([events], timeout=seconds + SECONDS_UNTIL_ASKED)[0]:
+        refuse_dead_ray()
+    refuse_dead_ray()
+    return list(ray.get(events))
 
 
 class StopListener:

@@ -10,7 +10,7 @@ from savant_ray.cluster.storage import on_this_machine
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
 from savant_ray.model.transformer import n_parameters
-from savant_ray.reporting.record import has_sample
+from savant_ray.reporting.record import has_finished, has_sample
 from savant_ray.training.checkpoint import find_checkpoint, step_of
 from savant_ray.training.original import original_step
 
@@ -21,7 +21,9 @@ GB = 1e9
 def is_finished(config: Config, storage: Disk, newest: Path) -> str | None:
     """Why there is nothing to do; a last validation that a stop cut short is still to be made up for."""
     folder, step = storage.location, original_step(newest) if newest.is_file() else step_of(newest)
-    if step < config.training.max_steps or not has_sample(storage.folder, step):
+    if step < config.training.max_steps:
+        return None
+    if not has_sample(storage.folder, step) and not has_finished(storage.folder, step):  # some find no room for a sample
         return None
     return (
         f"{folder} has done its {step:,} steps; raise training.max_steps to go on, "

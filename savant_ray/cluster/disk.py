@@ -80,6 +80,9 @@ class Disk:
         with locked(self.folder):
             yield
 
+    def refuse_if_lost(self) -> None:
+        """Raises SavantError where another process could take the run over while this one has it in use, and did."""
+
     def fetch_records(self) -> None:
         """Brings the driver's own files here."""
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +26,17 @@ from savant_ray.cluster.session import (
 )
 from savant_ray.cluster.signals import StopSignals
 from savant_ray.config import Config, dump_yaml
-from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
+from savant_ray.data.content import write_aside
+from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError, tell
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed, WorkersLost
 from savant_ray.reporting import RunReport, open_trackers
 
 if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
     from savant_ray.cluster.courier import Courier
     from savant_ray.cluster.disk import Disk
+    from savant_ray.cluster.waiting import WorkerWatch
 
 SETTINGS = "config.yaml"  # in the run folder: those of the newest launch
 POLL_SECONDS = 0.5
@@ -97,8 +102,10 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
             held.close()
             return leave_at_once(STOPPED_EARLY)
         except Leave as leave:
+            signals.leaving = True
+            code = leave.code if leave.error is None else tell(leave.error)
             held.close()
-            return leave_at_once(leave.code)
+            return leave_at_once(code)
 
 
 def _train(launch: Launch) -> int:
@@ -119,12 +126,13 @@ def _train(launch: Launch) -> int:
     if start is not None:
         _compare(start, launch)
     check_before_start(config, storage)
-    (storage.folder / SETTINGS).write_text(dump_yaml(config), encoding="utf-8")
+    write_aside(storage.folder / SETTINGS, dump_yaml(config))
     text = find_text(config, report)
     report.stage("starting Ray")
     from savant_ray.cluster.failures import ray_errors_explained
 
-    with ray_session(launch.verbose) as dashboard, ray_errors_explained():
+    outcome = Outcome()
+    with ray_session(launch.verbose) as dashboard, _left_while_fit_runs(outcome), ray_errors_explained():
         launch.signals.install()
         if dashboard:
             report.say(f"Ray's dashboard: {dashboard}")
@@ -132,8 +140,8 @@ def _train(launch: Launch) -> int:
         if start is not None and not launch.allow_changes:
             refuse_other_data(start, config, data.tokenizer, data.fingerprint)
         report.stage("starting workers")
-        outcome = _fit(launch, data)
-        if not outcome.done.is_set():
+        _fit(launch, data, outcome)
+        if outcome.fit_runs:
             raise Leave(_conclude(launch, outcome))
     return _conclude(launch, outcome)
 
@@ -159,36 +167,60 @@ class Outcome:
     error: BaseException | None = None
     failure: RunFailed | None = None  # what a worker said before it gave up
     end: AttemptEnded | None = None  # what they said when they were through
-    done: threading.Event = field(default_factory=threading.Event)
+    fit: threading.Thread | None = None
+
+    @property
+    def fit_runs(self) -> bool:
+        """Whether it was begun and has not returned."""
+        return self.fit is not None and self.fit.is_alive()
 
 
-def _fit(launch: Launch, data: Any) -> Outcome:
-    import ray
+@contextmanager
+def _left_while_fit_runs(outcome: Outcome) -> Iterator[None]:
+    """What ends a launch while `fit()` runs must not shut Ray down under it: the process says it and leaves."""
+    try:
+        yield
+    except Exception as error:
+        if outcome.fit_runs:
+            raise Leave(error=error) from error
+        raise
 
+
+def _fit(launch: Launch, data: Any, outcome: Outcome) -> None:
     from savant_ray.cluster.bridge import start_bridge
     from savant_ray.cluster.trainer import make_trainer, needs
     from savant_ray.cluster.waiting import WorkerWatch
 
-    config, report, signals = launch.config, launch.report, launch.signals
-    bridge = start_bridge()
+    config, bridge = launch.config, start_bridge()
     trainer = make_trainer(config, launch.storage, data, bridge, launch.allow_changes, launch.verbose)
-    watch = WorkerWatch(config.scaling.worker_limits[0], needs(trainer.scaling_config), report.say)
-    outcome = Outcome()
-    threading.Thread(target=_run_fit, args=(trainer, outcome), name="fit", daemon=True).start()
+    watch = WorkerWatch(config.scaling.worker_limits[0], needs(trainer.scaling_config), launch.report.say)
+    outcome.fit = threading.Thread(target=_run_fit, args=(trainer, outcome), name="fit", daemon=True)
+    outcome.fit.start()
+    _follow(launch, outcome, bridge, watch)
+
+
+def _follow(launch: Launch, outcome: Outcome, bridge: ActorHandle, watch: WorkerWatch) -> None:
+    """Until `fit()` has returned, or is no longer waited for."""
+    import ray
+
+    from savant_ray.cluster.bridge import next_events
+
+    config, report, signals = launch.config, launch.report, launch.signals
     told, through = False, math.inf  # when the workers were through, and all was saved
     while True:
-        finished = outcome.done.is_set()  # asked before the events, so that the last ones are not missed
-        for event in ray.get(bridge.take_events.remote(0 if finished else POLL_SECONDS)):
+        finished = not outcome.fit_runs  # asked before the events, so that the last ones are not missed
+        for event in next_events(bridge, 0 if finished else POLL_SECONDS):
             _note(event, outcome, signals)
             watch.note(event)
             _report(event, launch)
         if outcome.end is not None and outcome.end.saved_step >= outcome.end.step:
             through = min(through, time.monotonic())
         if finished or time.monotonic() > through + PATIENCE and is_our_own():
-            return outcome
+            return
+        launch.storage.refuse_if_lost()
         watch.remark()
         if signals.received and not signals.patient:  # the workers were lost meanwhile, so that nobody is left to save
-            raise KeyboardInterrupt
+            signals.interrupt()
         if signals.received and not told:
             told = True
             ray.get(bridge.request_stop.remote(grace_seconds(config)))
@@ -222,8 +254,6 @@ def _run_fit(trainer: Any, outcome: Outcome) -> None:
         trainer.fit()
     except BaseException as error:  # handed to the main thread
         outcome.error = error
-    finally:
-        outcome.done.set()
 
 
 def _conclude(launch: Launch, outcome: Outcome) -> int:

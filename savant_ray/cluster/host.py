@@ -75,9 +75,9 @@ class RayHost:
         """Copies the state; rank 0 writes it as `step_N` to where the run is kept while training goes on."""
         self.saver.begin(state.step, reason, state.copy_to_host if self.rank == 0 else None, dict(self._figures))
 
-    def finish_saving(self) -> None:
-        """Waits for the checkpoint that is being written."""
-        self.saver.finish()
+    def finish_saving(self) -> bool:
+        """Waits for the checkpoint that is being written; False: the storage refused it."""
+        return self.saver.finish()
 
     def validate(self, state: TrainingState) -> bool:
         """Loss on held-out text and a sample; whether some rank has a reason to stop."""

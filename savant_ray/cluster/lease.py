@@ -28,8 +28,8 @@ SETTLE_SECONDS = 1.0  # of two that begin at once, the one whose mark is still t
 
 
 @contextmanager
-def leased(filesystem: pafs.FileSystem, path: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds the run for the time of a `with` block.
+def leased(filesystem: pafs.FileSystem, path: str, say: Callable[[str], None]) -> Iterator[Lease]:
+    """Holds the run for the time of a `with` block, or until another process took it for dead (`Lease.refuse_if_lost`).
 
     Raises:
         SavantError: another process trains this run.
@@ -38,7 +38,7 @@ def leased(filesystem: pafs.FileSystem, path: str, say: Callable[[str], None]) -
     lease = Lease(filesystem, f"{path}/{LEASE}")
     lease.take(path, say)
     try:
-        yield
+        yield lease
     finally:
         lease.give_back()
 
@@ -49,11 +49,13 @@ class Lease:
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
         self._filesystem, self._path = filesystem, path
         self._mark = {"token": uuid.uuid4().hex, "process": os.getpid(), "host": socket.gethostname(), "beat": 0}
+        self._run, self._winner = "", dict[str, Any]()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def take(self, run: str, say: Callable[[str], None]) -> None:
         """Waits for a silent holder; raises SavantError where one is alive."""
+        self._run = run
         holder = self._read()
         if holder and not _died_here(holder):
             say(f"{_named(holder)} may still train {run}; listening for {SILENCE_SECONDS:g} s …")
@@ -66,18 +68,35 @@ class Lease:
             raise _in_use(run, now)
         self._thread.start()
 
+    def refuse_if_lost(self) -> None:
+        """Raises SavantError where another process has taken the run over."""
+        if self._winner:
+            raise SavantError(
+                f"{self._run} was not reached for {SILENCE_SECONDS:g} s or more, and {_named(self._winner)} has taken the "
+                "run over meanwhile; this one has stopped and saves nothing. Go on with the other one, or stop it first."
+            )
+
     def give_back(self) -> None:
-        """Removes the mark."""
+        """Removes the mark, if it is still ours."""
         self._ended.set()
         self._thread.join()
         with suppress(OSError):
-            self._filesystem.delete_file(self._path)
+            if self._is_ours():
+                self._filesystem.delete_file(self._path)
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
+        while not self._winner and not self._ended.wait(BEAT_SECONDS):
             self._mark["beat"] += 1
             with suppress(OSError):  # the next one will tell
-                self._write()
+                if self._is_ours():
+                    self._write()
+
+    def _is_ours(self) -> bool:
+        """Nobody else's, that is: who removed it by hand has not taken the run."""
+        there = self._read()
+        if there and there.get("token") != self._mark["token"]:
+            self._winner = there
+        return not self._winner
 
     def _changes(self, holder: dict[str, Any]) -> bool:
         end = time.monotonic() + SILENCE_SECONDS

@@ -9,13 +9,16 @@ import fcntl
 import itertools
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from savant_ray.errors import SavantError, SettingsError
 
 LOCK = ".lock"
+LOOK_SECONDS = 0.5  # `is_in_use` holds it for the time of a look
 
 
 def move_run_aside(run_folder: Path) -> Path | None:
@@ -66,15 +69,27 @@ def locked(run_folder: Path) -> Iterator[None]:
     except OSError as error:
         raise SettingsError(f"run.storage_path: {run_folder} cannot be made: {error.strerror}") from error
     with (run_folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(file):
             file.seek(0)
             raise SavantError(
                 f"{run_folder} is in use by {file.read().strip() or 'another process'}; stop that run first, "
                 "or give this one another run.name"
-            ) from None
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _take(file: IO[str]) -> bool:
+    """Whether the lock is ours; who only looks at it for a moment is waited for."""
+    end = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(LOOK_SECONDS / 10)
+        else:
+            return True

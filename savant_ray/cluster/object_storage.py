@@ -7,7 +7,7 @@ last; the driver's own files go along. What the storage holds is what counts, an
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from savant_ray.cluster.disk import DAMAGED, Disk
-from savant_ray.cluster.lease import leased
+from savant_ray.cluster.lease import Lease, leased
 from savant_ray.cluster.lock import free_name, locked, set_aside
 from savant_ray.cluster.paths import joined
-from savant_ray.errors import CheckpointError, SettingsError
+from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
 from savant_ray.training.checkpoint import MANIFEST, is_step_name, step_folders, step_of, verify
@@ -38,6 +38,7 @@ class ObjectStorage(Disk):
     """
 
     filesystem: pafs.FileSystem
+    _lease: Lease | None = None
 
     def __init__(self, uri: str, folder: Path) -> None:
         self.folder, self.location = folder, uri
@@ -50,11 +51,10 @@ class ObjectStorage(Disk):
         return joined(self.location, name)
 
     def steps(self) -> list[str]:
-        return self.complete_steps()  # without a manifest it is what an interrupted sending or deleting left
+        return _steps(path for path in self._files() if _is_manifest(path) or _is_weights(path))
 
     def complete_steps(self) -> list[str]:
-        complete = {path.rpartition("/")[0] for path in self._files() if path.endswith(f"/{MANIFEST}")}
-        return sorted(filter(is_step_name, complete), key=lambda name: step_of(Path(name)))
+        return _steps(filter(_is_manifest, self._files()))
 
     def fetch(self, name: str) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class ObjectStorage(Disk):
             self.fetch(name)
 
     def remove_unfinished(self) -> None:
-        self._remove_begun()
+        self._remove_begun(keep=set(self.steps()))
         for left in [*self.folder.glob("fetch-*"), *self.folder.glob("step_*.tmp")]:
             shutil.rmtree(left)
         for stale in {folder.name for folder in step_folders(self.folder)} - set(self.complete_steps()):
@@ -92,8 +92,8 @@ class ObjectStorage(Disk):
         try:
             if folder.name in self.complete_steps():  # first of all it is no longer complete
                 self.filesystem.delete_file(f"{target}/{MANIFEST}")
-            self._remove_begun()
-            for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
+            self._remove_begun(keep=set(self.complete_steps()))
+            for file in sorted(folder.iterdir(), key=_in_order_of_sending):
                 self._upload(file, f"{target}/{file.name}")
         except OSError as error:
             unsent = folder.with_name(folder.name + UNSENT)
@@ -124,8 +124,12 @@ class ObjectStorage(Disk):
 
     @contextmanager
     def in_use(self, say: Callable[[str], None] = print) -> Iterator[None]:
-        with locked(self.folder), leased(self.filesystem, self.path, say):
+        with locked(self.folder), leased(self.filesystem, self.path, say) as self._lease:
             yield
+
+    def refuse_if_lost(self) -> None:
+        if self._lease is not None:
+            self._lease.refuse_if_lost()
 
     def fetch_records(self) -> None:
         """Takes what another machine has recorded since; what this one has recorded of a run that is gone goes aside."""
@@ -142,6 +146,10 @@ class ObjectStorage(Disk):
                     Path(scratch, name).replace(self.folder / name)
 
     def send_records(self) -> None:
+        try:
+            self.refuse_if_lost()
+        except SavantError as lost:  # what lies there is the other one's
+            raise OSError("another process trains this run") from lost
         for file in filter(Path.exists, (self.folder / name for name in RECORDS)):
             self._upload(file, f"{self.path}/{file.name}")
 
@@ -151,10 +159,10 @@ class ObjectStorage(Disk):
             if folder != newest:
                 shutil.rmtree(folder)
 
-    def _remove_begun(self) -> None:
-        """Folders without a manifest, which an interrupted sending or deleting left."""
+    def _remove_begun(self, keep: set[str]) -> None:
+        """Other folders of checkpoints: what an interrupted sending or deleting left."""
         begun = {path.partition("/")[0] for path in self._files() if "/" in path}
-        for name in set(filter(is_step_name, begun)) - set(self.complete_steps()):
+        for name in set(filter(is_step_name, begun)) - keep:
             with suppress(FileNotFoundError):  # Ray was deleting it and is through
                 self.filesystem.delete_dir(f"{self.path}/{name}")
 
@@ -186,11 +194,35 @@ class ObjectStorage(Disk):
         )
 
     def _move(self, source: str, target: str) -> None:
-        """File by file: object storage renames nothing else."""
-        for name in self._files(source):
-            self.filesystem.move(f"{source}/{name}", f"{target}/{name}")
+        """File by file: object storage renames nothing else. Whenever it is cut short, one of the two is whole."""
+        names = sorted(self._files(source), key=_is_manifest)
+        for name in names:
+            self.filesystem.copy_file(f"{source}/{name}", f"{target}/{name}")
+        for name in reversed(names):
+            self.filesystem.delete_file(f"{source}/{name}")
         with suppress(OSError):  # what some storages keep in the place of an empty folder
             self.filesystem.delete_dir(source)
+
+
+def _steps(paths: Iterable[str]) -> list[str]:
+    """The checkpoints that the files belong to, oldest first."""
+    names = {path.rpartition("/")[0] for path in paths}
+    return sorted(filter(is_step_name, names), key=lambda name: step_of(Path(name)))
+
+
+def _is_manifest(path: str) -> bool:
+    return path.rpartition("/")[2] == MANIFEST
+
+
+def _is_weights(path: str) -> bool:
+    """Whether it is `step_N/step_N.pt`."""
+    folder, _, file = path.rpartition("/")
+    return file == f"{folder}.pt"
+
+
+def _in_order_of_sending(file: Path) -> tuple[bool, bool]:
+    """The manifest last, the weights before it: without them there is nothing that one would want back."""
+    return file.name == MANIFEST, file.suffix == ".pt"
 
 
 def _remove(path: Path) -> None:

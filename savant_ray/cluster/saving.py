@@ -42,6 +42,7 @@ class Saver:
         self.lines: list[dict[str, Any]] = []  # of the record, since the last checkpoint
         self.saved_step = 0  # of the newest checkpoint
         self.seconds = 0.0  # that the last one took
+        self._refused = False  # the last one, by the storage; known on rank 0
         self._storage, self._texts, self._tell = storage, texts, tell
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -52,17 +53,19 @@ class Saver:
         """Copies the state where `copy_state` is given, which is on rank 0, and returns; every rank calls it."""
         started = time.perf_counter()
         self.finish()
+        self._refused = False
         content = None if copy_state is None else copy_state()
         save = Save(step, reason, content, figures, len(self.lines), started, time.perf_counter() - started)
         self._thread = threading.Thread(target=self._run, args=(save,), name=f"save-{step}", daemon=True)
         self._thread.start()
 
-    def finish(self) -> None:
-        """Waits for the checkpoint that is being written; raises what went wrong, but for a storage that refused."""
+    def finish(self) -> bool:
+        """Waits for the checkpoint that is being written; False: the storage refused it. Raises what else went wrong."""
         if self._thread is not None:
             self._thread.join()
         if self._error is not None:
             raise self._error
+        return not self._refused
 
     def seconds_to_finish(self) -> float:
         """How long a save that begins now may take."""
@@ -88,6 +91,7 @@ class Saver:
             folder = write_checkpoint(self._storage.folder, save.content, {**self._texts, RECORDS: records})
             return self._storage.keep(folder)
         except OSError as error:
+            self._refused = True
             self._tell(CheckpointFailed(step=save.step, text=str(error)))
             return None
 

@@ -12,7 +12,7 @@ import psutil
 
 from savant_ray.cluster.paths import in_ray_job
 from savant_ray.config import Config
-from savant_ray.errors import SavantError
+from savant_ray.errors import SavantError, TrainingError
 
 # Read by Ray when it is imported or started, so they are set before that; what the user has set stays.
 ENVIRONMENT = {
@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 SHARE_OF_WAIT = 0.7  # for the step; the rest is for saving it and for leaving
+VITAL = ("raylet", "gcs_server")  # of Ray's processes; it lives without a dashboard
 JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
 
@@ -76,12 +77,30 @@ def is_our_own() -> bool:
     return _global_node is not None and _global_node.is_head()
 
 
-class Leave(BaseException):
-    """All is done but for `fit()` to return: this process ends with `code`, by `leave_at_once`."""
+def refuse_dead_ray() -> None:
+    """Ray ends the driver of a cluster whose head has died some seconds later, without a word; this is the word.
 
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
+    Raises:
+        TrainingError: the scheduler or the head of the Ray that this process started for itself is gone.
+    """
+    from ray._private.worker import _global_node
+
+    if not is_our_own():
+        return
+    dead = [name for name, _ in _global_node.dead_processes() if name in VITAL]
+    if dead:
+        raise TrainingError(
+            f"Ray failed: its {' and '.join(dead)} on this machine was killed, or ran out of memory.\n"
+            "Run the same command again to go on from the last checkpoint."
+        )
+
+
+class Leave(BaseException):
+    """`fit()` has not returned, and nobody waits for it: this process says `error` and ends, by `leave_at_once`."""
+
+    def __init__(self, code: int = 0, error: Exception | None = None) -> None:
+        super().__init__(code, error)
+        self.code, self.error = code, error
 
 
 def leave_at_once(code: int) -> int:

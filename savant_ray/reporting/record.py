@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -157,6 +158,14 @@ def has_sample(run_folder: Path, step: int) -> bool:
     """Whether the record has the sample of that step, the last thing a validation does."""
     path = run_folder / SAMPLES
     return path.exists() and any(line["step"] == step for line in read_records(path))
+
+
+def has_finished(run_folder: Path, step: int) -> bool:
+    """Whether the newest launch that trained came to its end after that step, its last validation included."""
+    path = run_folder / METRICS
+    launches = (line for line in read_records(path) if line["event"] in ("attempt", "end")) if path.exists() else ()
+    last = next(iter(deque(launches, maxlen=1)), {"event": "attempt"})
+    return last["event"] == "end" and bool(last["finished"]) and last["step"] == step
 
 
 def _happens_again(line: dict[str, Any], step: int, validates: bool) -> bool:

@@ -80,7 +80,9 @@ class Fit:
         """What a checkpoint's run had found, if it was found for the same settings."""
         found = Fit(**record) if record else self
         asked = ("device", "limit_gb", "batch_size", "may_recompute")
-        return found if all(getattr(found, name) == getattr(self, name) for name in asked) else self
+        if any(getattr(found, name) != getattr(self, name) for name in asked):
+            return self
+        return dataclasses.replace(found, recompute_loops=found.recompute_loops or self.recompute_loops)
 
     def __str__(self) -> str:
         loops = "loops recomputed in the backward pass" if self.recompute_loops else "loops kept for the backward pass"

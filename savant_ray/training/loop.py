@@ -16,6 +16,7 @@ from savant_ray.events import Event, MicroBatchSkipped, Notice, StepDone
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.efficiency import Peak
 from savant_ray.training.memory import cap_memory_again, memory_used_gb
+from savant_ray.training.ranks import any_rank
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch, StepResult, take_step
 
@@ -36,8 +37,8 @@ class Host(Protocol):
     def save(self, state: TrainingState, reason: str) -> None:
         """Begins a checkpoint of the state as it is now; all ranks call it. A storage that refuses is told of."""
 
-    def finish_saving(self) -> None:
-        """Waits until the checkpoint that was begun is written; all ranks call it."""
+    def finish_saving(self) -> bool:
+        """Waits until the checkpoint that was begun is written; all ranks call it. False: this rank's storage refused."""
 
     def validate(self, state: TrainingState) -> bool:
         """Validation loss and a sample; collective. True: some rank was asked to stop, and it may be cut short."""
@@ -79,7 +80,7 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
             stop = host.validate(state)
             peak.measure()
         if stop:
-            if state.step > saved:  # Ray Train loses checkpoints that are reported twice
+            if state.step > saved or any_rank(not host.finish_saving(), state.device):  # it loses what is told twice
                 host.save(state, "stop")
             break
     host.finish_saving()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import yaml
 
 from savant_ray.cluster.checks import check_before_start, check_disk, checkpoint_bytes
 from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.lock import locked
+from savant_ray.cluster.lock import LOCK, is_in_use, locked, move_run_aside
 from savant_ray.cluster.paths import (
     in_ray_job,
     joined,
@@ -22,8 +25,10 @@ from savant_ray.cluster.paths import (
     with_absolute_paths,
 )
 from savant_ray.cluster.session import grace_seconds
+from savant_ray.cluster.starting_point import find_start
 from savant_ray.config import Config, load_config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from tests.cluster.test_starting_point import write
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +104,56 @@ def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) ->
     holder.wait()
     with locked(tmp_path):
         pass
+
+
+def test_who_only_looks_whether_a_run_is_in_use_keeps_nobody_from_starting_it(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        assert is_in_use(tmp_path)
+    with (tmp_path / LOCK).open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.2, looking.close).start()
+        with locked(tmp_path):
+            pass
+
+
+def test_a_run_is_locked_under_every_path_that_leads_to_it(tmp_path: Path) -> None:
+    """As an export that is mounted in two places."""
+    there, other = tmp_path / "export/run", tmp_path / "mount"
+    there.mkdir(parents=True)
+    other.symlink_to(there.parent)
+    with locked(there):
+        assert is_in_use(other / "run")
+        with pytest.raises(SavantError, match=f"in use by process {os.getpid()}"), locked(other / "run"):
+            pass
+    write(other / "run", 1, 2)
+    assert find_start(Disk(other / "run"), pytest.fail) == other / "run/step_2"
+    assert find_start(Disk(there), pytest.fail) == there / "step_2"
+    moved = move_run_aside(other / "run")
+    assert moved == other / "run.old" and (there.parent / "run.old/step_2").is_dir()
+
+
+LEAVING = """
+import os, signal, time
+from savant_ray.cluster.signals import StopSignals
+signals = StopSignals()
+signals.install()
+signals.patient = True
+try:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("leaving", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+finally:
+    print("cleaned up after the third", flush=True)
+"""
+
+
+def test_a_third_ctrl_c_ends_a_run_that_is_leaving_on_the_spot() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "leaving\n", "")
 
 
 def test_a_submitted_job_knows_how_long_its_stop_may_take() -> None:

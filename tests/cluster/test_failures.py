@@ -44,8 +44,9 @@ def test_a_run_that_diverges_ends_with_what_to_do(head: Head, workplace: Path) -
     assert len(records(run, "attempt")) == 1, "what no retry can mend is not tried again"
 
 
-def test_a_worker_that_dies_too_often_ends_the_run_with_where_to_go_on(head: Head, workplace: Path) -> None:
-    job = start_job(head, workplace, training__max_steps=2000, scaling__max_failures=0)
+def test_a_worker_that_dies_or_raises_too_often_ends_the_run_with_where_to_go_on(head: Head, workplace: Path) -> None:
+    never_again = {"training__max_steps": 2000, "scaling__max_failures": 0}
+    job = start_job(head, workplace, **never_again)
     run = workplace / "tiny"
     wait_for(lambda: steps_saved(run))
     (worker,) = training_workers()
@@ -53,6 +54,13 @@ def test_a_worker_that_dies_too_often_ends_the_run_with_where_to_go_on(head: Hea
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 1 and "run the same command again" in printed, printed
     assert "Traceback" not in printed
+
+    (shard,) = workplace.glob("cache/savant_dataset_val-*/shard-*.arrow")
+    shard.write_bytes(bytes(shard.stat().st_size))  # what reads it raises a ValueError, in the worker only
+    code, printed = run_job(head, workplace, **never_again)
+    newest = steps_saved(run)[-1]
+    assert code == 1 and "error: worker 0: " in printed and "Not an Arrow file" in printed, printed
+    assert f"run the same command again to go on from {newest}" in printed and "Traceback" not in printed, printed
 
 
 def training_workers() -> list[psutil.Process]:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from savant_ray.cluster.starting_point import find_start
 from savant_ray.cluster.storage import on_this_machine, storage_errors_explained
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.training.checkpoint import MANIFEST, verify
+from tests.cluster.conftest import wait_for
 from tests.cluster.object_store import BUCKET, CREDENTIALS, ObjectStore, running_store
 from tests.cluster.test_starting_point import write
 
@@ -93,9 +95,14 @@ def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(
     with pytest.raises(OSError, match=r"power.* whole in .*step_2\.unsent of this node"):
         here.keep(here.folder / "step_2")
     assert {file.name for file in (here.folder / "step_2.unsent").iterdir()} == files
-    assert set(sent) == files - {MANIFEST} and f"step_2/{sent[0]}" in store.names("runs/run")
-    assert find_start(elsewhere, print) == elsewhere.folder / "step_1"
-    assert not any(name.startswith("step_2") for name in store.names("runs/run"))
+    assert set(sent) == files - {MANIFEST} and sent[-1] == "step_2.pt" and f"step_2/{sent[0]}" in store.names("runs/run")
+    said: list[str] = []
+    assert find_start(elsewhere, said.append) == elsewhere.folder / "step_1"
+    assert len(said) == 1 and "set aside as step_2.damaged" in said[0], "weights are never deleted in silence"
+    assert {f"step_2.damaged/{name}" for name in sent} <= set(store.names("runs/run"))
+    store.write("runs/run/step_3/config.yaml", b"the power was gone before the weights were sent")
+    assert find_start(elsewhere, pytest.fail) == elsewhere.folder / "step_1"
+    assert not any(name.startswith("step_3") for name in store.names("runs/run"))
 
 
 def flip(store: ObjectStore, path: str) -> None:
@@ -191,6 +198,39 @@ def test_fresh_moves_the_run_aside_there_and_loses_nothing(here: ObjectStorage, 
         assert find_start(here, print) is None
 
 
+@pytest.mark.parametrize("survived", range(10))
+def test_fresh_killed_at_any_moment_loses_nothing(
+    survived: int, here: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(here, 1)
+    weights = store.read("runs/run/step_1/step_1.pt")
+    here.filesystem = DyingAfter(here.filesystem, survived)  # type: ignore[assignment]
+    with pytest.raises(OSError, match="the power"):
+        here._move(here.path, f"{here.path}.old")
+    again = ObjectStorage(here.location, here.folder)
+    said: list[str] = []
+    with suppress(CheckpointError):
+        find_start(again, said.append)
+    there = {name: store.read(f"runs/{name}") for name in store.names("runs") if name.endswith("step_1.pt")}
+    assert weights in there.values()
+    whole = [name for name in store.names("runs") if name.endswith("step_1/manifest.json")]
+    assert whole and all(f"{name.rpartition('/')[0]}/step_1.pt" in there for name in whole)
+
+
+class DyingAfter:
+    """A file system whose process dies after so many copies and deletions."""
+
+    def __init__(self, filesystem: Any, moments: int) -> None:
+        self._filesystem, self._moments = filesystem, moments
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("copy_file", "delete_file", "delete_dir"):
+            if self._moments == 0:
+                raise OSError("the power is gone")
+            self._moments -= 1
+        return getattr(self._filesystem, name)
+
+
 def test_a_checkpoint_there_is_named_by_its_uri(here: ObjectStorage, store: ObjectStore) -> None:
     keep(here, 1, 2)
     for uri, step in {store.uri("runs/run"): "step_2", store.uri("runs/run/step_1"): "step_1"}.items():
@@ -244,6 +284,24 @@ def test_a_run_in_use_is_refused_wherever_it_is_in_use(
     assert LEASE not in store.names("runs/run")
     with elsewhere.in_use():
         pass
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_run_that_was_taken_over_while_the_storage_was_not_reached_stops_and_leaves_it_alone(
+    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+) -> None:
+    record(here, "10:00")
+    with here.in_use():
+        here.refuse_if_lost()
+        taken = json.dumps({"token": "x", "process": 7, "host": "another-machine", "beat": 1}).encode()
+        store.write(f"runs/run/{LEASE}", taken)
+        wait_for(lambda: here._lease is not None and here._lease._winner, 20)
+        with pytest.raises(SavantError, match="process 7 on another-machine has taken the run over"):
+            here.refuse_if_lost()
+        with pytest.raises(OSError, match="another process trains this run"):
+            here.send_records()
+        assert store.read(f"runs/run/{LEASE}") == taken
+    assert store.read(f"runs/run/{LEASE}") == taken and store.names("runs/run") == [LEASE]
 
 
 @pytest.mark.usefixtures("impatient")

@@ -104,6 +104,16 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on_as_it_does_from_a_file_
     assert [c["step"] for c in records(workplace / "flat", "checkpoint")] == [8, 10], "taken over, then its own"
 
 
+def test_a_run_goes_on_with_other_text_where_changes_are_allowed(head: Head, finished: Finished, tmp_path: Path) -> None:
+    workplace = copied(finished, tmp_path)
+    with (workplace / "dataset/savant_dataset_train.jsonl").open("a") as text:
+        text.write(json.dumps({"text": "one more line"}) + "\n")
+    tokenizer = {"data__tokenizer": workplace / "tiny/step_8/tokenizer.json", "training__max_steps": 9}
+    code, printed = run_job(head, workplace, "--allow-changes", **tokenizer)
+    assert code == 0 and "step_8" in printed, printed
+    assert losses(workplace / "tiny")[:8] == losses(finished.run) and len(losses(workplace / "tiny")) == 9
+
+
 def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, tmp_path: Path) -> None:
     code, printed = run_job(head, with_text(tmp_path), "--verbose", scaling__num_workers=2)
     assert code == 0, printed

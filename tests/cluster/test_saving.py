@@ -109,13 +109,13 @@ def test_a_storage_that_refuses_is_told_and_the_next_checkpoint_has_the_records_
     disk.error = OSError("no space left")
     saver.lines.append({"event": "step", "step": 1})
     saver.begin(1, "periodic", lambda: content(1), {})
-    saver.finish()
+    assert not saver.finish()
     assert ray_train.reported == [(1, None)] and saver.saved_step == 0, "the other ranks wait for a word"
     assert isinstance(told[0], CheckpointFailed) and "no space left" in told[0].text
     disk.error = None
     saver.lines.append({"event": "step", "step": 2})
     saver.begin(2, "periodic", lambda: content(2), {})
-    saver.finish()
+    assert saver.finish()
     records = (tmp_path / "step_2" / RECORDS).read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [1, 2] and saver.lines == []
 

@@ -263,6 +263,21 @@ def test_a_finished_run_is_finished_once_its_last_sample_is_there(tmp_path: Path
     assert is_finished(longer, Disk(tmp_path / "run"), tmp_path / "run/step_5") is None
 
 
+def test_a_run_whose_last_sample_found_no_room_is_finished_too(tmp_path: Path) -> None:
+    config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
+    write(tmp_path / "run", 5)
+    lines = [{"event": "attempt", "step": 0}, {"event": "validation", "step": 5}]
+    for last, finished in [
+        ({"event": "end", "step": 5, "finished": False, "saved_step": 5}, False),
+        ({"event": "end", "step": 5, "finished": True, "saved_step": 5}, True),
+        ({"event": "attempt", "step": 3}, False),
+    ]:
+        lines.append(last)
+        (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        said = is_finished(config, Disk(tmp_path / "run"), tmp_path / "run/step_5")
+        assert (said is not None) == finished, last
+
+
 def test_a_file_of_the_original_is_taken_when_it_is_the_newest_and_never_set_aside(tmp_path: Path) -> None:
     write(tmp_path, 5, 6)
     config = changed(run={"storage_path": str(tmp_path.parent), "name": tmp_path.name}, training={"max_steps": 8})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from tests.cluster.conftest import with_text
 from tests.torture.promises import expect_the_same_run
-from tests.torture.runner import Torture, tortured_head
+from tests.torture.runner import Torture, planned, tortured_head
 from tests.torture.table import costs, hits
 
 if __name__ == "__main__":
@@ -21,7 +22,8 @@ if __name__ == "__main__":
         with tortured_head(folder / "windows") as head:
             torture = Torture(head, folder, folder / "windows", sys.executable)
             straight = torture.train_straight()
-            torture.interrupt(n, seed, console.print)
+            chance = random.Random(seed)
+            torture.interrupt(planned(n, chance), chance, console.print)
             for run in torture.trained:
                 expect_the_same_run(straight, run)
     console.print(hits(torture.done), costs(torture.done))

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,10 +122,9 @@ class Torture:
         self._train("straight", deque(), random.Random(0))
         return self.trained.pop()
 
-    def interrupt(self, n: int, seed: int, say: Callable[[str], None]) -> None:
-        """Trains runs to their end until `n` interruptions are through."""
-        chance = random.Random(seed)
-        plan = deque(planned(n, chance))
+    def interrupt(self, pairs: Iterable[tuple[str, str]], chance: random.Random, say: Callable[[str], None]) -> None:
+        """Trains runs to their end until these interruptions (means, window) are through."""
+        plan = deque(pairs)
         while plan:
             before = len(self.done)
             self._train(f"run{len(self.trained)}", plan, chance)
@@ -247,6 +246,6 @@ def newest_step(run: Path) -> int:
 def tortured_head(windows: Path) -> Iterator[Head]:
     """A head whose processes say in which window they are."""
     windows.mkdir(parents=True, exist_ok=True)
-    site = str(Path(__file__).parent / "site")
+    site = f"{Path(__file__).parent / 'site'}{os.pathsep}{ROOT}"  # this very tree, wherever the package is installed from
     with mock.patch.dict(os.environ, {"TORTURE_WINDOWS": str(windows), "PYTHONPATH": site}), running_head() as head:
         yield head

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from tests.cluster.conftest import ROOT, environment, options, with_text
 STEPS = 80_000
 PARTS = 10
 SECONDS_BETWEEN_LOOKS = 5.0
+MOST_SLOWER, MOST_LARGER = 1.5, 1.1  # times; other work on the machine, and pages that come late, are no leak
+SPARE_MIB, SPARE_FILES = 30.0, 10
 SETTINGS = {
     "model__dim": 8,
     "model__n_loops": 1,
@@ -70,6 +72,29 @@ def main(steps: int) -> None:
         seconds = [line["step_seconds"] for line in read_records(folder / "tiny" / METRICS) if line["event"] == "step"]
     assert len(seconds) == steps
     Console(width=120).print(step_times(seconds), resources(looks))
+    complaints = [*slower(seconds), *grown(looks)]
+    assert not complaints, "\n".join(complaints)
+
+
+def slower(seconds: Sequence[float]) -> Iterator[str]:
+    """Says when the last half's median step took longer than the second tenth's; in the first one, libraries warm up."""
+    tenth = len(seconds) // PARTS
+    early, late = statistics.median(seconds[tenth : 2 * tenth]), statistics.median(seconds[len(seconds) // 2 :])
+    if late > early * MOST_SLOWER:
+        yield f"steps take {1000 * late:.2f} ms, {1000 * early:.2f} ms at the beginning"
+
+
+def grown(looks: Sequence[Look]) -> Iterator[str]:
+    """Says which processes hold more at the end than after a fifth of the time."""
+    first, last = looks[0].time, looks[-1].time
+    for name in sorted({each.process for each in looks}):
+        early, late = (_near(looks, name, first + share * (last - first)) for share in (0.2, 1.0))
+        if early is None or late is None:
+            continue
+        if late.mib > early.mib * MOST_LARGER + SPARE_MIB:
+            yield f"{name} holds {late.mib:.0f} MiB, {early.mib:.0f} MiB after a fifth of the time"
+        if late.open_files > early.open_files + SPARE_FILES:
+            yield f"{name} has {late.open_files} open files, {early.open_files} after a fifth of the time"
 
 
 def step_times(seconds: Sequence[float]) -> Table:

@@ -108,6 +108,13 @@ def test_what_fits_is_remembered_in_the_checkpoint_for_the_same_settings() -> No
         assert other.fit == Fit.of(tiny_config(**change), CPU), "found for other settings"
 
 
+def test_loops_are_recomputed_from_where_the_user_asks_for_it() -> None:
+    checkpoint = tiny_state(tiny_config()).to_checkpoint()
+    asked = tiny_state(tiny_config(recompute_loops=True))
+    asked.load_checkpoint(checkpoint)
+    assert asked.fit.recompute_loops and asked.model.recompute_loops
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [

@@ -105,6 +105,23 @@ def test_training_goes_on_when_the_storage_refuses_and_tries_again() -> None:
     assert host.saved == [(6, "final")] and list(losses(host)) == [1, 2, 3, 4, 5, 6]
 
 
+class RefusedOnce(RecordingHost):
+    """Its storage refuses the first checkpoint only."""
+
+    def finish_saving(self) -> bool:
+        kept = super().finish_saving()
+        self.storage_refuses = self.storage_refuses and kept
+        return kept
+
+
+def test_a_stop_in_the_validation_of_a_step_that_the_storage_refused_saves_it_again() -> None:
+    config = with_cadence(tiny_config(), checkpoint=3, validation=3)
+    host, state = RefusedOnce(stop_at=3, in_validation=True), tiny_state(config)
+    host.storage_refuses = True
+    assert not train(state, config, shares(state, config), host)
+    assert host.saved == [(3, "stop")] and host.checkpoint["step"] == 3
+
+
 def test_a_run_that_no_longer_learns_ends_with_an_error() -> None:
     config = tiny_config(max_steps=50, max_skipped_steps=3)
     host, state = RecordingHost(), tiny_state(config)

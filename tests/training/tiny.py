@@ -88,12 +88,14 @@ class RecordingHost:
         self.finish_saving()
         self._begun = (state.step, reason, state.copy_to_host())
 
-    def finish_saving(self) -> None:
+    def finish_saving(self) -> bool:
         """The storage refuses at the last moment."""
-        if self._begun is not None and not self.storage_refuses:
+        kept = self._begun is None or not self.storage_refuses
+        if self._begun is not None and kept:
             step, reason, self.checkpoint = self._begun
             self.saved.append((step, reason))
         self._begun = None
+        return kept
 
     def validate(self, state: TrainingState) -> bool:
         stop = self.in_validation and state.step == self.stop_at

@@ -1,0 +1,68 @@
+"""A run that started a Ray of its own: whatever of it dies, nothing stays behind and the same command goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from savant_ray.cluster.lock import locked
+from savant_ray.training.checkpoint import newest_checkpoint
+from tests.cluster.conftest import ROOT, environment, losses, options, records, started, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+def start(workplace: Path, **changes: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "jobs/train.py"), *options(checkpoint__every_steps=10, **changes)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    job = subprocess.Popen(command, cwd=workplace, env=environment(), text=True, **pipes)
+    started.append(job)
+    return job
+
+
+def killed(workplace: Path, victim: str) -> tuple[int, str, list[psutil.Process]]:
+    """Exit code and output of a run in which that process was killed after its first checkpoint, and all its processes.
+
+    None is left but for Ray's agents, which try for a minute to tell their dead head that it is dead.
+    """
+    run = workplace / "tiny"
+    before = newest_checkpoint(run)
+    job = start(workplace, training__max_steps=100_000, validation__every_steps=100_000)
+    wait_for(lambda: newest_checkpoint(run) != before or job.poll() is not None, 240)
+    assert job.poll() is None, job.communicate()[0]
+    driver = psutil.Process(job.pid)
+    processes = {process: name_of(process) for process in [driver, *driver.children(recursive=True)]}
+    (driver if victim == "driver" else next(p for p, name in processes.items() if victim in name)).kill()
+    printed, _ = job.communicate(timeout=60)
+    wait_for(lambda: not any(process.is_running() for process, name in processes.items() if "Agent" not in name), 30)
+    with locked(run):
+        return job.returncode, printed, list(processes)
+
+
+def name_of(process: psutil.Process) -> str:
+    return " ".join([process.name(), *process.cmdline()[:1]])
+
+
+def test_whatever_of_its_own_ray_is_killed_the_run_says_so_and_the_same_command_goes_on(workplace: Path) -> None:
+    processes: list[psutil.Process] = []
+    for victim in ("raylet", "Bridge"):
+        code, printed, of_this = killed(workplace, victim)
+        processes += of_this
+        assert code == 1 and printed.count("error: ") == 1 and "Traceback" not in printed, printed
+        said = printed[printed.index("error: ") :]
+        assert "Ray failed: " in said and "killed" in said and "Run the same command again" in said, printed
+    code, _, of_this = killed(workplace, "driver")
+    assert code == -9
+
+    newest = newest_checkpoint(workplace / "tiny")
+    assert newest is not None
+    job = start(workplace, training__max_steps=int(newest.name.removeprefix("step_")) + 3)
+    printed, _ = job.communicate(timeout=120)
+    assert job.returncode == 0 and f"resuming from {newest}" in printed, printed
+    assert len(records(workplace / "tiny", "attempt")) == 4 and len(losses(workplace / "tiny")) == int(newest.name[5:]) + 3
+    wait_for(lambda: not any(process.is_running() for process in processes + of_this), 90)

@@ -1,0 +1,92 @@
+"""A validation that is stopped within: between two batches, between two tokens of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from savant_ray.config import Config
+from savant_ray.events import Event, SampleGenerated, ValidationDone
+from savant_ray.training.loop import train
+from savant_ray.training.state import TrainingState
+from savant_ray.training.validator import Validator
+from tests.training.tiny import RecordingHost, share, shares, tiny_config, tiny_state
+
+BATCHES, NEW_TOKENS = 3, 4
+
+
+def config_of(max_steps: int = 6) -> Config:
+    settings = tiny_config(max_steps=max_steps).to_dict()
+    settings["validation"] |= {"every_steps": 3, "max_new_tokens": NEW_TOKENS}
+    settings["checkpoint"]["every_steps"] = 3
+    return Config.from_dict(settings)
+
+
+def after(questions: int) -> Callable[[], bool]:
+    """A wish to stop that comes when it has been asked for so often in vain."""
+    left = iter(range(questions))
+    return lambda: next(left, None) is None
+
+
+def validator(config: Config, emit: Callable[[Event], None], stop_requested: Callable[[], bool]) -> Validator:
+    words = SimpleNamespace(
+        vocab_size=50, end_of_document=50, never_sampled=frozenset(), encode=lambda text: [3, 4], decode=str
+    )
+    batches = share(0, 4 * BATCHES, 0, 1, 4)
+    return Validator(config, words, batches, target_tokens=9, text_bytes=9, rank=0, emit=emit, stop_requested=stop_requested)
+
+
+def told(events: list[Event]) -> dict[tuple[str, int], Any]:
+    figures = {ValidationDone: "validation_loss", SampleGenerated: "text"}
+    return {(e.kind, e.step): getattr(e, figures[type(e)]) for e in events if type(e) in figures}
+
+
+def test_what_a_stop_cut_short_is_not_told_and_the_rest_is_what_it_would_have_been() -> None:
+    config, state = config_of(), tiny_state(config_of())
+    whole: list[Event] = []
+    assert not validator(config, whole.append, lambda: False)(state)
+    seen: list[list[str]] = []
+    for questions in range(100):
+        events: list[Event] = []
+        stopped = validator(config, events.append, after(questions))(state)
+        assert told(events).items() <= told(whole).items()
+        if not stopped:
+            break
+        seen.append([event.kind for event in events])
+    assert seen == sorted(seen, key=len) and told(events) == told(whole)
+    assert seen.count([]) > BATCHES, "a stop before, between and after the batches"
+    assert seen.count(["validation"]) > NEW_TOKENS, "a stop before, between and after the tokens"
+
+
+class ValidatingHost(RecordingHost):
+    """Validates in earnest; in the validation of `stop_at` it is asked to stop after so many questions."""
+
+    def __init__(self, config: Config, stop_at: int | None = None, questions: int = 0) -> None:
+        super().__init__(stop_at=stop_at, in_validation=True)
+        self._config, self._questions = config, questions
+
+    def validate(self, state: TrainingState) -> bool:
+        wish = after(self._questions) if state.step == self.stop_at else lambda: False
+        return validator(self._config, self.emit, wish)(state)
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, 6])
+@pytest.mark.parametrize("questions", [1, BATCHES + 3], ids=["between batches", "between tokens"])
+def test_it_is_made_up_for_after_the_resume(stop_at: int, questions: int) -> None:
+    config = config_of()
+    straight = ValidatingHost(config)
+    state = tiny_state(config)
+    assert train(state, config, shares(state, config), straight)
+
+    first, state = ValidatingHost(config, stop_at, questions), tiny_state(config)
+    assert not train(state, config, shares(state, config), first)
+    assert ("sample", stop_at) not in told(first.events)
+    second, resumed = ValidatingHost(config), tiny_state(config)
+    if stop_at:
+        resumed.load_checkpoint(first.checkpoint)
+    assert train(resumed, config, shares(resumed, config), second)
+    assert told(first.events) | told(second.events) == told(straight.events)
+    assert ("validation", stop_at) in told(second.events) and ("sample", stop_at) in told(second.events)
