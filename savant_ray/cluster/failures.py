@@ -13,6 +13,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from savant_ray.errors import SavantError, TrainingError
 from savant_ray.events import RunFailed, WorkersLost
 
+GONE = ("died", "is unavailable")  # Ray Train wraps what Ray says of an actor
 OUT_OF_MEMORY = ("outofmemoryerror", "memory monitor", "running low on memory", "due to oom", "out of memory issue")
 CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")  # of another's failure
 
@@ -80,7 +81,7 @@ def _in_words(failure: BaseException) -> str:
         return "it lost its connection to another worker: that one was killed, ran out of memory, or its node is gone"
     if isinstance(failure, UserExceptionWithTraceback):
         return _last_line(failure)
-    if isinstance(failure, RayActorError) or "died" in text:
+    if isinstance(failure, RayActorError) or any(sign in text for sign in GONE):
         return "it died: it was killed, ran out of memory, or its node is gone"
     return _last_line(failure)
 

@@ -74,9 +74,9 @@ def _(event: ValidationDone) -> str:
 
 @describe.register
 def _(event: LogicScored) -> str:
-    whole = "all" if event.final else "some"
+    all_of = "all " if event.final else ""
     first = (
-        f"logic at step {event.step:,}: {percent(event.score)} of {whole} {event.n:,} problems right "
+        f"logic at step {event.step:,}: {percent(event.score)} of {all_of}{event.n:,} held-out problems right "
         f"({percent(event.low)} – {percent(event.high)}) · {duration(event.seconds)}"
     )
     if not event.final:

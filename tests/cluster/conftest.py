@@ -43,6 +43,7 @@ SETTINGS = {
     "validation.every_steps": 4,
     "validation.batches": 2,
     "validation.max_new_tokens": 5,
+    "validation.logic_problems": 0,
     "checkpoint.every_steps": 4,
 }
 

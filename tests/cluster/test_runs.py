@@ -44,7 +44,7 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     workplace = with_text(tmp_path_factory.mktemp("finished"))
-    code, printed = run_job(head, workplace)
+    code, printed = run_job(head, workplace, validation__logic_problems=12)
     assert code == 0, printed
     return Finished(workplace, workplace / "tiny", printed)
 
@@ -65,6 +65,8 @@ def test_a_run_leaves_what_the_design_says(finished: Finished) -> None:
     assert all(s["tokens"] > 0 and s["grad_norm"] > 0 for s in records(run, "step"))
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [0, 4, 8] and samples[0]["prompt"].startswith("Question: If X = 5")
+    scores = [(s["step"], s["n"], s["final"]) for s in records(run, "score")]
+    assert scores == [(0, 12, False), (4, 12, False), (8, 600, True)]
     log = (run / "training_log.txt").read_text()
     assert all(f"validation at step {step}" in log for step in (0, 4, 8)) and samples[0]["prompt"].split("\n")[1] in log
 
@@ -115,8 +117,9 @@ def test_a_run_goes_on_with_other_text_where_changes_are_allowed(head: Head, fin
 
 
 def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, tmp_path: Path) -> None:
-    code, printed = run_job(head, with_text(tmp_path), "--verbose", scaling__num_workers=2)
+    code, printed = run_job(head, with_text(tmp_path), "--verbose", scaling__num_workers=2, validation__logic_problems=12)
     assert code == 0, printed
+    assert [s["n"] for s in records(tmp_path / "tiny", "score")] == [12, 12, 600], "shared by the two"
     rays = re.compile(r"\(TrainController pid=\d+\)")
     assert rays.search(printed) and not rays.search(finished.printed), "what Ray says is shown to who asks for it"
     assert losses(tmp_path / "tiny") == pytest.approx(losses(finished.run), rel=1e-3)

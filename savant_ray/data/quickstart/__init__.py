@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from savant_ray.data.quickstart.problems import Problem, is_held_out, problems
+from savant_ray.data.quickstart.problems import TEMPLATES, Problem, is_held_out, problems
 from savant_ray.data.quickstart.prose import Document, prose
 from savant_ray.errors import DataError
 
@@ -32,6 +32,7 @@ _GENIUS_PROBLEMS = 20_000
 _WORD_PROBLEMS = 6_000
 _VALIDATION_PROBLEMS = 400
 _VALIDATION_UNSEEN_WORDINGS = 100
+_HARD = ("product", "product", "comparison")  # templates that take longest to learn have further turns
 _SEED = 20240
 
 
@@ -67,7 +68,7 @@ def _make() -> dict[str, list[Document]]:
             "quickstart data: this Python came without the sources of its standard library, which the quickstart's"
             " prose is taken from; use another Python, or your own text (data.quickstart: false, data.sources)"
         )
-    genius = problems(_SEED, _GENIUS_PROBLEMS)
+    genius = problems(_SEED, _GENIUS_PROBLEMS, templates=(*TEMPLATES, *_HARD))
     known = {problem.prompt for problem in genius}
     school = problems(_SEED + 1, _WORD_PROBLEMS, templates=("word_problem", "two_step"))
     validation = problems(_SEED + 2, _VALIDATION_PROBLEMS, held_out=True) + problems(
