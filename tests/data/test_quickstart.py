@@ -172,7 +172,7 @@ def test_every_answer_ends_in_the_right_number():
 
 
 def test_places_are_joined_to_the_right_result():
-    joined = re.compile(r"(\d+) ([-+*]) (\d+)\. \S+ \S \S+ = (-?\d+)\. \S+ \S \S+ = (\d+)\. (?:\S+ \+ \S+ = \S+\. )?So (\d+)\.")
+    joined = re.compile(r"(\d+) ([-+*]) (\d+)\. \S+ \S \S+ = (-?\d+)\. \S+ \S \S+ = (\d+)\. (?:\S+ \+ \S+ = \S+\. )*So (\d+)\.")
     for problem in problems(4, 2000):
         for x, sign, y, ones, tens, result in joined.findall(problem.answer_text):
             assert int(ones) + int(tens) == int(result) == OPERATORS[sign](int(x), int(y))

@@ -5,7 +5,7 @@ through the places, ones first, and ends in `The answer is 61.`:
 
     27 + 34. 7 + 4 = 11. 20 + 30 = 50. So 61. The answer is 61.
     61 - 27. 1 - 7 = -6. 60 - 20 = 40. So 34. The answer is 34.
-    27 * 4. 7 * 4 = 28. 20 * 4 = 80. 20 + 80 = 100. So 108. The answer is 108.
+    27 * 4. 7 * 4 = 28. 20 * 4 = 80. 20 + 80 = 100. 0 + 100 = 100. So 108. The answer is 108.
     27 or 34. 20 < 30. So 34. The answer is 34.
 
 Held out are pairs of operands, whatever is done with them and in whichever order, and whole wordings:
@@ -195,7 +195,7 @@ def _work_out(operands: Sequence[int], operations: Sequence[str]) -> tuple[list[
         sentences.append(f"{left} {'or' if operation in '<>' else operation} {right}.")
         sentences += [_step(x, operation, y) for x, y in _places(left, operation, right)]
         if operation == "*":
-            sentences.append(_carry(left, right))
+            sentences += _carry(left, right)
         left = _OPERATIONS[operation](left, right)
         sentences.append(f"So {left}.")
     return sentences, left
@@ -211,10 +211,11 @@ def _places(left: int, operation: str, right: int) -> list[tuple[int, int]]:
     return [ones, tens]
 
 
-def _carry(left: int, right: int) -> str:
-    """The tens of a product's two parts, which are round."""
-    ones = left % 10 * right
-    return _step(ones - ones % 10, "+", (left - left % 10) * right)
+def _carry(left: int, right: int) -> list[str]:
+    """How the two parts of a product are added: their tens, then the hundreds."""
+    ones, rest = left % 10 * right, (left - left % 10) * right
+    tens = ones - ones % 10 + rest % 100
+    return [_step(ones - ones % 10, "+", rest % 100), _step(rest - rest % 100, "+", tens)]
 
 
 def _step(x: int, operation: str, y: int) -> str:
