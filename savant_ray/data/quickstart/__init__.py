@@ -28,7 +28,7 @@ TRAIN_FILE = "savant_dataset_train.jsonl"
 VALIDATION_FILE = "savant_dataset_val.jsonl"
 GENIUS_FILE = "genius_dataset.jsonl"
 
-_GENIUS_PROBLEMS = 20_000
+_GENIUS_PROBLEMS = 26_000
 _WORD_PROBLEMS = 6_000
 _VALIDATION_PROBLEMS = 400
 _VALIDATION_UNSEEN_WORDINGS = 100
