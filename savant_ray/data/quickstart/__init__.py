@@ -32,7 +32,7 @@ _GENIUS_PROBLEMS = 26_000
 _WORD_PROBLEMS = 6_000
 _VALIDATION_PROBLEMS = 400
 _VALIDATION_UNSEEN_WORDINGS = 100
-_HARD = ("product", "product", "difference")  # templates that take longest to learn have further turns
+_HARD = ("product", "product", "difference", "comparison")  # templates that take longest to learn have further turns
 _SEED = 20240
 
 
