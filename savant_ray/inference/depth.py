@@ -28,7 +28,7 @@ class LoopStatistics:
     @property
     def has_collapsed(self) -> bool:
         """Whether the tokens are nearly alike after the last loop."""
-        return self.cosines[-1] > COLLAPSED
+        return bool(self.cosines) and self.cosines[-1] > COLLAPSED
 
 
 @torch.no_grad()

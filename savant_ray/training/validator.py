@@ -17,7 +17,7 @@ from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import MemoryCapError
 from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
-from savant_ray.inference.depth import loop_statistics
+from savant_ray.inference.depth import LoopStatistics, loop_statistics
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.inference.validation import bits_per_byte, loss_sums
 from savant_ray.training.compilation import uncompiled
@@ -95,8 +95,7 @@ class Validator:
             self.emit(Notice(text=f"validation did not fit into memory: from here on its sequences go through at most {self.rows} at once"))
 
     def _tell(self, state: TrainingState, loss: float, seconds: float) -> None:
-        rows = next(self.micro_batches[0].parts(ROWS_OF_DEPTH))
-        depth = loop_statistics(state.model, rows.tokens_BT, rows.document_ids_BT)
+        depth = self._depth(state)
         if depth.has_collapsed:
             self.emit(Notice(text=COLLAPSE.format(step=state.step, cosine=depth.cosines[-1])))
         self.emit(
@@ -110,6 +109,13 @@ class Validator:
                 cosines=depth.cosines,
             )
         )
+
+    def _depth(self, state: TrainingState) -> LoopStatistics:
+        """Of a few sequences; empty where this rank has none, as there are more workers than held-out sequences."""
+        for batch in self.micro_batches:
+            rows = next(batch.parts(ROWS_OF_DEPTH))
+            return loop_statistics(state.model, rows.tokens_BT, rows.document_ids_BT)
+        return LoopStatistics((), ())
 
     def _sample(self, state: TrainingState, scored: LogicScored | None) -> None:
         started = time.perf_counter()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from savant_ray.config import Config
 from savant_ray.events import Event, SampleGenerated, ValidationDone
@@ -90,3 +91,15 @@ def test_it_is_made_up_for_after_the_resume(stop_at: int, questions: int) -> Non
     assert train(resumed, config, shares(resumed, config), second)
     assert told(first.events) | told(second.events) == told(straight.events)
     assert ("validation", stop_at) in told(second.events) and ("sample", stop_at) in told(second.events)
+
+
+def test_a_rank_without_held_out_sequences_still_tells_what_the_others_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = config_of(), tiny_state(config_of())
+    events: list[Event] = []
+    empty = validator(config, events.append, lambda: False)
+    empty.micro_batches = []
+    others = torch.tensor([12.0, 4.0, 0.0], dtype=torch.float64)  # loss, tokens, stops
+    monkeypatch.setattr("savant_ray.training.validator.add_up", lambda sums: sums + others)
+    assert not empty(state)
+    (done,) = (event for event in events if isinstance(event, ValidationDone))
+    assert done.validation_loss == 3.0 and done.residuals == done.cosines == () and done.last_cosine is None
