@@ -34,9 +34,7 @@ def run() -> Figures:
             run_config=RunConfig(name="run", storage_path=folder, checkpoint_config=CheckpointConfig(num_to_keep=2)),
         ).fit()
         stalls, blocking, size = json.loads(Path(folder, RESULT).read_text())
-    detail = (
-        f"{1000 * statistics.median(stalls):.0f} against {1000 * statistics.median(blocking):.0f} ms for {size / 1e6:.0f} MB"
-    )
+    detail = f"{1000 * statistics.median(stalls):.0f} against {1000 * statistics.median(blocking):.0f} ms for {size / 1e6:.0f} MB"
     return {"checkpoint_stall": figure([a / b for a, b in zip(stalls, blocking, strict=True)], detail)}
 
 

@@ -35,7 +35,10 @@ def _attention_figures() -> Iterator[tuple[str, dict[str, object]]]:
         documents = (torch.arange(T, device=device) // length)[None]
         masks = build_masks(documents, config.window_size, config.head_dim)
         same_document = documents[:, None, :, None] == documents[:, None, None, :]
-        for loop, mask, window in (("windowed", masks.of_windowed, config.window_size), ("global", masks.of_global, None)):
+        for loop, mask, window in (
+            ("windowed", masks.of_windowed, config.window_size),
+            ("global", masks.of_global, None),
+        ):
             dense = Mask(~(same_document & causal_mask(T, T, window, device)))
             ways = (lambda m=each: attend(*qkv, m, config.soft_cap).square().sum().backward() for each in (dense, mask))
             yield f"attention_{loop}_{text}", _against(*ways, device=device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from savant_ray.benchmarks.peak import benchmark_device
-from savant_ray.benchmarks.rounds import Figures, figure
+from savant_ray.benchmarks.rounds import Figures, figure, tell
 from savant_ray.config import Config
 from savant_ray.data.packing import pack
 from savant_ray.data.quickstart.problems import problems
@@ -47,7 +47,7 @@ def run() -> Figures:
     """A figure per precision and learning rate; rounds are seeds."""
     figures: Figures = {}
     for rate in LEARNING_RATES:
-        falls = {each: [fall(each, rate, seed) for seed in SEEDS] for each in ("fp32", *PRECISIONS)}
+        falls = {each: [_told(each, rate, seed) for seed in SEEDS] for each in ("fp32", *PRECISIONS)}
         for precision in PRECISIONS:
             ratios = [ours / theirs for ours, theirs in zip(falls[precision], falls["fp32"], strict=True)]
             means = (statistics.mean(falls[each]) for each in (precision, "fp32"))
@@ -56,10 +56,20 @@ def run() -> Figures:
     return figures
 
 
+def _told(precision: str, rate: float, seed: int) -> float:
+    fallen = fall(precision, rate, seed)
+    tell(f"{precision}, learning rate {rate:g}, seed {seed}: the validation loss fell by {fallen:.4f}")
+    return fallen
+
+
 def fall(precision: str, rate: float, seed: int, steps: int = STEPS) -> float:
     """By how much the validation loss is lower after `steps`, nats per token; evaluated in the precision itself."""
     device = benchmark_device()
-    settings = {"precision": "fp32" if precision == "plain bf16" else precision, "learning_rate": rate, "batch_size": ROWS}
+    settings = {
+        "precision": "fp32" if precision == "plain bf16" else precision,
+        "learning_rate": rate,
+        "batch_size": ROWS,
+    }
     config = Config.from_dict({"run": {"seed": seed}, "model": MODEL, "training": {**settings, "accumulation": 1}})
     text = _text()
     batches = itertools.islice(itertools.cycle(text.training), seed * steps, (seed + 1) * steps)
@@ -116,7 +126,9 @@ def _packed(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
     tokens = torch.zeros(len(packing), MODEL["max_seq_len"], dtype=torch.int64)
     documents = torch.full_like(tokens, -1)
     row, column = 0, 0
-    for piece, (document, start, length) in enumerate(zip(packing.documents, packing.starts, packing.lengths, strict=True)):
+    for piece, (document, start, length) in enumerate(
+        zip(packing.documents, packing.starts, packing.lengths, strict=True)
+    ):
         if piece == packing.row_ends[row]:
             row, column = row + 1, 0
         place = slice(column, column + int(length))

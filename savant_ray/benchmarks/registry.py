@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from savant_ray.benchmarks.rounds import tell
 from savant_ray.errors import SettingsError
 
 BENCHMARKS = {
@@ -46,6 +47,7 @@ def run(name: str | None, json_path: Path | None = None) -> None:
     all_figures: dict[str, dict[str, Any]] = {}
     for each in BENCHMARKS if name is None else [name]:
         module, _, function = BENCHMARKS[each].partition(".")
+        tell(f"benchmark {each}")
         figures = getattr(importlib.import_module(f"savant_ray.benchmarks.{module}"), function)()
         Console(width=WIDTH).print(table(figures))
         all_figures |= figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,9 +19,17 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def in_turn(rounds: int, *measures: Callable[[], float], warm_up: int = 1) -> list[list[float]]:
-    """What each measure gave in each round; the first `warm_up` rounds are not counted."""
-    results = [[measure() for measure in measures] for _ in range(warm_up + rounds)][warm_up:]
-    return [list(of_one) for of_one in zip(*results, strict=True)]
+    """What each measure gave in each round, told on the way; the first `warm_up` rounds are not counted."""
+    results = []
+    for number in range(1, warm_up + rounds + 1):
+        results.append([measure() for measure in measures])
+        tell(f"round {number} of {warm_up + rounds}: {', '.join(f'{result:.4g}' for result in results[-1])}")
+    return [list(of_one) for of_one in zip(*results[warm_up:], strict=True)]
+
+
+def tell(progress: str) -> None:
+    """A line beside the figures, which go to standard output: some benchmarks take many minutes."""
+    print(f"  {progress}", file=sys.stderr, flush=True)
 
 
 def figure(ratios: Sequence[float], detail: str, shares_of_peak: Sequence[float] = ()) -> dict[str, Any]:
