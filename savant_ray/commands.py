@@ -94,12 +94,19 @@ def _generate(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     parser = _parser("evaluate")
     parser.add_argument("checkpoint", metavar="RUN", help="a run folder or a step_N in it; also s3://…")
-    parser.add_argument("--suite", choices=("logic",), default="logic", help="questions that come with savant_ray [logic]")
-    parser.add_argument("--problems", type=Path, metavar="FILE.jsonl", help="your own instead: prompt and answer a line")
+    parser.add_argument(
+        "--suite", choices=("logic",), default="logic", help="questions that come with savant_ray [logic]"
+    )
+    parser.add_argument(
+        "--problems", type=Path, metavar="FILE.jsonl", help="your own instead: prompt and answer a line"
+    )
     parser.add_argument("--max-new-tokens", type=count, metavar="N", help="longest answer [the run's]")
     parser.add_argument("--loops", type=count, metavar="N", help="passes of the recurrent block [the model's n_loops]")
     parser.add_argument(
-        "--depths", type=counts, metavar="N,N,…", help="instead: score and loss with so many loops, such as 1,2,4,8,16,32"
+        "--depths",
+        type=counts,
+        metavar="N,N,…",
+        help="instead: score and loss with so many loops, such as 1,2,4,8,16,32",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write scores and answers to this file")
     options = parser.parse_args(arguments)

@@ -68,7 +68,7 @@ class ModelConfig(Section):
     window_size: Count = Field(default=256, description="tokens a windowed loop looks back")
     global_every: Count = Field(default=4, description="every so many loops attention is global instead of windowed")
     positions: Literal["none", "rotary"] = Field(
-        default="none", description="how tokens know their distance: by causality and windows alone, or turned by angles"
+        default="none", description="how tokens know their distance: by causality and windows, or turned by angles"
     )
     soft_cap: Positive = Field(default=50.0, description="bound of the attention scores: cap · tanh(score / cap)")
 
@@ -142,7 +142,7 @@ class TrainingConfig(Section):
         default="adamw", description="the update rule; muon: for the block's matrices, AdamW for the rest"
     )
     vram_limit_gb: Positive = Field(default=10.0, description="hard limit of GPU memory per worker, GiB")
-    compile: bool | Auto = Field(default="auto", description="compile the model; auto: where it pays and a compiler is there")
+    compile: bool | Auto = Field(default="auto", description="compile the model; auto: where it pays and can be done")
     recompute_loops: bool | Auto = Field(
         default="auto",
         description="recompute each loop in the backward pass instead of keeping it: slower, far less memory; "

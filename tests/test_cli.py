@@ -86,7 +86,10 @@ def test_an_unknown_command_is_refused_with_a_suggestion(capsys: pytest.CaptureF
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: trian: no such command; did you mean train?\n"
     assert main(["xyzzy"]) == 2
-    assert "there are train, prepare, runs, status, report, generate, evaluate, export, config, benchmark" in capsys.readouterr().err
+    assert (
+        "there are train, prepare, runs, status, report, generate, evaluate, export, config, benchmark"
+        in capsys.readouterr().err
+    )
 
 
 def test_train_hands_over_the_settings_and_ends_with_the_trainings_exit_code(calls: list[Any]) -> None:

@@ -23,7 +23,8 @@ def is_finished(config: Config, storage: Disk, newest: Path) -> str | None:
     folder, step = storage.location, original_step(newest) if newest.is_file() else step_of(newest)
     if step < config.training.max_steps:
         return None
-    if not has_sample(storage.folder, step) and not has_finished(storage.folder, step):  # some find no room for a sample
+    # Some find no room for a sample.
+    if not has_sample(storage.folder, step) and not has_finished(storage.folder, step):
         return None
     return (
         f"{folder} has done its {step:,} steps; raise training.max_steps to go on, "

@@ -71,7 +71,9 @@ def _is_consequence(failure: BaseException) -> bool:
 def _in_words(failure: BaseException) -> str:
     text = str(failure)
     if "CUDA out of memory" in text:
-        return "its GPU memory, training.vram_limit_gb, did not suffice; lower training.batch_size and raise accumulation"
+        return (
+            "its GPU memory, training.vram_limit_gb, did not suffice; lower training.batch_size and raise accumulation"
+        )
     if any(sign in text.lower() for sign in OUT_OF_MEMORY):
         return (
             "its node ran out of memory, so Ray ended it; give it less to hold (a lower training.batch_size or "

@@ -24,7 +24,8 @@ def forgiving(filesystem: pafs.FileSystem | None) -> pafs.FileSystem:
     return pafs.PyFileSystem(_Forgiving(pafs.LocalFileSystem() if filesystem is None else filesystem))
 
 
-_undeleted: list[tuple[pafs.FileSystem, str]] = []  # of this process: each checkpoint has a file system object of its own
+# Of this process: each checkpoint has a file system object of its own.
+_undeleted: list[tuple[pafs.FileSystem, str]] = []
 
 
 class _Forgiving(pafs.FileSystemHandler):

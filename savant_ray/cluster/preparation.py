@@ -78,7 +78,8 @@ def prepare_data(config: Config, text: Text, report: RunReport) -> PreparedData:
     """
     tokenizer, tokenizer_path = get_tokenizer(config, [file for _, files in text.sources for file in files], report)
     caches = [
-        tokenise(f"tokenising {_named(source.path)}", files, tokenizer, config, report) for source, files in text.sources
+        tokenise(f"tokenising {_named(source.path)}", files, tokenizer, config, report)
+        for source, files in text.sources
     ]
     validation = tokenise("tokenising the validation text", text.validation, tokenizer, config, report)
     plan = StreamPlan(
@@ -89,12 +90,16 @@ def prepare_data(config: Config, text: Text, report: RunReport) -> PreparedData:
     )
     report.handle(
         DataPrepared(
-            sources=tuple(_counts(_named(source.path), cache) for (source, _), cache in zip(text.sources, caches, strict=True)),
+            sources=tuple(
+                _counts(_named(source.path), cache) for (source, _), cache in zip(text.sources, caches, strict=True)
+            ),
             validation=_counts(_named(config.data.validation), validation),
         )
     )
     identity = repr((tokenizer.fingerprint, [cache.fingerprint for cache in caches], plan.weights))
-    return PreparedData(tokenizer, tokenizer_path, plan, validation.folder, hashlib.sha256(identity.encode()).hexdigest())
+    return PreparedData(
+        tokenizer, tokenizer_path, plan, validation.folder, hashlib.sha256(identity.encode()).hexdigest()
+    )
 
 
 def write_missing_quickstart(config: Config, report: RunReport) -> None:

@@ -48,7 +48,11 @@ class Saver:
         self._error: BaseException | None = None
 
     def begin(
-        self, step: int, reason: str, copy_state: Callable[[], dict[str, Any]] | None, figures: Mapping[str, float | str]
+        self,
+        step: int,
+        reason: str,
+        copy_state: Callable[[], dict[str, Any]] | None,
+        figures: Mapping[str, float | str],
     ) -> None:
         """Copies the state where `copy_state` is given, which is on rank 0, and returns; every rank calls it."""
         started = time.perf_counter()

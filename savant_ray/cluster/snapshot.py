@@ -23,9 +23,7 @@ def rebuild_snapshot(storage: Disk) -> None:
     if not names:
         storage.remove(SNAPSHOT)
         return
-    results = [
-        _TrainingResultState(checkpoint_dir_name=name, metrics={"step": step_of(Path(name))}) for name in names
-    ]
+    results = [_TrainingResultState(checkpoint_dir_name=name, metrics={"step": step_of(Path(name))}) for name in names]
     state = _CheckpointManagerState(
         checkpoint_results=results,
         checkpoint_report_indices=list(range(len(results))),

@@ -47,7 +47,9 @@ def on_this_machine(checkpoint: str) -> Iterator[Path]:
             there = storage.complete_steps()
             wanted = name if is_step_name(name) else there[-1] if there else ""
             if wanted not in there:
-                raise CheckpointError(f"{checkpoint}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
+                raise CheckpointError(
+                    f"{checkpoint}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})"
+                )
             folder = storage.fetch(wanted)
         except OSError as error:
             raise CheckpointError(f"{checkpoint}: cannot be fetched ({error})") from error

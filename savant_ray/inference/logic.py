@@ -119,7 +119,7 @@ def ask(
         max_new_tokens=max_new_tokens,
         temperature=0.0,
     )
-    by_length = sorted(questions, key=lambda question: len(question.prompt))  # little padding in front of the short ones
+    by_length = sorted(questions, key=lambda question: len(question.prompt))  # little padding in front of short ones
     for start in range(0, len(by_length), at_once):
         some = by_length[start : start + at_once]
         prompts = tokenizer.encode_batch([question.prompt for question in some])

@@ -56,9 +56,7 @@ def build_masks(document_ids_BT: Tensor, window_size: int, head_dim: int) -> Mas
     return Masks(Mask(~visible), Mask(~in_window))
 
 
-def cached_masks(
-    n_new: int, n_before: int, window_size: int, padding_B: Tensor | None, device: torch.device
-) -> Masks:
+def cached_masks(n_new: int, n_before: int, window_size: int, padding_B: Tensor | None, device: torch.device) -> Masks:
     """Masks of `n_new` tokens behind `n_before` in a cache that returns what they can reach.
 
     The first `padding_B` of all tokens of a row are padding, which sees and is seen by padding only.

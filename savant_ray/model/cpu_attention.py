@@ -29,9 +29,7 @@ def first_keys(visible_B1TS: Tensor) -> Tensor:
     return torch.stack([chunk.any(dim=0).int().argmax() for chunk in visible_TS.split(CHUNK)])
 
 
-def cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, hidden_B1TS: Tensor, first_key_N: Tensor, soft_cap: float
-) -> Tensor:
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, hidden_B1TS: Tensor, first_key_N: Tensor, soft_cap: float) -> Tensor:
     """Causal attention `[B, H, T, D]` over `[B, H, T, D]`.
 
     `hidden` is True where a query does not see a key; a query sees at least itself, and nothing after its chunk.

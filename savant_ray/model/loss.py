@@ -30,7 +30,7 @@ def next_token_targets(tokens_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
 
 def cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
     """Sum of the token losses in nats, an fp32 scalar, of `x @ head.T` against the targets that are not IGNORED."""
-    rows_N = (targets_BT != IGNORED).flatten().nonzero().squeeze(1)  # a GPU is waited for here, as their number is needed
+    rows_N = (targets_BT != IGNORED).flatten().nonzero().squeeze(1)  # waits for a GPU, as their number is needed
     x_ND, targets_N = x_BTD.flatten(0, 1).index_select(0, rows_N), targets_BT.flatten().index_select(0, rows_N)
     wants_gradient = torch.is_grad_enabled() and (x_BTD.requires_grad or head_VD.requires_grad)
     return _ChunkedCrossEntropy.apply(x_ND, head_VD, targets_N, chunk_rows, wants_gradient)
@@ -50,7 +50,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, x_ND.shape[0], chunk_rows):
                 part = slice(start, start + chunk_rows)
-                loss += _chunk(x_ND[part], head_VD, targets_N[part], None if grad_x is None else grad_x[part], grad_head)
+                loss += _chunk(
+                    x_ND[part], head_VD, targets_N[part], None if grad_x is None else grad_x[part], grad_head
+                )
         ctx.save_for_backward(grad_x, grad_head)
         return loss
 

@@ -116,7 +116,9 @@ def print_table(runs: Iterable[RunSummary]) -> None:
     for run in runs:
         steps = f"{run.step:,}" + ("" if run.max_steps is None else f" of {run.max_steps:,}")
         losses = ("" if loss is None else f"{loss:.4f}" for loss in (run.train_loss, run.validation_loss))
-        table.add_row(printable(_from_here(run.folder)), run.state, steps, *losses, run.checkpoint or "none", ago(run.last_time))
+        table.add_row(
+            printable(_from_here(run.folder)), run.state, steps, *losses, run.checkpoint or "none", ago(run.last_time)
+        )
     Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 

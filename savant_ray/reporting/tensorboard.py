@@ -74,7 +74,11 @@ def _values(line: dict[str, Any]) -> Iterator[Summary.Value]:
     elif kind in WITH_NUMBERS:
         for name, value in line.items():
             if isinstance(value, list):  # a number a loop
-                yield from (Summary.Value(tag=f"{kind}/{name}/{loop}", simple_value=v) for loop, v in enumerate(value, 1) if v is not None)
+                yield from (
+                    Summary.Value(tag=f"{kind}/{name}/{loop}", simple_value=v)
+                    for loop, v in enumerate(value, 1)
+                    if v is not None
+                )
             elif name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 yield Summary.Value(tag=f"{kind}/{name}", simple_value=value)
 

@@ -83,6 +83,8 @@ def _outside(problem: Any, name: str, names: Sequence[str]) -> str:
 def _dotted(location: tuple[int | str, ...]) -> str:
     """A pydantic location without the names of a union's members: `data.sources[0].path`."""
     parts = [
-        p for p in location if isinstance(p, int) or not re.match(r"(bool|str|list|literal|constrained-str|constrained-int)(\[|$)", p)
+        p
+        for p in location
+        if isinstance(p, int) or not re.match(r"(bool|str|list|literal|constrained-str|constrained-int)(\[|$)", p)
     ]
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")

@@ -56,7 +56,13 @@ class Examiner:
         longest = self.config.validation.max_new_tokens
         while True:
             asked = functools.partial(
-                ask, state.model, self.tokenizer, mine, longest, at_once=self.at_once, stop_requested=self.stop_requested
+                ask,
+                state.model,
+                self.tokenizer,
+                mine,
+                longest,
+                at_once=self.at_once,
+                stop_requested=self.stop_requested,
             )
             answers = unless_out_of_memory(lambda asked=asked: list(asked()), state.device)
             if answers is not None:

@@ -1,8 +1,8 @@
 """In which number formats a step computes.
 
-    bf16        bf16 weights (with their lower halves in the optimizer) and bf16 activations
-    bf16-mixed  fp32 weights and residual stream, bf16 matrix products
-    fp32        fp32 throughout
+bf16        bf16 weights (with their lower halves in the optimizer) and bf16 activations
+bf16-mixed  fp32 weights and residual stream, bf16 matrix products
+fp32        fp32 throughout
 """
 
 from __future__ import annotations

@@ -151,7 +151,9 @@ class TrainingState:
         for name in fitting:
             self.optimizer.set_master(mine[name], weights[name].to(self.device, torch.float32))
         missing = [f"{name} is not in the checkpoint: a fresh one" for name in mine if name not in weights]
-        left_over = [f"{name} of the checkpoint has no place in the model: dropped" for name in weights.keys() - mine.keys()]
+        left_over = [
+            f"{name} of the checkpoint has no place in the model: dropped" for name in weights.keys() - mine.keys()
+        ]
         return missing + sorted(left_over) + [f"{text}: a fresh one" for text in reshaped.values()]
 
     def _load_optimizer(self, state_dict: dict[str, Any]) -> str | None:

@@ -92,7 +92,11 @@ class Validator:
             if rows == 1:
                 raise MemoryCapError("not even one sequence of validation fits into memory; lower model.max_seq_len")
             self.rows = (rows + 1) // 2
-            self.emit(Notice(text=f"validation did not fit into memory: from here on its sequences go through at most {self.rows} at once"))
+            self.emit(
+                Notice(
+                    text=f"validation did not fit into memory: from here on its sequences go through at most {self.rows} at once"
+                )
+            )
 
     def _tell(self, state: TrainingState, loss: float, seconds: float) -> None:
         depth = self._depth(state)

@@ -136,7 +136,8 @@ def running_cluster(**head: Any) -> Iterator[Cluster]:
     """A cluster of nothing but a head."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray's sockets lie below it
     os.environ |= {"RAY_AUTH_MODE": "disabled", "PATH": here_first()}  # a submitted job inherits the head's PATH
-    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)  # `Cluster` writes there and makes it not
+    # `Cluster` writes there and does not create it.
+    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(initialize_head=True, head_node_args={"temp_dir": folder, **head})
     reset_ray_address()  # else a run without a cluster takes this one
     write_ray_address(cluster.address, folder)  # else a job takes any Ray that it finds on this machine

@@ -40,7 +40,9 @@ def test_a_run_that_diverges_ends_with_what_to_do(head: Head, workplace: Path) -
     assert "Traceback" not in printed
     run = workplace / "tiny"
     skipped = records(run, "skip")
-    assert skipped and all(skip["positions"] and "savant_dataset_train.jsonl:" in skip["documents"][0] for skip in skipped)
+    assert skipped and all(
+        skip["positions"] and "savant_dataset_train.jsonl:" in skip["documents"][0] for skip in skipped
+    )
     assert len(records(run, "attempt")) == 1, "what no retry can mend is not tried again"
 
 

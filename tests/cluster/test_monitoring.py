@@ -167,7 +167,9 @@ def check_log(run: Path) -> None:
         assert re.findall(r"([\d.]+) GiB", figures) == [f"{step['memory_gb']:.1f}"]
         assert sum(map(int, re.findall(r"(\d+) micro-batches skipped", figures))) == step["skipped_micro_batches"]
     validations = records(run, "validation")
-    validated = [(line["step"], f"{line['validation_loss']:.4f}", f"{line['bits_per_byte']:.3f}") for line in validations]
+    validated = [
+        (line["step"], f"{line['validation_loss']:.4f}", f"{line['bits_per_byte']:.3f}") for line in validations
+    ]
     shown = re.findall(r"validation at step ([\d,]+): loss ([\d.]+) · ([\d.]+) bits per byte", log)
     assert validated == [(int(step.replace(",", "")), loss, bits) for step, loss, bits in shown]
 

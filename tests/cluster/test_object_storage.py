@@ -95,7 +95,9 @@ def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(
     with pytest.raises(OSError, match=r"power.* whole in .*step_2\.unsent of this node"):
         here.keep(here.folder / "step_2")
     assert {file.name for file in (here.folder / "step_2.unsent").iterdir()} == files
-    assert set(sent) == files - {MANIFEST} and sent[-1] == "step_2.pt" and f"step_2/{sent[0]}" in store.names("runs/run")
+    assert (
+        set(sent) == files - {MANIFEST} and sent[-1] == "step_2.pt" and f"step_2/{sent[0]}" in store.names("runs/run")
+    )
     said: list[str] = []
     assert find_start(elsewhere, said.append) == elsewhere.folder / "step_1"
     assert len(said) == 1 and "set aside as step_2.damaged" in said[0], "weights are never deleted in silence"
@@ -178,7 +180,9 @@ def test_the_record_of_a_run_that_is_gone_goes_aside(here: ObjectStorage) -> Non
     assert sorted(path.name for path in here.folder.iterdir()) == ["metrics.jsonl.old", "training_log.txt.old"]
 
 
-def test_a_file_of_the_original_is_found_there(here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore) -> None:
+def test_a_file_of_the_original_is_found_there(
+    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+) -> None:
     import torch
 
     keep(here, 4)

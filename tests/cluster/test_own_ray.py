@@ -64,5 +64,7 @@ def test_whatever_of_its_own_ray_is_killed_the_run_says_so_and_the_same_command_
     job = start(workplace, training__max_steps=int(newest.name.removeprefix("step_")) + 3)
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 0 and f"resuming from {newest}" in printed, printed
-    assert len(records(workplace / "tiny", "attempt")) == 4 and len(losses(workplace / "tiny")) == int(newest.name[5:]) + 3
+    assert (
+        len(records(workplace / "tiny", "attempt")) == 4 and len(losses(workplace / "tiny")) == int(newest.name[5:]) + 3
+    )
     wait_for(lambda: not any(process.is_running() for process in processes + of_this), 90)

@@ -104,9 +104,7 @@ def make_submit(head: Head, folder: Path, config: str) -> subprocess.Popen[str]:
     installed = ["--old-file", f"{venv}/.installed", f"VENV={venv}"]
     command = ["make", "submit", *installed, f"ADDRESS={head.dashboard}", f"CONFIG={config}"]
     there = environment(RAY_AUTH_MODE="disabled")
-    return subprocess.Popen(
-        command, cwd=folder, env=there, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return subprocess.Popen(command, cwd=folder, env=there, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def submission(job: subprocess.Popen[str]) -> str:

@@ -101,12 +101,17 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on_as_it_does_from_a_file_
     assert longer[:8] == losses(finished.run) and len(longer) == 10
     code, printed = run_job(head, workplace, run__name="flat", training__max_steps=10, data__tokenizer=tokenizer)
     assert code == 0 and f"resuming from {original}" in printed, printed
-    assert [(s["step"], s["train_loss"]) for s in records(workplace / "flat", "step")] == [(9, longer[8]), (10, longer[9])]
+    assert [(s["step"], s["train_loss"]) for s in records(workplace / "flat", "step")] == [
+        (9, longer[8]),
+        (10, longer[9]),
+    ]
     assert original.exists(), "it is not ours to delete"
     assert [c["step"] for c in records(workplace / "flat", "checkpoint")] == [8, 10], "taken over, then its own"
 
 
-def test_a_run_goes_on_with_other_text_where_changes_are_allowed(head: Head, finished: Finished, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_other_text_where_changes_are_allowed(
+    head: Head, finished: Finished, tmp_path: Path
+) -> None:
     workplace = copied(finished, tmp_path)
     with (workplace / "dataset/savant_dataset_train.jsonl").open("a") as text:
         text.write(json.dumps({"text": "one more line"}) + "\n")
@@ -117,7 +122,9 @@ def test_a_run_goes_on_with_other_text_where_changes_are_allowed(head: Head, fin
 
 
 def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, tmp_path: Path) -> None:
-    code, printed = run_job(head, with_text(tmp_path), "--verbose", scaling__num_workers=2, validation__logic_problems=12)
+    code, printed = run_job(
+        head, with_text(tmp_path), "--verbose", scaling__num_workers=2, validation__logic_problems=12
+    )
     assert code == 0, printed
     assert [s["n"] for s in records(tmp_path / "tiny", "score")] == [12, 12, 600], "shared by the two"
     rays = re.compile(r"\(TrainController pid=\d+\)")

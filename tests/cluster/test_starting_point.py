@@ -73,7 +73,9 @@ def unmanifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "words"), [(cut, "has 200 of"), (flip, "SHA-256"), (unmanifest, "never completed")])
-def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_taken(damage: Any, words: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_taken(
+    damage: Any, words: str, tmp_path: Path
+) -> None:
     write(tmp_path, 9900, 10000)
     damage(tmp_path / "step_10000")
     said: list[str] = []
@@ -82,7 +84,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_taken(damage: 
     assert names(tmp_path) == ["step_10000.damaged", "step_9900"]
     write(tmp_path, 10000)
     damage(tmp_path / "step_10000")
-    assert find_start(Disk(tmp_path), said.append) == tmp_path / "step_9900" and "step_10000.damaged-2" in names(tmp_path)
+    assert find_start(Disk(tmp_path), said.append) == tmp_path / "step_9900" and "step_10000.damaged-2" in names(
+        tmp_path
+    )
 
 
 def test_with_no_whole_checkpoint_left_a_run_is_not_begun_anew_in_silence(tmp_path: Path) -> None:
@@ -227,7 +231,12 @@ def test_another_model_or_seed_is_refused_with_every_difference(tmp_path: Path) 
     other = changed(model={"n_loops": 6, "soft_cap": 30.0}, run={"seed": 1})
     with pytest.raises(CheckpointError) as refusal:
         refuse_other_settings(tmp_path / "step_5", other)
-    expected = ("model.n_loops: 12, now 6", "model.soft_cap: 50.0, now 30.0", "run.seed: 1337, now 1", "--allow-changes")
+    expected = (
+        "model.n_loops: 12, now 6",
+        "model.soft_cap: 50.0, now 30.0",
+        "run.seed: 1337, now 1",
+        "--allow-changes",
+    )
     assert all(text in str(refusal.value) for text in expected)
 
 
@@ -256,7 +265,9 @@ def test_changed_settings_are_named_by_their_dotted_names() -> None:
 def test_a_finished_run_is_finished_once_its_last_sample_is_there(tmp_path: Path) -> None:
     config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
     write(tmp_path / "run", 5)
-    assert is_finished(config, Disk(tmp_path / "run"), tmp_path / "run/step_5") is None, "a stop cut the last validation short"
+    assert is_finished(config, Disk(tmp_path / "run"), tmp_path / "run/step_5") is None, (
+        "a stop cut the last validation short"
+    )
     (tmp_path / "run/samples.jsonl").write_text(json.dumps({"event": "sample", "step": 5}) + "\n")
     assert "has done its 5 steps" in (is_finished(config, Disk(tmp_path / "run"), tmp_path / "run/step_5") or "")
     longer = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 6})
@@ -282,7 +293,12 @@ def test_a_file_of_the_original_is_taken_when_it_is_the_newest_and_never_set_asi
     write(tmp_path, 5, 6)
     config = changed(run={"storage_path": str(tmp_path.parent), "name": tmp_path.name}, training={"max_steps": 8})
     for step in (4, 8):
-        four = {"step": step, "model_state_dict": {"w": torch.ones(2)}, "optimizer_state_dict": {}, "scheduler_state_dict": {}}
+        four = {
+            "step": step,
+            "model_state_dict": {"w": torch.ones(2)},
+            "optimizer_state_dict": {},
+            "scheduler_state_dict": {},
+        }
         torch.save(four, tmp_path / f"step_{step}.pt")
     original = tmp_path / "step_8.pt"
     assert find_start(Disk(tmp_path), print) == original

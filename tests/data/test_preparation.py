@@ -67,9 +67,7 @@ def test_documents_come_back_and_a_second_run_starts_at_once(
         files, byte_tokenizer, 128, tmp_path / "cache", range_bytes=2_000, progress=lambda *now: told.append(now)
     )
     total = sum(file.size for file in files)
-    assert_holds(
-        cache, byte_tokenizer, {(f"part-{i % 3}.jsonl", i // 3 + 1): text for i, text in enumerate(texts)}
-    )
+    assert_holds(cache, byte_tokenizer, {(f"part-{i % 3}.jsonl", i // 3 + 1): text for i, text in enumerate(texts)})
     assert told[0] == (0, total)
     assert told[-1] == (total, total)
     assert told == sorted(told)
@@ -234,9 +232,7 @@ def test_only_the_first_bad_lines_are_named(tmp_path: Path, byte_tokenizer: Toke
     assert report[100] == "… and 1,134 more bad lines"
 
 
-def test_a_tokenizer_is_learnt_once(
-    tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_is_learnt_once(tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch) -> None:
     files = expand(str(write_jsonl("a.jsonl", ["one two three four"] * 50)))
     first = learn_tokenizer(files, tmp_path / "cache", vocab_size=270)
     monkeypatch.setattr(preparation, "train_tokenizer", None)

@@ -86,7 +86,9 @@ def test_held_out_prose_shares_no_paragraph_with_training_prose(rows):
 
 def test_another_process_writes_the_same_bytes_and_leaves_nothing_aside(folder, tmp_path):
     code = "import sys, pathlib; from savant_ray.data.quickstart import write_quickstart as w; w(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
@@ -172,7 +174,9 @@ def test_every_answer_ends_in_the_right_number():
 
 
 def test_places_are_joined_to_the_right_result():
-    joined = re.compile(r"(\d+) ([-+*]) (\d+)\. \S+ \S \S+ = (-?\d+)\. \S+ \S \S+ = (\d+)\. (?:\S+ \+ \S+ = \S+\. )*So (\d+)\.")
+    joined = re.compile(
+        r"(\d+) ([-+*]) (\d+)\. \S+ \S \S+ = (-?\d+)\. \S+ \S \S+ = (\d+)\. (?:\S+ \+ \S+ = \S+\. )*So (\d+)\."
+    )
     for problem in problems(4, 2000):
         for x, sign, y, ones, tens, result in joined.findall(problem.answer_text):
             assert int(ones) + int(tens) == int(result) == OPERATORS[sign](int(x), int(y))

@@ -9,7 +9,16 @@ import pytest
 from savant_ray.data.sources import SourceFile, expand
 from savant_ray.errors import DataError
 
-NAMES = ["a.jsonl", "b.jsonl.gz", "notes.txt", ".hidden.jsonl", ".deep/hidden.jsonl", "deep/c.json", "deep/deeper/d.jsonl.zst", "e[1].jsonl"]
+NAMES = [
+    "a.jsonl",
+    "b.jsonl.gz",
+    "notes.txt",
+    ".hidden.jsonl",
+    ".deep/hidden.jsonl",
+    "deep/c.json",
+    "deep/deeper/d.jsonl.zst",
+    "e[1].jsonl",
+]
 
 
 @pytest.fixture

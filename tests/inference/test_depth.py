@@ -33,4 +33,6 @@ def test_tokens_that_are_alike_are_a_collapse_and_single_ones_are_not() -> None:
     assert mean_cosine(alike, torch.ones(2, 5, dtype=torch.bool)) == pytest.approx(1)
     assert mean_cosine(alike, torch.tensor([[True] + [False] * 4] * 2)) == 0
     assert mean_cosine(torch.eye(4)[None], torch.ones(1, 4, dtype=torch.bool)) == pytest.approx(0)
-    assert LoopStatistics((0.1,), (COLLAPSED + 0.01,)).has_collapsed and not LoopStatistics((0.1,), (0.5,)).has_collapsed
+    assert (
+        LoopStatistics((0.1,), (COLLAPSED + 0.01,)).has_collapsed and not LoopStatistics((0.1,), (0.5,)).has_collapsed
+    )

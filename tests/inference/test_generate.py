@@ -22,7 +22,9 @@ def model() -> UniversalTransformer:
 
 
 def sampling(**changes: object) -> Sampling:
-    defaults = dict(vocab_size=40, end_of_document=1, never_sampled=frozenset({0, 2}), max_new_tokens=60, temperature=1.0)
+    defaults = dict(
+        vocab_size=40, end_of_document=1, never_sampled=frozenset({0, 2}), max_new_tokens=60, temperature=1.0
+    )
     return Sampling(**(defaults | changes))
 
 

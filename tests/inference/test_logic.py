@@ -72,7 +72,11 @@ def test_what_an_answer_ends_in(text: str, said: str) -> None:
 def test_the_interval_holds_the_share_and_narrows_with_questions(n: int, data: st.DataObject) -> None:
     correct = data.draw(st.integers(0, n))
     low, high = Score(n, correct).interval
-    assert 0 <= low <= Score(n, correct).share + 1e-12 and high <= 1 and (n == 0 or Score(n, correct).share <= high + 1e-12)
+    assert (
+        0 <= low <= Score(n, correct).share + 1e-12
+        and high <= 1
+        and (n == 0 or Score(n, correct).share <= high + 1e-12)
+    )
     wider_low, wider_high = Score(n // 4, correct // 4).interval
     assert n < 100 or high - low < wider_high - wider_low
 

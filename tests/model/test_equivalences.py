@@ -43,9 +43,7 @@ def test_padding_gives_finite_outputs_and_gradients() -> None:
     tokens = torch.zeros(2, 32, dtype=torch.long)
     documents = torch.full((2, 32), -1)
     documents[0, :3] = 0
-    loss = cross_entropy_sum(
-        model.hidden(tokens, documents), model.head.weight, next_token_targets(tokens, documents)
-    )
+    loss = cross_entropy_sum(model.hidden(tokens, documents), model.head.weight, next_token_targets(tokens, documents))
     loss.backward()
     assert torch.isfinite(model.hidden(tokens, documents)).all()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -175,7 +173,9 @@ def test_the_loss_under_autocast_is_within_a_thousandth_of_full_fp32_logits_and_
     x = torch.randn(2, 40, 64).to(stream).requires_grad_()
     head = (0.2 * torch.randn(61, 64)).to(weights).requires_grad_()
     targets = torch.randint(0, 61, (2, 40))
-    full = torch.nn.functional.cross_entropy((x.float() @ head.float().T).flatten(0, 1), targets.flatten(), reduction="sum")
+    full = torch.nn.functional.cross_entropy(
+        (x.float() @ head.float().T).flatten(0, 1), targets.flatten(), reduction="sum"
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         loss = cross_entropy_sum(x, head, targets, chunk_rows=32)
     assert loss.dtype == torch.float32

@@ -60,9 +60,13 @@ class Page:
     def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Opens a file without a network, as a screen of that size would show it, and waits until it is drawn."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         self.call("Emulation.setEmulatedMedia", features=scheme)
-        self.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+        self.call(
+            "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1
+        )
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.wait_for(f"document.readyState === 'complete' && {DRAWN}")
 

@@ -100,7 +100,9 @@ def test_runs_are_compared_and_told_apart(tmp_path: Path) -> None:
     assert f"{two} training" in {series["label"] for series in drawn(html)[0]["series"]}
 
 
-@pytest.mark.parametrize("events", [(), RUN[:1], RUN[:2], (*RUN[:2], step_done(1, share_of_peak=None, grad_norm=float("nan")))])
+@pytest.mark.parametrize(
+    "events", [(), RUN[:1], RUN[:2], (*RUN[:2], step_done(1, share_of_peak=None, grad_norm=float("nan")))]
+)
 def test_a_run_that_has_hardly_begun_has_a_page(events: tuple[Event, ...], tmp_path: Path) -> None:
     run = write(tmp_path / "run", *events)
     assert "Savant report" in seen(html_of(run, output=tmp_path / "report.html"))
@@ -126,7 +128,14 @@ def test_the_command_writes_into_the_run_or_here(
 def scored(run: Path, step: int, score: float, final: bool, **templates: float) -> Path:
     """Adds a line to the record as an exam at that step leaves it."""
     shares = {name: {"score": share, "n": 50} for name, share in templates.items()}
-    line = {"event": "score", "time": "2026-01-31T17:05:00+00:00", "step": step, "score": score, "n": 100, "final": final}
+    line = {
+        "event": "score",
+        "time": "2026-01-31T17:05:00+00:00",
+        "step": step,
+        "score": score,
+        "n": 100,
+        "final": final,
+    }
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({**line, "low": score - 0.1, "high": score + 0.1, "templates": shares}) + "\n")
     return run

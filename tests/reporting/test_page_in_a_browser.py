@@ -79,7 +79,10 @@ def test_curves_are_the_numbers_of_the_record(page: Page, report: Path) -> None:
     page.open(report)
     steps, loss, _smooth, _other, _other_smooth, validated, _other_validated = page.evaluate("plots[0].data")
     assert steps == [0, *STEPS] and loss == [None, *(float(f"{2 + 6 / step:.5g}") for step in STEPS)]
-    assert [(step, value) for step, value in zip(steps, validated, strict=True) if value] == [(0, 5.1234), (100, 5.1234)]
+    assert [(step, value) for step, value in zip(steps, validated, strict=True) if value] == [
+        (0, 5.1234),
+        (100, 5.1234),
+    ]
 
 
 def test_the_switch_makes_steps_logarithmic(page: Page, report: Path) -> None:

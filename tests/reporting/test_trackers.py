@@ -123,7 +123,9 @@ def test_a_tracker_that_is_not_installed_is_a_wrong_setting(
     assert "reporting.wandb: the package wandb is not installed" in capsys.readouterr().err
 
 
-def test_mlflow_has_the_numbers_of_the_record_over_all_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_has_the_numbers_of_the_record_over_all_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
 
     monkeypatch.chdir(tmp_path)  # where MLflow keeps artifacts

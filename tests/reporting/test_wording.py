@@ -47,8 +47,7 @@ def test_a_steps_figures_mention_trouble_only_where_there_is_some() -> None:
     assert step_figures(step_done(1), 125) == "loss 6.3915 · rate 2.00e-05 · 12,346 tokens/s · 3.2 GiB · 2 min 5 s left"
     trouble = step_done(1, data_wait_seconds=0.5, skipped_micro_batches=2, update_skipped=True, grad_norm=float("nan"))
     assert step_figures(trouble, None) == (
-        "loss 6.3915 · rate 2.00e-05 · 12,346 tokens/s · 3.2 GiB · 25 % waiting for data · "
-        "2 micro-batches skipped"
+        "loss 6.3915 · rate 2.00e-05 · 12,346 tokens/s · 3.2 GiB · 25 % waiting for data · 2 micro-batches skipped"
     )
 
 

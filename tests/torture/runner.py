@@ -106,7 +106,9 @@ class Job:
 
     def outcome(self) -> tuple[int | None, str]:
         stopped = self._client.get_job_status(self._id) == JobStatus.STOPPED
-        return 75 if stopped else self._client.get_job_info(self._id).driver_exit_code, self._client.get_job_logs(self._id)
+        return 75 if stopped else self._client.get_job_info(self._id).driver_exit_code, self._client.get_job_logs(
+            self._id
+        )
 
 
 class Torture:
@@ -246,6 +248,8 @@ def newest_step(run: Path) -> int:
 def tortured_head(windows: Path) -> Iterator[Head]:
     """A head whose processes say in which window they are."""
     windows.mkdir(parents=True, exist_ok=True)
-    site = f"{Path(__file__).parent / 'site'}{os.pathsep}{ROOT}"  # this very tree, wherever the package is installed from
+    site = (
+        f"{Path(__file__).parent / 'site'}{os.pathsep}{ROOT}"  # this very tree, wherever the package is installed from
+    )
     with mock.patch.dict(os.environ, {"TORTURE_WINDOWS": str(windows), "PYTHONPATH": site}), running_head() as head:
         yield head

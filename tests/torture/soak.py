@@ -111,7 +111,9 @@ def resources(looks: Sequence[Look]) -> Table:
     """The largest of each kind of process at a tenth, half and all of the time."""
     first, last = looks[0].time, looks[-1].time
     moments = [first + share * (last - first) for share in (0.1, 0.5, 1.0)]
-    table = Table("process", *(f"{what} at {share}" for what in ("MiB", "files") for share in ("10 %", "50 %", "100 %")))
+    table = Table(
+        "process", *(f"{what} at {share}" for what in ("MiB", "files") for share in ("10 %", "50 %", "100 %"))
+    )
     for name in sorted({each.process for each in looks}):
         nearest = [_near(looks, name, moment) for moment in moments]
         if None not in nearest:

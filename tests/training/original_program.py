@@ -54,9 +54,7 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(2 * 4 * DIM / 3)
         self.liquid_gate_ffn = nn.Linear(DIM, DIM)
-        self.ffn = nn.Sequential(
-            nn.Linear(DIM, 2 * hidden, bias=False), SwiGLU(), nn.Linear(hidden, DIM, bias=False)
-        )
+        self.ffn = nn.Sequential(nn.Linear(DIM, 2 * hidden, bias=False), SwiGLU(), nn.Linear(hidden, DIM, bias=False))
         self.ln_ffn = Norm()
         self.attn = Attention()
 

@@ -46,7 +46,12 @@ def test_the_suite_is_scored_per_template_with_an_interval(
     assert told["n"] == 600 and told["interval"][0] <= told["score"] <= told["interval"][1]
     assert {"sum", "difference", "product", "comparison", "word_problem", "two_step"} <= set(told["templates"])
     assert all(name in printed for name in told["templates"]) and "95 % interval" in printed
-    assert len(told["answers"]) == len(logic_suite()) and told["answers"][0].keys() >= {"prompt", "expected", "text", "correct"}
+    assert len(told["answers"]) == len(logic_suite()) and told["answers"][0].keys() >= {
+        "prompt",
+        "expected",
+        "text",
+        "correct",
+    }
 
 
 def test_ones_own_problems_are_asked_instead(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +66,16 @@ def test_each_number_of_loops_has_its_own_score_loss_and_residual(
 ) -> None:
     own = tmp_path / "own.jsonl"
     own.write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2}) + "\n")
-    arguments = ["evaluate", str(run), "--problems", str(own), "--depths", "1,2,8", "--json", str(tmp_path / "depths.json")]
+    arguments = [
+        "evaluate",
+        str(run),
+        "--problems",
+        str(own),
+        "--depths",
+        "1,2,8",
+        "--json",
+        str(tmp_path / "depths.json"),
+    ]
     assert main(arguments) == 0
     depths = json.loads((tmp_path / "depths.json").read_text())["depths"]
     assert [each["loops"] for each in depths] == [1, 2, 8] and len({each["loss"] for each in depths}) == 3

@@ -21,7 +21,11 @@ TOKENIZER = train_tokenizer(iter(["The answer is 0 1 2 3 4 5 6 7 8 9."] * 50), v
 def config(**validation: Any) -> Config:
     settings = {"max_new_tokens": 2, "logic_problems": 18, **validation}
     return Config.from_dict(
-        {"model": MODEL | {"vocab_size": 300}, "validation": settings, "training": {"precision": "fp32", "max_steps": 6}}
+        {
+            "model": MODEL | {"vocab_size": 300},
+            "validation": settings,
+            "training": {"precision": "fp32", "max_steps": 6},
+        }
     )
 
 
@@ -35,7 +39,9 @@ def state() -> TrainingState:
     return state
 
 
-def of_rank(rank: int, world_size: int, stopped: bool = False, tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> Examiner:
+def of_rank(
+    rank: int, world_size: int, stopped: bool = False, tokenizer: Tokenizer = TOKENIZER, **settings: Any
+) -> Examiner:
     return Examiner(config(**settings), tokenizer, rank, world_size, lambda: stopped)
 
 

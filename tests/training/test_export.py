@@ -51,7 +51,13 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
     torch.testing.assert_close(weights, state.master_weights(), rtol=0, atol=0)
     assert UniversalTransformer(CONFIG.model).load_state_dict(weights).missing_keys == []
     description = json.loads((output / "config.json").read_text())
-    assert description == {"architectures": ["UniversalTransformer"], "torch_dtype": "float32", **MODEL, "positions": "none", "step": 3}
+    assert description == {
+        "architectures": ["UniversalTransformer"],
+        "torch_dtype": "float32",
+        **MODEL,
+        "positions": "none",
+        "step": 3,
+    }
     assert (output / "tokenizer.json").read_text(encoding="utf-8") == '{"model": "€"}'
 
 

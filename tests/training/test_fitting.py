@@ -133,7 +133,9 @@ def test_what_gives_way_in_turn(setting: bool | str, expected: list[tuple[int, b
     assert seen == expected
 
 
-@pytest.mark.parametrize(("dim", "max_seq_len", "rows"), [(1024, 1024, 1), (512, 1024, 1), (128, 256, 12), (256, 512, 4)])
+@pytest.mark.parametrize(
+    ("dim", "max_seq_len", "rows"), [(1024, 1024, 1), (512, 1024, 1), (128, 256, 12), (256, 512, 4)]
+)
 def test_a_cpu_takes_no_more_at_once_than_is_of_use(dim: int, max_seq_len: int, rows: int) -> None:
     config = Config.from_dict({"model": {"dim": dim, "max_seq_len": max_seq_len}})
     assert Fit.of(config, CPU).rows == rows

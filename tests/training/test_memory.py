@@ -48,7 +48,9 @@ class FakeGPU:
         for name, answer in {
             "get_device_properties": lambda device: SimpleNamespace(total_memory=int(self.total * GIB)),
             "memory_reserved": lambda device: int(self.reserved * GIB),
-            "mem_get_info": lambda device: tuple(int(x * GIB) for x in (self.total - self.reserved - self.outside, self.total)),
+            "mem_get_info": lambda device: tuple(
+                int(x * GIB) for x in (self.total - self.reserved - self.outside, self.total)
+            ),
             "set_per_process_memory_fraction": self.set_fraction,
             "empty_cache": self.empty_cache,
         }.items():

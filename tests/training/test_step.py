@@ -117,9 +117,7 @@ def test_a_bad_micro_batch_leaves_the_step_that_it_was_not_part_of(bad, value, m
     micro_batches = share(0, N, 0, 1, 4)
     honest = module.cross_entropy_sum
     calls = iter(range(len(micro_batches)))
-    monkeypatch.setattr(
-        module, "cross_entropy_sum", lambda *a: honest(*a) * (value if next(calls) in bad else 1.0)
-    )
+    monkeypatch.setattr(module, "cross_entropy_sum", lambda *a: honest(*a) * (value if next(calls) in bad else 1.0))
     poisoned = tiny_state(tiny_config())
     result = step(poisoned, micro_batches)
     monkeypatch.setattr(module, "cross_entropy_sum", honest)

@@ -37,7 +37,9 @@ def validator(config: Config, emit: Callable[[Event], None], stop_requested: Cal
         vocab_size=50, end_of_document=50, never_sampled=frozenset(), encode=lambda text: [3, 4], decode=str
     )
     batches = share(0, 4 * BATCHES, 0, 1, 4)
-    return Validator(config, words, batches, target_tokens=9, text_bytes=9, rank=0, emit=emit, stop_requested=stop_requested)
+    return Validator(
+        config, words, batches, target_tokens=9, text_bytes=9, rank=0, emit=emit, stop_requested=stop_requested
+    )
 
 
 def told(events: list[Event]) -> dict[tuple[str, int], Any]:

@@ -15,14 +15,27 @@ from savant_ray.training.step import MicroBatch
 
 LENGTH, VOCABULARY = 16, 50
 MODEL = dict(
-    vocab_size=VOCABULARY, dim=16, n_heads=2, n_loops=2, max_seq_len=LENGTH, window_size=4, global_every=2, soft_cap=50.0
+    vocab_size=VOCABULARY,
+    dim=16,
+    n_heads=2,
+    n_loops=2,
+    max_seq_len=LENGTH,
+    window_size=4,
+    global_every=2,
+    soft_cap=50.0,
 )
 CPU = torch.device("cpu")
 
 
 def tiny_config(**training: Any) -> Config:
     settings = dict(
-        max_steps=6, batch_size=4, accumulation=3, learning_rate=1e-2, warmup_fraction=0.2, precision="fp32", compile=False
+        max_steps=6,
+        batch_size=4,
+        accumulation=3,
+        learning_rate=1e-2,
+        warmup_fraction=0.2,
+        precision="fp32",
+        compile=False,
     )
     return Config.from_dict(
         {
@@ -67,7 +80,9 @@ def never() -> None:
 class RecordingHost:
     """The loop's surroundings in a few lines: asked to stop in step `stop_at`, or in the validation after it."""
 
-    def __init__(self, rank: int = 0, stop_at: int | None = None, in_validation: bool = False, grace: float = 60) -> None:
+    def __init__(
+        self, rank: int = 0, stop_at: int | None = None, in_validation: bool = False, grace: float = 60
+    ) -> None:
         self.rank, self.stop_at, self.in_validation, self.grace = rank, stop_at, in_validation, grace
         self.step, self.storage_refuses = 0, False
         self.events: list[Event] = []

@@ -69,7 +69,9 @@ _COMPARISON = (
 
 _WORD_PROBLEM = (
     Wording("gets more", "+", "{name} has {x} {items} and gets {y} more. How many {items} does {name} have now?"),
-    Wording("two boxes", "+", "There are {x} {items} in one box and {y} in another. How many {items} are there in all?"),
+    Wording(
+        "two boxes", "+", "There are {x} {items} in one box and {y} in another. How many {items} are there in all?"
+    ),
     Wording("two days", "+", "{name} finds {x} {items} on Monday and {y} on Tuesday. How many {items} is that in all?"),
     Wording("gives away", "-", "{name} has {x} {items} and gives {y} of them to {other}. How many {items} are left?"),
     Wording("sells", "-", "A shop has {x} {items} and sells {y} of them. How many {items} are left?"),

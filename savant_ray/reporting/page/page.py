@@ -46,20 +46,24 @@ def render(histories: Sequence[History]) -> str:
     """The HTML."""
     names = _names(histories)
     drawn = charts(histories, names if len(names) > 1 else [""])
-    return _environment().get_template("report.html.j2").render(
-        names=names,
-        histories=histories,
-        figures=[dict(_figures(history)) for history in histories],
-        timelines=[timeline(history.launches) for history in histories],
-        settings=_settings(histories),
-        samples=_samples(histories),
-        scores=_scores(histories),
-        charts=_json(drawn),
-        n_charts=len(drawn),
-        span=max((smooth_span(len(history.steps["step"])) for history in histories), default=1),
-        written=datetime.now(UTC),
-        version=__version__,
-        asset=_asset,
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            names=names,
+            histories=histories,
+            figures=[dict(_figures(history)) for history in histories],
+            timelines=[timeline(history.launches) for history in histories],
+            settings=_settings(histories),
+            samples=_samples(histories),
+            scores=_scores(histories),
+            charts=_json(drawn),
+            n_charts=len(drawn),
+            span=max((smooth_span(len(history.steps["step"])) for history in histories), default=1),
+            written=datetime.now(UTC),
+            version=__version__,
+            asset=_asset,
+        )
     )
 
 
@@ -108,7 +112,10 @@ def _figures(history: History) -> Iterator[tuple[str, str]]:
         if np.isfinite(steps["share_of_peak"]).any():
             yield "share of peak", percent(float(np.nanmedian(steps["share_of_peak"])))
         yield "memory", f"{np.nanmax(steps['memory_gb']):.2f} GiB at most"
-        yield "waiting for data", percent(float(np.nansum(steps["data_wait_seconds"]) / np.nansum(steps["step_seconds"])))
+        yield (
+            "waiting for data",
+            percent(float(np.nansum(steps["data_wait_seconds"]) / np.nansum(steps["step_seconds"]))),
+        )
         yield "micro-batches skipped", f"{np.nansum(steps['skipped_micro_batches']):,.0f}"
     yield "trained for", duration(history.seconds) + _in_launches(len(history.launches))
     if run.seconds_left is not None:

@@ -27,8 +27,7 @@ def timeline(launches: Sequence[Launch]) -> list[Stretch]:
     trained = sum(launch.seconds for launch in launches) or 1.0
     widths = [max(launch.seconds / trained, SHORTEST) for launch in launches]
     pauses = [
-        min(max(after.started - before.ended, 0.0) / trained, LONGEST_PAUSE)
-        for before, after in pairwise(launches)
+        min(max(after.started - before.ended, 0.0) / trained, LONGEST_PAUSE) for before, after in pairwise(launches)
     ]
     total = sum(widths) + sum(pauses)
     stretches, left = [], 0.0

@@ -1,8 +1,8 @@
 """The record told to an experiment tracker, beside training.
 
-    tracking   a thread that sends what a tracker does not have yet
-    mlflow     MLflow
-    wandb      Weights & Biases
+tracking   a thread that sends what a tracker does not have yet
+mlflow     MLflow
+wandb      Weights & Biases
 """
 
 from __future__ import annotations
