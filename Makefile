@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install train submit test test-quick torture soak check clean
+.PHONY: help install train submit test test-quick coverage torture soak check clean
 
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
@@ -29,7 +29,8 @@ help:
 	make test-quick   the tests that need neither Ray nor much time
 	make torture      interrupt runs N=100 times, at every moment; each must end as if nobody had
 	make soak         80,000 tiny steps; memory, open files and step time must stay flat
-	make check        syntax and layers
+	make check        format, lint, types, spelling, layers, and that the pages are true
+	make coverage     what the quick tests reach, line by line, as htmlcov/index.html
 	make clean        remove the environment; data and checkpoints stay
 
 	ARGS="--training.max_steps 100"   handed on to the command
@@ -49,7 +50,7 @@ submit: install
 	@exec $(VENV)/bin/ray job submit --address $(ADDRESS) --working-dir . --runtime-env jobs/runtime_env.yaml \
 	    -- python jobs/train.py --config $(CONFIG) $(ARGS)
 
-test: install
+test: check
 	@exec $(RUN) -m pytest $(ARGS)
 
 test-quick: install
@@ -62,8 +63,13 @@ soak: install
 	@exec $(RUN) -m tests.torture.soak
 
 check: install
-	@$(RUN) -m compileall -q savant_ray jobs tests
-	$(RUN) -m pytest tests/test_layers.py
+	@$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m codespell_lib
+	$(RUN) -m pytest tests/test_layers.py tests/test_readme.py tests/test_packaging.py
+
+coverage: install
+	@exec $(RUN) -m pytest -m "not slow" --cov --cov-report=term --cov-report=html $(ARGS)
 
 clean:
 	rm -rf $(VENV)

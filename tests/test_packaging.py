@@ -31,6 +31,7 @@ PINS = parsed((ROOT / "requirements.txt").read_text().splitlines())
 RANGES = parsed(
     PROJECT["project"]["dependencies"]
     + PROJECT["project"]["optional-dependencies"]["test"]
+    + PROJECT["project"]["optional-dependencies"]["check"]
     + PROJECT["project"]["optional-dependencies"]["mlflow"]
     + PROJECT["build-system"]["requires"]
 )

@@ -12,7 +12,6 @@ from tests.cluster.conftest import with_text
 from tests.torture.promises import expect_the_same_run
 from tests.torture.runner import STOPS, Torture, tortured_head
 
-
 INTERRUPTIONS = (  # of the many pairs those that few others come near; `make torture N=100` draws all of them
     ("SIGTERM", "validation"),
     ("kill -9 a worker", "update"),

@@ -43,9 +43,8 @@ def commands() -> Iterator[list[str]]:
         for words in split_commands("".join(blocks(page, "sh")).replace("\\\n", " ")):
             if words[:1] == ["ray"] and "--" in words:
                 separator = words.index("--")
-                yield words[:separator]
-                words = words[separator + 1 :]
-            if words:
+                yield from (words[:separator], words[separator + 1 :])
+            elif words:
                 yield words
 
 

@@ -7,7 +7,6 @@ While a checkpoint is written beside it, no step is computed here: the stall is 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -34,7 +33,8 @@ def run() -> Figures:
             run_config=RunConfig(name="run", storage_path=folder, checkpoint_config=CheckpointConfig(num_to_keep=2)),
         ).fit()
         stalls, blocking, size = json.loads(Path(folder, RESULT).read_text())
-    detail = f"{1000 * statistics.median(stalls):.0f} against {1000 * statistics.median(blocking):.0f} ms for {size / 1e6:.0f} MB"
+    ours, blocked = (1000 * statistics.median(each) for each in (stalls, blocking))
+    detail = f"{ours:.0f} against {blocked:.0f} ms for {size / 1e6:.0f} MB"
     return {"checkpoint_stall": figure([a / b for a, b in zip(stalls, blocking, strict=True)], detail)}
 
 
@@ -65,5 +65,5 @@ def _measure(settings: dict[str, Any]) -> None:
         ray.train.report({"step": state.step}, checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
     stalls, blocked = in_turn(ROUNDS, ours, lambda: seconds(blocking))
-    size = os.path.getsize(scratch / "state.pt")
+    size = (scratch / "state.pt").stat().st_size
     Path(settings["folder"], RESULT).write_text(json.dumps([stalls, blocked, size]))

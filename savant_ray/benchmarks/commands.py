@@ -20,7 +20,7 @@ def as_options(settings: Mapping[str, object]) -> list[str]:
 def run_command(command: list[str], folder: Path | None = None, changes: dict[str, str] | None = None) -> None:
     """Runs it in `folder`, with `changes` to the environment; raises RuntimeError with what it printed if it fails."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: PLW1510 - what it printed is told below
         command, cwd=folder or ROOT, env=kept | {"RAY_AUTH_MODE": "disabled"} | (changes or {}), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import os
 import statistics
-import sys
 import sysconfig
 import tempfile
 import threading
@@ -27,7 +26,7 @@ import orjson
 import psutil
 import ray
 
-from savant_ray.benchmarks.rounds import Figures, figure
+from savant_ray.benchmarks.rounds import Figures, figure, tell
 from savant_ray.data.preparation import learn_tokenizer, prepare
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import Manifest
@@ -71,8 +70,8 @@ def run(sizes_gb: Sequence[float] = (0.1, 1, 3), folder: str | None = None) -> F
 
 def _tell(figures: Figures) -> None:
     """A size takes minutes, so each is told when it is through."""
-    for name, figure in figures.items():
-        print(f"{name}: {figure['ratio']:.2f} · {figure['detail']}", file=sys.stderr, flush=True)
+    for name, of_size in figures.items():
+        tell(f"{name}: {of_size['ratio']:.2f} · {of_size['detail']}")
 
 
 def measure(folder: Path, size: int, turns: int) -> tuple[Figures, float]:
@@ -144,7 +143,7 @@ def _parse_and_encode(sample: str, tokenizer_json: str) -> Rate:
     tokenizer = Tokenizer.from_json(tokenizer_json)
     worked, started = time.process_time(), time.perf_counter()
     tokens = 0
-    with open(sample, "rb") as file:
+    with sample.open("rb") as file:
         while lines := file.readlines(MIB // 4):
             tokens += sum(map(len, tokenizer.encode_batch([orjson.loads(line)["text"] for line in lines])))
     return Rate(tokens / (time.perf_counter() - started), tokens / (time.process_time() - worked))

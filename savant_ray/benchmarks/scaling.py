@@ -25,9 +25,12 @@ MODEL = {"dim": 512, "n_heads": 8}
 
 def run() -> Figures:
     """How many times as fast; each process is there all the time, and waits while others work."""
-    with tempfile.TemporaryDirectory() as folder:
-        with _group(1, Path(folder, "alone")) as alone, _group(2, Path(folder, "pair")) as pair:
-            one, two = in_turn(ROUNDS, lambda: _step(alone), lambda: _step(pair))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _group(1, Path(folder, "alone")) as alone,
+        _group(2, Path(folder, "pair")) as pair,
+    ):
+        one, two = in_turn(ROUNDS, lambda: _step(alone), lambda: _step(pair))
     tokens = SEQUENCES * Config().model.max_seq_len
     speeds = [tokens / statistics.median(times) for times in (two, one)]
     detail = f"{speeds[0]:,.0f} against {speeds[1]:,.0f} tokens/s, {SEQUENCES} sequences a step"

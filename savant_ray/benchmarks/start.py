@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -71,7 +70,10 @@ def _help() -> dict[str, object]:
 def _against_empty(folder: Path, changes: dict[str, str]) -> dict[str, object]:
     script = folder / "empty.py"
     script.write_text(EMPTY_JOB.replace("FOLDER", repr(str(folder))))
-    empty: Callable[[], float] = lambda: seconds(lambda: run_command([sys.executable, str(script)], folder, changes))
+
+    def empty() -> float:
+        return seconds(lambda: run_command([sys.executable, str(script)], folder, changes))
+
     return _figure(*in_turn(ROUNDS, empty, lambda: _first_step(folder, changes), warm_up=0))
 
 

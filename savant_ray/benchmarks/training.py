@@ -80,7 +80,7 @@ class Contestant:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def __call__(self) -> float:
+    def __call__(self) -> float:  # noqa: D102 - the class says it
         return float(self._ask("step"))
 
     def peak_gb(self) -> float:

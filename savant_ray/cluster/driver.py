@@ -215,7 +215,7 @@ def _follow(launch: Launch, outcome: Outcome, bridge: ActorHandle, watch: Worker
             _report(event, launch)
         if outcome.end is not None and outcome.end.saved_step >= outcome.end.step:
             through = min(through, time.monotonic())
-        if finished or time.monotonic() > through + PATIENCE and is_our_own():
+        if finished or (time.monotonic() > through + PATIENCE and is_our_own()):
             return
         launch.storage.refuse_if_lost()
         watch.remark()

@@ -28,7 +28,7 @@ def forgiving(filesystem: pafs.FileSystem | None) -> pafs.FileSystem:
 _undeleted: list[tuple[pafs.FileSystem, str]] = []
 
 
-class _Forgiving(pafs.FileSystemHandler):
+class _Forgiving(pafs.FileSystemHandler):  # noqa: PLW1641 - nobody keeps them in a set
     """All else is the file system's own."""
 
     def __init__(self, filesystem: pafs.FileSystem) -> None:

@@ -2,8 +2,8 @@
 
 Ray collects them from the worker's memory every few seconds, in a thread of its own, and offers them to Prometheus
 on each node, as `ray_savant_…`; a gauge that nobody sets for two collections is gone (Ray 2.60), so that all are set
-again and again: a validation's figure holds until the next one. Figures of a step are rank 0's, as its event is; each rank has its own memory, its own
-wait for data and the micro-batches that it skipped.
+again and again: a validation's figure holds until the next one. Figures of a step are rank 0's, as its event is; each
+rank has its own memory, its own wait for data and the micro-batches that it skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ray.util.metrics import Counter, Gauge
 

@@ -21,7 +21,6 @@ from savant_ray.cluster.worker import WorkerTask, train_worker
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
 
-
 SECONDS_BETWEEN_RESIZES = 30.0  # each costs a start of all workers and the steps since the last checkpoint
 
 
@@ -43,7 +42,7 @@ def make_trainer(
         scaling_config=scaling(config),
         run_config=RunConfig(
             name=config.run.name,
-            storage_path=os.path.dirname(storage.path),
+            storage_path=os.path.dirname(storage.path),  # noqa: PTH120 - a path of a file system, maybe not of this machine
             storage_filesystem=forgiving(storage.filesystem),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),

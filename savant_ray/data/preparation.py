@@ -236,7 +236,7 @@ def _names(files: Sequence[SourceFile]) -> list[str]:
     """The paths from the folder on that all files share: the same wherever that folder lies."""
     if not files:
         raise DataError("no file to prepare")
-    folders = [os.path.dirname(file.path) for file in files]
+    folders = [os.path.dirname(file.path) for file in files]  # noqa: PTH120 - URIs, too
     is_mixed = len({folder.startswith("/") for folder in folders}) > 1  # local files and URIs
     shared = 0 if is_mixed else len(os.path.commonpath(folders))
     return [file.path[shared:].lstrip("/") for file in files]

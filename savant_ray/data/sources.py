@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -31,7 +32,7 @@ class SourceFile:
     @property
     def codec(self) -> str | None:
         """The compression, known by the file's suffix."""
-        return CODECS.get(os.path.splitext(self.path)[1])
+        return CODECS.get(PurePosixPath(self.path).suffix)
 
     def resolve(self) -> tuple[pafs.FileSystem, str]:
         """The file system and the path in it."""
@@ -52,7 +53,7 @@ def expand(pattern: str | Sequence[str]) -> list[SourceFile]:
 def _resolve(pattern: str) -> tuple[pafs.FileSystem, str]:
     """The file system and the path in it; a URI's wildcards are kept from the URI parser, `?` begins its options."""
     if "://" not in pattern:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(pattern))
+        return pafs.LocalFileSystem(), os.path.abspath(Path(pattern).expanduser())  # noqa: PTH100 - links stay as they are
     path, query = _split_query(pattern)
     plain = _fixed_folder(path) if _is_glob(path) else path
     filesystem, resolved = pafs.FileSystem.from_uri(plain + query)

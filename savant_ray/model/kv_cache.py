@@ -9,7 +9,6 @@ Shapes: B batch, H heads, T new tokens, S tokens in reach, D head_dim.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

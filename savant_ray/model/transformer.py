@@ -60,7 +60,7 @@ class UniversalTransformer(nn.Module):
         """The normalised stream `[B, T, D]` that the head reads; padding has document id -1."""
         if document_ids_BT is None:
             document_ids_BT = torch.zeros_like(tokens_BT)
-        for x_BTD in self.states(tokens_BT, document_ids_BT, n_loops):
+        for x_BTD in self.states(tokens_BT, document_ids_BT, n_loops):  # noqa: B007 - the last one is wanted
             pass
         return self.ln_f(x_BTD)
 

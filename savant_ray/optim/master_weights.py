@@ -85,7 +85,8 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
         for index, parameter in enumerate(parameters):
             mine, theirs = self.state[parameter], saved.get(index, {})
             if set(theirs) != set(mine):
-                return f"it holds {', '.join(sorted(theirs)) or 'nothing'} where {type(self).__name__} has {', '.join(sorted(mine))}"
+                has, wants = (", ".join(sorted(names)) or "nothing" for names in (theirs, mine))
+                return f"it holds {has} where {type(self).__name__} has {wants}"
             for name, tensor in mine.items():
                 if torch.as_tensor(theirs[name]).shape != tensor.shape:
                     return f"{name} of parameter {index} has another shape"

@@ -43,7 +43,8 @@ class Muon(AdamW):
     def update(self, full: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """One step of one weight; Nesterov's momentum."""
         if "momentum" not in group:
-            return super().update(full, gradient, state, group)
+            super().update(full, gradient, state, group)
+            return
         momentum = state[BUFFER].lerp_(gradient, 1 - group["momentum"])
         direction = orthogonalized(gradient.lerp(momentum, group["momentum"]))
         full.mul_(1 - group["lr"] * group["weight_decay"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from statistics import fmean
@@ -28,6 +29,6 @@ class Trend:
             return ""
         n = min(WIDTH, len(values))
         edges = [round(i * len(values) / n) for i in range(n + 1)]
-        means = [fmean(values[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
+        means = [fmean(values[start:end]) for start, end in itertools.pairwise(edges)]
         low, span = min(means), max(means) - min(means)
         return "".join(HEIGHTS[int((mean - low) / span * (len(HEIGHTS) - 1)) if span else 0] for mean in means)

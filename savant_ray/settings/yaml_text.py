@@ -6,12 +6,12 @@ PyYAML speaks version 1.1, in which `2e-5` is text, `012` is ten, `1:30` is nine
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 
-class YamlProblems(Exception):
+class YamlProblems(Exception):  # noqa: N818 - several at once
     """What is wrong with a text; one message each in `args`, with line where it is known."""
 
 
@@ -64,11 +64,11 @@ _STANDARD = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """Null, booleans, numbers, text, lists and mappings; collects duplicate keys."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    yaml_constructors = {
+    yaml_constructors: ClassVar = {
         tag: construct
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.removeprefix(_STANDARD) in ("null", "bool", "float", "str", "seq", "map")

@@ -31,7 +31,7 @@ class Peak:
         self.flops_per_second = 0.0
 
     def measure(self) -> None:
-        """Tries whether it is higher than was known; a CPU without bf16 instructions would take seconds for large matrices."""
+        """Tries whether it is higher than was known; a CPU without bf16 instructions takes seconds for large matrices."""
         for side in SIDES:
             if 2 * side**3 > A_MOMENT * self.flops_per_second > 0:
                 break

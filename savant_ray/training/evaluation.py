@@ -64,8 +64,9 @@ def _told(score: Score) -> dict[str, Any]:
 def by_depth(
     checkpoint: Path, questions: Sequence[Question], depths: Sequence[int], max_new_tokens: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yields for each number of loops the score, the loss on the run's held-out text (None without the file), and of its
-    last loop residual and cosine.
+    """Score, loss, residual and cosine for each number of loops.
+
+    The loss is that on the run's held-out text (None without the file); residual and cosine are of the last loop.
 
     Raises:
         CheckpointError: there is no readable checkpoint.

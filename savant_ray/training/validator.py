@@ -1,4 +1,4 @@
-"""What happens every `validation.every_steps` steps: the loss on held-out text, logic problems, and an answer to a prompt."""
+"""What happens every `validation.every_steps` steps: the loss on held-out text, logic problems, an answer to a prompt."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ class Validator:
             self.rows = (rows + 1) // 2
             self.emit(
                 Notice(
-                    text=f"validation did not fit into memory: from here on its sequences go through at most {self.rows} at once"
+                    text="validation did not fit into memory: from here on its sequences go through at most "
+                    f"{self.rows} at once"
                 )
             )
 

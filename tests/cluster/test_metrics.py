@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -17,7 +17,7 @@ from tests.reporting.events import attempt, checkpoint, step_done, validation
 class FakeMeter:
     """Keeps what it is told, under its name; refuses what Ray's own refuses."""
 
-    values: dict[str, float] = {}
+    values: ClassVar[dict[str, float]] = {}
 
     def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
         self.name, self.tag_keys = name, tag_keys

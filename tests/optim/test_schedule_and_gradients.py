@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ def test_the_guides_schedule_warms_up_over_4000_steps_and_ends_at_zero() -> None
 def test_the_schedule_rises_then_falls_and_never_jumps() -> None:
     rates = [learning_rate(step, 1.0, 10, 100) for step in range(1, 101)]
     assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
-    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) <= 0.1 + 1e-12
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= 0.1 + 1e-12
 
 
 def test_without_warm_up_the_first_step_has_nearly_the_full_rate() -> None:

@@ -54,7 +54,7 @@ class Page:
         kind, parameters = message["method"], message["params"]
         if kind == "Network.requestWillBeSent":
             self.requests.append(parameters["request"]["url"])
-        if kind in COMPLAINTS or kind == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning"):
+        if kind in COMPLAINTS or (kind == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning")):
             self.complaints.append(json.dumps(parameters))
 
     def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:

@@ -218,7 +218,7 @@ def test_the_strip_holds_all_launches_in_order(pairs: list[tuple[float, float]])
     stretches = timeline(launches)
     ends = [stretch.left + stretch.width for stretch in stretches]
     assert stretches[0].left == 0 and ends[-1] == pytest.approx(100)
-    assert all(end <= after.left + 1e-9 for end, after in zip(ends, stretches[1:]))
+    assert all(end <= after.left + 1e-9 for end, after in zip(ends, stretches[1:], strict=False))
     for stretch, end in zip(stretches, ends, strict=True):
         assert stretch.left - 1e-9 <= stretch.checkpoints[0][0] <= end + 1e-9
 

@@ -63,7 +63,7 @@ def test_a_page_is_drawn_without_a_network_and_without_complaints(
     assert light is not dark
 
 
-@pytest.mark.parametrize("screen, dark", [("wide", False), ("phone", False), ("wide", True)])
+@pytest.mark.parametrize(("screen", "dark"), [("wide", False), ("phone", False), ("wide", True)])
 def test_a_screenshot_shows_a_page_and_not_a_blank_sheet(
     page: Page, report: Path, tmp_path: Path, screen: str, dark: bool
 ) -> None:

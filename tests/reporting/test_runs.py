@@ -14,7 +14,6 @@ from savant_ray.events import AttemptEnded, Event, RunFailed
 from savant_ray.reporting.runs import find_runs, status, summarise
 from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation, write
 
-
 TRAINED = (attempt(max_steps=20), *(step_done(step, train_loss=9.0 - step) for step in range(1, 6)), validation(5))
 DONE = AttemptEnded(step=20, finished=True, saved_step=20)
 STOPPED = AttemptEnded(step=5, finished=False, saved_step=5)

@@ -92,7 +92,7 @@ def test_a_step_that_would_outlast_the_grace_period_is_given_up_and_the_one_befo
     host.grace_left = lambda: -1.0 if host.step == 3 else None
     assert not train(state, config, shares(state, config), host)
     assert host.saved == [(3, "stop")] and list(losses(host)) == [1, 2, 3]
-    assert "step 4 would outlast" in [event.text for event in host.events if isinstance(event, Notice)][0]
+    assert "step 4 would outlast" in next(event.text for event in host.events if isinstance(event, Notice))
 
 
 def test_training_goes_on_when_the_storage_refuses_and_tries_again() -> None:

@@ -1,6 +1,6 @@
-"""Arithmetic and logic problems with worked answers, and the rule for which of them are held out.
+r"""Arithmetic and logic problems with worked answers, and the rule for which of them are held out.
 
-A problem reads `Question: …\\nAnswer: Let's think step by step: …`. Its answer repeats the expression, goes
+A problem reads `Question: …\nAnswer: Let's think step by step: …`. Its answer repeats the expression, goes
 through the places, ones first, and ends in `The answer is 61.`:
 
     27 + 34. 7 + 4 = 11. 20 + 30 = 50. So 61. The answer is 61.

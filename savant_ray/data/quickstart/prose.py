@@ -162,7 +162,7 @@ def _join(source: str, paragraphs: Iterable[str]) -> Iterator[str]:
 
 def _is_held_out_source(source: str) -> bool:
     """By the hash of the topic or of the top-level package: sister modules explain the same things alike."""
-    name = source.split(".")[0]
+    name = source.partition(".")[0]
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
 

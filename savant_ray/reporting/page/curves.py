@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def worth_drawing(values: np.ndarray, points: int = POINTS) -> np.ndarray:
     low, high = (np.where(np.isfinite(values), values, worst) for worst in (np.inf, -np.inf))
     kept = [
         start + part
-        for start, end in zip(edges[:-1], edges[1:], strict=True)
+        for start, end in itertools.pairwise(edges)
         for part in (np.argmin(low[start:end]), np.argmax(high[start:end]))
     ]
     return np.unique([*kept, n - 1])
