@@ -92,6 +92,6 @@ def document_lengths(document_ids_BT: np.ndarray) -> np.ndarray:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a GPU."""
+    """Waits for a GPU, so that its time is booked where it was spent."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.optim.gradients import clip_to_mean
+from savant_ray.training.efficiency import synchronize
 from savant_ray.training.fitting import unless_out_of_memory
 from savant_ray.training.precision import autocast
 from savant_ray.training.ranks import add_up
@@ -168,9 +169,3 @@ def update(state: TrainingState, learning_rate: float) -> None:
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device, so that its time is booked where it was spent."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
