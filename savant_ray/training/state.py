@@ -25,7 +25,7 @@ from savant_ray.training.fitting import Fit
 from savant_ray.training.precision import weights_dtype
 
 FORMAT_VERSION = 1
-N_SUMS = 6  # see training/step.py
+LOSS, TOKENS, SKIPPED, STOP, ABANDONED, NO_ROOM = SUMS = range(6)  # what travels with the gradients (training/step.py)
 
 
 @dataclass
@@ -188,7 +188,7 @@ def new_state(config: Config, device: torch.device, precision: str | None = None
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.to(device, weights_dtype(precision))
     optimizer = new_optimizer(model, config.training)
-    gradients = GradientBuffer(model.parameters(), N_SUMS)
+    gradients = GradientBuffer(model.parameters(), len(SUMS))
     fit = Fit.of(config, device)
     state = TrainingState(model, optimizer, gradients, precision, device, fit)
     state.use(fit)

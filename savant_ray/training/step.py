@@ -24,9 +24,7 @@ from savant_ray.training.efficiency import synchronize
 from savant_ray.training.fitting import unless_out_of_memory
 from savant_ray.training.precision import autocast
 from savant_ray.training.ranks import add_up
-from savant_ray.training.state import TrainingState
-
-LOSS, TOKENS, SKIPPED, STOP, ABANDONED, NO_ROOM = range(6)  # the sums behind the gradients
+from savant_ray.training.state import LOSS, SKIPPED, TOKENS, TrainingState
 
 GraceLeft = Callable[[], float | None]  # None while nobody wishes to stop, then the seconds that are left for it
 
