@@ -13,16 +13,16 @@ from typing import Any
 
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.snapshot import rebuild_snapshot
-from savant_ray.config import Config, load_config
+from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import CheckpointError
 from savant_ray.reporting.record import read_records, saved_a_checkpoint
 from savant_ray.training.checkpoint import (
-    CONFIG,
     RECORDS,
     TOKENIZER,
     checkpoints,
     read_manifest,
+    read_settings,
     step_of,
     verify,
 )
@@ -89,12 +89,7 @@ def changes_since(start: Path, config: Config) -> dict[str, str]:
     """What has changed since the checkpoint was written: dotted name -> `name: 8, now 10`."""
     if start.is_file():
         return {}
-    return changed_settings(saved_settings(start), config.to_dict())
-
-
-def saved_settings(start: Path) -> dict[str, Any]:
-    """What the checkpoint was trained with, as `Config.to_dict()`."""
-    return load_config(file=start / CONFIG, environment={}).to_dict()
+    return changed_settings(read_settings(start).to_dict(), config.to_dict())
 
 
 def refuse_other_data(start: Path, config: Config, tokenizer: Tokenizer, data_fingerprint: str) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from savant_ray.config import Config, load_config
 from savant_ray.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -114,10 +115,19 @@ def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[st
     """The content of a checkpoint, checked against its manifest. Executes no code from the file.
 
     Raises:
-        CheckpointError: a file is missing, cut short or altered, or the format is of another version.
+        CheckpointError: a file is missing, cut short or altered.
     """
     verify(folder)
     return torch.load(folder / f"{folder.name}.pt", map_location=device, weights_only=True)
+
+
+def read_settings(folder: Path) -> Config:
+    """The settings that a checkpoint was trained with; those of the environment do not count.
+
+    Raises:
+        SettingsError: they are missing, or not ones that this version knows.
+    """
+    return load_config(file=folder / CONFIG, environment={})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from savant_ray.config import Config, load_config
+from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.training.checkpoint import CONFIG, MANIFEST, TOKENIZER, find_checkpoint, read_checkpoint, sync
+from savant_ray.training.checkpoint import MANIFEST, TOKENIZER, find_checkpoint, read_checkpoint, read_settings, sync
 from savant_ray.training.original import as_original, four_keys, newest_original, write_original
 
 Format = Literal["original", "safetensors"]
@@ -52,7 +52,7 @@ def _export_original(checkpoint: Path, output: Path) -> list[str]:
     warnings: list[str] = []
     neighbour = newest_original(folder.parent, -1, warnings.append)
     like = four_keys(neighbour)["model_state_dict"] if neighbour else None
-    four, lost = as_original(read_checkpoint(folder), _settings(folder).training.learning_rate, like)
+    four, lost = as_original(read_checkpoint(folder), read_settings(folder).training.learning_rate, like)
     write_original(output, four)
     return warnings + lost
 
@@ -69,7 +69,7 @@ def _export_safetensors(checkpoint: Path, output: Path) -> None:
     try:
         aside.mkdir()
         save_file(content["model_state_dict"], aside / WEIGHTS, metadata={"format": "pt"})
-        description = json.dumps(_description(_settings(folder), content["step"]), indent=2)
+        description = json.dumps(_description(read_settings(folder), content["step"]), indent=2)
         (aside / "config.json").write_text(description + "\n", encoding="utf-8")
         shutil.copyfile(folder / TOKENIZER, aside / TOKENIZER)
         for path in [*aside.iterdir(), aside]:
@@ -89,10 +89,6 @@ def _is_original(checkpoint: Path) -> bool:
 def _folder(checkpoint: Path) -> Path:
     """The checkpoint folder that is meant, also by the file in it."""
     return find_checkpoint(checkpoint.parent if checkpoint.is_file() else checkpoint)
-
-
-def _settings(folder: Path) -> Config:
-    return load_config(file=folder / CONFIG, environment={})
 
 
 def _description(config: Config, step: int) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from savant_ray.config import Config, load_config
+from savant_ray.config import Config
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
 from savant_ray.errors import SettingsError
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.training.checkpoint import CONFIG, TOKENIZER, find_checkpoint, read_checkpoint
+from savant_ray.training.checkpoint import TOKENIZER, find_checkpoint, read_checkpoint, read_settings
 
 
 def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Config]:
@@ -22,7 +22,7 @@ def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Confi
         CheckpointError: there is none, or it is damaged.
     """
     folder = find_checkpoint(checkpoint)
-    config = load_config(file=folder / CONFIG, environment={})
+    config = read_settings(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
         model = UniversalTransformer(config.model)
