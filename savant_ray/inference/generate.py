@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.model.transformer import UniversalTransformer
 
 
@@ -21,6 +23,12 @@ class Sampling:
     max_new_tokens: int = 300
     temperature: float = 0.6  # 0 = the likeliest token
     seed: int = 0
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, max_new_tokens: int, temperature: float, seed: int = 0) -> Self:
+        """Of text in this tokenizer."""
+        vocab_size, end, never = tokenizer.vocab_size, tokenizer.end_of_document, tokenizer.never_sampled
+        return cls(vocab_size, end, never, max_new_tokens, temperature, seed)
 
 
 def generate(

@@ -112,13 +112,7 @@ def ask(
     Raises:
         DataError: a prompt has no tokens.
     """
-    sampling = Sampling(
-        vocab_size=tokenizer.vocab_size,
-        end_of_document=tokenizer.end_of_document,
-        never_sampled=tokenizer.never_sampled,
-        max_new_tokens=max_new_tokens,
-        temperature=0.0,
-    )
+    sampling = Sampling.of(tokenizer, max_new_tokens, temperature=0.0)
     by_length = sorted(questions, key=lambda question: len(question.prompt))  # little padding in front of short ones
     for start in range(0, len(by_length), at_once):
         some = by_length[start : start + at_once]

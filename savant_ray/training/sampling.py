@@ -49,13 +49,11 @@ def stream_answer(
     tokens = tokenizer.encode(prompt)
     if not tokens:
         raise SettingsError("--prompt: the prompt has no tokens")
-    sampling = Sampling(
-        vocab_size=tokenizer.vocab_size,
-        end_of_document=tokenizer.end_of_document,
-        never_sampled=tokenizer.never_sampled,
-        max_new_tokens=config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        temperature=config.validation.temperature if temperature is None else temperature,
-        seed=seed,
+    sampling = Sampling.of(
+        tokenizer,
+        config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        config.validation.temperature if temperature is None else temperature,
+        seed,
     )
     decoder = IncrementalDecoder(tokenizer)
     for token in generate(model, tokens, sampling, n_loops):

@@ -125,14 +125,8 @@ class Validator:
     def _sample(self, state: TrainingState, scored: LogicScored | None) -> None:
         started = time.perf_counter()
         settings = self.config.validation
-        sampling = Sampling(
-            vocab_size=self.tokenizer.vocab_size,
-            end_of_document=self.tokenizer.end_of_document,
-            never_sampled=self.tokenizer.never_sampled,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=derived_seed(self.config.run.seed, state.step, "sample"),
-        )
+        seed = derived_seed(self.config.run.seed, state.step, "sample")
+        sampling = Sampling.of(self.tokenizer, settings.max_new_tokens, settings.temperature, seed)
         answer = self._unless_stopped(generate(state.model, self.tokenizer.encode(settings.prompt), sampling))
         tokens = unless_out_of_memory(lambda: list(answer), state.device)
         if tokens is None:
