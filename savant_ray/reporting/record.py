@@ -18,13 +18,32 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from savant_ray.events import Event, SampleGenerated
+from savant_ray.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointSaved,
+    DataPrepared,
+    Event,
+    LogicScored,
+    Notice,
+    RunFailed,
+    RunResumed,
+    SampleGenerated,
+    ValidationDone,
+    WorkersLost,
+    WorkersStarted,
+)
 from savant_ray.reporting.tensorboard import TensorBoard
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-VALIDATION = ("validation", "score", "sample")
-# What happened even if the steps after it are gone.
-ABOUT_A_LAUNCH = ("data", "attempt", "end", "resume", "notice", "failure", "workers", "workers_lost")
+OF_A_VALIDATION = {event.kind for event in (ValidationDone, LogicScored, SampleGenerated)}
+ABOUT_A_LAUNCH = {  # what happened even if the steps after it are gone
+    event.kind
+    for event in (
+        *(DataPrepared, WorkersStarted, WorkersLost, AttemptStarted, AttemptEnded),
+        *(RunResumed, Notice, RunFailed),
+    )
+}
 
 
 class Follower(Protocol):
@@ -151,7 +170,7 @@ def last_time(path: Path) -> str:
 def saved_a_checkpoint(run_folder: Path) -> bool:
     """Whether the run's record tells of a checkpoint."""
     path = run_folder / METRICS
-    return path.exists() and any(line["event"] == "checkpoint" for line in read_records(path))
+    return path.exists() and any(line["event"] == CheckpointSaved.kind for line in read_records(path))
 
 
 def has_sample(run_folder: Path, step: int) -> bool:
@@ -163,15 +182,16 @@ def has_sample(run_folder: Path, step: int) -> bool:
 def has_finished(run_folder: Path, step: int) -> bool:
     """Whether the newest launch that trained came to its end after that step, its last validation included."""
     path = run_folder / METRICS
-    launches = (line for line in read_records(path) if line["event"] in ("attempt", "end")) if path.exists() else ()
-    last = next(iter(deque(launches, maxlen=1)), {"event": "attempt"})
-    return last["event"] == "end" and bool(last["finished"]) and last["step"] == step
+    marks = (AttemptStarted.kind, AttemptEnded.kind)
+    launches = (line for line in read_records(path) if line["event"] in marks) if path.exists() else ()
+    last = next(iter(deque(launches, maxlen=1)), {"event": AttemptStarted.kind})
+    return last["event"] == AttemptEnded.kind and bool(last["finished"]) and last["step"] == step
 
 
 def _happens_again(line: dict[str, Any], step: int, validates: bool) -> bool:
     if line["event"] in ABOUT_A_LAUNCH:
         return False
-    return line["step"] > step or (validates and line["step"] == step and line["event"] in VALIDATION)
+    return line["step"] > step or (validates and line["step"] == step and line["event"] in OF_A_VALIDATION)
 
 
 def _mend(path: Path) -> None:

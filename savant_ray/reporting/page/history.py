@@ -16,6 +16,7 @@ from savant_ray.events import (
     AttemptStarted,
     CheckpointSaved,
     DataPrepared,
+    LogicScored,
     RunFailed,
     SampleGenerated,
     StepDone,
@@ -25,7 +26,6 @@ from savant_ray.events import (
 from savant_ray.reporting.record import METRICS, parsed
 from savant_ray.reporting.runs import RunSummary, summarise
 
-SCORE = "score"  # the kind of event that an exam is told as
 COLUMNS = (
     "step",
     "train_loss",
@@ -117,7 +117,7 @@ def _note(line: dict[str, Any], history: History) -> None:
         history.validations.append(line)
     elif kind == SampleGenerated.kind:
         history.samples.append(line)
-    elif kind == SCORE:
+    elif kind == LogicScored.kind:
         history.scores.append(line)
     if history.launches and kind != DataPrepared.kind:
         _continue(history.launches[-1], kind, time, line)
