@@ -17,6 +17,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from savant_ray.data.content import write_aside
 from savant_ray.errors import DataError
 
 PAD, END_OF_DOCUMENT = "<|pad|>", "<|end_of_document|>"
@@ -72,12 +73,8 @@ class Tokenizer:
         return self._inner.to_str()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a `tokenizer.json`, aside first: a reader never sees half of it."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        aside.write_text(self.to_json(), encoding="utf-8")
-        aside.replace(target)
+        """Writes a `tokenizer.json`; a reader never sees half of it."""
+        write_aside(Path(path), self.to_json())
 
     @cached_property
     def fingerprint(self) -> str:
