@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from savant_ray.config import Config
+from savant_ray.data.sources import is_uri, split_query
 from savant_ray.errors import SettingsError
 
 JOB_HOME = "savant_runs"
@@ -64,31 +65,21 @@ def run_folder(config: Config) -> Path:
     """`<run.storage_path>/<run.name>`; for a URI its mirror on this machine, `~/savant_runs/s3/<bucket>/…/<run.name>`."""
     if not is_uri(config.run.storage_path):
         return Path(config.run.storage_path) / config.run.name
-    scheme, _, rest = _split_query(config.run.storage_path)[0].partition("://")
+    scheme, _, rest = split_query(config.run.storage_path)[0].partition("://")
     return Path.home() / JOB_HOME / scheme / rest.strip("/") / config.run.name
-
-
-def is_uri(path: str) -> bool:
-    """Whether it names a place that `pyarrow.fs` reaches."""
-    return "://" in path
 
 
 def joined(uri: str, name: str) -> str:
     """The URI of `name` below it; what follows a `?` are options, and stays at the end."""
-    base, query = _split_query(uri)
+    base, query = split_query(uri)
     return f"{base.rstrip('/')}/{name}{query}"
 
 
 def parent_and_name(uri: str) -> tuple[str, str]:
     """The inverse of `joined`."""
-    base, query = _split_query(uri)
+    base, query = split_query(uri)
     parent, _, name = base.rstrip("/").rpartition("/")
     return parent + query, name
-
-
-def _split_query(uri: str) -> tuple[str, str]:
-    base, mark, query = uri.partition("?")
-    return base, mark + query
 
 
 def _absolute(path: str | list[str], folder: Path) -> str | list[str]:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from savant_ray.cluster.paths import is_uri, output_folder, parent_and_name, with_absolute_paths
+from savant_ray.cluster.paths import output_folder, parent_and_name, with_absolute_paths
 from savant_ray.cluster.session import prepare_environment, ray_session
 from savant_ray.config import Config, SourceConfig
 from savant_ray.data.preparation import learn_tokenizer
 from savant_ray.data.preparation import prepare as prepare_files
 from savant_ray.data.quickstart import write_quickstart
-from savant_ray.data.sources import SourceFile, expand
+from savant_ray.data.sources import SourceFile, expand, is_uri
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, bad_line_report
 from savant_ray.data.tokenizer import Tokenizer

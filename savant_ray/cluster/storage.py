@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.object_storage import ObjectStorage
-from savant_ray.cluster.paths import is_uri, joined, parent_and_name, run_folder
+from savant_ray.cluster.paths import joined, parent_and_name, run_folder
 from savant_ray.config import Config
+from savant_ray.data.sources import is_uri
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.training.checkpoint import MANIFEST, is_step_name
 

@@ -50,19 +50,25 @@ def expand(pattern: str | Sequence[str]) -> list[SourceFile]:
     return [found[path] for path in sorted(found)]
 
 
+def is_uri(path: str) -> bool:
+    """Whether it names a place that `pyarrow.fs` reaches."""
+    return "://" in path
+
+
+def split_query(path: str) -> tuple[str, str]:
+    """A URI, and its options from the `?` on; a local path has none."""
+    base, mark, options = path.partition("?") if is_uri(path) else (path, "", "")
+    return base, mark + options
+
+
 def _resolve(pattern: str) -> tuple[pafs.FileSystem, str]:
     """The file system and the path in it; a URI's wildcards are kept from the URI parser, `?` begins its options."""
-    if "://" not in pattern:
+    if not is_uri(pattern):
         return pafs.LocalFileSystem(), os.path.abspath(Path(pattern).expanduser())  # noqa: PTH100 - links stay as they are
-    path, query = _split_query(pattern)
+    path, query = split_query(pattern)
     plain = _fixed_folder(path) if _is_glob(path) else path
     filesystem, resolved = pafs.FileSystem.from_uri(plain + query)
     return filesystem, resolved + path[len(plain) :]
-
-
-def _split_query(pattern: str) -> tuple[str, str]:
-    path, mark, options = pattern.partition("?") if "://" in pattern else (pattern, "", "")
-    return path, mark + options
 
 
 def _expand_one(pattern: str) -> list[SourceFile]:
@@ -85,8 +91,8 @@ def _expand_one(pattern: str) -> list[SourceFile]:
 
 def _around(pattern: str, path: str) -> tuple[str, str]:
     """What a URI has before the path in its file system, and its options."""
-    uri, query = _split_query(pattern)
-    return (uri.rstrip("/").removesuffix(path), query) if "://" in uri else ("", "")
+    uri, query = split_query(pattern)
+    return (uri.rstrip("/").removesuffix(path), query) if is_uri(uri) else ("", "")
 
 
 def _nothing_found(pattern: str, is_folder: bool) -> str:
