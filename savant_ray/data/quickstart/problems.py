@@ -23,7 +23,6 @@ Every function here is pure: the same seed gives the same problems.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -93,12 +92,6 @@ def problems(
             elif len(found) < n:
                 found[problem.prompt] = problem
     return list(found.values())
-
-
-def final_answer(text: str) -> int | None:
-    """The number in the first `The answer is …` of a generated answer; None where there is none."""
-    match = re.search(r"The answer is (-?\d+)", text)
-    return int(match[1]) if match else None
 
 
 def combined_pairs(operands: Sequence[int], operations: Sequence[str]) -> Iterator[tuple[int, int]]:
