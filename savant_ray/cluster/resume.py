@@ -6,7 +6,6 @@ anew without asking it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import ray.train
@@ -18,6 +17,7 @@ from savant_ray.config import Config
 from savant_ray.events import RunResumed
 from savant_ray.training.checkpoint import find_checkpoint, is_step_name, read_checkpoint, step_of
 from savant_ray.training.original import NOTE, newest_original, read_original
+from savant_ray.training.ranks import agree
 from savant_ray.training.state import TrainingState
 
 
@@ -57,15 +57,6 @@ def fetch_once_per_node(storage: Disk, name: str) -> Path:
     if dist.is_initialized():
         dist.barrier()
     return storage.folder / name
-
-
-def agree(decide: Callable[[], str | None]) -> str | None:
-    """What rank 0 decides, on every rank."""
-    if not dist.is_initialized():
-        return decide()
-    shared = [decide() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
 
 
 def _initial_weights(state: TrainingState, config: Config) -> RunResumed | None:

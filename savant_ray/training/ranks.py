@@ -1,6 +1,8 @@
-"""Ranks decide together: the one collective that everything but the step's own all-reduce needs."""
+"""Ranks decide together: a sum over all of them, or what rank 0 decides."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,3 +19,12 @@ def add_up(values: Tensor) -> Tensor:
 def any_rank(here: bool, device: torch.device) -> bool:
     """Whether it is so on some rank; collective."""
     return bool(add_up(torch.tensor(float(here), device=device)))
+
+
+def agree(decide: Callable[[], str | None]) -> str | None:
+    """What rank 0 decides, on every rank; collective."""
+    if not dist.is_initialized():
+        return decide()
+    shared = [decide() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
