@@ -133,7 +133,7 @@ class TrainingConfig(Section):
     )
     learning_rate: Positive = Field(default=2e-5, description="peak, at the end of the warm-up; then cosine to 0")
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="share of max_steps over which the rate rises")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decay, per step and learning rate")
+    weight_decay: float = Field(default=0.01, ge=0, description="decoupled decay, per step and learning rate")
     gradient_clip: Positive = Field(default=1.0, description="largest global norm of the gradient")
     precision: Literal["bf16", "bf16-mixed", "fp32"] = Field(
         default="bf16", description="bf16: weights too; bf16-mixed: fp32 weights; fp32: everything"

@@ -80,7 +80,7 @@ class RayHost:
         return self.saver.finish()
 
     def validate(self, state: TrainingState) -> bool:
-        """Loss on held-out text and a sample; whether some rank has a reason to stop."""
+        """Loss on held-out text, logic problems and a sample; whether some rank has a reason to stop."""
         return self.validator(state)
 
     def _tell_drain(self) -> None:

@@ -2,7 +2,7 @@
 
 The block is one, but each of its loops sees other inputs, so each loop has keys and values of its own. A windowed
 loop keeps the last `window_size` of them; a global loop keeps all, in a buffer that doubles when it is full, so that
-generation may go on past `max_seq_len` (the model has no positions).
+generation may go on past `max_seq_len` (the model has no positions, or rotary ones, which have no end).
 
 Shapes: B batch, H heads, T new tokens, S tokens in reach, D head_dim.
 """

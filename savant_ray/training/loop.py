@@ -1,7 +1,7 @@
 """The whole training loop. Start reading here.
 
 A step takes the next `effective_batch` sequences of the global order, each rank its share of them (`training/step.py`).
-What the loop needs from the outside, it asks of a `Host`: under Ray that is `cluster/worker.py`, in tests a few lines.
+What the loop needs from the outside, it asks of a `Host`: under Ray that is `cluster/host.py`, in tests a few lines.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Host(Protocol):
         """Waits until the checkpoint that was begun is written; all ranks call it. False: this rank's storage refused."""
 
     def validate(self, state: TrainingState) -> bool:
-        """Validation loss and a sample; collective. True: some rank was asked to stop, and it may be cut short."""
+        """Loss on held-out text, logic problems, a sample; collective. True: some rank was asked to stop, and it may be cut short."""
 
 
 def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroBatch]], host: Host) -> bool:
