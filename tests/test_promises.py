@@ -1,4 +1,4 @@
-"""DESIGN section 1, kept: whatever ends a run, the next start goes on as if nothing had happened."""
+"""docs/DESIGN.md, section 1, kept: whatever ends a run, the next start goes on as if nothing had happened."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from savant_ray.settings.yaml_text import show
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "docs/HOW_IT_WORKS.md"]
+PAGES = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "docs/HOW_IT_WORKS.md", "docs/DESIGN.md"))]
 # Programs that are not ours to check.
 ELSEWHERE = set("sudo git cd source conda export chmod kubectl prometheus grafana tensorboard".split())
 TABLE = re.compile(r"(<!-- The settings:[^\n]*-->\n\n)(.*?)(\n<!-- End of the settings)", re.DOTALL)

@@ -1,1 +1,1 @@
-"""The straightforward baseline and the measurements against it; nothing imports it."""
+"""The straightforward baseline and the measurements against it; only their command imports them."""

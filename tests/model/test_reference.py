@@ -1,4 +1,4 @@
-"""The model agrees with one written independently, in plain tensors, from DESIGN section 4."""
+"""The model agrees with one written independently, in plain tensors, from docs/DESIGN.md, section 4."""
 
 from __future__ import annotations
 
