@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from savant_ray.cluster.disk import Disk
     from savant_ray.cluster.waiting import WorkerWatch
 
-SETTINGS = "config.yaml"  # in the run folder: those of the newest launch
 POLL_SECONDS = 0.5
 # How long `fit()` may take to return when the workers are through. A terminal's Ctrl+C also kills parts of the dashboard,
 # and Ray Train's cleaner then asks it in vain for 8 s (Ray 2.60); a Ray of our own ends with us anyhow.
@@ -113,6 +112,7 @@ def _train(launch: Launch) -> int:
     from savant_ray.cluster.preparation import find_text, prepare_data
     from savant_ray.cluster.starting_point import find_start, records_of, refuse_other_data
     from savant_ray.cluster.storage import storage_errors_explained
+    from savant_ray.training.checkpoint import CONFIG
 
     config, storage, report = launch.config, launch.storage, launch.report
     if storage.filesystem is not None:
@@ -126,7 +126,7 @@ def _train(launch: Launch) -> int:
     if start is not None:
         _compare(start, launch)
     check_before_start(config, storage)
-    write_aside(storage.folder / SETTINGS, dump_yaml(config))
+    write_aside(storage.folder / CONFIG, dump_yaml(config))
     text = find_text(config, report)
     report.stage("starting Ray")
     from savant_ray.cluster.failures import ray_errors_explained

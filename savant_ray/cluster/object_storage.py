@@ -22,10 +22,10 @@ from savant_ray.cluster.paths import joined
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
-from savant_ray.training.checkpoint import MANIFEST, is_step_name, step_folders, step_of, verify
+from savant_ray.training.checkpoint import CONFIG, MANIFEST, is_step_name, step_folders, step_of, verify
 from savant_ray.training.original import is_original_name
 
-RECORDS = (METRICS, SAMPLES, LOG)
+RECORDS = (METRICS, SAMPLES, LOG, CONFIG)
 CHUNK_BYTES = 64 << 20
 UNSENT = ".unsent"
 

@@ -100,7 +100,7 @@ class Saver:
             return None
 
     def _hand_over(self, save: Save, path: str | None) -> None:
-        """It already lies where Ray would copy it (NO_UPLOAD), so nothing is copied; Ray keeps the newest `checkpoint.keep`."""
+        """It lies where Ray would copy it (NO_UPLOAD), so nothing is copied; Ray keeps the newest `checkpoint.keep`."""
         name = f"step_{save.step}"
         ray.train.report(
             {**save.figures, "step": save.step},

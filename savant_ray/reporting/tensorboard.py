@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FOLDER = "tensorboard"
 TOLD_AGAIN = 1000  # steps: far more than a driver has in its hands
 FLUSH_SECONDS = 5
-WITH_NUMBERS = {StepDone.kind, ValidationDone.kind, LogicScored.kind, CheckpointSaved.kind}
+WITH_NUMBERS = (StepDone.kind, ValidationDone.kind, LogicScored.kind, CheckpointSaved.kind)
 
 
 class TensorBoard:
@@ -71,16 +71,24 @@ def _values(line: dict[str, Any]) -> Iterator[Summary.Value]:
     kind = line["event"]
     if kind == SampleGenerated.kind:
         yield _text("sample", f"{line['prompt']}{line['text']}")
-    elif kind in WITH_NUMBERS:
-        for name, value in line.items():
-            if isinstance(value, list):  # a number a loop
-                yield from (
-                    Summary.Value(tag=f"{kind}/{name}/{loop}", simple_value=v)
-                    for loop, v in enumerate(value, 1)
-                    if v is not None
-                )
-            elif name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                yield Summary.Value(tag=f"{kind}/{name}", simple_value=value)
+    for tag, value in numbers(line).items():
+        yield Summary.Value(tag=tag, simple_value=value)
+
+
+def numbers(line: dict[str, Any]) -> dict[str, float]:
+    """What of a line of the record makes curves: `event/field` and value, with `/loop` where there is one a loop."""
+    found: dict[str, float] = {}
+    for name, value in line.items() if line["event"] in WITH_NUMBERS else ():
+        each = (
+            {f"/{loop}": of_loop for loop, of_loop in enumerate(value, 1)} if isinstance(value, list) else {"": value}
+        )
+        found |= {f"{line['event']}/{name}{end}": number for end, number in each.items() if _is_number(number)}
+    found.pop(f"{line['event']}/step", None)
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(tag: str, text: str) -> Summary.Value:

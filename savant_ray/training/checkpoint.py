@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 RECORDS = "records.jsonl"
+FORMAT_VERSION = 1
 _FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -115,10 +116,16 @@ def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[st
     """The content of a checkpoint, checked against its manifest. Executes no code from the file.
 
     Raises:
-        CheckpointError: a file is missing, cut short or altered.
+        CheckpointError: a file is missing, cut short or altered, or of a format that this version does not know.
     """
     verify(folder)
-    return torch.load(folder / f"{folder.name}.pt", map_location=device, weights_only=True)
+    content: dict[str, Any] = torch.load(folder / f"{folder.name}.pt", map_location=device, weights_only=True)
+    if (version := content["savant"]["format_version"]) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint {folder.name}: its format is version {version}, this program reads version {FORMAT_VERSION}; "
+            "go on with the savant_ray that wrote it"
+        )
+    return content
 
 
 def read_settings(folder: Path) -> Config:

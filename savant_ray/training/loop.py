@@ -41,7 +41,7 @@ class Host(Protocol):
         """Waits until the checkpoint that was begun is written; all ranks call it. False: this rank's storage refused."""
 
     def validate(self, state: TrainingState) -> bool:
-        """Loss on held-out text, logic problems, a sample; collective. True: some rank was asked to stop, and it may be cut short."""
+        """Loss on held-out text, logic problems, a sample; collective. True: a rank was asked to stop; it is cut short."""
 
 
 def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroBatch]], host: Host) -> bool:

@@ -21,10 +21,10 @@ from savant_ray.optim.adamw import AdamW
 from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.master_weights import MasterWeightOptimizer
 from savant_ray.optim.muon import Muon
+from savant_ray.training.checkpoint import FORMAT_VERSION
 from savant_ray.training.fitting import Fit
 from savant_ray.training.precision import weights_dtype
 
-FORMAT_VERSION = 1
 LOSS, TOKENS, SKIPPED, STOP, ABANDONED, NO_ROOM = SUMS = range(6)  # what travels with the gradients (training/step.py)
 
 

@@ -68,7 +68,7 @@ def saver(tmp_path: Path, told: list[Event]) -> Saver:
 
 
 def content(step: int) -> dict[str, Any]:
-    return {"step": step, "savant": {"data_fingerprint": "abc"}}
+    return {"step": step, "savant": {"data_fingerprint": "abc", "format_version": 1}}
 
 
 def test_what_is_written_is_the_state_at_the_save_whatever_training_does_meanwhile(

@@ -36,7 +36,7 @@ def tokenizer(size: int = 280) -> Tokenizer:
 
 def write(run: Path, *steps: int, config: Config = Config(), data: str = "abc") -> None:
     for step in steps:
-        content = {"step": step, "weights": torch.ones(50), "savant": {"data_fingerprint": data}}
+        content = {"step": step, "weights": torch.ones(50), "savant": {"data_fingerprint": data, "format_version": 1}}
         texts = {"config.yaml": dump_yaml(config), "tokenizer.json": tokenizer().to_json(), "records.jsonl": ""}
         write_checkpoint(run, content, texts)
 

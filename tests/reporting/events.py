@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from savant_ray.events import AttemptStarted, CheckpointSaved, Event, SampleGenerated, StepDone, ValidationDone
+from savant_ray.events import (
+    AttemptStarted,
+    CheckpointSaved,
+    Event,
+    LogicScored,
+    SampleGenerated,
+    StepDone,
+    ValidationDone,
+)
 from savant_ray.reporting.record import Record
 
 
@@ -36,6 +44,11 @@ def step_done(step: int, **changes: Any) -> StepDone:
 
 def validation(step: int) -> ValidationDone:
     return ValidationDone(step=step, validation_loss=5.1234, bits_per_byte=2.1, weights_moved=0.971, seconds=3.2)
+
+
+def score(step: int) -> LogicScored:
+    each = {"sum": {"score": 0.5, "n": 30}, "product": {"score": 0.25, "n": 30}}
+    return LogicScored(step=step, score=0.375, n=60, low=0.26, high=0.5, templates=each, final=False, seconds=2.0)
 
 
 def sample(step: int, text: str = " five\nplus ten", prompt: str = "Question: X?\nAnswer:") -> SampleGenerated:

@@ -15,7 +15,7 @@ from savant_ray.events import AttemptEnded
 from savant_ray.reporting import trackers
 from savant_ray.reporting.record import Record
 from savant_ray.reporting.trackers import Tracking, open_trackers, tracking
-from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
+from tests.reporting.events import attempt, checkpoint, sample, score, step_done, validation
 
 SETTINGS = Config.from_dict({"training": {"learning_rate": 1e-3}}).to_dict()
 
@@ -62,7 +62,7 @@ def launch(folder: Path, first: int, last: int, tracker: Any, finished: bool = F
     for step in range(first + 1, last + 1):
         record.append(step_done(step, train_loss=10.0 / step))
         if step % 5 == 0:
-            for event in (validation(step), sample(step), checkpoint(step)):
+            for event in (validation(step), score(step), sample(step), checkpoint(step)):
                 record.append(event)
     record.append(AttemptEnded(step=last, finished=finished, saved_step=last))
     return record
@@ -145,6 +145,8 @@ def test_mlflow_has_the_numbers_of_the_record_over_all_launches(
     assert told == [(step, 10.0 / step) for step in range(1, 21)]
     validated = client.get_metric_history(run.info.run_id, "validation/validation_loss")
     assert [(each.step, each.value) for each in validated] == [(step, 5.1234) for step in (5, 10, 15, 20)]
+    scored = client.get_metric_history(run.info.run_id, "score/score")
+    assert [(each.step, each.value) for each in scored] == [(step, 0.375) for step in (5, 10, 15, 20)]
     assert len(client.list_artifacts(run.info.run_id, "samples")) == 4
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from savant_ray.errors import CheckpointError
 from savant_ray.training.checkpoint import (
+    FORMAT_VERSION,
     checkpoints,
     find_checkpoint,
     newest_checkpoint,
@@ -21,7 +23,8 @@ from savant_ray.training.checkpoint import (
 
 
 def write(run: Path, step: int) -> Path:
-    content = {"step": step, "model_state_dict": {"w": torch.arange(100.0)}, "savant": {"data_fingerprint": "abc"}}
+    savant = {"data_fingerprint": "abc", "format_version": FORMAT_VERSION}
+    content = {"step": step, "model_state_dict": {"w": torch.arange(100.0)}, "savant": savant}
     return write_checkpoint(run, content, {"config.yaml": "a: 1\n", "tokenizer.json": "{}"})
 
 
@@ -32,6 +35,14 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         "config.yaml", "manifest.json", "step_500.pt", "tokenizer.json",
     ]  # fmt: skip
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_format_of_later_is_refused_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "FORMAT_VERSION", 2)
+    later = write(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="step_1: its format is version 2, this program reads version 1"):
+        read_checkpoint(later)
+    assert newest_checkpoint(tmp_path) == later
 
 
 def test_the_newest_is_the_highest_number_not_the_last_name(tmp_path: Path) -> None:

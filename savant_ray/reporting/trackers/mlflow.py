@@ -8,11 +8,17 @@ from datetime import datetime
 from typing import Any
 
 from savant_ray.events import SampleGenerated
-from savant_ray.reporting.trackers.tracking import Line, numbers
+from savant_ray.reporting.tensorboard import numbers
+from savant_ray.reporting.trackers.tracking import Line
 
 EXPERIMENT = "savant_ray"
 IDENTITY = "savant_ray.identity"
-LAST_STEP = {"step": "step/train_loss", "validation": "validation/validation_loss", "checkpoint": "checkpoint/seconds"}
+LAST_STEP = {  # a metric that each line of its kind has
+    "step": "step/learning_rate",
+    "validation": "validation/seconds",
+    "score": "score/score",
+    "checkpoint": "checkpoint/seconds",
+}
 MOST_NUMBERS = 1000  # that MLflow takes at once
 
 

@@ -11,20 +11,13 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from savant_ray.events import (
-    AttemptEnded,
-    AttemptStarted,
-    CheckpointSaved,
-    SampleGenerated,
-    StepDone,
-    ValidationDone,
-)
+from savant_ray.events import AttemptEnded, AttemptStarted, SampleGenerated
 from savant_ray.reporting.record import parsed, read_records
+from savant_ray.reporting.tensorboard import WITH_NUMBERS
 
 SECONDS_BETWEEN = 5.0
 MOST_LINES = 500  # sent at once
 PATIENCE = 10.0  # seconds for the last lines when a launch ends
-WITH_NUMBERS = (StepDone.kind, ValidationDone.kind, CheckpointSaved.kind)
 TOLD = (*WITH_NUMBERS, SampleGenerated.kind)
 Line = dict[str, Any]
 
@@ -36,7 +29,7 @@ class Tracker(Protocol):
         """Finds the run of that identity or makes it; the last step that it has of each kind of line."""
 
     def send(self, lines: list[Line]) -> None:
-        """Adds steps, validations, checkpoints and samples."""
+        """Adds steps, validations, logic scores, checkpoints and samples."""
 
     def close(self, finished: bool) -> None:
         """The launch is over; `finished`: so is the run."""
@@ -106,14 +99,6 @@ class Tracking:
         file.seek(-len(text), os.SEEK_CUR)  # a line that is still being written
         if lines:
             self._tracker.send(lines)
-
-
-def numbers(line: Line) -> dict[str, float]:
-    """`event/field` and value, as in TensorBoard."""
-    if line["event"] not in WITH_NUMBERS:
-        return {}
-    values = {name: value for name, value in line.items() if name != "step" and not isinstance(value, bool)}
-    return {f"{line['event']}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
 
 
 def _identity(record: Path) -> tuple[str, dict[str, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from savant_ray.events import SampleGenerated
-from savant_ray.reporting.trackers.tracking import TOLD, Line, numbers
+from savant_ray.reporting.tensorboard import numbers
+from savant_ray.reporting.trackers.tracking import TOLD, Line
 
 
 class Wandb:
