@@ -63,10 +63,10 @@ class RunReport:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._say_newest_step()
         if isinstance(error, Exception) and self._log is not None:  # the terminal hears it from the command line
-            self._log.write(printable(f"error: {error or kind}"))
+            self._log.write(printable(f"error: {str(error) or type(error).__name__}"))
         self.close()
 
     def handle(self, event: Event) -> None:

@@ -157,6 +157,12 @@ def test_why_a_run_ended_is_in_its_log_and_left_to_the_command_line_on_the_conso
     assert paper.getvalue() == ""
 
 
+def test_an_error_without_a_word_is_named_in_the_log(tmp_path: Path, paper: io.StringIO) -> None:
+    with pytest.raises(MemoryError), RunReport(tmp_path, console=PlainConsole(paper)):
+        raise MemoryError
+    assert log_of(tmp_path) == ["error: MemoryError"]
+
+
 def test_without_a_run_folder_only_the_console_hears(paper: io.StringIO) -> None:
     with RunReport(None, console=PlainConsole(paper)) as report:
         report.stage("preparing data")
