@@ -65,6 +65,7 @@ soak: install
 check: install
 	@$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
 	$(RUN) -m pytest tests/test_layers.py tests/test_readme.py tests/test_packaging.py
 

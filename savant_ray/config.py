@@ -271,11 +271,11 @@ def load_config(
     reading.command_line(arguments)
     try:
         config = Config.model_validate(reading.nested())
+        if not reading.problems:
+            return config
     except ValidationError as error:
         reading.complain(error, known_names())
-    if reading.problems:
-        raise SettingsError("\n".join(reading.problems))
-    return config
+    raise SettingsError("\n".join(reading.problems))
 
 
 def dump_yaml(config: Config) -> str:

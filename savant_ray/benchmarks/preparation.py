@@ -80,12 +80,12 @@ def measure(folder: Path, size: int, turns: int) -> tuple[Figures, float]:
     _write_text(text, size)
     _write_text(sample, SLICE_BYTES)
     tokenizer = learn_tokenizer(expand(str(sample)), folder, VOCAB_SIZE)
-    bare, prepared = [_bare_rate(sample, tokenizer)], []
+    bare, turned = [_bare_rate(sample, tokenizer)], []
     with _peak_of_largest_process() as peak:
         for turn in range(turns):
-            rate, manifest = _prepared_rate(text, tokenizer, folder / str(turn))
-            prepared.append(rate)
+            turned.append(_prepared_rate(text, tokenizer, folder / str(turn)))
             bare.append(_bare_rate(sample, tokenizer))
+    prepared, manifest = [rate for rate, _ in turned], turned[-1][1]
     padding = f"padding {manifest.padding / (manifest.tokens + manifest.padding):.3%}"
     figures = {}
     for key in ("clock", "core"):
@@ -143,7 +143,7 @@ def _parse_and_encode(sample: str, tokenizer_json: str) -> Rate:
     tokenizer = Tokenizer.from_json(tokenizer_json)
     worked, started = time.process_time(), time.perf_counter()
     tokens = 0
-    with sample.open("rb") as file:
+    with Path(sample).open("rb") as file:
         while lines := file.readlines(MIB // 4):
             tokens += sum(map(len, tokenizer.encode_batch([orjson.loads(line)["text"] for line in lines])))
     return Rate(tokens / (time.perf_counter() - started), tokens / (time.process_time() - worked))

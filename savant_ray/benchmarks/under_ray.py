@@ -91,7 +91,8 @@ def _bare(folder: Path, changes: dict[str, str]) -> float:
 
 def _between(ends: list[float]) -> float:
     """The median step, the first of them left out."""
-    return statistics.median(np.diff(ends)[WARM_UP:].tolist())
+    steps: list[float] = np.diff(ends)[WARM_UP:].tolist()
+    return statistics.median(steps)
 
 
 class _Host:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -18,14 +18,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from savant_ray.cluster.session import refuse_dead_ray
 from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
-
 POLL_SECONDS = 30.0
 SECONDS_UNTIL_ASKED = 0.5  # whether Ray lives, when no answer comes
 
+BridgeHandle = Any  # an `ActorHandle`, by whose types no method of it ever returns
 
-@ray.remote(num_cpus=0, max_concurrency=10_000, enable_task_events=False)
+
+# Ray's types know neither all of its options nor what the decorator makes of a class.
+@ray.remote(num_cpus=0, max_concurrency=10_000, enable_task_events=False)  # type: ignore[call-overload]
 class Bridge:
     """One per attempt, on the driver's node; it dies with the driver.
 
@@ -75,13 +75,14 @@ class Bridge:
         return self._grace_seconds if await _wait(self._stop, seconds) else None
 
 
-def start_bridge() -> ActorHandle:
+def start_bridge() -> BridgeHandle:
     """On this very node: an actor without resources would be put on any, and lost with it."""
     here = ray.get_runtime_context().get_node_id()
-    return Bridge.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
+    strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+    return Bridge.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
 
 
-def next_events(bridge: ActorHandle, seconds: float) -> list[Event]:
+def next_events(bridge: BridgeHandle, seconds: float) -> list[Event]:
     """In the driver: all since the last call; waits up to `seconds` for the first.
 
     Raises:
@@ -97,7 +98,7 @@ def next_events(bridge: ActorHandle, seconds: float) -> list[Event]:
 class StopListener:
     """A worker's ear: a daemon thread long-polls the bridge, so that asking costs a step nothing."""
 
-    def __init__(self, bridge: ActorHandle) -> None:
+    def __init__(self, bridge: BridgeHandle) -> None:
         self._bridge = bridge
         self._deadline: float | None = None  # by time.monotonic()
         threading.Thread(target=self._listen, name="stop-listener", daemon=True).start()

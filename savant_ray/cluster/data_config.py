@@ -20,7 +20,7 @@ class StepDataConfig(ray.train.DataConfig):
     def __init__(self) -> None:
         super().__init__(datasets_to_split=[])
 
-    def configure(
+    def configure(  # type: ignore[override]  # Ray passes on whatever it is given, but names its own
         self,
         datasets: dict[str, StreamPlan],
         world_size: int,

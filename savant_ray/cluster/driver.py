@@ -32,8 +32,7 @@ from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Eve
 from savant_ray.reporting import RunReport, open_trackers
 
 if TYPE_CHECKING:
-    from ray.actor import ActorHandle
-
+    from savant_ray.cluster.bridge import BridgeHandle
     from savant_ray.cluster.courier import Courier
     from savant_ray.cluster.disk import Disk
     from savant_ray.cluster.waiting import WorkerWatch
@@ -193,13 +192,14 @@ def _fit(launch: Launch, data: Any, outcome: Outcome) -> None:
 
     config, bridge = launch.config, start_bridge()
     trainer = make_trainer(config, launch.storage, data, bridge, launch.allow_changes, launch.verbose)
-    watch = WorkerWatch(config.scaling.worker_limits[0], needs(trainer.scaling_config), launch.report.say)
+    resources = needs(trainer.scaling_config)  # type: ignore[arg-type]  # Ray names its first version's class
+    watch = WorkerWatch(config.scaling.worker_limits[0], resources, launch.report.say)
     outcome.fit = threading.Thread(target=_run_fit, args=(trainer, outcome), name="fit", daemon=True)
     outcome.fit.start()
     _follow(launch, outcome, bridge, watch)
 
 
-def _follow(launch: Launch, outcome: Outcome, bridge: ActorHandle, watch: WorkerWatch) -> None:
+def _follow(launch: Launch, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch) -> None:
     """Until `fit()` has returned, or is no longer waited for."""
     import ray
 

@@ -28,7 +28,7 @@ def forgiving(filesystem: pafs.FileSystem | None) -> pafs.FileSystem:
 _undeleted: list[tuple[pafs.FileSystem, str]] = []
 
 
-class _Forgiving(pafs.FileSystemHandler):  # noqa: PLW1641 - nobody keeps them in a set
+class _Forgiving(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa: PLW1641 - pyarrow has no types; in no set
     """All else is the file system's own."""
 
     def __init__(self, filesystem: pafs.FileSystem) -> None:
@@ -62,10 +62,10 @@ class _Forgiving(pafs.FileSystemHandler):  # noqa: PLW1641 - nobody keeps them i
         return f"forgiving+{self._filesystem.type_name}"
 
     def normalize_path(self, path: str) -> str:
-        return self._filesystem.normalize_path(path)
+        return str(self._filesystem.normalize_path(path))
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
-        return self._filesystem.get_file_info(selector)
+        return list(self._filesystem.get_file_info(selector))
 
     def create_dir(self, path: str, recursive: bool) -> None:
         self._filesystem.create_dir(path, recursive=recursive)

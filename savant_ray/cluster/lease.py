@@ -48,7 +48,7 @@ class Lease:
 
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
         self._filesystem, self._path = filesystem, path
-        self._mark = {"token": uuid.uuid4().hex, "process": os.getpid(), "host": socket.gethostname(), "beat": 0}
+        self._mark = dict[str, Any](token=uuid.uuid4().hex, process=os.getpid(), host=socket.gethostname(), beat=0)
         self._run, self._winner = "", dict[str, Any]()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)

@@ -7,12 +7,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from savant_ray.cluster.paths import in_ray_job
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, TrainingError
+
+if TYPE_CHECKING:
+    from ray._private.node import Node
 
 # Read by Ray when it is imported or started, so they are set before that; what the user has set stays.
 ENVIRONMENT = {
@@ -72,9 +76,7 @@ def ray_session(verbose: bool = False) -> Iterator[str]:
 
 def is_our_own() -> bool:
     """Whether this process started the cluster that it is connected to."""
-    from ray._private.worker import _global_node
-
-    return _global_node is not None and _global_node.is_head()
+    return _own_head() is not None
 
 
 def refuse_dead_ray() -> None:
@@ -83,16 +85,22 @@ def refuse_dead_ray() -> None:
     Raises:
         TrainingError: the scheduler or the head of the Ray that this process started for itself is gone.
     """
-    from ray._private.worker import _global_node
-
-    if not is_our_own():
+    head = _own_head()
+    if head is None:
         return
-    dead = [name for name, _ in _global_node.dead_processes() if name in VITAL]
+    dead = [name for name, _ in head.dead_processes() if name in VITAL]
     if dead:
         raise TrainingError(
             f"Ray failed: its {' and '.join(dead)} on this machine was killed, or ran out of memory.\n"
             "Run the same command again to go on from the last checkpoint."
         )
+
+
+def _own_head() -> Node | None:
+    from ray._private import worker
+
+    node: Any = worker._global_node  # whose type, by Ray's sources, is None
+    return node if node is not None and node.is_head() else None
 
 
 class Leave(BaseException):

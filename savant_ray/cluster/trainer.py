@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import LoggingConfig
+# What `ray.train` gives out too; there a type checker sees the classes of its first version.
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from savant_ray.cluster.data_config import StepDataConfig
 from savant_ray.cluster.disk import Disk
@@ -49,7 +49,7 @@ def make_trainer(
             callbacks=[FailureNews(bridge)],
             logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
         ),
-        datasets={"train": data.plan},
+        datasets={"train": data.plan},  # type: ignore[dict-item]  # only `StepDataConfig` looks at them
         dataset_config=StepDataConfig(),
     )
 
@@ -83,7 +83,7 @@ def scaling(config: Config) -> ScalingConfig:
 def needs(scaling: ScalingConfig) -> dict[str, float]:
     """What one worker takes."""
     gpu = {"GPU": 1.0} if scaling.use_gpu else {}
-    return gpu | dict(scaling.resources_per_worker or {})
+    return gpu | dict(scaling.resources_per_worker or {})  # type: ignore[arg-type]  # never a search of Ray Tune's
 
 
 def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu: bool) -> int:

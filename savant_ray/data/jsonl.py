@@ -91,7 +91,8 @@ class RangeReader:
     @property
     def bytes_read(self) -> int:
         """How many of the range's bytes, as stored, have been read."""
-        return max(min(self._stored.tell(), self._part.stop) - self._part.start, 0)
+        position: int = self._stored.tell()
+        return max(min(position, self._part.stop) - self._part.start, 0)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -215,4 +216,5 @@ def _why_no_text(value: dict[str, Any]) -> str:
 def _json_type(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return {dict: "an object", list: "an array", str: "a string"}.get(type(value), "a number")
+    names: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
+    return names.get(type(value), "a number")

@@ -59,7 +59,9 @@ def pack(lengths: Sequence[int], sequence_length: int) -> Packing:
     full, rest = _cut_long(lengths, sequence_length)
     rows = [[piece] for piece in full] + _top_up(*_best_fit(rest, sequence_length), sequence_length)
     pieces = np.array([piece for row in rows for piece in row], dtype=np.int64).reshape(-1, 3)
-    return Packing(sequence_length, *pieces.T, np.cumsum([len(row) for row in rows], dtype=np.int64))
+    documents, starts, sizes = pieces.T
+    row_ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+    return Packing(sequence_length, documents, starts, sizes, row_ends)
 
 
 def _cut_long(lengths: Sequence[int], sequence_length: int) -> tuple[list[Piece], list[Piece]]:

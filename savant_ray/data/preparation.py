@@ -142,9 +142,9 @@ class _Job:
             return iter(())
         items = [{"index": index, **_as_row(self._ranges[index])} for index in indices]
         with ray_data.settings():
-            dataset = ray.data.from_items(items, override_num_blocks=len(items))
-            dataset = dataset.flat_map(_WriteShard(self._unfinished, self._recipe), num_cpus=1)
-        return ray_data.rows(dataset)
+            ranges = ray.data.from_items(items, override_num_blocks=len(items))
+            written = ranges.flat_map(_WriteShard(self._unfinished, self._recipe), num_cpus=1)
+        return ray_data.rows(written)
 
 
 @dataclass(frozen=True)

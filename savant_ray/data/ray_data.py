@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyarrow as pa
 import ray.data
 from ray._private.log import PlainRayHandler
 from ray.data import DataContext
@@ -37,9 +38,11 @@ def _quieten_console() -> None:
             handler.setLevel(logging.ERROR)
 
 
-def rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+def rows(dataset: ray.data.Dataset) -> Generator[dict[str, Any], None, None]:
     """The rows of `dataset`; closing the iterator stops its tasks."""
-    batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    batches: Iterator[pa.Table] = iter(
+        dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    )
     try:
         for batch in batches:
             for row in range(batch.num_rows):

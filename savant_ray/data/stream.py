@@ -10,7 +10,7 @@ is held back Ray Data's scheduler thread spins: it took 87 % of a core from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -144,7 +144,7 @@ class StepStream:
 
 def _read_ahead(
     read: Callable[[int, int], list[StepShare]], portions: Iterator[tuple[int, int]]
-) -> Iterator[list[StepShare]]:
+) -> Generator[list[StepShare], None, None]:
     """What `read` returns for each portion, the next one being read while this one is used."""
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
@@ -161,7 +161,7 @@ class _StepSource(Datasource):
     """A row per step: positions, tokens and document ids as bytes, since a row is what Ray Data never divides."""
 
     def __init__(self, stream: StepStream, start_position: int, n_steps: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray's
         step = stream.plan.effective_batch
         self._stream = stream
         self._starts = range(start_position, start_position + n_steps * step, step)
@@ -179,7 +179,11 @@ class _StepSource(Datasource):
 def _block(stream: StepStream, start_position: int) -> pa.Table:
     positions = stream.positions(start_position)
     sequences = stream.plan.read(positions)
-    columns = {"positions": positions, "tokens": sequences.tokens, "document_ids": sequences.document_ids}
+    columns: dict[str, NDArray[Any]] = {
+        "positions": positions,
+        "tokens": sequences.tokens,
+        "document_ids": sequences.document_ids,
+    }
     return pa.table({name: pa.array([array.tobytes()], pa.large_binary()) for name, array in columns.items()})
 
 

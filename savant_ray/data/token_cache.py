@@ -227,8 +227,8 @@ class _Batch:
         tokens, lengths, lines = batch.columns
         self.tokens: Unsigned = tokens.values.to_numpy(zero_copy_only=True).reshape(-1, tokens.type.list_size)
         self._ends = lengths.offsets.to_numpy(zero_copy_only=True)
-        self._lengths = lengths.values.to_numpy(zero_copy_only=True)
-        self._lines = lines.values.to_numpy(zero_copy_only=True)
+        self._lengths: Unsigned = lengths.values.to_numpy(zero_copy_only=True)
+        self._lines: Unsigned = lines.values.to_numpy(zero_copy_only=True)
 
     def lengths(self, row: int) -> Unsigned:
         """The lengths of the row's pieces."""

@@ -89,7 +89,7 @@ def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Mask, soft_cap:
     """Attention output [B, H, T, D]."""
     if mask.blocks is not None:
         return flex(q_BHTD, k_BHSD, v_BHSD, mask.blocks, soft_cap)
-    if mask.first_key_N is not None:
+    if mask.hidden is not None and mask.first_key_N is not None:
         return cpu_attention(q_BHTD, k_BHSD, v_BHSD, mask.hidden, mask.first_key_N, soft_cap)
     return _soft_capped(q_BHTD, k_BHSD, v_BHSD, mask.hidden, soft_cap)
 

@@ -34,9 +34,12 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, hidden_B1TS: Tensor, first_ke
 
     `hidden` is True where a query does not see a key; a query sees at least itself, and nothing after its chunk.
     """
+    out: Tensor
     if torch.compiler.is_compiling():
-        return _forward_operator(q, k, v, hidden_B1TS, first_key_N, soft_cap)[0]
-    return _Attention.apply(q, k, v, hidden_B1TS, first_key_N, soft_cap)
+        out, _ = _forward_operator(q, k, v, hidden_B1TS, first_key_N, soft_cap)
+    else:
+        out = _Attention.apply(q, k, v, hidden_B1TS, first_key_N, soft_cap)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _forward(
@@ -110,7 +113,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grad_out, *ctx.saved_tensors, ctx.soft_cap), None, None, None)
+        inputs: tuple[Any, ...] = (grad_out, *ctx.saved_tensors, ctx.soft_cap)
+        return (*_backward(*inputs), None, None, None)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -70,8 +70,9 @@ def flex(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: BlockMask, soft_c
     def capped(score: Tensor, _row: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
         return soft_cap * torch.tanh(score / soft_cap)
 
-    kernel = flex_attention if torch.compiler.is_compiling() or not q_BHTD.is_cuda else _compiled()
-    return kernel(q_BHTD, k_BHTD, v_BHTD, score_mod=capped, block_mask=mask)
+    if torch.compiler.is_compiling() or not q_BHTD.is_cuda:
+        return flex_attention(q_BHTD, k_BHTD, v_BHTD, score_mod=capped, block_mask=mask)
+    return _compiled()(q_BHTD, k_BHTD, v_BHTD, score_mod=capped, block_mask=mask)
 
 
 @functools.cache

@@ -34,7 +34,7 @@ class _LoopCache:
     def __init__(self, window: int | None) -> None:
         self._window = window
         self._length = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._buffers: tuple[Tensor, ...] | None = None  # keys, values
 
     def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         if self._window is not None:

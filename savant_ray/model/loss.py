@@ -33,7 +33,9 @@ def cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk_
     rows_N = (targets_BT != IGNORED).flatten().nonzero().squeeze(1)  # waits for a GPU, as their number is needed
     x_ND, targets_N = x_BTD.flatten(0, 1).index_select(0, rows_N), targets_BT.flatten().index_select(0, rows_N)
     wants_gradient = torch.is_grad_enabled() and (x_BTD.requires_grad or head_VD.requires_grad)
-    return _ChunkedCrossEntropy.apply(x_ND, head_VD, targets_N, chunk_rows, wants_gradient)
+    inputs = (x_ND, head_VD, targets_N, chunk_rows, wants_gradient)
+    loss: Tensor = _ChunkedCrossEntropy.apply(*inputs)  # type: ignore[no-untyped-call]  # PyTorch's
+    return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -50,11 +50,12 @@ class UniversalTransformer(nn.Module):
         self.recurrent_block = RecurrentBlock(config)
         self.ln_f = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_load_state_dict_pre_hook(_drop_mask_buffers)
+        self.register_load_state_dict_pre_hook(_drop_mask_buffers)  # type: ignore[no-untyped-call]  # PyTorch's
 
     def forward(self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
         """Logits `[B, T, V]`; without `document_ids` each row is one document."""
-        return self.head(self.hidden(tokens_BT, document_ids_BT))
+        logits_BTV: Tensor = self.head(self.hidden(tokens_BT, document_ids_BT))
+        return logits_BTV
 
     def hidden(self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None, n_loops: int | None = None) -> Tensor:
         """The normalised stream `[B, T, D]` that the head reads; padding has document id -1."""
@@ -62,7 +63,8 @@ class UniversalTransformer(nn.Module):
             document_ids_BT = torch.zeros_like(tokens_BT)
         for x_BTD in self.states(tokens_BT, document_ids_BT, n_loops):  # noqa: B007 - the last one is wanted
             pass
-        return self.ln_f(x_BTD)
+        normed_BTD: Tensor = self.ln_f(x_BTD)
+        return normed_BTD
 
     def states(self, tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None) -> Iterator[Tensor]:
         """The stream `[B, T, D]` before the first loop and after each."""
@@ -89,7 +91,8 @@ class UniversalTransformer(nn.Module):
             reader = functools.partial(cache.append, loop)
             x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), by, reader)
         cache.length += n_new
-        return self.head(self.ln_f(x_BTD[:, -1]))
+        logits_BV: Tensor = self.head(self.ln_f(x_BTD[:, -1]))
+        return logits_BV
 
     def new_cache(self, n_loops: int | None = None, padding_B: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `decode`, of rows that begin with so many tokens of padding."""
@@ -156,7 +159,8 @@ class LiquidAttention(nn.Module):
         return liquid_update(x_BTD, self.o_proj(out_BHTD.transpose(1, 2).flatten(2)), self.liquid_gate)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+        heads_BTHD: Tensor = x_BTD.unflatten(2, (self.n_heads, -1))
+        return heads_BTHD.transpose(1, 2)
 
 
 class SwiGLU(nn.Module):

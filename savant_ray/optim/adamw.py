@@ -32,15 +32,16 @@ class AdamW(MasterWeightOptimizer):
     def update(self, full: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """One step of one weight."""
         beta1, beta2 = group["betas"]
-        moments = ([state[name]] for name in MOMENTS)
+        average, average_square = ([state[name]] for name in MOMENTS)
         adamw(
-            [full], [gradient], *moments, [], [state["step"]], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
-            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            [full], [gradient], average, average_square, [], [state["step"]], fused=True, amsgrad=False, maximize=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
 
     def had_gradient(self, parameter: nn.Parameter) -> Tensor:
         """Where the second moment is not zero."""
-        return self.state[parameter][MOMENTS[1]].reshape(len(parameter), -1).any(dim=1)
+        average_square: Tensor = self.state[parameter][MOMENTS[1]]
+        return average_square.reshape(len(parameter), -1).any(dim=1)
 
 
 def adamw_group(params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> dict[str, Any]:

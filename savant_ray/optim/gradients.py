@@ -34,6 +34,6 @@ class GradientBuffer:
 
 def clip_to_mean(gradients: Tensor, n_tokens: float, max_norm: float) -> Tensor:
     """Turns summed gradients into their mean, clipped to `max_norm`, in place; the mean's norm before clipping (0-d)."""
-    norm = torch.linalg.vector_norm(gradients) / n_tokens
+    norm: Tensor = torch.linalg.vector_norm(gradients) / n_tokens
     gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0) / n_tokens)
     return norm

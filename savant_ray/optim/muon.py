@@ -59,7 +59,7 @@ class Muon(AdamW):
 def orthogonalized(matrix: Tensor) -> Tensor:
     """The nearest matrix, nearly, whose singular values are all 1; of the same shape, fp32."""
     a, b, c = COEFFICIENTS
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    x: Tensor = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     x = x / (x.norm() + 1e-7)
     for _ in range(STEPS):

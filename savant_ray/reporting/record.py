@@ -98,7 +98,8 @@ class Record:
 
     def close(self) -> None:
         """Closes the files."""
-        for file in (self._metrics, self._samples, self._board, *self._followers):
+        files: list[JsonLines | TensorBoard | Follower] = [self._metrics, self._samples, self._board, *self._followers]
+        for file in files:
             file.close()
 
 
@@ -145,7 +146,8 @@ def to_line(event: Event) -> dict[str, Any]:
     """The event as its line, with the present time; a number that JSON does not have (NaN, infinity) becomes null."""
     fields = event.to_record()
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return _finite({"event": fields.pop("event"), "time": now, **fields})
+    line: dict[str, Any] = _finite({"event": fields.pop("event"), "time": now, **fields})
+    return line
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

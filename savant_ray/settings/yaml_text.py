@@ -6,7 +6,7 @@ PyYAML speaks version 1.1, in which `2e-5` is text, `012` is ten, `1:30` is nine
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -64,11 +64,11 @@ _STANDARD = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """Null, booleans, numbers, text, lists and mappings; collects duplicate keys."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class has it
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    yaml_constructors: ClassVar = {
+    yaml_constructors = {  # noqa: RUF012
         tag: construct
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.removeprefix(_STANDARD) in ("null", "bool", "float", "str", "seq", "map")

@@ -74,7 +74,8 @@ def by_depth(
     """
     model, tokenizer, config = load_model(checkpoint)
     longest = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    rows = [tuple(part.to(model.head.weight.device) for part in row) for row in held_out_rows(config, tokenizer)]
+    device = model.head.weight.device
+    rows = [(tokens.to(device), ids.to(device)) for tokens, ids in held_out_rows(config, tokenizer)]
     for n_loops in depths:
         score = total(scores(ask(model, tokenizer, questions, longest, n_loops)))
         loss, tokens = loss_sums(model, rows, n_loops).tolist()

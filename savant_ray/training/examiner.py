@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,22 +53,16 @@ class Examiner:
 
     def _answers(self, state: TrainingState, mine: list[Question]) -> list[Answer]:
         longest = self.config.validation.max_new_tokens
-        while True:
-            asked = functools.partial(
-                ask,
-                state.model,
-                self.tokenizer,
-                mine,
-                longest,
-                at_once=self.at_once,
-                stop_requested=self.stop_requested,
-            )
-            answers = unless_out_of_memory(lambda asked=asked: list(asked()), state.device)
-            if answers is not None:
-                return answers
+
+        def asked() -> list[Answer]:
+            stop, at_once = self.stop_requested, self.at_once
+            return list(ask(state.model, self.tokenizer, mine, longest, at_once=at_once, stop_requested=stop))
+
+        while (answers := unless_out_of_memory(asked, state.device)) is None:
             if self.at_once == 1:
                 raise MemoryCapError("not even one logic problem fits into memory; lower validation.max_new_tokens")
             self.at_once = (self.at_once + 1) // 2
+        return answers
 
 
 def _told(step: int, templates: dict[str, Score], final: bool, seconds: float) -> LogicScored:

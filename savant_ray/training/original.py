@@ -26,8 +26,7 @@ from torch import Tensor
 from savant_ray.errors import CheckpointError
 from savant_ray.model.transformer import MASK_BUFFERS
 from savant_ray.optim.adamw import MOMENTS
-from savant_ray.training.checkpoint import save, sync
-from savant_ray.training.state import FORMAT_VERSION
+from savant_ray.training.checkpoint import FORMAT_VERSION, save, sync
 
 KEYS = ("step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict")
 NOTE = "a file of the original, which does not say what it has read: the text goes on at step × effective batch"

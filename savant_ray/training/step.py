@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ def accumulate(state: TrainingState, share: Sequence[MicroBatch], grace_left: Gr
     for done, micro_batch in enumerate(micro_batches):
         if outlasts(grace_left(), time.perf_counter() - started, done, len(micro_batches)):
             return Accumulated(tuple(skipped), abandoned=True)
-        loss = unless_out_of_memory(lambda part=micro_batch: add_gradients(state, part), state.device)
+        loss = unless_out_of_memory(partial(add_gradients, state, micro_batch), state.device)
         if loss is None:
             return Accumulated(tuple(skipped), no_room=True)
         if not math.isfinite(loss):

@@ -83,7 +83,7 @@ _WORD_PROBLEM = (
     Wording("each", "*", "Each of {x} boxes has {y} {items}. How many {items} is that in all?", unseen=True),
 )
 
-_CHAINS = tuple(first + second for first, second in product("+-", repeat=2))
+_CHAINS = tuple(product("+-", repeat=2))
 
 _TWO_STEP = (
     *(
