@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from savant_ray.errors import SettingsError
 from savant_ray.settings.complaints import explain
+from savant_ray.settings.passwords import without_password
 from savant_ray.settings.rows import rows_of
 from savant_ray.settings.sources import Reading, Setting
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(without_password)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
 Auto = Literal["auto"]
 
@@ -106,9 +107,7 @@ class DataConfig(Section):
     sources: list[SourceConfig] = Field(
         default=DEFAULT_SOURCES, min_length=1, description="training text: [{path, weight, optional}, …]"
     )
-    validation: Texts = Field(
-        default="dataset/savant_dataset_val.jsonl", description="held-out JSONL, as a source's path"
-    )
+    validation: Texts = Field(default="dataset/savant_dataset_val.jsonl", description="held-out JSONL, like a source")
     tokenizer: Text = Field(
         default="train", description="a tokenizer.json, a Hugging Face name such as albert-base-v2, or train: learn one"
     )
@@ -128,9 +127,7 @@ class TrainingConfig(Section):
         default=12,
         description="sequences of a micro-batch: one forward and backward pass; a CPU may take fewer at once",
     )
-    accumulation: Count = Field(
-        default=16, description="micro-batches of a step; batch_size × accumulation = effective batch"
-    )
+    accumulation: Count = Field(default=16, description="micro-batches of a step; × batch_size: the effective batch")
     learning_rate: Positive = Field(default=2e-5, description="peak, at the end of the warm-up; then cosine to 0")
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="share of max_steps over which the rate rises")
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled decay, per step and learning rate")
@@ -186,7 +183,7 @@ class ScalingConfig(Section):
 
     num_workers: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] = Field(
         default=1,
-        description="training processes, which share each step's sequences; [1, 4]: as many as there is room for",
+        description="training processes, which share a step's sequences; [1, 4]: as many as there is room for",
     )
     use_gpu: bool | Auto = Field(default="auto", description="one GPU per worker; auto: if there are enough")
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = Field(

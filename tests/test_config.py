@@ -246,3 +246,22 @@ def test_what_follows_from_settings_is_computed_from_them() -> None:
     config = Config()
     assert (config.training.effective_batch, config.training.warmup_steps) == (192, 4000)
     assert ModelConfig(dim=64, n_heads=4).head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("run.storage_path", "s3://key:secret@bucket/runs", "run.storage_path"),
+        ("run.init_from", "s3://key:secret@bucket/runs/a", "run.init_from"),
+        ("data.validation", "s3://key:secret@bucket/held_out.jsonl", "data.validation"),
+        ("data.sources", "[{path: [a, 's3://key:secret@bucket/x.jsonl'], weight: 1}]", "data.sources[0].path[1]"),
+        ("reporting.mlflow", "postgresql://user:secret@host/mlflow", "reporting.mlflow"),
+    ],
+)
+def test_an_address_with_a_password_is_refused_and_not_repeated(name: str, value: str, told: str) -> None:
+    (said,) = refusal(f"--{name}", value)
+    assert said.startswith(f"--{told}: the address holds a password") and "secret@" not in said
+
+
+def test_an_address_without_a_password_may_name_a_user_and_a_port() -> None:
+    assert load_config(["--run.storage_path", "hdfs://user@host:8020/runs?a=b:c"], {}).run.storage_path

@@ -55,6 +55,13 @@ def test_pins_and_ranges_name_the_same_packages_and_agree():
         assert wanted.extras == pin.extras, f"{pin} and {wanted} name different extras"
 
 
+def test_the_readme_says_of_every_requirement_why_it_is_there() -> None:
+    table = (ROOT / "README.md").read_text().split("## What it stands on")[1].split("</details>")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [canonicalize_name(name) for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert sorted(named) == sorted(canonicalize_name(pin.name) for pin in PINS)
+
+
 def test_no_other_file_pins_a_version():
     others = ["environment.yml", "pyproject.toml", "Makefile", ".ci/run", "README.md", "CONTRIBUTING.md"]
     for name in others:

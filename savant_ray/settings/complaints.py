@@ -33,9 +33,9 @@ def explain(error: ValidationError, names: Sequence[str]) -> Iterator[tuple[str,
 
 def _complaint(name: str, problems: list[Any], names: Sequence[str]) -> tuple[str, str]:
     for problem in problems:
-        if problem["type"] == "value_error":  # the checks in `config.py` name the setting themselves
+        if problem["type"] == "value_error":  # checks of several settings say themselves which one it is
             named, _, message = str(problem["ctx"]["error"]).partition(": ")
-            return named, message
+            return (named, message) if named in names else (name, str(problem["ctx"]["error"]))
         if not _wanted(problem):  # of the right type: the types it might have had instead do not matter
             return name, _outside(problem, name, names)
     *most, last = [word for problem in problems for word in _wanted(problem)]
@@ -85,6 +85,7 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     parts = [
         p
         for p in location
-        if isinstance(p, int) or not re.match(r"(bool|str|list|literal|constrained-str|constrained-int)(\[|$)", p)
+        if isinstance(p, int)
+        or not re.match(r"(bool|str|list|literal|constrained-str|constrained-int|function-after)(\[|$)", p)
     ]
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")
