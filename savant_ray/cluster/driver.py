@@ -128,6 +128,7 @@ def _train(launch: Launch) -> int:
     write_aside(storage.folder / CONFIG, dump_yaml(config))
     text = find_text(config, report)
     report.stage("starting Ray")
+    from savant_ray.cluster.bridge import start_bridge
     from savant_ray.cluster.failures import ray_errors_explained
 
     outcome = Outcome()
@@ -135,11 +136,12 @@ def _train(launch: Launch) -> int:
         launch.signals.install()
         if dashboard:
             report.say(f"Ray's dashboard: {dashboard}")
+        bridge = start_bridge()  # its process comes up while this one looks at the text and imports Ray Train
         data = prepare_data(config, text, report)
         if start is not None and not launch.allow_changes:
             refuse_other_data(start, config, data.tokenizer, data.fingerprint)
         report.stage("starting workers")
-        _fit(launch, data, outcome)
+        _fit(launch, data, bridge, outcome)
         if outcome.fit_runs:
             raise Leave(_conclude(launch, outcome))
     return _conclude(launch, outcome)
@@ -185,12 +187,11 @@ def _left_while_fit_runs(outcome: Outcome) -> Iterator[None]:
         raise
 
 
-def _fit(launch: Launch, data: Any, outcome: Outcome) -> None:
-    from savant_ray.cluster.bridge import start_bridge
+def _fit(launch: Launch, data: Any, bridge: BridgeHandle, outcome: Outcome) -> None:
     from savant_ray.cluster.trainer import make_trainer, needs
     from savant_ray.cluster.waiting import WorkerWatch
 
-    config, bridge = launch.config, start_bridge()
+    config = launch.config
     trainer = make_trainer(config, launch.storage, data, bridge, launch.allow_changes, launch.verbose)
     resources = needs(trainer.scaling_config)  # type: ignore[arg-type]  # Ray names its first version's class
     watch = WorkerWatch(config.scaling.worker_limits[0], resources, launch.report.say)
