@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from savant_ray.errors import SettingsError
@@ -19,6 +18,7 @@ from savant_ray.settings.complaints import explain
 from savant_ray.settings.passwords import without_password
 from savant_ray.settings.rows import rows_of
 from savant_ray.settings.sources import Reading, Setting
+from savant_ray.settings.yaml_text import to_yaml
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -277,8 +277,7 @@ def load_config(
 
 def dump_yaml(config: Config) -> str:
     """The complete settings as a file that `load_config` reads back to the same."""
-    text: str = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-    return text
+    return to_yaml(config.to_dict(), width=120)
 
 
 def setting_rows() -> list[Setting]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from savant_ray.config import Config, ModelConfig, dump_yaml, load_config, setting_rows
 from savant_ray.errors import SettingsError
@@ -101,9 +102,15 @@ def test_the_complete_settings_read_back_to_the_same(file: Path) -> None:
     assert Config.from_dict(config.to_dict()) == config
 
 
-def test_every_setting_can_be_given_by_every_source(file: Path) -> None:
-    import yaml
+@pytest.mark.parametrize("name", ["2e-5", "1e5", "08", "012", "1:30", "yes", "~", "a\x85b", "a\u2028b", "\ufeffa", "=", "<<"])
+def test_text_that_looks_like_something_else_reads_back_as_text(name: str, file: Path) -> None:
+    config = Config.from_dict({"run": {"storage_path": name}})
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_config((), {}, file) == config
+    assert yaml.safe_load(dump_yaml(config))["run"]["storage_path"] == name, "as every other program reads it"
 
+
+def test_every_setting_can_be_given_by_every_source(file: Path) -> None:
     for row in setting_rows():
         text = row.default if isinstance(row.default, str) else yaml.safe_dump(row.default, default_flow_style=True)
         assert load_config([f"--{row.name}", text], {}) == load_config((), {row.variable: text}) == Config()
@@ -145,10 +152,16 @@ def test_a_key_given_twice_is_refused_with_its_lines(file: Path) -> None:
     [
         ("a: [1\nb: 2\n", " line 2: not valid YAML: expected ',' or ']', but got ':'"),
         ("run:\n\tname: x\n", " line 2: not valid YAML: found character '\\t' that cannot start any token"),
-        ("run: {seed: !!int x}\n", ": not valid YAML: invalid literal for int() with base 10: 'x'"),
+        ("run: {seed: !!int x}\n", " line 1: not valid YAML: x is not a whole number"),
+        ("run: {seed: !!int 9999999999999999999}\n", " line 1: not valid YAML: '9999999999999999999' is not a whole"),
+        ("model:\n  soft_cap: !!float ''\n", " line 2: not valid YAML: '' is not a number"),
+        ("training: {compile: !!bool x}\n", " line 1: not valid YAML: x is not true or false"),
+        ("run: !!map [name]\n", " line 1: not valid YAML: expected a mapping node, but found sequence"),
+        ('run: {name: "\\UFFFFFFFF"}\n', ": not valid YAML: "),
         ("run: !!python/object:os.system x\n", " line 1: not valid YAML: could not determine a constructor"),
         ("a: 1\n---\nb: 2\n", " line 2: not valid YAML: but found another document"),
-        ("[" * 5000, ": not valid YAML: "),
+        ("[" * 5000, " line 1: not valid YAML: nested more than 50 levels deep"),
+        (f"run: {{seed: {'[' * 400}{']' * 400}}}\n", " line 1: not valid YAML: nested more than 50 levels deep"),
         ("- a\n", ": expected sections with settings, found [a]"),
         ("training: 3\n", ": training: expected settings below it, found 3"),
     ],

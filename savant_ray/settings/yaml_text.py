@@ -1,14 +1,18 @@
-"""YAML text to plain values: the numbers of version 1.2, and duplicate keys refused.
+"""YAML text to plain values and back: the numbers of version 1.2, and duplicate keys refused.
 
 PyYAML speaks version 1.1, in which `2e-5` is text, `012` is ten, `1:30` is ninety and the last of two equal keys wins.
+What is written reads the same in both.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
+
+DEEPEST = 50  # levels of nesting; settings need six
 
 
 class YamlProblems(Exception):  # noqa: N818 - several at once
@@ -24,34 +28,31 @@ def load_yaml(text: str) -> Any:
     try:
         loader = _Loader(text)
         content = loader.get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two of a character that does not exist
         raise YamlProblems(_explain(error)) from error
-    except (ValueError, RecursionError) as error:  # a tag such as `!!int` before a word; a text of brackets
-        raise YamlProblems(f": not valid YAML: {error}") from error
     if loader.duplicates:
         raise YamlProblems(*loader.duplicates)
     return content
+
+
+def to_yaml(content: Any, **layout: Any) -> str:
+    """Plain values as text that `load_yaml` reads back to the same."""
+    text: str = yaml.dump(content, Dumper=_Dumper, allow_unicode=True, sort_keys=False, **layout)
+    return text
 
 
 def show(value: Any) -> str:
     """A value as the user would write it in YAML, shortened."""
     try:
         lines = isinstance(value, str) and "\n" in value
-        text = yaml.safe_dump(
-            value,
-            default_flow_style=True,
-            default_style='"' if lines else None,
-            allow_unicode=True,
-            sort_keys=False,
-            width=1 << 20,
-        )
+        text = to_yaml(value, default_flow_style=True, default_style='"' if lines else None, width=1 << 20)
     except yaml.YAMLError:
         text = repr(value)
     text = text.strip().removesuffix("...").strip()
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _explain(error: yaml.YAMLError) -> str:
+def _explain(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     line = f" line {mark.line + 1}" if mark is not None else ""
     why = getattr(error, "problem", None) or getattr(error, "reason", None) or error
@@ -77,10 +78,20 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.duplicates: list[str] = []
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"nested more than {DEEPEST} levels deep", mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 self.duplicates.append(f" line {line}: {key.value} was already given in line {seen[key.value]}")
@@ -90,13 +101,37 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what either version of YAML would read as something else than text."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None  # line ends in version 1.1, characters in 1.2
+        return self.represent_scalar(f"{_STANDARD}str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 # More digits than 64 bits hold are no whole number; Python would refuse to convert thousands of them.
 _INT = r"[-+]?[0-9](?:_?[0-9]){0,17}"
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-_Loader.add_implicit_resolver(f"{_STANDARD}int", re.compile(f"{_INT}$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(f"{_STANDARD}float", re.compile(f"(?:{_FLOAT})$"), list("-+0123456789."))
-_Loader.add_constructor(f"{_STANDARD}int", _construct_int)
+_BOOL = "(?i:true|false|yes|no|on|off)"
+
+
+def _add_scalar(tag: str, pattern: str, words: str, construct: Callable[[_Loader, yaml.ScalarNode], Any]) -> None:
+    """What may stand behind a tag such as `!!int`."""
+
+    def constructor(loader: _Loader, node: yaml.ScalarNode) -> Any:
+        text = loader.construct_scalar(node)
+        if not re.fullmatch(pattern, text):
+            raise yaml.constructor.ConstructorError(None, None, f"{show(text)} is not {words}", node.start_mark)
+        return construct(loader, node)
+
+    _Loader.add_constructor(_STANDARD + tag, constructor)
+
+
+_add_scalar("int", _INT, "a whole number", lambda loader, node: int(loader.construct_scalar(node)))
+_add_scalar("float", _FLOAT, "a number", _Loader.construct_yaml_float)
+_add_scalar("bool", _BOOL, "true or false", _Loader.construct_yaml_bool)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(f"{_STANDARD}int", re.compile(f"{_INT}$"), list("-+0123456789"))
+    _class.add_implicit_resolver(f"{_STANDARD}float", re.compile(f"(?:{_FLOAT})$"), list("-+0123456789."))
