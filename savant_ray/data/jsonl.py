@@ -200,17 +200,22 @@ def _loads_leniently(raw: bytes) -> Any:
         reason = "truncated JSON" if is_truncated else f"not JSON: {error.msg} at character {error.pos + 1}"
     except RecursionError:
         reason = "JSON nested too deeply"
-    except ValueError as error:  # an integer of more than 4,300 digits
-        reason = f"not JSON: {error}"
+    except ValueError:
+        reason = f"an integer of more than {sys.get_int_max_str_digits():,} digits"
     raise _BadLineError(reason)
 
 
 def _why_no_text(value: dict[str, Any]) -> str:
     if "text" not in value:
-        names = [name[:40] for name in sorted(value)[:8]]
+        names = [_printable(name[:40]) for name in sorted(value)[:8]]
         return f'no "text" field (found: {", ".join(names) or "nothing"})'
     text = value["text"]
     return '"text" is empty' if isinstance(text, str) else f'"text" is {_json_type(text)}, not a string'
+
+
+def _printable(name: str) -> str:
+    """The name on one line; half a surrogate pair could not even be written to a file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _json_type(value: Any) -> str:

@@ -127,6 +127,20 @@ def test_documents_are_the_texts_of_all_files(tmp_path: Path) -> None:
     assert list(documents(expand(str(tmp_path)), MAX_LINE_BYTES)) == GOOD * 2
 
 
+def test_names_that_cannot_be_written_are_told_as_escapes(tmp_path: Path) -> None:
+    path = tmp_path / "names.jsonl"
+    path.write_text(r'{"\ud83d": 1, "a\nb": 2, "\u001b[31m": 3, "é": 4}' + "\n")
+    (line,) = read(path)
+    assert line.problem == r'no "text" field (found: \x1b[31m, a\nb, é, \ud83d)'
+
+
+def test_a_line_with_an_integer_that_python_does_not_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "number.jsonl"
+    path.write_text(f'{{"text": "a", "id": {"9" * 5000}}}\n')
+    (line,) = read(path, max_line_bytes=10_000)
+    assert line.problem == "an integer of more than 4,300 digits"
+
+
 def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     gone = SourceFile(str(tmp_path / "gone.jsonl"), 10, 0)
     with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read"):
