@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -105,7 +106,7 @@ def find_checkpoint(path: Path) -> Path:
         CheckpointError: there is none.
     """
     if (path / MANIFEST).is_file():
-        return path
+        return path if is_step_name(path.name) else path.resolve()  # of ".", or of a link to it
     newest = newest_checkpoint(path) if path.is_dir() else None
     if newest is None:
         raise CheckpointError(f"{path}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
@@ -116,11 +117,12 @@ def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[st
     """The content of a checkpoint, checked against its manifest. Executes no code from the file.
 
     Raises:
-        CheckpointError: a file is missing, cut short or altered, or of a format that this version does not know.
+        CheckpointError: a file is missing, cut short or altered, the folder was renamed, or the format is not known.
     """
     verify(folder)
-    content: dict[str, Any] = torch.load(folder / f"{folder.name}.pt", map_location=device, weights_only=True)
-    if (version := content["savant"]["format_version"]) != FORMAT_VERSION:
+    content = load(folder / f"{folder.name}.pt", device)
+    own = content.get("savant")
+    if (version := own.get("format_version") if isinstance(own, dict) else None) != FORMAT_VERSION:
         raise CheckpointError(
             f"checkpoint {folder.name}: its format is version {version}, this program reads version {FORMAT_VERSION}; "
             "go on with the savant_ray that wrote it"
@@ -137,6 +139,31 @@ def read_settings(folder: Path) -> Config:
     return load_config(file=folder / CONFIG, environment={})
 
 
+def load(path: Path, device: str | torch.device) -> dict[str, Any]:
+    """What `save` wrote. Executes no code from the file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds anything but tensors, numbers and text by name.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds something else than tensors, numbers and text; not loaded, because it could execute code"
+        ) from error
+    except Exception as error:  # what an altered directory of records makes of it
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a file of weights: it holds a {type(content).__name__}")
+    return content
+
+
+def reason(error: Exception) -> str:
+    """An error of somebody else's code on one line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Step, data fingerprint, and size and hash of each file.
 
@@ -145,11 +172,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-        if manifest.pop("sha256") != _sha256_of(manifest):
+        if manifest.pop("sha256") != _sha256_of(manifest) or not _lists_files(manifest):
             raise ValueError
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise CheckpointError(f"checkpoint {folder.name}: no {MANIFEST}, so it was never completed") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CheckpointError(f"checkpoint {folder.name}: {MANIFEST} is not what was written") from None
     return manifest
 
@@ -161,9 +188,9 @@ def verify(folder: Path, *names: str) -> None:
         CheckpointError: one is missing, cut short or altered.
     """
     files = read_manifest(folder)["files"]
-    for name in names or files:
+    for name in names or dict.fromkeys([*files, f"{folder.name}.pt"]):
         if name not in files:
-            raise CheckpointError(f"checkpoint {folder.name}: {MANIFEST} does not list {name}")
+            raise CheckpointError(f"checkpoint {folder.name}: {MANIFEST} does not list {name}; was the folder renamed?")
         _check(folder, name, files[name])
 
 
@@ -181,9 +208,19 @@ def _manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     return {**manifest, "sha256": _sha256_of(manifest)}
 
 
+def _lists_files(manifest: dict[str, Any]) -> bool:
+    """Whether it has what `_manifest` writes."""
+    files = manifest["files"].items()
+    return "data_fingerprint" in manifest and all(
+        Path(name).name == name and type(file["bytes"]) is int and type(file["sha256"]) is str for name, file in files
+    )
+
+
 def _check(folder: Path, name: str, expected: dict[str, Any]) -> None:
     path = folder / name
-    size = path.stat().st_size if path.exists() else 0
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {folder.name}: {name} is missing")
+    size = path.stat().st_size
     if size != expected["bytes"]:
         raise CheckpointError(f"checkpoint {folder.name}: {name} has {size:,} of {expected['bytes']:,} bytes")
     if _sha256(path) != expected["sha256"]:

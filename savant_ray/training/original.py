@@ -13,7 +13,6 @@ The file has no manifest, but a CRC-32 for each record, which PyTorch does not l
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 from savant_ray.errors import CheckpointError
 from savant_ray.model.transformer import MASK_BUFFERS
 from savant_ray.optim.adamw import MOMENTS
-from savant_ray.training.checkpoint import FORMAT_VERSION, save, sync
+from savant_ray.training.checkpoint import FORMAT_VERSION, load, reason, save, sync
 
 KEYS = ("step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict")
 NOTE = "a file of the original, which does not say what it has read: the text goes on at step × effective batch"
@@ -120,7 +119,7 @@ def four_keys(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         CheckpointError: the file is missing, cut short, altered, lacks a key, holds code or the step of another name.
     """
     _check_records(path)
-    content = _load(path, device)
+    content = load(path, device)
     if missing := [key for key in KEYS if key not in content]:
         raise CheckpointError(f"{path}: not a file of the original: {', '.join(missing)} missing")
     step, weights = content["step"], content["model_state_dict"]
@@ -194,7 +193,7 @@ def _check_records(path: Path) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:  # damaged headers let `zipfile` fail in a dozen ways
-        raise CheckpointError(f"{path}: cut short, altered or not written by torch.save ({_reason(error)})") from error
+        raise CheckpointError(f"{path}: cut short, altered or not written by torch.save ({reason(error)})") from error
     if damaged is not None:
         raise CheckpointError(f"{path}: altered since it was written (its record {damaged} is not what was put in)")
 
@@ -202,25 +201,6 @@ def _check_records(path: Path) -> None:
 def _marked_as_folder(archive: zipfile.ZipFile) -> str | None:
     """A record with MS-DOS's folder bit: PyTorch reads nothing then and hands out memory as it finds it."""
     return next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)
-
-
-def _load(path: Path, device: str | torch.device) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds something else than tensors, numbers and text; not loaded, because it could execute code"
-        ) from error
-    except Exception as error:  # what an altered directory of records makes of it
-        raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a file of the original: it holds a {type(content).__name__}")
-    return content
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _optimizer_state(saved: Any) -> dict[str, Any]:

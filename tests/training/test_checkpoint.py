@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +98,74 @@ def same_json(altered: bytes, whole: bytes) -> bool:
         return json.loads(altered) == json.loads(whole)
     except ValueError:
         return False
+
+
+def test_a_missing_file_is_named_even_if_it_was_empty(tmp_path: Path) -> None:
+    content = {"step": 7, "model_state_dict": {}, "savant": {"data_fingerprint": "abc"}}
+    folder = write_checkpoint(tmp_path, content, {"records.jsonl": ""})
+    (folder / "records.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"^checkpoint step_7: records\.jsonl is missing$"):
+        read_checkpoint(folder)
+    (folder / "records.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"records\.jsonl is missing"):
+        read_checkpoint(folder)
+
+
+def test_a_renamed_folder_is_refused_and_a_link_to_it_or_a_dot_is_not(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = write(tmp_path, 7)
+    (tmp_path / "best").symlink_to(folder)
+    assert read_checkpoint(find_checkpoint(tmp_path / "best"))["step"] == 7
+    monkeypatch.chdir(folder)
+    assert read_checkpoint(find_checkpoint(Path()))["step"] == 7
+    folder.rename(tmp_path / "step_8")
+    with pytest.raises(CheckpointError, match=r"does not list step_8\.pt; was the folder renamed\?"):
+        read_checkpoint(tmp_path / "step_8")
+
+
+def signed(folder: Path, **changes: Any) -> None:
+    """The manifest with changes, and a sum that is right for them."""
+    manifest = {**json.loads((folder / "manifest.json").read_text()), **changes}
+    manifest = {key: value for key, value in manifest.items() if value is not None and key != "sha256"}
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("files", [None, {}, [], 3, {"step_7.pt": 3}, {"step_7.pt": {"bytes": 1}}, {"../x": {}}])
+def test_a_manifest_of_another_shape_is_refused_though_its_sum_is_right(files: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path, 7)
+    signed(folder)
+    assert read_checkpoint(folder)["step"] == 7
+    signed(folder, files=files)
+    with pytest.raises(CheckpointError, match="^checkpoint step_7: "):
+        read_checkpoint(folder)
+
+
+def test_a_manifest_of_brackets_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, 7)
+    (folder / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="manifest.json is not what was written"):
+        read_checkpoint(folder)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_executed_though_its_sums_are_right(tmp_path: Path) -> None:
+    folder = write(tmp_path, 7)
+    weights = folder / "step_7.pt"
+    torch.save({"step": 7, "extra": Code(tmp_path / "executed")}, weights)
+    sums = {"bytes": weights.stat().st_size, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    signed(folder, files={"step_7.pt": sums})
+    with pytest.raises(CheckpointError, match="could execute code"):
+        read_checkpoint(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+class Code:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
 
 
 def test_storage_that_refuses_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
