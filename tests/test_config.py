@@ -102,7 +102,9 @@ def test_the_complete_settings_read_back_to_the_same(file: Path) -> None:
     assert Config.from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize("name", ["2e-5", "1e5", "08", "012", "1:30", "yes", "~", "a\x85b", "a\u2028b", "\ufeffa", "=", "<<"])
+@pytest.mark.parametrize(
+    "name", ["2e-5", "1e5", "08", "012", "1:30", "yes", "~", "a\x85b", "a\u2028b", "\ufeffa", "=", "<<"]
+)
 def test_text_that_looks_like_something_else_reads_back_as_text(name: str, file: Path) -> None:
     config = Config.from_dict({"run": {"storage_path": name}})
     file.write_text(dump_yaml(config), encoding="utf-8")

@@ -16,7 +16,7 @@ def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """`; did you mean …?` if something is close, counting a setting's last word as its whole name."""
     word = word.replace("-", "_")
     same_field = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
-    close = same_field or difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, same_field or list(known), n=1, cutoff=0.0 if same_field else 0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
