@@ -114,7 +114,7 @@ class JsonLines:
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line; what a full disk refuses is kept and tried again with the next."""
-        self._unwritten += json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        self._unwritten += _encoded(json.dumps(line, ensure_ascii=False, allow_nan=False))
         self._write()
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -187,7 +187,7 @@ def has_finished(run_folder: Path, step: int) -> bool:
     marks = (AttemptStarted.kind, AttemptEnded.kind)
     launches = (line for line in read_records(path) if line["event"] in marks) if path.exists() else ()
     last = next(iter(deque(launches, maxlen=1)), {"event": AttemptStarted.kind})
-    return last["event"] == AttemptEnded.kind and bool(last["finished"]) and last["step"] == step
+    return last["event"] == AttemptEnded.kind and bool(last.get("finished")) and last.get("step") == step
 
 
 def _happens_again(line: dict[str, Any], step: int, validates: bool) -> bool:
@@ -213,18 +213,36 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     """The object of a line; None: it is none, or says nothing of an event."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and "event" in value else None
+    return value if isinstance(value, dict) and _is_event(value) else None
+
+
+def _is_event(line: dict[str, Any]) -> bool:
+    """Whether it has what every line has: a kind and a time, and but for those about a launch a step."""
+    kind, step = line.get("event"), line.get("step", 0 if line.get("event") in ABOUT_A_LAUNCH else None)
+    return isinstance(kind, str) and type(step) is int and ("time" not in line or _is_time(line["time"]))
+
+
+def _is_time(text: Any) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
 
 
 def _rewrite(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with aside.open("wb") as file:
+        file.writelines(_encoded(json.dumps(line, ensure_ascii=False)) for line in lines)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def _encoded(line: str) -> bytes:
+    """A line of the file; half a surrogate pair, which UTF-8 does not have, stays the JSON escape that it was."""
+    return line.encode(errors="backslashreplace") + b"\n"
 
 
 def _finite(value: Any) -> Any:

@@ -105,7 +105,7 @@ def summarise(run_folder: Path, is_in_use: Callable[[Path], bool]) -> RunSummary
         checkpoint_time=saved.get("time"),
         sample=sample.get("text"),
         sample_step=sample.get("step"),
-        last_time=max((line["time"] for line in [step, *newest.values()] if line), default=""),
+        last_time=max((line.get("time", "") for line in [step, *newest.values()] if line), default=""),
         failure=newest.get(RunFailed.kind, {}).get("text") if state == "failed" else None,
     )
 
@@ -180,7 +180,7 @@ def _state(newest: dict[str, dict[str, Any]]) -> str:
     if last == [RunFailed.kind]:
         return "failed"
     if last == [AttemptEnded.kind]:
-        return "finished" if newest[AttemptEnded.kind]["finished"] else "stopped"
+        return "finished" if newest[AttemptEnded.kind].get("finished") else "stopped"
     return "interrupted"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from savant_ray.events import Event, MicroBatchSkipped, RunResumed
-from savant_ray.reporting.record import METRICS, SAMPLES, Record, read_records, to_line
+from savant_ray.reporting.record import METRICS, SAMPLES, JsonLines, Record, read_records, to_line
 from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
 
 
@@ -118,6 +118,37 @@ def test_nothing_is_rewritten_when_nothing_was_lost(tmp_path: Path) -> None:
     write(tmp_path, step_done(3), after=2)
     assert (tmp_path / METRICS).stat().st_ino == inode
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b'{"event": "step"}',
+        b'{"event": "step", "step": "3"}',
+        b'{"event": ["step"], "step": 3}',
+        b'{"event": "step", "step": 3, "time": "2026-11-25T03:19:47.281+00:0{0"}',
+        b'{"event": "step", "step": 3, "time": "2026-11-25T03:19:47"}',
+        b'{"event": "end", "step": null}',
+    ],
+)
+def test_a_line_that_is_no_event_of_ours_goes_and_the_run_goes_on(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"event": "step", "step": 1}\n' + line + b"\n")
+    file = JsonLines(path)
+    file.keep(lambda line: not line["step"] > 1)
+    file.close()
+    assert list(read_records(path)) == [{"event": "step", "step": 1}]
+
+
+def test_half_a_surrogate_pair_stays_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"event": "notice", "text": "\\ud83d"}\n' + bytes(20) + b"\n")
+    file = JsonLines(path)
+    file.append({"event": "notice", "text": "\ud83d é"})
+    file.close()
+    assert [line["text"] for line in read_records(path)] == ["\ud83d", "\ud83d é"]
+    assert "é" in path.read_text(encoding="utf-8")
 
 
 def test_what_a_power_cut_left_goes_and_a_copy_of_it_stays(tmp_path: Path) -> None:
