@@ -162,7 +162,8 @@ def _question(line: bytes, where: str) -> Question:
     if not isinstance(fields, dict):
         raise DataError(f"{where}: a JSON object with prompt and answer is expected")
     prompt, answer = fields.get("prompt"), fields.get("answer")
-    if not isinstance(prompt, str) or not prompt or isinstance(answer, bool) or not isinstance(answer, str | int):
+    is_answer = isinstance(answer, str | int) and not isinstance(answer, bool) and str(answer).strip()
+    if not isinstance(prompt, str) or not prompt or not is_answer:
         found = ", ".join(fields) or "no fields"
         raise DataError(f'{where}: "prompt" has to be a text and "answer" a text or a whole number (found: {found})')
     return Question(str(fields.get("template", "questions")), prompt, str(answer))

@@ -127,7 +127,7 @@ def four_keys(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a file of the original: its step is {step!r}")
     if _FILE.fullmatch(path.name) and original_step(path) != step:
         raise CheckpointError(f"{path} holds step {step}: rename it to step_{step}.pt")
-    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+    if not isinstance(weights, Mapping) or not all(map(_is_real, weights.values())):
         raise CheckpointError(f"{path}: not a file of the original: its model_state_dict holds no weights by name")
     scheduler = content["scheduler_state_dict"]
     return {
@@ -198,6 +198,10 @@ def _check_records(path: Path) -> None:
         raise CheckpointError(f"{path}: altered since it was written (its record {damaged} is not what was put in)")
 
 
+def _is_real(weight: Any) -> bool:
+    return isinstance(weight, Tensor) and not weight.is_complex()
+
+
 def _marked_as_folder(archive: zipfile.ZipFile) -> str | None:
     """A record with MS-DOS's folder bit: PyTorch reads nothing then and hands out memory as it finds it."""
     return next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)
@@ -206,12 +210,12 @@ def _marked_as_folder(archive: zipfile.ZipFile) -> str | None:
 def _optimizer_state(saved: Any) -> dict[str, Any]:
     """State by parameter number, tensors in fp32, and groups; without either where it is no optimizer's."""
     try:
-        groups = [dict(group, params=list(group["params"])) for group in saved["param_groups"]]
+        groups = [dict(group.items(), params=list(group["params"])) for group in saved.get("param_groups")]
         state = {
             number: {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
             for number, values in saved["state"].items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+    except Exception:  # whatever stands in its place
         return {"state": {}, "param_groups": []}
     return {"state": state, "param_groups": groups}
 

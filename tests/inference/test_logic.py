@@ -115,6 +115,7 @@ def test_own_questions_are_read_and_bad_lines_named(tmp_path: Path) -> None:
         ("{", "line 1: no JSON"),
         ('{"prompt": "x"}', '"answer" a text or a whole number (found: prompt)'),
         ('{"prompt": "x", "answer": 1.5}', "line 1"),
+        ('{"prompt": "x", "answer": " "}', "line 1"),
         ("[1]", "a JSON object"),
         ("", "no questions"),
     ):

@@ -224,6 +224,8 @@ def test_an_optimizer_of_several_groups_is_told_and_the_weights_stay(tmp_path: P
         ({}, "0 groups"),
         (None, "0 groups"),
         ({"state": {0: "x"}, "param_groups": [{"params": [0]}]}, "0 groups"),
+        ({"state": {}, "param_groups": torch.ones(2, 2)}, "0 groups"),
+        (torch.ones(2, 2), "0 groups"),
         ({"state": {}, "param_groups": [{"params": [[0]]}]}, "0 parameters"),
         ({"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"params": [0]}]}, "1 parameters"),
     ],
@@ -335,6 +337,7 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
         ({"step": 7}, r"holds step 7: rename it to step_7\.pt"),
         ({"model_state_dict": [1]}, "no weights by name"),
         ({"model_state_dict": {"embed.weight": 3}}, "no weights by name"),
+        ({"model_state_dict": {"embed.weight": torch.ones(3, dtype=torch.complex64)}}, "no weights by name"),
     ],
 )
 def test_a_file_that_is_not_the_originals_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
