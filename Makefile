@@ -4,13 +4,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install train submit test test-quick coverage torture soak check clean
+.PHONY: help install train submit test test-quick coverage fuzz torture soak check clean
 
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 ADDRESS ?= http://127.0.0.1:8265
-N ?= 100
+N ?=
 PYTHON ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 
@@ -27,6 +27,7 @@ help:
 	make submit       the same as a job on the Ray cluster at ADDRESS
 	make test         the whole test suite
 	make test-quick   the tests that need neither Ray nor much time
+	make fuzz         N=10000 damaged or senseless inputs for each reader: a message of ours, nothing lost
 	make torture      interrupt runs N=100 times, at every moment; each must end as if nobody had
 	make soak         80,000 tiny steps; memory, open files and step time must stay flat
 	make check        format, lint, types, spelling, layers, and that the pages are true
@@ -56,8 +57,11 @@ test: check
 test-quick: install
 	@exec $(RUN) -m pytest -m "not slow" $(ARGS)
 
+fuzz: install
+	@exec $(RUN) -m tests.fuzz $(or $(N),10000)
+
 torture: install
-	@exec $(RUN) -m tests.torture $(N)
+	@exec $(RUN) -m tests.torture $(or $(N),100)
 
 soak: install
 	@exec $(RUN) -m tests.torture.soak

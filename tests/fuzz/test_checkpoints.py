@@ -1,0 +1,239 @@
+"""Checkpoints: whatever happens to the files, what is read is what was written, or a CheckpointError says why not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from savant_ray.config import dump_yaml
+from savant_ray.errors import CheckpointError
+from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
+from savant_ray.training.original import four_keys, read_original
+from tests.fuzz.drawing import a_text, a_value, drawn, spoilt
+from tests.fuzz.property import holds_for, scratch
+from tests.training.original_program import OriginalProgram
+from tests.training.tiny import tiny_config, tiny_state
+
+Files = dict[str, bytes | None]  # None: a folder
+STEP, MANIFEST, WEIGHTS = "step_500", "manifest.json", "step_500.pt"
+EXECUTED = "executed"
+KEYS = ("step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict")
+
+
+@cache
+def written() -> dict[str, bytes]:
+    """The files of a checkpoint of a two-loop model."""
+    config = tiny_config()
+    content = {**tiny_state(config).to_checkpoint(), "step": 500}
+    texts = {"config.yaml": dump_yaml(config), "tokenizer.json": '{"model": {}}', "records.jsonl": ""}
+    folder = write_checkpoint(scratch() / "written", content, texts)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@cache
+def content_written() -> Any:
+    return torch.load(scratch() / "written" / STEP / WEIGHTS, weights_only=True)
+
+
+@cache
+def original() -> bytes:
+    """A file as the original program writes it, after one step."""
+    program = OriginalProgram()
+    program.train(torch.arange(1, 33).reshape(2, 16))
+    return program.save(scratch()).read_bytes()
+
+
+@cache
+def original_content() -> Any:
+    (path := scratch() / "whole.pt").write_bytes(original())
+    return four_keys(path)
+
+
+@cache
+def names() -> list[str]:
+    return [name for name, _ in tiny_state(tiny_config()).model.named_parameters()]
+
+
+class Code:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self) -> Any:
+        return Path.mkdir, (scratch() / EXECUTED,)
+
+
+@cache
+def with_code() -> bytes:
+    path = scratch() / "code.pt"
+    torch.save({**content_written(), "extra": Code()}, path)
+    return path.read_bytes()
+
+
+def damaged(chance: Random) -> tuple[str, Files]:
+    """The folder's name and its files after one to three accidents."""
+    name, files = STEP, Files(written())
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        name = "step_600" if chance.random() < 0.03 else name
+        an_accident(files, chance)
+    return name, files
+
+
+def an_accident(files: Files, chance: Random) -> None:
+    """To a file, among files, or to the manifest: by chance, or by somebody who knows how its sums are made."""
+    one, other = chance.choice(sorted(written())), chance.choice(sorted(written()))
+    kind = chance.randrange(16)
+    if kind < 7:
+        files[one] = spoilt(files.get(one) or b"", chance)
+    elif kind == 7:
+        files.pop(one, None)
+    elif kind == 8:
+        files[one], files[other] = files.get(other), files.get(one)
+    elif kind == 9:
+        files[chance.choice(("extra", "step_600.pt", "step_500.pt.tmp", one))] = chance.choice((b"", b"x", None))
+    elif kind == 10:
+        files[WEIGHTS] = with_code()
+        sign(files, listed(files))
+    elif kind < 13 and isinstance(manifest := listed(files), dict):
+        edit(manifest, chance)
+        sign(files, manifest)
+    else:
+        manifest = listed(files)
+        edit(manifest, chance)
+        files[MANIFEST] = json.dumps(manifest).encode(errors="surrogatepass")
+
+
+def listed(files: Files) -> Any:
+    """The manifest as it now is, or as it was."""
+    try:
+        return json.loads(files.get(MANIFEST) or b"")
+    except ValueError:
+        return json.loads(written()[MANIFEST])
+
+
+def edit(manifest: Any, chance: Random) -> None:
+    """Something in it is changed, removed or added."""
+    files = manifest.get("files") if isinstance(manifest, dict) else {}
+    places = [manifest, files, *(files.values() if isinstance(files, dict) else ())]
+    place = chance.choice([each for each in places if isinstance(each, dict)] or [{}])
+    key = chance.choice((*place, "files", a_text(chance)))
+    if chance.random() < 0.4:
+        place.pop(key, None)
+    else:
+        place[key] = chance.choice((a_value(chance), 0, place.get(chance.choice((*place, "")))))
+
+
+def sign(files: Files, manifest: Any) -> None:
+    """The manifest with right sums, its own and those of the files that it lists."""
+    if not isinstance(manifest, dict):
+        return
+    listed_files = manifest.get("files")
+    for name, file in listed_files.items() if isinstance(listed_files, dict) else ():
+        if isinstance(file, dict) and name == WEIGHTS and files.get(name) == with_code():
+            file |= {"bytes": len(with_code()), "sha256": hashlib.sha256(with_code()).hexdigest()}
+    manifest.pop("sha256", None)
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    files[MANIFEST] = json.dumps(manifest).encode()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+def lay_out(name: str, files: Files) -> Path:
+    """A run folder with that checkpoint in it."""
+    run = scratch() / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    (run / name).mkdir(parents=True)
+    for file, content in files.items():
+        (run / name / file).mkdir() if content is None else (run / name / file).write_bytes(content)
+    return run
+
+
+@holds_for(
+    "a real checkpoint after 1 to 3 accidents: files cut, spoilt, swapped, missing, added, with code; manifest edited, also with right sums",
+    quick=100,
+    one_in=10,
+    case=drawn(damaged),
+)
+def test_a_damaged_checkpoint_is_refused_or_read_as_it_was_written(case: tuple[str, Files]) -> None:
+    name, files = case
+    whole = all(files.get(file) == content for file, content in written().items())
+    run = lay_out(name, files)
+    try:
+        content = read_checkpoint(find_checkpoint(run))
+    except CheckpointError as error:
+        assert not whole or name != STEP
+        assert name in str(error) or "no checkpoint there" in str(error)
+    else:
+        assert name == STEP and files[WEIGHTS] == written()[WEIGHTS]
+        assert whole or files[MANIFEST] != written()[MANIFEST], "an altered text went unnoticed"
+        assert same(content, content_written())
+    assert not (scratch() / EXECUTED).exists()
+
+
+@holds_for(
+    "a file of the original program, cut or spoilt",
+    quick=60,
+    one_in=10,
+    content=drawn(lambda chance: spoilt(original(), chance)),
+)
+def test_a_damaged_file_of_the_original_is_refused_or_read_as_it_was_written(content: bytes) -> None:
+    expected, path = original_content(), scratch() / "step_1.pt"
+    path.write_bytes(content)
+    try:
+        found = four_keys(path)
+    except CheckpointError as error:
+        assert str(path) in str(error) and content != original()
+    else:
+        assert same(found, expected)
+
+
+def foreign(chance: Random) -> dict[Any, Any]:
+    """Four keys, one or two of them with something else below them."""
+    original_content()
+    content: dict[Any, Any] = torch.load(scratch() / "whole.pt", weights_only=True)
+    for _ in range(chance.randrange(1, 3)):
+        place: Any = content
+        while isinstance(place, dict) and place and chance.random() < 0.7:
+            parent, key = place, chance.choice(list(place))
+            place = place[key]
+            place = place[0] if isinstance(place, list) and place and chance.random() < 0.8 else place
+            parent[key] = chance.choice((parent[key], a_value(chance), a_tensor(chance)))
+        if isinstance(place, dict):
+            place[chance.choice((*KEYS, "params", "state", 0, a_text(chance)))] = a_value(chance)
+    return content
+
+
+def a_tensor(chance: Random) -> torch.Tensor:
+    kind = chance.choice((torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8))
+    return torch.ones(chance.choice(((), (0,), (3,), (16, 16))), dtype=kind)
+
+
+@holds_for(
+    "four keys with other values, tensors or names anywhere below them", quick=60, one_in=20, content=drawn(foreign)
+)
+def test_a_foreign_file_is_refused_or_read_as_a_checkpoint(content: dict[Any, Any]) -> None:
+    path = scratch() / "step_1.pt"
+    torch.save(content, path)
+    try:
+        found = read_original(path, names(), 12)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+    else:
+        assert found["step"] == 1 and all(
+            weight.dtype == torch.float32 for weight in found["model_state_dict"].values()
+        )
+        assert set(found) == {*KEYS, "savant"}

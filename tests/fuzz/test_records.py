@@ -1,0 +1,96 @@
+"""What is read beside text: a run's record after any damage, and a file of questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+from savant_ray.errors import DataError
+from savant_ray.inference.logic import read_questions
+from savant_ray.reporting.record import (
+    METRICS,
+    JsonLines,
+    has_finished,
+    last_time,
+    read_records,
+    saved_a_checkpoint,
+    to_line,
+)
+from savant_ray.reporting.runs import status, summarise, to_json
+from tests.fuzz.drawing import a_text, a_value, drawn, spoilt
+from tests.fuzz.property import holds_for, scratch
+from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation
+
+LINES = [
+    json.dumps(to_line(event), ensure_ascii=False).encode() + b"\n"
+    for event in (attempt(), *map(step_done, range(1, 5)), validation(4), sample(4), checkpoint(4), step_done(5))
+]
+
+
+def a_record(chance: Random) -> bytes:
+    """The lines of a run, some of them doubled, missing, spoilt, or of anything else."""
+    lines = [line for line in LINES for _ in range(chance.choice((0, 1, 1, 1, 1, 2)))]
+    for _ in range(chance.randrange(3)):
+        junk = chance.choice(
+            (json.dumps(a_value(chance)).encode(), b"[" * 3000, b"\x00" * 40, chance.randbytes(5), b'{"event": 1}')
+        )
+        lines.insert(chance.randrange(len(lines) + 1), junk + b"\n")
+    content = b"".join(lines)
+    return spoilt(content, chance) if chance.random() < 0.7 else content
+
+
+@holds_for(
+    "a run's metrics.jsonl with lines doubled, missing, spoilt or of anything else",
+    quick=100,
+    one_in=5,
+    content=drawn(a_record),
+)
+def test_whatever_happens_to_a_record_its_whole_lines_stay_and_it_goes_on(content: bytes) -> None:
+    (folder := scratch() / "record").mkdir(exist_ok=True)
+    path: Path = folder / METRICS
+    path.write_bytes(content)
+    if content:
+        told = summarise(folder, idle)  # `savant runs` looks at what a run is writing
+        assert status(told) and to_json([told])
+    file = JsonLines(path)
+    remaining = read_records(path)
+    assert all(json.loads(line) in remaining for line in content.splitlines(keepends=True) if line in LINES), "in order"
+    file.append({"event": "step", "step": 6})
+    file.keep(lambda line: line["event"] in ("attempt", "end") or line["step"] > 4)
+    file.close()
+    assert list(read_records(path))[-1] == {"event": "step", "step": 6}
+    last_time(path), saved_a_checkpoint(folder), has_finished(folder, 5)
+
+
+def some_questions(chance: Random) -> bytes:
+    """Lines with prompt and answer, wrong ones, spoilt ones, or any bytes."""
+    fields = ("prompt", "answer", "template", "text")
+    lines = [
+        {
+            name: chance.choice((a_text(chance), "5", 5, a_value(chance)))
+            for name in chance.sample(fields, chance.randrange(2, 4))
+        }
+        for _ in range(chance.randrange(4))
+    ]
+    content = b"\n".join(
+        json.dumps(line, ensure_ascii=chance.random() < 0.5).encode(errors="surrogatepass") for line in lines
+    )
+    return spoilt(content, chance) if chance.random() < 0.5 else content
+
+
+@holds_for(
+    "up to 3 questions for `savant evaluate`, with fields of any kind, half of them spoilt",
+    quick=100,
+    one_in=5,
+    content=drawn(some_questions),
+)
+def test_questions_are_read_or_refused_with_their_line(content: bytes) -> None:
+    path = scratch() / "questions.jsonl"
+    path.write_bytes(content)
+    try:
+        questions = read_questions(path)
+    except DataError as error:
+        assert str(error).startswith(str(path)) and str(error).encode()
+    else:
+        assert questions and all(each.prompt and each.prompt.encode() and each.answer.encode() for each in questions)
