@@ -1,7 +1,7 @@
-"""YAML text to plain values and back: the numbers of version 1.2, and duplicate keys refused.
+"""YAML text to plain values: the numbers of version 1.2, and duplicate keys refused.
 
 PyYAML speaks version 1.1, in which `2e-5` is text, `012` is ten, `1:30` is ninety and the last of two equal keys wins.
-What is written reads the same in both.
+What is written here reads the same in both.
 """
 
 from __future__ import annotations
