@@ -219,7 +219,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_event(line: dict[str, Any]) -> bool:
-    """Whether it has what every line has: a kind and a time, and but for those about a launch a step."""
+    """Whether it has a kind, and a step but where it is about a launch; where it has a time, that has to be one."""
     kind, step = line.get("event"), line.get("step", 0 if line.get("event") in ABOUT_A_LAUNCH else None)
     return isinstance(kind, str) and type(step) is int and ("time" not in line or _is_time(line["time"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import time
 import traceback
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.fuzz.property import PROPERTIES, Property
+
+SECONDS_BETWEEN_REMARKS = 30.0  # into a file; on a terminal it is told all the time
 
 
 def collect() -> list[Property]:
@@ -23,11 +26,15 @@ def collect() -> list[Property]:
 
 def fuzz(wanted: Property, cases: int, console: Console) -> tuple[int, float, bool]:
     """Cases done, seconds, and whether it held; says how far it is, and what does not hold."""
-    started, done, holds = time.monotonic(), 0, True
+    started = said = time.monotonic()
+    done, holds = 0, True
     with console.status(wanted.name) as status:
         try:
             for done in wanted.run(cases):
                 status.update(f"{wanted.name}: {done:,} of {cases:,}")
+                if not console.is_terminal and time.monotonic() - said > SECONDS_BETWEEN_REMARKS:
+                    said = time.monotonic()
+                    console.print(f"{wanted.name}: {done:,} of {cases:,} …")
         except Exception as failure:
             traceback.print_exception(failure)
             holds = False
@@ -37,12 +44,12 @@ def fuzz(wanted: Property, cases: int, console: Console) -> tuple[int, float, bo
 
 
 def main(n: int, words: str = "") -> int:
-    """Tries the properties whose names hold `words`, all by default, and prints what was done; 1 if one does not hold."""
+    """Tries the properties whose names match `words`, all by default, and prints what was done; 1 if one does not hold."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table("property", "cases", "what was generated", "s", box=None)
     failed = 0
     for wanted in collect():
-        if words in wanted.name:
+        if re.search(words, wanted.name):
             done, seconds, holds = fuzz(wanted, max(1, n // wanted.one_in), console)
             failed += not holds
             table.add_row(wanted.name, f"{done:,}" if holds else "FAILED", wanted.generated, f"{seconds:.0f}")

@@ -223,7 +223,7 @@ def a_tensor(chance: Random) -> torch.Tensor:
 
 
 @holds_for(
-    "four keys with other values, tensors or names anywhere below them", quick=60, one_in=20, content=drawn(foreign)
+    "four keys with other values, tensors or names anywhere below them", quick=60, one_in=40, content=drawn(foreign)
 )
 def test_a_foreign_file_is_refused_or_read_as_a_checkpoint(content: dict[Any, Any]) -> None:
     path = scratch() / "step_1.pt"

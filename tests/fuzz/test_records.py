@@ -43,7 +43,7 @@ def a_record(chance: Random) -> bytes:
 @holds_for(
     "a run's metrics.jsonl with lines doubled, missing, spoilt or of anything else",
     quick=100,
-    one_in=5,
+    one_in=10,
     content=drawn(a_record),
 )
 def test_whatever_happens_to_a_record_its_whole_lines_stay_and_it_goes_on(content: bytes) -> None:

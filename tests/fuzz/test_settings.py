@@ -178,7 +178,7 @@ def check_reads_back(config: Config) -> None:
 @holds_for(
     "YAML of settings with right and wrong values, spoilt, piled up from names, tags and marks, or any bytes",
     quick=150,
-    one_in=2,
+    one_in=4,
     content=drawn(a_settings_file),
 )
 def test_any_file_is_settings_that_read_back_or_a_refusal(content: bytes) -> None:
@@ -188,7 +188,7 @@ def test_any_file_is_settings_that_read_back_or_a_refusal(content: bytes) -> Non
 @holds_for(
     "up to 5 options and 4 variables, right, misspelt and wrong",
     quick=100,
-    one_in=4,
+    one_in=10,
     a_case=drawn(options_and_variables),
 )
 def test_any_options_and_variables_are_settings_that_read_back_or_a_refusal(
@@ -197,7 +197,7 @@ def test_any_options_and_variables_are_settings_that_read_back_or_a_refusal(
     check(*a_case, None)
 
 
-@holds_for("nested Python values, most with names that exist", quick=100, structure=drawn(a_structure))
+@holds_for("nested Python values, most with names that exist", quick=100, one_in=2, structure=drawn(a_structure))
 def test_any_structure_is_settings_or_a_refusal(structure: Any) -> None:
     if not isinstance(structure, dict):
         return
@@ -207,7 +207,7 @@ def test_any_structure_is_settings_or_a_refusal(structure: Any) -> None:
         assert str(error).strip() and error.exit_code == 2
 
 
-@holds_for("8 settings with odd values that are allowed", quick=60, one_in=10, settings=drawn(right_settings))
+@holds_for("8 settings with odd values that are allowed", quick=60, one_in=20, settings=drawn(right_settings))
 def test_settings_that_are_allowed_read_back_to_the_same(settings: dict[str, dict[str, Any]]) -> None:
     try:
         config = Config.from_dict(settings)
