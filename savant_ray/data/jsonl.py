@@ -214,7 +214,7 @@ def _why_no_text(value: dict[str, Any]) -> str:
 
 
 def _printable(name: str) -> str:
-    """The name on one line; half a surrogate pair could not even be written to a file."""
+    """The name on one line, with what steers a terminal or is no character (half a surrogate pair) spelt out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
