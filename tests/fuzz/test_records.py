@@ -8,6 +8,7 @@ from random import Random
 
 from savant_ray.errors import DataError
 from savant_ray.inference.logic import read_questions
+from savant_ray.reporting.page.history import read_history
 from savant_ray.reporting.record import (
     METRICS,
     JsonLines,
@@ -53,6 +54,7 @@ def test_whatever_happens_to_a_record_its_whole_lines_stay_and_it_goes_on(conten
     if content:
         told = summarise(folder, idle)  # `savant runs` looks at what a run is writing
         assert status(told) and to_json([told])
+        assert read_history(folder, idle).summary == told  # as does `savant report`
     file = JsonLines(path)
     remaining = read_records(path)
     assert all(json.loads(line) in remaining for line in content.splitlines(keepends=True) if line in LINES), "in order"

@@ -106,13 +106,15 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _note(line: dict[str, Any], history: History) -> None:
+    if "time" not in line:  # damaged
+        return
     time = datetime.fromisoformat(line["time"]).timestamp()
     kind = line["event"]
     if kind == DataPrepared.kind:
         history.data = line
     elif kind == AttemptStarted.kind:
         history.attempt = line
-        history.launches.append(Launch(time, time, line["step"], line["step"]))
+        history.launches.append(Launch(time, time, line.get("step", 0), line.get("step", 0)))
     elif kind == ValidationDone.kind:
         history.validations.append(line)
     elif kind == SampleGenerated.kind:
@@ -128,11 +130,11 @@ def _continue(launch: Launch, kind: str, time: float, line: dict[str, Any]) -> N
     if kind in (AttemptEnded.kind, RunFailed.kind, WorkersLost.kind):
         launch.ended = time
     if kind == AttemptEnded.kind:
-        launch.ending = "finished" if line["finished"] else "stopped"
+        launch.ending = "finished" if line.get("finished") else "stopped"
     elif kind == RunFailed.kind:
-        launch.ending, launch.reason = "failed", line["text"]
+        launch.ending, launch.reason = "failed", line.get("text", "")
     elif kind == WorkersLost.kind:
-        launch.ending, launch.reason = "workers lost", line["text"]
+        launch.ending, launch.reason = "workers lost", line.get("text", "")
     elif kind in (StepDone.kind, ValidationDone.kind, CheckpointSaved.kind):
         launch.ended, launch.last_step = max(launch.ended, time), max(launch.last_step, line["step"])
     if kind == CheckpointSaved.kind:
