@@ -261,10 +261,10 @@ def test_a_misspelt_name_is_one_line_with_the_right_one_whatever_its_source(name
     section, field = name.split(".")
     for typo in (name[:-1], f"{section}.{field[1]}{field[0]}{field[2:]}", f"{section[:-1]}.{field}"):
         for source, called, said in refusals({typo: 1}, tmp_path / "settings.yaml", typo):
-            right = ROWS[name].variable if source == "environment" else name
+            wrong, right = called, ROWS[name].variable if source == "environment" else name
             if source == "file" and not typo.startswith(f"{section}."):
-                called, right = called.rpartition(".")[0], section
-            assert said == f"{called}: no such setting; did you mean {right}?"
+                wrong, right = called.rpartition(".")[0], section
+            assert said == f"{wrong}: no such setting; did you mean {right}?"
 
 
 @pytest.mark.parametrize(("name", "value", "part", "message"), INSIDE)

@@ -1,4 +1,4 @@
-"""Texts, values and damage drawn from one seed each: ten times as many cases as of draws that hypothesis makes one by one."""
+"""Texts, values and damage drawn from one seed each: ten times as many cases as of draws one by one."""
 
 from __future__ import annotations
 

@@ -163,7 +163,8 @@ def lay_out(name: str, files: Files) -> Path:
 
 
 @holds_for(
-    "a real checkpoint after 1 to 3 accidents: files cut, spoilt, swapped, missing, added, with code; manifest edited, also with right sums",
+    "a real checkpoint after 1 to 3 accidents: files cut, spoilt, swapped, missing, added, with code; "
+    "manifest edited, also with right sums",
     quick=100,
     one_in=10,
     case=drawn(damaged),
