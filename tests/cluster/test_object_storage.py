@@ -149,7 +149,8 @@ def test_rays_list_names_what_is_there(here: ObjectStorage, store: ObjectStore) 
 
 def record(storage: ObjectStorage, *times: str) -> None:
     storage.folder.mkdir(exist_ok=True)
-    lines = (json.dumps({"event": "checkpoint", "step": 1, "time": time}) + "\n" for time in times)
+    clock = "2026-01-01T{}:00+00:00"
+    lines = (json.dumps({"event": "checkpoint", "step": 1, "time": clock.format(time)}) + "\n" for time in times)
     (storage.folder / "metrics.jsonl").write_text("".join(lines))
     (storage.folder / "training_log.txt").write_text(f"log until {times[-1]}")
 
