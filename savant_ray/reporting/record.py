@@ -220,8 +220,10 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 def _is_event(line: dict[str, Any]) -> bool:
     """Whether it has a kind, and a step but where it is about a launch; where it has a time, that has to be one."""
-    kind, step = line.get("event"), line.get("step", 0 if line.get("event") in ABOUT_A_LAUNCH else None)
-    return isinstance(kind, str) and type(step) is int and ("time" not in line or _is_time(line["time"]))
+    kind = line.get("event")
+    if not isinstance(kind, str) or ("time" in line and not _is_time(line["time"])):
+        return False
+    return type(line.get("step", 0 if kind in ABOUT_A_LAUNCH else None)) is int
 
 
 def _is_time(text: Any) -> bool:
