@@ -189,3 +189,8 @@ def test_a_job_is_one_call(path: Path) -> None:
     assert not [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.For | ast.While)]
     own = {name for name in imports(path) if name.startswith("savant_ray")}
     assert own == {"savant_ray.cli", "savant_ray.cli.main"}
+
+
+def test_no_file_of_the_tests_is_too_long_to_read_either() -> None:
+    long = {path.name: n for path in ROOT.glob("tests/**/*.py") if (n := len(path.read_text().splitlines())) > 300}
+    assert not long

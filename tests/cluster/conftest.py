@@ -15,12 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from ray._common.utils import reset_ray_address
 from ray._private.utils import get_ray_address_file, write_ray_address
 from ray.cluster_utils import Cluster
+
+from savant_ray.cluster.object_storage import ObjectStorage
+
+if TYPE_CHECKING:
+    from tests.cluster.object_store import ObjectStore
 
 ROOT = Path(__file__).parents[2]
 WORDS = "red blue green one two three four five six seven eight nine ten cat dog tree sea sun".split()
@@ -201,3 +206,36 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectStore]:
+    """Object storage on loopback."""
+    from tests.cluster.object_store import CREDENTIALS, running_store
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        with running_store() as store:
+            yield store
+
+
+@pytest.fixture
+def store(server: ObjectStore) -> ObjectStore:
+    """The same, empty."""
+    from tests.cluster.object_store import BUCKET
+
+    server.filesystem.delete_dir_contents(BUCKET)
+    return server
+
+
+@pytest.fixture
+def here(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
+    """A run there."""
+    return ObjectStorage(store.uri("runs/run"), tmp_path / "here")
+
+
+@pytest.fixture
+def elsewhere(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
+    """The same run on another machine."""
+    return ObjectStorage(store.uri("runs/run"), tmp_path / "elsewhere")

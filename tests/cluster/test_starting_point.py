@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ray.train import Checkpoint, CheckpointConfig
-from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
-from ray.train.v2._internal.execution.context import StorageContext
-from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from savant_ray.cluster.checks import is_finished
 from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.forgiving import forgiving
 from savant_ray.cluster.lock import locked, move_run_aside
-from savant_ray.cluster.snapshot import SNAPSHOT, rebuild_snapshot
 from savant_ray.cluster.starting_point import changed_settings, find_start, refuse_other_data, refuse_other_settings
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
@@ -119,110 +110,6 @@ def test_fresh_moves_the_old_run_aside_and_loses_nothing(tmp_path: Path) -> None
         assert names(tmp_path / expected) == ["step_1"] and not run.exists()
     with locked(tmp_path / "run"):
         pass
-
-
-def rays_manager(run: Path, keep: int = 3) -> CheckpointManager:
-    """Ray Train's own, as it starts in the run folder."""
-    storage = StorageContext(str(run.parent), run.name, storage_filesystem=pickle.loads(pickle.dumps(forgiving(None))))
-    return CheckpointManager(CheckpointConfig(num_to_keep=keep), storage)
-
-
-def rays_checkpoints(run: Path) -> list[str]:
-    return [Path(result.checkpoint.path).name for result in rays_manager(run)._checkpoint_results]
-
-
-def save(manager: CheckpointManager, run: Path, step: int) -> list[str]:
-    """As a worker does; returns the folders that are left."""
-    write(run, step)
-    report = _TrainingReport(Checkpoint(str(run / f"step_{step}"), forgiving(None)), {"step": step}, validation=False)
-
-    async def register() -> None:  # it wakes those that wait for it, in its event loop
-        manager.register_checkpoint(report)
-
-    asyncio.run(register())
-    return [folder.name for folder in checkpoints(run)]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("keep", "left"), [(3, [1, 2, 3, 3, 3, 3]), (1, [1, 1, 1, 1, 1, 1])])
-def test_the_newest_are_kept_and_never_is_the_newest_deleted(keep: int, left: list[int], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    manager = rays_manager(run, keep)
-    for step, expected in zip(range(9700, 10300, 100), left, strict=True):
-        folders = save(manager, run, step)
-        assert len(folders) == expected and folders[-1] == f"step_{step}"
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_later_launch_deletes_by_number_what_earlier_ones_left(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    write(run, 10000, 9900, 5000)
-    find_start(Disk(run), print)
-    assert save(rays_manager(run), run, 10100) == ["step_9900", "step_10000", "step_10100"]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_list_that_cannot_be_written_and_a_checkpoint_that_is_gone_do_not_end_a_run(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    manager = rays_manager(run, keep=1)
-    assert save(manager, run, 1) == ["step_1"]
-    (run / SNAPSHOT).unlink()
-    (run / SNAPSHOT).mkdir()  # refuses to be written
-    shutil.rmtree(run / "step_1")
-    assert save(manager, run, 2) == ["step_2"]
-    (run / SNAPSHOT).rmdir()
-    assert save(manager, run, 3) == ["step_3"] and rays_checkpoints(run) == ["step_3"]
-
-
-class Sulking:
-    """A file system that refuses for a while."""
-
-    type_name = "sulking"
-    refuses = True
-
-    def __init__(self) -> None:
-        self.deleted: list[str] = []
-
-    def delete_dir(self, path: str) -> None:
-        if self.refuses:
-            raise OSError("not now")
-        if path == "gone":
-            raise FileNotFoundError(path)
-        self.deleted.append(path)
-
-
-def test_what_could_not_be_deleted_is_deleted_with_the_next() -> None:
-    sulking = Sulking()
-    forgiving(sulking).delete_dir("run/step_1")
-    sulking.refuses = False
-    for path in ("gone", "run/step_2"):
-        forgiving(sulking).delete_dir(path)
-    assert sulking.deleted == ["run/step_1", "run/step_2"]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("damage", ["truncated", "missing", "names folders that are gone", "empty"])
-def test_rays_own_list_is_mended_before_ray_reads_it(damage: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    write(run, 5, 9900, 10000)
-    snapshot = run / SNAPSHOT
-    write(run, 20000)
-    rebuild_snapshot(Disk(run))
-    shutil.rmtree(run / "step_20000")
-    if damage == "truncated":
-        snapshot.write_bytes(snapshot.read_bytes()[:100])
-    elif damage == "missing":
-        snapshot.unlink()
-    elif damage == "empty":
-        snapshot.write_bytes(b"")
-    find_start(Disk(run), print)
-    assert rays_checkpoints(run) == ["step_5", "step_9900", "step_10000"]
-
-
-def test_a_list_of_nothing_is_no_list(tmp_path: Path) -> None:
-    (tmp_path / SNAPSHOT).write_text("{")
-    find_start(Disk(tmp_path), print)
-    assert not (tmp_path / SNAPSHOT).exists()
 
 
 def test_another_model_or_seed_is_refused_with_every_difference(tmp_path: Path) -> None:
