@@ -25,9 +25,6 @@ PADDING = 0  # id, as in the original format
 class Baseline(nn.Module):
     """`model(tokens)` -> logits `[B, T, V]`; parameters have the original's names."""
 
-    global_mask: Tensor
-    local_mask: Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -48,8 +45,7 @@ class Baseline(nn.Module):
         for loop in range(self.config.n_loops):
             mask = self.global_mask if (loop + 1) % self.config.global_every == 0 else self.local_mask
             x_BTD = checkpoint(self.recurrent_block, x_BTD, mask[:T, :T], use_reentrant=False)
-        logits_BTV: Tensor = self.head(self.ln_f(x_BTD))
-        return logits_BTV
+        return self.head(self.ln_f(x_BTD))
 
 
 class Block(nn.Module):
@@ -67,10 +63,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, mask_TT: Tensor) -> Tensor:
         """One loop."""
-        r: Tensor = self.attn(x_BTD, mask_TT)
+        r = self.attn(x_BTD, mask_TT)
         a = torch.sigmoid(self.liquid_gate_ffn(r))
-        updated: Tensor = (1 - a) * r + a * self.ffn(self.ln_ffn(r))
-        return updated
+        return (1 - a) * r + a * self.ffn(self.ln_ffn(r))
 
 
 class Attention(nn.Module):
@@ -98,8 +93,7 @@ class Attention(nn.Module):
         scores = self.soft_cap * torch.tanh(scores / self.soft_cap) + mask_TT
         out = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).reshape(B, T, D)
         a = torch.sigmoid(self.liquid_gate(x_BTD))
-        updated: Tensor = (1 - a) * x_BTD + a * self.o_proj(out)
-        return updated
+        return (1 - a) * x_BTD + a * self.o_proj(out)
 
 
 class SwiGLU(nn.Module):
@@ -111,13 +105,13 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * value
 
 
-def loss_sum(model: Baseline, tokens_BT: Tensor) -> Tensor:
+def loss_sum(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     """Sum of the token losses in nats; what predicts padding does not count."""
     logits = model(tokens_BT)[:, :-1].flatten(0, 1)
     return F.cross_entropy(logits, tokens_BT[:, 1:].flatten(), ignore_index=PADDING, reduction="sum")
 
 
-def take_step(model: Baseline, optimizer: torch.optim.Optimizer, micro_batches: Sequence[Tensor]) -> float:
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Sequence[Tensor]) -> float:
     """Accumulates `[B, T]` micro-batches, clips at 1.0 and updates; nats per token."""
     total, tokens = 0.0, 0
     for tokens_BT in micro_batches:
@@ -128,8 +122,7 @@ def take_step(model: Baseline, optimizer: torch.optim.Optimizer, micro_batches: 
         total += loss.item()
         tokens += int((tokens_BT[:, 1:] != PADDING).sum())
     for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad /= tokens
+        parameter.grad /= tokens
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -142,7 +135,7 @@ def padded(documents: Sequence[Tensor], length: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: Baseline, prompt: Sequence[int], n_tokens: int) -> list[int]:
+def generate(model: nn.Module, prompt: Sequence[int], n_tokens: int) -> list[int]:
     """The likeliest continuation, the whole text computed anew for each token."""
     tokens = list(prompt)
     for _ in range(n_tokens):
