@@ -143,7 +143,8 @@ def load(path: Path, device: str | torch.device) -> dict[str, Any]:
     """What `save` wrote. Executes no code from the file.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds anything but tensors, numbers and text by name.
+        CheckpointError: the file is damaged, or holds anything but tensors, numbers and text by name.
+        OSError: the storage does not hand it out.
     """
     try:
         content = torch.load(path, map_location=device, weights_only=True)
@@ -151,6 +152,8 @@ def load(path: Path, device: str | torch.device) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: holds something else than tensors, numbers and text; not loaded, because it could execute code"
         ) from error
+    except (OSError, MemoryError):  # of the machine, not of the file
+        raise
     except Exception as error:  # what an altered directory of records makes of it
         raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
     if not isinstance(content, dict):

@@ -215,7 +215,7 @@ def _optimizer_state(saved: Any) -> dict[str, Any]:
             number: {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
             for number, values in saved["state"].items()
         }
-    except Exception:  # whatever stands in its place
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # something else
         return {"state": {}, "param_groups": []}
     return {"state": state, "param_groups": groups}
 
