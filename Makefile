@@ -71,7 +71,7 @@ check: install
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
-	$(RUN) -m pytest tests/test_layers.py tests/test_readme.py tests/test_packaging.py
+	$(RUN) -m pytest tests/test_layers.py tests/test_readme.py tests/test_design.py tests/test_reliability.py tests/test_packaging.py
 
 coverage: install
 	@exec $(RUN) -m pytest -m "not slow" --cov --cov-report=term --cov-report=html $(ARGS)
