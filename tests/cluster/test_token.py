@@ -141,7 +141,8 @@ def test_a_second_machine_joins_with_the_token(cluster: Cluster) -> None:
     start = without_environment(typed("RAY_AUTH_MODE=token ray start"))
     there = [word.replace("HEAD:6379", cluster.address) for word in start]
     with node([*there, "--num-cpus", "1", "--dashboard-agent-listen-port", str(free_port())], cluster.variables):
-        wait_for(lambda: cluster.nodes() == ["ALIVE", "ALIVE"])
+        wait_for(lambda: len(cluster.nodes()) == 2)
+        assert cluster.nodes() == ["ALIVE", "ALIVE"]
 
 
 def named(words: list[str], name: str) -> list[str]:

@@ -19,7 +19,7 @@ from savant_ray.training.original import four_keys, read_original
 from tests.fuzz.drawing import a_text, a_value, drawn, spoilt
 from tests.fuzz.property import holds_for, scratch
 from tests.training.original_program import OriginalProgram
-from tests.training.tiny import tiny_config, tiny_state
+from tests.training.tiny import Code, tiny_config, tiny_state
 
 Files = dict[str, bytes | None]  # None: a folder
 STEP, MANIFEST, WEIGHTS = "step_500", "manifest.json", "step_500.pt"
@@ -61,17 +61,10 @@ def names() -> list[str]:
     return [name for name, _ in tiny_state(tiny_config()).model.named_parameters()]
 
 
-class Code:
-    """Unpickled, it makes a folder."""
-
-    def __reduce__(self) -> Any:
-        return Path.mkdir, (scratch() / EXECUTED,)
-
-
 @cache
 def with_code() -> bytes:
     path = scratch() / "code.pt"
-    torch.save({**content_written(), "extra": Code()}, path)
+    torch.save({**content_written(), "extra": Code(scratch() / EXECUTED)}, path)
     return path.read_bytes()
 
 

@@ -154,25 +154,24 @@ def as_text(value: Any) -> str:
     )
 
 
-def check(arguments: list[str], environment: dict[str, str], content: bytes | None) -> None:
-    """Settings, which then read back to the same, or their refusal."""
+def read_back_or_refused(arguments: list[str], environment: dict[str, str], content: bytes | None) -> bool:
+    """Whether they are settings, which then read back to the same, or refused with a message."""
     file = scratch() / "settings.yaml"
     if content is not None:
         file.write_bytes(content)
     try:
         config = load_config(arguments, environment, None if content is None else file)
     except SettingsError as error:
-        assert str(error).strip() and error.exit_code == 2
-    else:
-        check_reads_back(config)
+        return bool(str(error).strip()) and error.exit_code == 2
+    return reads_back(config)
 
 
-def check_reads_back(config: Config) -> None:
+def reads_back(config: Config) -> bool:
+    """By us, by every other program, and from plain values."""
     file = scratch() / "again.yaml"
     file.write_text(dump_yaml(config), encoding="utf-8")
-    assert load_config((), {}, file) == config
-    assert yaml.safe_load(file.read_text()) == config.to_dict(), "as every other program reads it"
-    assert Config.from_dict(config.to_dict()) == config
+    elsewhere = yaml.safe_load(file.read_text())
+    return load_config((), {}, file) == config == Config.from_dict(config.to_dict()) and elsewhere == config.to_dict()
 
 
 @holds_for(
@@ -182,7 +181,7 @@ def check_reads_back(config: Config) -> None:
     content=drawn(a_settings_file),
 )
 def test_any_file_is_settings_that_read_back_or_a_refusal(content: bytes) -> None:
-    check([], {}, content)
+    assert read_back_or_refused([], {}, content)
 
 
 @holds_for(
@@ -194,7 +193,7 @@ def test_any_file_is_settings_that_read_back_or_a_refusal(content: bytes) -> Non
 def test_any_options_and_variables_are_settings_that_read_back_or_a_refusal(
     a_case: tuple[list[str], dict[str, str]],
 ) -> None:
-    check(*a_case, None)
+    assert read_back_or_refused(*a_case, None)
 
 
 @holds_for("nested Python values, most with names that exist", quick=100, one_in=2, structure=drawn(a_structure))
@@ -214,4 +213,4 @@ def test_settings_that_are_allowed_read_back_to_the_same(settings: dict[str, dic
     except SettingsError as error:
         assert re.match(r"(run.name|model.n_heads|scaling.num_workers): ", str(error))
     else:
-        check_reads_back(config)
+        assert reads_back(config)

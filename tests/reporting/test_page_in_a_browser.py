@@ -98,3 +98,4 @@ def test_colours_follow_the_readers_wish_while_the_page_is_open(page: Page, repo
     light = page.evaluate("plots[0].series[1].stroke()")
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     page.wait_for(f"plots[0].series[1].stroke() !== {light!r}")
+    assert page.evaluate("plots[0].series[1].stroke()") != light and page.complaints == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import resource
 import sys
@@ -23,6 +22,7 @@ from savant_ray.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from tests.training.tiny import Code
 
 
 def write(run: Path, step: int) -> Path:
@@ -156,16 +156,6 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed_though_its_sums_are_ri
     with pytest.raises(CheckpointError, match="could execute code"):
         read_checkpoint(folder)
     assert not (tmp_path / "executed").exists()
-
-
-class Code:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
 
 
 def test_storage_that_refuses_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:

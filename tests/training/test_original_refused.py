@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from savant_ray.training.original import (
 )
 from tests.training.original_program import OriginalProgram
 from tests.training.test_original import loaded, trained
+from tests.training.tiny import Code
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +79,6 @@ def test_a_changed_number_in_a_weight_is_refused(whole: bytes, tmp_path: Path) -
     assert torch.load(path, weights_only=True)["step"] == 2, "PyTorch does not notice"
     with pytest.raises(CheckpointError, match="is not what was put in"):
         four_keys(path)
-
-
-class Code:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
 
 
 def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:

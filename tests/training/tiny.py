@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,16 @@ def weights(state: TrainingState) -> dict[str, torch.Tensor]:
 
 def never() -> None:
     """Nobody wishes to stop."""
+
+
+class Code:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
 
 
 class RecordingHost:
