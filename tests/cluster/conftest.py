@@ -89,8 +89,12 @@ def options(**changes: Any) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's, without what would send a job elsewhere; `python` is the one that runs the tests."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SAVANT_", "MAKE"))}
+    """This process's, without what would send a job elsewhere; `python` is the one that runs the tests.
+
+    Nor with what `make test ARGS=…` hands on to each `make` below it.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SAVANT_", "MAKE", "MFLAGS"))}
+    kept = {k: v for k, v in kept.items() if k not in {"ARGS", "CONFIG", "ADDRESS"}}
     return kept | {"PATH": here_first()} | LEAN | changes
 
 
