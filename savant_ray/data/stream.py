@@ -11,7 +11,7 @@ is held back Ray Data's scheduler thread spins: it took 87 % of a core from the 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -91,19 +91,16 @@ class StepStream:
     rank: int
     world_size: int
 
-    def steps(self, start_position: int, n_steps: int) -> Iterator[StepShare]:
+    def steps(self, start_position: int, n_steps: int) -> Generator[StepShare, None, None]:
         """This rank's share of `n_steps` steps, the first of which begins at `start_position`.
 
-        Reads a portion ahead; closing the iterator ends that. A rank without a share gets empty ones, so that every
-        rank makes the same number of steps.
+        The first portion is being read from now on, the others a portion ahead; closing the generator ends that. A rank
+        without a share gets empty ones, so that every rank makes the same number of steps.
         """
         if not self._share:
             nothing = StepShare(np.empty(0, dtype=np.int64), Sequences.empty(0, self.plan.sequence_length))
-            yield from (nothing for _ in range(n_steps))
-            return
-        with closing(_read_ahead(self._read, self._portions(start_position, n_steps))) as portions:
-            for portion in portions:
-                yield from portion
+            return (nothing for _ in range(n_steps))
+        return _one_by_one(_read_ahead(self._read, self._portions(start_position, n_steps)))
 
     def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
         """(start position, number of steps) of each portion."""
@@ -142,19 +139,34 @@ class StepStream:
         return StepShare(positions, Sequences(*(array.reshape(shape) for array in arrays)))
 
 
+def _one_by_one(portions: Generator[list[StepShare], None, None]) -> Generator[StepShare, None, None]:
+    with closing(portions):
+        for portion in portions:
+            yield from portion
+
+
 def _read_ahead(
     read: Callable[[int, int], list[StepShare]], portions: Iterator[tuple[int, int]]
 ) -> Generator[list[StepShare], None, None]:
-    """What `read` returns for each portion, the next one being read while this one is used."""
+    """What `read` returns for each portion, the next one being read while this one is used.
+
+    It is at the first one as soon as this returns.
+    """
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-    try:
-        pending = [reader.submit(read, *portion) for portion in islice(portions, 1)]
-        while pending:
-            shares = pending.pop().result()
-            pending = [reader.submit(read, *portion) for portion in islice(portions, 1)]
-            yield shares
-    finally:
-        reader.shutdown(wait=False, cancel_futures=True)
+
+    def begin() -> list[Future[list[StepShare]]]:
+        return [reader.submit(read, *portion) for portion in islice(portions, 1)]
+
+    def one_after_the_other(pending: list[Future[list[StepShare]]]) -> Generator[list[StepShare], None, None]:
+        try:
+            while pending:
+                shares = pending.pop().result()
+                pending = begin()
+                yield shares
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
+
+    return one_after_the_other(begin())
 
 
 class _StepSource(Datasource):

@@ -240,6 +240,7 @@ def _touched(like: Any, pin_memory: bool) -> Any:
         return {key: _touched(item, pin_memory) for key, item in like.items()}
     if not isinstance(like, Tensor):
         return None
-    room = torch.empty_like(like, device="cpu", pin_memory=pin_memory)
+    # Not `empty_like`: of a meta tensor it imports SymPy, which takes a second of a processor (torch 2.13).
+    room = torch.empty(like.shape, dtype=like.dtype, pin_memory=pin_memory)
     room.numpy().fill(0)
     return room

@@ -147,7 +147,7 @@ def test_it_reads_beside_workers_that_hold_every_cpu(plan: StreamPlan) -> None:
     ray.kill(holder)
 
 
-def test_it_reads_one_portion_ahead_and_ends_when_closed(
+def test_it_reads_one_portion_ahead_from_the_beginning_on_and_ends_when_closed(
     plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Watched(StepStream):
@@ -159,6 +159,10 @@ def test_it_reads_one_portion_ahead_and_ends_when_closed(
 
     monkeypatch.setattr("savant_ray.data.stream.LONGEST_PORTION", 4)
     stream = Watched(plan, 0, 1).steps(0, 1_000_000)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 4:
+        assert time.monotonic() < deadline, "the first portion is read before anyone asks for a step"
+        time.sleep(0.05)
     for _ in range(5):
         next(stream)
     time.sleep(3)

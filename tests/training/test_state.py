@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from savant_ray.training.step import take_step
 from tests.training.tiny import RecordingHost, never, share, shares, tiny_config, tiny_state, weights
 
 HEAD = "head.weight"
+ROOT = Path(__file__).parents[2]
 
 
 def trained() -> dict[str, Any]:
@@ -132,6 +136,22 @@ def test_a_first_copy_into_room_that_was_made_for_it_is_the_state(precision: str
         assert tensor.data_ptr() == rooms[name].data_ptr(), "nothing was allocated for it"
     counters = {name: value for name, value in state.to_checkpoint()["savant"].items() if name != "torch_rng_state"}
     assert counters == {name: state._host_copy["savant"][name] for name in counters}
+
+
+def test_the_first_step_waits_for_no_compiler_of_symbolic_shapes() -> None:
+    """PyTorch imports SymPy for some operators on meta tensors: a second of a processor in front of the first step."""
+    script = (
+        "import sys\n"
+        "from tests.training.tiny import never, share, tiny_config, tiny_state\n"
+        "from savant_ray.training.step import take_step\n"
+        "state = tiny_state(tiny_config())\n"
+        "state.make_room_for_copies()\n"
+        "take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)\n"
+        "state.copy_to_host()\n"
+        "print({'sympy', 'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def tensors(content: Any, name: str = "") -> dict[str, torch.Tensor]:
