@@ -1,6 +1,7 @@
 """The manifests in jobs/cluster are what Kubernetes, KubeRay and `ray up` take, and agree with the project.
 
-The schemas hold the fields that we use, as the CRDs of KubeRay 1.5 and 1.6 have them; anything else is an error.
+The schemas hold the fields that we use, as KubeRay's CRDs have them (1.5 and 1.6, version v1, compared field by field);
+anything else is an error. Where a CRD takes any text, as for `submissionMode`, they are what the operator takes.
 """
 
 from __future__ import annotations

@@ -22,15 +22,27 @@ RESULT = "result.json"
 
 def run() -> Figures:
     """The stall as a share of the blocking way's."""
+    return stall(MODEL, ROUNDS)
+
+
+def stall(model: dict[str, int], rounds: int) -> Figures:
+    """The same for a model of another size; connects to Ray."""
     with tempfile.TemporaryDirectory(prefix="stall") as folder, ray_session():
         from ray.train import CheckpointConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        from savant_ray.cluster.forgiving import forgiving
+
         TorchTrainer(
             _measure,
-            train_loop_config={"folder": folder},
+            train_loop_config={"folder": folder, "model": model, "rounds": rounds},
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
-            run_config=RunConfig(name="run", storage_path=folder, checkpoint_config=CheckpointConfig(num_to_keep=2)),
+            run_config=RunConfig(
+                name="run",
+                storage_path=folder,
+                storage_filesystem=forgiving(None),  # the saver's checkpoints are there
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
         ).fit()
         stalls, blocking, size = json.loads(Path(folder, RESULT).read_text())
     ours, blocked = (1000 * statistics.median(each) for each in (stalls, blocking))
@@ -47,7 +59,7 @@ def _measure(settings: dict[str, Any]) -> None:
     from savant_ray.config import Config
     from savant_ray.training.state import new_state
 
-    config = Config.from_dict({"model": MODEL})
+    config = Config.from_dict({"model": settings["model"]})
     state = new_state(config, torch.device("cpu"), "fp32")
     saver = Saver(Disk(Path(settings["folder"], "run")), {}, lambda event: None)
     scratch = Path(settings["folder"], "scratch")
@@ -64,6 +76,6 @@ def _measure(settings: dict[str, Any]) -> None:
         torch.save(state.to_checkpoint(), scratch / "state.pt")
         ray.train.report({"step": state.step}, checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
-    stalls, blocked = in_turn(ROUNDS, ours, lambda: seconds(blocking))
+    stalls, blocked = in_turn(settings["rounds"], ours, lambda: seconds(blocking))
     size = (scratch / "state.pt").stat().st_size
     Path(settings["folder"], RESULT).write_text(json.dumps([stalls, blocked, size]))
