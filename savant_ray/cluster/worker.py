@@ -29,10 +29,11 @@ from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.examiner import Examiner
 from savant_ray.training.fitting import nothing_gives_way
 from savant_ray.training.loop import train, validation_is_due
-from savant_ray.training.memory import cap_memory, memory_used_gb
+from savant_ray.training.memory import cap_memory, cap_memory_again, memory_used_gb
 from savant_ray.training.original import NOTE
 from savant_ray.training.precision import usable_precision
 from savant_ray.training.prefetch import one_ahead
+from savant_ray.training.ranks import add_up
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch
 from savant_ray.training.validator import Validator
@@ -83,6 +84,9 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     state.data_fingerprint = task.data_fingerprint
     notes.append(compile_block(state.model, config.training.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
+    if device.type == "cuda":  # NCCL takes its memory at the first collective of a size, and the cap has to count it
+        add_up(state.gradients.flat)
+        notes.append(cap_memory_again(device, config.training.vram_limit_gb))
     host.saver.saved_step = state.step
     if host.rank == 0:
         state.make_room_for_copies()

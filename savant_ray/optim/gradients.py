@@ -7,7 +7,8 @@ collectives (a DDP hook that one rank skips desynchronises the others silently).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,25 @@ class GradientBuffer:
         n_weights = sum(p.numel() for p in self._parameters)
         self.flat = torch.zeros(n_weights + n_sums, dtype=torch.float32, device=self._parameters[0].device)
         self.gradients, self.sums = self.flat[:n_weights], self.flat[n_weights:]
-        offset = 0
+        parts = self.gradients.split([p.numel() for p in self._parameters])
+        self._views = [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
         for parameter in self._parameters:
             parameter.grad_dtype = torch.float32  # bf16 gradients of 12 loops added up in bf16 are off by 0.4 %
-            parameter.grad = self.gradients[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
+        self._attach()
+
+    def _attach(self) -> None:
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """For a forward pass: Dynamo breaks a graph at each bf16 weight whose `.grad` is fp32 (torch 2.13)."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            self._attach()
 
     def zero(self) -> None:
         """Empties gradients and sums."""

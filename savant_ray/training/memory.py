@@ -15,7 +15,8 @@ import torch
 
 GIB = 1024**3
 MARGIN_GB = 0.1  # for kernels that are loaded later
-MOST_OUTSIDE_GB = 1.0  # what other processes hold cannot be told apart without NVML
+# What other processes hold cannot be told apart without NVML. A context takes about 0.5, NCCL 0.5 to 1.6 (nccl #864, #964).
+MOST_OUTSIDE_GB = 2.0
 
 
 def cap_memory(device: torch.device, limit_gb: float) -> str | None:
@@ -32,7 +33,7 @@ def cap_memory(device: torch.device, limit_gb: float) -> str | None:
 
 
 def cap_memory_again(device: torch.device, limit_gb: float) -> str | None:
-    """The same after the first step, when libraries have taken theirs; what was kept beyond the new limit is given back.
+    """The same when libraries have taken theirs; what was kept beyond the new limit is given back.
 
     Returns what the user should know if it had gone beyond, or None.
     """
@@ -53,7 +54,7 @@ def _limit_allocator(device: torch.device, limit_gb: float) -> float:
     """Sets what PyTorch's allocator may take; GiB."""
     total_gb = _total_gb(device)
     fraction = allocator_fraction(limit_gb, total_gb, outside_allocator_gb(device))
-    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    torch.cuda.set_per_process_memory_fraction(fraction, device.index)  # of "cuda" without a number: the current one
     return fraction * total_gb
 
 

@@ -144,7 +144,7 @@ def accumulate(state: TrainingState, share: Sequence[MicroBatch], grace_left: Gr
 def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> float:
     """One forward and backward pass into the buffer; a loss that is not finite adds nothing. Returns the loss sum."""
     targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
-    with autocast(state.precision, state.device):
+    with state.gradients.detached(), autocast(state.precision, state.device):
         x_BTD = state.model.hidden(micro_batch.tokens_BT, micro_batch.document_ids_BT)
         loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT)
     value = loss.item()

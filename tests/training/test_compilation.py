@@ -114,3 +114,15 @@ def test_a_validation_that_fails_leaves_the_block_compiled(model: UniversalTrans
         assert model.recurrent_block._compiled_call_impl is None
         raise RuntimeError
     assert model.recurrent_block._compiled_call_impl is compiled
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_block_is_one_graph_in_training(precision: str, recompute: bool) -> None:
+    state = tiny_state(tiny_config(precision=precision, recompute_loops=recompute))
+    state.model.recurrent_block.compile(dynamic=False, backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"], counters["graph_break"]

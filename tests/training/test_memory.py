@@ -59,19 +59,21 @@ class FakeGPU:
             monkeypatch.setattr(torch.cuda, name, answer)
         monkeypatch.setattr(memory, "_held_by_process", lambda device: None if by_nvml is None else int(by_nvml * GIB))
 
-    def set_fraction(self, fraction: float, device: torch.device) -> None:
+    def set_fraction(self, fraction: float, index: int | None) -> None:
         self.fraction = fraction
 
     def empty_cache(self) -> None:
         self.reserved = 1.0
 
 
-def test_without_nvml_what_the_device_misses_is_the_processs_but_at_most_a_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvml_what_the_device_misses_is_the_processs_but_at_most_two_gib(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gpu = FakeGPU(monkeypatch)
     gpu.reserved = 3.0
     assert memory.outside_allocator_gb(CUDA) == pytest.approx(0.5, abs=1e-6)
     gpu.outside = 7.0  # another process
-    assert memory.outside_allocator_gb(CUDA) == MOST_OUTSIDE_GB == 1.0
+    assert memory.outside_allocator_gb(CUDA) == MOST_OUTSIDE_GB == 2.0
     FakeGPU(monkeypatch, by_nvml=3.25).reserved = 3.0
     assert memory.outside_allocator_gb(CUDA) == pytest.approx(0.25, abs=1e-6), "NVML can tell processes apart"
 
