@@ -1,7 +1,8 @@
 """The manifests in jobs/cluster are what Kubernetes, KubeRay and `ray up` take, and agree with the project.
 
-The schemas hold the fields that we use, as KubeRay's CRDs have them (1.5 and 1.6, version v1, compared field by field);
-anything else is an error. Where a CRD takes any text, as for `submissionMode`, they are what the operator takes.
+The schemas hold the fields that we use; anything else is an error. They were compared by hand with KubeRay's CRDs, version
+v1 (RayCluster with `authOptions`, so 1.5.1 or later; RayJob of before, and the Go types of 1.5), which are not in the
+repository. Where a CRD takes any text, as for `submissionMode`, they are what the operator takes.
 """
 
 from __future__ import annotations

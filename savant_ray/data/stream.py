@@ -100,7 +100,7 @@ class StepStream:
         if not self._share:
             nothing = StepShare(np.empty(0, dtype=np.int64), Sequences.empty(0, self.plan.sequence_length))
             return (nothing for _ in range(n_steps))
-        return _one_by_one(_read_ahead(self._read, self._portions(start_position, n_steps)))
+        return _read_ahead(self._read, self._portions(start_position, n_steps))
 
     def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
         """(start position, number of steps) of each portion."""
@@ -139,16 +139,10 @@ class StepStream:
         return StepShare(positions, Sequences(*(array.reshape(shape) for array in arrays)))
 
 
-def _one_by_one(portions: Generator[list[StepShare], None, None]) -> Generator[StepShare, None, None]:
-    with closing(portions):
-        for portion in portions:
-            yield from portion
-
-
 def _read_ahead(
     read: Callable[[int, int], list[StepShare]], portions: Iterator[tuple[int, int]]
-) -> Generator[list[StepShare], None, None]:
-    """What `read` returns for each portion, the next one being read while this one is used.
+) -> Generator[StepShare, None, None]:
+    """What `read` returns for each portion, one by one; the next portion is read while this one is used.
 
     It is at the first one as soon as this returns.
     """
@@ -157,16 +151,16 @@ def _read_ahead(
     def begin() -> list[Future[list[StepShare]]]:
         return [reader.submit(read, *portion) for portion in islice(portions, 1)]
 
-    def one_after_the_other(pending: list[Future[list[StepShare]]]) -> Generator[list[StepShare], None, None]:
+    def one_by_one(pending: list[Future[list[StepShare]]]) -> Generator[StepShare, None, None]:
         try:
             while pending:
                 shares = pending.pop().result()
                 pending = begin()
-                yield shares
+                yield from shares
         finally:
             reader.shutdown(wait=False, cancel_futures=True)
 
-    return one_after_the_other(begin())
+    return one_by_one(begin())
 
 
 class _StepSource(Datasource):

@@ -93,8 +93,8 @@ def environment(**changes: str) -> dict[str, str]:
 
     Nor with what `make test ARGS=…` hands on to each `make` below it.
     """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SAVANT_", "MAKE", "MFLAGS"))}
-    kept = {k: v for k, v in kept.items() if k not in {"ARGS", "CONFIG", "ADDRESS"}}
+    others = ("RAY_", "SAVANT_", "MAKE", "MFLAGS", "ARGS", "CONFIG", "ADDRESS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return kept | {"PATH": here_first()} | LEAN | changes
 
 

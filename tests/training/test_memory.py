@@ -60,6 +60,7 @@ class FakeGPU:
         monkeypatch.setattr(memory, "_held_by_process", lambda device: None if by_nvml is None else int(by_nvml * GIB))
 
     def set_fraction(self, fraction: float, index: int | None) -> None:
+        assert index is None or isinstance(index, int), "PyTorch refuses a device without a number"
         self.fraction = fraction
 
     def empty_cache(self) -> None:
