@@ -110,8 +110,8 @@ def save_reason(step: int, config: Config) -> str | None:
 
 
 def validation_is_due(step: int, config: Config) -> bool:
-    """After every `validation.every_steps` steps and the last; before the first, what an untrained model says."""
-    return step >= config.training.max_steps or step % config.validation.every_steps == 0
+    """After every `validation.every_steps` steps and the last."""
+    return step >= config.training.max_steps or (step > 0 and step % config.validation.every_steps == 0)
 
 
 def advance(state: TrainingState, result: StepResult, effective_batch: int) -> None:

@@ -60,15 +60,15 @@ def test_a_run_leaves_what_the_design_says(finished: Finished) -> None:
         "step_4", "step_8", "config.yaml", "metrics.jsonl", "samples.jsonl", "training_log.txt",
     }  # fmt: skip
     assert len(losses(run)) == 8 and losses(run)[-1] < losses(run)[0]
-    assert [v["step"] for v in records(run, "validation")] == [0, 4, 8]
+    assert [v["step"] for v in records(run, "validation")] == [4, 8]
     assert [(c["step"], c["reason"]) for c in records(run, "checkpoint")] == [(4, "periodic"), (8, "final")]
     assert all(s["tokens"] > 0 and s["grad_norm"] > 0 for s in records(run, "step"))
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in samples] == [0, 4, 8] and samples[0]["prompt"].startswith("Question: If X = 5")
+    assert [s["step"] for s in samples] == [4, 8] and samples[0]["prompt"].startswith("Question: If X = 5")
     scores = [(s["step"], s["n"], s["final"]) for s in records(run, "score")]
-    assert scores == [(0, 12, False), (4, 12, False), (8, 600, True)]
+    assert scores == [(4, 12, False), (8, 600, True)]
     log = (run / "training_log.txt").read_text()
-    assert all(f"validation at step {step}" in log for step in (0, 4, 8)) and samples[0]["prompt"].split("\n")[1] in log
+    assert all(f"validation at step {step}" in log for step in (4, 8)) and samples[0]["prompt"].split("\n")[1] in log
 
 
 def test_a_run_says_what_is_missing_and_what_to_do_next(finished: Finished) -> None:
@@ -126,7 +126,7 @@ def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, 
         head, with_text(tmp_path), "--verbose", scaling__num_workers=2, validation__logic_problems=12
     )
     assert code == 0, printed
-    assert [s["n"] for s in records(tmp_path / "tiny", "score")] == [12, 12, 600], "shared by the two"
+    assert [s["n"] for s in records(tmp_path / "tiny", "score")] == [12, 600], "shared by the two"
     rays = re.compile(r"\(TrainController pid=\d+\)")
     assert rays.search(printed) and not rays.search(finished.printed), "what Ray says is shown to who asks for it"
     assert losses(tmp_path / "tiny") == pytest.approx(losses(finished.run), rel=1e-3)
