@@ -84,6 +84,9 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     state.data_fingerprint = task.data_fingerprint
     notes.append(compile_block(state.model, config.training.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
+    stream: StepStream = ray.train.get_dataset_shard("train")
+    host.plan = stream.plan
+    steps = stream.steps(state.position, config.training.max_steps - state.step)  # is read from now on
     if device.type == "cuda":  # NCCL takes its memory at the first collective of a size, and the cap has to count it
         add_up(state.gradients.flat)
         notes.append(cap_memory_again(device, config.training.vram_limit_gb))
@@ -95,9 +98,6 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
         host.save(state, "taken over")
         host.finish_saving()
     host.validator = make_validator(task, config, tokenizer, host, device)
-    stream: StepStream = ray.train.get_dataset_shard("train")
-    host.plan = stream.plan
-    steps = stream.steps(state.position, config.training.max_steps - state.step)
     shares = (split(step.sequences, step.positions, config, device) for step in steps)
     if device.type == "cuda":  # each thread has a device of its own, and a context on another would take memory there
         shares = one_ahead(shares, functools.partial(torch.cuda.set_device, device))

@@ -5,7 +5,8 @@ its own and on the worker's node: beside training, which holds the CPUs, any oth
 
 The endless order is read in portions, each a Ray Data execution of its own that ends before its steps are trained on,
 while the next one is read in the background. One execution held back for the whole run would be simpler, but while it
-is held back Ray Data's scheduler thread spins: it took 87 % of a core from the training (measured, Ray 2.60).
+is held back Ray Data's scheduler thread spins: it took 87 % of a core from the training (measured, Ray 2.60). The first
+step of a launch is read by the worker itself, from the same plan, while the process of the first read task comes up.
 """
 
 from __future__ import annotations
@@ -94,13 +95,22 @@ class StepStream:
     def steps(self, start_position: int, n_steps: int) -> Generator[StepShare, None, None]:
         """This rank's share of `n_steps` steps, the first of which begins at `start_position`.
 
-        The first portion is being read from now on, the others a portion ahead; closing the generator ends that. A rank
-        without a share gets empty ones, so that every rank makes the same number of steps.
+        The portion after the first step is being read from now on, the others a portion ahead; closing the generator
+        ends that. A rank without a share gets empty ones, so that every rank makes the same number of steps.
         """
         if not self._share:
             nothing = StepShare(np.empty(0, dtype=np.int64), Sequences.empty(0, self.plan.sequence_length))
             return (nothing for _ in range(n_steps))
-        return _read_ahead(self._read, self._portions(start_position, n_steps))
+        later = _read_ahead(self._read, self._portions(start_position + self.plan.effective_batch, n_steps - 1))
+        return self._first_and(later, start_position) if n_steps else later
+
+    def _first_and(
+        self, later: Generator[StepShare, None, None], start_position: int
+    ) -> Generator[StepShare, None, None]:
+        with closing(later):
+            positions = self.positions(start_position)
+            yield StepShare(positions, self.plan.read(positions))
+            yield from later
 
     def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
         """(start position, number of steps) of each portion."""

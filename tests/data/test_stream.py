@@ -163,13 +163,30 @@ def test_it_reads_one_portion_ahead_from_the_beginning_on_and_ends_when_closed(
     while len(list(tmp_path.iterdir())) < 4:
         assert time.monotonic() < deadline, "the first portion is read before anyone asks for a step"
         time.sleep(0.05)
-    for _ in range(5):
+    for _ in range(1 + 5):
         next(stream)
     time.sleep(3)
-    assert len(list(tmp_path.iterdir())) == 12, "the portion in use and the one after it"
+    assert len(list(tmp_path.iterdir())) == 1 + 12, "the first step, a portion, the one in use and the one after it"
     stream.close()
     time.sleep(1)
-    assert len(list(tmp_path.iterdir())) == 12
+    assert len(list(tmp_path.iterdir())) == 1 + 12
+
+
+def test_the_first_step_waits_for_no_process_of_ray_data(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_read = threading.Event()
+
+    def patient(self: StepStream, start_position: int, n_steps: int) -> list[StepShare]:
+        assert may_read.wait(60)
+        return read(self, start_position, n_steps)
+
+    read = StepStream._read
+    monkeypatch.setattr(StepStream, "_read", patient)
+    stream = StepStream(plan, 1, 2).steps(192, 3)
+    shares = [next(stream)]
+    may_read.set()
+    for share in shares + list(stream):
+        assert_same(share, plan)
+    assert list(StepStream(plan, 1, 2).steps(192, 0)) == []
 
 
 def test_portions_join_without_a_gap(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,12 +198,12 @@ def test_portions_join_without_a_gap(plan: StreamPlan, monkeypatch: pytest.Monke
 def test_once_a_portion_is_read_ray_data_leaves_the_processor_to_training(plan: StreamPlan) -> None:
     """Its scheduler thread spins for as long as an execution lasts."""
     stream = StepStream(plan, 0, 1).steps(0, 100)
-    next(stream)
+    next(stream), next(stream)  # the first does not wait for Ray Data
     deadline = time.monotonic() + 30
     while executors() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert executors() == []
-    assert sum(1 for _ in stream) == 99
+    assert sum(1 for _ in stream) == 98
 
 
 def executors() -> list[str]:
