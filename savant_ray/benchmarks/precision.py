@@ -24,9 +24,10 @@ from savant_ray.data.tokenizer import train_tokenizer
 from savant_ray.inference.validation import loss_sums
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.precision import autocast
 from savant_ray.training.state import new_state
-from savant_ray.training.step import MicroBatch, take_step
+from savant_ray.training.step import take_step
 
 LEARNING_RATES = (2e-5, 1e-3)  # constant: the guide's, and one at which a small model learns quickly
 SEEDS = (0, 1, 2)

@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from savant_ray.benchmarks.rounds import Figures, figure, in_turn, seconds
 from savant_ray.config import Config
+from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.state import new_state
-from savant_ray.training.step import MicroBatch, take_step
+from savant_ray.training.step import take_step
 
 ROUNDS = 3
 SEQUENCES = 8  # of a step; the guide's has 192, which hides more of what is done once a step

@@ -25,9 +25,10 @@ from savant_ray.config import Config, ModelConfig
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.efficiency import synchronize, useful_flops
 from savant_ray.training.memory import cap_memory, cap_memory_again, memory_used_gb, peak_memory_gb
+from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.precision import usable_precision
 from savant_ray.training.state import new_state
-from savant_ray.training.step import MicroBatch, StepResult, take_step
+from savant_ray.training.step import StepResult, take_step
 
 ROUNDS = 3
 SEED = 0

@@ -27,8 +27,8 @@ from savant_ray.config import Config, load_config
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.events import Event, StepDone
 from savant_ray.training.loop import train
+from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.state import TrainingState, new_state
-from savant_ray.training.step import MicroBatch
 
 ROUNDS = 3
 WARM_UP = 5  # steps

@@ -19,23 +19,22 @@ from savant_ray.cluster.resume import load_newest
 from savant_ray.cluster.storage import run_storage
 from savant_ray.config import Config
 from savant_ray.data.order import GlobalOrder, share
-from savant_ray.data.stream import StepStream
-from savant_ray.data.token_cache import Sequences, TokenCache
+from savant_ray.data.stream import StepShare, StepStream
+from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.training.compilation import compile_block
-from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.examiner import Examiner
 from savant_ray.training.fitting import nothing_gives_way
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory, cap_memory_again, memory_used_gb
+from savant_ray.training.micro_batch import MicroBatch, micro_batches
 from savant_ray.training.original import NOTE
 from savant_ray.training.precision import usable_precision
 from savant_ray.training.prefetch import one_ahead
 from savant_ray.training.ranks import add_up
 from savant_ray.training.state import TrainingState, new_state
-from savant_ray.training.step import MicroBatch
 from savant_ray.training.validator import Validator
 
 VALIDATION_SEED = 0  # not `run.seed`: runs with other seeds are compared on the same sequences
@@ -98,12 +97,18 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
         host.save(state, "taken over")
         host.finish_saving()
     host.validator = make_validator(task, config, tokenizer, host, device)
-    shares = (split(step.sequences, step.positions, config, device) for step in steps)
+    shares = (ready(step, config, device) for step in steps)
     if device.type == "cuda":  # each thread has a device of its own, and a context on another would take memory there
         shares = one_ahead(shares, functools.partial(torch.cuda.set_device, device))
     finished = train(state, config, host.metrics.watched(shares, lambda: memory_used_gb(device)), host)
     if host.rank == 0:
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saver.saved_step), wait=True)
+
+
+def ready(step: StepShare, config: Config, device: torch.device) -> list[MicroBatch]:
+    """This rank's micro-batches of a step, on the device already if there is room for them."""
+    parts = micro_batches(step.sequences, step.positions, config, pinned=device.type == "cuda")
+    return [part.to_if_it_fits(device) for part in parts]
 
 
 def make_validator(
@@ -121,7 +126,7 @@ def make_validator(
     return Validator(
         config=config,
         tokenizer=tokenizer,
-        micro_batches=split(cache.take(rows), rows, config, device),
+        micro_batches=[part.to(device) for part in micro_batches(cache.take(rows), rows, config, pinned=False)],
         target_tokens=cache.manifest.target_tokens,
         text_bytes=cache.manifest.text_bytes,
         rank=host.rank,
@@ -129,27 +134,6 @@ def make_validator(
         stop_requested=host.stop_requested,
         examiner=examiner if config.validation.logic_problems else None,
     )
-
-
-def split(sequences: Sequences, positions: np.ndarray, config: Config, device: torch.device) -> list[MicroBatch]:
-    """Sequences `[N, T]` as micro-batches of at most `training.batch_size` on the device."""
-    size = config.training.batch_size
-    parts = [slice(start, start + size) for start in range(0, len(positions), size)]
-    return [
-        MicroBatch(
-            tokens_BT=_on(device, sequences.tokens[part]),
-            document_ids_BT=_on(device, sequences.document_ids[part]),
-            positions=tuple(int(p) for p in positions[part]),
-            useful_flops=useful_flops(config.model, document_lengths(sequences.document_ids[part])),
-        )
-        for part in parts
-    ]
-
-
-def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
-    """A copy there; a GPU fetches it by itself from pinned memory."""
-    tensor = torch.from_numpy(array.copy())
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _announce(

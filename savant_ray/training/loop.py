@@ -16,9 +16,10 @@ from savant_ray.events import Event, MicroBatchSkipped, Notice, StepDone
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.efficiency import Peak
 from savant_ray.training.memory import cap_memory_again, memory_used_gb
+from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.ranks import any_rank
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import MicroBatch, StepResult, take_step
+from savant_ray.training.step import StepResult, take_step
 
 Share = TypeVar("Share")
 

@@ -12,38 +12,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.optim.gradients import clip_to_mean
 from savant_ray.training.efficiency import synchronize
 from savant_ray.training.fitting import unless_out_of_memory
+from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.precision import autocast
 from savant_ray.training.ranks import add_up
 from savant_ray.training.state import LOSS, SKIPPED, TOKENS, TrainingState
 
 GraceLeft = Callable[[], float | None]  # None while nobody wishes to stop, then the seconds that are left for it
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Sequences that go through one forward and backward pass."""
-
-    tokens_BT: Tensor
-    document_ids_BT: Tensor
-    positions: tuple[int, ...]  # in the global order
-    useful_flops: float = 0.0  # of its forward and backward pass, for the share of peak
-
-    def parts(self, rows: int) -> Iterator[MicroBatch]:
-        """The same sequences, at most `rows` at once."""
-        for start in range(0, len(self.tokens_BT), rows):
-            part = slice(start, start + rows)
-            yield MicroBatch(self.tokens_BT[part], self.document_ids_BT[part], self.positions[part])
 
 
 @dataclass(frozen=True)
@@ -143,6 +127,7 @@ def accumulate(state: TrainingState, share: Sequence[MicroBatch], grace_left: Gr
 
 def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> float:
     """One forward and backward pass into the buffer; a loss that is not finite adds nothing. Returns the loss sum."""
+    micro_batch = micro_batch.to(state.device)
     targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
     with state.gradients.detached(), autocast(state.precision, state.device):
         x_BTD = state.model.hidden(micro_batch.tokens_BT, micro_batch.document_ids_BT)

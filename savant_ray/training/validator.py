@@ -23,11 +23,11 @@ from savant_ray.inference.validation import bits_per_byte, loss_sums
 from savant_ray.training.compilation import uncompiled
 from savant_ray.training.examiner import Examiner
 from savant_ray.training.fitting import unless_out_of_memory
+from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.precision import autocast
 from savant_ray.training.ranks import add_up, any_rank
 from savant_ray.training.seeds import derived_seed
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import MicroBatch
 
 Item = TypeVar("Item")
 ROWS_OF_DEPTH = 2  # sequences that show what the loops do

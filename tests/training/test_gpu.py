@@ -16,8 +16,9 @@ from savant_ray.model.loss import IGNORED, cross_entropy_sum
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.loop import take_step_that_fits
 from savant_ray.training.memory import GIB, cap_memory, cap_memory_again, memory_used_gb
+from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.state import new_state
-from savant_ray.training.step import MicroBatch, take_step
+from savant_ray.training.step import take_step
 from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, tiny_config, weights
 
 pytestmark = [
@@ -31,7 +32,7 @@ FLEX = torch.cuda.is_available() and has_flex(CUDA, 64)  # not without a compile
 
 
 def on(device: torch.device, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-    return [MicroBatch(b.tokens_BT.to(device), b.document_ids_BT.to(device), b.positions) for b in micro_batches]
+    return [micro_batch.to(device) for micro_batch in micro_batches]
 
 
 def config_with(head_dim: int) -> Config:
@@ -50,6 +51,19 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(head_dim: int, precision: str,
             result = take_step(state, on(device, share(k * 12, 12, 0, 1, 4)), 1e-2, 1.0, never)
         losses.append(result.loss)
     assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_micro_batches_that_are_not_there_yet_are_fetched(pinned: bool) -> None:
+    here = share(0, 12, 0, 1, 4)
+    waiting = [
+        MicroBatch(b.tokens_BT.pin_memory(), b.document_ids_BT.pin_memory(), b.positions) if pinned else b for b in here
+    ]
+    losses = [
+        take_step(new_state(tiny_config(), CUDA, "fp32"), parts, 1e-2, 1.0, never).loss
+        for parts in (on(CUDA, here), waiting)
+    ]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.skipif(not FLEX, reason="flex_attention needs g++, Python.h and compute capability 8.0")

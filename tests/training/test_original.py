@@ -10,6 +10,7 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.optim.schedule import learning_rate
+from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.original import (
     NO_MOMENTS,
     as_original,
@@ -18,7 +19,7 @@ from savant_ray.training.original import (
     write_original,
 )
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import MicroBatch, take_step
+from savant_ray.training.step import take_step
 from tests.training.original_program import OriginalProgram
 from tests.training.tiny import LENGTH, VOCABULARY, never, shares, tiny_config, tiny_state, weights
 

@@ -12,8 +12,8 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.events import Event, StepDone
+from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.state import TrainingState, new_state
-from savant_ray.training.step import MicroBatch
 
 LENGTH, VOCABULARY = 16, 50
 MODEL = dict(
