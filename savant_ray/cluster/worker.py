@@ -29,7 +29,7 @@ from savant_ray.training.examiner import Examiner
 from savant_ray.training.fitting import nothing_gives_way
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory, cap_memory_again, memory_used_gb
-from savant_ray.training.micro_batch import MicroBatch, micro_batches
+from savant_ray.training.micro_batch import MicroBatch, as_far_as_they_fit, micro_batches
 from savant_ray.training.original import NOTE
 from savant_ray.training.precision import usable_precision
 from savant_ray.training.prefetch import one_ahead
@@ -85,7 +85,7 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     resumed = load_newest(state, config, storage, task.allow_changes)
     stream: StepStream = ray.train.get_dataset_shard("train")
     host.plan = stream.plan
-    steps = stream.steps(state.position, config.training.max_steps - state.step)  # is read from now on
+    steps = stream.steps(state.position, config.training.max_steps - state.step)  # reads ahead from now on
     if device.type == "cuda":  # NCCL takes its memory at the first collective of a size, and the cap has to count it
         add_up(state.gradients.flat)
         notes.append(cap_memory_again(device, config.training.vram_limit_gb))
@@ -106,9 +106,9 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
 
 
 def ready(step: StepShare, config: Config, device: torch.device) -> list[MicroBatch]:
-    """This rank's micro-batches of a step, on the device already if there is room for them."""
+    """This rank's micro-batches of a step, on the device already as far as there is room for them."""
     parts = micro_batches(step.sequences, step.positions, config, pinned=device.type == "cuda")
-    return [part.to_if_it_fits(device) for part in parts]
+    return as_far_as_they_fit(parts, device)
 
 
 def make_validator(

@@ -1,4 +1,4 @@
-"""A worker's share of each step, from any start position, read by Ray Data.
+"""A worker's share of each step, from any start position, read ahead by Ray Data.
 
 A datasource whose one read task knows plan, rank and start position yields a row per step. It is read with no CPU of
 its own and on the worker's node: beside training, which holds the CPUs, any other Ray Data task waits for ever.
@@ -102,7 +102,7 @@ class StepStream:
             nothing = StepShare(np.empty(0, dtype=np.int64), Sequences.empty(0, self.plan.sequence_length))
             return (nothing for _ in range(n_steps))
         later = _read_ahead(self._read, self._portions(start_position + self.plan.effective_batch, n_steps - 1))
-        return self._first_and(later, start_position) if n_steps else later
+        return self._first_and(later, start_position) if n_steps > 0 else later
 
     def _first_and(
         self, later: Generator[StepShare, None, None], start_position: int

@@ -56,8 +56,11 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
     """
     settings = config.training
     begun = saved = state.step
-    if validation_is_due(state.step, config) and host.validate(state):
-        return False
+    if validation_is_due(state.step, config):
+        if host.validate(state):
+            return False
+    elif host.rank == 0:
+        state.weights_moved()  # remembers them for the first validation
     stop, peak = False, Peak(state.precision, state.device)
     for share, data_wait in timed(shares):
         rate = learning_rate(state.step + 1, settings.learning_rate, settings.warmup_steps, settings.max_steps)

@@ -5,7 +5,7 @@ Shapes: B sequences, T time, N sequences of a rank's share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,14 +35,10 @@ class MicroBatch:
             yield MicroBatch(self.tokens_BT[part], self.document_ids_BT[part], self.positions[part])
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same there; from pinned memory a GPU fetches it while it does other things."""
+        """The same there; from pinned memory a GPU fetches it by itself."""
         tokens_BT = self.tokens_BT.to(device, non_blocking=True)
         document_ids_BT = self.document_ids_BT.to(device, non_blocking=True)
         return replace(self, tokens_BT=tokens_BT, document_ids_BT=document_ids_BT)
-
-    def to_if_it_fits(self, device: torch.device) -> MicroBatch:
-        """The same there, or where it was: before its turn the step that runs may leave no room for it."""
-        return unless_out_of_memory(partial(self.to, device), device) or self
 
 
 def micro_batches(sequences: Sequences, positions: np.ndarray, config: Config, pinned: bool) -> list[MicroBatch]:
@@ -58,6 +54,17 @@ def micro_batches(sequences: Sequences, positions: np.ndarray, config: Config, p
         )
         for part in parts
     ]
+
+
+def as_far_as_they_fit(parts: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
+    """The same there, from the first that has no room on where they were: before their turn another step is running."""
+    there: list[MicroBatch] = []
+    for part in parts:
+        moved = unless_out_of_memory(partial(part.to, device), device)
+        if moved is None:
+            break
+        there.append(moved)
+    return [*there, *parts[len(there) :]]
 
 
 def _copy(array: np.ndarray, pinned: bool) -> Tensor:

@@ -126,7 +126,10 @@ def accumulate(state: TrainingState, share: Sequence[MicroBatch], grace_left: Gr
 
 
 def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> float:
-    """One forward and backward pass into the buffer; a loss that is not finite adds nothing. Returns the loss sum."""
+    """One forward and backward pass into the buffer; a loss that is not finite adds nothing. Returns the loss sum.
+
+    What had no room on the device before its turn is moved there now.
+    """
     micro_batch = micro_batch.to(state.device)
     targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
     with state.gradients.detached(), autocast(state.precision, state.device):

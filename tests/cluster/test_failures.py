@@ -76,7 +76,7 @@ def test_ctrl_c_while_the_model_is_compiled(second: bool, head: Head, workplace:
     patient = {"run__grace_seconds": 600}  # compiling may take longer than the usual 30 s, and the step be given up
     job = start_job(head, workplace, training__max_steps=60, training__compile="true", **patient)
     run = workplace / "tiny"
-    wait_for(lambda: (run / "metrics.jsonl").exists() and records(run, "sample"))  # what comes next is the first step
+    wait_for(lambda: (run / "metrics.jsonl").exists() and records(run, "attempt"))  # what comes next is the first step
     workers = training_workers()
     assert workers
     job.send_signal(signal.SIGINT)

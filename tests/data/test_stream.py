@@ -1,4 +1,4 @@
-"""Ray Data delivers the global order: any start, any number of workers, no CPU of its own."""
+"""A worker reads the global order, after its first step by Ray Data: any start, any number of workers, no CPU of its own."""
 
 from __future__ import annotations
 
@@ -186,7 +186,29 @@ def test_the_first_step_waits_for_no_process_of_ray_data(plan: StreamPlan, monke
     may_read.set()
     for share in shares + list(stream):
         assert_same(share, plan)
-    assert list(StepStream(plan, 1, 2).steps(192, 0)) == []
+
+
+@pytest.mark.parametrize("n_steps", [0, -3])
+def test_a_run_that_is_through_reads_nothing(plan: StreamPlan, n_steps: int) -> None:
+    small = one_source(plan, effective_batch=1)
+    for rank in (0, 1):
+        assert list(StepStream(small, rank, 2).steps(4, n_steps)) == [], "with a share and without"
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 2])
+def test_closed_after_any_step_it_leaves_no_thread(
+    plan: StreamPlan, monkeypatch: pytest.MonkeyPatch, n_steps: int
+) -> None:
+    monkeypatch.setattr("savant_ray.data.stream.LONGEST_PORTION", 1)
+    stream = StepStream(plan, 0, 1).steps(0, 100)
+    for _ in range(n_steps):
+        next(stream)
+    stream.close()
+    del stream
+    deadline = time.monotonic() + 60
+    while any(thread.name.startswith("read-ahead") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_portions_join_without_a_gap(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from savant_ray.model.loss import IGNORED, cross_entropy_sum
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.loop import take_step_that_fits
 from savant_ray.training.memory import GIB, cap_memory, cap_memory_again, memory_used_gb
-from savant_ray.training.micro_batch import MicroBatch
+from savant_ray.training.micro_batch import MicroBatch, as_far_as_they_fit
 from savant_ray.training.state import new_state
 from savant_ray.training.step import take_step
 from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, tiny_config, weights
@@ -105,6 +105,18 @@ def uncapped_afterwards() -> Iterator[None]:
     yield
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.usefixtures("uncapped_afterwards")
+def test_micro_batches_without_room_stay_where_they_are() -> None:
+    large = MicroBatch(*(torch.zeros(1024, 32_768, dtype=torch.int32).pin_memory() for _ in range(2)), positions=())
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.0)
+    (kept,) = as_far_as_they_fit([large], CUDA)
+    assert kept is large
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    (moved,) = as_far_as_they_fit([large], CUDA)
+    assert moved.tokens_BT.is_cuda and moved.document_ids_BT.is_cuda
 
 
 @pytest.mark.usefixtures("uncapped_afterwards")

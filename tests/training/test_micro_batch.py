@@ -11,7 +11,7 @@ import torch
 
 from savant_ray.data.token_cache import Sequences
 from savant_ray.training.efficiency import document_lengths, useful_flops
-from savant_ray.training.micro_batch import MicroBatch, micro_batches
+from savant_ray.training.micro_batch import MicroBatch, as_far_as_they_fit, micro_batches
 from savant_ray.training.step import take_step
 from tests.training.tiny import CPU, LENGTH, VOCABULARY, never, share, tiny_config, tiny_state, weights
 
@@ -59,17 +59,19 @@ def test_sequences_become_micro_batches_of_the_batch_size_in_their_order(n: int)
 def test_what_has_no_room_before_its_turn_is_fetched_at_its_turn() -> None:
     state, other = tiny_state(tiny_config()), tiny_state(tiny_config())
     crowded = [late(part, torch.OutOfMemoryError("no room yet")) for part in share(0, 12, 0, 1, 4)]
-    waiting = [part.to_if_it_fits(CPU) for part in crowded]
-    assert all(mine is theirs for mine, theirs in zip(waiting, crowded, strict=True))
-    there = [part.to_if_it_fits(CPU) for part in share(0, 12, 0, 1, 4)]
+    there = share(0, 12, 0, 1, 4)
+    waiting = as_far_as_they_fit([there[0], *crowded[1:]], CPU)
+    assert all(mine is theirs for mine, theirs in zip(waiting[1:], crowded[1:], strict=True))
+    assert [len(part.refusals[0]) for part in crowded] == [1, 0, 1], "where one has no room, none after it is tried"
+    crowded[2].refusals[0].clear()
     assert take_step(state, waiting, 1e-2, 1.0, never).loss == take_step(other, there, 1e-2, 1.0, never).loss
     assert all(torch.equal(w, weights(other)[name]) for name, w in weights(state).items())
 
 
-def test_no_room_at_its_turn_is_no_room_for_the_step_and_another_error_is_one() -> None:
+def test_no_room_at_its_turn_is_no_room_for_the_step() -> None:
     (part,) = share(0, 4, 0, 1, 4)
     state = tiny_state(tiny_config())
     result = take_step(state, [late(part, torch.OutOfMemoryError("no room"))], 1e-2, 1.0, never)
     assert result.no_room and not result.updated
     with pytest.raises(RuntimeError, match="the driver is gone"):
-        late(part, RuntimeError("the driver is gone")).to_if_it_fits(CPU)
+        as_far_as_they_fit([late(part, RuntimeError("the driver is gone"))], CPU)

@@ -94,6 +94,14 @@ def test_it_is_made_up_for_after_the_resume(stop_at: int, questions: int) -> Non
     assert ("validation", stop_at) in told(second.events) and ("sample", stop_at) in told(second.events)
 
 
+def test_the_first_validation_of_a_launch_tells_how_many_weights_moved_since_its_start() -> None:
+    config = config_of()
+    first, state = ValidatingHost(config), tiny_state(config)
+    train(state, config, shares(state, config), first)
+    moved = [event.weights_moved for event in first.events if isinstance(event, ValidationDone)]
+    assert len(moved) == 2 and all(share is not None and share > 0.9 for share in moved)
+
+
 def test_a_rank_without_held_out_sequences_still_tells_what_the_others_found(monkeypatch: pytest.MonkeyPatch) -> None:
     config, state = config_of(), tiny_state(config_of())
     events: list[Event] = []
