@@ -136,9 +136,7 @@ class ValidationDone(Event):
     step: int
     validation_loss: float  # nats per target token
     bits_per_byte: float
-    weights_moved: (
-        float | None
-    )  # share of weights (rows that had a gradient) changed since the last validation or the start
+    weights_moved: float | None  # share of weights (of rows with a gradient) changed since the last one, or the start
     seconds: float
     residuals: tuple[float, ...] = ()  # of each loop: how much it changes the stream, |s_k+1 - s_k| / |s_k|
     cosines: tuple[float, ...] = ()  # after each loop: mean cosine between two tokens; near 1 they have collapsed

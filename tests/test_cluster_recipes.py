@@ -1,9 +1,10 @@
 """The manifests in jobs/cluster are what Kubernetes, KubeRay and `ray up` take, and agree with the project.
 
-The schemas hold the fields that we use; anything else is an error. Each field was compared by hand with KubeRay's CRDs,
-version v1, which are not in the repository: RayCluster's own, and for a job, with its cluster and `authOptions`, the
-`jobTemplate` of RayCronJob (kuberay 034971d), which is RayJob's spec. Where a CRD takes any text, as for `submissionMode`,
-they are what the operator takes. A cluster's own word: `kubectl apply --dry-run=server`.
+The schemas hold the fields that we use; anything else is an error. They were compared by hand with KubeRay's CRDs, version
+v1, which are not in the repository: cluster, groups and pods in RayCluster's (with `authOptions`, so 1.5.1 or later), what
+is a job's own and `authOptions` within it in RayCronJob's `jobTemplate` (kuberay 034971d), which is RayJob's spec. Where a
+CRD takes any text, as for `submissionMode`, they are what the operator takes. A cluster itself is asked by
+`kubectl apply --dry-run=server`.
 """
 
 from __future__ import annotations

@@ -101,16 +101,14 @@ class StepStream:
         if not self._share:
             nothing = StepShare(np.empty(0, dtype=np.int64), Sequences.empty(0, self.plan.sequence_length))
             return (nothing for _ in range(n_steps))
-        later = _read_ahead(self._read, self._portions(start_position + self.plan.effective_batch, n_steps - 1))
-        return self._first_and(later, start_position) if n_steps > 0 else later
+        at_once = self._read_here(start_position, min(n_steps, 1))
+        return _read_ahead(at_once, self._read, self._portions(start_position + self.plan.effective_batch, n_steps - 1))
 
-    def _first_and(
-        self, later: Generator[StepShare, None, None], start_position: int
-    ) -> Generator[StepShare, None, None]:
-        with closing(later):
-            positions = self.positions(start_position)
+    def _read_here(self, start_position: int, n_steps: int) -> Iterator[StepShare]:
+        """In this process, each when it is asked for."""
+        for step in range(n_steps):
+            positions = self.positions(start_position + step * self.plan.effective_batch)
             yield StepShare(positions, self.plan.read(positions))
-            yield from later
 
     def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
         """(start position, number of steps) of each portion."""
@@ -150,11 +148,11 @@ class StepStream:
 
 
 def _read_ahead(
-    read: Callable[[int, int], list[StepShare]], portions: Iterator[tuple[int, int]]
+    at_once: Iterator[StepShare], read: Callable[[int, int], list[StepShare]], portions: Iterator[tuple[int, int]]
 ) -> Generator[StepShare, None, None]:
-    """What `read` returns for each portion, one by one; the next portion is read while this one is used.
+    """`at_once`, then what `read` returns for each portion, one by one; the next one is read while this one is used.
 
-    It is at the first one as soon as this returns.
+    It is at the first portion as soon as this returns.
     """
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
@@ -163,6 +161,7 @@ def _read_ahead(
 
     def one_by_one(pending: list[Future[list[StepShare]]]) -> Generator[StepShare, None, None]:
         try:
+            yield from at_once
             while pending:
                 shares = pending.pop().result()
                 pending = begin()
