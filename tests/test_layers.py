@@ -57,7 +57,6 @@ THIRD_PARTY = {
 }
 ONLY_IN_CLUSTER = ("ray.train", "ray.tune")
 NOT_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
-LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_JOB = 299, 60, 25
 
 
 def name_of(path: Path) -> str:
@@ -152,16 +151,13 @@ def test_no_module_is_named_after_nothing() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_says_in_its_first_line_what_it_is_and_stays_readable(path: Path) -> None:
+def test_a_module_says_in_its_first_line_what_it_is_and_its_functions_what_they_return(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     docstring = ast.get_docstring(tree)
     assert docstring and docstring.splitlines()[0].strip()
-    assert len(text.splitlines()) <= LONGEST_MODULE
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
             assert node.returns is not None, f"{node.name} does not say what it returns"
 
 
@@ -185,12 +181,6 @@ def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
 def test_a_job_is_one_call(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= LONGEST_JOB
     assert not [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.For | ast.While)]
     own = {name for name in imports(path) if name.startswith("savant_ray")}
     assert own == {"savant_ray.cli", "savant_ray.cli.main"}
-
-
-def test_no_file_of_the_tests_is_too_long_to_read_either() -> None:
-    long = {path.name: n for path in ROOT.glob("tests/**/*.py") if (n := len(path.read_text().splitlines())) > 300}
-    assert not long
