@@ -14,11 +14,20 @@ N ?=
 PYTHON ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 
-RUN := $(VENV)/bin/python
+RUN := "$(VENV)/bin/python"
+# No settings or conftest.py but the project's own, whatever lies in the checkout.
+PYTEST := $(RUN) -m pytest -c pyproject.toml --confcutdir tests
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Recipes take these from their environment: pasted into a command, a space, a quote or a $ would change it.
+export config_file := $(value CONFIG)
+export dashboard := $(value ADDRESS)
+
+ifneq ($(word 2,$(VENV)),)
+$(error VENV=$(VENV): make cannot handle spaces in this path; choose another folder)
+endif
 
 help:
 	@cat <<'END'
@@ -45,51 +54,53 @@ install: $(STAMP)
 	@:
 
 train: install
-	@exec $(RUN) jobs/train.py --config $(CONFIG) $(ARGS)
+	@exec $(RUN) jobs/train.py --config "$$config_file" $(ARGS)
 
 submit: install
-	@exec $(VENV)/bin/ray job submit --address $(ADDRESS) --working-dir . --runtime-env jobs/runtime_env.yaml \
-	    -- python jobs/train.py --config $(CONFIG) $(ARGS)
+	@exec "$(VENV)/bin/ray" job submit --address "$$dashboard" --working-dir . --runtime-env jobs/runtime_env.yaml \
+	    -- python jobs/train.py --config "$$config_file" $(ARGS)
 
 test: check
-	@exec $(RUN) -m pytest $(ARGS)
+	@exec $(PYTEST) $(ARGS)
 
 test-quick: install
-	@exec $(RUN) -m pytest -m "not slow" $(ARGS)
+	@exec $(PYTEST) -m "not slow" $(ARGS)
 
 fuzz: install
-	@exec $(RUN) -m tests.fuzz $(or $(N),10000)
+	@exec $(RUN) -m tests.fuzz "$(or $(N),10000)"
 
 torture: install
-	@exec $(RUN) -m tests.torture $(or $(N),100)
+	@exec $(RUN) -m tests.torture "$(or $(N),100)"
 
 soak: install
 	@exec $(RUN) -m tests.torture.soak
 
 check: install
-	@$(RUN) -m ruff format --check .
-	$(RUN) -m ruff check .
-	$(RUN) -m mypy
-	$(RUN) -m codespell_lib
-	$(RUN) -m pytest tests/test_layers.py tests/test_readme.py tests/test_design.py tests/test_reliability.py tests/test_packaging.py
+	@tracked() { $(RUN) -P tests/tracked_files.py "$$@"; }
+	tool() { xargs -0 $(RUN) -P -m "$$@"; }  # -P: a stray module in the current folder is not imported
+	tracked '*.py' | tool ruff format --config pyproject.toml --check
+	tracked '*.py' | tool ruff check --config pyproject.toml
+	tracked 'savant_ray/*.py' 'jobs/*.py' | tool mypy --config-file pyproject.toml
+	tracked '*' | tool codespell_lib
+	$(PYTEST) tests/test_layers.py tests/test_readme.py tests/test_design.py tests/test_reliability.py tests/test_packaging.py
 
 coverage: install
-	@exec $(RUN) -m pytest -m "not slow" --cov --cov-report=term --cov-report=html $(ARGS)
+	@exec $(PYTEST) -m "not slow" --cov --cov-report=term --cov-report=html $(ARGS)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf "$(VENV)"
 
 $(STAMP): requirements.txt pyproject.toml
 	@$(find_python)
 	if ! $(RUN) -m pip --version >/dev/null 2>&1; then
 	    echo "Creating $(VENV) with $$("$$python" --version) …"
-	    "$$python" -m venv --clear $(VENV)
+	    "$$python" -m venv --clear "$(VENV)"
 	fi
 	echo "Installing requirements.txt into $(VENV) …"
 	$(install_torch)
 	$(RUN) -m pip install -r requirements.txt
 	$(RUN) -m pip install --no-build-isolation --no-deps -e .
-	touch $(STAMP)
+	touch "$(STAMP)"
 
 # Sets $python: the first that is of the right version and can create environments.
 define find_python

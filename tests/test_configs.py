@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from savant_ray.config import LOGIC_PROMPT, Config, load_config
+from tests.tracked_files import tracked_files
 
 FOLDER = Path(__file__).parents[1] / "configs"
-SHIPPED = sorted(FOLDER.glob("*.yaml"))
+SHIPPED = tracked_files("configs/*.yaml")
 
 
 def stated(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import LEAN, environment, losses
+from tests.tracked_files import copy_tracked_files
 
-ROOT = Path(__file__).parents[1]
 LENGTH_OF_TIME = len("2026-01-31 17:05:00+00:00")  # in front of each line of the log
 
 
@@ -19,7 +18,7 @@ LENGTH_OF_TIME = len("2026-01-31 17:05:00+00:00")  # in front of each line of th
 def test_make_train_ends_with_a_checkpoint_a_sample_and_what_to_do_next(tmp_path: Path) -> None:
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("this environment was not made by `make install`")
-    copy = copy_of_the_repository(tmp_path / "savant")
+    copy = copy_tracked_files(tmp_path / "a stranger's copy", "*")
     few_steps = environment(SAVANT_TRAINING__MAX_STEPS="3", SAVANT_VALIDATION__BATCHES="1")
     for name in LEAN:
         del few_steps[name]  # Ray as a new user has it
@@ -37,12 +36,3 @@ def test_make_train_ends_with_a_checkpoint_a_sample_and_what_to_do_next(tmp_path
 
     again = subprocess.run(command, cwd=copy, env=few_steps, text=True, capture_output=True, timeout=500)
     assert again.returncode == 0 and "has done its 3 steps" in again.stdout
-
-
-def copy_of_the_repository(target: Path) -> Path:
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, cwd=ROOT, text=True, capture_output=True, check=True).stdout.splitlines():
-        if (ROOT / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
-    return target

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from savant_ray.cluster.metrics import LABELS, METRICS
+from tests.tracked_files import tracked_files
 
 FOLDER = Path(__file__).parents[1] / "jobs/monitoring"
 DASHBOARD = json.loads((FOLDER / "grafana/dashboards/savant.json").read_text())
@@ -88,10 +89,10 @@ def test_grafana_is_provisioned_with_this_dashboard_and_rays_own_under_the_name_
     assert (source["name"], source["url"]) == (DEFAULT_PROMETHEUS_NAME, "http://127.0.0.1:9090")
     ours, _ = yaml.safe_load((provisioning / "dashboards/savant.yml").read_text())["providers"]
     path = ours["options"]["path"].replace("$MONITORING", str(FOLDER))
-    assert list(Path(path).glob("*.json")) == [FOLDER / "grafana/dashboards/savant.json"]
+    assert tracked_files("jobs/monitoring/*.json") == [Path(path) / "savant.json"]
 
 
 def test_nothing_in_the_recipes_listens_on_other_addresses_than_loopback() -> None:
-    for path in FOLDER.rglob("*.yml"):
+    for path in tracked_files("jobs/monitoring/*.yml"):
         addresses = re.findall(r"(?:\d+\.){3}\d+", path.read_text())
         assert set(addresses) <= {"127.0.0.1"}, path.name

@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from tests.tracked_files import tracked_files
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 IMPORT_NAMES = {"pyyaml": "yaml", "jinja2": "jinja2", "nvidia-ml-py": "pynvml"}
@@ -85,7 +87,7 @@ def test_this_environment_has_the_pinned_versions():
 def test_every_third_party_import_is_a_requirement():
     known = {IMPORT_NAMES.get(canonicalize_name(pin.name), pin.name) for pin in PINS}
     known |= {"savant_ray", "mlflow", "wandb", *sys.stdlib_module_names}
-    for path in [*ROOT.glob("savant_ray/**/*.py"), *ROOT.glob("jobs/*.py")]:
+    for path in tracked_files("savant_ray/*.py", "jobs/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -95,10 +97,10 @@ def test_every_third_party_import_is_a_requirement():
 
 def test_the_project_names_its_command_its_packages_and_its_licence():
     assert PROJECT["project"]["scripts"] == {"savant": "savant_ray.cli:main"}
-    assert PROJECT["tool"]["setuptools"]["packages"]["find"] == {"include": ["savant_ray*"]}
+    assert PROJECT["tool"]["setuptools"]["packages"]["find"] == {"include": ["savant_ray", "savant_ray.*"]}
     assert PROJECT["project"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
-    folders = {path.parent for path in ROOT.glob("savant_ray/**/*.py")}
+    folders = {path.parent for path in tracked_files("savant_ray/*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 
 

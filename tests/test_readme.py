@@ -182,8 +182,12 @@ def phrase(module: Path) -> str:
 
 def tree_lines(folder: Path, indent: str = "") -> Iterator[tuple[str, str]]:
     """(drawing, phrase) of everything in a package: modules first, then folders."""
-    modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
-    folders = [path.parent for path in sorted(folder.glob("*/__init__.py")) if path.read_text()]
+    from tests.tracked_files import tracked_files  # here, so that this file can be run as a script, too
+
+    files = tracked_files(f"{folder.relative_to(ROOT)}/*.py")
+    modules = [path for path in files if path.parent == folder and path.name != "__init__.py"]
+    packages = [path for path in files if path.parent.parent == folder and path.name == "__init__.py"]
+    folders = [path.parent for path in packages if path.read_text()]
     for path in [*modules, *folders]:
         last = path == [*modules, *folders][-1]
         branch, below = ("└── ", "    ") if last else ("├── ", "│   ")
@@ -224,6 +228,7 @@ def test_the_table_of_settings_is_that_of_the_program():
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     text = README.read_text()
     for pattern, content in ((TREE, tree), (TABLE, table)):
         text = pattern.sub(lambda found, content=content: found[1] + content() + found[3], text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from savant_ray.training.checkpoint import checkpoints
 from tests.cluster.conftest import ROOT, SETTINGS, Head, environment, losses, records, steps_done, wait_for
+from tests.tracked_files import copy_tracked_files
 
 pytestmark = pytest.mark.slow
 SMALLER = "--training.max_steps 3 --training.compile false --model.dim 32 --model.vocab_size 600 --validation.batches 1"
@@ -21,11 +21,8 @@ SMALLER = "--training.max_steps 3 --training.compile false --model.dim 32 --mode
 
 def copy_repository(folder: Path) -> Path:
     """What a job needs of the project."""
-    for part in ("savant_ray", "jobs", "configs"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
-    return folder
+    needed = ("savant_ray/*", "jobs/*", "configs/*", "Makefile", "requirements.txt", "pyproject.toml")
+    return copy_tracked_files(folder, *needed)
 
 
 def submit(head: Head, folder: Path, home: Path, command: str) -> subprocess.CompletedProcess[str]:

@@ -7,19 +7,19 @@ import re
 import sys
 import time
 import traceback
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from tests.fuzz.property import PROPERTIES, Property
+from tests.tracked_files import tracked_files
 
 SECONDS_BETWEEN_REMARKS = 30.0  # into a file; on a terminal it is told all the time
 
 
 def collect() -> list[Property]:
     """The properties of every module beside this one."""
-    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+    for path in tracked_files("tests/fuzz/test_*.py"):
         importlib.import_module(f"tests.fuzz.{path.stem}")
     return PROPERTIES
 
