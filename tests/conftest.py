@@ -24,7 +24,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None if inside else True
     if collection_path.suffix != ".py" or is_tracked(collection_path):
         return None
-    if collection_path.name.startswith("test_"):
+    if collection_path.name.startswith("test_") and named & set(collection_path.parents):
         config.stash[LEFT_OUT].append(collection_path)
     return True
 

@@ -139,9 +139,9 @@ class FakeMachine:
         (self.tools / name).chmod(0o755)
 
     def make(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        plain = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "TORCH_INDEX", "ARGS"))}
         path = f"{self.tools}{os.pathsep}{os.environ['PATH']}"
-        env = plain | {"PATH": path, "LOG": str(self.folder / "log"), "PYTHON": "fakepython"} | variables
+        # Nothing else: with the VENV=… of a `make test VENV=…` this would install into the environment that runs it.
+        env = {"PATH": path, "LOG": str(self.folder / "log"), "PYTHON": "fakepython"} | variables
         return subprocess.run(["make", *arguments], cwd=self.folder, env=env, capture_output=True, text=True)
 
     def installed(self) -> list[str]:
@@ -217,15 +217,35 @@ def test_make_train_runs_the_quickstart_and_hands_arguments_on(machine):
     assert last == "jobs/train.py --config configs/quickstart.yaml --training.max_steps 3"
 
 
+@pytest.mark.parametrize("name", ["my conf.yaml", "it's mine.yaml", '"a" (1).yaml', "$HOME & co;#.yaml", "*.yaml"])
+def test_make_hands_the_name_of_a_configuration_on_as_it_is(machine, name):
+    machine.add("fakepython", FAKE_PYTHON.replace('echo "$*"', "printf '<%s>' \"$@\" '\n'"))
+    done = machine.make(
+        "train", f"CONFIG={name}", """ARGS=--validation.prompt 'one two' --run.name "it's" """, BUILDS="cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    told = (machine.folder / "log").read_text()
+    assert f"<--config><{name}><--validation.prompt><one two><--run.name><it's>" in told
+
+
+def test_a_folder_for_the_environment_that_make_cannot_handle_is_refused(machine):
+    done = machine.make("install", "VENV=my env")
+    assert done.returncode != 0 and "VENV=my env: make cannot handle spaces in this path" in done.stderr
+
+
 def test_make_alone_lists_the_targets(machine):
     said = machine.make().stdout
     assert all(f"make {target}" in said for target in ("install", "train", "test", "test-quick", "check", "clean"))
 
 
-def test_ci_runs_the_readmes_test_command_and_fails_with_it(tmp_path):
+@pytest.mark.parametrize(("train", "test", "fails"), [(0, 0, False), (0, 1, True), (1, 0, True)])
+def test_ci_runs_the_readmes_two_commands_in_order_and_fails_with_either(train, test, fails, tmp_path):
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
-    (tmp_path / "Makefile").write_text("test:\n\t@echo '1 failed, 2 passed in 0.10s'; exit 1\n")
+    (tmp_path / "Makefile").write_text(
+        f"train:\n\t@echo trained; exit {train}\ntest:\n\t@echo '1 failed, 2 passed in 0.10s'; exit {test}\n"
+    )
     result = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert result.stdout.splitlines()[-1] == "1 failed, 2 passed in 0.10s"
+    assert (result.returncode != 0) == fails
+    said = result.stdout.splitlines()
+    assert "trained" in said[:-1] and said[-1] == "1 failed, 2 passed in 0.10s"
