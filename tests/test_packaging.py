@@ -245,7 +245,8 @@ def test_ci_runs_the_readmes_two_commands_in_order_and_fails_with_either(train, 
     (tmp_path / "Makefile").write_text(
         f"train:\n\t@echo trained; exit {train}\ntest:\n\t@echo '1 failed, 2 passed in 0.10s'; exit {test}\n"
     )
-    result = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, text=True)
+    outside_make = {"PATH": os.environ["PATH"]}
+    result = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, env=outside_make, capture_output=True, text=True)
     assert (result.returncode != 0) == fails
     said = result.stdout.splitlines()
     assert "trained" in said[:-1] and said[-1] == "1 failed, 2 passed in 0.10s"
