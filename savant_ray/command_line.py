@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from savant_ray.errors import SettingsError
 
 if TYPE_CHECKING:
     from savant_ray.config import Config
@@ -26,6 +30,20 @@ class _HelpWithSettings(argparse.Action):
         parser.exit()
 
 
+class _ConfigFile(argparse.Action):
+    """`--config FILE`, once: of two files it would not be clear whether one replaces the other or adds to it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        earlier, path = getattr(namespace, self.dest), Path(values)
+        if not values:
+            raise SettingsError("--config: the name of a file is missing")
+        if earlier not in (None, path):
+            raise SettingsError(
+                f"--config: given twice, {earlier} and {path}; give one file (with make: CONFIG={path})"
+            )
+        setattr(namespace, self.dest, path)
+
+
 def new_parser(command: str, summary: str, settings: bool = False) -> argparse.ArgumentParser:
     """Of `savant COMMAND`; with `settings` it also takes --config, and its --help lists them all."""
     usage = "%(prog)s [--config FILE.yaml] [--section.setting VALUE …]" if settings else None
@@ -39,7 +57,7 @@ def new_parser(command: str, summary: str, settings: bool = False) -> argparse.A
     if settings:
         parser.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="this, and all settings")
         parser.add_argument(
-            "--config", type=Path, metavar="FILE.yaml", help="YAML file with what differs from the defaults"
+            "--config", action=_ConfigFile, metavar="FILE.yaml", help="YAML file with what differs from the defaults"
         )
     return parser
 
@@ -47,9 +65,20 @@ def new_parser(command: str, summary: str, settings: bool = False) -> argparse.A
 def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """The command's own options, and the settings from file, environment and what is left of the command line."""
     options, settings = parser.parse_known_args(arguments)
-    from savant_ray.config import load_config
+    own = [f"--{name.replace('_', '-')}" for name in vars(options)]
+    for word in settings:
+        close = difflib.get_close_matches(word.replace("_", "-"), own, n=1, cutoff=0.8)
+        if close and "." not in word:
+            raise SettingsError(f"{word}: no such option; did you mean {close[0]}?")
+    from savant_ray.config import ignored_variables, load_config
 
-    return options, load_config(settings, file=options.config)
+    config = load_config(settings, file=options.config)
+    for variable in ignored_variables():
+        print(
+            f"note: {variable} is not a setting and is ignored; settings look like SAVANT_TRAINING__MAX_STEPS",
+            file=sys.stderr,
+        )
+    return options, config
 
 
 def count(text: str) -> int:

@@ -275,6 +275,11 @@ def load_config(
     raise SettingsError("\n".join(reading.problems))
 
 
+def ignored_variables(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Return the variables that begin as settings do but neither are settings nor read like misspelt ones."""
+    return Reading(setting_rows()).environment(os.environ if environment is None else environment)
+
+
 def dump_yaml(config: Config) -> str:
     """The complete settings as a file that `load_config` reads back to the same."""
     return to_yaml(config.to_dict(), width=120)

@@ -205,6 +205,41 @@ def test_config_prints_the_complete_result(capsys: pytest.CaptureFixture[str]) -
     assert yaml.safe_load(printed)["training"]["max_steps"] == 5
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config", "a.yaml", "--config", "b.yaml"],
+            "--config: given twice, a.yaml and b.yaml; give one file (with ",
+        ),
+        (["--config", ""], "--config: the name of a file is missing"),
+        (["--confg", "a.yaml"], "--confg: no such option; did you mean --config?"),
+        (["--fersh"], "--fersh: no such option; did you mean --fresh?"),
+        (["--allow_changes"], "--allow_changes: no such option; did you mean --allow-changes?"),
+        (["–config", "a.yaml"], "–config: no such option; did you mean --config?"),
+    ],
+)
+def test_an_option_of_the_command_that_is_not_right_is_told(
+    arguments: list[str], message: str, calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert calls == []
+
+
+def test_variables_that_look_like_settings_and_are_none_are_noted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAVANT_LR", "1e-3")
+    monkeypatch.setenv("SAVANT_HEAD_SVC_SERVICE_HOST", "10.0.0.1")
+    assert main(["config"]) == 0
+    told = capsys.readouterr()
+    assert yaml.safe_load(told.out) == Config().to_dict()
+    assert (
+        told.err == "note: SAVANT_LR is not a setting and is ignored; settings look like SAVANT_TRAINING__MAX_STEPS\n"
+    )
+
+
 def test_benchmark_runs_the_one_that_is_named(calls: list[Any]) -> None:
     assert main(["benchmark", "step", "--json", "x.json"]) == 0
     assert calls == [("step", Path("x.json"))]

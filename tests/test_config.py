@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from savant_ray.config import Config, ModelConfig, dump_yaml, load_config, setting_rows
+from savant_ray.config import Config, ModelConfig, dump_yaml, ignored_variables, load_config, setting_rows
 from savant_ray.errors import SettingsError
-from savant_ray.settings.sources import PREFIX
+from savant_ray.settings.variables import PREFIX
 
 
 def refusal(
@@ -137,6 +138,172 @@ def test_an_unknown_name_is_refused_with_a_suggestion_whatever_its_source(file: 
     ]
 
 
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("training.max_steps: 5", "training.max_steps: settings are nested in a file; write training: {max_steps: 5}"),
+        ("--run.name: x", "--run.name: settings are nested in a file; write run: {name: x}"),
+        (
+            "SAVANT_DATA__VALIDATION: [a, b]",
+            "SAVANT_DATA__VALIDATION: settings are nested in a file; write data: {validation: [a, b]}",
+        ),
+        (
+            "training.max-step: 5",
+            "training.max-step: no such setting; did you mean training: {max_steps: 5}?",
+        ),
+        ("max_steps: 5", "max_steps: no such setting; did you mean training: {max_steps: 5}?"),
+        ("trainig: {max_steps: 5}", "trainig: no such setting; did you mean training?"),
+        ("xyzzy: 5", "xyzzy: no such setting"),
+    ],
+)
+def test_a_setting_that_is_not_nested_in_a_file_is_shown_as_it_has_to_stand(
+    yaml: str, message: str, file: Path
+) -> None:
+    assert refusal(file=file, yaml=yaml) == [f"{file}: {message}"]
+
+
+# --- variables
+
+
+SERVICES = {
+    "SAVANT_HEAD_SVC_SERVICE_HOST": "10.0.0.1",
+    "SAVANT_HEAD_SVC_SERVICE_PORT": "6379",
+    "SAVANT_HEAD_SVC_SERVICE_PORT_GCS_SERVER": "6379",
+    "SAVANT_HEAD_SVC_PORT": "tcp://10.0.0.1:6379",
+    "SAVANT_HEAD_SVC_PORT_6379_TCP": "tcp://10.0.0.1:6379",
+    "SAVANT_HEAD_SVC_PORT_6379_TCP_ADDR": "10.0.0.1",
+    "SAVANT_HEAD_SVC_PORT_6379_TCP_PORT": "6379",
+    "SAVANT_HEAD_SVC_PORT_6379_TCP_PROTO": "tcp",
+    "SAVANT_HEAD_SVC_PORT_53_UDP_ADDR": "10.0.0.1",
+    "SAVANT_SERVICE_HOST": "10.0.0.2",
+    "SAVANT_PORT": "tcp://10.0.0.2:80",
+    "SAVANT_TRAINING_SERVICE_HOST": "10.0.0.3",
+    "SAVANT_DATA_PORT": "udp://10.0.0.3:53",
+    "SAVANT_A__B_SERVICE_HOST": "10.0.0.4",
+    "SAVANT_NAME": "/web/savant",
+    "SAVANT_DB_ENV_VERSION": "3",
+}
+
+
+def test_variables_that_kubernetes_and_docker_add_for_services_are_no_settings() -> None:
+    assert load_config((), SERVICES) == Config()
+    assert ignored_variables(SERVICES) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("SAVANT_TRAINING__MAX_STEP", "SAVANT_TRAINING__MAX_STEPS"),
+        ("SAVANT_TRAINING_MAX_STEPS", "SAVANT_TRAINING__MAX_STEPS"),
+        ("SAVANT_TRAINING_MAX_STEP", "SAVANT_TRAINING__MAX_STEPS"),
+        ("SAVANT_TRAINING___MAX_STEPS", "SAVANT_TRAINING__MAX_STEPS"),
+        ("SAVANT_TRAIN_MAX_STEPS", "SAVANT_TRAINING__MAX_STEPS"),
+        ("SAVANT_TRAINING.MAX_STEPS", "SAVANT_TRAINING__MAX_STEPS"),
+        ("savant_training__max_steps", "SAVANT_TRAINING__MAX_STEPS"),
+        ("SAVANT_Training__Max_Steps", "SAVANT_TRAINING__MAX_STEPS"),
+        ("SAVANT_MAX_STEPS", "SAVANT_TRAINING__MAX_STEPS"),
+        ("SAVANT_SEED", "SAVANT_RUN__SEED"),
+        ("SAVANT_VALIDATION_EVERY_STEPS", "SAVANT_VALIDATION__EVERY_STEPS"),
+        ("SAVANT_CHECKPOINT_EVERY_STEPS", "SAVANT_CHECKPOINT__EVERY_STEPS"),
+    ],
+)
+def test_a_variable_that_is_nearly_a_setting_is_refused_with_the_right_one(variable: str, meant: str) -> None:
+    assert refusal(environment={variable: "5"}) == [f"{variable}: no such setting; did you mean {meant}?"]
+
+
+def test_a_variable_with_a_section_and_a_name_is_refused_even_if_nothing_is_close() -> None:
+    assert refusal(environment={"SAVANT_XYZZY__QQQ": "5"}) == ["SAVANT_XYZZY__QQQ: no such setting"]
+
+
+def test_other_variables_are_ignored_and_listed() -> None:
+    others = {"SAVANT_HOME": "/srv", "SAVANT_IMAGE_TAG": "1.2", "SAVANT_DATA_DIR": "/data", "SAVANT_PORT": "8080"}
+    assert load_config((), others | SERVICES | {"SAVANT_PORT": "8080"}) == Config()
+    assert ignored_variables(others) == sorted(others)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "value"),
+    [
+        ("SAVANT_RUN__NAME", '"my run"', "my run"),
+        ("SAVANT_RUN__NAME", "'my run'", "my run"),
+        ("SAVANT_RUN__NAME", "it's", "it's"),
+        ("SAVANT_RUN__NAME", '"', '"'),
+        ("SAVANT_RUN__NAME", "'a' and 'b'", "'a' and 'b'"),
+        ("SAVANT_VALIDATION__PROMPT", '"one\\ntwo"', "one\ntwo"),
+        ("SAVANT_DATA__CACHE_DIR", '"C:\\Data"', "C:\\Data"),
+        ("SAVANT_TRAINING__MAX_STEPS", '"5"', 5),
+        ("SAVANT_TRAINING__COMPILE", "'true'", True),
+        ("SAVANT_SCALING__NUM_WORKERS", '"[1, 4]"', [1, 4]),
+        ("SAVANT_RUN__INIT_FROM", '""', None),
+    ],
+)
+def test_quotes_that_an_env_file_keeps_around_a_value_are_removed(variable: str, text: str, value: Any) -> None:
+    section, field = variable.removeprefix(PREFIX).lower().split("__")
+    assert load_config((), {variable: text}).to_dict()[section][field] == value
+
+
+def test_a_variable_or_an_option_that_is_not_utf_8_is_named() -> None:
+    undecodable = b"\xe9\xe8".decode(errors="surrogateescape")
+    assert refusal(environment={"SAVANT_RUN__NAME": undecodable}) == ["SAVANT_RUN__NAME: not UTF-8 text"]
+    assert refusal("--run.storage_path", undecodable) == ["--run.storage_path: not UTF-8 text"]
+    with pytest.raises(SettingsError, match=r"^run\.storage_path: .* is not text that UTF-8 can hold$"):
+        Config.from_dict({"run": {"storage_path": undecodable}})
+    assert load_config((), {"SOMEBODY_ELSES": undecodable}) == Config()
+
+
+# --- values and options
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("training.max_steps", "1e3", "expected a whole number, found 1000.0; write 1000"),
+        ("training.max_steps", "8,000", "expected a whole number, found 8,000; write 8000"),
+        ("training.max_steps", "1'234'567", "expected a whole number, found 1'234'567; write 1234567"),
+        ("training.max_steps", "80 000", "expected a whole number, found 80 000; write 80000"),
+        ("training.max_steps", "80k", "expected a whole number, found 80k; write 80000"),
+        ("training.max_steps", "1,5", "expected a whole number, found 1,5"),
+        ("training.learning_rate", "0,5", "expected a number, found 0,5; write 0.5"),
+        ("training.learning_rate", "2,5e-5", "expected a number, found 2,5e-5; write 2.5e-5"),
+        (
+            "training.max_steps",
+            "“5”",
+            "expected a whole number, found “5”; typographic quotes do not quote: use ' or \"",
+        ),
+        ("training.max_steps", "", "a value is missing"),
+        ("data.quickstart", "", "a value is missing"),
+        ("scaling.num_workers", "", "a value is missing"),
+    ],
+)
+def test_a_number_as_people_write_it_is_refused_with_the_way_to_write_it(name: str, text: str, message: str) -> None:
+    variable = PREFIX + name.replace(".", "__").upper()
+    assert refusal(f"--{name}", text) == [f"--{name}: {message}"]
+    assert refusal(environment={variable: text}) == [f"{variable}: {message}"]
+
+
+def test_underscores_may_separate_thousands() -> None:
+    assert load_config(["--training.max_steps", "1_000"], {}).training.max_steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["–training.max_steps", "5"], "–training.max_steps: an option begins with two plain hyphens; write {}"),
+        (["—training.max_steps=5"], "—training.max_steps: an option begins with two plain hyphens; write {}"),
+        (["−−training.max_steps", "5"], "−−training.max_steps: an option begins with two plain hyphens; write {}"),
+        (["-training.max_steps", "5"], "-training.max_steps: an option begins with two plain hyphens; write {}"),
+        (["five”"], "five”: expected --section.setting VALUE; typographic quotes do not quote: use ' or \""),
+        (["--no-data.quickstart"], "--no-data.quickstart: no such setting; did you mean --data.quickstart false?"),
+        (["--no-training.compile"], "--no-training.compile: no such setting; did you mean --training.compile false?"),
+        (["--Training.Max-Steps", "5"], "--Training.Max-Steps: no such setting; did you mean training.max_steps?"),
+        (["--data.quickstart"], "--data.quickstart: a value is missing: true or false"),
+        (["-5"], "-5: expected --section.setting VALUE"),
+    ],
+)
+def test_an_option_that_was_pasted_or_guessed_is_refused_with_the_right_one(arguments: list[str], message: str) -> None:
+    assert refusal(*arguments) == [message.format("--training.max_steps")]
+
+
 def test_a_name_like_none_is_refused_without_a_suggestion() -> None:
     assert refusal("--xyzzy", "1") == ["--xyzzy: no such setting"]
 
@@ -153,7 +320,10 @@ def test_a_key_given_twice_is_refused_with_its_lines(file: Path) -> None:
     ("yaml", "message"),
     [
         ("a: [1\nb: 2\n", " line 2: not valid YAML: expected ',' or ']', but got ':'"),
-        ("run:\n\tname: x\n", " line 2: not valid YAML: found character '\\t' that cannot start any token"),
+        (
+            "run:\n\tname: x\n",
+            " line 2: not valid YAML: found character '\\t' that cannot start any token; write spaces instead of tabs",
+        ),
         ("run: {seed: !!int x}\n", " line 1: not valid YAML: x is not a whole number"),
         ("run: {seed: !!int 9999999999999999999}\n", " line 1: not valid YAML: '9999999999999999999' is not a whole"),
         ("model:\n  soft_cap: !!float ''\n", " line 2: not valid YAML: '' is not a number"),
@@ -177,7 +347,58 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, file: Path) -> None
     assert refusal(file=tmp_path / "none.yaml") == [f"{tmp_path}/none.yaml: no such file or directory"]
     assert refusal(file=tmp_path) == [f"{tmp_path}: is a directory"]
     file.write_bytes(b"run: {name: \xff}")
-    assert refusal(file=file) == [f"{file}: not UTF-8 text"]
+    assert refusal(file=file) == [f"{file} line 1: not UTF-8 text; save the file as UTF-8"]
+    file.write_bytes(b"# a comment\nrun:\n  name: \xe9\xe8\n")
+    assert refusal(file=file) == [f"{file} line 3: not UTF-8 text; save the file as UTF-8"]
+    file.write_bytes(bytes(range(256)))
+    assert refusal(file=file) == [f"{file}: not a text file"]
+    file.write_bytes(b'{"text": "one two"}\n' * 100_000)
+    assert refusal(file=file) == [f"{file}: larger than 1 MiB, so probably not a settings file"]
+    assert refusal(file=Path("~nobody-of-that-name/a.yaml")) == [
+        "~nobody-of-that-name/a.yaml: there is no such user, or no home folder"
+    ]
+
+
+def test_a_file_that_is_not_in_the_current_folder_is_named_with_that_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(file=Path("a.yaml")) == [f"a.yaml: no such file or directory ({tmp_path}/a.yaml)"]
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert refusal(file=Path("a.yaml")) == ["a.yaml: no such file or directory"]
+
+
+def test_a_file_in_the_home_folder_can_be_named_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("run: {seed: 5}\n")
+    assert load_config((), {}, Path("~/mine.yaml")).run.seed == 5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"training:\r\n  max_steps: 5\r\nrun:\r\n  name: x\r\n",
+        b"training:\r  max_steps: 5\rrun:\r  name: x\r",
+        b"\xef\xbb\xbftraining: {max_steps: 5}\r\nrun: {name: x}\r\n",
+        "training: {max_steps: 5}\r\nrun: {name: x}\r\n".encode("utf-16"),
+        b'{"training": {"max_steps": 5}, "run": {"name": "x"}}',
+        b'{\n\t"training": {\n\t\t"max_steps": 5\n\t},\n\t"run": {\n\t\t"name": "x"\n\t}\n}\n',
+        b"--- # settings\ntraining: {max_steps: 5}\nrun: {\"name\": 'x'}\n...\n",
+    ],
+    ids=["CRLF", "CR", "BOM", "UTF-16", "JSON", "JSON with tabs", "marks"],
+)
+def test_a_file_reads_the_same_however_an_editor_saved_it(content: bytes, file: Path) -> None:
+    file.write_bytes(content)
+    assert load_config((), {}, file) == load_config(["--training.max_steps=5", "--run.name=x"], {})
+
+
+def test_json_is_read_with_its_escapes_and_its_duplicates_are_refused(file: Path) -> None:
+    file.write_text('{"run": {"name": "\\ud83d\\ude00"}, "training": {"learning_rate": 1e-5}}')
+    config = load_config((), {}, file)
+    assert (config.run.name, config.training.learning_rate) == ("😀", 1e-5)
+    assert refusal(file=file, yaml='{\n\t"run": {"seed": 1, "seed": 2}\n}') == [f"{file}: seed is given twice"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,12 +12,23 @@ from pydantic import ValidationError
 from savant_ray.settings.yaml_text import show
 
 
-def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """`; did you mean …?` if something is close, counting a setting's last word as its whole name."""
-    word = word.replace("-", "_")
-    same_field = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
-    close = difflib.get_close_matches(word, same_field or list(known), n=1, cutoff=0.0 if same_field else 0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a misspelt one probably stands for; a setting without its section is found too."""
+    by_folded = {_folded(name): name for name in known}
+    folded = _folded(word)
+    same_field = [name for name in by_folded if name.rpartition(".")[2] == folded.rpartition(".")[2]]
+    close = difflib.get_close_matches(folded, same_field or list(by_folded), n=1, cutoff=0.0 if same_field else 0.6)
+    return by_folded[close[0]] if close else None
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean …?` if a known name is close, else nothing."""
+    name = closest(word, known)
+    return f"; did you mean {name}?" if name else ""
 
 
 def explain(error: ValidationError, names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -40,7 +51,32 @@ def _complaint(name: str, problems: list[Any], names: Sequence[str]) -> tuple[st
             return name, _outside(problem, name, names)
     *most, last = [word for problem in problems for word in _wanted(problem)]
     words = f"{', '.join(most)} or {last}" if most else last
-    return name, f"expected {words}, found {show(problems[0]['input'])}"
+    value = problems[0]["input"]
+    return name, f"expected {words}, found {show(value)}{_what_to_write(value, words)}"
+
+
+TYPOGRAPHIC_QUOTES = "“”„‟‘‚‛«»‹›″"
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?P<mark>[,'’ \u00a0\u2009\u202f])\d{3})(?:(?P=mark)\d{3})*")
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+(?:[eE][-+]?\d+)?")
+_MULTIPLES = {"k": 1_000, "m": 1_000_000}
+
+
+def _what_to_write(value: Any, words: str) -> str:
+    """`; write …` if it is plain which number was meant, such as 8000 by 8,000."""
+    whole = words.startswith("a whole number")
+    if whole and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return f"; write {int(value)}"
+    if not isinstance(value, str) or not (whole or words.startswith("a number")):
+        return ""
+    if any(quote in value for quote in TYPOGRAPHIC_QUOTES):
+        return "; typographic quotes do not quote: use ' or \""
+    if _THOUSANDS.fullmatch(value):
+        return f"; write {re.sub(r'[^-+0-9]', '', value)}"
+    if not whole and _DECIMAL_COMMA.fullmatch(value):
+        return f"; write {value.replace(',', '.')}"
+    if (shortened := re.fullmatch(r"(\d{1,9})([kKmM])", value)) is not None:
+        return f"; write {int(shortened[1]) * _MULTIPLES[shortened[2].lower()]}"
+    return ""
 
 
 _TYPES = {
@@ -61,6 +97,7 @@ _RANGES = {
     "too_short": "needs at least {min_length}",
     "too_long": "needs at most {max_length}",
     "string_too_short": "must not be empty",
+    "string_unicode": "is not text that UTF-8 can hold",
 }
 
 

@@ -6,6 +6,7 @@ What is written here reads the same in both.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,9 +23,16 @@ class YamlProblems(Exception):  # noqa: N818 - several at once
 def load_yaml(text: str) -> Any:
     """The one document in a text; None if it is empty.
 
+    JSON is read as such where it is no YAML for PyYAML: indented with tabs, or with characters as pairs of escapes.
+
     Raises:
         YamlProblems: it is not YAML, holds something else than plain data, or gives a key twice.
     """
+    if "\t" in text or "\\u" in text:
+        try:
+            return json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_as_in_yaml)
+        except (ValueError, RecursionError):  # not JSON
+            pass
     try:
         loader = _Loader(text)
         content = loader.get_single_data()
@@ -52,10 +60,25 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise YamlProblems(f": {key} is given twice")
+        content[key] = value
+    return content
+
+
+def _as_in_yaml(digits: str) -> int | float:
+    return int(digits) if re.fullmatch(_INT, digits) else float(digits)
+
+
 def _explain(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     line = f" line {mark.line + 1}" if mark is not None else ""
     why = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+    if "'\\t'" in str(why):
+        why = f"{why}; write spaces instead of tabs"
     return f"{line}: not valid YAML: {why}"
 
 
