@@ -216,7 +216,7 @@ def test_a_variable_with_a_section_and_a_name_is_refused_even_if_nothing_is_clos
 
 
 def test_other_variables_are_ignored_and_listed() -> None:
-    others = {"SAVANT_HOME": "/srv", "SAVANT_IMAGE_TAG": "1.2", "SAVANT_DATA_DIR": "/data", "SAVANT_PORT": "8080"}
+    others = {"SAVANT_HOME": "/srv", "SAVANT_IMAGE_TAG": "1.2", "SAVANT_MODEL_DIR": "/data", "SAVANT_PORT": "8080"}
     assert load_config((), others | SERVICES | {"SAVANT_PORT": "8080"}) == Config()
     assert ignored_variables(others) == sorted(others)
 
@@ -227,6 +227,8 @@ def test_other_variables_are_ignored_and_listed() -> None:
         ("SAVANT_RUN__NAME", '"my run"', "my run"),
         ("SAVANT_RUN__NAME", "'my run'", "my run"),
         ("SAVANT_RUN__NAME", "it's", "it's"),
+        ("SAVANT_RUN__NAME", "my run\r", "my run"),
+        ("SAVANT_RUN__NAME", '"my run"\r', "my run"),
         ("SAVANT_RUN__NAME", '"', '"'),
         ("SAVANT_RUN__NAME", "'a' and 'b'", "'a' and 'b'"),
         ("SAVANT_VALIDATION__PROMPT", '"one\\ntwo"', "one\ntwo"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from savant_ray.settings.complaints import did_you_mean
 from savant_ray.settings.yaml_text import YamlProblems, load_yaml
@@ -32,15 +32,29 @@ def misspelt_variable(variable: str, known: Iterable[str]) -> str | None:
     """
     known = list(known)
     plain = _plain(variable)
-    names = {_plain(name): name for name in known}
-    fields = {_plain(name.rpartition("__")[2]): name for name in reversed(known)}
-    close = difflib.get_close_matches(plain, names, n=1, cutoff=0.85)
-    close_field = difflib.get_close_matches(plain, fields, n=1, cutoff=0.9)
-    if close and (close[0] == plain or not close_field):
-        return f"; did you mean {names[close[0]]}?"
-    if close_field:
-        return f"; did you mean {fields[close_field[0]]}?"
+    section = next((s for s in {_section(name) for name in known} if plain.startswith(f"{s}_")), None)
+    if section is not None:
+        fields = {_field(name): name for name in known if _section(name) == section}
+        meant = _nearest(plain.removeprefix(f"{section}_"), fields, 0.8)
+    else:
+        meant = _nearest(plain, {_plain(name): name for name in known}, 0.85)
+        meant = meant or _nearest(plain, {_field(name): name for name in reversed(known)}, 0.9)
+    if meant is not None:
+        return f"; did you mean {meant}?"
     return did_you_mean(variable, known) if re.search(r"__|\.", variable) else None
+
+
+def _nearest(word: str, names: Mapping[str, str], cutoff: float) -> str | None:
+    close = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
+    return names[close[0]] if close else None
+
+
+def _section(variable: str) -> str:
+    return _plain(variable.partition("__")[0])
+
+
+def _field(variable: str) -> str:
+    return _plain(variable.partition("__")[2])
 
 
 def _plain(variable: str) -> str:
@@ -49,7 +63,8 @@ def _plain(variable: str) -> str:
 
 
 def unquoted(text: str) -> str:
-    """A value without the quotes around the whole of it, read as YAML reads them."""
+    """A value without the quotes around the whole of it, read as YAML reads them, and without a Windows line end."""
+    text = text.removesuffix("\r")
     stripped = text.strip()
     if len(stripped) < 2 or stripped[0] not in "'\"" or stripped[-1] != stripped[0]:
         return text

@@ -115,7 +115,10 @@ def options_and_variables(chance: Random) -> tuple[list[str], dict[str, str]]:
         option = "--" + chance.choice((name, name, name, name.replace("_", "-"), name[:-1], name.split(".")[1]))
         arguments += chance.choice(([option, text], [f"{option}={text}"], [option], [text]))
     names = [PREFIX + chance.choice((name, name[1:])).replace(".", "__").upper() for name in chance.sample(NAMES, 3)]
-    environment = {name: as_text(a_setting(chance, chance.choice(NAMES))) for name in names[: chance.randrange(4)]}
+    environment = {
+        name: chance.choice(("{}", "{}", '"{}"', "'{}'")).format(as_text(a_setting(chance, chance.choice(NAMES))))
+        for name in names[: chance.randrange(4)]
+    }
     return arguments, {**environment, "HOME": "/", a_text(chance): "x"}
 
 
