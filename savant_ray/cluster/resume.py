@@ -6,6 +6,8 @@ anew without asking it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray.train
@@ -59,10 +61,27 @@ def fetch_once_per_node(storage: Disk, name: str) -> Path:
     return storage.folder / name
 
 
+@contextmanager
+def _on_each_node(checkpoint: str) -> Iterator[Path]:
+    """`on_this_machine`, where the node's first rank fetches for all ranks of the node. Collective."""
+    if not dist.is_initialized():
+        with on_this_machine(checkpoint) as path:
+            yield path
+        return
+    context = ray.train.get_context()
+    with ExitStack() as held:
+        is_first = context.get_local_rank() == 0
+        fetched = str(held.enter_context(on_this_machine(checkpoint))) if is_first else None
+        paths: list[tuple[int, str | None] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(paths, (context.get_node_rank(), fetched))
+        yield next(Path(each[1]) for each in paths if each and each[0] == context.get_node_rank() and each[1])
+        dist.barrier()  # the copy goes when every rank has read it
+
+
 def _initial_weights(state: TrainingState, config: Config) -> RunResumed | None:
     if config.run.init_from is None:
         return None
-    with on_this_machine(config.run.init_from) as path:
+    with _on_each_node(config.run.init_from) as path:
         origin = find_checkpoint(path)
         state.load_weights(read_checkpoint(origin)["model_state_dict"])
     return RunResumed(step=0, path=config.run.init_from, note="its weights only: a new run with a fresh optimizer")
