@@ -24,7 +24,8 @@ class ObjectStore:
         self.port = free_port()
         self.query = f"?endpoint_override=127.0.0.1:{self.port}&scheme=http"
         self.conditions = "enforced"  # or "ignored", or "refused"
-        self.before: Callable[[str, str], None] = lambda method, path: None  # called in the server, before each request
+        # Called in the server before each request; PermissionError makes it answer 403, which no client tries again.
+        self.before: Callable[[str, str], None] = lambda method, path: None
         self.requests: list[tuple[str, str]] = []
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server: BaseWSGIServer | None = None
@@ -42,7 +43,11 @@ class ObjectStore:
     def _answer(self, request: dict[str, Any], respond: Callable[..., Any]) -> Iterable[bytes]:
         call = (request["REQUEST_METHOD"], request["PATH_INFO"].removeprefix(f"/{BUCKET}/"))
         self.requests.append(call)
-        self.before(*call)
+        try:
+            self.before(*call)
+        except PermissionError:
+            respond("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code></Error>"]
         conditions = [name for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH") if call[0] == "PUT" and name in request]
         if conditions and self.conditions == "refused":
             respond("501 Not Implemented", [("Content-Type", "application/xml")])
