@@ -124,9 +124,10 @@ class Lease:
         except NotConditional as error:
             self._give_up_conditions(str(error), say)
             won = self._write()
-        if won and not self._object.is_conditional(self._encoded()):
+        if won and not self._is_enforced():
             if isinstance(self._object, ConditionalObject):
-                self._give_up_conditions("the server ignores them", say)
+                self._give_up_conditions("the server ignores their headers", say)
+                self._write()
             time.sleep(SETTLE_SECONDS)
         there = self._read()
         if there.get("token") != self._mark["token"]:
@@ -150,6 +151,11 @@ class Lease:
                 self._filesystem.delete_file(self._path)
             else:
                 self._write()
+
+    def _is_enforced(self) -> bool:
+        """Whether nobody can replace our mark unseen, and it is where workers read it, with a client of their own."""
+        there = _parsed(PlainObject(self._filesystem, self._path).read()[0])
+        return there.get("token") == self._mark["token"] and self._object.is_conditional(self._encoded())
 
     def _beat(self) -> None:
         while not self._winner and not self._ended.wait(BEAT_SECONDS):

@@ -28,6 +28,7 @@ def load_newest(state: TrainingState, config: Config, storage: Disk, allow_chang
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit.
+        SavantError: another process has taken the run over.
         OSError: the storage cannot be read.
     """
     name = agree(lambda: newest_name(storage))
@@ -44,7 +45,13 @@ def load_newest(state: TrainingState, config: Config, storage: Disk, allow_chang
 
 
 def newest_name(storage: Disk) -> str | None:
-    """Of the newest checkpoint, or of the original's file that is newer."""
+    """Of the newest checkpoint, or of the original's file that is newer.
+
+    Raises:
+        SavantError: another process has taken the run over.
+        OSError: the storage cannot be read.
+    """
+    storage.check_owner()
     newest = next(reversed(storage.complete_steps()), None)
     storage.fetch_originals()
     original = newest_original(storage.folder, step_of(Path(newest)) if newest else -1, say=lambda _: None)
@@ -62,7 +69,7 @@ def fetch_once_per_node(storage: Disk, name: str) -> Path:
 
 
 @contextmanager
-def _on_each_node(checkpoint: str) -> Iterator[Path]:
+def on_each_node(checkpoint: str) -> Iterator[Path]:
     """`on_this_machine`, where the node's first rank fetches for all ranks of the node. Collective."""
     if not dist.is_initialized():
         with on_this_machine(checkpoint) as path:
@@ -81,7 +88,7 @@ def _on_each_node(checkpoint: str) -> Iterator[Path]:
 def _initial_weights(state: TrainingState, config: Config) -> RunResumed | None:
     if config.run.init_from is None:
         return None
-    with _on_each_node(config.run.init_from) as path:
+    with on_each_node(config.run.init_from) as path:
         origin = find_checkpoint(path)
         state.load_weights(read_checkpoint(origin)["model_state_dict"])
     return RunResumed(step=0, path=config.run.init_from, note="its weights only: a new run with a fresh optimizer")

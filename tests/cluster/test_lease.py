@@ -248,7 +248,7 @@ def test_a_process_of_another_container_or_machine_of_the_same_name_is_not_taken
 def test_conditional_writes_find_the_keys_of_a_profile_as_amazons_tools_do(
     here: ObjectStorage, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "keys").write_text("[work]\naws_access_key_id = test\naws_secret_access_key = te%st\n")
+    (tmp_path / "keys").write_text("[work]\naws_access_key_id = test\naws_secret_access_key = test%\n")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
