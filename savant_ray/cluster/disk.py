@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import pyarrow.fs as pafs
 from savant_ray.cluster.lease import Owner
 from savant_ray.cluster.lock import locked, move_run_aside, owner_token, set_aside
 from savant_ray.errors import SavantError
-from savant_ray.training.checkpoint import checkpoints, remove_left_behind, step_folders
+from savant_ray.training.checkpoint import checkpoints, delete_folder, remove_left_behind, step_folders
 
 DAMAGED = ".damaged"
 
@@ -69,7 +68,7 @@ class Disk:
             OSError: the storage refuses.
         """
         self.check_owner()
-        shutil.rmtree(self.folder / name)
+        delete_folder(self.folder / name)
 
     def write(self, name: str, text: str) -> None:
         """A small file, complete or as it was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from savant_ray.config import Config
 from savant_ray.data.sources import is_uri
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.training.checkpoint import MANIFEST, find_checkpoint
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run_storage(config: Config, owner: Owner | None = None) -> Disk:
@@ -80,10 +83,15 @@ def _stored(uri: str, folder: Path) -> tuple[ObjectStorage, str]:
 
 @contextmanager
 def storage_errors_explained(storage: Disk) -> Iterator[None]:
-    """Turns what object storage raises (no network, no such bucket, no right to it) into a `SavantError`."""
+    """Turns what object storage raises (no network, no such bucket, no right to it) into a `SavantError`.
+
+    A full disk of this machine, where the run has its mirror, is told as such.
+    """
     try:
         yield
     except OSError as error:
         if storage.filesystem is None:
             raise
+        if error.errno in NO_ROOM:
+            raise SavantError(f"{storage.folder}, the copy of {storage.location} on this machine: {error}") from error
         raise SavantError(f"run.storage_path: {storage.location} cannot be read or written: {error}") from error

@@ -53,7 +53,7 @@ def write_checkpoint(
         OSError: the storage refuses; what was there before is whole.
     """
     folder = run_folder / f"step_{content['step']}"
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")  # no other process writes into it
+    aside = _aside(folder)
     if run_folder.is_dir():
         remove_left_behind(run_folder)
     try:
@@ -91,11 +91,27 @@ def remove_left_behind(run_folder: Path) -> None:
     for replaced in run_folder.glob(f"step_*{REPLACED}"):
         folder = replaced.with_name(replaced.name.removesuffix(REPLACED))
         if folder.exists():
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             replaced.rename(folder)
     for unfinished in run_folder.glob("step_*.tmp"):
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def delete_folder(folder: Path) -> None:
+    """Deletes a checkpoint; cut short, it leaves none that looks complete.
+
+    Raises:
+        OSError: the storage refuses; the checkpoint is whole.
+    """
+    aside = _aside(folder)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # what is left goes with `remove_left_behind`
+
+
+def _aside(folder: Path) -> Path:
+    """A name beside it that no other process uses."""
+    return folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _fill(aside: Path, name: str, content: dict[str, Any], texts: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -353,3 +354,20 @@ def test_the_weights_that_a_run_begins_with_are_fetched_once_per_node(
     assert folders[0] == folders[1] != folders[2] and not any(Path(folder).exists() for folder in folders)
     fetched = [path for method, path in store.requests if method == "GET" and path.endswith("step_2.pt")]
     assert len(fetched) == 2
+
+
+def test_a_full_disk_of_this_machine_is_not_taken_for_trouble_of_the_storage(
+    here: ObjectStorage, elsewhere: ObjectStorage
+) -> None:
+    keep(here, 1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as on a full disk: no file beyond 100 bytes
+    try:
+        with pytest.raises(
+            SavantError, match=rf"^{elsewhere.folder}, the copy of s3://.* on this machine: .*too large"
+        ):
+            with storage_errors_explained(elsewhere):
+                find_start(elsewhere, print)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert find_start(elsewhere, print) == elsewhere.folder / "step_1"
