@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from obstore import UpdateVersion
     from obstore.store import GCSStore, S3Store
 
-TIMEOUTS = {"timeout": "10s", "connect_timeout": "5s"}
-RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+TIMEOUTS = {"timeout": "5s", "connect_timeout": "3s"}  # a renewal has to be through well within the silence of a lease
+RETRIES = {"max_retries": 1, "retry_timeout": timedelta(seconds=5)}
 NO_SUCH_VERSION = {"e_tag": '"0"', "version": "1"}
 REFUSES_CONDITIONS = re.compile(r"status code: (400|405|501)\b|not (yet )?(implemented|supported)", re.IGNORECASE)
 
@@ -196,7 +196,8 @@ def _gcs(bucket: str, options: Mapping[str, Any]) -> GCSStore:
     from obstore.store import GCSStore
 
     _refuse(options, "anonymous", "access_token", "target_service_account", "endpoint_override")
-    return GCSStore(bucket, client_options=TIMEOUTS, retry_config=RETRIES)  # type: ignore[arg-type]
+    client: Any = {**TIMEOUTS, "allow_http": True}
+    return GCSStore(bucket, client_options=client, retry_config=RETRIES)  # type: ignore[arg-type]
 
 
 def _refuse(options: Mapping[str, Any], *names: str) -> None:

@@ -63,9 +63,9 @@ class ObjectStorage(Disk):
         except (pa.ArrowInvalid, OSError) as error:
             raise SettingsError(f"{uri}: no storage that could be used ({error})") from error
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """To other processes go the address and the fencing token, not the lease."""
-        return ObjectStorage, (self.location, self.folder, self.owner)
+    def __getstate__(self) -> dict[str, Any]:
+        """To other processes goes the fencing token, not the lease."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lease"}
 
     def locate(self, name: str) -> str:
         return joined(self.location, name)
@@ -274,6 +274,7 @@ class ObjectStorage(Disk):
         names = sorted(self._files(source), key=_is_manifest)
         for name in names:
             self.filesystem.copy_file(f"{source}/{name}", f"{target}/{name}")
+        self.check_owner()
         for name in reversed(names):
             self.filesystem.delete_file(f"{source}/{name}")
         emptied = {name.partition("/")[0] for name in names if "/" in name} if source == self.path else {""}

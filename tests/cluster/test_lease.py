@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
+from werkzeug.serving import make_server
 
 from savant_ray.cluster import lease as lease_module
 from savant_ray.cluster.conditional import Conflict, conditional_object
@@ -259,3 +261,49 @@ def test_conditional_writes_find_the_keys_of_a_profile_as_amazons_tools_do(
     with pytest.raises(Conflict):
         found.write(b"2", None)
     assert store.read("runs/run/object") == b"1"
+
+
+class Generations:
+    """As much of Google Cloud Storage as a lease needs: objects with generations, and writes on condition of one."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, tuple[int, bytes]] = {}
+
+    def __call__(self, request: dict[str, Any], respond: Callable[..., Any]) -> list[bytes]:
+        path = request["PATH_INFO"]
+        generation, content = self.objects.get(path, (0, b""))
+        if request["REQUEST_METHOD"] == "PUT":
+            if request.get("HTTP_X_GOOG_IF_GENERATION_MATCH") not in (None, str(generation)):
+                respond("412 Precondition Failed", [])
+                return [b""]
+            generation, content = generation + 10, request["wsgi.input"].read(int(request["CONTENT_LENGTH"]))
+            self.objects[path] = generation, content
+        if not generation:
+            respond("404 Not Found", [])
+            return [b""]
+        headers = {"x-goog-generation": str(generation), "ETag": f'"{generation}"', "Content-Length": str(len(content))}
+        respond("200 OK", [*headers.items(), ("Last-Modified", "Thu, 26 Nov 2026 09:21:38 GMT")])
+        return [content]
+
+
+def test_google_cloud_storage_has_conditional_writes_by_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = make_server("127.0.0.1", 0, Generations(), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    account = {"gcs_base_url": f"http://127.0.0.1:{server.port}", "disable_oauth": True}
+    account |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+    filesystem, _ = pafs.FileSystem.from_uri("gs://bucket/runs")
+    ours, theirs = (conditional_object(filesystem, "bucket/runs/run/.lock") for _ in range(2))
+    assert ours is not None and theirs is not None and ours.read() == theirs.read() == (b"", None)
+    version = ours.write(b"ours", None)
+    assert ours.is_conditional(b"ours")
+    with pytest.raises(Conflict):
+        theirs.write(b"theirs", None)
+    content, seen = theirs.read()
+    assert content == b"ours"
+    theirs.write(b"taken over", seen)
+    with pytest.raises(Conflict):
+        ours.write(b"renewed", version)
+    assert ours.read()[0] == b"taken over"
+    server.shutdown()
+    server.server_close()
