@@ -16,6 +16,7 @@ from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.forgiving import forgiving
 from savant_ray.cluster.lease import LEASE
 from savant_ray.cluster.object_storage import ObjectStorage
+from savant_ray.cluster.resume import newest_name
 from savant_ray.cluster.saving import Saver
 from savant_ray.cluster.snapshot import SNAPSHOT
 from savant_ray.cluster.starting_point import find_start
@@ -78,6 +79,8 @@ def test_it_saves_nothing_and_says_who_trains_the_run(
             save(worker, 500, "old")
         with pytest.raises(SavantError, match="has taken the run over"):
             save(worker, 510, "old")
+        with pytest.raises(SavantError, match="has taken the run over"):
+            newest_name(worker)  # as a worker does that Ray starts again
         assert objects(store, "step_") == before
     assert newest(elsewhere, tmp_path) == "step_500 of new"
 
