@@ -45,7 +45,7 @@ THIRD_PARTY = {
     "command_line": set(),
     "commands": set(),
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
-    "cluster": {"numpy", "psutil", "pyarrow", "ray", "torch"},
+    "cluster": {"numpy", "obstore", "psutil", "pyarrow", "ray", "torch"},
     "training": {"numpy", "psutil", "pynvml", "safetensors", "torch"},
     "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},
     "inference": {"numpy", "orjson", "torch"},

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.storage import on_this_machine
+from savant_ray.cluster.storage import refuse_missing
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
 from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import has_finished, has_sample
-from savant_ray.training.checkpoint import find_checkpoint, step_of
+from savant_ray.training.checkpoint import step_of
 from savant_ray.training.original import original_step
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
@@ -40,8 +40,7 @@ def check_before_start(config: Config, storage: Disk) -> None:
         CheckpointError: `run.init_from` names no checkpoint.
     """
     if config.run.init_from is not None:
-        with on_this_machine(config.run.init_from) as path:
-            find_checkpoint(path)
+        refuse_missing(config.run.init_from)
     check_disk(storage.folder, checkpoint_bytes(config), config.checkpoint.keep if storage.filesystem is None else 1)
 
 

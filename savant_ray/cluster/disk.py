@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from savant_ray.cluster.lock import locked, move_run_aside, set_aside
-from savant_ray.training.checkpoint import checkpoints, step_folders
+from savant_ray.cluster.lease import Owner
+from savant_ray.cluster.lock import locked, move_run_aside, owner_token, set_aside
+from savant_ray.errors import SavantError
+from savant_ray.training.checkpoint import checkpoints, delete_folder, remove_left_behind, step_folders
 
 DAMAGED = ".damaged"
 
@@ -20,8 +21,9 @@ class Disk:
 
     filesystem: pafs.FileSystem | None = None  # for Ray: None is a path of the machine's own
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, owner: Owner | None = None) -> None:
         self.folder, self.location, self.path = folder, str(folder), str(folder)
+        self.owner = owner  # of who may write; None: nobody looks
 
     def locate(self, name: str) -> str:
         """A checkpoint's path or URI, for people."""
@@ -44,8 +46,7 @@ class Disk:
 
     def remove_unfinished(self) -> None:
         """What a run left that died while writing."""
-        for unfinished in self.folder.glob("step_*.tmp"):
-            shutil.rmtree(unfinished)
+        remove_left_behind(self.folder)
 
     def set_aside(self, name: str) -> str:
         """Renames a damaged checkpoint; returns its new name."""
@@ -58,6 +59,16 @@ class Disk:
     def keep(self, folder: Path) -> str:
         """Takes over a checkpoint that was just written into `folder`; its path for Ray. Raises OSError."""
         return str(folder)
+
+    def delete(self, name: str) -> None:
+        """Deletes a checkpoint that is one too many.
+
+        Raises:
+            SavantError: another process has taken the run over.
+            OSError: the storage refuses.
+        """
+        self.check_owner()
+        delete_folder(self.folder / name)
 
     def write(self, name: str, text: str) -> None:
         """A small file, complete or as it was."""
@@ -77,11 +88,27 @@ class Disk:
     @contextmanager
     def in_use(self, say: Callable[[str], None] = print) -> Iterator[None]:
         """Locks the run for the time of a `with` block; raises SavantError where another process trains it."""
-        with locked(self.folder):
+        with locked(self.folder) as token:
+            self.owner = Owner(token)
             yield
 
     def refuse_if_lost(self) -> None:
         """Raises SavantError where another process could take the run over while this one has it in use, and did."""
+
+    def check_owner(self) -> None:
+        """Reads who owns the run; before anything that others see is written or deleted, in driver and workers.
+
+        Raises:
+            SavantError: another process does, so its files must be left alone.
+            OSError: the storage is not reached.
+        """
+        if self.owner is not None and owner_token(self.folder) not in (self.owner.token, None):
+            raise SavantError(
+                f"{self.folder}: another process trains this run now; this one has stopped and saves nothing"
+            )
+
+    def expect_late_writes(self) -> None:
+        """Notes that workers may still write when this process has ended, so that the next owner uses other names."""
 
     def fetch_records(self) -> None:
         """Brings the driver's own files here."""

@@ -96,12 +96,15 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
         try:
             return _train(Launch(config, allow_changes, verbose, storage, report, courier, signals))
         except KeyboardInterrupt:
+            storage.expect_late_writes()
             report.say(f"stopped at once; the run goes on from {_newest(storage)} when it is started again")
             held.close()
             return leave_at_once(STOPPED_EARLY)
         except Leave as leave:
             signals.leaving = True
             code = leave.code if leave.error is None else tell(leave.error)
+            if leave.error is not None:
+                storage.expect_late_writes()
             held.close()
             return leave_at_once(code)
 

@@ -6,6 +6,8 @@ anew without asking it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray.train
@@ -26,6 +28,7 @@ def load_newest(state: TrainingState, config: Config, storage: Disk, allow_chang
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit.
+        SavantError: another process has taken the run over.
         OSError: the storage cannot be read.
     """
     name = agree(lambda: newest_name(storage))
@@ -42,7 +45,13 @@ def load_newest(state: TrainingState, config: Config, storage: Disk, allow_chang
 
 
 def newest_name(storage: Disk) -> str | None:
-    """Of the newest checkpoint, or of the original's file that is newer."""
+    """Of the newest checkpoint, or of the original's file that is newer.
+
+    Raises:
+        SavantError: another process has taken the run over.
+        OSError: the storage cannot be read.
+    """
+    storage.check_owner()
     newest = next(reversed(storage.complete_steps()), None)
     storage.fetch_originals()
     original = newest_original(storage.folder, step_of(Path(newest)) if newest else -1, say=lambda _: None)
@@ -59,10 +68,27 @@ def fetch_once_per_node(storage: Disk, name: str) -> Path:
     return storage.folder / name
 
 
+@contextmanager
+def on_each_node(checkpoint: str) -> Iterator[Path]:
+    """`on_this_machine`, where the node's first rank fetches for all ranks of the node. Collective."""
+    if not dist.is_initialized():
+        with on_this_machine(checkpoint) as path:
+            yield path
+        return
+    context = ray.train.get_context()
+    with ExitStack() as held:
+        is_first = context.get_local_rank() == 0
+        fetched = str(held.enter_context(on_this_machine(checkpoint))) if is_first else None
+        paths: list[tuple[int, str | None] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(paths, (context.get_node_rank(), fetched))
+        yield next(Path(each[1]) for each in paths if each and each[0] == context.get_node_rank() and each[1])
+        dist.barrier()  # the copy goes when every rank has read it
+
+
 def _initial_weights(state: TrainingState, config: Config) -> RunResumed | None:
     if config.run.init_from is None:
         return None
-    with on_this_machine(config.run.init_from) as path:
+    with on_each_node(config.run.init_from) as path:
         origin = find_checkpoint(path)
         state.load_weights(read_checkpoint(origin)["model_state_dict"])
     return RunResumed(step=0, path=config.run.init_from, note="its weights only: a new run with a fresh optimizer")

@@ -64,11 +64,16 @@ class Saver:
         self._thread.start()
 
     def finish(self) -> bool:
-        """Waits for the checkpoint that is being written; False: the storage refused it. Raises what else went wrong."""
+        """Waits for the checkpoint that is being written; False: the storage refused it. Raises once what else went wrong.
+
+        Raises:
+            SavantError: another process has taken the run over.
+        """
         if self._thread is not None:
             self._thread.join()
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
         return not self._refused
 
     def seconds_to_finish(self) -> float:
@@ -91,8 +96,10 @@ class Saver:
         if save.content is None:
             return None
         records = "".join(json.dumps(line) + "\n" for line in self.lines[: save.n_lines])
+        texts = {**self._texts, RECORDS: records}
         try:
-            folder = write_checkpoint(self._storage.folder, save.content, {**self._texts, RECORDS: records})
+            self._storage.check_owner()
+            folder = write_checkpoint(self._storage.folder, save.content, texts, self._storage.check_owner)
             return self._storage.keep(folder)
         except OSError as error:
             self._refused = True
@@ -104,7 +111,7 @@ class Saver:
         name = f"step_{save.step}"
         ray.train.report(
             {**save.figures, "step": save.step},
-            checkpoint=None if path is None else Checkpoint(path, forgiving(self._storage.filesystem)),
+            checkpoint=None if path is None else Checkpoint(path, forgiving(self._storage.filesystem, self._storage)),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )

@@ -44,7 +44,8 @@ def find_start(storage: Disk, say: Callable[[str], None]) -> Path | None:
     storage.remove_unfinished()
     storage.fetch_originals()
     start = None
-    for name in reversed(storage.steps()):
+    while start is None and (names := storage.steps()):  # anew each time: there may be an older copy of the same step
+        name = names[-1]
         folder = storage.fetch(name)
         try:
             verify(folder)
@@ -52,7 +53,6 @@ def find_start(storage: Disk, say: Callable[[str], None]) -> Path | None:
             say(f"{damage}; set aside as {storage.set_aside(name)}")
         else:
             start = folder
-            break
     start = newest_original(storage.folder, step_of(start) if start else -1, say) or start
     if start is None and (storage.has_damaged() or saved_a_checkpoint(storage.folder)):
         raise CheckpointError(

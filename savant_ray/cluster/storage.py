@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.object_storage import ObjectStorage
+from savant_ray.cluster.lease import Owner
+from savant_ray.cluster.object_storage import ObjectStorage, step_name
 from savant_ray.cluster.paths import joined, parent_and_name, run_folder
 from savant_ray.config import Config
 from savant_ray.data.sources import is_uri
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.training.checkpoint import MANIFEST, is_step_name
+from savant_ray.training.checkpoint import MANIFEST, find_checkpoint
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run_storage(config: Config) -> Disk:
-    """Where the run of these settings is kept.
+def run_storage(config: Config, owner: Owner | None = None) -> Disk:
+    """Where the run of these settings is kept; for a worker with the fencing token of its driver.
 
     Raises:
         SettingsError: `run.storage_path` is no URI of a storage that pyarrow knows.
     """
     if not is_uri(config.run.storage_path):
-        return Disk(run_folder(config))
+        return Disk(run_folder(config), owner)
     try:
-        return ObjectStorage(joined(config.run.storage_path, config.run.name), run_folder(config))
+        return ObjectStorage(joined(config.run.storage_path, config.run.name), run_folder(config), owner)
     except SettingsError as error:
         raise SettingsError(f"run.storage_path: {error}") from error
+
+
+def refuse_missing(checkpoint: str) -> None:
+    """Looks whether a path or URI names a checkpoint or a run with one; of a URI only the names are listed.
+
+    Raises:
+        CheckpointError: there is none, or its storage cannot be read.
+        SettingsError: no URI of a storage that pyarrow knows.
+    """
+    if is_uri(checkpoint):
+        _stored(checkpoint, Path())
+    else:
+        find_checkpoint(Path(checkpoint))
 
 
 @contextmanager
@@ -41,28 +58,40 @@ def on_this_machine(checkpoint: str) -> Iterator[Path]:
     if not is_uri(checkpoint):
         yield Path(checkpoint)
         return
-    parent, name = parent_and_name(checkpoint)
     with TemporaryDirectory(prefix="savant-") as scratch:
-        storage = ObjectStorage(parent if is_step_name(name) else checkpoint, Path(scratch))
+        storage, name = _stored(checkpoint, Path(scratch))
         try:
-            there = storage.complete_steps()
-            wanted = name if is_step_name(name) else there[-1] if there else ""
-            if wanted not in there:
-                raise CheckpointError(
-                    f"{checkpoint}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})"
-                )
-            folder = storage.fetch(wanted)
+            folder = storage.fetch(name)
         except OSError as error:
             raise CheckpointError(f"{checkpoint}: cannot be fetched ({error})") from error
         yield folder
 
 
+def _stored(uri: str, folder: Path) -> tuple[ObjectStorage, str]:
+    """The storage of the run, with its mirror in `folder`, and the name of the checkpoint that is meant."""
+    parent, name = parent_and_name(uri)
+    asked = step_name(name)
+    storage = ObjectStorage(parent if asked else uri, folder)
+    try:
+        complete = storage.complete_steps()
+    except OSError as error:
+        raise CheckpointError(f"{uri}: cannot be read ({error})") from error
+    if not complete or asked not in (None, *complete):
+        raise CheckpointError(f"{uri}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
+    return storage, asked or complete[-1]
+
+
 @contextmanager
 def storage_errors_explained(storage: Disk) -> Iterator[None]:
-    """Turns what object storage raises (no network, no such bucket, no right to it) into a `SavantError`."""
+    """Turns what object storage raises (no network, no such bucket, no right to it) into a `SavantError`.
+
+    A full disk of this machine, where the run has its mirror, is told as such.
+    """
     try:
         yield
     except OSError as error:
         if storage.filesystem is None:
             raise
+        if error.errno in NO_ROOM:
+            raise SavantError(f"{storage.folder}, the copy of {storage.location} on this machine: {error}") from error
         raise SavantError(f"run.storage_path: {storage.location} cannot be read or written: {error}") from error

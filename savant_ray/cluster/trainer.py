@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 # What `ray.train` gives out too; there a type checker sees the classes of its first version.
@@ -34,6 +35,7 @@ def make_trainer(
         validation=str(data.validation),
         data_fingerprint=data.fingerprint,
         allow_changes=allow_changes,
+        owner=asdict(storage.owner) if storage.owner else None,
         bridge=bridge,
     )
     return TorchTrainer(
@@ -43,7 +45,7 @@ def make_trainer(
         run_config=RunConfig(
             name=config.run.name,
             storage_path=os.path.dirname(storage.path),  # noqa: PTH120 - a path of a file system, maybe not of this machine
-            storage_filesystem=forgiving(storage.filesystem),
+            storage_filesystem=forgiving(storage.filesystem, storage),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             callbacks=[FailureNews(bridge)],

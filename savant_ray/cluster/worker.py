@@ -15,6 +15,7 @@ from ray.train.torch import get_device
 
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.host import RayHost
+from savant_ray.cluster.lease import Owner
 from savant_ray.cluster.resume import load_newest
 from savant_ray.cluster.storage import run_storage
 from savant_ray.config import Config
@@ -49,6 +50,7 @@ class WorkerTask:
     validation: str  # a token cache that every node can read
     data_fingerprint: str
     allow_changes: bool
+    owner: dict[str, Any] | None  # the fields of an `Owner`
     bridge: Any
 
 
@@ -59,7 +61,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         return
     config = Config.from_dict(task.config)
     tokenizer = Tokenizer.load(task.tokenizer)
-    storage = run_storage(config)
+    storage = run_storage(config, Owner(**task.owner) if task.owner else None)
     host = RayHost(task.bridge, storage, config, tokenizer)
     if host.rank == 0:
         host.emit(WorkersStarted())

@@ -6,18 +6,21 @@
     step_500/records.jsonl    what was told since the checkpoint before, should the driver not have heard it
     step_500/manifest.json    sizes and SHA-256 of the others; written last
 
-The folder is written as `step_500.tmp` and renamed, so a folder without a manifest is not a checkpoint.
+The folder is written as `step_500.<random>.tmp`, synced, and renamed, so a folder without a manifest is not a
+checkpoint. One that it takes the place of is renamed to `step_500.replaced` before and deleted after.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +34,84 @@ CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 RECORDS = "records.jsonl"
 FORMAT_VERSION = 1
+REPLACED = ".replaced"
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of folders, on some network file systems
 _FOLDER = re.compile(r"step_(\d+)")
 
 
-def write_checkpoint(run_folder: Path, content: dict[str, Any], texts: Mapping[str, str]) -> Path:
+def write_checkpoint(
+    run_folder: Path,
+    content: dict[str, Any],
+    texts: Mapping[str, str],
+    before_commit: Callable[[], None] = lambda: None,
+) -> Path:
     """Writes `run_folder/step_N` for the content's step N, `texts` (by file name) beside it, and returns it.
+
+    `before_commit` is called when all is written, right before it takes its name; what it raises leaves nothing behind.
 
     Raises:
         OSError: the storage refuses; what was there before is whole.
     """
     folder = run_folder / f"step_{content['step']}"
-    aside = folder.with_name(folder.name + ".tmp")
-    if aside.exists():  # left from a run that died while writing it
-        shutil.rmtree(aside)
+    aside = _aside(folder)
+    if run_folder.is_dir():
+        remove_left_behind(run_folder)
     try:
         _fill(aside, folder.name, content, texts)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    except OSError:
+        before_commit()
+        replace_folder(aside, folder)
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # what there is of it only takes room
         raise
-    sync(run_folder)
     return folder
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`, whose own content, if any, stays whole until then.
+
+    Raises:
+        OSError: the storage refuses; `folder` is what it was. After a power cut `remove_left_behind` sees to that.
+    """
+    replaced = folder.with_name(folder.name + REPLACED)
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    try:
+        new.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_left_behind(run_folder: Path) -> None:
+    """Removes what a process left that died while writing; what it had renamed to replace it gets its name back."""
+    for replaced in run_folder.glob(f"step_*{REPLACED}"):
+        folder = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(folder)
+    for unfinished in run_folder.glob("step_*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def delete_folder(folder: Path) -> None:
+    """Deletes a checkpoint; cut short, it leaves none that looks complete.
+
+    Raises:
+        OSError: the storage refuses; the checkpoint is whole.
+    """
+    aside = _aside(folder)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # what is left goes with `remove_left_behind`
+
+
+def _aside(folder: Path) -> Path:
+    """A name beside it that no other process uses."""
+    return folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _fill(aside: Path, name: str, content: dict[str, Any], texts: Mapping[str, str]) -> None:
@@ -62,7 +120,7 @@ def _fill(aside: Path, name: str, content: dict[str, Any], texts: Mapping[str, s
     for file, text in texts.items():
         (aside / file).write_text(text, encoding="utf-8")
     (aside / MANIFEST).write_text(json.dumps(_manifest(aside, content), indent=1))
-    for path in aside.iterdir():
+    for path in [*aside.iterdir(), aside]:
         sync(path)
 
 
@@ -244,5 +302,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_SYNC):
+            raise
     finally:
         os.close(descriptor)

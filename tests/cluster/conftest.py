@@ -230,6 +230,8 @@ def store(server: ObjectStore) -> ObjectStore:
     from tests.cluster.object_store import BUCKET
 
     server.filesystem.delete_dir_contents(BUCKET)
+    server.conditions, server.before = "enforced", lambda method, path: None
+    server.requests.clear()
     return server
 
 

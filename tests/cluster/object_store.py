@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow.fs as pafs
-from moto.server import ThreadedMotoServer
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import BaseWSGIServer, make_server
 
 from tests.cluster.conftest import free_port
 
@@ -20,16 +23,38 @@ class ObjectStore:
     def __init__(self) -> None:
         self.port = free_port()
         self.query = f"?endpoint_override=127.0.0.1:{self.port}&scheme=http"
-        self._server: ThreadedMotoServer | None = None
+        self.conditions = "enforced"  # or "ignored", or "refused"
+        # Called in the server before each request; PermissionError makes it answer 403, which no client tries again.
+        self.before: Callable[[str, str], None] = lambda method, path: None
+        self.requests: list[tuple[str, str]] = []
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server: BaseWSGIServer | None = None
 
     def start(self) -> None:
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self._server.start()
+        self._server = make_server("127.0.0.1", self.port, self._answer, True, request_handler=MotoRequestHandler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
         if self._server is not None:
-            self._server.stop()
+            self._server.shutdown()
+            self._server.server_close()
         self._server = None
+
+    def _answer(self, request: dict[str, Any], respond: Callable[..., Any]) -> Iterable[bytes]:
+        call = (request["REQUEST_METHOD"], request["PATH_INFO"].removeprefix(f"/{BUCKET}/"))
+        self.requests.append(call)
+        try:
+            self.before(*call)
+        except PermissionError:
+            respond("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code></Error>"]
+        conditions = [name for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH") if call[0] == "PUT" and name in request]
+        if conditions and self.conditions == "refused":
+            respond("501 Not Implemented", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>NotImplemented</Code></Error>"]
+        if self.conditions == "ignored":
+            request = {name: value for name, value in request.items() if name not in conditions}
+        return list(self._app(request, respond))
 
     def uri(self, path: str) -> str:
         return f"s3://{BUCKET}/{path}{self.query}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -102,6 +105,54 @@ def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) ->
         pass
     holder.kill()
     holder.wait()
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOLCK, "cannot be locked .*: its file system has no locks here; mount it with locks"),
+        (errno.ENOSYS, "cannot be locked .*: its file system has no locks here; mount it with locks"),
+        (errno.EIO, "cannot be written"),
+    ],
+)
+def test_a_file_system_without_locks_is_told_with_what_to_do(
+    code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(SettingsError, match=rf"^run\.storage_path: .*/\.lock {words}"), locked(tmp_path):
+        pass
+    assert not is_in_use(tmp_path)
+
+
+def test_a_lock_file_of_another_user_is_told_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with locked(tmp_path):
+        pass
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:  # rights do not stop root
+        if path.name == LOCK:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SettingsError, match=rf"\.lock cannot be written \(Permission denied\).* {tmp_path.owner()};"):
+        with locked(tmp_path):
+            pass
+
+
+def test_a_lock_that_cannot_be_written_on_a_full_disk_is_told(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(SettingsError, match=r"\.lock cannot be written \(File too large\)"), locked(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     with locked(tmp_path):
         pass
 

@@ -7,15 +7,23 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
+from werkzeug.serving import make_server
 
 from savant_ray.cluster import lease as lease_module
+from savant_ray.cluster.conditional import Conflict, conditional_object
 from savant_ray.cluster.lease import LEASE, leased
 from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.errors import SavantError
 from tests.cluster.conftest import wait_for
-from tests.cluster.object_store import ObjectStore
+from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.cluster.test_object_storage import record
 
 
@@ -70,3 +78,232 @@ def test_a_dead_run_holds_no_lease(here: ObjectStorage, store: ObjectStore) -> N
         with leased(here.filesystem, here.path, said.append):
             assert json.loads(store.read(f"runs/run/{LEASE}"))["process"] == os.getpid()
     assert len(said) == 1 and "process" in said[0] and "on another-machine may still train" in said[0]
+
+
+@contextmanager
+def taken(storage: ObjectStorage) -> Iterator[ObjectStorage]:
+    """The run, taken over at once from whoever has it, and given back in the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease_module, "SILENCE_SECONDS", 0.0)
+        patch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
+        use = storage.in_use(lambda _: None)
+        use.__enter__()
+    try:
+        yield storage
+    finally:
+        use.__exit__(None, None, None)
+
+
+def starters(store: ObjectStore, folder: Path, number: int) -> list[str]:
+    """Starts the run so many times at once, each on a machine of its own; names those that got it, and what others heard.
+
+    All have read the lease before any of them writes it.
+    """
+    outcomes: list[str] = []
+    all_have_read, all_have_tried = threading.Barrier(number), threading.Barrier(number)
+    seen: set[int] = set()
+
+    def pause(method: str, path: str) -> None:
+        thread = threading.get_ident()
+        if method == "PUT" and path.endswith(LEASE) and thread not in seen and len(seen) < number:
+            seen.add(thread)
+            all_have_read.wait(20)
+
+    def start(machine: int) -> None:
+        storage = ObjectStorage(store.uri("runs/run"), folder / f"machine-{machine}")
+        try:
+            with storage.in_use(lambda _: None):
+                outcomes.append("trains")
+                all_have_tried.wait(20)
+        except SavantError as refusal:
+            outcomes.append(str(refusal))
+            all_have_tried.wait(20)
+
+    store.before = pause
+    threads = [threading.Thread(target=start, args=(machine,)) for machine in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+@pytest.mark.parametrize("left_behind", [None, {"token": "x", "process": 7, "host": "another-machine", "beat": 3}])
+def test_of_processes_that_start_a_run_at_once_exactly_one_trains_however_slow_their_writes(
+    left_behind: dict[str, object] | None, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
+    if left_behind is not None:
+        store.write(f"runs/run/{LEASE}", json.dumps(left_behind).encode())
+    outcomes = starters(store, tmp_path, 3)
+    assert outcomes.count("trains") == 1
+    assert [outcome for outcome in outcomes if "in use by process" not in outcome] == ["trains"]
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("conditions", ["ignored", "refused"])
+def test_a_storage_without_conditional_writes_is_told_and_a_run_in_use_refused_there_too(
+    conditions: str, here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+) -> None:
+    store.conditions = conditions
+    said: list[str] = []
+    with here.in_use(said.append):
+        assert len(said) == 1 and "no conditional writes" in said[0] and "start it once" in said[0]
+        with pytest.raises(SavantError, match="in use by process"), elsewhere.in_use(said.append):
+            pass
+    assert store.names("runs/run") == []
+    with elsewhere.in_use(said.append):
+        elsewhere.check_owner()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_storage_of_another_kind_has_the_lease_of_the_last_writer(tmp_path: Path) -> None:
+    filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    filesystem.create_dir("run")
+    with leased(filesystem, "run", pytest.fail) as first:
+        with pytest.raises(SavantError, match="in use"), leased(filesystem, "run", lambda _: None):
+            pass
+        first.refuse_if_lost()
+    with leased(filesystem, "run", pytest.fail):
+        pass
+
+
+def test_who_takes_over_a_run_whose_holder_lives_after_all_ends_that_one(
+    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder is stopped, as by Ctrl+Z, and goes on when the run has another owner."""
+    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.1)
+    with here.in_use():
+        with taken(elsewhere):
+            lease = here._lease
+            wait_for(lambda: lease is not None and lease._winner, 20)
+            with pytest.raises(SavantError, match="has taken the run over"):
+                here.refuse_if_lost()
+            with pytest.raises(SavantError, match="has taken the run over"):
+                here.check_owner()
+            elsewhere.check_owner()
+    assert json.loads(store.read(f"runs/run/{LEASE}"))["released"] == "clean", "the first one left it alone"
+
+
+def test_the_epoch_grows_where_workers_may_still_write_and_never_shrinks(
+    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+) -> None:
+    def epoch(storage: ObjectStorage) -> int:
+        assert storage.owner is not None
+        return storage.owner.epoch
+
+    with taken(here):
+        assert epoch(here) == 0
+    with taken(here):
+        assert epoch(here) == 0, "the one before has ended its workers"
+        with taken(elsewhere):
+            assert epoch(elsewhere) == 1, "the one before may have workers"
+    with taken(here):
+        assert epoch(here) == 1
+        here.expect_late_writes()
+    with taken(elsewhere):
+        assert epoch(elsewhere) == 2
+    record(elsewhere, "10:00")
+    elsewhere.send_records()
+    assert elsewhere.move_aside() is not None
+    with taken(here):
+        assert epoch(here) == 2, "nor by --fresh"
+    store.write("runs/run/step_5.4/manifest.json", b"{}")
+    here.filesystem.delete_file(f"{here.path}/{LEASE}")
+    with taken(here):
+        assert epoch(here) == 4, "nor where somebody removes the lease"
+
+
+def test_a_mark_that_somebody_removes_is_written_again(
+    here: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.05)
+    with here.in_use():
+        here.filesystem.delete_file(f"{here.path}/{LEASE}")
+        here.check_owner()
+        wait_for(lambda: LEASE in store.names("runs/run"), 20)
+        here.refuse_if_lost()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("mark", [b"", b"{", b"[1]", b'"x"', b'{"epoch": "x", "process": "y", "beat": null}', b"\xff"])
+def test_a_mark_of_anything_is_a_dead_one(mark: bytes, here: ObjectStorage, store: ObjectStore) -> None:
+    store.write(f"runs/run/{LEASE}", mark)
+    with here.in_use(lambda _: None):
+        here.check_owner()
+
+
+def test_a_process_of_another_container_or_machine_of_the_same_name_is_not_taken_for_dead(
+    here: ObjectStorage, store: ObjectStore, impatient: None
+) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    mark = {"token": "x", "process": gone.pid, "host": socket.gethostname(), "machine": "another", "beat": 3}
+    store.write(f"runs/run/{LEASE}", json.dumps(mark).encode())
+    said: list[str] = []
+    with here.in_use(said.append):
+        assert len(said) == 1 and "may still train" in said[0]
+
+
+def test_conditional_writes_find_the_keys_of_a_profile_as_amazons_tools_do(
+    here: ObjectStorage, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys").write_text("[work]\naws_access_key_id = test\naws_secret_access_key = test%\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    found = conditional_object(here.filesystem, f"{BUCKET}/runs/run/object")
+    assert found is not None
+    found.write(b"1", None)
+    with pytest.raises(Conflict):
+        found.write(b"2", None)
+    assert store.read("runs/run/object") == b"1"
+
+
+class Generations:
+    """As much of Google Cloud Storage as a lease needs: objects with generations, and writes on condition of one."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, tuple[int, bytes]] = {}
+
+    def __call__(self, request: dict[str, Any], respond: Callable[..., Any]) -> list[bytes]:
+        path = request["PATH_INFO"]
+        generation, content = self.objects.get(path, (0, b""))
+        if request["REQUEST_METHOD"] == "PUT":
+            if request.get("HTTP_X_GOOG_IF_GENERATION_MATCH") not in (None, str(generation)):
+                respond("412 Precondition Failed", [])
+                return [b""]
+            generation, content = generation + 10, request["wsgi.input"].read(int(request["CONTENT_LENGTH"]))
+            self.objects[path] = generation, content
+        if not generation:
+            respond("404 Not Found", [])
+            return [b""]
+        headers = {"x-goog-generation": str(generation), "ETag": f'"{generation}"', "Content-Length": str(len(content))}
+        respond("200 OK", [*headers.items(), ("Last-Modified", "Thu, 26 Nov 2026 09:21:38 GMT")])
+        return [content]
+
+
+def test_google_cloud_storage_has_conditional_writes_by_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = make_server("127.0.0.1", 0, Generations(), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    account = {"gcs_base_url": f"http://127.0.0.1:{server.port}", "disable_oauth": True}
+    account |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+    filesystem, _ = pafs.FileSystem.from_uri("gs://bucket/runs")
+    ours, theirs = (conditional_object(filesystem, "bucket/runs/run/.lock") for _ in range(2))
+    assert ours is not None and theirs is not None and ours.read() == theirs.read() == (b"", None)
+    version = ours.write(b"ours", None)
+    assert ours.is_conditional(b"ours")
+    with pytest.raises(Conflict):
+        theirs.write(b"theirs", None)
+    content, seen = theirs.read()
+    assert content == b"ours"
+    theirs.write(b"taken over", seen)
+    with pytest.raises(Conflict):
+        ours.write(b"renewed", version)
+    assert ours.read()[0] == b"taken over"
+    server.shutdown()
+    server.server_close()

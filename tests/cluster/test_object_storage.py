@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from savant_ray.cluster.checks import check_before_start
 from savant_ray.cluster.courier import Courier
+from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.cluster.snapshot import SNAPSHOT
 from savant_ray.cluster.starting_point import find_start
 from savant_ray.cluster.storage import on_this_machine, storage_errors_explained
+from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.training.checkpoint import MANIFEST, verify
+from savant_ray.training.checkpoint import MANIFEST, read_manifest, verify
+from tests.cluster.conftest import ROOT
 from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.cluster.test_starting_point import write
 
@@ -229,3 +236,138 @@ def test_no_such_bucket_and_no_server_are_told(here: ObjectStorage, store: Objec
             pass
     finally:
         store.start()
+
+
+def test_wherever_a_replacement_there_is_interrupted_the_old_or_the_new_checkpoint_is_whole(
+    here: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    """The storage refuses everything from its Nth change on; then it is reached again, from another machine."""
+    changes = 0
+    found: list[str] = []
+    for allowed in range(100):
+        store.filesystem.delete_dir_contents(BUCKET)
+        keep(here, 1)
+        changes = 0
+
+        def refuse(method: str, path: str, allowed: int = allowed) -> None:
+            nonlocal changes
+            changes += method in ("PUT", "POST", "DELETE")
+            if changes > allowed:
+                raise PermissionError
+
+        store.before = refuse
+        write(here.folder, 1, data="new")
+        with suppress(OSError):
+            here.keep(here.folder / "step_1")
+        store.before = lambda method, path: None
+        again = ObjectStorage(here.location, tmp_path / "again")
+        start = find_start(again, lambda _: None)
+        assert start is not None
+        found.append(read_manifest(start)["data_fingerprint"])
+        assert again.complete_steps() == ["step_1"]
+        shutil.rmtree(again.folder)
+        if changes <= allowed:
+            break
+    assert len(found) > 15 and found == ["abc"] * found.count("abc") + ["new"] * found.count("new"), found
+
+
+def test_what_a_failed_sending_leaves_on_the_node_is_whole_and_the_mirror_goes_on(
+    here: ObjectStorage, store: ObjectStore
+) -> None:
+    keep(here, 1)
+    for step in (2, 2, 3):
+        store.before = refuse_all
+        write(here.folder, step)
+        with pytest.raises(OSError, match=rf"lies whole in .*step_{step}\.unsent"):
+            here.keep(here.folder / f"step_{step}")
+        store.before = lambda method, path: None
+        assert [path.name for path in here.folder.glob("step_*")] == [f"step_{step}.unsent"]
+        (here.folder / f"step_{step}.unsent").rename(here.folder / f"step_{step}")
+        verify(here.folder / f"step_{step}")
+        (here.folder / f"step_{step}").rename(here.folder / f"step_{step}.unsent")
+    keep(here, 4)
+    assert [path.name for path in here.folder.glob("step_*")] == ["step_4"]
+
+
+def refuse_all(method: str, path: str) -> None:
+    raise PermissionError
+
+
+def test_whether_a_checkpoint_is_there_is_seen_from_the_names(
+    here: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    keep(here, 1, 2)
+    store.requests.clear()
+    for name in ("runs/run", "runs/run/step_1"):
+        settings = Config().to_dict()
+        settings["run"] |= {"storage_path": str(tmp_path), "init_from": store.uri(name)}
+        check_before_start(Config.from_dict(settings), Disk(tmp_path))
+    assert store.requests and not [path for _, path in store.requests if "step_" in path]
+    for name in ("runs/run/step_3", "runs/nothing"):
+        settings["run"]["init_from"] = store.uri(name)
+        with pytest.raises(CheckpointError, match="no checkpoint there"):
+            check_before_start(Config.from_dict(settings), Disk(tmp_path))
+
+
+RANKS = """
+import os, sys
+from pathlib import Path
+import ray.train, torch.distributed as dist
+from savant_ray.cluster import resume
+
+nodes, rendezvous, uri = sys.argv[1].split(","), *sys.argv[2:]
+rank = 0
+while rank < len(nodes) - 1 and os.fork() == 0:
+    rank += 1
+first_child = rank < len(nodes) - 1
+
+class Context:
+    def get_local_rank(self):
+        return nodes[:rank].count(nodes[rank])
+
+    def get_node_rank(self):
+        return int(nodes[rank])
+
+ray.train.get_context = Context
+dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(nodes))
+with resume.on_each_node(uri) as folder:
+    os.write(1, f"{rank} {folder} {(folder / 'step_2.pt').stat().st_size}\\n".encode())  # a line in one piece
+dist.barrier()
+if first_child:
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+def test_the_weights_that_a_run_begins_with_are_fetched_once_per_node(
+    here: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    keep(here, 1, 2)
+    size = (here.folder / "step_2/step_2.pt").stat().st_size
+    store.requests.clear()
+    command = [sys.executable, "-c", RANKS, "0,0,1", str(tmp_path / "rendezvous"), store.uri("runs/run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    read = sorted(line.split() for line in done.stdout.splitlines())
+    assert [(rank, int(bytes_)) for rank, _, bytes_ in read] == [("0", size), ("1", size), ("2", size)]
+    folders = [folder for _, folder, _ in read]
+    assert folders[0] == folders[1] != folders[2] and not any(Path(folder).exists() for folder in folders)
+    fetched = [path for method, path in store.requests if method == "GET" and path.endswith("step_2.pt")]
+    assert len(fetched) == 2
+
+
+def test_a_full_disk_of_this_machine_is_not_taken_for_trouble_of_the_storage(
+    here: ObjectStorage, elsewhere: ObjectStorage
+) -> None:
+    keep(here, 1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as on a full disk: no file beyond 100 bytes
+    try:
+        with pytest.raises(
+            SavantError, match=rf"^{elsewhere.folder}, the copy of s3://.* on this machine: .*too large"
+        ):
+            with storage_errors_explained(elsewhere):
+                find_start(elsewhere, print)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert find_start(elsewhere, print) == elsewhere.folder / "step_1"

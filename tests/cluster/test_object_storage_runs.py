@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from savant_ray.training.checkpoint import checkpoints
+from savant_ray.cluster.object_storage import ObjectStorage
+from savant_ray.cluster.starting_point import find_start
+from savant_ray.training.checkpoint import checkpoints, step_of
 from tests.cluster.conftest import (
     ROOT,
     RUN,
@@ -52,13 +55,13 @@ class Machine:
         started.append(job)
         return job
 
-    def train(self) -> subprocess.Popen[str]:
+    def train(self, **changes: Any) -> subprocess.Popen[str]:
         text = {
             "data__sources": f'[{{path: "{self._store.uri("text/savant_dataset_train.jsonl")}", weight: 1.0}}]',
             "data__validation": self._store.uri("text/savant_dataset_val.jsonl"),
             "run__storage_path": self._store.uri("runs"),
         }
-        return self.start("train.py", *options(**RUN | text))
+        return self.start("train.py", *options(**RUN | text | changes))
 
     def steps(self) -> int:
         return steps_done(self.run)
@@ -103,3 +106,33 @@ def test_a_run_in_object_storage_goes_on_on_another_machine_and_survives_an_outa
     checkpoint = ("--checkpoint", store.uri("runs/tiny"), "--prompt", "one two", "--max-new-tokens", "3")
     code, printed = end(third.start("generate.py", *checkpoint))
     assert code == 0 and printed.startswith("one two"), printed
+
+
+def test_workers_of_a_driver_that_was_cut_off_do_not_touch_what_its_successor_saves(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    for file in (with_text(tmp_path / "text") / "dataset").iterdir():
+        store.write(f"text/{file.name}", file.read_bytes())
+    changes = {"training__max_steps": 100_000, "checkpoint__every_steps": 5, "scaling__num_workers": 1}
+
+    first = Machine(tmp_path / "first", store)
+    cut_off = first.train(**changes)
+    wait_for(lambda: "step_10/manifest.json" in store.names("runs/tiny"))
+    cut_off.send_signal(signal.SIGSTOP)  # its workers go on
+
+    second = Machine(tmp_path / "second", store)
+    job = second.train(**changes)
+    wait_for(lambda: len(records(second.run, "checkpoint")) >= 4 if second.steps() else False)
+    ours = {name for name in store.names("runs/tiny") if ".1/" in name}
+    plain = {name for name in store.names("runs/tiny") if name.startswith("step_")} - ours
+    cut_off.send_signal(signal.SIGCONT)
+    code, printed = end(cut_off)
+    assert code == 1 and "has taken the run over" in printed, printed
+    job.send_signal(signal.SIGINT)
+    code, printed = end(job)
+    assert code == 75 and "may still train" in printed and "run the same command again" in printed, printed
+
+    names = [name for name in store.names("runs/tiny") if name.startswith("step_")]
+    assert ours and {name for name in names if ".1/" not in name} <= plain, "the first one saved nothing more"
+    start = find_start(ObjectStorage(store.uri("runs/tiny"), tmp_path / "third"), pytest.fail)
+    assert start is not None and step_of(start) == second.steps()

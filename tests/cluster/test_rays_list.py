@@ -74,6 +74,18 @@ def test_a_list_that_cannot_be_written_and_a_checkpoint_that_is_gone_do_not_end_
     assert save(manager, run, 3) == ["step_3"] and rays_checkpoints(run) == ["step_3"]
 
 
+def test_a_deletion_that_is_cut_short_leaves_no_checkpoint_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the process died
+        forgiving(None, Disk(tmp_path)).delete_dir(f"{tmp_path}/step_1")
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step_2"]
+    assert find_start(Disk(tmp_path), pytest.fail) == tmp_path / "step_2"
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"]
+
+
 class Sulking:
     """A file system that refuses for a while."""
 

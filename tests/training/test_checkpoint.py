@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import random
 import resource
+import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,14 +24,17 @@ from savant_ray.training.checkpoint import (
     find_checkpoint,
     newest_checkpoint,
     read_checkpoint,
+    remove_left_behind,
     write_checkpoint,
 )
 from tests.training.tiny import Code
 
+ROOT = Path(__file__).parents[2]
 
-def write(run: Path, step: int) -> Path:
+
+def write(run: Path, step: int, first: float = 0.0) -> Path:
     savant = {"data_fingerprint": "abc", "format_version": FORMAT_VERSION}
-    content = {"step": step, "model_state_dict": {"w": torch.arange(100.0)}, "savant": savant}
+    content = {"step": step, "model_state_dict": {"w": torch.arange(100.0) + first}, "savant": savant}
     return write_checkpoint(run, content, {"config.yaml": "a: 1\n", "tokenizer.json": "{}"})
 
 
@@ -176,3 +183,97 @@ def test_writing_again_replaces_what_a_dead_run_left(tmp_path: Path) -> None:
     (write(tmp_path, 7) / "manifest.json").unlink()
     (tmp_path / "step_7" / "stale").write_text("x")
     assert not (write(tmp_path, 7) / "stale").exists()
+
+
+# Writes step_7 again in a child process, in which the Nth operation on files, or each from there on, fails or is the last.
+INTERRUPTED = """
+import os, shutil, sys
+from pathlib import Path
+from tests.training.test_checkpoint import write
+
+run, whole, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
+for at in range(1, 200):
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(whole, run)
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def interrupt(name):
+            global count
+            count += 1
+            if count == at and how == "dies":
+                os._exit(9)
+            if count == at or (count > at and how == "stays broken"):
+                raise OSError(28, "no space left", name)
+
+        def watch(event, arguments):
+            if event in WATCHED and str(arguments[0]).startswith(str(run)):
+                interrupt(event)
+
+        fsync = os.fsync
+        os.fsync = lambda file: (interrupt("fsync"), fsync(file))
+        sys.addaudithook(watch)
+        try:
+            write(run, 7, 2.0)
+        except OSError:
+            os._exit(8)
+        os._exit(0 if count < at else 7)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    shutil.copytree(run, run.with_name(f"after-{at}-{code}"), symlinks=True)
+    if code == 0:
+        break
+"""
+
+
+@pytest.mark.parametrize("how", ["dies", "fails once", "stays broken"])
+def test_wherever_a_replacement_is_interrupted_the_old_or_the_new_checkpoint_is_whole(how: str, tmp_path: Path) -> None:
+    write(tmp_path / "whole", 7, 1.0)
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run"), str(tmp_path / "whole"), how]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    outcomes = []
+    for run in sorted(tmp_path.glob("after-*"), key=lambda path: int(path.name.split("-")[1])):
+        code = int(run.name.split("-")[2])
+        if how == "fails once" and code == 8:
+            assert read_checkpoint(run / "step_7"), "the process goes on, so nothing waits for the next start"
+        remove_left_behind(run)
+        outcomes.append(float(read_checkpoint(run / "step_7")["model_state_dict"]["w"][0]))
+        assert [path.name for path in run.iterdir()] == ["step_7"]
+    assert len(outcomes) > 20 and sorted(outcomes) == outcomes == [*outcomes[:-1], 2.0], (
+        "the old one until it is the new"
+    )
+
+
+def test_a_new_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def remember(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        synced.append(f"renamed to {Path(target).name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    monkeypatch.setattr(Path, "rename", renamed)
+    write(tmp_path / "run", 7)
+    *before, folder, name, after = synced
+    assert sorted(before) == ["config.yaml", "manifest.json", "step_7.pt", "tokenizer.json"]
+    assert folder.startswith("step_7.") and (name, after) == ("renamed to step_7", "run")
+
+
+def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    assert read_checkpoint(write(tmp_path, 7))["step"] == 7

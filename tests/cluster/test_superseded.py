@@ -1,0 +1,245 @@
+"""A process that no longer owns a run reaches nothing of its successor's: no checkpoint, no list, no record."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from savant_ray.cluster import saving
+from savant_ray.cluster.disk import Disk
+from savant_ray.cluster.forgiving import forgiving
+from savant_ray.cluster.lease import LEASE
+from savant_ray.cluster.object_storage import ObjectStorage
+from savant_ray.cluster.resume import newest_name
+from savant_ray.cluster.saving import Saver
+from savant_ray.cluster.snapshot import SNAPSHOT
+from savant_ray.cluster.starting_point import find_start
+from savant_ray.cluster.storage import on_this_machine
+from savant_ray.errors import SavantError
+from savant_ray.events import Event
+from savant_ray.training.checkpoint import MANIFEST, verify
+from tests.cluster.object_store import ObjectStore
+from tests.cluster.test_lease import taken
+from tests.cluster.test_object_storage import record
+from tests.cluster.test_saving import content
+from tests.cluster.test_starting_point import write
+
+
+@pytest.fixture
+def worker(here: ObjectStorage, tmp_path: Path) -> ObjectStorage:
+    """Of a driver that is cut off: it had the lease, and does not renew it."""
+    with taken(here):
+        sent = pickle.loads(pickle.dumps(here))
+        here.expect_late_writes()
+    sent.folder = tmp_path / "worker"
+    return sent
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving.ray.train, "report", lambda *_, **__: None)
+
+
+def save(storage: ObjectStorage, step: int, data: str) -> str:
+    """Writes and sends a checkpoint, which `data` tells from another one of that step."""
+    write(storage.folder, step, data=data)
+    return storage.keep(storage.folder / f"step_{step}")
+
+
+def fingerprint(folder: Path) -> str:
+    verify(folder)
+    return str(json.loads((folder / MANIFEST).read_bytes())["data_fingerprint"])
+
+
+def objects(store: ObjectStore, *names: str) -> dict[str, bytes]:
+    """The files of stored folders."""
+    return {path: store.read(f"runs/run/{path}") for path in store.names("runs/run") if path.startswith(names)}
+
+
+def newest(storage: ObjectStorage, tmp_path: Path) -> str:
+    """What a machine finds that has nothing of the run."""
+    shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
+    start = find_start(ObjectStorage(storage.location, tmp_path / "fresh", storage.owner), lambda _: None)
+    return "nothing" if start is None else f"{start.name} of {fingerprint(start)}"
+
+
+def test_it_saves_nothing_and_says_who_trains_the_run(
+    worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    with taken(elsewhere):
+        save(elsewhere, 500, "new")
+        before = objects(store, "step_")
+        with pytest.raises(SavantError, match=r"has taken the run over.*lies whole in .*step_500\.unsent"):
+            save(worker, 500, "old")
+        with pytest.raises(SavantError, match="has taken the run over"):
+            save(worker, 510, "old")
+        with pytest.raises(SavantError, match="has taken the run over"):
+            newest_name(worker)  # as a worker does that Ray starts again
+        assert objects(store, "step_") == before
+    assert newest(elsewhere, tmp_path) == "step_500 of new"
+
+
+@pytest.mark.parametrize("moment", ["config.yaml", "step_500.pt", MANIFEST])
+def test_what_it_was_sending_when_the_run_was_taken_over_destroys_nothing(
+    moment: str, worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    """It was stopped in the middle of a request, after it had looked who owns the run."""
+    stopped, may_go_on = threading.Event(), threading.Event()
+
+    def stop_there(method: str, path: str) -> None:
+        if path == f"runs/run/step_500/{moment}" and not stopped.is_set():
+            stopped.set()
+            may_go_on.wait(20)
+
+    def send() -> None:
+        try:
+            save(worker, 500, "old")
+        except SavantError:
+            outcomes.append("refused")
+
+    save(worker, 490, "old")
+    outcomes: list[str] = []
+    store.before = stop_there
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert stopped.wait(20)
+    with taken(elsewhere):
+        find_start(elsewhere, lambda _: None)
+        save(elsewhere, 500, "new")
+        kept = objects(store, "step_500.1")
+        assert len(kept) == 5
+        may_go_on.set()
+        thread.join()
+        assert objects(store, "step_500.1") == kept
+        assert newest(elsewhere, tmp_path) == "step_500 of new"
+        assert outcomes == ([] if moment == MANIFEST else ["refused"]), "only who is about to commit still does"
+        with on_this_machine(store.uri("runs/run")) as folder:
+            assert fingerprint(folder) == "new"
+        elsewhere.delete("step_500")
+        assert not objects(store, "step_500/", "step_500.1/"), "its owner deletes what is left of either"
+
+
+def test_it_deletes_nothing_and_its_list_of_checkpoints_is_not_written(
+    worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+) -> None:
+    save(worker, 490, "old")
+    filesystem = pickle.loads(pickle.dumps(forgiving(worker.filesystem, worker)))
+    with taken(elsewhere):
+        save(elsewhere, 500, "new")
+        store.write(f"runs/run/{SNAPSHOT}", b"new")
+        before = objects(store, "")
+        for step in (490, 500):
+            filesystem.delete_dir(f"{worker.path}/step_{step}")
+        with filesystem.open_output_stream(f"{worker.path}/{SNAPSHOT}") as file:
+            file.write(b"old")
+        record(worker, "10:00")
+        with pytest.raises(OSError, match="another process trains this run"):
+            worker.send_records()
+        assert objects(store, "") == before
+        ours = forgiving(elsewhere.filesystem, elsewhere)
+        for step in (490, 500):
+            ours.delete_dir(f"{worker.path}/step_{step}")
+        assert not objects(store, "step_")
+
+
+def test_a_deletion_that_was_under_way_reaches_no_checkpoint_of_the_new_owner(
+    worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    save(worker, 490, "old")
+    stopped, may_go_on = threading.Event(), threading.Event()
+
+    def stop_there(method: str, path: str) -> None:
+        if method == "DELETE" and not stopped.is_set():
+            stopped.set()
+            may_go_on.wait(20)
+
+    store.before = stop_there
+    thread = threading.Thread(target=lambda: worker.delete("step_490"))
+    thread.start()
+    assert stopped.wait(20)
+    with taken(elsewhere):
+        save(elsewhere, 490, "new")
+        may_go_on.set()
+        thread.join()
+        assert newest(elsewhere, tmp_path) == "step_490 of new"
+
+
+def test_the_names_of_a_run_that_every_process_ended_are_the_documented_ones(
+    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+) -> None:
+    for storage, step in ((here, 1), (elsewhere, 2), (here, 3)):
+        with taken(storage):
+            save(storage, step, "x")
+    assert {name.partition("/")[0] for name in store.names("runs/run")} == {"step_1", "step_2", "step_3"}
+
+
+def test_a_run_goes_on_from_either_owners_checkpoints_and_sets_aside_a_damaged_one(
+    worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    save(worker, 490, "old")
+    save(worker, 500, "old")
+    with taken(elsewhere):
+        save(elsewhere, 500, "new")
+        assert elsewhere.complete_steps() == ["step_490", "step_500"]
+        with on_this_machine(store.uri("runs/run/step_500.1")) as folder:
+            assert folder.name == "step_500" and fingerprint(folder) == "new"
+    assert "step_500/manifest.json" not in store.names("runs/run"), "the newer copy has taken its place"
+    damaged = bytearray(store.read("runs/run/step_500.1/step_500.pt"))
+    damaged[300] ^= 4
+    store.write("runs/run/step_500.1/step_500.pt", bytes(damaged))
+    said: list[str] = []
+    with taken(elsewhere):
+        shutil.rmtree(elsewhere.folder / "step_500")
+        assert find_start(elsewhere, said.append) == elsewhere.folder / "step_490"
+    assert len(said) == 1 and "set aside as step_500.damaged" in said[0]
+
+
+def outlived(folder: Path) -> Disk:
+    """The storage of a worker whose driver is gone, on a disk that another process trains on now."""
+    first = Disk(folder)
+    with first.in_use():
+        worker: Disk = pickle.loads(pickle.dumps(first))
+    return worker
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_on_a_disk_it_saves_and_deletes_nothing_either(tmp_path: Path) -> None:
+    worker = outlived(tmp_path)
+    write(tmp_path, 500, data="new")
+    told: list[Event] = []
+    with Disk(tmp_path).in_use():
+        saver = Saver(worker, {}, told.append)
+        saver.begin(500, "periodic", lambda: content(500), {})
+        with pytest.raises(SavantError, match="another process trains this run now"):
+            saver.finish()
+        assert saver.finish() and not told, "it is raised once"
+        forgiving(None, worker).delete_dir(f"{tmp_path}/step_500")
+        assert fingerprint(tmp_path / "step_500") == "new"
+    worker.folder.joinpath(LEASE).unlink()
+    worker.check_owner()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_on_a_disk_what_it_was_writing_when_the_run_was_taken_over_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, torch_save = outlived(tmp_path), torch.save
+
+    def slowly(*arguments: object) -> None:
+        torch_save(*arguments)
+        monkeypatch.setattr(torch, "save", torch_save)
+        with Disk(tmp_path).in_use():
+            pass
+
+    monkeypatch.setattr(torch, "save", slowly)
+    saver = Saver(worker, {}, lambda event: None)
+    saver.begin(500, "periodic", lambda: content(500), {})
+    with pytest.raises(SavantError, match="another process trains this run now"):
+        saver.finish()
+    assert not list(tmp_path.glob("step_*"))
