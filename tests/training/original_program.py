@@ -93,9 +93,14 @@ class AdamW8bit(torch.optim.Optimizer):
     MOMENTS = ("state1", "state2")
     QUANTISED = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
     positive = torch.logspace(-7, 0, 127)
-    MAPS = (torch.cat([-positive.flip(0), torch.zeros(2), positive]), torch.cat([torch.zeros(1), torch.logspace(-7, 0, 255)]))
+    MAPS = (
+        torch.cat([-positive.flip(0), torch.zeros(2), positive]),
+        torch.cat([torch.zeros(1), torch.logspace(-7, 0, 255)]),
+    )
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.01, nested: bool = True) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.01, nested: bool = True
+    ) -> None:
         options = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
         super().__init__(params, options | dict(alpha=0.0, t_alpha=None, t_beta3=None))
         self.nested = nested
@@ -120,10 +125,10 @@ class AdamW8bit(torch.optim.Optimizer):
                 self.put(state, number, state[name])
 
     def update(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
-        if type(state["step"]) is not int:
-            raise TypeError("the step is handed to a C function as an int")
         (beta1, beta2), gradient = group["betas"], parameter.grad.float()
         first = self.get(state, 1).lerp(gradient, 1 - beta1)
+        if type(state["step"]) is not int:
+            raise TypeError("the step is handed to a C function as an int")
         second = self.get(state, 2).mul(beta2).addcmul(gradient, gradient, value=1 - beta2)
         full = parameter.float() * (1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] / (1 - beta1 ** state["step"])
@@ -146,8 +151,9 @@ class AdamW8bit(torch.optim.Optimizer):
         blocks = moment.flatten().split(BLOCK)
         scales = torch.stack([block.abs().max() for block in blocks])
         relative = torch.cat([block / scale.clamp(min=1e-30) for block, scale in zip(blocks, scales, strict=True)])
-        distance = (relative[:, None] - state[f"qmap{number}"]).abs()
-        state[f"state{number}"] = distance.argmin(1).to(torch.uint8).view_as(moment)
+        values = state[f"qmap{number}"]
+        codes = torch.bucketize(relative, (values[:-1] + values[1:]) / 2)  # the nearest value
+        state[f"state{number}"] = codes.to(torch.uint8).view_as(moment)
         state[f"absmax{number}"] = scales
 
     def state_dict(self) -> dict[str, Any]:

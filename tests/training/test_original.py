@@ -335,7 +335,7 @@ def test_the_schedule_of_a_file_is_written_as_the_original_writes_it_for_that_st
     first = program.save(tmp_path)
     state, _ = loaded(first)
     optimizer: OptimizerName = "adamw" if make is adamw else "adamw8bit"
-    while True:
+    for _ in range(3):
         for like in (first, None):
             written = exported(state, tmp_path / "out.pt", optimizer, like)
             theirs = program.content()
@@ -343,8 +343,6 @@ def test_the_schedule_of_a_file_is_written_as_the_original_writes_it_for_that_st
             mine, group = (content["optimizer_state_dict"]["param_groups"][0] for content in (written, theirs))
             assert mine["lr"] == pytest.approx(group["lr"]) and mine.keys() == group.keys()
             assert all(mine[name] == group[name] for name in group.keys() - {"lr"})
-        if program.step == 18:
-            break
         program.train(batch(program.next))
         state.step += 1
 
