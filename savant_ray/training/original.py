@@ -113,7 +113,9 @@ def read_original(
 
     `names` are in the model's order, and the moments are numbered by it. An optimizer of several groups does not say
     which moments are whose; it is left as it is, and `load_checkpoint` tells that it does not fit. The position in the
-    global order is step × effective batch, tokens and skips count from 0.
+    global order is step × effective batch, tokens and skips count from 0. The schedule goes on with the rate that the
+    original's next update would have; one that is behind the step, because the original could not load its optimizer
+    and began anew, is left behind, and `load_checkpoint` reports it.
 
     Raises:
         CheckpointError: as `four_keys`.
@@ -126,13 +128,14 @@ def read_original(
         "tokens_seen": 0,
         "skipped_micro_batches": 0,
         "skipped_in_a_row": 0,
+        "schedule_offset": max(0, _last_epoch(content) - content["step"] - 1),
         "data_fingerprint": "",
     }
     return {
         "step": content["step"],
         "model_state_dict": weights,
         "optimizer_state_dict": _renumbered(content["optimizer_state_dict"], list(weights), names),
-        SCHEDULER: {"last_epoch": _schedule_step(content)},
+        SCHEDULER: {"last_epoch": min(_last_epoch(content), content["step"])},
         "savant": savant,
     }
 
@@ -188,7 +191,7 @@ def as_original(
     masks = {name: mask for name, mask in theirs.items() if name in MASK_BUFFERS} or attention_masks(model)
     names = _in_order(weights, theirs or ORDER)
     moments = _renumbered(mine, list(weights), names)["state"] if _is_adamw(mine, weights) else {}
-    last_epoch = content["step"] + 1
+    last_epoch = content["step"] + 1 + content["savant"].get("schedule_offset", 0)
     rate = learning_rate(last_epoch, training.learning_rate, training.warmup_steps, training.max_steps)
     hyperparameters = {"lr": rate, "betas": BETAS, "eps": EPS, "weight_decay": training.weight_decay}
     group = {**hyperparameters, "initial_lr": training.learning_rate, "params": list(range(len(names)))}
@@ -287,14 +290,10 @@ def _marked_as_folder(archive: zipfile.ZipFile) -> str | None:
     return next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)
 
 
-def _schedule_step(four: Mapping[str, Any]) -> int:
-    """The step that the file's schedule belongs to: the file's own, unless its schedule is behind it.
-
-    It is behind where the original could not load its optimizer and began a new schedule.
-    """
-    step: int = four["step"]
+def _last_epoch(four: Mapping[str, Any]) -> int:
+    """Updates that the file's schedule has counted; of a file without a schedule, those up to its step."""
     last_epoch = four.get(SCHEDULER, {}).get("last_epoch")
-    return min(step, last_epoch) if type(last_epoch) is int else step
+    return last_epoch if type(last_epoch) is int and 0 <= last_epoch < 2**63 else int(four["step"]) + 1
 
 
 def _optimizer_state(saved: Any) -> dict[str, Any]:

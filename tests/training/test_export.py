@@ -21,8 +21,9 @@ from savant_ray.training.export import NO_OPTIMIZER_KNOWN, export
 from savant_ray.training.original import OptimizerName, four_keys, optimizer_of
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
+from tests.training.original_fixtures import batch
 from tests.training.original_program import AdamW8bit, OriginalProgram, adamw
-from tests.training.test_original import FLAT, MAKERS, batch, original_config, trained
+from tests.training.test_original import FLAT, MAKERS, original_config, trained
 from tests.training.tiny import MODEL, never, shares, tiny_state
 
 CONFIG = original_config(max_steps=3)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from savant_ray.config import Config
+from savant_ray.events import StepDone
 from savant_ray.optim.schedule import learning_rate
+from savant_ray.training.loop import train
 from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.original import (
     NO_MOMENTS,
@@ -23,10 +25,10 @@ from savant_ray.training.original import (
 )
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
+from tests.training.original_fixtures import KINDS, PEAK, batch, expected, file_of, rate
 from tests.training.original_program import AdamW8bit, OriginalProgram, adamw
-from tests.training.tiny import LENGTH, MODEL, VOCABULARY, never, shares, tiny_config, tiny_state, weights
+from tests.training.tiny import LENGTH, MODEL, RecordingHost, never, shares, tiny_config, tiny_state, weights
 
-PEAK = 1e-2
 MASKS = {"global_mask", "local_mask"}
 FLAT = functools.partial(AdamW8bit, nested=False)
 MAKERS = {"adamw": adamw, "adamw8bit": AdamW8bit, "adamw8bit-flat": FLAT}
@@ -37,15 +39,6 @@ def original_config(**training: Any) -> Config:
     """Settings with which a model of ours is that of `OriginalProgram`."""
     config = tiny_config(**{"max_steps": 20, "warmup_fraction": 0.1, "learning_rate": PEAK, **training})
     return Config.from_dict(config.to_dict() | {"model": {**MODEL, "n_loops": 4, "global_every": 4}})
-
-
-def rate(update: int) -> float:
-    """Relative, of an update numbered from 0, with the settings of `original_config`."""
-    return learning_rate(update, 1.0, 2, 20)
-
-
-def batch(step: int) -> torch.Tensor:
-    return torch.randint(1, VOCABULARY, (12, LENGTH), generator=torch.Generator().manual_seed(step))
 
 
 def trained(updates: int, **settings: Any) -> OriginalProgram:
@@ -243,6 +236,30 @@ def test_bf16_weights_and_moments_go_in_as_fp32(tmp_path: Path) -> None:
             assert torch.equal(moments(state)[name][moment], entry[moment].float())
 
 
+# --- files of the original, as they lie in `original_fixtures/`
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_holds_after_loading_what_the_original_held_when_it_wrote_it(kind: str, tmp_path: Path) -> None:
+    held = expected()[kind]
+    config = original_config()
+    state, notes = loaded(file_of(kind), config)
+    assert notes == [] and state.step == held["step"]
+    settings = config.training
+    if kind != "adamw8bit_without_schedule":
+        schedule = (settings.learning_rate, settings.warmup_steps, settings.max_steps)
+        assert learning_rate(state.next_in_schedule, *schedule) == pytest.approx(held["rate"])
+    with torch.no_grad():
+        logits = state.model(batch(0)[:1])[0, -1]
+    torch.testing.assert_close(logits, torch.tensor(held["logits"]), rtol=1e-5, atol=1e-6)
+    for name, entry in moments(state).items():
+        first, second, sums = entry["exp_avg"].double(), entry["exp_avg_sq"].double(), held["moments"][name]
+        assert entry["step"] == held["updates"]
+        assert [first.norm().item(), first.sum().item(), second.sum().item()] == pytest.approx(
+            [sums["norm"], sums["sum"], sums["square_sum"]], rel=1e-6
+        )
+
+
 # --- optimizers of the original
 
 
@@ -349,7 +366,7 @@ def test_the_schedule_of_a_file_is_written_as_the_original_writes_it_for_that_st
 
 @pytest.mark.parametrize("resumes", [0, 1, 4])
 @EACH
-def test_a_schedule_one_ahead_of_the_step_and_one_more_after_each_resume_is_normal(
+def test_a_run_that_the_original_resumed_goes_in_and_out_with_its_schedule_one_ahead_for_each_resume(
     make: Any, resumes: int, tmp_path: Path
 ) -> None:
     program = trained(3, rate=rate, optimizer=make)
@@ -359,8 +376,22 @@ def test_a_schedule_one_ahead_of_the_step_and_one_more_after_each_resume_is_norm
         program.train(batch(10))
     content = program.content()
     assert content["scheduler_state_dict"]["last_epoch"] == content["step"] + 1 + resumes
-    state, notes = loaded(program.save(tmp_path))
+    first, config = program.save(tmp_path), original_config(max_steps=20, batch_size=12, accumulation=1)
+    state, notes = loaded(first, config)
     assert notes == [] and state.step == content["step"]
+    again = tiny_state(config)
+    assert again.load_checkpoint(state.to_checkpoint()) == [], "our own checkpoint keeps it"
+    written = exported(again, tmp_path / "out.pt", "adamw" if make is adamw else "adamw8bit", first)
+    torch.testing.assert_close(written["scheduler_state_dict"], content["scheduler_state_dict"])
+
+    host, left = RecordingHost(), list(shares(again, config))
+    train(again, config, left[:2], host)
+    rates = [event.learning_rate for event in host.events if isinstance(event, StepDone)]
+    theirs = []
+    for update in (11, 12):
+        theirs.append(program.scheduler.get_last_lr()[0])
+        program.train(batch(update))
+    assert rates == pytest.approx(theirs)
 
 
 @EACH
