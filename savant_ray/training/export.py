@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +16,22 @@ from torch import Tensor
 
 from savant_ray.config import Config, ModelConfig
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.training.checkpoint import MANIFEST, TOKENIZER, find_checkpoint, read_checkpoint, read_settings, sync
+from savant_ray.training.checkpoint import (
+    MANIFEST,
+    TOKENIZER,
+    find_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    read_settings,
+    sync,
+)
 from savant_ray.training.original import (
     OptimizerName,
     as_original,
     attention_masks,
     for_optimizer,
     four_keys,
+    newest_original,
     optimizer_of,
     original_files,
     whole_files,
@@ -42,15 +51,17 @@ NO_OPTIMIZER_KNOWN = (
 
 
 def export(checkpoint: Path, format: Format, output: Path, optimizer: OptimizerName | None = None) -> list[str]:
-    """Writes a run's newest checkpoint, a step folder's or a file of the original; returns warnings, in sentences.
+    """Write a run's newest checkpoint, that of a step folder or a file of the original; return warnings, in sentences.
+
+    A run folder that holds only files of the original stands for the newest of them.
 
     `original` gives one file, in the order of the original's files in the run folder if there are any, `safetensors` a
     folder with `model.safetensors` (fp32), `config.json`, `tokenizer.json`. `optimizer` is the one that the original
     goes on with; without it, that of its newest file.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, it has no tokenizer to go into the folder, or the original has
-            nothing that corresponds to its model.
+        CheckpointError: there is no whole checkpoint, it has no tokenizer to go into the folder, or its model has a
+            setting without a counterpart in the original.
         SavantError: `output` exists already, or cannot be written.
     """
     if output.exists():
@@ -66,16 +77,16 @@ def export(checkpoint: Path, format: Format, output: Path, optimizer: OptimizerN
 
 
 def _export_original(checkpoint: Path, output: Path, optimizer: OptimizerName | None) -> list[str]:
-    if _is_original(checkpoint):
-        four = four_keys(checkpoint)
+    warnings: list[str] = []
+    if source := _original(checkpoint, warnings.append):
+        four = four_keys(source)
         target = optimizer or optimizer_of(four)
         write_original(output, for_optimizer(four, target) if target else four)
-        return []
+        return warnings
     folder = _folder(checkpoint)
     config = read_settings(folder)
     _refuse_unknown_to_the_original(folder, config.model)
     content = read_checkpoint(folder)
-    warnings: list[str] = []
     neighbour = next(whole_files(original_files(folder.parent), warnings.append), None)
     like = four_keys(neighbour) if neighbour else None
     target = optimizer or (optimizer_of(like) if like else None)
@@ -88,10 +99,10 @@ def _export_original(checkpoint: Path, output: Path, optimizer: OptimizerName | 
 
 
 def _refuse_unknown_to_the_original(folder: Path, model: ModelConfig) -> None:
-    """Refuse a model with a setting that the original has nothing like.
+    """Refuse a model with a setting that has no counterpart in the original.
 
     Raises:
-        CheckpointError: so it is.
+        CheckpointError: the model has one that is not at its default; all are listed.
     """
     defaults = ModelConfig()
     unknown = [
@@ -162,9 +173,9 @@ def _global_loops(model: ModelConfig, global_every: int) -> list[bool]:
 
 
 def _export_safetensors(checkpoint: Path, output: Path) -> None:
-    if _is_original(checkpoint):
+    if source := _original(checkpoint, lambda _: None):
         raise CheckpointError(
-            f"{checkpoint}: a file of the original has neither settings nor tokenizer. Put it into a run folder and "
+            f"{source}: a file of the original has neither settings nor tokenizer. Put it into a run folder and "
             "train on from it; the checkpoints of that run have both."
         )
     folder = _folder(checkpoint)
@@ -186,8 +197,16 @@ def _export_safetensors(checkpoint: Path, output: Path) -> None:
     sync(output.parent)
 
 
-def _is_original(checkpoint: Path) -> bool:
-    return checkpoint.is_file() and not (checkpoint.parent / MANIFEST).is_file()
+def _original(checkpoint: Path, warn: Callable[[str], None]) -> Path | None:
+    """The original's file that is meant: itself, or the newest of a folder without checkpoints of ours.
+
+    Raises:
+        CheckpointError: the folder has only damaged ones.
+    """
+    if checkpoint.is_dir():
+        is_ours = (checkpoint / MANIFEST).is_file() or newest_checkpoint(checkpoint) is not None
+        return None if is_ours else newest_original(checkpoint, -1, warn)
+    return checkpoint if checkpoint.is_file() and not (checkpoint.parent / MANIFEST).is_file() else None
 
 
 def _folder(checkpoint: Path) -> Path:

@@ -143,6 +143,19 @@ def test_a_file_of_the_original_without_a_schedule_is_written_anew_without_one(t
     assert list(four_keys(tmp_path / "copy.pt")) == ["step", "model_state_dict", "optimizer_state_dict"]
 
 
+def test_a_folder_with_files_of_the_original_only_stands_for_the_newest_whole_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for updates in (2, 3):
+        trained(updates, optimizer=AdamW8bit).save(folder)
+    (folder / "step_7.pt").write_bytes(b"half")
+    warnings = export(folder, "original", tmp_path / "copy.pt", "adamw")
+    assert len(warnings) == 1 and "step_7.pt: cut short" in warnings[0]
+    assert four_keys(tmp_path / "copy.pt")["step"] == 2
+    with pytest.raises(CheckpointError, match=r"step_2\.pt: a file of the original has neither settings nor tokenizer"):
+        export(folder, "safetensors", tmp_path / "folder")
+
+
 def test_a_file_of_the_original_has_no_tokenizer_to_export(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither settings nor tokenizer"):
         export(OriginalProgram().save(tmp_path), "safetensors", tmp_path / "folder")
