@@ -141,12 +141,20 @@ def _export(arguments: Sequence[str]) -> int:
         help="a file that the original script loads, or a folder with weights, settings and tokenizer",
     )
     parser.add_argument("--output", type=Path, metavar="PATH", required=True, help="the new file or folder")
+    parser.add_argument(
+        "--optimizer",
+        choices=("adamw", "adamw8bit"),
+        help="with --format original: what the original goes on with, PyTorch's AdamW or bitsandbytes' AdamW8bit "
+        "[that of its newest file in the run folder]",
+    )
     options = parser.parse_args(arguments)
+    if options.optimizer and options.format != "original":
+        parser.error("--optimizer goes with --format original")
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.training.export import export
 
     with on_this_machine(options.checkpoint) as checkpoint:
-        for warning in export(checkpoint, options.format, options.output):
+        for warning in export(checkpoint, options.format, options.output, options.optimizer):
             print(f"warning: {warning}", file=sys.stderr)
     print(f"{options.output} is written")
     return 0

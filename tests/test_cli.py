@@ -188,11 +188,24 @@ def test_export_hands_over_what_to_write_where_and_tells_what_was_lost(
     calls: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", "run", "--format", "original", "--output", "step_5.pt"]) == 0
-    assert calls == [(Path("run"), "original", Path("step_5.pt"))]
-    assert capsys.readouterr() == ("step_5.pt is written\n", "warning: no moments\n")
+    assert main(["export", "run", "--format", "original", "--output", "x.pt", "--optimizer", "adamw8bit"]) == 0
+    assert calls == [
+        (Path("run"), "original", Path("step_5.pt"), None),
+        (Path("run"), "original", Path("x.pt"), "adamw8bit"),
+    ]
+    assert capsys.readouterr() == ("step_5.pt is written\nx.pt is written\n", "warning: no moments\n" * 2)
 
 
-@pytest.mark.parametrize("arguments", [["run"], ["run", "--format", "gguf", "--output", "x"], ["--format", "original"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["run", "--format", "gguf", "--output", "x"],
+        ["--format", "original"],
+        ["run", "--format", "original", "--output", "x", "--optimizer", "sgd"],
+        ["run", "--format", "safetensors", "--output", "x", "--optimizer", "adamw"],
+    ],
+)
 def test_export_refuses_what_it_cannot_do(arguments: list[str], calls: list[Any]) -> None:
     assert main(["export", *arguments]) == 2
     assert calls == []

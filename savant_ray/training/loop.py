@@ -63,7 +63,7 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
         state.weights_moved()  # remembers them for the first validation
     stop, peak = False, Peak(state.precision, state.device)
     for share, data_wait in timed(shares):
-        rate = learning_rate(state.step + 1, settings.learning_rate, settings.warmup_steps, settings.max_steps)
+        rate = learning_rate(state.next_in_schedule, settings.learning_rate, settings.warmup_steps, settings.max_steps)
         started = time.perf_counter()
         result = take_step_that_fits(state, share, rate, settings.gradient_clip, host)
         seconds = data_wait + time.perf_counter() - started

@@ -1,33 +1,44 @@
 """Files of the original script, `step_X.pt`: read to go on from them, and written so that the script goes on from ours.
 
-    step                   number of updates
-    model_state_dict       weights by name, in any float format; masks may lie among them
-    optimizer_state_dict   torch.optim.AdamW's: moments by number, counted in the order of that model's parameters
-    scheduler_state_dict   torch.optim.lr_scheduler.LambdaLR's
+    step                   number of the last update, counted from 0
+    model_state_dict       weights by name, in any float format, and the masks of attention as fp32 buffers
+    optimizer_state_dict   moments by parameter number: bitsandbytes' AdamW8bit (see adamw8bit.py), or torch.optim.AdamW
+                           where the script found no bitsandbytes
+    scheduler_state_dict   torch.optim.lr_scheduler.LambdaLR's; files of an older script have none
+
+The schedule's `last_epoch` counts updates, so it is `step + 1`. A resumed script repeats the number of its last update,
+so each resume adds one more. The learning rates in a file are those of the next update.
 
 The order of the parameters is the file's own, that of the names in `model_state_dict`, and need not be ours. PyTorch
-hands moments out by number alone, so a file has to be written in the order of the very model that is to load it.
-The file has no manifest, but a CRC-32 for each record, which PyTorch does not look at and which is checked here first.
+assigns moments by number alone, so a file has to be written in the order of the model that is to load it.
+The file has no manifest, but a CRC-32 for each record, which PyTorch does not check and which is checked here first.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from savant_ray.config import ModelConfig, TrainingConfig
 from savant_ray.errors import CheckpointError
 from savant_ray.model.transformer import MASK_BUFFERS
-from savant_ray.optim.adamw import MOMENTS
+from savant_ray.optim.adamw import BETAS, EPS, MOMENTS
+from savant_ray.optim.schedule import learning_rate
+from savant_ray.training.adamw8bit import from_adamw8bit, to_adamw8bit
 from savant_ray.training.checkpoint import FORMAT_VERSION, load, reason, save, sync
 
-KEYS = ("step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict")
+OptimizerName = Literal["adamw", "adamw8bit"]
+
+KEYS = ("step", "model_state_dict", "optimizer_state_dict")
+SCHEDULER = "scheduler_state_dict"  # the only key that may be missing
 NOTE = "a file of the original, which does not say what it has read: the text goes on at step × effective batch"
 NO_MOMENTS = "the optimizer's state has no AdamW moments, so the file holds none: the original starts a fresh optimizer"
 ORDER = (
@@ -49,7 +60,7 @@ _FILE = re.compile(r"step_(\d+)\.pt")
 
 def original_files(run_folder: Path) -> list[Path]:
     """The original's files that lie directly in a run folder, whole or not, oldest first, by step number."""
-    found = (path for path in run_folder.glob("step_*.pt") if is_original_name(path.name) and path.is_file())
+    found = (path for path in run_folder.glob("step_*.pt") if is_original_name(path.name) and not path.is_dir())
     return sorted(found, key=original_step)
 
 
@@ -67,20 +78,32 @@ def original_step(path: Path) -> int:
 
 
 def newest_original(run_folder: Path, beyond: int, say: Callable[[str], None]) -> Path | None:
-    """The newest whole file of a step after `beyond`; a damaged one is told and stays where it is.
+    """Return the newest whole file of a step after `beyond`; a damaged one is reported and stays where it is.
 
     `beyond` is the step of the newest checkpoint of ours, -1 without one.
+
+    Raises:
+        CheckpointError: there is no checkpoint of ours, and all files of the original are damaged.
     """
-    for path in reversed(original_files(run_folder)):
-        if original_step(path) <= beyond:
-            return None
+    files = [path for path in original_files(run_folder) if original_step(path) > beyond]
+    newest = next(whole_files(files, say), None)
+    if newest is None and files and beyond < 0:
+        raise CheckpointError(
+            f"{run_folder} holds files of the original, but none that is whole. Bring one back, or start anew with "
+            "--fresh: it moves this folder aside and loses nothing."
+        )
+    return newest
+
+
+def whole_files(files: Sequence[Path], say: Callable[[str], None]) -> Iterator[Path]:
+    """Yield the files that are whole, the last first; the others are reported and stay where they are."""
+    for path in reversed(files):
         try:
-            four_keys(path)
+            _checked(path)
         except CheckpointError as damage:
             say(f"{damage}; not used, and left where it is")
         else:
-            return path
-    return None
+            yield path
 
 
 def read_original(
@@ -90,7 +113,9 @@ def read_original(
 
     `names` are in the model's order, and the moments are numbered by it. An optimizer of several groups does not say
     which moments are whose; it is left as it is, and `load_checkpoint` tells that it does not fit. The position in the
-    global order is step × effective batch, tokens and skips count from 0.
+    global order is step × effective batch, tokens and skips count from 0. The schedule goes on with the rate that the
+    original's next update would have; one that is behind the step, because the original could not load its optimizer
+    and began anew, is left behind, and `load_checkpoint` reports it.
 
     Raises:
         CheckpointError: as `four_keys`.
@@ -103,20 +128,127 @@ def read_original(
         "tokens_seen": 0,
         "skipped_micro_batches": 0,
         "skipped_in_a_row": 0,
+        "schedule_offset": max(0, _last_epoch(content) - content["step"] - 1),
         "data_fingerprint": "",
     }
-    optimizer = _renumbered(content["optimizer_state_dict"], list(weights), names)
-    return {**content, "model_state_dict": weights, "optimizer_state_dict": optimizer, "savant": savant}
+    return {
+        "step": content["step"],
+        "model_state_dict": weights,
+        "optimizer_state_dict": _renumbered(content["optimizer_state_dict"], list(weights), names),
+        SCHEDULER: {"last_epoch": min(_last_epoch(content), content["step"])},
+        "savant": savant,
+    }
 
 
 def four_keys(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """A file's four keys, checked: weights (fp32) and moments in the file's own order, and its masks.
+    """A file's four keys, checked: weights (fp32) and AdamW moments (fp32) in the file's own order, and its masks.
 
+    The moments are those of `torch.optim.AdamW`, whichever optimizer the file was written by (see `optimizer_of`).
     Executes no code from the file. A state of optimizer or scheduler that is none comes back empty, so that the weights
-    can be used all the same.
+    can be used all the same; a missing one of the scheduler is missing here, too.
 
     Raises:
         CheckpointError: the file is missing, cut short, altered, lacks a key, holds code or the step of another name.
+    """
+    content = _checked(path, device)
+    weights = content["model_state_dict"]
+    four = {
+        "step": content["step"],
+        "model_state_dict": {name: w if name in MASK_BUFFERS else w.float() for name, w in weights.items()},
+        "optimizer_state_dict": _optimizer_state(content["optimizer_state_dict"]),
+    }
+    if SCHEDULER in content:
+        scheduler = content[SCHEDULER]
+        four[SCHEDULER] = dict(scheduler) if isinstance(scheduler, Mapping) else {}
+    return four
+
+
+def optimizer_of(four: Mapping[str, Any]) -> OptimizerName | None:
+    """The optimizer that wrote a file; None if the file has no group of parameters.
+
+    Told by the groups, which also files without moments have: `amsgrad` is an option of PyTorch's AdamW only.
+    """
+    groups = four["optimizer_state_dict"]["param_groups"]
+    if not groups:
+        return None
+    return "adamw" if "amsgrad" in groups[0] else "adamw8bit"
+
+
+def as_original(
+    content: Mapping[str, Any],
+    training: TrainingConfig,
+    model: ModelConfig,
+    optimizer: OptimizerName = "adamw",
+    like: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """A checkpoint of ours as the original's four keys, and what they cannot hold, a sentence each.
+
+    `like` is the content of a file of the original (see `four_keys`): its order is kept and its masks are taken over,
+    so that the program that wrote it loads the new one too. Learning rates are those of the next update.
+    """
+    weights, mine = content["model_state_dict"], content["optimizer_state_dict"]
+    theirs = like["model_state_dict"] if like else {}
+    masks = {name: mask for name, mask in theirs.items() if name in MASK_BUFFERS} or attention_masks(model)
+    names = _in_order(weights, theirs or ORDER)
+    moments = _renumbered(mine, list(weights), names)["state"] if _is_adamw(mine, weights) else {}
+    last_epoch = content["step"] + 1 + content["savant"].get("schedule_offset", 0)
+    rate = learning_rate(last_epoch, training.learning_rate, training.warmup_steps, training.max_steps)
+    hyperparameters = {"lr": rate, "betas": BETAS, "eps": EPS, "weight_decay": training.weight_decay}
+    group = {**hyperparameters, "initial_lr": training.learning_rate, "params": list(range(len(names)))}
+    schedule = {
+        "base_lrs": [training.learning_rate],
+        "last_epoch": last_epoch,
+        "_step_count": last_epoch + 1,
+        "_last_lr": [rate],
+    }
+    four = {
+        "step": content["step"],
+        "model_state_dict": masks | {name: weights[name].float() for name in names},
+        "optimizer_state_dict": {"state": moments, "param_groups": [group]},
+        SCHEDULER: {**_new_schedule(), **(like or {}).get(SCHEDULER, {}), **schedule},
+    }
+    return for_optimizer(four, optimizer), [] if moments else [NO_MOMENTS]
+
+
+def for_optimizer(four: Mapping[str, Any], optimizer: OptimizerName) -> dict[str, Any]:
+    """The same content (see `four_keys`) with the optimizer's state as this optimizer loads it."""
+    state, groups = (four["optimizer_state_dict"][key] for key in ("state", "param_groups"))
+    if optimizer == "adamw8bit":
+        state = {number: to_adamw8bit(entry) for number, entry in state.items()}
+    own = _group_options(optimizer)
+    others = _group_options("adamw" if optimizer == "adamw8bit" else "adamw8bit").keys() - own.keys()
+    groups = [own | {name: value for name, value in group.items() if name not in others} for group in groups]
+    return {**four, "optimizer_state_dict": {"state": state, "param_groups": groups}}
+
+
+def attention_masks(model: ModelConfig) -> dict[str, Tensor]:
+    """The original's two masks [T, T]: 0 where a query (row) sees a key (column), -inf where not."""
+    hidden = torch.full((model.max_seq_len, model.max_seq_len), -torch.inf)
+    future = hidden.triu(1)
+    return {"global_mask": future, "local_mask": future + hidden.tril(-model.window_size - 1)}
+
+
+def write_original(path: Path, four: Mapping[str, Any]) -> None:
+    """Writes the keys to a file that the original loads: aside first, so that it is whole or not there.
+
+    Raises:
+        OSError: the storage refuses; what was there before is whole.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save({key: four[key] for key in (*KEYS, SCHEDULER) if key in four}, aside)
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def _checked(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """A file's content as it was written.
+
+    Raises:
+        CheckpointError: as `four_keys`.
     """
     _check_records(path)
     content = load(path, device)
@@ -129,56 +261,7 @@ def four_keys(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path} holds step {step}: rename it to step_{step}.pt")
     if not isinstance(weights, Mapping) or not all(map(_is_real, weights.values())):
         raise CheckpointError(f"{path}: not a file of the original: its model_state_dict holds no weights by name")
-    scheduler = content["scheduler_state_dict"]
-    return {
-        "step": step,
-        "model_state_dict": {name: w if name in MASK_BUFFERS else w.float() for name, w in weights.items()},
-        "optimizer_state_dict": _optimizer_state(content["optimizer_state_dict"]),
-        "scheduler_state_dict": dict(scheduler) if isinstance(scheduler, Mapping) else {},
-    }
-
-
-def as_original(
-    content: Mapping[str, Any], peak_learning_rate: float, like: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Any], list[str]]:
-    """A checkpoint of ours as the original's four keys, and what they cannot hold, a sentence each.
-
-    `like` is the `model_state_dict` of a file of the original (see `four_keys`): its order is kept and its masks are
-    taken over, so that the program that wrote it loads the new one too. The learning rate in force is that of the last
-    update, which is what a `LambdaLR` has after as many steps.
-    """
-    weights, optimizer = content["model_state_dict"], content["optimizer_state_dict"]
-    masks = {name: mask for name, mask in (like or {}).items() if name in MASK_BUFFERS}
-    names = _in_order(weights, like or ORDER)
-    moments = _renumbered(optimizer, list(weights), names)["state"] if _is_adamw(optimizer, weights) else {}
-    mine = optimizer["param_groups"][0]
-    group, scheduler = _torch_states(peak_learning_rate)
-    known = {name: mine[name] for name in ("lr", "betas", "eps", "weight_decay") if name in mine}
-    group = {**group, **known, "params": list(range(len(names)))}
-    step = content["step"]
-    four = {
-        "step": step,
-        "model_state_dict": {name: weights[name].float() for name in names} | masks,
-        "optimizer_state_dict": {"state": moments, "param_groups": [group]},
-        "scheduler_state_dict": {**scheduler, "last_epoch": step, "_step_count": step + 1, "_last_lr": [group["lr"]]},
-    }
-    return four, [] if moments else [NO_MOMENTS]
-
-
-def write_original(path: Path, four: Mapping[str, Any]) -> None:
-    """Writes the four keys to a file that the original loads: aside first, so that it is whole or not there.
-
-    Raises:
-        OSError: the storage refuses; what was there before is whole.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save({key: four[key] for key in KEYS}, aside)
-        sync(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync(path.parent)
+    return content
 
 
 def _check_records(path: Path) -> None:
@@ -207,13 +290,19 @@ def _marked_as_folder(archive: zipfile.ZipFile) -> str | None:
     return next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)
 
 
+def _last_epoch(four: Mapping[str, Any]) -> int:
+    """Updates that the file's schedule has counted; of a file without a schedule, those up to its step."""
+    last_epoch = four.get(SCHEDULER, {}).get("last_epoch")
+    return last_epoch if type(last_epoch) is int and 0 <= last_epoch < 2**63 else int(four["step"]) + 1
+
+
 def _optimizer_state(saved: Any) -> dict[str, Any]:
-    """State by parameter number, tensors in fp32, and groups; without either where it is no optimizer's."""
+    """AdamW's state by parameter number, tensors in fp32, and groups; without either where it is no optimizer's."""
     try:
         groups = [dict(group.items(), params=list(group["params"])) for group in saved.get("param_groups")]
         state = {
-            number: {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
-            for number, values in saved["state"].items()
+            number: {name: torch.as_tensor(value, dtype=torch.float32) for name, value in from_adamw8bit(entry).items()}
+            for number, entry in saved["state"].items()
         }
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # something else
         return {"state": {}, "param_groups": []}
@@ -250,8 +339,18 @@ def _is_adamw(optimizer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bo
     )
 
 
-def _torch_states(peak_learning_rate: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What PyTorch saves beside the moments: a new AdamW's only group, and a new LambdaLR."""
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=peak_learning_rate)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    return optimizer.state_dict()["param_groups"][0], scheduler.state_dict()
+def _group_options(optimizer: OptimizerName) -> dict[str, Any]:
+    """What the optimizer keeps in a group beside rate, betas, eps and decay."""
+    if optimizer == "adamw8bit":
+        return {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
+    options: dict[str, Any] = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
+    return {
+        name: value for name, value in options.items() if name not in ("lr", "betas", "eps", "weight_decay", "params")
+    }
+
+
+def _new_schedule() -> dict[str, Any]:
+    """What PyTorch saves of a LambdaLR; its function is an object, as in the original."""
+    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    state: dict[str, Any] = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(max, 1.0)).state_dict()
+    return state

@@ -43,6 +43,7 @@ class TrainingState:
     tokens_seen: int = 0
     skipped_micro_batches: int = 0
     skipped_in_a_row: int = 0  # steps without an update
+    schedule_offset: int = 0  # updates in the schedule beyond `step`: of a resumed run of the original's
     data_fingerprint: str = ""
     _seen_weights: dict[str, Tensor] = field(default_factory=dict)
     _host_copy: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +52,11 @@ class TrainingState:
     def master_weights(self) -> dict[str, Tensor]:
         """fp32 weights by name."""
         return {name: self.optimizer.master(p) for name, p in self.model.named_parameters()}
+
+    @property
+    def next_in_schedule(self) -> int:
+        """Number of the next update in the learning-rate schedule, from 1."""
+        return self.step + 1 + self.schedule_offset
 
     def use(self, fit: Fit) -> None:
         """From the next forward pass on."""
@@ -99,6 +105,7 @@ class TrainingState:
                 "tokens_seen": self.tokens_seen,
                 "skipped_micro_batches": self.skipped_micro_batches,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "schedule_offset": self.schedule_offset,
                 "data_fingerprint": self.data_fingerprint,
                 "fit": self.fit.to_record(),
                 "torch_rng_state": torch.get_rng_state(),
@@ -173,6 +180,7 @@ class TrainingState:
         self.tokens_seen = extra["tokens_seen"]
         self.skipped_micro_batches = extra["skipped_micro_batches"]
         self.skipped_in_a_row = extra["skipped_in_a_row"]
+        self.schedule_offset = extra.get("schedule_offset", 0)  # absent in older checkpoints
         self.use(self.fit.remembered(extra.get("fit")))
 
 

@@ -1,11 +1,15 @@
-"""A stand-in for the original script: the same model written anew, with its parameters in another order, and PyTorch's
-own AdamW and LambdaLR. Nothing is shared with the package.
+"""A stand-in for the original script: the same model, optimizers and files, written anew; nothing is shared with the
+package.
+
+Its parameters are in another order than the package's. It trains with PyTorch's AdamW, or with `AdamW8bit`, which
+behaves as bitsandbytes' does: 8-bit moments for all but small tensors, and a state dict that is loaded unchecked.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DIM, HEADS, LOOPS, WINDOW, EVERY, CAP = 16, 2, 2, 4, 2, 50.0
+DIM, HEADS, LOOPS, WINDOW, EVERY, CAP = 16, 2, 4, 4, 4, 50.0
 LENGTH, VOCABULARY = 16, 50
+BLOCK, MIN_8BIT_SIZE = 256, 512  # elements; bitsandbytes quantises tensors of 4,096 and more
+NESTED = "__bnb_optimizer_quant_state__"
 
 
 class Norm(nn.Module):
@@ -37,7 +43,6 @@ class Attention(nn.Module):
         super().__init__()
         self.liquid_gate = nn.Linear(DIM, DIM)
         self.o_proj, self.v_proj, self.k_proj, self.q_proj = (nn.Linear(DIM, DIM, bias=False) for _ in range(4))
-        self.register_buffer("mask", torch.ones(LENGTH, LENGTH).tril())
         self.ln = Norm()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ class Attention(nn.Module):
             p(self.ln(x)).unflatten(-1, (HEADS, -1)).transpose(-3, -2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         scores = CAP * torch.tanh(q @ k.transpose(-2, -1) / math.sqrt(DIM // HEADS) / CAP)
-        weights = torch.softmax(scores.masked_fill(mask == 0, -math.inf), -1)
+        weights = torch.softmax(scores + mask, -1).to(v.dtype)
         return self.o_proj((weights @ v).transpose(-3, -2).flatten(-2))
 
 
@@ -69,8 +74,8 @@ class OriginalModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(DIM, VOCABULARY, bias=False)
-        self.register_buffer("global_mask", torch.ones(LENGTH, LENGTH).tril())
-        self.register_buffer("local_mask", torch.ones(LENGTH, LENGTH).tril().triu(-WINDOW))
+        self.register_buffer("global_mask", torch.ones(LENGTH, LENGTH).tril().log())
+        self.register_buffer("local_mask", torch.ones(LENGTH, LENGTH).tril().triu(-WINDOW).log())
         self.ln_f = Norm()
         self.recurrent_block = Block()
         self.embed = nn.Embedding(VOCABULARY, DIM)
@@ -82,24 +87,138 @@ class OriginalModel(nn.Module):
         return self.head(self.ln_f(x))
 
 
-class OriginalProgram:
-    """Trains, saves `step_X.pt` and goes on from one; `rate(i)` is the share of the peak after i updates."""
+class AdamW8bit(torch.optim.Optimizer):
+    """Behaves as bitsandbytes' optimizer of that name; `nested` is the layout of its current versions."""
 
-    def __init__(self, peak: float = 1e-2, rate: Callable[[int], float] = lambda _: 1.0) -> None:
+    MOMENTS = ("state1", "state2")
+    QUANTISED = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
+    positive = torch.logspace(-7, 0, 127)
+    MAPS = (
+        torch.cat([-positive.flip(0), torch.zeros(2), positive]),
+        torch.cat([torch.zeros(1), torch.logspace(-7, 0, 255)]),
+    )
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.01, nested: bool = True
+    ) -> None:
+        options = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+        super().__init__(params, options | dict(alpha=0.0, t_alpha=None, t_beta3=None))
+        self.nested = nested
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if len(state) == 0:
+                    self.begin(parameter)
+                state["step"] += 1
+                self.update(parameter, state, group)
+
+    def begin(self, parameter: nn.Parameter) -> None:
+        state = self.state[parameter]
+        state["step"] = 0
+        for number, name in enumerate(self.MOMENTS, start=1):
+            state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            if parameter.numel() >= MIN_8BIT_SIZE:
+                state[f"qmap{number}"] = self.MAPS[number - 1]
+                self.put(state, number, state[name])
+
+    def update(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        (beta1, beta2), gradient = group["betas"], parameter.grad.float()
+        first = self.get(state, 1).lerp(gradient, 1 - beta1)
+        if type(state["step"]) is not int:
+            raise TypeError("the step is handed to a C function as an int")
+        second = self.get(state, 2).mul(beta2).addcmul(gradient, gradient, value=1 - beta2)
+        full = parameter.float() * (1 - group["lr"] * group["weight_decay"])
+        rate = group["lr"] / (1 - beta1 ** state["step"])
+        parameter.copy_(full - rate * first / ((second / (1 - beta2 ** state["step"])).sqrt() + group["eps"]))
+        self.put(state, 1, first)
+        self.put(state, 2, second)
+
+    def get(self, state: dict[str, Any], number: int) -> Tensor:
+        codes = state[f"state{number}"]
+        if codes.dtype == torch.float32:
+            return codes
+        values = state[f"qmap{number}"][codes.long()]
+        scales = state[f"absmax{number}"].repeat_interleave(BLOCK)[: codes.numel()]
+        return values * scales.view_as(values)
+
+    def put(self, state: dict[str, Any], number: int, moment: Tensor) -> None:
+        if f"qmap{number}" not in state:
+            state[f"state{number}"] = moment
+            return
+        blocks = moment.flatten().split(BLOCK)
+        scales = torch.stack([block.abs().max() for block in blocks])
+        relative = torch.cat([block / scale.clamp(min=1e-30) for block, scale in zip(blocks, scales, strict=True)])
+        values = state[f"qmap{number}"]
+        codes = torch.bucketize(relative, (values[:-1] + values[1:]) / 2)  # the nearest value
+        state[f"state{number}"] = codes.to(torch.uint8).view_as(moment)
+        state[f"absmax{number}"] = scales
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        if self.nested:
+            saved["state"] = {number: self.wrapped(entry) for number, entry in saved["state"].items()}
+        return saved
+
+    def wrapped(self, entry: dict[str, Any]) -> dict[str, Any]:
+        inner = {name: value for name, value in entry.items() if name in self.QUANTISED}
+        return {name: value for name, value in entry.items() if name not in self.QUANTISED} | {NESTED: inner}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Whatever the keys are; tensors other than its own are cast to the weight's dtype."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for parameter, number in zip(parameters, numbers, strict=True):
+            if number in state_dict["state"]:
+                entry = dict(state_dict["state"][number])
+                entry |= entry.pop(NESTED, {}) if self.nested else {}
+                self.state[parameter] = {name: self.cast(parameter, name, value) for name, value in entry.items()}
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved | {"params": group["params"]})
+
+    def cast(self, parameter: nn.Parameter, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.clone() if name in self.QUANTISED else value.to(parameter.dtype)
+
+
+def adamw(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """What the original takes where bitsandbytes is not installed."""
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.01)
+
+
+class OriginalProgram:
+    """Trains, saves `step_X.pt` and goes on from one.
+
+    Updates are numbered from 0, and a file has the number of the last one. `rate(i)` is the learning rate of update i,
+    relative to `peak`. The update after a resume has the number of the file again.
+    """
+
+    def __init__(
+        self,
+        peak: float = 1e-2,
+        rate: Callable[[int], float] = lambda _: 1.0,
+        optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = adamw,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(11)
         self.model = OriginalModel()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=peak, weight_decay=0.01)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
-        self.step = 0
+        for parameter in self.model.parameters():  # the masks stay fp32
+            parameter.data = parameter.data.to(dtype)
+        self.optimizer = optimizer(self.model.parameters(), peak)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, functools.partial(rate))
+        self.step = self.next = 0
 
     def train(self, batch: Tensor) -> float:
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        loss = F.cross_entropy(self.model(batch)[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.scheduler.step()
-        self.step += 1
+        self.step, self.next = self.next, self.next + 1
         return loss.item()
 
     def content(self) -> dict[str, Any]:
@@ -118,7 +237,19 @@ class OriginalProgram:
     def load(self, path: Path) -> None:
         """Without a look at the order of the parameters, as PyTorch does."""
         content = torch.load(path, weights_only=True)
-        self.step = content["step"]
-        self.model.load_state_dict(content["model_state_dict"], strict=False)
+        self.step = self.next = content["step"]
+        self.model.load_state_dict(content["model_state_dict"], strict=True)
         self.optimizer.load_state_dict(content["optimizer_state_dict"])
-        self.scheduler.load_state_dict(content["scheduler_state_dict"])
+        if "scheduler_state_dict" in content:
+            self.scheduler.load_state_dict(content["scheduler_state_dict"])
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """By parameter, with AdamW's names, dequantised."""
+        return {name: self.state_of(parameter) for name, parameter in self.model.named_parameters()}
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state, step = self.optimizer.state[parameter], torch.as_tensor(self.optimizer.state[parameter]["step"]).float()
+        first, second = ("exp_avg", "exp_avg_sq")
+        if isinstance(self.optimizer, AdamW8bit):
+            return {"step": step, first: self.optimizer.get(state, 1), second: self.optimizer.get(state, 2)}
+        return {"step": step, first: state[first], second: state[second]}

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from savant_ray.cli import main
-from savant_ray.config import dump_yaml
+from savant_ray.config import Config, dump_yaml
 from savant_ray.errors import CheckpointError, SavantError
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import write_checkpoint
-from savant_ray.training.export import export
-from savant_ray.training.original import four_keys
+from savant_ray.training.export import NO_OPTIMIZER_KNOWN, export
+from savant_ray.training.original import OptimizerName, four_keys, optimizer_of
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
-from tests.training.original_program import OriginalProgram
-from tests.training.tiny import MODEL, never, shares, tiny_config, tiny_state
+from tests.training.original_fixtures import batch
+from tests.training.original_program import AdamW8bit, OriginalProgram, adamw
+from tests.training.test_original import FLAT, MAKERS, original_config, trained
+from tests.training.tiny import MODEL, never, shares, tiny_state
 
-CONFIG = tiny_config(max_steps=3)
+CONFIG = original_config(max_steps=3)
+OPTIMIZERS = {"adamw": adamw, "adamw8bit": AdamW8bit}
+CONSTANTS = "the original needs this model's constants instead of its own: vocab_size 50 (32000), dim 16 (1024), "
 
 
 @pytest.fixture
@@ -55,6 +61,8 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
         "architectures": ["UniversalTransformer"],
         "torch_dtype": "float32",
         **MODEL,
+        "n_loops": 4,
+        "global_every": 4,
         "positions": "none",
         "step": 3,
     }
@@ -63,40 +71,161 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
 
 @pytest.mark.parametrize("named", [".", "step_3", "step_3/step_3.pt"])
 def test_a_checkpoint_is_named_by_its_run_its_folder_or_its_file(named: str, run: Path, tmp_path: Path) -> None:
-    assert export(run / named, "original", tmp_path / "step_3.pt") == []
+    warnings = export(run / named, "original", tmp_path / "step_3.pt")
+    assert len(warnings) == 2 and warnings[0] == NO_OPTIMIZER_KNOWN and warnings[1].startswith(CONSTANTS)
     assert four_keys(tmp_path / "step_3.pt")["scheduler_state_dict"]["base_lrs"] == [CONFIG.training.learning_rate]
     assert export(run / named, "safetensors", tmp_path / "folder") == []
 
 
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_the_original_goes_on_from_a_run_that_began_with_its_file(
-    run: Path, state: TrainingState, tmp_path: Path
+    make: Any, run: Path, state: TrainingState, tmp_path: Path
 ) -> None:
-    OriginalProgram().save(run)  # step_0.pt: shows the order of its parameters, and its masks
+    trained(1, optimizer=make).save(run)  # step_0.pt: shows its optimizer, the order of its parameters, and its masks
     assert export(run, "original", tmp_path / "step_3.pt") == []
-    program = OriginalProgram()
-    program.model.load_state_dict(four_keys(tmp_path / "step_3.pt")["model_state_dict"], strict=True)
+    program = OriginalProgram(optimizer=make)
     program.load(tmp_path / "step_3.pt")
-    mine = state.master_weights()
-    by_name = dict(state.model.named_parameters())
+    mine, by_name, theirs = state.master_weights(), dict(state.model.named_parameters()), program.moments()
     for name, parameter in program.model.named_parameters():
         assert torch.equal(parameter, mine[name])
-        for moment in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.equal(program.optimizer.state[parameter][moment], state.optimizer.state[by_name[name]][moment])
+        torch.testing.assert_close(theirs[name], state.optimizer.state[by_name[name]], rtol=0, atol=0)
+    program.train(batch(3))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_another_optimizer_can_be_named_and_the_original_goes_on_with_it(
+    make: Any, optimizer: OptimizerName, run: Path, tmp_path: Path
+) -> None:
+    trained(1, optimizer=make).save(run)
+    assert export(run, "original", tmp_path / "step_3.pt", optimizer) == []
+    program = OriginalProgram(optimizer=OPTIMIZERS[optimizer])
+    program.load(tmp_path / "step_3.pt")
+    program.train(batch(3))
+
+
+def test_the_newest_file_of_the_original_tells_its_optimizer(run: Path, tmp_path: Path) -> None:
+    trained(1).save(run)
+    trained(2, optimizer=AdamW8bit).save(run)
+    export(run, "original", tmp_path / "step_3.pt")
+    assert optimizer_of(four_keys(tmp_path / "step_3.pt")) == "adamw8bit"
 
 
 def test_a_damaged_file_beside_the_checkpoint_is_told_and_not_needed(run: Path, tmp_path: Path) -> None:
     (run / "step_1.pt").write_bytes(b"half")
-    warnings = export(run, "original", tmp_path / "out.pt")
-    assert len(warnings) == 1 and "step_1.pt: cut short" in warnings[0]
+    warnings = export(run, "original", tmp_path / "out.pt", "adamw")
+    assert len(warnings) == 2 and "step_1.pt: cut short" in warnings[0]
     assert four_keys(tmp_path / "out.pt")["step"] == 3
 
 
-def test_a_file_of_the_original_is_written_anew_but_has_no_tokenizer_to_export(tmp_path: Path) -> None:
-    path = OriginalProgram().save(tmp_path)
-    assert export(path, "original", tmp_path / "copy.pt") == []
-    torch.testing.assert_close(four_keys(tmp_path / "copy.pt"), four_keys(path), rtol=0, atol=0)
+@pytest.mark.parametrize("optimizer", [None, "adamw", "adamw8bit"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_file_of_the_original_is_written_anew_for_either_optimizer(
+    make: Any, optimizer: OptimizerName | None, tmp_path: Path
+) -> None:
+    path = trained(3, optimizer=make).save(tmp_path)
+    assert export(path, "original", tmp_path / "copy.pt", optimizer) == []
+    before, after = four_keys(path), four_keys(tmp_path / "copy.pt")
+    assert optimizer_of(after) == (optimizer or optimizer_of(before))
+    torch.testing.assert_close(after["optimizer_state_dict"]["state"], before["optimizer_state_dict"]["state"])
+    if optimizer_of(after) == optimizer_of(before):
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+    program = OriginalProgram(optimizer=adamw if optimizer_of(after) == "adamw" else AdamW8bit)
+    program.load(tmp_path / "copy.pt")
+    program.train(batch(3))
+
+
+def test_a_file_of_the_original_without_a_schedule_is_written_anew_without_one(tmp_path: Path) -> None:
+    content = trained(3, optimizer=FLAT).content()
+    del content["scheduler_state_dict"]
+    torch.save(content, tmp_path / "step_2.pt")
+    assert export(tmp_path / "step_2.pt", "original", tmp_path / "copy.pt") == []
+    assert list(four_keys(tmp_path / "copy.pt")) == ["step", "model_state_dict", "optimizer_state_dict"]
+
+
+def test_a_folder_with_files_of_the_original_only_stands_for_the_newest_whole_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for updates in (2, 3):
+        trained(updates, optimizer=AdamW8bit).save(folder)
+    (folder / "step_7.pt").write_bytes(b"half")
+    warnings = export(folder, "original", tmp_path / "copy.pt", "adamw")
+    assert len(warnings) == 1 and "step_7.pt: cut short" in warnings[0]
+    assert four_keys(tmp_path / "copy.pt")["step"] == 2
+    with pytest.raises(CheckpointError, match=r"step_2\.pt: a file of the original has neither settings nor tokenizer"):
+        export(folder, "safetensors", tmp_path / "folder")
+
+
+def test_a_file_of_the_original_has_no_tokenizer_to_export(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither settings nor tokenizer"):
-        export(path, "safetensors", tmp_path / "folder")
+        export(OriginalProgram().save(tmp_path), "safetensors", tmp_path / "folder")
+
+
+# --- what the original cannot represent
+
+
+def changed_run(folder: Path, **model: Any) -> Path:
+    config = Config.from_dict(CONFIG.to_dict() | {"model": {**CONFIG.model.model_dump(), **model}})
+    texts = {"config.yaml": dump_yaml(config), "tokenizer.json": "{}"}
+    return write_checkpoint(folder, tiny_state(config).to_checkpoint(), texts).parent
+
+
+def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
+    run = changed_run(tmp_path / "run", positions="rotary")
+    with pytest.raises(
+        CheckpointError, match=r"trained with model\.positions: rotary, which the original does not have"
+    ):
+        export(run, "original", tmp_path / "out.pt", "adamw")
+    assert not (tmp_path / "out.pt").exists()
+    assert export(run, "safetensors", tmp_path / "folder") == []
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"global_every": 2}, "model.global_every: 2, where the original's code has 4"),
+        ({"global_every": 3}, "model.global_every: 3, where the original's code has 4"),
+        ({"soft_cap": 30.0}, "model.soft_cap: 30.0, where the original's code has 50.0"),
+        (
+            {"vocab_size": 60},
+            r"step_0.pt in the run folder is of another model: .*head.weight is [60, 16], there [50, 16]",
+        ),
+        ({"dim": 32}, "step_0.pt in the run folder is of another model: "),
+        ({"window_size": 5}, "local_mask is not that of model.max_seq_len 16 and model.window_size 5"),
+        ({"max_seq_len": 32}, "global_mask is not that of model.max_seq_len 32 and model.window_size 4"),
+    ],
+)
+def test_a_model_that_the_original_would_compute_otherwise_is_told(
+    model: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    run = changed_run(tmp_path / "run", **model)
+    trained(1).save(run)
+    warnings = export(run, "original", tmp_path / "out.pt")
+    assert len(warnings) == 1 and re.search(said.replace("[", r"\["), warnings[0])
+
+
+@pytest.mark.parametrize(
+    "model", [{"n_loops": 2, "global_every": 3}, {"global_every": 2, "window_size": 15}], ids=["no global loop", "all"]
+)
+def test_another_global_every_that_makes_no_difference_is_no_reason_to_warn(
+    model: dict[str, Any], tmp_path: Path
+) -> None:
+    warnings = export(changed_run(tmp_path / "run", **model), "original", tmp_path / "out.pt", "adamw")
+    assert len(warnings) == 1 and warnings[0].startswith(CONSTANTS)
+
+
+def test_the_original_computes_with_our_file_what_our_model_computes(
+    run: Path, state: TrainingState, tmp_path: Path
+) -> None:
+    export(run, "original", tmp_path / "step_3.pt")
+    program, tokens = OriginalProgram(), batch(1)
+    program.load(tmp_path / "step_3.pt")
+    with torch.no_grad():
+        expected = state.model(tokens, torch.zeros_like(tokens))
+        torch.testing.assert_close(program.model(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- when something is in the way
 
 
 @pytest.mark.parametrize("format", ["original", "safetensors"])

@@ -16,14 +16,14 @@ from savant_ray.training.original import (
     original_files,
     write_original,
 )
-from tests.training.original_program import OriginalProgram
+from tests.training.original_program import AdamW8bit, OriginalProgram
 from tests.training.test_original import loaded, trained
 from tests.training.tiny import Code
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return trained(2).save(tmp_path_factory.mktemp("original")).read_bytes()
+    return trained(3, optimizer=AdamW8bit).save(tmp_path_factory.mktemp("original")).read_bytes()
 
 
 def refused_or_the_same(path: Path, altered: bytes, expected: dict[str, Any]) -> bool:
@@ -83,7 +83,7 @@ def test_a_changed_number_in_a_weight_is_refused(whole: bytes, tmp_path: Path) -
 
 def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     path = tmp_path / "step_1.pt"
-    torch.save(trained(1).content() | {"extra": Code(tmp_path / "executed")}, path)
+    torch.save(trained(2).content() | {"extra": Code(tmp_path / "executed")}, path)
     with pytest.raises(CheckpointError, match="could execute code"):
         four_keys(path)
     assert not (tmp_path / "executed").exists()
@@ -101,7 +101,7 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_not_the_originals_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    torch.save(trained(1).content() | changes, tmp_path / "step_1.pt")
+    torch.save(trained(2).content() | changes, tmp_path / "step_1.pt")
     with pytest.raises(CheckpointError, match=said):
         four_keys(tmp_path / "step_1.pt")
 
@@ -119,7 +119,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
 
 
 def test_other_shapes_are_refused_as_for_our_own_checkpoints(tmp_path: Path) -> None:
-    content = trained(1).content()
+    content = trained(2).content()
     content["model_state_dict"]["embed.weight"] = torch.zeros(60, 16)
     torch.save(content, tmp_path / "step_1.pt")
     with pytest.raises(CheckpointError, match=r"embed\.weight is \[60, 16\], the model's \[50, 16\]"):
@@ -156,6 +156,18 @@ def test_the_newest_whole_file_beyond_our_own_checkpoints_is_taken(tmp_path: Pat
     assert newest_original(tmp_path, 500, said.append) is None
     assert len(said) == 2 and "step_1000.pt: cut short" in said[0] and "left where it is" in said[0]
     assert newest.exists()
+
+
+def test_a_folder_with_nothing_but_damaged_files_of_the_original_is_refused_not_begun_anew(tmp_path: Path) -> None:
+    said: list[str] = []
+    for step in (500, 1000):
+        path = write_step(tmp_path, step)
+        path.write_bytes(path.read_bytes()[:3000])
+    (tmp_path / "step_1500.pt").symlink_to(tmp_path / "disk that is not there")
+    with pytest.raises(CheckpointError, match=r"none that is whole.*--fresh"):
+        newest_original(tmp_path, -1, said.append)
+    assert [text.split(":")[0].rsplit("/")[-1] for text in said] == ["step_1500.pt", "step_1000.pt", "step_500.pt"]
+    assert newest_original(tmp_path, 400, said.append) is None, "a checkpoint of ours is there"
 
 
 def test_a_refused_write_leaves_the_older_file_whole(tmp_path: Path) -> None:
