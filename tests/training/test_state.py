@@ -44,6 +44,13 @@ def test_everything_of_the_same_model_is_taken_over_without_a_word() -> None:
     assert all(moment.any() for moment in moments(state))
 
 
+def test_the_state_of_pytorchs_global_generator_is_restored() -> None:
+    content = fresh().to_checkpoint()
+    expected = torch.rand(3)
+    fresh().load_checkpoint(content)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def without_state(content: dict[str, Any]) -> None:
     content["optimizer_state_dict"]["state"] = {}
 
