@@ -12,6 +12,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from savant_ray.errors import SavantError, TrainingError
 from savant_ray.events import RunFailed, WorkersLost
+from savant_ray.training.fitting import DeviceMemoryError
 
 GONE = ("died", "is unavailable")  # Ray Train wraps what Ray says of an actor
 OUT_OF_MEMORY = ("outofmemoryerror", "memory monitor", "running low on memory", "due to oom", "out of memory issue")
@@ -70,6 +71,8 @@ def _is_consequence(failure: BaseException) -> bool:
 
 def _in_words(failure: BaseException) -> str:
     text = str(failure)
+    if DeviceMemoryError.__name__ in text:  # says what was being done; the error it came from is in the text as well
+        return _last_line(failure).rpartition(f"{DeviceMemoryError.__name__}: ")[2]
     if "CUDA out of memory" in text:
         return (
             "its GPU memory, training.vram_limit_gb, did not suffice; lower training.batch_size and raise accumulation"

@@ -27,10 +27,10 @@ from savant_ray.errors import SavantError
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.examiner import Examiner
-from savant_ray.training.fitting import nothing_gives_way
+from savant_ray.training.fitting import raise_memory_cap_error_on_oom
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory, cap_memory_again, memory_used_gb
-from savant_ray.training.micro_batch import MicroBatch, as_far_as_they_fit, micro_batches
+from savant_ray.training.micro_batch import MicroBatch, micro_batches
 from savant_ray.training.original import NOTE
 from savant_ray.training.precision import usable_precision
 from savant_ray.training.prefetch import one_ahead
@@ -66,8 +66,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     if host.rank == 0:
         host.emit(WorkersStarted())
     try:
-        with nothing_gives_way(config.training.vram_limit_gb):
-            _train(task, config, tokenizer, storage, host)
+        _train(task, config, tokenizer, storage, host)
     except SavantError as error:
         host.finish_saving()
         host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
@@ -81,7 +80,8 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     torch.manual_seed(config.run.seed)  # nothing of ours draws from it; what a library draws is the same each time
     precision, note = usable_precision(config.training.precision, device)
     notes = [cap_memory(device, config.training.vram_limit_gb), note]
-    state = new_state(config, device, precision)
+    with raise_memory_cap_error_on_oom(config.training.vram_limit_gb):
+        state = new_state(config, device, precision)
     state.data_fingerprint = task.data_fingerprint
     notes.append(compile_block(state.model, config.training.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
@@ -89,7 +89,8 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     host.plan = stream.plan
     steps = stream.steps(state.position, config.training.max_steps - state.step)  # reads ahead from now on
     if device.type == "cuda":  # NCCL takes its memory at the first collective of a size, and the cap has to count it
-        add_up(state.gradients.flat)
+        with raise_memory_cap_error_on_oom(config.training.vram_limit_gb):
+            add_up(state.gradients.flat)
         notes.append(cap_memory_again(device, config.training.vram_limit_gb))
     host.saver.saved_step = state.step
     if host.rank == 0:
@@ -100,7 +101,7 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
         host.finish_saving()
     host.validator = make_validator(task, config, tokenizer, host, device)
     shares = (ready(step, config, device) for step in steps)
-    if device.type == "cuda":  # each thread has a device of its own, and a context on another would take memory there
+    if device.type == "cuda":  # pinning memory in a thread without a current device makes a context on GPU 0
         shares = one_ahead(shares, functools.partial(torch.cuda.set_device, device))
     finished = train(state, config, host.metrics.watched(shares, lambda: memory_used_gb(device)), host)
     if host.rank == 0:
@@ -108,9 +109,8 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
 
 
 def ready(step: StepShare, config: Config, device: torch.device) -> list[MicroBatch]:
-    """This rank's micro-batches of a step, on the device already as far as there is room for them."""
-    parts = micro_batches(step.sequences, step.positions, config, pinned=device.type == "cuda")
-    return as_far_as_they_fit(parts, device)
+    """Return this rank's micro-batches of a step in host memory, pinned for a GPU."""
+    return micro_batches(step.sequences, step.positions, config, pinned=device.type == "cuda")
 
 
 def make_validator(

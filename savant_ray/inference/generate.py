@@ -77,6 +77,8 @@ def _rounds(
     """Yields the next token of each row, None for rows that have ended, until all have."""
     if not all(prompts):
         raise ValueError("the prompt has no tokens")
+    if not prompts:
+        return
     device = model.head.weight.device
     forbidden_V = _forbidden(sampling, model.config.vocab_size).to(device)
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]

@@ -1,4 +1,4 @@
-"""The logic suite: problems that no training text can have given away, scored by the number that the answer ends in.
+"""The logic suite: problems that no training text can have given away, and how many of them a model answers rightly.
 
 Half of the questions' worth lies in what is held out: the pairs of operands, whatever is done with them, and in a part of
 the suite the wordings too (`savant_ray/data/quickstart/problems.py` has the rule). Answers are greedy.
@@ -6,10 +6,11 @@ the suite the wordings too (`savant_ray/data/quickstart/problems.py` has the rul
 
 from __future__ import annotations
 
+import codecs
+import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import orjson
 from savant_ray.data.quickstart.problems import problems
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
+from savant_ray.inference.answers import is_right
 from savant_ray.inference.generate import Sampling, generate_many
 from savant_ray.model.transformer import UniversalTransformer
 
@@ -30,11 +32,12 @@ Z = 1.959964  # of the normal distribution, for 95 %
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the number or text that its answer has to end in."""
+    """A prompt, and the number or text that its answer has to give."""
 
     template: str
     prompt: str
     answer: str
+    source: str = field(default="", compare=False)  # file and line, if it was read from a file
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Answer:
 
     @property
     def correct(self) -> bool:
-        """Exact match; of numbers, as numbers."""
-        return _normal(conclusion(self.text)) == _normal(self.question.answer)
+        """Whether the text gives the expected answer (`savant_ray/inference/answers.py` has the rule)."""
+        return is_right(self.text, self.question.answer)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def read_questions(path: Path) -> list[Question]:
         DataError: naming file and line, what was found and what was expected.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     questions = [_question(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -109,21 +112,33 @@ def ask(
 ) -> Iterator[Answer]:
     """Yields the model's greedy answer to each question, those with short prompts first, until `stop_requested`.
 
-    Raises:
-        DataError: a prompt has no tokens.
+    A prompt without tokens has the answer ""; `refuse_empty_prompts` finds them before.
     """
     sampling = Sampling.of(tokenizer, max_new_tokens, temperature=0.0)
     by_length = sorted(questions, key=lambda question: len(question.prompt))  # little padding in front of short ones
     for start in range(0, len(by_length), at_once):
         some = by_length[start : start + at_once]
         prompts = tokenizer.encode_batch([question.prompt for question in some])
-        if not all(prompts):
-            raise DataError("a question has an empty prompt")
-        answers = generate_many(model, prompts, sampling, n_loops, stop_requested)
+        answers = iter(
+            generate_many(model, [prompt for prompt in prompts if prompt], sampling, n_loops, stop_requested)
+        )
         if stop_requested():
             return
-        for question, tokens in zip(some, answers, strict=True):
-            yield Answer(question, tokenizer.decode(tokens))
+        for question, prompt in zip(some, prompts, strict=True):
+            yield Answer(question, tokenizer.decode(next(answers)) if prompt else "")
+
+
+def refuse_empty_prompts(tokenizer: Tokenizer, questions: Sequence[Question]) -> None:
+    """Check that each prompt has tokens.
+
+    Raises:
+        DataError: the tokenizer encodes a prompt as nothing; names file and line.
+    """
+    prompts = tokenizer.encode_batch([question.prompt for question in questions])
+    for question, prompt in zip(questions, prompts, strict=True):
+        if not prompt:
+            where = f"{question.source}: " if question.source else ""
+            raise DataError(f"{where}the prompt {question.prompt!r} has no tokens in the checkpoint's tokenizer")
 
 
 def scores(answers: Iterable[Answer]) -> dict[str, Score]:
@@ -140,20 +155,6 @@ def total(templates: dict[str, Score], new_wordings: bool = False) -> Score:
     return Score(sum(score.n for score in chosen), sum(score.correct for score in chosen))
 
 
-def conclusion(text: str) -> str:
-    """What an answer ends in: behind the first "The answer is", or else its last number; "" if it has neither."""
-    said = re.search(r"The answer is\s+([^\n.]*[^\n.\s])", text)
-    if said:
-        return said[1]
-    numbers = re.findall(r"-?\d+", text)
-    return numbers[-1] if numbers else ""
-
-
-def _normal(text: str) -> str:
-    words = " ".join(text.split()).casefold()
-    return str(int(words)) if re.fullmatch(r"-?\d+", words) else words
-
-
 def _question(line: bytes, where: str) -> Question:
     try:
         fields: Any = orjson.loads(line)
@@ -162,8 +163,14 @@ def _question(line: bytes, where: str) -> Question:
     if not isinstance(fields, dict):
         raise DataError(f"{where}: a JSON object with prompt and answer is expected")
     prompt, answer = fields.get("prompt"), fields.get("answer")
-    is_answer = isinstance(answer, str | int) and not isinstance(answer, bool) and str(answer).strip()
-    if not isinstance(prompt, str) or not prompt or not is_answer:
-        found = ", ".join(fields) or "no fields"
-        raise DataError(f'{where}: "prompt" has to be a text and "answer" a text or a whole number (found: {found})')
-    return Question(str(fields.get("template", "questions")), prompt, str(answer))
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = json.loads(line, parse_int=str, parse_float=str)["answer"]  # as it is written, with all its digits
+    if not isinstance(prompt, str) or not prompt or not isinstance(answer, str) or not answer.strip():
+        found = ", ".join(f"{name}: {_shortened(value)}" for name, value in fields.items()) or "no fields"
+        raise DataError(f'{where}: "prompt" has to be a text and "answer" a text or a number (found {found})')
+    return Question(str(fields.get("template", "questions")), prompt, answer, where)
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:40]}…"

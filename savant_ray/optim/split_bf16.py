@@ -20,5 +20,6 @@ def split(full: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(upper: Tensor, lower: Tensor) -> Tensor:
-    """The fp32 tensor that `split` took apart, bit for bit."""
-    return ((upper.view(torch.int16).to(torch.int32) << 16) + lower.to(torch.int32)).view(torch.float32)
+    """The fp32 tensor that `split` took apart, bit for bit; in place, so the result is all the memory it takes."""
+    bits = upper.view(torch.int16).to(torch.int32)
+    return bits.bitwise_left_shift_(16).add_(lower).view(torch.float32)

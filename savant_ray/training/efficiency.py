@@ -2,7 +2,8 @@
 
 Useful are the floating-point operations of the matrix products without padding, recomputation and invisible keys (PaLM,
 arXiv 2204.02311, appendix B). Peak is a large matrix product in the dtype of training, with the same threads, measured
-where training runs: once more at each validation, because other processes may disturb one measurement; the best counts.
+where training runs: after the first step and at each validation, because other processes may disturb one measurement; the
+best counts, and a step that is faster than it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Peak:
         self.flops_per_second = 0.0
 
     def measure(self) -> None:
-        """Tries whether it is higher than was known; a CPU without bf16 instructions takes seconds for large matrices."""
+        """Measure again and keep the higher value; a CPU without bf16 instructions takes seconds for large matrices."""
         for side in SIDES:
             if 2 * side**3 > A_MOMENT * self.flops_per_second > 0:
                 break
@@ -39,12 +40,16 @@ class Peak:
             self.flops_per_second = max(self.flops_per_second, measured)
 
     def share(self, flops: float, seconds: float) -> float | None:
-        """Of the peak that so many FLOPs in so many seconds are; None where nobody counted them."""
-        if not flops:
+        """The part of the peak that `flops` in `seconds` are, at most 1; None if either was not measured.
+
+        A step faster than the peak shows that other processes disturbed its measurement: the peak is raised to the step's
+        speed.
+        """
+        if not flops or not self.flops_per_second:
             return None
-        if not self.flops_per_second:
-            self.measure()
-        return flops / (seconds * self.flops_per_second)
+        speed = flops / seconds
+        self.flops_per_second = max(self.flops_per_second, speed)
+        return speed / self.flops_per_second
 
 
 def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, side: int, repeats: int) -> float:

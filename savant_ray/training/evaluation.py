@@ -16,7 +16,7 @@ from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
 from savant_ray.inference.depth import loop_statistics
-from savant_ray.inference.logic import Answer, Question, Score, ask, scores, total
+from savant_ray.inference.logic import Answer, Question, Score, ask, refuse_empty_prompts, scores, total
 from savant_ray.inference.validation import loss_sums
 from savant_ray.training.sampling import load_model
 
@@ -30,9 +30,10 @@ def answers_of(
 
     Raises:
         CheckpointError: there is no readable checkpoint.
-        DataError: a question has an empty prompt.
+        DataError: a question's prompt has no tokens.
     """
     model, tokenizer, config = load_model(checkpoint)
+    refuse_empty_prompts(tokenizer, questions)
     longest = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
     yield from ask(model, tokenizer, questions, longest, n_loops)
 
@@ -70,9 +71,10 @@ def by_depth(
 
     Raises:
         CheckpointError: there is no readable checkpoint.
-        DataError: a question has an empty prompt.
+        DataError: a question's prompt has no tokens.
     """
     model, tokenizer, config = load_model(checkpoint)
+    refuse_empty_prompts(tokenizer, questions)
     longest = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
     device = model.head.weight.device
     rows = [(tokens.to(device), ids.to(device)) for tokens, ids in held_out_rows(config, tokenizer)]

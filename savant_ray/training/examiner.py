@@ -10,10 +10,9 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import MemoryCapError
 from savant_ray.events import LogicScored
 from savant_ray.inference.logic import AT_ONCE, Answer, Question, Score, ask, logic_suite, total
-from savant_ray.training.fitting import unless_out_of_memory
+from savant_ray.training.fitting import none_on_oom, retry_on_oom
 from savant_ray.training.ranks import add_up
 from savant_ray.training.state import TrainingState
 
@@ -35,7 +34,7 @@ class Examiner:
         Collective; the same on every rank.
 
         Raises:
-            MemoryCapError: one question does not fit.
+            DeviceMemoryError: one question does not fit.
         """
         started = time.perf_counter()
         final = state.step >= self.config.training.max_steps
@@ -58,11 +57,11 @@ class Examiner:
             stop, at_once = self.stop_requested, self.at_once
             return list(ask(state.model, self.tokenizer, mine, longest, at_once=at_once, stop_requested=stop))
 
-        while (answers := unless_out_of_memory(asked, state.device)) is None:
-            if self.at_once == 1:
-                raise MemoryCapError("not even one logic problem fits into memory; lower validation.max_new_tokens")
+        while self.at_once > 1:
+            if (answers := none_on_oom(asked, state.device)) is not None:
+                return answers
             self.at_once = (self.at_once + 1) // 2
-        return answers
+        return retry_on_oom(asked, state.device, f"the logic problems after step {state.step:,}")
 
 
 def _told(step: int, templates: dict[str, Score], final: bool, seconds: float) -> LogicScored:

@@ -89,9 +89,17 @@ class Fit:
         return f"micro-batches of {self.rows}, {loops}"
 
 
+class DeviceMemoryError(RuntimeError):
+    """Work beside the training steps ran out of device memory.
+
+    No `SavantError`: it does not mean that the model is too large, so the worker fails as for any other reason and is
+    restarted (`scaling.max_failures`).
+    """
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether the device had no room for something; the compiler wraps what its kernels run into."""
-    if error is None or isinstance(error, SavantError):
+    if error is None or isinstance(error, SavantError | DeviceMemoryError):
         return False
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -100,8 +108,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return is_out_of_memory(getattr(error, "inner_exception", None)) or is_out_of_memory(error.__cause__)
 
 
-def unless_out_of_memory(act: Callable[[], Result], device: torch.device) -> Result | None:
-    """What `act` returns; None if the device had no room for it, and then what it held is free again."""
+def none_on_oom(act: Callable[[], Result], device: torch.device) -> Result | None:
+    """Return `act()`, or None if the device ran out of memory; cached blocks are freed then."""
     try:
         return act()
     except Exception as error:
@@ -112,12 +120,48 @@ def unless_out_of_memory(act: Callable[[], Result], device: torch.device) -> Res
     return None
 
 
-@contextmanager
-def nothing_gives_way(limit_gb: float) -> Iterator[None]:
-    """Around what needs memory however little goes through at once: the model, its gradients, its update.
+def skip_on_oom(
+    act: Callable[[], Result], device: torch.device, work: str, notify: Callable[[str], None]
+) -> Result | None:
+    """Return `act()`, or None if the device ran out of memory, and notify the user that `work` is skipped.
+
+    For figures that training does not depend on.
+    """
+    result = none_on_oom(lambda: (act(),), device)  # in a tuple, since `act` may return None
+    if result is None:
+        notify(f"{work} was skipped: the device ran out of memory")
+        return None
+    return result[0]
+
+
+def retry_on_oom(act: Callable[[], Result], device: torch.device, work: str) -> Result:
+    """Return `act()`; if the device runs out of memory, free cached blocks and call it once more.
 
     Raises:
-        MemoryCapError: the device had no room for it.
+        DeviceMemoryError: the second call ran out of memory as well; `work` says what was being done.
+    """
+    result = none_on_oom(act, device)
+    if result is not None:
+        return result
+    try:
+        return act()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceMemoryError(
+            f"{work} ran out of device memory twice, the second time after cached blocks were freed; raise "
+            "training.vram_limit_gb if the device has more, or stop what else runs on it"
+        ) from error
+
+
+@contextmanager
+def raise_memory_cap_error_on_oom(limit_gb: float) -> Iterator[None]:
+    """Turn out-of-memory errors into an error that ends the run.
+
+    For the model, its gradients and its optimizer state only: they need the same memory at each attempt.
+
+    Raises:
+        MemoryCapError: the device ran out of memory.
     """
     try:
         yield

@@ -6,15 +6,19 @@ What the loop needs from the outside, it asks of a `Host`: under Ray that is `cl
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
+
+import torch
 
 from savant_ray.config import Config
 from savant_ray.errors import TrainingError
 from savant_ray.events import Event, MicroBatchSkipped, Notice, StepDone
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.efficiency import Peak
+from savant_ray.training.fitting import skip_on_oom
 from savant_ray.training.memory import cap_memory_again, memory_used_gb
 from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.ranks import any_rank
@@ -36,13 +40,21 @@ class Host(Protocol):
         """None until this rank is asked to stop, then the seconds that are left for it; costs nothing."""
 
     def save(self, state: TrainingState, reason: str) -> None:
-        """Begins a checkpoint of the state as it is now; all ranks call it. A storage that refuses is told of."""
+        """Begin a checkpoint of the state as it is now; all ranks call it. A storage that refuses is reported.
+
+        Raises:
+            DeviceMemoryError: the device has no memory for copying the state.
+        """
 
     def finish_saving(self) -> bool:
         """Waits until the checkpoint that was begun is written; all ranks call it. False: this rank's storage refused."""
 
     def validate(self, state: TrainingState) -> bool:
-        """Loss on held-out text, logic problems, a sample; collective. True: a rank was asked to stop; it is cut short."""
+        """Loss on held-out text, logic problems, a sample; collective. True: a rank was asked to stop; it is cut short.
+
+        Raises:
+            DeviceMemoryError: the device has no memory for a single sequence.
+        """
 
 
 def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroBatch]], host: Host) -> bool:
@@ -53,27 +65,32 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
 
     Raises:
         TrainingError: `training.max_skipped_steps` steps in a row could not update the weights.
+        MemoryCapError: one sequence, or the model with its gradients and optimizer state, does not fit.
+        DeviceMemoryError: a save or a validation does not fit.
     """
     settings = config.training
     begun = saved = state.step
     if validation_is_due(state.step, config):
         if host.validate(state):
             return False
-    elif host.rank == 0:
-        state.weights_moved()  # remembers them for the first validation
+    elif host.rank == 0:  # remembers the weights for the first validation
+        skip_on_oom(state.weights_moved, state.device, "comparing weights", functools.partial(warn, host))
     stop, peak = False, Peak(state.precision, state.device)
     for share, data_wait in timed(shares):
         rate = learning_rate(state.next_in_schedule, settings.learning_rate, settings.warmup_steps, settings.max_steps)
         started = time.perf_counter()
-        result = take_step_that_fits(state, share, rate, settings.gradient_clip, host)
+        result = step_with_oom_retry(state, share, rate, settings.gradient_clip, host)
         seconds = data_wait + time.perf_counter() - started
         if result.abandoned:
             host.emit(Notice(text=f"step {state.step + 1:,} would outlast the grace period: given up, nothing is lost"))
         else:
             advance(state, result, settings.effective_batch)
+            flops = useful(share)
             if state.step == begun + 1:  # libraries have taken their memory by now, and it counts
                 warn(host, cap_memory_again(state.device, settings.vram_limit_gb))
-            tell(host, state, result, rate, seconds, data_wait, peak.share(useful(share), seconds))
+                if flops:
+                    measure(peak, host, state.device)
+            tell(host, state, result, rate, seconds, data_wait, peak.share(flops, seconds))
             refuse_endless_skips(state, settings.max_skipped_steps)
 
         stop = result.stop
@@ -82,7 +99,7 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
             saved = state.step
         if not stop and validation_is_due(state.step, config):
             stop = host.validate(state)
-            peak.measure()
+            measure(peak, host, state.device)
         if stop:
             if state.step > saved or any_rank(not host.finish_saving(), state.device):  # it loses what is told twice
                 host.save(state, "stop")
@@ -91,7 +108,7 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
     return not stop
 
 
-def take_step_that_fits(
+def step_with_oom_retry(
     state: TrainingState, share: Sequence[MicroBatch], rate: float, gradient_clip: float, host: Host
 ) -> StepResult:
     """Takes a step, with less at once when there was no room for it; all ranks together.
@@ -131,6 +148,11 @@ def warn(host: Host, note: str | None) -> None:
     """Tells the user, of whichever rank it is."""
     if note is not None:
         host.emit(Notice(text=f"rank {host.rank}: {note}"))
+
+
+def measure(peak: Peak, host: Host, device: torch.device) -> None:
+    """Measure the peak speed of the device, if there is memory for it."""
+    skip_on_oom(peak.measure, device, "measuring the speed of matrix products", functools.partial(warn, host))
 
 
 def useful(share: Sequence[MicroBatch]) -> float:

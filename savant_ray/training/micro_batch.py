@@ -5,9 +5,8 @@ Shapes: B sequences, T time, N sequences of a rank's share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from savant_ray.config import Config
 from savant_ray.data.token_cache import Sequences
 from savant_ray.training.efficiency import document_lengths, useful_flops
-from savant_ray.training.fitting import unless_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class MicroBatch:
             yield MicroBatch(self.tokens_BT[part], self.document_ids_BT[part], self.positions[part])
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same there; from pinned memory a GPU fetches it by itself."""
+        """The same micro-batch on `device`; the copy from pinned memory to a GPU is asynchronous."""
         tokens_BT = self.tokens_BT.to(device, non_blocking=True)
         document_ids_BT = self.document_ids_BT.to(device, non_blocking=True)
         return replace(self, tokens_BT=tokens_BT, document_ids_BT=document_ids_BT)
@@ -54,17 +52,6 @@ def micro_batches(sequences: Sequences, positions: np.ndarray, config: Config, p
         )
         for part in parts
     ]
-
-
-def as_far_as_they_fit(parts: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
-    """The same there, from the first that has no room on where they were: before their turn another step is running."""
-    there: list[MicroBatch] = []
-    for part in parts:
-        moved = unless_out_of_memory(partial(part.to, device), device)
-        if moved is None:
-            break
-        there.append(moved)
-    return [*there, *parts[len(there) :]]
 
 
 def _copy(array: np.ndarray, pinned: bool) -> Tensor:

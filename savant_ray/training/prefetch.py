@@ -1,4 +1,4 @@
-"""The next step's share is fetched, and copied to the GPU if it has room, while this one is computed."""
+"""The next step's share is fetched into pinned host memory while this one is computed."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.master_weights import MasterWeightOptimizer
 from savant_ray.optim.muon import Muon
 from savant_ray.training.checkpoint import FORMAT_VERSION
-from savant_ray.training.fitting import Fit
+from savant_ray.training.fitting import Fit, retry_on_oom
 from savant_ray.training.precision import weights_dtype
 
 LOSS, TOKENS, SKIPPED, STOP, ABANDONED, NO_ROOM = SUMS = range(6)  # what travels with the gradients (training/step.py)
@@ -93,10 +93,16 @@ class TrainingState:
         return moved / total if total else None
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """The original's four keys, and `savant` with what else a resumed run needs."""
+        """The original's four keys, and `savant` with what else a resumed run needs.
+
+        Of bf16 weights it holds fp32 copies on the device, all at once; `copy_to_host` makes one at a time.
+        """
+        return self._checkpoint(self.master_weights())
+
+    def _checkpoint(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         return {
             "step": self.step,
-            "model_state_dict": self.master_weights(),
+            "model_state_dict": weights,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": {"last_epoch": self.step},
             "savant": {
@@ -115,16 +121,30 @@ class TrainingState:
     def copy_to_host(self) -> dict[str, Any]:
         """`to_checkpoint` as it is now: copies in host memory, 12 bytes a weight, which later steps do not touch.
 
-        The next call writes over them.
+        The next call writes over them. bf16 weights are joined with their lower halves one tensor at a time, so the
+        device needs 4 bytes for each element of the largest one.
+
+        Raises:
+            DeviceMemoryError: the device has no memory for that.
         """
         if self._room is not None:
             self._room.join()
-        self._host_copy = _copied(self.to_checkpoint(), self._host_copy)
+        self._host_copy = retry_on_oom(
+            self._copied_state, self.device, f"copying step {self.step:,} for its checkpoint"
+        )
         return self._host_copy
+
+    def _copied_state(self) -> dict[str, Any]:
+        older = self._host_copy.get("model_state_dict", {})
+        weights = {
+            name: _copied(self.optimizer.master(p), older.get(name)) for name, p in self.model.named_parameters()
+        }
+        return {**_copied(self._checkpoint({}), self._host_copy), "model_state_dict": weights}
 
     def make_room_for_copies(self) -> None:
         """Allocates in a thread what the first `copy_to_host` writes to, which then costs no more than the later ones."""
-        like = _shapes(self.to_checkpoint())
+        meta = {name: torch.empty(p.shape, device="meta") for name, p in self.model.named_parameters()}
+        like = _shapes(self._checkpoint(meta))
         self._room = threading.Thread(target=self._make_room, args=(like,), name="room-for-copies", daemon=True)
         self._room.start()
 

@@ -21,7 +21,7 @@ import torch
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.optim.gradients import clip_to_mean
 from savant_ray.training.efficiency import synchronize
-from savant_ray.training.fitting import unless_out_of_memory
+from savant_ray.training.fitting import none_on_oom, raise_memory_cap_error_on_oom
 from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.precision import autocast
 from savant_ray.training.ranks import add_up
@@ -78,6 +78,9 @@ def take_step(
     """Accumulates, reduces, updates: collective, so every rank calls it once per step, whatever its share.
 
     A stop does not cut the step short, unless the rest of its accumulation would outlast the grace period on some rank.
+
+    Raises:
+        MemoryCapError: the device has no memory for reducing the gradients or updating the weights.
     """
     started = time.perf_counter()
     state.gradients.zero()
@@ -87,14 +90,15 @@ def take_step(
     sums[SKIPPED:] = torch.tensor(flags, dtype=sums.dtype)
     synchronize(state.device)
     accumulated = time.perf_counter()
-    add_up(state.gradients.flat)
-    loss, tokens, n_skipped, stops, gave_up, no_room = sums.tolist()
-    reduced = time.perf_counter()
-    is_whole = tokens and not gave_up and not no_room
-    norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if is_whole else math.nan
-    updated = math.isfinite(norm)
-    if updated:
-        update(state, learning_rate)
+    with raise_memory_cap_error_on_oom(state.fit.limit_gb):
+        add_up(state.gradients.flat)
+        loss, tokens, n_skipped, stops, gave_up, no_room = sums.tolist()
+        reduced = time.perf_counter()
+        is_whole = tokens and not gave_up and not no_room
+        norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if is_whole else math.nan
+        updated = math.isfinite(norm)
+        if updated:
+            update(state, learning_rate)
     return StepResult(
         loss=loss / tokens if tokens else math.nan,
         tokens=int(tokens),
@@ -117,7 +121,7 @@ def accumulate(state: TrainingState, share: Sequence[MicroBatch], grace_left: Gr
     for done, micro_batch in enumerate(micro_batches):
         if outlasts(grace_left(), time.perf_counter() - started, done, len(micro_batches)):
             return Accumulated(tuple(skipped), abandoned=True)
-        loss = unless_out_of_memory(partial(add_gradients, state, micro_batch), state.device)
+        loss = none_on_oom(partial(add_gradients, state, micro_batch), state.device)
         if loss is None:
             return Accumulated(tuple(skipped), no_room=True)
         if not math.isfinite(loss):
@@ -128,7 +132,7 @@ def accumulate(state: TrainingState, share: Sequence[MicroBatch], grace_left: Gr
 def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> float:
     """One forward and backward pass into the buffer; a loss that is not finite adds nothing. Returns the loss sum.
 
-    What had no room on the device before its turn is moved there now.
+    The micro-batch is moved to the device here, and not earlier, so that running out of memory is handled in one place.
     """
     micro_batch = micro_batch.to(state.device)
     targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)

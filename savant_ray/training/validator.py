@@ -15,14 +15,13 @@ from torch import Tensor
 
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import MemoryCapError
 from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
 from savant_ray.inference.depth import LoopStatistics, loop_statistics
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.inference.validation import bits_per_byte, loss_sums
 from savant_ray.training.compilation import uncompiled
 from savant_ray.training.examiner import Examiner
-from savant_ray.training.fitting import unless_out_of_memory
+from savant_ray.training.fitting import none_on_oom, retry_on_oom, skip_on_oom
 from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.precision import autocast
 from savant_ray.training.ranks import add_up, any_rank
@@ -77,20 +76,19 @@ class Validator:
             self._tell(state, loss / tokens, time.perf_counter() - started)
 
     def _loss_sums(self, state: TrainingState) -> Tensor:
-        """Of this rank's sequences, with less at once where there was no room; training's own micro-batches stay.
+        """Sums over this rank's sequences, fewer at once if they do not fit; training's micro-batches stay as they are.
 
         Raises:
-            MemoryCapError: one sequence does not fit.
+            DeviceMemoryError: one sequence does not fit.
         """
         while True:
             rows = self.rows or self.config.training.batch_size
-            parts = [part for batch in self.micro_batches for part in batch.parts(rows)]
-            batches = self._unless_stopped([(part.tokens_BT, part.document_ids_BT) for part in parts])
-            sums = unless_out_of_memory(functools.partial(loss_sums, state.model, batches), state.device)
+            sums_at_once = functools.partial(self._loss_sums_at_once, state, rows)
+            if rows == 1:
+                return retry_on_oom(sums_at_once, state.device, f"the validation after step {state.step:,}")
+            sums = none_on_oom(sums_at_once, state.device)
             if sums is not None:
                 return sums
-            if rows == 1:
-                raise MemoryCapError("not even one sequence of validation fits into memory; lower model.max_seq_len")
             self.rows = (rows + 1) // 2
             self.emit(
                 Notice(
@@ -99,8 +97,14 @@ class Validator:
                 )
             )
 
+    def _loss_sums_at_once(self, state: TrainingState, rows: int) -> Tensor:
+        parts = [part for batch in self.micro_batches for part in batch.parts(rows)]
+        batches = self._unless_stopped([(part.tokens_BT, part.document_ids_BT) for part in parts])
+        return loss_sums(state.model, batches)
+
     def _tell(self, state: TrainingState, loss: float, seconds: float) -> None:
-        depth = self._depth(state)
+        depth = self._unless_oom(state, "loop statistics", functools.partial(self._depth, state))
+        depth = depth or LoopStatistics((), ())
         if depth.has_collapsed:
             self.emit(Notice(text=COLLAPSE.format(step=state.step, cosine=depth.cosines[-1])))
         self.emit(
@@ -108,7 +112,7 @@ class Validator:
                 step=state.step,
                 validation_loss=loss,
                 bits_per_byte=bits_per_byte(loss, self.target_tokens, self.text_bytes),
-                weights_moved=state.weights_moved(),
+                weights_moved=self._unless_oom(state, "comparing weights", state.weights_moved),
                 seconds=seconds,
                 residuals=depth.residuals,
                 cosines=depth.cosines,
@@ -128,9 +132,7 @@ class Validator:
         seed = derived_seed(self.config.run.seed, state.step, "sample")
         sampling = Sampling.of(self.tokenizer, settings.max_new_tokens, settings.temperature, seed)
         answer = self._unless_stopped(generate(state.model, self.tokenizer.encode(settings.prompt), sampling))
-        tokens = unless_out_of_memory(lambda: list(answer), state.device)
-        if tokens is None:
-            self.emit(Notice(text=f"step {state.step:,}: the answer to the prompt did not fit into memory"))
+        tokens = self._unless_oom(state, "the answer to the prompt", lambda: list(answer))
         if tokens is None or self.stop_requested():
             return
         self.emit(
@@ -142,6 +144,9 @@ class Validator:
                 logic_score=None if scored is None else scored.score,
             )
         )
+
+    def _unless_oom(self, state: TrainingState, work: str, act: Callable[[], Item]) -> Item | None:
+        return skip_on_oom(act, state.device, f"step {state.step:,}: {work}", lambda text: self.emit(Notice(text=text)))
 
     def _unless_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
         return takewhile(lambda _: not self.stop_requested(), items)

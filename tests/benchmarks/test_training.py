@@ -57,3 +57,8 @@ def test_the_figures_are_ratios_of_neighbouring_rounds() -> None:
     assert figure["ratio"] == 3.0 and figure["spread"] == [2.0, 4.0] and figure["rounds"] == 3
     assert 0 < figure["share_of_peak"] < 1 and "40 against 10 useful tokens/s" in figure["detail"]
     assert table(figures).row_count == 1
+
+
+def test_no_share_of_peak_is_above_one_however_slow_the_peak_was_measured() -> None:
+    figures = training._figures("x", Case(10, 4), CPU, peak=[1.0, 2.0, 1.0], slow=[4.0, 2.0, 6.0], fast=[1.0, 1.0, 2.0])
+    assert figures["train_x"]["share_of_peak"] == 1.0

@@ -27,26 +27,24 @@ class FakeHost:
         """Nothing was begun."""
 
 
-def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_what_to_lower(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def no_room(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def run_worker(monkeypatch: pytest.MonkeyPatch, expected: type[Exception], **fakes_of_test: Any) -> list[Event]:
+    """The events of a worker that ends with the `expected` error."""
     events: list[Event] = []
-
-    def no_room(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
     fakes = {
         "ray": SimpleNamespace(get=lambda reference: False),
         "Tokenizer": SimpleNamespace(load=lambda path: None),
         "run_storage": lambda config: None,
         "RayHost": lambda *_: FakeHost(events),
         "get_device": lambda: CPU,
-        "new_state": no_room,
     }
-    for name, fake in fakes.items():
+    for name, fake in (fakes | fakes_of_test).items():
         monkeypatch.setattr(worker, name, fake)
     bridge = SimpleNamespace(has_failed=SimpleNamespace(remote=lambda: None))
-    with pytest.raises(MemoryCapError):
+    with pytest.raises(expected):
         worker.train_worker(
             {
                 "config": tiny_config().to_dict(),
@@ -57,5 +55,19 @@ def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_what_to_low
                 "bridge": bridge,
             }
         )
+    return events
+
+
+def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_what_to_lower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = run_worker(monkeypatch, MemoryCapError, new_state=no_room)
     (failed,) = (event for event in events if isinstance(event, RunFailed))
     assert failed.exit_code == 5 and "training.vram_limit_gb = 10" in failed.text and "lower model.dim" in failed.text
+
+
+def test_other_work_without_memory_does_not_end_the_run_as_a_model_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = run_worker(monkeypatch, torch.OutOfMemoryError, load_newest=no_room)
+    assert not any(isinstance(event, RunFailed) for event in events), "Ray Train restarts the worker"

@@ -29,8 +29,17 @@ def test_a_document_costs_the_same_wherever_it_lies_and_a_longer_one_more() -> N
 
 def test_a_matrix_product_itself_is_about_all_of_the_peak_and_uncounted_work_is_unknown() -> None:
     peak = Peak("fp32", torch.device("cpu"))
-    assert peak.share(0.0, 1.0) is None and peak.flops_per_second == 0
+    assert peak.share(1e6, 1.0) is None, "not measured yet"
+    peak.measure()
+    assert peak.share(0.0, 1.0) is None
     assert peak.share(1e6, 1.0) == pytest.approx(1e6 / peak.flops_per_second)
     before = peak.flops_per_second
     peak.measure()
     assert peak.flops_per_second >= before > 1e8
+
+
+def test_no_step_is_faster_than_the_peak_however_busy_the_machine_was_when_it_was_measured() -> None:
+    peak = Peak("fp32", torch.device("cpu"))
+    peak.flops_per_second = 1e9
+    assert peak.share(1.31e9, 1.0) == 1.0
+    assert peak.share(0.655e9, 1.0) == pytest.approx(0.5), "the peak is at least the speed of the fastest step"

@@ -12,6 +12,7 @@ from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.inference.logic import AT_ONCE, logic_suite
 from savant_ray.training import examiner
 from savant_ray.training.examiner import Examiner
+from savant_ray.training.fitting import DeviceMemoryError
 from savant_ray.training.state import TrainingState
 from tests.training.tiny import CPU, MODEL, new_state
 
@@ -67,6 +68,17 @@ def test_after_the_last_step_the_whole_suite_is_asked_with_new_wordings_apart(st
 
 def test_a_stop_cuts_it_short_and_nothing_is_told(state: TrainingState) -> None:
     assert of_rank(0, 1, stopped=True)(state) is None
+
+
+def test_not_even_one_question_that_fits_is_a_failure_of_the_worker(
+    state: TrainingState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(examiner, "ask", no_room)
+    with pytest.raises(DeviceMemoryError, match="the logic problems after step 0 ran out of device memory"):
+        of_rank(0, 1)(state)
 
 
 def test_what_does_not_fit_into_memory_is_asked_with_less_at_once(

@@ -16,7 +16,15 @@ from torch._dynamo.exc import BackendCompilerFailed
 from savant_ray.config import Config
 from savant_ray.errors import MemoryCapError
 from savant_ray.events import Event, Notice, StepDone, ValidationDone
-from savant_ray.training.fitting import Fit, is_out_of_memory, nothing_gives_way, unless_out_of_memory
+from savant_ray.training.efficiency import Peak
+from savant_ray.training.fitting import (
+    DeviceMemoryError,
+    Fit,
+    is_out_of_memory,
+    none_on_oom,
+    raise_memory_cap_error_on_oom,
+    retry_on_oom,
+)
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
@@ -184,8 +192,10 @@ def test_other_errors_are_not_taken_for_want_of_memory() -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        unless_out_of_memory(fail, CPU)
-    with pytest.raises(RuntimeError, match="shapes"), nothing_gives_way(10):
+        none_on_oom(fail, CPU)
+    with pytest.raises(RuntimeError, match="shapes"):
+        retry_on_oom(fail, CPU, "a save")
+    with pytest.raises(RuntimeError, match="shapes"), raise_memory_cap_error_on_oom(10):
         fail()
 
 
@@ -198,9 +208,93 @@ def test_an_update_that_does_not_fit_ends_the_run_with_what_to_lower(monkeypatch
 
     monkeypatch.setattr(state.optimizer, "update", no_room)
     with pytest.raises(MemoryCapError, match="vram_limit_gb = 10; raise it, or lower model.dim") as caught:
-        with nothing_gives_way(10):
-            trained(config, state)
+        trained(config, state)
     assert caught.value.exit_code == 5 and "\n" not in str(caught.value)
+
+
+class NoRoom:
+    """Raises the allocator's error for the first `times` calls, then calls `act`."""
+
+    def __init__(self, act: Callable[..., object], times: int = 10**6) -> None:
+        self.act, self.left = act, times
+
+    def __call__(self, *arguments: object) -> object:
+        if self.left:
+            self.left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.act(*arguments)
+
+
+def with_due(config: Config, checkpoint: int = 1000, validation: int = 1000) -> Config:
+    settings = config.to_dict()
+    settings["checkpoint"]["every_steps"], settings["validation"]["every_steps"] = checkpoint, validation
+    return Config.from_dict(settings)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_save_without_device_memory_is_tried_once_more_and_then_fails_as_any_worker_does(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_due(tiny_config(), checkpoint=2)
+    state, host = tiny_state(config), RecordingHost()
+    master, save = NoRoom(state.optimizer.master, times=0), state.copy_to_host
+
+    def save_without_room() -> object:
+        master.left = failures if state.step == 4 else 0
+        return save()
+
+    monkeypatch.setattr(state.optimizer, "master", master)
+    monkeypatch.setattr(state, "copy_to_host", save_without_room)
+    if failures == 1:
+        assert train(state, config, shares(state, config), host)
+        assert host.saved == [(2, "periodic"), (4, "periodic"), (6, "final")]
+    else:
+        with pytest.raises(DeviceMemoryError, match="copying step 4 for its checkpoint ran out of device memory"):
+            train(state, config, shares(state, config), host)
+        assert host.saved == [(2, "periodic")] and host.step == 4
+
+
+def test_what_training_does_not_depend_on_is_skipped_with_a_notice_if_it_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = with_due(tiny_config(), validation=3)
+    state, host = tiny_state(config), RecordingHost()
+    monkeypatch.setattr(Peak, "measure", NoRoom(Peak.measure))
+    monkeypatch.setattr(state, "weights_moved", NoRoom(state.weights_moved))
+    assert train(state, config, shares(state, config), host) and len(steps(host)) == 6
+    skipped = "was skipped: the device ran out of memory"
+    assert notices(host) == [
+        f"rank 0: comparing weights {skipped}",
+        f"rank 0: measuring the speed of matrix products {skipped}",
+        f"rank 0: measuring the speed of matrix products {skipped}",
+    ]
+    assert all(step.share_of_peak is None for step in steps(host))
+
+    monkeypatch.setattr("savant_ray.training.validator.loop_statistics", NoRoom(lambda: None))
+    about_loops, about_weights, loss, _ = validated(state, config)
+    assert isinstance(about_loops, Notice) and about_loops.text == f"step 6: loop statistics {skipped}"
+    assert isinstance(about_weights, Notice) and about_weights.text == f"step 6: comparing weights {skipped}"
+    assert isinstance(loss, ValidationDone) and loss.residuals == () and loss.weights_moved is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_validation_of_which_not_even_one_sequence_fits_fails_as_any_worker_does(batch_size: int) -> None:
+    config = tiny_config(batch_size=batch_size, accumulation=12 // batch_size)
+    with pytest.raises(DeviceMemoryError, match="the validation after step 0 ran out of device memory"):
+        validated(with_room_for(tiny_state(config), 0), config)
+
+
+def test_a_validation_of_one_sequence_that_fits_the_second_time_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(batch_size=1, accumulation=12)
+    expected, state = validated(tiny_state(config), config), tiny_state(config)
+    monkeypatch.setattr(state.model, "hidden", NoRoom(state.model.hidden, times=1))
+    losses = [
+        event.validation_loss
+        for events in (expected, validated(state, config))
+        for event in events
+        if isinstance(event, ValidationDone)
+    ]
+    assert len(losses) == 2 and losses[0] == losses[1]
 
 
 def validated(state: TrainingState, config: Config) -> list[Event]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,13 @@ def test_everything_of_the_same_model_is_taken_over_without_a_word() -> None:
     assert (state.step, state.position) == (3, 36)
     assert all(torch.equal(w, content["model_state_dict"][name]) for name, w in weights(state).items())
     assert all(moment.any() for moment in moments(state))
+
+
+def test_the_state_of_pytorchs_global_generator_is_restored() -> None:
+    content = fresh().to_checkpoint()
+    expected = torch.rand(3)
+    fresh().load_checkpoint(content)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def without_state(content: dict[str, Any]) -> None:
@@ -106,6 +115,26 @@ def test_a_schedule_that_stood_elsewhere_goes_on_at_the_step() -> None:
     state, content = fresh(), trained()
     content["scheduler_state_dict"]["last_epoch"] = 7
     assert state.load_checkpoint(content) == ["the saved schedule stood at 7; it goes on at step 3"]
+
+
+def test_a_copy_of_bf16_weights_joins_one_at_a_time_and_is_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tiny_state(tiny_config(precision="bf16"))
+    take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    expected, master = state.to_checkpoint(), state.optimizer.master
+    joined: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(parameter: torch.nn.Parameter) -> torch.Tensor:
+        assert all(reference() is None for reference in joined), "the one before is freed"
+        full = master(parameter)
+        joined.append(weakref.ref(full))
+        return full
+
+    monkeypatch.setattr(state.optimizer, "master", watched)
+    files = [io.BytesIO(), io.BytesIO()]
+    for content, file in zip((state.copy_to_host(), expected), files, strict=True):
+        torch.save(content, file)
+    assert len(joined) == len(list(state.model.parameters()))
+    assert files[0].getvalue() == files[1].getvalue()
 
 
 def test_a_second_copy_takes_the_place_of_the_first_and_is_the_state_as_it_is_then() -> None:
