@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,10 @@ from savant_ray.errors import SettingsError
 
 if TYPE_CHECKING:
     from savant_ray.config import Config
+
+MOST_NEW_TOKENS = 1_000_000  # each token takes milliseconds, and memory in the global loops
+MOST_LOOPS = 4096  # each has keys and values of its own
+SEEDS = (-(2**63), 2**64 - 1)  # of torch.Generator
 
 
 class _HelpWithSettings(argparse.Action):
@@ -81,16 +86,31 @@ def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     return options, config
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+def new_tokens(text: str) -> int:
+    """A number of tokens to generate."""
+    return _whole_number(text, 1, MOST_NEW_TOKENS)
+
+
+def loops(text: str) -> int:
+    """A number of passes of the recurrent block."""
+    return _whole_number(text, 1, MOST_LOOPS)
+
+
+def depths(text: str) -> list[int]:
+    """Numbers of passes of the recurrent block, with commas between them."""
+    return [loops(part) for part in text.split(",")]
+
+
+def seed(text: str) -> int:
+    """A seed that PyTorch's generators take."""
+    return _whole_number(text, *SEEDS)
+
+
+def _whole_number(text: str, least: int, most: int) -> int:
+    if not re.fullmatch(r"[-+]?\d{1,20}", text.strip()) or not least <= int(text) <= most:
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
+        raise argparse.ArgumentTypeError(f"{shown!r} is not a whole number from {least:,} to {most:,}")
     return int(text)
-
-
-def counts(text: str) -> list[int]:
-    """Whole numbers of at least 1, with commas between them."""
-    return [count(part) for part in text.split(",")]
 
 
 def temperature(text: str) -> float:

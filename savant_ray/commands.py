@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from savant_ray.command_line import count, counts, new_parser, temperature, with_settings
+from savant_ray.command_line import depths, loops, new_parser, new_tokens, seed, temperature, with_settings
 from savant_ray.errors import SavantError
 
 QUICKSTART_FOLDER = Path("dataset")
@@ -65,12 +65,12 @@ def _generate(arguments: Sequence[str]) -> int:
         "--checkpoint", metavar="PATH", required=True, help="a run folder or a step_N in it; also s3://…"
     )
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text to go on with")
-    parser.add_argument("--max-new-tokens", type=count, metavar="N", help="longest answer [the run's]")
+    parser.add_argument("--max-new-tokens", type=new_tokens, metavar="N", help="longest answer [the run's]")
     parser.add_argument(
         "--temperature", type=temperature, metavar="T", help="0: always the likeliest token [the run's]"
     )
-    parser.add_argument("--seed", type=int, metavar="N", default=0, help="another seed, another answer [0]")
-    parser.add_argument("--loops", type=count, metavar="N", help="passes of the recurrent block [the model's n_loops]")
+    parser.add_argument("--seed", type=seed, metavar="N", default=0, help="another seed, another answer [0]")
+    parser.add_argument("--loops", type=loops, metavar="N", help="passes of the recurrent block [the model's n_loops]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file")
     options = parser.parse_args(arguments)
     from savant_ray.cluster.storage import on_this_machine
@@ -100,11 +100,11 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--problems", type=Path, metavar="FILE.jsonl", help="your own instead: prompt and answer a line"
     )
-    parser.add_argument("--max-new-tokens", type=count, metavar="N", help="longest answer [the run's]")
-    parser.add_argument("--loops", type=count, metavar="N", help="passes of the recurrent block [the model's n_loops]")
+    parser.add_argument("--max-new-tokens", type=new_tokens, metavar="N", help="longest answer [the run's]")
+    parser.add_argument("--loops", type=loops, metavar="N", help="passes of the recurrent block [the model's n_loops]")
     parser.add_argument(
         "--depths",
-        type=counts,
+        type=depths,
         metavar="N,N,…",
         help="instead: score and loss with so many loops, such as 1,2,4,8,16,32",
     )
@@ -118,8 +118,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     questions = logic_suite() if options.problems is None else read_questions(options.problems)
     with on_this_machine(options.checkpoint) as checkpoint:
         if options.depths:
-            depths = by_depth(checkpoint, questions, options.depths, options.max_new_tokens)
-            scored = {"depths": list(with_progress(depths, len(options.depths)))}
+            by_loops = by_depth(checkpoint, questions, options.depths, options.max_new_tokens)
+            scored = {"depths": list(with_progress(by_loops, len(options.depths)))}
         else:
             answers = answers_of(checkpoint, questions, options.max_new_tokens, options.loops)
             scored = result(list(with_progress(answers, len(questions))))

@@ -26,6 +26,7 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(without_password)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
 Auto = Literal["auto"]
 
+MOST_SEED = 10**18 - 1  # as many digits as any 64-bit number holds
 LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
 
 
@@ -49,6 +50,13 @@ class RunConfig(Section):
     init_from: Text | None = Field(
         default=None, description="start a new run from the weights of this run or checkpoint folder; also s3://…"
     )
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _is_a_seed(cls, seed: Any) -> Any:
+        if isinstance(seed, int | float) and seed > MOST_SEED:  # files give longer whole numbers as floats
+            raise ValueError(f"run.seed: {seed} is not a whole number from 0 to {MOST_SEED}")
+        return seed
 
     @field_validator("name")
     @classmethod

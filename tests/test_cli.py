@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from savant_ray.cli import COMMANDS, main
@@ -170,10 +171,37 @@ def test_generate_leaves_to_the_checkpoint_what_is_not_given(calls: list[Any]) -
     assert calls[0][2] == {"max_new_tokens": None, "temperature": None, "seed": 0, "n_loops": None}
 
 
-@pytest.mark.parametrize("option", [["--max-new-tokens", "0"], ["--temperature", "nan"], ["--loops", "2.5"]])
-def test_generate_refuses_numbers_that_make_no_sense(option: list[str], calls: list[Any]) -> None:
-    assert main(["generate", "--checkpoint", "run", "--prompt", "x", *option]) == 2
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--max-new-tokens", "0", "'0' is not a whole number from 1 to 1,000,000"),
+        ("--max-new-tokens", "1000000000", "'1000000000' is not a whole number from 1 to 1,000,000"),
+        ("--temperature", "nan", "'nan' is not a number of at least 0"),
+        ("--loops", "2.5", "'2.5' is not a whole number from 1 to 4,096"),
+        ("--loops", "1000000000", "'1000000000' is not a whole number from 1 to 4,096"),
+        (
+            "--seed",
+            "99999999999999999999",
+            "is not a whole number from -9,223,372,036,854,775,808 to 18,446,744,073,709,",
+        ),
+        ("--seed", "-9223372036854775809", "is not a whole number from"),
+        ("--seed", "9" * 5000, f"'{'9' * 40}…' is not a whole number from"),
+        ("--seed", "x", "'x' is not a whole number from"),
+    ],
+)
+def test_generate_refuses_numbers_that_make_no_sense(
+    option: str, value: str, message: str, calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--checkpoint", "run", "--prompt", "x", f"{option}={value}"]) == 2
     assert calls == []
+    assert f"argument {option}: " in (told := capsys.readouterr().err.splitlines()[-1]) and message in told
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 1])
+def test_every_seed_that_is_accepted_is_one_that_text_is_drawn_with(seed: int, calls: list[Any]) -> None:
+    assert main(["generate", "--checkpoint", "run", "--prompt", "x", "--seed", str(seed)]) == 0
+    assert calls[0][2]["seed"] == seed
+    torch.Generator().manual_seed(seed)
 
 
 def test_generate_says_where_it_could_not_write(

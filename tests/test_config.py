@@ -410,6 +410,9 @@ def test_json_is_read_with_its_escapes_and_its_duplicates_are_refused(file: Path
         ("training.batch_size", "1.5", "expected a whole number, found 1.5"),
         ("training.batch_size", "many", "expected a whole number, found many"),
         ("training.batch_size", "9" * 5000, "expected a whole number, found .inf"),
+        ("run.seed", "1000000000000000000", "1e+18 is not a whole number from 0 to 999999999999999999"),
+        ("run.seed", "9" * 30, "1e+30 is not a whole number from 0 to 999999999999999999"),
+        ("run.seed", "-1", "-1 has to be at least 0"),
         ("training.batch_size", "0", "0 has to be at least 1"),
         ("training.learning_rate", ".nan", "expected a finite number, found .nan"),
         ("training.learning_rate", ".inf", "expected a finite number, found .inf"),
@@ -503,3 +506,11 @@ def test_an_address_with_a_password_is_refused_and_not_repeated(name: str, value
 
 def test_an_address_without_a_password_may_name_a_user_and_a_port() -> None:
     assert load_config(["--run.storage_path", "hdfs://user@host:8020/runs?a=b:c"], {}).run.storage_path
+
+
+def test_the_largest_seed_that_is_accepted_seeds_everything() -> None:
+    config = load_config(["--run.seed", "9" * 18])
+    assert config.run.seed == 10**18 - 1
+    for too_large in (10**18, 2**64):
+        with pytest.raises(SettingsError, match="run.seed"):
+            Config.from_dict({"run": {"seed": too_large}})

@@ -12,6 +12,9 @@ from torch import Tensor
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.model.transformer import UniversalTransformer
 
+# Per head and row: a longer prompt goes through in parts, since its scores grow with the square of its length.
+PROMPT_SCORES = 1 << 22
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -85,8 +88,12 @@ def _rounds(
     tokens_BT, padding_B = _left_padded(prompts)
     cache = model.new_cache(n_loops, padding_B.to(device) if padding_B.any() else None)
     ended = [False] * len(prompts)
+    rows = max(1, PROMPT_SCORES // tokens_BT.shape[1])
     for _ in range(sampling.max_new_tokens):
-        logits_BV = model.decode(tokens_BT.to(device), cache, n_loops).float()
+        *parts, last_BT = tokens_BT.to(device).split(rows, dim=1)
+        for part_BT in parts:
+            model.decode(part_BT, cache, n_loops)
+        logits_BV = model.decode(last_BT, cache, n_loops).float()
         is_sane = logits_BV.isfinite().all(dim=-1).tolist()  # else the model has diverged and has nothing to say
         logits_BV = logits_BV.masked_fill(forbidden_V, float("-inf"))
         chosen = choose(logits_BV, sampling.temperature, generators, is_sane)
@@ -100,12 +107,16 @@ def _rounds(
 def choose(
     logits_BV: Tensor, temperature: float, generators: Sequence[torch.Generator], is_sane: Sequence[bool]
 ) -> list[int | None]:
-    """A token id for each sane row; drawn on the CPU, so that every device draws alike."""
+    """A token id for each sane row; drawn on the CPU, so that every device draws alike.
+
+    Logits are divided as fp64 and below their maximum, so that no temperature above 0 overflows: towards 0 the draw becomes
+    the likeliest token, towards infinity any of those that are allowed.
+    """
     if temperature == 0:
         return [token if sane else None for token, sane in zip(logits_BV.argmax(dim=-1).tolist(), is_sane, strict=True)]
-    scaled_BV = logits_BV.cpu() / temperature
+    scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).cpu().double() / temperature
     return [
-        int(torch.multinomial(torch.softmax(row_V, dim=-1), 1, generator=generator)) if sane else None
+        int(torch.multinomial(torch.softmax(row_V.float(), dim=-1), 1, generator=generator)) if sane else None
         for row_V, generator, sane in zip(scaled_BV, generators, is_sane, strict=True)
     ]
 

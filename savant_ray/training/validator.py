@@ -131,7 +131,11 @@ class Validator:
         settings = self.config.validation
         seed = derived_seed(self.config.run.seed, state.step, "sample")
         sampling = Sampling.of(self.tokenizer, settings.max_new_tokens, settings.temperature, seed)
-        answer = self._unless_stopped(generate(state.model, self.tokenizer.encode(settings.prompt), sampling))
+        prompt = self.tokenizer.encode(settings.prompt)
+        if not prompt:
+            self.emit(Notice(text="validation.prompt has no tokens in this tokenizer, so there is no answer to it"))
+            return
+        answer = self._unless_stopped(generate(state.model, prompt, sampling))
         tokens = self._unless_oom(state, "the answer to the prompt", lambda: list(answer))
         if tokens is None or self.stop_requested():
             return

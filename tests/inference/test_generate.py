@@ -53,6 +53,31 @@ def test_the_same_seed_gives_the_same_text_and_another_another(model: UniversalT
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-9])
+def test_towards_temperature_0_the_draw_becomes_the_likeliest_token(
+    temperature: float, model: UniversalTransformer
+) -> None:
+    greedy = list(generate(model, PROMPT, sampling(temperature=0)))
+    assert list(generate(model, PROMPT, sampling(temperature=temperature))) == greedy
+
+
+@pytest.mark.parametrize("temperature", [1e9, 1e45, 1.7e308])
+def test_towards_infinite_temperature_every_allowed_token_is_drawn(
+    temperature: float, model: UniversalTransformer
+) -> None:
+    how = sampling(temperature=temperature, end_of_document=-1, max_new_tokens=600)
+    assert set(generate(model, PROMPT, how)) == {1, *range(3, 40)}
+
+
+def test_a_long_prompt_in_parts_has_the_answer_that_it_has_at_once(
+    model: UniversalTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[3 + i % 30 for i in range(length)] for length in (5 * LENGTH, 3 * LENGTH + 1)]
+    expected = generate_many(model, prompts, sampling(temperature=0))
+    monkeypatch.setattr("savant_ray.inference.generate.PROMPT_SCORES", 7 * 5 * LENGTH)
+    assert generate_many(model, prompts, sampling(temperature=0)) == expected
+
+
 def test_what_must_never_be_sampled_never_is(model: UniversalTransformer) -> None:
     tokens = [t for seed in range(30) for t in generate(model, PROMPT, sampling(seed=seed, temperature=5.0))]
     assert len(tokens) > 300 and set(tokens) <= set(range(3, 40))

@@ -64,6 +64,16 @@ def test_what_a_stop_cut_short_is_not_told_and_the_rest_is_what_it_would_have_be
     assert seen.count(["validation"]) > NEW_TOKENS, "a stop before, between and after the tokens"
 
 
+def test_a_prompt_without_tokens_is_told_and_has_no_answer() -> None:
+    config, state = config_of(), tiny_state(config_of())
+    events: list[Event] = []
+    without_tokens = validator(config, events.append, lambda: False)
+    without_tokens.tokenizer.encode = lambda text: []
+    assert not without_tokens(state)
+    assert [event.kind for event in events] == ["validation", "notice"]
+    assert events[1].text.startswith("validation.prompt has no tokens")
+
+
 class ValidatingHost(RecordingHost):
     """Validates in earnest; in the validation of `stop_at` it is asked to stop after so many questions."""
 
