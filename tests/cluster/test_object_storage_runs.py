@@ -66,6 +66,9 @@ class Machine:
     def steps(self) -> int:
         return steps_done(self.run)
 
+    def checkpoints(self) -> int:
+        return len(records(self.run, "checkpoint")) if self.steps() else 0
+
 
 def end(job: subprocess.Popen[str]) -> tuple[int, str]:
     printed, _ = job.communicate(timeout=180)
@@ -113,16 +116,16 @@ def test_workers_of_a_driver_that_was_cut_off_do_not_touch_what_its_successor_sa
 ) -> None:
     for file in (with_text(tmp_path / "text") / "dataset").iterdir():
         store.write(f"text/{file.name}", file.read_bytes())
-    changes = {"training__max_steps": 100_000, "checkpoint__every_steps": 5, "scaling__num_workers": 1}
+    changes = {"training__max_steps": 100_000, "scaling__num_workers": 1}
 
     first = Machine(tmp_path / "first", store)
     cut_off = first.train(**changes)
-    wait_for(lambda: "step_10/manifest.json" in store.names("runs/tiny"))
+    wait_for(lambda: first.checkpoints() >= 2)
     cut_off.send_signal(signal.SIGSTOP)  # its workers go on
 
     second = Machine(tmp_path / "second", store)
     job = second.train(**changes)
-    wait_for(lambda: len(records(second.run, "checkpoint")) >= 4 if second.steps() else False)
+    wait_for(lambda: second.checkpoints() >= 4)
     ours = {name for name in store.names("runs/tiny") if ".1/" in name}
     plain = {name for name in store.names("runs/tiny") if name.startswith("step_")} - ours
     cut_off.send_signal(signal.SIGCONT)
