@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,7 +19,7 @@ from savant_ray.settings.complaints import explain
 from savant_ray.settings.passwords import without_password
 from savant_ray.settings.rows import rows_of
 from savant_ray.settings.sources import Reading, Setting
-from savant_ray.settings.yaml_text import to_yaml
+from savant_ray.settings.yaml_text import show, to_yaml
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -26,6 +27,7 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(without_password)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
 Auto = Literal["auto"]
 
+WEIGHT_RESOLUTION = 100_000  # a source has at least 1 sequence in this many; as `MAX_PERIOD` in data/order.py
 LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
 
 
@@ -91,7 +93,9 @@ class SourceConfig(Section):
     """One kind of training text and its share."""
 
     path: Texts = Field(description="JSONL file, folder, glob or URI, or a list of them; also .gz and .zst")
-    weight: Positive = Field(description="share of the sequences, relative to the other sources' weights")
+    weight: Positive = Field(
+        description="fraction of the sequences, relative to the other sources' weights; at least 1 in 100,000"
+    )
     optional: bool = Field(default=False, description="go on without it when it is missing")
 
 
@@ -117,6 +121,19 @@ class DataConfig(Section):
     )
     max_line_mb: Positive = Field(default=64.0, description="a longer line is a bad line, MiB")
     quickstart: bool = Field(default=False, description="make the quickstart's text files first when they are missing")
+
+    @field_validator("sources")
+    @classmethod
+    def _every_source_occurs(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
+        weights = [Fraction(str(source.weight)) for source in sources]
+        if min(weights) * WEIGHT_RESOLUTION < sum(weights):
+            smallest = min(sources, key=lambda source: source.weight)
+            largest = max(source.weight for source in sources)
+            raise ValueError(
+                f"data.sources: weight {smallest.weight:g} of {show(smallest.path)}, with weights up to {largest:g} beside "
+                f"it, is less than 1 sequence in {WEIGHT_RESOLUTION:,}; raise it, or leave the source out"
+            )
+        return sources
 
 
 class TrainingConfig(Section):
