@@ -15,7 +15,7 @@ from savant_ray.data.preparation import prepare as prepare_files
 from savant_ray.data.quickstart import write_quickstart
 from savant_ray.data.sources import SourceFile, expand, is_uri
 from savant_ray.data.stream import StreamPlan
-from savant_ray.data.token_cache import TokenCache, bad_line_report
+from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError, SettingsError
 from savant_ray.events import DataPrepared, TextCounts
@@ -150,7 +150,7 @@ def get_tokenizer(config: Config, files: list[SourceFile], report: RunReport) ->
 def tokenise(
     title: str, files: list[SourceFile], tokenizer: Tokenizer, config: Config, report: RunReport
 ) -> TokenCache:
-    """The token cache of the files; says which lines were left out."""
+    """The token cache of the files; says which lines and how many characters were left out."""
     report.stage(title)
     cache = prepare_files(
         files,
@@ -160,8 +160,9 @@ def tokenise(
         on_bad_line=config.data.on_bad_line,
         max_line_bytes=int(config.data.max_line_mb * MIB),
         progress=lambda done, total: report.progress(done, total, "bytes"),
+        say=report.say,
     )
-    for sentence in bad_line_report(cache.manifest):
+    for sentence in [*bad_line_report(cache.manifest), *dropped_report(cache.manifest, tokenizer.name)]:
         report.say(sentence)
     return cache
 
