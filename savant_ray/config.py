@@ -113,7 +113,13 @@ class DataConfig(Section):
     )
     validation: Texts = Field(default="dataset/savant_dataset_val.jsonl", description="held-out JSONL, like a source")
     tokenizer: Text = Field(
-        default="train", description="a tokenizer.json, a Hugging Face name such as albert-base-v2, or train: learn one"
+        default="auto",
+        description="a tokenizer.json, a Hugging Face name such as albert-base-v2, or train: learn one; "
+        "auto: the checkpoint's when going on or with run.init_from, else train",
+    )
+    end_of_document: Text | None = Field(
+        default=None,
+        description="the tokenizer's token that ends a document; null: the one with a usual name such as </s>",
     )
     cache_dir: Text = Field(default="cache", description="folder of the tokenised text")
     on_bad_line: Literal["skip", "error"] = Field(
@@ -121,6 +127,11 @@ class DataConfig(Section):
     )
     max_line_mb: Positive = Field(default=64.0, description="a longer line is a bad line, MiB")
     quickstart: bool = Field(default=False, description="make the quickstart's text files first when they are missing")
+
+    @property
+    def learns_tokenizer(self) -> bool:
+        """Whether no tokenizer is named, so that one is learnt from the training text if no checkpoint has one."""
+        return self.tokenizer in ("auto", "train")
 
     @field_validator("sources")
     @classmethod

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from savant_ray.cluster.paths import output_folder, parent_and_name, with_absolute_paths
+from savant_ray.cluster.run_tokenizer import choose_tokenizer, find_origin_without_lock, refuse_unusable
 from savant_ray.cluster.session import prepare_environment, ray_session
 from savant_ray.config import Config, SourceConfig
 from savant_ray.data.preparation import learn_tokenizer
@@ -17,7 +18,7 @@ from savant_ray.data.sources import SourceFile, expand, is_uri
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import DataError, SettingsError
+from savant_ray.errors import DataError
 from savant_ray.events import DataPrepared, TextCounts
 from savant_ray.reporting import RunReport
 
@@ -52,10 +53,11 @@ def prepare(config: Config) -> None:
     prepare_environment()
     config = with_absolute_paths(config, Path.cwd(), output_folder())
     with RunReport(None) as report:
+        tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
         text = find_text(config, report)
         report.stage("starting Ray")
         with ray_session():
-            prepare_data(config, text, report)
+            prepare_data(config, text, report, tokenizer)
 
 
 def find_text(config: Config, report: RunReport) -> Text:
@@ -69,14 +71,18 @@ def find_text(config: Config, report: RunReport) -> Text:
     return Text(existing_sources(config.data.sources, report.say), expand(config.data.validation))
 
 
-def prepare_data(config: Config, text: Text, report: RunReport) -> PreparedData:
-    """Makes what is missing; Ray must be running.
+def prepare_data(config: Config, text: Text, report: RunReport, tokenizer: Tokenizer | None) -> PreparedData:
+    """Makes what is missing; Ray must be running. Without a `tokenizer` one is learnt from the training text.
 
     Raises:
         DataError: text is unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
-        SettingsError: the tokenizer has more entries than the model's vocabulary.
     """
-    tokenizer, tokenizer_path = get_tokenizer(config, [file for _, files in text.sources for file in files], report)
+    if tokenizer is None:
+        report.stage("learning the tokenizer")
+        files = [file for _, files in text.sources for file in files]
+        tokenizer = learn_tokenizer(files, Path(config.data.cache_dir), config.model.vocab_size)
+        refuse_unusable(tokenizer, config)
+    tokenizer_path = keep_tokenizer(tokenizer, Path(config.data.cache_dir))
     caches = [
         tokenise(f"tokenising {_named(source.path)}", files, tokenizer, config, report)
         for source, files in text.sources
@@ -128,23 +134,16 @@ def existing_sources(
     return found
 
 
-def get_tokenizer(config: Config, files: list[SourceFile], report: RunReport) -> tuple[Tokenizer, Path]:
-    """The run's tokenizer, and a `tokenizer.json` of it in the cache folder."""
-    cache_dir = Path(config.data.cache_dir)
-    if config.data.tokenizer == "train":
-        report.stage("learning the tokenizer")
-        tokenizer = learn_tokenizer(files, cache_dir, config.model.vocab_size)
-    else:
-        tokenizer = Tokenizer.load(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise SettingsError(
-            f"model.vocab_size: {config.model.vocab_size:,} is less than the {tokenizer.vocab_size:,} entries of "
-            f"data.tokenizer = {config.data.tokenizer}"
-        )
+def keep_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
+    """Return a `tokenizer.json` of it in the cache folder, which every node can read."""
     path = cache_dir / f"tokenizer-used-{tokenizer.fingerprint[:16]}.json"
-    if not path.exists():
+    try:
+        is_kept = path.read_text(encoding="utf-8") == tokenizer.to_json()
+    except (OSError, ValueError):
+        is_kept = False
+    if not is_kept:
         tokenizer.save(path)
-    return tokenizer, path
+    return path
 
 
 def tokenise(

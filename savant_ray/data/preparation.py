@@ -97,6 +97,7 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
     learnt = _read_learnt(path)
     if learnt is None:
         raise DataError(f"{path.parent}: the tokenizer that was just written there cannot be read back")
+    learnt.name = "the tokenizer learnt from the training text"
     return learnt
 
 
