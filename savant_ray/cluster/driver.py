@@ -108,7 +108,7 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
 
 def _train(launch: Launch) -> int:
     from savant_ray.cluster.checks import check_before_start, is_finished
-    from savant_ray.cluster.preparation import find_text, prepare_data
+    from savant_ray.cluster.preparation import find_text, prepare_data, refuse_unencodable
     from savant_ray.cluster.run_tokenizer import (
         choose_tokenizer,
         find_origin,
@@ -137,6 +137,7 @@ def _train(launch: Launch) -> int:
     launch = replace(launch, config=config)
     write_aside(storage.folder / CONFIG, dump_yaml(config))
     text = find_text(config, report)
+    refuse_unencodable(config, text, tokenizer)
     report.stage("starting Ray")
     from savant_ray.cluster.bridge import start_bridge
     from savant_ray.cluster.failures import ray_errors_explained

@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from savant_ray.cluster.paths import output_folder, parent_and_name, with_absolute_paths
-from savant_ray.cluster.run_tokenizer import choose_tokenizer, find_origin_without_lock, refuse_unusable
+from savant_ray.cluster.run_tokenizer import (
+    choose_tokenizer,
+    find_origin_without_lock,
+    refuse_too_large,
+    refuse_unencodable_prompts,
+)
 from savant_ray.cluster.session import prepare_environment, ray_session
 from savant_ray.config import Config, SourceConfig
 from savant_ray.data.preparation import learn_tokenizer
 from savant_ray.data.preparation import prepare as prepare_files
 from savant_ray.data.quickstart import write_quickstart
+from savant_ray.data.shard_writer import encode_beginning
 from savant_ray.data.sources import SourceFile, expand, is_uri
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
@@ -55,6 +61,7 @@ def prepare(config: Config) -> None:
     with RunReport(None) as report:
         tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
         text = find_text(config, report)
+        refuse_unencodable(config, text, tokenizer)
         report.stage("starting Ray")
         with ray_session():
             prepare_data(config, text, report, tokenizer)
@@ -71,6 +78,20 @@ def find_text(config: Config, report: RunReport) -> Text:
     return Text(existing_sources(config.data.sources, report.say), expand(config.data.validation))
 
 
+def refuse_unencodable(config: Config, text: Text, tokenizer: Tokenizer | None) -> None:
+    """Try the tokenizer on the beginning of each source and on the prompts, before Ray starts; one to be learnt fits.
+
+    Raises:
+        DataError: it cannot encode the text; names file and line.
+        SettingsError: it cannot encode a prompt of the validation.
+    """
+    if tokenizer is None:
+        return
+    for files in [*(files for _, files in text.sources), text.validation]:
+        encode_beginning(files[0], tokenizer)
+    refuse_unencodable_prompts(tokenizer, config)
+
+
 def prepare_data(config: Config, text: Text, report: RunReport, tokenizer: Tokenizer | None) -> PreparedData:
     """Makes what is missing; Ray must be running. Without a `tokenizer` one is learnt from the training text.
 
@@ -81,7 +102,7 @@ def prepare_data(config: Config, text: Text, report: RunReport, tokenizer: Token
         report.stage("learning the tokenizer")
         files = [file for _, files in text.sources for file in files]
         tokenizer = learn_tokenizer(files, Path(config.data.cache_dir), config.model.vocab_size)
-        refuse_unusable(tokenizer, config)
+        refuse_too_large(tokenizer, config)
     tokenizer_path = keep_tokenizer(tokenizer, Path(config.data.cache_dir))
     caches = [
         tokenise(f"tokenising {_named(source.path)}", files, tokenizer, config, report)

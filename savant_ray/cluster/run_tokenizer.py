@@ -72,7 +72,7 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
     Raises:
         DataError: there is no tokenizer of that name, or it cannot be read, or has no end-of-document token.
         SettingsError: the settings name another tokenizer than that of `run.init_from`; or the tokenizer has more entries
-            than `model.vocab_size`, lacks `data.end_of_document`, or cannot encode the prompts of the validation.
+            than `model.vocab_size`, or lacks `data.end_of_document`.
         CheckpointError: the settings name another tokenizer than that of the run's checkpoint.
     """
     data = config.data
@@ -91,7 +91,8 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
         return None
     if origin is not None and not allow_changes and not _may_replace(tokenizer, origin):
         raise _refusal(origin, _difference(origin, tokenizer))
-    refuse_unusable(tokenizer, config)
+    refuse_too_large(tokenizer, config)
+    _ = tokenizer.end_of_document
     return tokenizer
 
 
@@ -111,14 +112,17 @@ def tokenizer_change(origin: Origin, tokenizer: Tokenizer) -> str | None:
     return f"warning: {_difference(origin, tokenizer)}"
 
 
-def refuse_unusable(tokenizer: Tokenizer, config: Config) -> None:
-    """Raise what is described at `choose_tokenizer` for a tokenizer that this run cannot be trained with."""
+def refuse_too_large(tokenizer: Tokenizer, config: Config) -> None:
+    """Raise SettingsError if the tokenizer has more entries than the model's vocabulary."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise SettingsError(
             f"model.vocab_size: {config.model.vocab_size:,} is less than the {tokenizer.vocab_size:,} entries of "
             f"{tokenizer.name}"
         )
-    _ = tokenizer.end_of_document
+
+
+def refuse_unencodable_prompts(tokenizer: Tokenizer, config: Config) -> None:
+    """Raise SettingsError if the validation would ask for something that the tokenizer cannot encode."""
     prompts = {"validation.prompt": [config.validation.prompt]}
     if config.validation.logic_problems:
         prompts["validation.logic_problems"] = [question.prompt for question in logic_suite()]

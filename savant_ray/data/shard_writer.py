@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from savant_ray.data.content import write_aside
-from savant_ray.data.jsonl import ByteRange, Line, RangeReader
+from savant_ray.data.jsonl import ByteRange, Line, RangeReader, plan_ranges
 from savant_ray.data.packing import pack
 from savant_ray.data.sealed import seal, unseal
+from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import crc32, shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
@@ -161,6 +163,21 @@ def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line
             yield batch
             batch, characters = [], 0
     yield batch
+
+
+def encode_beginning(file: SourceFile, tokenizer: Tokenizer, lines: int = 100) -> None:
+    """Encode the first lines of a file, to find out early whether the tokenizer can.
+
+    Raises:
+        DataError: it cannot encode one of them, or the file cannot be read.
+    """
+    for part in plan_ranges([file])[:1]:
+        with RangeReader(part) as reader:
+            for line in islice(reader, lines):
+                try:
+                    tokenizer.encode(line.text)
+                except DataError as error:
+                    raise DataError(f"{file.path} line {line.number:,}: {error}") from error
 
 
 class _UnencodableLineError(Exception):

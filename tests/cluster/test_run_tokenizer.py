@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from tokenizers import models, pre_tokenizers
+from tokenizers import models
 
+from savant_ray.cluster.preparation import Text, refuse_unencodable
 from savant_ray.cluster.run_tokenizer import (
     Origin,
     choose_tokenizer,
@@ -19,8 +20,9 @@ from savant_ray.cluster.run_tokenizer import (
     with_end_of_document,
 )
 from savant_ray.config import Config, dump_yaml
+from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.errors import CheckpointError, SettingsError
+from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.training.checkpoint import write_checkpoint
 from tests.cluster.test_starting_point import changed
 
@@ -163,19 +165,34 @@ def test_an_altered_tokenizer_in_a_checkpoint_is_refused(tmp_path: Path) -> None
 
 
 def test_a_tokenizer_that_cannot_be_used_is_refused_before_ray_starts(tmp_path: Path) -> None:
-    model = models.BPE({letter: i for i, letter in enumerate("abc")} | {"</s>": 3}, [])
-    letters = saved(Tokenizer(tokenizers.Tokenizer(model)), tmp_path / "letters.json")
-    inner = tokenizers.Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0)]))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    unigram = saved(Tokenizer(inner), tmp_path / "unigram.json")
-    for path, validation, words in [
-        (letters, {"prompt": "123"}, r"validation\.prompt: .*letters\.json has no token for it; or give another"),
-        (unigram, {}, r"validation\.prompt: .*unigram\.json cannot encode the text"),
-        (unigram, {"prompt": "a"}, r"validation\.(prompt|logic_problems): .*unigram\.json cannot encode"),
-        (saved(OTHER, tmp_path / "other.json"), {"model": 100}, r"model\.vocab_size: 100 is less than the 280 entries"),
+    letters = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate("abc")} | {"</s>": 3}, []))
+    unigram = tokenizers.Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0)]))
+    paths = [saved(Tokenizer(inner), tmp_path / name) for inner, name in [(letters, "bpe.json"), (unigram, "uni.json")]]
+    (tmp_path / "good.jsonl").write_text('{"text": "aa"}\n')
+    (tmp_path / "bad.jsonl").write_text('\n{"text": "aa"}\n{"text": "a b"}\n')
+    for path, file, validation, error, words in [
+        (
+            paths[0],
+            "good",
+            {"prompt": "123"},
+            SettingsError,
+            r"validation\.prompt: .*bpe\.json has no token for it; or give",
+        ),
+        (paths[1], "good", {}, SettingsError, r"validation\.prompt: .*uni\.json cannot encode the text"),
+        (
+            paths[1],
+            "good",
+            {"prompt": "a"},
+            SettingsError,
+            r"validation\.logic_problems: .*uni\.json cannot .*set it to 0",
+        ),
+        (paths[1], "bad", {}, DataError, r"bad\.jsonl line 3: the tokenizer .*uni\.json cannot encode the text"),
     ]:
-        config = changed(
-            data={"tokenizer": path}, model={"vocab_size": validation.pop("model", 32_000)}, validation=validation
-        )
-        with pytest.raises(SettingsError, match=words):
-            choose_tokenizer(config, None, allow_changes=False)
+        files = expand(str(tmp_path / f"{file}.jsonl"))
+        config = changed(data={"tokenizer": path}, validation=validation)
+        text = Text(sources=[(config.data.sources[0], files)], validation=files)
+        with pytest.raises(error, match=words):
+            refuse_unencodable(config, text, choose_tokenizer(config, None, allow_changes=False))
+    config = changed(data={"tokenizer": saved(OTHER, tmp_path / "other.json")}, model={"vocab_size": 100})
+    with pytest.raises(SettingsError, match=r"model\.vocab_size: 100 is less than the \d+ entries of .*other\.json"):
+        choose_tokenizer(config, None, allow_changes=False)
