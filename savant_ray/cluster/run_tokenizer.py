@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.cluster.paths import parent_and_name
 from savant_ray.cluster.storage import run_storage
-from savant_ray.config import Config
+from savant_ray.config import Config, DataConfig
 from savant_ray.data.sources import is_uri
 from savant_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
@@ -38,7 +38,7 @@ class Origin:
     name: str  # for messages
     tokenizer: Tokenizer
     tokenizer_path: str  # what `data.tokenizer` can be set to; "" in object storage
-    was_learnt: bool  # from text, not given by a file or name
+    settings: DataConfig  # that it was trained with
     is_resumed: bool  # of this run; otherwise of `run.init_from`
 
 
@@ -77,8 +77,8 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
     """
     data = config.data
     if not data.learns_tokenizer:
-        tokenizer = Tokenizer.load(data.tokenizer, data.end_of_document)
-    elif origin is not None and (data.tokenizer == "auto" or (origin.is_resumed and origin.was_learnt)):
+        tokenizer = _load(config, origin)
+    elif origin is not None and (data.tokenizer == "auto" or (origin.is_resumed and origin.settings.learns_tokenizer)):
         tokenizer = origin.tokenizer.ending_with(data.end_of_document)
     elif origin is not None and not allow_changes:
         raise _refusal(origin, f"data.tokenizer: {data.tokenizer} would learn another one than {origin.name} has")
@@ -137,6 +137,17 @@ def refuse_unencodable_prompts(tokenizer: Tokenizer, config: Config) -> None:
         raise SettingsError(f"{setting}: {reason}; or {advice}")
 
 
+def _load(config: Config, origin: Origin | None) -> Tokenizer:
+    """Return the tokenizer that the settings name; if it is gone, the copy in the checkpoint that was trained with it."""
+    spec, end = config.data.tokenizer, config.data.end_of_document
+    try:
+        return Tokenizer.load(spec, end)
+    except DataError:
+        if origin is None or not origin.is_resumed or origin.settings.tokenizer != spec:
+            raise
+        return origin.tokenizer.ending_with(end)
+
+
 def _may_replace(tokenizer: Tokenizer, origin: Origin) -> bool:
     """Whether the weights may go on with this tokenizer without being asked.
 
@@ -171,7 +182,7 @@ def _origin(folder: Path, name: str, path: str, is_resumed: bool) -> Origin:
     data = read_settings(folder).data
     tokenizer = Tokenizer.load(folder / TOKENIZER, data.end_of_document)
     tokenizer.name = f"the tokenizer of {name}"
-    return Origin(name, tokenizer, path, data.learns_tokenizer, is_resumed)
+    return Origin(name, tokenizer, path, data, is_resumed)
 
 
 @contextmanager

@@ -130,6 +130,15 @@ def test_a_run_that_was_given_its_tokenizer_does_not_learn_one_when_it_goes_on(t
         choose_tokenizer(changed(data={"tokenizer": "train"}), origin, allow_changes=False)
 
 
+def test_a_resumed_run_does_not_need_the_file_that_its_tokenizer_came_from(tmp_path: Path) -> None:
+    gone = str(tmp_path / "run/step_3/tokenizer.json")
+    origin = resumed(run_of(tmp_path, tokenizer=gone))
+    chosen = choose_tokenizer(changed(data={"tokenizer": gone}), origin, allow_changes=False)
+    assert chosen is not None and chosen.fingerprint == BASE.fingerprint
+    with pytest.raises(DataError, match="no such tokenizer"):
+        choose_tokenizer(changed(data={"tokenizer": f"{gone}.json"}), origin, allow_changes=False)
+
+
 def test_the_end_of_document_goes_along_with_the_tokenizer(tmp_path: Path) -> None:
     run = run_of(tmp_path, kept=Tokenizer(EXTENDED), end_of_document="<|user|>")
     for config, origin in [(Config(), resumed(run)), started_from(run)]:
