@@ -72,7 +72,8 @@ def prepare(
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
     }
     job = _Job(plan_ranges(files, range_bytes), files, recipe, fingerprint(identity), cache_dir)
-    _make_once(job.folder, job.is_whole, lambda: job.run(progress or (lambda done, total: None), say))
+    progress = progress or (lambda done, total: None)
+    _make_once(job.folder, partial(job.is_whole, progress), partial(job.run, progress, say))
     cache = TokenCache.open(job.folder)
     if on_bad_line == "error" and cache.manifest.bad_lines:
         raise DataError("\n".join(bad_line_report(cache.manifest, verdict="refused")))
@@ -136,7 +137,7 @@ class _Job:
         self._unfinished = self.folder.with_suffix(".unfinished")
         self._damage: list[str] = []
 
-    def is_whole(self) -> bool:
+    def is_whole(self, progress: Progress) -> bool:
         """Whether the folder is there and holds what was written; notes in `_damage` what does not."""
         self._damage = []
         if not self.folder.exists():
@@ -148,7 +149,7 @@ class _Job:
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._damage = [f"{self.folder / MANIFEST}: cannot be used ({error})"]
         else:
-            self._damage = damaged_shards(self.folder, manifest)
+            self._damage = damaged_shards(self.folder, manifest, progress)
         return not self._damage
 
     def run(self, progress: Progress, say: Callable[[str], None]) -> None:

@@ -20,7 +20,7 @@ import dataclasses
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -163,10 +163,11 @@ def dropped_report(manifest: Manifest, tokenizer: str) -> list[str]:
     ]
 
 
-def damaged_shards(folder: Path, manifest: Manifest) -> list[str]:
+def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, int], None]) -> list[str]:
     """Return a sentence for each shard that is missing or not what was written.
 
-    Reads the shards that have changed since they were last compared with their checksums, several at a time.
+    Reads the shards that have changed since they were last compared with their checksums, several at a time; `progress`
+    gets the bytes read and the bytes to read.
     """
     checked, states = _read_checked(folder), {}
     problems: list[str] = []
@@ -181,7 +182,7 @@ def damaged_shards(folder: Path, manifest: Manifest) -> list[str]:
             problems.append(f"{folder / shard.name}: has {states[shard.name][0]:,} of {shard.bytes:,} bytes")
         elif shard.crc32 is not None and checked.get(shard.name) != states[shard.name]:
             unchecked.append(shard)
-    right = dict(zip([shard.name for shard in unchecked], _compare_checksums(folder, unchecked), strict=True))
+    right = dict(zip([shard.name for shard in unchecked], _compare_checksums(folder, unchecked, progress), strict=True))
     problems += [f"{folder / name}: not what was written (its checksum differs)" for name in right if not right[name]]
     if any(right.values()):
         known = {name: state for name, state in states.items() if right.get(name, checked.get(name) == state)}
@@ -190,15 +191,21 @@ def damaged_shards(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _compare_checksums(folder: Path, shards: Sequence[ShardInfo]) -> list[bool]:
+def _compare_checksums(
+    folder: Path, shards: Sequence[ShardInfo], progress: Callable[[int, int], None]
+) -> Iterator[bool]:
     def is_right(shard: ShardInfo) -> bool:
         try:
             return crc32(folder / shard.name) == shard.crc32
         except OSError:
             return False
 
+    done, total = 0, sum(shard.bytes for shard in shards)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(is_right, shards))
+        for shard, right in zip(shards, threads.map(is_right, shards), strict=True):
+            done += shard.bytes
+            progress(done, total)
+            yield right
 
 
 def crc32(path: Path) -> int:

@@ -148,7 +148,8 @@ class Tokenizer:
     def never_sampled(self) -> frozenset[int]:
         """Padding, unknown, begin and mask tokens: no text comes from them."""
         unused = set(range(self.vocab_size)) - set(self._inner.get_vocab(with_added_tokens=True).values())
-        return frozenset(self._ids_of(NEVER_SAMPLED_NAMES)) | unused
+        end = self._ids_of([] if self.end_name is None else [self.end_name])  # may be a padding token
+        return (frozenset(self._ids_of(NEVER_SAMPLED_NAMES)) | unused).difference(end)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens around them.

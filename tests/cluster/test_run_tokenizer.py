@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import tokenizers
 import torch
 from tokenizers import models
 
+from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.cluster.preparation import Text, refuse_unencodable
 from savant_ray.cluster.run_tokenizer import (
     Origin,
@@ -24,6 +26,7 @@ from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.training.checkpoint import write_checkpoint
+from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.cluster.test_starting_point import changed
 
 BASE = train_tokenizer(iter(["red green blue one two three"] * 9), 280)
@@ -67,6 +70,24 @@ def test_a_new_run_takes_the_tokenizer_of_the_weights_that_it_starts_from(path: 
     config, origin = started_from(tmp_path / path)
     chosen = choose_tokenizer(config, origin, allow_changes=False)
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
+
+
+@pytest.mark.parametrize("path", ["runs/run", "runs/run/step_6"])
+def test_of_a_run_in_object_storage_the_tokenizer_is_fetched_without_the_weights(
+    path: str, here: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    shutil.copytree(run_of(tmp_path), here.folder)
+    here.keep(here.folder / "step_6")
+    store.filesystem.delete_file(f"{BUCKET}/runs/run/step_6/step_6.pt")
+    config, origin = started_from(store.uri(path))
+    chosen = choose_tokenizer(config, origin, allow_changes=False)
+    assert chosen is not None and chosen.fingerprint == BASE.fingerprint
+    store.write("runs/run/step_6/tokenizer.json", b"{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        started_from(store.uri(path))
+    store.filesystem.delete_file(f"{BUCKET}/runs/run/step_6/tokenizer.json")
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be fetched"):
+        started_from(store.uri(path))
 
 
 def test_a_new_run_does_not_learn_another_one_unless_changes_are_allowed(tmp_path: Path) -> None:

@@ -131,6 +131,12 @@ def test_an_end_of_document_of_any_name_can_be_named() -> None:
         tokenizer.ending_with("<|fim|>")
 
 
+def test_a_padding_token_that_ends_documents_can_be_generated() -> None:
+    tokenizer = word_level("a", "<pad>", "</s>")
+    assert tokenizer.never_sampled == {1}
+    assert tokenizer.ending_with("<pad>").never_sampled == set()
+
+
 def test_an_end_of_document_that_would_not_be_detected_is_part_of_the_fingerprint() -> None:
     tokenizer = word_level("a", "</s>", special="<|fin|>")
     assert tokenizer.ending_with("</s>").fingerprint == tokenizer.fingerprint
