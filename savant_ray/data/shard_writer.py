@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -165,19 +164,22 @@ def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line
     yield batch
 
 
-def encode_beginning(file: SourceFile, tokenizer: Tokenizer, lines: int = 100) -> None:
-    """Encode the first lines of a file, to find out early whether the tokenizer can.
+def encode_beginning(file: SourceFile, tokenizer: Tokenizer, characters: int = BATCH_CHARACTERS) -> None:
+    """Encode the first `characters` of a file, to find out early whether the tokenizer can.
 
     Raises:
-        DataError: it cannot encode one of them, or the file cannot be read.
+        DataError: it cannot encode one of the lines, or the file cannot be read.
     """
     for part in plan_ranges([file])[:1]:
-        with RangeReader(part) as reader:
-            for line in islice(reader, lines):
+        with RangeReader(part) as lines:
+            for line in lines:
                 try:
-                    tokenizer.encode(line.text)
+                    tokenizer.encode(line.text[:characters])
                 except DataError as error:
                     raise DataError(f"{file.path} line {line.number:,}: {error}") from error
+                characters -= len(line.text) + 1
+                if characters <= 0:
+                    break
 
 
 class _UnencodableLineError(Exception):
