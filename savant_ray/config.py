@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,7 +19,7 @@ from savant_ray.settings.complaints import explain
 from savant_ray.settings.passwords import without_password
 from savant_ray.settings.rows import rows_of
 from savant_ray.settings.sources import Reading, Setting
-from savant_ray.settings.yaml_text import to_yaml
+from savant_ray.settings.yaml_text import show, to_yaml
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -27,6 +28,7 @@ Texts = Text | Annotated[list[Text], Field(min_length=1)]
 Auto = Literal["auto"]
 
 MOST_SEED = 10**18 - 1  # as many digits as any 64-bit number holds
+WEIGHT_RESOLUTION = 100_000  # a source has at least 1 sequence in this many; as `MAX_PERIOD` in data/order.py
 LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
 
 
@@ -99,7 +101,9 @@ class SourceConfig(Section):
     """One kind of training text and its share."""
 
     path: Texts = Field(description="JSONL file, folder, glob or URI, or a list of them; also .gz and .zst")
-    weight: Positive = Field(description="share of the sequences, relative to the other sources' weights")
+    weight: Positive = Field(
+        description="fraction of the sequences, relative to the other sources' weights; at least 1 in 100,000"
+    )
     optional: bool = Field(default=False, description="go on without it when it is missing")
 
 
@@ -117,7 +121,13 @@ class DataConfig(Section):
     )
     validation: Texts = Field(default="dataset/savant_dataset_val.jsonl", description="held-out JSONL, like a source")
     tokenizer: Text = Field(
-        default="train", description="a tokenizer.json, a Hugging Face name such as albert-base-v2, or train: learn one"
+        default="auto",
+        description="a tokenizer.json, a Hugging Face name such as albert-base-v2, or train: learn one; "
+        "auto: the checkpoint's when going on or with run.init_from, else train",
+    )
+    end_of_document: Text | None = Field(
+        default=None,
+        description="the tokenizer's token that ends a document; null: the one with a usual name such as </s>",
     )
     cache_dir: Text = Field(default="cache", description="folder of the tokenised text")
     on_bad_line: Literal["skip", "error"] = Field(
@@ -125,6 +135,24 @@ class DataConfig(Section):
     )
     max_line_mb: Positive = Field(default=64.0, description="a longer line is a bad line, MiB")
     quickstart: bool = Field(default=False, description="make the quickstart's text files first when they are missing")
+
+    @property
+    def learns_tokenizer(self) -> bool:
+        """Whether no tokenizer is named, so that one is learnt from the training text if no checkpoint has one."""
+        return self.tokenizer in ("auto", "train")
+
+    @field_validator("sources")
+    @classmethod
+    def _every_source_occurs(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
+        weights = [Fraction(str(source.weight)) for source in sources]
+        if min(weights) * WEIGHT_RESOLUTION < sum(weights):
+            smallest = min(sources, key=lambda source: source.weight)
+            largest = max(source.weight for source in sources)
+            raise ValueError(
+                f"data.sources: weight {smallest.weight:g} of {show(smallest.path)}, with weights up to {largest:g} beside "
+                f"it, is less than 1 sequence in {WEIGHT_RESOLUTION:,}; raise it, or leave the source out"
+            )
+        return sources
 
 
 class TrainingConfig(Section):

@@ -94,6 +94,7 @@ TABLE: dict[str, Kind] = {
     "data.sources": Kind("a list", (list,), (([], "[] needs at least 1"),)),
     "data.validation": Kind("text or a list", (str, list), (EMPTY, ([], "[] needs at least 1")), takes_any_text=True),
     "data.tokenizer": TEXT,
+    "data.end_of_document": OPTIONAL_TEXT,
     "data.cache_dir": TEXT,
     "data.on_bad_line": choice("skip or error"),
     "data.max_line_mb": POSITIVE,
@@ -180,6 +181,12 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
         {"scaling.num_workers": [1, 193]},
         "scaling.num_workers",
         "193 is more than the 192 sequences of a step (training.batch_size × training.accumulation)",
+    ),
+    (
+        {"data.sources": [{"path": "a.jsonl", "weight": 2000000}, {"path": "b.jsonl", "weight": 1}]},
+        "data.sources",
+        "weight 1 of b.jsonl, with weights up to 2e+06 beside it, is less than 1 sequence in 100,000; raise it, or leave "
+        "the source out",
     ),
 ]
 

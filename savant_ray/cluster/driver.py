@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,13 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
 
 def _train(launch: Launch) -> int:
     from savant_ray.cluster.checks import check_before_start, is_finished
-    from savant_ray.cluster.preparation import find_text, prepare_data
+    from savant_ray.cluster.preparation import find_text, prepare_data, refuse_unencodable
+    from savant_ray.cluster.run_tokenizer import (
+        choose_tokenizer,
+        find_origin,
+        tokenizer_change,
+        with_end_of_document,
+    )
     from savant_ray.cluster.starting_point import find_start, records_of, refuse_other_data
     from savant_ray.cluster.storage import storage_errors_explained
     from savant_ray.training.checkpoint import CONFIG
@@ -128,8 +134,13 @@ def _train(launch: Launch) -> int:
     if start is not None:
         _compare(start, launch)
     check_before_start(config, storage)
+    origin = find_origin(start, config)
+    tokenizer = choose_tokenizer(config, origin, launch.allow_changes)
+    config = with_end_of_document(config, tokenizer)
+    launch = replace(launch, config=config)
     write_aside(storage.folder / CONFIG, dump_yaml(config))
     text = find_text(config, report)
+    refuse_unencodable(config, text, tokenizer)
     report.stage("starting Ray")
     from savant_ray.cluster.bridge import start_bridge
     from savant_ray.cluster.failures import ray_errors_explained
@@ -140,9 +151,11 @@ def _train(launch: Launch) -> int:
         if dashboard:
             report.say(f"Ray's dashboard: {dashboard}")
         bridge = start_bridge()  # its process comes up while this one looks at the text and imports Ray Train
-        data = prepare_data(config, text, report)
+        data = prepare_data(config, text, report, tokenizer)
         if start is not None and not launch.allow_changes:
-            refuse_other_data(start, config, data.tokenizer, data.fingerprint)
+            refuse_other_data(start, config, data.fingerprint)
+        if origin is not None and (change := tokenizer_change(origin, data.tokenizer)):
+            report.say(change)
         report.stage("starting workers")
         _fit(launch, data, bridge, outcome)
         if outcome.fit_runs:

@@ -51,7 +51,7 @@ def with_absolute_paths(config: Config, folder: Path, output_folder: Path) -> Co
         source["path"] = _absolute(source["path"], folder)
     if run["init_from"] is not None:
         run["init_from"] = _absolute(run["init_from"], output_folder)
-    if _names_a_file(data["tokenizer"], folder):
+    if not config.data.learns_tokenizer and _names_a_file(data["tokenizer"], folder):
         data["tokenizer"] = _absolute(data["tokenizer"], folder)
     return Config.from_dict(settings)
 

@@ -8,16 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from savant_ray.cluster.paths import output_folder, parent_and_name, with_absolute_paths
+from savant_ray.cluster.run_tokenizer import (
+    choose_tokenizer,
+    find_origin_without_lock,
+    refuse_too_large,
+    refuse_unencodable_prompts,
+)
 from savant_ray.cluster.session import prepare_environment, ray_session
 from savant_ray.config import Config, SourceConfig
 from savant_ray.data.preparation import learn_tokenizer
 from savant_ray.data.preparation import prepare as prepare_files
 from savant_ray.data.quickstart import write_quickstart
+from savant_ray.data.shard_writer import encode_beginning
 from savant_ray.data.sources import SourceFile, expand, is_uri
 from savant_ray.data.stream import StreamPlan
-from savant_ray.data.token_cache import TokenCache, bad_line_report
+from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import DataError, SettingsError
+from savant_ray.errors import DataError
 from savant_ray.events import DataPrepared, TextCounts
 from savant_ray.reporting import RunReport
 
@@ -52,10 +59,12 @@ def prepare(config: Config) -> None:
     prepare_environment()
     config = with_absolute_paths(config, Path.cwd(), output_folder())
     with RunReport(None) as report:
+        tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
         text = find_text(config, report)
+        refuse_unencodable(config, text, tokenizer)
         report.stage("starting Ray")
         with ray_session():
-            prepare_data(config, text, report)
+            prepare_data(config, text, report, tokenizer)
 
 
 def find_text(config: Config, report: RunReport) -> Text:
@@ -69,14 +78,32 @@ def find_text(config: Config, report: RunReport) -> Text:
     return Text(existing_sources(config.data.sources, report.say), expand(config.data.validation))
 
 
-def prepare_data(config: Config, text: Text, report: RunReport) -> PreparedData:
-    """Makes what is missing; Ray must be running.
+def refuse_unencodable(config: Config, text: Text, tokenizer: Tokenizer | None) -> None:
+    """Try the tokenizer on the beginning of each source and on the prompts, before Ray starts; one to be learnt fits.
+
+    Raises:
+        DataError: it cannot encode the text; names file and line.
+        SettingsError: it cannot encode a prompt of the validation.
+    """
+    if tokenizer is None:
+        return
+    for files in [*(files for _, files in text.sources), text.validation]:
+        encode_beginning(files[0], tokenizer)
+    refuse_unencodable_prompts(tokenizer, config)
+
+
+def prepare_data(config: Config, text: Text, report: RunReport, tokenizer: Tokenizer | None) -> PreparedData:
+    """Makes what is missing; Ray must be running. Without a `tokenizer` one is learnt from the training text.
 
     Raises:
         DataError: text is unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
-        SettingsError: the tokenizer has more entries than the model's vocabulary.
     """
-    tokenizer, tokenizer_path = get_tokenizer(config, [file for _, files in text.sources for file in files], report)
+    if tokenizer is None:
+        report.stage("learning the tokenizer")
+        files = [file for _, files in text.sources for file in files]
+        tokenizer = learn_tokenizer(files, Path(config.data.cache_dir), config.model.vocab_size)
+        refuse_too_large(tokenizer, config)
+    tokenizer_path = keep_tokenizer(tokenizer, Path(config.data.cache_dir))
     caches = [
         tokenise(f"tokenising {_named(source.path)}", files, tokenizer, config, report)
         for source, files in text.sources
@@ -128,29 +155,22 @@ def existing_sources(
     return found
 
 
-def get_tokenizer(config: Config, files: list[SourceFile], report: RunReport) -> tuple[Tokenizer, Path]:
-    """The run's tokenizer, and a `tokenizer.json` of it in the cache folder."""
-    cache_dir = Path(config.data.cache_dir)
-    if config.data.tokenizer == "train":
-        report.stage("learning the tokenizer")
-        tokenizer = learn_tokenizer(files, cache_dir, config.model.vocab_size)
-    else:
-        tokenizer = Tokenizer.load(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise SettingsError(
-            f"model.vocab_size: {config.model.vocab_size:,} is less than the {tokenizer.vocab_size:,} entries of "
-            f"data.tokenizer = {config.data.tokenizer}"
-        )
+def keep_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
+    """Return a `tokenizer.json` of it in the cache folder, which every node can read."""
     path = cache_dir / f"tokenizer-used-{tokenizer.fingerprint[:16]}.json"
-    if not path.exists():
+    try:
+        is_kept = path.read_text(encoding="utf-8") == tokenizer.to_json()
+    except (OSError, ValueError):
+        is_kept = False
+    if not is_kept:
         tokenizer.save(path)
-    return tokenizer, path
+    return path
 
 
 def tokenise(
     title: str, files: list[SourceFile], tokenizer: Tokenizer, config: Config, report: RunReport
 ) -> TokenCache:
-    """The token cache of the files; says which lines were left out."""
+    """The token cache of the files; says which lines and how many characters were left out."""
     report.stage(title)
     cache = prepare_files(
         files,
@@ -160,8 +180,9 @@ def tokenise(
         on_bad_line=config.data.on_bad_line,
         max_line_bytes=int(config.data.max_line_mb * MIB),
         progress=lambda done, total: report.progress(done, total, "bytes"),
+        say=report.say,
     )
-    for sentence in bad_line_report(cache.manifest):
+    for sentence in [*bad_line_report(cache.manifest), *dropped_report(cache.manifest, tokenizer.name)]:
         report.say(sentence)
     return cache
 

@@ -14,7 +14,6 @@ from typing import Any
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.snapshot import rebuild_snapshot
 from savant_ray.config import Config
-from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import CheckpointError
 from savant_ray.reporting.record import read_records, saved_a_checkpoint
 from savant_ray.training.checkpoint import (
@@ -80,8 +79,9 @@ def refuse_other_settings(start: Path, config: Config) -> None:
     Raises:
         CheckpointError: they differ; all differences are listed.
     """
-    if start.is_file() and config.data.tokenizer == "train":
-        _refuse(start, ["data.tokenizer: train would learn another one than the file was trained with; give its own"])
+    if start.is_file() and config.data.learns_tokenizer:
+        learnt = f"data.tokenizer: {config.data.tokenizer} would learn another one than the file was trained with"
+        _refuse(start, [f"{learnt}; give its own"])
     _refuse(start, [text for name, text in changes_since(start, config).items() if name.startswith(MUST_AGREE)])
 
 
@@ -92,18 +92,17 @@ def changes_since(start: Path, config: Config) -> dict[str, str]:
     return changed_settings(read_settings(start).to_dict(), config.to_dict())
 
 
-def refuse_other_data(start: Path, config: Config, tokenizer: Tokenizer, data_fingerprint: str) -> None:
-    """The checkpoint's tokenizer and text against the prepared ones.
+def refuse_other_data(start: Path, config: Config, data_fingerprint: str) -> None:
+    """The checkpoint's text against the prepared one.
 
     Raises:
         CheckpointError: they differ.
     """
     if start.is_file() or read_manifest(start)["data_fingerprint"] == data_fingerprint:
         return
-    if Tokenizer.load(str(start / TOKENIZER)).fingerprint != tokenizer.fingerprint:
-        _refuse(start, ["data.tokenizer: another tokenizer, so the tokens mean something else"])
     listed = changes_since(start, config).get("data.sources", "data.sources: a file was added, changed or removed")
-    _refuse(start, [f"{listed}; so a position in the order means another sequence"])
+    kept = f"the tokenizer stays that of {start.name} (data.tokenizer: {start / TOKENIZER})"
+    _refuse(start, [f"{listed}; so a position in the order means another sequence", kept])
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = "") -> dict[str, str]:

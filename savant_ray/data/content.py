@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from savant_ray.data.sealed import seal, unseal
 from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError
 
@@ -32,7 +33,7 @@ def content_hashes(files: Sequence[SourceFile], cache_dir: Path) -> list[str]:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             fresh = dict(zip(map(_key, unknown), threads.map(_hash, unknown), strict=True))
         known |= fresh
-        write_aside(cache_dir / MEMORY, json.dumps(_recall(cache_dir / MEMORY) | fresh, indent=0))
+        write_aside(cache_dir / MEMORY, seal(_recall(cache_dir / MEMORY) | fresh, indent=0))
     return [known[_key(file)] for file in files]
 
 
@@ -55,10 +56,9 @@ def _key(file: SourceFile) -> str:
 
 def _recall(path: Path) -> dict[str, str]:
     try:
-        remembered = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return unseal(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # without it, or altered: everything is hashed anew
         return {}
-    return remembered if isinstance(remembered, dict) else {}
 
 
 def _hash(file: SourceFile) -> str:

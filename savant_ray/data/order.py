@@ -4,12 +4,14 @@ Positions count the sequences of the endless global order. Nothing is stored and
 position costs the same and any number of workers sees the same steps.
 
 Mixing is chairman assignment (R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980) over one
-period of the exact rational weights: in every prefix of n positions each source has weight · n sequences, off by
-less than 1. Shuffling is a Feistel network with cycle walking, keyed by seed, source and epoch.
+period of the rational weights: in every prefix of n positions each source has weight · n sequences, off by less than 1.
+Weights whose exact period is longer than `MAX_PERIOD` are rounded to fractions of it first. Shuffling is a Feistel
+network with cycle walking, keyed by seed, source and epoch.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -22,7 +24,7 @@ from savant_ray.errors import DataError, SettingsError
 Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
 
-MAX_PERIOD = 100_000
+MAX_PERIOD = 100_000  # as `WEIGHT_RESOLUTION` in config.py, which would take too long to import here
 FEISTEL_ROUNDS = 8  # each changes both halves
 ROUND_KEY = np.uint64(0xD1342543DE82EF95)  # odd, so that no round key comes twice
 
@@ -32,7 +34,7 @@ class GlobalOrder:
 
     Raises:
         DataError: a source is empty.
-        SettingsError: a weight is not positive, or the weights have no short common period.
+        SettingsError: a weight is not positive, or less than 1 / `MAX_PERIOD` of their sum.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -77,33 +79,59 @@ def permute(slots: Int64s, size: int, keys: UInt64s) -> Int64s:
 
 
 def _counts(weights: Sequence[float]) -> list[int]:
-    """How often each source occurs in the shortest period with exactly these weights."""
+    """Return how often each source occurs in a period.
+
+    The shortest period with exactly these weights if it has at most `MAX_PERIOD` positions; otherwise a period of
+    `MAX_PERIOD` positions with the weights rounded to whole positions (largest remainder method).
+
+    Raises:
+        SettingsError: a weight is not positive, or less than one position of the longest period.
+    """
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise SettingsError(f"weights {_listed(weights)}: every weight must be above 0; leave the source out instead")
     exact = [Fraction(str(weight)) for weight in weights]  # as written: 0.1 is a tenth
     total = sum(exact)
+    if min(exact) * MAX_PERIOD < total:
+        raise SettingsError(
+            f"weights {_listed(weights)}: {min(weights)} is less than 1 in {MAX_PERIOD:,} of their sum; raise it, "
+            "or leave the source out"
+        )
     parts = [weight / total for weight in exact]
     period = math.lcm(*(part.denominator for part in parts))
-    if period > MAX_PERIOD:
-        raise SettingsError(
-            f"weights {_listed(weights)} repeat only after {period:,} sequences; round them (at most {MAX_PERIOD:,}), "
-            f"or write ratios such as 1, 2, 3"
-        )
-    return [int(part * period) for part in parts]
+    if period <= MAX_PERIOD:
+        return [int(part * period) for part in parts]
+    counts = [int(part * MAX_PERIOD) for part in parts]
+    by_remainder = sorted(range(len(parts)), key=lambda i: counts[i] - parts[i] * MAX_PERIOD)
+    for index in by_remainder[: MAX_PERIOD - sum(counts)]:
+        counts[index] += 1
+    return counts
 
 
 def _period(counts: list[int]) -> tuple[Int64s, Int64s]:
-    """The source at each offset of a period, and how often that source came before in the period."""
+    """Return the source at each offset of a period, and how often that source came before in the period.
+
+    Tijdeman's rule: of the sources that may take an offset, the one with the earliest deadline, ties to the first.
+    Source i may take its next turn k at the first offset with slack · (count · (offset + 1) − k · period) ≥ period; its
+    deadline is (slack · (k + 1) − 1) · period / (slack · count).
+    """
     period, slack = sum(counts), max(2 * len(counts) - 2, 1)
-    given = [0] * len(counts)
+
+    def release(source: int, k: int) -> int:
+        return -(-(slack * k + 1) * period // (slack * counts[source])) - 1
+
     pattern, turn = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
+    waiting = [(release(source, 0), source, 0) for source in range(len(counts))]
+    heapq.heapify(waiting)
+    entitled: list[tuple[float, int, int]] = []
     for offset in range(period):
-        # owed = slack · period · (count · (offset + 1) / period − given): in whole numbers, so never rounded
-        owed = [slack * (count * (offset + 1) - got * period) for count, got in zip(counts, given, strict=True)]
-        entitled = (i for i in range(len(counts)) if owed[i] >= period)
-        chosen = min(entitled, key=lambda i: Fraction((slack - 1) * period - owed[i], counts[i]), default=0)
-        pattern[offset], turn[offset] = chosen, given[chosen]
-        given[chosen] += 1
+        while waiting and waiting[0][0] <= offset:
+            _, source, k = heapq.heappop(waiting)
+            # One correctly rounded division: unlike quotients of numbers this small are further apart than the rounding.
+            heapq.heappush(entitled, ((slack * (k + 1) - 1) / counts[source], source, k))
+        _, source, k = heapq.heappop(entitled)
+        pattern[offset], turn[offset] = source, k
+        if k + 1 < counts[source]:
+            heapq.heappush(waiting, (release(source, k + 1), source, k + 1))
     return pattern, turn
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +33,7 @@ from savant_ray.data.token_cache import (
     ShardInfo,
     TokenCache,
     bad_line_report,
+    damaged_shards,
 )
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.errors import DataError
@@ -50,23 +54,26 @@ def prepare(
     max_line_bytes: int = MAX_LINE_BYTES,
     range_bytes: int | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] = print,
 ) -> TokenCache:
     """The token cache of `files` below `cache_dir`, made if it is not there. Ray must be initialised to make it.
 
-    A task reads `range_bytes` of a file (default: see `plan_ranges`).
+    A task reads `range_bytes` of a file (default: see `plan_ranges`). Of a cache that is damaged only the damaged shards
+    are made again; `say` gets a sentence for each.
 
     Raises:
         DataError: a file cannot be read or yields nothing, or a line is bad and `on_bad_line` is "error".
     """
     cache_dir = Path(cache_dir).expanduser().absolute()
-    recipe = Recipe(tokenizer.to_json(), sequence_length, max_line_bytes)
+    recipe = Recipe.of(tokenizer, sequence_length, max_line_bytes)
     identity = {
         "version": FORMAT_VERSION,
         "files": list(zip(_names(files), content_hashes(files, cache_dir), strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
     }
     job = _Job(plan_ranges(files, range_bytes), files, recipe, fingerprint(identity), cache_dir)
-    _make_once(job.folder, lambda: job.run(progress or (lambda done, total: None)))
+    progress = progress or (lambda done, total: None)
+    _make_once(job.folder, partial(job.is_whole, progress), partial(job.run, progress, say))
     cache = TokenCache.open(job.folder)
     if on_bad_line == "error" and cache.manifest.bad_lines:
         raise DataError("\n".join(bad_line_report(cache.manifest, verdict="refused")))
@@ -82,8 +89,33 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
     cache_dir = Path(cache_dir).expanduser().absolute()
     identity = {"version": FORMAT_VERSION, "files": content_hashes(files, cache_dir), "vocab_size": vocab_size}
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
-    _make_once(path, lambda: train_tokenizer(_texts_to_learn_from(files), vocab_size).save(path))
-    return Tokenizer.load(path)
+
+    def learn() -> None:
+        content = train_tokenizer(_texts_to_learn_from(files), vocab_size).to_json()
+        write_aside(_with_checksum(path, content), content)
+
+    _make_once(path, lambda: _read_learnt(path) is not None, learn)
+    learnt = _read_learnt(path)
+    if learnt is None:
+        raise DataError(f"{path.parent}: the tokenizer that was just written there cannot be read back")
+    learnt.name = "the tokenizer learnt from the training text"
+    return learnt
+
+
+def _read_learnt(path: Path) -> Tokenizer | None:
+    """Return the tokenizer that was learnt and is kept as `path`, whose checksum is in its name; None if it is damaged."""
+    for kept in [*path.parent.glob(f"{path.stem}-*.json"), path]:  # the last: of versions without checksums
+        try:
+            content = kept.read_text(encoding="utf-8")
+            if kept in (path, _with_checksum(path, content)):
+                return Tokenizer.load(kept)
+        except (OSError, ValueError, DataError):
+            continue
+    return None
+
+
+def _with_checksum(path: Path, content: str) -> Path:
+    return path.with_stem(f"{path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}")
 
 
 class _Job:
@@ -103,47 +135,70 @@ class _Job:
         self._identity = identity
         self.folder = cache_dir / f"{_names(files)[0].partition('.')[0].replace('/', '-')}-{identity[:16]}"
         self._unfinished = self.folder.with_suffix(".unfinished")
+        self._damage: list[str] = []
 
-    def run(self, progress: Progress) -> None:
-        """Makes the missing shards, then the manifest, then the folder's name.
+    def is_whole(self, progress: Progress) -> bool:
+        """Whether the folder is there and holds what was written; notes in `_damage` what does not."""
+        self._damage = []
+        if not self.folder.exists():
+            return False
+        try:
+            manifest = Manifest.from_json((self.folder / MANIFEST).read_text())
+            if manifest.fingerprint != self._identity:
+                raise ValueError("it is of another cache")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._damage = [f"{self.folder / MANIFEST}: cannot be used ({error})"]
+        else:
+            self._damage = damaged_shards(self.folder, manifest, progress)
+        return not self._damage
+
+    def run(self, progress: Progress, say: Callable[[str], None]) -> None:
+        """Makes the missing shards, then the manifest, then the folder's name; `say` gets what was damaged.
 
         Raises:
             DataError: a file cannot be read or yields nothing.
         """
-        self._unfinished.mkdir(parents=True, exist_ok=True)
-        self._write_missing(progress)
+        for problem in self._damage:
+            say(f"{problem}; made again")
+        folder = self.folder if self.folder.exists() else self._unfinished
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_missing(folder, progress)
         manifest = _sum_up(
             self._files,
             self._ranges,
-            [RangeSummary.read(self._unfinished, index) for index in range(len(self._ranges))],
+            [RangeSummary.read(folder, index) for index in range(len(self._ranges))],
             fingerprint=self._identity,
             sequence_length=self._recipe.sequence_length,
         )
         _refuse_empty(manifest)
-        for left_behind in self._unfinished.glob("*.tmp"):
+        _refuse_dropped(manifest, self._recipe.tokenizer_name)
+        for left_behind in folder.glob("*.tmp"):
             left_behind.unlink(missing_ok=True)
-        write_aside(self._unfinished / MANIFEST, manifest.to_json())
-        self._unfinished.rename(self.folder)
+        write_aside(folder / MANIFEST, manifest.to_json())
+        if folder != self.folder:
+            folder.rename(self.folder)
 
-    def _write_missing(self, progress: Progress) -> None:
+    def _write_missing(self, folder: Path, progress: Progress) -> None:
         """One Ray Data task per range; a task tells the bytes it has done, or what is wrong."""
-        missing = [i for i in range(len(self._ranges)) if not RangeSummary.is_complete(self._unfinished, i)]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(self._ranges))))
+        missing = [index for index, is_complete in enumerate(complete) if not is_complete]
         total = sum(file.size for file in self._files)
         done = total - sum(_stored_bytes(self._ranges[index]) for index in missing)
         progress(done, total)
-        for row in self._run_tasks(missing):
+        for row in self._run_tasks(folder, missing):
             if error := row["error"].as_py():
                 raise DataError(error)
             done = min(done + row["bytes"].as_py(), total)  # Ray repeats a task whose worker died
             progress(done, total)
 
-    def _run_tasks(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def _run_tasks(self, folder: Path, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         if not indices:
             return iter(())
         items = [{"index": index, **_as_row(self._ranges[index])} for index in indices]
         with ray_data.settings():
             ranges = ray.data.from_items(items, override_num_blocks=len(items))
-            written = ranges.flat_map(_WriteShard(self._unfinished, self._recipe), num_cpus=1)
+            written = ranges.flat_map(_WriteShard(folder, self._recipe), num_cpus=1)
         return ray_data.rows(written)
 
 
@@ -186,11 +241,12 @@ def _sum_up(
     lines, documents, bad = (_per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines"))
     before = _lines_before(origins, summaries)
     parts = list(zip(origins, before, summaries, strict=True))
+    dropped = (BadLine(name, first + x[0], x[1]) for name, first, each in parts if (x := each.first_dropped))
     named = [BadLine(name, first + line, why) for name, first, each in parts for line, why in each.first_bad_lines]
     return Manifest(
         files=tuple(FileSummary(name, lines[name], documents[name], bad[name]) for name in names.values()),
         shards=tuple(
-            ShardInfo(shard_name(index), each.shard_bytes, each.rows, name, first)
+            ShardInfo(shard_name(index), each.shard_bytes, each.rows, name, first, each.shard_crc32)
             for index, (name, first, each) in enumerate(parts)
             if each.rows
         ),
@@ -201,6 +257,9 @@ def _sum_up(
         text_bytes=sum(each.text_bytes for each in summaries),
         bad_lines=bad.total(),
         first_bad_lines=tuple(named[:NAMED_BAD_LINES]),
+        characters=sum(each.characters for each in summaries),
+        dropped_characters=sum(each.dropped_characters for each in summaries),
+        first_dropped=next(dropped, None),
         **identity,
     )
 
@@ -232,6 +291,16 @@ def _refuse_empty(manifest: Manifest) -> None:
         raise DataError("\n".join([*empty, *bad_line_report(manifest, verdict="refused")[:10]]))
 
 
+def _refuse_dropped(manifest: Manifest, tokenizer: str) -> None:
+    """Refuse a cache whose documents all have no token but the one that ends them."""
+    if manifest.first_dropped and manifest.tokens == manifest.documents:
+        first = manifest.first_dropped
+        raise DataError(
+            f"{tokenizer} has no token for any character of {first.file} (line {first.line:,}: {' '.join(first.reason)}); "
+            "give data.tokenizer one that knows this text, or leave it at auto to learn one from it"
+        )
+
+
 def _names(files: Sequence[SourceFile]) -> list[str]:
     """The paths from the folder on that all files share: the same wherever that folder lies."""
     if not files:
@@ -258,12 +327,12 @@ def _texts_to_learn_from(files: Sequence[SourceFile]) -> Iterator[str]:
             yield text
 
 
-def _make_once(path: Path, make: Callable[[], None]) -> None:
+def _make_once(path: Path, is_made: Callable[[], bool], make: Callable[[], None]) -> None:
     """Makes what is not there; of several processes one makes it, the others wait for it."""
-    if path.exists():
+    if is_made():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
+        if not is_made():
             make()

@@ -6,7 +6,6 @@ Memory is bounded by a chunk of tokens, whatever the length of the range: a comp
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +17,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from savant_ray.data.content import write_aside
-from savant_ray.data.jsonl import ByteRange, Line, RangeReader
+from savant_ray.data.jsonl import ByteRange, Line, RangeReader, plan_ranges
 from savant_ray.data.packing import pack
-from savant_ray.data.token_cache import shard_batch, shard_schema, token_dtype
+from savant_ray.data.sealed import seal, unseal
+from savant_ray.data.sources import SourceFile
+from savant_ray.data.token_cache import crc32, shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import DataError
 
 BATCH_CHARACTERS = 1 << 18  # tokenised at once
 CHUNK_TOKENS = 1 << 21  # packed at once: many rows, so that the last one's padding does not count
 NAMED_BAD_LINES = 100
+NAMED_CHARACTERS = 10
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,15 @@ class Recipe:
     """How text becomes rows; travels to the workers."""
 
     tokenizer_json: str
+    tokenizer_name: str
+    end_of_document: str | None
     sequence_length: int
     max_line_bytes: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, sequence_length: int, max_line_bytes: int) -> Recipe:
+        """Build the recipe that uses this tokenizer."""
+        return cls(tokenizer.to_json(), tokenizer.name, tokenizer.end_name, sequence_length, max_line_bytes)
 
 
 @dataclass
@@ -48,31 +59,50 @@ class RangeSummary:
     rows: int = 0
     text_bytes: int = 0
     shard_bytes: int = 0
+    shard_crc32: int | None = None  # None: written by a version without checksums
     bad_lines: int = 0
     first_bad_lines: list[tuple[int, str]] = field(default_factory=list)
+    characters: int = 0  # of the documents
+    dropped_characters: int = 0  # of them, for which the tokenizer has no token and no unknown token
+    first_dropped: tuple[int, str] | None = None  # line, and the characters that are dropped in it
 
     def count(self, line: Line) -> None:
         """Takes in a line of any kind."""
         self.lines = line.number
         if line.text:
             self.documents += 1
+            self.characters += len(line.text)
             self.text_bytes += len(line.text) if line.text.isascii() else len(line.text.encode())
         elif line.problem:
             self.bad_lines += 1
             if self.bad_lines <= NAMED_BAD_LINES:
                 self.first_bad_lines.append((line.number, line.problem))
 
+    def count_dropped(self, line: Line, dropped: int, characters: str) -> None:
+        """Count the characters of a line that the tokenizer drops."""
+        self.dropped_characters += dropped
+        if dropped and self.first_dropped is None:
+            self.first_dropped = (line.number, characters[:NAMED_CHARACTERS])
+
     @classmethod
     def read(cls, folder: Path, index: int) -> RangeSummary:
-        """The summary that lies in `folder`."""
-        return cls(**json.loads((folder / summary_name(index)).read_text()))
+        """The summary that lies in `folder`.
+
+        Raises:
+            OSError, ValueError, TypeError: it is missing, or not what was written.
+        """
+        return cls(**unseal((folder / summary_name(index)).read_text()))
 
     @classmethod
     def is_complete(cls, folder: Path, index: int) -> bool:
-        """Whether the range is done: summary and shard are there and whole."""
+        """Whether the range is done: summary and shard are there and what was written; reads the shard."""
+        shard = folder / shard_name(index)
         try:
             summary = cls.read(folder, index)
-            return not summary.rows or (folder / shard_name(index)).stat().st_size == summary.shard_bytes
+            if not summary.rows:
+                return True
+            has_size = shard.stat().st_size == summary.shard_bytes
+            return has_size and (summary.shard_crc32 is None or crc32(shard) == summary.shard_crc32)
         except (OSError, ValueError, TypeError):
             return False
 
@@ -94,25 +124,29 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
         DataError: the file cannot be read.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core
-    tokenizer = _tokenizer(recipe.tokenizer_json)
+    tokenizer = _tokenizer(recipe.tokenizer_json, recipe.tokenizer_name, recipe.end_of_document)
     summary = RangeSummary()
     chunk = _Chunk(recipe.sequence_length, tokenizer)
     shard = _ShardFile(folder / shard_name(index), chunk.schema)
     with RangeReader(part, recipe.max_line_bytes) as lines, shard:
         for batch in _batches(lines, summary):
-            chunk.add(batch)
+            try:
+                chunk.add(batch, summary)
+            except _UnencodableLineError as error:
+                where = f"{part.file.path} line {_lines_before(part) + error.line:,}"
+                raise DataError(f"{where}: {error}") from error
             if chunk.tokens >= CHUNK_TOKENS:
                 shard.write(chunk.pack_into(summary))
             yield lines.bytes_read
         if chunk.tokens:
             shard.write(chunk.pack_into(summary))
-    summary.shard_bytes = shard.bytes
-    write_aside(folder / summary_name(index), json.dumps(dataclasses.asdict(summary)))
+    summary.shard_bytes, summary.shard_crc32 = shard.bytes, shard.crc32
+    write_aside(folder / summary_name(index), seal(dataclasses.asdict(summary)))
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(text: str) -> Tokenizer:
-    return Tokenizer.from_json(text)
+def _tokenizer(text: str, name: str, end_of_document: str | None) -> Tokenizer:
+    return Tokenizer.from_json(text, name, end_of_document)
 
 
 def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line]]:
@@ -130,6 +164,44 @@ def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line
     yield batch
 
 
+def encode_beginning(file: SourceFile, tokenizer: Tokenizer, characters: int = BATCH_CHARACTERS) -> None:
+    """Encode the first `characters` of a file, to find out early whether the tokenizer can.
+
+    Raises:
+        DataError: it cannot encode one of the lines, or the file cannot be read.
+    """
+    for part in plan_ranges([file])[:1]:
+        with RangeReader(part) as lines:
+            for line in lines:
+                try:
+                    tokenizer.encode(line.text[:characters])
+                except DataError as error:
+                    raise DataError(f"{file.path} line {line.number:,}: {error}") from error
+                characters -= len(line.text) + 1
+                if characters <= 0:
+                    break
+
+
+class _UnencodableLineError(Exception):
+    """The tokenizer cannot encode a line; `line` counts from the start of the range."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+def _lines_before(part: ByteRange) -> int:
+    """Return how many lines of the file start before the range; reads the file up to there."""
+    if not part.start:
+        return 0
+    filesystem, path = part.file.resolve()
+    newlines, left = 0, part.start - 1  # a newline right before `start` begins a line of this range
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        while left and (block := stream.read(min(left, READ_BYTES))):
+            newlines, left = newlines + block.count(b"\n"), left - len(block)
+    return newlines + 1
+
+
 class _Chunk:
     """Tokenised documents that wait to be packed together."""
 
@@ -142,14 +214,30 @@ class _Chunk:
         self._documents: list[NDArray[np.unsignedinteger]] = []
         self._lines: list[int] = []
 
-    def add(self, batch: Sequence[Line]) -> None:
-        """Tokenises the lines' texts and ends each with the end-of-document token."""
+    def add(self, batch: Sequence[Line], summary: RangeSummary) -> None:
+        """Tokenise the lines' texts and end each with the end-of-document token.
+
+        Raises:
+            _UnencodableLineError: the tokenizer cannot encode one of them.
+        """
         end = self._tokenizer.end_of_document
-        for line, ids in zip(batch, self._tokenizer.encode_batch([line.text for line in batch]), strict=True):
+        for line, ids in zip(batch, self._encode(batch), strict=True):
+            summary.count_dropped(line, *self._tokenizer.dropped_characters(line.text))
             ids.append(end)
             self._documents.append(np.array(ids, dtype=self._dtype))
             self._lines.append(line.number)
             self.tokens += len(ids)
+
+    def _encode(self, batch: Sequence[Line]) -> list[list[int]]:
+        try:
+            return self._tokenizer.encode_batch([line.text for line in batch])
+        except DataError:
+            for line in batch:
+                try:
+                    self._tokenizer.encode(line.text)
+                except DataError as error:
+                    raise _UnencodableLineError(line.number, str(error)) from error
+            raise
 
     def pack_into(self, summary: RangeSummary) -> pa.RecordBatch:
         """The rows of the chunk, counted in `summary`; the chunk is empty afterwards."""
@@ -169,6 +257,7 @@ class _ShardFile:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.bytes = 0
+        self.crc32: int | None = None
         self._path = path
         self._aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._schema = schema
@@ -190,5 +279,5 @@ class _ShardFile:
         if failed:
             self._aside.unlink()
         else:
-            self.bytes = self._aside.stat().st_size
+            self.bytes, self.crc32 = self._aside.stat().st_size, crc32(self._aside)
             self._aside.replace(self._path)

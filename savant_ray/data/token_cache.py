@@ -2,18 +2,27 @@
 
     <name>-<fingerprint>/
     ├── shard-00000.arrow   Arrow IPC: tokens [rows, sequence_length], piece lengths and line numbers per row
-    ├── shard-00000.json    what the range yielded; written after its shard
-    └── manifest.json       the sum of all; a folder under this name is complete
+    ├── shard-00000.json    what the range yielded, and the shard's CRC-32; written after its shard
+    ├── manifest.json       the sum of all; a folder under this name is complete
+    └── checked.json        size, inode and times of the shards whose CRC-32 was compared
 
 The folder's name covers the content of the files, so a cache is never out of date. Shards are memory-mapped: a read
 costs the rows it asks for. Every node needs the folder under the same path.
+
+A shard is read whole and compared with its checksum once after it was written, and again when its size, inode or times
+have changed since; so a launch usually costs one `stat` per shard. Caches of earlier versions have no checksums: only
+the sizes of their shards are compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
+import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +31,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from savant_ray.data.content import write_aside
+from savant_ray.data.sealed import seal, unseal
 from savant_ray.errors import DataError
 
 Unsigned = NDArray[np.unsignedinteger]
 
 MANIFEST = "manifest.json"
+CHECKED = "checked.json"
 OPEN_SHARDS = 64
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class ShardInfo:
     rows: int
     file: str
     lines_before: int
+    crc32: int | None = None  # None: written by a version without checksums
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,9 @@ class Manifest:
     text_bytes: int  # UTF-8 bytes of the documents
     bad_lines: int
     first_bad_lines: tuple[BadLine, ...]
+    characters: int = 0  # of the documents; 0 if written by a version that did not count them
+    dropped_characters: int = 0  # of them, for which the tokenizer has no token and no unknown token
+    first_dropped: BadLine | None = None  # the first line with such characters; `reason` lists some of them
 
     @property
     def padding(self) -> int:
@@ -103,16 +120,22 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as it lies in the folder."""
-        return json.dumps(dataclasses.asdict(self) | {"padding": self.padding}, indent=1)
+        return seal(dataclasses.asdict(self) | {"padding": self.padding}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """The inverse of `to_json`."""
-        values = json.loads(text)
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: the text is not what `to_json` returned.
+        """
+        values = unseal(text)
         del values["padding"]
         values["files"] = tuple(FileSummary(**each) for each in values["files"])
         values["shards"] = tuple(ShardInfo(**each) for each in values["shards"])
         values["first_bad_lines"] = tuple(BadLine(**each) for each in values["first_bad_lines"])
+        if values.get("first_dropped"):
+            values["first_dropped"] = BadLine(**values["first_dropped"])
         return cls(**values)
 
 
@@ -126,6 +149,85 @@ def bad_line_report(manifest: Manifest, verdict: str = "skipped") -> list[str]:
     ]
     unnamed = manifest.bad_lines - len(sentences)
     return [*sentences, f"… and {unnamed:,} more bad lines"] if unnamed else sentences
+
+
+def dropped_report(manifest: Manifest, tokenizer: str) -> list[str]:
+    """Return a sentence about the characters that the tokenizer drops, or nothing if it drops none."""
+    first = manifest.first_dropped
+    if first is None:
+        return []
+    return [
+        f"{tokenizer} has no token for {manifest.dropped_characters:,} of {manifest.characters:,} characters and leaves "
+        f"them out, first in {first.file} line {first.line:,} ({' '.join(first.reason)}); one with an unknown token or byte "
+        "fallback would not"
+    ]
+
+
+def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, int], None]) -> list[str]:
+    """Return a sentence for each shard that is missing or not what was written.
+
+    Reads the shards that have changed since they were last compared with their checksums, several at a time; `progress`
+    gets the bytes read and the bytes to read.
+    """
+    checked, states = _read_checked(folder), {}
+    problems: list[str] = []
+    unchecked: list[ShardInfo] = []
+    for shard in manifest.shards:
+        try:
+            states[shard.name] = _state(folder / shard.name)
+        except OSError as error:
+            problems.append(f"{folder / shard.name}: cannot be read ({error.strerror})")
+            continue
+        if states[shard.name][0] != shard.bytes:
+            problems.append(f"{folder / shard.name}: has {states[shard.name][0]:,} of {shard.bytes:,} bytes")
+        elif shard.crc32 is not None and checked.get(shard.name) != states[shard.name]:
+            unchecked.append(shard)
+    right = dict(zip([shard.name for shard in unchecked], _compare_checksums(folder, unchecked, progress), strict=True))
+    problems += [f"{folder / name}: not what was written (its checksum differs)" for name in right if not right[name]]
+    if any(right.values()):
+        known = {name: state for name, state in states.items() if right.get(name, checked.get(name) == state)}
+        with suppress(OSError):  # a cache that others own: compared again by the next launch
+            write_aside(folder / CHECKED, seal(known))
+    return problems
+
+
+def _compare_checksums(
+    folder: Path, shards: Sequence[ShardInfo], progress: Callable[[int, int], None]
+) -> Iterator[bool]:
+    def is_right(shard: ShardInfo) -> bool:
+        try:
+            return crc32(folder / shard.name) == shard.crc32
+        except OSError:
+            return False
+
+    done, total = 0, sum(shard.bytes for shard in shards)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for shard, right in zip(shards, threads.map(is_right, shards), strict=True):
+            done += shard.bytes
+            progress(done, total)
+            yield right
+
+
+def crc32(path: Path) -> int:
+    """Return the CRC-32 of a file. Raises OSError."""
+    checksum = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _state(path: Path) -> list[int]:
+    """What changes when a file is written to."""
+    status = path.stat()
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _read_checked(folder: Path) -> dict[str, Any]:
+    try:
+        return unseal((folder / CHECKED).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 class TokenCache:
@@ -149,12 +251,13 @@ class TokenCache:
             manifest = Manifest.from_json((folder / MANIFEST).read_text())
             sizes = [(folder / shard.name).stat().st_size for shard in manifest.shards]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: no complete token cache ({error}); delete it, to have it made again") from error
+            raise DataError(
+                f"{folder}: no complete token cache ({error}); the same command again repairs it"
+            ) from error
         for shard, size in zip(manifest.shards, sizes, strict=True):
             if size != shard.bytes:
                 raise DataError(
-                    f"{folder / shard.name}: has {size:,} of {shard.bytes:,} bytes; delete the folder, "
-                    f"to have it made again"
+                    f"{folder / shard.name}: has {size:,} of {shard.bytes:,} bytes; the same command again repairs it"
                 )
         return cls(folder, manifest)
 

@@ -6,6 +6,7 @@ token is called.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from savant_ray.data.content import write_aside
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, SettingsError
 
 PAD, END_OF_DOCUMENT = "<|pad|>", "<|end_of_document|>"
 END_NAMES = (
@@ -32,41 +33,69 @@ NEVER_SAMPLED_NAMES = (
 SEGMENT_CHARACTERS = 1 << 20
 BETWEEN_WORDS = re.compile(r"(?<=\w)(?= \w)")
 LONGEST_CHARACTER_BYTES = 4  # UTF-8
+REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character
 
 
 class Tokenizer:
     """Text ↔ token ids; a literal "<|end_of_document|>" in a text is text, never the special token."""
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self, inner: tokenizers.Tokenizer, name: str = "the tokenizer", end_of_document: str | None = None
+    ) -> None:
+        """Wrap `inner`; `name` is for messages, `end_of_document` a token of the vocabulary (None: detected by name).
+
+        Raises:
+            SettingsError: the vocabulary has no such token; names those that are spelt alike.
+        """
         inner.encode_special_tokens = True  # not part of the JSON: has to be said on every load
         inner.no_padding()
         inner.no_truncation()
+        self.name = name
+        self.end_name = end_of_document
         self._inner = inner
+        self._dropped: dict[str, bool] = {}  # character -> whether the vocabulary lacks it
+        if end_of_document is not None and inner.token_to_id(end_of_document) is None:
+            raise SettingsError(_why_no_end(inner, name, end_of_document))
 
     @classmethod
-    def load(cls, spec: str | os.PathLike[str]) -> Tokenizer:
-        """From a tokenizer.json, a folder that holds one, or a Hugging Face name such as `albert-base-v2`.
+    def load(cls, spec: str | os.PathLike[str], end_of_document: str | None = None) -> Tokenizer:
+        """Load a tokenizer.json, a folder that holds one, or a Hugging Face name such as `albert-base-v2`.
 
         Raises:
-            DataError: there is none, or it cannot be read.
+            DataError: there is none, or it cannot be read, or it has no vocabulary.
+            SettingsError: the vocabulary lacks `end_of_document`.
         """
         path = Path(spec).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
             if path.is_file():
-                return cls(tokenizers.Tokenizer.from_file(str(path)))
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(spec)) or path.suffix == ".json":
+                inner = tokenizers.Tokenizer.from_file(str(path))
+            elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(spec)) or path.suffix == ".json":
                 raise DataError(f"tokenizer {spec}: no such tokenizer.json or folder that holds one")
-            return cls(tokenizers.Tokenizer.from_pretrained(str(spec)))
+            else:
+                inner = tokenizers.Tokenizer.from_pretrained(str(spec))
         except DataError:
             raise
-        except Exception as error:  # `tokenizers` raises bare Exception for a broken file and a missing model alike
+        except BaseException as error:
+            if not _is_from_tokenizers(error):
+                raise
             raise DataError(_why_not_loaded(spec, path, error)) from error
+        if not inner.get_vocab_size(with_added_tokens=False):
+            raise DataError(f"tokenizer {spec}: it has no vocabulary, so it cannot encode any text")
+        return cls(inner, f"the tokenizer {spec}", end_of_document)
 
     @classmethod
-    def from_json(cls, text: str) -> Tokenizer:
-        """The inverse of `to_json`."""
-        return cls(tokenizers.Tokenizer.from_str(text))
+    def from_json(cls, text: str, name: str = "the tokenizer", end_of_document: str | None = None) -> Tokenizer:
+        """The inverse of `to_json`; name and end-of-document token travel beside it."""
+        return cls(tokenizers.Tokenizer.from_str(text), name, end_of_document)
+
+    def ending_with(self, end_of_document: str | None) -> Tokenizer:
+        """Return the same tokenizer with another end-of-document token; None keeps the present one.
+
+        Raises:
+            SettingsError: the vocabulary has no such token.
+        """
+        return self if end_of_document is None else Tokenizer(self._inner, self.name, end_of_document)
 
     def to_json(self) -> str:
         """Everything about the tokenizer as one string, to travel to workers and into checkpoints."""
@@ -78,8 +107,13 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the canonical JSON: the same for the same tokenizer, however its file is laid out."""
+        """SHA-256 over the canonical JSON: the same for the same tokenizer, however its file is laid out.
+
+        An end-of-document token that is not the one that would be detected is part of it.
+        """
         canonical = json.dumps(json.loads(self.to_json()), sort_keys=True, separators=(",", ":"))
+        if self.end_name is not None and self._ids_of([self.end_name]) != self._ids_of(END_NAMES)[:1]:
+            canonical += f" end of document: {self.end_name}"
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
@@ -92,28 +126,69 @@ class Tokenizer:
         """The id that ends each document.
 
         Raises:
-            DataError: the tokenizer has no token for it.
+            DataError: none was named, and the vocabulary has none of the usual names.
         """
-        ids = self._ids_of(END_NAMES)
+        ids = self._ids_of(END_NAMES if self.end_name is None else [self.end_name])
         if not ids:
-            raise DataError(f"the tokenizer has no end-of-document token (looked for {', '.join(END_NAMES)})")
+            special = ", ".join(_special_tokens(self._inner)[:12])
+            raise DataError(
+                f"{self.name} has no end-of-document token by a usual name ({', '.join(END_NAMES)}); set "
+                "data.end_of_document to the token that ends documents"
+                + f" (special tokens: {special})"
+                * bool(special)
+            )
         return ids[0]
+
+    def same_ids(self, other: Tokenizer) -> tuple[int, int]:
+        """Return how many of this tokenizer's ids mean the same token in `other`, and how many there are."""
+        mine, others = (each._inner.get_vocab(with_added_tokens=True) for each in (self, other))
+        return sum(others.get(token) == number for token, number in mine.items()), len(mine)
 
     @cached_property
     def never_sampled(self) -> frozenset[int]:
         """Padding, unknown, begin and mask tokens: no text comes from them."""
         unused = set(range(self.vocab_size)) - set(self._inner.get_vocab(with_added_tokens=True).values())
-        return frozenset(self._ids_of(NEVER_SAMPLED_NAMES)) | unused
+        end = self._ids_of([] if self.end_name is None else [self.end_name])  # may be a padding token
+        return (frozenset(self._ids_of(NEVER_SAMPLED_NAMES)) | unused).difference(end)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens around them."""
+        """The ids of a text, without special tokens around them.
+
+        Raises:
+            DataError: the tokenizer has neither tokens nor an unknown token for it.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text; on all cores unless TOKENIZERS_PARALLELISM is `false`."""
+        """The ids of each text; on all cores unless TOKENIZERS_PARALLELISM is `false`.
+
+        Raises:
+            DataError: the tokenizer has neither tokens nor an unknown token for one of them.
+        """
         if any(len(text) > SEGMENT_CHARACTERS for text in texts):
             return [self._encode_long(text) for text in texts]
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:
+            if not _is_from_tokenizers(error):
+                raise
+            raise DataError(
+                f"{self.name} cannot encode the text ({error}); give data.tokenizer one that has an unknown token or "
+                "byte fallback, or leave it at auto to learn one from the text"
+            ) from error
+
+    def dropped_characters(self, text: str) -> tuple[int, str]:
+        """Return how many characters of the text the tokenizer leaves out silently, and each of them once.
+
+        Only a BPE without an unknown token does so. White space does not count, since many pre-tokenizers remove it.
+        """
+        if not self._can_drop:
+            return 0, ""
+        characters = set(text)
+        for character in characters - self._dropped.keys():
+            self._dropped[character] = self._is_dropped(character)
+        missing = {character for character in characters if self._dropped[character]}
+        return (sum(character in missing for character in text) if missing else 0), "".join(sorted(missing))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; special tokens and ids beyond the vocabulary have none."""
@@ -121,6 +196,30 @@ class Tokenizer:
 
     def _encode_long(self, text: str) -> list[int]:
         return [token for part in _segments(text) for token in self.encode_batch([part])[0]]
+
+    @cached_property
+    def _can_drop(self) -> bool:
+        settings = json.loads(self.to_json())
+        model = settings["model"]
+        if model.get("type", "BPE") != "BPE" or model.get("unk_token") is not None:
+            return False
+        is_byte_level = '"ByteLevel"' in json.dumps([settings["pre_tokenizer"], settings["normalizer"]])
+        return not (is_byte_level and all(byte in model["vocab"] for byte in pre_tokenizers.ByteLevel.alphabet()))
+
+    @cached_property
+    def _affixes(self) -> tuple[str, str]:
+        """What the entries of a BPE begin with inside a word, and end with at its end."""
+        model = json.loads(self.to_json())["model"]
+        return model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+
+    def _is_dropped(self, character: str) -> bool:
+        if character.isspace() or character == REPLACEMENT:
+            return False
+        if ids := self.encode(character):
+            return REPLACEMENT in self.decode(ids)  # the vocabulary has some of its bytes only
+        prefix, suffix = self._affixes
+        forms = {before + character + after for before in ("", prefix) for after in ("", suffix)}
+        return not self._ids_of(forms)
 
     def _ids_of(self, names: Iterable[str]) -> list[int]:
         return [found for name in names if (found := self._inner.token_to_id(name)) is not None]
@@ -190,10 +289,28 @@ def _segments(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _why_not_loaded(spec: str | os.PathLike[str], path: Path, error: Exception) -> str:
+def _is_from_tokenizers(error: BaseException) -> bool:
+    """Whether `tokenizers` raised it: a bare Exception, or a Rust panic, which is no Exception."""
+    is_panic = type(error).__name__ == "PanicException"
+    return is_panic or (isinstance(error, Exception) and not isinstance(error, MemoryError))
+
+
+def _why_not_loaded(spec: str | os.PathLike[str], path: Path, error: BaseException) -> str:
     if path.is_file():
         return f"tokenizer {path}: not a tokenizer.json ({error})"
     return (
         f"tokenizer {spec}: no such file or folder, and no Hugging Face model of that name could be fetched ({error}); "
-        f"give a tokenizer.json, or `train` to learn one from the training files"
+        f"give a tokenizer.json, or `auto` to learn one from the training files"
     )
+
+
+def _why_no_end(inner: tokenizers.Tokenizer, name: str, wanted: str) -> str:
+    special = _special_tokens(inner)
+    others = [token for token in inner.get_vocab(with_added_tokens=True) if len(token) > 2 and not token[0].isalnum()]
+    close = difflib.get_close_matches(wanted, special) or difflib.get_close_matches(wanted, others) or special[:12]
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"data.end_of_document: {wanted!r} is not in the vocabulary of {name}{hint}"
+
+
+def _special_tokens(inner: tokenizers.Tokenizer) -> list[str]:
+    return [str(token.content) for token in inner.get_added_tokens_decoder().values() if token.special]

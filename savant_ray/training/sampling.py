@@ -28,7 +28,8 @@ def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Confi
         model = UniversalTransformer(config.model)
     weights = read_checkpoint(folder)["model_state_dict"]
     model.load_state_dict(weights, assign=True)
-    return model.to(device).eval(), Tokenizer.load(str(folder / TOKENIZER)), config
+    tokenizer = Tokenizer.load(folder / TOKENIZER, config.data.end_of_document)
+    return model.to(device).eval(), tokenizer, config
 
 
 def stream_answer(

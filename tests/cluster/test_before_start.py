@@ -42,7 +42,10 @@ def test_relative_paths_are_against_the_folder_and_uris_stay(tmp_path: Path) -> 
     assert resolved.data.validation == [f"{tmp_path}/in/a.jsonl", "s3://b/c.jsonl"]
     assert resolved.run.storage_path == f"{tmp_path}/out" and resolved.data.cache_dir == f"{tmp_path}/out/cache"
     assert resolved.data.sources[0].path == f"{tmp_path}/in/dataset/savant_dataset_train.jsonl"
-    assert resolved.data.tokenizer == "train"
+    (tmp_path / "in/train").mkdir(parents=True)
+    for learnt in ("auto", "train"):
+        config = load_config(["--data.tokenizer", learnt], environment={})
+        assert with_absolute_paths(config, tmp_path / "in", tmp_path / "out").data.tokenizer == learnt
     assert with_absolute_paths(resolved, Path("/elsewhere"), Path("/elsewhere")) == resolved
 
 

@@ -113,12 +113,21 @@ def test_a_run_goes_on_with_other_text_where_changes_are_allowed(
     head: Head, finished: Finished, tmp_path: Path
 ) -> None:
     workplace = copied(finished, tmp_path)
-    with (workplace / "dataset/savant_dataset_train.jsonl").open("a") as text:
-        text.write(json.dumps({"text": "one more line"}) + "\n")
-    tokenizer = {"data__tokenizer": workplace / "tiny/step_8/tokenizer.json", "training__max_steps": 9}
-    code, printed = run_job(head, workplace, "--allow-changes", **tokenizer)
+    add_other_words(workplace / "dataset/savant_dataset_train.jsonl")
+    code, printed = run_job(head, workplace, "--allow-changes", training__max_steps=9)
     assert code == 0 and "step_8" in printed, printed
     assert losses(workplace / "tiny")[:8] == losses(finished.run) and len(losses(workplace / "tiny")) == 9
+    assert tokenizer_of(workplace / "tiny/step_9") == tokenizer_of(workplace / "tiny/step_8")
+
+
+def add_other_words(path: Path) -> None:
+    """Adds text from which another tokenizer would be learnt."""
+    with path.open("a") as text:
+        text.write((json.dumps({"text": "zebra quartz vexed jumbling waltz nymph " * 9}) + "\n") * 3)
+
+
+def tokenizer_of(checkpoint: Path) -> str:
+    return (checkpoint / "tokenizer.json").read_text()
 
 
 def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, tmp_path: Path) -> None:
@@ -134,11 +143,15 @@ def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, 
     assert records(tmp_path / "tiny", "attempt")[0]["workers"] == 2
 
 
-def test_a_new_run_may_start_from_the_weights_of_another(head: Head, finished: Finished, tmp_path: Path) -> None:
+def test_a_new_run_may_start_from_the_weights_of_another_and_takes_its_tokenizer(
+    head: Head, finished: Finished, tmp_path: Path
+) -> None:
     workplace = copied(finished, tmp_path)
+    add_other_words(workplace / "dataset/savant_dataset_train.jsonl")
     code, printed = run_job(head, workplace, run__name="second", run__init_from="tiny", training__max_steps=2)
     assert code == 0 and "weights only" in printed, printed
     assert losses(workplace / "second")[0] < losses(finished.run)[0] - 0.1
+    assert tokenizer_of(workplace / "second/step_2") == tokenizer_of(workplace / "tiny/step_8")
 
 
 def test_without_a_cluster_a_run_starts_its_own_ray_and_ctrl_c_in_its_terminal_saves(workplace: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from savant_ray.config import Config
 from savant_ray.data.order import GlobalOrder, permute, share
 from savant_ray.errors import DataError, SettingsError
 
@@ -93,10 +95,68 @@ def test_a_key_permutes(size: int, key: int) -> None:
     assert sorted(images.tolist()) == list(range(size))
 
 
-@pytest.mark.parametrize("weights", [[0.5, 0.0], [1.0, -1.0], [float("nan"), 1.0], [0.3141592653589793, 1.0], [1.0]])
+@pytest.mark.parametrize("weights", [[0.5, 0.0], [1.0, -1.0], [float("nan"), 1.0], [1, 1e6], [1.0]])
 def test_silly_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(SettingsError, match="weight"):
         GlobalOrder([3, 3], weights, seed=0)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [12345678, 98765431],
+        [0.142857, 0.857143],
+        [0.3141592653589793, 1.0],
+        [1e308, 7e307, 3e303],
+        [5e-324, 1.5e-323],
+        [1 / 3, 1 / 7, 1 / 11, 1 / 13],
+        [float(i) + 0.123 for i in range(1, 200)],
+    ],
+    ids=["token counts", "rounded sevenths", "many digits", "huge", "subnormal", "fractions", "199 sources"],
+)
+def test_any_positive_weights_are_kept_to_one_sequence_in_100_000(weights: list[float]) -> None:
+    n = 200_000
+    sources, _ = GlobalOrder([5] * len(weights), weights, seed=1).locate(np.arange(n))
+    total = sum(map(Fraction, weights))
+    for source, weight in enumerate(weights):
+        fraction = float(Fraction(weight) / total)
+        off = np.cumsum(sources == source) - fraction * np.arange(1, n + 1)
+        assert np.abs(off).max() < 1 + 2e-5 * n / 2
+        assert (sources == source).any()
+
+
+@pytest.mark.parametrize(
+    ("weights", "digest"),
+    [
+        ([0.8, 0.2], "8434ea942626c369"),
+        ([1, 2, 3], "932e51f50f4f3d84"),
+        ([0.7, 0.2, 0.1], "4a61a7a0c4dc83c4"),
+        ([5, 1, 1, 7, 3], "e187c673e05540ed"),
+        ([0.33, 0.33, 0.34], "f5a7adb9c72c8287"),
+        ([1.0], "3367bc6910a95f40"),
+        ([317, 1009, 41], "ad03a96c4c6d241b"),
+    ],
+)
+def test_the_order_of_earlier_runs_never_changes(weights: list[float], digest: str) -> None:
+    """A checkpoint holds only a position, so another order would train a resumed run on the wrong sequences."""
+    order = GlobalOrder([97 + i for i in range(len(weights))], weights, seed=11)
+    source, row = order.locate(np.arange(5_000, 9_000))
+    content = source.astype("<i8").tobytes() + row.astype("<i8").tobytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("weights", [[1, 99_999], [99_998, 1, 1], [1, 100_000], [99_999, 1, 1], [1e-300, 1e300]])
+def test_the_settings_accept_the_weights_that_the_order_accepts(weights: list[float]) -> None:
+    settings = {"sources": [{"path": "a.jsonl", "weight": weight} for weight in weights]}
+    if Fraction(str(min(weights))) * 100_000 >= sum(Fraction(str(weight)) for weight in weights):
+        Config.from_dict({"data": settings})
+        sources, _ = GlobalOrder([9] * len(weights), weights, seed=0).locate(np.arange(100_000))
+        assert set(sources.tolist()) == set(range(len(weights)))
+        return
+    with pytest.raises(SettingsError, match=r"data\.sources: weight 1.* less than 1 sequence in 100,000"):
+        Config.from_dict({"data": settings})
+    with pytest.raises(SettingsError, match="less than 1 in 100,000"):
+        GlobalOrder([9] * len(weights), weights, seed=0)
 
 
 def test_an_empty_source_is_refused() -> None:

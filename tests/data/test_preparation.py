@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import tokenizers
 from bad_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
+from tokenizers import models
 
 from savant_ray.data import preparation
 from savant_ray.data.preparation import learn_tokenizer, prepare
 from savant_ray.data.sources import expand
-from savant_ray.data.token_cache import TokenCache, bad_line_report
+from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
 
@@ -147,10 +150,11 @@ def test_what_is_there_of_a_killed_preparation_is_kept(
     (unfinished / "shard-00002.arrow").write_bytes(b"half")  # the disk lost the rest
     (unfinished / "shard-00003.json").write_text("{")
     (unfinished / "shard-00004.arrow.1.tmp").write_bytes(b"half")
+    flip_a_bit(unfinished / "shard-00004.arrow")
     again = run()
     changed = {name for name, state in snapshot(again.folder).items() if before.get(name) != state}
     assert not list(again.folder.glob("*.tmp"))
-    redone = {f"shard-0000{i}.{suffix}" for i in (1, 2, 3) for suffix in ("arrow", "json")}
+    redone = {f"shard-0000{i}.{suffix}" for i in (1, 2, 3, 4) for suffix in ("arrow", "json")}
     assert changed == {"manifest.json", *redone}
     assert np.array_equal(again.take(np.arange(again.n_sequences)).tokens, expected.tokens)
     assert again.manifest == whole.manifest
@@ -212,15 +216,144 @@ def test_a_damaged_archive_is_named(tmp_path: Path, byte_tokenizer: Tokenizer) -
         prepare(expand(str(tmp_path / "broken.jsonl.gz")), byte_tokenizer, 32, tmp_path / "cache")
 
 
-def test_a_damaged_cache_is_named(tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer) -> None:
+def flip_a_bit(path: Path) -> None:
+    """Damage a file without changing its size or its time of modification."""
+    content, status = bytearray(path.read_bytes()), path.stat()
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def alter_a_number(path: Path) -> None:
+    path.write_text(path.read_text().replace('"rows": ', '"rows": 1'))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("shard-00001.arrow", flip_a_bit, "its checksum differs"),
+        ("shard-00001.arrow", cut_in_half, r"has [\d,]+ of [\d,]+ bytes"),
+        ("shard-00001.arrow", Path.unlink, "cannot be read"),
+        ("manifest.json", cut_in_half, "cannot be used"),
+        ("manifest.json", alter_a_number, "its checksum differs"),
+        ("manifest.json", Path.unlink, "cannot be used"),
+    ],
+)
+def test_a_damaged_cache_is_repaired_where_it_is_damaged(
+    name: str,
+    damage: Callable[[Path], None],
+    words: str,
+    tmp_path: Path,
+    write_jsonl: WriteJsonl,
+    byte_tokenizer: Tokenizer,
+) -> None:
+    path = write_jsonl("train.jsonl", [f"document {i} {'x' * (i % 50)}" for i in range(300)])
+    said: list[str] = []
+
+    def run() -> TokenCache:
+        return prepare(expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", range_bytes=4_000, say=said.append)
+
+    whole = run()
+    run()  # has compared every shard with its checksum
+    before, expected = snapshot(whole.folder), whole.take(np.arange(whole.n_sequences))
+    damage(whole.folder / name)
+    again = run()
+    assert len(said) == 1 and re.search(f"{name}: .*{words}.*; made again", said[0])
+    assert np.array_equal(again.take(np.arange(again.n_sequences)).tokens, expected.tokens)
+    changed = {name for name, state in snapshot(again.folder).items() if before.get(name) != state}
+    assert changed <= {"manifest.json", "shard-00001.arrow", "shard-00001.json"}
+    run()
+    assert len(said) == 1
+
+
+def test_a_cache_of_an_earlier_version_is_used_as_it_is(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = expand(str(write_jsonl("a.jsonl", ["x" * 99] * 9)))
+    cache = prepare(files, byte_tokenizer, 32, tmp_path / "cache")
+    manifest = json.loads((cache.folder / "manifest.json").read_text())
+    for key in ("sha256", "characters", "dropped_characters", "first_dropped"):
+        del manifest[key]
+    for shard in manifest["shards"]:
+        del shard["crc32"]
+    (cache.folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(preparation.ray.data, "from_items", None)
+    again = prepare(files, byte_tokenizer, 32, tmp_path / "cache", say=pytest.fail)
+    assert again.fingerprint == cache.fingerprint
+    assert np.array_equal(again.take(np.arange(9)).tokens, cache.take(np.arange(9)).tokens)
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("pattern", ["content-hashes.json", "tokenizer-*.json"])
+def test_other_damaged_files_of_the_cache_folder_are_made_again(
+    pattern: str, damage: Callable[[Path], None], tmp_path: Path, write_jsonl: WriteJsonl
+) -> None:
+    files = expand(str(write_jsonl("a.jsonl", ["one two three four"] * 50)))
+    first = learn_tokenizer(files, tmp_path / "cache", vocab_size=270)
+    (path,) = (tmp_path / "cache").glob(pattern)
+    content = path.read_bytes()
+    damage(path)
+    assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
+    assert path.read_bytes() == content
+
+
+def test_a_cache_that_is_damaged_while_it_is_used_is_named(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
+) -> None:
     folder = prepare(expand(str(write_jsonl("a.jsonl", ["x" * 99] * 9))), byte_tokenizer, 32, tmp_path / "cache").folder
     with (folder / "shard-00000.arrow").open("ab") as shard:
         shard.truncate(100)
-    with pytest.raises(DataError, match=r"shard-00000\.arrow: has 100 of [\d,]+ bytes; delete the folder"):
+    with pytest.raises(
+        DataError, match=r"shard-00000\.arrow: has 100 of [\d,]+ bytes; the same command again repairs it"
+    ):
         TokenCache.open(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(DataError, match="no complete token cache"):
         TokenCache.open(folder)
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_named_with_its_line(
+    tmp_path: Path, write_jsonl: WriteJsonl
+) -> None:
+    inner = tokenizers.Tokenizer(models.Unigram([("</s>", 0.0), *((letter, -5.0) for letter in "abc ")]))
+    inner.save(str(tmp_path / "unigram.json"))
+    path = write_jsonl("train.jsonl", ["abc " * (1 + i % 7) for i in range(600)] + ["", "abc 1"])
+    with pytest.raises(DataError) as refused:
+        prepare(expand(str(path)), Tokenizer.load(tmp_path / "unigram.json"), 32, tmp_path / "cache", range_bytes=1_500)
+    assert str(refused.value).startswith(f"{path} line 602: the tokenizer {tmp_path / 'unigram.json'} cannot encode")
+    assert "give data.tokenizer one that has an unknown token" in str(refused.value)
+
+
+def test_characters_that_a_tokenizer_leaves_out_are_counted(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
+    vocabulary = {letter: i for i, letter in enumerate("abc")} | {"</s>": 3}
+    tokenizer = Tokenizer(tokenizers.Tokenizer(models.BPE(vocabulary, [])), "the tokenizer bpe.json")
+    path = write_jsonl("train.jsonl", ["abc"] * 300 + ["a漢b é é", "é"] + ["cab"] * 300)
+    manifest = prepare(expand(str(path)), tokenizer, 32, tmp_path / "cache", range_bytes=2_000).manifest
+    assert dropped_report(manifest, tokenizer.name) == [
+        "the tokenizer bpe.json has no token for 4 of 1,808 characters and leaves them out, first in train.jsonl line 301 "
+        "(é 漢); one with an unknown token or byte fallback would not"
+    ]
+    path = write_jsonl("other.jsonl", ["漢字", "é"])
+    with pytest.raises(DataError, match=r"bpe\.json has no token for any character of other\.jsonl \(line 1: 字 漢\)"):
+        prepare(expand(str(path)), tokenizer, 32, tmp_path / "cache")
+
+
+def test_another_end_of_document_is_another_cache(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
+) -> None:
+    files = expand(str(write_jsonl("a.jsonl", ["ab"])))
+    cache = prepare(files, byte_tokenizer, 8, tmp_path / "cache")
+    named = byte_tokenizer.ending_with("<|end_of_document|>")
+    assert prepare(files, named, 8, tmp_path / "cache").folder == cache.folder, "the same token, named"
+    other = byte_tokenizer.ending_with("<|pad|>")
+    again = prepare(files, other, 8, tmp_path / "cache")
+    assert again.folder != cache.folder
+    assert again.take(np.array([0])).tokens[0].tolist() == [*byte_tokenizer.encode("ab"), 0, *[0] * 5]
+    assert again.take(np.array([0])).document_ids[0].tolist() == [0, 0, 0, *[-1] * 5]
 
 
 def test_only_the_first_bad_lines_are_named(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
@@ -236,4 +369,7 @@ def test_a_tokenizer_is_learnt_once(tmp_path: Path, write_jsonl: WriteJsonl, mon
     files = expand(str(write_jsonl("a.jsonl", ["one two three four"] * 50)))
     first = learn_tokenizer(files, tmp_path / "cache", vocab_size=270)
     monkeypatch.setattr(preparation, "train_tokenizer", None)
+    assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
+    (path,) = (tmp_path / "cache").glob("tokenizer-*.json")
+    path.rename(path.with_name(path.name.rpartition("-")[0] + ".json"))  # as versions without checksums named it
     assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint

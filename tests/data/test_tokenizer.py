@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models
+from tokenizers import decoders, models, pre_tokenizers
 
 from savant_ray.data import tokenizer as module
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer, train_tokenizer
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, SettingsError
 
 TEXTS = ["If X = 15 and Y = 10, what is X + Y?\n", "déjà vu 漢字 🎉\n\n", "def f(x):\n    return x  # 42\n"] * 20
 
@@ -108,9 +109,106 @@ def test_padding_and_truncation_of_a_loaded_file_are_switched_off(trained: Token
     assert Tokenizer(inner).encode(TEXTS[0]) == trained.encode(TEXTS[0])
 
 
-def test_a_tokenizer_without_an_end_is_refused() -> None:
-    with pytest.raises(DataError, match="no end-of-document token"):
-        Tokenizer(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))).end_of_document  # noqa: B018
+def word_level(*tokens: str, special: str = "") -> Tokenizer:
+    inner = tokenizers.Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+    if special:
+        inner.add_special_tokens([special])
+    return Tokenizer(inner, "the tokenizer words.json")
+
+
+def test_a_tokenizer_without_an_end_is_refused_with_the_setting_that_names_it() -> None:
+    with pytest.raises(DataError) as refused:
+        word_level("a", special="<|fin|>").end_of_document  # noqa: B018
+    assert "words.json has no end-of-document token" in str(refused.value)
+    assert "set data.end_of_document" in str(refused.value) and "<|fin|>" in str(refused.value)
+
+
+def test_an_end_of_document_of_any_name_can_be_named() -> None:
+    tokenizer = word_level("a", "</s>", special="<|fin|>").ending_with("<|fin|>")
+    assert tokenizer.end_of_document == 2
+    assert Tokenizer.from_json(tokenizer.to_json(), "copy", tokenizer.end_name).end_of_document == 2
+    with pytest.raises(SettingsError, match=r"data\.end_of_document: '<\|fim\|>' is not .*; did you mean <\|fin\|>\?"):
+        tokenizer.ending_with("<|fim|>")
+
+
+def test_a_padding_token_that_ends_documents_can_be_generated() -> None:
+    tokenizer = word_level("a", "<pad>", "</s>")
+    assert tokenizer.never_sampled == {1}
+    assert tokenizer.ending_with("<pad>").never_sampled == set()
+
+
+def test_an_end_of_document_that_would_not_be_detected_is_part_of_the_fingerprint() -> None:
+    tokenizer = word_level("a", "</s>", special="<|fin|>")
+    assert tokenizer.ending_with("</s>").fingerprint == tokenizer.fingerprint
+    assert tokenizer.ending_with("<|fin|>").fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.Unigram([("</s>", 0.0), ("a", -1.0)]),
+        models.WordLevel({"a": 0, "</s>": 1}),
+        models.WordPiece({"a": 0, "</s>": 1}),
+        models.BPE({"a": 0, "</s>": 1}, [], unk_token="<unk>"),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_text_without_tokens_is_refused_with_what_to_do(model: models.Model) -> None:
+    tokenizer = Tokenizer(tokenizers.Tokenizer(model), "the tokenizer mine.json")
+    with pytest.raises(DataError, match=r"mine\.json cannot encode the text \(.*\); give data\.tokenizer one that"):
+        tokenizer.encode_batch(["a", "b"])
+
+
+def bpe(vocabulary: Iterable[str], byte_level: bool = False, **options: str) -> Tokenizer:
+    inner = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [], **options))
+    if byte_level:
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+    return Tokenizer(inner)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "dropped"),
+    [
+        (bpe("abc"), (3, "é漢")),
+        (bpe("abcé漢"), (0, "")),
+        (bpe(["<unk>", *"abc"], unk_token="<unk>"), (0, "")),
+        (bpe(["a</w>", "b</w>", "b", "é</w>", "漢"], end_of_word_suffix="</w>"), (0, "")),
+        (bpe(["a</w>", "b</w>", "b"], end_of_word_suffix="</w>"), (3, "é漢")),
+        (bpe(pre_tokenizers.ByteLevel.alphabet(), byte_level=True), (0, "")),
+        (bpe(["a", "b", "Ã"], byte_level=True), (3, "é漢")),
+    ],
+    ids=["ASCII", "all", "unknown token", "suffix", "suffix, ASCII", "byte-level", "byte-level without some bytes"],
+)
+def test_characters_without_a_token_are_counted(tokenizer: Tokenizer, dropped: tuple[int, str]) -> None:
+    assert tokenizer.dropped_characters("aé b é 漢") == dropped
+
+
+def test_ids_that_mean_the_same_are_counted() -> None:
+    assert word_level("a", "b", "c").same_ids(word_level("a", "c", "b", "d")) == (1, 3)
+    assert word_level("a", "b", "c").same_ids(word_level("a", "b", "c", "d")) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"\xff\xfe{",
+        b"[]",
+        b'{"version": "1.0"',
+        json.dumps({"model": {"type": "Future", "vocab": {}}}).encode(),
+        json.dumps(
+            {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+        ).encode(),
+        json.dumps({"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}}).encode(),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"tokenizer .*tokenizer\.json: (not a tokenizer\.json|it has no vocabulary)"):
+        Tokenizer.load(path)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,206 @@
+"""Which tokenizer a launch uses: the one its weights were trained with, the one of the settings, or one still to be learnt.
+
+Decided in the driver before Ray starts. Under another tokenizer the same ids mean other tokens, so weights that were
+trained with one go on with it unless the user allows otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from savant_ray.cluster.object_storage import ObjectStorage
+from savant_ray.cluster.paths import parent_and_name
+from savant_ray.cluster.storage import run_storage
+from savant_ray.config import Config, DataConfig
+from savant_ray.data.sources import is_uri
+from savant_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from savant_ray.errors import CheckpointError, DataError, SettingsError
+from savant_ray.inference.logic import logic_suite
+from savant_ray.training.checkpoint import (
+    CONFIG,
+    MANIFEST,
+    TOKENIZER,
+    find_checkpoint,
+    is_step_name,
+    read_settings,
+    verify,
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint whose weights a launch starts from, and the tokenizer that they were trained with."""
+
+    name: str  # for messages
+    tokenizer: Tokenizer
+    tokenizer_path: str  # what `data.tokenizer` can be set to; "" in object storage
+    settings: DataConfig  # that it was trained with
+    is_resumed: bool  # of this run; otherwise of `run.init_from`
+
+
+def find_origin(start: Path | None, config: Config) -> Origin | None:
+    """Return the checkpoint `start` of this run, else that of `run.init_from`; None if there is neither.
+
+    None also for a file of the original script, which does not hold a tokenizer.
+
+    Raises:
+        CheckpointError: there is no checkpoint in `run.init_from`, or it is damaged.
+    """
+    if start is not None:
+        return None if start.is_file() else _origin(start, start.name, str(start / TOKENIZER), is_resumed=True)
+    if config.run.init_from is None:
+        return None
+    with _without_weights(config.run.init_from) as folder:
+        path = "" if is_uri(config.run.init_from) else str(folder / TOKENIZER)
+        return _origin(folder, f"run.init_from = {config.run.init_from}", path, is_resumed=False)
+
+
+def find_origin_without_lock(config: Config) -> Origin | None:
+    """Return what `find_origin` would for the run's newest checkpoint on this machine; for commands that do not train it."""
+    storage = run_storage(config)
+    steps = storage.complete_steps() if storage.filesystem is None else []
+    return find_origin(Path(storage.locate(steps[-1])) if steps else None, config)
+
+
+def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool) -> Tokenizer | None:
+    """Return the tokenizer of this launch; None: it is to be learnt from the training text.
+
+    Raises:
+        DataError: there is no tokenizer of that name, or it cannot be read, or has no end-of-document token.
+        SettingsError: the settings name another tokenizer than that of `run.init_from`; or the tokenizer has more entries
+            than `model.vocab_size`, or lacks `data.end_of_document`.
+        CheckpointError: the settings name another tokenizer than that of the run's checkpoint.
+    """
+    data = config.data
+    if not data.learns_tokenizer:
+        tokenizer = _load(config, origin)
+    elif origin is not None and (data.tokenizer == "auto" or (origin.is_resumed and origin.settings.learns_tokenizer)):
+        tokenizer = origin.tokenizer.ending_with(data.end_of_document)
+    elif origin is not None and not allow_changes:
+        raise _refusal(origin, f"data.tokenizer: {data.tokenizer} would learn another one than {origin.name} has")
+    else:
+        if data.end_of_document not in (None, END_OF_DOCUMENT):
+            raise SettingsError(
+                f"data.end_of_document: a tokenizer that is learnt ends documents with {END_OF_DOCUMENT}, not with "
+                f"{data.end_of_document}; leave it out, or give data.tokenizer one that has it"
+            )
+        return None
+    if origin is not None and not allow_changes and not _may_replace(tokenizer, origin):
+        raise _refusal(origin, _difference(origin, tokenizer))
+    refuse_too_large(tokenizer, config)
+    _ = tokenizer.end_of_document
+    return tokenizer
+
+
+def with_end_of_document(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """Return the settings with the end-of-document token that was taken over with the tokenizer of a checkpoint."""
+    if tokenizer is None or tokenizer.end_name == config.data.end_of_document:
+        return config
+    settings = config.to_dict()
+    settings["data"]["end_of_document"] = tokenizer.end_name
+    return Config.from_dict(settings)
+
+
+def tokenizer_change(origin: Origin, tokenizer: Tokenizer) -> str | None:
+    """Return a warning if the tokenizer is not the one that the weights were trained with."""
+    if tokenizer.fingerprint == origin.tokenizer.fingerprint:
+        return None
+    return f"warning: {_difference(origin, tokenizer)}"
+
+
+def refuse_too_large(tokenizer: Tokenizer, config: Config) -> None:
+    """Raise SettingsError if the tokenizer has more entries than the model's vocabulary."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise SettingsError(
+            f"model.vocab_size: {config.model.vocab_size:,} is less than the {tokenizer.vocab_size:,} entries of "
+            f"{tokenizer.name}"
+        )
+
+
+def refuse_unencodable_prompts(tokenizer: Tokenizer, config: Config) -> None:
+    """Raise SettingsError if the validation would ask for something that the tokenizer cannot encode."""
+    prompts = {"validation.prompt": [config.validation.prompt]}
+    if config.validation.logic_problems:
+        prompts["validation.logic_problems"] = [question.prompt for question in logic_suite()]
+    for setting, texts in prompts.items():
+        try:
+            if all(tokenizer.encode_batch(texts)):
+                continue
+            reason = f"{tokenizer.name} has no token for it"
+        except DataError as error:
+            reason = str(error)
+        advice = "give another prompt" if setting == "validation.prompt" else "set it to 0"
+        raise SettingsError(f"{setting}: {reason}; or {advice}")
+
+
+def _load(config: Config, origin: Origin | None) -> Tokenizer:
+    """Return the tokenizer that the settings name; if it is gone, the copy in the checkpoint that was trained with it."""
+    spec, end = config.data.tokenizer, config.data.end_of_document
+    try:
+        return Tokenizer.load(spec, end)
+    except DataError:
+        if origin is None or not origin.is_resumed or origin.settings.tokenizer != spec:
+            raise
+        return origin.tokenizer.ending_with(end)
+
+
+def _may_replace(tokenizer: Tokenizer, origin: Origin) -> bool:
+    """Whether the weights may go on with this tokenizer without being asked.
+
+    In a resumed run only with the same one, since the same text has to yield the same sequences; in a new one with any
+    in which all ids mean the same.
+    """
+    if tokenizer.fingerprint == origin.tokenizer.fingerprint:
+        return True
+    same, known = origin.tokenizer.same_ids(tokenizer)
+    has_same_end = tokenizer.end_of_document == origin.tokenizer.end_of_document
+    return not origin.is_resumed and same == known and has_same_end
+
+
+def _difference(origin: Origin, tokenizer: Tokenizer) -> str:
+    same, known = origin.tokenizer.same_ids(tokenizer)
+    if same == known and tokenizer.end_of_document != origin.tokenizer.end_of_document:
+        return f"data.end_of_document: another token than in {origin.name} ends the documents"
+    difference = f"data.tokenizer: {same:,} of {known:,} token ids of {origin.name} mean the same in {tokenizer.name}"
+    return difference + ", but text becomes other ids" * (same == known)
+
+
+def _refusal(origin: Origin, difference: str) -> SettingsError | CheckpointError:
+    path = f" or set it to {origin.tokenizer_path}" if origin.tokenizer_path else ""
+    advice = f"leave data.tokenizer at auto{path}, to keep the tokenizer that the weights were trained with"
+    allowed = "--allow-changes goes on all the same, with weights that know other tokens by these ids"
+    kind = CheckpointError if origin.is_resumed else SettingsError
+    return kind(f"{difference}:\n  {advice};\n  {allowed}.")
+
+
+def _origin(folder: Path, name: str, path: str, is_resumed: bool) -> Origin:
+    verify(folder, CONFIG, TOKENIZER)
+    data = read_settings(folder).data
+    tokenizer = Tokenizer.load(folder / TOKENIZER, data.end_of_document)
+    tokenizer.name = f"the tokenizer of {name}"
+    return Origin(name, tokenizer, path, data, is_resumed)
+
+
+@contextmanager
+def _without_weights(checkpoint: str) -> Iterator[Path]:
+    """A `step_N` with its manifest, settings and tokenizer; of a URI they are fetched for the time of a `with` block."""
+    if not is_uri(checkpoint):
+        yield find_checkpoint(Path(checkpoint))
+        return
+    parent, name = parent_and_name(checkpoint)
+    with TemporaryDirectory(prefix="savant-") as scratch:
+        storage = ObjectStorage(parent if is_step_name(name) else checkpoint, Path(scratch))
+        try:
+            step = name if is_step_name(name) else next(reversed(storage.complete_steps()), "")
+            folder = Path(scratch, step)
+            folder.mkdir(exist_ok=True)
+            for file in (MANIFEST, CONFIG, TOKENIZER):
+                with storage.filesystem.open_input_stream(f"{storage.path}/{step}/{file}") as stream:
+                    (folder / file).write_bytes(stream.read())
+        except OSError as error:
+            raise CheckpointError(f"{checkpoint}: its tokenizer cannot be fetched ({error})") from error
+        yield folder

@@ -1,0 +1,228 @@
+"""Weights go on with the tokenizer that they were trained with, unless the user asks for another one and allows it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import models
+
+from savant_ray.cluster.object_storage import ObjectStorage
+from savant_ray.cluster.preparation import Text, refuse_unencodable
+from savant_ray.cluster.run_tokenizer import (
+    Origin,
+    choose_tokenizer,
+    find_origin,
+    find_origin_without_lock,
+    tokenizer_change,
+    with_end_of_document,
+)
+from savant_ray.config import Config, dump_yaml
+from savant_ray.data.sources import expand
+from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+from savant_ray.errors import CheckpointError, DataError, SettingsError
+from savant_ray.training.checkpoint import write_checkpoint
+from tests.cluster.object_store import BUCKET, ObjectStore
+from tests.cluster.test_starting_point import changed
+
+BASE = train_tokenizer(iter(["red green blue one two three"] * 9), 280)
+OTHER = train_tokenizer(iter(["zebra quartz vexed jumbling waltz nymph"] * 9), 280)
+EXTENDED = tokenizers.Tokenizer.from_str(BASE.to_json())
+EXTENDED.add_special_tokens(["<|user|>"])
+AGREE, KNOWN = BASE.same_ids(OTHER)
+
+
+def run_of(tmp_path: Path, step: int = 6, kept: Tokenizer = BASE, **data: Any) -> Path:
+    """A run folder with one checkpoint, trained with these settings of `data`."""
+    content = {"step": step, "weights": torch.ones(5), "savant": {"data_fingerprint": "abc", "format_version": 1}}
+    texts = {"config.yaml": dump_yaml(changed(data=data)), "tokenizer.json": kept.to_json(), "records.jsonl": ""}
+    write_checkpoint(tmp_path / "A", content, texts)
+    return tmp_path / "A"
+
+
+def resumed(run: Path, config: Config = Config()) -> Origin | None:
+    return find_origin(run / "step_6", config)
+
+
+def started_from(path: Path | str, **data: Any) -> tuple[Config, Origin | None]:
+    config = changed(run={"init_from": str(path)}, data=data)
+    return config, find_origin(None, config)
+
+
+def saved(tokenizer: Tokenizer, path: Path) -> str:
+    tokenizer.save(path)
+    return str(path)
+
+
+def test_without_a_checkpoint_a_tokenizer_is_learnt() -> None:
+    assert find_origin(None, Config()) is None
+    for name in ("auto", "train"):
+        assert choose_tokenizer(changed(data={"tokenizer": name}), None, allow_changes=False) is None
+
+
+@pytest.mark.parametrize("path", ["A", "A/step_6"])
+def test_a_new_run_takes_the_tokenizer_of_the_weights_that_it_starts_from(path: str, tmp_path: Path) -> None:
+    run_of(tmp_path)
+    config, origin = started_from(tmp_path / path)
+    chosen = choose_tokenizer(config, origin, allow_changes=False)
+    assert chosen is not None and chosen.fingerprint == BASE.fingerprint
+
+
+@pytest.mark.parametrize("path", ["runs/run", "runs/run/step_6"])
+def test_of_a_run_in_object_storage_the_tokenizer_is_fetched_without_the_weights(
+    path: str, here: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    shutil.copytree(run_of(tmp_path), here.folder)
+    here.keep(here.folder / "step_6")
+    store.filesystem.delete_file(f"{BUCKET}/runs/run/step_6/step_6.pt")
+    config, origin = started_from(store.uri(path))
+    chosen = choose_tokenizer(config, origin, allow_changes=False)
+    assert chosen is not None and chosen.fingerprint == BASE.fingerprint
+    store.write("runs/run/step_6/tokenizer.json", b"{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        started_from(store.uri(path))
+    store.filesystem.delete_file(f"{BUCKET}/runs/run/step_6/tokenizer.json")
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be fetched"):
+        started_from(store.uri(path))
+
+
+def test_a_new_run_does_not_learn_another_one_unless_changes_are_allowed(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    config, origin = started_from(run, tokenizer="train")
+    with pytest.raises(SettingsError, match=r"data\.tokenizer: train would learn another one") as refusal:
+        choose_tokenizer(config, origin, allow_changes=False)
+    for advice in ("leave data.tokenizer at auto", f"{run}/step_6/tokenizer.json", "--allow-changes"):
+        assert advice in str(refusal.value)
+    assert choose_tokenizer(config, origin, allow_changes=True) is None
+    assert origin is not None
+    warning = tokenizer_change(origin, OTHER)
+    assert warning is not None and f"{AGREE} of {KNOWN} token ids of run.init_from" in warning
+    assert tokenizer_change(origin, BASE) is None
+
+
+def test_a_new_run_takes_a_named_tokenizer_only_if_all_ids_mean_the_same(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    extended = saved(Tokenizer(EXTENDED), tmp_path / "extended.json")
+    config, origin = started_from(run, tokenizer=extended)
+    chosen = choose_tokenizer(config, origin, allow_changes=False)
+    assert chosen is not None and chosen.vocab_size == BASE.vocab_size + 1
+    config, origin = started_from(run, tokenizer=saved(OTHER, tmp_path / "other.json"))
+    with pytest.raises(SettingsError, match=rf"{AGREE} of {KNOWN} token ids .* in the tokenizer .*other\.json"):
+        choose_tokenizer(config, origin, allow_changes=False)
+    chosen = choose_tokenizer(config, origin, allow_changes=True)
+    assert chosen is not None and chosen.fingerprint == OTHER.fingerprint
+
+
+@pytest.mark.parametrize("before", ["auto", "train"])
+@pytest.mark.parametrize("now", ["auto", "train"])
+@pytest.mark.parametrize("allow_changes", [False, True])
+def test_a_resumed_run_keeps_the_tokenizer_that_it_learnt(
+    before: str, now: str, allow_changes: bool, tmp_path: Path
+) -> None:
+    config = changed(data={"tokenizer": now})
+    origin = resumed(run_of(tmp_path, tokenizer=before), config)
+    chosen = choose_tokenizer(config, origin, allow_changes)
+    assert chosen is not None and chosen.fingerprint == BASE.fingerprint
+
+
+def test_a_resumed_run_goes_on_with_another_tokenizer_only_where_changes_are_allowed(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    origin = resumed(run)
+    for tokenizer, agree in [(OTHER, AGREE), (Tokenizer(EXTENDED), KNOWN)]:
+        config = changed(data={"tokenizer": saved(tokenizer, tmp_path / "mine.json")})
+        with pytest.raises(CheckpointError, match=f"{agree} of {KNOWN} token ids of step_6") as refusal:
+            choose_tokenizer(config, origin, allow_changes=False)
+        assert f"set it to {run}/step_6/tokenizer.json" in str(refusal.value)
+        chosen = choose_tokenizer(config, origin, allow_changes=True)
+        assert chosen is not None and chosen.fingerprint == tokenizer.fingerprint
+    same = changed(data={"tokenizer": str(run / "step_6/tokenizer.json")})
+    assert choose_tokenizer(same, origin, allow_changes=False) is not None
+
+
+def test_a_run_that_was_given_its_tokenizer_does_not_learn_one_when_it_goes_on(tmp_path: Path) -> None:
+    origin = resumed(run_of(tmp_path, tokenizer="albert-base-v2"))
+    chosen = choose_tokenizer(Config(), origin, allow_changes=False)
+    assert chosen is not None and chosen.fingerprint == BASE.fingerprint
+    with pytest.raises(CheckpointError, match="train would learn another one"):
+        choose_tokenizer(changed(data={"tokenizer": "train"}), origin, allow_changes=False)
+
+
+def test_a_resumed_run_does_not_need_the_file_that_its_tokenizer_came_from(tmp_path: Path) -> None:
+    gone = str(tmp_path / "run/step_3/tokenizer.json")
+    origin = resumed(run_of(tmp_path, tokenizer=gone))
+    chosen = choose_tokenizer(changed(data={"tokenizer": gone}), origin, allow_changes=False)
+    assert chosen is not None and chosen.fingerprint == BASE.fingerprint
+    with pytest.raises(DataError, match="no such tokenizer"):
+        choose_tokenizer(changed(data={"tokenizer": f"{gone}.json"}), origin, allow_changes=False)
+
+
+def test_the_end_of_document_goes_along_with_the_tokenizer(tmp_path: Path) -> None:
+    run = run_of(tmp_path, kept=Tokenizer(EXTENDED), end_of_document="<|user|>")
+    for config, origin in [(Config(), resumed(run)), started_from(run)]:
+        chosen = choose_tokenizer(config, origin, allow_changes=False)
+        assert chosen is not None and chosen.end_of_document == BASE.vocab_size
+        assert with_end_of_document(config, chosen).data.end_of_document == "<|user|>"
+    config, origin = started_from(run, end_of_document="<|pad|>")
+    with pytest.raises(SettingsError, match=r"data\.end_of_document: another token"):
+        choose_tokenizer(config, origin, allow_changes=False)
+
+
+def test_a_learnt_tokenizer_ends_documents_with_its_own_token() -> None:
+    with pytest.raises(SettingsError, match=r"data\.end_of_document: .* not with </s>"):
+        choose_tokenizer(changed(data={"end_of_document": "</s>"}), None, allow_changes=False)
+
+
+def test_preparing_takes_the_tokenizer_that_training_will_take(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    for settings in (
+        {"storage_path": str(tmp_path), "name": "A"},
+        {"storage_path": str(tmp_path), "init_from": str(run)},
+    ):
+        origin = find_origin_without_lock(changed(run=settings))
+        assert origin is not None and origin.tokenizer.fingerprint == BASE.fingerprint
+    assert find_origin_without_lock(changed(run={"storage_path": str(tmp_path), "name": "new"})) is None
+
+
+def test_an_altered_tokenizer_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    OTHER.save(run / "step_6/tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        started_from(run)
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    letters = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate("abc")} | {"</s>": 3}, []))
+    unigram = tokenizers.Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0)]))
+    paths = [saved(Tokenizer(inner), tmp_path / name) for inner, name in [(letters, "bpe.json"), (unigram, "uni.json")]]
+    (tmp_path / "good.jsonl").write_text('{"text": "aa"}\n')
+    (tmp_path / "bad.jsonl").write_text('\n{"text": "aa"}\n{"text": "a b"}\n')
+    for path, file, validation, error, words in [
+        (
+            paths[0],
+            "good",
+            {"prompt": "123"},
+            SettingsError,
+            r"validation\.prompt: .*bpe\.json has no token for it; or give",
+        ),
+        (paths[1], "good", {}, SettingsError, r"validation\.prompt: .*uni\.json cannot encode the text"),
+        (
+            paths[1],
+            "good",
+            {"prompt": "a"},
+            SettingsError,
+            r"validation\.logic_problems: .*uni\.json cannot .*set it to 0",
+        ),
+        (paths[1], "bad", {}, DataError, r"bad\.jsonl line 3: the tokenizer .*uni\.json cannot encode the text"),
+    ]:
+        files = expand(str(tmp_path / f"{file}.jsonl"))
+        config = changed(data={"tokenizer": path}, validation=validation)
+        text = Text(sources=[(config.data.sources[0], files)], validation=files)
+        with pytest.raises(error, match=words):
+            refuse_unencodable(config, text, choose_tokenizer(config, None, allow_changes=False))
+    config = changed(data={"tokenizer": saved(OTHER, tmp_path / "other.json")}, model={"vocab_size": 100})
+    with pytest.raises(SettingsError, match=r"model\.vocab_size: 100 is less than the \d+ entries of .*other\.json"):
+        choose_tokenizer(config, None, allow_changes=False)
