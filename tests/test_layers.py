@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "savant_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-EVERYBODY_MAY = {"errors", "events", "config"}
+EVERYBODY_MAY = {"errors", "events", "config", "locations"}
 ALLOWED = {
     "cli": {"commands"},
     "command_line": {"settings"},
@@ -36,6 +36,7 @@ ALLOWED = {
     "config": {"settings"},
     "settings": set(),
     "events": set(),
+    "locations": set(),
     "errors": set(),
 }
 THIRD_PARTY = {
@@ -53,6 +54,7 @@ THIRD_PARTY = {
     "config": {"pydantic", "yaml"},
     "settings": {"pydantic", "yaml"},
     "events": set(),
+    "locations": set(),
     "errors": set(),
 }
 ONLY_IN_CLUSTER = ("ray.train", "ray.tune")

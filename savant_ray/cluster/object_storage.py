@@ -12,13 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 
 from savant_ray.cluster.disk import DAMAGED, Disk
 from savant_ray.cluster.lease import Lease, leased
 from savant_ray.cluster.lock import free_name, locked, set_aside
 from savant_ray.cluster.paths import joined
+from savant_ray.data.sources import file_system
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
@@ -42,10 +42,7 @@ class ObjectStorage(Disk):
 
     def __init__(self, uri: str, folder: Path) -> None:
         self.folder, self.location = folder, uri
-        try:
-            self.filesystem, self.path = pafs.FileSystem.from_uri(uri)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise SettingsError(f"{uri}: no storage that could be used ({error})") from error
+        self.filesystem, self.path = file_system(uri, SettingsError)
 
     def locate(self, name: str) -> str:
         return joined(self.location, name)

@@ -11,8 +11,8 @@ from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.cluster.paths import joined, parent_and_name, run_folder
 from savant_ray.config import Config
-from savant_ray.data.sources import is_uri
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.locations import is_uri, local_path
 from savant_ray.training.checkpoint import MANIFEST, is_step_name
 
 
@@ -39,7 +39,7 @@ def on_this_machine(checkpoint: str) -> Iterator[Path]:
         SettingsError: no URI of a storage that pyarrow knows.
     """
     if not is_uri(checkpoint):
-        yield Path(checkpoint)
+        yield local_path(checkpoint, "checkpoint", CheckpointError)
         return
     parent, name = parent_and_name(checkpoint)
     with TemporaryDirectory(prefix="savant-") as scratch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import ray.data
 
 from savant_ray.data import ray_data
-from savant_ray.data.content import content_hashes, fingerprint, write_aside
+from savant_ray.data.content import content_hashes, fingerprint, refuse_changed, write_aside
 from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, documents, plan_ranges
 from savant_ray.data.shard_writer import NAMED_BAD_LINES, RangeSummary, Recipe, shard_name, write_shard
 from savant_ray.data.sources import SourceFile
@@ -36,6 +37,7 @@ from savant_ray.errors import DataError
 
 FORMAT_VERSION = 1
 PROGRESS_BYTES = 2 << 20  # between two signs of life of a task
+NAMED_EMPTY_FILES = 5
 TRAINING_CHARACTERS = 128 << 20  # a tokenizer learns little from more
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -60,12 +62,13 @@ def prepare(
     """
     cache_dir = Path(cache_dir).expanduser().absolute()
     recipe = Recipe(tokenizer.to_json(), sequence_length, max_line_bytes)
+    hashes = content_hashes(files, cache_dir)
     identity = {
         "version": FORMAT_VERSION,
-        "files": list(zip(_names(files), content_hashes(files, cache_dir), strict=True)),
+        "files": list(zip(_names(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
     }
-    job = _Job(plan_ranges(files, range_bytes), files, recipe, fingerprint(identity), cache_dir)
+    job = _Job(plan_ranges(files, range_bytes), files, hashes, recipe, fingerprint(identity), cache_dir)
     _make_once(job.folder, lambda: job.run(progress or (lambda done, total: None)))
     cache = TokenCache.open(job.folder)
     if on_bad_line == "error" and cache.manifest.bad_lines:
@@ -80,9 +83,16 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
         DataError: a file cannot be read.
     """
     cache_dir = Path(cache_dir).expanduser().absolute()
-    identity = {"version": FORMAT_VERSION, "files": content_hashes(files, cache_dir), "vocab_size": vocab_size}
+    hashes = content_hashes(files, cache_dir)
+    identity = {"version": FORMAT_VERSION, "files": hashes, "vocab_size": vocab_size}
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
-    _make_once(path, lambda: train_tokenizer(_texts_to_learn_from(files), vocab_size).save(path))
+
+    def learn() -> None:
+        tokenizer = train_tokenizer(_texts_to_learn_from(files), vocab_size)
+        refuse_changed(files, hashes)
+        tokenizer.save(path)
+
+    _make_once(path, learn)
     return Tokenizer.load(path)
 
 
@@ -93,11 +103,13 @@ class _Job:
         self,
         ranges: Sequence[ByteRange],
         files: Sequence[SourceFile],
+        hashes: Sequence[str],
         recipe: Recipe,
         identity: str,
         cache_dir: Path,
     ) -> None:
         self._files = files
+        self._hashes = hashes
         self._ranges = ranges
         self._recipe = recipe
         self._identity = identity
@@ -108,10 +120,11 @@ class _Job:
         """Makes the missing shards, then the manifest, then the folder's name.
 
         Raises:
-            DataError: a file cannot be read or yields nothing.
+            DataError: a file cannot be read or was changed meanwhile, or all files yield nothing.
         """
         self._unfinished.mkdir(parents=True, exist_ok=True)
         self._write_missing(progress)
+        self._refuse_changed()
         manifest = _sum_up(
             self._files,
             self._ranges,
@@ -124,6 +137,13 @@ class _Job:
             left_behind.unlink(missing_ok=True)
         write_aside(self._unfinished / MANIFEST, manifest.to_json())
         self._unfinished.rename(self.folder)
+
+    def _refuse_changed(self) -> None:
+        try:
+            refuse_changed(self._files, self._hashes)
+        except DataError:
+            shutil.rmtree(self._unfinished)  # it may hold what the new content is, under the name of the old
+            raise
 
     def _write_missing(self, progress: Progress) -> None:
         """One Ray Data task per range; a task tells the bytes it has done, or what is wrong."""
@@ -222,14 +242,23 @@ def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> 
     return before
 
 
-def _refuse_empty(manifest: Manifest) -> None:
-    empty = [
+def empty_file_report(manifest: Manifest) -> list[str]:
+    """A sentence for each file that has no document, and one for those beyond the first five."""
+    sentences = [
         f"{each.path}: no document in {each.lines:,} lines" + f", {each.bad_lines:,} of them bad" * bool(each.bad_lines)
         for each in manifest.files
         if not each.documents
     ]
-    if empty:
-        raise DataError("\n".join([*empty, *bad_line_report(manifest, verdict="refused")[:10]]))
+    unnamed = len(sentences) - NAMED_EMPTY_FILES
+    return [
+        *sentences[:NAMED_EMPTY_FILES],
+        *([f"… and {unnamed:,} more files without a document"] if unnamed > 0 else []),
+    ]
+
+
+def _refuse_empty(manifest: Manifest) -> None:
+    if not manifest.documents:
+        raise DataError("\n".join([*empty_file_report(manifest), *bad_line_report(manifest, verdict="refused")[:10]]))
 
 
 def _names(files: Sequence[SourceFile]) -> list[str]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from savant_ray.data.content import write_aside
 from savant_ray.data.jsonl import ByteRange, Line, RangeReader
+from savant_ray.data.overlap import digests_path, document_digests
 from savant_ray.data.packing import pack
 from savant_ray.data.token_cache import shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import Tokenizer
@@ -98,14 +99,18 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
     summary = RangeSummary()
     chunk = _Chunk(recipe.sequence_length, tokenizer)
     shard = _ShardFile(folder / shard_name(index), chunk.schema)
-    with RangeReader(part, recipe.max_line_bytes) as lines, shard:
+    digests = digests_path(folder / shard_name(index))
+    digests_aside = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
+    with RangeReader(part, recipe.max_line_bytes) as lines, shard, digests_aside.open("wb") as digests_file:
         for batch in _batches(lines, summary):
             chunk.add(batch)
+            digests_file.write(document_digests(line.text for line in batch))
             if chunk.tokens >= CHUNK_TOKENS:
                 shard.write(chunk.pack_into(summary))
             yield lines.bytes_read
         if chunk.tokens:
             shard.write(chunk.pack_into(summary))
+    digests_aside.replace(digests)
     summary.shard_bytes = shard.bytes
     write_aside(folder / summary_name(index), json.dumps(dataclasses.asdict(summary)))
 

@@ -19,6 +19,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from savant_ray.data.content import write_aside
 from savant_ray.errors import DataError
+from savant_ray.locations import local_path
 
 PAD, END_OF_DOCUMENT = "<|pad|>", "<|end_of_document|>"
 END_NAMES = (
@@ -50,7 +51,7 @@ class Tokenizer:
         Raises:
             DataError: there is none, or it cannot be read.
         """
-        path = Path(spec).expanduser()
+        path = local_path(str(spec), "tokenizer", DataError)
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
             if path.is_file():

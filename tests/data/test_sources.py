@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_a_pattern_names_its_files(folder: Path, scheme: str, pattern: str, expected: list[str]) -> None:
-    found = [file.path.removeprefix(f"{scheme}{folder}/") for file in expand(f"{scheme}{folder}/{pattern}")]
+    found = [file.path.removeprefix(f"{folder}/") for file in expand(f"{scheme}{folder}/{pattern}")]
     assert found == expected
 
 
