@@ -39,7 +39,7 @@ def new_parser(command: str, summary: str, settings: bool = False) -> argparse.A
     if settings:
         parser.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="this, and all settings")
         parser.add_argument(
-            "--config", type=Path, metavar="FILE.yaml", help="YAML file with what differs from the defaults"
+            "--config", type=file_path, metavar="FILE.yaml", help="YAML file with what differs from the defaults"
         )
     return parser
 
@@ -50,6 +50,22 @@ def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     from savant_ray.config import load_config
 
     return options, load_config(settings, file=options.config)
+
+
+def file_path(text: str) -> Path:
+    """A path: `~` and `file:` URIs are understood, and what cannot be a path is refused."""
+    from savant_ray.errors import SettingsError
+    from savant_ray.locations import is_uri, local_path, working_directory
+
+    try:
+        if is_uri(text):
+            raise SettingsError(f"{text} is a URI; this has to be a path on this machine")
+        path = local_path(text)
+        if not path.is_absolute():
+            working_directory()
+    except SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def count(text: str) -> int:

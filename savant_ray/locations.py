@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from savant_ray.errors import SavantError, SettingsError
+from savant_ray.errors import CheckpointError, SavantError, SettingsError
 
 LONGEST_SHOWN = 400  # characters of a name in a message
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_FILE_URI = re.compile(r"file:/", re.IGNORECASE)
+_FILE_URI = re.compile(r"file:", re.IGNORECASE)
 _LOCAL_HOSTS = ("", "localhost")
 _STANDARD_STREAM = re.compile(r"/dev/(stdin|stdout|stderr|fd)\b|/proc/")
 
@@ -57,6 +57,20 @@ def absolute_path(text: str, folder: Path, setting: str = "", error: type[Savant
         return canonical_uri(text, setting, error)
     path = folder / local_path(text, setting, error)
     return str(_in_utf8(path, _named(setting, str(path)), error))
+
+
+def checkpoint_path(text: str) -> Path:
+    """Return the path of a checkpoint or run on this machine.
+
+    Raises:
+        CheckpointError: it cannot be a path, or whether it is there cannot be known (no right to a folder above it).
+    """
+    path = local_path(text, "checkpoint", CheckpointError)
+    try:
+        path.exists()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: {printable(text)}: cannot be read ({why(error)})") from error
+    return path
 
 
 def working_directory() -> Path:
@@ -149,15 +163,13 @@ def _is_escaped(text: str) -> bool:
 
 
 def _path_of_file_uri(text: str, named: str, error: type[SavantError]) -> str:
-    rest = text[len("file:") :]
-    if rest.startswith("//"):
-        host, slash, path = rest[2:].partition("/")
-        if host.lower() not in _LOCAL_HOSTS or not slash:
-            raise error(
-                f"{named}: a file URI is written file:///absolute/path; this one names a machine {host or 'without path'}"
-            )
-        rest = slash + path
-    decoded = unquote(rest, errors="surrogateescape")
+    host, slash, path = re.sub("^//", "", text[len("file:") :], count=1).partition("/")
+    if not slash or host.lower() not in _LOCAL_HOSTS:
+        raise error(
+            f"{named}: a file URI is written file:///absolute/path"
+            + (f" and names no other machine ({printable(host)})" if slash else " (a file of this name is ./file:…)")
+        )
+    decoded = slash + unquote(path, errors="surrogateescape")
     if "\0" in decoded:
         raise error(f"{named} holds a NUL character, which no path can")
     return decoded

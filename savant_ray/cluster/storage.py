@@ -12,7 +12,7 @@ from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.cluster.paths import joined, parent_and_name, run_folder
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.locations import is_uri, local_path
+from savant_ray.locations import checkpoint_path, is_uri, why
 from savant_ray.training.checkpoint import MANIFEST, is_step_name
 
 
@@ -39,7 +39,7 @@ def on_this_machine(checkpoint: str) -> Iterator[Path]:
         SettingsError: no URI of a storage that pyarrow knows.
     """
     if not is_uri(checkpoint):
-        yield local_path(checkpoint, "checkpoint", CheckpointError)
+        yield checkpoint_path(checkpoint)
         return
     parent, name = parent_and_name(checkpoint)
     with TemporaryDirectory(prefix="savant-") as scratch:
@@ -52,8 +52,10 @@ def on_this_machine(checkpoint: str) -> Iterator[Path]:
                     f"{checkpoint}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})"
                 )
             folder = storage.fetch(wanted)
-        except OSError as error:
-            raise CheckpointError(f"{checkpoint}: cannot be fetched ({error})") from error
+        except SavantError:
+            raise
+        except Exception as error:  # OSError, or anything of a file system that is written in Python (hf://)
+            raise CheckpointError(f"{checkpoint}: cannot be fetched ({why(error)})") from error
         yield folder
 
 
@@ -62,7 +64,12 @@ def storage_errors_explained(storage: Disk) -> Iterator[None]:
     """Turns what object storage raises (no network, no such bucket, no right to it) into a `SavantError`."""
     try:
         yield
-    except OSError as error:
-        if storage.filesystem is None:
+    except Exception as error:
+        is_in_python = storage.filesystem is not None and storage.filesystem.type_name.startswith("py::")  # hf://
+        if (
+            isinstance(error, SavantError)
+            or storage.filesystem is None
+            or not (isinstance(error, OSError) or is_in_python)
+        ):
             raise
         raise SavantError(f"run.storage_path: {storage.location} cannot be read or written: {error}") from error

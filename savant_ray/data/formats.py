@@ -5,12 +5,15 @@ Compressed and UTF-16 files are read; what cannot be read is refused with what i
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import PurePosixPath
 
 from savant_ray.errors import DataError
 
 HEAD_BYTES = 512
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # suffix -> pyarrow's name
+JQ_ALL_OBJECTS = 'if type == "array" then .[] else . end'
 ENCODINGS = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
 
 _READABLE = (
@@ -27,6 +30,8 @@ _READABLE = (
     (b"{\x00", "utf-16-le"),
     (b"\x00{", "utf-16-be"),
 )
+_SPREAD_JSON = re.compile(rb"\s*[\[{]\s*\n")  # the first line is a bracket alone
+_JSON_ARRAY = re.compile(rb"\s*\[\s*\{")
 _CONVERT = '; convert it to JSON lines with a "text" field'
 _UNREADABLE = (
     (b"\xfd7zXZ\x00", "xz-compressed", "; compress it with gzip or zstd instead"),
@@ -61,7 +66,13 @@ def format_of(head: bytes, name: str) -> str:
             raise DataError(f"{name}: is {what}, not JSON lines{advice}")
     if head[257:262] == b"ustar":
         raise DataError(f"{name}: is a tar archive, not JSON lines; unpack it")
+    start = head.removeprefix(b"\xef\xbb\xbf")
+    if _SPREAD_JSON.match(start) or (_JSON_ARRAY.match(start) and b"\n{" not in start):
+        raise DataError(
+            f"{name}: is one JSON {'array' if start.lstrip()[:1] == b'[' else 'object over several lines'}, not JSON lines; "
+            f"one object per line is wanted, as `jq -c '{JQ_ALL_OBJECTS}' {shlex.quote(PurePosixPath(name).name)}` prints"
+        )
     suffix = PurePosixPath(name).suffix.lower()
-    if suffix in CODECS and head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"[", b""):
+    if suffix in CODECS and start.lstrip()[:1] not in (b"{", b"[", b""):
         raise DataError(f"{name}: is named {suffix}, but is neither {CODECS[suffix]} nor JSON lines")
     return "text"

@@ -236,6 +236,8 @@ def _loads_leniently(raw: bytes) -> Any:
     except UnicodeEncodeError as error:
         reason = f'"text" holds half a surrogate pair (\\u{ord(error.object[error.start]):04x})'
     except json.JSONDecodeError as error:
+        if raw.strip() in (b"{", b"["):
+            raise _BadLineError("JSON over several lines; one object per line is wanted") from None
         is_truncated = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip())
         reason = "truncated JSON" if is_truncated else f"not JSON: {error.msg} at character {error.pos + 1}"
     except RecursionError:

@@ -121,7 +121,7 @@ def refuse_empty(files: Sequence[SourceFile]) -> None:
         DataError: all files are empty.
     """
     if not any(file.size for file in files):
-        raise DataError(f"{files[0].path}: is empty" + f", like the {len(files) - 1:,} other files" * (len(files) > 1))
+        raise DataError(f"{files[0].path}: is empty" + f", as are all {len(files):,} files" * (len(files) > 1))
 
 
 def file_system(uri: str, error: type[SavantError]) -> tuple[pafs.FileSystem, str]:
@@ -132,10 +132,11 @@ def file_system(uri: str, error: type[SavantError]) -> tuple[pafs.FileSystem, st
     """
     uri = canonical_uri(uri, error=error)
     base, query = split_query(uri)
+    decoded = decoded_uri(base)
     try:
-        filesystem, path = pafs.FileSystem.from_uri(encoded_uri(decoded_uri(base)) + query)
+        filesystem, path = pafs.FileSystem.from_uri(encoded_uri(decoded) + query)
     except Exception as reason:  # ArrowInvalid, OSError, ImportError, or any error of a file system written in Python
-        raise error(f"{printable(uri)}: no storage that could be used ({why(reason)})") from reason
+        raise error(f"{printable(decoded + query)}: no storage that could be used ({why(reason)})") from reason
     return filesystem, path
 
 
@@ -189,6 +190,7 @@ def _local_files(pattern: str, warn: Warn) -> list[SourceFile]:
         if not is_folder and (is_standard_stream(path) or _is_there(path)):
             return [_local_file(path, pattern)]
         if is_folder:
+            os.scandir(path).close()  # raises where it may not be listed
             paths = {each for each in _files_below(path, problems) if _has_suffix(each)}
         else:
             paths = set(_local_matches(path, problems))
@@ -384,8 +386,6 @@ def _nothing_found(pattern: str, is_folder: bool, only_folders: bool = False) ->
         hint = "; {a,b} is no pattern here, give a list of both"
     elif "\\" in pattern:
         hint = "; folders are separated by /, not by \\"
-    elif pattern.lower().startswith("file:"):
-        hint = "; a file URI is written file:///absolute/path"
     return f"{shown}: no such {'match' if _is_glob(pattern) else 'file or folder'}{hint}"
 
 

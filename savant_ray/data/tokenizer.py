@@ -52,9 +52,9 @@ class Tokenizer:
             DataError: there is none, or it cannot be read.
         """
         path = local_path(str(spec), "tokenizer", DataError)
-        path = path / "tokenizer.json" if path.is_dir() else path
+        path = path / "tokenizer.json" if os.path.isdir(path) else path  # noqa: PTH112 - Path.is_dir raises for a name too long
         try:
-            if path.is_file():
+            if os.path.isfile(path):  # noqa: PTH113
                 return cls(tokenizers.Tokenizer.from_file(str(path)))
             if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(spec)) or path.suffix == ".json":
                 raise DataError(f"tokenizer {spec}: no such tokenizer.json or folder that holds one")
