@@ -13,7 +13,6 @@ from savant_ray.errors import DataError
 
 HEAD_BYTES = 512
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # suffix -> pyarrow's name
-JQ_ALL_OBJECTS = 'if type == "array" then .[] else . end'
 ENCODINGS = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
 
 _READABLE = (
@@ -68,9 +67,10 @@ def format_of(head: bytes, name: str) -> str:
         raise DataError(f"{name}: is a tar archive, not JSON lines; unpack it")
     start = head.removeprefix(b"\xef\xbb\xbf")
     if _SPREAD_JSON.match(start) or (_JSON_ARRAY.match(start) and b"\n{" not in start):
+        is_array = start.lstrip().startswith(b"[")
         raise DataError(
-            f"{name}: is one JSON {'array' if start.lstrip()[:1] == b'[' else 'object over several lines'}, not JSON lines; "
-            f"one object per line is wanted, as `jq -c '{JQ_ALL_OBJECTS}' {shlex.quote(PurePosixPath(name).name)}` prints"
+            f"{name}: is one JSON {'array' if is_array else 'object over several lines'}, not JSON lines; one object per "
+            f"line is wanted, as from `jq -c {'.[]' if is_array else '.'} {shlex.quote(PurePosixPath(name).name)}`"
         )
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in CODECS and start.lstrip()[:1] not in (b"{", b"[", b""):

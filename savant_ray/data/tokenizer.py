@@ -192,7 +192,7 @@ def _segments(text: str) -> Iterator[str]:
 
 
 def _why_not_loaded(spec: str | os.PathLike[str], path: Path, error: Exception) -> str:
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113
         return f"tokenizer {path}: not a tokenizer.json ({error})"
     return (
         f"tokenizer {spec}: no such file or folder, and no Hugging Face model of that name could be fetched ({error}); "
