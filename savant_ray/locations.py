@@ -147,6 +147,8 @@ def printable(text: str) -> str:
 
     What is longer than `LONGEST_SHOWN` characters is shown without its middle.
     """
+    if text.isprintable() and len(text) <= LONGEST_SHOWN:
+        return text
     raw = text.encode("utf-8", "surrogateescape") if _is_escaped(text) else text.encode("utf-8", "backslashreplace")
     shown = raw.decode("utf-8", "backslashreplace")
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
-from savant_ray.locations import absolute_path, is_uri, local_path, split_query, working_directory
+from savant_ray.locations import absolute_path, is_uri, local_path, printable, split_query, working_directory
 
 JOB_HOME = "savant_runs"
 
@@ -44,7 +44,8 @@ def with_absolute_paths(config: Config, folder: Path, output_folder: Path) -> Co
     """
     if is_uri(config.data.cache_dir):
         raise SettingsError(
-            f"data.cache_dir: {config.data.cache_dir} is a URI; give a folder that every node reaches, such as /mnt/shared"
+            f"data.cache_dir: {printable(config.data.cache_dir)} is a URI; give a folder that every node reaches, "
+            "such as /mnt/shared"
         )
     settings = config.to_dict()
     run, data = settings["run"], settings["data"]

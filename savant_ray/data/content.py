@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from savant_ray.data.formats import HEAD_BYTES, format_of
-from savant_ray.data.sources import SourceFile
+from savant_ray.data.sources import LISTING_THREADS, SourceFile
 from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import why
+from savant_ray.locations import printable, why
 
 MEMORY = "content-hashes.json"
 BLOCK_BYTES = 1 << 20
@@ -53,13 +53,8 @@ def refuse_changed(files: Sequence[SourceFile], hashes: Sequence[str]) -> None:
     Raises:
         DataError: a file was changed, replaced, cut short or removed.
     """
-    for file, digest in zip(files, hashes, strict=True):
-        try:
-            same = _key(file.current()) == _key(file) or _hash(file) == digest
-        except DataError as error:
-            raise DataError(f"{file.path}: was changed while it was read ({error})") from error
-        if not same:
-            raise DataError(f"{file.path}: was changed while it was read; run the same command again")
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        list(threads.map(_refuse_changed, files, hashes))
 
 
 def fingerprint(values: dict[str, Any]) -> str:
@@ -73,6 +68,15 @@ def write_aside(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def _refuse_changed(file: SourceFile, digest: str) -> None:
+    try:
+        same = _key(file.current()) == _key(file) or _hash(file) == digest
+    except DataError as error:
+        raise DataError(f"{printable(file.path)}: was changed while it was read ({error})") from error
+    if not same:
+        raise DataError(f"{printable(file.path)}: was changed while it was read; run the same command again")
 
 
 def _key(file: SourceFile) -> str:
@@ -107,16 +111,18 @@ def _hash(file: SourceFile) -> str:
     except SavantError:
         raise
     except Exception as error:  # a file system that is written in Python may raise anything
-        raise DataError(f"{file.path}: cannot be read ({why(error)})") from error
+        raise DataError(f"{printable(file.path)}: cannot be read ({why(error)})") from error
     if left:
         raise DataError(
-            f"{file.path}: has {file.size - left:,} of the {file.size:,} bytes that it had when it was listed"
+            f"{printable(file.path)}: has {file.size - left:,} of the {file.size:,} bytes that it had when it was listed"
         )
     return digest.hexdigest()
 
 
 def _refuse_other_format(file: SourceFile, head: bytes) -> None:
     """What is listed without a look into it, in object storage, has to be what its name says."""
-    found = format_of(head, file.path)
+    found = format_of(head, printable(file.path))
     if found != (file.codec or "text"):
-        raise DataError(f"{file.path}: its name says {file.codec or 'plain text'}, but it is {found}; rename it")
+        raise DataError(
+            f"{printable(file.path)}: its name says {file.codec or 'plain text'}, but it is {found}; rename it"
+        )

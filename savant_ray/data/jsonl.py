@@ -20,7 +20,7 @@ import pyarrow as pa
 from savant_ray.data.formats import ENCODINGS
 from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import why
+from savant_ray.locations import printable, why
 
 MIB = 1 << 20
 BLOCK_BYTES = MIB  # what a reader holds at a time
@@ -104,9 +104,11 @@ class RangeReader:
         except SavantError:
             raise
         except UnicodeError as error:
-            raise DataError(f"{self._part.file.path}: not valid {self._part.file.codec} ({error})") from error
+            raise DataError(
+                f"{printable(self._part.file.path)}: not valid {self._part.file.codec} ({error})"
+            ) from error
         except Exception as error:  # a file system that is written in Python may raise anything
-            raise DataError(f"{self._part.file.path}: cannot be read ({why(error)})") from error
+            raise DataError(f"{printable(self._part.file.path)}: cannot be read ({why(error)})") from error
 
 
 class _ListedBytes(io.RawIOBase):

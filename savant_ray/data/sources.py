@@ -89,7 +89,7 @@ class SourceFile:
         with _errors_named(self.path):
             info = filesystem.get_file_info(path)
         if info.type != pafs.FileType.File:
-            raise DataError(f"{self.path}: was there a moment ago and is gone")
+            raise DataError(f"{printable(self.path)}: was there a moment ago and is gone")
         return SourceFile(self.path, info.size, info.mtime_ns or 0, self.query)
 
 
@@ -121,7 +121,9 @@ def refuse_empty(files: Sequence[SourceFile]) -> None:
         DataError: all files are empty.
     """
     if not any(file.size for file in files):
-        raise DataError(f"{files[0].path}: is empty" + f", as are all {len(files):,} files" * (len(files) > 1))
+        raise DataError(
+            f"{printable(files[0].path)}: is empty" + f", as are all {len(files):,} files" * (len(files) > 1)
+        )
 
 
 def file_system(uri: str, error: type[SavantError]) -> tuple[pafs.FileSystem, str]:
@@ -156,7 +158,13 @@ def _each_once(files: Sequence[SourceFile], warn: Warn) -> list[SourceFile]:
     for path in sorted(real, key=lambda path: (real[path] != path, path)):  # links last
         first.setdefault(real[path], path)
     twice = [path for path in real if first[real[path]] != path]
-    _warn_of(warn, [f"{path}: a link to {first[real[path]]}, which is read already; left out" for path in twice])
+    _warn_of(
+        warn,
+        [
+            f"{printable(path)}: a link to {printable(first[real[path]])}, which is read already; left out"
+            for path in twice
+        ],
+    )
     return [file for file in files if file.path not in set(twice)]
 
 
