@@ -86,6 +86,22 @@ def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     return options, config
 
 
+def file_path(text: str) -> Path:
+    """A path: `~` and `file:` URIs are understood, and what cannot be a path is refused."""
+    from savant_ray.errors import SettingsError
+    from savant_ray.locations import is_uri, local_path, working_directory
+
+    try:
+        if is_uri(text):
+            raise SettingsError(f"{text} is a URI; this has to be a path on this machine")
+        path = local_path(text)
+        if not path.is_absolute():
+            working_directory()
+    except SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
 def new_tokens(text: str) -> int:
     """A number of tokens to generate."""
     return _whole_number(text, 1, MOST_NEW_TOKENS)

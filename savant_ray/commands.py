@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from savant_ray.command_line import depths, loops, new_parser, new_tokens, seed, temperature, with_settings
+from savant_ray.command_line import depths, file_path, loops, new_parser, new_tokens, seed, temperature, with_settings
 from savant_ray.errors import SavantError
 
 QUICKSTART_FOLDER = Path("dataset")
@@ -71,7 +71,9 @@ def _generate(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=seed, metavar="N", default=0, help="another seed, another answer [0]")
     parser.add_argument("--loops", type=loops, metavar="N", help="passes of the recurrent block [the model's n_loops]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file")
+    parser.add_argument(
+        "--json", type=file_path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file"
+    )
     options = parser.parse_args(arguments)
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.training.sampling import stream_answer
@@ -98,7 +100,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
         "--suite", choices=("logic",), default="logic", help="questions that come with savant_ray [logic]"
     )
     parser.add_argument(
-        "--problems", type=Path, metavar="FILE.jsonl", help="your own instead: prompt and answer a line"
+        "--problems", type=file_path, metavar="FILE.jsonl", help="your own instead: prompt and answer a line"
     )
     parser.add_argument("--max-new-tokens", type=new_tokens, metavar="N", help="longest answer [the run's]")
     parser.add_argument("--loops", type=loops, metavar="N", help="passes of the recurrent block [the model's n_loops]")
@@ -108,7 +110,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
         metavar="N,N,…",
         help="instead: score and loss with so many loops, such as 1,2,4,8,16,32",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write scores and answers to this file")
+    parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
     options = parser.parse_args(arguments)
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.inference.logic import logic_suite, read_questions
@@ -140,7 +142,7 @@ def _export(arguments: Sequence[str]) -> int:
         required=True,
         help="a file that the original script loads, or a folder with weights, settings and tokenizer",
     )
-    parser.add_argument("--output", type=Path, metavar="PATH", required=True, help="the new file or folder")
+    parser.add_argument("--output", type=file_path, metavar="PATH", required=True, help="the new file or folder")
     parser.add_argument(
         "--optimizer",
         choices=("adamw", "adamw8bit"),
@@ -163,7 +165,7 @@ def _export(arguments: Sequence[str]) -> int:
 def _runs(arguments: Sequence[str]) -> int:
     parser = _parser("runs")
     parser.add_argument(
-        "folders", type=Path, metavar="FOLDER", nargs="*", help="where to look [here, and where jobs keep theirs]"
+        "folders", type=file_path, metavar="FOLDER", nargs="*", help="where to look [here, and where jobs keep theirs]"
     )
     parser.add_argument("--json", action="store_true", help="for programs: print a JSON list")
     options = parser.parse_args(arguments)
@@ -182,7 +184,7 @@ def _runs(arguments: Sequence[str]) -> int:
 
 def _status(arguments: Sequence[str]) -> int:
     parser = _parser("status")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("run", type=file_path, metavar="RUN", help="a run folder")
     options = parser.parse_args(arguments)
     from savant_ray.cluster.lock import is_in_use
     from savant_ray.reporting.runs import status, summarise
@@ -193,9 +195,12 @@ def _status(arguments: Sequence[str]) -> int:
 
 def _report(arguments: Sequence[str]) -> int:
     parser = _parser("report")
-    parser.add_argument("runs", type=Path, metavar="RUN", nargs="+", help="a run folder; several are compared")
+    parser.add_argument("runs", type=file_path, metavar="RUN", nargs="+", help="a run folder; several are compared")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE.html", help="the page [RUN/report.html; ./report.html of several runs]"
+        "--output",
+        type=file_path,
+        metavar="FILE.html",
+        help="the page [RUN/report.html; ./report.html of several runs]",
     )
     options = parser.parse_args(arguments)
     from savant_ray.cluster.lock import is_in_use
@@ -219,7 +224,7 @@ def _benchmark(arguments: Sequence[str]) -> int:
     parser = _parser("benchmark")
     names = "train, attention, loss, generate, checkpoint, precision, data, ray, scaling or start"
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"what to measure: {names}; all in turn without it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the figures to this file")
     options = parser.parse_args(arguments)
     from savant_ray.benchmarks.registry import run
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "savant_ray"
 MODULES = tracked_files("savant_ray/*.py")
 
-EVERYBODY_MAY = {"errors", "events", "config"}
+EVERYBODY_MAY = {"errors", "events", "config", "locations"}
 ALLOWED = {
     "cli": {"commands"},
     "command_line": {"settings"},
@@ -38,6 +38,7 @@ ALLOWED = {
     "config": {"settings"},
     "settings": set(),
     "events": set(),
+    "locations": set(),
     "errors": set(),
 }
 THIRD_PARTY = {
@@ -55,6 +56,7 @@ THIRD_PARTY = {
     "config": {"pydantic", "yaml"},
     "settings": {"pydantic", "yaml"},
     "events": set(),
+    "locations": set(),
     "errors": set(),
 }
 ONLY_IN_CLUSTER = ("ray.train", "ray.tune")

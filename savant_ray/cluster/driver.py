@@ -29,6 +29,7 @@ from savant_ray.config import Config, dump_yaml
 from savant_ray.data.content import write_aside
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError, tell
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed, WorkersLost
+from savant_ray.locations import working_directory
 from savant_ray.reporting import RunReport, open_trackers
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
     signals = StopSignals()
     signals.install()
     try:
-        config = with_absolute_paths(config, Path.cwd(), output_folder())
+        config = with_absolute_paths(config, working_directory(), output_folder())
         return _launch(config, fresh, allow_changes, verbose, signals)
     except KeyboardInterrupt:
         print("stopped at once, before anything had begun")

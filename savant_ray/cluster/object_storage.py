@@ -19,13 +19,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 
 from savant_ray.cluster.disk import DAMAGED, Disk
 from savant_ray.cluster.lease import Lease, Owner, leased, refuse_if_superseded
 from savant_ray.cluster.lock import free_name, locked, set_aside
 from savant_ray.cluster.paths import joined
+from savant_ray.data.sources import file_system
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
@@ -58,10 +58,7 @@ class ObjectStorage(Disk):
 
     def __init__(self, uri: str, folder: Path, owner: Owner | None = None) -> None:
         self.folder, self.location, self.owner = folder, uri, owner
-        try:
-            self.filesystem, self.path = pafs.FileSystem.from_uri(uri)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise SettingsError(f"{uri}: no storage that could be used ({error})") from error
+        self.filesystem, self.path = file_system(uri, SettingsError)
 
     def __getstate__(self) -> dict[str, Any]:
         """To other processes goes the fencing token, not the lease."""

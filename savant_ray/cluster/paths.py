@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from savant_ray.config import Config
-from savant_ray.data.sources import is_uri, split_query
 from savant_ray.errors import SettingsError
+from savant_ray.locations import absolute_path, is_uri, local_path, printable, split_query, working_directory
 
 JOB_HOME = "savant_runs"
 
@@ -24,7 +24,10 @@ def python_to_type(python: Path = Path(sys.executable)) -> str:
     found = shutil.which("python")
     if found is not None and Path(found).parent == python.parent:
         return "python"
-    return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
+    try:
+        return str(python.relative_to(Path.cwd()))
+    except (ValueError, OSError):  # it lies elsewhere, or the working directory was deleted
+        return str(python)
 
 
 def in_ray_job(environment: Mapping[str, str] = os.environ) -> bool:
@@ -33,32 +36,34 @@ def in_ray_job(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def with_absolute_paths(config: Config, folder: Path, output_folder: Path) -> Config:
-    """Inputs against `folder`, outputs against `output_folder`; URIs and absolute paths stay.
+    """Inputs against `folder`, outputs against `output_folder`; `file:` URIs become paths, other URIs stay.
 
     Raises:
-        SettingsError: `data.cache_dir` is a URI; its files are memory-mapped.
+        SettingsError: a setting cannot be a path (`~` of an unknown user, NUL, not UTF-8), or `data.cache_dir` is a URI;
+            its files are memory-mapped.
     """
     if is_uri(config.data.cache_dir):
         raise SettingsError(
-            f"data.cache_dir: {config.data.cache_dir} is a URI; give a folder that every node reaches, such as /mnt/shared"
+            f"data.cache_dir: {printable(config.data.cache_dir)} is a URI; give a folder that every node reaches, "
+            "such as /mnt/shared"
         )
     settings = config.to_dict()
     run, data = settings["run"], settings["data"]
-    run["storage_path"] = _absolute(run["storage_path"], output_folder)
-    data["cache_dir"] = _absolute(data["cache_dir"], output_folder)
-    data["validation"] = _absolute(data["validation"], folder)
-    for source in data["sources"]:
-        source["path"] = _absolute(source["path"], folder)
+    run["storage_path"] = _absolute(run["storage_path"], output_folder, "run.storage_path")
+    data["cache_dir"] = _absolute(data["cache_dir"], output_folder, "data.cache_dir")
+    data["validation"] = _absolute(data["validation"], folder, "data.validation")
+    for number, source in enumerate(data["sources"]):
+        source["path"] = _absolute(source["path"], folder, f"data.sources[{number}].path")
     if run["init_from"] is not None:
-        run["init_from"] = _absolute(run["init_from"], output_folder)
+        run["init_from"] = _absolute(run["init_from"], output_folder, "run.init_from")
     if not config.data.learns_tokenizer and _names_a_file(data["tokenizer"], folder):
-        data["tokenizer"] = _absolute(data["tokenizer"], folder)
+        data["tokenizer"] = _absolute(data["tokenizer"], folder, "data.tokenizer")
     return Config.from_dict(settings)
 
 
 def output_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """What relative output paths are relative to."""
-    return Path.home() / JOB_HOME if in_ray_job(environment) else Path.cwd()
+    return Path.home() / JOB_HOME if in_ray_job(environment) else working_directory()
 
 
 def run_folder(config: Config) -> Path:
@@ -82,11 +87,14 @@ def parent_and_name(uri: str) -> tuple[str, str]:
     return parent + query, name
 
 
-def _absolute(path: str | list[str], folder: Path) -> str | list[str]:
+def _absolute(path: str | list[str], folder: Path, setting: str) -> str | list[str]:
     if isinstance(path, list):
-        return [str(_absolute(p, folder)) for p in path]
-    return path if is_uri(path) else str(folder / Path(path).expanduser())
+        return [absolute_path(each, folder, f"{setting}[{number}]") for number, each in enumerate(path)]
+    return absolute_path(path, folder, setting)
 
 
 def _names_a_file(tokenizer: str, folder: Path) -> bool:
-    return (folder / Path(tokenizer).expanduser()).exists()
+    if is_uri(tokenizer):
+        return False
+    path = local_path(tokenizer, "data.tokenizer")
+    return path.is_absolute() or os.path.exists(folder / path)  # noqa: PTH110 - Path.exists raises for a name too long

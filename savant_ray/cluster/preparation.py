@@ -16,16 +16,18 @@ from savant_ray.cluster.run_tokenizer import (
 )
 from savant_ray.cluster.session import prepare_environment, ray_session
 from savant_ray.config import Config, SourceConfig
-from savant_ray.data.preparation import learn_tokenizer
+from savant_ray.data.overlap import count_held_out_documents, split_held_out
+from savant_ray.data.preparation import empty_file_report, learn_tokenizer
 from savant_ray.data.preparation import prepare as prepare_files
 from savant_ray.data.quickstart import write_quickstart
 from savant_ray.data.shard_writer import encode_beginning
-from savant_ray.data.sources import SourceFile, expand, is_uri
+from savant_ray.data.sources import SourceFile, expand, refuse_empty
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
 from savant_ray.events import DataPrepared, TextCounts
+from savant_ray.locations import is_uri, usable_folder, working_directory
 from savant_ray.reporting import RunReport
 
 MIB = 1 << 20
@@ -57,7 +59,7 @@ def prepare(config: Config) -> None:
         DataError: text is missing, unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
     """
     prepare_environment()
-    config = with_absolute_paths(config, Path.cwd(), output_folder())
+    config = with_absolute_paths(config, working_directory(), output_folder())
     with RunReport(None) as report:
         tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
         text = find_text(config, report)
@@ -71,11 +73,16 @@ def find_text(config: Config, report: RunReport) -> Text:
     """The files behind the settings' patterns; needs no Ray.
 
     Raises:
-        DataError: a source that is not optional, or the validation text, is missing.
+        DataError: a source that is not optional, or the validation text, is missing, empty or unreadable, or a source
+            holds nothing but the validation text.
+        SettingsError: the cache folder cannot be made.
     """
     if config.data.quickstart:
         write_missing_quickstart(config, report)
-    return Text(existing_sources(config.data.sources, report.say), expand(config.data.validation))
+    usable_folder(Path(config.data.cache_dir), "data.cache_dir")
+    sources = existing_sources(config.data.sources, report.say)
+    validation = _expanded(config.data.validation, "data.validation", report.say)
+    return Text(without_validation(sources, validation, Path(config.data.cache_dir), report.say), validation)
 
 
 def refuse_unencodable(config: Config, text: Text, tokenizer: Tokenizer | None) -> None:
@@ -109,6 +116,11 @@ def prepare_data(config: Config, text: Text, report: RunReport, tokenizer: Token
         for source, files in text.sources
     ]
     validation = tokenise("tokenising the validation text", text.validation, tokenizer, config, report)
+    if overlap := count_held_out_documents(validation, caches):
+        report.say(
+            f"{overlap:,} of {validation.manifest.documents:,} validation documents are in the training text, too, word "
+            "for word; the validation loss is lower than it would be for text that is new"
+        )
     plan = StreamPlan(
         folders=tuple(str(cache.folder) for cache in caches),
         weights=tuple(source.weight for source, _ in text.sources),
@@ -143,9 +155,9 @@ def existing_sources(
 ) -> list[tuple[SourceConfig, list[SourceFile]]]:
     """Each source with its files; a missing optional one is left out, and said."""
     found = []
-    for source in sources:
+    for number, source in enumerate(sources):
         try:
-            found.append((source, expand(source.path)))
+            found.append((source, _expanded(source.path, f"data.sources[{number}].path", say)))
         except DataError as error:
             if not source.optional:
                 raise
@@ -153,6 +165,32 @@ def existing_sources(
     if not found:
         raise DataError("data.sources: none of the optional sources is there, so there is nothing to train on")
     return found
+
+
+def without_validation(
+    sources: list[tuple[SourceConfig, list[SourceFile]]],
+    validation: list[SourceFile],
+    cache_dir: Path,
+    say: Callable[[str], None],
+) -> list[tuple[SourceConfig, list[SourceFile]]]:
+    """Each source without the files whose content is that of a validation file; says which.
+
+    Raises:
+        DataError: a source holds nothing else.
+    """
+    kept = []
+    for number, (source, files) in enumerate(sources):
+        training, held_out = split_held_out(files, validation, cache_dir)
+        names = ", ".join(file.path for file in held_out[:5])
+        if not training:
+            raise DataError(
+                f"data.sources[{number}].path: {names} is the validation text (data.validation), and there is nothing else; "
+                "a model that trained on it has no held-out text. Give other text to one of the two"
+            )
+        if held_out:
+            say(f"{names}: the validation text (data.validation), so it is left out of the training text")
+        kept.append((source, training))
+    return kept
 
 
 def keep_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
@@ -182,9 +220,22 @@ def tokenise(
         progress=lambda done, total: report.progress(done, total, "bytes"),
         say=report.say,
     )
-    for sentence in [*bad_line_report(cache.manifest), *dropped_report(cache.manifest, tokenizer.name)]:
+    for sentence in [
+        *bad_line_report(cache.manifest),
+        *empty_file_report(cache.manifest),
+        *dropped_report(cache.manifest, tokenizer.name),
+    ]:
         report.say(sentence)
     return cache
+
+
+def _expanded(paths: str | list[str], setting: str, say: Callable[[str], None]) -> list[SourceFile]:
+    try:
+        files = expand(paths, say)
+        refuse_empty(files)
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from error
+    return files
 
 
 def _counts(name: str, cache: TokenCache) -> TextCounts:

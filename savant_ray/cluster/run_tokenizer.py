@@ -16,10 +16,10 @@ from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.cluster.paths import parent_and_name
 from savant_ray.cluster.storage import run_storage
 from savant_ray.config import Config, DataConfig
-from savant_ray.data.sources import is_uri
 from savant_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.inference.logic import logic_suite
+from savant_ray.locations import is_uri
 from savant_ray.training.checkpoint import (
     CONFIG,
     MANIFEST,

@@ -13,8 +13,8 @@ from savant_ray.cluster.lease import Owner
 from savant_ray.cluster.object_storage import ObjectStorage, step_name
 from savant_ray.cluster.paths import joined, parent_and_name, run_folder
 from savant_ray.config import Config
-from savant_ray.data.sources import is_uri
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.locations import checkpoint_path, is_uri, why
 from savant_ray.training.checkpoint import MANIFEST, find_checkpoint
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -56,14 +56,16 @@ def on_this_machine(checkpoint: str) -> Iterator[Path]:
         SettingsError: no URI of a storage that pyarrow knows.
     """
     if not is_uri(checkpoint):
-        yield Path(checkpoint)
+        yield checkpoint_path(checkpoint)
         return
     with TemporaryDirectory(prefix="savant-") as scratch:
         storage, name = _stored(checkpoint, Path(scratch))
         try:
             folder = storage.fetch(name)
-        except OSError as error:
-            raise CheckpointError(f"{checkpoint}: cannot be fetched ({error})") from error
+        except SavantError:
+            raise
+        except Exception as error:  # OSError, or anything of a file system that is written in Python (hf://)
+            raise CheckpointError(f"{checkpoint}: cannot be fetched ({why(error)})") from error
         yield folder
 
 
@@ -89,9 +91,14 @@ def storage_errors_explained(storage: Disk) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if storage.filesystem is None:
+    except Exception as error:
+        is_in_python = storage.filesystem is not None and storage.filesystem.type_name.startswith("py::")  # hf://
+        if (
+            isinstance(error, SavantError)
+            or storage.filesystem is None
+            or not (isinstance(error, OSError) or is_in_python)
+        ):
             raise
-        if error.errno in NO_ROOM:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise SavantError(f"{storage.folder}, the copy of {storage.location} on this machine: {error}") from error
         raise SavantError(f"run.storage_path: {storage.location} cannot be read or written: {error}") from error

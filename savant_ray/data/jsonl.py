@@ -6,6 +6,7 @@ index. Ray Data's own JSON reading fails whole files on one bad line, splits at 
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,10 @@ from typing import Any, NamedTuple
 import orjson
 import pyarrow as pa
 
+from savant_ray.data.formats import ENCODINGS
 from savant_ray.data.sources import SourceFile
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, SavantError
+from savant_ray.locations import printable, why
 
 MIB = 1 << 20
 BLOCK_BYTES = MIB  # what a reader holds at a time
@@ -44,7 +47,7 @@ class Line(NamedTuple):
 
 
 def plan_ranges(files: Sequence[SourceFile], range_bytes: int | None = None) -> list[ByteRange]:
-    """The ranges of `files` in order; a compressed file is one range, an empty file none.
+    """The ranges of `files` in order; a compressed or UTF-16 file is one range, an empty file none.
 
     The default length gives about 64 ranges, within 4 to 32 MiB: enough for every core, few files, small waste.
     """
@@ -71,10 +74,11 @@ class RangeReader:
         self._part = part
         self._max_line_bytes = max_line_bytes
         filesystem, path = part.file.resolve()
-        codec = part.file.codec
         with self._named_errors():
             self._stored = filesystem.open_input_file(path)
-            self._stream = pa.CompressedInputStream(self._stored, codec) if codec else self._stored
+            first = max(part.start - 1, 0)  # a newline right before `start` makes `start` the start of a line
+            self._listed = _ListedBytes(self._stored, first, part.file.size)
+            self._stream = _decoded(self._listed, part.file.codec)
 
     def __enter__(self) -> RangeReader:
         return self
@@ -91,15 +95,52 @@ class RangeReader:
     @property
     def bytes_read(self) -> int:
         """How many of the range's bytes, as stored, have been read."""
-        position: int = self._stored.tell()
-        return max(min(position, self._part.stop) - self._part.start, 0)
+        return max(min(self._listed.position, self._part.stop) - self._part.start, 0)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, EOFError) as error:
-            raise DataError(f"{self._part.file.path}: cannot be read ({error})") from error
+        except SavantError:
+            raise
+        except UnicodeError as error:
+            raise DataError(
+                f"{printable(self._part.file.path)}: not valid {self._part.file.codec} ({error})"
+            ) from error
+        except Exception as error:  # a file system that is written in Python may raise anything
+            raise DataError(f"{printable(self._part.file.path)}: cannot be read ({why(error)})") from error
+
+
+class _ListedBytes(io.RawIOBase):
+    """Reads a file's bytes [position, size): what was appended since it was listed is not in its hash."""
+
+    def __init__(self, stored: pa.NativeFile, position: int, size: int) -> None:
+        self.position = position
+        self._stored = stored
+        self._size = size
+        if position:
+            stored.seek(position)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._size - self.position, 0)
+        block: bytes = self._stored.read(left if size < 0 else min(size, left))
+        self.position += len(block)
+        return block
+
+
+def _decoded(listed: _ListedBytes, codec: str | None) -> _ListedBytes | pa.NativeFile:
+    """The bytes as UTF-8 lines."""
+    if codec is None:
+        return listed
+    stream = pa.PythonFile(listed, mode="r")
+    return (
+        pa.transcoding_input_stream(stream, codec, "utf-8")
+        if codec in ENCODINGS
+        else pa.CompressedInputStream(stream, codec)
+    )
 
 
 def _cut(file: SourceFile, step: int) -> list[ByteRange]:
@@ -108,11 +149,12 @@ def _cut(file: SourceFile, step: int) -> list[ByteRange]:
     return [ByteRange(file, start, min(start + step, file.size)) for start in range(0, file.size, step)]
 
 
-def _owned_blocks(stream: pa.NativeFile, part: ByteRange) -> Iterator[bytes]:
-    """The bytes of the lines that start in the range: from the first line start in it to the first one behind it."""
-    position = max(part.start - 1, 0)  # a newline right before `start` makes `start` the start of a line
-    if position:
-        stream.seek(position)
+def _owned_blocks(stream: _ListedBytes | pa.NativeFile, part: ByteRange) -> Iterator[bytes]:
+    """The bytes of the lines that start in the range: from the first line start in it to the first one behind it.
+
+    The stream begins one byte before the range, except at the file's start.
+    """
+    position = max(part.start - 1, 0)
     skipping = part.start > 0
     while position < part.stop and (block := stream.read(BLOCK_BYTES)):
         if skipping:
@@ -126,7 +168,7 @@ def _owned_blocks(stream: pa.NativeFile, part: ByteRange) -> Iterator[bytes]:
         position += len(block)
 
 
-def _until_line_end(stream: pa.NativeFile, block: bytes, last: int) -> Iterator[bytes]:
+def _until_line_end(stream: _ListedBytes | pa.NativeFile, block: bytes, last: int) -> Iterator[bytes]:
     """`block`, cut or continued to the end of the line that holds its byte `last`."""
     if last >= len(block):
         yield block
@@ -196,6 +238,8 @@ def _loads_leniently(raw: bytes) -> Any:
     except UnicodeEncodeError as error:
         reason = f'"text" holds half a surrogate pair (\\u{ord(error.object[error.start]):04x})'
     except json.JSONDecodeError as error:
+        if raw.strip() in (b"{", b"["):
+            raise _BadLineError("JSON over several lines; one object per line is wanted") from None
         is_truncated = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip())
         reason = "truncated JSON" if is_truncated else f"not JSON: {error.msg} at character {error.pos + 1}"
     except RecursionError:

@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import ray.data
 
 from savant_ray.data import ray_data
-from savant_ray.data.content import content_hashes, fingerprint, write_aside
+from savant_ray.data.content import content_hashes, fingerprint, refuse_changed, write_aside
 from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, documents, plan_ranges
 from savant_ray.data.shard_writer import NAMED_BAD_LINES, RangeSummary, Recipe, shard_name, write_shard
 from savant_ray.data.sources import SourceFile
@@ -40,6 +41,7 @@ from savant_ray.errors import DataError
 
 FORMAT_VERSION = 1
 PROGRESS_BYTES = 2 << 20  # between two signs of life of a task
+NAMED_EMPTY_FILES = 5
 TRAINING_CHARACTERS = 128 << 20  # a tokenizer learns little from more
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -66,12 +68,13 @@ def prepare(
     """
     cache_dir = Path(cache_dir).expanduser().absolute()
     recipe = Recipe.of(tokenizer, sequence_length, max_line_bytes)
+    hashes = content_hashes(files, cache_dir)
     identity = {
         "version": FORMAT_VERSION,
-        "files": list(zip(_names(files), content_hashes(files, cache_dir), strict=True)),
+        "files": list(zip(_names(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
     }
-    job = _Job(plan_ranges(files, range_bytes), files, recipe, fingerprint(identity), cache_dir)
+    job = _Job(plan_ranges(files, range_bytes), files, hashes, recipe, fingerprint(identity), cache_dir)
     progress = progress or (lambda done, total: None)
     _make_once(job.folder, partial(job.is_whole, progress), partial(job.run, progress, say))
     cache = TokenCache.open(job.folder)
@@ -87,11 +90,13 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
         DataError: a file cannot be read.
     """
     cache_dir = Path(cache_dir).expanduser().absolute()
-    identity = {"version": FORMAT_VERSION, "files": content_hashes(files, cache_dir), "vocab_size": vocab_size}
+    hashes = content_hashes(files, cache_dir)
+    identity = {"version": FORMAT_VERSION, "files": hashes, "vocab_size": vocab_size}
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
 
     def learn() -> None:
         content = train_tokenizer(_texts_to_learn_from(files), vocab_size).to_json()
+        refuse_changed(files, hashes)
         write_aside(_with_checksum(path, content), content)
 
     _make_once(path, lambda: _read_learnt(path) is not None, learn)
@@ -125,11 +130,13 @@ class _Job:
         self,
         ranges: Sequence[ByteRange],
         files: Sequence[SourceFile],
+        hashes: Sequence[str],
         recipe: Recipe,
         identity: str,
         cache_dir: Path,
     ) -> None:
         self._files = files
+        self._hashes = hashes
         self._ranges = ranges
         self._recipe = recipe
         self._identity = identity
@@ -156,13 +163,14 @@ class _Job:
         """Makes the missing shards, then the manifest, then the folder's name; `say` gets what was damaged.
 
         Raises:
-            DataError: a file cannot be read or yields nothing.
+            DataError: a file cannot be read or was changed meanwhile, or all files yield nothing.
         """
         for problem in self._damage:
             say(f"{problem}; made again")
         folder = self.folder if self.folder.exists() else self._unfinished
         folder.mkdir(parents=True, exist_ok=True)
         self._write_missing(folder, progress)
+        self._refuse_changed(folder)
         manifest = _sum_up(
             self._files,
             self._ranges,
@@ -177,6 +185,13 @@ class _Job:
         write_aside(folder / MANIFEST, manifest.to_json())
         if folder != self.folder:
             folder.rename(self.folder)
+
+    def _refuse_changed(self, folder: Path) -> None:
+        try:
+            refuse_changed(self._files, self._hashes)
+        except DataError:
+            shutil.rmtree(folder)  # it may hold what the new content is, under the name of the old
+            raise
 
     def _write_missing(self, folder: Path, progress: Progress) -> None:
         """One Ray Data task per range; a task tells the bytes it has done, or what is wrong."""
@@ -281,14 +296,23 @@ def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> 
     return before
 
 
-def _refuse_empty(manifest: Manifest) -> None:
-    empty = [
+def empty_file_report(manifest: Manifest) -> list[str]:
+    """A sentence for each file that has no document, and one for those beyond the first five."""
+    sentences = [
         f"{each.path}: no document in {each.lines:,} lines" + f", {each.bad_lines:,} of them bad" * bool(each.bad_lines)
         for each in manifest.files
         if not each.documents
     ]
-    if empty:
-        raise DataError("\n".join([*empty, *bad_line_report(manifest, verdict="refused")[:10]]))
+    unnamed = len(sentences) - NAMED_EMPTY_FILES
+    return [
+        *sentences[:NAMED_EMPTY_FILES],
+        *([f"… and {unnamed:,} more files without a document"] if unnamed > 0 else []),
+    ]
+
+
+def _refuse_empty(manifest: Manifest) -> None:
+    if not manifest.documents:
+        raise DataError("\n".join([*empty_file_report(manifest), *bad_line_report(manifest, verdict="refused")[:10]]))
 
 
 def _refuse_dropped(manifest: Manifest, tokenizer: str) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from savant_ray.data.content import write_aside
 from savant_ray.data.jsonl import ByteRange, Line, RangeReader, plan_ranges
+from savant_ray.data.overlap import digests_path, document_digests
 from savant_ray.data.packing import pack
 from savant_ray.data.sealed import seal, unseal
 from savant_ray.data.sources import SourceFile
@@ -128,18 +129,22 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
     summary = RangeSummary()
     chunk = _Chunk(recipe.sequence_length, tokenizer)
     shard = _ShardFile(folder / shard_name(index), chunk.schema)
-    with RangeReader(part, recipe.max_line_bytes) as lines, shard:
+    digests = digests_path(folder / shard_name(index))
+    digests_aside = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
+    with RangeReader(part, recipe.max_line_bytes) as lines, shard, digests_aside.open("wb") as digests_file:
         for batch in _batches(lines, summary):
             try:
                 chunk.add(batch, summary)
             except _UnencodableLineError as error:
                 where = f"{part.file.path} line {_lines_before(part) + error.line:,}"
                 raise DataError(f"{where}: {error}") from error
+            digests_file.write(document_digests(line.text for line in batch))
             if chunk.tokens >= CHUNK_TOKENS:
                 shard.write(chunk.pack_into(summary))
             yield lines.bytes_read
         if chunk.tokens:
             shard.write(chunk.pack_into(summary))
+    digests_aside.replace(digests)
     summary.shard_bytes, summary.shard_crc32 = shard.bytes, shard.crc32
     write_aside(folder / summary_name(index), seal(dataclasses.asdict(summary)))
 

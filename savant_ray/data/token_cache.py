@@ -2,6 +2,7 @@
 
     <name>-<fingerprint>/
     ├── shard-00000.arrow   Arrow IPC: tokens [rows, sequence_length], piece lengths and line numbers per row
+    ├── shard-00000.documents  a 64-bit digest of each document (see overlap.py)
     ├── shard-00000.json    what the range yielded, and the shard's CRC-32; written after its shard
     ├── manifest.json       the sum of all; a folder under this name is complete
     └── checked.json        size, inode and times of the shards whose CRC-32 was compared

@@ -20,6 +20,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from savant_ray.data.content import write_aside
 from savant_ray.errors import DataError, SettingsError
+from savant_ray.locations import local_path
 
 PAD, END_OF_DOCUMENT = "<|pad|>", "<|end_of_document|>"
 END_NAMES = (
@@ -65,10 +66,10 @@ class Tokenizer:
             DataError: there is none, or it cannot be read, or it has no vocabulary.
             SettingsError: the vocabulary lacks `end_of_document`.
         """
-        path = Path(spec).expanduser()
-        path = path / "tokenizer.json" if path.is_dir() else path
+        path = local_path(str(spec), "tokenizer", DataError)
+        path = path / "tokenizer.json" if os.path.isdir(path) else path  # noqa: PTH112 - Path.is_dir raises for a name too long
         try:
-            if path.is_file():
+            if os.path.isfile(path):  # noqa: PTH113
                 inner = tokenizers.Tokenizer.from_file(str(path))
             elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(spec)) or path.suffix == ".json":
                 raise DataError(f"tokenizer {spec}: no such tokenizer.json or folder that holds one")
@@ -296,7 +297,7 @@ def _is_from_tokenizers(error: BaseException) -> bool:
 
 
 def _why_not_loaded(spec: str | os.PathLike[str], path: Path, error: BaseException) -> str:
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113
         return f"tokenizer {path}: not a tokenizer.json ({error})"
     return (
         f"tokenizer {spec}: no such file or folder, and no Hugging Face model of that name could be fetched ({error}); "

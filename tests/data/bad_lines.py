@@ -39,6 +39,8 @@ LINES: list[tuple[bytes, str | None]] = [
     (b'{"text": "\\ud83d alone"}', '"text" holds half a surrogate pair (\\ud83d)'),
     (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data at character 15"),
     (b"not json at all", "not JSON: Expecting value at character 1"),
+    (b"{ \r", "JSON over several lines; one object per line is wanted"),
+    (b"[", "JSON over several lines; one object per line is wanted"),
     (b'{"text": ' + b"[" * 1_900, "JSON nested too deeply"),
     (b'{"text": "' + GOOD[3].encode() + b'", "score": NaN}', None),
     (_object(GOOD[4]), None),

@@ -22,7 +22,8 @@ from bad_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 from tokenizers import models
 
 from savant_ray.data import preparation
-from savant_ray.data.preparation import learn_tokenizer, prepare
+from savant_ray.data.overlap import count_held_out_documents
+from savant_ray.data.preparation import empty_file_report, learn_tokenizer, prepare
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
@@ -154,7 +155,7 @@ def test_what_is_there_of_a_killed_preparation_is_kept(
     again = run()
     changed = {name for name, state in snapshot(again.folder).items() if before.get(name) != state}
     assert not list(again.folder.glob("*.tmp"))
-    redone = {f"shard-0000{i}.{suffix}" for i in (1, 2, 3, 4) for suffix in ("arrow", "json")}
+    redone = {f"shard-0000{i}.{suffix}" for i in (1, 2, 3, 4) for suffix in ("arrow", "documents", "json")}
     assert changed == {"manifest.json", *redone}
     assert np.array_equal(again.take(np.arange(again.n_sequences)).tokens, expected.tokens)
     assert again.manifest == whole.manifest
@@ -195,19 +196,67 @@ def test_a_preparation_that_was_killed_goes_on(
     assert cache.manifest.documents == 12_000
 
 
-def test_a_file_that_yields_nothing_is_named(
+def test_files_that_yield_nothing_are_named_and_refused_only_if_there_is_nothing_else(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
-    write_jsonl("src/good.jsonl", ["fine"])
+    (tmp_path / "src").mkdir()
     (tmp_path / "src/bad.jsonl").write_text('{"body": 1}\n\n')
     (tmp_path / "src/empty.jsonl").touch()
     with pytest.raises(DataError) as error:
         prepare(expand(str(tmp_path / "src")), byte_tokenizer, 32, tmp_path / "cache")
+    without_document = ["bad.jsonl: no document in 2 lines, 1 of them bad", "empty.jsonl: no document in 0 lines"]
     assert str(error.value).splitlines() == [
-        "bad.jsonl: no document in 2 lines, 1 of them bad",
-        "empty.jsonl: no document in 0 lines",
+        *without_document,
         'bad.jsonl line 1: no "text" field (found: body); refused, 1 of 2 lines',
     ]
+    write_jsonl("src/good.jsonl", ["fine"])
+    manifest = prepare(expand(str(tmp_path / "src")), byte_tokenizer, 32, tmp_path / "cache").manifest
+    assert manifest.documents == 1 and empty_file_report(manifest) == without_document
+
+
+def test_a_file_that_is_changed_while_it_is_read_leaves_no_cache_under_the_name_of_its_old_content(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
+) -> None:
+    path = write_jsonl("train.jsonl", ["first"] * 9)
+
+    def prepare_while(change: Callable[[], None]) -> TokenCache:
+        return prepare(
+            expand(str(path)),
+            byte_tokenizer,
+            32,
+            tmp_path / "cache",
+            progress=lambda done, total: change() if done == total else None,
+        )
+
+    def rewrite() -> None:
+        path.write_text(path.read_text().replace("first", "other"))
+
+    def grow() -> None:
+        with path.open("a") as file:
+            file.write('{"text": "more"}\n')
+
+    with pytest.raises(DataError, match=r"train\.jsonl: was changed while it was read"):
+        prepare_while(rewrite)
+    assert [each.name for each in (tmp_path / "cache").iterdir() if each.is_dir()] == []
+    assert prepare_while(grow).manifest.documents == 9, "what was listed; the rest belongs to the next launch"
+    assert prepare_while(lambda: None).manifest.documents == 10
+
+
+def test_validation_documents_in_the_training_text_are_counted_once_for_all(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
+) -> None:
+    def cache(name: str, texts: list[str], range_bytes: int | None = None) -> TokenCache:
+        files = expand(str(write_jsonl(name, texts)))
+        return prepare(files, byte_tokenizer, 32, tmp_path / "cache", range_bytes=range_bytes)
+
+    sources = [cache("a.jsonl", [f"text {i}" for i in range(200)], 500), cache("b.jsonl", ["böse", "gut"])]
+    validation = cache("val.jsonl", ["text 7", "text 7", "new", "böse", "text", "text 199"])
+    assert count_held_out_documents(validation, sources) == 4
+    assert count_held_out_documents(cache("new.jsonl", ["new"]), sources) == 0
+    for digests in (tmp_path / "cache").glob("*/*.documents"):
+        digests.unlink()
+    assert count_held_out_documents(validation, sources) == 4, "remembered"
+    assert count_held_out_documents(validation, sources[:1]) is None, "a cache of an older version"
 
 
 def test_a_damaged_archive_is_named(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from savant_ray.data.sources import SourceFile, expand
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, SavantError
 
 NAMES = [
     "a.jsonl",
@@ -45,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_a_pattern_names_its_files(folder: Path, scheme: str, pattern: str, expected: list[str]) -> None:
-    found = [file.path.removeprefix(f"{scheme}{folder}/") for file in expand(f"{scheme}{folder}/{pattern}")]
+    found = [file.path.removeprefix(f"{folder}/") for file in expand(f"{scheme}{folder}/{pattern}")]
     assert found == expected
 
 
@@ -83,3 +84,148 @@ def test_what_is_not_there_is_named(folder: Path, pattern: str) -> None:
 def test_a_folder_without_jsonl_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the folder holds no \.jsonl"):
         expand(str(tmp_path))
+
+
+def names(files: list[SourceFile], folder: Path) -> list[str]:
+    return [os.path.relpath(file.path, folder) for file in files]
+
+
+def write(path: Path, content: bytes = b'{"text": "x"}\n') -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("[2024-01]/*.jsonl", "[2024-01]/x.jsonl"),
+        ("[2024-01]", "[2024-01]/x.jsonl"),
+        ("**/[2024-01]/*", "[2024-01]/x.jsonl"),
+        ("[2024-0/**/*.jsonl", "[2024-0/deep/er/x.jsonl"),
+        ("[2024-0/**.jsonl", "[2024-0/deep/er/x.jsonl"),
+        ("a b#c?%20/*", "a b#c?%20/x.jsonl"),
+        ("./{a}/", "{a}/x.jsonl"),
+        ("link/../up.jsonl", "[2024-0/up.jsonl"),  # behind the link, as for the shell
+        ("file:{folder}/a%20b%23c%3F%2520/x.jsonl", "a b#c?%20/x.jsonl"),
+        ("FILE://localhost{folder}/a%20b%23c%3F%2520/*", "a b#c?%20/x.jsonl"),
+        ("UP/X.JSONL", "UP/X.JSONL"),
+        ("UP", "UP/X.JSONL"),
+    ],
+)
+def test_an_odd_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, expected: str) -> None:
+    for name in ("[2024-01]", "[2024-0/deep/er", "a b#c?%20", "{a}"):
+        write(tmp_path / name / "x.jsonl")
+    write(tmp_path / "[2024-0/up.jsonl")
+    write(tmp_path / "UP/X.JSONL")
+    (tmp_path / "link").symlink_to("[2024-0/deep")
+    monkeypatch.chdir(tmp_path)
+    warned: list[str] = []
+    found = names(expand(pattern.replace("{folder}", str(tmp_path)), warned.append), tmp_path)
+    assert expected in found and len(found) == 1 + pattern.startswith("[2024-0/**") and not warned
+
+
+def test_a_folder_that_links_lead_back_to_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "a/x.jsonl")
+    (tmp_path / "b").mkdir()
+    for name, target in {"current": ".", "again": ".", "more": ".", "a/to_b": "../b", "b/to_a": "../a"}.items():
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "a/itself").symlink_to("itself")
+    for pattern in ("", "**/*.jsonl", "**"):
+        assert names(expand(str(tmp_path / pattern), lambda _: None), tmp_path) == ["a/x.jsonl"]
+
+
+def test_a_linked_file_counts_once_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("x.jsonl")
+    (tmp_path / "broken.jsonl").symlink_to("../gone.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")))
+    warned: list[str] = []
+    assert names(expand(str(tmp_path), warned.append), tmp_path) == ["x.jsonl"]
+    assert sorted(line.removeprefix(f"{tmp_path}/") for line in warned) == [
+        "broken.jsonl: a broken link, to ../gone.jsonl; left out",
+        r"caf\xe9.jsonl: its name is not UTF-8; rename it; left out",
+        f"link.jsonl: a link to {tmp_path}/x.jsonl, which is read already; left out",
+        "pipe.jsonl: is a pipe, not a file; left out",
+    ]
+    assert names(expand(str(tmp_path / "link.jsonl"), warned.append), tmp_path) == ["link.jsonl"]
+
+
+def test_a_thousand_broken_links_are_a_few_lines(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl")
+    for number in range(1_000):
+        (tmp_path / f"{number}.jsonl").symlink_to("gone")
+    warned: list[str] = []
+    assert len(expand(str(tmp_path), warned.append)) == 1
+    assert len(warned) == 6 and warned[-1] == "… and 995 more like this"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("~nosuchuser/x.jsonl", "there is no user nosuchuser"),
+        ("a\0b", "NUL"),
+        ("file:///a%00b", "NUL"),
+        ("file://host/x.jsonl", "file:///absolute/path"),
+        ("file:x.jsonl", "file:///absolute/path"),
+        ("caf\udce9/x.jsonl", r"caf\xe9/x.jsonl: this name is not UTF-8"),
+        ("x" * 300, "File name too long"),
+        ("x/" * 5_000, "File name too long"),
+        ("x.jsonl/y.jsonl", "no such file or folder"),
+        ("broken.jsonl", "a broken link, to gone"),
+        ("itself.jsonl", "a link that leads back to itself"),
+        ("/dev/zero", "is a device, not a file"),
+        ("/dev/stdin", "not the same file in every process"),
+        ("pipe", "is a pipe, not a file"),
+        ("folders/*", "matches folders only"),
+        ("{a,b}.jsonl", "give a list of both"),
+        ("C:\\data\\x.jsonl", "separated by /"),
+        ("[z-a", "no such match"),
+        ("", "no file, folder, glob or URI is given"),
+        ([], "no file, folder, glob or URI is given"),
+        ("foo://x/y", "no storage that could be used"),
+        ("s3://b/[x?no-option", "no storage that could be used"),
+        ("S3://b/a b\n", "no control characters"),
+        ("hdfs://[/", "no storage that could be used"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str | list[str], reason: str
+) -> None:
+    write(tmp_path / "x.jsonl")
+    write(tmp_path / "folders/a/x.jsonl")
+    (tmp_path / "broken.jsonl").symlink_to("gone")
+    (tmp_path / "itself.jsonl").symlink_to("itself.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        expand(pattern)
+    assert reason in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 1_000
+
+
+def test_a_deleted_working_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SavantError, match="the working directory does not exist any more"):
+        expand("x.jsonl")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take on another user's rights")
+def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
+    for folder in [tmp_path, *tmp_path.parents][:3]:
+        folder.chmod(0o755)
+    write(tmp_path / "x.jsonl")
+    write(tmp_path / "lost+found/y.jsonl").parent.chmod(0)
+    write(tmp_path / "files/z.jsonl").chmod(0)
+    warned: list[str] = []
+    expand(str(tmp_path / "x.jsonl"))  # imports what the other user may not
+    os.seteuid(65534)
+    try:
+        for name in ("lost+found", "lost+found/y.jsonl", "lost+found/*.jsonl", "files/z.jsonl", "files"):
+            with pytest.raises(DataError, match="Permission denied"):
+                expand(str(tmp_path / name))
+        assert names(expand(str(tmp_path / "[!f]*"), warned.append), tmp_path) == ["x.jsonl"]
+    finally:
+        os.seteuid(0)

@@ -1,0 +1,192 @@
+"""Paths and URIs as users write them.
+
+Every setting and option that names a file or folder is read here, so that what cannot be a path is one line that names
+the setting and the value. A `file:` URI is a local path; any other `scheme://` is for `pyarrow.fs` (`data/sources.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from savant_ray.errors import CheckpointError, SavantError, SettingsError
+
+LONGEST_SHOWN = 400  # characters of a name in a message
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_FILE_URI = re.compile(r"file:", re.IGNORECASE)
+_LOCAL_HOSTS = ("", "localhost")
+_STANDARD_STREAM = re.compile(r"/dev/(stdin|stdout|stderr|fd)\b|/proc/")
+
+
+def is_uri(text: str) -> bool:
+    """Whether `text` is a URI of a remote file system; `file:` URIs are local paths."""
+    return _SCHEME.match(text) is not None and _FILE_URI.match(text) is None
+
+
+def local_path(text: str, setting: str = "", error: type[SavantError] = SettingsError) -> Path:
+    """Return the local path that `text` names, relative if it is relative: `~` expanded, a `file:` URI decoded.
+
+    Raises:
+        error: `text` cannot be a path; the message begins with `setting`.
+    """
+    named = _named(setting, text)
+    if "\0" in text:
+        raise error(f"{named} holds a NUL character, which no path can")
+    if _FILE_URI.match(text):
+        text = _path_of_file_uri(text, named, error)
+    if not text.startswith("~"):
+        return _in_utf8(Path(text), named, error)
+    expanded = os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises RuntimeError for an unknown user
+    if expanded.startswith("~"):
+        user = text[1:].partition("/")[0]
+        reason = f"there is no user {printable(user)}" if user else "this user has no home folder; set HOME"
+        raise error(f"{named}: {reason} (a folder whose name begins with ~ is written ./~…)")
+    return _in_utf8(Path(expanded), named, error)
+
+
+def absolute_path(text: str, folder: Path, setting: str = "", error: type[SavantError] = SettingsError) -> str:
+    """Return a local path as an absolute one, relative to `folder`; a URI stays, with its scheme in lower case.
+
+    Raises:
+        error: as `local_path`.
+    """
+    if is_uri(text):
+        return canonical_uri(text, setting, error)
+    path = folder / local_path(text, setting, error)
+    return str(_in_utf8(path, _named(setting, str(path)), error))
+
+
+def checkpoint_path(text: str) -> Path:
+    """Return the path of a checkpoint or run on this machine.
+
+    Raises:
+        CheckpointError: it cannot be a path, or whether it is there cannot be known (no right to a folder above it).
+    """
+    path = local_path(text, "checkpoint", CheckpointError)
+    try:
+        path.exists()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: {printable(text)}: cannot be read ({why(error)})") from error
+    return path
+
+
+def working_directory() -> Path:
+    """Return the folder that relative paths are relative to.
+
+    Raises:
+        SettingsError: it was deleted.
+    """
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise SettingsError(
+            "the working directory does not exist any more (deleted, moved or unmounted); cd to one that does"
+        ) from error
+
+
+def usable_folder(path: Path, setting: str) -> None:
+    """Create the folder with its parents if it is not there, and check that files can be written into it.
+
+    Raises:
+        SettingsError: it cannot be made, is a file, or may not be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{setting}: {printable(str(path))} cannot be used as a folder: {why(error)}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise SettingsError(f"{setting}: {printable(str(path))} may not be written by this user")
+
+
+def split_query(path: str) -> tuple[str, str]:
+    """Split a URI into what precedes the `?` and its options from the `?` on; a local path has none."""
+    base, mark, options = path.partition("?") if is_uri(path) else (path, "", "")
+    return base, mark + options
+
+
+def canonical_uri(text: str, setting: str = "", error: type[SavantError] = SettingsError) -> str:
+    """Return a URI with its scheme in lower case.
+
+    Raises:
+        error: it holds control characters or is not UTF-8.
+    """
+    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in text):
+        raise error(f"{_named(setting, text)}: a URI holds no control characters and is UTF-8")
+    scheme = _SCHEME.match(text)
+    return text if scheme is None else scheme[0].lower() + text[scheme.end() :]
+
+
+def decoded_uri(uri: str) -> str:
+    """Return a URI without options, the `%20` of its path decoded (not of its authority, which may hold a password)."""
+    authority, slash, path = _split_authority(uri)
+    return authority + slash + unquote(path, errors="replace")
+
+
+def encoded_uri(decoded: str) -> str:
+    """The inverse of `decoded_uri`, as URI parsers want it."""
+    authority, slash, path = _split_authority(decoded)
+    return authority + slash + quote(path, safe="/!$&'()+,;=:@~")
+
+
+def is_standard_stream(path: str) -> bool:
+    """Whether a local path means something else in each process, as `/dev/stdin` does."""
+    return _STANDARD_STREAM.match(path) is not None
+
+
+def why(error: Exception) -> str:
+    """Return the reason of an operating system's or a library's error on one short line."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return printable(text.strip().splitlines()[0][:300].removesuffix("."))
+
+
+def printable(text: str) -> str:
+    r"""Return `text` on one line, with control characters and bytes that are no UTF-8 spelt out as in `caf\xe9`.
+
+    What is longer than `LONGEST_SHOWN` characters is shown without its middle.
+    """
+    if text.isprintable() and len(text) <= LONGEST_SHOWN:
+        return text
+    raw = text.encode("utf-8", "surrogateescape") if _is_escaped(text) else text.encode("utf-8", "backslashreplace")
+    shown = raw.decode("utf-8", "backslashreplace")
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[: LONGEST_SHOWN // 2]}…{shown[-LONGEST_SHOWN // 2 :]}"
+
+
+def _named(setting: str, text: str) -> str:
+    return f"{setting}: {printable(text)}" if setting else printable(text)
+
+
+def _is_escaped(text: str) -> bool:
+    """Whether every lone surrogate in it is a byte that Python could not decode."""
+    return all(0xDC80 <= ord(character) <= 0xDCFF for character in text if 0xD800 <= ord(character) < 0xE000)
+
+
+def _path_of_file_uri(text: str, named: str, error: type[SavantError]) -> str:
+    host, slash, path = re.sub("^//", "", text[len("file:") :], count=1).partition("/")
+    if not slash or host.lower() not in _LOCAL_HOSTS:
+        raise error(
+            f"{named}: a file URI is written file:///absolute/path"
+            + (f" and names no other machine ({printable(host)})" if slash else " (a file of this name is ./file:…)")
+        )
+    decoded = slash + unquote(path, errors="surrogateescape")
+    if "\0" in decoded:
+        raise error(f"{named} holds a NUL character, which no path can")
+    return decoded
+
+
+def _in_utf8(path: Path, named: str, error: type[SavantError]) -> Path:
+    """Arrow, Ray and JSON take file names in UTF-8 only."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise error(f"{named}: this name is not UTF-8; rename it") from None
+    return path
+
+
+def _split_authority(uri: str) -> tuple[str, str, str]:
+    scheme, mark, rest = uri.partition("://")
+    authority, slash, path = rest.partition("/")
+    return scheme + mark + authority, slash, path

@@ -1,0 +1,44 @@
+"""Text in object storage: odd names, globs and what a name does not say."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from savant_ray.data.content import content_hashes
+from savant_ray.data.jsonl import documents
+from savant_ray.data.sources import expand
+from savant_ray.errors import DataError
+from tests.cluster.object_store import ObjectStore
+
+TEXT = b'{"text": "x"}\n'
+
+
+def test_objects_with_odd_names_are_found_and_read(store: ObjectStore) -> None:
+    for name in ("a b/x%20#1é.jsonl", "a b/deep/[1]/y.JSONL", "a b/notes.txt", "a b/.hidden/z.jsonl"):
+        store.write(name, TEXT)
+    both = ["s3://bucket/a b/deep/[1]/y.JSONL", "s3://bucket/a b/x%20#1é.jsonl"]
+    for pattern in ("a b", "a%20b/", "**/*.[jJ]*", "a*/**/[xy]*", "*/**.*L", "a b/**/*[lL]"):
+        uri = store.uri(pattern).replace("s3://", "S3://")
+        found = [file.path for file in expand(uri)]
+        assert [path for path in found if "notes" not in path] == (both if "**.*L" not in pattern else both[:1]), (
+            pattern
+        )
+    (file,) = expand(store.uri("a b/x*é.jsonl"))
+    assert file.query == store.query and list(documents([file])) == ["x"]
+    assert [file.path for file in expand(store.uri("a b/deep/[1]/y.JSONL"))] == both[:1]
+    with pytest.raises(DataError, match="no such match"):
+        expand(store.uri("a b/*.parquet"))
+
+
+def test_an_object_that_is_not_what_its_name_says_is_named(store: ObjectStore, tmp_path: Path) -> None:
+    for name, content in {
+        "gz.jsonl": gzip.compress(TEXT),
+        "pdf.jsonl": b"%PDF-1.4",
+        "array.json": b'[{"text": "x"}]',
+    }.items():
+        store.write(f"odd/{name}", content)
+        with pytest.raises(DataError, match=rf"s3://bucket/odd/{name}: (its name says plain text, but it is gzip|is )"):
+            content_hashes(expand(store.uri(f"odd/{name}")), tmp_path)

@@ -1,0 +1,199 @@
+"""Paths, globs and URIs: whatever is written and whatever lies there, files or one line for each thing that is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+from random import Random
+from urllib.parse import quote
+
+from savant_ray.cluster.paths import with_absolute_paths
+from savant_ray.config import Config
+from savant_ray.data.content import content_hashes
+from savant_ray.data.jsonl import documents
+from savant_ray.data.sources import expand
+from savant_ray.errors import DataError, SavantError, SettingsError
+from savant_ray.locations import is_uri
+from tests.fuzz.drawing import a_text, drawn, spoilt
+from tests.fuzz.property import holds_for, scratch
+
+TEXT = b'{"text": "x"}\n'
+PARTS = (
+    *(
+        "a",
+        "b",
+        "c",
+        "é",
+        "漢字",
+        " ",
+        "#",
+        "%",
+        "%20",
+        "%2F",
+        "?",
+        "&",
+        "=",
+        "+",
+        ":",
+        "@",
+        "~",
+        "-",
+        "\\",
+        "'",
+        '"',
+        "$",
+    ),
+    *("*", "**", "[1]", "[a-c]", "[z-a]", "[!a]", "[", "]", "{a,b}", "\n", "\x1b[31m", "\x7f", "caf\udce9", "\ud83d"),
+    *(".", "..", ".h", "~root", "~nobody_of_that_name", "file:", "s3:", "C:", "a" * 300, "\0"),
+)
+SUFFIXES = (".jsonl", ".jsonl", ".json", ".JSONL", ".jsonl.gz", ".GZ", ".zst", ".txt", "")
+CONTENTS = (
+    TEXT,
+    TEXT,
+    TEXT,
+    TEXT * 3,
+    b"",
+    gzip.compress(TEXT),
+    '{"text": "x"}'.encode("utf-16"),
+    b"%PDF",
+    b"[\n{}\n]",
+    b"\0",
+)
+PREFIXES = (
+    *("", "", "", "", "./", "../", "~/nowhere/", "~root/nowhere", "~nobody_of_that_name/", "TREE/", "TREE/", "TREE/"),
+    *("/nowhere", "//nowhere/", "file:TREE/", "file://TREE/", "FILE://localhost/TREE/", "file://host/", "file:"),
+    *("mock://", "mock:///", "MOCK://a/", "foo://", "s3://b?odd=", "hdfs://[", "://", "hf://", "/dev/", "/dev/fd/0/"),
+)
+
+
+def a_name(chance: Random) -> str:
+    """Of a file or folder; neither `.` nor `..`."""
+    parts = (*chance.choices(PARTS, k=chance.randrange(1, 3)), chance.choice(SUFFIXES))
+    name = "".join(parts).replace("\0", "").replace("\ud83d", "")
+    return name[:200] if name.strip(".") else "a"
+
+
+def a_tree(chance: Random) -> list[tuple[str, bytes | str]]:
+    """Relative paths, and each a file's content or a link's target; the last may be a pipe: the target ''."""
+    tree: list[tuple[str, bytes | str]] = []
+    for _ in range(chance.randrange(1, 6)):
+        path = "/".join(a_name(chance) for _ in range(chance.choice((1, 1, 2, 3))))
+        content = chance.choice(CONTENTS)
+        tree.append((path, spoilt(content, chance) if chance.random() < 0.1 else content))
+    for _ in range(chance.randrange(4)):
+        target = chance.choice((".", "..", "gone", "/dev/zero", tree[0][0], tree[-1][0], a_name(chance)))
+        tree.append((a_name(chance), target))
+    return [*tree, (a_name(chance), "")] if chance.random() < 0.2 else tree
+
+
+def a_pattern(chance: Random, tree: list[tuple[str, bytes | str]]) -> str:
+    """A path that is there, changed or not, or pieces of paths, globs and URIs."""
+    parts = list(chance.choice(tree)[0].split("/")) if chance.random() < 0.6 else []
+    for _ in range(chance.randrange(3)):
+        at = chance.randrange(len(parts) + 1)
+        piece = chance.choice((*PARTS, "**", "*", "?", a_text(chance)))
+        parts[at : at + chance.randrange(2)] = [piece]
+    return chance.choice(PREFIXES) + "/".join(parts)
+
+
+def a_case(chance: Random) -> tuple[list[tuple[str, bytes | str]], str]:
+    """What lies in the folder, and what is asked for."""
+    tree = a_tree(chance)
+    return tree, a_pattern(chance, tree)
+
+
+def plant(tree: list[tuple[str, bytes | str]]) -> tuple[Path, list[Path]]:
+    """A folder with that tree in it, as far as the file system takes it, and the regular files."""
+    folder = scratch() / "deep/down/below/tree"  # so that no `..` leads out of it
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    files = []
+    for name, content in tree:
+        path = folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+                files.append(path)
+            elif content:
+                path.symlink_to(content)
+            else:
+                os.mkfifo(path)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):
+            pass  # the name is taken
+    return folder, sorted(set(files))
+
+
+def check_message(text: str) -> None:
+    for line in text.split("\n"):
+        assert line.isprintable() and 0 < len(line) < 2_000
+
+
+def texts_or_refusal(pattern: str) -> Iterator[str]:
+    """The documents behind the pattern, checked on the way; "" for a refusal."""
+    warned: list[str] = []
+    try:
+        files = expand(pattern, warned.append)
+        real = [file.path if is_uri(file.path) else os.path.realpath(file.path) for file in files]
+        assert len(set(real)) == len(real) > 0, "each file once"
+        assert all(Path(path).is_file() for path in real)
+        content_hashes(files, scratch() / "cache")
+        yield from documents(files)
+    except SavantError as error:
+        check_message(str(error))
+        yield ""
+    for line in warned:
+        check_message(line)
+
+
+@holds_for(
+    "folders with up to 6 files and 4 links or pipes under odd names, and a path, glob or URI that leads there or anywhere",
+    case=drawn(a_case),
+)
+def test_any_pattern_is_files_once_each_or_one_line_for_each_thing_that_is_wrong(
+    case: tuple[list[tuple[str, bytes | str]], str],
+) -> None:
+    tree, pattern = case
+    folder, _ = plant(tree)
+    with chdir(folder):
+        found = list(texts_or_refusal(pattern.replace("TREE", str(folder))))
+    assert len(found) <= sum(isinstance(content, bytes) for _, content in tree) * 3 + 1
+
+
+@holds_for("the same folders", one_in=2, tree=drawn(a_tree))
+def test_every_file_is_found_under_its_own_name_and_uri_whatever_its_characters(
+    tree: list[tuple[str, bytes | str]],
+) -> None:
+    folder, files = plant(tree)
+    for path in files:
+        uri = "file://" + quote(os.fsencode(path))
+        with chdir(folder):
+            for pattern in (str(path), uri, f"./{path.relative_to(folder)}"):
+                try:
+                    assert [file.path for file in expand(pattern)] == [str(path)]
+                except DataError as error:
+                    check_message(str(error))
+                    assert "no such" not in str(error) and "no user" not in str(error)
+
+
+@holds_for("odd texts as each setting that is a path", case=drawn(a_case))
+def test_any_text_in_a_setting_is_an_absolute_path_a_uri_or_a_refusal_that_names_the_setting(
+    case: tuple[list[tuple[str, bytes | str]], str],
+) -> None:
+    settings = Config().to_dict()
+    text = case[1].encode("utf-8", "ignore").decode() or "x"
+    for section, name in (("run", "storage_path"), ("run", "init_from"), ("data", "cache_dir"), ("data", "validation")):
+        changed = {**settings, section: {**settings[section], name: text}}
+        try:
+            config = with_absolute_paths(Config.from_dict(changed), Path("/in"), Path("/out"))
+        except SettingsError as error:
+            assert str(error).startswith(f"{section}.{name}: ")
+            check_message(str(error))
+        else:
+            value = config.to_dict()[section][name]
+            assert is_uri(value) or value.startswith("/")
+            assert with_absolute_paths(config, Path("/elsewhere"), Path("/elsewhere")) == config
