@@ -7,6 +7,7 @@ Later sources win: defaults < YAML file < environment (`SAVANT_TRAINING__MAX_STE
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,6 +27,8 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(without_password)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
 Auto = Literal["auto"]
 
+NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, surrogates, line and paragraph separators
+FOLDER_NAME_BYTES = 255
 LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
 
 
@@ -53,8 +56,12 @@ class RunConfig(Section):
     @field_validator("name")
     @classmethod
     def _is_a_name(cls, name: str) -> str:
-        if name in (".", "..") or any(c in "/\\" or ord(c) < 32 for c in name):
+        if name in (".", "..") or any(c in "/\\" or unicodedata.category(c) in NOT_IN_NAMES for c in name):
             raise ValueError(f"run.name: {name!r} is not a folder's name; where it lies is run.storage_path")
+        if (size := len(name.encode())) > FOLDER_NAME_BYTES:
+            raise ValueError(
+                f"run.name: {name[:20]}… has {size} bytes in UTF-8, a folder's name at most {FOLDER_NAME_BYTES}"
+            )
         return name
 
 

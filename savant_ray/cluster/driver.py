@@ -132,7 +132,7 @@ def _train(launch: Launch) -> int:
     from savant_ray.cluster.failures import ray_errors_explained
 
     outcome = Outcome()
-    with ray_session(launch.verbose) as dashboard, _left_while_fit_runs(outcome), ray_errors_explained():
+    with ray_session(launch.verbose, report.say) as dashboard, _left_while_fit_runs(outcome), ray_errors_explained():
         launch.signals.install()
         if dashboard:
             report.say(f"Ray's dashboard: {dashboard}")

@@ -54,7 +54,7 @@ def prepare(config: Config) -> None:
     with RunReport(None) as report:
         text = find_text(config, report)
         report.stage("starting Ray")
-        with ray_session():
+        with ray_session(say=report.say):
             prepare_data(config, text, report)
 
 

@@ -16,6 +16,7 @@ from ray.train.torch import get_device
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.host import RayHost
 from savant_ray.cluster.resume import load_newest
+from savant_ray.cluster.same_code import other_code, own_digest, package_folder
 from savant_ray.cluster.storage import run_storage
 from savant_ray.config import Config
 from savant_ray.data.order import GlobalOrder, share
@@ -50,6 +51,8 @@ class WorkerTask:
     data_fingerprint: str
     allow_changes: bool
     bridge: Any
+    package: str  # the driver's folder of this package
+    code: str  # and its digest
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -64,6 +67,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     if host.rank == 0:
         host.emit(WorkersStarted())
     try:
+        if task.code != own_digest():  # a node that joined after the driver had asked them all
+            raise other_code(task.package, f"worker {host.rank}", str(package_folder()))
         with nothing_gives_way(config.training.vram_limit_gb):
             _train(task, config, tokenizer, storage, host)
     except SavantError as error:
