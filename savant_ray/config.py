@@ -27,7 +27,7 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(without_password)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
 Auto = Literal["auto"]
 
-NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, surrogates, line and paragraph separators
+NOT_IN_NAMES = ("Cc", "Zl", "Zp")  # Unicode's control characters, line and paragraph separators
 FOLDER_NAME_BYTES = 255
 LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
 
@@ -56,12 +56,13 @@ class RunConfig(Section):
     @field_validator("name")
     @classmethod
     def _is_a_name(cls, name: str) -> str:
-        if name in (".", "..") or any(c in "/\\" or unicodedata.category(c) in NOT_IN_NAMES for c in name):
-            raise ValueError(f"run.name: {name!r} is not a folder's name; where it lies is run.storage_path")
+        reason = ""
         if (size := len(name.encode())) > FOLDER_NAME_BYTES:
-            raise ValueError(
-                f"run.name: {name[:20]}… has {size} bytes in UTF-8, a folder's name at most {FOLDER_NAME_BYTES}"
-            )
+            reason = f"has {size} bytes in UTF-8, and a folder's name at most {FOLDER_NAME_BYTES}"
+        if name in (".", "..") or any(c in "/\\" or unicodedata.category(c) in NOT_IN_NAMES for c in name):
+            reason = "is not a folder's name; where it lies is run.storage_path"
+        if reason:
+            raise ValueError(f"run.name: {name!r} {reason}")
         return name
 
 

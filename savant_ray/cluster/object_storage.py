@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -18,7 +19,7 @@ import pyarrow.fs as pafs
 from savant_ray.cluster.disk import DAMAGED, Disk
 from savant_ray.cluster.lease import Lease, leased
 from savant_ray.cluster.lock import free_name, locked, set_aside
-from savant_ray.cluster.paths import joined
+from savant_ray.cluster.paths import joined, parent_and_name
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
@@ -120,7 +121,7 @@ class ObjectStorage(Disk):
                 return None
             target = free_name(f"{self.path}.old", lambda path: bool(self._files(path)))
             self._move(self.path, target)
-        return self.location.replace(self.path, target, 1)
+        return joined(parent_and_name(self.location)[0], quote(target.rpartition("/")[2]))
 
     @contextmanager
     def in_use(self, say: Callable[[str], None] = print) -> Iterator[None]:

@@ -31,14 +31,19 @@ START_OR_UNSET = (
 
 @dataclass(frozen=True)
 class ClusterAddress:
-    """`text` is HOST:PORT or "auto"; `origin` is what the user would change: RAY_ADDRESS or a file's path."""
+    """HOST:PORT of a cluster's head.
+
+    `origin` is what the user would change, RAY_ADDRESS or the path of a file; `optional`: whoever reads a file that
+    `ray start` may have left behind goes on without that cluster if it is gone.
+    """
 
     text: str
     origin: str
+    optional: bool = False
 
     @property
     def is_from_file(self) -> bool:
-        """Whether `ray start` left it behind on this machine."""
+        """Whether `ray start` wrote it on this machine."""
         return self.origin != VARIABLE
 
 
@@ -46,16 +51,24 @@ def cluster_address(environment: Mapping[str, str] = os.environ) -> ClusterAddre
     """Return the cluster to connect to, or None if Ray is to be started on this machine.
 
     Raises:
-        SavantError: RAY_ADDRESS is not of the form HOST:PORT.
+        SavantError: RAY_ADDRESS is not of the form HOST:PORT, or it is "auto" and no cluster was started here.
     """
-    text = environment.get(VARIABLE, "").strip()
-    if text == "local":
+    given = environment.get(VARIABLE, "").strip()
+    if given == "local":
         return None
-    if text:
-        _check_form(text)
-        return ClusterAddress(text, VARIABLE)
-    text = _left_by_ray_start(environment)
-    return ClusterAddress(text, str(address_file(environment))) if text else None
+    if given and given != "auto":
+        _check_form(given)
+        return ClusterAddress(given, VARIABLE)
+    # Ray's own "auto" prefers any Ray that runs on this machine, also one that another training started for itself.
+    file, text = address_file(environment), ""
+    with suppress(OSError, ValueError):
+        text = file.read_text(encoding="utf-8").strip()
+    if given and not text:
+        raise SavantError(
+            f"{VARIABLE}=auto: no Ray cluster was started on this machine by `ray start` ({file} names none).\n"
+            f"{START_OR_UNSET}"
+        )
+    return ClusterAddress(text, str(file), optional=not given) if text else None
 
 
 def address_file(environment: Mapping[str, str] = os.environ) -> Path:
@@ -63,20 +76,14 @@ def address_file(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(ray_temp_folder(environment), "ray", "ray_current_cluster")
 
 
-def _left_by_ray_start(environment: Mapping[str, str] = os.environ) -> str:
-    with suppress(OSError, ValueError):
-        return address_file(environment).read_text(encoding="utf-8").strip()
-    return ""
-
-
-def why_silent(address: str, connect_seconds: float = CONNECT_SECONDS) -> str:
+def why_silent(address: str) -> str:
     """Return why no Ray head can be at HOST:PORT, or "" if something there speaks its protocol (HTTP/2)."""
     try:
         host, port = split_address(address)
     except ValueError as error:
         return str(error)
     try:
-        with socket.create_connection((host, port), timeout=connect_seconds) as connection:
+        with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
             if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
                 return ""
             connection.sendall(HTTP2_PREFACE)
@@ -86,7 +93,7 @@ def why_silent(address: str, connect_seconds: float = CONNECT_SECONDS) -> str:
     except ConnectionRefusedError:
         return "nothing listens there"
     except TimeoutError:
-        return f"no answer within {connect_seconds:.0f} s"
+        return f"no answer within {CONNECT_SECONDS:g} s"
     except (OSError, UnicodeError) as error:
         return str(getattr(error, "strerror", None) or error).lower()
     if answer.startswith(b"HTTP/"):
@@ -104,14 +111,11 @@ def refuse_silent(cluster: ClusterAddress) -> None:
     Raises:
         SavantError: it does not, with the reason, where the address comes from, and what to do.
     """
-    address = _running_address() if cluster.text == "auto" else cluster.text
-    reason = why_silent(address) or _why_not_a_head(address)
+    reason = why_silent(cluster.text) or _why_not_a_head(cluster.text)
     if reason:
-        origin = f"from {cluster.origin}"
-        if cluster.text == "auto":
-            left_behind = address == _left_by_ray_start()
-            origin = f"{VARIABLE}=auto found it " + (f"in {address_file()}" if left_behind else "on this machine")
-        raise SavantError(f"Ray's address {address} ({origin}) cannot be used: {reason}.\n{START_OR_UNSET}")
+        raise SavantError(
+            f"Ray's address {cluster.text} (from {cluster.origin}) cannot be used: {reason}.\n{START_OR_UNSET}"
+        )
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -141,23 +145,10 @@ def _check_form(text: str) -> None:
             f"On a machine of that cluster set {VARIABLE} to its head's HOST:PORT, such as 10.0.0.1:6379; from elsewhere "
             "submit a job (make submit ADDRESS=http://HEAD:8265); to start Ray on this machine, unset it."
         )
-    if text != "auto":
-        try:
-            split_address(text)
-        except ValueError as error:
-            raise SavantError(f"{VARIABLE}={text}: {error}.\n{START_OR_UNSET}") from error
-
-
-def _running_address() -> str:
-    from ray._private import services
-
     try:
-        address = services.canonicalize_bootstrap_address("auto")
-    except (ConnectionError, ValueError):
-        address = None
-    if not address:
-        raise SavantError(f"{VARIABLE}=auto: no Ray cluster runs on this machine.\n{START_OR_UNSET}")
-    return address
+        split_address(text)
+    except ValueError as error:
+        raise SavantError(f"{VARIABLE}={text}: {error}.\n{START_OR_UNSET}") from error
 
 
 def _why_not_a_head(address: str) -> str:
@@ -176,7 +167,7 @@ def _why_not_a_head(address: str) -> str:
     thread = threading.Thread(target=ask, name="ask-ray-head", daemon=True)
     thread.start()
     thread.join(HEAD_SECONDS)
-    return answers[0] if answers else f"no answer within {HEAD_SECONDS:.0f} s"
+    return answers[0] if answers else f"no answer within {HEAD_SECONDS:g} s"
 
 
 def _in_words(error: str) -> str:

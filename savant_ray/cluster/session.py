@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from savant_ray.cluster.paths import in_ray_job
-from savant_ray.cluster.ray_address import ClusterAddress, cluster_address, refuse_silent, why_silent
+from savant_ray.cluster.ray_address import VARIABLE, ClusterAddress, cluster_address, refuse_silent, why_silent
 from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, TrainingError
@@ -53,8 +53,8 @@ def prepare_environment() -> ClusterAddress | None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cluster = cluster_address()
-    if cluster is None or (cluster.is_from_file and why_silent(cluster.text)):
-        # Ray on this machine listens on its loopback interface only: no token has to be handed out.
+    if cluster is None or (cluster.optional and why_silent(cluster.text)):
+        # A Ray of our own is bound to this machine: there is no token to hand out.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     return cluster
 
@@ -70,7 +70,7 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
         SavantError: the cluster does not answer or runs other code, or Ray cannot be started on this machine.
     """
     cluster = prepare_environment()
-    if cluster is not None and cluster.is_from_file and (reason := why_silent(cluster.text)):
+    if cluster is not None and cluster.optional and (reason := why_silent(cluster.text)):
         say(
             f"starting Ray on this machine: {cluster.origin} names a cluster at {cluster.text}, but {reason} "
             "(`ray stop` removes that file; RAY_ADDRESS chooses a cluster)"
@@ -86,7 +86,10 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
         address: str | None = "local"
     else:
         refuse_silent(cluster)
-        address = None if cluster.is_from_file else cluster.text  # None: Ray reads the file, and looks for a token
+        address = cluster.text
+        if cluster.is_from_file:  # Ray reads it itself then, and uses a token if there is one
+            address = None
+            os.environ.pop(VARIABLE, None)
     with start_errors_explained(cluster), hangups_blocked():
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True

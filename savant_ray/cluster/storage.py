@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import quote
 
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.object_storage import ObjectStorage
@@ -25,7 +26,7 @@ def run_storage(config: Config) -> Disk:
     if not is_uri(config.run.storage_path):
         return Disk(run_folder(config))
     try:
-        return ObjectStorage(joined(config.run.storage_path, config.run.name), run_folder(config))
+        return ObjectStorage(joined(config.run.storage_path, quote(config.run.name)), run_folder(config))
     except SettingsError as error:
         raise SettingsError(f"run.storage_path: {error}") from error
 
