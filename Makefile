@@ -48,7 +48,8 @@ train: install
 	@exec $(RUN) jobs/train.py --config $(CONFIG) $(ARGS)
 
 submit: install
-	@exec $(VENV)/bin/ray job submit --address $(ADDRESS) --working-dir . --runtime-env jobs/runtime_env.yaml \
+	@$(RUN) -m savant_ray.cluster.upload jobs/runtime_env.yaml
+	exec $(VENV)/bin/ray job submit --address $(ADDRESS) --working-dir . --runtime-env jobs/runtime_env.yaml \
 	    -- python jobs/train.py --config $(CONFIG) $(ARGS)
 
 test: check

@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from savant_ray.cluster.paths import in_ray_job, output_folder, python_to_type, with_absolute_paths
+from savant_ray.cluster.paths import (
+    in_ray_job,
+    missing_text_explained,
+    output_folder,
+    python_to_type,
+    with_absolute_paths,
+)
 from savant_ray.cluster.session import (
     Leave,
     grace_seconds,
@@ -126,7 +132,8 @@ def _train(launch: Launch) -> int:
         _compare(start, launch)
     check_before_start(config, storage)
     write_aside(storage.folder / CONFIG, dump_yaml(config))
-    text = find_text(config, report)
+    with missing_text_explained():
+        text = find_text(config, report)
     report.stage("starting Ray")
     from savant_ray.cluster.bridge import start_bridge
     from savant_ray.cluster.failures import ray_errors_explained

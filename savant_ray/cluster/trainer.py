@@ -21,7 +21,6 @@ from savant_ray.cluster.failures import FailureNews
 from savant_ray.cluster.forgiving import forgiving
 from savant_ray.cluster.metrics import ascii_name
 from savant_ray.cluster.preparation import PreparedData
-from savant_ray.cluster.same_code import own_digest, package_folder
 from savant_ray.cluster.session import is_our_own, node_resources
 from savant_ray.cluster.worker import WorkerTask, train_worker
 from savant_ray.config import Config
@@ -41,8 +40,6 @@ def make_trainer(
         data_fingerprint=data.fingerprint,
         allow_changes=allow_changes,
         bridge=bridge,
-        package=str(package_folder()),
-        code=own_digest(),
     )
     return TorchTrainer(
         train_worker,

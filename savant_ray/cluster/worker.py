@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,8 @@ class WorkerTask:
     data_fingerprint: str
     allow_changes: bool
     bridge: Any
-    package: str  # the driver's folder of this package
-    code: str  # and its digest
+    package: str = field(default_factory=lambda: str(package_folder()))  # the driver's folder of this package
+    code: str = field(default_factory=own_digest)  # and its digest
 
 
 def train_worker(settings: dict[str, Any]) -> None:
