@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from savant_ray.cluster import worker
 from savant_ray.cluster.same_code import code_digest, job_config, other_code, own_digest, package_folder
+from savant_ray.cluster.worker import WorkerTask
+from savant_ray.errors import SavantError
+from savant_ray.events import Event, RunFailed
+from tests.cluster.test_worker import FakeHost
+from tests.training.tiny import tiny_config
 
 
 def package(folder: Path, **files: str) -> Path:
@@ -39,3 +48,20 @@ def test_the_message_about_other_code_names_both_folders_and_what_to_do() -> Non
     said = str(other_code("/mine", "node 10.0.0.2", "/theirs"))
     assert "/mine" in said and "/theirs" in said and "10.0.0.2" in said and "make submit" in said
     assert "cannot import it" in str(other_code("/mine", "node 10.0.0.2", ""))
+
+
+def test_a_worker_of_a_node_that_joined_later_with_other_code_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+    fakes = {
+        "ray": SimpleNamespace(get=lambda reference: False),
+        "Tokenizer": SimpleNamespace(load=lambda path: None),
+        "run_storage": lambda config: None,
+        "RayHost": lambda *_: FakeHost(events),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(worker, name, fake)
+    bridge = SimpleNamespace(has_failed=SimpleNamespace(remote=lambda: None))
+    task = WorkerTask(tiny_config().to_dict(), "", "", "", False, bridge, package="/mine", code="of another version")
+    with pytest.raises(SavantError, match="from /mine, but worker 0 has another version"):
+        worker.train_worker(vars(task))
+    assert any(isinstance(event, RunFailed) for event in events)
