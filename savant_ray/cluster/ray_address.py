@@ -109,9 +109,13 @@ def refuse_silent(cluster: ClusterAddress) -> None:
     """Check that a Ray head answers; Ray must have been imported.
 
     Raises:
-        SavantError: it does not, with the reason, where the address comes from, and what to do.
+        SavantError: it does not, with the reason, where the address comes from, and what to do; or a token is wanted
+            and there is none.
     """
-    reason = why_silent(cluster.text) or _why_not_a_head(cluster.text)
+    reason = why_silent(cluster.text)
+    if not reason:
+        _check_token(cluster)
+        reason = _why_not_a_head(cluster.text)
     if reason:
         raise SavantError(
             f"Ray's address {cluster.text} (from {cluster.origin}) cannot be used: {reason}.\n{START_OR_UNSET}"
@@ -149,6 +153,23 @@ def _check_form(text: str) -> None:
         split_address(text)
     except ValueError as error:
         raise SavantError(f"{VARIABLE}={text}: {error}.\n{START_OR_UNSET}") from error
+
+
+def _check_token(cluster: ClusterAddress) -> None:
+    """Find the token as `ray.init()` would; without one Ray's own client ends the process."""
+    from ray._private.authentication import authentication_token_setup as setup
+    from ray.exceptions import AuthenticationError
+
+    if cluster.is_from_file:  # Ray uses a token that is there for clusters of this machine only
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        setup.ensure_token_if_auth_enabled(create_token_if_missing=False)
+    except AuthenticationError as error:
+        raise SavantError(
+            f"RAY_AUTH_MODE=token, but this machine has no token for the cluster at {cluster.text} (from "
+            f"{cluster.origin}): {str(error).partition('. ')[0]}.\n"
+            'Copy ~/.ray/auth_token from the cluster\'s head (README, "A token"), or unset RAY_AUTH_MODE.'
+        ) from error
 
 
 def _why_not_a_head(address: str) -> str:

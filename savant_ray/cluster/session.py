@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from savant_ray.cluster.paths import in_ray_job
-from savant_ray.cluster.ray_address import VARIABLE, ClusterAddress, cluster_address, refuse_silent, why_silent
+from savant_ray.cluster.ray_address import ClusterAddress, cluster_address, refuse_silent, why_silent
 from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, TrainingError
@@ -81,15 +81,13 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
     from savant_ray.cluster.same_code import job_config, refuse_other_code
 
     level = logging.INFO if verbose else logging.ERROR
+    logging.getLogger("ray").setLevel(level)
     if cluster is None:
         choose_temp_folder(say)
-        address: str | None = "local"
+        address = "local"
     else:
         refuse_silent(cluster)
         address = cluster.text
-        if cluster.is_from_file:  # Ray reads it itself then, and uses a token if there is one
-            address = None
-            os.environ.pop(VARIABLE, None)
     with start_errors_explained(cluster), hangups_blocked():
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
@@ -119,10 +117,10 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
         raise KeyboardInterrupt from end
     except Exception as error:
         text = str(error).strip() or type(error).__name__
-        if "authentication token" in text:
-            what_to_do = 'This machine needs the token of the cluster, see "A token" in the README.'
-        elif cluster is not None:
+        if cluster is not None:
             what_to_do = f"The address comes from {cluster.origin}."
+        elif "authentication token" in text or "RAY_AUTH_TOKEN" in text:
+            what_to_do = "A Ray of this machine alone needs no token: unset RAY_AUTH_MODE."
         else:
             what_to_do = (
                 "If this machine is very busy or short of memory, run the same command again when it is not. Ray's own "

@@ -111,6 +111,30 @@ def test_an_address_where_no_head_answers_is_refused_with_its_origin_and_the_rea
             assert address in said and "from RAY_ADDRESS" in said and reason in said and "unset it" in said
 
 
+def test_a_cluster_that_wants_a_token_where_there_is_none_is_refused_with_where_to_get_one(tmp_path: Path) -> None:
+    program = """
+import sys
+from savant_ray.cluster.ray_address import ClusterAddress, refuse_silent
+from savant_ray.errors import SavantError
+import ray
+try:
+    refuse_silent(ClusterAddress(sys.argv[1], "RAY_ADDRESS"))
+except SavantError as error:
+    print(error)
+"""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with grpc_server() as address:
+        done = subprocess.run(
+            [sys.executable, "-c", program, address],
+            env=variables | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"no token for the cluster at {address} (from RAY_ADDRESS)" in done.stdout and "auth_token" in done.stdout
+
+
 def test_the_file_of_a_cluster_that_is_gone_does_not_keep_ray_from_starting_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

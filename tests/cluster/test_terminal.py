@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -109,6 +110,7 @@ def test_a_closed_terminal_saves_the_step_and_a_cluster_goes_on_with_the_run_of_
     )
     run = folder / NAME
     read_until(terminal, "step 3/", 150)
+    os.killpg(process, signal.SIGHUP)  # as a shell does that ends; Ray's own processes get it too
     os.close(terminal)
     assert ended(process) == 75
     logged = (run / "training_log.txt").read_text()
