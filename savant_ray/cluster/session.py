@@ -70,24 +70,23 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
         SavantError: the cluster does not answer or runs other code, or Ray cannot be started on this machine.
     """
     cluster = prepare_environment()
-    if cluster is not None and cluster.optional and (reason := why_silent(cluster.text)):
-        say(
-            f"starting Ray on this machine: {cluster.origin} names a cluster at {cluster.text}, but {reason} "
-            "(`ray stop` removes that file; RAY_ADDRESS chooses a cluster)"
-        )
-        cluster = None
     import ray
 
     from savant_ray.cluster.same_code import job_config, refuse_other_code
 
     level = logging.INFO if verbose else logging.ERROR
     logging.getLogger("ray").setLevel(level)
+    if cluster is not None:
+        try:
+            refuse_silent(cluster)
+        except SavantError as error:
+            if not cluster.optional:
+                raise
+            say(f"starting Ray on this machine: {str(error).splitlines()[0]} (`ray stop` removes that file)")
+            cluster = None
     if cluster is None:
         choose_temp_folder(say)
-        address = "local"
-    else:
-        refuse_silent(cluster)
-        address = cluster.text
+    address = "local" if cluster is None else cluster.text
     with start_errors_explained(cluster), hangups_blocked():
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True

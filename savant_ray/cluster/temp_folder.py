@@ -48,6 +48,8 @@ def why_unusable_for_ray(folder: str, create: bool = False) -> str:
     """Return why Ray cannot keep its files below the folder, "" if it can; `create`: the folder may be made."""
     if not Path(folder).is_absolute():
         return "is not an absolute path"
+    if not folder.isascii():
+        return "has characters that are not ASCII, which Ray cannot encode there"
     spare = SOCKET_PATH_BYTES - len(os.fsencode(folder)) - len(RAY_SOCKET)
     if spare < 0:
         return f"is {-spare} bytes too long for Ray's Unix sockets"

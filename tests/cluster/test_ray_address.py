@@ -162,7 +162,7 @@ def test_a_file_that_names_no_cluster_is_none(content: bytes, tmp_path: Path) ->
     assert cluster_address({"RAY_TMPDIR": str(tmp_path)}) is None
 
 
-@pytest.mark.parametrize("tmpdir", ["/nonexistent/tmp", "relative", "/dev/null", "long"])
+@pytest.mark.parametrize("tmpdir", ["/nonexistent/tmp", "relative", "/dev/null", "long", "/tmp/été"])
 def test_a_tmpdir_that_does_not_serve_is_replaced_and_said(tmpdir: str, tmp_path: Path) -> None:
     if tmpdir == "long":
         tmpdir = str(tmp_path / ("x" * 100))
@@ -185,13 +185,12 @@ def test_a_folder_for_rays_files_that_serves_is_taken(tmp_path: Path) -> None:
 
 def test_a_chosen_folder_for_rays_files_that_does_not_serve_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for folder in (f"/tmp/{'x' * 100}", "relative", str(tmp_path / "file"), str(tmp_path / "file/below")):
+    for folder in (f"/tmp/{'x' * 100}", "relative", "/tmp/été", str(tmp_path / "file"), str(tmp_path / "file/below")):
         with pytest.raises(SavantError, match="RAY_TMPDIR=.*set RAY_TMPDIR to a folder of your own"):
             choose_temp_folder(pytest.fail, {"RAY_TMPDIR": folder})
 
 
 def test_a_path_that_just_fits_into_a_socket_is_not_too_long() -> None:
-    assert "too long" in why_unusable_for_ray("/" + "é" * 20)
     assert "too long" not in why_unusable_for_ray("/" + "e" * 37)
     assert "too long" in why_unusable_for_ray("/" + "e" * 40)
 
