@@ -144,6 +144,9 @@ def _train(launch: Launch) -> int:
         if dashboard:
             report.say(f"Ray's dashboard: {dashboard}")
         bridge = start_bridge()  # its process comes up while this one looks at the text and imports Ray Train
+        from savant_ray.cluster.trainer import scaling
+
+        scaling(config)  # refuses what the cluster cannot run, before hours of tokenising
         data = prepare_data(config, text, report)
         if start is not None and not launch.allow_changes:
             refuse_other_data(start, config, data.tokenizer, data.fingerprint)

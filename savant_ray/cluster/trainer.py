@@ -82,12 +82,15 @@ def scaling(config: Config) -> ScalingConfig:
     use_gpu = gpus >= fewest if config.scaling.use_gpu == "auto" else bool(config.scaling.use_gpu)
     if use_gpu and gpus < fewest:
         raise SettingsError(f"scaling.num_workers: {fewest} GPU workers need {fewest} GPUs, the cluster has {gpus}")
-    scaling = ScalingConfig(
-        num_workers=most if fewest == most else (fewest, most),
-        use_gpu=use_gpu,
-        resources_per_worker=config.scaling.resources_per_worker or {"CPU": cpus_per_worker(nodes, most, use_gpu)},
-        elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
-    )
+    try:
+        scaling = ScalingConfig(
+            num_workers=most if fewest == most else (fewest, most),
+            use_gpu=use_gpu,
+            resources_per_worker=config.scaling.resources_per_worker or {"CPU": cpus_per_worker(nodes, most, use_gpu)},
+            elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
+        )
+    except ValueError as error:  # such as GPUs among the resources of workers without
+        raise SettingsError(f"scaling.resources_per_worker: {error}") from error
     if (room := workers_that_fit(nodes, needs(scaling))) < fewest:
         raise SettingsError(_too_little_room(fewest, room, needs(scaling), nodes))
     return scaling
