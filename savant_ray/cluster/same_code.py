@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray.job_config import JobConfig
+from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import savant_ray
@@ -67,7 +68,7 @@ def refuse_other_code() -> None:
     """Compare the package of each node of the cluster with the driver's; Ray must be running.
 
     Raises:
-        SavantError: a node imports another version of it, or none.
+        SavantError: a node imports another version of it, or none, or the job's environment cannot be set up.
     """
     module = sys.modules[__name__]
     ray.cloudpickle.register_pickle_by_value(module)  # a node's own version of this function must not answer
@@ -78,7 +79,12 @@ def refuse_other_code() -> None:
         ray.cloudpickle.unregister_pickle_by_value(module)
     answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
     for answer in answers:
-        folder, digest = ray.get(answer)
+        try:
+            folder, digest = ray.get(answer)
+        except RuntimeEnvSetupError as error:
+            raise SavantError(f"the job's runtime environment cannot be set up: {str(error).strip()}") from error
+        except RayError:  # a node that is gone meanwhile
+            continue
         if digest != own_digest():
             raise other_code(str(package_folder()), f"node {asked[answer]['NodeManagerAddress']}", folder)
 
