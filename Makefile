@@ -57,7 +57,8 @@ train: install
 	@exec $(RUN) jobs/train.py --config "$$config_file" $(ARGS)
 
 submit: install
-	@exec "$(VENV)/bin/ray" job submit --address "$$dashboard" --working-dir . --runtime-env jobs/runtime_env.yaml \
+	@$(RUN) -m savant_ray.cluster.upload jobs/runtime_env.yaml
+	exec "$(VENV)/bin/ray" job submit --address "$$dashboard" --working-dir . --runtime-env jobs/runtime_env.yaml \
 	    -- python jobs/train.py --config "$$config_file" $(ARGS)
 
 test: check

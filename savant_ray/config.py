@@ -7,6 +7,7 @@ Later sources win: defaults < YAML file < environment (`SAVANT_TRAINING__MAX_STE
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +30,8 @@ Auto = Literal["auto"]
 
 MOST_SEED = 10**18 - 1  # as many digits as any 64-bit number holds
 WEIGHT_RESOLUTION = 100_000  # a source has at least 1 sequence in this many; as `MAX_PERIOD` in data/order.py
+NOT_IN_NAMES = ("Cc", "Zl", "Zp")  # Unicode's control characters, line and paragraph separators
+FOLDER_NAME_BYTES = 255
 LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
 
 
@@ -63,8 +66,13 @@ class RunConfig(Section):
     @field_validator("name")
     @classmethod
     def _is_a_name(cls, name: str) -> str:
-        if name in (".", "..") or any(c in "/\\" or ord(c) < 32 for c in name):
-            raise ValueError(f"run.name: {name!r} is not a folder's name; where it lies is run.storage_path")
+        reason = ""
+        if (size := len(name.encode())) > FOLDER_NAME_BYTES:
+            reason = f"has {size} bytes in UTF-8, and a folder's name at most {FOLDER_NAME_BYTES}"
+        if name in (".", "..") or any(c in "/\\" or unicodedata.category(c) in NOT_IN_NAMES for c in name):
+            reason = "is not a folder's name; where it lies is run.storage_path"
+        if reason:
+            raise ValueError(f"run.name: {name!r} {reason}")
         return name
 
 

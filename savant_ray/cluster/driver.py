@@ -15,7 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from savant_ray.cluster.paths import in_ray_job, output_folder, python_to_type, with_absolute_paths
+from savant_ray.cluster.paths import (
+    in_ray_job,
+    missing_text_explained,
+    output_folder,
+    python_to_type,
+    with_absolute_paths,
+)
 from savant_ray.cluster.session import (
     Leave,
     grace_seconds,
@@ -140,18 +146,22 @@ def _train(launch: Launch) -> int:
     config = with_end_of_document(config, tokenizer)
     launch = replace(launch, config=config)
     write_aside(storage.folder / CONFIG, dump_yaml(config))
-    text = find_text(config, report)
+    with missing_text_explained():
+        text = find_text(config, report)
     refuse_unencodable(config, text, tokenizer)
     report.stage("starting Ray")
     from savant_ray.cluster.bridge import start_bridge
     from savant_ray.cluster.failures import ray_errors_explained
 
     outcome = Outcome()
-    with ray_session(launch.verbose) as dashboard, _left_while_fit_runs(outcome), ray_errors_explained():
+    with ray_session(launch.verbose, report.say) as dashboard, _left_while_fit_runs(outcome), ray_errors_explained():
         launch.signals.install()
         if dashboard:
             report.say(f"Ray's dashboard: {dashboard}")
         bridge = start_bridge()  # its process comes up while this one looks at the text and imports Ray Train
+        from savant_ray.cluster.trainer import scaling
+
+        scaling(config)  # refuses what the cluster cannot run, before hours of tokenising
         data = prepare_data(config, text, report, tokenizer)
         if start is not None and not launch.allow_changes:
             refuse_other_data(start, config, data.fingerprint)

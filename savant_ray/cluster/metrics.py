@@ -8,8 +8,10 @@ rank has its own memory, its own wait for data and the micro-batches that it ski
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from savant_ray.events import (
 
 Share = TypeVar("Share")
 LABELS = ("run", "rank")
+MOST_CHARACTERS = 100
 REPEAT_SECONDS = 1.0  # Ray collects every 10 s, and never more often than this
 
 
@@ -90,7 +93,8 @@ class RunMetrics:
         self._newest: dict[str, float] = {}  # of the gauges
         self._rank = rank
         with suppress(Exception):
-            self._meters = {metric.name: _meter(metric, {"run": run, "rank": str(rank)}) for metric in METRICS}
+            labels = {"run": ascii_name(run), "rank": str(rank)}
+            self._meters = {metric.name: _meter(metric, labels) for metric in METRICS}
         threading.Thread(target=self._repeat, name="metrics", daemon=True).start()
 
     def observe(self, event: Event) -> None:
@@ -131,6 +135,19 @@ class RunMetrics:
             time.sleep(REPEAT_SECONDS)
             for name, value in list(self._newest.items()):
                 self._take(name, value)
+
+
+def ascii_name(run: str) -> str:
+    """Return the run's name as Ray accepts it: of at most 100 printable ASCII characters.
+
+    A name that has to be changed ends in a hash of the original, so that different names stay different.
+    """
+    if run.isascii() and run.isprintable() and len(run) <= MOST_CHARACTERS:
+        return run
+    plain = unicodedata.normalize("NFKD", run).encode("ascii", "ignore").decode()
+    plain = "".join(character for character in plain if character.isprintable()).strip()
+    digest = hashlib.sha256(run.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{plain[: MOST_CHARACTERS - len(digest) - 1]}-{digest}".removeprefix("-")
 
 
 def _meter(metric: Metric, labels: dict[str, str]) -> Gauge | Counter:

@@ -18,13 +18,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
 from savant_ray.cluster.disk import DAMAGED, Disk
 from savant_ray.cluster.lease import Lease, Owner, leased, refuse_if_superseded
 from savant_ray.cluster.lock import free_name, locked, set_aside
-from savant_ray.cluster.paths import joined
+from savant_ray.cluster.paths import joined, parent_and_name
 from savant_ray.data.sources import file_system
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.reporting.record import METRICS, SAMPLES, last_time
@@ -140,7 +141,7 @@ class ObjectStorage(Disk):
                 return None
             target = free_name(f"{self.path}.old", lambda path: bool(self._files(path)))
             self._move(self.path, target)
-        return self.location.replace(self.path, target, 1)
+        return joined(parent_and_name(self.location)[0], quote(target.rpartition("/")[2]))
 
     @contextmanager
     def in_use(self, say: Callable[[str], None] = print) -> Iterator[None]:

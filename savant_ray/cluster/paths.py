@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from savant_ray.config import Config
-from savant_ray.errors import SettingsError
+from savant_ray.errors import DataError, SettingsError
 from savant_ray.locations import absolute_path, is_uri, local_path, printable, split_query, working_directory
 
 JOB_HOME = "savant_runs"
@@ -33,6 +34,20 @@ def python_to_type(python: Path = Path(sys.executable)) -> str:
 def in_ray_job(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the entry point of `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment
+
+
+@contextmanager
+def missing_text_explained(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Add to a `DataError` inside a Ray job that text does not travel with a job."""
+    try:
+        yield
+    except DataError as error:
+        if not in_ray_job(environment):
+            raise
+        raise DataError(
+            f"{error}\nThis is a Ray job: code and configuration travel with it, text does not. Give absolute paths or "
+            "URIs that every node reaches."
+        ) from error
 
 
 def with_absolute_paths(config: Config, folder: Path, output_folder: Path) -> Config:

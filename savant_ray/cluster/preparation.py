@@ -65,7 +65,7 @@ def prepare(config: Config) -> None:
         text = find_text(config, report)
         refuse_unencodable(config, text, tokenizer)
         report.stage("starting Ray")
-        with ray_session():
+        with ray_session(say=report.say):
             prepare_data(config, text, report, tokenizer)
 
 

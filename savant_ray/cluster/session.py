@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from savant_ray.cluster.paths import in_ray_job
+from savant_ray.cluster.ray_address import ClusterAddress, cluster_address, refuse_silent, why_silent
+from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, TrainingError
 
@@ -37,34 +41,63 @@ VITAL = ("raylet", "gcs_server")  # of Ray's processes; it lives without a dashb
 JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
 
-def prepare_environment() -> None:
-    """Sets what Ray reads from the environment; call before `import ray`."""
+def prepare_environment() -> ClusterAddress | None:
+    """Set what Ray reads from the environment; call before `import ray`.
+
+    Returns:
+        The cluster to connect to, None if Ray is to be started on this machine.
+
+    Raises:
+        SavantError: RAY_ADDRESS is not an address to connect to.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if "RAY_ADDRESS" not in os.environ:  # a local cluster, bound to this machine: no token to pass around
+    cluster = cluster_address()
+    if cluster is None or (cluster.optional and why_silent(cluster.text)):
+        # A Ray of our own is bound to this machine: there is no token to hand out.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    return cluster
 
 
 @contextmanager
-def ray_session(verbose: bool = False) -> Iterator[str]:
+def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> Iterator[str]:
     """Ray for the time of a `with` block, which gets the dashboard's address, "" if there is none.
 
-    `verbose`: with what Ray and the workers' processes say.
+    `verbose`: with what Ray and the workers' processes say. `say` is given what the user should know about how Ray was
+    started.
+
+    Raises:
+        SavantError: the cluster does not answer or runs other code, or Ray cannot be started on this machine.
     """
-    prepare_environment()
+    cluster = prepare_environment()
     import ray
 
+    from savant_ray.cluster.same_code import job_config, refuse_other_code
+
     level = logging.INFO if verbose else logging.ERROR
-    try:
-        context = ray.init(log_to_driver=verbose, logging_level=level, configure_logging=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = os.environ.get("RAY_ADDRESS", "on this machine")
-        raise SavantError(f"Ray {where} could not be reached or started: {error}") from error
+    logging.getLogger("ray").setLevel(level)
+    if cluster is not None:
+        try:
+            refuse_silent(cluster)
+        except SavantError as error:
+            if not cluster.optional:
+                raise
+            say(f"starting Ray on this machine: {str(error).splitlines()[0]} (`ray stop` removes that file)")
+            cluster = None
+    if cluster is None:
+        choose_temp_folder(say)
+    address = "local" if cluster is None else cluster.text
+    with start_errors_explained(cluster), hangups_blocked():
+        context = ray.init(
+            address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
+        )
     if is_our_own():  # nobody drains it: its watcher would be one more process that imports for 3 s
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
     try:
+        if cluster is not None:
+            refuse_other_code()
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     except (KeyboardInterrupt, Leave):  # see leave_at_once
         raise
@@ -72,6 +105,41 @@ def ray_session(verbose: bool = False) -> Iterator[str]:
         ray.shutdown()
         raise
     ray.shutdown()
+
+
+@contextmanager
+def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
+    """Turn what `ray.init()` raises, which is of any type, into a `SavantError` that says what to do."""
+    try:
+        yield
+    except SystemExit as end:  # by Ray's own handler of SIGTERM, until the caller installs its handler again
+        raise KeyboardInterrupt from end
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        if cluster is not None:
+            what_to_do = f"The address comes from {cluster.origin}."
+        elif "authentication token" in text or "RAY_AUTH_TOKEN" in text:
+            what_to_do = "A Ray of this machine alone needs no token: unset RAY_AUTH_MODE."
+        else:
+            what_to_do = (
+                "If this machine is very busy or short of memory, run the same command again when it is not. Ray's own "
+                f"logs are in {Path(ray_temp_folder(), 'ray/session_latest/logs')}."
+            )
+        done = "started on this machine" if cluster is None else f"reached at {cluster.text}"
+        raise SavantError(f"Ray could not be {done}: {text}\n{what_to_do}") from error
+
+
+@contextmanager
+def hangups_blocked() -> Iterator[None]:
+    """Start processes that a closing terminal does not end: they inherit the mask, as Ray does it with SIGINT.
+
+    The calling process misses nothing, since its other threads still take SIGHUP for its handler.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def is_our_own() -> bool:

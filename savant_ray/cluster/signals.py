@@ -1,19 +1,24 @@
-"""Ctrl+C and SIGTERM: an interruption while preparing, a wish to stop while training, an order the second time.
+"""Ctrl+C, SIGTERM and SIGHUP: an interruption while preparing, a request to stop while training.
 
-What is left to do after an order (saying where the run goes on, sending its record) may take seconds, and `fit()` may
-still run: one more signal then ends the process on the spot.
+A second Ctrl+C or SIGTERM leaves without saving. What is left to do then (saying where the run goes on, sending its
+record) may take seconds, and `fit()` may still run: a third one ends the process on the spot.
+
+A terminal that closes sends SIGHUP, often twice (from its shell and from the kernel), so a second one means no more than
+the first. Under `nohup` it is ignored, and stays so.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import termios
 from types import FrameType
 from typing import NoReturn
 
 from savant_ray.errors import STOPPED_EARLY
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
@@ -28,11 +33,16 @@ class StopSignals:
         self.leaving = False
 
     def install(self) -> None:
-        """Takes over both signals; call again after `ray.init()`, which installs its own."""
+        """Takes over the signals; call again after `ray.init()`, which installs its own."""
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            silence_closed_terminal()
+            if self.leaving or self.received:
+                return
         if self.leaving:
             os._exit(STOPPED_EARLY)
         if self.received or not self.patient:
@@ -43,3 +53,20 @@ class StopSignals:
         """Ends the launch at once."""
         self.leaving = True
         raise KeyboardInterrupt
+
+
+def silence_closed_terminal() -> None:
+    """Redirect standard output and error to /dev/null where they are a terminal that is gone: each write would fail."""
+    for descriptor in (1, 2):
+        if _is_dead_terminal(descriptor):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
+
+
+def _is_dead_terminal(descriptor: int) -> bool:
+    try:
+        termios.tcgetattr(descriptor)
+    except termios.error as error:
+        return bool(error.args[0] == errno.EIO)  # ENOTTY: a file or a pipe
+    return False

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import quote
 
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.lease import Owner
@@ -29,7 +30,8 @@ def run_storage(config: Config, owner: Owner | None = None) -> Disk:
     if not is_uri(config.run.storage_path):
         return Disk(run_folder(config), owner)
     try:
-        return ObjectStorage(joined(config.run.storage_path, config.run.name), run_folder(config), owner)
+        uri = joined(config.run.storage_path, quote(config.run.name))
+        return ObjectStorage(uri, run_folder(config), owner)
     except SettingsError as error:
         raise SettingsError(f"run.storage_path: {error}") from error
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
+
+from ray.train.v2._internal.execution.storage import StorageContext
 
 # What `ray.train` gives out too; there a type checker sees the classes of its first version.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -16,8 +19,9 @@ from savant_ray.cluster.data_config import StepDataConfig
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.failures import FailureNews
 from savant_ray.cluster.forgiving import forgiving
+from savant_ray.cluster.metrics import ascii_name
 from savant_ray.cluster.preparation import PreparedData
-from savant_ray.cluster.session import node_resources
+from savant_ray.cluster.session import is_our_own, node_resources
 from savant_ray.cluster.worker import WorkerTask, train_worker
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
@@ -42,8 +46,9 @@ def make_trainer(
         train_worker,
         train_loop_config={name: getattr(task, name) for name in task.__dataclass_fields__},
         scaling_config=scaling(config),
-        run_config=RunConfig(
-            name=config.run.name,
+        run_config=_RunConfig(
+            name=ascii_name(config.run.name),
+            folder=os.path.basename(storage.path),  # noqa: PTH119
             storage_path=os.path.dirname(storage.path),  # noqa: PTH120 - a path of a file system, maybe not of this machine
             storage_filesystem=forgiving(storage.filesystem, storage),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
@@ -54,6 +59,17 @@ def make_trainer(
         datasets={"train": data.plan},  # type: ignore[dict-item]  # only `StepDataConfig` looks at them
         dataset_config=StepDataConfig(),
     )
+
+
+@dataclass
+class _RunConfig(RunConfig):
+    """Ray's metrics and state get `name`, which has to be ASCII; the run's folder keeps its own name."""
+
+    folder: str = ""
+
+    @cached_property
+    def storage_context(self) -> StorageContext:
+        return StorageContext(str(self.storage_path), self.folder, self.storage_filesystem)
 
 
 def scaling(config: Config) -> ScalingConfig:
@@ -67,19 +83,32 @@ def scaling(config: Config) -> ScalingConfig:
     use_gpu = gpus >= fewest if config.scaling.use_gpu == "auto" else bool(config.scaling.use_gpu)
     if use_gpu and gpus < fewest:
         raise SettingsError(f"scaling.num_workers: {fewest} GPU workers need {fewest} GPUs, the cluster has {gpus}")
-    scaling = ScalingConfig(
-        num_workers=most if fewest == most else (fewest, most),
-        use_gpu=use_gpu,
-        resources_per_worker=config.scaling.resources_per_worker or {"CPU": cpus_per_worker(nodes, most, use_gpu)},
-        elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
-    )
-    if (room := workers_that_fit(nodes, needs(scaling))) < fewest:
-        each = ", ".join(f"{name}: {amount:g}" for name, amount in needs(scaling).items())
-        raise SettingsError(
-            f"scaling.num_workers: {fewest} workers with {{{each}}} each do not fit, the cluster's nodes have room for "
-            f"{room}; lower it or scaling.resources_per_worker"
+    try:
+        scaling = ScalingConfig(
+            num_workers=most if fewest == most else (fewest, most),
+            use_gpu=use_gpu,
+            resources_per_worker=config.scaling.resources_per_worker or {"CPU": cpus_per_worker(nodes, most, use_gpu)},
+            elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
         )
+    except ValueError as error:  # such as GPUs among the resources of workers without
+        raise SettingsError(f"scaling.resources_per_worker: {error}") from error
+    if (room := workers_that_fit(nodes, needs(scaling))) < fewest:
+        raise SettingsError(_too_little_room(fewest, room, needs(scaling), nodes))
     return scaling
+
+
+def _too_little_room(workers: int, room: int, each: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str:
+    who = "1 worker with" if workers == 1 else f"{workers} workers with"
+    largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in each}
+    where = "this machine has" if is_our_own() else "the cluster's largest node has"
+    return (
+        f"scaling.num_workers: {who} {_listed(each)}{'' if workers == 1 else ' each'} cannot run: {where} "
+        f"{_listed(largest)}, room for {room}; lower scaling.num_workers or scaling.resources_per_worker"
+    )
+
+
+def _listed(resources: Mapping[str, float]) -> str:
+    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"
 
 
 def needs(scaling: ScalingConfig) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.host import RayHost
 from savant_ray.cluster.lease import Owner
 from savant_ray.cluster.resume import load_newest
+from savant_ray.cluster.same_code import other_code, own_digest, package_folder
 from savant_ray.cluster.storage import run_storage
 from savant_ray.config import Config
 from savant_ray.data.order import GlobalOrder, share
@@ -52,6 +53,8 @@ class WorkerTask:
     allow_changes: bool
     owner: dict[str, Any] | None  # the fields of an `Owner`
     bridge: Any
+    package: str = field(default_factory=lambda: str(package_folder()))  # the driver's folder of this package
+    code: str = field(default_factory=own_digest)  # and its digest
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -66,6 +69,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     if host.rank == 0:
         host.emit(WorkersStarted())
     try:
+        if task.code != own_digest():  # a node that joined after the driver had asked them all
+            raise other_code(task.package, f"worker {host.rank}", str(package_folder()))
         _train(task, config, tokenizer, storage, host)
     except SavantError as error:
         host.finish_saving()

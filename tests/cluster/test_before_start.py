@@ -21,6 +21,7 @@ from savant_ray.cluster.lock import LOCK, is_in_use, locked, move_run_aside
 from savant_ray.cluster.paths import (
     in_ray_job,
     joined,
+    missing_text_explained,
     output_folder,
     parent_and_name,
     python_to_type,
@@ -30,10 +31,11 @@ from savant_ray.cluster.paths import (
 from savant_ray.cluster.session import grace_seconds
 from savant_ray.cluster.starting_point import find_start
 from savant_ray.config import Config, load_config
-from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError
 from tests.cluster.test_starting_point import write
 
 ROOT = Path(__file__).parents[2]
+IN_A_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
 
 
 def test_relative_paths_are_against_the_folder_and_uris_stay(tmp_path: Path) -> None:
@@ -80,6 +82,16 @@ def test_a_job_writes_below_home_because_its_folder_vanishes() -> None:
     job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
     assert in_ray_job(job) and output_folder(job) == Path.home() / "savant_runs"
     assert not in_ray_job({}) and output_folder({}) == Path.cwd()
+
+
+def test_text_that_is_missing_in_a_job_is_said_not_to_travel_with_it() -> None:
+    with (
+        pytest.raises(DataError, match=r"^corpus: no such file\n.*Ray job.*absolute"),
+        missing_text_explained(IN_A_JOB),
+    ):
+        raise DataError("corpus: no such file")
+    with pytest.raises(DataError, match=r"^corpus: no such file$"), missing_text_explained({}):
+        raise DataError("corpus: no such file")
 
 
 def test_the_guides_checkpoint_is_about_a_gigabyte() -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from savant_ray.cluster import metrics
-from savant_ray.cluster.metrics import METRICS, RunMetrics
+from savant_ray.cluster.metrics import METRICS, RunMetrics, ascii_name
 from savant_ray.events import CheckpointFailed, MicroBatchSkipped, Notice
 from tests.reporting.events import attempt, checkpoint, step_done, validation
 
@@ -69,6 +69,31 @@ def test_steps_validations_and_checkpoints_are_shown_as_their_events_say(values:
         for event in events:
             if type(event) is metric.event and (said := metric.value(event)):
                 assert values[metric.name] == said
+
+
+@pytest.mark.parametrize("name", ["checkpoints_savant", "a b#c?d%20 [1]{x}&;$", "-x", "x" * 100])
+def test_a_name_that_ray_accepts_is_its_label_as_it_stands(name: str) -> None:
+    assert ascii_name(name) == name
+
+
+def test_other_names_get_labels_that_ray_accepts_and_that_stay_different() -> None:
+    names = [
+        "modèle",
+        "modele\u0300",
+        "modéle",
+        "实验",
+        "实验2",
+        "🙂",
+        "🙃",
+        "é" * 120,
+        "é" * 119,
+        "x" * 101,
+        "x" * 255,
+    ]
+    labels = [ascii_name(name) for name in names]
+    assert all(label.isascii() and label.isprintable() and 0 < len(label) <= 100 for label in labels)
+    assert len({*labels, *names}) == len(labels) + len(names)
+    assert labels[0].startswith("modele-")
 
 
 def test_tokens_and_faults_are_added_up(values: dict[str, float]) -> None:

@@ -19,8 +19,8 @@ from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.cluster.snapshot import SNAPSHOT
 from savant_ray.cluster.starting_point import find_start
-from savant_ray.cluster.storage import on_this_machine, storage_errors_explained
-from savant_ray.config import Config
+from savant_ray.cluster.storage import on_this_machine, run_storage, storage_errors_explained
+from savant_ray.config import Config, load_config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.training.checkpoint import MANIFEST, read_manifest, verify
 from tests.cluster.conftest import ROOT
@@ -43,6 +43,25 @@ def test_a_checkpoint_that_is_sent_is_found_whole_on_another_machine(
     for storage in (here, elsewhere):
         assert [path.name for path in storage.folder.glob("step_*")] == ["step_10000"], "a mirror needs the newest only"
     assert here.complete_steps() == ["step_9900", "step_10000"]
+
+
+def test_a_run_may_have_any_name_that_a_folder_may_have(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = "modèle a#b?c%20 [1] 实验"
+    config = load_config(["--run.name", name, "--run.storage_path", store.uri("runs")], environment={})
+    storage = run_storage(config)
+    assert storage.path == f"{BUCKET}/runs/{name}" and storage.folder.name == name
+    write(storage.folder, 5)
+    storage.keep(storage.folder / "step_5")
+    for checkpoint in (storage.location, storage.locate("step_5")):
+        with on_this_machine(checkpoint) as folder:
+            assert folder.name == "step_5"
+    moved = storage.move_aside()
+    assert moved is not None and storage.complete_steps() == []
+    with on_this_machine(moved) as folder:
+        assert folder.name == "step_5"
 
 
 def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(

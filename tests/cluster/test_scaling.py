@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+from savant_ray.cluster import trainer
 from savant_ray.cluster.trainer import cpus_per_worker, workers_that_fit
 from savant_ray.cluster.waiting import SECONDS_UNTIL_SAID, WorkerWatch, waiting_for
+from savant_ray.config import load_config
+from savant_ray.errors import SettingsError
 from savant_ray.events import WorkersLost, WorkersStarted
 
 
@@ -27,6 +32,28 @@ def test_room_is_counted_node_by_node() -> None:
     assert workers_that_fit(nodes, {"CPU": 0.5, "GPU": 1}) == 1
     assert workers_that_fit(nodes, {"CPU": 4}) == 0
     assert workers_that_fit(nodes, {"CPU": 0}) > 1000
+
+
+@pytest.mark.parametrize(
+    ("own", "arguments", "told"),
+    [
+        (True, ["--scaling.resources_per_worker", "{CPU: 64}"], "1 worker with {CPU: 64} cannot run: this machine has"),
+        (False, ["--scaling.resources_per_worker", "{CPU: 64}"], "cannot run: the cluster's largest node has {CPU: 2}"),
+        (True, ["--scaling.resources_per_worker", "{disk: 1}"], "this machine has {disk: 0}, room for 0"),
+        (True, ["--scaling.resources_per_worker", "{TPU: 1}"], "scaling.resources_per_worker: `use_tpu` is False"),
+        (True, ["--scaling.resources_per_worker", "{GPU: 1}"], "scaling.resources_per_worker: `use_gpu` is False"),
+        (True, ["--scaling.num_workers", "5"], "5 workers with {CPU: 1} each cannot run: this machine has {CPU: 2}"),
+        (True, ["--scaling.use_gpu", "true"], "1 GPU workers need 1 GPUs, the cluster has 0"),
+    ],
+)
+def test_more_than_there_is_is_refused_with_numbers(
+    own: bool, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "node_resources", lambda: [{"CPU": 2.0}, {"CPU": 1.0}])
+    monkeypatch.setattr(trainer, "is_our_own", lambda: own)
+    with pytest.raises(SettingsError) as refused:
+        trainer.scaling(load_config(arguments, environment={}))
+    assert told in str(refused.value)
 
 
 def test_who_waits_for_workers_is_told_once_each_time_what_is_missing(monkeypatch) -> None:

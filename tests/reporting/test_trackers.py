@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,16 @@ def test_a_tracker_that_is_not_installed_is_a_wrong_setting(
     assert open_trackers(ReportingConfig(), "run") == []
     assert main(["train", "--reporting.wandb", "mine"]) == SettingsError.exit_code
     assert "reporting.wandb: the package wandb is not installed" in capsys.readouterr().err
+
+
+def test_the_folder_that_a_tracker_left_behind_is_not_taken_for_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb/run-1").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(SettingsError, match=f"wandb is not installed .the folder {tmp_path}/wandb is not it"):
+        open_trackers(ReportingConfig(wandb="mine"), "run")
 
 
 def test_mlflow_has_the_numbers_of_the_record_over_all_launches(

@@ -35,8 +35,12 @@ def open_trackers(config: ReportingConfig, run: str) -> list[Tracking]:
 
 
 def _require(package: str) -> None:
-    if find_spec(package) is None:
-        raise SettingsError(
-            f"reporting.{package}: the package {package} is not installed; in the checkout, "
-            f"`pip install -e '.[{package}]'` does that"
-        )
+    spec = find_spec(package)
+    if spec is not None and spec.origin is not None:
+        return
+    # A plain folder of that name, such as the one in which wandb keeps its logs, counts as a package without code.
+    folder = "" if spec is None else f" (the folder {next(iter(spec.submodule_search_locations or ['']))} is not it)"
+    raise SettingsError(
+        f"reporting.{package}: the package {package} is not installed{folder}; in the checkout, "
+        f"`pip install -e '.[{package}]'` does that"
+    )

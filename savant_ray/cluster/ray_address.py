@@ -1,0 +1,197 @@
+"""The Ray cluster that RAY_ADDRESS or `ray start` names, and whether it answers.
+
+`ray.init()` waits for minutes for an address where nothing answers, and then says so in a traceback. Here a connection
+is tried first: TCP, then HTTP/2, then Ray's head itself.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from savant_ray.cluster.temp_folder import ray_temp_folder
+from savant_ray.errors import SavantError
+
+VARIABLE = "RAY_ADDRESS"
+CONNECT_SECONDS = 10.0
+HEAD_SECONDS = 20.0
+# A client's first bytes in HTTP/2, with an empty SETTINGS frame; the server answers with its own SETTINGS frame.
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+FRAME_HEADER_BYTES, SETTINGS_FRAME = 9, 4
+START_OR_UNSET = (
+    f"Start that cluster (`ray start --head`), set {VARIABLE} to the HOST:PORT of another one, or unset it: then this "
+    "command starts Ray on this machine."
+)
+
+
+@dataclass(frozen=True)
+class ClusterAddress:
+    """HOST:PORT of a cluster's head.
+
+    `origin` is what the user would change, RAY_ADDRESS or the path of a file; `optional`: whoever reads a file that
+    `ray start` may have left behind goes on without that cluster if it is gone.
+    """
+
+    text: str
+    origin: str
+    optional: bool = False
+
+    @property
+    def is_from_file(self) -> bool:
+        """Whether `ray start` wrote it on this machine."""
+        return self.origin != VARIABLE
+
+
+def cluster_address(environment: Mapping[str, str] = os.environ) -> ClusterAddress | None:
+    """Return the cluster to connect to, or None if Ray is to be started on this machine.
+
+    Raises:
+        SavantError: RAY_ADDRESS is not of the form HOST:PORT, or it is "auto" and no cluster was started here.
+    """
+    given = environment.get(VARIABLE, "").strip()
+    if given == "local":
+        return None
+    if given and given != "auto":
+        _check_form(given)
+        return ClusterAddress(given, VARIABLE)
+    # Ray's own "auto" prefers any Ray that runs on this machine, also one that another training started for itself.
+    file, text = address_file(environment), ""
+    with suppress(OSError, ValueError):
+        text = file.read_text(encoding="utf-8").strip()
+    if given and not text:
+        raise SavantError(
+            f"{VARIABLE}=auto: no Ray cluster was started on this machine by `ray start` ({file} names none).\n"
+            f"{START_OR_UNSET}"
+        )
+    return ClusterAddress(text, str(file), optional=not given) if text else None
+
+
+def address_file(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the file in which `ray start` keeps the address of this machine's cluster."""
+    return Path(ray_temp_folder(environment), "ray", "ray_current_cluster")
+
+
+def why_silent(address: str) -> str:
+    """Return why no Ray head can be at HOST:PORT, or "" if something there speaks its protocol (HTTP/2)."""
+    try:
+        host, port = split_address(address)
+    except ValueError as error:
+        return str(error)
+    try:
+        with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                return ""
+            connection.sendall(HTTP2_PREFACE)
+            answer = connection.recv(FRAME_HEADER_BYTES, socket.MSG_WAITALL)
+    except socket.gaierror:
+        return f"the name {host} cannot be resolved"
+    except ConnectionRefusedError:
+        return "nothing listens there"
+    except TimeoutError:
+        return f"no answer within {CONNECT_SECONDS:g} s"
+    except (OSError, UnicodeError) as error:
+        return str(getattr(error, "strerror", None) or error).lower()
+    if answer.startswith(b"HTTP/"):
+        return (
+            "a web server answers there, such as Ray's dashboard; a head's own port is 6379 unless it was given another"
+        )
+    if len(answer) < FRAME_HEADER_BYTES or answer[3] != SETTINGS_FRAME:
+        return "what answers there is not a Ray head"
+    return ""
+
+
+def refuse_silent(cluster: ClusterAddress) -> None:
+    """Check that a Ray head answers; Ray must have been imported.
+
+    Raises:
+        SavantError: it does not, with the reason, where the address comes from, and what to do; or a token is wanted
+            and there is none.
+    """
+    reason = why_silent(cluster.text)
+    if not reason:
+        _check_token(cluster)
+        reason = _why_not_a_head(cluster.text)
+    if reason:
+        raise SavantError(
+            f"Ray's address {cluster.text} (from {cluster.origin}) cannot be used: {reason}.\n{START_OR_UNSET}"
+        )
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of `host:port` or `[IPv6]:port`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 1 << 16:
+        raise ValueError("it is not of the form HOST:PORT, such as 10.0.0.1:6379")
+    return host, int(port)
+
+
+def _check_form(text: str) -> None:
+    if text.startswith(("http://", "https://")):
+        raise SavantError(
+            f"{VARIABLE}={text} is the address of a dashboard, which `ray job submit` takes.\n"
+            f"To train there, submit a job: make submit ADDRESS={text}\n"
+            f"To connect from a machine of that cluster, set {VARIABLE} to its head's HOST:PORT, such as 10.0.0.1:6379; "
+            "to start Ray on this machine, unset it."
+        )
+    if "://" in text:
+        raise SavantError(
+            f"{VARIABLE}={text} is an address of Ray Client, which cannot drive a training.\n"
+            f"On a machine of that cluster set {VARIABLE} to its head's HOST:PORT, such as 10.0.0.1:6379; from elsewhere "
+            "submit a job (make submit ADDRESS=http://HEAD:8265); to start Ray on this machine, unset it."
+        )
+    try:
+        split_address(text)
+    except ValueError as error:
+        raise SavantError(f"{VARIABLE}={text}: {error}.\n{START_OR_UNSET}") from error
+
+
+def _check_token(cluster: ClusterAddress) -> None:
+    """Find the token as `ray.init()` would; without one Ray's own client ends the process."""
+    from ray._private.authentication import authentication_token_setup as setup
+    from ray.exceptions import AuthenticationError
+
+    if cluster.is_from_file:  # Ray uses a token that is there for clusters of this machine only
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        setup.ensure_token_if_auth_enabled(create_token_if_missing=False)
+    except AuthenticationError as error:
+        raise SavantError(
+            f"RAY_AUTH_MODE=token, but this machine has no token for the cluster at {cluster.text} (from "
+            f"{cluster.origin}): {str(error).partition('. ')[0]}.\n"
+            'Copy ~/.ray/auth_token from the cluster\'s head (README, "A token"), or unset RAY_AUTH_MODE.'
+        ) from error
+
+
+def _why_not_a_head(address: str) -> str:
+    """Ask for the cluster's id, in a thread because the call cannot be bounded."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # a compiled module
+
+    answers: list[str] = []
+
+    def ask() -> None:
+        try:
+            GcsClient(address=address)
+            answers.append("")
+        except Exception as error:
+            answers.append(_in_words(str(error)))
+
+    thread = threading.Thread(target=ask, name="ask-ray-head", daemon=True)
+    thread.start()
+    thread.join(HEAD_SECONDS)
+    return answers[0] if answers else f"no answer within {HEAD_SECONDS:g} s"
+
+
+def _in_words(error: str) -> str:
+    if "authenti" in error.lower():
+        return f'it refuses this machine\'s token ({error.strip()}); see README, "A token"'
+    return f"what answers there is not a Ray head ({error.strip() or 'no reason given'})"

@@ -1,0 +1,112 @@
+"""Makes Ray's processes import the driver's own copy of this package, and refuses nodes that have another one.
+
+Without it a worker imports what its environment has installed, or whatever lies in the folder where the command was
+typed: with two checkouts on a machine, driver and workers run different code and nobody notices.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RuntimeEnvSetupError
+from ray.job_config import JobConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import savant_ray
+from savant_ray.errors import SavantError
+
+PACKAGE = savant_ray.__name__
+NODE_SECONDS = 60.0  # a node that cannot start a process within them is checked when it starts a worker
+
+
+class _PackageFolder(list[str]):
+    """What a worker puts in front of `sys.path`.
+
+    Ray adds the folders of the driver's script and of its shell, in which any `numpy.py` would win over the installed
+    package, and does so with `extend`. It does not when a job brings a working directory, which workers import from.
+    """
+
+    def extend(self, _ray_folders: Iterable[str]) -> None:
+        super().extend([str(package_folder().parent)])
+
+
+def job_config() -> JobConfig:
+    """Return the job of a driver whose workers import this package from where the driver did."""
+    config = JobConfig()
+    config._py_driver_sys_path = _PackageFolder()
+    return config
+
+
+def package_folder() -> Path:
+    """Return the folder that this process imported the package from."""
+    return Path(savant_ray.__file__).resolve().parent
+
+
+def code_digest(folder: Path) -> str:
+    """Return a hash over names and content of all Python files of the package in `folder`."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+@functools.cache
+def own_digest() -> str:
+    """Return the digest of this process's package."""
+    return code_digest(package_folder())
+
+
+def refuse_other_code() -> None:
+    """Compare the package of each node of the cluster with the driver's; Ray must be running.
+
+    Raises:
+        SavantError: a node imports another version of it, or none, or the job's environment cannot be set up.
+    """
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)  # a node's own version of this function must not answer
+    try:
+        task = ray.remote(_folder_and_digest)
+        asked = {task.options(**_on(node)).remote(PACKAGE): node for node in ray.nodes() if node["Alive"]}
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(module)
+    answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
+    for answer in answers:
+        try:
+            folder, digest = ray.get(answer)
+        except RuntimeEnvSetupError as error:
+            raise SavantError(f"the job's runtime environment cannot be set up: {str(error).strip()}") from error
+        except RayError:  # a node that is gone meanwhile
+            continue
+        if digest != own_digest():
+            raise other_code(str(package_folder()), f"node {asked[answer]['NodeManagerAddress']}", folder)
+
+
+def _on(node: dict[str, Any]) -> dict[str, Any]:
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
+
+
+def _folder_and_digest(package: str) -> tuple[str, str]:
+    """Return where this process would import the package from and its digest, two empty texts if it cannot."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return "", ""
+    folder = Path(spec.origin).resolve().parent
+    return str(folder), code_digest(folder)
+
+
+def other_code(driver_folder: str, who: str, folder: str) -> SavantError:
+    """Return the error for a process that imports another version of the package than the driver; "" = it has none."""
+    has = f"has another version of it in {folder}" if folder else "cannot import it"
+    return SavantError(
+        f"this command runs {PACKAGE} from {driver_folder}, but {who} {has}.\n"
+        "Install the same version there, keep it in a folder that all nodes share, or let a job bring it along "
+        "(make submit)."
+    )

@@ -1,0 +1,68 @@
+"""The folder in which a Ray that is started here keeps its sockets and logs.
+
+Ray takes RAY_TMPDIR, else TMPDIR, creates what is missing, and fails when a path below it is too long for a Unix socket,
+as with the TMPDIR that some schedulers give to each job.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+
+from savant_ray.errors import SavantError
+
+VARIABLE = "RAY_TMPDIR"
+DEFAULT = "/tmp"  # noqa: S108 - Ray's own default, as is the name below it
+SOCKET_PATH_BYTES = 107  # the longest path of a Unix socket on Linux
+RAY_SOCKET = "/ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store"  # the longest that Ray makes
+
+
+def ray_temp_folder(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the folder below which a Ray started here keeps its sockets and logs."""
+    return environment.get(VARIABLE) or environment.get("TMPDIR") or DEFAULT
+
+
+def choose_temp_folder(say: Callable[[str], None], environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RAY_TMPDIR to a folder in which Ray can start: the user's, or /tmp in place of a TMPDIR that does not serve.
+
+    Raises:
+        SavantError: RAY_TMPDIR itself, or /tmp, does not serve.
+    """
+    chosen = ray_temp_folder(environment)
+    reason = why_unusable_for_ray(chosen, create=bool(environment.get(VARIABLE)))
+    if reason and not environment.get(VARIABLE) and chosen != DEFAULT:
+        say(f"Ray's files go to {DEFAULT}: TMPDIR={chosen} {reason} (RAY_TMPDIR chooses another folder)")
+        chosen = DEFAULT
+        reason = why_unusable_for_ray(chosen)
+    if reason:
+        variable = "RAY_TMPDIR=" if environment.get(VARIABLE) else ""
+        raise SavantError(
+            f"Ray cannot start: {variable}{chosen} {reason}; set RAY_TMPDIR to a folder of your own with a short path, "
+            f"such as {DEFAULT}/ray-of-mine"
+        )
+    environment[VARIABLE] = chosen
+
+
+def why_unusable_for_ray(folder: str, create: bool = False) -> str:
+    """Return why Ray cannot keep its files below the folder, "" if it can; `create`: the folder may be made."""
+    if not Path(folder).is_absolute():
+        return "is not an absolute path"
+    if not folder.isascii():
+        return "has characters that are not ASCII, which Ray cannot encode there"
+    spare = SOCKET_PATH_BYTES - len(os.fsencode(folder)) - len(RAY_SOCKET)
+    if spare < 0:
+        return f"is {-spare} bytes too long for Ray's Unix sockets"
+    try:
+        if create:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        if not Path(folder).is_dir():
+            return "is not a folder" if Path(folder).exists() else "does not exist"
+        below = Path(folder, "ray")
+        if below.exists() and not below.is_dir():
+            return "has a file named ray in it"
+        if not os.access(below if below.exists() else folder, os.W_OK | os.X_OK):
+            return f"does not serve, because this user cannot write {below}"
+    except OSError as error:
+        return f"cannot be used ({(error.strerror or str(error)).lower()})"
+    return ""

@@ -1,0 +1,61 @@
+"""What `ray job submit --working-dir .` would send: python -m savant_ray.cluster.upload jobs/runtime_env.yaml
+
+`make submit` asks before it submits. Ray packs whatever git does not ignore and `excludes` does not name, says nothing
+below 250 MiB, and gives up above 500.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+from ray.dashboard.modules.dashboard_sdk import parse_runtime_env_args
+
+WARN_BYTES = 50_000_000
+MOST_NAMED = 5
+
+
+def files_to_send(folder: Path, excludes: Sequence[str]) -> dict[Path, int]:
+    """Return the files that Ray would pack, relative to `folder`, with their sizes in bytes."""
+    sizes: dict[Path, int] = {}
+
+    def add(path: Path) -> None:
+        if path.is_file():
+            sizes[path.relative_to(folder)] = path.stat().st_size
+
+    quiet = logging.getLogger("savant_ray.upload")
+    quiet.addHandler(logging.NullHandler())
+    quiet.propagate = False
+    _dir_travel(folder, [_get_excludes(folder, list(excludes))], add, include_gitignore=True, logger=quiet)
+    return sizes
+
+
+def size_warning(sizes: dict[Path, int]) -> str:
+    """Return what to say before a job is submitted, "" if it is small enough."""
+    total = sum(sizes.values())
+    if total < WARN_BYTES:
+        return ""
+    by_folder: dict[str, int] = {}
+    for path, size in sizes.items():
+        name = "/".join(path.parts[:2])
+        by_folder[name] = by_folder.get(name, 0) + size
+    largest = sorted(by_folder.items(), key=lambda item: -item[1])[:MOST_NAMED]
+    named = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in largest)
+    return (
+        f"warning: {total / 1e6:,.0f} MB of this folder travel with the job ({named}). A job needs the code and its "
+        "configuration only: name what it does not need in jobs/runtime_env.yaml under excludes"
+    )
+
+
+def main(runtime_env: str) -> None:
+    """Print the warning for the current folder."""
+    excludes = parse_runtime_env_args(runtime_env=runtime_env).get("excludes", [])
+    if warning := size_warning(files_to_send(Path.cwd(), excludes)):
+        print(warning, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,233 @@
+"""Before Ray is asked for minutes: which cluster is meant, whether it answers, and where a Ray of our own keeps files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pyarrow.flight
+import pytest
+
+from savant_ray.cluster import ray_address
+from savant_ray.cluster.ray_address import ClusterAddress, cluster_address, refuse_silent, split_address, why_silent
+from savant_ray.cluster.session import prepare_environment, start_errors_explained
+from savant_ray.cluster.temp_folder import choose_temp_folder, why_unusable_for_ray
+from savant_ray.errors import SavantError
+from tests.cluster.conftest import free_port
+
+
+@contextmanager
+def listening() -> Iterator[str]:
+    """A port that accepts and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextmanager
+def web_server() -> Iterator[str]:
+    """Something else than Ray, as its dashboard is."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def parse_request(self) -> bool:
+            self.wfile.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            return False
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@contextmanager
+def grpc_server() -> Iterator[str]:
+    """Speaks the head's protocol but is none, as the port of Ray Client is."""
+    server = pyarrow.flight.FlightServerBase("grpc://127.0.0.1:0")
+    yield f"127.0.0.1:{server.port}"
+    server.shutdown()
+
+
+def test_without_an_address_ray_is_started_here(tmp_path: Path) -> None:
+    for address in ({}, {"RAY_ADDRESS": ""}, {"RAY_ADDRESS": " "}, {"RAY_ADDRESS": "local"}):
+        assert cluster_address({"RAY_TMPDIR": str(tmp_path), **address}) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "advice"),
+    [
+        ("http://127.0.0.1:8265", "make submit ADDRESS=http://127.0.0.1:8265"),
+        ("https://head.example", "make submit ADDRESS=https://head.example"),
+        ("ray://127.0.0.1:10001", "Ray Client"),
+        ("localhost", "HOST:PORT"),
+        (":6379", "HOST:PORT"),
+        ("head:0", "HOST:PORT"),
+        ("head:99999", "HOST:PORT"),
+        ("head:６３７９", "HOST:PORT"),
+        ("auto", "ray start --head"),
+    ],
+)
+def test_an_address_that_cannot_be_one_is_refused_with_what_it_should_be(
+    address: str, advice: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SavantError) as refused:
+        cluster_address({"RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": address})
+    assert f"RAY_ADDRESS={address}" in str(refused.value) and advice in str(refused.value)
+
+
+def test_host_and_port_are_read_as_ray_writes_them() -> None:
+    assert split_address("10.0.0.1:6379") == ("10.0.0.1", 6379)
+    assert split_address("[2001:db8::1]:6379") == ("2001:db8::1", 6379)
+    assert cluster_address({"RAY_ADDRESS": " head:6379 "}) == ClusterAddress("head:6379", "RAY_ADDRESS")
+
+
+def test_an_address_where_no_head_answers_is_refused_with_its_origin_and_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_address, "CONNECT_SECONDS", 0.5)
+    with listening() as silent, web_server() as web, grpc_server() as other:
+        reasons = {
+            f"127.0.0.1:{free_port()}": "nothing listens there",
+            "no-such-host.invalid:6379": "the name no-such-host.invalid cannot be resolved",
+            silent: "no answer",
+            web: "a web server answers there, such as Ray's dashboard",
+            other: "what answers there is not a Ray head",
+        }
+        for address, reason in reasons.items():
+            with pytest.raises(SavantError) as refused:
+                refuse_silent(ClusterAddress(address, "RAY_ADDRESS"))
+            said = str(refused.value)
+            assert address in said and "from RAY_ADDRESS" in said and reason in said and "unset it" in said
+
+
+def test_a_cluster_that_wants_a_token_where_there_is_none_is_refused_with_where_to_get_one(tmp_path: Path) -> None:
+    program = """
+import sys
+from savant_ray.cluster.ray_address import ClusterAddress, refuse_silent
+from savant_ray.errors import SavantError
+import ray
+try:
+    refuse_silent(ClusterAddress(sys.argv[1], "RAY_ADDRESS"))
+except SavantError as error:
+    print(error)
+"""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with grpc_server() as address:
+        done = subprocess.run(
+            [sys.executable, "-c", program, address],
+            env=variables | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"no token for the cluster at {address} (from RAY_ADDRESS)" in done.stdout and "auth_token" in done.stdout
+
+
+def test_the_file_of_a_cluster_that_is_gone_does_not_keep_ray_from_starting_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ray/ray_current_cluster"
+    file.parent.mkdir()
+    file.write_text(f"127.0.0.1:{free_port()}\n")
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    cluster = prepare_environment()
+    assert cluster is not None and cluster.optional and cluster.origin == str(file) and why_silent(cluster.text)
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    cluster = cluster_address()
+    assert cluster is not None and not cluster.optional
+    with pytest.raises(SavantError, match=f"from {file}.* nothing listens there"):
+        refuse_silent(cluster)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])
+def test_a_file_that_names_no_cluster_is_none(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_bytes(content)
+    assert cluster_address({"RAY_TMPDIR": str(tmp_path)}) is None
+
+
+@pytest.mark.parametrize("tmpdir", ["/nonexistent/tmp", "relative", "/dev/null", "long", "/tmp/été"])
+def test_a_tmpdir_that_does_not_serve_is_replaced_and_said(tmpdir: str, tmp_path: Path) -> None:
+    if tmpdir == "long":
+        tmpdir = str(tmp_path / ("x" * 100))
+        Path(tmpdir).mkdir()
+    environment, said = {"TMPDIR": tmpdir}, list[str]()
+    choose_temp_folder(said.append, environment)
+    assert environment["RAY_TMPDIR"] == "/tmp"
+    assert len(said) == 1 and f"TMPDIR={tmpdir}" in said[0]
+    assert not Path("/nonexistent").exists()
+
+
+def test_a_folder_for_rays_files_that_serves_is_taken(tmp_path: Path) -> None:
+    short = f"/tmp/savant-{os.getpid()}"
+    for variables in ({}, {"TMPDIR": "/tmp"}, {"RAY_TMPDIR": short, "TMPDIR": "/nonexistent"}):
+        environment = dict(variables)
+        choose_temp_folder(pytest.fail, environment)
+        assert environment["RAY_TMPDIR"] == variables.get("RAY_TMPDIR", "/tmp")
+    Path(short).rmdir()
+
+
+def test_a_chosen_folder_for_rays_files_that_does_not_serve_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (f"/tmp/{'x' * 100}", "relative", "/tmp/été", str(tmp_path / "file"), str(tmp_path / "file/below")):
+        with pytest.raises(SavantError, match="RAY_TMPDIR=.*set RAY_TMPDIR to a folder of your own"):
+            choose_temp_folder(pytest.fail, {"RAY_TMPDIR": folder})
+
+
+def test_a_path_that_just_fits_into_a_socket_is_not_too_long() -> None:
+    assert "too long" not in why_unusable_for_ray("/" + "e" * 37)
+    assert "too long" in why_unusable_for_ray("/" + "e" * 40)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("The current node timed out during startup. This could happen because the GCS is overloaded."),
+        PermissionError(13, "Permission denied", "/tmp/ray/session_latest"),
+        RuntimeError("Version mismatch: The cluster was started with Ray: 2.0"),
+        AssertionError(),
+    ],
+)
+def test_whatever_ray_raises_when_it_starts_becomes_one_message(error: Exception) -> None:
+    for cluster, where in ((None, "started on this machine"), (ClusterAddress("h:1", "RAY_ADDRESS"), "reached at h:1")):
+        with pytest.raises(SavantError) as raised, start_errors_explained(cluster):
+            raise error
+        assert where in str(raised.value) and (str(error) or "AssertionError") in str(raised.value)
+
+
+def test_a_signal_that_ray_takes_for_itself_while_it_starts_is_an_interruption() -> None:
+    with pytest.raises(KeyboardInterrupt), start_errors_explained(None):
+        sys.exit(signal.SIGTERM)
+
+
+def test_what_is_started_meanwhile_survives_a_hangup_and_what_is_not_does_not() -> None:
+    program = """
+import os, signal, subprocess
+from savant_ray.cluster.session import hangups_blocked
+with hangups_blocked():
+    inside = subprocess.Popen(["sleep", "60"])
+outside = subprocess.Popen(["sleep", "60"])
+for child in (inside, outside):
+    os.kill(child.pid, signal.SIGHUP)
+outside.wait()
+print(inside.poll(), outside.returncode)
+inside.kill()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert done.stdout == f"None {-signal.SIGHUP}\n", done.stderr

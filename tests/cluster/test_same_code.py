@@ -1,0 +1,67 @@
+"""Driver and workers run one and the same copy of the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from savant_ray.cluster import worker
+from savant_ray.cluster.same_code import code_digest, job_config, other_code, own_digest, package_folder
+from savant_ray.cluster.worker import WorkerTask
+from savant_ray.errors import SavantError
+from savant_ray.events import Event, RunFailed
+from tests.cluster.test_worker import FakeHost
+from tests.training.tiny import tiny_config
+
+
+def package(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_py", ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_two_copies_of_the_same_code_are_the_same_wherever_they_lie(tmp_path: Path) -> None:
+    one, other = (package(tmp_path / name, a_py="1", sub__b_py="2") for name in ("one", "other"))
+    (other / "notes.txt").write_text("of nobody's interest")
+    assert code_digest(one) == code_digest(other)
+    for change in ({"a_py": "2"}, {"c_py": ""}, {"sub__b_py": ""}):
+        assert code_digest(package(other, **change)) != code_digest(one)
+
+
+def test_code_that_moves_between_files_is_other_code(tmp_path: Path) -> None:
+    one, other = package(tmp_path / "one", a_py="12", b_py=""), package(tmp_path / "other", a_py="1", b_py="2")
+    assert code_digest(one) != code_digest(other)
+
+
+def test_workers_look_for_modules_where_the_driver_found_them_and_nowhere_else() -> None:
+    config = job_config()
+    config._py_driver_sys_path.extend(["/where/the/script/is", "/where/the/command/was/typed"])
+    assert config._py_driver_sys_path == [str(package_folder().parent)]
+    assert own_digest() == code_digest(package_folder())
+
+
+def test_the_message_about_other_code_names_both_folders_and_what_to_do() -> None:
+    said = str(other_code("/mine", "node 10.0.0.2", "/theirs"))
+    assert "/mine" in said and "/theirs" in said and "10.0.0.2" in said and "make submit" in said
+    assert "cannot import it" in str(other_code("/mine", "node 10.0.0.2", ""))
+
+
+def test_a_worker_of_a_node_that_joined_later_with_other_code_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+    fakes = {
+        "ray": SimpleNamespace(get=lambda reference: False),
+        "Tokenizer": SimpleNamespace(load=lambda path: None),
+        "run_storage": lambda config: None,
+        "RayHost": lambda *_: FakeHost(events),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(worker, name, fake)
+    bridge = SimpleNamespace(has_failed=SimpleNamespace(remote=lambda: None))
+    task = WorkerTask(tiny_config().to_dict(), "", "", "", False, bridge, package="/mine", code="of another version")
+    with pytest.raises(SavantError, match="from /mine, but worker 0 has another version"):
+        worker.train_worker(vars(task))
+    assert any(isinstance(event, RunFailed) for event in events)

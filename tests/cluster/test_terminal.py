@@ -1,0 +1,124 @@
+"""A run in a terminal, started in a folder that is full of traps, under a name that is not ASCII."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from savant_ray.training.checkpoint import newest_checkpoint
+from tests.cluster.conftest import ROOT, Head, environment, losses, options, run_job
+
+NAME = "modèle a#b?c%20 [1] 实验 👩‍💻"
+HANGUP = """
+import sys, time
+from pathlib import Path
+from savant_ray.cluster.signals import StopSignals
+signals = StopSignals()
+signals.install()
+signals.patient = True
+print("ready", flush=True)
+deadline = time.monotonic() + 50
+while not signals.received and time.monotonic() < deadline:
+    time.sleep(0.01)
+for _ in range(3):
+    print("to a terminal that is gone", flush=True)
+Path(sys.argv[1]).write_text("saved" if signals.received else "")
+sys.exit(75)
+"""
+TWICE = """
+import os, signal
+from savant_ray.cluster.signals import StopSignals
+signals = StopSignals()
+signals.install()
+signals.patient = True
+for _ in range(3):
+    os.kill(os.getpid(), signal.SIGHUP)
+print(signals.received, signals.leaving)
+"""
+
+
+def start_in_terminal(command: list[str], folder: Path, variables: dict[str, str]) -> tuple[int, int]:
+    """Process id, and the terminal's other end."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(folder)
+        os.execve(command[0], command, variables)
+    return process, terminal
+
+
+def read_until(terminal: int, words: str, seconds: float) -> str:
+    """What the terminal shows up to these words."""
+    shown, deadline = b"", time.monotonic() + seconds
+    while words not in shown.decode(errors="replace"):
+        assert time.monotonic() < deadline, shown.decode(errors="replace")
+        if select.select([terminal], [], [], 1)[0]:
+            shown += os.read(terminal, 4096)
+    return shown.decode(errors="replace")
+
+
+def ended(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_a_program_whose_terminal_closes_can_still_print_and_save(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HANGUP, str(tmp_path / "out")]
+    process, terminal = start_in_terminal(command, ROOT, dict(os.environ))
+    read_until(terminal, "ready", 50)
+    os.close(terminal)
+    assert ended(process) == 75 and (tmp_path / "out").read_text() == "saved"
+
+
+def test_several_hangups_of_one_closing_terminal_are_one_request_to_stop() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True False\n", "")
+
+
+def test_under_nohup_a_hangup_changes_nothing() -> None:
+    command = f"trap '' HUP; exec {sys.executable} -c '{TWICE}'"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False False\n", "")
+
+
+def folder_of_traps(workplace: Path) -> Path:
+    """Modules that would win over the real ones if workers looked for them where the command is typed."""
+    shutil.copytree(ROOT / "savant_ray", workplace / "savant_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    for module in ("savant_ray/__init__.py", "tokenizers.py", "orjson.py"):
+        (workplace / module).write_text(f"raise ImportError('the wrong {module}')\n")
+    return workplace
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_the_step_and_a_cluster_goes_on_with_the_run_of_any_name(
+    head: Head, workplace: Path
+) -> None:
+    folder = folder_of_traps(workplace)
+    too_long = folder / ("x" * 100)
+    too_long.mkdir()
+    command = [sys.executable, str(ROOT / "jobs/train.py"), *options(run__name=NAME, training__max_steps=100_000)]
+    process, terminal = start_in_terminal(
+        [*command, "--validation.every_steps", "100000"], folder, environment(TMPDIR=str(too_long))
+    )
+    run = folder / NAME
+    read_until(terminal, "step 3/", 150)
+    os.killpg(process, signal.SIGHUP)  # as a shell does that ends; Ray's own processes get it too
+    os.close(terminal)
+    assert ended(process) == 75
+    logged = (run / "training_log.txt").read_text()
+    assert "too long for Ray's Unix sockets" in logged and "stopped and saved as step_" in logged
+    newest = newest_checkpoint(run)
+    assert newest is not None and newest.name == f"step_{len(losses(run))}"
+
+    steps = len(losses(run)) + 2
+    code, printed = run_job(head, folder, run__name=NAME, training__max_steps=steps)
+    assert code == 0 and re.search(f"resuming from .*/{newest.name}", printed), printed
+    assert len(losses(run)) == steps
