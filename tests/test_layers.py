@@ -22,7 +22,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 EVERYBODY_MAY = {"errors", "events", "config"}
 ALLOWED = {
-    "cli": {"commands"},
+    "cli": {"commands", "streams"},
+    "streams": set(),
     "command_line": {"settings"},
     "commands": {"command_line", "cluster", "training", "reporting", "inference", "data", "benchmarks", "settings"},
     "benchmarks": {"cluster", "training", "reporting", "inference", "optim", "data", "model", "settings"},
@@ -40,6 +41,7 @@ ALLOWED = {
 }
 THIRD_PARTY = {
     "cli": set(),
+    "streams": set(),
     "command_line": set(),
     "commands": set(),
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},

@@ -27,7 +27,7 @@ from savant_ray.cluster.session import (
 from savant_ray.cluster.signals import StopSignals
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.content import write_aside
-from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError, tell
+from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError, print_error
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed, WorkersLost
 from savant_ray.reporting import RunReport, open_trackers
 
@@ -101,7 +101,7 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
             return leave_at_once(STOPPED_EARLY)
         except Leave as leave:
             signals.leaving = True
-            code = leave.code if leave.error is None else tell(leave.error)
+            code = leave.code if leave.error is None else print_error(leave.error, verbose)
             held.close()
             return leave_at_once(code)
 
