@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from savant_ray.command_line import count, counts, new_parser, temperature, utf8_text, with_settings
-from savant_ray.errors import SavantError
+from savant_ray.errors import SavantError, print_error
 
 QUICKSTART_FOLDER = Path("dataset")
 
@@ -36,8 +36,12 @@ def _train(arguments: Sequence[str]) -> int:
     )
     options, config = with_settings(parser, arguments)
     from savant_ray.cluster.driver import train
+    from savant_ray.cluster.session import Leave, leave_at_once
 
-    return train(config, fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose)
+    try:
+        return train(config, fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose)
+    except Leave as leave:
+        return leave_at_once(leave.code if leave.error is None else print_error(leave.error, options.verbose))
 
 
 def _prepare(arguments: Sequence[str]) -> int:
@@ -55,7 +59,7 @@ def _prepare(arguments: Sequence[str]) -> int:
             return 0
     from savant_ray.cluster.preparation import prepare
 
-    prepare(config)
+    prepare(config, verbose=options.verbose)
     return 0
 
 

@@ -42,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return STOPPED_EARLY
 
     install("savant_ray.cluster.driver", train=train)
-    install("savant_ray.cluster.preparation", prepare=made.append)
+    install("savant_ray.cluster.preparation", prepare=lambda config, verbose: made.append(config))
     install("savant_ray.training.sampling", stream_answer=stream_answer)
     install("savant_ray.training.export", export=lambda *options: made.append(options) or ["no moments"])
     install("savant_ray.data.quickstart", write_quickstart=lambda folder, force: made.append((folder, force)))
@@ -211,7 +211,7 @@ def test_an_error_in_a_thread_that_nobody_waits_for_is_a_warning_in_one_line(
 
 
 def test_ctrl_c_ends_a_command_as_shells_expect(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(config: Config) -> None:
+    def interrupt(config: Config, **options: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", interrupt)

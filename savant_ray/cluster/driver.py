@@ -20,14 +20,20 @@ from savant_ray.cluster.session import (
     Leave,
     grace_seconds,
     is_our_own,
-    leave_at_once,
     prepare_environment,
     ray_session,
 )
 from savant_ray.cluster.signals import StopSignals
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.content import write_aside
-from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError, print_error
+from savant_ray.errors import (
+    STOPPED_EARLY,
+    CheckpointError,
+    SavantError,
+    TrainingError,
+    explain,
+    unexpected_errors_explained,
+)
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed, WorkersLost
 from savant_ray.reporting import RunReport, open_trackers
 
@@ -64,6 +70,7 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
 
     Raises:
         SavantError: with its own exit code; the message is for the user.
+        Leave: the run has ended but Ray Train has not, so that the process has to end with `leave_at_once`.
     """
     prepare_environment()
     signals = StopSignals()
@@ -89,6 +96,7 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
         courier = held.enter_context(Courier(storage))
         followers = open_trackers(config.reporting, config.run.name)
         report = held.enter_context(RunReport(storage.folder, config.training.max_steps, followers=followers))
+        held.enter_context(unexpected_errors_explained(storage.folder, lambda: report.activity))
         if moved is not None:
             report.say(f"starting anew; the run that was here is now {moved}")
         if in_ray_job():
@@ -97,13 +105,13 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
             return _train(Launch(config, allow_changes, verbose, storage, report, courier, signals))
         except KeyboardInterrupt:
             report.say(f"stopped at once; the run goes on from {_newest(storage)} when it is started again")
-            held.close()
-            return leave_at_once(STOPPED_EARLY)
+            raise Leave(STOPPED_EARLY) from None
         except Leave as leave:
             signals.leaving = True
-            code = leave.code if leave.error is None else print_error(leave.error, verbose)
-            held.close()
-            return leave_at_once(code)
+            if leave.error is not None:
+                leave.error = explain(leave.error, storage.folder, report.activity)
+                report.log(f"error: {leave.error}")
+            raise
 
 
 def _train(launch: Launch) -> int:

@@ -17,7 +17,7 @@ from savant_ray.data.sources import SourceFile, expand, is_uri
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, bad_line_report
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import DataError, SettingsError
+from savant_ray.errors import DataError, SettingsError, unexpected_errors_explained
 from savant_ray.events import DataPrepared, TextCounts
 from savant_ray.reporting import RunReport
 
@@ -43,18 +43,20 @@ class PreparedData:
     fingerprint: str  # of tokenizer, sources and weights
 
 
-def prepare(config: Config) -> None:
-    """`savant prepare`: everything that training would prepare first.
+def prepare(config: Config, verbose: bool = False) -> None:
+    """`savant prepare`: everything that training would prepare first; `verbose` shows what Ray says.
 
     Raises:
         DataError: text is missing, unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
     """
     prepare_environment()
     config = with_absolute_paths(config, Path.cwd(), output_folder())
-    with RunReport(None) as report:
+    with RunReport(None) as report, unexpected_errors_explained(activity=lambda: report.activity):
         text = find_text(config, report)
         report.stage("starting Ray")
-        with ray_session():
+        from savant_ray.cluster.failures import ray_errors_explained
+
+        with ray_session(verbose), ray_errors_explained():
             prepare_data(config, text, report)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from savant_ray.data.order import GlobalOrder, share
 from savant_ray.data.stream import StepShare, StepStream
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import SavantError
+from savant_ray.errors import SavantError, doing
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.examiner import Examiner
@@ -97,12 +98,21 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
         host.save(state, "taken over")
         host.finish_saving()
     host.validator = make_validator(task, config, tokenizer, host, device)
-    shares = (ready(step, config, device) for step in steps)
+    shares = ready_steps(steps, config, device)
     if device.type == "cuda":  # each thread has a device of its own, and a context on another would take memory there
         shares = one_ahead(shares, functools.partial(torch.cuda.set_device, device))
     finished = train(state, config, host.metrics.watched(shares, lambda: memory_used_gb(device)), host)
     if host.rank == 0:
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saver.saved_step), wait=True)
+
+
+def ready_steps(
+    steps: Iterable[StepShare], config: Config, device: torch.device
+) -> Generator[list[MicroBatch], None, None]:
+    """Each step's micro-batches of this rank, as `ready` makes them."""
+    with doing("reading the next step's sequences"):
+        for step in steps:
+            yield ready(step, config, device)
 
 
 def ready(step: StepShare, config: Config, device: torch.device) -> list[MicroBatch]:

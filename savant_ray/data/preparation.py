@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from savant_ray.data.token_cache import (
     bad_line_report,
 )
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, UnexpectedError, describe
 
 FORMAT_VERSION = 1
 PROGRESS_BYTES = 2 << 20  # between two signs of life of a task
@@ -126,14 +127,20 @@ class _Job:
         self._unfinished.rename(self.folder)
 
     def _write_missing(self, progress: Progress) -> None:
-        """One Ray Data task per range; a task tells the bytes it has done, or what is wrong."""
+        """Run one Ray Data task per range, which yields the bytes it has done, or what is wrong.
+
+        Raises:
+            DataError: a file cannot be read or written.
+            UnexpectedError: anything else that a task raised, with its traceback.
+        """
         missing = [i for i in range(len(self._ranges)) if not RangeSummary.is_complete(self._unfinished, i)]
         total = sum(file.size for file in self._files)
         done = total - sum(_stored_bytes(self._ranges[index]) for index in missing)
         progress(done, total)
         for row in self._run_tasks(missing):
             if error := row["error"].as_py():
-                raise DataError(error)
+                details = row["traceback"].as_py()
+                raise UnexpectedError(error, details) if details else DataError(error)
             done = min(done + row["bytes"].as_py(), total)  # Ray repeats a task whose worker died
             progress(done, total)
 
@@ -156,16 +163,25 @@ class _WriteShard:
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         index, told, now = row.pop("index"), 0, 0
+        path = row["path"]
         try:
             for now in write_shard(self.folder, index, _from_row(row), self.recipe):
                 if now - told >= PROGRESS_BYTES:
-                    yield {"bytes": now - told, "error": ""}
+                    yield _task_row(now - told)
                     told = now
-            yield {"bytes": now - told, "error": ""}
+            yield _task_row(now - told)
         except DataError as error:
-            yield {"bytes": 0, "error": str(error)}
+            yield _task_row(0, str(error))
         except OSError as error:
-            yield {"bytes": 0, "error": f"{self.folder}: cannot be written ({error})"}
+            yield _task_row(0, f"{self.folder}: cannot be written ({error})")
+        except (GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizers' Rust code is no Exception
+            yield _task_row(0, describe(error, f"tokenising {path}"), traceback.format_exc())
+
+
+def _task_row(n_bytes: int, error: str = "", details: str = "") -> dict[str, Any]:
+    return {"bytes": n_bytes, "error": error, "traceback": details}
 
 
 def _as_row(part: ByteRange) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class RunReport:
         self._log = None if run_folder is None else TrainingLog(run_folder / LOG)
         self._console = open_console() if console is None else console
         self._clock, self._max_steps = clock, max_steps
-        self._pace, self._stage = Pace(), ""
+        self._pace, self._stage = Pace(), "starting"
         self._trend, self._skipped = Trend(), 0  # of this launch
         self._limit_gb: float | None = None
         self._last_remark = clock()
@@ -92,6 +92,11 @@ class RunReport:
         if self._record is not None:
             self._record.fill(lines)
 
+    @property
+    def activity(self) -> str:
+        """What is being done now, for the message about an unexpected error: "starting Ray", "training"."""
+        return self._stage
+
     def stage(self, text: str) -> None:
         """What begins now, before there are steps: "starting Ray"."""
         self._stage, self._last_remark = text, self._clock()
@@ -130,6 +135,7 @@ class RunReport:
         """The run stands at `event.step`: what was recorded after it happens again."""
         if self._record is not None:
             self._record.go_back_to(event.step, event.validates_first)
+        self._stage = "training"
         self.last_step, self._max_steps, self._limit_gb = event.step, event.max_steps, event.vram_limit_gb
         self._trend, self._skipped = Trend(), 0
         self._pace, self._first_step, self._unsaid = Pace(), True, ""
