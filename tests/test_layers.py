@@ -23,6 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 EVERYBODY_MAY = {"errors", "events", "config"}
 ALLOWED = {
     "cli": {"commands", "streams"},
+    "api": {"cluster", "reporting", "streams"},
     "streams": set(),
     "command_line": {"settings"},
     "commands": {"command_line", "cluster", "training", "reporting", "inference", "data", "benchmarks", "settings"},
@@ -41,6 +42,7 @@ ALLOWED = {
 }
 THIRD_PARTY = {
     "cli": set(),
+    "api": set(),
     "streams": set(),
     "command_line": set(),
     "commands": set(),
