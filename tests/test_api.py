@@ -69,7 +69,7 @@ def test_what_training_refuses_is_raised_in_the_caller(tmp_path: Path, monkeypat
 
 SCRIPT = """
 import subprocess, sys, json
-mine = subprocess.Popen(["sleep", "1000"])
+mine = subprocess.Popen(["sleep", "120"])
 import savant_ray
 try:
     result = savant_ray.train(json.loads(sys.argv[1]))
@@ -88,7 +88,7 @@ async def kernel():
     cell, real = Cell(), sys.stdout
     sys.stdout = cell
     shell = code.InteractiveInterpreter({"settings": json.loads(sys.argv[1])})
-    shell.runsource("import subprocess, ray, savant_ray, asyncio; mine = subprocess.Popen(['sleep', '1000'])")
+    shell.runsource("import subprocess, ray, savant_ray, asyncio; mine = subprocess.Popen(['sleep', '120'])")
     shell.runsource("info = ray.init(num_cpus=2, include_dashboard=False)")
     shell.runsource("first = savant_ray.train(settings)")
     shell.runsource("settings['training']['max_steps'] = 10")

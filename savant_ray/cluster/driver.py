@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from savant_ray.cluster.paths import in_ray_job, output_folder, python_to_type, with_absolute_paths
+from savant_ray.cluster.paths import generate_command, in_ray_job, output_folder, with_absolute_paths
 from savant_ray.cluster.session import (
     Leave,
     grace_seconds,
@@ -36,6 +36,7 @@ from savant_ray.errors import (
 )
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed, WorkersLost
 from savant_ray.reporting import RunReport, open_trackers
+from savant_ray.reporting.console import PlainConsole
 
 if TYPE_CHECKING:
     from savant_ray.cluster.bridge import BridgeHandle
@@ -90,6 +91,8 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
     storage = run_storage(config)
     with ExitStack() as held:
         with storage_errors_explained(storage):
+            if fresh:
+                _refuse_before_moving(config, storage)
             moved = storage.move_aside() if fresh else None
             held.enter_context(storage.in_use())
             storage.fetch_records()
@@ -112,6 +115,22 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
                 leave.error = explain(leave.error, storage.folder, report.activity)
                 report.log(f"error: {leave.error}")
             raise
+
+
+def _refuse_before_moving(config: Config, storage: Disk) -> None:
+    """Refuse wrong paths now: `--fresh` moves an older run aside only for one that can begin.
+
+    Raises:
+        SavantError: text, tokenizer or `run.init_from` is missing, or the disk is too small.
+    """
+    from savant_ray.cluster.checks import check_before_start
+    from savant_ray.cluster.preparation import find_text, get_tokenizer
+
+    check_before_start(config, storage, fresh=True)
+    with RunReport(None, console=PlainConsole(None)) as silent:  # what it says is said again by the launch itself
+        find_text(config, silent)
+        if config.data.tokenizer != "train":
+            get_tokenizer(config, [], silent)
 
 
 def _train(launch: Launch) -> int:
@@ -280,8 +299,7 @@ def _conclude(launch: Launch, outcome: Outcome) -> int:
         saved = f"stopped and saved as {newest}" if outcome.end.step else "stopped before the first step"
         launch.report.say(f"{saved}; to go on, run the same command again")
         return STOPPED_EARLY
-    where = launch.storage.location
-    launch.report.say(f'trained; next: {python_to_type()} jobs/generate.py --checkpoint {where} --prompt "…"')
+    launch.report.say(f"trained; next: {generate_command(launch.storage.location)}")
     return 0
 
 

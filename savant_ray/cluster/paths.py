@@ -7,6 +7,7 @@ job, so there what a run WRITES (run folders, token cache) goes below the home f
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -25,6 +26,11 @@ def python_to_type(python: Path = Path(sys.executable)) -> str:
     if found is not None and Path(found).parent == python.parent:
         return "python"
     return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
+
+
+def generate_command(run: str) -> str:
+    """The command to type next when `run` (a folder or URI) is trained; a shell takes it as it is."""
+    return f'{shlex.quote(python_to_type())} jobs/generate.py --checkpoint {shlex.quote(run)} --prompt "…"'
 
 
 def in_ray_job(environment: Mapping[str, str] = os.environ) -> bool:
