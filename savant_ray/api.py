@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from savant_ray.config import Config, load_config
-from savant_ray.errors import SavantError, TrainingError, UnexpectedError, explain
+from savant_ray.errors import SavantError, TrainingError, UnexpectedError, explain, warn_of_thread
 from savant_ray.streams import open_standard_streams
 
 POLL_SECONDS = 0.5
@@ -98,6 +98,7 @@ def train(
 def run_child(descriptor: int) -> NoReturn:
     """In the child process: train what the caller sends over the socket, send the result back, and exit."""
     open_standard_streams().tolerant = True
+    threading.excepthook = warn_of_thread
     with socket.socket(fileno=descriptor) as caller:
         order = json.loads(caller.makefile("rb").readline())
         threading.Thread(target=_stop_when_gone, args=(caller,), name="caller-watch", daemon=True).start()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from savant_ray.commands import COMMANDS
-from savant_ray.errors import SettingsError, doing, explain, print_error
+from savant_ray.errors import SettingsError, doing, print_error, warn_of_thread
 from savant_ray.streams import Output, open_standard_streams
 
 INTERRUPTED = 130  # what shells say of a command that Ctrl+C ended
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = open_standard_streams()
     command = COMMANDS.get(arguments[0]) if arguments else None
     output.tolerant = command is not None and not command.prints_result
-    threading.excepthook = _warn_of_thread
+    threading.excepthook = warn_of_thread
     try:
         with doing(f"running savant {' '.join(arguments[:1])}"):
             code = _run(arguments)
@@ -41,13 +41,6 @@ def _without_output(output: Output, code: int) -> int:
     if output.error is not None and not isinstance(output.error, BrokenPipeError):
         print(f"error: standard output cannot be written: {output.error.strerror}", file=sys.stderr)
     return code or 1
-
-
-def _warn_of_thread(failure: threading.ExceptHookArgs) -> None:
-    """What a thread that nobody waits for died of: a line instead of Python's traceback."""
-    if failure.exc_value is not None and not isinstance(failure.exc_value, SystemExit):
-        name = "a thread" if failure.thread is None else f"the thread {failure.thread.name}"
-        print(f"WARNING: {name} ended: {explain(failure.exc_value)}", file=sys.stderr)
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from savant_ray.command_line import count, counts, new_parser, temperature, utf8_text, with_settings
-from savant_ray.errors import SavantError, print_error
+from savant_ray.errors import SavantError, SettingsError, print_error
 
 QUICKSTART_FOLDER = Path("dataset")
 
@@ -164,9 +165,14 @@ def _runs(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for programs: print a JSON list")
     options = parser.parse_args(arguments)
     from savant_ray.cluster.lock import is_in_use
+    from savant_ray.cluster.paths import home_folder
     from savant_ray.reporting.runs import find_runs, print_table, summarise, to_json
 
-    runs = [summarise(folder, is_in_use) for folder in find_runs(options.folders or [Path(), Path.home()])]
+    folders = options.folders or [Path()]
+    if not options.folders:
+        with suppress(SettingsError):  # a user without one has no runs there
+            folders.append(home_folder())
+    runs = [summarise(folder, is_in_use) for folder in find_runs(folders)]
     if options.json:
         print(to_json(runs))
     elif runs:

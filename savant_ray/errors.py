@@ -18,6 +18,7 @@ import errno
 import sys
 import tempfile
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -146,6 +147,15 @@ def print_error(error: BaseException, verbose: bool = False) -> int:
         traceback.print_exception(error)
     print(textwrap.indent(str(explained), "       ").replace("       ", "error: ", 1), file=sys.stderr)
     return explained.exit_code
+
+
+def warn_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print in a line what ended a thread that nobody waits for; to be `threading.excepthook`."""
+    error, thread = failure.exc_value, failure.thread
+    if error is None or isinstance(error, SystemExit) or type(thread).__module__.startswith("tensorboard."):
+        return  # TensorBoard's writer hands its error to the next one who writes
+    name = "a thread" if thread is None else f"the thread {thread.name}"
+    print(f"WARNING: {name} ended: {explain(error)}", file=sys.stderr)
 
 
 def _keep(details: str, folder: Path | None) -> Path | None:

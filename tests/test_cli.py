@@ -366,6 +366,18 @@ def test_bytes_of_the_command_line_that_are_not_utf_8_are_named(tmp_path: Path) 
         assert done.returncode in (2, 4) and done.stderr.startswith("error: dog") and done.stderr.count("\n") == 1
 
 
+def test_runs_are_listed_for_a_user_without_a_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out.startswith("no runs here")
+
+
 def test_json_that_names_a_path_which_is_not_utf_8_is_still_json(calls: list[Any], tmp_path: Path) -> None:
     file, odd = tmp_path / "answer.json", os.fsdecode(b"run\xe9")
     assert main(["generate", "--checkpoint", odd, "--prompt", "x", "--json", str(file)]) == 0

@@ -35,7 +35,7 @@ def explain_failure(error: BaseException | None, told: RunFailed | None, newest:
     culprit = _culprit(error.worker_failures)[1]
     message = f"{_first_failure(error.worker_failures)}\n{again}"
     if isinstance(culprit, UserExceptionWithTraceback):
-        return UnexpectedError(f"{message} {go_on}", str(error))
+        return UnexpectedError(f"{message} {go_on}", str(culprit))
     return TrainingError(f"{message} What Ray knows is in training_log.txt. {go_on}.")
 
 

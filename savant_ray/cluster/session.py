@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from savant_ray.cluster.paths import in_ray_job
+from savant_ray.cluster.paths import in_ray_job, replace_missing_home
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, TrainingError
 
@@ -39,6 +39,7 @@ JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
 def prepare_environment() -> None:
     """Sets what Ray reads from the environment; call before `import ray`."""
+    replace_missing_home()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if "RAY_ADDRESS" not in os.environ:  # a local cluster, bound to this machine: no token to pass around

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from savant_ray.data.sources import SourceFile
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, doing
 
 MEMORY = "content-hashes.json"
 BLOCK_BYTES = 1 << 20
@@ -45,8 +45,13 @@ def write_aside(path: Path, text: str) -> None:
     """Writes a file that is complete or absent; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    with doing(f"writing {path}"):
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def _key(file: SourceFile) -> str:

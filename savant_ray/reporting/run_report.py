@@ -58,6 +58,7 @@ class RunReport:
         self._unsaid = ""  # the newest step, when it was not worth a line yet
         self._first_step = True
         self._noticed: set[str] = set()
+        self._log_refused = False
         self.last_step = 0
 
     def __enter__(self) -> Self:
@@ -167,6 +168,11 @@ class RunReport:
     def _say_complaints(self, record: Record) -> None:
         for text in record.complaints():
             self.say(text)
+        if self._log is not None and self._log.refusal and not self._log_refused:
+            self._log_refused = True
+            self._console.say(
+                f"WARNING: {self._log.path} cannot be written: {self._log.refusal}. Training goes on; its lines are lost."
+            )
 
     def _say_newest_step(self) -> None:
         if self._unsaid:

@@ -21,6 +21,7 @@ from savant_ray.cluster.paths import (
     output_folder,
     parent_and_name,
     python_to_type,
+    replace_missing_home,
     run_folder,
     with_absolute_paths,
 )
@@ -77,6 +78,29 @@ def test_a_job_writes_below_home_because_its_folder_vanishes() -> None:
     job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
     assert in_ray_job(job) and output_folder(job) == Path.home() / "savant_runs"
     assert not in_ray_job({}) and output_folder({}) == Path.cwd()
+
+
+def test_what_needs_a_home_folder_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(SettingsError, match=f"user {os.getuid()} has no home folder.*set HOME"):
+        output_folder({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"})
+    with pytest.raises(SettingsError, match="set HOME"):
+        run_folder(load_config(["--run.storage_path", "s3://bucket/runs"], environment={}))
+    assert output_folder({}) == Path.cwd()
+
+
+def test_libraries_get_a_home_folder_where_the_user_has_none_but_no_run_goes_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    replace_missing_home()
+    assert Path.home().is_dir() and not list(Path.home().iterdir())
+    with pytest.raises(SettingsError, match="set HOME"):
+        run_folder(load_config(["--run.storage_path", "s3://bucket/runs"], environment={}))
 
 
 def test_the_guides_checkpoint_is_about_a_gigabyte() -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import traceback
 
-from savant_ray.cluster.failures import _in_words
+import pytest
+from ray.exceptions import RayTaskError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+from savant_ray.cluster.failures import _in_words, explain_failure, ray_errors_explained
+from savant_ray.errors import UnexpectedError, doing
 
 
 @pytest.mark.parametrize(
@@ -16,3 +22,22 @@ from savant_ray.cluster.failures import _in_words
 )
 def test_a_worker_that_cannot_be_reached_is_lost_with_its_node_or_killed(said: str) -> None:
     assert _in_words(RuntimeError(said)) == "it died: it was killed, ran out of memory, or its node is gone"
+
+
+def test_what_nobody_foresaw_in_a_worker_is_told_with_what_it_was_doing_and_its_traceback() -> None:
+    failures: dict[int, Exception] = {0: RuntimeError("Connection closed by peer")}
+    try:
+        with doing("saving step_5"):
+            int("five")
+    except ValueError as error:
+        failures[1] = UserExceptionWithTraceback(error, traceback.format_exc())
+    told = explain_failure(WorkerGroupError("workers failed", failures), None, "step_4", max_failures=3)
+    first, second = str(told).splitlines()
+    assert first == "worker 1: while saving step_5: ValueError: invalid literal for int() with base 10: 'five'"
+    assert "tried again 3 times" in second and second.endswith("go on from step_4")
+    assert isinstance(told, UnexpectedError) and 'int("five")' in told.details
+
+
+def test_what_our_own_code_raised_in_a_task_of_ray_keeps_its_cause() -> None:
+    with pytest.raises(RayTaskError), ray_errors_explained():
+        raise RayTaskError("tokenise", "Traceback …", ZeroDivisionError("division by zero"))
