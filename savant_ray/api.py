@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from savant_ray.config import Config, load_config
-from savant_ray.errors import SavantError, TrainingError, UnexpectedError, explain, warn_of_thread
+from savant_ray.errors import SavantError, SettingsError, TrainingError, UnexpectedError, explain, warn_of_thread
 from savant_ray.streams import open_standard_streams
 
 POLL_SECONDS = 0.5
@@ -100,7 +100,10 @@ def run_child(descriptor: int) -> NoReturn:
     open_standard_streams().tolerant = True
     threading.excepthook = warn_of_thread
     with socket.socket(fileno=descriptor) as caller:
-        order = json.loads(caller.makefile("rb").readline())
+        line = caller.makefile("rb").readline()
+        if not line:  # interrupted before it had said what to do
+            sys.exit(1)
+        order = json.loads(line)
         threading.Thread(target=_stop_when_gone, args=(caller,), name="caller-watch", daemon=True).start()
         code, answer = _train(order["settings"], order["options"])
         with suppress(OSError):
@@ -114,9 +117,18 @@ def run_child(descriptor: int) -> NoReturn:
 def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
     if isinstance(config, Config):
         return config
-    if isinstance(config, Mapping):
-        return Config.from_dict(config)
-    return load_config((), {}, Path(config))
+    if not isinstance(config, Mapping):
+        return load_config((), {}, Path(config))
+    try:
+        settings = json.loads(json.dumps(config, default=_plain))
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"config: holds something that is no setting: {error}") from error
+    return Config.from_dict(settings)
+
+
+def _plain(value: object) -> object:
+    """A mapping of any kind as a dict, a Path as its text."""
+    return dict(value) if isinstance(value, Mapping) else os.fspath(value)  # type: ignore[call-overload]
 
 
 def _start_child(theirs: socket.socket) -> subprocess.Popen[bytes]:

@@ -55,6 +55,8 @@ def test_the_public_names_are_there_and_load_nothing_before_they_are_used() -> N
 def test_wrong_settings_are_refused_as_the_command_line_does(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"training\.max_step"):
         savant_ray.train({"training": {"max_step": 3}})
+    with pytest.raises(SettingsError, match="no setting"):
+        savant_ray.train({"training": {"max_steps": object()}})
     with pytest.raises(SettingsError, match=r"no\.yaml: no such file"):
         savant_ray.train(tmp_path / "no.yaml")
 
@@ -62,7 +64,7 @@ def test_wrong_settings_are_refused_as_the_command_line_does(tmp_path: Path) -> 
 def test_what_training_refuses_is_raised_in_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="savant_dataset_train"):
-        savant_ray.train(settings())
+        savant_ray.train(settings(run__storage_path=tmp_path))
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         savant_ray.train(savant_ray.Config.from_dict(settings(run__init_from=str(tmp_path / "nothing"))))
 
