@@ -143,7 +143,7 @@ def print_error(error: BaseException, verbose: bool = False) -> int:
     explained = explain(error)
     if verbose and isinstance(explained, UnexpectedError):
         print(explained.details, file=sys.stderr)
-    elif verbose:
+    elif verbose and not isinstance(error, SavantError):
         traceback.print_exception(error)
     print(textwrap.indent(str(explained), "       ").replace("       ", "error: ", 1), file=sys.stderr)
     return explained.exit_code

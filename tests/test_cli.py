@@ -23,6 +23,12 @@ from savant_ray.errors import STOPPED_EARLY, CheckpointError, MemoryCapError, do
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def hook_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command runs in these tests without a process of its own, and its hook must not outlive it."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What a command called in place of training, preparing, generating and measuring."""
@@ -203,7 +209,6 @@ def test_an_error_in_a_thread_that_nobody_waits_for_is_a_warning_in_one_line(
         thread.start()
         thread.join()
 
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", start_thread)
     assert main(["prepare"]) == 0
     said = capsys.readouterr().err
