@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import sys
 from typing import Any, TextIO
 
@@ -20,13 +21,13 @@ class Output(io.RawIOBase):
         self.error, self.tolerant = error, tolerant
         self._descriptor = descriptor
 
-    def write(self, data: Any, /) -> int | None:
-        """Write some of the bytes; return how many, None if the descriptor would block."""
-        if self.error is None:
+    def write(self, data: Any, /) -> int:
+        """Write some of the bytes, also to a descriptor that somebody made non-blocking; return how many."""
+        while self.error is None:
             try:
                 return os.write(self._descriptor, data)
             except BlockingIOError:
-                return None
+                select.select([], [self._descriptor], [])
             except OSError as error:
                 self.error = error
                 if not self.tolerant:

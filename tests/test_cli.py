@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -354,6 +355,19 @@ def in_a_shell(arguments: list[str], redirection: str, folder: Path) -> subproce
         text=True,
         check=False,
     )
+
+
+def test_a_pipe_that_does_not_block_gets_all_that_is_printed(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)  # less than is printed
+    os.set_blocking(write, False)
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--help"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True) as job:
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            printed = pipe.read()
+        assert job.wait() == 0 and job.stderr is not None and job.stderr.read() == ""
+    assert len(printed) > 4096 and "reporting.wandb" in printed
 
 
 def test_bytes_of_the_command_line_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
