@@ -56,6 +56,7 @@ def open_standard_streams() -> Output:
     for descriptor in range(3):
         if not _is_open(descriptor):
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.set_inheritable(descriptor, True)  # or Ray's processes would find it closed
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - stays open as Python's own does
     sys.stderr, _ = _usable(sys.stderr, sys.__stderr__, 2, tolerant=True)

@@ -357,6 +357,18 @@ def in_a_shell(arguments: list[str], redirection: str, folder: Path) -> subproce
     )
 
 
+def test_processes_that_are_started_with_closed_streams_find_them_open(tmp_path: Path) -> None:
+    script = (
+        "import subprocess, sys; from savant_ray.streams import open_standard_streams; open_standard_streams()\n"
+        "look = 'import os; [os.fstat(descriptor) for descriptor in range(3)]'\n"
+        "sys.exit(subprocess.run([sys.executable, '-c', look]).returncode)"
+    )
+    for redirection in (">&-", "2>&-", "<&-", "<&- >&- 2>&-"):
+        command = f'exec "$0" -c "$1" {redirection}'
+        done = subprocess.run(["bash", "-c", command, sys.executable, script], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), redirection
+
+
 def test_a_pipe_that_does_not_block_gets_all_that_is_printed(tmp_path: Path) -> None:
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)  # less than is printed
