@@ -9,7 +9,6 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback, WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from savant_ray.errors import SavantError, TrainingError, UnexpectedError, describe
 from savant_ray.events import RunFailed, WorkersLost
@@ -31,11 +30,12 @@ def explain_failure(error: BaseException | None, told: RunFailed | None, newest:
     go_on = f"When the cause is mended, run the same command again to go on from {newest}"
     if not isinstance(error, WorkerGroupError):
         details = "" if error is None else "".join(traceback.format_exception(error))
-        return UnexpectedError(f"training ended: {'without a reason' if error is None else describe(error)}", details)
+        reason = "without a reason" if error is None else describe(error)
+        return UnexpectedError(f"training ended: {reason}\n{go_on}", details)
     culprit = _culprit(error.worker_failures)[1]
     message = f"{_first_failure(error.worker_failures)}\n{again}"
-    if isinstance(culprit, UserExceptionWithTraceback):
-        return UnexpectedError(f"{message} {go_on}", str(culprit))
+    if isinstance(culprit, UnexpectedError):
+        return UnexpectedError(f"{message} {go_on}", culprit.details)
     return TrainingError(f"{message} What Ray knows is in training_log.txt. {go_on}.")
 
 
@@ -76,11 +76,18 @@ def _first_failure(failures: Mapping[int, BaseException]) -> str:
 
 
 def _is_consequence(failure: BaseException) -> bool:
-    return any(sign in str(failure) for sign in CONSEQUENCES)
+    return any(sign in _text_of(failure) for sign in CONSEQUENCES)
+
+
+def _text_of(failure: BaseException) -> str:
+    """All that it says: our worker puts the first line into the message, the whole text ends the traceback."""
+    if isinstance(failure, UnexpectedError):
+        return f"{failure}\n{failure.details.rpartition('  File ')[2]}"
+    return str(failure)
 
 
 def _in_words(failure: BaseException) -> str:
-    text = str(failure)
+    text = _text_of(failure)
     if "CUDA out of memory" in text:
         return (
             "its GPU memory, training.vram_limit_gb, did not suffice; lower training.batch_size and raise accumulation"
@@ -92,8 +99,6 @@ def _in_words(failure: BaseException) -> str:
         )
     if _is_consequence(failure):  # the other one's death is known to Ray only half a minute later
         return "it lost its connection to another worker: that one was killed, ran out of memory, or its node is gone"
-    if isinstance(failure, UserExceptionWithTraceback):
-        return describe(failure._base_exc, "training")
     if isinstance(failure, RayActorError) or any(sign in text for sign in GONE):
         return "it died: it was killed, ran out of memory, or its node is gone"
     return _last_line(failure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import traceback
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train.torch import get_device
 
 from savant_ray.cluster.disk import Disk
@@ -23,7 +25,7 @@ from savant_ray.data.order import GlobalOrder, share
 from savant_ray.data.stream import StepShare, StepStream
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import SavantError, doing
+from savant_ray.errors import SavantError, UnexpectedError, describe, doing
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.examiner import Examiner
@@ -71,6 +73,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         host.finish_saving()
         host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
         raise
+    except (RayError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Ray Train hands on the error, but neither its traceback nor what was being done
+        raise UnexpectedError(describe(error, "training"), traceback.format_exc()) from error
 
 
 def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk, host: RayHost) -> None:
