@@ -129,7 +129,7 @@ def _refuse_before_moving(config: Config, storage: Disk) -> None:
     check_before_start(config, storage, fresh=True)
     with RunReport(None, console=PlainConsole(None)) as silent:  # what it says is said again by the launch itself
         find_text(config, silent)
-        if config.data.tokenizer != "train":
+        if config.data.tokenizer not in ("auto", "train"):  # which names one that has to be there
             get_tokenizer(config, [], silent)
 
 
