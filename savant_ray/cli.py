@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import difflib
-import io
-import os
 import sys
+import threading
+from collections.abc import Sequence
 
 from savant_ray.commands import COMMANDS
-from savant_ray.errors import SavantError, SettingsError, tell
+from savant_ray.errors import SettingsError, doing, print_error, warn_of_thread
+from savant_ray.streams import Output, open_standard_streams
 
 INTERRUPTED = 130  # what shells say of a command that Ctrl+C ended
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code (see `savant_ray.errors`)."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode must not end a training
-            stream.reconfigure(errors="backslashreplace")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (see `savant_ray.errors`); no error leaves this function."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    output = open_standard_streams()
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    output.tolerant = command is not None and not command.prints_result
+    threading.excepthook = warn_of_thread
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # where a reader went away, here is the place to notice
-        return code
+        with doing(f"running savant {' '.join(arguments[:1])}"):
+            code = _run(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # `| head` has seen enough; the interpreter must not stumble over it again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (SavantError, OSError) as error:
-        return tell(error)
     except SystemExit as end:  # argparse: 0 after --help, 2 after a wrong option
-        return end.code if isinstance(end.code, int) else 1
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        if error is not output.error:
+            return print_error(error, verbose="--verbose" in arguments)
+        code = 1
+    return code if output.tolerant or output.error is None else _without_output(output, code)
 
 
-def _run(argv: list[str]) -> int:
+def _without_output(output: Output, code: int) -> int:
+    """The exit code of a command whose result could not be printed; a reader that has seen enough (`| head`) knows."""
+    if output.error is not None and not isinstance(output.error, BrokenPipeError):
+        print(f"error: standard output cannot be written: {output.error.strerror}", file=sys.stderr)
+    return code or 1
+
+
+def _run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if argv else 2

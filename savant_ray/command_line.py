@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import shutil
 import sys
@@ -64,12 +65,21 @@ def new_parser(command: str, summary: str, settings: bool = False) -> argparse.A
         parser.add_argument(
             "--config", action=_ConfigFile, metavar="FILE.yaml", help="YAML file with what differs from the defaults"
         )
+    parser.add_argument(
+        "--verbose", action="store_true", help="also print what Ray says, and the traceback of an unexpected error"
+    )
     return parser
 
 
 def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """The command's own options, and the settings from file, environment and what is left of the command line."""
+    """The command's own options, and the settings from file, environment and what is left of the command line.
+
+    Raises:
+        SettingsError: a setting is wrong.
+    """
     options, settings = parser.parse_known_args(arguments)
+    for option, value in zip(["", *settings], settings, strict=False):
+        refuse_undecodable(value, option if option.startswith("--") and "=" not in option else "")
     own = [f"--{name.replace('_', '-')}" for name in vars(options)]
     for word in settings:
         close = difflib.get_close_matches(word.replace("_", "-"), own, n=1, cutoff=0.8)
@@ -84,6 +94,28 @@ def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
             file=sys.stderr,
         )
     return options, config
+
+
+def refuse_undecodable(text: str, option: str = "") -> None:
+    """Refuse bytes of the command line that are not UTF-8, which Python keeps as surrogates.
+
+    Raises:
+        SettingsError: there are some; a setting cannot hold them, and no tokenizer takes them.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(text).decode(errors="backslashreplace")
+        raise SettingsError(f"{option}{': ' * bool(option)}{shown} is not UTF-8 text") from None
+
+
+def utf8_text(text: str) -> str:
+    """Text for the model."""
+    try:
+        refuse_undecodable(text)
+    except SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def file_path(text: str) -> Path:

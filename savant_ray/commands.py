@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from savant_ray.command_line import depths, file_path, loops, new_parser, new_tokens, seed, temperature, with_settings
-from savant_ray.errors import SavantError
+from savant_ray.command_line import (
+    depths,
+    file_path,
+    loops,
+    new_parser,
+    new_tokens,
+    seed,
+    temperature,
+    utf8_text,
+    with_settings,
+)
+from savant_ray.errors import SavantError, SettingsError, print_error
 
 QUICKSTART_FOLDER = Path("dataset")
 
@@ -23,6 +34,7 @@ class Command(NamedTuple):
 
     run: Callable[[Sequence[str]], int]
     summary: str
+    prints_result: bool = True  # what it prints is what it was called for, so it fails if it cannot print
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -33,11 +45,14 @@ def _train(arguments: Sequence[str]) -> int:
         action="store_true",
         help="go on although model, tokenizer or text are not those of the checkpoint, and keep what fits",
     )
-    parser.add_argument("--verbose", action="store_true", help="show what Ray and the workers' libraries say, too")
     options, config = with_settings(parser, arguments)
     from savant_ray.cluster.driver import train
+    from savant_ray.cluster.session import Leave, leave_at_once
 
-    return train(config, fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose)
+    try:
+        return train(config, fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose)
+    except Leave as leave:
+        return leave_at_once(leave.code if leave.error is None else print_error(leave.error, options.verbose))
 
 
 def _prepare(arguments: Sequence[str]) -> int:
@@ -55,7 +70,7 @@ def _prepare(arguments: Sequence[str]) -> int:
             return 0
     from savant_ray.cluster.preparation import prepare
 
-    prepare(config)
+    prepare(config, verbose=options.verbose)
     return 0
 
 
@@ -64,7 +79,7 @@ def _generate(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--checkpoint", metavar="PATH", required=True, help="a run folder or a step_N in it; also s3://…"
     )
-    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text to go on with")
+    parser.add_argument("--prompt", type=utf8_text, metavar="TEXT", required=True, help="the text to go on with")
     parser.add_argument("--max-new-tokens", type=new_tokens, metavar="N", help="longest answer [the run's]")
     parser.add_argument(
         "--temperature", type=temperature, metavar="T", help="0: always the likeliest token [the run's]"
@@ -170,9 +185,14 @@ def _runs(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for programs: print a JSON list")
     options = parser.parse_args(arguments)
     from savant_ray.cluster.lock import is_in_use
+    from savant_ray.cluster.paths import home_folder
     from savant_ray.reporting.runs import find_runs, print_table, summarise, to_json
 
-    runs = [summarise(folder, is_in_use) for folder in find_runs(options.folders or [Path(), Path.home()])]
+    folders = options.folders or [Path()]
+    if not options.folders:
+        with suppress(SettingsError):  # a user without one has no runs there
+            folders.append(home_folder())
+    runs = [summarise(folder, is_in_use) for folder in find_runs(folders)]
     if options.json:
         print(to_json(runs))
     elif runs:
@@ -233,14 +253,16 @@ def _benchmark(arguments: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "train": Command(_train, "train a run, or go on with it"),
-    "prepare": Command(_prepare, "tokenise and pack the training text, which train does by itself too"),
+    "train": Command(_train, "train a run, or go on with it", prints_result=False),
+    "prepare": Command(
+        _prepare, "tokenise and pack the training text, which train does by itself too", prints_result=False
+    ),
     "runs": Command(_runs, "list runs: state, step, loss, last checkpoint"),
     "status": Command(_status, "tell in five lines how a run stands"),
-    "report": Command(_report, "write what a run did, or several side by side, as one HTML page"),
+    "report": Command(_report, "write what a run did, or several side by side, as one HTML page", prints_result=False),
     "generate": Command(_generate, "let a checkpoint go on with a prompt"),
     "evaluate": Command(_evaluate, "score a checkpoint's answers to logic problems, or to your own"),
-    "export": Command(_export, "write a checkpoint for other programs"),
+    "export": Command(_export, "write a checkpoint for other programs", prints_result=False),
     "config": Command(_config, "print the complete settings"),
     "benchmark": Command(_benchmark, "measure against the straightforward way"),
 }
@@ -250,13 +272,13 @@ def _parser(command: str, settings: bool = False) -> argparse.ArgumentParser:
     return new_parser(command, COMMANDS[command].summary, settings)
 
 
-def _print_answer(prompt: str, pieces: Any) -> str:
+def _print_answer(prompt: str, pieces: Iterator[str]) -> str:
     """Prints prompt and answer as it comes; a terminal gets no control characters from the model."""
     from savant_ray.reporting.wording import printable
 
     show = printable if sys.stdout.isatty() else str
-    print(show(prompt), end="", flush=True)
-    text = ""
+    text = next(pieces, "")  # before anything is printed: the checkpoint may be refused
+    print(show(prompt) + show(text), end="", flush=True)
     for piece in pieces:
         text += piece
         print(show(piece), end="", flush=True)
@@ -268,6 +290,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     import json
 
     try:
-        path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair as its JSON escape
     except OSError as error:
         raise SavantError(f"--json {path}: {error.strerror}") from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +20,15 @@ import yaml
 
 from savant_ray.cli import COMMANDS, main
 from savant_ray.config import Config, dump_yaml, load_config, setting_rows
-from savant_ray.errors import STOPPED_EARLY, CheckpointError, MemoryCapError
+from savant_ray.errors import STOPPED_EARLY, CheckpointError, MemoryCapError, doing
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def hook_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command runs in these tests without a process of its own, and its hook must not outlive it."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
 @pytest.fixture
@@ -41,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return STOPPED_EARLY
 
     install("savant_ray.cluster.driver", train=train)
-    install("savant_ray.cluster.preparation", prepare=made.append)
+    install("savant_ray.cluster.preparation", prepare=lambda config, verbose: made.append(config))
     install("savant_ray.training.sampling", stream_answer=stream_answer)
     install("savant_ray.training.export", export=lambda *options: made.append(options) or ["no moments"])
     install("savant_ray.data.quickstart", write_quickstart=lambda folder, force: made.append((folder, force)))
@@ -128,8 +137,88 @@ def test_a_failure_is_told_in_a_line_and_has_its_exit_code(
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_that_verbose_prints(
+    calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(config: Config, **options: bool) -> None:
+        with doing("tokenising train.jsonl"):
+            raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", fail)
+    assert main(["prepare"]) == 1
+    said = capsys.readouterr().err
+    (file,) = tmp_path.iterdir()
+    assert said == (
+        f"error: while tokenising train.jsonl: ZeroDivisionError: division by zero (the full traceback is in {file})\n"
+    )
+    assert "in fail\n" in file.read_text()
+    assert main(["prepare", "--verbose"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last)") and "in fail\n" in said
+    assert "\nerror: while tokenising" in said
+
+
+class Panic(BaseException):
+    """As a Rust library raises it: no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Panic("index out of bounds\nnote: run with RUST_BACKTRACE=1"), "Panic: index out of bounds"),
+        (RuntimeError(""), "RuntimeError"),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("Traceback (most recent call last):\n  File x\nValueError: the cause"), "ValueError: the cause"),
+        (KeyError("x" * 10_000), "KeyError: 'xxx"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_whatever_is_raised_is_told_in_one_line_of_readable_length(
+    error: BaseException,
+    said: str,
+    calls: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(config: Config, **options: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", fail)
+    assert main(["prepare"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: while running savant prepare: ") and said in printed
+    assert printed.count("\n") == 1 and len(printed) < 1000
+
+
+def test_an_unexpected_error_is_told_even_if_no_folder_takes_its_traceback(
+    calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(config: Config, **options: bool) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
+    monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", fail)
+    assert main(["prepare"]) == 1
+    assert "division by zero (--verbose prints the full traceback)" in capsys.readouterr().err
+
+
+def test_an_error_in_a_thread_that_nobody_waits_for_is_a_warning_in_one_line(
+    calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_thread(config: Config, **options: bool) -> None:
+        thread = threading.Thread(target=lambda: 1 // 0, name="reader")
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", start_thread)
+    assert main(["prepare"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("WARNING: the thread reader ended: ZeroDivisionError:") and said.count("\n") == 1
+
+
 def test_ctrl_c_ends_a_command_as_shells_expect(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(config: Config) -> None:
+    def interrupt(config: Config, **options: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", interrupt)
@@ -299,6 +388,107 @@ def test_a_job_is_its_command_from_any_folder(job: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"usage: savant {job} ")
+
+
+RESULTS = [["config"], ["runs", "."], ["runs", ".", "--json"], ["--help"], []]
+
+
+@pytest.mark.parametrize("arguments", RESULTS)
+@pytest.mark.parametrize("redirection", [">&-", "> /dev/full", ">&- <&-"])
+def test_a_command_whose_result_cannot_be_printed_says_so_and_fails(
+    redirection: str, arguments: list[str], tmp_path: Path
+) -> None:
+    done = in_a_shell(arguments, redirection, tmp_path)
+    assert done.returncode == 1 or (done.returncode, arguments) == (2, [])
+    assert done.stderr.startswith("error: standard output cannot be written: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "<&-", "2> /dev/full", "<&- 2>&-"])
+def test_a_command_needs_neither_stdin_nor_stderr(redirection: str, tmp_path: Path) -> None:
+    done = in_a_shell(["config"], redirection, tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and "max_steps: 80000\n" in done.stdout
+    assert in_a_shell(["config", "--no.such", "1"], redirection, tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("redirection", [">&-", "> /dev/full", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full 2> /dev/full"])
+def test_a_command_that_does_something_else_than_printing_does_it_without_output(
+    redirection: str, tmp_path: Path
+) -> None:
+    done = in_a_shell(["prepare", "--quickstart"], redirection, tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    written = sorted((tmp_path / "dataset").iterdir())
+    assert len(written) > 1 and all(json.loads(line) for file in written for line in file.read_text().splitlines()[:1])
+
+
+def in_a_shell(arguments: list[str], redirection: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A command with its streams as the shell makes them, in a folder of its own."""
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from savant_ray.cli import main; sys.exit(main())"
+    command = f'exec "$0" "$@" {redirection}'
+    return subprocess.run(
+        ["bash", "-c", command, sys.executable, "-c", code, str(ROOT), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_processes_that_are_started_with_closed_streams_find_them_open(tmp_path: Path) -> None:
+    script = (
+        "import subprocess, sys; from savant_ray.streams import open_standard_streams; open_standard_streams()\n"
+        "look = 'import os; [os.fstat(descriptor) for descriptor in range(3)]'\n"
+        "sys.exit(subprocess.run([sys.executable, '-c', look]).returncode)"
+    )
+    for redirection in (">&-", "2>&-", "<&-", "<&- >&- 2>&-"):
+        command = f'exec "$0" -c "$1" {redirection}'
+        done = subprocess.run(["bash", "-c", command, sys.executable, script], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), redirection
+
+
+def test_a_pipe_that_does_not_block_gets_all_that_is_printed(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)  # less than is printed
+    os.set_blocking(write, False)
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--help"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True) as job:
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            printed = pipe.read()
+        assert job.wait() == 0 and job.stderr is not None and job.stderr.read() == ""
+    assert len(printed) > 4096 and "reporting.wandb" in printed
+
+
+def test_bytes_of_the_command_line_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"dog\xe9")
+    for arguments in (
+        ["config", "--run.name", odd],
+        ["train", f"--data.validation={odd}.jsonl"],
+        ["generate", "--checkpoint", "run", "--prompt", odd],
+    ):
+        done = in_a_shell(arguments, "", tmp_path)
+        assert done.returncode == 2 and "dog\\xe9" in done.stderr and "is not UTF-8 text" in done.stderr
+        assert "Traceback" not in done.stderr
+    for arguments in (["report", odd], ["status", odd], ["train", "--config", odd], ["evaluate", odd], [odd]):
+        done = in_a_shell(arguments, "", tmp_path)
+        assert done.returncode in (2, 4) and done.stderr.startswith("error: dog") and done.stderr.count("\n") == 1
+
+
+def test_runs_are_listed_for_a_user_without_a_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out.startswith("no runs here")
+
+
+def test_json_that_names_a_path_which_is_not_utf_8_is_still_json(calls: list[Any], tmp_path: Path) -> None:
+    file, odd = tmp_path / "answer.json", os.fsdecode(b"run\xe9")
+    assert main(["generate", "--checkpoint", odd, "--prompt", "x", "--json", str(file)]) == 0
+    assert json.loads(file.read_bytes())["checkpoint"] == odd
 
 
 def test_a_reader_that_went_away_gets_no_traceback() -> None:

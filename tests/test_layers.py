@@ -24,7 +24,9 @@ MODULES = tracked_files("savant_ray/*.py")
 
 EVERYBODY_MAY = {"errors", "events", "config", "locations"}
 ALLOWED = {
-    "cli": {"commands"},
+    "cli": {"commands", "streams"},
+    "api": {"cluster", "reporting", "streams"},
+    "streams": set(),
     "command_line": {"settings"},
     "commands": {"command_line", "cluster", "training", "reporting", "inference", "data", "benchmarks", "settings"},
     "benchmarks": {"cluster", "training", "reporting", "inference", "optim", "data", "model", "settings"},
@@ -43,6 +45,8 @@ ALLOWED = {
 }
 THIRD_PARTY = {
     "cli": set(),
+    "api": set(),
+    "streams": set(),
     "command_line": set(),
     "commands": set(),
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},

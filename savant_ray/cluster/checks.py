@@ -6,16 +6,17 @@ import shutil
 from pathlib import Path
 
 from savant_ray.cluster.disk import Disk
+from savant_ray.cluster.paths import generate_command
 from savant_ray.cluster.storage import refuse_missing
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
 from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import has_finished, has_sample
+from savant_ray.reporting.wording import byte_size
 from savant_ray.training.checkpoint import step_of
 from savant_ray.training.original import original_step
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
-GB = 1e9
 
 
 def is_finished(config: Config, storage: Disk, newest: Path) -> str | None:
@@ -23,17 +24,19 @@ def is_finished(config: Config, storage: Disk, newest: Path) -> str | None:
     folder, step = storage.location, original_step(newest) if newest.is_file() else step_of(newest)
     if step < config.training.max_steps:
         return None
+    if step > config.training.max_steps:
+        return (
+            f"{folder} is at step {step:,} already, beyond training.max_steps = {config.training.max_steps:,}; "
+            f"raise it above {step:,} to go on, or: {generate_command(folder)}"
+        )
     # Some find no room for a sample.
     if not has_sample(storage.folder, step) and not has_finished(storage.folder, step):
         return None
-    return (
-        f"{folder} has done its {step:,} steps; raise training.max_steps to go on, "
-        f'or: python jobs/generate.py --checkpoint {folder} --prompt "…"'
-    )
+    return f"{folder} has done its {step:,} steps; raise training.max_steps to go on, or: {generate_command(folder)}"
 
 
-def check_before_start(config: Config, storage: Disk) -> None:
-    """Everything that needs no GPU and no Ray.
+def check_before_start(config: Config, storage: Disk, fresh: bool = False) -> None:
+    """Everything that needs no GPU and no Ray; `fresh`: an older run is still there and will be moved aside.
 
     Raises:
         SettingsError: the storage cannot be written, or the disk is too small for the checkpoints.
@@ -41,7 +44,8 @@ def check_before_start(config: Config, storage: Disk) -> None:
     """
     if config.run.init_from is not None:
         refuse_missing(config.run.init_from)
-    check_disk(storage.folder, checkpoint_bytes(config), config.checkpoint.keep if storage.filesystem is None else 1)
+    keep = config.checkpoint.keep if storage.filesystem is None else 1
+    check_disk(storage.folder, checkpoint_bytes(config), keep, fresh)
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -49,14 +53,21 @@ def checkpoint_bytes(config: Config) -> int:
     return BYTES_PER_PARAMETER * n_parameters(config.model)
 
 
-def check_disk(folder: Path, one_checkpoint: int, keep: int) -> None:
-    """Room for the checkpoints that are kept and the one being written, less what lies there already."""
-    existing = sum(f.stat().st_size for f in folder.glob("step_*/*") if f.is_file())
+def check_disk(folder: Path, one_checkpoint: int, keep: int, fresh: bool = False) -> None:
+    """Look for room for the checkpoints that are kept and the one being written, less what lies there already.
+
+    `fresh`: what lies there will be moved aside, and so takes its room beside them.
+
+    Raises:
+        SettingsError: there is too little.
+    """
+    existing = 0 if fresh else sum(f.stat().st_size for f in folder.glob("step_*/*") if f.is_file())
     needed = max(0, one_checkpoint * (keep + 1) - existing)
-    free = shutil.disk_usage(folder).free
+    disk = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(disk).free
     if free < needed:
         raise SettingsError(
-            f"run.storage_path: {folder} has {free / GB:.1f} GB free, {keep + 1} checkpoints of "
-            f"{one_checkpoint / GB:.1f} GB need {needed / GB:.1f} GB more; make room, lower checkpoint.keep, "
+            f"run.storage_path: {folder} has {byte_size(free)} free, {keep + 1} checkpoints of "
+            f"{byte_size(one_checkpoint)} need {byte_size(needed)} more; make room, lower checkpoint.keep, "
             "or choose another run.storage_path"
         )

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from savant_ray.cluster.disk import Disk
+from savant_ray.errors import describe
 
 
 class Courier:
@@ -30,5 +31,5 @@ class Courier:
         self._pool.shutdown()
         try:
             self._storage.send_records()
-        except OSError as refusal:
-            print(f"WARNING: record and log stay in {self._storage.folder}: {refusal}", file=sys.stderr)
+        except Exception as refusal:  # training is over: nothing that happens here may change how it ended
+            print(f"WARNING: record and log stay in {self._storage.folder}: {describe(refusal)}", file=sys.stderr)

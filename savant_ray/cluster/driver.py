@@ -16,27 +16,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from savant_ray.cluster.paths import (
+    generate_command,
     in_ray_job,
     missing_text_explained,
     output_folder,
-    python_to_type,
     with_absolute_paths,
 )
 from savant_ray.cluster.session import (
     Leave,
     grace_seconds,
     is_our_own,
-    leave_at_once,
     prepare_environment,
     ray_session,
 )
 from savant_ray.cluster.signals import StopSignals
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.content import write_aside
-from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError, tell
+from savant_ray.errors import (
+    STOPPED_EARLY,
+    CheckpointError,
+    SavantError,
+    TrainingError,
+    explain,
+    unexpected_errors_explained,
+)
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed, WorkersLost
 from savant_ray.locations import working_directory
 from savant_ray.reporting import RunReport, open_trackers
+from savant_ray.reporting.console import PlainConsole
 
 if TYPE_CHECKING:
     from savant_ray.cluster.bridge import BridgeHandle
@@ -71,6 +78,7 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
 
     Raises:
         SavantError: with its own exit code; the message is for the user.
+        Leave: the run has ended but Ray Train has not, so that the process has to end with `leave_at_once`.
     """
     prepare_environment()
     signals = StopSignals()
@@ -90,12 +98,15 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
     storage = run_storage(config)
     with ExitStack() as held:
         with storage_errors_explained(storage):
+            if fresh:
+                _refuse_before_moving(config, storage, allow_changes)
             moved = storage.move_aside() if fresh else None
             held.enter_context(storage.in_use())
             storage.fetch_records()
         courier = held.enter_context(Courier(storage))
         followers = open_trackers(config.reporting, config.run.name)
         report = held.enter_context(RunReport(storage.folder, config.training.max_steps, followers=followers))
+        held.enter_context(unexpected_errors_explained(storage.folder, lambda: report.activity))
         if moved is not None:
             report.say(f"starting anew; the run that was here is now {moved}")
         if in_ray_job():
@@ -105,15 +116,33 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
         except KeyboardInterrupt:
             storage.expect_late_writes()
             report.say(f"stopped at once; the run goes on from {_newest(storage)} when it is started again")
-            held.close()
-            return leave_at_once(STOPPED_EARLY)
+            raise Leave(STOPPED_EARLY) from None
         except Leave as leave:
             signals.leaving = True
-            code = leave.code if leave.error is None else tell(leave.error)
             if leave.error is not None:
                 storage.expect_late_writes()
-            held.close()
-            return leave_at_once(code)
+                leave.error = explain(leave.error, storage.folder, report.activity)
+                report.log(f"error: {leave.error}")
+            raise
+
+
+def _refuse_before_moving(config: Config, storage: Disk, allow_changes: bool) -> None:
+    """Refuse wrong paths now: `--fresh` moves an older run aside only for one that can begin.
+
+    Raises:
+        SavantError: text, tokenizer or `run.init_from` is missing, or the disk is too small.
+    """
+    from savant_ray.cluster.checks import check_before_start
+    from savant_ray.cluster.preparation import find_text
+    from savant_ray.cluster.run_tokenizer import choose_tokenizer, find_origin
+
+    check_before_start(config, storage, fresh=True)
+    choose_tokenizer(config, find_origin(None, config), allow_changes)
+    with (
+        missing_text_explained(),
+        RunReport(None, console=PlainConsole(None)) as silent,  # what it says is said again by the launch itself
+    ):
+        find_text(config, silent)
 
 
 def _train(launch: Launch) -> int:
@@ -299,8 +328,7 @@ def _conclude(launch: Launch, outcome: Outcome) -> int:
         saved = f"stopped and saved as {newest}" if outcome.end.step else "stopped before the first step"
         launch.report.say(f"{saved}; to go on, run the same command again")
         return STOPPED_EARLY
-    where = launch.storage.location
-    launch.report.say(f'trained; next: {python_to_type()} jobs/generate.py --checkpoint {where} --prompt "…"')
+    launch.report.say(f"trained; next: {generate_command(launch.storage.location)}")
     return 0
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback, WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from savant_ray.errors import SavantError, TrainingError
+from savant_ray.errors import SavantError, TrainingError, UnexpectedError, describe
 from savant_ray.events import RunFailed, WorkersLost
 from savant_ray.training.fitting import DeviceMemoryError
 
@@ -20,15 +20,24 @@ CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "NCCL",
 
 
 def explain_failure(error: BaseException | None, told: RunFailed | None, newest: str, max_failures: int) -> SavantError:
-    """What a worker `told` before it gave up, or what Ray says of it; `newest` names where the run would go on."""
+    """What a worker `told` before it gave up, or what Ray says of it; `newest` names where the run would go on.
+
+    What nobody foresaw in a worker's code becomes an `UnexpectedError` with the worker's traceback.
+    """
     if told is not None:
         kinds = {kind.__name__: kind for kind in SavantError.__subclasses__()}
         return kinds.get(told.error, TrainingError)(told.text)
-    return TrainingError(
-        f"{_culprit(error)}\n"
-        f"It was tried again {max_failures} times (scaling.max_failures). What Ray knows is in training_log.txt. "
-        f"When the cause is mended, run the same command again to go on from {newest}."
-    )
+    again = f"It was tried again {max_failures} times (scaling.max_failures)."
+    go_on = f"When the cause is mended, run the same command again to go on from {newest}"
+    if not isinstance(error, WorkerGroupError):
+        details = "" if error is None else "".join(traceback.format_exception(error))
+        reason = "without a reason" if error is None else describe(error)
+        return UnexpectedError(f"training ended: {reason}\n{go_on}", details)
+    culprit = _culprit(error.worker_failures)[1]
+    message = f"{_first_failure(error.worker_failures)}\n{again}"
+    if isinstance(culprit, UnexpectedError):
+        return UnexpectedError(f"{message} {go_on}", culprit.details)
+    return TrainingError(f"{message} What Ray knows is in training_log.txt. {go_on}.")
 
 
 @contextmanager
@@ -37,6 +46,9 @@ def ray_errors_explained() -> Iterator[None]:
     try:
         yield
     except RayError as error:
+        cause = getattr(error, "cause", None)
+        if cause is not None and not isinstance(cause, RayError):  # our code's, in a task: the last resort names it
+            raise
         raise TrainingError(
             f"Ray failed: {_in_words(error)}\nRun the same command again to go on from the last checkpoint."
         ) from error
@@ -53,24 +65,30 @@ class FailureNews(UserCallback):
         self._bridge.tell.remote(WorkersLost(text=_first_failure(worker_exceptions)))
 
 
-def _culprit(error: BaseException | None) -> str:
-    """One line for the worker whose failure made the others fail."""
-    if not isinstance(error, WorkerGroupError):
-        return f"training ended: {_last_line(error)}"
-    return _first_failure(error.worker_failures)
+def _culprit(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
+    """The worker whose failure made the others fail."""
+    return min(failures.items(), key=lambda item: _is_consequence(item[1]))
 
 
 def _first_failure(failures: Mapping[int, BaseException]) -> str:
-    rank, failure = min(failures.items(), key=lambda item: _is_consequence(item[1]))
+    """One line for the culprit."""
+    rank, failure = _culprit(failures)
     return f"worker {rank}: {_in_words(failure)}"
 
 
 def _is_consequence(failure: BaseException) -> bool:
-    return any(sign in str(failure) for sign in CONSEQUENCES)
+    return any(sign in _text_of(failure) for sign in CONSEQUENCES)
+
+
+def _text_of(failure: BaseException) -> str:
+    """All that it says: our worker puts the first line into the message, the whole text ends the traceback."""
+    if isinstance(failure, UnexpectedError):
+        return f"{failure}\n{failure.details.rpartition('  File ')[2]}"
+    return str(failure)
 
 
 def _in_words(failure: BaseException) -> str:
-    text = str(failure)
+    text = _text_of(failure)
     if DeviceMemoryError.__name__ in text:  # says what was being done; the error it came from is in the text as well
         return _last_line(failure).rpartition(f"{DeviceMemoryError.__name__}: ")[2]
     if "CUDA out of memory" in text:
@@ -84,8 +102,6 @@ def _in_words(failure: BaseException) -> str:
         )
     if _is_consequence(failure):  # the other one's death is known to Ray only half a minute later
         return "it lost its connection to another worker: that one was killed, ran out of memory, or its node is gone"
-    if isinstance(failure, UserExceptionWithTraceback):
-        return _last_line(failure)
     if isinstance(failure, RayActorError) or any(sign in text for sign in GONE):
         return "it died: it was killed, ran out of memory, or its node is gone"
     return _last_line(failure)

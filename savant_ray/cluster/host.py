@@ -18,6 +18,7 @@ from savant_ray.cluster.saving import Saver
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import doing
 from savant_ray.events import (
     Event,
     MicroBatchSkipped,
@@ -81,7 +82,8 @@ class RayHost:
 
     def validate(self, state: TrainingState) -> bool:
         """Loss on held-out text, logic problems and a sample; whether some rank has a reason to stop."""
-        return self.validator(state)
+        with doing(f"validating after step {state.step:,}"):
+            return self.validator(state)
 
     def _tell_drain(self) -> None:
         if not self._drain_told:  # by every rank, as any may be the first to hear of it

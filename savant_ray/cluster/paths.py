@@ -7,8 +7,10 @@ job, so there what a run WRITES (run folders, token cache) goes below the home f
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from savant_ray.errors import DataError, SettingsError
 from savant_ray.locations import absolute_path, is_uri, local_path, printable, split_query, working_directory
 
 JOB_HOME = "savant_runs"
+REPLACEMENT = "savant-home-"  # of a home folder that is missing; no run is kept there
 
 
 def python_to_type(python: Path = Path(sys.executable)) -> str:
@@ -29,6 +32,11 @@ def python_to_type(python: Path = Path(sys.executable)) -> str:
         return str(python.relative_to(Path.cwd()))
     except (ValueError, OSError):  # it lies elsewhere, or the working directory was deleted
         return str(python)
+
+
+def generate_command(run: str) -> str:
+    """The command to type next when `run` (a folder or URI) is trained; a shell takes it as it is."""
+    return f'{shlex.quote(python_to_type())} jobs/generate.py --checkpoint {shlex.quote(run)} --prompt "…"'
 
 
 def in_ray_job(environment: Mapping[str, str] = os.environ) -> bool:
@@ -77,8 +85,37 @@ def with_absolute_paths(config: Config, folder: Path, output_folder: Path) -> Co
 
 
 def output_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """What relative output paths are relative to."""
-    return Path.home() / JOB_HOME if in_ray_job(environment) else working_directory()
+    """What relative output paths are relative to.
+
+    Raises:
+        SettingsError: a Ray job's user has no home folder.
+    """
+    return home_folder() / JOB_HOME if in_ray_job(environment) else working_directory()
+
+
+def home_folder() -> Path:
+    """The user's.
+
+    Raises:
+        SettingsError: there is none, as for a container's user without an entry in /etc/passwd.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = None
+    if home is None or home.name.startswith(REPLACEMENT):
+        raise SettingsError(
+            f"user {os.getuid()} has no home folder, which is needed here: set HOME to a folder that can be written"
+        )
+    return home
+
+
+def replace_missing_home() -> None:
+    """Set HOME to an empty temporary folder if the user has no home: Ray Train cannot be imported without one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.mkdtemp(prefix=REPLACEMENT)
 
 
 def run_folder(config: Config) -> Path:
@@ -86,7 +123,7 @@ def run_folder(config: Config) -> Path:
     if not is_uri(config.run.storage_path):
         return Path(config.run.storage_path) / config.run.name
     scheme, _, rest = split_query(config.run.storage_path)[0].partition("://")
-    return Path.home() / JOB_HOME / scheme / rest.strip("/") / config.run.name
+    return home_folder() / JOB_HOME / scheme / rest.strip("/") / config.run.name
 
 
 def joined(uri: str, name: str) -> str:

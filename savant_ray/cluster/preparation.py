@@ -25,7 +25,7 @@ from savant_ray.data.sources import SourceFile, expand, refuse_empty
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, unexpected_errors_explained
 from savant_ray.events import DataPrepared, TextCounts
 from savant_ray.locations import is_uri, usable_folder, working_directory
 from savant_ray.reporting import RunReport
@@ -52,20 +52,22 @@ class PreparedData:
     fingerprint: str  # of tokenizer, sources and weights
 
 
-def prepare(config: Config) -> None:
-    """`savant prepare`: everything that training would prepare first.
+def prepare(config: Config, verbose: bool = False) -> None:
+    """`savant prepare`: everything that training would prepare first; `verbose` shows what Ray says.
 
     Raises:
         DataError: text is missing, unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
     """
     prepare_environment()
     config = with_absolute_paths(config, working_directory(), output_folder())
-    with RunReport(None) as report:
+    with RunReport(None) as report, unexpected_errors_explained(activity=lambda: report.activity):
         tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
         text = find_text(config, report)
         refuse_unencodable(config, text, tokenizer)
         report.stage("starting Ray")
-        with ray_session(say=report.say):
+        from savant_ray.cluster.failures import ray_errors_explained
+
+        with ray_session(verbose, report.say), ray_errors_explained():
             prepare_data(config, text, report, tokenizer)
 
 

@@ -18,6 +18,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.forgiving import forgiving
+from savant_ray.errors import doing
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
 from savant_ray.training.checkpoint import RECORDS, write_checkpoint
 
@@ -85,7 +86,8 @@ class Saver:
         path = None
         try:
             try:
-                path = self._write(save)
+                with doing(f"saving step_{save.step}"):
+                    path = self._write(save)
             finally:  # the other ranks wait for it
                 self._hand_over(save, path)
         except BaseException as error:

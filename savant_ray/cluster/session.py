@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from savant_ray.cluster.paths import in_ray_job
+from savant_ray.cluster.paths import in_ray_job, replace_missing_home
 from savant_ray.cluster.ray_address import ClusterAddress, cluster_address, refuse_silent, why_silent
 from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
 from savant_ray.config import Config
@@ -50,6 +50,7 @@ def prepare_environment() -> ClusterAddress | None:
     Raises:
         SavantError: RAY_ADDRESS is not an address to connect to.
     """
+    replace_missing_home()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cluster = cluster_address()
@@ -171,8 +172,20 @@ def _own_head() -> Node | None:
     return node if node is not None and node.is_head() else None
 
 
+def _own_processes() -> list[psutil.Process]:
+    """Those of the Ray that this process started for itself: what it started and what that started (workers, agents)."""
+    head = _own_head()
+    started = [] if head is None else [info.process.pid for infos in head.all_processes.values() for info in infos]
+    processes: list[psutil.Process] = []
+    for pid in started:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            processes += [*process.children(recursive=True), process]
+    return processes
+
+
 class Leave(BaseException):
-    """`fit()` has not returned, and nobody waits for it: this process says `error` and ends, by `leave_at_once`."""
+    """`fit()` has not returned, and nobody waits for it: the process reports `error` and ends, by `leave_at_once`."""
 
     def __init__(self, code: int = 0, error: Exception | None = None) -> None:
         super().__init__(code, error)
@@ -180,16 +193,16 @@ class Leave(BaseException):
 
 
 def leave_at_once(code: int) -> int:
-    """Ends this process with `code` if it is connected to Ray, else returns it.
+    """End this process with `code` if it is connected to Ray, else return it.
 
     A thread may be inside `fit()`, and Ray crashes when it is shut down under it (seen: exit by SIGSEGV). A cluster ends
-    the workers of a driver that is gone; one that this process had started for itself ends with it.
+    the workers of a driver that is gone; the processes of one that this process started for itself are killed here,
+    and no others.
     """
-    import ray
-
-    if not ray.is_initialized():
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
         return code
-    for process in psutil.Process().children(recursive=True):
+    for process in _own_processes():
         with suppress(psutil.NoSuchProcess):
             process.kill()
     sys.stdout.flush()

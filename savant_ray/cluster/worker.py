@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import platform
+import traceback
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train.torch import get_device
 
 from savant_ray.cluster.disk import Disk
@@ -24,7 +27,7 @@ from savant_ray.data.order import GlobalOrder, share
 from savant_ray.data.stream import StepShare, StepStream
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import SavantError
+from savant_ray.errors import SavantError, UnexpectedError, describe, doing
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.training.compilation import compile_block
 from savant_ray.training.examiner import Examiner
@@ -76,6 +79,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         host.finish_saving()
         host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
         raise
+    except (RayError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Ray Train hands on the error, but neither its traceback nor what was being done
+        raise UnexpectedError(describe(error, "training"), traceback.format_exc()) from error
 
 
 def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk, host: RayHost) -> None:
@@ -105,12 +112,21 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
         host.save(state, "taken over")
         host.finish_saving()
     host.validator = make_validator(task, config, tokenizer, host, device)
-    shares = (ready(step, config, device) for step in steps)
+    shares = ready_steps(steps, config, device)
     if device.type == "cuda":  # pinning memory in a thread without a current device makes a context on GPU 0
         shares = one_ahead(shares, functools.partial(torch.cuda.set_device, device))
     finished = train(state, config, host.metrics.watched(shares, lambda: memory_used_gb(device)), host)
     if host.rank == 0:
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saver.saved_step), wait=True)
+
+
+def ready_steps(
+    steps: Iterable[StepShare], config: Config, device: torch.device
+) -> Generator[list[MicroBatch], None, None]:
+    """Each step's micro-batches of this rank, as `ready` makes them."""
+    with doing("reading the next step's sequences"):
+        for step in steps:
+            yield ready(step, config, device)
 
 
 def ready(step: StepShare, config: Config, device: torch.device) -> list[MicroBatch]:

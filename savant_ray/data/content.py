@@ -20,7 +20,7 @@ from typing import Any
 from savant_ray.data.formats import HEAD_BYTES, format_of
 from savant_ray.data.sealed import seal, unseal
 from savant_ray.data.sources import LISTING_THREADS, SourceFile
-from savant_ray.errors import DataError, SavantError
+from savant_ray.errors import DataError, SavantError, doing
 from savant_ray.locations import printable, why
 
 MEMORY = "content-hashes.json"
@@ -67,8 +67,13 @@ def write_aside(path: Path, text: str) -> None:
     """Writes a file that is complete or absent; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    with doing(f"writing {path}"):
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def _refuse_changed(file: SourceFile, digest: str) -> None:

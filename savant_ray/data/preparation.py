@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ from savant_ray.data.token_cache import (
     damaged_shards,
 )
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, UnexpectedError, describe
 
 FORMAT_VERSION = 1
 PROGRESS_BYTES = 2 << 20  # between two signs of life of a task
@@ -194,7 +195,12 @@ class _Job:
             raise
 
     def _write_missing(self, folder: Path, progress: Progress) -> None:
-        """One Ray Data task per range; a task tells the bytes it has done, or what is wrong."""
+        """Run one Ray Data task per range, which yields the bytes it has done, or what is wrong.
+
+        Raises:
+            DataError: a file cannot be read or written.
+            UnexpectedError: anything else that a task raised, with its traceback.
+        """
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(self._ranges))))
         missing = [index for index, is_complete in enumerate(complete) if not is_complete]
@@ -203,7 +209,8 @@ class _Job:
         progress(done, total)
         for row in self._run_tasks(folder, missing):
             if error := row["error"].as_py():
-                raise DataError(error)
+                details = row["traceback"].as_py()
+                raise UnexpectedError(error, details) if details else DataError(error)
             done = min(done + row["bytes"].as_py(), total)  # Ray repeats a task whose worker died
             progress(done, total)
 
@@ -226,16 +233,25 @@ class _WriteShard:
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         index, told, now = row.pop("index"), 0, 0
+        path = row["path"]
         try:
             for now in write_shard(self.folder, index, _from_row(row), self.recipe):
                 if now - told >= PROGRESS_BYTES:
-                    yield {"bytes": now - told, "error": ""}
+                    yield _task_row(now - told)
                     told = now
-            yield {"bytes": now - told, "error": ""}
+            yield _task_row(now - told)
         except DataError as error:
-            yield {"bytes": 0, "error": str(error)}
+            yield _task_row(0, str(error))
         except OSError as error:
-            yield {"bytes": 0, "error": f"{self.folder}: cannot be written ({error})"}
+            yield _task_row(0, f"{self.folder}: cannot be written ({error})")
+        except (GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizers' Rust code is no Exception
+            yield _task_row(0, describe(error, f"tokenising {path}"), traceback.format_exc())
+
+
+def _task_row(n_bytes: int, error: str = "", details: str = "") -> dict[str, Any]:
+    return {"bytes": n_bytes, "error": error, "traceback": details}
 
 
 def _as_row(part: ByteRange) -> dict[str, Any]:

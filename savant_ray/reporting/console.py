@@ -35,17 +35,22 @@ class Console(Protocol):
 
 
 def open_console(stream: TextIO | None = None) -> Console:
-    """A live one on a terminal that can move its cursor, else a plain one."""
+    """A live one on a terminal that can move its cursor, else a plain one; a silent one if there is no stdout."""
     stream = sys.stdout if stream is None else stream
+    if stream is None or getattr(stream, "closed", False):
+        return PlainConsole(None)
     rich = RichConsole(file=stream, force_terminal=stream.isatty(), highlight=False)
     return LiveConsole(rich) if rich.is_terminal and not rich.is_dumb_terminal else PlainConsole(stream)
 
 
 class PlainConsole:
-    """Lines without control characters. A reader that went away (`| head`) must not end the training."""
+    """Lines without control characters. A reader that went away (`| head`) must not end the training.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream: TextIO | None = stream
+    Without a stream, or when it was closed, nothing is printed.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
 
     def say(self, text: str) -> None:
         """Prints and flushes."""
@@ -53,7 +58,7 @@ class PlainConsole:
             return
         try:
             print(text, file=self._stream, flush=True)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: somebody closed it
             self._stream = None
 
     def show(self, label: str, done: float, total: float | None, figures: str) -> None:
@@ -82,12 +87,12 @@ class LiveConsole:
 
     def say(self, text: str) -> None:
         """Prints above the live line; wrapped by the terminal, so that it can be copied."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             self._rich.print(Text(text), soft_wrap=True)
 
     def show(self, label: str, done: float, total: float | None, figures: str) -> None:
         """Changes the live line; without a total the bar only shows that something happens."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             if self._task is not None and total is not None:
                 self._progress.update(self._task, description=label, total=total, completed=done, figures=figures)
             else:
@@ -98,7 +103,7 @@ class LiveConsole:
 
     def close(self) -> None:
         """Removes the live line and gives the cursor back."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             self._progress.stop()
 
     def _begin(self, label: str, done: float, total: float | None, figures: str) -> None:

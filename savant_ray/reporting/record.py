@@ -7,6 +7,7 @@ recorded after it, so that each step is in the record once.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from savant_ray.errors import doing
 from savant_ray.events import (
     AttemptEnded,
     AttemptStarted,
@@ -66,6 +68,7 @@ class Record:
         self._metrics = JsonLines(run_folder / METRICS)
         self._samples = JsonLines(run_folder / SAMPLES)
         self._board, self._followers = TensorBoard(run_folder), followers
+        self._refused: set[Path] = set()  # files whose refusal was reported
 
     def append(self, event: Event) -> None:
         """Writes one line, a sample to both files."""
@@ -93,8 +96,16 @@ class Record:
             follower.begin(self._metrics.path)
 
     def complaints(self) -> list[str]:
-        """Of the followers, each once."""
-        return [text for follower in self._followers if (text := follower.complaint())]
+        """Of the followers and of the disk, each once."""
+        texts = [text for follower in self._followers if (text := follower.complaint())]
+        files: list[JsonLines | TensorBoard] = [self._metrics, self._samples, self._board]
+        for file in files:
+            if not file.refusal:
+                self._refused.discard(file.path)
+            elif file.path not in self._refused:
+                self._refused.add(file.path)
+                texts.append(f"WARNING: {file.path} cannot be written: {file.refusal}. Training goes on; {file.loss}.")
+        return texts
 
     def close(self) -> None:
         """Closes the files."""
@@ -104,10 +115,12 @@ class Record:
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, that is only ever complete."""
+    """A file of JSON objects, one a line, that is only ever complete; `refusal` says why lines are not written now."""
+
+    loss = "the lines are kept in memory and written when there is room"
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.refusal = path, ""
         _mend(path)
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
@@ -134,10 +147,13 @@ class JsonLines:
 
     def _write(self) -> None:
         end = self._file.seek(0, os.SEEK_END)
-        with suppress(OSError):
+        try:
             if self._file.write(self._unwritten) == len(self._unwritten):
-                self._unwritten = b""
+                self._unwritten, self.refusal = b"", ""
                 return
+            self.refusal = os.strerror(errno.ENOSPC)  # a disk that has become full takes a part first
+        except OSError as error:
+            self.refusal = error.strerror or str(error)
         with suppress(OSError):
             self._file.truncate(end)  # half a line would be the end of all later ones
 
@@ -235,11 +251,16 @@ def _is_time(text: Any) -> bool:
 
 def _rewrite(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.writelines(_encoded(json.dumps(line, ensure_ascii=False)) for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with doing(f"writing {path}"):
+        try:
+            with aside.open("wb") as file:
+                file.writelines(_encoded(json.dumps(line, ensure_ascii=False)) for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def _encoded(line: str) -> bytes:

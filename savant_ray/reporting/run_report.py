@@ -50,7 +50,7 @@ class RunReport:
         self._log = None if run_folder is None else TrainingLog(run_folder / LOG)
         self._console = open_console() if console is None else console
         self._clock, self._max_steps = clock, max_steps
-        self._pace, self._stage = Pace(), ""
+        self._pace, self._stage = Pace(), "starting"
         self._trend, self._skipped = Trend(), 0  # of this launch
         self._limit_gb: float | None = None
         self._last_remark = clock()
@@ -58,6 +58,7 @@ class RunReport:
         self._unsaid = ""  # the newest step, when it was not worth a line yet
         self._first_step = True
         self._noticed: set[str] = set()
+        self._log_refused = False
         self.last_step = 0
 
     def __enter__(self) -> Self:
@@ -91,6 +92,11 @@ class RunReport:
         """Completes the record of an earlier launch whose driver died."""
         if self._record is not None:
             self._record.fill(lines)
+
+    @property
+    def activity(self) -> str:
+        """What is being done now, for the message about an unexpected error: "starting Ray", "training"."""
+        return self._stage
 
     def stage(self, text: str) -> None:
         """What begins now, before there are steps: "starting Ray"."""
@@ -130,6 +136,7 @@ class RunReport:
         """The run stands at `event.step`: what was recorded after it happens again."""
         if self._record is not None:
             self._record.go_back_to(event.step, event.validates_first)
+        self._stage = "training"
         self.last_step, self._max_steps, self._limit_gb = event.step, event.max_steps, event.vram_limit_gb
         self._trend, self._skipped = Trend(), 0
         self._pace, self._first_step, self._unsaid = Pace(), True, ""
@@ -161,6 +168,11 @@ class RunReport:
     def _say_complaints(self, record: Record) -> None:
         for text in record.complaints():
             self.say(text)
+        if self._log is not None and self._log.refusal and not self._log_refused:
+            self._log_refused = True
+            self._console.say(
+                f"WARNING: {self._log.path} cannot be written: {self._log.refusal}. Training goes on; its lines are lost."
+            )
 
     def _say_newest_step(self) -> None:
         if self._unsaid:

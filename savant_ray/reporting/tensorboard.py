@@ -8,7 +8,7 @@ filled in.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,12 @@ WITH_NUMBERS = (StepDone.kind, ValidationDone.kind, LogicScored.kind, Checkpoint
 
 
 class TensorBoard:
-    """The event files of one run. A disk that refuses costs curves, never the run."""
+    """The event files of one run. A disk that refuses costs curves, never the run; `refusal` says why."""
+
+    loss = "its curves stand still until the next launch, which fills them in from metrics.jsonl"
 
     def __init__(self, run_folder: Path) -> None:
-        self._folder = run_folder / FOLDER
+        self.path, self.refusal = run_folder / FOLDER, ""
         self._writer: EventFileWriter | None = None
 
     def begin(self, step: int, lines: Iterable[dict[str, Any]]) -> None:
@@ -38,9 +40,9 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.close()
-        first = max(0, step - TOLD_AGAIN) if any(self._folder.glob("events.*")) else 0
-        with suppress(OSError):
-            self._writer = EventFileWriter(str(self._folder), flush_secs=FLUSH_SECONDS)
+        first = max(0, step - TOLD_AGAIN) if any(self.path.glob("events.*")) else 0
+        with self._refusals_noted():
+            self._writer = EventFileWriter(str(self.path), flush_secs=FLUSH_SECONDS)
             self._writer.add_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
         for line in lines:
             if line.get("step", -1) >= first:
@@ -54,15 +56,22 @@ class TensorBoard:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         then = datetime.fromisoformat(line["time"]).timestamp()
-        with suppress(OSError):
+        with self._refusals_noted():
             self._writer.add_event(Event(step=line["step"], wall_time=then, summary=Summary(value=values)))
 
     def close(self) -> None:
         """Writes what is left."""
         if self._writer is not None:
-            with suppress(OSError):
+            with self._refusals_noted():
                 self._writer.close()
         self._writer = None
+
+    @contextmanager
+    def _refusals_noted(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.refusal = error.strerror or str(error)
 
 
 def _values(line: dict[str, Any]) -> Iterator[Summary.Value]:

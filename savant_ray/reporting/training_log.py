@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 
 class TrainingLog:
-    """Appends lines; whoever reads along sees each at once."""
+    """Appends lines; whoever reads along sees each at once. `refusal` says why the last was lost, if it was."""
 
     def __init__(self, path: Path) -> None:
+        self.path, self.refusal = path, ""
         again = path.exists() and path.stat().st_size > 0
         self._file = path.open("ab", buffering=0)
         if again:  # an empty line between attempts
@@ -26,5 +26,8 @@ class TrainingLog:
         self._file.close()
 
     def _append(self, text: str) -> None:
-        with suppress(OSError):
+        try:
             self._file.write(text.encode())
+            self.refusal = ""
+        except OSError as error:
+            self.refusal = error.strerror or str(error)

@@ -192,6 +192,18 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if 0 < share < 0.1 or 0.9 < share < 1 else f"{100 * share:.0f} %"
 
 
+def byte_size(n_bytes: float) -> str:
+    """`812 bytes`, `45.1 KB`, `1.23 GB`: powers of 1,000, three digits."""
+    for unit, factor in _BYTE_UNITS:
+        if n_bytes >= factor:
+            amount = n_bytes / factor
+            return f"{amount:,.{2 if amount < 10 else 1 if amount < 100 else 0}f} {unit}"
+    return f"{n_bytes:.0f} bytes"
+
+
+_BYTE_UNITS = [("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)]
+
+
 def duration(seconds: float) -> str:
     """Two units at most: `3.2 s`, `12 min 5 s`, `3 h 20 min`, `2 d 4 h`."""
     if not math.isfinite(seconds):

@@ -25,6 +25,7 @@ from savant_ray.cluster.paths import (
     output_folder,
     parent_and_name,
     python_to_type,
+    replace_missing_home,
     run_folder,
     with_absolute_paths,
 )
@@ -32,6 +33,9 @@ from savant_ray.cluster.session import grace_seconds
 from savant_ray.cluster.starting_point import find_start
 from savant_ray.config import Config, load_config
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError
+from savant_ray.reporting.wording import byte_size
+from tests.cluster.conftest import environment, with_text
+from tests.cluster.conftest import options as tiny_options
 from tests.cluster.test_starting_point import write
 
 ROOT = Path(__file__).parents[2]
@@ -94,14 +98,108 @@ def test_text_that_is_missing_in_a_job_is_said_not_to_travel_with_it() -> None:
         raise DataError("corpus: no such file")
 
 
+def test_what_needs_a_home_folder_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(SettingsError, match=f"user {os.getuid()} has no home folder.*set HOME"):
+        output_folder({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"})
+    with pytest.raises(SettingsError, match="set HOME"):
+        run_folder(load_config(["--run.storage_path", "s3://bucket/runs"], environment={}))
+    assert output_folder({}) == Path.cwd()
+
+
+def test_libraries_get_a_home_folder_where_the_user_has_none_but_no_run_goes_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    replace_missing_home()
+    assert Path.home().is_dir() and not list(Path.home().iterdir())
+    with pytest.raises(SettingsError, match="set HOME"):
+        run_folder(load_config(["--run.storage_path", "s3://bucket/runs"], environment={}))
+
+
 def test_the_guides_checkpoint_is_about_a_gigabyte() -> None:
     assert checkpoint_bytes(Config()) == pytest.approx(12 * 80.2e6, rel=0.01)
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path) -> None:
     check_disk(tmp_path, one_checkpoint=1000, keep=3)
-    with pytest.raises(SettingsError, match=r"run\.storage_path: .* GB free, 4 checkpoints of .* GB need"):
+    with pytest.raises(SettingsError, match=r"run\.storage_path: .* free, 4 checkpoints of 1,000,000 TB need"):
         check_disk(tmp_path, one_checkpoint=10**18, keep=3)
+    (tmp_path / "step_4").mkdir()
+    (tmp_path / "step_4/weights").touch()
+    os.truncate(tmp_path / "step_4/weights", 4 * 10**12)  # of holes
+    check_disk(tmp_path, one_checkpoint=10**12, keep=3)
+    with pytest.raises(SettingsError, match="4 checkpoints of 1.00 TB need 4.00 TB more"):
+        check_disk(tmp_path, one_checkpoint=10**12, keep=3, fresh=True)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "shown"),
+    [
+        (0, "0 bytes"),
+        (812, "812 bytes"),
+        (45_120, "45.1 KB"),
+        (9_990_000, "9.99 MB"),
+        (300e6, "300 MB"),
+        (1.23e9, "1.23 GB"),
+    ],
+)
+def test_sizes_are_told_in_units_that_fit(n_bytes: float, shown: str) -> None:
+    assert byte_size(n_bytes) == shown
+
+
+def run_of(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """`savant train` with the tests' tiny settings, which is refused or done before Ray starts."""
+    job = [sys.executable, str(ROOT / "jobs/train.py"), *tiny_options(**{"run.name": ODD}), *options]
+    return subprocess.run(job, cwd=folder, env=environment(), capture_output=True, text=True, timeout=100)
+
+
+ODD = "a b#c?d%20 [1]{x}&;$'"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--data.validation", "nothing.jsonl"], "nothing.jsonl"),
+        (["--data.sources", "[{path: nothing.jsonl, weight: 1}]"], "nothing.jsonl"),
+        (["--data.tokenizer", "./nothing.json"], "nothing.json"),
+        (["--run.init_from", "nothing"], "nothing: no checkpoint there"),
+        (["--checkpoint.keep", "1000000000"], "run.storage_path: "),
+    ],
+)
+def test_fresh_leaves_an_older_run_where_it_is_if_the_new_one_cannot_begin(
+    wrong: list[str], said: str, tmp_path: Path
+) -> None:
+    run = with_text(tmp_path) / ODD
+    write(run, 3)
+    done = run_of(tmp_path, "--fresh", *wrong)
+    assert done.returncode in (2, 3, 4) and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    assert (run / "step_3").is_dir() and not run.with_name(f"{ODD}.old").exists()
+
+
+@pytest.mark.parametrize("max_steps", [18, 2])
+def test_a_run_that_is_done_says_how_far_it_is_and_a_next_command_that_a_shell_takes(
+    max_steps: int, tmp_path: Path
+) -> None:
+    run = with_text(tmp_path) / ODD
+    write(run, 18)
+    (run / "metrics.jsonl").write_text("")
+    (run / "samples.jsonl").write_text('{"event": "sample", "step": 18, "time": "2026-01-01T00:00:00+00:00"}\n')
+    done = run_of(tmp_path, "--training.max_steps", str(max_steps))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert f"{run} has done its 18 steps" in done.stdout or f"{run} is at step 18 already, beyond" in done.stdout
+    assert "max_steps = 2;" in done.stdout or max_steps == 18
+    command = done.stdout.rpartition(" or: ")[2].replace("…", "x")
+    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True).stdout
+    assert words.splitlines()[1:] == ["jobs/generate.py", "--checkpoint", str(run), "--prompt", "x"]
+
+
+def test_a_disk_that_is_not_even_there_is_looked_at_where_it_would_be(tmp_path: Path) -> None:
+    check_disk(tmp_path / "not/there", one_checkpoint=1000, keep=3)
 
 
 def test_init_from_must_name_a_checkpoint(tmp_path: Path) -> None:

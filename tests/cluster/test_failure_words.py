@@ -6,9 +6,12 @@ import traceback
 
 import pytest
 import torch
+from ray.exceptions import RayTaskError
+from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from savant_ray.cluster.failures import _in_words
+from savant_ray.cluster.failures import _in_words, explain_failure, ray_errors_explained
+from savant_ray.errors import UnexpectedError, describe
 from savant_ray.training.fitting import retry_on_oom
 
 
@@ -32,3 +35,25 @@ def test_a_save_that_ran_out_of_gpu_memory_is_named_and_not_the_batch_size() -> 
     except RuntimeError as error:
         said = _in_words(UserExceptionWithTraceback(error, traceback_str=traceback.format_exc()))
     assert said.startswith("copying step 4 for its checkpoint ran out of device memory twice") and "\n" not in said
+
+
+def as_a_worker_raises_it(error: Exception, activity: str = "training") -> UnexpectedError:
+    try:
+        raise error
+    except Exception:
+        return UnexpectedError(describe(error, activity), traceback.format_exc())
+
+
+def test_what_nobody_foresaw_in_a_worker_is_told_with_what_it_was_doing_and_its_traceback() -> None:
+    failures: dict[int, Exception] = {0: as_a_worker_raises_it(RuntimeError("broken\nConnection closed by peer"))}
+    failures[1] = as_a_worker_raises_it(ValueError("invalid literal"), "saving step_5")
+    told = explain_failure(WorkerGroupError("workers failed", failures), None, "step_4", max_failures=3)
+    first, second = str(told).splitlines()
+    assert first == "worker 1: while saving step_5: ValueError: invalid literal"
+    assert "tried again 3 times" in second and second.endswith("go on from step_4")
+    assert isinstance(told, UnexpectedError) and "raise error\n" in told.details
+
+
+def test_what_our_own_code_raised_in_a_task_of_ray_keeps_its_cause() -> None:
+    with pytest.raises(RayTaskError), ray_errors_explained():
+        raise RayTaskError("tokenise", "Traceback …", ZeroDivisionError("division by zero"))

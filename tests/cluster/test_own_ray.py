@@ -48,6 +48,29 @@ def name_of(process: psutil.Process) -> str:
     return " ".join([process.name(), *process.cmdline()[:1]])
 
 
+LEAVING = """
+import subprocess, sys
+import ray
+from savant_ray.cluster.session import leave_at_once
+other = subprocess.Popen(["sleep", "100"], stdout=subprocess.DEVNULL)
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+worker = ray.get(ray.remote(lambda: __import__("os").getpid()).remote())
+print(other.pid, worker, ray._private.worker._global_node.all_processes["raylet"][0].process.pid, flush=True)
+leave_at_once(7)
+"""
+
+
+def test_a_process_that_leaves_at_once_takes_its_own_ray_along_and_nothing_else(workplace: Path) -> None:
+    path = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING], cwd=workplace, env=environment(**path), stdout=subprocess.PIPE, text=True
+    )
+    other, worker, raylet = (int(pid) for pid in done.stdout.split())
+    assert done.returncode == 7
+    wait_for(lambda: not psutil.pid_exists(worker) and not psutil.pid_exists(raylet), 20)
+    psutil.Process(other).kill()
+
+
 def test_whatever_of_its_own_ray_is_killed_the_run_says_so_and_the_same_command_goes_on(workplace: Path) -> None:
     processes: list[psutil.Process] = []
     for victim in ("raylet", "Bridge"):

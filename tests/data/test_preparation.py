@@ -27,7 +27,7 @@ from savant_ray.data.preparation import empty_file_report, learn_tokenizer, prep
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, UnexpectedError
 
 WriteJsonl = Callable[[str, Iterable[str]], Path]
 
@@ -79,6 +79,24 @@ def test_documents_come_back_and_a_second_run_starts_at_once(
     monkeypatch.setattr(preparation.ray.data, "from_items", None)
     again = prepare(expand(str(tmp_path / "src")), byte_tokenizer, 128, tmp_path / "cache", range_bytes=2_000)
     assert again.fingerprint == cache.fingerprint
+
+
+class Unloadable(Tokenizer):
+    """A tokenizer that no task can load."""
+
+    def to_json(self) -> str:
+        return "no tokenizer"
+
+
+def test_an_error_that_nobody_foresaw_in_a_task_keeps_its_cause_file_and_traceback(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
+) -> None:
+    path = write_jsonl("train.jsonl", ["a text"])
+    unloadable = Unloadable(byte_tokenizer._inner)
+    with pytest.raises(UnexpectedError) as caught:
+        prepare(expand(str(path)), unloadable, 32, tmp_path / "cache")
+    assert str(caught.value).startswith(f"while tokenising {path}: ") and "\n" not in str(caught.value)
+    assert caught.value.details.startswith("Traceback (most recent call last)")
 
 
 def test_the_manifest_counts_what_there_is(tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,45 @@ def test_a_watched_run_shows_trend_memory_against_the_cap_and_what_was_skipped(
     shown = terminal.getvalue()
     assert "loss 5.0000 █▁ · rate 2.00e-05 · gradient norm 0.91" in shown
     assert "54 % of peak · 3.2 of 10 GiB · 2 skipped" in shown
+
+
+def test_a_full_disk_is_told_once_for_each_file_and_the_record_is_complete_when_there_is_room_again(
+    tmp_path: Path, paper: io.StringIO
+) -> None:
+    with RunReport(tmp_path, console=PlainConsole(paper)) as report:
+        report.handle(attempt())
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS).stat().st_size + 10, hard))
+        try:
+            for step in range(1, 5):
+                report.handle(step_done(step))
+                report.handle(checkpoint(step))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        report.handle(step_done(5))
+    warnings = [line for line in paper.getvalue().splitlines() if line.startswith("WARNING")]
+    assert sum(f"{tmp_path / METRICS} cannot be written: " in warning for warning in warnings) == 1
+    assert len(set(warnings)) == len(warnings)
+    assert [line["step"] for line in read_records(tmp_path / METRICS) if line["event"] == "step"] == [1, 2, 3, 4, 5]
+    assert "saved step_4" in paper.getvalue()
+
+
+def test_a_log_that_cannot_be_written_is_told_on_the_console(tmp_path: Path, paper: io.StringIO) -> None:
+    (tmp_path / LOG).symlink_to("/dev/full")
+    with RunReport(tmp_path, console=PlainConsole(paper)) as report:
+        report.handle(checkpoint(1))
+        report.handle(checkpoint(2))
+    assert paper.getvalue().count(f"WARNING: {tmp_path / LOG} cannot be written: No space left on device") == 1
+    assert "saved step_2" in paper.getvalue()
+
+
+def test_a_run_without_stdout_or_with_one_that_was_closed_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stdout in (None, closed):
+        monkeypatch.setattr("sys.stdout", stdout)
+        with RunReport(tmp_path) as report:
+            report.say("hello")
+    assert log_of(tmp_path).count("hello") == 2

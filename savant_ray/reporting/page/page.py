@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -39,6 +40,8 @@ def write_page(run_folders: Sequence[Path], path: Path, is_in_use: Callable[[Pat
         aside.write_text(page, encoding="utf-8")
         aside.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise SavantError(f"{path}: {error.strerror}") from error
 
 

@@ -1,0 +1,146 @@
+"""`savant_ray.train`, called from scripts and notebook-like processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import savant_ray
+from savant_ray.errors import CheckpointError, DataError, SettingsError
+from savant_ray.training.checkpoint import newest_checkpoint
+from tests.cluster.conftest import SETTINGS, environment, started, steps_done, wait_for, with_text
+
+ROOT = Path(__file__).parents[1]
+
+
+def settings(**changes: object) -> dict[str, dict[str, object]]:
+    """The tests' tiny run as nested settings."""
+    nested: dict[str, dict[str, object]] = {}
+    for name, value in {**SETTINGS, "training.compile": False, **changes}.items():
+        section, field = name.replace("__", ".").split(".")
+        nested.setdefault(section, {})[field] = value
+    return nested
+
+
+def python(code: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A process that runs `code`, with the package from this checkout."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env=environment(RAY_AUTH_MODE="disabled", PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    started.append(process)
+    return process
+
+
+def test_the_public_names_are_there_and_load_nothing_before_they_are_used() -> None:
+    assert {"train", "Config", "Result", "SavantError"} <= set(savant_ray.__all__)
+    assert all(getattr(savant_ray, name) is not None for name in savant_ray.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        savant_ray.trian  # noqa: B018
+    script = "import savant_ray, sys; print({'torch', 'ray', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_wrong_settings_are_refused_as_the_command_line_does(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"training\.max_step"):
+        savant_ray.train({"training": {"max_step": 3}})
+    with pytest.raises(SettingsError, match="no setting"):
+        savant_ray.train({"training": {"max_steps": object()}})
+    with pytest.raises(SettingsError, match=r"no\.yaml: no such file"):
+        savant_ray.train(tmp_path / "no.yaml")
+
+
+def test_what_training_refuses_is_raised_in_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="savant_dataset_train"):
+        savant_ray.train(settings(run__storage_path=tmp_path))
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        savant_ray.train(savant_ray.Config.from_dict(settings(run__init_from=str(tmp_path / "nothing"))))
+
+
+SCRIPT = """
+import subprocess, sys, json
+mine = subprocess.Popen(["sleep", "120"])
+import savant_ray
+try:
+    result = savant_ray.train(json.loads(sys.argv[1]))
+    print("result", result.step, result.finished, result.checkpoint, sorted(result.metrics))
+except KeyboardInterrupt:
+    print("interrupted")
+print("child lives:", mine.poll() is None)
+mine.kill()
+"""
+
+NOTEBOOK = """
+import asyncio, code, io, json, sys
+class Cell(io.StringIO):
+    def isatty(self): return False
+async def kernel():
+    cell, real = Cell(), sys.stdout
+    sys.stdout = cell
+    shell = code.InteractiveInterpreter({"settings": json.loads(sys.argv[1])})
+    shell.runsource("import subprocess, ray, savant_ray, asyncio; mine = subprocess.Popen(['sleep', '120'])")
+    shell.runsource("info = ray.init(num_cpus=2, include_dashboard=False)")
+    shell.runsource("first = savant_ray.train(settings)")
+    shell.runsource("settings['training']['max_steps'] = 10")
+    shell.locals["second"] = await asyncio.to_thread(savant_ray_train, shell)
+    shell.runsource("alive = mine.poll() is None; mine.kill()")
+    shell.runsource("answer = ray.get(ray.remote(lambda: 42).remote())")
+    sys.stdout = real
+    names = shell.locals
+    print(cell.getvalue())
+    print("Ray answers", names["answer"], "- child lives:", names["alive"])
+    print("steps", names["first"].step, names["second"].step, names["second"].finished)
+def savant_ray_train(shell):
+    import savant_ray
+    return savant_ray.train(shell.locals["settings"])
+asyncio.run(kernel())
+"""
+
+
+@pytest.mark.slow
+def test_a_script_trains_is_interrupted_and_goes_on_and_its_own_child_lives(tmp_path: Path) -> None:
+    workplace = with_text(tmp_path)
+    job = python(SCRIPT, workplace, json.dumps(settings(training__max_steps=100_000, validation__every_steps=100_000)))
+    wait_for(lambda: steps_done(workplace / "tiny") > 3 or job.poll() is not None)
+    job.send_signal(signal.SIGINT)
+    printed, _ = job.communicate(timeout=120)
+    assert "interrupted\nchild lives: True" in printed and "Traceback" not in printed, printed
+    newest = newest_checkpoint(workplace / "tiny")
+    assert newest is not None and int(newest.name[5:]) == steps_done(workplace / "tiny")
+
+    more = steps_done(workplace / "tiny") + 3
+    printed, _ = python(SCRIPT, workplace, json.dumps(settings(training__max_steps=more))).communicate(timeout=120)
+    assert f"result {more} True {workplace}/tiny/step_{more} ['best_validation_loss'" in printed, printed
+    assert "child lives: True" in printed and "Traceback" not in printed, printed
+
+
+@pytest.mark.slow
+def test_a_notebook_that_has_started_ray_trains_twice_and_keeps_it(tmp_path: Path) -> None:
+    job = python(NOTEBOOK, with_text(tmp_path), json.dumps(settings()))
+    printed, _ = job.communicate(timeout=240)
+    assert job.returncode == 0 and "Traceback" not in printed, printed
+    assert "Ray answers 42 - child lives: True" in printed and "steps 8 10 True" in printed, printed
+    assert "step 8/8" in printed and "resuming from" in printed, "the cell shows what training prints"
+
+
+@pytest.mark.slow
+def test_a_run_whose_caller_is_killed_saves_its_step(tmp_path: Path) -> None:
+    workplace = with_text(tmp_path)
+    job = python(SCRIPT, workplace, json.dumps(settings(training__max_steps=100_000, validation__every_steps=100_000)))
+    wait_for(lambda: steps_done(workplace / "tiny") > 3 or job.poll() is not None)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    log = workplace / "tiny/training_log.txt"
+    wait_for(lambda: "stopped and saved as" in log.read_text())
