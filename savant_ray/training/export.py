@@ -26,11 +26,13 @@ from savant_ray.training.checkpoint import (
     sync,
 )
 from savant_ray.training.original import (
+    NO_MOMENTS,
     OptimizerName,
     as_original,
     attention_masks,
     for_optimizer,
     four_keys,
+    has_moments,
     newest_original,
     optimizer_of,
     original_files,
@@ -80,6 +82,9 @@ def _export_original(checkpoint: Path, output: Path, optimizer: OptimizerName | 
     warnings: list[str] = []
     if source := _original(checkpoint, warnings.append):
         four = four_keys(source)
+        if not has_moments(four):
+            four["optimizer_state_dict"]["state"] = {}
+            warnings.append(NO_MOMENTS)
         target = optimizer or optimizer_of(four)
         write_original(output, for_optimizer(four, target) if target else four)
         return warnings

@@ -174,6 +174,12 @@ def optimizer_of(four: Mapping[str, Any]) -> OptimizerName | None:
     return "adamw" if "amsgrad" in groups[0] else "adamw8bit"
 
 
+def has_moments(four: Mapping[str, Any]) -> bool:
+    """Whether a file (see `four_keys`) has AdamW moments for each parameter that it has a state for, and for one."""
+    state = four["optimizer_state_dict"]["state"]
+    return bool(state) and all(set(entry) == {"step", *MOMENTS} for entry in state.values())
+
+
 def as_original(
     content: Mapping[str, Any],
     training: TrainingConfig,

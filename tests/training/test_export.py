@@ -18,7 +18,7 @@ from savant_ray.errors import CheckpointError, SavantError
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import write_checkpoint
 from savant_ray.training.export import NO_OPTIMIZER_KNOWN, export
-from savant_ray.training.original import OptimizerName, four_keys, optimizer_of
+from savant_ray.training.original import NO_MOMENTS, OptimizerName, four_keys, optimizer_of
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
 from tests.training.original_fixtures import batch
@@ -141,6 +141,22 @@ def test_a_file_of_the_original_without_a_schedule_is_written_anew_without_one(t
     torch.save(content, tmp_path / "step_2.pt")
     assert export(tmp_path / "step_2.pt", "original", tmp_path / "copy.pt") == []
     assert list(four_keys(tmp_path / "copy.pt")) == ["step", "model_state_dict", "optimizer_state_dict"]
+
+
+@pytest.mark.parametrize("optimizer", [None, "adamw", "adamw8bit"])
+@pytest.mark.parametrize("spoilt", [{"absmax1": torch.ones(3)}, {"momentum_buffer": torch.ones(3)}])
+def test_moments_of_a_file_of_the_original_that_nothing_can_be_made_of_are_left_out_and_told(
+    spoilt: dict[str, Any], optimizer: OptimizerName | None, tmp_path: Path
+) -> None:
+    content = trained(3, optimizer=FLAT).content()
+    for number, entry in content["optimizer_state_dict"]["state"].items():
+        content["optimizer_state_dict"]["state"][number] = entry | spoilt if "absmax1" in spoilt else spoilt
+    torch.save(content, tmp_path / "step_2.pt")
+    warnings = export(tmp_path / "step_2.pt", "original", tmp_path / "copy.pt", optimizer)
+    assert warnings == [NO_MOMENTS]
+    program = OriginalProgram(optimizer=OPTIMIZERS[optimizer or "adamw8bit"])
+    program.load(tmp_path / "copy.pt")
+    program.train(batch(3))
 
 
 def test_a_folder_with_files_of_the_original_only_stands_for_the_newest_whole_one(tmp_path: Path) -> None:
