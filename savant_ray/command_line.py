@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from savant_ray.config import Config
 
 MOST_NEW_TOKENS = 1_000_000  # each token takes milliseconds, and memory in the global loops
-MOST_LOOPS = 4096  # each has keys and values of its own
+MOST_LOOPS = 1024  # each has keys and values of its own
 SEEDS = (-(2**63), 2**64 - 1)  # of torch.Generator
 
 

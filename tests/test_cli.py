@@ -266,8 +266,8 @@ def test_generate_leaves_to_the_checkpoint_what_is_not_given(calls: list[Any]) -
         ("--max-new-tokens", "0", "'0' is not a whole number from 1 to 1,000,000"),
         ("--max-new-tokens", "1000000000", "'1000000000' is not a whole number from 1 to 1,000,000"),
         ("--temperature", "nan", "'nan' is not a number of at least 0"),
-        ("--loops", "2.5", "'2.5' is not a whole number from 1 to 4,096"),
-        ("--loops", "1000000000", "'1000000000' is not a whole number from 1 to 4,096"),
+        ("--loops", "2.5", "'2.5' is not a whole number from 1 to 1,024"),
+        ("--loops", "1000000000", "'1000000000' is not a whole number from 1 to 1,024"),
         (
             "--seed",
             "99999999999999999999",
