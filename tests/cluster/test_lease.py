@@ -307,3 +307,24 @@ def test_google_cloud_storage_has_conditional_writes_by_generation(monkeypatch: 
     assert ours.read()[0] == b"taken over"
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/runs/run",
+        "s3://bucket/runs/run?region=eu-west-1",
+        "s3://bucket/runs/run?endpoint_override=http://127.0.0.1:PORT",
+        "s3://bucket/runs/run?endpoint_override=localhost:PORT&scheme=http&region=us-east-1",
+        "s3://test:test@bucket/runs/run?endpoint_override=127.0.0.1:PORT&scheme=http",
+    ],
+)
+def test_conditional_writes_go_to_the_server_that_the_uri_or_the_environment_names(
+    uri: str, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "PORT" not in uri:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{store.port}")
+    storage = ObjectStorage(uri.replace("PORT", str(store.port)), tmp_path / "run")
+    with storage.in_use(pytest.fail):  # nothing is said of missing conditions
+        assert LEASE in store.names("runs/run")
+        storage.check_owner()
