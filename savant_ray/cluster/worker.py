@@ -111,7 +111,7 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     if resumed is not None and resumed.note == NOTE:  # the original's: from here on the run has one of its own
         host.save(state, "taken over")
         host.finish_saving()
-    host.validator = make_validator(task, config, tokenizer, host, device)
+    host.validator = make_validator(task, config, tokenizer, host)
     shares = ready_steps(steps, config, device)
     if device.type == "cuda":  # pinning memory in a thread without a current device makes a context on GPU 0
         shares = one_ahead(shares, functools.partial(torch.cuda.set_device, device))
@@ -134,9 +134,7 @@ def ready(step: StepShare, config: Config, device: torch.device) -> list[MicroBa
     return micro_batches(step.sequences, step.positions, config, pinned=device.type == "cuda")
 
 
-def make_validator(
-    task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost, device: torch.device
-) -> Validator:
+def make_validator(task: WorkerTask, config: Config, tokenizer: Tokenizer, host: RayHost) -> Validator:
     """The validator with this rank's share of `validation.batches` batches, the same for every run on that text.
 
     Drawn from the whole text: packing puts the longest documents first.
@@ -149,7 +147,7 @@ def make_validator(
     return Validator(
         config=config,
         tokenizer=tokenizer,
-        micro_batches=[part.to(device) for part in micro_batches(cache.take(rows), rows, config, pinned=False)],
+        micro_batches=micro_batches(cache.take(rows), rows, config, pinned=False),
         target_tokens=cache.manifest.target_tokens,
         text_bytes=cache.manifest.text_bytes,
         rank=host.rank,

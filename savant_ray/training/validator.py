@@ -98,8 +98,8 @@ class Validator:
             )
 
     def _loss_sums_at_once(self, state: TrainingState, rows: int) -> Tensor:
-        parts = [part for batch in self.micro_batches for part in batch.parts(rows)]
-        batches = self._unless_stopped([(part.tokens_BT, part.document_ids_BT) for part in parts])
+        parts = (part.to(state.device) for batch in self.micro_batches for part in batch.parts(rows))
+        batches = self._unless_stopped((part.tokens_BT, part.document_ids_BT) for part in parts)
         return loss_sums(state.model, batches)
 
     def _tell(self, state: TrainingState, loss: float, seconds: float) -> None:
@@ -122,7 +122,7 @@ class Validator:
     def _depth(self, state: TrainingState) -> LoopStatistics:
         """Of a few sequences; empty where this rank has none, as there are more workers than held-out sequences."""
         for batch in self.micro_batches:
-            rows = next(batch.parts(ROWS_OF_DEPTH))
+            rows = next(batch.parts(ROWS_OF_DEPTH)).to(state.device)
             return loop_statistics(state.model, rows.tokens_BT, rows.document_ids_BT)
         return LoopStatistics((), ())
 
