@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def prepare_data(config: Config, text: Text, report: RunReport) -> PreparedData:
 def write_missing_quickstart(config: Config, report: RunReport) -> None:
     """The quickstart's files beside where the first source is expected, when one of them is not there."""
     paths = [p for source in config.data.sources for p in _listed(source.path)] + _listed(config.data.validation)
-    if all(Path(path).exists() for path in paths):
+    if all(os.path.exists(path) for path in paths):  # noqa: PTH110 - Path.exists raises for a name too long
         return
     report.stage("making the quickstart's text")
     write_quickstart(Path(paths[0]).parent, say=report.say)
