@@ -155,14 +155,14 @@ def without_validation(
     kept = []
     for number, (source, files) in enumerate(sources):
         training, held_out = split_held_out(files, validation, cache_dir)
-        names = ", ".join(file.path for file in held_out[:5])
+        names = ", ".join(file.path for file in held_out[:5]) + f" and {len(held_out) - 5:,} more" * (len(held_out) > 5)
         if not training:
             raise DataError(
-                f"data.sources[{number}].path: {names} is the validation text (data.validation), and there is nothing else; "
+                f"data.sources[{number}].path: holds nothing but the validation text (data.validation): {names}; "
                 "a model that trained on it has no held-out text. Give other text to one of the two"
             )
         if held_out:
-            say(f"{names}: the validation text (data.validation), so it is left out of the training text")
+            say(f"left out of the training text, because it is the validation text (data.validation): {names}")
         kept.append((source, training))
     return kept
 
