@@ -47,15 +47,22 @@ def local_path(text: str, setting: str = "", error: type[SavantError] = Settings
     return _in_utf8(Path(expanded), named, error)
 
 
-def absolute_path(text: str, folder: Path, setting: str = "", error: type[SavantError] = SettingsError) -> str:
-    """Return a local path as an absolute one, relative to `folder`; a URI stays, with its scheme in lower case.
+def absolute_path(
+    text: str, folder: Path | None = None, setting: str = "", error: type[SavantError] = SettingsError
+) -> str:
+    """Return a local path as an absolute one; a URI stays, with its scheme in lower case.
+
+    A relative path is relative to `folder`, by default the working directory.
 
     Raises:
         error: as `local_path`.
+        SettingsError: the working directory is needed and was deleted.
     """
     if is_uri(text):
         return canonical_uri(text, setting, error)
-    path = folder / local_path(text, setting, error)
+    path = local_path(text, setting, error)
+    if not path.is_absolute():
+        path = (folder or working_directory()) / path
     return str(_in_utf8(path, _named(setting, str(path)), error))
 
 
@@ -143,7 +150,7 @@ def why(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return `text` on one line, with control characters and bytes that are no UTF-8 spelt out as in `caf\xe9`.
+    r"""Return `text` on one line, with control characters and bytes that are no UTF-8 spelt out as in `r\xe9sum`.
 
     What is longer than `LONGEST_SHOWN` characters is shown without its middle.
     """

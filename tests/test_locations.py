@@ -31,7 +31,7 @@ def settings(name: str, value: str) -> Config:
         ("file:///a%00b", "NUL"),
         ("file://host/x", "names no other machine (host)"),
         ("file:x", "file:///absolute/path"),
-        ("file:///caf%E9", "is not UTF-8"),
+        ("file:///r%E9sum", "is not UTF-8"),
     ],
 )
 def test_a_setting_that_cannot_be_a_path_is_named(name: str, value: str, reason: str) -> None:
@@ -81,7 +81,7 @@ def test_home_is_understood_behind_an_equals_sign_and_in_a_file(
         ["benchmark", "--json", "PATH"],
     ],
 )
-@pytest.mark.parametrize("path", ["~nosuchuser/x", "s3://bucket/x", "file://host/x", "caf\udce9"])
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "s3://bucket/x", "file://host/x", "r\udce9sum"])
 def test_an_option_that_cannot_be_a_path_is_named(
     command: list[str], path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,7 +90,7 @@ def test_an_option_that_cannot_be_a_path_is_named(
 
 
 @pytest.mark.parametrize(
-    "checkpoint", ["~nosuchuser/x", "a\0b", "file://host/x", "x" * 300, "caf\udce9", "hf://nonsense"]
+    "checkpoint", ["~nosuchuser/x", "a\0b", "file://host/x", "x" * 300, "r\udce9sum", "hf://nonsense"]
 )
 def test_a_checkpoint_that_cannot_be_there_is_named(checkpoint: str) -> None:
     with pytest.raises(CheckpointError, match=r"^(checkpoint: |hf://nonsense)"), on_this_machine(checkpoint):
@@ -113,8 +113,8 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 
 
 def test_a_working_directory_whose_name_is_not_utf8_is_named() -> None:
-    with pytest.raises(SettingsError, match=r"run\.storage_path: /caf\\xe9: this name is not UTF-8"):
-        with_absolute_paths(Config(), Path("/in"), Path(os.fsdecode(b"/caf\xe9")))
+    with pytest.raises(SettingsError, match=r"run\.storage_path: /r\\xe9sum: this name is not UTF-8"):
+        with_absolute_paths(Config(), Path("/in"), Path(os.fsdecode(b"/r\xe9sum")))
 
 
 def test_a_deleted_working_directory_is_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def prepare_data(config: Config, text: Text, report: RunReport, tokenizer: Token
 def write_missing_quickstart(config: Config, report: RunReport) -> None:
     """The quickstart's files beside where the first source is expected, when one of them is not there."""
     paths = [p for source in config.data.sources for p in _listed(source.path)] + _listed(config.data.validation)
-    if all(Path(path).exists() for path in paths):
+    if all(os.path.exists(path) for path in paths):  # noqa: PTH110 - Path.exists raises for a name too long
         return
     report.stage("making the quickstart's text")
     write_quickstart(Path(paths[0]).parent, say=report.say)
@@ -183,14 +184,14 @@ def without_validation(
     kept = []
     for number, (source, files) in enumerate(sources):
         training, held_out = split_held_out(files, validation, cache_dir)
-        names = ", ".join(file.path for file in held_out[:5])
+        names = ", ".join(file.path for file in held_out[:5]) + f" and {len(held_out) - 5:,} more" * (len(held_out) > 5)
         if not training:
             raise DataError(
-                f"data.sources[{number}].path: {names} is the validation text (data.validation), and there is nothing else; "
+                f"data.sources[{number}].path: holds nothing but the validation text (data.validation): {names}; "
                 "a model that trained on it has no held-out text. Give other text to one of the two"
             )
         if held_out:
-            say(f"{names}: the validation text (data.validation), so it is left out of the training text")
+            say(f"left out of the training text, because it is the validation text (data.validation): {names}")
         kept.append((source, training))
     return kept
 

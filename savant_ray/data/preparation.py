@@ -39,6 +39,7 @@ from savant_ray.data.token_cache import (
 )
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.errors import DataError, UnexpectedError, describe
+from savant_ray.locations import absolute_path
 
 FORMAT_VERSION = 1
 PROGRESS_BYTES = 2 << 20  # between two signs of life of a task
@@ -67,7 +68,7 @@ def prepare(
     Raises:
         DataError: a file cannot be read or yields nothing, or a line is bad and `on_bad_line` is "error".
     """
-    cache_dir = Path(cache_dir).expanduser().absolute()
+    cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     recipe = Recipe.of(tokenizer, sequence_length, max_line_bytes)
     hashes = content_hashes(files, cache_dir)
     identity = {
@@ -90,7 +91,7 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
     Raises:
         DataError: a file cannot be read.
     """
-    cache_dir = Path(cache_dir).expanduser().absolute()
+    cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     hashes = content_hashes(files, cache_dir)
     identity = {"version": FORMAT_VERSION, "files": hashes, "vocab_size": vocab_size}
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"

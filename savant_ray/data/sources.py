@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import errno
 import glob
+import logging
 import os
 import re
 import stat
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,7 +37,6 @@ from savant_ray.locations import (
     printable,
     split_query,
     why,
-    working_directory,
 )
 
 PLAIN_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -97,13 +96,13 @@ def expand(pattern: str | Sequence[str], warn: Warn | None = None) -> list[Sourc
     """List the files behind a path, folder (recursively), glob or URI, sorted, each once.
 
     In a glob `*`, `?` and `[…]` stay within a folder and `**` crosses folders. A name is read literally first, so that
-    the folder `[2024-01]` is found. `warn` (by default `warnings.warn`) receives a line for each thing that is left
+    the folder `[2024-01]` is found. `warn` (by default the log) receives a line for each thing that is left
     out: broken links, names that are not UTF-8, folders that may not be read, files that are listed under two names.
 
     Raises:
         DataError: nothing is there, or what is there cannot be read as text; names the pattern.
     """
-    warn = warn or (lambda text: warnings.warn(text, stacklevel=3))
+    warn = warn or logging.getLogger(__name__).warning
     patterns = [pattern] if isinstance(pattern, str) else pattern
     if not patterns or "" in patterns:
         raise DataError("no file, folder, glob or URI is given")
@@ -191,7 +190,7 @@ def _errors_named(pattern: str) -> Iterator[None]:
 
 
 def _local_files(pattern: str, warn: Warn) -> list[SourceFile]:
-    path = _without_dots(absolute_path(pattern, working_directory(), error=DataError))
+    path = _without_dots(absolute_path(pattern, error=DataError))
     problems: list[str] = []
     with _errors_named(pattern):
         is_folder = os.path.isdir(path)

@@ -29,10 +29,12 @@ from savant_ray.cluster.paths import (
     run_folder,
     with_absolute_paths,
 )
+from savant_ray.cluster.preparation import find_text
 from savant_ray.cluster.session import grace_seconds
 from savant_ray.cluster.starting_point import find_start
 from savant_ray.config import Config, load_config
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError
+from savant_ray.reporting import RunReport
 from savant_ray.reporting.wording import byte_size
 from tests.cluster.conftest import environment, with_text
 from tests.cluster.conftest import options as tiny_options
@@ -327,3 +329,31 @@ def test_a_submitted_job_knows_how_long_its_stop_may_take() -> None:
     assert grace_seconds(patient, in_a_job | sent) == pytest.approx(42), "the rest of 60 is for saving"
     assert grace_seconds(patient, in_a_job) == pytest.approx(2.1), "of Ray's own 3"
     assert grace_seconds(patient, {}) == 300
+
+
+def test_text_is_looked_at_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    for name, content in {"train.jsonl": "a", "copy.jsonl": "held out", "empty.jsonl": ""}.items():
+        (tmp_path / "data" / name).write_text(content and f'{{"text": "{content}"}}\n')
+    (tmp_path / "val.jsonl").write_text('{"text": "held out"}\n')
+    (tmp_path / "data/gone.jsonl").symlink_to("nowhere.jsonl")
+
+    def look(path: str, validation: str = "val.jsonl", cache_dir: str = "cache") -> list[str]:
+        sources = f"[{{path: '{path}', weight: 1}}]"
+        arguments = ["--data.sources", sources, "--data.validation", validation, "--data.cache_dir", cache_dir]
+        config = with_absolute_paths(load_config(arguments, environment={}), tmp_path, tmp_path)
+        with RunReport(None) as report:
+            return [Path(file.path).name for _, files in find_text(config, report).sources for file in files]
+
+    assert look("data/*.jsonl") == ["empty.jsonl", "train.jsonl"]
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "gone.jsonl: a broken link, to nowhere.jsonl; left out" in printed
+    assert "because it is the validation text (data.validation)" in printed and "data/copy.jsonl" in printed
+    for wrong, error, message in (
+        ({"path": "val.jsonl"}, DataError, r"data\.sources\[0\]\.path: holds nothing but the validation text"),
+        ({"path": "data/empty.jsonl"}, DataError, r"data\.sources\[0\]\.path: .*/empty\.jsonl: is empty"),
+        ({"path": "data", "validation": "nowhere"}, DataError, r"data\.validation: .*/nowhere: no such file or folder"),
+        ({"path": "data", "cache_dir": "val.jsonl"}, SettingsError, r"data\.cache_dir: .*cannot be used as a folder"),
+    ):
+        with pytest.raises(error, match=message):
+            look(**wrong)

@@ -47,7 +47,7 @@ PARTS = (
         '"',
         "$",
     ),
-    *("*", "**", "[1]", "[a-c]", "[z-a]", "[!a]", "[", "]", "{a,b}", "\n", "\x1b[31m", "\x7f", "caf\udce9", "\ud83d"),
+    *("*", "**", "[1]", "[a-c]", "[z-a]", "[!a]", "[", "]", "{a,b}", "\n", "\x1b[31m", "\x7f", "r\udce9sum", "\ud83d"),
     *(".", "..", ".h", "~root", "~nobody_of_that_name", "file:", "s3:", "C:", "a" * 300, "\0"),
 )
 SUFFIXES = (".jsonl", ".jsonl", ".json", ".JSONL", ".jsonl.gz", ".GZ", ".zst", ".txt", "")
