@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.job_config import JobConfig
 from ray.exceptions import RayError, RuntimeEnvSetupError
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import savant_ray
