@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,9 +186,27 @@ def _why_not_a_head(address: str) -> str:
             answers.append(_in_words(str(error)))
 
     thread = threading.Thread(target=ask, name="ask-ray-head", daemon=True)
-    thread.start()
-    thread.join(HEAD_SECONDS)
+    with _standard_error_silenced():  # Ray's client writes its warnings there by itself
+        thread.start()
+        thread.join(HEAD_SECONDS)
     return answers[0] if answers else f"no answer within {HEAD_SECONDS:g} s"
+
+
+@contextmanager
+def _standard_error_silenced() -> Iterator[None]:
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _in_words(error: str) -> str:

@@ -93,7 +93,7 @@ def test_host_and_port_are_read_as_ray_writes_them() -> None:
 
 
 def test_an_address_where_no_head_answers_is_refused_with_its_origin_and_the_reason(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ray_address, "CONNECT_SECONDS", 0.5)
     with listening() as silent, web_server() as web, grpc_server() as other:
@@ -109,6 +109,7 @@ def test_an_address_where_no_head_answers_is_refused_with_its_origin_and_the_rea
                 refuse_silent(ClusterAddress(address, "RAY_ADDRESS"))
             said = str(refused.value)
             assert address in said and "from RAY_ADDRESS" in said and reason in said and "unset it" in said
+    assert capfd.readouterr().err == "", "the message is all there is"
 
 
 def test_a_cluster_that_wants_a_token_where_there_is_none_is_refused_with_where_to_get_one(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ from savant_ray.cluster.same_code import code_digest, job_config, other_code, ow
 from savant_ray.cluster.worker import WorkerTask
 from savant_ray.errors import SavantError
 from savant_ray.events import Event, RunFailed
+from tests.cluster.conftest import ROOT, Head, environment
 from tests.cluster.test_worker import FakeHost
 from tests.training.tiny import tiny_config
 
@@ -65,3 +69,34 @@ def test_a_worker_of_a_node_that_joined_later_with_other_code_ends_the_run(monke
     with pytest.raises(SavantError, match="from /mine, but worker 0 has another version"):
         worker.train_worker(vars(task))
     assert any(isinstance(event, RunFailed) for event in events)
+
+
+DRIVER = """
+import sys
+import ray
+from savant_ray.cluster.same_code import job_config, refuse_other_code
+from savant_ray.errors import SavantError
+for config in (job_config(), None):
+    ray.init(sys.argv[1], job_config=config, log_to_driver=False, logging_level="ERROR")
+    try:
+        refuse_other_code()
+        print("the same")
+    except SavantError as error:
+        print(error)
+    ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_the_nodes_of_a_cluster_run_the_drivers_copy_or_are_refused(head: Head, tmp_path: Path) -> None:
+    """The second job is Ray's own, whose workers import what is installed."""
+    shutil.copytree(ROOT / "savant_ray", tmp_path / "savant_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "savant_ray/events.py").open("a") as file:
+        file.write("# another version\n")
+    variables = environment(RAY_AUTH_MODE="disabled", PYTHONPATH=str(tmp_path))
+    command = [sys.executable, "-c", DRIVER, head.address]
+    done = subprocess.run(command, cwd="/", env=variables, text=True, capture_output=True, timeout=150)
+    same, refused = done.stdout.split("\n", 1)
+    assert same == "the same", done.stdout + done.stderr
+    assert f"runs savant_ray from {tmp_path}/savant_ray, but node" in refused, done.stdout + done.stderr
+    assert f"has another version of it in {ROOT}/savant_ray" in refused or "cannot import it" in refused
