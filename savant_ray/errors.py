@@ -112,7 +112,8 @@ def explain(error: BaseException, folder: Path | None = None, activity: str = ""
     message = str(error) if isinstance(error, UnexpectedError) else describe(error, activity)
     path = _keep(details, folder)
     where = f"the full traceback is in {path}" if path else "--verbose prints the full traceback"
-    return UnexpectedError(f"{message} ({where})", details, is_kept=True)
+    told = f"{message}\n{where[0].upper()}{where[1:]}." if "\n" in message else f"{message} ({where})"
+    return UnexpectedError(told, details, is_kept=True)
 
 
 def describe(error: BaseException, activity: str = "") -> str:

@@ -28,7 +28,7 @@ def explain_failure(error: BaseException | None, told: RunFailed | None, newest:
         kinds = {kind.__name__: kind for kind in SavantError.__subclasses__()}
         return kinds.get(told.error, TrainingError)(told.text)
     again = f"It was tried again {max_failures} times (scaling.max_failures)."
-    go_on = f"When the cause is mended, run the same command again to go on from {newest}"
+    go_on = f"When the cause is mended, run the same command again to go on from {newest}."
     if not isinstance(error, WorkerGroupError):
         details = "" if error is None else "".join(traceback.format_exception(error))
         reason = "without a reason" if error is None else describe(error)
@@ -37,7 +37,7 @@ def explain_failure(error: BaseException | None, told: RunFailed | None, newest:
     message = f"{_first_failure(error.worker_failures)}\n{again}"
     if isinstance(culprit, UnexpectedError):
         return UnexpectedError(f"{message} {go_on}", culprit.details)
-    return TrainingError(f"{message} What Ray knows is in training_log.txt. {go_on}.")
+    return TrainingError(f"{message} What Ray knows is in training_log.txt. {go_on}")
 
 
 @contextmanager

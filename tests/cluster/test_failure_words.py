@@ -50,7 +50,7 @@ def test_what_nobody_foresaw_in_a_worker_is_told_with_what_it_was_doing_and_its_
     told = explain_failure(WorkerGroupError("workers failed", failures), None, "step_4", max_failures=3)
     first, second = str(told).splitlines()
     assert first == "worker 1: while saving step_5: ValueError: invalid literal"
-    assert "tried again 3 times" in second and second.endswith("go on from step_4")
+    assert "tried again 3 times" in second and second.endswith("go on from step_4.")
     assert isinstance(told, UnexpectedError) and "raise error\n" in told.details
 
 
