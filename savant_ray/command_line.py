@@ -40,9 +40,9 @@ class _ConfigFile(argparse.Action):
     """`--config FILE`, once: of two files it would not be clear whether one replaces the other or adds to it."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
-        earlier, path = getattr(namespace, self.dest), Path(values)
         if not values:
             raise SettingsError("--config: the name of a file is missing")
+        earlier, path = getattr(namespace, self.dest), _path_on_this_machine(values)
         if earlier not in (None, path):
             raise SettingsError(
                 f"--config: given twice, {earlier} and {path}; give one file (with make: CONFIG={path})"
@@ -120,17 +120,20 @@ def utf8_text(text: str) -> str:
 
 def file_path(text: str) -> Path:
     """A path: `~` and `file:` URIs are understood, and what cannot be a path is refused."""
-    from savant_ray.errors import SettingsError
-    from savant_ray.locations import is_uri, local_path, working_directory
-
     try:
-        if is_uri(text):
-            raise SettingsError(f"{text} is a URI; this has to be a path on this machine")
-        path = local_path(text)
-        if not path.is_absolute():
-            working_directory()
+        return _path_on_this_machine(text)
     except SettingsError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _path_on_this_machine(text: str) -> Path:
+    from savant_ray.locations import is_uri, local_path, working_directory
+
+    if is_uri(text):
+        raise SettingsError(f"{text} is a URI; this has to be a path on this machine")
+    path = local_path(text)
+    if not path.is_absolute():
+        working_directory()
     return path
 
 

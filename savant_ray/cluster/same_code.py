@@ -19,10 +19,9 @@ from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import savant_ray
 from savant_ray.errors import SavantError
 
-PACKAGE = savant_ray.__name__
+PACKAGE = __name__.partition(".")[0]
 NODE_SECONDS = 60.0  # a node that cannot start a process within them is checked when it starts a worker
 
 
@@ -46,7 +45,7 @@ def job_config() -> JobConfig:
 
 def package_folder() -> Path:
     """Return the folder that this process imported the package from."""
-    return Path(savant_ray.__file__).resolve().parent
+    return Path(__file__).resolve().parents[1]
 
 
 def code_digest(folder: Path) -> str:

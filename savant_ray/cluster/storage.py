@@ -78,8 +78,10 @@ def _stored(uri: str, folder: Path) -> tuple[ObjectStorage, str]:
     storage = ObjectStorage(parent if asked else uri, folder)
     try:
         complete = storage.complete_steps()
-    except OSError as error:
-        raise CheckpointError(f"{uri}: cannot be read ({error})") from error
+    except SavantError:
+        raise
+    except Exception as error:  # as in `on_this_machine`
+        raise CheckpointError(f"{uri}: cannot be read ({why(error)})") from error
     if not complete or asked not in (None, *complete):
         raise CheckpointError(f"{uri}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
     return storage, asked or complete[-1]

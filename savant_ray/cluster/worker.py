@@ -54,8 +54,8 @@ class WorkerTask:
     validation: str  # a token cache that every node can read
     data_fingerprint: str
     allow_changes: bool
-    owner: dict[str, Any] | None  # the fields of an `Owner`
     bridge: Any
+    owner: dict[str, Any] | None = None  # the fields of an `Owner`, where the storage has a lease
     package: str = field(default_factory=lambda: str(package_folder()))  # the driver's folder of this package
     code: str = field(default_factory=own_digest)  # and its digest
 

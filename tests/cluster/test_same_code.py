@@ -58,8 +58,8 @@ def test_a_worker_of_a_node_that_joined_later_with_other_code_ends_the_run(monke
     events: list[Event] = []
     fakes = {
         "ray": SimpleNamespace(get=lambda reference: False),
-        "Tokenizer": SimpleNamespace(load=lambda path: None),
-        "run_storage": lambda config: None,
+        "Tokenizer": SimpleNamespace(load=lambda *_: None),
+        "run_storage": lambda *_: None,
         "RayHost": lambda *_: FakeHost(events),
     }
     for name, fake in fakes.items():

@@ -36,8 +36,8 @@ def run_worker(monkeypatch: pytest.MonkeyPatch, expected: type[Exception], **fak
     events: list[Event] = []
     fakes = {
         "ray": SimpleNamespace(get=lambda reference: False),
-        "Tokenizer": SimpleNamespace(load=lambda path: None),
-        "run_storage": lambda config: None,
+        "Tokenizer": SimpleNamespace(load=lambda *_: None),
+        "run_storage": lambda *_: None,
         "RayHost": lambda *_: FakeHost(events),
         "get_device": lambda: CPU,
     }
