@@ -50,8 +50,8 @@ class WorkerTask:
     validation: str  # a token cache that every node can read
     data_fingerprint: str
     allow_changes: bool
-    owner: dict[str, Any] | None  # the fields of an `Owner`
     bridge: Any
+    owner: dict[str, Any] | None = None  # the fields of an `Owner`; None: nobody looks who owns the run
 
 
 def train_worker(settings: dict[str, Any]) -> None:
