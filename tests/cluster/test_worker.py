@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from savant_ray.cluster import worker
-from savant_ray.errors import MemoryCapError
+from savant_ray.errors import MemoryCapError, UnexpectedError
 from savant_ray.events import Event, RunFailed
 from tests.training.tiny import CPU, tiny_config
 
@@ -69,5 +69,5 @@ def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_what_to_low
 def test_other_work_without_memory_does_not_end_the_run_as_a_model_that_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    events = run_worker(monkeypatch, torch.OutOfMemoryError, load_newest=no_room)
+    events = run_worker(monkeypatch, UnexpectedError, load_newest=no_room)
     assert not any(isinstance(event, RunFailed) for event in events), "Ray Train restarts the worker"
