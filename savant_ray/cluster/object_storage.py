@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,6 +84,15 @@ class ObjectStorage(Disk):
                     replace_folder(Path(scratch, name), target)
                 else:
                     Path(scratch, name).replace(target)
+        return target
+
+    def fetch_files(self, name: str, files: Sequence[str]) -> Path:
+        """Fetch some files of a checkpoint into its folder on this machine. Raises OSError."""
+        source, target = self._newest_stored(name), self.folder / name
+        target.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            with self.filesystem.open_input_stream(f"{self.path}/{source}/{file}") as stream:
+                (target / file).write_bytes(stream.read())
         return target
 
     def fetch_originals(self) -> None:

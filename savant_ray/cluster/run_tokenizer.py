@@ -6,15 +6,10 @@ trained with one go on with it unless the user allows otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from savant_ray.cluster.object_storage import ObjectStorage
-from savant_ray.cluster.paths import parent_and_name
-from savant_ray.cluster.storage import run_storage
+from savant_ray.cluster.storage import on_this_machine, run_storage
 from savant_ray.config import Config, DataConfig
 from savant_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
@@ -25,7 +20,6 @@ from savant_ray.training.checkpoint import (
     MANIFEST,
     TOKENIZER,
     find_checkpoint,
-    is_step_name,
     read_settings,
     verify,
 )
@@ -54,7 +48,8 @@ def find_origin(start: Path | None, config: Config) -> Origin | None:
         return None if start.is_file() else _origin(start, start.name, str(start / TOKENIZER), is_resumed=True)
     if config.run.init_from is None:
         return None
-    with _without_weights(config.run.init_from) as folder:
+    with on_this_machine(config.run.init_from, (MANIFEST, CONFIG, TOKENIZER)) as found:
+        folder = find_checkpoint(found)
         path = "" if is_uri(config.run.init_from) else str(folder / TOKENIZER)
         return _origin(folder, f"run.init_from = {config.run.init_from}", path, is_resumed=False)
 
@@ -183,24 +178,3 @@ def _origin(folder: Path, name: str, path: str, is_resumed: bool) -> Origin:
     tokenizer = Tokenizer.load(folder / TOKENIZER, data.end_of_document)
     tokenizer.name = f"the tokenizer of {name}"
     return Origin(name, tokenizer, path, data, is_resumed)
-
-
-@contextmanager
-def _without_weights(checkpoint: str) -> Iterator[Path]:
-    """A `step_N` with its manifest, settings and tokenizer; of a URI they are fetched for the time of a `with` block."""
-    if not is_uri(checkpoint):
-        yield find_checkpoint(Path(checkpoint))
-        return
-    parent, name = parent_and_name(checkpoint)
-    with TemporaryDirectory(prefix="savant-") as scratch:
-        storage = ObjectStorage(parent if is_step_name(name) else checkpoint, Path(scratch))
-        try:
-            step = name if is_step_name(name) else next(reversed(storage.complete_steps()), "")
-            folder = Path(scratch, step)
-            folder.mkdir(exist_ok=True)
-            for file in (MANIFEST, CONFIG, TOKENIZER):
-                with storage.filesystem.open_input_stream(f"{storage.path}/{step}/{file}") as stream:
-                    (folder / file).write_bytes(stream.read())
-        except OSError as error:
-            raise CheckpointError(f"{checkpoint}: its tokenizer cannot be fetched ({error})") from error
-        yield folder

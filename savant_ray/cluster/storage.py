@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,8 +50,10 @@ def refuse_missing(checkpoint: str) -> None:
 
 
 @contextmanager
-def on_this_machine(checkpoint: str) -> Iterator[Path]:
+def on_this_machine(checkpoint: str, files: Sequence[str] = ()) -> Iterator[Path]:
     """A path as it is; of a URI of a run or a `step_N` a copy of the (newest) checkpoint, for the time of a `with` block.
+
+    With `files` only these are copied, for what needs no weights.
 
     Raises:
         CheckpointError: there is none, or it cannot be fetched.
@@ -63,7 +65,7 @@ def on_this_machine(checkpoint: str) -> Iterator[Path]:
     with TemporaryDirectory(prefix="savant-") as scratch:
         storage, name = _stored(checkpoint, Path(scratch))
         try:
-            folder = storage.fetch(name)
+            folder = storage.fetch_files(name, files) if files else storage.fetch(name)
         except SavantError:
             raise
         except Exception as error:  # OSError, or anything of a file system that is written in Python (hf://)

@@ -23,7 +23,7 @@ from savant_ray.cluster.starting_point import find_start
 from savant_ray.cluster.storage import on_this_machine
 from savant_ray.errors import SavantError
 from savant_ray.events import Event
-from savant_ray.training.checkpoint import MANIFEST, verify
+from savant_ray.training.checkpoint import MANIFEST, TOKENIZER, verify
 from tests.cluster.object_store import ObjectStore
 from tests.cluster.test_lease import taken
 from tests.cluster.test_object_storage import record
@@ -243,3 +243,19 @@ def test_on_a_disk_what_it_was_writing_when_the_run_was_taken_over_is_given_up(
     with pytest.raises(SavantError, match="another process trains this run now"):
         saver.finish()
     assert not list(tmp_path.glob("step_*"))
+
+
+def test_the_tokenizer_of_a_run_that_was_taken_over_is_found_for_init_from(
+    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    with taken(here):
+        save(here, 500, "old")
+        here.expect_late_writes()
+    with taken(elsewhere):
+        save(elsewhere, 500, "new")
+    for name in ("runs/run", "runs/run/step_500"):
+        store.requests.clear()
+        with on_this_machine(store.uri(name), [MANIFEST, TOKENIZER]) as folder:
+            assert json.loads((folder / MANIFEST).read_bytes())["data_fingerprint"] == "new"
+            verify(folder, TOKENIZER)
+        assert not [path for method, path in store.requests if method == "GET" and path.endswith(".pt")]
