@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -81,18 +82,12 @@ def test_documents_come_back_and_a_second_run_starts_at_once(
     assert again.fingerprint == cache.fingerprint
 
 
-class Unloadable(Tokenizer):
-    """A tokenizer that no task can load."""
-
-    def to_json(self) -> str:
-        return "no tokenizer"
-
-
 def test_an_error_that_nobody_foresaw_in_a_task_keeps_its_cause_file_and_traceback(
-    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl("train.jsonl", ["a text"])
-    unloadable = Unloadable(byte_tokenizer._inner)
+    unloadable = copy.copy(byte_tokenizer)  # in a task, which knows another version of tokenizers
+    monkeypatch.setattr(unloadable, "to_json", lambda: json.dumps({"version": "of another age"}))
     with pytest.raises(UnexpectedError) as caught:
         prepare(expand(str(path)), unloadable, 32, tmp_path / "cache")
     assert str(caught.value).startswith(f"while tokenising {path}: ") and "\n" not in str(caught.value)
