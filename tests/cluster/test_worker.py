@@ -38,7 +38,7 @@ def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_what_to_low
     fakes = {
         "ray": SimpleNamespace(get=lambda reference: False),
         "Tokenizer": SimpleNamespace(load=lambda path: None),
-        "run_storage": lambda config: None,
+        "run_storage": lambda config, owner: None,
         "RayHost": lambda *_: FakeHost(events),
         "get_device": lambda: CPU,
         "new_state": no_room,
