@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 
 from savant_ray.training.checkpoint import checkpoints
-from tests.cluster.conftest import Head, losses, records, run_job, start_job, wait_for
+from tests.cluster.conftest import ROOT, Head, losses, records, run_job, running_head, start_job, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -19,18 +20,33 @@ def steps_saved(run: Path) -> list[str]:
     return [folder.name for folder in checkpoints(run)]
 
 
-def test_training_goes_on_when_a_checkpoint_cannot_be_written_and_says_so(head: Head, workplace: Path) -> None:
-    run = workplace / "tiny"
-    run.mkdir()
-    for step in (4, 8):
-        (run / f"step_{step}").write_text("a file where the folder should be")
-    code, printed = run_job(head, workplace)
-    assert "WARNING: step 4 could not be saved" in printed and len(losses(run)) == 8, printed
-    assert code == 4 and "step 8 could not be saved" in printed and "goes on from the beginning" in printed, printed
-    assert [line["step"] for line in records(run, "checkpoint_failure")] == [4, 8]
-    (run / "step_8").unlink()
-    code, printed = run_job(head, workplace)
-    assert code == 0 and steps_saved(run) == ["step_8"] and len(losses(run)) == 8, printed
+# Python imports this file at its start when its folder is on PYTHONPATH; only while the file `full` is there, the disk is.
+FULL_DISK = """
+import errno, os, pathlib
+rename = os.rename
+
+def full(source, target, **options):
+    if os.path.basename(target) in ("step_4", "step_8") and pathlib.Path(__file__).with_name("full").exists():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+    return rename(source, target, **options)
+
+os.rename = full
+"""
+
+
+def test_training_goes_on_when_a_checkpoint_cannot_be_written_and_says_so(workplace: Path) -> None:
+    run, site = workplace / "tiny", workplace / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(FULL_DISK)
+    (site / "full").touch()
+    with mock.patch.dict(os.environ, {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}), running_head() as head:
+        code, printed = run_job(head, workplace)
+        assert "WARNING: step 4 could not be saved" in printed and len(losses(run)) == 8, printed
+        assert code == 4 and "step 8 could not be saved" in printed and "goes on from the beginning" in printed, printed
+        assert [line["step"] for line in records(run, "checkpoint_failure")] == [4, 8]
+        (site / "full").unlink()
+        code, printed = run_job(head, workplace)
+        assert code == 0 and steps_saved(run) == ["step_4", "step_8"] and len(losses(run)) == 8, printed
 
 
 def test_a_run_that_diverges_ends_with_what_to_do(head: Head, workplace: Path) -> None:
@@ -58,9 +74,13 @@ def test_a_worker_that_dies_or_raises_too_often_ends_the_run_with_where_to_go_on
     assert "Traceback" not in printed
 
     (shard,) = workplace.glob("cache/savant_dataset_val-*/shard-*.arrow")
+    log = run / "training_log.txt"
+    starts = log.read_text().count("starting workers")
+    job = start_job(head, workplace, **never_again)
+    wait_for(lambda: log.read_text().count("starting workers") > starts)  # until then the driver would mend it
     shard.write_bytes(bytes(shard.stat().st_size))  # what reads it raises a ValueError, in the worker only
-    code, printed = run_job(head, workplace, **never_again)
-    newest = steps_saved(run)[-1]
+    printed, _ = job.communicate(timeout=120)
+    code, newest = job.returncode, steps_saved(run)[-1]
     assert code == 1 and "error: worker 0: " in printed and "Not an Arrow file" in printed, printed
     assert f"run the same command again to go on from {newest}" in printed and "Traceback" not in printed, printed
 
