@@ -36,13 +36,8 @@ def run_worker(monkeypatch: pytest.MonkeyPatch, expected: type[Exception], **fak
     events: list[Event] = []
     fakes = {
         "ray": SimpleNamespace(get=lambda reference: False),
-<<<<<<< HEAD
         "Tokenizer": SimpleNamespace(load=lambda *_: None),
         "run_storage": lambda *_: None,
-=======
-        "Tokenizer": SimpleNamespace(load=lambda path: None),
-        "run_storage": lambda config, owner: None,
->>>>>>> w-storage
         "RayHost": lambda *_: FakeHost(events),
         "get_device": lambda: CPU,
     }
