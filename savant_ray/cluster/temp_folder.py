@@ -7,6 +7,7 @@ as with the TMPDIR that some schedulers give to each job.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
@@ -16,6 +17,8 @@ VARIABLE = "RAY_TMPDIR"
 DEFAULT = "/tmp"  # noqa: S108 - Ray's own default, as is the name below it
 SOCKET_PATH_BYTES = 107  # the longest path of a Unix socket on Linux
 RAY_SOCKET = "/ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store"  # the longest that Ray makes
+
+LEAST_FREE_BYTES = 32 << 20  # Ray's first logs; on a full disk its start waits for a time-out and names no cause
 
 
 def ray_temp_folder(environment: Mapping[str, str] = os.environ) -> str:
@@ -63,6 +66,9 @@ def why_unusable_for_ray(folder: str, create: bool = False) -> str:
             return "has a file named ray in it"
         if not os.access(below if below.exists() else folder, os.W_OK | os.X_OK):
             return f"does not serve, because this user cannot write {below}"
+        free = shutil.disk_usage(folder).free
+        if free < LEAST_FREE_BYTES:
+            return f"has only {free / 1e6:.1f} MB free"
     except OSError as error:
         return f"cannot be used ({(error.strerror or str(error)).lower()})"
     return ""

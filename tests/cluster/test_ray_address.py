@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.flight
 import pytest
@@ -189,6 +191,12 @@ def test_a_chosen_folder_for_rays_files_that_does_not_serve_is_refused_by_name(t
     for folder in (f"/tmp/{'x' * 100}", "relative", "/tmp/été", str(tmp_path / "file"), str(tmp_path / "file/below")):
         with pytest.raises(SavantError, match="RAY_TMPDIR=.*set RAY_TMPDIR to a folder of your own"):
             choose_temp_folder(pytest.fail, {"RAY_TMPDIR": folder})
+
+
+def test_a_full_disk_is_named_before_ray_waits_for_a_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(SavantError, match="/tmp has only 1.0 MB free; set RAY_TMPDIR"):
+        choose_temp_folder(lambda _: None, {})
 
 
 def test_a_path_that_just_fits_into_a_socket_is_not_too_long() -> None:
