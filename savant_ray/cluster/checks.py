@@ -77,7 +77,7 @@ def _lies_in(path: str, run: str) -> bool:
     if is_uri(path):
         path, run = (decoded_uri(split_query(uri)[0]) for uri in (path, run))
         return f"{path.rstrip('/')}/".startswith(f"{run.rstrip('/')}/")
-    return os.path.isabs(path) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(run))
+    return Path(path).is_absolute() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(run))
 
 
 def checkpoint_bytes(config: Config) -> int:
