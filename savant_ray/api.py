@@ -80,8 +80,9 @@ def train(
     with ours:
         with theirs:
             child = _start_child(theirs)
-        ours.sendall(json.dumps({"settings": settings, "options": options}).encode() + b"\n")
-        interrupted = _wait(child)
+        with suppress(ConnectionError):  # it has ended already
+            ours.sendall(json.dumps({"settings": settings, "options": options}).encode() + b"\n")
+        interrupted, answer = _wait(child), b""
         with suppress(ConnectionError):
             answer = ours.makefile("rb").read()
     if not answer and not interrupted:
@@ -135,14 +136,18 @@ def _start_child(theirs: socket.socket) -> subprocess.Popen[bytes]:
     """A session of its own: Ctrl+C reaches only the caller, who passes it on."""
     replaced = sys.stdout is not sys.__stdout__ or sys.__stdout__ is None  # by a notebook, or redirect_stdout
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if replaced else {}
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD.format(path=sys.path, descriptor=theirs.fileno())],
-        env=os.environ | _cluster_of_caller(),
-        stdin=subprocess.DEVNULL,
-        pass_fds=[theirs.fileno()],
-        start_new_session=True,
-        **streams,
-    )
+    try:
+        return subprocess.Popen(
+            [sys.executable or "", "-c", CHILD.format(path=sys.path, descriptor=theirs.fileno())],
+            env=os.environ | _cluster_of_caller(),
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            **streams,
+        )
+    except OSError as error:
+        reason = error.strerror or error
+        raise TrainingError(f"the training process cannot be started: {sys.executable}: {reason}") from error
 
 
 def _cluster_of_caller() -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import savant_ray
-from savant_ray.errors import CheckpointError, DataError, SettingsError
+from savant_ray.errors import CheckpointError, DataError, SettingsError, TrainingError
 from savant_ray.training.checkpoint import newest_checkpoint
 from tests.cluster.conftest import SETTINGS, environment, started, steps_done, wait_for, with_text
 
@@ -50,6 +50,22 @@ def test_the_public_names_are_there_and_load_nothing_before_they_are_used() -> N
     script = "import savant_ray, sys; print({'torch', 'ray', 'pydantic'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("executable", "said"),
+    [
+        ("/bin/false", "without a word .exit code 1"),
+        ("/nowhere/python", "cannot be started"),
+        ("", "cannot be started"),
+    ],
+)
+def test_a_training_process_that_does_not_come_up_is_an_error_of_ours(
+    executable: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(TrainingError, match=said):
+        savant_ray.train({})
 
 
 def test_wrong_settings_are_refused_as_the_command_line_does(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from savant_ray.cluster.paths import generate_command
 from savant_ray.cluster.storage import refuse_missing
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
+from savant_ray.locations import decoded_uri, is_uri, split_query
 from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import has_finished, has_sample
 from savant_ray.reporting.wording import byte_size
@@ -46,6 +48,36 @@ def check_before_start(config: Config, storage: Disk, fresh: bool = False) -> No
         refuse_missing(config.run.init_from)
     keep = config.checkpoint.keep if storage.filesystem is None else 1
     check_disk(storage.folder, checkpoint_bytes(config), keep, fresh)
+
+
+def refuse_inputs_in_the_run(config: Config, storage: Disk) -> None:
+    """Look for what `--fresh` would move aside although the new run needs it.
+
+    Raises:
+        SettingsError: `run.init_from`, the tokenizer or text lies in the folder of the run.
+    """
+    named = [("run.init_from", config.run.init_from), ("data.tokenizer", config.data.tokenizer)]
+    named += [("data.validation", path) for path in _listed(config.data.validation)]
+    for number, source in enumerate(config.data.sources):
+        named += [(f"data.sources[{number}].path", path) for path in _listed(source.path)]
+    for setting, path in named:
+        if path is not None and _lies_in(path, storage.location):
+            raise SettingsError(
+                f"{setting}: {path} lies in the run that --fresh would move aside; give the new run another run.name"
+            )
+
+
+def _listed(path: str | list[str]) -> list[str]:
+    return [path] if isinstance(path, str) else path
+
+
+def _lies_in(path: str, run: str) -> bool:
+    if is_uri(path) != is_uri(run):
+        return False
+    if is_uri(path):
+        path, run = (decoded_uri(split_query(uri)[0]) for uri in (path, run))
+        return f"{path.rstrip('/')}/".startswith(f"{run.rstrip('/')}/")
+    return Path(path).is_absolute() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(run))
 
 
 def checkpoint_bytes(config: Config) -> int:

@@ -130,12 +130,13 @@ def _refuse_before_moving(config: Config, storage: Disk, allow_changes: bool) ->
     """Refuse wrong paths now: `--fresh` moves an older run aside only for one that can begin.
 
     Raises:
-        SavantError: text, tokenizer or `run.init_from` is missing, or the disk is too small.
+        SavantError: text, tokenizer or `run.init_from` is missing or would be moved as well, or the disk is too small.
     """
-    from savant_ray.cluster.checks import check_before_start
+    from savant_ray.cluster.checks import check_before_start, refuse_inputs_in_the_run
     from savant_ray.cluster.preparation import find_text
     from savant_ray.cluster.run_tokenizer import choose_tokenizer, find_origin
 
+    refuse_inputs_in_the_run(config, storage)
     check_before_start(config, storage, fresh=True)
     choose_tokenizer(config, find_origin(None, config), allow_changes)
     with (

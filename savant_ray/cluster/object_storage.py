@@ -26,7 +26,7 @@ from savant_ray.cluster.disk import DAMAGED, Disk
 from savant_ray.cluster.lease import Lease, Owner, leased, refuse_if_superseded
 from savant_ray.cluster.lock import free_name, locked, set_aside
 from savant_ray.cluster.paths import joined, parent_and_name
-from savant_ray.data.sources import file_system
+from savant_ray.data.sources import file_system, with_short_retries
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
@@ -59,7 +59,7 @@ class ObjectStorage(Disk):
 
     def __init__(self, uri: str, folder: Path, owner: Owner | None = None) -> None:
         self.folder, self.location, self.owner = folder, uri, owner
-        self.filesystem, self.path = file_system(uri, SettingsError)
+        self.filesystem, self.path = file_system(with_short_retries(uri), SettingsError)
 
     def __getstate__(self) -> dict[str, Any]:
         """To other processes goes the fencing token, not the lease."""

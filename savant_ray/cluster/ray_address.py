@@ -136,7 +136,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _check_form(text: str) -> None:
-    if text.startswith(("http://", "https://")):
+    if text.lower().startswith(("http://", "https://")):
         raise SavantError(
             f"{VARIABLE}={text} is the address of a dashboard, which `ray job submit` takes.\n"
             f"To train there, submit a job: make submit ADDRESS={text}\n"

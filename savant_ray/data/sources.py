@@ -42,7 +42,7 @@ from savant_ray.locations import (
 PLAIN_SUFFIXES = (".jsonl", ".json", ".ndjson")
 SUFFIXES = tuple(suffix + packed for suffix in PLAIN_SUFFIXES for packed in ("", *CODECS))
 NAMED_AT_MOST = 5  # of the files that a warning or error is about
-GCS_SECONDS = 30  # to list; by default its client tries for 15 minutes where there is no network
+GCS_SECONDS = 30  # of retries; by default its client tries for 15 minutes where there is no network
 LISTING_THREADS = 16  # a network file system answers each with a delay
 
 Warn = Callable[[str], None]
@@ -139,6 +139,14 @@ def file_system(uri: str, error: type[SavantError]) -> tuple[pafs.FileSystem, st
     except Exception as reason:  # ArrowInvalid, OSError, ImportError, or any error of a file system written in Python
         raise error(f"{printable(decoded + query)}: no storage that could be used ({why(reason)})") from reason
     return filesystem, path
+
+
+def with_short_retries(uri: str) -> str:
+    """Return the URI with a limit for the retries of Google Cloud Storage's client, unless it has one."""
+    base, query = split_query(uri)
+    if not base.lower().startswith(("gs://", "gcs://")) or "retry_limit_seconds" in query:
+        return uri
+    return f"{base}{query or '?'}{'&' * bool(query.removeprefix('?'))}retry_limit_seconds={GCS_SECONDS}"
 
 
 def _each_once(files: Sequence[SourceFile], warn: Warn) -> list[SourceFile]:
@@ -400,11 +408,7 @@ def _remote_files(pattern: str) -> list[SourceFile]:
     uri, query = split_query(canonical_uri(pattern, error=DataError))
     uri = decoded_uri(uri)
     uri = uri if uri.endswith("://") else uri.rstrip("/")
-    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in query:
-        query_to_list = f"{query or '?'}{'&' * bool(query)}retry_limit_seconds={GCS_SECONDS}"
-    else:
-        query_to_list = query
-    filesystem, path = file_system(encoded_uri(uri) + query_to_list, DataError)
+    filesystem, path = file_system(with_short_retries(encoded_uri(uri) + query), DataError)
     with _errors_named(pattern):
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:

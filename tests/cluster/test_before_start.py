@@ -15,7 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from savant_ray.cluster.checks import check_before_start, check_disk, checkpoint_bytes
+from savant_ray.cluster.checks import (
+    check_before_start,
+    check_disk,
+    checkpoint_bytes,
+    refuse_inputs_in_the_run,
+)
 from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.lock import LOCK, is_in_use, locked, move_run_aside
 from savant_ray.cluster.paths import (
@@ -154,6 +159,20 @@ def test_sizes_are_told_in_units_that_fit(n_bytes: float, shown: str) -> None:
     assert byte_size(n_bytes) == shown
 
 
+def test_fresh_may_take_inputs_of_any_run_but_its_own(tmp_path: Path) -> None:
+    def refuse(init_from: str, run: str) -> None:
+        storage = Disk(tmp_path)
+        storage.location = run
+        refuse_inputs_in_the_run(Config.from_dict({"run": {"init_from": init_from}}), storage)
+
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for inside, run in ((f"{tmp_path}/link/step_3", f"{tmp_path}/run"), ("s3://b/a%20b?x=1", "s3://b/a b")):
+        with pytest.raises(SettingsError, match=r"run\.init_from: .* lies in the run"):
+            refuse(inside, run)
+    for outside, run in ((f"{tmp_path}/run.old", f"{tmp_path}/run"), ("s3://b/ab", "s3://b/a"), ("s3://b/a", "/b/a")):
+        refuse(outside, run)
+
+
 def run_of(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """`savant train` with the tests' tiny settings, which is refused or done before Ray starts."""
     job = [sys.executable, str(ROOT / "jobs/train.py"), *tiny_options(**{"run.name": ODD}), *options]
@@ -171,6 +190,8 @@ ODD = "a b#c?d%20 [1]{x}&;$'"
         (["--data.tokenizer", "./nothing.json"], "nothing.json"),
         (["--run.init_from", "nothing"], "nothing: no checkpoint there"),
         (["--checkpoint.keep", "1000000000"], "run.storage_path: "),
+        (["--run.init_from", f"{ODD}/step_3"], "/step_3 lies in the run that --fresh would move aside"),
+        (["--data.tokenizer", f"./{ODD}/step_3/tokenizer.json"], "lies in the run that --fresh would move aside"),
     ],
 )
 def test_fresh_leaves_an_older_run_where_it_is_if_the_new_one_cannot_begin(

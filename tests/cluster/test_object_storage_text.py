@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.data.content import content_hashes
 from savant_ray.data.jsonl import documents
 from savant_ray.data.sources import expand
@@ -42,3 +43,14 @@ def test_an_object_that_is_not_what_its_name_says_is_named(store: ObjectStore, t
         store.write(f"odd/{name}", content)
         with pytest.raises(DataError, match=rf"s3://bucket/odd/{name}: (its name says plain text, but it is gzip|is )"):
             content_hashes(expand(store.uri(f"odd/{name}")), tmp_path)
+
+
+def test_google_cloud_storage_is_not_tried_for_minutes_unless_the_user_says_so() -> None:
+    """Its client tries for 15 minutes where there is no network."""
+
+    def seconds(uri: str) -> float:
+        _, arguments = ObjectStorage(uri, Path("mirror")).filesystem.__reduce__()
+        return arguments[0]["retry_time_limit"].total_seconds()
+
+    assert seconds("gs://bucket/run") == seconds("GS://bucket/run?") == 30
+    assert seconds("gs://bucket/run?retry_limit_seconds=600") == 600

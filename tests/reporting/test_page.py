@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from savant_ray.cli import main
 from savant_ray.config import Config
-from savant_ray.errors import SettingsError
+from savant_ray.errors import SavantError, SettingsError
 from savant_ray.events import AttemptEnded, DataPrepared, Event, RunFailed, TextCounts, WorkersLost
 from savant_ray.reporting.page import write_page
 from savant_ray.reporting.page.curves import Curve, aligned, smoothed, worth_drawing
@@ -98,6 +100,27 @@ def test_runs_are_compared_and_told_apart(tmp_path: Path) -> None:
     assert "training.learning_rate 0.001 0.0001 0.001 2e-05" in text
     assert {series["run"] for series in drawn(html)[0]["series"]} == {0, 1}
     assert f"{two} training" in {series["label"] for series in drawn(html)[0]["series"]}
+
+
+def test_an_output_that_is_a_link_or_a_pipe_is_written_into_and_not_replaced(tmp_path: Path) -> None:
+    run, page, link, pipe = write(tmp_path / "run", *RUN), tmp_path / "page", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(page)
+    os.mkfifo(pipe)
+    write_page([run], link, idle)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        write_page([run], pipe, idle)
+    assert link.is_symlink() and pipe.is_fifo() and all("</html>" in text for text in (page.read_text(), read.result()))
+    with pytest.raises(SavantError, match="Is a directory"):
+        write_page([run], Path(), idle)
+
+
+def test_a_run_that_did_not_have_all_settings_of_today_has_a_page(tmp_path: Path) -> None:
+    older = {section: dict(values) for section, values in SETTINGS.items()}
+    del older["data"]["end_of_document"], older["scaling"]
+    run = write(tmp_path / "run", attempt(settings=older), step_done(1))
+    text = seen(html_of(run, output=tmp_path / "page.html"))
+    assert "training.learning_rate 0.001" in text and "scaling.num_workers 1 1" in text
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,24 @@ def write_page(run_folders: Sequence[Path], path: Path, is_in_use: Callable[[Pat
         SavantError: the file cannot be written.
     """
     page = render([read_history(folder, is_in_use) for folder in run_folders])
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout: it stays what it is
+            path.write_text(page, encoding="utf-8")
+        else:
+            _replace(path, page)
+    except OSError as error:
+        raise SavantError(f"{path}: {error.strerror}") from error
+
+
+def _replace(path: Path, page: str) -> None:
     aside = path.with_name(f"{path.name}.tmp")
     try:
         aside.write_text(page, encoding="utf-8")
         aside.replace(path)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise SavantError(f"{path}: {error.strerror}") from error
+        raise
 
 
 def render(histories: Sequence[History]) -> str:
@@ -131,7 +141,10 @@ def _in_launches(n: int) -> str:
 
 
 def _settings(histories: Sequence[History]) -> list[dict[str, Any]]:
-    """Each setting with its default and each run's value; empty where no record tells of any."""
+    """Each setting with its default and each run's value; empty where no record tells of any.
+
+    A setting that an older version did not have counts as its default.
+    """
     told = [history.attempt.get("settings", {}) for history in histories]
     if not any(told):
         return []
@@ -139,7 +152,7 @@ def _settings(histories: Sequence[History]) -> list[dict[str, Any]]:
     for setting in setting_rows():
         section, _, name = setting.name.partition(".")
         default = _shown(setting.default)
-        values = [_shown(settings[section][name]) if settings else default for settings in told]
+        values = [_shown(settings.get(section, {}).get(name, setting.default)) for settings in told]
         rows.append(
             {
                 "name": setting.name,
