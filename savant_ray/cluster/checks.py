@@ -10,7 +10,7 @@ from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.paths import generate_command
 from savant_ray.cluster.storage import refuse_missing
 from savant_ray.config import Config
-from savant_ray.errors import SettingsError
+from savant_ray.errors import SavantError, SettingsError
 from savant_ray.locations import decoded_uri, is_uri, split_query
 from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import has_finished, has_sample
@@ -45,7 +45,10 @@ def check_before_start(config: Config, storage: Disk, fresh: bool = False) -> No
         CheckpointError: `run.init_from` names no checkpoint.
     """
     if config.run.init_from is not None:
-        refuse_missing(config.run.init_from)
+        try:
+            refuse_missing(config.run.init_from)
+        except SavantError as error:
+            raise type(error)(f"run.init_from: {error}") from error
     keep = config.checkpoint.keep if storage.filesystem is None else 1
     check_disk(storage.folder, checkpoint_bytes(config), keep, fresh)
 

@@ -137,9 +137,9 @@ def _load(config: Config, origin: Origin | None) -> Tokenizer:
     spec, end = config.data.tokenizer, config.data.end_of_document
     try:
         return Tokenizer.load(spec, end)
-    except DataError:
+    except DataError as error:
         if origin is None or not origin.is_resumed or origin.settings.tokenizer != spec:
-            raise
+            raise DataError(f"data.tokenizer: {error}") from error
         return origin.tokenizer.ending_with(end)
 
 

@@ -30,7 +30,8 @@ _READABLE = (
     (b"\x00{", "utf-16-be"),
 )
 _SPREAD_JSON = re.compile(rb"\s*[\[{]\s*\n")  # the first line is a bracket alone
-_JSON_ARRAY = re.compile(rb"\s*\[\s*\{")
+_JSON_ARRAY = re.compile(rb"\s*\[\s*\{[^\n]*(,\s*\n|$)")  # its first line goes on in the next one, or there is no other
+_WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
 _CONVERT = '; convert it to JSON lines with a "text" field'
 _UNREADABLE = (
     (b"\xfd7zXZ\x00", "xz-compressed", "; compress it with gzip or zstd instead"),
@@ -46,8 +47,6 @@ _UNREADABLE = (
     (b"\x93NUMPY", "a NumPy array", _CONVERT),
     (b"%PDF", "a PDF", _CONVERT),
     (b"version https://git-lfs", "a Git LFS pointer whose text was not fetched", "; fetch it with `git lfs pull`"),
-    (b"<!DOCTYPE", "a web page", "; was the download refused?"),
-    (b"<html", "a web page", "; was the download refused?"),
 )
 
 
@@ -66,7 +65,9 @@ def format_of(head: bytes, name: str) -> str:
     if head[257:262] == b"ustar":
         raise DataError(f"{name}: is a tar archive, not JSON lines; unpack it")
     start = head.removeprefix(b"\xef\xbb\xbf")
-    if _SPREAD_JSON.match(start) or (_JSON_ARRAY.match(start) and b"\n{" not in start):
+    if _WEB_PAGE.match(start):
+        raise DataError(f"{name}: is a web page, not JSON lines; was the download refused?")
+    if _SPREAD_JSON.match(start) or _JSON_ARRAY.match(start):
         is_array = start.lstrip().startswith(b"[")
         raise DataError(
             f"{name}: is one JSON {'array' if is_array else 'object over several lines'}, not JSON lines; one object per "

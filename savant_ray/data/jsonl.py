@@ -238,8 +238,10 @@ def _loads_leniently(raw: bytes) -> Any:
     except UnicodeEncodeError as error:
         reason = f'"text" holds half a surrogate pair (\\u{ord(error.object[error.start]):04x})'
     except json.JSONDecodeError as error:
-        if raw.strip() in (b"{", b"["):
-            raise _BadLineError("JSON over several lines; one object per line is wanted") from None
+        if raw.rstrip().endswith((b"{", b"[", b",")) and raw.lstrip().startswith((b"{", b"[")):
+            raise _BadLineError(
+                "JSON over several lines; one object per line is wanted, without commas between"
+            ) from None
         is_truncated = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip())
         reason = "truncated JSON" if is_truncated else f"not JSON: {error.msg} at character {error.pos + 1}"
     except RecursionError:

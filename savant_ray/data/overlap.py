@@ -7,7 +7,6 @@ needs no text, memory only for the digests of the validation text, and it is rem
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from savant_ray.data.content import content_hashes, fingerprint, write_aside
+from savant_ray.data.sealed import seal, unseal
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import TokenCache
 
@@ -60,14 +60,14 @@ def count_held_out_documents(validation: TokenCache, sources: Sequence[TokenCach
     identity = fingerprint({"validation": validation.fingerprint, "sources": [cache.fingerprint for cache in sources]})
     path = validation.folder.parent / f"overlap-{identity[:16]}.json"
     try:
-        return int(json.loads(path.read_bytes())["documents"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(unseal(path.read_text(encoding="utf-8"))["documents"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):  # not there, or altered: counted again
         pass
     try:
         count = _count(validation, sources)
     except OSError:
         return None
-    write_aside(path, json.dumps({"documents": count}))
+    write_aside(path, seal({"documents": count}))
     return count
 
 

@@ -44,6 +44,7 @@ from savant_ray.locations import absolute_path
 FORMAT_VERSION = 1
 PROGRESS_BYTES = 2 << 20  # between two signs of life of a task
 NAMED_EMPTY_FILES = 5
+TITLE_BYTES = 200  # a name has 255 at most, and a fingerprint and ".unfinished" follow
 TRAINING_CHARACTERS = 128 << 20  # a tokenizer learns little from more
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -142,7 +143,7 @@ class _Job:
         self._ranges = ranges
         self._recipe = recipe
         self._identity = identity
-        self.folder = cache_dir / f"{_names(files)[0].partition('.')[0].replace('/', '-')}-{identity[:16]}"
+        self.folder = cache_dir / f"{_title(files)}-{identity[:16]}"
         self._unfinished = self.folder.with_suffix(".unfinished")
         self._damage: list[str] = []
 
@@ -350,6 +351,12 @@ def _names(files: Sequence[SourceFile]) -> list[str]:
     is_mixed = len({folder.startswith("/") for folder in folders}) > 1  # local files and URIs
     shared = 0 if is_mixed else len(os.path.commonpath(folders))
     return [file.path[shared:].lstrip("/") for file in files]
+
+
+def _title(files: Sequence[SourceFile]) -> str:
+    """The first file's name as the beginning of a folder's name, cut to `TITLE_BYTES`."""
+    name = _names(files)[0].partition(".")[0].replace("/", "-")
+    return name.encode()[:TITLE_BYTES].decode(errors="ignore")
 
 
 def _stored_bytes(part: ByteRange) -> int:

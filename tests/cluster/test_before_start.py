@@ -188,7 +188,7 @@ ODD = "a b#c?d%20 [1]{x}&;$'"
         (["--data.validation", "nothing.jsonl"], "nothing.jsonl"),
         (["--data.sources", "[{path: nothing.jsonl, weight: 1}]"], "nothing.jsonl"),
         (["--data.tokenizer", "./nothing.json"], "nothing.json"),
-        (["--run.init_from", "nothing"], "nothing: no checkpoint there"),
+        (["--run.init_from", "nothing"], "error: run.init_from: "),
         (["--checkpoint.keep", "1000000000"], "run.storage_path: "),
         (["--run.init_from", f"{ODD}/step_3"], "/step_3 lies in the run that --fresh would move aside"),
         (["--data.tokenizer", f"./{ODD}/step_3/tokenizer.json"], "lies in the run that --fresh would move aside"),

@@ -132,6 +132,7 @@ def test_a_file_is_read_as_what_it_is_whatever_its_name(tmp_path: Path, name: st
         ("x.jsonl", b"%PDF-1.4", "is a PDF"),
         ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("x.jsonl", b"<!DOCTYPE html>", "is a web page"),
+        ("x.jsonl", b"\n<!doctype html>\n", "is a web page"),
         ("x.jsonl.gz", b"\x00\x01\x02", "is named .gz, but is neither gzip nor JSON lines"),
         (
             "x.json",
@@ -139,6 +140,8 @@ def test_a_file_is_read_as_what_it_is_whatever_its_name(tmp_path: Path, name: st
             "is one JSON array, not JSON lines; one object per line is wanted",
         ),
         ("x.json", b'[{"text": "a"}, {"text": "b"}]', r"is one JSON array"),
+        ("x.json", b'[{"text": "a"},\n{"text": "b"}]\n', r"is one JSON array"),
+        ("x.json", b'[{"text": "a"} ,\r\n {"text": "b"}]\r\n', r"is one JSON array"),
         ("x.json", b'{\n  "text": "a"\n}\n', r"is one JSON object over several lines"),
     ],
 )

@@ -269,7 +269,18 @@ def test_validation_documents_in_the_training_text_are_counted_once_for_all(
     for digests in (tmp_path / "cache").glob("*/*.documents"):
         digests.unlink()
     assert count_held_out_documents(validation, sources) == 4, "remembered"
+    for remembered in (tmp_path / "cache").glob("overlap-*.json"):
+        remembered.write_text(remembered.read_text().replace("4", "3"))
+    assert count_held_out_documents(validation, sources) is None, "what was altered is not believed"
     assert count_held_out_documents(validation, sources[:1]) is None, "a cache of an older version"
+
+
+def test_a_file_of_any_name_can_be_prepared(tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer) -> None:
+    deep = "/".join(["folder with a long name"] * 12)
+    (tmp_path / deep).mkdir(parents=True)
+    for name in ("n" * 249 + ".jsonl", "é" * 124 + ".jsonl", f"{deep}/x.jsonl", ".jsonl"):
+        files = [*expand(str(write_jsonl(name, [name]))), *expand(str(write_jsonl("z.jsonl", ["z"])))]
+        assert prepare(files, byte_tokenizer, 32, tmp_path / "cache").manifest.documents == 2
 
 
 def test_a_damaged_archive_is_named(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
