@@ -167,6 +167,8 @@ def _difference(origin: Origin, tokenizer: Tokenizer) -> str:
 def _refusal(origin: Origin, difference: str) -> SettingsError | CheckpointError:
     path = f" or set it to {origin.tokenizer_path}" if origin.tokenizer_path else ""
     advice = f"leave data.tokenizer at auto{path}, to keep the tokenizer that the weights were trained with"
+    if difference.startswith("data.end_of_document:"):
+        advice = "leave data.end_of_document out, to keep the token that the weights were trained with"
     allowed = "--allow-changes goes on all the same, with weights that know other tokens by these ids"
     kind = CheckpointError if origin.is_resumed else SettingsError
     return kind(f"{difference}:\n  {advice};\n  {allowed}.")

@@ -421,6 +421,8 @@ def _remote_files(pattern: str) -> list[SourceFile]:
             rest = wildcards[0] if wildcards else ""
             uri, path = (each.removesuffix(rest).rstrip("/") for each in (uri, path))
             infos = _remote_matches(filesystem, path, rest)
+            if not infos and "[" in rest:  # as in `_local_matches`
+                infos = _remote_matches(filesystem, path, rest.replace("[", "[[]"))
         else:
             infos = []
     if not infos:

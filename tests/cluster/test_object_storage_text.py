@@ -29,7 +29,8 @@ def test_objects_with_odd_names_are_found_and_read(store: ObjectStore) -> None:
         )
     (file,) = expand(store.uri("a b/x*é.jsonl"))
     assert file.query == store.query and list(documents([file])) == ["x"]
-    assert [file.path for file in expand(store.uri("a b/deep/[1]/y.JSONL"))] == both[:1]
+    for pattern in ("a b/deep/[1]/y.JSONL", "a b/deep/[1]/*", "*/deep/[1]/**"):
+        assert [file.path for file in expand(store.uri(pattern))] == both[:1]
     with pytest.raises(DataError, match="no such match"):
         expand(store.uri("a b/*.parquet"))
 
