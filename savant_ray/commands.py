@@ -90,6 +90,7 @@ def _generate(arguments: Sequence[str]) -> int:
         "--json", type=file_path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file"
     )
     options = parser.parse_args(arguments)
+    _refuse_deleted_folder()
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.training.sampling import stream_answer
 
@@ -127,6 +128,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
     options = parser.parse_args(arguments)
+    _refuse_deleted_folder()
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.inference.logic import logic_suite, read_questions
     from savant_ray.reporting.scores import print_depths, print_scores, with_progress
@@ -165,6 +167,7 @@ def _export(arguments: Sequence[str]) -> int:
         "[that of its newest file in the run folder]",
     )
     options = parser.parse_args(arguments)
+    _refuse_deleted_folder()
     if options.optimizer and options.format != "original":
         parser.error("--optimizer goes with --format original")
     from savant_ray.cluster.storage import on_this_machine
@@ -246,6 +249,7 @@ def _benchmark(arguments: Sequence[str]) -> int:
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"what to measure: {names}; all in turn without it")
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the figures to this file")
     options = parser.parse_args(arguments)
+    _refuse_deleted_folder()
     from savant_ray.benchmarks.registry import run
 
     run(options.name, options.json)
@@ -270,6 +274,13 @@ COMMANDS = {
 
 def _parser(command: str, settings: bool = False) -> argparse.ArgumentParser:
     return new_parser(command, COMMANDS[command].summary, settings)
+
+
+def _refuse_deleted_folder() -> None:
+    """Raise SettingsError if the working directory was deleted: there PyTorch's MKL ends the process by itself."""
+    from savant_ray.locations import working_directory
+
+    working_directory()
 
 
 def _print_answer(prompt: str, pieces: Iterator[str]) -> str:

@@ -493,3 +493,24 @@ def test_a_reader_that_went_away_gets_no_traceback() -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--checkpoint", "/run", "--prompt", "x"],
+        ["evaluate", "/run"],
+        ["export", "/run", "--format", "original", "--output", "/run/file"],
+        ["benchmark", "data"],
+    ],
+)
+def test_a_deleted_working_directory_is_named_before_a_library_ends_the_process(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    """MKL's own message is that it cannot load PyTorch."""
+    (tmp_path / "gone").mkdir()
+    script = "import os, sys; os.rmdir(os.getcwd()); from savant_ray.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", script, *arguments]
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path / "gone", env=os.environ | path, capture_output=True, text=True)
+    assert done.returncode == 2 and "the working directory does not exist any more" in done.stderr, done.stderr

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 
 CONCLUSION = re.compile(r"The answer is:?\s+(?=[^\n]*[^\n.\s])(\S.*)", re.DOTALL)
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|(?<=\d)\.(?!\d)|(?<=[a-z])\.(?=[A-Z])")  # not the points of 3.14 and U.S.
@@ -25,6 +26,7 @@ QUANTITY = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 LAST_NUMBER = re.compile(rf"-?(?:{DECIMAL})")
+MOST_SENTENCES = 100  # of an answer that are compared: a model that repeats itself may write thousands
 LONGEST_NUMBER = 400  # characters, and the largest exponent: longer ones are compared as text
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 DASHES = str.maketrans({"\u2212": "-", "\u2013": "-"})  # a minus sign and an en dash
@@ -57,7 +59,7 @@ def _claims(said: str) -> Iterator[str]:
         yield conclusion[1]
         line = conclusion[1].splitlines()[0]
         yield line
-        yield from (line[: end.start()] for end in SENTENCE_END.finditer(line))
+        yield from (line[: end.start()] for end in islice(SENTENCE_END.finditer(line), MOST_SENTENCES))
         return
     lines = said.split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "").rstrip(" .!?")

@@ -125,3 +125,9 @@ def test_whole_numbers_of_the_suite_are_scored_as_a_plain_comparison_would() -> 
             expected = whole_number(said).strip()
             is_number = re.fullmatch(r"-?\d+", expected)
             assert is_right(said, str(problem.answer)) == bool(is_number and int(expected) == problem.answer), said
+
+
+def test_an_answer_that_repeats_itself_without_end_is_scored_too() -> None:
+    """Its sentences are compared one by one, each with all before it: without a bound this takes hours."""
+    assert is_right("The answer is 5. " + "x. " * 100_000, "5")
+    assert not is_right("The answer is 5. " + "x. " * 100_000, "7")
