@@ -493,3 +493,22 @@ def test_a_reader_that_went_away_gets_no_traceback() -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train"],
+        ["prepare"],
+        ["generate", "--checkpoint", "/nothing", "--prompt", "x"],
+        ["evaluate", "/nothing"],
+        ["export", "/nothing", "--format", "original", "--output", "/nothing/x"],
+        ["benchmark", "data"],
+    ],
+)
+def test_a_deleted_working_directory_is_named(command: list[str], tmp_path: Path) -> None:
+    script = 'cd "$0" && rmdir "$0" && exec "$@"'
+    code = f"import sys; from savant_ray.cli import main; sys.exit(main({command!r}))"
+    words = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(["bash", "-c", script, str(tmp_path), *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: the working directory does not exist any more")
