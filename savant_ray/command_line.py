@@ -96,6 +96,17 @@ def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     return options, config
 
 
+def refuse_deleted_folder() -> None:
+    """Check that the working directory is there, without which torch ends the process while it is imported.
+
+    Raises:
+        SettingsError: it was deleted.
+    """
+    from savant_ray.locations import working_directory
+
+    working_directory()
+
+
 def refuse_undecodable(text: str, option: str = "") -> None:
     """Refuse bytes of the command line that are not UTF-8, which Python keeps as surrogates.
 

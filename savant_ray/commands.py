@@ -19,6 +19,7 @@ from savant_ray.command_line import (
     loops,
     new_parser,
     new_tokens,
+    refuse_deleted_folder,
     seed,
     temperature,
     utf8_text,
@@ -68,6 +69,7 @@ def _prepare(arguments: Sequence[str]) -> int:
         write_quickstart(QUICKSTART_FOLDER, force=options.force)
         if options.config is None:
             return 0
+    refuse_deleted_folder()
     from savant_ray.cluster.preparation import prepare
 
     prepare(config, verbose=options.verbose)
@@ -90,7 +92,7 @@ def _generate(arguments: Sequence[str]) -> int:
         "--json", type=file_path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file"
     )
     options = parser.parse_args(arguments)
-    _refuse_deleted_folder()
+    refuse_deleted_folder()
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.training.sampling import stream_answer
 
@@ -128,7 +130,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
     options = parser.parse_args(arguments)
-    _refuse_deleted_folder()
+    refuse_deleted_folder()
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.inference.logic import logic_suite, read_questions
     from savant_ray.reporting.scores import print_depths, print_scores, with_progress
@@ -167,9 +169,9 @@ def _export(arguments: Sequence[str]) -> int:
         "[that of its newest file in the run folder]",
     )
     options = parser.parse_args(arguments)
-    _refuse_deleted_folder()
     if options.optimizer and options.format != "original":
         parser.error("--optimizer goes with --format original")
+    refuse_deleted_folder()
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.training.export import export
 
@@ -249,7 +251,7 @@ def _benchmark(arguments: Sequence[str]) -> int:
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"what to measure: {names}; all in turn without it")
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the figures to this file")
     options = parser.parse_args(arguments)
-    _refuse_deleted_folder()
+    refuse_deleted_folder()
     from savant_ray.benchmarks.registry import run
 
     run(options.name, options.json)
@@ -274,13 +276,6 @@ COMMANDS = {
 
 def _parser(command: str, settings: bool = False) -> argparse.ArgumentParser:
     return new_parser(command, COMMANDS[command].summary, settings)
-
-
-def _refuse_deleted_folder() -> None:
-    """Raise SettingsError if the working directory was deleted: there PyTorch's MKL ends the process by itself."""
-    from savant_ray.locations import working_directory
-
-    working_directory()
 
 
 def _print_answer(prompt: str, pieces: Iterator[str]) -> str:

@@ -27,6 +27,7 @@ SUITE_SEED = 20_000  # no training text is made with it, and it would not matter
 HELD_OUT_PAIRS, NEW_WORDINGS = 600, 120  # questions
 NEW_WORDING = ", new wording"  # behind the template's name: counted apart
 AT_ONCE = 64  # questions
+MOST_BYTES = 256 << 20  # of a file of questions; /dev/zero has no end
 Z = 1.959964  # of the normal distribution, for 95 %
 
 
@@ -92,9 +93,13 @@ def read_questions(path: Path) -> list[Question]:
         DataError: naming file and line, what was found and what was expected.
     """
     try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
+    if len(content) > MOST_BYTES:
+        raise DataError(f"{path}: holds more than {MOST_BYTES >> 20} MiB, so it is not a file of questions")
+    lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
     questions = [_question(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise DataError(f"{path}: no questions; one JSON object a line with prompt and answer is expected")

@@ -141,3 +141,8 @@ def test_a_prompt_that_the_tokenizer_encodes_as_nothing_is_refused_with_its_line
     _, unanswered = ask(model, tokenizer, questions, max_new_tokens=3)
     assert unanswered == Answer(questions[1], "") and not unanswered.correct
     assert list(ask(model, tokenizer, questions[1:], max_new_tokens=3)) == [unanswered]
+
+
+def test_a_device_without_an_end_is_no_file_of_questions() -> None:
+    with pytest.raises(DataError, match=r"^/dev/zero: holds more than"):
+        read_questions(Path("/dev/zero"))
