@@ -22,7 +22,7 @@ import tokenizers
 from bad_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 from tokenizers import models
 
-from savant_ray.data import preparation
+from savant_ray.data import content, preparation
 from savant_ray.data.overlap import count_held_out_documents
 from savant_ray.data.preparation import empty_file_report, learn_tokenizer, prepare
 from savant_ray.data.sources import expand
@@ -338,7 +338,7 @@ def test_a_damaged_cache_is_repaired_where_it_is_damaged(
     assert len(said) == 1 and re.search(f"{name}: .*{words}.*; made again", said[0])
     assert np.array_equal(again.take(np.arange(again.n_sequences)).tokens, expected.tokens)
     changed = {name for name, state in snapshot(again.folder).items() if before.get(name) != state}
-    assert changed <= {"manifest.json", "shard-00001.arrow", "shard-00001.json"}
+    assert changed <= {"manifest.json", "shard-00001.arrow", "shard-00001.json", "shard-00001.documents"}
     run()
     assert len(said) == 1
 
@@ -363,15 +363,20 @@ def test_a_cache_of_an_earlier_version_is_used_as_it_is(
 @pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("pattern", ["content-hashes.json", "tokenizer-*.json"])
 def test_other_damaged_files_of_the_cache_folder_are_made_again(
-    pattern: str, damage: Callable[[Path], None], tmp_path: Path, write_jsonl: WriteJsonl
+    pattern: str,
+    damage: Callable[[Path], None],
+    tmp_path: Path,
+    write_jsonl: WriteJsonl,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(content, "SETTLED_SECONDS", -60)  # remembers the hash of a file that was written just now
     files = expand(str(write_jsonl("a.jsonl", ["one two three four"] * 50)))
     first = learn_tokenizer(files, tmp_path / "cache", vocab_size=270)
     (path,) = (tmp_path / "cache").glob(pattern)
-    content = path.read_bytes()
+    written = path.read_bytes()
     damage(path)
     assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
-    assert path.read_bytes() == content
+    assert path.read_bytes() == written
 
 
 def test_a_cache_that_is_damaged_while_it_is_used_is_named(
