@@ -87,7 +87,9 @@ def why_silent(address: str) -> str:
             if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
                 return ""
             connection.sendall(HTTP2_PREFACE)
-            answer = connection.recv(FRAME_HEADER_BYTES, socket.MSG_WAITALL)
+            answer = b""
+            while len(answer) < FRAME_HEADER_BYTES and (part := connection.recv(FRAME_HEADER_BYTES - len(answer))):
+                answer += part
     except socket.gaierror:
         return f"the name {host} cannot be resolved"
     except ConnectionRefusedError:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -240,3 +241,18 @@ inside.kill()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
     assert done.stdout == f"None {-signal.SIGHUP}\n", done.stderr
+
+
+def test_a_head_whose_answer_comes_in_two_parts_is_a_head() -> None:
+    def answer(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for part in (b"\0\0\0\4", b"\0\0\0\0\0"):
+                connection.sendall(part)
+                time.sleep(0.1)
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        threading.Thread(target=answer, args=(listener,), daemon=True).start()
+        assert why_silent(f"127.0.0.1:{listener.getsockname()[1]}") == ""
