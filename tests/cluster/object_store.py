@@ -85,6 +85,7 @@ def running_store() -> Iterator[ObjectStore]:
     store.start()
     try:
         store.filesystem.create_dir(BUCKET)
+        store.filesystem.delete_dir_contents(BUCKET)  # moto's objects belong to the process, not to a server
         yield store
     finally:
         store.stop()
