@@ -76,8 +76,7 @@ def find_text(config: Config, report: RunReport) -> Text:
     """The files behind the settings' patterns; needs no Ray.
 
     Raises:
-        DataError: a source that is not optional, or the validation text, is missing, empty or unreadable, or a source
-            holds nothing but the validation text.
+        DataError: a source that is not optional, or the validation text, is missing, empty or unreadable.
         SettingsError: the cache folder cannot be made.
     """
     if config.data.quickstart:
@@ -176,23 +175,22 @@ def without_validation(
     cache_dir: Path,
     say: Callable[[str], None],
 ) -> list[tuple[SourceConfig, list[SourceFile]]]:
-    """Each source without the files whose content is that of a validation file; says which.
+    """Return each source without the files whose content is that of a validation file, and report which.
 
-    Raises:
-        DataError: a source holds nothing else.
+    A source that holds nothing else stays as it is, with a warning: somebody may want to see a model memorise a text.
     """
     kept = []
     for number, (source, files) in enumerate(sources):
         training, held_out = split_held_out(files, validation, cache_dir)
         names = ", ".join(file.path for file in held_out[:5]) + f" and {len(held_out) - 5:,} more" * (len(held_out) > 5)
         if not training:
-            raise DataError(
-                f"data.sources[{number}].path: holds nothing but the validation text (data.validation): {names}; "
-                "a model that trained on it has no held-out text. Give other text to one of the two"
+            say(
+                f"warning: data.sources[{number}].path: holds nothing but the validation text (data.validation): {names}; "
+                "the model trains on it, so the validation loss will not show how it does on new text"
             )
-        if held_out:
+        elif held_out:
             say(f"left out of the training text, because it is the validation text (data.validation): {names}")
-        kept.append((source, training))
+        kept.append((source, training or files))
     return kept
 
 

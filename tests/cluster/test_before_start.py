@@ -370,8 +370,9 @@ def test_text_is_looked_at_before_ray_starts(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out.replace("\n", " ")
     assert "gone.jsonl: a broken link, to nowhere.jsonl; left out" in printed
     assert "because it is the validation text (data.validation)" in printed and "data/copy.jsonl" in printed
+    assert look("val.jsonl") == ["val.jsonl"]
+    assert "warning: data.sources[0].path: holds nothing but the validation text" in capsys.readouterr().out
     for wrong, error, message in (
-        ({"path": "val.jsonl"}, DataError, r"data\.sources\[0\]\.path: holds nothing but the validation text"),
         ({"path": "data/empty.jsonl"}, DataError, r"data\.sources\[0\]\.path: .*/empty\.jsonl: is empty"),
         ({"path": "data", "validation": "nowhere"}, DataError, r"data\.validation: .*/nowhere: no such file or folder"),
         ({"path": "data", "cache_dir": "val.jsonl"}, SettingsError, r"data\.cache_dir: .*cannot be used as a folder"),
