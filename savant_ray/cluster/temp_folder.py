@@ -18,6 +18,7 @@ DEFAULT = "/tmp"  # noqa: S108 - Ray's own default, as is the name below it
 SOCKET_PATH_BYTES = 107  # the longest path of a Unix socket on Linux
 RAY_SOCKET = "/ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store"  # the longest that Ray makes
 
+PYTHON_SOCKET = "/pymp-abcdefgh/listener-abcdefgh"  # of multiprocessing's fork server
 LEAST_FREE_BYTES = 32 << 20  # Ray's first logs; on a full disk its start waits for a time-out and names no cause
 
 
@@ -28,6 +29,8 @@ def ray_temp_folder(environment: Mapping[str, str] = os.environ) -> str:
 
 def choose_temp_folder(say: Callable[[str], None], environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RAY_TMPDIR to a folder in which Ray can start: the user's, or /tmp in place of a TMPDIR that does not serve.
+
+    A TMPDIR that is too long for the sockets of Python's own multiprocessing is replaced for this process and its children.
 
     Raises:
         SavantError: RAY_TMPDIR itself, or /tmp, does not serve.
@@ -45,6 +48,9 @@ def choose_temp_folder(say: Callable[[str], None], environment: MutableMapping[s
             f"such as {DEFAULT}/ray-of-mine"
         )
     environment[VARIABLE] = chosen
+    tmpdir = environment.get("TMPDIR")
+    if tmpdir and len(os.fsencode(tmpdir)) + len(PYTHON_SOCKET) > SOCKET_PATH_BYTES:
+        environment["TMPDIR"] = chosen  # Ray's dashboard is started through a socket below it
 
 
 def why_unusable_for_ray(folder: str, create: bool = False) -> str:

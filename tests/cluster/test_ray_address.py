@@ -194,6 +194,17 @@ def test_a_chosen_folder_for_rays_files_that_does_not_serve_is_refused_by_name(t
             choose_temp_folder(pytest.fail, {"RAY_TMPDIR": folder})
 
 
+@pytest.mark.parametrize("chosen", [{}, {"RAY_TMPDIR": "/tmp"}])
+def test_a_tmpdir_that_is_too_long_for_any_socket_is_replaced_for_rays_processes(
+    chosen: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    environment = {"TMPDIR": str(folder), **chosen}
+    choose_temp_folder(lambda _: None, environment)
+    assert environment["TMPDIR"] == environment["RAY_TMPDIR"] == "/tmp"
+
+
 def test_a_full_disk_is_named_before_ray_waits_for_a_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(SavantError, match="/tmp has only 1.0 MB free; set RAY_TMPDIR"):
