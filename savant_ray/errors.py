@@ -1,4 +1,4 @@
-"""Every failure a user can act on, and the last resort for those that nobody foresaw.
+"""Every failure a user can act on, and the handling of unexpected errors.
 
     SavantError                 exit code 1
     ├── SettingsError           2   a setting is unknown, of the wrong type, out of range or contradictory
