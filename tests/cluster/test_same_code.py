@@ -6,18 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from savant_ray.cluster import worker
 from savant_ray.cluster.same_code import code_digest, job_config, other_code, own_digest, package_folder
-from savant_ray.cluster.worker import WorkerTask
 from savant_ray.errors import SavantError
-from savant_ray.events import Event, RunFailed
+from savant_ray.events import RunFailed
 from tests.cluster.conftest import ROOT, Head, environment
-from tests.cluster.test_worker import FakeHost
-from tests.training.tiny import tiny_config
+from tests.cluster.test_worker import run_worker
 
 
 def package(folder: Path, **files: str) -> Path:
@@ -55,20 +51,9 @@ def test_the_message_about_other_code_names_both_folders_and_what_to_do() -> Non
 
 
 def test_a_worker_of_a_node_that_joined_later_with_other_code_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[Event] = []
-    fakes = {
-        "ray": SimpleNamespace(get=lambda reference: False),
-        "Tokenizer": SimpleNamespace(load=lambda *_: None),
-        "run_storage": lambda *_: None,
-        "RayHost": lambda *_: FakeHost(events),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(worker, name, fake)
-    bridge = SimpleNamespace(has_failed=SimpleNamespace(remote=lambda: None))
-    task = WorkerTask(tiny_config().to_dict(), "", "", "", False, bridge, package="/mine", code="of another version")
-    with pytest.raises(SavantError, match="from /mine, but worker 0 has another version"):
-        worker.train_worker(vars(task))
-    assert any(isinstance(event, RunFailed) for event in events)
+    events = run_worker(monkeypatch, SavantError, {"package": "/mine", "code": "of another version"})
+    (failed,) = (event for event in events if isinstance(event, RunFailed))
+    assert "from /mine, but worker 0 has another version" in failed.text
 
 
 DRIVER = """

@@ -31,8 +31,13 @@ def no_room(*_: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def run_worker(monkeypatch: pytest.MonkeyPatch, expected: type[Exception], **fakes_of_test: Any) -> list[Event]:
-    """The events of a worker that ends with the `expected` error."""
+def run_worker(
+    monkeypatch: pytest.MonkeyPatch,
+    expected: type[Exception],
+    task: dict[str, str] | None = None,
+    **fakes_of_test: Any,
+) -> list[Event]:
+    """The events of a worker that ends with the `expected` error; `task` has fields that differ from the driver's."""
     events: list[Event] = []
     fakes = {
         "ray": SimpleNamespace(get=lambda reference: False),
@@ -53,6 +58,7 @@ def run_worker(monkeypatch: pytest.MonkeyPatch, expected: type[Exception], **fak
                 "data_fingerprint": "",
                 "allow_changes": False,
                 "bridge": bridge,
+                **(task or {}),
             }
         )
     return events
