@@ -160,3 +160,5 @@ def test_a_run_whose_caller_is_killed_saves_its_step(tmp_path: Path) -> None:
     job.wait()
     log = workplace / "tiny/training_log.txt"
     wait_for(lambda: "stopped and saved as" in log.read_text())
+    newest = newest_checkpoint(workplace / "tiny")
+    assert newest is not None and newest.name == f"step_{steps_done(workplace / 'tiny')}"

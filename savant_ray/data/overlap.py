@@ -59,16 +59,22 @@ def count_held_out_documents(validation: TokenCache, sources: Sequence[TokenCach
     """
     identity = fingerprint({"validation": validation.fingerprint, "sources": [cache.fingerprint for cache in sources]})
     path = validation.folder.parent / f"overlap-{identity[:16]}.json"
-    try:
-        return int(unseal(path.read_text(encoding="utf-8"))["documents"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):  # not there, or altered: counted again
-        pass
+    if (remembered := _remembered(path)) is not None:
+        return remembered
     try:
         count = _count(validation, sources)
-    except OSError:
+    except FileNotFoundError:
         return None
     write_aside(path, seal({"documents": count}))
     return count
+
+
+def _remembered(path: Path) -> int | None:
+    """Return the count that was written to `path`; None if there is none, or if it was altered."""
+    try:
+        return int(unseal(path.read_text(encoding="utf-8"))["documents"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
 
 
 def _count(validation: TokenCache, sources: Sequence[TokenCache]) -> int:
@@ -85,7 +91,7 @@ def _count(validation: TokenCache, sources: Sequence[TokenCache]) -> int:
 
 
 def _digests(cache: TokenCache) -> Iterator[Digests]:
-    """Raises OSError where there are none."""
+    """Yield the digests of all shards. Raises FileNotFoundError if the cache has none."""
     for shard in cache.manifest.shards:
         with digests_path(cache.folder / shard.name).open("rb") as file:
             while len(digests := np.fromfile(file, np.uint64, DIGESTS_AT_ONCE)):

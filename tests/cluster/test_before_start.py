@@ -222,7 +222,11 @@ def test_a_run_that_is_done_says_how_far_it_is_and_a_next_command_that_a_shell_t
 
 
 def test_a_disk_that_is_not_even_there_is_looked_at_where_it_would_be(tmp_path: Path) -> None:
-    check_disk(tmp_path / "not/there", one_checkpoint=1000, keep=3)
+    folder = tmp_path / "not/there"
+    check_disk(folder, one_checkpoint=1000, keep=3)
+    assert not folder.exists()
+    with pytest.raises(SettingsError, match="not/there has .* free"):
+        check_disk(folder, one_checkpoint=10**18, keep=3)
 
 
 def test_init_from_must_name_a_checkpoint(tmp_path: Path) -> None:

@@ -225,6 +225,7 @@ def test_a_mark_that_somebody_removes_is_written_again(
         here.check_owner()
         wait_for(lambda: LEASE in store.names("runs/run"), 20)
         here.refuse_if_lost()
+        assert here.owner is not None and here.owner.token in store.read(f"runs/run/{LEASE}").decode()
 
 
 @pytest.mark.usefixtures("impatient")
@@ -233,6 +234,7 @@ def test_a_mark_of_anything_is_a_dead_one(mark: bytes, here: ObjectStorage, stor
     store.write(f"runs/run/{LEASE}", mark)
     with here.in_use(lambda _: None):
         here.check_owner()
+        assert here.owner is not None and here.owner.token in store.read(f"runs/run/{LEASE}").decode()
 
 
 def test_a_process_of_another_container_or_machine_of_the_same_name_is_not_taken_for_dead(
