@@ -1,1 +1,1 @@
-"""Parameters and gradients: the update, its schedule, and bf16 weights that learn."""
+"""Optimizers, the learning-rate schedule and the gradient buffer."""

@@ -1,8 +1,8 @@
-"""All gradients of a model in one flat fp32 buffer, with room for the sums that travel with them.
+"""All gradients of a model in one flat fp32 buffer, followed by the sums that are reduced with them.
 
-Each parameter's `.grad` is a view of the buffer, so accumulation needs no copy, and ONE all-reduce carries gradients,
-loss, token count, skipped count and stop flag: ranks that did different work still do the same number of
-collectives (a DDP hook that one rank skips desynchronises the others silently).
+Each parameter's `.grad` is a view of the buffer, so accumulation needs no copy, and ONE all-reduce carries gradients, loss,
+token count, skipped count and stop flag. Ranks that did different work therefore make the same number of collective
+calls; a DDP hook that runs on some ranks only would desynchronize the others without an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class GradientBuffer:
-    """`flat` is `gradients` followed by `sums`; 4 bytes a parameter."""
+    """Gradient storage, 4 bytes a parameter: `flat` holds `gradients` followed by `sums`, all fp32."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], n_sums: int) -> None:
         self._parameters = list(parameters)
@@ -25,7 +25,7 @@ class GradientBuffer:
         parts = self.gradients.split([p.numel() for p in self._parameters])
         self._views = [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
         for parameter in self._parameters:
-            parameter.grad_dtype = torch.float32  # bf16 gradients of 12 loops added up in bf16 are off by 0.4 %
+            parameter.grad_dtype = torch.float32  # accumulating 12 loops in bf16 has an error of 0.4 %
         self._attach()
 
     def _attach(self) -> None:
@@ -34,7 +34,10 @@ class GradientBuffer:
 
     @contextmanager
     def detached(self) -> Iterator[None]:
-        """For a forward pass: Dynamo breaks a graph at each bf16 weight whose `.grad` is fp32 (torch 2.13)."""
+        """Set `.grad` to None during a forward pass.
+
+        Dynamo breaks the graph at a bf16 weight with an fp32 `.grad` (torch 2.13).
+        """
         for parameter in self._parameters:
             parameter.grad = None
         try:
@@ -43,12 +46,16 @@ class GradientBuffer:
             self._attach()
 
     def zero(self) -> None:
-        """Empties gradients and sums."""
+        """Set gradients and sums to zero."""
         self.flat.zero_()
 
 
 def clip_to_mean(gradients: Tensor, n_tokens: float, max_norm: float) -> Tensor:
-    """Turns summed gradients into their mean, clipped to `max_norm`, in place; the mean's norm before clipping (0-d)."""
+    """Divide summed gradients by `n_tokens` and clip them to `max_norm`, in place.
+
+    Returns:
+        The norm of the mean gradient before clipping, a 0-d tensor.
+    """
     norm: Tensor = torch.linalg.vector_norm(gradients) / n_tokens
     gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0) / n_tokens)
     return norm

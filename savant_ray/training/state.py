@@ -17,9 +17,8 @@ from torch import Tensor
 from savant_ray.config import Config, TrainingConfig
 from savant_ray.errors import CheckpointError
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.optim.adamw import AdamW
+from savant_ray.optim.adamw import AdamW, MasterWeightOptimizer
 from savant_ray.optim.gradients import GradientBuffer
-from savant_ray.optim.master_weights import MasterWeightOptimizer
 from savant_ray.optim.muon import Muon
 from savant_ray.training.checkpoint import FORMAT_VERSION
 from savant_ray.training.fitting import Fit, retry_on_oom

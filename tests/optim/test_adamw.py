@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from savant_ray.errors import CheckpointError
-from savant_ray.optim.adamw import AdamW
-from savant_ray.optim.split_bf16 import join, split
+from savant_ray.optim.adamw import AdamW, join, split
 
 SETTINGS = dict(lr=2e-5, weight_decay=0.01)
 

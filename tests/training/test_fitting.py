@@ -16,6 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from savant_ray.config import Config
 from savant_ray.errors import MemoryCapError
 from savant_ray.events import Event, Notice, StepDone, ValidationDone
+from savant_ray.optim.adamw import AdamWRule
 from savant_ray.training.efficiency import Peak
 from savant_ray.training.fitting import (
     DeviceMemoryError,
@@ -203,10 +204,10 @@ def test_an_update_that_does_not_fit_ends_the_run_with_what_to_lower(monkeypatch
     config = tiny_config()
     state = tiny_state(config)
 
-    def no_room(full: torch.Tensor, *_: object) -> None:
+    def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nProcess 7 has 9 GiB in use")
 
-    monkeypatch.setattr(state.optimizer, "update", no_room)
+    monkeypatch.setattr(AdamWRule, "update", no_room)
     with pytest.raises(MemoryCapError, match="vram_limit_gb = 10; raise it, or lower model.dim") as caught:
         trained(config, state)
     assert caught.value.exit_code == 5 and "\n" not in str(caught.value)

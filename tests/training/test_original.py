@@ -426,7 +426,7 @@ def test_an_optimizer_of_several_groups_is_told_and_the_weights_stay(tmp_path: P
     program.scheduler = torch.optim.lr_scheduler.LambdaLR(program.optimizer, lambda _: 1.0)
     program.train(batch(0))
     state, notes = loaded(program.save(tmp_path))
-    assert notes == ["the optimizer starts afresh: it has 2 groups of parameters where there is 1 here"]
+    assert notes == ["the optimizer starts afresh: it has 2 parameter groups, this optimizer has 1"]
     assert_weights_of(program, state)
     assert all(not entry["exp_avg"].any() for entry in moments(state).values())
 
