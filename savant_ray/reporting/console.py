@@ -1,10 +1,14 @@
-"""The terminal: a live display with the story scrolling above it, or plain lines where nobody watches."""
+"""Terminal output of a run: a live progress display with permanent lines above it, or plain lines without a terminal."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from statistics import fmean
 from typing import Protocol, TextIO
 
 from rich.console import Console as RichConsole
@@ -12,30 +16,30 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-from savant_ray.reporting.trend import HEIGHTS
-
 BAR_WIDTH = 40
-PLAIN_HEIGHTS = str.maketrans(HEIGHTS + "·", "__..-=+#" + "|")  # for terminals without Unicode
+SPARKLINE_LEVELS = "▁▂▃▄▅▆▇█"
+SPARKLINE_WIDTH = 16  # characters
+ASCII_LEVELS = str.maketrans(SPARKLINE_LEVELS + "·", "__..-=+#" + "|")  # for terminals without Unicode
 
 
 class Console(Protocol):
-    """Where a run speaks; all text comes formatted and printable."""
+    """Output of a run; all text is formatted and printable."""
 
-    def say(self, text: str) -> None:
-        """Lines that stay."""
+    def print(self, text: str) -> None:
+        """Print permanent lines."""
 
     def show(self, label: str, done: float, total: float | None, figures: str) -> None:
-        """What is going on right now, for a display that changes."""
+        """Show the current progress on a live display."""
 
-    def remark(self, text: str) -> None:
-        """The same from time to time, for a display that does not."""
+    def print_progress(self, text: str) -> None:
+        """Print the current progress, called from time to time, where there is no live display."""
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restore the terminal."""
 
 
 def open_console(stream: TextIO | None = None) -> Console:
-    """A live one on a terminal that can move its cursor, else a plain one; a silent one if there is no stdout."""
+    """Return a live console on a terminal that can move its cursor, else a plain one; without stdout it is silent."""
     stream = sys.stdout if stream is None else stream
     if stream is None or getattr(stream, "closed", False):
         return PlainConsole(None)
@@ -44,39 +48,38 @@ def open_console(stream: TextIO | None = None) -> Console:
 
 
 class PlainConsole:
-    """Lines without control characters. A reader that went away (`| head`) must not end the training.
+    """Lines without control characters; silent without a stream or once writing to it fails.
 
-    Without a stream, or when it was closed, nothing is printed.
+    A closed pipe (`| head`) must not end the training.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
 
-    def say(self, text: str) -> None:
-        """Prints and flushes."""
+    def print(self, text: str) -> None:
+        """Print and flush."""
         if self._stream is None:
             return
         try:
             print(text, file=self._stream, flush=True)
-        except (OSError, ValueError):  # ValueError: somebody closed it
+        except (OSError, ValueError):  # ValueError: the stream was closed
             self._stream = None
 
     def show(self, label: str, done: float, total: float | None, figures: str) -> None:
-        """Nothing changes on paper."""
+        """Do nothing: there is no live display."""
 
-    def remark(self, text: str) -> None:
-        """Prints."""
-        self.say(text)
+    def print_progress(self, text: str) -> None:
+        """Print and flush."""
+        self.print(text)
 
     def close(self) -> None:
-        """Nothing to undo."""
+        """Do nothing."""
 
 
 class LiveConsole:
-    """What is done with a bar, and the figures below it: together they would not fit into 80 columns.
+    """A progress bar with figures below it; together they would not fit into 80 columns.
 
-    `Text` is never read as markup. A terminal that was closed must not end the training either: its errors are
-    left alone.
+    `Text` is never parsed as markup. Errors of a closed terminal are ignored, because they must not end the training.
     """
 
     def __init__(self, rich: RichConsole) -> None:
@@ -85,29 +88,29 @@ class LiveConsole:
         self._progress = _WithFigures(*columns, console=rich, transient=True)
         self._task: TaskID | None = None
 
-    def say(self, text: str) -> None:
-        """Prints above the live line; wrapped by the terminal, so that it can be copied."""
+    def print(self, text: str) -> None:
+        """Print above the progress bar; the terminal wraps the lines, so that they can be copied."""
         with suppress(OSError, ValueError):
             self._rich.print(Text(text), soft_wrap=True)
 
     def show(self, label: str, done: float, total: float | None, figures: str) -> None:
-        """Changes the live line; without a total the bar only shows that something happens."""
+        """Update the progress bar and the figures; without a total the bar only moves."""
         with suppress(OSError, ValueError):
             if self._task is not None and total is not None:
                 self._progress.update(self._task, description=label, total=total, completed=done, figures=figures)
             else:
-                self._begin(label, done, total, figures)
+                self._start_task(label, done, total, figures)
 
-    def remark(self, text: str) -> None:
-        """The live line says it already."""
+    def print_progress(self, text: str) -> None:
+        """Do nothing: the live display shows it already."""
 
     def close(self) -> None:
-        """Removes the live line and gives the cursor back."""
+        """Remove the progress bar and show the cursor."""
         with suppress(OSError, ValueError):
             self._progress.stop()
 
-    def _begin(self, label: str, done: float, total: float | None, figures: str) -> None:
-        """A new task, because rich cannot take a task's total back."""
+    def _start_task(self, label: str, done: float, total: float | None, figures: str) -> None:
+        """Start a new task, because rich cannot remove the total of a task."""
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._progress.start()
@@ -115,13 +118,36 @@ class LiveConsole:
 
 
 class _WithFigures(Progress):
-    """A bar with lines of text below it, which are cut where the terminal ends."""
+    """A progress bar with lines of text below it, truncated at the width of the terminal."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         lines = (line for task in self.tasks for line in task.fields["figures"].splitlines())
-        yield from (Text(f"  {_drawable(line, self.console)}", no_wrap=True, overflow="ellipsis") for line in lines)
+        yield from (Text(f"  {_encodable(line, self.console)}", no_wrap=True, overflow="ellipsis") for line in lines)
 
 
-def _drawable(text: str, console: RichConsole) -> str:
-    return text.translate(PLAIN_HEIGHTS) if console.options.ascii_only else text
+def _encodable(text: str, console: RichConsole) -> str:
+    return text.translate(ASCII_LEVELS) if console.options.ascii_only else text
+
+
+class Sparkline:
+    """The recent values of a number as a line of block characters (▇▅▄▃▃▂▂▁), each the mean of the same number of values."""
+
+    def __init__(self, per_character: int = 8) -> None:
+        self._values: deque[float] = deque(maxlen=SPARKLINE_WIDTH * per_character)
+
+    def add(self, value: float) -> None:
+        """Add the next value; values that are not finite are ignored."""
+        if math.isfinite(value):
+            self._values.append(value)
+
+    def __str__(self) -> str:
+        """Return the line, scaled from the lowest to the highest mean; empty with fewer than two values."""
+        values = list(self._values)
+        if len(values) < 2:
+            return ""
+        n = min(SPARKLINE_WIDTH, len(values))
+        edges = [round(i * len(values) / n) for i in range(n + 1)]
+        means = [fmean(values[start:end]) for start, end in itertools.pairwise(edges)]
+        low, span, top = min(means), max(means) - min(means), len(SPARKLINE_LEVELS) - 1
+        return "".join(SPARKLINE_LEVELS[int((mean - low) / span * top) if span else 0] for mean in means)

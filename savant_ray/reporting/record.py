@@ -1,8 +1,8 @@
-"""`metrics.jsonl` and `samples.jsonl`: every event as one JSON line, from which all else derives, TensorBoard's files too.
+"""`metrics.jsonl` and `samples.jsonl`: each event as one JSON line. All other reports are derived from them.
 
-A run that is killed may leave half a line, a power cut a stretch of zeros: at the next opening such lines go, and with
-them into `metrics.jsonl.damaged` a copy of the file as it was. A run that goes on from an earlier step drops what was
-recorded after it, so that each step is in the record once.
+A killed run may leave half a line, a power failure a range of zero bytes. Such lines are removed when the file is next
+opened; damaged files are first copied to `metrics.jsonl.damaged`. A run resumed from an earlier step removes the lines of
+later steps, so that each step is in the record once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from savant_ray.events import (
 from savant_ray.reporting.tensorboard import TensorBoard
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-OF_A_VALIDATION = {event.kind for event in (ValidationDone, LogicScored, SampleGenerated)}
-ABOUT_A_LAUNCH = {  # what happened even if the steps after it are gone
+VALIDATION_KINDS = {event.kind for event in (ValidationDone, LogicScored, SampleGenerated)}
+ATTEMPT_KINDS = {  # kept when the record is reset to an earlier step
     event.kind
     for event in (
         *(DataPrepared, WorkersStarted, WorkersLost, AttemptStarted, AttemptEnded),
@@ -49,36 +49,36 @@ ABOUT_A_LAUNCH = {  # what happened even if the steps after it are gone
 
 
 class Follower(Protocol):
-    """Whoever reads the record while it grows."""
+    """A reader of the record that follows it during an attempt."""
 
     def begin(self, record: Path) -> None:
-        """The record stands where the run goes on from; until this is called again it only grows."""
+        """Start following `record`, which is only appended to until the next call."""
 
-    def complaint(self) -> str:
-        """What the user should hear, once; empty if there is nothing."""
+    def warning(self) -> str:
+        """Return a warning for the user once; empty if there is none."""
 
     def close(self) -> None:
-        """The launch is over."""
+        """Finish at the end of the attempt."""
 
 
 class Record:
-    """The two files of one run, flushed with each event, and what TensorBoard shows of them."""
+    """Both files of one run, flushed after each event, and the TensorBoard files derived from them."""
 
     def __init__(self, run_folder: Path, followers: Sequence[Follower] = ()) -> None:
         self._metrics = JsonLines(run_folder / METRICS)
         self._samples = JsonLines(run_folder / SAMPLES)
         self._board, self._followers = TensorBoard(run_folder), followers
-        self._refused: set[Path] = set()  # files whose refusal was reported
+        self._reported: set[Path] = set()  # files with a write error that was reported
 
     def append(self, event: Event) -> None:
-        """Writes one line, a sample to both files."""
+        """Append the event to `metrics.jsonl`, a sample also to `samples.jsonl`."""
         self._append(to_line(event))
 
     def fill(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Adds what workers kept beside a checkpoint and the file lacks: its driver died before it heard of it."""
-        there = {(line["event"], line.get("step")) for line in read_records(self._metrics.path)}
+        """Append the lines saved with a checkpoint that are missing because the driver was killed."""
+        present = {(line["event"], line.get("step")) for line in read_records(self._metrics.path)}
         for line in lines:
-            if line["event"] not in ABOUT_A_LAUNCH and (line["event"], line["step"]) not in there:
+            if line["event"] not in ATTEMPT_KINDS and (line["event"], line["step"]) not in present:
                 self._append(line)
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -88,52 +88,54 @@ class Record:
         self._board.write(line)
 
     def go_back_to(self, step: int, validates: bool) -> None:
-        """Forgets what is about to happen again: all after `step`, and its own validation if `validates`."""
+        """Remove the lines of what is repeated: all after `step`, and its validation if `validates`."""
         for file in (self._metrics, self._samples):
-            file.keep(lambda line: not _happens_again(line, step, validates))
+            file.keep(lambda line: not _is_repeated(line, step, validates))
         self._board.begin(step, read_records(self._metrics.path))
         for follower in self._followers:
             follower.begin(self._metrics.path)
 
-    def complaints(self) -> list[str]:
-        """Of the followers and of the disk, each once."""
-        texts = [text for follower in self._followers if (text := follower.complaint())]
+    def warnings(self) -> list[str]:
+        """Return new warnings of followers and about files that cannot be written, each once."""
+        texts = [text for follower in self._followers if (text := follower.warning())]
         files: list[JsonLines | TensorBoard] = [self._metrics, self._samples, self._board]
         for file in files:
-            if not file.refusal:
-                self._refused.discard(file.path)
-            elif file.path not in self._refused:
-                self._refused.add(file.path)
-                texts.append(f"WARNING: {file.path} cannot be written: {file.refusal}. Training goes on; {file.loss}.")
+            if not file.error:
+                self._reported.discard(file.path)
+            elif file.path not in self._reported:
+                self._reported.add(file.path)
+                texts.append(
+                    f"WARNING: {file.path} cannot be written: {file.error}. Training goes on; {file.consequence}."
+                )
         return texts
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         files: list[JsonLines | TensorBoard | Follower] = [self._metrics, self._samples, self._board, *self._followers]
         for file in files:
             file.close()
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, that is only ever complete; `refusal` says why lines are not written now."""
+    """A file of JSON objects, one per complete line; `error` is the reason if lines cannot be written now."""
 
-    loss = "the lines are kept in memory and written when there is room"
+    consequence = "the lines are kept in memory and written when there is room"
 
     def __init__(self, path: Path) -> None:
-        self.path, self.refusal = path, ""
-        _mend(path)
+        self.path, self.error = path, ""
+        _repair(path)
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line; what a full disk refuses is kept and tried again with the next."""
+        """Append a line; lines that cannot be written are kept and written with the next one."""
         self._unwritten += _encoded(json.dumps(line, ensure_ascii=False, allow_nan=False))
         self._write()
 
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Removes the other lines: written aside, renamed over."""
+    def keep(self, predicate: Callable[[dict[str, Any]], bool]) -> None:
+        """Remove all lines that do not satisfy the predicate, atomically."""
         lines = list(read_records(self.path))
-        kept = [line for line in lines if wanted(line)]
+        kept = [line for line in lines if predicate(line)]
         if len(kept) == len(lines):
             return
         self._file.close()
@@ -141,7 +143,7 @@ class JsonLines:
         self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Write pending lines and close the file."""
         self._write()
         self._file.close()
 
@@ -149,17 +151,17 @@ class JsonLines:
         end = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(self._unwritten) == len(self._unwritten):
-                self._unwritten, self.refusal = b"", ""
+                self._unwritten, self.error = b"", ""
                 return
-            self.refusal = os.strerror(errno.ENOSPC)  # a disk that has become full takes a part first
+            self.error = os.strerror(errno.ENOSPC)  # a disk that becomes full writes a part first
         except OSError as error:
-            self.refusal = error.strerror or str(error)
+            self.error = error.strerror or str(error)
         with suppress(OSError):
-            self._file.truncate(end)  # half a line would be the end of all later ones
+            self._file.truncate(end)  # half a line would damage the next one
 
 
 def to_line(event: Event) -> dict[str, Any]:
-    """The event as its line, with the present time; a number that JSON does not have (NaN, infinity) becomes null."""
+    """Return the event as a JSON object with the current time; NaN and infinity, which JSON lacks, become null."""
     fields = event.to_record()
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     line: dict[str, Any] = _finite({"event": fields.pop("event"), "time": now, **fields})
@@ -167,7 +169,7 @@ def to_line(event: Event) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a record; a last line that is still being written is left out.
+    """Yield the lines of a record, without a last line that is still being written.
 
     Raises:
         ValueError: a complete line is not JSON.
@@ -179,40 +181,41 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_time(path: Path) -> str:
-    """When the last event of a record was, "" of one that is not there or holds none."""
+    """Return the time of the last event of a record, or "" if it does not exist or has no events."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     events = (parsed(line) for line in reversed(lines))
     return next((str(event.get("time", "")) for event in events if event is not None), "")
 
 
 def saved_a_checkpoint(run_folder: Path) -> bool:
-    """Whether the run's record tells of a checkpoint."""
+    """Return whether the run's record contains a checkpoint."""
     path = run_folder / METRICS
     return path.exists() and any(line["event"] == CheckpointSaved.kind for line in read_records(path))
 
 
 def has_sample(run_folder: Path, step: int) -> bool:
-    """Whether the record has the sample of that step, the last thing a validation does."""
+    """Return whether the record has the sample of that step, which is the last event of a validation."""
     path = run_folder / SAMPLES
     return path.exists() and any(line["step"] == step for line in read_records(path))
 
 
 def has_finished(run_folder: Path, step: int) -> bool:
-    """Whether the newest launch that trained came to its end after that step, its last validation included."""
+    """Return whether the newest attempt finished training after that step, including its last validation."""
     path = run_folder / METRICS
-    marks = (AttemptStarted.kind, AttemptEnded.kind)
-    launches = (line for line in read_records(path) if line["event"] in marks) if path.exists() else ()
-    last = next(iter(deque(launches, maxlen=1)), {"event": AttemptStarted.kind})
+    kinds = (AttemptStarted.kind, AttemptEnded.kind)
+    attempts = (line for line in read_records(path) if line["event"] in kinds) if path.exists() else ()
+    last = next(iter(deque(attempts, maxlen=1)), {"event": AttemptStarted.kind})
     return last["event"] == AttemptEnded.kind and bool(last.get("finished")) and last.get("step") == step
 
 
-def _happens_again(line: dict[str, Any], step: int, validates: bool) -> bool:
-    if line["event"] in ABOUT_A_LAUNCH:
+def _is_repeated(line: dict[str, Any], step: int, validates: bool) -> bool:
+    if line["event"] in ATTEMPT_KINDS:
         return False
-    return line["step"] > step or (validates and line["step"] == step and line["event"] in OF_A_VALIDATION)
+    return line["step"] > step or (validates and line["step"] == step and line["event"] in VALIDATION_KINDS)
 
 
-def _mend(path: Path) -> None:
+def _repair(path: Path) -> None:
+    """Remove an incomplete last line and damaged lines; keep a copy of a file with damaged lines."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -226,7 +229,7 @@ def _mend(path: Path) -> None:
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """The object of a line; None: it is none, or says nothing of an event."""
+    """Return the JSON object of a line, or None if it is not an event."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -235,11 +238,11 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_event(line: dict[str, Any]) -> bool:
-    """Whether it has a kind, and a step but where it is about a launch; where it has a time, that has to be one."""
+    """Return whether a line has a kind, a step unless its kind is about an attempt, and a valid time if it has one."""
     kind = line.get("event")
     if not isinstance(kind, str) or ("time" in line and not _is_time(line["time"])):
         return False
-    return type(line.get("step", 0 if kind in ABOUT_A_LAUNCH else None)) is int
+    return type(line.get("step", 0 if kind in ATTEMPT_KINDS else None)) is int
 
 
 def _is_time(text: Any) -> bool:
@@ -250,21 +253,21 @@ def _is_time(text: Any) -> bool:
 
 
 def _rewrite(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    aside = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     with doing(f"writing {path}"):
         try:
-            with aside.open("wb") as file:
+            with temporary.open("wb") as file:
                 file.writelines(_encoded(json.dumps(line, ensure_ascii=False)) for line in lines)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(path)
+            temporary.replace(path)
         except OSError:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 def _encoded(line: str) -> bytes:
-    """A line of the file; half a surrogate pair, which UTF-8 does not have, stays the JSON escape that it was."""
+    """Encode a line; an unpaired surrogate, which UTF-8 cannot represent, stays a JSON escape."""
     return line.encode(errors="backslashreplace") + b"\n"
 
 

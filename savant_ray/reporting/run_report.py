@@ -1,23 +1,23 @@
-"""One event in, and the record, the log and the console have it.
+"""Reporting of one attempt: each event goes to the record (metrics.jsonl), the log and the console.
 
-A step is shown live on a terminal; on paper (the log, a plain console) it is worth a line at the first, at the last and
-every 30 seconds. What happens between steps is told when it happens.
+A live terminal shows each step. The log and a plain console get a line for the first step, the last step and every 30
+seconds; all other events are printed when they happen.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
 from savant_ray.events import AttemptStarted, Event, Notice, StepDone, ValidationDone
-from savant_ray.reporting.console import Console, open_console
-from savant_ray.reporting.pace import Pace
+from savant_ray.reporting.console import Console, Sparkline, open_console
 from savant_ray.reporting.record import Follower, Record
-from savant_ray.reporting.training_log import TrainingLog
-from savant_ray.reporting.trend import Trend
 from savant_ray.reporting.wording import (
     describe,
     duration,
@@ -30,11 +30,12 @@ from savant_ray.reporting.wording import (
 )
 
 LOG = "training_log.txt"
-SECONDS_BETWEEN_REMARKS = 30.0
+SECONDS_BETWEEN_LINES = 30.0
+RECENT_STEPS = 100
 
 
 class RunReport:
-    """Speaks for one launch; without a run folder on the console only."""
+    """Reports one attempt; without a run folder on the console only."""
 
     def __init__(
         self,
@@ -50,37 +51,37 @@ class RunReport:
         self._log = None if run_folder is None else TrainingLog(run_folder / LOG)
         self._console = open_console() if console is None else console
         self._clock, self._max_steps = clock, max_steps
-        self._pace, self._stage = Pace(), "starting"
-        self._trend, self._skipped = Trend(), 0  # of this launch
+        self._remaining_time, self._stage = RemainingTime(), "starting"
+        self._losses, self._skipped = Sparkline(), 0  # of this attempt
         self._limit_gb: float | None = None
-        self._last_remark = clock()
+        self._last_line_time = clock()
         self._last_pause = ("the start", clock())
-        self._unsaid = ""  # the newest step, when it was not worth a line yet
+        self._unprinted_step = ""  # the newest step's line, until it is printed
         self._first_step = True
-        self._noticed: set[str] = set()
-        self._log_refused = False
+        self._notices: set[str] = set()
+        self._log_failure_reported = False
         self.last_step = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._say_newest_step()
-        if isinstance(error, Exception) and self._log is not None:  # the terminal hears it from the command line
+        self._print_newest_step()
+        if isinstance(error, Exception) and self._log is not None:  # the command line prints it on the terminal
             self._log.write(printable(f"error: {str(error) or type(error).__name__}"))
         self.close()
 
     def handle(self, event: Event) -> None:
-        """Records the event and says what there is to say about it; a notice that several workers give only once."""
+        """Record an event and print it; a notice with the same text from several workers is handled once."""
         if isinstance(event, Notice):
-            if event.text in self._noticed:
+            if event.text in self._notices:
                 return
-            self._noticed.add(event.text)
+            self._notices.add(event.text)
         if isinstance(event, AttemptStarted):
             self._start(event)
         if self._record is not None:
             self._record.append(event)
-            self._say_complaints(self._record)
+            self._print_warnings(self._record)
         if isinstance(event, StepDone):
             self._step(event)
         elif isinstance(event, ValidationDone):
@@ -89,105 +90,164 @@ class RunReport:
             self.say(text)
 
     def fill(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Completes the record of an earlier launch whose driver died."""
+        """Add lines to the record that an earlier attempt did not write because its driver was killed."""
         if self._record is not None:
             self._record.fill(lines)
 
     @property
     def activity(self) -> str:
-        """What is being done now, for the message about an unexpected error: "starting Ray", "training"."""
+        """Return what the run is doing ("starting Ray", "training"), for the message of an unexpected error."""
         return self._stage
 
     def stage(self, text: str) -> None:
-        """What begins now, before there are steps: "starting Ray"."""
-        self._stage, self._last_remark = text, self._clock()
-        self._remark(f"{text} …")
+        """Begin a stage before the first step, such as "starting Ray"."""
+        self._stage, self._last_line_time = text, self._clock()
+        self._print_progress(f"{text} …")
         self._console.show(printable(text), 0, None, "")
 
     def progress(self, done: float, total: float, unit: str) -> None:
-        """How far the stage is; `unit` is "bytes" or a plural."""
+        """Report the progress of the stage; `unit` is "bytes" or a plural noun."""
         figures = progress_figures(done, total, unit)
         self._console.show(printable(self._stage), done, total, printable(figures))
-        if self._due():
-            self._remark(f"{self._stage}: {figures}")
+        if self._line_is_due():
+            self._print_progress(f"{self._stage}: {figures}")
 
     def say(self, text: str) -> None:
-        """Lines for the console and the log."""
+        """Print lines on the console and in the log."""
         text = printable(text)
         if self._log is not None:
             self._log.write(text)
-        self._console.say(text)
+        self._console.print(text)
 
     def log(self, text: str) -> None:
-        """Lines for the log only."""
+        """Write lines to the log only."""
         if self._log is not None:
             self._log.write(printable(text))
 
     def close(self) -> None:
-        """Gives the terminal back and closes the files."""
+        """Restore the terminal and close the files."""
         if self._record is not None:
             self._record.close()
-            self._say_complaints(self._record)
+            self._print_warnings(self._record)
         self._console.close()
         if self._log is not None:
             self._log.close()
 
     def _start(self, event: AttemptStarted) -> None:
-        """The run stands at `event.step`: what was recorded after it happens again."""
+        """Reset the record to `event.step`, since later steps are repeated, and the figures of the attempt."""
         if self._record is not None:
             self._record.go_back_to(event.step, event.validates_first)
         self._stage = "training"
         self.last_step, self._max_steps, self._limit_gb = event.step, event.max_steps, event.vram_limit_gb
-        self._trend, self._skipped = Trend(), 0
-        self._pace, self._first_step, self._unsaid = Pace(), True, ""
+        self._losses, self._skipped = Sparkline(), 0
+        self._remaining_time, self._first_step, self._unprinted_step = RemainingTime(), True, ""
         self._last_pause = ("the start", self._clock())
 
     def _step(self, event: StepDone) -> None:
         self.last_step = event.step
-        self._pace.observe(event.step_seconds, self._clock())
+        self._remaining_time.observe(event.step_seconds, self._clock())
         label = step_label(event.step, self._max_steps)
-        left = self._pace.seconds_left(self._max_steps - event.step)
-        figures = step_figures(event, left)
-        self._trend.add(event.train_loss)
+        seconds_left = self._remaining_time.seconds(self._max_steps - event.step)
+        figures = step_figures(event, seconds_left)
+        self._losses.add(event.train_loss)
         self._skipped += event.skipped_micro_batches
-        panel = step_panel(event, str(self._trend), self._skipped, self._limit_gb, left)
+        panel = step_panel(event, str(self._losses), self._skipped, self._limit_gb, seconds_left)
         self._console.show(label, event.step, self._max_steps, panel)
-        self._unsaid = f"{label} · {figures}"
-        special = self._first_step or event.step == self._max_steps
+        self._unprinted_step = f"{label} · {figures}"
+        first_or_last = self._first_step or event.step == self._max_steps
         self._first_step = False
         if event.update_skipped:
             self.say(skipped_update(event))
-        if self._due() or special:
-            self._say_newest_step()
+        if self._line_is_due() or first_or_last:
+            self._print_newest_step()
 
     def _validation(self, event: ValidationDone) -> None:
-        mark, then = self._last_pause
+        pause, then = self._last_pause
         self._last_pause = ("the last", self._clock())
-        self.say(f"{describe(event)} · {duration(self._clock() - then)} since {mark}")
+        self.say(f"{describe(event)} · {duration(self._clock() - then)} since {pause}")
 
-    def _say_complaints(self, record: Record) -> None:
-        for text in record.complaints():
+    def _print_warnings(self, record: Record) -> None:
+        for text in record.warnings():
             self.say(text)
-        if self._log is not None and self._log.refusal and not self._log_refused:
-            self._log_refused = True
-            self._console.say(
-                f"WARNING: {self._log.path} cannot be written: {self._log.refusal}. Training goes on; its lines are lost."
+        if self._log is not None and self._log.error and not self._log_failure_reported:
+            self._log_failure_reported = True
+            self._console.print(
+                f"WARNING: {self._log.path} cannot be written: {self._log.error}. Training goes on; its lines are lost."
             )
 
-    def _say_newest_step(self) -> None:
-        if self._unsaid:
-            self._remark(self._unsaid)
-            self._unsaid, self._last_remark = "", self._clock()
+    def _print_newest_step(self) -> None:
+        if self._unprinted_step:
+            self._print_progress(self._unprinted_step)
+            self._unprinted_step, self._last_line_time = "", self._clock()
 
-    def _remark(self, text: str) -> None:
+    def _print_progress(self, text: str) -> None:
         text = printable(text)
         if self._log is not None:
             self._log.write(text)
-        self._console.remark(text)
+        self._console.print_progress(text)
 
-    def _due(self) -> bool:
+    def _line_is_due(self) -> bool:
         now = self._clock()
-        if now - self._last_remark < SECONDS_BETWEEN_REMARKS:
+        if now - self._last_line_time < SECONDS_BETWEEN_LINES:
             return False
-        self._last_remark = now
+        self._last_line_time = now
         return True
+
+
+class RemainingTime:
+    """Estimates the remaining time from the median of recent steps and the average time between steps.
+
+    The median keeps one slow step from dominating the estimate. Validation and saving happen between steps.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._first_end: float | None = None
+        self._steps, self._step_seconds, self._elapsed = 0, 0.0, 0.0
+
+    def observe(self, step_seconds: float, now: float) -> None:
+        """Add a step that took `step_seconds` and ended at time `now`, in seconds."""
+        self._recent.append(step_seconds)
+        if self._first_end is None:  # the first step also compiles and warms up, so only its end counts
+            self._first_end = now
+            return
+        self._steps += 1
+        self._step_seconds += step_seconds
+        self._elapsed = now - self._first_end
+
+    def seconds(self, steps: int) -> float | None:
+        """Return the estimated seconds of `steps` more steps; None before the second observed step."""
+        if not self._steps:
+            return None
+        pause = max(0.0, self._elapsed - self._step_seconds) / self._steps
+        return steps * (median(self._recent) + pause)
+
+
+class TrainingLog:
+    """`training_log.txt`: console lines with the time, appended over all attempts and flushed at each line.
+
+    `error` is the reason if the last write failed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.error = path, ""
+        has_lines = path.exists() and path.stat().st_size > 0
+        self._file = path.open("ab", buffering=0)
+        if has_lines:  # an empty line separates attempts
+            self._append("\n")
+
+    def write(self, text: str) -> None:
+        """Write the time and the text, further lines indented below the first; on a full disk the lines are lost."""
+        now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        self._append(f"{now}  {text.replace(chr(10), chr(10) + ' ' * (len(now) + 2))}\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, text: str) -> None:
+        try:
+            self._file.write(text.encode())
+            self.error = ""
+        except OSError as error:
+            self.error = error.strerror or str(error)

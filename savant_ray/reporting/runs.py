@@ -1,4 +1,4 @@
-"""What became of runs, from their records: a table of all, five lines about one."""
+"""Summaries of runs from their records: a table of all runs, five lines about one."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from savant_ray.events import (
 from savant_ray.reporting.record import METRICS, parsed
 from savant_ray.reporting.wording import duration, printable
 
-STEP = json.dumps({"event": StepDone.kind})[:-1].encode()  # how a step's line begins: most lines are steps
+STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # lines of steps, the most frequent, are parsed late
 RECENT_STEPS = 100
-SAMPLE_WIDTH = 100
-WIDE = 300  # columns for whoever is not a terminal: nothing is wrapped
+SAMPLE_WIDTH = 100  # characters
+PIPE_WIDTH = 300  # columns if standard output is no terminal, so that rows are not wrapped
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run; None = its record does not say."""
+    """Summary of one run; None = not in its record."""
 
     name: str
     folder: str
-    state: str  # running, finished, stopped, failed, or interrupted: killed without a word
+    state: str  # running, finished, stopped, failed or interrupted (killed)
     step: int
     max_steps: int | None
     train_loss: float | None
@@ -48,8 +48,8 @@ class RunSummary:
     best_validation_loss: float | None
     best_validation_step: int | None
     tokens_per_second: float | None
-    step_seconds: float | None  # median of the recent ones
-    checkpoint: str | None  # the newest that is told of
+    step_seconds: float | None  # median of recent steps
+    checkpoint: str | None  # the newest in the record
     checkpoint_time: str | None
     sample: str | None
     sample_step: int | None
@@ -58,25 +58,25 @@ class RunSummary:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of the recent steps; None where nothing is running."""
+        """Return the estimated remaining seconds at the speed of recent steps; None if the run is not running."""
         if self.state != "running" or self.step_seconds is None or self.max_steps is None:
             return None
         return (self.max_steps - self.step) * self.step_seconds
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Run folders: these, their subfolders, and those of `savant_runs` at any depth."""
-    found = [
+    """Return the run folders among these, their subfolders, and folders below `savant_runs` at any depth."""
+    run_folders = [
         record.parent
         for folder in folders
         for pattern in (METRICS, f"*/{METRICS}", f"savant_runs/**/{METRICS}")
         for record in sorted(folder.glob(pattern))
     ]
-    return list(dict.fromkeys(path.resolve() for path in found))
+    return list(dict.fromkeys(path.resolve() for path in run_folders))
 
 
 def summarise(run_folder: Path, is_in_use: Callable[[Path], bool]) -> RunSummary:
-    """The run's state; `is_in_use` says whether some process trains it now.
+    """Summarise a run; `is_in_use` returns whether some process is training it.
 
     Raises:
         SettingsError: there is no record in the folder.
@@ -85,10 +85,10 @@ def summarise(run_folder: Path, is_in_use: Callable[[Path], bool]) -> RunSummary
         raise SettingsError(f"{run_folder}: no run (it has no {METRICS}); `savant runs` lists those that are here")
     steps, newest, best = _read(run_folder / METRICS)
     step = steps[-1] if steps else {}
-    attempt, ended, validated = (newest.get(kind.kind, {}) for kind in (AttemptStarted, AttemptEnded, ValidationDone))
+    attempt, ended, validated = (newest.get(event.kind, {}) for event in (AttemptStarted, AttemptEnded, ValidationDone))
     saved, sample = newest.get(CheckpointSaved.kind, {}), newest.get(SampleGenerated.kind, {})
     state = "running" if is_in_use(run_folder) else _state(newest)
-    times = [each["step_seconds"] for each in steps if each.get("step_seconds") is not None]
+    times = [line["step_seconds"] for line in steps if line.get("step_seconds") is not None]
     return RunSummary(
         name=run_folder.resolve().name,
         folder=str(run_folder),
@@ -111,25 +111,25 @@ def summarise(run_folder: Path, is_in_use: Callable[[Path], bool]) -> RunSummary
 
 
 def print_table(runs: Iterable[RunSummary]) -> None:
-    """A run a row."""
-    table = Table("run", "state", "step", "loss", "validation", "last checkpoint", "last heard of", box=None)
+    """Print one row per run."""
+    table = Table("run", "state", "step", "loss", "validation", "last checkpoint", "last event", box=None)
     for run in runs:
         steps = f"{run.step:,}" + ("" if run.max_steps is None else f" of {run.max_steps:,}")
         losses = ("" if loss is None else f"{loss:.4f}" for loss in (run.train_loss, run.validation_loss))
         table.add_row(
-            printable(_from_here(run.folder)), run.state, steps, *losses, run.checkpoint or "none", ago(run.last_time)
+            printable(_relative(run.folder)), run.state, steps, *losses, run.checkpoint or "none", ago(run.last_time)
         )
-    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
-def _from_here(folder: str) -> str:
+def _relative(folder: str) -> str:
     path = Path(folder)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else folder
 
 
 def status(run: RunSummary) -> str:
-    """Five lines."""
-    last = f", last heard of {ago(run.last_time)}" if run.last_time else ""
+    """Return five lines about a run."""
+    last = f", last event {ago(run.last_time)}" if run.last_time else ""
     of = "" if run.max_steps is None else f" of {run.max_steps:,}"
     speed = [] if run.tokens_per_second is None else [f"{run.tokens_per_second:,.0f} tokens/s"]
     left = [] if run.seconds_left is None else [f"{duration(run.seconds_left)} left"]
@@ -145,28 +145,28 @@ def status(run: RunSummary) -> str:
 
 
 def to_json(runs: Iterable[RunSummary]) -> str:
-    """The same for programs."""
+    """Return the summaries as JSON."""
     return json.dumps([{**asdict(run), "seconds_left": run.seconds_left} for run in runs], ensure_ascii=False, indent=2)
 
 
 def ago(time: str | None) -> str:
-    """`12 min 5 s ago` of an ISO time."""
+    """Return `12 min 5 s ago` for an ISO time."""
     if not time:
         return "unknown"
     return f"{duration(max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()))} ago"
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], dict[str, Any]]:
-    """The recent steps, the newest line of each other kind, and the best validation."""
+    """Return the recent steps, the newest line of each other kind, and the best validation."""
     recent: deque[bytes] = deque(maxlen=RECENT_STEPS)
     newest: dict[str, dict[str, Any]] = {}
     best: dict[str, Any] = {}
     with path.open("rb") as file:
         for text in file:
-            if text.startswith(STEP):
+            if text.startswith(STEP_PREFIX):
                 recent.append(text)
             elif (line := parsed(text)) is not None:
-                newest.pop(line["event"], None)  # so that the order is that of the newest lines
+                newest.pop(line["event"], None)  # inserted again below, so that kinds are ordered by their newest line
                 newest[line["event"]] = line
                 loss = line.get("validation_loss")
                 if loss is not None and loss <= best.get("validation_loss", loss):
@@ -175,7 +175,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], 
 
 
 def _state(newest: dict[str, dict[str, Any]]) -> str:
-    """From what was said last of all that a launch says at its start and its end."""
+    """Return the state of a run that is not running, from the newest start or end of an attempt."""
     last = [kind for kind in newest if kind in (AttemptStarted.kind, AttemptEnded.kind, RunFailed.kind)][-1:]
     if last == [RunFailed.kind]:
         return "failed"

@@ -1,4 +1,4 @@
-"""An exam's result as a table."""
+"""Tables of evaluation results."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from savant_ray.reporting.wording import percent, printable
 Item = TypeVar("Item")
 
 
-def with_progress(answers: Iterable[Item], total: int) -> Iterable[Item]:
-    """The answers as they come, counted on a terminal."""
+def with_progress(items: Iterable[Item], total: int) -> Iterable[Item]:
+    """Yield the items; show a progress bar if standard error is a terminal."""
     console = Console(stderr=True)
-    return track(answers, "answering", total, console=console, transient=True, disable=not console.is_terminal)
+    return track(items, "answering", total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_scores(result: dict[str, Any]) -> None:
-    """A template a row; below, all with trained wordings and all with new ones."""
+    """Print one row per template, then all questions in trained wordings, then those in new wordings."""
     table = Table("template", "right", "questions", "95 % interval", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -36,13 +36,13 @@ def print_scores(result: dict[str, Any]) -> None:
 
 
 def print_depths(result: dict[str, Any]) -> None:
-    """A number of loops a row."""
+    """Print one row per number of loops."""
     table = Table("loops", "right", "questions", "95 % interval", "loss", "last loop changes", "cosine", box=None)
     for column in table.columns:
         column.justify = "right"
-    for each in result["depths"]:
-        figures = (each["loss"], each.get("residual"), each.get("cosine"))
-        table.add_row(str(each["loops"]), *_row(each), *("–" if x is None else f"{x:.4f}" for x in figures))
+    for row in result["depths"]:
+        figures = (row["loss"], row.get("residual"), row.get("cosine"))
+        table.add_row(str(row["loops"]), *_row(row), *("–" if x is None else f"{x:.4f}" for x in figures))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 

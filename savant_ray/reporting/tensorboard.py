@@ -1,8 +1,8 @@
-"""TensorBoard's event files, beside the record and from it: every number of an event under `event/field`.
+"""TensorBoard event files, derived from the record: each number of an event as `event/field`.
 
-A launch writes a file of its own, which first takes back what earlier files hold from some step on (TensorBoard's session
-log) and then tells it again from the record. So no step is there twice, and what a killed driver had not written yet is
-filled in.
+Each attempt writes its own file. It first invalidates what earlier files contain from some step on (with TensorBoard's
+session log) and writes it again from the record. Therefore no step appears twice, and events that a killed driver did not
+flush are added.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 FOLDER = "tensorboard"
-TOLD_AGAIN = 1000  # steps: far more than a driver has in its hands
+REWRITTEN_STEPS = 1000  # far more than a driver can have pending
 FLUSH_SECONDS = 5
-WITH_NUMBERS = (StepDone.kind, ValidationDone.kind, LogicScored.kind, CheckpointSaved.kind)
+NUMERIC_KINDS = (StepDone.kind, ValidationDone.kind, LogicScored.kind, CheckpointSaved.kind)
 
 
 class TensorBoard:
-    """The event files of one run. A disk that refuses costs curves, never the run; `refusal` says why."""
+    """The event files of one run; `error` is the reason if they cannot be written, which never ends the run."""
 
-    loss = "its curves stand still until the next launch, which fills them in from metrics.jsonl"
+    consequence = "its curves stop until the next attempt, which adds what is missing from metrics.jsonl"
 
     def __init__(self, run_folder: Path) -> None:
-        self.path, self.refusal = run_folder / FOLDER, ""
+        self.path, self.error = run_folder / FOLDER, ""
         self._writer: EventFileWriter | None = None
 
     def begin(self, step: int, lines: Iterable[dict[str, Any]]) -> None:
-        """The run stands at `step`; `lines` are its record up to there."""
+        """Open a new file at `step`; `lines` are the record up to this step."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.close()
-        first = max(0, step - TOLD_AGAIN) if any(self.path.glob("events.*")) else 0
-        with self._refusals_noted():
+        first = max(0, step - REWRITTEN_STEPS) if any(self.path.glob("events.*")) else 0
+        with self._errors_recorded():
             self._writer = EventFileWriter(str(self.path), flush_secs=FLUSH_SECONDS)
             self._writer.add_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
         for line in lines:
@@ -49,29 +49,29 @@ class TensorBoard:
                 self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line of the record."""
+        """Write the numbers of one line of the record."""
         if self._writer is None or not (values := list(_values(line))):
             return
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        then = datetime.fromisoformat(line["time"]).timestamp()
-        with self._refusals_noted():
-            self._writer.add_event(Event(step=line["step"], wall_time=then, summary=Summary(value=values)))
+        wall_time = datetime.fromisoformat(line["time"]).timestamp()
+        with self._errors_recorded():
+            self._writer.add_event(Event(step=line["step"], wall_time=wall_time, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flush and close the file."""
         if self._writer is not None:
-            with self._refusals_noted():
+            with self._errors_recorded():
                 self._writer.close()
         self._writer = None
 
     @contextmanager
-    def _refusals_noted(self) -> Iterator[None]:
+    def _errors_recorded(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self.refusal = error.strerror or str(error)
+            self.error = error.strerror or str(error)
 
 
 def _values(line: dict[str, Any]) -> Iterator[Summary.Value]:
@@ -85,15 +85,17 @@ def _values(line: dict[str, Any]) -> Iterator[Summary.Value]:
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float]:
-    """What of a line of the record makes curves: `event/field` and value, with `/loop` where there is one a loop."""
-    found: dict[str, float] = {}
-    for name, value in line.items() if line["event"] in WITH_NUMBERS else ():
-        each = (
-            {f"/{loop}": of_loop for loop, of_loop in enumerate(value, 1)} if isinstance(value, list) else {"": value}
+    """Return the numbers of a line of the record as `event/field`, or `event/field/loop` for one value per loop."""
+    result: dict[str, float] = {}
+    for name, value in line.items() if line["event"] in NUMERIC_KINDS else ():
+        by_suffix = (
+            {f"/{loop}": loop_value for loop, loop_value in enumerate(value, 1)}
+            if isinstance(value, list)
+            else {"": value}
         )
-        found |= {f"{line['event']}/{name}{end}": number for end, number in each.items() if _is_number(number)}
-    found.pop(f"{line['event']}/step", None)
-    return found
+        result |= {f"{line['event']}/{name}{suffix}": x for suffix, x in by_suffix.items() if _is_number(x)}
+    result.pop(f"{line['event']}/step", None)
+    return result
 
 
 def _is_number(value: object) -> bool:
@@ -101,13 +103,13 @@ def _is_number(value: object) -> bool:
 
 
 def _text(tag: str, text: str) -> Summary.Value:
-    """As TensorBoard's text plugin wants it; indented, because it takes text for Markdown."""
+    """Return text for TensorBoard's text plugin, indented, because the plugin renders Markdown."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-    indented = "\n".join(f"    {each}" for each in text.split("\n"))
+    indented = "\n".join(f"    {line}" for line in text.split("\n"))
     return Summary.Value(
         tag=f"{tag}/text_summary",
         metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text")),

@@ -1,4 +1,4 @@
-"""Events and numbers in words: the one place that formats them, for the terminal and the log alike."""
+"""Text of events and numbers, used by the terminal and the log."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from savant_ray.events import (
 )
 
 MIB = 1 << 20
-DOCUMENTS_TO_NAME = 3
-SHARE_OF_WAITING_TO_MENTION = 0.01
+MAX_DOCUMENTS = 3  # named in the message about a skipped micro-batch
+MIN_WAITING = 0.01  # fraction of a step spent waiting for data that is shown
 
 
 @singledispatch
 def describe(event: Event) -> str:
-    """The event as lines of text; empty if there is nothing to say about it."""
+    """Return the event as lines of text; empty if it is not printed."""
     return ""
 
 
 @describe.register
 def _(event: AttemptStarted) -> str:
     workers = "1 worker" if event.workers == 1 else f"{event.workers} workers"
-    first = (
+    summary = (
         f"training {event.parameters:,} parameters on {workers} ({event.device}): "
         f"{event.step:,} of {event.max_steps:,} steps done, {event.effective_batch:,} sequences a step"
     )
-    return "\n".join([first, *(f"note: {note}" for note in event.notes)])
+    return "\n".join([summary, *(f"note: {note}" for note in event.notes)])
 
 
 @describe.register
@@ -59,8 +59,8 @@ def _(event: DataPrepared) -> str:
 @describe.register
 def _(event: RunResumed) -> str:
     start = f"resuming from {event.path}" if event.step else f"starting from the weights of {event.path}"
-    first = f"{start} ({event.note})" if event.note else start
-    return "\n".join([first, *(f"WARNING: {warning}" for warning in event.warnings)])
+    summary = f"{start} ({event.note})" if event.note else start
+    return "\n".join([summary, *(f"WARNING: {warning}" for warning in event.warnings)])
 
 
 @describe.register
@@ -74,15 +74,15 @@ def _(event: ValidationDone) -> str:
 
 @describe.register
 def _(event: LogicScored) -> str:
-    all_of = "all " if event.final else ""
-    first = (
-        f"logic at step {event.step:,}: {percent(event.score)} of {all_of}{event.n:,} held-out problems right "
+    all_ = "all " if event.final else ""
+    summary = (
+        f"logic at step {event.step:,}: {percent(event.score)} of {all_}{event.n:,} held-out problems right "
         f"({percent(event.low)} – {percent(event.high)}) · {duration(event.seconds)}"
     )
     if not event.final:
-        return first
-    rows = (f"  {name}: {percent(each['score'])} of {each['n']:.0f}" for name, each in event.templates.items())
-    return "\n".join([first, *rows])
+        return summary
+    rows = (f"  {name}: {percent(score['score'])} of {score['n']:.0f}" for name, score in event.templates.items())
+    return "\n".join([summary, *rows])
 
 
 @describe.register
@@ -102,7 +102,7 @@ def _(event: CheckpointSaved) -> str:
 def _(event: CheckpointFailed) -> str:
     return (
         f"WARNING: step {event.step:,} could not be saved: {event.text}. Training goes on and tries again at the next "
-        "checkpoint; the older ones are whole. Free some space, or mend the storage."
+        "checkpoint; older checkpoints are complete. Free some space, or repair the storage."
     )
 
 
@@ -110,20 +110,20 @@ def _(event: CheckpointFailed) -> str:
 def _(event: MicroBatchSkipped) -> str:
     return (
         f"step {event.step:,}: a micro-batch of worker {event.rank} had loss {event.loss} and was skipped "
-        f"(positions {', '.join(str(position) for position in event.positions)}){_first_of(event.documents)}"
+        f"(positions {', '.join(str(position) for position in event.positions)}){_named_documents(event.documents)}"
     )
 
 
-def _first_of(documents: Sequence[str]) -> str:
-    """The record has them all."""
-    named = ", ".join(documents[:DOCUMENTS_TO_NAME])
-    more = len(documents) - DOCUMENTS_TO_NAME
+def _named_documents(documents: Sequence[str]) -> str:
+    """Return the first documents for a message; the record has all."""
+    named = ", ".join(documents[:MAX_DOCUMENTS])
+    more = len(documents) - MAX_DOCUMENTS
     return (f"; documents: {named}" if named else "") + (f" and {more:,} more, see metrics.jsonl" if more > 0 else "")
 
 
 @describe.register
 def _(event: WorkersLost) -> str:
-    return f"WARNING: {event.text}; the steps since the last checkpoint are done again"
+    return f"WARNING: {event.text}; the steps since the last checkpoint are repeated"
 
 
 @describe.register
@@ -132,12 +132,12 @@ def _(event: Notice) -> str:
 
 
 def step_label(step: int, max_steps: int) -> str:
-    """How far training is."""
+    """Return the progress of training, such as `step 5/1,700`."""
     return f"step {step:,}/{max_steps:,}"
 
 
 def step_figures(event: StepDone, seconds_left: float | None) -> str:
-    """A step's numbers in one line."""
+    """Return a step's figures in one line."""
     parts = [
         f"loss {event.train_loss:.4f}",
         f"rate {event.learning_rate:.2e}",
@@ -146,7 +146,7 @@ def step_figures(event: StepDone, seconds_left: float | None) -> str:
         f"{event.memory_gb:.1f} GiB",
     ]
     waiting = event.data_wait_seconds / event.step_seconds if event.step_seconds else 0.0
-    if waiting > SHARE_OF_WAITING_TO_MENTION:
+    if waiting > MIN_WAITING:
         parts.append(f"{percent(waiting)} waiting for data")
     if event.skipped_micro_batches:
         parts.append(f"{event.skipped_micro_batches} micro-batches skipped")
@@ -156,14 +156,16 @@ def step_figures(event: StepDone, seconds_left: float | None) -> str:
 
 
 def skipped_update(event: StepDone) -> str:
-    """A step that changed nothing."""
-    return f"WARNING: step {event.step:,} changed nothing: its gradient norm was {event.grad_norm}"
+    """Return a warning about a step without an update."""
+    return f"WARNING: step {event.step:,} did not change the weights: its gradient norm was {event.grad_norm}"
 
 
-def step_panel(event: StepDone, trend: str, skipped: int, limit_gb: float | None, seconds_left: float | None) -> str:
-    """A step's numbers in two lines, for a display that is looked at; `skipped` micro-batches in this launch."""
+def step_panel(
+    event: StepDone, sparkline: str, skipped: int, limit_gb: float | None, seconds_left: float | None
+) -> str:
+    """Return a step's figures in two lines for a live display; `skipped` counts micro-batches of this attempt."""
     learning = [
-        f"loss {event.train_loss:.4f}" + (f" {trend}" if trend else ""),
+        f"loss {event.train_loss:.4f}" + (f" {sparkline}" if sparkline else ""),
         f"rate {event.learning_rate:.2e}",
         f"gradient norm {event.grad_norm:.2f}",
     ]
@@ -181,19 +183,19 @@ def _share_of_peak(event: StepDone) -> list[str]:
 
 
 def progress_figures(done: float, total: float, unit: str) -> str:
-    """How much of a preparation is done; bytes are shown in MiB."""
+    """Return the progress of data preparation; bytes are shown in MiB."""
     scale, name, digits = (MIB, "MiB", 1) if unit == "bytes" else (1, unit, 0)
-    share = f"{percent(done / total)}, " if total else ""
-    return f"{share}{done / scale:,.{digits}f} of {total / scale:,.{digits}f} {name}"
+    fraction = f"{percent(done / total)}, " if total else ""
+    return f"{fraction}{done / scale:,.{digits}f} of {total / scale:,.{digits}f} {name}"
 
 
-def percent(share: float) -> str:
-    """`12 %`, with a decimal where it matters."""
-    return f"{100 * share:.1f} %" if 0 < share < 0.1 or 0.9 < share < 1 else f"{100 * share:.0f} %"
+def percent(fraction: float) -> str:
+    """Return `12 %`, with a decimal below 10 % and above 90 %."""
+    return f"{100 * fraction:.1f} %" if 0 < fraction < 0.1 or 0.9 < fraction < 1 else f"{100 * fraction:.0f} %"
 
 
 def byte_size(n_bytes: float) -> str:
-    """`812 bytes`, `45.1 KB`, `1.23 GB`: powers of 1,000, three digits."""
+    """Return `812 bytes`, `45.1 KB` or `1.23 GB`: powers of 1,000, three digits."""
     for unit, factor in _BYTE_UNITS:
         if n_bytes >= factor:
             amount = n_bytes / factor
@@ -205,29 +207,37 @@ _BYTE_UNITS = [("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)]
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: `3.2 s`, `12 min 5 s`, `3 h 20 min`, `2 d 4 h`."""
+    """Return a duration in at most two units: `3.2 s`, `12 min 5 s`, `3 h 20 min`, `2 d 4 h`."""
     if not math.isfinite(seconds):
         return "unknown time"
     if seconds < 10:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
+    total = round(seconds)
     for large, small, large_name, small_name in _UNITS:
-        if whole >= large:
-            rest = f" {whole % large // small} {small_name}" if whole % large >= small else ""
-            return f"{whole // large} {large_name}{rest}"
-    return f"{whole} s"
+        if total >= large:
+            rest = f" {total % large // small} {small_name}" if total % large >= small else ""
+            return f"{total // large} {large_name}{rest}"
+    return f"{total} s"
 
 
 _UNITS = [(86_400, 3_600, "d", "h"), (3_600, 60, "h", "min"), (60, 1, "min", "s")]
 
 
 def printable(text: str) -> str:
-    """The text with its control characters spelt out: a model's answer must not steer the reader's terminal."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _UNSEEN else _spelt(c) for c in text)
+    """Escape control characters, so that generated text cannot control the terminal."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in _ESCAPED_CATEGORIES else _escaped(c) for c in text
+    )
 
 
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (also right-to-left overrides), surrogate, line breaks
+_ESCAPED_CATEGORIES = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # control, format (also right-to-left overrides), surrogate, line breaks
 
 
-def _spelt(character: str) -> str:
+def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")

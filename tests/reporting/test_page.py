@@ -19,9 +19,9 @@ from savant_ray.config import Config
 from savant_ray.errors import SavantError, SettingsError
 from savant_ray.events import AttemptEnded, DataPrepared, Event, RunFailed, TextCounts, WorkersLost
 from savant_ray.reporting.page import write_page
-from savant_ray.reporting.page.curves import Curve, aligned, smoothed, worth_drawing
-from savant_ray.reporting.page.history import Launch, read_history
-from savant_ray.reporting.page.timeline import timeline
+from savant_ray.reporting.page.charts import Curve, aligned, downsampled, smoothed
+from savant_ray.reporting.page.history import Attempt, read_history
+from savant_ray.reporting.page.page import timeline
 from savant_ray.reporting.record import to_line
 from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation, write
 
@@ -220,12 +220,18 @@ def test_launches_end_as_they_were_told_to(tmp_path: Path) -> None:
         *(attempt(1), step_done(2)),
         *(attempt(2), step_done(3), AttemptEnded(step=3, finished=True, saved_step=3)),
     )
-    launches = read_history(run, idle).launches
-    endings = [launch.ending for launch in launches]
+    attempts = read_history(run, idle).attempts
+    endings = [attempt_.ending for attempt_ in attempts]
     assert endings == ["stopped", "workers lost", "failed", "killed", "finished"]
-    assert [(launch.first_step, launch.last_step) for launch in launches] == [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]
-    assert [step for _, step in launches[0].checkpoints] == [1]
-    assert read_history(run, lambda _: True).launches[-1].ending == "running"
+    assert [(attempt_.first_step, attempt_.last_step) for attempt_ in attempts] == [
+        (0, 1),
+        (1, 2),
+        (1, 2),
+        (1, 2),
+        (2, 3),
+    ]
+    assert [step for _, step in attempts[0].checkpoints] == [1]
+    assert read_history(run, lambda _: True).attempts[-1].ending == "running"
 
 
 times = st.floats(0, 1e6)
@@ -234,16 +240,16 @@ times = st.floats(0, 1e6)
 @given(st.lists(st.tuples(times, times), min_size=1, max_size=8))
 def test_the_strip_holds_all_launches_in_order(pairs: list[tuple[float, float]]) -> None:
     moments = sorted(time for pair in pairs for time in pair)
-    launches = [
-        Launch(start, end, 0, 1, checkpoints=[((start + end) / 2, 1)])
+    attempts = [
+        Attempt(start, end, 0, 1, checkpoints=[((start + end) / 2, 1)])
         for start, end in zip(moments[::2], moments[1::2], strict=True)
     ]
-    stretches = timeline(launches)
-    ends = [stretch.left + stretch.width for stretch in stretches]
-    assert stretches[0].left == 0 and ends[-1] == pytest.approx(100)
-    assert all(end <= after.left + 1e-9 for end, after in zip(ends, stretches[1:], strict=False))
-    for stretch, end in zip(stretches, ends, strict=True):
-        assert stretch.left - 1e-9 <= stretch.checkpoints[0][0] <= end + 1e-9
+    bars = timeline(attempts)
+    ends = [bar.left + bar.width for bar in bars]
+    assert bars[0].left == 0 and ends[-1] == pytest.approx(100)
+    assert all(end <= after.left + 1e-9 for end, after in zip(ends, bars[1:], strict=False))
+    for bar, end in zip(bars, ends, strict=True):
+        assert bar.left - 1e-9 <= bar.checkpoints[0][0] <= end + 1e-9
 
 
 # --- curves
@@ -252,13 +258,13 @@ def test_the_strip_holds_all_launches_in_order(pairs: list[tuple[float, float]])
 @given(st.integers(1, 5000), st.integers(0, 2**32 - 1))
 def test_no_spike_is_lost_and_few_points_are_drawn(n: int, seed: int) -> None:
     values = np.random.default_rng(seed).normal(size=n)
-    kept = worth_drawing(values, points=200)
+    kept = downsampled(values, points=200)
     assert len(kept) <= max(200, 1) + 2 and (np.diff(kept) > 0).all() and kept[-1] == n - 1
     assert {values.argmin(), values.argmax()} <= set(kept.tolist())
 
 
 def test_a_logarithmic_axis_has_its_first_steps() -> None:
-    assert set(range(20)) <= set(worth_drawing(np.arange(80_000.0)).tolist())
+    assert set(range(20)) <= set(downsampled(np.arange(80_000.0)).tolist())
 
 
 def test_the_smooth_curve_is_an_average_that_what_is_not_finite_leaves_alone() -> None:

@@ -114,7 +114,7 @@ def test_a_skipped_update_is_told_at_once(tmp_path: Path, clock: Clock, paper: i
         report.handle(attempt())
         report.handle(step_done(1))
         report.handle(step_done(2, update_skipped=True, grad_norm=float("inf")))
-        assert "WARNING: step 2 changed nothing: its gradient norm was inf" in paper.getvalue()
+        assert "WARNING: step 2 did not change the weights: its gradient norm was inf" in paper.getvalue()
         assert "step 2/1,000" not in paper.getvalue()
 
 
@@ -187,7 +187,7 @@ def test_a_terminal_shows_a_live_line_and_the_story_above_it(tmp_path: Path, clo
 
 def test_a_terminal_wraps_no_line_that_one_may_want_to_copy(terminal: Terminal) -> None:
     command = f"next: python jobs/generate.py --checkpoint {'x' * 200}"
-    open_console(terminal).say(command)
+    open_console(terminal).print(command)
     assert command in terminal.getvalue()
 
 
@@ -227,7 +227,7 @@ def test_a_watched_run_shows_trend_memory_against_the_cap_and_what_was_skipped(
         report.handle(attempt(max_steps=100, vram_limit_gb=10.0))
         report.handle(step_done(1, train_loss=6.0, skipped_micro_batches=2))
         report.handle(step_done(2, train_loss=5.0, share_of_peak=0.543))
-        report._console.say("drawn")  # above the live part, which is drawn anew with it
+        report._console.print("drawn")  # above the live part, which is drawn anew with it
     shown = terminal.getvalue()
     assert "loss 5.0000 █▁ · rate 2.00e-05 · gradient norm 0.91" in shown
     assert "54 % of peak · 3.2 of 10 GiB · 2 skipped" in shown

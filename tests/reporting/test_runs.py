@@ -42,7 +42,7 @@ def test_the_state_of_a_run_is_what_was_said_last(events: tuple[Event, ...], sta
 def test_five_lines_say_how_a_run_stands(tmp_path: Path) -> None:
     run = write(tmp_path / "run", *TRAINED, checkpoint(5), sample(5, text=" fif\nteen\x1b[2J"))
     first, steps, validated, saved, answered = status(summarise(run, lambda _: True)).splitlines()
-    assert first.startswith("run: running, last heard of ")
+    assert first.startswith("run: running, last event ")
     assert steps == "step 5 of 20 · loss 4.0000 · 12,346 tokens/s · 30 s left", "15 steps at 2 s"
     assert validated == "validation loss 5.1234 · best 5.1234 at step 5"
     assert saved.startswith("saved step_5, ") and saved.endswith(" ago")

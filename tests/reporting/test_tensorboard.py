@@ -66,7 +66,7 @@ def test_tensorboard_shows_the_numbers_of_the_record_and_the_samples(tmp_path: P
 def test_a_run_that_goes_back_has_each_step_once(
     told_again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorboard, "TOLD_AGAIN", told_again)
+    monkeypatch.setattr(tensorboard, "REWRITTEN_STEPS", told_again)
     for first, last in ((0, 20), (10, 30), (25, 40)):
         launch(tmp_path, first, last).close()
     assert steps_shown(tmp_path) == list(range(1, 41))

@@ -70,12 +70,12 @@ def launch(folder: Path, first: int, last: int, tracker: Any, finished: bool = F
 
 
 def test_every_line_is_told_once_over_launches_that_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "MOST_LINES", 3)
+    monkeypatch.setattr(tracking, "MAX_LINES", 3)
     fake = Fake()
     for first, last in ((0, 12), (5, 20), (20, 23)):
         record = launch(tmp_path, first, last, fake, finished=last == 23)
         record.close()
-        assert record.complaints() == []
+        assert record.warnings() == []
     assert fake.steps("step") == list(range(1, 24))
     assert fake.steps("validation") == fake.steps("sample") == fake.steps("checkpoint") == [5, 10, 15, 20]
     assert fake.ends == [False, False, True]
@@ -97,15 +97,15 @@ def test_a_server_that_is_away_is_told_of_once_and_gets_all_at_the_next_launch(w
     fake.fails_at = where
     record = launch(tmp_path, 0, 6, fake)
     record.close()
-    (said,) = record.complaints()
-    assert "Fake is told nothing more: no server. The record" in said and record.complaints() == []
+    (said,) = record.warnings()
+    assert "nothing more is sent to Fake: no server. The record" in said and record.warnings() == []
     fake.fails_at = ""
     launch(tmp_path, 6, 8, fake).close()
     assert fake.steps("step") == list(range(1, 9)) and fake.steps("sample") == [5]
 
 
 def test_a_server_that_never_answers_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "PATIENCE", 0.01)
+    monkeypatch.setattr(tracking, "CLOSE_TIMEOUT", 0.01)
     fake = Fake()
     fake.gate.clear()
     record = launch(tmp_path, 0, 6, fake)
@@ -140,14 +140,14 @@ def test_mlflow_has_the_numbers_of_the_record_over_all_launches(
     from mlflow import MlflowClient
 
     monkeypatch.chdir(tmp_path)  # where MLflow keeps artifacts
-    monkeypatch.setattr(tracking, "PATIENCE", 60.0)  # it makes its tables first
+    monkeypatch.setattr(tracking, "CLOSE_TIMEOUT", 60.0)  # it makes its tables first
     address = f"sqlite:///{tmp_path / 'mlflow.db'}"
     (tmp_path / "run").mkdir()
     for first, last in ((0, 12), (10, 20)):
         (tracking_,) = open_trackers(ReportingConfig(mlflow=address), "tiny")
         record = launch(tmp_path / "run", first, last, tracking_._tracker, finished=last == 20)
         record.close()
-        assert record.complaints() == []
+        assert record.warnings() == []
     client = MlflowClient(tracking_uri=address)
     (run,) = client.search_runs([client.get_experiment_by_name("savant_ray").experiment_id])
     assert run.info.run_name == "tiny" and run.info.status == "FINISHED"
@@ -165,11 +165,11 @@ def test_weights_and_biases_takes_a_run_offline(tmp_path: Path, monkeypatch: pyt
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(tracking, "PATIENCE", 60.0)
+    monkeypatch.setattr(tracking, "CLOSE_TIMEOUT", 60.0)
     (tmp_path / "run").mkdir()
     (tracking_,) = open_trackers(ReportingConfig(wandb="savant"), "tiny")
     record = launch(tmp_path / "run", 0, 12, tracking_._tracker, finished=True)
     record.close()
-    assert record.complaints() == []
+    assert record.warnings() == []
     (kept,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert kept.stat().st_size > 1000

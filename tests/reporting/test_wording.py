@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from savant_ray.events import Event, MicroBatchSkipped, Notice, RunFailed, RunResumed
-from savant_ray.reporting.pace import Pace
+from savant_ray.reporting.run_report import RemainingTime
 from savant_ray.reporting.wording import describe, duration, percent, printable, progress_figures, step_figures
 from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
 
@@ -75,17 +75,17 @@ def test_control_characters_are_spelt_out_and_all_else_is_left_alone() -> None:
 
 
 def test_the_time_left_is_not_swayed_by_one_slow_step() -> None:
-    pace, now = Pace(), 0.0
-    assert pace.seconds_left(10) is None
+    remaining, now = RemainingTime(), 0.0
+    assert remaining.seconds(10) is None
     for seconds in [60.0, *[2.0] * 20, 30.0, *[2.0] * 19]:  # the first compiles, one in the middle stalls
         now += seconds
-        pace.observe(seconds, now)
-    assert pace.seconds_left(100) == pytest.approx(200)
+        remaining.observe(seconds, now)
+    assert remaining.seconds(100) == pytest.approx(200)
 
 
 def test_the_time_left_counts_pauses_at_their_average_share() -> None:
-    pace, now = Pace(), 0.0
+    remaining, now = RemainingTime(), 0.0
     for step in range(101):
         now += 2.0 + (50.0 if step and step % 50 == 0 else 0.0)
-        pace.observe(2.0, now)
-    assert pace.seconds_left(100) == pytest.approx(300)
+        remaining.observe(2.0, now)
+    assert remaining.seconds(100) == pytest.approx(300)

@@ -1,20 +1,25 @@
-"""Which curves are drawn together, and in which units."""
+"""Charts of the report: which curves they show, and thousands of steps reduced to the points that a screen can show."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from savant_ray.reporting.page.curves import Curve, aligned, smoothed, worth_drawing
 from savant_ray.reporting.page.history import History
+
+MAX_POINTS = 1200  # about the width of a wide chart in pixels
+SMOOTHING_FRACTION = 50  # the smooth curve averages over 1/50 of the run
+DIGITS = 5  # significant, in the JSON of the page
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of each step and how it is drawn."""
+    """A field of each step and how it is drawn."""
 
     title: str
     unit: str
@@ -35,14 +40,14 @@ FIGURES = (
 
 
 def charts(histories: Sequence[History], names: Sequence[str]) -> list[dict[str, Any]]:
-    """All charts, the loss first; one that has nothing to show is left out."""
+    """Return all charts that have data, the loss first."""
     all_charts = [
         _chart("Loss", "nats per token", _losses(histories, names)),
         _chart("Validation", "bits per byte", _validations(histories, names, "bits_per_byte")),
         _chart("Logic score", "% right", _scores(histories, names)),
-        _chart("What each loop still changes", "|s′ − s| / |s|", _loops(histories, names, "residuals"), True),
-        _chart("How alike tokens become", "mean cosine after each loop", _loops(histories, names, "cosines")),
-        *(_chart(each.title, each.unit, _figures(histories, names, each), each.logarithmic) for each in FIGURES),
+        _chart("Residual of each loop", "|s′ − s| / |s|", _loops(histories, names, "residuals"), True),
+        _chart("Similarity of tokens", "mean cosine after each loop", _loops(histories, names, "cosines")),
+        *(_chart(f.title, f.unit, _figures(histories, names, f), f.logarithmic) for f in FIGURES),
     ]
     return [chart for chart in all_charts if chart["steps"]]
 
@@ -56,14 +61,14 @@ def _losses(histories: Sequence[History], names: Sequence[str]) -> list[Curve]:
     return _figures(histories, names, figure, "training") + _validations(histories, names, "validation_loss")
 
 
-def _figures(histories: Sequence[History], names: Sequence[str], figure: Figure, what: str = "") -> list[Curve]:
+def _figures(histories: Sequence[History], names: Sequence[str], figure: Figure, series: str = "") -> list[Curve]:
     curves = []
     for run, (history, name) in enumerate(zip(histories, names, strict=True)):
         values = history.steps[figure.column] * figure.scale
         if not np.isfinite(values).any():
             continue
-        kept = worth_drawing(values)
-        steps, label = history.steps["step"][kept], _label(name, what)
+        kept = downsampled(values)
+        steps, label = history.steps["step"][kept], _label(name, series)
         curves.append(Curve(f"{label or 'each step'}", run, "raw", steps, values[kept]))
         if figure.smooth:
             curves.append(Curve(f"{label} smoothed".strip(), run, "smooth", steps, smoothed(values)[kept]))
@@ -78,14 +83,14 @@ def _validations(histories: Sequence[History], names: Sequence[str], field: str)
 
 
 def _loops(histories: Sequence[History], names: Sequence[str], field: str) -> list[Curve]:
-    """A curve for each loop of each run."""
+    """Return one curve for each loop of each run."""
     curves = []
     for run, (history, name) in enumerate(zip(histories, names, strict=True)):
-        told = [line for line in history.validations if line.get(field)]
-        for loop in range(max((len(line[field]) for line in told), default=0)):
-            of_step = {line["step"]: line[field][loop] for line in told if loop < len(line[field])}
-            steps = np.array(sorted(of_step), dtype=np.float64)
-            values = np.array([of_step[step] for step in steps], dtype=np.float64)  # None becomes NaN
+        lines = [line for line in history.validations if line.get(field)]
+        for loop in range(max((len(line[field]) for line in lines), default=0)):
+            by_step = {line["step"]: line[field][loop] for line in lines if loop < len(line[field])}
+            steps = np.array(sorted(by_step), dtype=np.float64)
+            values = np.array([by_step[step] for step in steps], dtype=np.float64)  # None becomes NaN
             curves.append(Curve(_label(name, f"loop {loop + 1}"), run, "points", steps, values))
     return curves
 
@@ -95,19 +100,75 @@ def _scores(histories: Sequence[History], names: Sequence[str]) -> list[Curve]:
 
 
 def _points(
-    lines: Sequence[Sequence[dict[str, Any]]], names: Sequence[str], what: str, field: str, scale: float = 1.0
+    run_lines: Sequence[Sequence[dict[str, Any]]], names: Sequence[str], label: str, field: str, scale: float = 1.0
 ) -> list[Curve]:
-    """A field of each run's lines; of two lines of a step the later counts."""
+    """Return one curve of a field for each run; the later of two lines of a step counts."""
     curves = []
-    for run, (told, name) in enumerate(zip(lines, names, strict=True)):
-        of_step = {line["step"]: scale * line[field] for line in told if line.get(field) is not None}
-        steps = np.array(sorted(of_step), dtype=np.float64)
-        if of_step:
-            values = np.array([of_step[step] for step in steps])
-            curves.append(Curve(_label(name, what), run, "points", steps, values))
+    for run, (lines, name) in enumerate(zip(run_lines, names, strict=True)):
+        by_step = {line["step"]: scale * line[field] for line in lines if line.get(field) is not None}
+        steps = np.array(sorted(by_step), dtype=np.float64)
+        if by_step:
+            values = np.array([by_step[step] for step in steps])
+            curves.append(Curve(_label(name, label), run, "points", steps, values))
     return curves
 
 
-def _label(name: str, what: str) -> str:
-    """`name` is empty where there is one run only."""
-    return " ".join(part for part in (name, what) if part)
+def _label(name: str, series: str) -> str:
+    """Join the run's name, which is empty in a report of one run, and the name of the series."""
+    return " ".join(part for part in (name, series) if part)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over steps."""
+
+    label: str
+    run: int  # index; selects the color
+    style: str  # "raw", "smooth", "points" or "limit"
+    steps: np.ndarray  # [N], ascending
+    values: np.ndarray  # [N]
+
+
+def smooth_span(n: int) -> int:
+    """Return the span, in steps, of the moving average over `n` steps."""
+    return max(1, n // SMOOTHING_FRACTION)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Return the bias-corrected exponential moving average `[N]`; values that are not finite are ignored."""
+    series = pd.Series(np.where(np.isfinite(values), values, np.nan))
+    return series.ewm(span=smooth_span(len(values)), ignore_na=True).mean().to_numpy()
+
+
+def downsampled(values: np.ndarray, points: int = MAX_POINTS) -> np.ndarray:
+    """Return ascending indices of the lowest and the highest value of each interval, so that no spike is lost.
+
+    Half of the intervals are equally long, half grow with the step, so that a logarithmic axis has enough points.
+    """
+    n = len(values)
+    if n <= points:
+        return np.arange(n)
+    linear, logarithmic = np.linspace(0, n, points // 4), np.geomspace(1, n, points // 4)
+    edges = np.unique(np.concatenate([[0], linear, logarithmic]).astype(np.int64))
+    low, high = (np.where(np.isfinite(values), values, fill) for fill in (np.inf, -np.inf))
+    kept = [
+        start + offset
+        for start, end in itertools.pairwise(edges)
+        for offset in (np.argmin(low[start:end]), np.argmax(high[start:end]))
+    ]
+    return np.unique([*kept, n - 1])
+
+
+def aligned(curves: Sequence[Curve]) -> dict[str, Any]:
+    """Return the curves over a common axis of steps as plain values for JSON; None where a curve has no point."""
+    steps = np.unique(np.concatenate([curve.steps for curve in curves])) if curves else np.zeros(0)
+    series = []
+    for curve in curves:
+        values = np.full(len(steps), np.nan)
+        values[np.searchsorted(steps, curve.steps)] = curve.values
+        series.append({"label": curve.label, "run": curve.run, "style": curve.style, "values": _plain_values(values)})
+    return {"steps": steps.astype(int).tolist(), "series": series}
+
+
+def _plain_values(values: np.ndarray) -> list[float | None]:
+    return [float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None for value in values]

@@ -1,4 +1,4 @@
-"""A run's record as columns of steps, launches, validations, samples and scores."""
+"""A run's record as columns of steps, attempts, validations, samples and scores."""
 
 from __future__ import annotations
 
@@ -42,44 +42,44 @@ COLUMNS = (
 
 
 @dataclass
-class Launch:
-    """The workers of one attempt, from the model being built to their end."""
+class Attempt:
+    """One attempt, from the moment its workers have built the model."""
 
     started: float  # seconds since the epoch, like all times here
-    ended: float  # when it was heard of last
-    first_step: int  # updates done before it
+    ended: float  # time of its last event
+    first_step: int  # updates done before the attempt
     last_step: int
-    ending: str = "killed"  # finished, stopped, failed, workers lost, running, or killed without a word
+    ending: str = "killed"  # finished, stopped, failed, workers lost, running or killed
     reason: str = ""
     checkpoints: list[tuple[float, int]] = field(default_factory=list)  # (time, step)
 
     @property
     def seconds(self) -> float:
-        """How long it lasted."""
+        """Return its duration."""
         return self.ended - self.started
 
 
 @dataclass
 class History:
-    """All that a record tells of a run."""
+    """The contents of a run's record."""
 
     summary: RunSummary
     steps: dict[str, np.ndarray]  # column -> [N], float64, NaN where unknown
-    launches: list[Launch] = field(default_factory=list)
-    attempt: dict[str, Any] = field(default_factory=dict)  # the newest line of each
-    data: dict[str, Any] = field(default_factory=dict)
+    attempts: list[Attempt] = field(default_factory=list)
+    attempt: dict[str, Any] = field(default_factory=dict)  # the newest `attempt` line
+    data: dict[str, Any] = field(default_factory=dict)  # the newest `data` line
     validations: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        """Of all launches."""
-        return sum(launch.seconds for launch in self.launches)
+        """Return the total duration of all attempts."""
+        return sum(attempt.seconds for attempt in self.attempts)
 
 
 def read_history(run_folder: Path, is_in_use: Callable[[Path], bool]) -> History:
-    """The run's record; a line that cannot be read is left out.
+    """Read a run's record; damaged lines are ignored.
 
     Raises:
         SettingsError: there is no record in the folder.
@@ -91,10 +91,10 @@ def read_history(run_folder: Path, is_in_use: Callable[[Path], bool]) -> History
             for name, values in columns.items():
                 value = line.get(name)
                 values.append(math.nan if value is None else value)
-        _note(line, history)
+        _add(line, history)
     history.steps = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
-    if history.launches and history.summary.state == "running":
-        history.launches[-1].ending = "running"
+    if history.attempts and history.summary.state == "running":
+        history.attempts[-1].ending = "running"
     return history
 
 
@@ -105,8 +105,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield line
 
 
-def _note(line: dict[str, Any], history: History) -> None:
-    if "time" not in line:  # damaged
+def _add(line: dict[str, Any], history: History) -> None:
+    if "time" not in line:  # a damaged line
         return
     time = datetime.fromisoformat(line["time"]).timestamp()
     kind = line["event"]
@@ -114,28 +114,28 @@ def _note(line: dict[str, Any], history: History) -> None:
         history.data = line
     elif kind == AttemptStarted.kind:
         history.attempt = line
-        history.launches.append(Launch(time, time, line.get("step", 0), line.get("step", 0)))
+        history.attempts.append(Attempt(time, time, line.get("step", 0), line.get("step", 0)))
     elif kind == ValidationDone.kind:
         history.validations.append(line)
     elif kind == SampleGenerated.kind:
         history.samples.append(line)
     elif kind == LogicScored.kind:
         history.scores.append(line)
-    if history.launches and kind != DataPrepared.kind:
-        _continue(history.launches[-1], kind, time, line)
+    if history.attempts and kind != DataPrepared.kind:
+        _update(history.attempts[-1], kind, time, line)
 
 
-def _continue(launch: Launch, kind: str, time: float, line: dict[str, Any]) -> None:
-    """What the newest launch did, or how it ended."""
+def _update(attempt: Attempt, kind: str, time: float, line: dict[str, Any]) -> None:
+    """Update the newest attempt with its progress or its end."""
     if kind in (AttemptEnded.kind, RunFailed.kind, WorkersLost.kind):
-        launch.ended = time
+        attempt.ended = time
     if kind == AttemptEnded.kind:
-        launch.ending = "finished" if line.get("finished") else "stopped"
+        attempt.ending = "finished" if line.get("finished") else "stopped"
     elif kind == RunFailed.kind:
-        launch.ending, launch.reason = "failed", line.get("text", "")
+        attempt.ending, attempt.reason = "failed", line.get("text", "")
     elif kind == WorkersLost.kind:
-        launch.ending, launch.reason = "workers lost", line.get("text", "")
+        attempt.ending, attempt.reason = "workers lost", line.get("text", "")
     elif kind in (StepDone.kind, ValidationDone.kind, CheckpointSaved.kind):
-        launch.ended, launch.last_step = max(launch.ended, time), max(launch.last_step, line["step"])
+        attempt.ended, attempt.last_step = max(attempt.ended, time), max(attempt.last_step, line["step"])
     if kind == CheckpointSaved.kind:
-        launch.checkpoints.append((time, line["step"]))
+        attempt.checkpoints.append((time, line["step"]))

@@ -1,4 +1,4 @@
-"""The report: what the template shows, in one HTML file."""
+"""The HTML report of one or several runs: one file that needs no network."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from savant_ray import __version__
 from savant_ray.config import setting_rows
 from savant_ray.errors import SavantError
-from savant_ray.reporting.page.charts import charts
-from savant_ray.reporting.page.curves import smooth_span
-from savant_ray.reporting.page.history import History, read_history
-from savant_ray.reporting.page.timeline import timeline
+from savant_ray.reporting.page.charts import charts, smooth_span
+from savant_ray.reporting.page.history import Attempt, History, read_history
 from savant_ray.reporting.runs import ago
 from savant_ray.reporting.wording import duration, percent, printable
 
-MOST_SAMPLES = 30  # steps whose answers are shown; more would not be read
+MAX_SAMPLES = 30  # steps with a sample on the page
+MAX_PAUSE = 0.03  # between attempts on the timeline, as a fraction of the training time
+MIN_BAR = 0.004  # of the timeline, so that short attempts are visible
 
 
 def write_page(run_folders: Sequence[Path], path: Path, is_in_use: Callable[[Path], bool]) -> None:
-    """Writes the report of one or several runs; `is_in_use` says whether some process trains a run now.
+    """Write the report of one or several runs; `is_in_use` returns whether some process is training a run.
 
     Raises:
         SettingsError: a folder holds no run.
@@ -36,7 +38,9 @@ def write_page(run_folders: Sequence[Path], path: Path, is_in_use: Callable[[Pat
     """
     page = render([read_history(folder, is_in_use) for folder in run_folders])
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout: it stays what it is
+        if path.is_symlink() or (
+            path.exists() and not path.is_file()
+        ):  # such as /dev/stdout, which must not be replaced
             path.write_text(page, encoding="utf-8")
         else:
             _replace(path, page)
@@ -45,20 +49,20 @@ def write_page(run_folders: Sequence[Path], path: Path, is_in_use: Callable[[Pat
 
 
 def _replace(path: Path, page: str) -> None:
-    aside = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
     except OSError:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
 
 
 def render(histories: Sequence[History]) -> str:
-    """The HTML."""
+    """Return the HTML."""
     names = _names(histories)
-    drawn = charts(histories, names if len(names) > 1 else [""])
+    chart_data = charts(histories, names if len(names) > 1 else [""])
     return (
         _environment()
         .get_template("report.html.j2")
@@ -66,12 +70,12 @@ def render(histories: Sequence[History]) -> str:
             names=names,
             histories=histories,
             figures=[dict(_figures(history)) for history in histories],
-            timelines=[timeline(history.launches) for history in histories],
+            timelines=[timeline(history.attempts) for history in histories],
             settings=_settings(histories),
             samples=_samples(histories),
             scores=_scores(histories),
-            charts=_json(drawn),
-            n_charts=len(drawn),
+            charts=_json(chart_data),
+            n_charts=len(chart_data),
             span=max((smooth_span(len(history.steps["step"])) for history in histories), default=1),
             written=datetime.now(UTC),
             version=__version__,
@@ -93,24 +97,54 @@ def _environment() -> Environment:
 
 
 def _asset(name: str) -> str:
-    """A file of ours."""
+    """Return a file of the `assets` folder."""
     return (files("savant_ray.reporting.page") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _json(value: Any) -> str:
-    """For a script element: no text in it can end the element."""
+    """Return JSON for a script element, without any text that could end the element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
+@dataclass(frozen=True)
+class TimelineBar:
+    """An attempt on the timeline; positions in percent of its width."""
+
+    attempt: Attempt
+    left: float
+    width: float
+    checkpoints: tuple[tuple[float, int], ...]  # (position, step)
+
+
+def timeline(attempts: Sequence[Attempt]) -> list[TimelineBar]:
+    """Return the bars of all attempts; lengths are proportional to time, except that pauses are short."""
+    trained = sum(attempt.seconds for attempt in attempts) or 1.0
+    widths = [max(attempt.seconds / trained, MIN_BAR) for attempt in attempts]
+    pauses = [min(max(after.started - before.ended, 0.0) / trained, MAX_PAUSE) for before, after in pairwise(attempts)]
+    total = sum(widths) + sum(pauses)
+    bars, left = [], 0.0
+    for attempt, width, pause in zip(attempts, widths, [*pauses, 0.0], strict=False):
+        positions = [(left + width * _elapsed_fraction(attempt, time), step) for time, step in attempt.checkpoints]
+        marks = tuple((100 * position / total, step) for position, step in positions)
+        bars.append(TimelineBar(attempt, 100 * left / total, 100 * width / total, marks))
+        left += width + pause
+    return bars
+
+
+def _elapsed_fraction(attempt: Attempt, time: float) -> float:
+    """Return the fraction of the attempt that had passed at `time`."""
+    return min(1.0, (time - attempt.started) / attempt.seconds) if attempt.seconds > 0 else 1.0
+
+
 def _names(histories: Sequence[History]) -> list[str]:
-    """What tells the runs apart: their names, or their folders where names are the same."""
-    times = Counter(history.summary.name for history in histories)
+    """Return the runs' names, or the folders of runs with the same name."""
+    counts = Counter(history.summary.name for history in histories)
     runs = [history.summary for history in histories]
-    return [run.name if times[run.name] == 1 else run.folder for run in runs]
+    return [run.name if counts[run.name] == 1 else run.folder for run in runs]
 
 
 def _figures(history: History) -> Iterator[tuple[str, str]]:
-    """What is said of a run at a glance."""
+    """Yield the names and values of a run's overview."""
     run, steps = history.summary, history.steps
     yield "step", f"{run.step:,}" + ("" if run.max_steps is None else f" of {run.max_steps:,}")
     if run.train_loss is not None:
@@ -130,35 +164,35 @@ def _figures(history: History) -> Iterator[tuple[str, str]]:
             percent(float(np.nansum(steps["data_wait_seconds"]) / np.nansum(steps["step_seconds"]))),
         )
         yield "micro-batches skipped", f"{np.nansum(steps['skipped_micro_batches']):,.0f}"
-    yield "trained for", duration(history.seconds) + _in_launches(len(history.launches))
+    yield "trained for", duration(history.seconds) + _in_attempts(len(history.attempts))
     if run.seconds_left is not None:
         yield "left", duration(run.seconds_left)
     yield "last checkpoint", run.checkpoint or "none yet"
 
 
-def _in_launches(n: int) -> str:
-    return f" in {n} launches" if n > 1 else ""
+def _in_attempts(n: int) -> str:
+    return f" in {n} attempts" if n > 1 else ""
 
 
 def _settings(histories: Sequence[History]) -> list[dict[str, Any]]:
-    """Each setting with its default and each run's value; empty where no record tells of any.
+    """Return each setting with its default and each run's value; empty if no record contains settings.
 
-    A setting that an older version did not have counts as its default.
+    A setting that did not exist in an older version has its default.
     """
-    told = [history.attempt.get("settings", {}) for history in histories]
-    if not any(told):
+    run_settings = [history.attempt.get("settings", {}) for history in histories]
+    if not any(run_settings):
         return []
     rows = []
     for setting in setting_rows():
         section, _, name = setting.name.partition(".")
-        default = _shown(setting.default)
-        values = [_shown(settings.get(section, {}).get(name, setting.default)) for settings in told]
+        default = _as_text(setting.default)
+        values = [_as_text(settings.get(section, {}).get(name, setting.default)) for settings in run_settings]
         rows.append(
             {
                 "name": setting.name,
                 "meaning": setting.meaning,
                 "default": default,
-                "values": [value if settings else "–" for value, settings in zip(values, told, strict=True)],
+                "values": [value if settings else "–" for value, settings in zip(values, run_settings, strict=True)],
                 "unusual": any(value != default for value in values),
                 "differs": len(set(values)) > 1,
             }
@@ -166,35 +200,35 @@ def _settings(histories: Sequence[History]) -> list[dict[str, Any]]:
     return rows
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _samples(histories: Sequence[History]) -> dict[str, Any]:
-    """Prompts, and the answers of a few steps: `rows` of a step and each run's sample, or None."""
-    of_step = [{line["step"]: line for line in history.samples} for history in histories]
-    steps = sorted({step for samples in of_step for step in samples})
-    places = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_SAMPLES)).round().astype(int))
-    shown = [steps[place] for place in places] if steps else []
+    """Return the prompts, and for a few steps `rows` of the step and each run's sample and validation loss, or None."""
+    by_step = [{line["step"]: line for line in history.samples} for history in histories]
+    steps = sorted({step for samples in by_step for step in samples})
+    indices = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_SAMPLES)).round().astype(int))
+    shown = [steps[index] for index in indices] if steps else []
     losses = [{line["step"]: line["validation_loss"] for line in history.validations} for history in histories]
-    runs = list(zip(of_step, losses, strict=True))
+    runs = list(zip(by_step, losses, strict=True))
     rows = [(step, [(samples.get(step), loss.get(step)) for samples, loss in runs]) for step in shown]
     prompts = list(dict.fromkeys(line["prompt"] for history in histories for line in history.samples))
     return {"prompts": prompts, "rows": rows, "of": len(steps)}
 
 
 def _scores(histories: Sequence[History]) -> dict[str, Any]:
-    """Each run's newest final score or None, and `rows` of a template and each run's share; empty without any."""
+    """Return each run's newest final score or None, and `rows` of a template and each run's score; empty without any."""
     newest = [next((line for line in reversed(history.scores) if line.get("final")), None) for history in histories]
     if not any(newest):
         return {}
-    shares = [line["templates"] if line else {} for line in newest]
-    templates = sorted({name for share in shares for name in share})
-    rows = [(name, [share.get(name) for share in shares]) for name in templates]
+    scores = [line["templates"] if line else {} for line in newest]
+    templates = sorted({name for run_scores in scores for name in run_scores})
+    rows = [(name, [run_scores.get(name) for run_scores in scores]) for name in templates]
     return {"newest": newest, "rows": [*rows, ("all", newest)]}
 
 
 def _clock(time: float | datetime) -> str:
-    """`2026-01-31 17:05 UTC`; the page tells it in the reader's own time."""
-    then = time if isinstance(time, datetime) else datetime.fromtimestamp(time, UTC)
-    return f"{then:%Y-%m-%d %H:%M} UTC"
+    """Return `2026-01-31 17:05 UTC`; the page converts it to the reader's time zone."""
+    moment = time if isinstance(time, datetime) else datetime.fromtimestamp(time, UTC)
+    return f"{moment:%Y-%m-%d %H:%M} UTC"

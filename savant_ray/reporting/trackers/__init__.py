@@ -1,6 +1,6 @@
-"""The record told to an experiment tracker, beside training.
+"""Experiment trackers that receive the record during training.
 
-tracking   a thread that sends what a tracker does not have yet
+tracking   a thread that sends the lines that a tracker does not have yet
 mlflow     MLflow
 wandb      Weights & Biases
 """
@@ -15,7 +15,7 @@ from savant_ray.reporting.trackers.tracking import Tracking
 
 
 def open_trackers(config: ReportingConfig, run: str) -> list[Tracking]:
-    """Those that the settings ask for; nothing is connected yet.
+    """Return the trackers of the settings, not yet connected.
 
     Raises:
         SettingsError: a tracker's package is not installed.
@@ -38,7 +38,7 @@ def _require(package: str) -> None:
     spec = find_spec(package)
     if spec is not None and spec.origin is not None:
         return
-    # A plain folder of that name, such as the one in which wandb keeps its logs, counts as a package without code.
+    # Python finds a plain folder of that name, such as the one for logs of wandb, as a namespace package.
     folder = "" if spec is None else f" (the folder {next(iter(spec.submodule_search_locations or ['']))} is not it)"
     raise SettingsError(
         f"reporting.{package}: the package {package} is not installed{folder}; in the checkout, "

@@ -1,4 +1,4 @@
-"""MLflow: an experiment `savant_ray`, a run there for each run here, samples among its artifacts."""
+"""MLflow: one run in the experiment `savant_ray` for each run; samples are artifacts."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from savant_ray.reporting.trackers.tracking import Line
 
 EXPERIMENT = "savant_ray"
 IDENTITY = "savant_ray.identity"
-LAST_STEP = {  # a metric that each line of its kind has
+LAST_STEP = {  # a metric that every line of the kind has
     "step": "step/learning_rate",
     "validation": "validation/seconds",
     "score": "score/score",
     "checkpoint": "checkpoint/seconds",
 }
-MOST_NUMBERS = 1000  # that MLflow takes at once
+MAX_METRICS = 1000  # that MLflow accepts in one request
 
 
 class Mlflow:
-    """A `Tracker`; nothing is connected before `open`."""
+    """A `Tracker` that connects when it is opened."""
 
     def __init__(self, address: str, run: str) -> None:
         self._address, self._name = address, run
 
     def open(self, identity: str, settings: dict[str, Any]) -> dict[str, int]:
-        """See `Tracker`. A run that is made gets the settings as its parameters."""
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own 7 take minutes
+        """See `Tracker`. The settings become parameters of a new run."""
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default of 7 takes minutes
         for library in ("mlflow", "alembic"):
             logging.getLogger(library).setLevel(logging.WARNING)
         from mlflow import MlflowClient
@@ -39,11 +39,11 @@ class Mlflow:
         self._client = MlflowClient(tracking_uri=self._address)
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         number = self._client.create_experiment(EXPERIMENT) if experiment is None else experiment.experiment_id
-        found = self._client.search_runs([number], f"tags.`{IDENTITY}` = '{identity}'", max_results=1)
-        if found:
-            self._id = found[0].info.run_id
+        existing = self._client.search_runs([number], f"tags.`{IDENTITY}` = '{identity}'", max_results=1)
+        if existing:
+            self._id = existing[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
-            return self._told()
+            return self._last_steps()
         self._id = self._client.create_run(number, run_name=self._name, tags={IDENTITY: identity}).info.run_id
         self._client.log_batch(self._id, params=[Param(name, str(value)) for name, value in settings.items()])
         return {}
@@ -57,8 +57,8 @@ class Mlflow:
             for line in lines
             for name, value in numbers(line).items()
         ]
-        for start in range(0, len(metrics), MOST_NUMBERS):
-            self._client.log_batch(self._id, metrics=metrics[start : start + MOST_NUMBERS])
+        for start in range(0, len(metrics), MAX_METRICS):
+            self._client.log_batch(self._id, metrics=metrics[start : start + MAX_METRICS])
         for line in lines:
             if line["event"] == SampleGenerated.kind:
                 self._client.log_text(self._id, f"{line['prompt']}{line['text']}", _artifact(line["step"]))
@@ -67,13 +67,13 @@ class Mlflow:
         """See `Tracker`."""
         self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
 
-    def _told(self) -> dict[str, int]:
+    def _last_steps(self) -> dict[str, int]:
         samples = [file.path for file in self._client.list_artifacts(self._id, "samples")]
-        told = {SampleGenerated.kind: max((int(path[-12:-4]) for path in samples), default=-1)}
+        last_steps = {SampleGenerated.kind: max((int(path[-12:-4]) for path in samples), default=-1)}
         for kind, metric in LAST_STEP.items():
-            steps = [each.step for each in self._client.get_metric_history(self._id, metric)]
-            told[kind] = max(steps, default=-1)
-        return told
+            steps = [value.step for value in self._client.get_metric_history(self._id, metric)]
+            last_steps[kind] = max(steps, default=-1)
+        return last_steps
 
 
 def _artifact(step: int) -> str:
