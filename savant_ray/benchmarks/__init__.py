@@ -1,1 +1,1 @@
-"""The straightforward baseline and the measurements against it; only their command imports them."""
+"""Benchmarks against a straightforward baseline; imported only by `savant benchmark`."""

@@ -1,8 +1,8 @@
-"""The straightforward program that the figures are ratios against: the design's model and step, written down as read.
+"""Straightforward implementation of the model and the step, the reference that benchmark ratios compare with.
 
-Every document is a row, padded to `max_seq_len`; attention holds all T x T scores under an additive mask; each loop is
-checkpointed; the loss takes the logits of all rows at once; generation computes the whole text anew for each token.
-It is not tuned and not touched again.
+Each document is a row padded to `max_seq_len`. Attention computes all T x T scores under an additive mask, each loop is
+checkpointed, the loss uses the logits of all rows, and generation recomputes the whole text for each token. The baseline is
+not optimized and must not change, so that ratios stay comparable.
 
 Shapes: B documents, T time, D dim, H heads, V vocabulary.
 """
@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from savant_ray.config import ModelConfig
 
-PADDING = 0  # id, as in the original format
+PADDING = 0  # token id, as in the original's format
 
 
 class Baseline(nn.Module):
-    """`model(tokens)` -> logits `[B, T, V]`; parameters have the original's names."""
+    """The model; its parameters have the same names as those of `UniversalTransformer`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ class Baseline(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         T = config.max_seq_len
         query, key = torch.arange(T)[:, None], torch.arange(T)[None, :]
-        hidden = torch.full((T, T), float("-inf"))
-        self.register_buffer("global_mask", hidden.where(key > query, 0.0))
-        self.register_buffer("local_mask", hidden.where((key > query) | (key < query - config.window_size), 0.0))
+        masked = torch.full((T, T), float("-inf"))
+        self.register_buffer("global_mask", masked.where(key > query, 0.0))
+        self.register_buffer("local_mask", masked.where((key > query) | (key < query - config.window_size), 0.0))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits `[B, T, V]`."""
+        """Return logits `[B, T, V]`."""
         T = tokens_BT.shape[1]
         x_BTD = self.embed(tokens_BT)
         for loop in range(self.config.n_loops):
@@ -49,27 +49,27 @@ class Baseline(nn.Module):
 
 
 class Block(nn.Module):
-    """Both halves with their gates."""
+    """Attention and feed-forward network with their gates."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden = int(2 * 4 * config.dim / 3)
+        ffn_dim = int(2 * 4 * config.dim / 3)
         self.attn = Attention(config)
         self.ln_ffn = nn.RMSNorm(config.dim, eps=1e-6)
         self.ffn = nn.Sequential(
-            nn.Linear(config.dim, 2 * hidden, bias=False), SwiGLU(), nn.Linear(hidden, config.dim, bias=False)
+            nn.Linear(config.dim, 2 * ffn_dim, bias=False), SwiGLU(), nn.Linear(ffn_dim, config.dim, bias=False)
         )
         self.liquid_gate_ffn = nn.Linear(config.dim, config.dim)
 
     def forward(self, x_BTD: Tensor, mask_TT: Tensor) -> Tensor:
-        """One loop."""
+        """Apply one loop, `[B, T, D]` -> `[B, T, D]`."""
         r = self.attn(x_BTD, mask_TT)
         a = torch.sigmoid(self.liquid_gate_ffn(r))
         return (1 - a) * r + a * self.ffn(self.ln_ffn(r))
 
 
 class Attention(nn.Module):
-    """The attention half."""
+    """Attention with its gate."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         self.liquid_gate = nn.Linear(config.dim, config.dim)
 
     def forward(self, x_BTD: Tensor, mask_TT: Tensor) -> Tensor:
-        """The stream after it."""
+        """Return the residual stream after attention, `[B, T, D]`."""
         B, T, D = x_BTD.shape
         normed = self.ln(x_BTD)
         q, k, v = (
@@ -97,22 +97,22 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`silu(gate) * value`."""
+    """`silu(gate) * value` of the halves of the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Halves the last dimension."""
+        """Map `[..., 2 h]` to `[..., h]`."""
         value, gate = x.chunk(2, dim=-1)
         return F.silu(gate) * value
 
 
 def loss_sum(model: nn.Module, tokens_BT: Tensor) -> Tensor:
-    """Sum of the token losses in nats; what predicts padding does not count."""
+    """Return the sum of the token losses in nats, without padding targets."""
     logits = model(tokens_BT)[:, :-1].flatten(0, 1)
     return F.cross_entropy(logits, tokens_BT[:, 1:].flatten(), ignore_index=PADDING, reduction="sum")
 
 
 def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Sequence[Tensor]) -> float:
-    """Accumulates `[B, T]` micro-batches, clips at 1.0 and updates; nats per token."""
+    """Accumulate `[B, T]` micro-batches, clip at 1.0, update, and return the loss in nats per token."""
     total, tokens = 0.0, 0
     for tokens_BT in micro_batches:
         loss = loss_sum(model, tokens_BT)
@@ -130,13 +130,13 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches:
 
 
 def padded(documents: Sequence[Tensor], length: int) -> Tensor:
-    """A row for each document."""
+    """Pad each document to a row, `[B, length]`."""
     return torch.stack([F.pad(document, (0, length - len(document)), value=PADDING) for document in documents])
 
 
 @torch.no_grad()
 def generate(model: nn.Module, prompt: Sequence[int], n_tokens: int) -> list[int]:
-    """The likeliest continuation, the whole text computed anew for each token."""
+    """Return the greedy continuation; recomputes the whole text for each token."""
     tokens = list(prompt)
     for _ in range(n_tokens):
         tokens.append(int(model(torch.tensor([tokens], device=model.head.weight.device))[0, -1].argmax()))

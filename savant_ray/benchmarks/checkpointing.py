@@ -1,7 +1,7 @@
-"""How long training stands still for a checkpoint, against `torch.save` and `report()` one after the other.
+"""How long a checkpoint stalls training, against a blocking `torch.save` followed by `report()`.
 
-One worker of a real Ray Train job takes turns: the state of a model of 67 M weights (fp32, two moments each: 800 MB).
-While a checkpoint is written beside it, no step is computed here: the stall is what `Saver.begin` takes.
+One worker of a Ray Train job alternates between both for a model of 68.5 M weights (fp32, two moments each: 800 MB). No
+step runs while the checkpoint is written in the background; the stall is the duration of `Saver.begin`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from savant_ray.benchmarks.rounds import Figures, figure, in_turn, seconds
+from savant_ray.benchmarks.registry import Figures, alternate, figure, seconds
 from savant_ray.cluster.session import ray_session
 
 ROUNDS = 5
@@ -21,12 +21,12 @@ RESULT = "result.json"
 
 
 def run() -> Figures:
-    """The stall as a share of the blocking way's."""
+    """Measure the stall relative to the blocking checkpoint."""
     return stall(MODEL, ROUNDS)
 
 
 def stall(model: dict[str, int], rounds: int) -> Figures:
-    """The same for a model of another size; connects to Ray."""
+    """Measure for a model of any size; connects to Ray."""
     with tempfile.TemporaryDirectory(prefix="stall") as folder, ray_session():
         from ray.train import CheckpointConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -40,12 +40,12 @@ def stall(model: dict[str, int], rounds: int) -> Figures:
             run_config=RunConfig(
                 name="run",
                 storage_path=folder,
-                storage_filesystem=forgiving(None),  # the saver's checkpoints are there
+                storage_filesystem=forgiving(None),  # the saver writes checkpoints where Ray expects them
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
         ).fit()
         stalls, blocking, size = json.loads(Path(folder, RESULT).read_text())
-    ours, blocked = (1000 * statistics.median(each) for each in (stalls, blocking))
+    ours, blocked = (1000 * statistics.median(times) for times in (stalls, blocking))
     detail = f"{ours:.0f} against {blocked:.0f} ms for {size / 1e6:.0f} MB"
     return {"checkpoint_stall": figure([a / b for a, b in zip(stalls, blocking, strict=True)], detail)}
 
@@ -57,17 +57,19 @@ def _measure(settings: dict[str, Any]) -> None:
     from savant_ray.cluster.disk import Disk
     from savant_ray.cluster.saving import Saver
     from savant_ray.config import Config
+    from savant_ray.training.host_copies import HostCopy
     from savant_ray.training.state import new_state
 
     config = Config.from_dict({"model": settings["model"]})
     state = new_state(config, torch.device("cpu"), "fp32")
     saver = Saver(Disk(Path(settings["folder"], "run")), {}, lambda event: None)
+    host_copy = HostCopy()
     scratch = Path(settings["folder"], "scratch")
     scratch.mkdir()
 
     def ours() -> float:
         state.step += 1
-        stall = seconds(lambda: saver.begin(state.step, "periodic", state.copy_to_host, {}))
+        stall = seconds(lambda: saver.begin(state.step, "periodic", lambda: host_copy.update(state), {}))
         saver.finish()
         return stall
 
@@ -76,6 +78,6 @@ def _measure(settings: dict[str, Any]) -> None:
         torch.save(state.to_checkpoint(), scratch / "state.pt")
         ray.train.report({"step": state.step}, checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
-    stalls, blocked = in_turn(settings["rounds"], ours, lambda: seconds(blocking))
+    stalls, blocked = alternate(settings["rounds"], ours, lambda: seconds(blocking))
     size = (scratch / "state.pt").stat().st_size
     Path(settings["folder"], RESULT).write_text(json.dumps([stalls, blocked, size]))

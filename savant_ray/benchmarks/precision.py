@@ -1,7 +1,7 @@
-"""What bf16 costs learning: the fall of the validation loss in each precision over that in fp32, from the same start.
+"""The effect of precision on learning: the decrease of the validation loss in each precision relative to fp32.
 
-Really in bf16 whatever the processor: one without bf16 instructions emulates them slowly, so the model is tiny. Plain bf16
-AdamW, PyTorch's own over bf16 weights, is the warning: at the guide's learning rate it does not learn.
+All precisions start from the same weights and are emulated on CPUs without bf16 instructions, which is slow, so the model is
+tiny. Plain bf16 AdamW, PyTorch's own over bf16 weights, shows the problem: at the default learning rate it does not learn.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from savant_ray.benchmarks.peak import benchmark_device
-from savant_ray.benchmarks.rounds import Figures, figure, tell
+from savant_ray.benchmarks.registry import Figures, figure, log_progress
+from savant_ray.benchmarks.workload import benchmark_device
 from savant_ray.config import Config
 from savant_ray.data.packing import pack
 from savant_ray.data.quickstart.problems import problems
@@ -24,12 +24,11 @@ from savant_ray.data.tokenizer import train_tokenizer
 from savant_ray.inference.validation import loss_sums
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.training.micro_batch import MicroBatch
-from savant_ray.training.precision import autocast
+from savant_ray.training.device import autocast
 from savant_ray.training.state import new_state
-from savant_ray.training.step import take_step
+from savant_ray.training.step import MicroBatch, take_step
 
-LEARNING_RATES = (2e-5, 1e-3)  # constant: the guide's, and one at which a small model learns quickly
+LEARNING_RATES = (2e-5, 1e-3)  # constant: the default, and one at which a small model learns quickly
 SEEDS = (0, 1, 2)
 STEPS, ROWS = 300, 8
 PRECISIONS = ("bf16", "bf16-mixed", "plain bf16")  # against fp32
@@ -37,34 +36,38 @@ MODEL = dict(vocab_size=400, dim=32, n_heads=2, n_loops=2, max_seq_len=64, windo
 VALIDATION_ROWS = 64
 
 
-class Text(NamedTuple):
-    """Packed rows."""
+class Rows(NamedTuple):
+    """Packed rows of training and validation text, on the device."""
 
     training: list[MicroBatch]
     validation: list[tuple[Tensor, Tensor]]
 
 
 def run() -> Figures:
-    """A figure per precision and learning rate; rounds are seeds."""
+    """Measure each precision at each learning rate; rounds are seeds."""
     figures: Figures = {}
     for rate in LEARNING_RATES:
-        falls = {each: [_told(each, rate, seed) for seed in SEEDS] for each in ("fp32", *PRECISIONS)}
+        decreases = {
+            precision: [_logged_decrease(precision, rate, seed) for seed in SEEDS]
+            for precision in ("fp32", *PRECISIONS)
+        }
         for precision in PRECISIONS:
-            ratios = [ours / theirs for ours, theirs in zip(falls[precision], falls["fp32"], strict=True)]
-            means = (statistics.mean(falls[each]) for each in (precision, "fp32"))
+            pairs = zip(decreases[precision], decreases["fp32"], strict=True)
+            ratios = [decrease / fp32 for decrease, fp32 in pairs]
+            means = (statistics.mean(decreases[name]) for name in (precision, "fp32"))
             detail = "validation loss fell by {:.4f} against {:.4f} nats".format(*means)
             figures[f"{precision.replace(' ', '_')}_at_{rate:g}"] = figure(ratios, detail)
     return figures
 
 
-def _told(precision: str, rate: float, seed: int) -> float:
-    fallen = fall(precision, rate, seed)
-    tell(f"{precision}, learning rate {rate:g}, seed {seed}: the validation loss fell by {fallen:.4f}")
-    return fallen
+def _logged_decrease(precision: str, rate: float, seed: int) -> float:
+    decrease = loss_decrease(precision, rate, seed)
+    log_progress(f"{precision}, learning rate {rate:g}, seed {seed}: the validation loss fell by {decrease:.4f}")
+    return decrease
 
 
-def fall(precision: str, rate: float, seed: int, steps: int = STEPS) -> float:
-    """By how much the validation loss is lower after `steps`, nats per token; evaluated in the precision itself."""
+def loss_decrease(precision: str, rate: float, seed: int, steps: int = STEPS) -> float:
+    """Return how much `steps` steps lower the validation loss, in nats per token, evaluated in the same precision."""
     device = benchmark_device()
     settings = {
         "precision": "fp32" if precision == "plain bf16" else precision,
@@ -72,57 +75,57 @@ def fall(precision: str, rate: float, seed: int, steps: int = STEPS) -> float:
         "batch_size": ROWS,
     }
     config = Config.from_dict({"run": {"seed": seed}, "model": MODEL, "training": {**settings, "accumulation": 1}})
-    text = _text()
-    batches = itertools.islice(itertools.cycle(text.training), seed * steps, (seed + 1) * steps)
+    rows = _rows()
+    batches = itertools.islice(itertools.cycle(rows.training), seed * steps, (seed + 1) * steps)
     if precision == "plain bf16":
         model = new_state(config, device, "fp32").model.to(torch.bfloat16)
-        before = _loss(model, "bf16", text)
-        _train_plainly(model, batches, rate)
-        return before - _loss(model, "bf16", text)
+        before = _loss(model, "bf16", rows)
+        _train_plain_bf16(model, batches, rate)
+        return before - _loss(model, "bf16", rows)
     state = new_state(config, device, precision)
-    before = _loss(state.model, precision, text)
+    before = _loss(state.model, precision, rows)
     for batch in batches:
         take_step(state, [batch], rate, config.training.gradient_clip, lambda: None)
-    return before - _loss(state.model, precision, text)
+    return before - _loss(state.model, precision, rows)
 
 
-def _train_plainly(model: UniversalTransformer, batches: Iterator[MicroBatch], rate: float) -> None:
+def _train_plain_bf16(model: UniversalTransformer, batches: Iterator[MicroBatch], rate: float) -> None:
     for parameter in model.parameters():
         parameter.grad_dtype, parameter.grad = torch.bfloat16, None
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     for batch in batches:
         optimizer.zero_grad()
         targets_BT = next_token_targets(batch.tokens_BT, batch.document_ids_BT)
-        x_BTD = model.hidden(batch.tokens_BT, batch.document_ids_BT)
+        x_BTD = model.hidden_states(batch.tokens_BT, batch.document_ids_BT)
         loss = cross_entropy_sum(x_BTD, model.head.weight, targets_BT) / (targets_BT != IGNORED).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
 
-def _loss(model: UniversalTransformer, precision: str, text: Text) -> float:
+def _loss(model: UniversalTransformer, precision: str, rows: Rows) -> float:
     with autocast(precision, model.head.weight.device):
-        loss, tokens = loss_sums(model, text.validation).tolist()
+        loss, tokens = loss_sums(model, rows.validation).tolist()
     return float(loss / tokens)
 
 
 @cache
-def _text() -> Text:
-    """Worked problems as rows on the device, and held-out ones."""
+def _rows() -> Rows:
+    """Return packed rows of worked problems and of held-out ones."""
     device = benchmark_device()
     training, held_out = problems(0, 6000), problems(1, 600, held_out=True)
     tokenizer = train_tokenizer((problem.text for problem in training), MODEL["vocab_size"])
-    rows, documents = _packed([[*tokenizer.encode(p.text), tokenizer.end_of_document] for p in training], device)
+    tokens, documents = _packed([[*tokenizer.encode(p.text), tokenizer.end_of_document] for p in training], device)
     batches = [
-        MicroBatch(rows[start : start + ROWS], documents[start : start + ROWS], tuple(range(start, start + ROWS)))
-        for start in range(0, len(rows) - ROWS, ROWS)
+        MicroBatch(tokens[start : start + ROWS], documents[start : start + ROWS], tuple(range(start, start + ROWS)))
+        for start in range(0, len(tokens) - ROWS, ROWS)
     ]
-    held = _packed([[*tokenizer.encode(p.text), tokenizer.end_of_document] for p in held_out], device)
-    return Text(batches, [(held[0][:VALIDATION_ROWS], held[1][:VALIDATION_ROWS])])
+    validation = _packed([[*tokenizer.encode(p.text), tokenizer.end_of_document] for p in held_out], device)
+    return Rows(batches, [(validation[0][:VALIDATION_ROWS], validation[1][:VALIDATION_ROWS])])
 
 
 def _packed(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(tokens, document ids) `[N, T]`, shuffled; each document in one row where it fits."""
+    """Return shuffled (tokens, document ids) `[N, T]`; each document is in one row if it fits."""
     packing = pack([len(text) for text in texts], MODEL["max_seq_len"])
     tokens = torch.zeros(len(packing), MODEL["max_seq_len"], dtype=torch.int64)
     documents = torch.full_like(tokens, -1)
@@ -132,9 +135,9 @@ def _packed(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
     ):
         if piece == packing.row_ends[row]:
             row, column = row + 1, 0
-        place = slice(column, column + int(length))
-        tokens[row, place] = torch.tensor(texts[document][start : start + length])
-        documents[row, place] = piece
+        columns = slice(column, column + int(length))
+        tokens[row, columns] = torch.tensor(texts[document][start : start + length])
+        documents[row, columns] = piece
         column += int(length)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
     return tokens[order].to(device), documents[order].to(device)

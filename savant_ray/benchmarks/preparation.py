@@ -1,8 +1,8 @@
-"""Preparing JSONL against parsing and tokenising it in bare processes, and its memory at growing sizes.
+"""Data preparation against plain processes that only parse and tokenize, and its memory for growing text sizes.
 
-The bare way is what a script does without Ray: each core parses the lines of its slice with orjson and tokenises them
-with `encode_batch_fast`; nothing is packed or written. Both ways take turns on the same cores, as the machine may have
-other work. The text is the Python standard library's sources, over and over.
+The plain processes do what a script without Ray would do: each core parses its lines with orjson and tokenizes them with
+`encode_batch_fast`; nothing is packed or written. Both alternate on the same cores, because the machine may have other
+work. The text is the Python standard library's source code, repeated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import orjson
 import psutil
 import ray
 
-from savant_ray.benchmarks.rounds import Figures, figure, tell
+from savant_ray.benchmarks.registry import Figures, figure, log_progress
 from savant_ray.data.preparation import learn_tokenizer, prepare
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import Manifest
@@ -34,86 +34,88 @@ from savant_ray.data.tokenizer import Tokenizer
 
 GB, MIB = 10**9, 1 << 20
 CORES = os.cpu_count() or 1
-RAY_NICENESS = 15  # of Ray's workers; the bare processes must wait for other work as they do
-SLICE_BYTES = 16_000_000  # for each core, in each turn of the bare way
+RAY_NICENESS = 15  # of Ray's workers; the plain processes use the same priority
+SLICE_BYTES = 16_000_000  # for each core, in each measurement of the plain processes
 DOCUMENT_CHARACTERS = 3_000
 SEQUENCE_LENGTH, VOCAB_SIZE = 1024, 32_000
-TURNS_OF_SMALLEST = 3
+ROUNDS_OF_SMALLEST = 3
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens per second of the clock, all cores together, and per second of one core's work."""
+    """Tokens per second of wall-clock time (all cores together) and per second of one core's CPU time."""
 
     clock: float
     core: float
 
 
 def run(sizes_gb: Sequence[float] = (0.1, 1, 3), folder: str | None = None) -> Figures:
-    """For each size: both rates against the bare way, and the largest process against that of the smallest size.
+    """Measure for each size both rates against the plain processes, and the memory of the largest process.
 
-    `folder` (default: the system's temporary one) needs twice the largest size.
+    Memory is relative to the smallest size. `folder` (default: the system's temporary folder) needs twice the largest size.
     """
     figures: Figures = {}
     smallest_peak = 0.0
     with _ray_session():
         for size in sorted(sizes_gb):
-            with tempfile.TemporaryDirectory(dir=folder) as here:
-                rates, peak = measure(Path(here), int(size * GB), 1 if figures else TURNS_OF_SMALLEST)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                rates, peak = measure(Path(temporary), int(size * GB), 1 if figures else ROUNDS_OF_SMALLEST)
             smallest_peak = smallest_peak or peak
             memory = figure([peak / smallest_peak], f"largest process {peak:.0f} MiB")
-            of_size = {f"preparation_{name}_{size:g}_gb": each for name, each in (rates | {"memory": memory}).items()}
-            _tell(of_size)
-            figures |= of_size
+            size_figures = {
+                f"preparation_{name}_{size:g}_gb": measured for name, measured in (rates | {"memory": memory}).items()
+            }
+            _log_figures(size_figures)
+            figures |= size_figures
     return figures
 
 
-def _tell(figures: Figures) -> None:
-    """A size takes minutes, so each is told when it is through."""
-    for name, of_size in figures.items():
-        tell(f"{name}: {of_size['ratio']:.2f} · {of_size['detail']}")
+def _log_figures(figures: Figures) -> None:
+    """Print the figures of a size when it is done, because each size takes minutes."""
+    for name, measured in figures.items():
+        log_progress(f"{name}: {measured['ratio']:.2f} · {measured['detail']}")
 
 
-def measure(folder: Path, size: int, turns: int) -> tuple[Figures, float]:
-    """The figures `clock` and `core` for `size` bytes of text, and the peak of the largest process in MiB."""
+def measure(folder: Path, size: int, rounds: int) -> tuple[Figures, float]:
+    """Return the figures `clock` and `core` for `size` bytes of text, and the peak of the largest process in MiB."""
     text, sample = folder / "text.jsonl", folder / "sample.jsonl"
-    _write_text(text, size)
-    _write_text(sample, SLICE_BYTES)
+    _write_jsonl(text, size)
+    _write_jsonl(sample, SLICE_BYTES)
     tokenizer = learn_tokenizer(expand(str(sample)), folder, VOCAB_SIZE)
-    bare, turned = [_bare_rate(sample, tokenizer)], []
+    plain, prepared = [_plain_rate(sample, tokenizer)], []
     with _peak_of_largest_process() as peak:
-        for turn in range(turns):
-            turned.append(_prepared_rate(text, tokenizer, folder / str(turn)))
-            bare.append(_bare_rate(sample, tokenizer))
-    prepared, manifest = [rate for rate, _ in turned], turned[-1][1]
+        for number in range(rounds):
+            prepared.append(_prepared_rate(text, tokenizer, folder / str(number)))
+            plain.append(_plain_rate(sample, tokenizer))
+    rates, manifest = [rate for rate, _ in prepared], prepared[-1][1]
     padding = f"padding {manifest.padding / (manifest.tokens + manifest.padding):.3%}"
     figures = {}
     for key in ("clock", "core"):
-        words = _in_words(prepared, bare, key, size / manifest.tokens)
-        figures[key] = figure(_ratios(prepared, bare, key), f"{words}; {padding}")
+        speeds = _describe(rates, plain, key, size / manifest.tokens)
+        figures[key] = figure(_ratios(rates, plain, key), f"{speeds}; {padding}")
     return figures, peak[0]
 
 
-def _ratios(prepared: Sequence[Rate], bare: Sequence[Rate], key: str) -> list[float]:
-    """Each preparation against the mean of the bare turns before and after it."""
-    around = [statistics.mean(getattr(rate, key) for rate in bare[turn : turn + 2]) for turn in range(len(prepared))]
+def _ratios(prepared: Sequence[Rate], plain: Sequence[Rate], key: str) -> list[float]:
+    """Return each preparation's rate relative to the mean of the plain measurements before and after it."""
+    around = [statistics.mean(getattr(rate, key) for rate in plain[n : n + 2]) for n in range(len(prepared))]
     return [getattr(rate, key) / other for rate, other in zip(prepared, around, strict=True)]
 
 
-def _in_words(prepared: Sequence[Rate], bare: Sequence[Rate], key: str, bytes_per_token: float) -> str:
-    mine, other = (statistics.median(getattr(rate, key) for rate in rates) / 1e6 for rates in (prepared, bare))
-    return f"{mine:.2f} M tokens/s = {mine * bytes_per_token:.2f} MB/s, bare {other:.2f} M tokens/s, {CORES} cores"
+def _describe(prepared: Sequence[Rate], plain: Sequence[Rate], key: str, bytes_per_token: float) -> str:
+    ours, other = (statistics.median(getattr(rate, key) for rate in rates) / 1e6 for rates in (prepared, plain))
+    return f"{ours:.2f} M tokens/s = {ours * bytes_per_token:.2f} MB/s, plain {other:.2f} M tokens/s, {CORES} cores"
 
 
 def _prepared_rate(text: Path, tokenizer: Tokenizer, cache_dir: Path) -> tuple[Rate, Manifest]:
     files = expand(str(text))
-    worked, started = _core_seconds(), time.perf_counter()
+    cpu_before, started = _cpu_seconds(), time.perf_counter()
     manifest = prepare(files, tokenizer, SEQUENCE_LENGTH, cache_dir).manifest
-    seconds, worked = time.perf_counter() - started, _core_seconds() - worked
-    return Rate(manifest.tokens / seconds, manifest.tokens / worked), manifest
+    seconds, cpu_seconds = time.perf_counter() - started, _cpu_seconds() - cpu_before
+    return Rate(manifest.tokens / seconds, manifest.tokens / cpu_seconds), manifest
 
 
-def _write_text(path: Path, size: int) -> None:
+def _write_jsonl(path: Path, size: int) -> None:
     lines = [json.dumps({"text": text}).encode() + b"\n" for text in _documents()]
     with path.open("wb") as file:
         for line in itertools.cycle(lines):
@@ -130,8 +132,8 @@ def _documents() -> Iterator[str]:
             yield from filter(str.strip, parts)
 
 
-def _bare_rate(sample: Path, tokenizer: Tokenizer) -> Rate:
-    """All cores at once, each with the sample for itself."""
+def _plain_rate(sample: Path, tokenizer: Tokenizer) -> Rate:
+    """Measure plain processes on all cores, each with the whole sample."""
     with multiprocessing.get_context("spawn").Pool(CORES) as pool:
         rates = pool.starmap(_parse_and_encode, [(str(sample), tokenizer.to_json())] * CORES, chunksize=1)
     return Rate(sum(rate.clock for rate in rates), statistics.mean(rate.core for rate in rates))
@@ -141,27 +143,27 @@ def _parse_and_encode(sample: str, tokenizer_json: str) -> Rate:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.nice(RAY_NICENESS)
     tokenizer = Tokenizer.from_json(tokenizer_json)
-    worked, started = time.process_time(), time.perf_counter()
+    cpu_before, started = time.process_time(), time.perf_counter()
     tokens = 0
     with Path(sample).open("rb") as file:
         while lines := file.readlines(MIB // 4):
             tokens += sum(map(len, tokenizer.encode_batch([orjson.loads(line)["text"] for line in lines])))
-    return Rate(tokens / (time.perf_counter() - started), tokens / (time.process_time() - worked))
+    return Rate(tokens / (time.perf_counter() - started), tokens / (time.process_time() - cpu_before))
 
 
-def _core_seconds() -> float:
-    """What this process, Ray and its workers have worked."""
-    return sum(_unless_ended(lambda each: sum(each.cpu_times()[:2]), each) for each in _own_processes())
+def _cpu_seconds() -> float:
+    """Return the CPU time of this process, Ray and its workers."""
+    return sum(_zero_if_ended(lambda process: sum(process.cpu_times()[:2]), process) for process in _own_processes())
 
 
 @contextmanager
 def _peak_of_largest_process() -> Iterator[list[float]]:
-    """Watches the resident size of this process and of Ray's workers; the list holds the largest seen, in MiB."""
+    """Sample the resident size of this process and of Ray's workers; yield a list with the largest so far, in MiB."""
     peak, done = [0.0], threading.Event()
 
     def watch() -> None:
         while not done.wait(1):
-            peak[0] = max(peak[0], *(_unless_ended(_resident_mib, each) for each in _own_processes()))
+            peak[0] = max(peak[0], *(_zero_if_ended(_resident_mib, process) for process in _own_processes()))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -182,9 +184,9 @@ def _resident_mib(process: psutil.Process) -> float:
     return process.memory_info().rss / MIB if is_ours else 0.0
 
 
-def _unless_ended(ask: Callable[[psutil.Process], float], process: psutil.Process) -> float:
+def _zero_if_ended(read: Callable[[psutil.Process], float], process: psutil.Process) -> float:
     try:
-        return ask(process)
+        return read(process)
     except psutil.Error:
         return 0.0
 

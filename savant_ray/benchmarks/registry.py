@@ -1,8 +1,8 @@
-"""The benchmarks by name, and how their figures are shown.
+"""Benchmarks by name, and how they measure and print.
 
-A benchmark is a function that returns `{figure: {ratio, rounds, spread, share_of_peak?, detail}}`: `ratio` is the
-median over `rounds` of two things measured in turn, `spread` its lowest and highest, `share_of_peak` what the first of
-them makes of the machine (`benchmarks/peak.py`).
+A benchmark measures two programs alternately and reports the ratio, since other processes disturb absolute times on shared
+machines. It is a function that returns `{figure: {ratio, rounds, spread, share_of_peak?, detail}}`: `ratio` is the median
+over `rounds`, `spread` its minimum and maximum, `share_of_peak` the first program's utilization of the machine.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from savant_ray.benchmarks.rounds import tell
 from savant_ray.errors import SettingsError
+
+Figures = dict[str, dict[str, Any]]
 
 BENCHMARKS = {
     "train": "training.run",
-    "attention": "pieces.run_attention",
-    "loss": "pieces.run_loss",
-    "generate": "generation.run",
+    "attention": "components.run_attention",
+    "loss": "components.run_loss",
+    "generate": "components.run_generation",
     "checkpoint": "checkpointing.run",
     "precision": "precision.run",
     "data": "preparation.run",
@@ -31,11 +36,11 @@ BENCHMARKS = {
     "scaling": "scaling.run",
     "start": "start.run",
 }
-WIDTH = 140
+TABLE_WIDTH = 140
 
 
 def run(name: str | None, json_path: Path | None = None) -> None:
-    """Runs a benchmark, or all in turn, prints tables, and writes the figures to `json_path`.
+    """Run one benchmark, or all if `name` is None, print tables, and write the figures to `json_path`.
 
     Raises:
         SettingsError: there is no benchmark of that name.
@@ -44,23 +49,56 @@ def run(name: str | None, json_path: Path | None = None) -> None:
         close = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(BENCHMARKS)}"
         raise SettingsError(f"benchmark {name}: no such benchmark; {hint}")
-    all_figures: dict[str, dict[str, Any]] = {}
-    for each in BENCHMARKS if name is None else [name]:
-        module, _, function = BENCHMARKS[each].partition(".")
-        tell(f"benchmark {each}")
+    all_figures: Figures = {}
+    for benchmark in BENCHMARKS if name is None else [name]:
+        module, _, function = BENCHMARKS[benchmark].partition(".")
+        log_progress(f"benchmark {benchmark}")
         figures = getattr(importlib.import_module(f"savant_ray.benchmarks.{module}"), function)()
-        Console(width=WIDTH).print(table(figures))
+        Console(width=TABLE_WIDTH).print(table(figures))
         all_figures |= figures
         if json_path is not None:
             json_path.write_text(json.dumps(all_figures, indent=1) + "\n")
 
 
-def table(figures: dict[str, dict[str, Any]]) -> Table:
-    """A row per figure."""
-    shown = Table("figure", "ratio", "rounds", "spread", "of peak", "detail")
+def table(figures: Figures) -> Table:
+    """Return a table with one row per figure."""
+    rows = Table("figure", "ratio", "rounds", "spread", "of peak", "detail")
     for name, figure in figures.items():
         low, high = figure["spread"]
         share = f"{figure['share_of_peak']:.1%}" if "share_of_peak" in figure else ""
         ratio, rounds, spread = f"{figure['ratio']:.2f}", str(figure["rounds"]), f"{low:.2f}–{high:.2f}"
-        shown.add_row(name, ratio, rounds, spread, share, figure["detail"])
-    return shown
+        rows.add_row(name, ratio, rounds, spread, share, figure["detail"])
+    return rows
+
+
+def seconds(act: Callable[[], object]) -> float:
+    """Return the wall-clock seconds that `act()` takes."""
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def alternate(rounds: int, *measures: Callable[[], float], warm_up: int = 1) -> list[list[float]]:
+    """Call all measures in each round and return the results of each; the first `warm_up` rounds are discarded."""
+    results = []
+    for number in range(1, warm_up + rounds + 1):
+        results.append([measure() for measure in measures])
+        log_progress(f"round {number} of {warm_up + rounds}: {', '.join(f'{result:.4g}' for result in results[-1])}")
+    return [list(measured) for measured in zip(*results[warm_up:], strict=True)]
+
+
+def log_progress(text: str) -> None:
+    """Print a line to standard error; some benchmarks take minutes, and standard output is for their tables."""
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def figure(ratios: Sequence[float], detail: str, shares_of_peak: Sequence[float] = ()) -> dict[str, Any]:
+    """Return median, minimum and maximum of the ratios, and the median share of peak if it was measured."""
+    share = {"share_of_peak": round(statistics.median(shares_of_peak), 4)} if shares_of_peak else {}
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "rounds": len(ratios),
+        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        **share,
+        "detail": detail,
+    }

@@ -1,4 +1,4 @@
-"""Two workers with a thread each against one with a thread: tokens per second of the same steps."""
+"""Data-parallel scaling: tokens per second of two single-threaded workers against one on the same steps."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from savant_ray.benchmarks.rounds import Figures, figure, in_turn, seconds
+from savant_ray.benchmarks.registry import Figures, alternate, figure, seconds
 from savant_ray.config import Config
-from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.state import new_state
-from savant_ray.training.step import take_step
+from savant_ray.training.step import MicroBatch, take_step
 
 ROUNDS = 3
-SEQUENCES = 8  # of a step; the guide's has 192, which hides more of what is done once a step
+SEQUENCES = 8  # of a step; with the default 192, fixed costs of a step matter less
 MODEL = {"dim": 512, "n_heads": 8}
 
 
 def run() -> Figures:
-    """How many times as fast; each process is there all the time, and waits while others work."""
+    """Measure the speed-up; all processes exist throughout and wait while others work."""
     with (
         tempfile.TemporaryDirectory() as folder,
         _group(1, Path(folder, "alone")) as alone,
         _group(2, Path(folder, "pair")) as pair,
     ):
-        one, two = in_turn(ROUNDS, lambda: _step(alone), lambda: _step(pair))
+        one, two = alternate(ROUNDS, lambda: _step(alone), lambda: _step(pair))
     tokens = SEQUENCES * Config().model.max_seq_len
     speeds = [tokens / statistics.median(times) for times in (two, one)]
     detail = f"{speeds[0]:,.0f} against {speeds[1]:,.0f} tokens/s, {SEQUENCES} sequences a step"
@@ -40,17 +39,17 @@ def run() -> Figures:
 
 @contextmanager
 def _group(world_size: int, rendezvous: Path) -> Iterator[list[Connection]]:
-    """Processes that take a step together whenever they are told to."""
+    """Start processes that take a step together on request; yield the connections to them."""
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(world_size)]
     processes = [
-        context.Process(target=_worker, args=(there, rank, world_size, str(rendezvous)), daemon=True)
-        for rank, (_, there) in enumerate(ends)
+        context.Process(target=_worker, args=(child_end, rank, world_size, str(rendezvous)), daemon=True)
+        for rank, (_, child_end) in enumerate(ends)
     ]
     for process in processes:
         process.start()
     try:
-        yield [here for here, _ in ends]
+        yield [parent_end for parent_end, _ in ends]
     finally:
         for process in processes:
             process.terminate()
@@ -69,9 +68,9 @@ def _worker(connection: Connection, rank: int, world_size: int, rendezvous: str)
     config = Config.from_dict({"model": MODEL})
     state = new_state(config, torch.device("cpu"), "fp32")
     generator = torch.Generator().manual_seed(rank)
-    share = []
+    local_batch = []
     for position in range(SEQUENCES // world_size):
         tokens = torch.randint(config.model.vocab_size, (1, config.model.max_seq_len), generator=generator)
-        share.append(MicroBatch(tokens, torch.zeros_like(tokens), (position,)))
+        local_batch.append(MicroBatch(tokens, torch.zeros_like(tokens), (position,)))
     while connection.recv() == "step":
-        connection.send(seconds(lambda: take_step(state, share, 2e-5, 1.0, lambda: None)))
+        connection.send(seconds(lambda: take_step(state, local_batch, 2e-5, 1.0, lambda: None)))

@@ -1,7 +1,7 @@
-"""From the command to the first step, against a script that does nothing but fit an empty `TorchTrainer`.
+"""Start-up time: from the command to the first step, against a script that fits an empty `TorchTrainer`.
 
-Whole commands in turn: with a Ray of their own, and against a head that runs already. And how long `savant --help` takes
-against a Python that does nothing.
+Both commands alternate, once with their own local Ray and once with a running Ray cluster. `savant --help` is compared with
+an empty Python program.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from savant_ray.benchmarks.commands import ROOT, as_options, run_command, write_text
-from savant_ray.benchmarks.rounds import Figures, figure, in_turn, seconds
+from savant_ray.benchmarks.registry import Figures, alternate, figure, seconds
+from savant_ray.benchmarks.workload import ROOT, as_options, run_command, write_text
 from savant_ray.cluster.session import ray_session
 
 ROUNDS = 3
+HELP_ROUNDS = 9
 EMPTY_JOB = """
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -44,46 +45,46 @@ OPTIONS = {
 
 
 def run() -> Figures:
-    """Three ratios."""
+    """Measure `savant --help`, a start with a local Ray, and a start with a running cluster."""
     figures: Figures = {"start_help": _help()}
     with tempfile.TemporaryDirectory(prefix="start") as folder:
         write_text(Path(folder))
-        _first_step(Path(folder), {})  # the text is tokenised once
-        figures["start_local"] = _against_empty(Path(folder), {})
+        _first_step(Path(folder), {})  # tokenizes the text, which later starts reuse
+        figures["start_local"] = _compare_with_empty_job(Path(folder), {})
         with ray_session():
             import ray
 
-            there = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-            figures["start_running_head"] = _against_empty(Path(folder), there)
+            cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+            figures["start_running_head"] = _compare_with_empty_job(Path(folder), cluster)
     return figures
 
 
 def _help() -> dict[str, object]:
-    python, savant = in_turn(
-        9,
+    python, savant = alternate(
+        HELP_ROUNDS,
         lambda: seconds(lambda: run_command([sys.executable, "-c", "pass"])),
         lambda: seconds(lambda: run_command([sys.executable, "-c", HELP])),
     )
     return _figure(python, savant)
 
 
-def _against_empty(folder: Path, changes: dict[str, str]) -> dict[str, object]:
+def _compare_with_empty_job(folder: Path, changes: dict[str, str]) -> dict[str, object]:
     script = folder / "empty.py"
     script.write_text(EMPTY_JOB.replace("FOLDER", repr(str(folder))))
 
     def empty() -> float:
         return seconds(lambda: run_command([sys.executable, str(script)], folder, changes))
 
-    return _figure(*in_turn(ROUNDS, empty, lambda: _first_step(folder, changes), warm_up=0))
+    return _figure(*alternate(ROUNDS, empty, lambda: _first_step(folder, changes), warm_up=0))
 
 
 def _figure(plain: list[float], ours: list[float]) -> dict[str, object]:
-    ratios = [mine / other for mine, other in zip(ours, plain, strict=True)]
+    ratios = [b / a for a, b in zip(plain, ours, strict=True)]
     return figure(ratios, f"{statistics.median(ours):.2f} against {statistics.median(plain):.2f} s")
 
 
 def _first_step(folder: Path, changes: dict[str, str]) -> float:
-    """Seconds until the record holds a step."""
+    """Return the seconds from the command to the first step in `metrics.jsonl`."""
     started = time.time()
     run_command([sys.executable, str(ROOT / "jobs/train.py"), "--fresh", *as_options(OPTIONS)], folder, changes)
     lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())

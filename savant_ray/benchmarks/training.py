@@ -1,8 +1,8 @@
-"""A training step against the baseline's: time, share of peak and memory of the very same steps.
+"""A training step against the baseline's: time, utilization and memory of the same steps.
 
-Two processes take turns, one with the baseline, one with what a worker runs, so that each has its own memory and its
-own allocator. On a CPU a model of half the width, else the guide's with its micro-batches, ours under its memory cap; the
-same dtype for both: what the device computes bf16 in.
+Two processes alternate, one with the baseline and one with a worker's step, so that each has its own memory and its own
+allocator. On a CPU the model has half the default dimension; on a GPU it is the default model with its micro-batches, and
+our process is under the memory cap. Both use the dtype in which the device computes `training.precision: bf16`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ import numpy as np
 import torch
 
 from savant_ray.benchmarks import baseline
-from savant_ray.benchmarks.peak import benchmark_device, benchmark_dtype, model_config, peak_flops_per_second
-from savant_ray.benchmarks.rounds import Figures, figure, in_turn, seconds
+from savant_ray.benchmarks.registry import Figures, alternate, figure, seconds
+from savant_ray.benchmarks.workload import benchmark_device, benchmark_dtype, model_config, peak_flops_per_second
 from savant_ray.config import Config, ModelConfig
-from savant_ray.training.compilation import compile_block
-from savant_ray.training.efficiency import synchronize, useful_flops
-from savant_ray.training.memory import cap_memory, cap_memory_again, memory_used_gb, peak_memory_gb
-from savant_ray.training.micro_batch import MicroBatch
-from savant_ray.training.precision import usable_precision
+from savant_ray.training.device import (
+    cap_memory,
+    compile_block,
+    memory_used_gb,
+    peak_memory_gb,
+    supported_precision,
+    synchronize,
+    update_memory_cap,
+)
+from savant_ray.training.efficiency import useful_flops
 from savant_ray.training.state import new_state
-from savant_ray.training.step import StepResult, take_step
+from savant_ray.training.step import MicroBatch, StepResult, take_step
 
 ROUNDS = 3
 SEED = 0
@@ -37,26 +42,28 @@ FIRST_TOKEN = 3
 
 @dataclass(frozen=True)
 class Case:
-    """What a step consists of."""
+    """The documents of a step."""
 
     document_tokens: int
     n_documents: int
 
 
 CASES = {"documents_of_250": Case(250, 4), "full_rows": Case(1024, 4)}
-CASES_ON_A_GPU = {"documents_of_250": Case(250, 48), "full_rows": Case(1024, 12)}  # 12 rows each, once they are packed
+CASES_ON_A_GPU = {"documents_of_250": Case(250, 48), "full_rows": Case(1024, 12)}  # both are 12 packed rows
 
 
 def run() -> Figures:
-    """Ratios of useful tokens per second and of peak memory."""
+    """Measure useful tokens per second and peak memory relative to the baseline."""
     device = benchmark_device()
     figures: Figures = {}
     for name, case in (CASES_ON_A_GPU if device.type == "cuda" else CASES).items():
-        with _contestant(_baseline, case, device) as theirs, _contestant(_ours, case, device) as ours:
-            peak, slow, fast = in_turn(ROUNDS, lambda: peak_flops_per_second(device), theirs, ours)
+        with _process(_baseline, case, device) as reference, _process(_ours, case, device) as ours:
+            peak, slow, fast = alternate(ROUNDS, lambda: peak_flops_per_second(device), reference, ours)
             figures |= _figures(name, case, device, peak, slow, fast)
-            most, theirs_most = ours.peak_gb(), theirs.peak_gb()
-            figures[f"train_{name}_memory"] = figure([most / theirs_most], f"{most:.2f} against {theirs_most:.2f} GiB")
+            our_gb, reference_gb = ours.peak_gb(), reference.peak_gb()
+            figures[f"train_{name}_memory"] = figure(
+                [our_gb / reference_gb], f"{our_gb:.2f} against {reference_gb:.2f} GiB"
+            )
     return figures
 
 
@@ -65,8 +72,10 @@ def _figures(
 ) -> Figures:
     tokens = case.document_tokens * case.n_documents
     flops = useful_flops(model_config(device), [case.document_tokens] * case.n_documents)
-    ratios = [theirs / ours for theirs, ours in zip(slow, fast, strict=True)]
-    fastest = max(*peak, flops / min(*slow, *fast))  # other processes may have disturbed each measurement of the peak
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    fastest = max(
+        *peak, flops / min(*slow, *fast)
+    )  # other processes may have slowed down every measurement of the peak
     shares = [[flops / time / fastest for time in times] for times in (slow, fast)]
     speeds = [tokens / statistics.median(times) for times in (fast, slow)]
     detail = (
@@ -76,17 +85,17 @@ def _figures(
     return {f"train_{name}": figure(ratios, detail, shares[1])}
 
 
-class Contestant:
-    """A process that takes a step whenever it is called; returns the seconds it took."""
+class StepProcess:
+    """A process that takes a step when called and returns the seconds it took."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def __call__(self) -> float:  # noqa: D102 - the class says it
+    def __call__(self) -> float:  # noqa: D102 - see the class
         return float(self._ask("step"))
 
     def peak_gb(self) -> float:
-        """GiB at most: on a GPU all that the process held, else what building the model and taking steps has added."""
+        """Return peak GiB: on a GPU of the whole process, on a CPU what the model and its steps added."""
         return float(self._ask("memory"))
 
     def _ask(self, question: str) -> Any:
@@ -95,14 +104,14 @@ class Contestant:
 
 
 @contextmanager
-def _contestant(prepare: Callable[..., Callable[[], object]], case: Case, device: torch.device) -> Iterator[Contestant]:
+def _process(prepare: Callable[..., Callable[[], object]], case: Case, device: torch.device) -> Iterator[StepProcess]:
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_answer, args=(there, prepare, case, str(device)), daemon=True)
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_answer, args=(child_end, prepare, case, str(device)), daemon=True)
     process.start()
-    there.close()  # so that its end is noticed here
+    child_end.close()  # otherwise `recv` would not notice that the process has ended
     try:
-        yield Contestant(here)
+        yield StepProcess(parent_end)
     finally:
         process.terminate()
         process.join()
@@ -111,23 +120,23 @@ def _contestant(prepare: Callable[..., Callable[[], object]], case: Case, device
 def _answer(connection: Connection, prepare: Callable[..., Callable[[], object]], case: Case, device_name: str) -> None:
     device = torch.device(device_name)
     before = 0.0 if device.type == "cuda" else peak_memory_gb(device)
-    most = memory_used_gb if device.type == "cuda" else peak_memory_gb
+    memory_gb = memory_used_gb if device.type == "cuda" else peak_memory_gb
     torch.manual_seed(SEED)
     step = prepare(case, device)
 
-    def whole() -> None:
+    def step_and_synchronize() -> None:
         step()
         synchronize(device)
 
     while True:
         question = connection.recv()
-        connection.send(seconds(whole) if question == "step" else most(device) - before)
+        connection.send(seconds(step_and_synchronize) if question == "step" else memory_gb(device) - before)
 
 
 def _documents(case: Case, vocab_size: int) -> list[torch.Tensor]:
-    same = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
     shape = (case.n_documents, case.document_tokens)
-    return list(torch.randint(FIRST_TOKEN, vocab_size, shape, generator=same))
+    return list(torch.randint(FIRST_TOKEN, vocab_size, shape, generator=generator))
 
 
 def _baseline(case: Case, device: torch.device) -> Callable[[], object]:
@@ -139,26 +148,26 @@ def _baseline(case: Case, device: torch.device) -> Callable[[], object]:
 
 
 def _ours(case: Case, device: torch.device) -> Callable[[], object]:
-    """What a worker does: the cap first, and less at once where the step does not fit under it."""
+    """Prepare a step as a worker does: cap memory first, use smaller micro-batches if the step does not fit."""
     config = Config.from_dict({"model": model_config(device).model_dump()})
     cap_memory(device, config.training.vram_limit_gb)
-    state = new_state(config, device, usable_precision("bf16", device)[0])
+    state = new_state(config, device, supported_precision("bf16", device)[0])
     compile_block(state.model, config.training.compile, device, state.precision)
-    share = _packed(case, config.model, device)
+    local_batch = _packed(case, config.model, device)
 
     def step() -> StepResult:
-        while (result := take_step(state, share, 2e-5, 1.0, lambda: None)).no_room:
-            state.use(state.fit.smaller())
+        while (result := take_step(state, local_batch, 2e-5, 1.0, lambda: None)).out_of_memory:
+            state.set_fit(state.fit.smaller())
         return result
 
     if device.type == "cuda":
         step()
-        cap_memory_again(device, config.training.vram_limit_gb)
+        update_memory_cap(device, config.training.vram_limit_gb)
     return step
 
 
 def _packed(case: Case, config: ModelConfig, device: torch.device) -> list[MicroBatch]:
-    """Documents side by side in a row, as packing lays them."""
+    """Pack documents into rows."""
     length = config.max_seq_len
     per_row = length // case.document_tokens
     n_rows = -(-case.n_documents // per_row)

@@ -12,7 +12,7 @@ from ray.train import UserCallback, WorkerGroupError
 
 from savant_ray.errors import SavantError, TrainingError, UnexpectedError, describe
 from savant_ray.events import RunFailed, WorkersLost
-from savant_ray.training.fitting import DeviceMemoryError
+from savant_ray.training.device import DeviceMemoryError
 
 GONE = ("died", "is unavailable")  # Ray Train wraps what Ray says of an actor
 OUT_OF_MEMORY = ("outofmemoryerror", "memory monitor", "running low on memory", "due to oom", "out of memory issue")

@@ -29,6 +29,7 @@ from savant_ray.events import (
 )
 from savant_ray.reporting.record import to_line
 from savant_ray.training.checkpoint import CONFIG, TOKENIZER
+from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.state import TrainingState
 from savant_ray.training.validator import Validator
 
@@ -49,6 +50,7 @@ class RayHost:
         self._drain_told = False
         texts = {CONFIG: dump_yaml(config), TOKENIZER: tokenizer.to_json()}
         self.saver = Saver(storage, texts, functools.partial(self.emit, wait=True))
+        self.host_copy = HostCopy()  # used on rank 0
         self._figures: dict[str, float | str] = {}  # the newest, which go with a checkpoint into Ray's result
 
     def emit(self, event: Event, wait: bool = False) -> None:
@@ -74,7 +76,8 @@ class RayHost:
 
     def save(self, state: TrainingState, reason: str) -> None:
         """Copies the state; rank 0 writes it as `step_N` to where the run is kept while training goes on."""
-        self.saver.begin(state.step, reason, state.copy_to_host if self.rank == 0 else None, dict(self._figures))
+        copy_state = functools.partial(self.host_copy.update, state) if self.rank == 0 else None
+        self.saver.begin(state.step, reason, copy_state, dict(self._figures))
 
     def finish_saving(self) -> bool:
         """Waits for the checkpoint that is being written; False: the storage refused it."""

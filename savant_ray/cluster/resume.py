@@ -19,8 +19,8 @@ from savant_ray.config import Config
 from savant_ray.events import RunResumed
 from savant_ray.training.checkpoint import find_checkpoint, is_step_name, read_checkpoint, step_of
 from savant_ray.training.original import NOTE, newest_original, read_original
-from savant_ray.training.ranks import agree
 from savant_ray.training.state import TrainingState
+from savant_ray.training.step import broadcast_from_rank_0
 
 
 def load_newest(state: TrainingState, config: Config, storage: Disk, allow_changes: bool) -> RunResumed | None:
@@ -31,7 +31,7 @@ def load_newest(state: TrainingState, config: Config, storage: Disk, allow_chang
         SavantError: another process has taken the run over.
         OSError: the storage cannot be read.
     """
-    name = agree(lambda: newest_name(storage))
+    name = broadcast_from_rank_0(lambda: newest_name(storage))
     if name is None:
         return _initial_weights(state, config)
     path = fetch_once_per_node(storage, name)

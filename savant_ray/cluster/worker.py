@@ -29,17 +29,20 @@ from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError, UnexpectedError, describe, doing
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
-from savant_ray.training.compilation import compile_block
+from savant_ray.training.device import (
+    cap_memory,
+    compile_block,
+    memory_used_gb,
+    raise_memory_cap_error_on_oom,
+    supported_precision,
+    update_memory_cap,
+)
 from savant_ray.training.examiner import Examiner
-from savant_ray.training.fitting import raise_memory_cap_error_on_oom
 from savant_ray.training.loop import train, validation_is_due
-from savant_ray.training.memory import cap_memory, cap_memory_again, memory_used_gb
-from savant_ray.training.micro_batch import MicroBatch, micro_batches
 from savant_ray.training.original import NOTE
-from savant_ray.training.precision import usable_precision
-from savant_ray.training.prefetch import one_ahead
-from savant_ray.training.ranks import add_up
+from savant_ray.training.prefetch import prefetch
 from savant_ray.training.state import TrainingState, new_state
+from savant_ray.training.step import MicroBatch, all_reduce_sum, micro_batches
 from savant_ray.training.validator import Validator
 
 VALIDATION_SEED = 0  # not `run.seed`: runs with other seeds are compared on the same sequences
@@ -90,7 +93,7 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives over objects put their bytes
     torch.manual_seed(config.run.seed)  # nothing of ours draws from it; what a library draws is the same each time
-    precision, note = usable_precision(config.training.precision, device)
+    precision, note = supported_precision(config.training.precision, device)
     notes = [cap_memory(device, config.training.vram_limit_gb), note]
     with raise_memory_cap_error_on_oom(config.training.vram_limit_gb):
         state = new_state(config, device, precision)
@@ -102,19 +105,21 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     steps = stream.steps(state.position, config.training.max_steps - state.step)  # reads ahead from now on
     if device.type == "cuda":  # NCCL takes its memory at the first collective of a size, and the cap has to count it
         with raise_memory_cap_error_on_oom(config.training.vram_limit_gb):
-            add_up(state.gradients.flat)
-        notes.append(cap_memory_again(device, config.training.vram_limit_gb))
+            all_reduce_sum(state.gradients.flat)
+        notes.append(update_memory_cap(device, config.training.vram_limit_gb))
     host.saver.saved_step = state.step
     if host.rank == 0:
-        state.make_room_for_copies()
+        host.host_copy.allocate(state)
     _announce(host, state, config, [note for note in notes if note], resumed)
     if resumed is not None and resumed.note == NOTE:  # the original's: from here on the run has one of its own
         host.save(state, "taken over")
         host.finish_saving()
     host.validator = make_validator(task, config, tokenizer, host)
+    if host.rank == 0 and not validation_is_due(state.step, config):
+        host.validator.remember_weights(state)
     shares = ready_steps(steps, config, device)
     if device.type == "cuda":  # pinning memory in a thread without a current device makes a context on GPU 0
-        shares = one_ahead(shares, functools.partial(torch.cuda.set_device, device))
+        shares = prefetch(shares, functools.partial(torch.cuda.set_device, device))
     finished = train(state, config, host.metrics.watched(shares, lambda: memory_used_gb(device)), host)
     if host.rank == 0:
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saver.saved_step), wait=True)

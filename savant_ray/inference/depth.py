@@ -39,7 +39,7 @@ def loop_statistics(
     residuals, cosines = [], []
     is_token_BT = document_ids_BT >= 0
     before_BTD: Tensor | None = None
-    for x_BTD in map(Tensor.float, model.states(tokens_BT, document_ids_BT, n_loops)):
+    for x_BTD in map(Tensor.float, model.loop_states(tokens_BT, document_ids_BT, n_loops)):
         if before_BTD is not None:
             moved_BT = (x_BTD - before_BTD).norm(dim=-1) / before_BTD.norm(dim=-1)
             residuals.append(moved_BT[is_token_BT].mean().item())

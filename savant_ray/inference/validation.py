@@ -20,7 +20,9 @@ def loss_sums(
     sums = torch.zeros(2, dtype=torch.float64)
     for tokens_BT, document_ids_BT in micro_batches:
         targets_BT = next_token_targets(tokens_BT, document_ids_BT)
-        loss = cross_entropy_sum(model.hidden(tokens_BT, document_ids_BT, n_loops), model.head.weight, targets_BT)
+        loss = cross_entropy_sum(
+            model.hidden_states(tokens_BT, document_ids_BT, n_loops), model.head.weight, targets_BT
+        )
         sums += torch.tensor([loss.item(), (targets_BT != IGNORED).sum().item()], dtype=torch.float64)
     return sums
 

@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the Savant model, its attention, its loss and its cache."""
+"""The Savant model: transformer, attention, loss and key-value cache."""

@@ -1,9 +1,9 @@
-"""Soft-capped causal attention, global and windowed, document-aware: one interface, three exact ways.
+"""Soft-capped causal attention within documents, global or windowed: one interface, three exact implementations.
 
-Whole sequences: `flex.py` on a GPU that has it, `cpu_attention.py` on a CPU; the mask, built once per micro-batch for all
-loops, carries the choice. Cached decoding, and other devices: all T x S scores under a dense mask.
+For whole sequences: `flex.py` on a GPU that supports it, `cpu_attention.py` on a CPU. For cached decoding and other devices:
+all T x S scores under a dense mask. The mask, built once per micro-batch for all loops, selects the implementation.
 
-`torch.nn.functional.scaled_dot_product_attention` has no soft cap (Gemma 2, arXiv 2408.00118), so none uses it.
+`torch.nn.functional.scaled_dot_product_attention` has no soft cap (Gemma 2, arXiv 2408.00118) and cannot be used.
 
 Shapes: B batch, H heads, T queries, S keys, D head_dim, N chunks of queries.
 """
@@ -22,28 +22,28 @@ from savant_ray.model.flex import block_mask, flex, has_flex
 
 
 class Mask(NamedTuple):
-    """What may not be seen, and how it is best computed."""
+    """Masked positions in the form that the implementation needs."""
 
-    hidden: Tensor | None  # [B, 1, T, S] or [T, S]; True = not seen; None = all is seen
-    first_key_N: Tensor | None = None  # of each chunk, for `cpu_attention`
+    masked: Tensor | None  # [B, 1, T, S] or [T, S]; True = masked; None = nothing is masked
+    first_key_N: Tensor | None = None  # first visible key of each chunk of queries, for `cpu_attention`
     blocks: BlockMask | None = None  # for `flex`
 
 
 class Masks(NamedTuple):
-    """Built once per forward pass and shared by all loops."""
+    """Masks of a forward pass, shared by all loops."""
 
-    of_global: Mask
-    of_windowed: Mask
+    full: Mask
+    windowed: Mask
 
     def for_loop(self, is_global: bool) -> Mask:
-        """The mask of a global or of a windowed loop."""
-        return self.of_global if is_global else self.of_windowed
+        """Return the mask of a global or of a windowed loop."""
+        return self.full if is_global else self.windowed
 
 
 def build_masks(document_ids_BT: Tensor, window_size: int, head_dim: int) -> Masks:
-    """Masks of whole sequences: causal, inside one document, and at most `window_size` back in windowed loops.
+    """Return masks of whole sequences: causal, within a document, and in windowed loops at most `window_size` back.
 
-    Padding (-1) counts as a document of its own, so that no row of scores is empty and no output is NaN.
+    Padding (-1) counts as one document, so that no row of scores is masked entirely and no output is NaN.
     """
     length, device = document_ids_BT.shape[1], document_ids_BT.device
     if has_flex(device, head_dim):
@@ -52,14 +52,14 @@ def build_masks(document_ids_BT: Tensor, window_size: int, head_dim: int) -> Mas
     visible = same_document & causal_mask(length, length, None, device)
     in_window = visible & causal_mask(length, length, window_size, device)
     if device.type == "cpu":
-        return Masks(*(Mask(~each, first_keys(each)) for each in (visible, in_window)))
+        return Masks(*(Mask(~mask, first_keys(mask)) for mask in (visible, in_window)))
     return Masks(Mask(~visible), Mask(~in_window))
 
 
 def cached_masks(n_new: int, n_before: int, window_size: int, padding_B: Tensor | None, device: torch.device) -> Masks:
-    """Masks of `n_new` tokens behind `n_before` in a cache that returns what they can reach.
+    """Return masks of `n_new` tokens that follow `n_before` cached ones, over the keys that the cache returns.
 
-    The first `padding_B` of all tokens of a row are padding, which sees and is seen by padding only.
+    The first `padding_B[b]` tokens of row b are padding, which attends only to padding and is masked for other tokens.
     """
     return Masks(*(_cached_mask(n_new, n_before, window, padding_B, device) for window in (None, window_size)))
 
@@ -78,7 +78,7 @@ def _cached_mask(
 
 
 def causal_mask(n_queries: int, n_keys: int, window_size: int | None, device: torch.device) -> Tensor:
-    """[T, S] visibility where the last query stands at the last key; `window_size` keys back and itself."""
+    """Return visibility `[T, S]`, with the last query at the last key: each sees itself and `window_size` keys back."""
     query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
     key = torch.arange(n_keys, device=device)[None, :]
     visible = key <= query
@@ -86,18 +86,18 @@ def causal_mask(n_queries: int, n_keys: int, window_size: int | None, device: to
 
 
 def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Mask, soft_cap: float) -> Tensor:
-    """Attention output [B, H, T, D]."""
+    """Return the attention output `[B, H, T, D]`."""
     if mask.blocks is not None:
         return flex(q_BHTD, k_BHSD, v_BHSD, mask.blocks, soft_cap)
-    if mask.hidden is not None and mask.first_key_N is not None:
-        return cpu_attention(q_BHTD, k_BHSD, v_BHSD, mask.hidden, mask.first_key_N, soft_cap)
-    return _soft_capped(q_BHTD, k_BHSD, v_BHSD, mask.hidden, soft_cap)
+    if mask.masked is not None and mask.first_key_N is not None:
+        return cpu_attention(q_BHTD, k_BHSD, v_BHSD, mask.masked, mask.first_key_N, soft_cap)
+    return _dense_attention(q_BHTD, k_BHSD, v_BHSD, mask.masked, soft_cap)
 
 
-def _soft_capped(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, soft_cap: float) -> Tensor:
-    """softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v over the last two dimensions; scores are fp32."""
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, masked: Tensor | None, soft_cap: float) -> Tensor:
+    """Return softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v over the last two dimensions; scores are fp32."""
     scores = fp32_product(q, k) * (1.0 / (math.sqrt(q.shape[-1]) * soft_cap))
     capped = soft_cap * torch.tanh(scores)
-    if hidden is not None:
-        capped = capped.masked_fill(hidden, float("-inf"))
+    if masked is not None:
+        capped = capped.masked_fill(masked, float("-inf"))
     return torch.softmax(capped, dim=-1).to(v.dtype) @ v

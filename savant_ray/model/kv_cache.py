@@ -1,10 +1,10 @@
-"""Keys and values per recurrent loop.
+"""Key-value cache for generation, one for each loop.
 
-The block is one, but each of its loops sees other inputs, so each loop has keys and values of its own. A windowed
-loop keeps the last `window_size` of them; a global loop keeps all, in a buffer that doubles when it is full, so that
-generation may go on past `max_seq_len` (the model has no positions, or rotary ones, which have no end).
+All loops share one block, but each has other inputs and therefore its own keys and values. A windowed loop keeps the last
+`window_size` of them. A global loop keeps all in a buffer that doubles when it is full; generation can therefore continue
+past `max_seq_len`, since neither rotary embeddings nor a model without positions have a maximum length.
 
-Shapes: B batch, H heads, T new tokens, S tokens in reach, D head_dim.
+Shapes: B batch, H heads, T new tokens, S visible tokens, D head_dim.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Grows with the tokens it is given; `windows[i]` is how far loop i looks back, None = to the beginning.
+    """Keys and values of all loops.
 
-    `padding_B`: the first so many tokens of each row are padding. `length` counts what all loops have been given.
+    Args:
+        windows: how many tokens back each loop attends, None = to the beginning.
+        padding_B: number of padding tokens at the beginning of each row.
+
+    Attributes:
+        length: number of tokens that all loops have cached.
     """
 
     def __init__(self, windows: list[int | None], padding_B: Tensor | None = None) -> None:
@@ -23,9 +28,9 @@ class KeyValueCache:
         self._loops = [_LoopCache(window) for window in windows]
 
     def append(self, loop: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """The loop's keys and values `[B, H, S, D]` that the new tokens can reach, the new ones at the end.
+        """Add keys and values of new tokens and return all that the new tokens can attend to, `[B, H, S, D]`.
 
-        S = T + what was there before, but at most the loop's window of it.
+        S is T plus the number of cached tokens, of which a windowed loop returns at most its window.
         """
         return self._loops[loop].append(k_BHTD, v_BHTD)
 
@@ -38,24 +43,24 @@ class _LoopCache:
 
     def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         if self._window is not None:
-            self._forget(self._window)
+            self._discard_old(self._window)
         end = self._length + k_BHTD.shape[2]
-        buffers = self._with_room(end, k_BHTD, v_BHTD)
+        buffers = self._buffers_of_size(end, k_BHTD, v_BHTD)
         for buffer, new in zip(buffers, (k_BHTD, v_BHTD), strict=True):
             buffer[:, :, self._length : end] = new
         first = 0 if self._window is None else max(0, self._length - self._window)
         self._length = end
         return buffers[0][:, :, first:end], buffers[1][:, :, first:end]
 
-    def _forget(self, window: int) -> None:
-        """Moves the last `window` entries to the front, once the buffer holds as many dead ones (amortised O(1))."""
+    def _discard_old(self, window: int) -> None:
+        """Move the last `window` entries to the front once as many old ones precede them (amortized O(1))."""
         if self._buffers is None or self._length < 2 * window:
             return
         for buffer in self._buffers:
             buffer[:, :, :window] = buffer[:, :, self._length - window : self._length].clone()
         self._length = window
 
-    def _with_room(self, end: int, *like: Tensor) -> tuple[Tensor, ...]:
+    def _buffers_of_size(self, end: int, *like: Tensor) -> tuple[Tensor, ...]:
         if self._buffers is None or self._buffers[0].shape[2] < end:
             capacity = max(64, 2 * end)
             grown = tuple(x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in like)

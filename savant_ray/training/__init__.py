@@ -1,1 +1,1 @@
-"""The loop, a step, state, checkpoint content, memory cap. No Ray: it runs on plain torch.distributed or alone."""
+"""Training without Ray, on one process or on `torch.distributed`: loop, step, state, device, checkpoint, validation."""

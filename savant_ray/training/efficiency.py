@@ -1,9 +1,9 @@
-"""What a model's training takes at least, and what the machine could do at most: the share of peak (MFU).
+"""Model FLOPs utilization (MFU): the useful FLOPs of training relative to the speed of a large matrix product.
 
-Useful are the floating-point operations of the matrix products without padding, recomputation and invisible keys (PaLM,
-arXiv 2204.02311, appendix B). Peak is a large matrix product in the dtype of training, with the same threads, measured
-where training runs: after the first step and at each validation, because other processes may disturb one measurement; the
-best counts, and a step that is faster than it.
+Useful are the floating-point operations of the matrix products without padding, recomputation and masked keys (PaLM, arXiv
+2204.02311, appendix B). The peak is a large matrix product in the dtype of training with the same number of threads,
+measured in the training process after the first step and at each validation. Other processes may disturb one measurement,
+so the fastest one counts, and a training step that is faster raises the peak to its own speed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from savant_ray.config import ModelConfig
-from savant_ray.model.transformer import ffn_width
-from savant_ray.training.precision import Precision
+from savant_ray.model.transformer import ffn_dim
+from savant_ray.training.device import Precision, synchronize
 
-SIDES = (256, 1024, 4096)  # of the matrices: as large as the device multiplies in a moment
-A_MOMENT = 0.1  # seconds
+SIDES = (256, 1024, 4096)  # matrix sizes; larger ones are used while a product takes less than MAX_SECONDS
+MAX_SECONDS = 0.1
 REPEATS = 3
 
 
 class Peak:
-    """FLOP/s of the fastest matrix product so far on this device; 0 before the first measurement."""
+    """FLOP/s of the fastest matrix product measured so far on the device; 0 before the first measurement."""
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
         self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -34,13 +34,13 @@ class Peak:
     def measure(self) -> None:
         """Measure again and keep the higher value; a CPU without bf16 instructions takes seconds for large matrices."""
         for side in SIDES:
-            if 2 * side**3 > A_MOMENT * self.flops_per_second > 0:
+            if 2 * side**3 > MAX_SECONDS * self.flops_per_second > 0:
                 break
             measured = matmul_flops_per_second(self._dtype, self._device, side, REPEATS)
             self.flops_per_second = max(self.flops_per_second, measured)
 
-    def share(self, flops: float, seconds: float) -> float | None:
-        """The part of the peak that `flops` in `seconds` are, at most 1; None if either was not measured.
+    def utilization(self, flops: float, seconds: float) -> float | None:
+        """Return the speed `flops / seconds` as a fraction of the peak, at most 1; None if either is unknown.
 
         A step faster than the peak shows that other processes disturbed its measurement: the peak is raised to the step's
         speed.
@@ -53,8 +53,8 @@ class Peak:
 
 
 def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, side: int, repeats: int) -> float:
-    """Of the fastest of a few products of square matrices, the first one being there to warm up."""
-    generator = torch.Generator(device).manual_seed(0)  # the global one is left alone
+    """Return FLOP/s of the fastest of `repeats` products of square matrices after one to warm up."""
+    generator = torch.Generator(device).manual_seed(0)  # does not advance the global generator
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(1 + repeats):
@@ -67,14 +67,14 @@ def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, side: int,
 
 
 def useful_flops(config: ModelConfig, document_lengths: Sequence[int] | np.ndarray) -> float:
-    """Of the matrix products of a forward and backward pass over documents of so many tokens.
+    """Return the FLOPs of the matrix products of a forward and backward pass over documents of these token counts.
 
-    A product's backward pass takes twice its forward pass.
+    The backward pass of a product takes twice the FLOPs of its forward pass.
     """
     lengths = np.asarray(document_lengths, dtype=np.int64)
     dim, loops = config.dim, config.n_loops
     n_global = loops // config.global_every
-    weights = 6 * dim**2 + 3 * dim * ffn_width(config)
+    weights = 6 * dim**2 + 3 * dim * ffn_dim(config)
     keys = n_global * visible_pairs(lengths, lengths)
     keys += (loops - n_global) * visible_pairs(lengths, config.window_size)
     forward = 2 * int(lengths.sum()) * (loops * weights + dim * config.vocab_size) + 4 * dim * keys
@@ -82,21 +82,15 @@ def useful_flops(config: ModelConfig, document_lengths: Sequence[int] | np.ndarr
 
 
 def visible_pairs(lengths: np.ndarray | int, window_size: np.ndarray | int) -> int:
-    """(query, key) pairs of the documents, each query seeing itself and up to `window_size` tokens back."""
+    """Return the number of (query, key) pairs; a query sees itself and up to `window_size` tokens before it."""
     reach = np.minimum(window_size, lengths)
     return int(np.sum(lengths * (reach + 1) - reach * (reach + 1) // 2))
 
 
 def document_lengths(document_ids_BT: np.ndarray) -> np.ndarray:
-    """Tokens of each document of packed sequences, padding (-1) left out."""
+    """Return the token count of each document of packed sequences, without padding (-1)."""
     starts = np.ones(document_ids_BT.shape, dtype=bool)
     starts[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
     first = np.flatnonzero(starts)
     lengths = np.diff(first, append=starts.size)
     return lengths[document_ids_BT.ravel()[first] >= 0]
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU, so that its time is booked where it was spent."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""A checkpoint takes an exam: what `savant evaluate` calls."""
+"""Evaluation of a checkpoint for `savant evaluate`: logic questions, and loss and score at several depths."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from savant_ray.inference.logic import Answer, Question, Score, ask, refuse_empt
 from savant_ray.inference.validation import loss_sums
 from savant_ray.training.sampling import load_model
 
-DOCUMENTS = 100  # of held-out text, for the loss at each depth
+LOSS_DOCUMENTS = 100  # held-out documents for the loss at each depth
 
 
 def answers_of(
     checkpoint: Path, questions: Sequence[Question], max_new_tokens: int | None = None, n_loops: int | None = None
 ) -> Iterator[Answer]:
-    """Yields the checkpoint's answers; what is None is taken from its settings.
+    """Yield the checkpoint's answers; None means the value of its settings.
 
     Raises:
         CheckpointError: there is no readable checkpoint.
@@ -34,17 +34,17 @@ def answers_of(
     """
     model, tokenizer, config = load_model(checkpoint)
     refuse_empty_prompts(tokenizer, questions)
-    longest = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    yield from ask(model, tokenizer, questions, longest, n_loops)
+    max_new_tokens = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
+    yield from ask(model, tokenizer, questions, max_new_tokens, n_loops)
 
 
 def result(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Scores and answers as plain values: of all trained wordings, of the new ones, and of each template."""
+    """Return scores and answers as plain values: for all trained wordings, for new wordings, and for each template."""
     templates = scores(answers)
     return {
-        **_told(total(templates)),
-        "new_wordings": _told(total(templates, new_wordings=True)),
-        "templates": {name: _told(score) for name, score in templates.items()},
+        **_score_record(total(templates)),
+        "new_wordings": _score_record(total(templates, new_wordings=True)),
+        "templates": {name: _score_record(score) for name, score in templates.items()},
         "answers": [
             {
                 "template": answer.question.template,
@@ -58,16 +58,16 @@ def result(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _told(score: Score) -> dict[str, Any]:
+def _score_record(score: Score) -> dict[str, Any]:
     return {"score": score.share, "n": score.n, "interval": list(score.interval)}
 
 
 def by_depth(
     checkpoint: Path, questions: Sequence[Question], depths: Sequence[int], max_new_tokens: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Score, loss, residual and cosine for each number of loops.
+    """Yield score, loss, residual and cosine for each number of loops.
 
-    The loss is that on the run's held-out text (None without the file); residual and cosine are of the last loop.
+    The loss is that of the run's held-out text, None without the file; residual and cosine are those of the last loop.
 
     Raises:
         CheckpointError: there is no readable checkpoint.
@@ -75,23 +75,23 @@ def by_depth(
     """
     model, tokenizer, config = load_model(checkpoint)
     refuse_empty_prompts(tokenizer, questions)
-    longest = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
+    max_new_tokens = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
     device = model.head.weight.device
     rows = [(tokens.to(device), ids.to(device)) for tokens, ids in held_out_rows(config, tokenizer)]
     for n_loops in depths:
-        score = total(scores(ask(model, tokenizer, questions, longest, n_loops)))
+        score = total(scores(ask(model, tokenizer, questions, max_new_tokens, n_loops)))
         loss, tokens = loss_sums(model, rows, n_loops).tolist()
-        told = {"loops": n_loops, **_told(score), "loss": loss / tokens if tokens else None}
+        row = {"loops": n_loops, **_score_record(score), "loss": loss / tokens if tokens else None}
         if rows:
-            found = loop_statistics(model, *rows[0], n_loops)
-            told |= {"residual": found.residuals[-1], "cosine": found.cosines[-1]}
-        yield told
+            statistics = loop_statistics(model, *rows[0], n_loops)
+            row |= {"residual": statistics.residuals[-1], "cosine": statistics.cosines[-1]}
+        yield row
 
 
 def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, document ids) `[1, T]` of the first validation documents, each alone; none where the file is gone."""
+    """Yield (tokens, document ids) `[1, T]` for each of the first validation documents; none if the file is missing."""
     try:
-        texts = list(islice(documents(expand(config.data.validation)), DOCUMENTS))
+        texts = list(islice(documents(expand(config.data.validation)), LOSS_DOCUMENTS))
     except DataError:
         return
     for ids in tokenizer.encode_batch(texts):

@@ -12,9 +12,9 @@ from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.events import LogicScored
 from savant_ray.inference.logic import AT_ONCE, Answer, Question, Score, ask, logic_suite, total
-from savant_ray.training.fitting import none_on_oom, retry_on_oom
-from savant_ray.training.ranks import add_up
+from savant_ray.training.device import none_on_oom, retry_on_oom
 from savant_ray.training.state import TrainingState
+from savant_ray.training.step import all_reduce_sum
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Examiner:
         answers = self._answers(state, questions[self.rank :: self.world_size])
         right = [sum(answer.correct for answer in answers if answer.question.template == name) for name in names]
         sums = torch.tensor([*right, float(self.stop_requested())], device=state.device)
-        *right, stops = add_up(sums).tolist()
+        *right, stops = all_reduce_sum(sums).tolist()
         if stops:
             return None
         asked = [sum(question.template == name for question in questions) for name in names]

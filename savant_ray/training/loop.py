@@ -1,7 +1,8 @@
-"""The whole training loop. Start reading here.
+"""The training loop. Start reading here.
 
-A step takes the next `effective_batch` sequences of the global order, each rank its share of them (`training/step.py`).
-What the loop needs from the outside, it asks of a `Host`: under Ray that is `cluster/host.py`, in tests a few lines.
+Each step takes the next `effective_batch` sequences of the global order; each rank trains on its local batch of them
+(`training/step.py`). Events, checkpoints and validation are the task of a `Host`: `cluster/host.py` under Ray, a few
+lines in tests.
 """
 
 from __future__ import annotations
@@ -17,91 +18,90 @@ from savant_ray.config import Config
 from savant_ray.errors import TrainingError
 from savant_ray.events import Event, MicroBatchSkipped, Notice, StepDone
 from savant_ray.optim.schedule import learning_rate
+from savant_ray.training.device import memory_used_gb, skip_on_oom, update_memory_cap
 from savant_ray.training.efficiency import Peak
-from savant_ray.training.fitting import skip_on_oom
-from savant_ray.training.memory import cap_memory_again, memory_used_gb
-from savant_ray.training.micro_batch import MicroBatch
-from savant_ray.training.ranks import any_rank
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import StepResult, take_step
+from savant_ray.training.step import MicroBatch, StepResult, any_rank, take_step
 
-Share = TypeVar("Share")
+Item = TypeVar("Item")
 
 
 class Host(Protocol):
-    """Where the loop runs; every rank has one."""
+    """The environment of the loop; every rank has one."""
 
     rank: int
 
     def emit(self, event: Event) -> None:
-        """Tells the driver; never blocks."""
+        """Send an event to the driver without blocking."""
 
     def grace_left(self) -> float | None:
-        """None until this rank is asked to stop, then the seconds that are left for it; costs nothing."""
+        """Return None until a stop is requested from this rank, then the seconds left; called for each micro-batch."""
 
     def save(self, state: TrainingState, reason: str) -> None:
-        """Begin a checkpoint of the state as it is now; all ranks call it. A storage that refuses is reported.
+        """Begin a checkpoint of the current state; called on all ranks. A storage failure is reported, not raised.
 
         Raises:
             DeviceMemoryError: the device has no memory for copying the state.
         """
 
     def finish_saving(self) -> bool:
-        """Waits until the checkpoint that was begun is written; all ranks call it. False: this rank's storage refused."""
+        """Wait until the pending checkpoint is written; called on all ranks. Return False if this rank's storage failed."""
 
     def validate(self, state: TrainingState) -> bool:
-        """Loss on held-out text, logic problems, a sample; collective. True: a rank was asked to stop; it is cut short.
+        """Run validation, logic problems and sampling; collective. Return True if a stop request cut it short.
 
         Raises:
             DeviceMemoryError: the device has no memory for a single sequence.
         """
 
 
-def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroBatch]], host: Host) -> bool:
-    """Trains to `training.max_steps`; returns False when it was stopped before. The last finished step is saved.
+def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence[MicroBatch]], host: Host) -> bool:
+    """Train to `training.max_steps` and return True, or return False after a stop; the last finished step is saved.
 
-    `shares` yields this rank's micro-batches, step by step, from `state.position` on. A validation comes after the
-    checkpoint of its step, so a run that goes on from a step that has one begins with it: it may have been cut short.
+    `local_batches` yields this rank's micro-batches of each step, beginning at `state.position`. A step is saved before it
+    is validated. A run resumed from a step with a due validation therefore starts with that validation, which may have
+    been cut short.
 
     Raises:
-        TrainingError: `training.max_skipped_steps` steps in a row could not update the weights.
+        TrainingError: `training.max_skipped_steps` consecutive steps did not update the weights.
         MemoryCapError: one sequence, or the model with its gradients and optimizer state, does not fit.
         DeviceMemoryError: a save or a validation does not fit.
     """
     settings = config.training
-    begun = saved = state.step
-    if validation_is_due(state.step, config):
-        if host.validate(state):
-            return False
-    elif host.rank == 0:  # remembers the weights for the first validation
-        skip_on_oom(state.weights_moved, state.device, "comparing weights", functools.partial(warn, host))
+    first_step = state.step + 1
+    saved_step = state.step
+    if validation_is_due(state.step, config) and host.validate(state):
+        return False
     stop, peak = False, Peak(state.precision, state.device)
-    for share, data_wait in timed(shares):
+    for local_batch, data_wait in timed(local_batches):
         rate = learning_rate(state.next_in_schedule, settings.learning_rate, settings.warmup_steps, settings.max_steps)
         started = time.perf_counter()
-        result = step_with_oom_retry(state, share, rate, settings.gradient_clip, host)
+        result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host)
         seconds = data_wait + time.perf_counter() - started
         if result.abandoned:
-            host.emit(Notice(text=f"step {state.step + 1:,} would outlast the grace period: given up, nothing is lost"))
+            host.emit(
+                Notice(text=f"step {state.step + 1:,} would outlast the grace period: abandoned, nothing is lost")
+            )
         else:
-            advance(state, result, settings.effective_batch)
-            flops = useful(share)
-            if state.step == begun + 1:  # libraries have taken their memory by now, and it counts
-                warn(host, cap_memory_again(state.device, settings.vram_limit_gb))
+            count_step(state, result, settings.effective_batch)
+            flops = sum(micro_batch.useful_flops for micro_batch in local_batch)
+            if state.step == first_step:  # libraries have allocated their memory by now, and it counts towards the cap
+                notify(host, update_memory_cap(state.device, settings.vram_limit_gb))
                 if flops:
-                    measure(peak, host, state.device)
-            tell(host, state, result, rate, seconds, data_wait, peak.share(flops, seconds))
-            refuse_endless_skips(state, settings.max_skipped_steps)
+                    measure_peak(peak, host, state.device)
+            emit_step(host, state, result, rate, seconds, data_wait, peak.utilization(flops, seconds))
+            raise_if_updates_fail(state, settings.max_skipped_steps)
 
         stop = result.stop
         if not stop and (reason := save_reason(state.step, config)):
             host.save(state, reason)
-            saved = state.step
+            saved_step = state.step
         if not stop and validation_is_due(state.step, config):
             stop = host.validate(state)
-            measure(peak, host, state.device)
+            measure_peak(peak, host, state.device)
         if stop:
-            if state.step > saved or any_rank(not host.finish_saving(), state.device):  # it loses what is told twice
+            # A saved step is saved again only if its write failed: Ray drops a checkpoint that is reported twice.
+            if state.step > saved_step or any_rank(not host.finish_saving(), state.device):
                 host.save(state, "stop")
             break
     host.finish_saving()
@@ -109,34 +109,36 @@ def train(state: TrainingState, config: Config, shares: Iterable[Sequence[MicroB
 
 
 def step_with_oom_retry(
-    state: TrainingState, share: Sequence[MicroBatch], rate: float, gradient_clip: float, host: Host
+    state: TrainingState, local_batch: Sequence[MicroBatch], rate: float, gradient_clip: float, host: Host
 ) -> StepResult:
-    """Takes a step, with less at once when there was no room for it; all ranks together.
+    """Take a step; while some rank runs out of memory, repeat it on all ranks with smaller micro-batches.
 
     Raises:
         MemoryCapError: one sequence does not fit.
     """
-    while (result := take_step(state, share, rate, gradient_clip, host.grace_left)).no_room and not result.abandoned:
-        state.use(state.fit.smaller())
+    while True:
+        result = take_step(state, local_batch, rate, gradient_clip, host.grace_left)
+        if result.abandoned or not result.out_of_memory:
+            return result
+        state.set_fit(state.fit.smaller())
         if host.rank == 0:
-            host.emit(Notice(text=f"step {state.step + 1:,} did not fit into memory: from here on {state.fit}"))
-    return result
+            host.emit(Notice(text=f"step {state.step + 1:,} did not fit into memory: from now on {state.fit}"))
 
 
 def save_reason(step: int, config: Config) -> str | None:
-    """Why there is to be a checkpoint after this step, if there is."""
+    """Return why a checkpoint is due after this step, or None."""
     if step >= config.training.max_steps:
         return "final"
     return "periodic" if step % config.checkpoint.every_steps == 0 else None
 
 
 def validation_is_due(step: int, config: Config) -> bool:
-    """After every `validation.every_steps` steps and the last."""
+    """Return whether a validation follows this step: every `validation.every_steps` steps and after the last."""
     return step >= config.training.max_steps or (step > 0 and step % config.validation.every_steps == 0)
 
 
-def advance(state: TrainingState, result: StepResult, effective_batch: int) -> None:
-    """Counts the step."""
+def count_step(state: TrainingState, result: StepResult, effective_batch: int) -> None:
+    """Add a finished step to the state's counters."""
     state.step += 1
     state.position += effective_batch
     state.tokens_seen += result.tokens
@@ -144,33 +146,28 @@ def advance(state: TrainingState, result: StepResult, effective_batch: int) -> N
     state.skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
 
 
-def warn(host: Host, note: str | None) -> None:
-    """Tells the user, of whichever rank it is."""
+def notify(host: Host, note: str | None) -> None:
+    """Emit a notice for the user with this rank's number, if there is a note."""
     if note is not None:
         host.emit(Notice(text=f"rank {host.rank}: {note}"))
 
 
-def measure(peak: Peak, host: Host, device: torch.device) -> None:
+def measure_peak(peak: Peak, host: Host, device: torch.device) -> None:
     """Measure the peak speed of the device, if there is memory for it."""
-    skip_on_oom(peak.measure, device, "measuring the speed of matrix products", functools.partial(warn, host))
+    skip_on_oom(peak.measure, device, "measuring the speed of matrix products", functools.partial(notify, host))
 
 
-def useful(share: Sequence[MicroBatch]) -> float:
-    """FLOPs of this rank's share."""
-    return sum(micro_batch.useful_flops for micro_batch in share)
-
-
-def tell(
+def emit_step(
     host: Host,
     state: TrainingState,
     result: StepResult,
     rate: float,
     seconds: float,
-    wait: float,
+    data_wait: float,
     share_of_peak: float | None,
 ) -> None:
-    """Emits what happened: rank 0 the step, each rank what it skipped."""
-    for skipped in result.skipped_here:
+    """Emit the step from rank 0, and from each rank the micro-batches that it skipped."""
+    for skipped in result.skipped_locally:
         host.emit(
             MicroBatchSkipped(step=state.step, rank=host.rank, loss=str(skipped.loss), positions=skipped.positions)
         )
@@ -187,7 +184,7 @@ def tell(
             skipped_micro_batches=result.skipped,
             micro_batch_size=state.fit.rows,
             memory_gb=memory_used_gb(state.device),
-            data_wait_seconds=wait,
+            data_wait_seconds=data_wait,
             compute_seconds=result.seconds.compute,
             reduce_seconds=result.seconds.reduce,
             update_seconds=result.seconds.update,
@@ -198,8 +195,8 @@ def tell(
     )
 
 
-def refuse_endless_skips(state: TrainingState, limit: int) -> None:
-    """Ends a run that no longer learns; its last checkpoints stay as they are."""
+def raise_if_updates_fail(state: TrainingState, limit: int) -> None:
+    """Raise TrainingError after `limit` consecutive steps without an update; the last checkpoints stay as they are."""
     if state.skipped_in_a_row >= limit:
         raise TrainingError(
             f"{state.skipped_in_a_row} steps in a row (up to step {state.step}) gave no finite gradient, so the weights "
@@ -208,13 +205,13 @@ def refuse_endless_skips(state: TrainingState, limit: int) -> None:
         )
 
 
-def timed(shares: Iterable[Share]) -> Iterator[tuple[Share, float]]:
-    """Each share with the seconds that were spent waiting for it."""
-    iterator = iter(shares)
+def timed(items: Iterable[Item]) -> Iterator[tuple[Item, float]]:
+    """Yield each item with the seconds spent waiting for it."""
+    iterator = iter(items)
     while True:
         started = time.perf_counter()
         try:
-            share = next(iterator)
+            item = next(iterator)
         except StopIteration:
             return
-        yield share, time.perf_counter() - started
+        yield item, time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""The next step's share is fetched into pinned host memory while this one is computed."""
+"""Prefetching: the next item of a generator is computed in a thread while the current one is used."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 
-def one_ahead(
-    items: Generator[Item, Any, Any], prepare: Callable[[], None] = lambda: None
+def prefetch(
+    items: Generator[Item, Any, Any], initialize: Callable[[], None] = lambda: None
 ) -> Generator[Item, None, None]:
-    """The same items, each asked for in a thread once the one before it is there; `prepare` runs first in that thread.
+    """Yield the items of a generator, each computed in a thread while the one before it is used.
 
-    An error of `items` is raised where the item would have come. Closed, or dropped, it closes `items` without waiting.
+    `initialize` runs first in that thread. An exception of `items` is raised when its item would have been yielded.
+    Closing or dropping the generator closes `items` without waiting for the thread.
     """
-    fetcher = ThreadPoolExecutor(1, thread_name_prefix="one-ahead", initializer=prepare)
+    executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=initialize)
     end: Any = object()
     try:
-        pending = fetcher.submit(next, items, end)
+        pending = executor.submit(next, items, end)
         while (item := pending.result()) is not end:
-            pending = fetcher.submit(next, items, end)
+            pending = executor.submit(next, items, end)
             yield item
     finally:
-        fetcher.submit(items.close)
-        fetcher.shutdown(wait=False)
+        executor.submit(items.close)
+        executor.shutdown(wait=False)

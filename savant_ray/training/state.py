@@ -1,107 +1,152 @@
-"""Everything that a step changes, and its way into a checkpoint and back.
+"""The training state: what a step changes, how it is saved in a checkpoint, and how it is restored.
 
-A checkpoint holds fp32 weights whatever the precision (a bf16 weight joined with its lower half), so that a run can go
-on in another precision and an export loses nothing.
+A checkpoint holds fp32 weights in every precision (a bf16 weight is joined with its lower half), so that a run can continue
+in another precision and an export loses nothing.
 """
 
 from __future__ import annotations
 
-import threading
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from savant_ray.config import Config, TrainingConfig
-from savant_ray.errors import CheckpointError
+from savant_ray.errors import CheckpointError, MemoryCapError
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.optim.adamw import AdamW, MasterWeightOptimizer
 from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.muon import Muon
 from savant_ray.training.checkpoint import FORMAT_VERSION
-from savant_ray.training.fitting import Fit, retry_on_oom
-from savant_ray.training.precision import weights_dtype
+from savant_ray.training.device import Precision, weights_dtype
 
-LOSS, TOKENS, SKIPPED, STOP, ABANDONED, NO_ROOM = SUMS = range(6)  # what travels with the gradients (training/step.py)
+# Indices of the sums that are reduced together with the gradients (training/step.py).
+LOSS, TOKENS, SKIPPED, STOP, ABANDONED, OUT_OF_MEMORY = SUMS = range(6)
+MAX_CPU_ELEMENTS = 1 << 19  # tokens x dim per micro-batch; more was not faster at dim 128 to 512 (docs/LOG.md)
+
+
+@dataclass(frozen=True)
+class BatchFit:
+    """Micro-batch size and recomputation chosen to fit the memory limit, and the settings they were chosen for.
+
+    If a step does not fit, first each loop is recomputed in the backward pass (activation checkpointing, arXiv
+    1604.06174), then micro-batches are halved, down to one sequence. The effective batch and the order of sequences
+    stay the same. On a CPU micro-batches are small from the start: larger ones are no faster and take more memory.
+    """
+
+    device: str  # "cpu" or "cuda"
+    limit_gb: float  # GiB
+    batch_size: int
+    may_recompute: bool
+    rows: int  # sequences of a micro-batch at most
+    recompute_loops: bool
+
+    @classmethod
+    def from_config(cls, config: Config, device: torch.device) -> BatchFit:
+        """Return the largest micro-batches that the settings allow and that are useful on the device."""
+        settings, rows = config.training, config.training.batch_size
+        if device.type == "cpu":
+            rows = min(rows, max(1, MAX_CPU_ELEMENTS // (config.model.max_seq_len * config.model.dim)))
+        return cls(
+            device=device.type,
+            limit_gb=settings.vram_limit_gb,
+            batch_size=settings.batch_size,
+            may_recompute=settings.recompute_loops is not False,
+            rows=rows,
+            recompute_loops=settings.recompute_loops is True,
+        )
+
+    def smaller(self) -> BatchFit:
+        """Return the next choice, which needs less memory.
+
+        Raises:
+            MemoryCapError: one sequence, recomputed if the settings allow it, is the smallest.
+        """
+        if self.may_recompute and not self.recompute_loops:
+            return dataclasses.replace(self, recompute_loops=True)
+        if self.rows == 1:
+            raise MemoryCapError(
+                f"not even one sequence fits under training.vram_limit_gb = {self.limit_gb:g}; raise it, or lower "
+                "model.max_seq_len, model.dim or model.vocab_size"
+                + ("" if self.recompute_loops else "; or set training.recompute_loops to auto")
+            )
+        return dataclasses.replace(self, rows=(self.rows + 1) // 2)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the fields as plain values for a checkpoint."""
+        return dataclasses.asdict(self)
+
+    def restored(self, record: dict[str, Any] | None) -> BatchFit:
+        """Return the choice recorded in a checkpoint if it was made for the same settings, else this one."""
+        saved = BatchFit(**record) if record else self
+        settings = ("device", "limit_gb", "batch_size", "may_recompute")
+        if any(getattr(saved, name) != getattr(self, name) for name in settings):
+            return self
+        return dataclasses.replace(saved, recompute_loops=saved.recompute_loops or self.recompute_loops)
+
+    def __str__(self) -> str:
+        loops = "loops recomputed in the backward pass" if self.recompute_loops else "loops kept for the backward pass"
+        return f"micro-batches of {self.rows}, {loops}"
 
 
 @dataclass
 class TrainingState:
-    """`step` updates are done, and `position` sequences of the global order are used up."""
+    """Model, optimizer and counters after `step` updates, with `position` sequences of the global order consumed."""
 
     model: UniversalTransformer
     optimizer: MasterWeightOptimizer
     gradients: GradientBuffer
-    precision: str
+    precision: Precision
     device: torch.device
-    fit: Fit
+    fit: BatchFit
     step: int = 0
     position: int = 0
     tokens_seen: int = 0
     skipped_micro_batches: int = 0
-    skipped_in_a_row: int = 0  # steps without an update
-    schedule_offset: int = 0  # updates in the schedule beyond `step`: of a resumed run of the original's
+    skipped_in_a_row: int = 0  # consecutive steps without an update
+    schedule_offset: int = 0  # updates in the schedule beyond `step`, for a run resumed from the original's format
     data_fingerprint: str = ""
-    _seen_weights: dict[str, Tensor] = field(default_factory=dict)
-    _host_copy: dict[str, Any] = field(default_factory=dict)
-    _room: threading.Thread | None = None  # that allocates `_host_copy`
 
     def master_weights(self) -> dict[str, Tensor]:
-        """fp32 weights by name."""
+        """Return fp32 weights by name."""
         return {name: self.optimizer.master(p) for name, p in self.model.named_parameters()}
 
     @property
     def next_in_schedule(self) -> int:
-        """Number of the next update in the learning-rate schedule, from 1."""
+        """Return the number of the next update in the learning-rate schedule, from 1."""
         return self.step + 1 + self.schedule_offset
 
-    def use(self, fit: Fit) -> None:
-        """From the next forward pass on."""
+    def set_fit(self, fit: BatchFit) -> None:
+        """Set micro-batch size and recomputation for the following forward passes."""
         self.fit = fit
         self.model.recompute_loops = fit.recompute_loops
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Takes over fp32 weights by name.
+        """Load fp32 weights by name.
 
         Raises:
             CheckpointError: names or shapes differ from the model's; all differences are listed.
         """
         parameters = dict(self.model.named_parameters())
         missing = [f"{name} is missing" for name in parameters.keys() - weights.keys()]
-        left_over = [f"{name} is unknown" for name in weights.keys() - parameters.keys()]
-        if differences := sorted(missing + left_over) + list(reshaped_weights(parameters, weights).values()):
+        unknown = [f"{name} is unknown" for name in weights.keys() - parameters.keys()]
+        if differences := sorted(missing + unknown) + list(shape_differences(parameters, weights).values()):
             raise CheckpointError("the weights do not fit the model: " + "; ".join(differences))
         for name, parameter in parameters.items():
             self.optimizer.set_master(parameter, weights[name].to(self.device, torch.float32))
 
-    def weights_moved(self) -> float | None:
-        """Share of the fp32 weights that changed since the last call, of rows that ever had a gradient.
+    def to_checkpoint(self, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """Return the checkpoint: the four keys of the original's format, and `savant` with what resuming needs besides.
 
-        None at the first call, which only remembers (in host memory, 4 bytes a weight).
+        The tensors are the state's own, except for joined bf16 weights: fp32 copies on the device, 4 bytes a weight.
+        `HostCopy` joins one weight at a time instead and passes its own `weights`.
         """
-        moved = total = 0
-        for name, parameter in self.model.named_parameters():
-            now = self.optimizer.master(parameter).cpu()
-            rows = self.optimizer.had_gradient(parameter).cpu()
-            if name in self._seen_weights:
-                moved += int((now != self._seen_weights[name]).reshape(len(now), -1)[rows].sum())
-                total += int(rows.sum()) * (now.numel() // len(now))
-            self._seen_weights[name] = now.clone()
-        return moved / total if total else None
-
-    def to_checkpoint(self) -> dict[str, Any]:
-        """The original's four keys, and `savant` with what else a resumed run needs.
-
-        Of bf16 weights it holds fp32 copies on the device, all at once; `copy_to_host` makes one at a time.
-        """
-        return self._checkpoint(self.master_weights())
-
-    def _checkpoint(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         return {
             "step": self.step,
-            "model_state_dict": weights,
+            "model_state_dict": self.master_weights() if weights is None else weights,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": {"last_epoch": self.step},
             "savant": {
@@ -117,73 +162,41 @@ class TrainingState:
             },
         }
 
-    def copy_to_host(self) -> dict[str, Any]:
-        """`to_checkpoint` as it is now: copies in host memory, 12 bytes a weight, which later steps do not touch.
-
-        The next call writes over them. bf16 weights are joined with their lower halves one tensor at a time, so the
-        device needs 4 bytes for each element of the largest one.
-
-        Raises:
-            DeviceMemoryError: the device has no memory for that.
-        """
-        if self._room is not None:
-            self._room.join()
-        self._host_copy = retry_on_oom(
-            self._copied_state, self.device, f"copying step {self.step:,} for its checkpoint"
-        )
-        return self._host_copy
-
-    def _copied_state(self) -> dict[str, Any]:
-        older = self._host_copy.get("model_state_dict", {})
-        weights = {
-            name: _copied(self.optimizer.master(p), older.get(name)) for name, p in self.model.named_parameters()
-        }
-        return {**_copied(self._checkpoint({}), self._host_copy), "model_state_dict": weights}
-
-    def make_room_for_copies(self) -> None:
-        """Allocates in a thread what the first `copy_to_host` writes to, which then costs no more than the later ones."""
-        meta = {name: torch.empty(p.shape, device="meta") for name, p in self.model.named_parameters()}
-        like = _shapes(self._checkpoint(meta))
-        self._room = threading.Thread(target=self._make_room, args=(like,), name="room-for-copies", daemon=True)
-        self._room.start()
-
-    def _make_room(self, like: Any) -> None:
-        self._host_copy = _touched(like, pin_memory=self.device.type == "cuda")
-
     def load_checkpoint(self, content: dict[str, Any], allow_changes: bool = False) -> list[str]:
-        """Goes on where `to_checkpoint` was called; returns what could not be taken over, a sentence each.
+        """Restore the state of `to_checkpoint`; return one sentence for each part that was not restored.
 
-        Parts that only the model or only the checkpoint has are left as they are; `allow_changes` treats weights of
-        another shape alike. The optimizer starts afresh then, and where its state does not fit.
+        Weights that only the model or only the checkpoint has are left as they are; with `allow_changes` also weights of
+        another shape. If any weight was left out, or the optimizer's state does not fit, the optimizer keeps its initial
+        state.
 
         Raises:
             CheckpointError: weights have other shapes than the model's; all are listed.
         """
-        notes = self._load_what_fits(content["model_state_dict"], allow_changes)
+        notes = self._load_matching_weights(content["model_state_dict"], allow_changes)
         problem = "the model has changed" if notes else self._load_optimizer(content["optimizer_state_dict"])
         if problem:
-            notes.append(f"the optimizer starts afresh: {problem}")
+            notes.append(f"the optimizer starts from its initial state: {problem}")
         if (epoch := content["scheduler_state_dict"].get("last_epoch")) != content["step"]:
-            notes.append(f"the saved schedule stood at {epoch}; it goes on at step {content['step']:,}")
+            notes.append(f"the saved schedule is at {epoch}; it continues at step {content['step']:,}")
         self._load_counters(content)
         return notes
 
-    def _load_what_fits(self, weights: dict[str, Tensor], allow_changes: bool) -> list[str]:
-        mine = dict(self.model.named_parameters())
-        reshaped = reshaped_weights(mine, weights)
+    def _load_matching_weights(self, weights: dict[str, Tensor], allow_changes: bool) -> list[str]:
+        parameters = dict(self.model.named_parameters())
+        reshaped = shape_differences(parameters, weights)
         if reshaped and not allow_changes:
             raise CheckpointError("the weights have other shapes: " + "; ".join(reshaped.values()))
-        fitting = [name for name in mine if name in weights and name not in reshaped]
-        for name in fitting:
-            self.optimizer.set_master(mine[name], weights[name].to(self.device, torch.float32))
-        missing = [f"{name} is not in the checkpoint: a fresh one" for name in mine if name not in weights]
-        left_over = [
-            f"{name} of the checkpoint has no place in the model: dropped" for name in weights.keys() - mine.keys()
+        for name, parameter in parameters.items():
+            if name in weights and name not in reshaped:
+                self.optimizer.set_master(parameter, weights[name].to(self.device, torch.float32))
+        missing = [f"{name} is not in the checkpoint: newly initialized" for name in parameters if name not in weights]
+        unknown = [
+            f"{name} of the checkpoint is not in the model: ignored" for name in weights.keys() - parameters.keys()
         ]
-        return missing + sorted(left_over) + [f"{text}: a fresh one" for text in reshaped.values()]
+        return missing + sorted(unknown) + [f"{text}: newly initialized" for text in reshaped.values()]
 
     def _load_optimizer(self, state_dict: dict[str, Any]) -> str | None:
-        """Takes over the state, or says why it does not fit."""
+        """Load the optimizer's state, or return why it does not fit."""
         try:
             self.optimizer.load_state_dict(state_dict)
         except CheckpointError as problem:
@@ -192,7 +205,7 @@ class TrainingState:
 
     def _load_counters(self, content: dict[str, Any]) -> None:
         extra = content["savant"]
-        if "torch_rng_state" in extra:  # not in a file of the original format
+        if "torch_rng_state" in extra:  # not in a file of the original's format
             torch.set_rng_state(extra["torch_rng_state"].cpu())
         self.step = content["step"]
         self.position = extra["position"]
@@ -200,13 +213,13 @@ class TrainingState:
         self.skipped_micro_batches = extra["skipped_micro_batches"]
         self.skipped_in_a_row = extra["skipped_in_a_row"]
         self.schedule_offset = extra.get("schedule_offset", 0)  # absent in older checkpoints
-        self.use(self.fit.remembered(extra.get("fit")))
+        self.set_fit(self.fit.restored(extra.get("fit")))
 
 
-def new_state(config: Config, device: torch.device, precision: str | None = None) -> TrainingState:
-    """A model in PyTorch's default initialisation, drawn on the CPU from `run.seed`, and an optimizer without past.
+def new_state(config: Config, device: torch.device, precision: Precision | None = None) -> TrainingState:
+    """Return the state before the first step: PyTorch's default initialization from `run.seed`, drawn on the CPU.
 
-    `precision` is the setting's unless the device needs another.
+    `precision` replaces the setting on a device that does not support it.
     """
     precision = precision or config.training.precision
     with torch.random.fork_rng(devices=[]):
@@ -216,58 +229,27 @@ def new_state(config: Config, device: torch.device, precision: str | None = None
     model.to(device, weights_dtype(precision))
     optimizer = new_optimizer(model, config.training)
     gradients = GradientBuffer(model.parameters(), len(SUMS))
-    fit = Fit.of(config, device)
+    fit = BatchFit.from_config(config, device)
     state = TrainingState(model, optimizer, gradients, precision, device, fit)
-    state.use(fit)
+    state.set_fit(fit)
     state.load_weights(weights)
     return state
 
 
 def new_optimizer(model: UniversalTransformer, settings: TrainingConfig) -> MasterWeightOptimizer:
-    """`training.optimizer` over all of the model's weights."""
+    """Return the optimizer of `training.optimizer` for all weights of the model."""
     if settings.optimizer == "adamw":
         return AdamW(model.parameters(), settings.learning_rate, settings.weight_decay)
     matrices = [p for p in model.recurrent_block.parameters() if p.ndim == 2]
-    of_muon = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in of_muon]
+    matrix_ids = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in matrix_ids]
     return Muon(matrices, others, settings.learning_rate, settings.weight_decay)
 
 
-def reshaped_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Weights whose shape is not the model's, by name: a phrase each."""
+def shape_differences(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Describe each weight whose shape differs from the parameter of its name."""
     return {
         name: f"{name} is {list(weights[name].shape)}, the model's {list(parameter.shape)}"
         for name, parameter in parameters.items()
         if name in weights and weights[name].shape != parameter.shape
     }
-
-
-def _copied(value: Any, into: Any) -> Any:
-    """A copy in host memory, in the place of an older one of the same shape: fresh memory costs more than copying."""
-    if isinstance(value, Tensor):
-        if not isinstance(into, Tensor) or into.shape != value.shape or into.dtype != value.dtype:
-            into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return into.copy_(value)
-    if isinstance(value, dict):
-        older = into if isinstance(into, dict) else {}
-        return {key: _copied(item, older.get(key)) for key, item in value.items()}
-    return [_copied(item, None) for item in value] if isinstance(value, list) else value
-
-
-def _shapes(value: Any) -> Any:
-    """The dicts and tensors of a checkpoint without their content."""
-    if isinstance(value, dict):
-        return {key: _shapes(item) for key, item in value.items()}
-    return value.to("meta") if isinstance(value, Tensor) else None
-
-
-def _touched(like: Any, pin_memory: bool) -> Any:
-    """Host memory for these shapes, each page of which is really there; written by one thread, beside training."""
-    if isinstance(like, dict):
-        return {key: _touched(item, pin_memory) for key, item in like.items()}
-    if not isinstance(like, Tensor):
-        return None
-    # Not `empty_like`: of a meta tensor it imports SymPy, which takes a second of a processor (torch 2.13).
-    room = torch.empty(like.shape, dtype=like.dtype, pin_memory=pin_memory)
-    room.numpy().fill(0)
-    return room

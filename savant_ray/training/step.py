@@ -1,38 +1,82 @@
-"""One optimizer step from this rank's share of the effective batch.
+"""One optimizer step from this rank's local batch: its micro-batches of the global (effective) batch.
 
-Losses are SUMMED over tokens, gradients and sums travel in one all-reduce, and the division by the global number of
-tokens comes last. So the result does not depend on how the sequences were split over ranks and micro-batches, and a
-micro-batch that is left out needs no correction anywhere. What does not fit under the memory cap on one rank is undone on
-all: nothing of a step is applied before its end, so it can begin anew with less at once (`training/fitting.py`).
+Losses are SUMMED over tokens, gradients and sums are reduced over all ranks in one all-reduce, and the division by the
+global number of tokens comes last. The result therefore does not depend on how the sequences were divided into ranks and
+micro-batches, and a skipped micro-batch needs no correction. Nothing of a step is applied before its end, so when one rank
+runs out of device memory, all ranks can discard the step and repeat it with smaller micro-batches.
 
-Shapes: B sequences of a micro-batch, T time.
+Shapes: B sequences of a micro-batch, T time, N sequences of a local batch.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from savant_ray.config import Config
+from savant_ray.data.token_cache import Sequences
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.optim.gradients import clip_to_mean
-from savant_ray.training.efficiency import synchronize
-from savant_ray.training.fitting import none_on_oom, raise_memory_cap_error_on_oom
-from savant_ray.training.micro_batch import MicroBatch
-from savant_ray.training.precision import autocast
-from savant_ray.training.ranks import add_up
+from savant_ray.training.device import autocast, none_on_oom, raise_memory_cap_error_on_oom, synchronize
+from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.state import LOSS, SKIPPED, TOKENS, TrainingState
 
-GraceLeft = Callable[[], float | None]  # None while nobody wishes to stop, then the seconds that are left for it
+GraceLeft = Callable[[], float | None]  # None until a stop is requested, then the seconds left of the grace period
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences of one forward and backward pass."""
+
+    tokens_BT: Tensor
+    document_ids_BT: Tensor
+    positions: tuple[int, ...]  # in the global order
+    useful_flops: float = 0.0  # of the forward and backward pass
+
+    def parts(self, rows: int) -> Iterator[MicroBatch]:
+        """Yield the same sequences in micro-batches of at most `rows`."""
+        for start in range(0, len(self.tokens_BT), rows):
+            part = slice(start, start + rows)
+            yield MicroBatch(self.tokens_BT[part], self.document_ids_BT[part], self.positions[part])
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return the micro-batch on `device`; the copy from pinned memory to a GPU is asynchronous."""
+        tokens_BT = self.tokens_BT.to(device, non_blocking=True)
+        document_ids_BT = self.document_ids_BT.to(device, non_blocking=True)
+        return replace(self, tokens_BT=tokens_BT, document_ids_BT=document_ids_BT)
+
+
+def micro_batches(sequences: Sequences, positions: np.ndarray, config: Config, pinned: bool) -> list[MicroBatch]:
+    """Copy sequences `[N, T]` into micro-batches of at most `training.batch_size` in (pinned) host memory."""
+    size = config.training.batch_size
+    parts = [slice(start, start + size) for start in range(0, len(positions), size)]
+    return [
+        MicroBatch(
+            tokens_BT=_host_tensor(sequences.tokens[part], pinned),
+            document_ids_BT=_host_tensor(sequences.document_ids[part], pinned),
+            positions=tuple(int(p) for p in positions[part]),
+            useful_flops=useful_flops(config.model, document_lengths(sequences.document_ids[part])),
+        )
+        for part in parts
+    ]
+
+
+def _host_tensor(array: np.ndarray, pinned: bool) -> Tensor:
+    tensor = torch.from_numpy(array.copy())
+    return tensor.pin_memory() if pinned else tensor
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A micro-batch whose loss was not finite."""
+    """A micro-batch that was skipped because its loss was not finite."""
 
     positions: tuple[int, ...]
     loss: float
@@ -40,62 +84,67 @@ class Skipped:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Where the time of a step went."""
+    """Seconds of a step by phase."""
 
     compute: float  # forward and backward passes
-    reduce: float  # waiting for the other ranks, too
+    reduce: float  # the all-reduce, including the wait for other ranks
     update: float
 
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What a rank's share came to."""
+    """How the accumulation of a local batch ended."""
 
     skipped: tuple[Skipped, ...] = ()
     abandoned: bool = False
-    no_room: bool = False
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The same on every rank, but for `skipped_here`."""
+    """Result of a step, equal on all ranks except for `skipped_locally` and `seconds`."""
 
     loss: float  # nats per target token
-    tokens: int
-    grad_norm: float
+    tokens: int  # target tokens
+    grad_norm: float  # before clipping; NaN without an update
     skipped: int  # micro-batches, all ranks
     updated: bool
-    stop: bool  # some rank was asked to stop
-    abandoned: bool  # and the step would have outlasted the grace period: nothing has changed
-    no_room: bool  # some rank ran out of device memory: nothing has changed
-    skipped_here: tuple[Skipped, ...]
+    stop: bool  # a stop was requested on some rank
+    abandoned: bool  # the step would have outlasted the grace period on some rank; nothing has changed
+    out_of_memory: bool  # some rank ran out of device memory; nothing has changed
+    skipped_locally: tuple[Skipped, ...]
     seconds: StepSeconds
 
 
 def take_step(
-    state: TrainingState, share: Sequence[MicroBatch], learning_rate: float, gradient_clip: float, grace_left: GraceLeft
+    state: TrainingState,
+    local_batch: Sequence[MicroBatch],
+    learning_rate: float,
+    gradient_clip: float,
+    grace_left: GraceLeft,
 ) -> StepResult:
-    """Accumulates, reduces, updates: collective, so every rank calls it once per step, whatever its share.
+    """Accumulate gradients, reduce them over all ranks, and update the weights.
 
-    A stop does not cut the step short, unless the rest of its accumulation would outlast the grace period on some rank.
+    Collective: every rank calls it once per step, also with an empty local batch. A stop request does not interrupt the
+    step unless the rest of the accumulation would outlast the grace period on some rank.
 
     Raises:
         MemoryCapError: the device has no memory for reducing the gradients or updating the weights.
     """
     started = time.perf_counter()
     state.gradients.zero()
-    here = accumulate(state, share, grace_left)
+    accumulated = accumulate(state, local_batch, grace_left)
     sums = state.gradients.sums
-    flags = [len(here.skipped), grace_left() is not None, here.abandoned, here.no_room]
+    flags = [len(accumulated.skipped), grace_left() is not None, accumulated.abandoned, accumulated.out_of_memory]
     sums[SKIPPED:] = torch.tensor(flags, dtype=sums.dtype)
     synchronize(state.device)
-    accumulated = time.perf_counter()
+    computed = time.perf_counter()
     with raise_memory_cap_error_on_oom(state.fit.limit_gb):
-        add_up(state.gradients.flat)
-        loss, tokens, n_skipped, stops, gave_up, no_room = sums.tolist()
+        all_reduce_sum(state.gradients.flat)
+        loss, tokens, n_skipped, stops, abandoned, out_of_memory = sums.tolist()
         reduced = time.perf_counter()
-        is_whole = tokens and not gave_up and not no_room
-        norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if is_whole else math.nan
+        is_complete = tokens and not abandoned and not out_of_memory
+        norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if is_complete else math.nan
         updated = math.isfinite(norm)
         if updated:
             update(state, learning_rate)
@@ -106,38 +155,39 @@ def take_step(
         skipped=int(n_skipped),
         updated=updated,
         stop=stops > 0,
-        abandoned=gave_up > 0,
-        no_room=no_room > 0,
-        skipped_here=here.skipped,
-        seconds=StepSeconds(accumulated - started, reduced - accumulated, time.perf_counter() - reduced),
+        abandoned=abandoned > 0,
+        out_of_memory=out_of_memory > 0,
+        skipped_locally=accumulated.skipped,
+        seconds=StepSeconds(computed - started, reduced - computed, time.perf_counter() - reduced),
     )
 
 
-def accumulate(state: TrainingState, share: Sequence[MicroBatch], grace_left: GraceLeft) -> Accumulated:
-    """Adds the share's gradients, loss and tokens to the buffer, as much at once as `state.fit` says."""
-    micro_batches = [part for micro_batch in share for part in micro_batch.parts(state.fit.rows)]
+def accumulate(state: TrainingState, local_batch: Sequence[MicroBatch], grace_left: GraceLeft) -> Accumulated:
+    """Add gradients, loss and token count of the local batch to the buffer, in micro-batches of `state.fit.rows`."""
+    parts = [part for micro_batch in local_batch for part in micro_batch.parts(state.fit.rows)]
     skipped: list[Skipped] = []
     started = time.perf_counter()
-    for done, micro_batch in enumerate(micro_batches):
-        if outlasts(grace_left(), time.perf_counter() - started, done, len(micro_batches)):
+    for done, micro_batch in enumerate(parts):
+        if outlasts(grace_left(), time.perf_counter() - started, done, len(parts)):
             return Accumulated(tuple(skipped), abandoned=True)
         loss = none_on_oom(partial(add_gradients, state, micro_batch), state.device)
         if loss is None:
-            return Accumulated(tuple(skipped), no_room=True)
+            return Accumulated(tuple(skipped), out_of_memory=True)
         if not math.isfinite(loss):
             skipped.append(Skipped(micro_batch.positions, loss))
     return Accumulated(tuple(skipped))
 
 
 def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> float:
-    """One forward and backward pass into the buffer; a loss that is not finite adds nothing. Returns the loss sum.
+    """Run one forward and backward pass into the buffer and return the loss sum in nats.
 
-    The micro-batch is moved to the device here, and not earlier, so that running out of memory is handled in one place.
+    A loss that is not finite adds nothing. The micro-batch is moved to the device here and not earlier, so that running
+    out of memory is handled in one place.
     """
     micro_batch = micro_batch.to(state.device)
     targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
     with state.gradients.detached(), autocast(state.precision, state.device):
-        x_BTD = state.model.hidden(micro_batch.tokens_BT, micro_batch.document_ids_BT)
+        x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT)
         loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT)
     value = loss.item()
     if math.isfinite(value):
@@ -148,7 +198,10 @@ def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> float:
 
 
 def outlasts(grace_left: float | None, elapsed: float, done: int, total: int) -> bool:
-    """Whether `total` micro-batches, `done` of which took `elapsed` seconds, take longer than what is left, if limited."""
+    """Return whether the remaining micro-batches take longer than `grace_left` seconds (None = no limit).
+
+    The estimate extrapolates the `elapsed` seconds that `done` of `total` micro-batches took.
+    """
     if grace_left is None:
         return False
     remaining = elapsed / done * (total - done) if done else 0.0
@@ -156,7 +209,28 @@ def outlasts(grace_left: float | None, elapsed: float, done: int, total: int) ->
 
 
 def update(state: TrainingState, learning_rate: float) -> None:
-    """One optimizer update from the buffer's gradients."""
+    """Update the weights once from the gradients in the buffer."""
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over all ranks in place; collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set on some rank; collective."""
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)))
+
+
+def broadcast_from_rank_0(decide: Callable[[], str | None]) -> str | None:
+    """Call `decide` on rank 0 and return its result on every rank; collective."""
+    if not dist.is_initialized():
+        return decide()
+    decision = [decide() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(decision, src=0)
+    return decision[0]

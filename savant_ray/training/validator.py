@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TypeVar
 
@@ -19,14 +19,12 @@ from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, Valid
 from savant_ray.inference.depth import LoopStatistics, loop_statistics
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.inference.validation import bits_per_byte, loss_sums
-from savant_ray.training.compilation import uncompiled
+from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, skip_on_oom, uncompiled
 from savant_ray.training.examiner import Examiner
-from savant_ray.training.fitting import none_on_oom, retry_on_oom, skip_on_oom
-from savant_ray.training.micro_batch import MicroBatch
-from savant_ray.training.precision import autocast
-from savant_ray.training.ranks import add_up, any_rank
+from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.seeds import derived_seed
 from savant_ray.training.state import TrainingState
+from savant_ray.training.step import MicroBatch, all_reduce_sum, any_rank
 
 Item = TypeVar("Item")
 ROWS_OF_DEPTH = 2  # sequences that show what the loops do
@@ -50,6 +48,7 @@ class Validator:
     stop_requested: Callable[[], bool]
     examiner: Examiner | None = None
     rows: int = 0  # sequences of a forward pass at most; 0 = as they come
+    weight_changes: WeightChanges = field(default_factory=WeightChanges)
 
     def __call__(self, state: TrainingState) -> bool:
         """Collective: all ranks add up losses and right answers, rank 0 goes on with the prompt.
@@ -71,7 +70,7 @@ class Validator:
         started = time.perf_counter()
         sums = self._loss_sums(state)
         stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
-        loss, tokens, stops = add_up(torch.cat([sums, stopped]).to(state.device)).tolist()
+        loss, tokens, stops = all_reduce_sum(torch.cat([sums, stopped]).to(state.device)).tolist()
         if self.rank == 0 and not stops:
             self._tell(state, loss / tokens, time.perf_counter() - started)
 
@@ -112,12 +111,19 @@ class Validator:
                 step=state.step,
                 validation_loss=loss,
                 bits_per_byte=bits_per_byte(loss, self.target_tokens, self.text_bytes),
-                weights_moved=self._unless_oom(state, "comparing weights", state.weights_moved),
+                weights_moved=self._weights_moved(state),
                 seconds=seconds,
                 residuals=depth.residuals,
                 cosines=depth.cosines,
             )
         )
+
+    def remember_weights(self, state: TrainingState) -> None:
+        """Copy the weights that the next validation compares with; a notice if there is no memory for it."""
+        self._weights_moved(state)
+
+    def _weights_moved(self, state: TrainingState) -> float | None:
+        return self._unless_oom(state, "comparing weights", functools.partial(self.weight_changes.measure, state))
 
     def _depth(self, state: TrainingState) -> LoopStatistics:
         """Of a few sequences; empty where this rank has none, as there are more workers than held-out sequences."""

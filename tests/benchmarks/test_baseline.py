@@ -1,4 +1,4 @@
-"""The baseline computes what the package computes, so that a ratio of their times means something."""
+"""The baseline computes the same results as the package, so that their times are comparable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_loss_and_gradients_of_padded_documents_are_those_of_packed_ones(
     expected.backward()
     tokens = torch.cat([*documents, torch.zeros(2, dtype=torch.int64)])[None]
     ids = torch.tensor([[0] * 7 + [1] * 10 + [2] * 5 + [-1] * 2])
-    loss = cross_entropy_sum(ours.hidden(tokens, ids), ours.head.weight, next_token_targets(tokens, ids))
+    loss = cross_entropy_sum(ours.hidden_states(tokens, ids), ours.head.weight, next_token_targets(tokens, ids))
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     gradients = dict(theirs.named_parameters())

@@ -1,4 +1,4 @@
-"""Both contestants train on the same documents, and the figures say what their times were."""
+"""Both processes train on the same documents, and the figures report their times."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_what_does_not_fit_under_the_cap_is_taken_with_less_at_once(monkeypatch:
 
     def narrow(state: TrainingState, *inputs: Any) -> StepResult:
         rows.append(state.fit.rows)
-        return dataclasses.replace(take_step(state, *inputs), no_room=state.fit.rows > 3)
+        return dataclasses.replace(take_step(state, *inputs), out_of_memory=state.fit.rows > 3)
 
     monkeypatch.setattr(training, "take_step", narrow)
     assert training._ours(Case(32, 3), CPU)().updated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from savant_ray.cluster.disk import Disk
 from savant_ray.cluster.saving import Saver
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
 from savant_ray.training.checkpoint import RECORDS, read_checkpoint, write_checkpoint
+from savant_ray.training.host_copies import HostCopy
 from tests.training.tiny import tiny_config, tiny_state
 
 
@@ -76,7 +78,7 @@ def test_what_is_written_is_the_state_at_the_save_whatever_training_does_meanwhi
 ) -> None:
     state = tiny_state(tiny_config())
     expected = copy.deepcopy(state.to_checkpoint())
-    saver.begin(0, "periodic", state.copy_to_host, {"train_loss": 1.0})
+    saver.begin(0, "periodic", functools.partial(HostCopy().update, state), {"train_loss": 1.0})
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.zero_()

@@ -12,8 +12,8 @@ from tests.training.tiny import micro_batch, tiny_config, tiny_state
 def test_residuals_and_cosines_are_those_of_each_loop() -> None:
     model, batch = tiny_state(tiny_config()).model, micro_batch([1, 2, 3])
     with torch.no_grad():
-        states = list(model.states(batch.tokens_BT, batch.document_ids_BT, 3))
-        assert torch.equal(model.ln_f(states[-1]), model.hidden(batch.tokens_BT, batch.document_ids_BT, 3))
+        states = list(model.loop_states(batch.tokens_BT, batch.document_ids_BT, 3))
+        assert torch.equal(model.ln_f(states[-1]), model.hidden_states(batch.tokens_BT, batch.document_ids_BT, 3))
     found = loop_statistics(model, batch.tokens_BT, batch.document_ids_BT, 3)
     assert len(found.residuals) == len(found.cosines) == 3
     for before, after, residual, cosine in zip(states, states[1:], found.residuals, found.cosines, strict=False):

@@ -1,4 +1,4 @@
-"""Ways to the same numbers: packed = one document at a time, windowed = masked, cached = full forward, bf16 ~ fp32."""
+"""Equal results: packed = one document at a time, windowed = masked, cached = full forward, bf16 ~ fp32."""
 
 from __future__ import annotations
 
@@ -43,9 +43,11 @@ def test_padding_gives_finite_outputs_and_gradients() -> None:
     tokens = torch.zeros(2, 32, dtype=torch.long)
     documents = torch.full((2, 32), -1)
     documents[0, :3] = 0
-    loss = cross_entropy_sum(model.hidden(tokens, documents), model.head.weight, next_token_targets(tokens, documents))
+    loss = cross_entropy_sum(
+        model.hidden_states(tokens, documents), model.head.weight, next_token_targets(tokens, documents)
+    )
     loss.backward()
-    assert torch.isfinite(model.hidden(tokens, documents)).all()
+    assert torch.isfinite(model.hidden_states(tokens, documents)).all()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
@@ -61,7 +63,7 @@ def test_chunks_of_queries_give_what_all_scores_at_once_give(
     documents = torch.randint(0, 3, (2, sequence_length)).sort(dim=1).values
     same = documents[:, None, :, None] == documents[:, None, None, :]
     dense = Mask(~(same & causal_mask(sequence_length, sequence_length, window_size, q.device)))
-    ways = [attend(q, k, v, mask, 50.0) for mask in (dense, build_masks(documents, window_size, 8).of_windowed)]
+    ways = [attend(q, k, v, mask, 50.0) for mask in (dense, build_masks(documents, window_size, 8).windowed)]
     gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in ways]
     torch.testing.assert_close(ways[1], ways[0], rtol=1e-5, atol=1e-6)  # the cap works in fp32
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
@@ -72,16 +74,16 @@ def test_chunks_of_queries_give_what_all_scores_at_once_give(
 def test_attention_in_bf16_is_off_by_its_outputs_rounding_only_as_scores_are_fp32(
     window_size: int | None, under_autocast: bool
 ) -> None:
-    """Against fp64 of the same bf16 inputs, scores up to the cap: with scores rounded to bf16 1.2 % and 2.4 %."""
+    """Compare with fp64 for equal bf16 inputs; scores rounded to bf16 would have errors of 1.2 % and 2.4 %."""
     torch.manual_seed(0)
     q, k, v = ((scale * torch.randn(2, 4, 300, 64)).bfloat16().requires_grad_() for scale in (4, 4, 1))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    hidden = ~causal_mask(300, 300, window_size, q.device)
+    masked = ~causal_mask(300, 300, window_size, q.device)
     scores = 50 * torch.tanh(exact[0] @ exact[1].mT / 8 / 50)
-    expected = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1) @ exact[2]
+    expected = torch.softmax(scores.masked_fill(masked, float("-inf")), dim=-1) @ exact[2]
     gradients = torch.autograd.grad(expected.square().sum(), exact)
     chunks = build_masks(torch.zeros(2, 300, dtype=torch.int64), window_size or 300, 64).for_loop(window_size is None)
-    for mask in (Mask(hidden), chunks):
+    for mask in (Mask(masked), chunks):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=under_autocast, cache_enabled=False):
             out = attend(q, k, v, mask, 50.0)
         assert relative_error(out, expected) < 0.004
@@ -141,7 +143,7 @@ def test_recomputed_loops_give_the_same_loss_and_gradients() -> None:
         model = make_model()
         model.recompute_loops = recompute
         loss = cross_entropy_sum(
-            model.hidden(tokens, documents), model.head.weight, next_token_targets(tokens, documents)
+            model.hidden_states(tokens, documents), model.head.weight, next_token_targets(tokens, documents)
         )
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
@@ -186,7 +188,7 @@ def test_the_loss_under_autocast_is_within_a_thousandth_of_full_fp32_logits_and_
 
 
 def test_the_gradient_of_an_fp32_head_adds_up_in_fp32_under_autocast() -> None:
-    """One row a chunk, alike: a sum in bf16 would stand still after 256 of them."""
+    """Use one equal row per chunk: a bf16 sum would stop growing after 256 of them."""
     x, head = torch.ones(1, 1024, 4, requires_grad=True), torch.zeros(2, 4, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         loss = cross_entropy_sum(x, head, torch.zeros(1, 1024, dtype=torch.int64), chunk_rows=1)
@@ -195,7 +197,7 @@ def test_the_gradient_of_an_fp32_head_adds_up_in_fp32_under_autocast() -> None:
 
 
 def test_a_loss_without_gradients_computes_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the model's own head, a parameter that wants them."""
+    """The head is a parameter that requires a gradient."""
     asked, honest = [], loss_module._chunk
     monkeypatch.setattr(loss_module, "_chunk", lambda *inputs: asked.append(inputs[3:]) or honest(*inputs))
     x, head = torch.randn(1, 4, 8), torch.nn.Parameter(torch.randn(5, 8))
@@ -228,7 +230,7 @@ def test_bf16_stays_within_two_percent_of_the_fp32_loss_and_five_of_its_gradient
         for p in model.parameters():
             p.grad_dtype = torch.float32
         loss = cross_entropy_sum(
-            model.hidden(tokens, documents), model.head.weight, next_token_targets(tokens, documents)
+            model.hidden_states(tokens, documents), model.head.weight, next_token_targets(tokens, documents)
         )
         loss.backward()
         losses.append(loss.item())

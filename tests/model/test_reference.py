@@ -1,4 +1,4 @@
-"""The model agrees with one written independently, in plain tensors, from docs/DESIGN.md, section 4."""
+"""The model agrees with an independent implementation of docs/DESIGN.md, section 4, in plain tensors."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Turned queries and keys: their product depends on the distance alone, and lengths stay."""
+"""Rotary embeddings: scores depend on the distance only, and vector lengths do not change."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from savant_ray.model.rotary import rotate, rotation
+from savant_ray.model.rotary import apply_rotary, rotary_embedding
 
 CPU = torch.device("cpu")
 
@@ -13,7 +13,10 @@ CPU = torch.device("cpu")
 def test_a_score_depends_on_the_distance_and_on_nothing_else() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16)
     scores = [
-        (rotate(q, rotation(first + distance, 1, 16, CPU)) * rotate(k, rotation(first, 1, 16, CPU))).sum()
+        (
+            apply_rotary(q, rotary_embedding(first + distance, 1, 16, CPU))
+            * apply_rotary(k, rotary_embedding(first, 1, 16, CPU))
+        ).sum()
         for distance in (0, 3)
         for first in (0, 5, 70)
     ]
@@ -27,9 +30,11 @@ def test_the_pairs_turn_as_complex_numbers_do() -> None:
     as_complex = torch.complex(*x.chunk(2, dim=-1))
     angles = torch.arange(3.0, 10.0)[:, None] * 10_000.0 ** -(torch.arange(4) / 4)
     turned = as_complex * torch.polar(torch.ones(7, 4), angles)
-    torch.testing.assert_close(rotate(x, rotation(3, 7, 8, CPU)), torch.cat([turned.real, turned.imag], dim=-1))
+    torch.testing.assert_close(
+        apply_rotary(x, rotary_embedding(3, 7, 8, CPU)), torch.cat([turned.real, turned.imag], dim=-1)
+    )
 
 
-def test_without_a_rotation_nothing_turns() -> None:
+def test_a_rotation_keeps_the_dtype() -> None:
     x = torch.randn(1, 2, 7, 8)
-    assert rotate(x, None) is x and rotate(x.bfloat16(), rotation(0, 7, 8, CPU)).dtype == torch.bfloat16
+    assert apply_rotary(x.bfloat16(), rotary_embedding(0, 7, 8, CPU)).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""bf16 weights take the very updates of fp32 weights, and a reloaded optimizer goes on bit for bit."""
+"""Split bf16 weights receive the updates of fp32 weights, and a reloaded optimizer continues bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates of AdamW's size, the very same for bf16 weights, and a reload goes on bit for bit."""
+"""Muon: orthogonal updates of AdamW's size, equal for bf16 weights; a reloaded optimizer continues bit for bit."""
 
 from __future__ import annotations
 

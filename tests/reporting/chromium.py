@@ -1,4 +1,4 @@
-"""A real browser, steered over its DevTools protocol: what a page says, looks like, and complains about."""
+"""A browser controlled over its DevTools protocol: text, screenshots and errors of a page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DRAWN = "document.documentElement.dataset.drawn"
 
 
 def browser() -> str | None:
-    """Where this machine has one."""
+    """Return the path of Chromium, or None if it is not installed."""
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
@@ -37,7 +37,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command of the protocol, and its answer."""
+        """Send a command of the protocol and return its result."""
         return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), 60))
 
     async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Page:
             self.complaints.append(json.dumps(parameters))
 
     def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Opens a file without a network, as a screen of that size would show it, and waits until it is drawn."""
+        """Open a file without a network at this screen size, and wait until it is drawn."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
@@ -71,27 +71,27 @@ class Page:
         self.wait_for(f"document.readyState === 'complete' && {DRAWN}")
 
     def evaluate(self, expression: str) -> Any:
-        """What an expression of JavaScript is there."""
+        """Return the value of a JavaScript expression."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def wait_for(self, expression: str, seconds: float = 60) -> None:
-        """Until it is true."""
+        """Wait until the expression is true."""
         deadline = time.monotonic() + seconds
         while not self.evaluate(expression):
             assert time.monotonic() < deadline, f"never true: {expression}"
             time.sleep(0.05)
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
-        """A picture of what is seen, or of the whole page."""
+        """Return a screenshot of the visible part or of the whole page."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[Page]:
-    """A tab of a browser of its own, which ends with the block."""
+    """Start a browser and yield a tab; the browser ends with the block."""
     executable = browser()
     assert executable is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
@@ -115,7 +115,7 @@ async def _session() -> aiohttp.ClientSession:
 
 
 async def _tab(session: aiohttp.ClientSession, told: Path) -> str:
-    """The address of the first tab, when the browser has told its port."""
+    """Return the address of the first tab once the browser has written its port."""
     for _ in range(600):
         if told.exists() and (lines := told.read_text().split()):
             async with session.get(f"http://127.0.0.1:{lines[0]}/json/list") as answer:

@@ -1,4 +1,4 @@
-"""Events as a run would emit them, with plausible numbers, and the record that they make."""
+"""Events with plausible numbers, and a record made of them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def checkpoint(step: int, reason: str = "periodic") -> CheckpointSaved:
 
 
 def write(folder: Path, *events: Event) -> Path:
-    """A run folder with the record of these events."""
+    """Write a run folder with the record of these events and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     record = Record(folder)
     for event in events:
@@ -70,5 +70,5 @@ def write(folder: Path, *events: Event) -> Path:
 
 
 def idle(_: Path) -> bool:
-    """No run is trained at present."""
+    """Return False: no run is being trained."""
     return False

@@ -1,4 +1,4 @@
-"""The report tells what the record tells, in one file, and shows text as text."""
+"""The report shows the contents of the record in one file and escapes text."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def html_of(*runs: Path, output: Path) -> str:
 
 
 def drawn(html: str) -> list[dict]:
-    """The charts that the page's script draws."""
+    """Return the charts that the page's script draws."""
     found = re.search(r'<script type="application/json" id="charts-data">(.*?)</script>', html, re.DOTALL)
     assert found is not None
     return json.loads(found[1])
 
 
 def seen(html: str) -> str:
-    """What a reader reads: no tags, scripts and styles."""
+    """Return the visible text, without tags, scripts and styles."""
     without = re.sub(r"<(script|style).*?</\1>", "", html, flags=re.DOTALL)
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", without)).split())
 
@@ -149,7 +149,7 @@ def test_the_command_writes_into_the_run_or_here(
 
 
 def scored(run: Path, step: int, score: float, final: bool, **templates: float) -> Path:
-    """Adds a line to the record as an exam at that step leaves it."""
+    """Add the line of a logic score at that step to the record."""
     shares = {name: {"score": share, "n": 50} for name, share in templates.items()}
     line = {
         "event": "score",
@@ -190,7 +190,7 @@ def test_without_scores_there_is_no_table_and_before_the_end_only_the_curve(tmp_
 
 
 def long_run(folder: Path, steps: int) -> Path:
-    """The record of a run of so many noisy steps, a validation and a sample every 500."""
+    """Write the record of a run of `steps` noisy steps with a validation and a sample every 500."""
     write(folder, attempt(max_steps=steps, settings=SETTINGS))
     noise, line = np.random.default_rng(0).normal(size=(steps, 3)), to_line(step_done(1, share_of_peak=0.3))
     with (folder / "metrics.jsonl").open("a") as file:

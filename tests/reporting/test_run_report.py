@@ -1,4 +1,4 @@
-"""What a run says, where it is watched and where it is not."""
+"""Output of a run on a live terminal, on a plain console and in the log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.reporting.events import attempt, checkpoint, sample, step_done, valid
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that the test advances."""
 
     now = 0.0
 
@@ -29,7 +29,7 @@ class Clock:
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -53,7 +53,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 
 def log_of(folder: Path) -> list[str]:
-    """The log without its times."""
+    """Return the lines of the log without their times."""
     text = (folder / LOG).read_text(encoding="utf-8")
     return [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  | {27}", "", line) for line in text.splitlines()]
 

@@ -1,4 +1,4 @@
-"""`savant runs` and `savant status` tell what the record tells."""
+"""`savant runs` and `savant status` show the contents of the record."""
 
 from __future__ import annotations
 

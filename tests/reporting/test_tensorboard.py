@@ -1,4 +1,4 @@
-"""What TensorBoard itself reads is what the record says, over all launches of a run."""
+"""TensorBoard reads the numbers of the record, over all attempts of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMBERS = {
 
 
 def launch(folder: Path, first: int, last: int) -> Record:
-    """Trains from after `first` to `last`, and is killed: nothing is closed."""
+    """Record an attempt from after `first` to `last` that is killed: nothing is closed."""
     record = Record(folder)
     record.go_back_to(first, validates=False)
     record.append(attempt(first))
@@ -36,7 +36,7 @@ def read(folder: Path) -> EventAccumulator:
 
 
 def steps_shown(folder: Path) -> list[int]:
-    """The steps whose loss is shown; every number of the record has to be, each once."""
+    """Return the steps whose loss is shown, and check that every number of the record is shown once."""
     accumulator, lines = read(folder), list(read_records(folder / METRICS))
     for kind, names in NUMBERS.items():
         for name in names:

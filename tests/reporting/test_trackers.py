@@ -1,4 +1,4 @@
-"""A tracker has the record's numbers, each once over all launches, and no trouble of it becomes the run's."""
+"""A tracker receives each number of the record once over all attempts, and its errors do not affect the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS = Config.from_dict({"training": {"learning_rate": 1e-3}}).to_dict()
 
 
 class Fake:
-    """Keeps lines; fails where it is told to."""
+    """A tracker that keeps lines and fails on request."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ class Fake:
 
 
 def launch(folder: Path, first: int, last: int, tracker: Any, finished: bool = False) -> Record:
-    """Trains from after `first` to `last`."""
+    """Record an attempt from after `first` to `last`."""
     record = Record(folder, [Tracking("Fake", tracker)])
     record.append(attempt(first, settings=SETTINGS))
     record.go_back_to(first, validates=False)

@@ -1,4 +1,4 @@
-"""The course of the loss beside it."""
+"""The sparkline of the loss."""
 
 from __future__ import annotations
 

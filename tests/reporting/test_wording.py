@@ -1,4 +1,4 @@
-"""Numbers and events in words."""
+"""Text of numbers and events."""
 
 from __future__ import annotations
 

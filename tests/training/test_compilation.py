@@ -1,4 +1,4 @@
-"""Where the block is compiled, and where it runs as it is written."""
+"""When the block is compiled, and when it runs uncompiled."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from savant_ray.model import flex
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.training import compilation
-from savant_ray.training.compilation import compile_block, uncompiled
+from savant_ray.training import device as device_module
+from savant_ray.training.device import compile_block, uncompiled
 from savant_ray.training.step import take_step
 from tests.training.test_fitting import validated
 from tests.training.tiny import CPU, never, share, tiny_config, tiny_state
@@ -32,7 +32,7 @@ def model() -> UniversalTransformer:
 
 def with_tools(monkeypatch: pytest.MonkeyPatch, compiler: bool, headers: bool) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if compiler else None)
-    for module in (flex, compilation):
+    for module in (flex, device_module):
         monkeypatch.setattr(module, "has_python_headers", lambda: headers)
 
 
@@ -86,7 +86,7 @@ def test_a_gpu_needs_a_c_compiler_pythons_headers_and_heads_of_16_for_flex_atten
 def test_attention_by_itself_may_be_compiled_for_as_many_shapes_as_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
     flex._compiled.__wrapped__()
-    assert torch._dynamo.config.recompile_limit == flex.SHAPES == 64
+    assert torch._dynamo.config.recompile_limit == flex.MAX_COMPILED_SHAPES == 64
 
 
 def test_training_runs_the_compiled_block_and_validation_the_one_that_is_written() -> None:

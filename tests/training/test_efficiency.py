@@ -1,4 +1,4 @@
-"""The share of peak: counted as a loop over queries would, measured on this machine."""
+"""Utilization: FLOPs equal to those counted by a loop over queries, peak measured on this machine."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_a_document_costs_the_same_wherever_it_lies_and_a_longer_one_more() -> N
 
 def test_a_matrix_product_itself_is_about_all_of_the_peak_and_uncounted_work_is_unknown() -> None:
     peak = Peak("fp32", torch.device("cpu"))
-    assert peak.share(1e6, 1.0) is None, "not measured yet"
+    assert peak.utilization(1e6, 1.0) is None, "not measured yet"
     peak.measure()
-    assert peak.share(0.0, 1.0) is None
-    assert peak.share(1e6, 1.0) == pytest.approx(1e6 / peak.flops_per_second)
+    assert peak.utilization(0.0, 1.0) is None
+    assert peak.utilization(1e6, 1.0) == pytest.approx(1e6 / peak.flops_per_second)
     before = peak.flops_per_second
     peak.measure()
     assert peak.flops_per_second >= before > 1e8
@@ -41,5 +41,5 @@ def test_a_matrix_product_itself_is_about_all_of_the_peak_and_uncounted_work_is_
 def test_no_step_is_faster_than_the_peak_however_busy_the_machine_was_when_it_was_measured() -> None:
     peak = Peak("fp32", torch.device("cpu"))
     peak.flops_per_second = 1e9
-    assert peak.share(1.31e9, 1.0) == 1.0
-    assert peak.share(0.655e9, 1.0) == pytest.approx(0.5), "the peak is at least the speed of the fastest step"
+    assert peak.utilization(1.31e9, 1.0) == 1.0
+    assert peak.utilization(0.655e9, 1.0) == pytest.approx(0.5), "the peak is at least the speed of the fastest step"

@@ -1,4 +1,4 @@
-"""`savant evaluate`: the table per template, one's own problems, and the score at other numbers of loops."""
+"""`savant evaluate`: the table per template, own problems, and the score at other numbers of loops."""
 
 from __future__ import annotations
 

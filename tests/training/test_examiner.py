@@ -1,4 +1,4 @@
-"""The logic suite at a validation: shared by the ranks, whole at the end, cut short by a stop."""
+"""The logic suite at a validation: divided over ranks, complete after the last step, cut short by a stop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.inference.logic import AT_ONCE, logic_suite
 from savant_ray.training import examiner
+from savant_ray.training.device import DeviceMemoryError
 from savant_ray.training.examiner import Examiner
-from savant_ray.training.fitting import DeviceMemoryError
 from savant_ray.training.state import TrainingState
 from tests.training.tiny import CPU, MODEL, new_state
 
@@ -32,7 +32,7 @@ def config(**validation: Any) -> Config:
 
 @pytest.fixture
 def state() -> TrainingState:
-    """Says one digit after the other, so that some answers are right."""
+    """Answers one digit after the other, so that some answers are right."""
     state = new_state(config(), CPU)
     digits = torch.tensor([TOKENIZER.encode(str(digit))[0] for digit in range(10)])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A step that does not fit under the cap is taken with less at once, and comes to the same."""
+"""A step that does not fit under the cap is repeated with smaller micro-batches and has the same result."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from savant_ray.config import Config
 from savant_ray.errors import MemoryCapError
 from savant_ray.events import Event, Notice, StepDone, ValidationDone
 from savant_ray.optim.adamw import AdamWRule
-from savant_ray.training.efficiency import Peak
-from savant_ray.training.fitting import (
+from savant_ray.training.device import (
     DeviceMemoryError,
-    Fit,
     is_out_of_memory,
     none_on_oom,
     raise_memory_cap_error_on_oom,
     retry_on_oom,
 )
+from savant_ray.training.efficiency import Peak
+from savant_ray.training.host_copies import HostCopy, WeightChanges
 from savant_ray.training.loop import train
-from savant_ray.training.state import TrainingState
+from savant_ray.training.state import BatchFit, TrainingState
 from savant_ray.training.step import take_step
 from savant_ray.training.validator import Validator
 from tests.training.tiny import CPU, RecordingHost, never, share, shares, tiny_config, tiny_state, weights
@@ -36,19 +36,19 @@ Room = Callable[[], None]
 
 
 def with_room_for(state: TrainingState, rows: float, after: int = 0) -> TrainingState:
-    """An allocator that holds the kept loops of `rows / 2` sequences or the recomputed ones of `rows`.
+    """Simulate memory for `rows / 2` sequences with kept loops or `rows` with recomputed ones.
 
     The first `after` forward passes always fit.
     """
-    model, honest, calls = state.model, state.model.hidden, iter(range(10**6))
+    model, honest, calls = state.model, state.model.hidden_states, iter(range(10**6))
 
-    def hidden(tokens_BT: torch.Tensor, *others: object) -> torch.Tensor:
+    def hidden_states(tokens_BT: torch.Tensor, *others: object) -> torch.Tensor:
         needed = len(tokens_BT) * (1 if model.recompute_loops else 2)
         if next(calls) >= after and needed > rows:
             raise torch.OutOfMemoryError("Tried to allocate")
         return honest(tokens_BT, *others)
 
-    model.hidden = hidden  # type: ignore[method-assign]
+    model.hidden_states = hidden_states  # type: ignore[method-assign]
     return state
 
 
@@ -87,7 +87,7 @@ def test_nothing_of_a_step_is_applied_that_did_not_fit() -> None:
     state = with_room_for(tiny_state(tiny_config()), 0, after=2)
     before, moments = weights(state), state.optimizer.state_dict()
     result = take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
-    assert result.no_room and not result.updated
+    assert result.out_of_memory and not result.updated
     assert all(torch.equal(before[name], w) for name, w in weights(state).items())
     assert not any(moment["exp_avg"].any() for moment in moments["state"].values())
 
@@ -114,7 +114,7 @@ def test_what_fits_is_remembered_in_the_checkpoint_for_the_same_settings() -> No
     for change in ({"vram_limit_gb": 20.0}, {"batch_size": 6, "accumulation": 2}, {"recompute_loops": False}):
         other = tiny_state(tiny_config(**change))
         other.load_checkpoint(checkpoint)
-        assert other.fit == Fit.of(tiny_config(**change), CPU), "found for other settings"
+        assert other.fit == BatchFit.from_config(tiny_config(**change), CPU), "found for other settings"
 
 
 def test_loops_are_recomputed_from_where_the_user_asks_for_it() -> None:
@@ -134,7 +134,7 @@ def test_loops_are_recomputed_from_where_the_user_asks_for_it() -> None:
 )
 def test_what_gives_way_in_turn(setting: bool | str, expected: list[tuple[int, bool]]) -> None:
     config = Config.from_dict({"training": {"recompute_loops": setting}})
-    fit, seen = Fit.of(config, torch.device("cuda")), []
+    fit, seen = BatchFit.from_config(config, torch.device("cuda")), []
     with pytest.raises(MemoryCapError):
         while True:
             seen.append((fit.rows, fit.recompute_loops))
@@ -147,8 +147,8 @@ def test_what_gives_way_in_turn(setting: bool | str, expected: list[tuple[int, b
 )
 def test_a_cpu_takes_no_more_at_once_than_is_of_use(dim: int, max_seq_len: int, rows: int) -> None:
     config = Config.from_dict({"model": {"dim": dim, "max_seq_len": max_seq_len}})
-    assert Fit.of(config, CPU).rows == rows
-    assert Fit.of(config, torch.device("cuda")).rows == 12
+    assert BatchFit.from_config(config, CPU).rows == rows
+    assert BatchFit.from_config(config, torch.device("cuda")).rows == 12
 
 
 NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27.5
@@ -238,14 +238,14 @@ def test_a_save_without_device_memory_is_tried_once_more_and_then_fails_as_any_w
 ) -> None:
     config = with_due(tiny_config(), checkpoint=2)
     state, host = tiny_state(config), RecordingHost()
-    master, save = NoRoom(state.optimizer.master, times=0), state.copy_to_host
+    master, save = NoRoom(state.optimizer.master, times=0), HostCopy.update
 
-    def save_without_room() -> object:
+    def save_without_room(host_copy: HostCopy, state: TrainingState) -> object:
         master.left = failures if state.step == 4 else 0
-        return save()
+        return save(host_copy, state)
 
     monkeypatch.setattr(state.optimizer, "master", master)
-    monkeypatch.setattr(state, "copy_to_host", save_without_room)
+    monkeypatch.setattr(HostCopy, "update", save_without_room)
     if failures == 1:
         assert train(state, config, shares(state, config), host)
         assert host.saved == [(2, "periodic"), (4, "periodic"), (6, "final")]
@@ -261,11 +261,10 @@ def test_what_training_does_not_depend_on_is_skipped_with_a_notice_if_it_does_no
     config = with_due(tiny_config(), validation=3)
     state, host = tiny_state(config), RecordingHost()
     monkeypatch.setattr(Peak, "measure", NoRoom(Peak.measure))
-    monkeypatch.setattr(state, "weights_moved", NoRoom(state.weights_moved))
+    monkeypatch.setattr(WeightChanges, "measure", NoRoom(WeightChanges.measure))
     assert train(state, config, shares(state, config), host) and len(steps(host)) == 6
     skipped = "was skipped: the device ran out of memory"
     assert notices(host) == [
-        f"rank 0: comparing weights {skipped}",
         f"rank 0: measuring the speed of matrix products {skipped}",
         f"rank 0: measuring the speed of matrix products {skipped}",
     ]
@@ -288,7 +287,7 @@ def test_a_validation_of_which_not_even_one_sequence_fits_fails_as_any_worker_do
 def test_a_validation_of_one_sequence_that_fits_the_second_time_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(batch_size=1, accumulation=12)
     expected, state = validated(tiny_state(config), config), tiny_state(config)
-    monkeypatch.setattr(state.model, "hidden", NoRoom(state.model.hidden, times=1))
+    monkeypatch.setattr(state.model, "hidden_states", NoRoom(state.model.hidden_states, times=1))
     losses = [
         event.validation_loss
         for events in (expected, validated(state, config))
@@ -299,7 +298,7 @@ def test_a_validation_of_one_sequence_that_fits_the_second_time_is_whole(monkeyp
 
 
 def validated(state: TrainingState, config: Config) -> list[Event]:
-    """What a validation of twelve sequences tells."""
+    """Return the events of a validation of twelve sequences."""
     words = SimpleNamespace(
         vocab_size=50, end_of_document=50, never_sampled=frozenset(), encode=lambda text: [3, 4], decode=str
     )
@@ -319,7 +318,7 @@ def test_a_validation_that_does_not_fit_shrinks_itself_only() -> None:
     assert isinstance(said, Notice) and "at most 2 at once" in said.text
     assert isinstance(loss, ValidationDone) and isinstance(whole[0], ValidationDone)
     assert loss.validation_loss == pytest.approx(whole[0].validation_loss, rel=1e-6)
-    assert state.fit == Fit.of(config, CPU)
+    assert state.fit == BatchFit.from_config(config, CPU)
 
 
 def test_an_answer_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,11 @@ from savant_ray.inference.generate import Sampling, generate
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.flex import has_flex
 from savant_ray.model.loss import IGNORED, cross_entropy_sum
-from savant_ray.training.compilation import compile_block
+from savant_ray.training.device import GIB, cap_memory, compile_block, memory_used_gb, update_memory_cap
+from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import step_with_oom_retry
-from savant_ray.training.memory import GIB, cap_memory, cap_memory_again, memory_used_gb
-from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.state import new_state
-from savant_ray.training.step import take_step
+from savant_ray.training.step import MicroBatch, take_step
 from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, tiny_config, weights
 
 pytestmark = [
@@ -123,9 +122,9 @@ def test_what_is_kept_beyond_the_limit_is_given_back_after_the_first_step() -> N
     cap_memory(CUDA, 6.0)
     kept = torch.empty(int(2.5 * GIB), dtype=torch.uint8, device=CUDA)
     del kept  # to the allocator, not to the device
-    assert "were held for them" in (cap_memory_again(CUDA, 2.0) or "")
+    assert "had been reserved for them" in (update_memory_cap(CUDA, 2.0) or "")
     assert torch.cuda.memory_reserved(CUDA) < 2.0 * GIB
-    assert cap_memory_again(CUDA, 2.0) is None
+    assert update_memory_cap(CUDA, 2.0) is None
 
 
 def test_greedy_generation_is_the_cpus() -> None:
@@ -156,8 +155,9 @@ def test_the_guides_model_takes_a_step_of_twelve_sequences_below_10_gib(compiled
 def test_a_copy_of_bf16_weights_takes_one_joined_tensor_of_device_memory() -> None:
     state = new_state(config_with(head_dim=64), CUDA, "bf16")
     largest = 4 * max(p.numel() for p in state.model.parameters())
-    state.copy_to_host()
+    copies = HostCopy()
+    copies.update(state)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    state.copy_to_host()
+    copies.update(state)
     assert torch.cuda.max_memory_allocated() - before <= largest + 4096  # blocks are multiples of 512 bytes

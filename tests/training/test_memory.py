@@ -1,4 +1,4 @@
-"""The cap: arithmetic here, the device itself in test_gpu.py."""
+"""The memory cap with a fake GPU; test_gpu.py tests it on a real one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from savant_ray.events import Notice
-from savant_ray.training import loop, memory
-from savant_ray.training.memory import (
+from savant_ray.training import device as device_module
+from savant_ray.training import loop
+from savant_ray.training.device import (
     GIB,
     MARGIN_GB,
-    MOST_OUTSIDE_GB,
+    MAX_OUTSIDE_GB,
     allocator_fraction,
     cap_memory,
-    cap_memory_again,
     memory_used_gb,
+    update_memory_cap,
 )
 from tests.training.tiny import CPU, RecordingHost, shares, tiny_config, tiny_state
 
@@ -35,7 +36,7 @@ def test_what_lies_outside_the_allocator_counts(limit: float, total: float, outs
 
 
 def test_a_cpu_has_nothing_to_cap_and_tells_its_resident_size() -> None:
-    assert "nothing to cap" in (cap_memory(CPU, 10.0) or "")
+    assert "has no effect" in (cap_memory(CPU, 10.0) or "")
     before = memory_used_gb(CPU)
     with mmap.mmap(-1, 100 << 20) as kept:  # fresh pages: an allocator may have some left over
         kept.write(bytes(100 << 20))
@@ -43,7 +44,7 @@ def test_a_cpu_has_nothing_to_cap_and_tells_its_resident_size() -> None:
 
 
 class FakeGPU:
-    """A card of 12 GiB: what the allocator has reserved, and what the process and others hold beside it, GiB."""
+    """A GPU of 12 GiB: memory reserved by the allocator, and memory held outside it, in GiB."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, by_nvml: float | None = None) -> None:
         self.total, self.reserved, self.outside, self.fraction = 12.0, 0.0, 0.5, 1.0
@@ -57,7 +58,9 @@ class FakeGPU:
             "empty_cache": self.empty_cache,
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
-        monkeypatch.setattr(memory, "_held_by_process", lambda device: None if by_nvml is None else int(by_nvml * GIB))
+        monkeypatch.setattr(
+            device_module, "_held_by_process", lambda device: None if by_nvml is None else int(by_nvml * GIB)
+        )
 
     def set_fraction(self, fraction: float, index: int | None) -> None:
         assert index is None or isinstance(index, int), "PyTorch refuses a device without a number"
@@ -72,11 +75,11 @@ def test_without_nvml_what_the_device_misses_is_the_processs_but_at_most_two_gib
 ) -> None:
     gpu = FakeGPU(monkeypatch)
     gpu.reserved = 3.0
-    assert memory.outside_allocator_gb(CUDA) == pytest.approx(0.5, abs=1e-6)
+    assert device_module.outside_allocator_gb(CUDA) == pytest.approx(0.5, abs=1e-6)
     gpu.outside = 7.0  # another process
-    assert memory.outside_allocator_gb(CUDA) == MOST_OUTSIDE_GB == 2.0
+    assert device_module.outside_allocator_gb(CUDA) == MAX_OUTSIDE_GB == 2.0
     FakeGPU(monkeypatch, by_nvml=3.25).reserved = 3.0
-    assert memory.outside_allocator_gb(CUDA) == pytest.approx(0.25, abs=1e-6), "NVML can tell processes apart"
+    assert device_module.outside_allocator_gb(CUDA) == pytest.approx(0.25, abs=1e-6), "NVML can tell processes apart"
 
 
 def test_nvml_that_is_missing_or_does_not_see_the_process_knows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,12 +88,12 @@ def test_nvml_that_is_missing_or_does_not_see_the_process_knows_nothing(monkeypa
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7"))
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
-    assert memory._held_by_process(CUDA) is None
+    assert device_module._held_by_process(CUDA) is None
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
     other = SimpleNamespace(pid=-1, usedGpuMemory=5)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: [other])
-    assert memory._held_by_process(CUDA) is None
+    assert device_module._held_by_process(CUDA) is None
 
 
 def test_after_the_first_step_what_libraries_took_is_taken_off_and_the_cache_beyond_it_given_back(
@@ -100,16 +103,16 @@ def test_after_the_first_step_what_libraries_took_is_taken_off_and_the_cache_bey
     assert cap_memory(CUDA, 10.0) is None
     assert gpu.fraction * gpu.total == pytest.approx(9.4, abs=1e-6)
     gpu.reserved = 9.0
-    assert cap_memory_again(CUDA, 10.0) is None and gpu.reserved == 9.0
+    assert update_memory_cap(CUDA, 10.0) is None and gpu.reserved == 9.0
     gpu.outside, gpu.reserved = 0.9, 9.3
-    note = cap_memory_again(CUDA, 10.0) or ""
+    note = update_memory_cap(CUDA, 10.0) or ""
     assert gpu.fraction * gpu.total == pytest.approx(9.0, abs=1e-6) and gpu.reserved == 1.0
-    assert "libraries hold 0.9 GiB" in note and "9.0 of training.vram_limit_gb = 10 are left" in note
-    assert cap_memory_again(CPU, 10.0) is None
+    assert "libraries hold 0.9 GiB" in note and "leaves 9.0 of training.vram_limit_gb = 10" in note
+    assert update_memory_cap(CPU, 10.0) is None
 
 
 def test_what_the_second_cap_has_to_say_reaches_the_user_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "cap_memory_again", lambda device, limit_gb: f"{limit_gb:g} are too few")
+    monkeypatch.setattr(loop, "update_memory_cap", lambda device, limit_gb: f"{limit_gb:g} are too few")
     config, host = tiny_config(), RecordingHost()
     state = tiny_state(config)
     loop.train(state, config, shares(state, config), host)

@@ -1,4 +1,4 @@
-"""Arrays become micro-batches, which a step moves to the device one by one."""
+"""Arrays become micro-batches, which a step moves to the device one at a time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 
 from savant_ray.data.token_cache import Sequences
 from savant_ray.training.efficiency import document_lengths, useful_flops
-from savant_ray.training.micro_batch import MicroBatch, micro_batches
-from savant_ray.training.step import take_step
+from savant_ray.training.step import MicroBatch, micro_batches, take_step
 from tests.training.tiny import LENGTH, VOCABULARY, never, share, tiny_config, tiny_state
 
 
@@ -40,4 +39,4 @@ def test_a_micro_batch_that_cannot_be_moved_to_the_device_is_no_room_for_the_ste
 
     monkeypatch.setattr(MicroBatch, "to", no_room)
     result = take_step(tiny_state(tiny_config()), share(0, 4, 0, 1, 4), 1e-2, 1.0, never)
-    assert result.no_room and not result.updated
+    assert result.out_of_memory and not result.updated

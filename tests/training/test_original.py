@@ -13,7 +13,6 @@ from savant_ray.config import Config
 from savant_ray.events import StepDone
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.loop import train
-from savant_ray.training.micro_batch import MicroBatch
 from savant_ray.training.original import (
     NO_MOMENTS,
     OptimizerName,
@@ -24,7 +23,7 @@ from savant_ray.training.original import (
     write_original,
 )
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import take_step
+from savant_ray.training.step import MicroBatch, take_step
 from tests.training.original_fixtures import KINDS, PEAK, batch, expected, file_of, rate
 from tests.training.original_program import AdamW8bit, OriginalProgram, adamw
 from tests.training.tiny import LENGTH, MODEL, RecordingHost, never, shares, tiny_config, tiny_state, weights
@@ -192,7 +191,7 @@ def test_an_optimizer_without_adamw_moments_is_left_out_and_told(optimizer: Opti
     program.optimizer.load_state_dict(four["optimizer_state_dict"])
     program.train(batch(0))
     _, notes = loaded(tmp_path / "step_0.pt")
-    assert notes == ["the optimizer starts afresh: it is for 0 parameters, the model has 15"]
+    assert notes == ["the optimizer starts from its initial state: it is for 0 parameters, the model has 15"]
 
 
 def test_masks_are_dropped_on_the_way_in_and_come_out_as_the_original_has_them(tmp_path: Path) -> None:
@@ -412,7 +411,7 @@ def test_a_schedule_behind_the_step_is_told(tmp_path: Path) -> None:
     content["scheduler_state_dict"]["last_epoch"] = 1
     torch.save(content, tmp_path / "step_3.pt")
     _, notes = loaded(tmp_path / "step_3.pt")
-    assert notes == ["the saved schedule stood at 1; it goes on at step 3"]
+    assert notes == ["the saved schedule is at 1; it continues at step 3"]
 
 
 # --- what fits only in part
@@ -426,7 +425,7 @@ def test_an_optimizer_of_several_groups_is_told_and_the_weights_stay(tmp_path: P
     program.scheduler = torch.optim.lr_scheduler.LambdaLR(program.optimizer, lambda _: 1.0)
     program.train(batch(0))
     state, notes = loaded(program.save(tmp_path))
-    assert notes == ["the optimizer starts afresh: it has 2 parameter groups, this optimizer has 1"]
+    assert notes == ["the optimizer starts from its initial state: it has 2 parameter groups, this optimizer has 1"]
     assert_weights_of(program, state)
     assert all(not entry["exp_avg"].any() for entry in moments(state).values())
 
@@ -448,7 +447,7 @@ def test_a_state_of_another_optimizer_is_told_and_the_weights_stay(optimizer: An
     content = program.content() | {"optimizer_state_dict": optimizer, "scheduler_state_dict": None}
     torch.save(content, tmp_path / "step_1.pt")
     state, notes = loaded(tmp_path / "step_1.pt")
-    assert len(notes) == 1 and notes[0].startswith("the optimizer starts afresh: ") and why in notes[0]
+    assert len(notes) == 1 and notes[0].startswith("the optimizer starts from its initial state: ") and why in notes[0]
     assert_weights_of(program, state)
 
 
@@ -457,7 +456,7 @@ def test_a_state_for_only_some_of_the_parameters_is_not_used(tmp_path: Path) -> 
     del content["optimizer_state_dict"]["state"][4]
     torch.save(content, tmp_path / "step_1.pt")
     _, notes = loaded(tmp_path / "step_1.pt")
-    assert notes == ["the optimizer starts afresh: it is for 14 parameters, the model has 15"]
+    assert notes == ["the optimizer starts from its initial state: it is for 14 parameters, the model has 15"]
 
 
 @pytest.mark.parametrize(
@@ -479,5 +478,5 @@ def test_8_bit_moments_whose_parts_do_not_belong_together_are_told_and_not_used(
         inner.update(changes if "qmap1" in inner else {})
     torch.save(content, tmp_path / "step_1.pt")
     state, notes = loaded(tmp_path / "step_1.pt")
-    assert len(notes) == 1 and notes[0].startswith("the optimizer starts afresh: ") and why in notes[0]
+    assert len(notes) == 1 and notes[0].startswith("the optimizer starts from its initial state: ") and why in notes[0]
     assert_weights_of(program, state)

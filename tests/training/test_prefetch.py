@@ -1,4 +1,4 @@
-"""Fetched one ahead, the shares are the same, and a run that stops leaves nothing behind."""
+"""Prefetched batches are the same, and a run that stops leaves no thread behind."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 from savant_ray.events import StepDone
 from savant_ray.training.loop import train
-from savant_ray.training.prefetch import one_ahead
+from savant_ray.training.prefetch import prefetch
 from tests.training.tiny import RecordingHost, shares, tiny_config, tiny_state, weights
 
 PATIENCE = 60  # seconds
 
 
 def fetchers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("one-ahead")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def wait_until_gone() -> None:
@@ -31,9 +31,9 @@ def wait_until_gone() -> None:
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_the_same_items_come_in_the_same_order_and_the_thread_ends(n: int) -> None:
     prepared: list[str] = []
-    items = one_ahead((i for i in range(n)), lambda: prepared.append(threading.current_thread().name))
+    items = prefetch((i for i in range(n)), lambda: prepared.append(threading.current_thread().name))
     assert list(items) == list(range(n))
-    assert len(prepared) == 1 and prepared[0].startswith("one-ahead")
+    assert len(prepared) == 1 and prepared[0].startswith("prefetch")
     wait_until_gone()
 
 
@@ -46,7 +46,7 @@ def test_the_next_item_is_fetched_while_one_is_used_and_the_first_does_not_wait_
         assert second_may_come.wait(PATIENCE)
         yield 2
 
-    items = one_ahead(source())
+    items = prefetch(source())
     assert next(items) == 1, "though the second is not there"
     assert second_asked.wait(PATIENCE)
     second_may_come.set()
@@ -58,7 +58,7 @@ def test_an_error_comes_where_the_item_would_have_come() -> None:
         yield 1
         raise OSError("the disk is gone")
 
-    items = one_ahead(source())
+    items = prefetch(source())
     assert next(items) == 1
     with pytest.raises(OSError, match="the disk is gone"):
         next(items)
@@ -74,7 +74,7 @@ def test_when_it_is_dropped_the_source_is_closed_and_the_thread_ends() -> None:
         finally:
             closed.set()
 
-    for item in one_ahead(source()):
+    for item in prefetch(source()):
         if item == 3:
             break
     assert closed.wait(PATIENCE)
@@ -87,11 +87,11 @@ def test_a_run_that_stops_and_goes_on_over_shares_fetched_ahead_is_the_run_witho
     train(state, config, shares(state, config), straight)
 
     first, stopped = RecordingHost(stop_at=3), tiny_state(config)
-    assert not train(stopped, config, one_ahead(shares(stopped, config)), first)
+    assert not train(stopped, config, prefetch(shares(stopped, config)), first)
     second, resumed = RecordingHost(), tiny_state(config)
     resumed.load_checkpoint(first.checkpoint)
     assert resumed.position == 3 * 12, "what was fetched and not trained on does not count"
-    assert train(resumed, config, one_ahead(shares(resumed, config)), second)
+    assert train(resumed, config, prefetch(shares(resumed, config)), second)
     told = [event.train_loss for event in first.events + second.events if isinstance(event, StepDone)]
     assert told == [event.train_loss for event in straight.events if isinstance(event, StepDone)]
     assert all(torch.equal(w, weights(resumed)[name]) for name, w in weights(state).items())

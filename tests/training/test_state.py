@@ -1,4 +1,4 @@
-"""A checkpoint's content in a model that is not quite the one it came from: what fits is kept, the rest is named."""
+"""Loading a checkpoint into a different model: what fits is loaded, the rest is listed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from savant_ray.errors import CheckpointError
+from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
@@ -81,7 +82,7 @@ def test_an_optimizer_state_that_does_not_fit_is_named_and_a_fresh_one_taken(
     state, content = fresh(), trained()
     change(content)
     (note,) = state.load_checkpoint(content)
-    assert note.startswith(f"the optimizer starts afresh: {named}")
+    assert note.startswith(f"the optimizer starts from its initial state: {named}")
     assert not any(moment.any() for moment in moments(state))
     assert all(torch.equal(w, content["model_state_dict"][name]) for name, w in weights(state).items())
     assert (state.step, state.position) == (3, 36)
@@ -93,10 +94,10 @@ def test_parts_added_to_or_taken_from_the_model_are_named_and_the_rest_is_kept()
     content["model_state_dict"]["gone.weight"] = content["model_state_dict"].pop(HEAD)
     notes = state.load_checkpoint(content)
     assert notes[:2] == [
-        f"{HEAD} is not in the checkpoint: a fresh one",
-        "gone.weight of the checkpoint has no place in the model: dropped",
+        f"{HEAD} is not in the checkpoint: newly initialized",
+        "gone.weight of the checkpoint is not in the model: ignored",
     ]
-    assert notes[2].startswith("the optimizer starts afresh")
+    assert notes[2].startswith("the optimizer starts from its initial state")
     now = weights(state)
     assert torch.equal(now.pop(HEAD), before)
     assert all(torch.equal(w, content["model_state_dict"][name]) for name, w in now.items())
@@ -108,13 +109,13 @@ def test_weights_of_another_shape_are_refused_unless_changes_are_allowed() -> No
     with pytest.raises(CheckpointError, match=r"head.weight is \[49, 16\], the model's \[50, 16\]"):
         state.load_checkpoint(content)
     notes = state.load_checkpoint(content, allow_changes=True)
-    assert notes[0] == "head.weight is [49, 16], the model's [50, 16]: a fresh one"
+    assert notes[0] == "head.weight is [49, 16], the model's [50, 16]: newly initialized"
 
 
 def test_a_schedule_that_stood_elsewhere_goes_on_at_the_step() -> None:
     state, content = fresh(), trained()
     content["scheduler_state_dict"]["last_epoch"] = 7
-    assert state.load_checkpoint(content) == ["the saved schedule stood at 7; it goes on at step 3"]
+    assert state.load_checkpoint(content) == ["the saved schedule is at 7; it continues at step 3"]
 
 
 def test_a_copy_of_bf16_weights_joins_one_at_a_time_and_is_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +132,7 @@ def test_a_copy_of_bf16_weights_joins_one_at_a_time_and_is_the_checkpoint(monkey
 
     monkeypatch.setattr(state.optimizer, "master", watched)
     files = [io.BytesIO(), io.BytesIO()]
-    for content, file in zip((state.copy_to_host(), expected), files, strict=True):
+    for content, file in zip((HostCopy().update(state), expected), files, strict=True):
         torch.save(content, file)
     assert len(joined) == len(list(state.model.parameters()))
     assert files[0].getvalue() == files[1].getvalue()
@@ -140,11 +141,12 @@ def test_a_copy_of_bf16_weights_joins_one_at_a_time_and_is_the_checkpoint(monkey
 def test_a_second_copy_takes_the_place_of_the_first_and_is_the_state_as_it_is_then() -> None:
     config = tiny_config()
     state = tiny_state(config)
-    first = state.copy_to_host()["model_state_dict"]["embed.weight"]
+    copies = HostCopy()
+    first = copies.update(state)["model_state_dict"]["embed.weight"]
     before = first.clone()
     take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     assert torch.equal(first, before), "a step does not touch it"
-    second = state.copy_to_host()
+    second = copies.update(state)
     assert second["model_state_dict"]["embed.weight"].data_ptr() == first.data_ptr()
     for name, weight in state.master_weights().items():
         assert torch.equal(second["model_state_dict"][name], weight)
@@ -154,29 +156,32 @@ def test_a_second_copy_takes_the_place_of_the_first_and_is_the_state_as_it_is_th
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_first_copy_into_room_that_was_made_for_it_is_the_state(precision: str) -> None:
     state = tiny_state(tiny_config(precision=precision))
-    state.make_room_for_copies()
+    copies = HostCopy()
+    copies.allocate(state)
     take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
-    state._room.join()
-    rooms = tensors(state._host_copy)
-    copied, expected = tensors(state.copy_to_host()), tensors(state.to_checkpoint())
-    assert copied.keys() == expected.keys() == rooms.keys()
+    copies._allocation.join()
+    allocated = tensors(copies._content)
+    copied, expected = tensors(copies.update(state)), tensors(state.to_checkpoint())
+    assert copied.keys() == expected.keys() == allocated.keys()
     for name, tensor in copied.items():
         assert torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype, name
-        assert tensor.data_ptr() == rooms[name].data_ptr(), "nothing was allocated for it"
+        assert tensor.data_ptr() == allocated[name].data_ptr(), "nothing was allocated for it"
     counters = {name: value for name, value in state.to_checkpoint()["savant"].items() if name != "torch_rng_state"}
-    assert counters == {name: state._host_copy["savant"][name] for name in counters}
+    assert counters == {name: copies._content["savant"][name] for name in counters}
 
 
 def test_the_first_step_waits_for_no_compiler_of_symbolic_shapes() -> None:
-    """PyTorch imports SymPy for some operators on meta tensors: a second of a processor in front of the first step."""
+    """PyTorch imports SymPy for some operators on meta tensors, which would delay the first step by a second."""
     script = (
         "import sys\n"
         "from tests.training.tiny import never, share, tiny_config, tiny_state\n"
+        "from savant_ray.training.host_copies import HostCopy\n"
         "from savant_ray.training.step import take_step\n"
         "state = tiny_state(tiny_config())\n"
-        "state.make_room_for_copies()\n"
+        "copies = HostCopy()\n"
+        "copies.allocate(state)\n"
         "take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)\n"
-        "state.copy_to_host()\n"
+        "copies.update(state)\n"
         "print({'sympy', 'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -184,7 +189,7 @@ def test_the_first_step_waits_for_no_compiler_of_symbolic_shapes() -> None:
 
 
 def tensors(content: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """All in a checkpoint, by their path."""
+    """Return all tensors of a checkpoint by path."""
     if isinstance(content, torch.Tensor):
         return {name: content}
     if not isinstance(content, dict):

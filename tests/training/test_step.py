@@ -92,7 +92,7 @@ def _poisoned_rank(rank: int, folder: str, poison: bool) -> None:
         del shares[0][0]
     results = [step(state, mine) for mine in shares]
     figures = [(r.loss, r.tokens, r.grad_norm, r.updated) for r in results]
-    torch.save((figures, results[0].skipped, len(results[0].skipped_here), weights(state)), f"{folder}/{rank}.pt")
+    torch.save((figures, results[0].skipped, len(results[0].skipped_locally), weights(state)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -105,8 +105,8 @@ def test_poison_on_one_rank_only_is_as_if_that_micro_batch_had_not_been_there(tm
         mp.spawn(_poisoned_rank, (str(folder), poison), nprocs=2)
         results[poison] = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     clean = results[False][0]
-    for rank, (figures, skipped, skipped_here, final) in enumerate(results[True]):
-        assert figures == clean[0] and skipped == 1 and skipped_here == rank
+    for rank, (figures, skipped, skipped_locally, final) in enumerate(results[True]):
+        assert figures == clean[0] and skipped == 1 and skipped_locally == rank
         assert all(torch.equal(final[name], clean[3][name]) for name in final)
 
 
@@ -125,7 +125,7 @@ def test_a_bad_micro_batch_leaves_the_step_that_it_was_not_part_of(bad, value, m
     expected = step(clean, [b for i, b in enumerate(micro_batches) if i not in bad])
 
     assert result.skipped == len(bad)
-    assert [s.positions for s in result.skipped_here] == [micro_batches[i].positions for i in bad]
+    assert [s.positions for s in result.skipped_locally] == [micro_batches[i].positions for i in bad]
     assert result.updated == expected.updated == (len(bad) < 3)
     assert all(torch.equal(a, b) for a, b in zip(weights(poisoned).values(), weights(clean).values(), strict=True))
 
@@ -165,7 +165,7 @@ def test_the_seconds_of_a_step_are_booked_where_they_were_spent_and_add_up(monke
         return lambda *inputs, **named: (time.sleep(seconds), act(*inputs, **named))[1]
 
     monkeypatch.setattr(module, "add_gradients", lasting(0.05, module.add_gradients))  # three micro-batches
-    monkeypatch.setattr(module, "add_up", lasting(0.1, module.add_up))
+    monkeypatch.setattr(module, "all_reduce_sum", lasting(0.1, module.all_reduce_sum))
     monkeypatch.setattr(state.optimizer, "step", lasting(0.08, state.optimizer.step))
     train(state, config, (lasting(0.04, lambda each: each)(each) for each in shares(state, config)), host)
     told = [event for event in host.events if isinstance(event, StepDone)]

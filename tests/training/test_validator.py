@@ -1,4 +1,4 @@
-"""A validation that is stopped within: between two batches, between two tokens of the answer."""
+"""A validation that a stop interrupts between two batches or between two tokens of the answer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.events import Event, SampleGenerated, ValidationDone
+from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
 from savant_ray.training.validator import Validator
@@ -27,7 +28,7 @@ def config_of(max_steps: int = 6) -> Config:
 
 
 def after(questions: int) -> Callable[[], bool]:
-    """A wish to stop that comes when it has been asked for so often in vain."""
+    """Return a stop request that appears after `questions` checks."""
     left = iter(range(questions))
     return lambda: next(left, None) is None
 
@@ -75,15 +76,21 @@ def test_a_prompt_without_tokens_is_told_and_has_no_answer() -> None:
 
 
 class ValidatingHost(RecordingHost):
-    """Validates in earnest; in the validation of `stop_at` it is asked to stop after so many questions."""
+    """Runs the real validation; in that of `stop_at` a stop is requested after `questions` checks."""
 
     def __init__(self, config: Config, stop_at: int | None = None, questions: int = 0) -> None:
         super().__init__(stop_at=stop_at, in_validation=True)
         self._config, self._questions = config, questions
+        self._weight_changes = WeightChanges()
 
     def validate(self, state: TrainingState) -> bool:
         wish = after(self._questions) if state.step == self.stop_at else lambda: False
-        return validator(self._config, self.emit, wish)(state)
+        with_memory = validator(self._config, self.emit, wish)
+        with_memory.weight_changes = self._weight_changes
+        return with_memory(state)
+
+    def remember_weights(self, state: TrainingState) -> None:
+        self._weight_changes.measure(state)
 
 
 @pytest.mark.parametrize("stop_at", [3, 6])
@@ -107,6 +114,7 @@ def test_it_is_made_up_for_after_the_resume(stop_at: int, questions: int) -> Non
 def test_the_first_validation_of_a_launch_tells_how_many_weights_moved_since_its_start() -> None:
     config = config_of()
     first, state = ValidatingHost(config), tiny_state(config)
+    first.remember_weights(state)
     train(state, config, shares(state, config), first)
     moved = [event.weights_moved for event in first.events if isinstance(event, ValidationDone)]
     assert len(moved) == 2 and all(share is not None and share > 0.9 for share in moved)
@@ -118,7 +126,7 @@ def test_a_rank_without_held_out_sequences_still_tells_what_the_others_found(mon
     empty = validator(config, events.append, lambda: False)
     empty.micro_batches = []
     others = torch.tensor([12.0, 4.0, 0.0], dtype=torch.float64)  # loss, tokens, stops
-    monkeypatch.setattr("savant_ray.training.validator.add_up", lambda sums: sums + others)
+    monkeypatch.setattr("savant_ray.training.validator.all_reduce_sum", lambda sums: sums + others)
     assert not empty(state)
     (done,) = (event for event in events if isinstance(event, ValidationDone))
     assert done.validation_loss == 3.0 and done.residuals == done.cosines == () and done.last_cosine is None

@@ -1,4 +1,4 @@
-"""A two-loop model and a text without files: sequence p is a function of p."""
+"""A two-loop model and sequences without files: sequence p is a function of p."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.events import Event, StepDone
-from savant_ray.training.micro_batch import MicroBatch
+from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.state import TrainingState, new_state
+from savant_ray.training.step import MicroBatch
 
 LENGTH, VOCABULARY = 16, 50
 MODEL = dict(
@@ -76,11 +77,11 @@ def weights(state: TrainingState) -> dict[str, torch.Tensor]:
 
 
 def never() -> None:
-    """Nobody wishes to stop."""
+    """Return None: no stop is requested."""
 
 
 class Code:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,7 +91,7 @@ class Code:
 
 
 class RecordingHost:
-    """The loop's surroundings in a few lines: asked to stop in step `stop_at`, or in the validation after it."""
+    """A `Host` that records calls; a stop is requested in step `stop_at`, or in the validation after it."""
 
     def __init__(
         self, rank: int = 0, stop_at: int | None = None, in_validation: bool = False, grace: float = 60
@@ -101,6 +102,7 @@ class RecordingHost:
         self.saved: list[tuple[int, str]] = []
         self.validated: list[int] = []
         self.checkpoint: dict[str, Any] = {}
+        self._host_copy = HostCopy()
         self._begun: tuple[int, str, dict[str, Any]] | None = None
 
     def emit(self, event: Event) -> None:
@@ -113,10 +115,10 @@ class RecordingHost:
 
     def save(self, state: TrainingState, reason: str) -> None:
         self.finish_saving()
-        self._begun = (state.step, reason, state.copy_to_host())
+        self._begun = (state.step, reason, self._host_copy.update(state))
 
     def finish_saving(self) -> bool:
-        """The storage refuses at the last moment."""
+        """Finish the pending save, or fail it if the storage refuses."""
         kept = self._begun is None or not self.storage_refuses
         if self._begun is not None and kept:
             step, reason, self.checkpoint = self._begun
@@ -132,7 +134,7 @@ class RecordingHost:
 
 
 def _sequence(position: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two documents and some padding, of lengths that depend on the position."""
+    """Return two documents and some padding, with lengths that depend on the position."""
     generator = torch.Generator().manual_seed(position)
     first = 3 + position % 5
     documents = torch.tensor([0] * first + [1] * (LENGTH - first - position % 3) + [-1] * (position % 3))

@@ -23,7 +23,7 @@ SECONDS = 0.15
 WINDOWS = {
     "savant_ray.training.step": {"accumulate": "accumulation", "update": "update"},
     "savant_ray.training.validator": {"Validator._validate": "validation", "Validator._sample": "generation"},
-    "savant_ray.training.state": {"TrainingState.copy_to_host": "save"},
+    "savant_ray.training.host_copies": {"HostCopy.update": "save"},
     "savant_ray.training.checkpoint": {"_fill": "background write"},
     "savant_ray.cluster.saving": {"write_checkpoint": "handover"},
 }

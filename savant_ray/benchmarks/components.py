@@ -1,0 +1,134 @@
+"""Attention, loss and generation by themselves, against the straightforward way to compute each.
+
+Attention and loss: forward and backward pass against whole score matrices and whole logits. Generation: a key-value cache
+against recomputing the whole text for each token, for one prompt and for a batch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from savant_ray.benchmarks import baseline
+from savant_ray.benchmarks.registry import Figures, alternate, figure, seconds
+from savant_ray.benchmarks.workload import benchmark_device, benchmark_dtype, model_config
+from savant_ray.inference.generate import Sampling, generate_many
+from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
+from savant_ray.model.loss import cross_entropy_sum
+from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.training.device import synchronize
+
+ROUNDS = 9
+DOCUMENT_TOKENS = 250  # of each document in a packed row
+GENERATION_ROUNDS = 2
+PROMPT_TOKENS, NEW_TOKENS = 20, 300
+BATCH_SIZE = 8
+SEED = 0
+
+
+def run_attention() -> Figures:
+    """Measure a windowed and a global loop, over one long document and over packed documents."""
+    return dict(_attention_figures())
+
+
+def _attention_figures() -> Iterator[tuple[str, dict[str, object]]]:
+    device = benchmark_device()
+    config, dtype = model_config(device), benchmark_dtype(device)
+    torch.manual_seed(SEED)
+    T, shape = config.max_seq_len, (1, config.n_heads, config.max_seq_len, config.head_dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def forward_and_backward(mask: Mask) -> None:
+        attend(q, k, v, mask, config.soft_cap).square().sum().backward()
+
+    for text, length in (("one_document", T), ("packed", DOCUMENT_TOKENS)):
+        documents = (torch.arange(T, device=device) // length)[None]
+        masks = build_masks(documents, config.window_size, config.head_dim)
+        same_document = documents[:, None, :, None] == documents[:, None, None, :]
+        for loop, mask, window in (
+            ("windowed", masks.windowed, config.window_size),
+            ("global", masks.full, None),
+        ):
+            dense = Mask(~(same_document & causal_mask(T, T, window, device)))
+            ours, reference = partial(forward_and_backward, mask), partial(forward_and_backward, dense)
+            yield f"attention_{loop}_{text}", _compare(reference, ours, device)
+
+
+def run_loss() -> Figures:
+    """Measure head and cross entropy over four rows of targets."""
+    device = benchmark_device()
+    config, dtype = model_config(device), benchmark_dtype(device)
+    torch.manual_seed(SEED)
+    x_BTD = torch.randn(4, config.max_seq_len, config.dim, device=device, dtype=dtype, requires_grad=True)
+    head = torch.randn(config.vocab_size, config.dim, device=device).mul_(0.02).to(dtype).requires_grad_()
+    targets_BT = torch.randint(0, config.vocab_size, x_BTD.shape[:2], device=device)
+
+    def reference() -> None:
+        logits = (x_BTD @ head.mT).float().flatten(0, 1)
+        F.cross_entropy(logits, targets_BT.flatten(), reduction="sum").backward()
+
+    def ours() -> None:
+        cross_entropy_sum(x_BTD, head, targets_BT).backward()
+
+    return {"loss": _compare(reference, ours, device)}
+
+
+def _compare(reference: Callable[[], object], ours: Callable[[], object], device: torch.device) -> dict[str, object]:
+    def timed(act: Callable[[], object]) -> float:
+        def act_and_synchronize() -> None:
+            act()
+            synchronize(device)
+
+        return seconds(act_and_synchronize)
+
+    reference_times, our_times = alternate(ROUNDS, lambda: timed(reference), lambda: timed(ours))
+    detail = f"{1000 * statistics.median(our_times):.1f} against {1000 * statistics.median(reference_times):.1f} ms"
+    return figure([a / b for a, b in zip(reference_times, our_times, strict=True)], detail)
+
+
+def run_generation() -> Figures:
+    """Measure generated tokens per second in fp32 and, if the device supports it, in bf16."""
+    device = benchmark_device()
+    figures: Figures = {}
+    for dtype in dict.fromkeys((torch.float32, benchmark_dtype(device))):
+        figures |= measure_generation(device, dtype)
+    return figures
+
+
+def measure_generation(device: torch.device, dtype: torch.dtype) -> Figures:
+    """Measure generation in one dtype, for one prompt and for a batch of them."""
+    config = model_config(device)
+    torch.manual_seed(SEED)
+    model = UniversalTransformer(config).to(device, dtype)
+    reference = baseline.Baseline(config).to(device, dtype)
+    reference.load_state_dict(model.state_dict(), strict=False)
+    prompts = torch.randint(3, config.vocab_size, (BATCH_SIZE, PROMPT_TOKENS)).tolist()
+    greedy = Sampling(config.vocab_size, -1, frozenset(), max_new_tokens=NEW_TOKENS, temperature=0)
+
+    def generate(n_prompts: int) -> float:
+        synchronize(device)
+        return seconds(lambda: generate_many(model, prompts[:n_prompts], greedy))
+
+    generate(1)
+    recomputed, single, batched = alternate(
+        GENERATION_ROUNDS,
+        lambda: seconds(lambda: baseline.generate(reference, prompts[0], NEW_TOKENS)),
+        lambda: generate(1),
+        lambda: generate(BATCH_SIZE),
+        warm_up=0,
+    )
+    name = str(dtype).removeprefix("torch.")
+    return {
+        f"generate_{name}": _generation_figure(recomputed, single, 1),
+        f"generate_{name}_{BATCH_SIZE}_at_once": _generation_figure(recomputed, batched, BATCH_SIZE),
+    }
+
+
+def _generation_figure(recomputed: list[float], cached: list[float], n_prompts: int) -> dict[str, object]:
+    ratios = [n_prompts * slow / fast for slow, fast in zip(recomputed, cached, strict=True)]
+    fast, slow = n_prompts * NEW_TOKENS / statistics.median(cached), NEW_TOKENS / statistics.median(recomputed)
+    return figure(ratios, f"{fast:,.1f} against {slow:,.1f} tokens/s")

@@ -1,0 +1,293 @@
+"""The device that trains: number formats, compilation, the memory cap, and out-of-memory errors.
+
+`training.precision`:
+
+    bf16        bf16 weights (the optimizer keeps their lower halves) and bf16 activations
+    bf16-mixed  fp32 weights and residual stream, bf16 matrix products
+    fp32        fp32 throughout
+
+`training.vram_limit_gb` caps what the device reports for this process. PyTorch's memory fraction limits its allocator only
+and leaves out the CUDA context, kernels and library workspaces (pytorch/pytorch#58466), so those are measured and
+subtracted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
+
+import psutil
+import pynvml
+import torch
+
+from savant_ray.errors import MemoryCapError, SavantError
+from savant_ray.model.flex import MAX_COMPILED_SHAPES, has_python_headers
+from savant_ray.model.transformer import UniversalTransformer
+
+Precision = str  # "bf16" | "bf16-mixed" | "fp32", checked by savant_ray.config
+Result = TypeVar("Result")
+
+GIB = 1024**3
+MARGIN_GB = 0.1  # GiB, for kernels that are loaded later
+# Without NVML the memory of other processes cannot be separated from this one's, so the estimate is limited to what a
+# CUDA context (about 0.5 GiB) and NCCL (0.5 to 1.6 GiB, nccl #864 and #964) take.
+MAX_OUTSIDE_GB = 2.0
+OUT_OF_MEMORY_MESSAGES = re.compile(  # libraries that allocate without PyTorch raise a plain RuntimeError
+    r"CUDA error: out of memory"
+    r"|Triton Error \[CUDA\]: out of memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|CUDNN_STATUS_ALLOC_FAILED"
+    r"|Cuda failure (\d+ )?'out of memory'"  # NCCL's "last error"
+)
+
+
+def supported_precision(precision: Precision, device: torch.device) -> tuple[Precision, str | None]:
+    """Return `precision`, or fp32 on a CPU without bf16 instructions, and a note for the user or None.
+
+    PyTorch emulates bf16 products there at 1/100 of the speed of fp32 (measured on an AVX2 processor: 0.2 to 0.8
+    against 54 to 78 GFLOP/s). Checkpoints hold fp32 weights in each precision, so a run can move between machines.
+    """
+    if precision == "fp32" or device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return precision, None
+    return "fp32", f"this CPU has no bf16 instructions: training.precision = {precision} computes in fp32"
+
+
+def weights_dtype(precision: Precision) -> torch.dtype:
+    """Return the dtype of the model's parameters."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """Return the context manager for a forward pass.
+
+    The cache of autocast is off: with it all loops would share one bf16 copy of an fp32 weight, whose gradients would be
+    accumulated in bf16 (measured error over 12 loops: 0.3 % against 6e-10).
+    """
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its queue, so that its time is measured in the phase that caused it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compile_block(
+    model: UniversalTransformer, setting: bool | str, device: torch.device, precision: Precision
+) -> str | None:
+    """Compile the recurrent block as `training.compile` says; return a note for the user or None.
+
+    "auto" compiles if a C++ compiler is installed, except in fp32 on a CPU, where compiling takes half a minute and
+    gains 0 to 4 % (docs/LOG.md). Each input shape gets its own graph (`dynamic=False`), so that a run and its
+    resumption run the same kernels.
+    """
+    if setting is False or (setting == "auto" and device.type == "cpu" and precision == "fp32"):
+        return None
+    missing = _missing_compiler()
+    if missing and setting == "auto":
+        return f"{missing} not found: training runs uncompiled (slower, same results up to rounding)"
+    torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
+    model.recurrent_block.compile(dynamic=False)
+    return "compiling the model: the first step takes up to a minute longer"
+
+
+@contextmanager
+def uncompiled(model: UniversalTransformer) -> Iterator[None]:
+    """Run the recurrent block without its compiled graph.
+
+    Attention stays compiled on a GPU: the stance "force_eager" would compute all scores at once.
+    """
+    block = model.recurrent_block
+    compiled, block._compiled_call_impl = block._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        block._compiled_call_impl = compiled
+
+
+def _missing_compiler() -> str | None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return "g++"
+    return None if has_python_headers() else "Python.h (package python3-dev)"
+
+
+def cap_memory(device: torch.device, limit_gb: float) -> str | None:
+    """Limit the GPU memory of this process to `limit_gb` GiB; call it before the first tensor is allocated.
+
+    Returns:
+        A note for the user (the GPU is smaller than the limit, or there is no GPU), or None.
+    """
+    if device.type != "cuda":
+        return f"training.vram_limit_gb = {limit_gb:g} caps GPU memory; it has no effect on a CPU"
+    _limit_allocator(device, limit_gb)
+    if limit_gb <= (total_gb := _total_gb(device)):
+        return None
+    return f"training.vram_limit_gb = {limit_gb:g}, but the GPU has {total_gb:.1f} GiB: capped at that"
+
+
+def update_memory_cap(device: torch.device, limit_gb: float) -> str | None:
+    """Recompute the allocator's limit after libraries have allocated memory; free cached blocks beyond it.
+
+    Returns:
+        A note for the user if the allocator held more than the new limit, or None.
+    """
+    if device.type != "cuda":
+        return None
+    allowed_gb = _limit_allocator(device, limit_gb)
+    reserved_gb = torch.cuda.memory_reserved(device) / GIB
+    if reserved_gb <= allowed_gb:
+        return None
+    torch.cuda.empty_cache()
+    return (
+        f"libraries hold {outside_allocator_gb(device):.1f} GiB of the GPU, which leaves {allowed_gb:.1f} of "
+        f"training.vram_limit_gb = {limit_gb:g} for tensors; {reserved_gb:.1f} GiB had been reserved for them"
+    )
+
+
+def _limit_allocator(device: torch.device, limit_gb: float) -> float:
+    """Set the limit of PyTorch's allocator and return it in GiB."""
+    total_gb = _total_gb(device)
+    fraction = allocator_fraction(limit_gb, total_gb, outside_allocator_gb(device))
+    torch.cuda.set_per_process_memory_fraction(
+        fraction, device.index
+    )  # for "cuda" without an index: the current device
+    return fraction * total_gb
+
+
+def _total_gb(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory / GIB
+
+
+def allocator_fraction(limit_gb: float, total_gb: float, outside_gb: float) -> float:
+    """Return the fraction of the device that the allocator may take so that the process stays within the limit."""
+    return max(0.0, min(limit_gb, total_gb) - outside_gb - MARGIN_GB) / total_gb
+
+
+def outside_allocator_gb(device: torch.device) -> float:
+    """Return the GPU memory of this process outside PyTorch's allocator in GiB, from NVML if it is available."""
+    reserved = torch.cuda.memory_reserved(device)
+    held = _held_by_process(device)
+    if held is not None:
+        return max(0.0, (held - reserved) / GIB)
+    free, total = torch.cuda.mem_get_info(device)
+    return min(MAX_OUTSIDE_GB, max(0.0, (total - free - reserved) / GIB))
+
+
+def memory_used_gb(device: torch.device) -> float:
+    """Return GiB: on a GPU the peak of this process since the last call, on a CPU its resident size."""
+    if device.type != "cuda":
+        return psutil.Process().memory_info().rss / GIB
+    peak = torch.cuda.max_memory_reserved(device) / GIB + outside_allocator_gb(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return GiB: on a GPU the peak of allocated tensors, on a CPU the peak resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def _held_by_process(device: torch.device) -> int | None:
+    """Return bytes, or None if NVML is missing or does not list this process, as in some containers."""
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return None
+    held = {process.pid: process.usedGpuMemory for process in processes}
+    return held.get(os.getpid())
+
+
+class DeviceMemoryError(RuntimeError):
+    """Work outside the training steps ran out of device memory.
+
+    It is no `SavantError`: it does not show that the model is too large, so the worker fails as for any other reason and
+    is restarted (`scaling.max_failures`).
+    """
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an allocation on the device failed; the compiler wraps the errors of its kernels in its own."""
+    if error is None or isinstance(error, SavantError | DeviceMemoryError):
+        return False
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if isinstance(error, RuntimeError) and OUT_OF_MEMORY_MESSAGES.search(str(error)):
+        return True
+    return is_out_of_memory(getattr(error, "inner_exception", None)) or is_out_of_memory(error.__cause__)
+
+
+def none_on_oom(act: Callable[[], Result], device: torch.device) -> Result | None:
+    """Return `act()`; if the device runs out of memory, free cached blocks and return None."""
+    try:
+        return act()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    if device.type == "cuda":  # outside of the `except` block, whose traceback references the tensors
+        torch.cuda.empty_cache()
+    return None
+
+
+def skip_on_oom(
+    act: Callable[[], Result], device: torch.device, work: str, notify: Callable[[str], None]
+) -> Result | None:
+    """Return `act()`; if the device runs out of memory, notify the user that `work` was skipped and return None.
+
+    For figures that training does not depend on.
+    """
+    result = none_on_oom(lambda: (act(),), device)  # in a tuple, since `act` may return None
+    if result is None:
+        notify(f"{work} was skipped: the device ran out of memory")
+        return None
+    return result[0]
+
+
+def retry_on_oom(act: Callable[[], Result], device: torch.device, work: str) -> Result:
+    """Return `act()`; if the device runs out of memory, free cached blocks and call it once more.
+
+    Raises:
+        DeviceMemoryError: the second call ran out of memory as well; `work` says what was being done.
+    """
+    result = none_on_oom(act, device)
+    if result is not None:
+        return result
+    try:
+        return act()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceMemoryError(
+            f"{work} ran out of device memory twice, the second time after cached blocks were freed; raise "
+            "training.vram_limit_gb if the device has more, or stop other programs that use it"
+        ) from error
+
+
+@contextmanager
+def raise_memory_cap_error_on_oom(limit_gb: float) -> Iterator[None]:
+    """Turn out-of-memory errors into an error that ends the run.
+
+    For the model, its gradients and its optimizer state only: they need the same memory at each attempt.
+
+    Raises:
+        MemoryCapError: the device ran out of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryCapError(
+            f"the model with its gradients and optimizer state does not fit under training.vram_limit_gb = {limit_gb:g}; "
+            f"raise it, or lower model.dim or model.vocab_size ({str(error).strip().partition(chr(10))[0]})"
+        ) from error
