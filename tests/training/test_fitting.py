@@ -270,6 +270,10 @@ def test_what_training_does_not_depend_on_is_skipped_with_a_notice_if_it_does_no
     ]
     assert all(step.share_of_peak is None for step in steps(host))
 
+    about_first_weights: list[Event] = []
+    validator(config, about_first_weights).remember_weights(state)
+    assert about_first_weights == [Notice(text=f"step 6: comparing weights {skipped}")]
+
     monkeypatch.setattr("savant_ray.training.validator.loop_statistics", NoRoom(lambda: None))
     about_loops, about_weights, loss, _ = validated(state, config)
     assert isinstance(about_loops, Notice) and about_loops.text == f"step 6: loop statistics {skipped}"
@@ -299,15 +303,19 @@ def test_a_validation_of_one_sequence_that_fits_the_second_time_is_whole(monkeyp
 
 def validated(state: TrainingState, config: Config) -> list[Event]:
     """Return the events of a validation of twelve sequences."""
+    events: list[Event] = []
+    validator(config, events)(state)
+    return events
+
+
+def validator(config: Config, events: list[Event]) -> Validator:
     words = SimpleNamespace(
         vocab_size=50, end_of_document=50, never_sampled=frozenset(), encode=lambda text: [3, 4], decode=str
     )
-    events: list[Event] = []
-    Validator(
+    return Validator(
         config, words, share(0, 12, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
         stop_requested=lambda: False,
-    )(state)  # fmt: skip
-    return events
+    )  # fmt: skip
 
 
 def test_a_validation_that_does_not_fit_shrinks_itself_only() -> None:

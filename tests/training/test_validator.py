@@ -90,7 +90,9 @@ class ValidatingHost(RecordingHost):
         return with_memory(state)
 
     def remember_weights(self, state: TrainingState) -> None:
-        self._weight_changes.measure(state)
+        at_start = validator(self._config, self.emit, lambda: False)
+        at_start.weight_changes = self._weight_changes
+        at_start.remember_weights(state)
 
 
 @pytest.mark.parametrize("stop_at", [3, 6])
