@@ -433,11 +433,11 @@ def test_an_optimizer_of_several_groups_is_told_and_the_weights_stay(tmp_path: P
 @pytest.mark.parametrize(
     ("optimizer", "why"),
     [
-        ({}, "0 groups"),
-        (None, "0 groups"),
-        ({"state": {0: "x"}, "param_groups": [{"params": [0]}]}, "0 groups"),
-        ({"state": {}, "param_groups": torch.ones(2, 2)}, "0 groups"),
-        (torch.ones(2, 2), "0 groups"),
+        ({}, "0 parameter groups"),
+        (None, "0 parameter groups"),
+        ({"state": {0: "x"}, "param_groups": [{"params": [0]}]}, "0 parameter groups"),
+        ({"state": {}, "param_groups": torch.ones(2, 2)}, "0 parameter groups"),
+        (torch.ones(2, 2), "0 parameter groups"),
         ({"state": {}, "param_groups": [{"params": [[0]]}]}, "0 parameters"),
         ({"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"params": [0]}]}, "1 parameters"),
     ],
@@ -465,7 +465,7 @@ def test_a_state_for_only_some_of_the_parameters_is_not_used(tmp_path: Path) -> 
         ({"absmax1": torch.ones(3)}, "it holds absmax1, absmax2, "),
         ({"qmap2": torch.ones(16)}, "it holds absmax1, absmax2, "),
         ({"state1": torch.zeros(5)}, "has another shape"),
-        ({"state2": None}, "0 groups"),
+        ({"state2": None}, "0 parameter groups"),
     ],
 )
 def test_8_bit_moments_whose_parts_do_not_belong_together_are_told_and_not_used(
