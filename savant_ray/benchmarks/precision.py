@@ -112,12 +112,12 @@ def _text() -> Text:
     device = benchmark_device()
     training, held_out = problems(0, 6000), problems(1, 600, held_out=True)
     tokenizer = train_tokenizer((problem.text for problem in training), MODEL["vocab_size"])
-    rows, documents = _packed([[*tokenizer.encode(p.text), tokenizer.end_of_document] for p in training], device)
+    rows, documents = _packed(tokenizer.encode_documents([p.text for p in training]), device)
     batches = [
         MicroBatch(rows[start : start + ROWS], documents[start : start + ROWS], tuple(range(start, start + ROWS)))
         for start in range(0, len(rows) - ROWS, ROWS)
     ]
-    held = _packed([[*tokenizer.encode(p.text), tokenizer.end_of_document] for p in held_out], device)
+    held = _packed(tokenizer.encode_documents([p.text for p in held_out]), device)
     return Text(batches, [(held[0][:VALIDATION_ROWS], held[1][:VALIDATION_ROWS])])
 
 

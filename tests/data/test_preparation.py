@@ -425,9 +425,9 @@ def test_another_end_of_document_is_another_cache(
 ) -> None:
     files = expand(str(write_jsonl("a.jsonl", ["ab"])))
     cache = prepare(files, byte_tokenizer, 8, tmp_path / "cache")
-    named = byte_tokenizer.ending_with("<|end_of_document|>")
+    named = byte_tokenizer.with_settings("<|end_of_document|>")
     assert prepare(files, named, 8, tmp_path / "cache").folder == cache.folder, "the same token, named"
-    other = byte_tokenizer.ending_with("<|pad|>")
+    other = byte_tokenizer.with_settings("<|pad|>")
     again = prepare(files, other, 8, tmp_path / "cache")
     assert again.folder != cache.folder
     assert again.take(np.array([0])).tokens[0].tolist() == [*byte_tokenizer.encode("ab"), 0, *[0] * 5]

@@ -300,7 +300,11 @@ def test_a_validation_of_one_sequence_that_fits_the_second_time_is_whole(monkeyp
 def validated(state: TrainingState, config: Config) -> list[Event]:
     """What a validation of twelve sequences tells."""
     words = SimpleNamespace(
-        vocab_size=50, end_of_document=50, never_sampled=frozenset(), encode=lambda text: [3, 4], decode=str
+        vocab_size=50,
+        end_of_document=50,
+        never_sampled=frozenset(),
+        encode_prompts=lambda texts: [[3, 4] for _ in texts],
+        decode=str,
     )
     events: list[Event] = []
     Validator(
