@@ -135,7 +135,13 @@ class DataConfig(Section):
     )
     end_of_document: Text | None = Field(
         default=None,
-        description="the tokenizer's token that ends a document; null: the one with a usual name such as </s>",
+        description="the tokenizer's token that ends a document; null: the last one that add_special_tokens puts behind "
+        "a text, else the one with a usual name such as </s>",
+    )
+    add_special_tokens: bool | Auto = Field(
+        default="auto",
+        description="put the tokenizer's special tokens around each text, such as [CLS] and [SEP]; auto: as the "
+        "checkpoint does, else if the tokenizer has a template for them",
     )
     cache_dir: Text = Field(default="cache", description="folder of the tokenised text")
     on_bad_line: Literal["skip", "error"] = Field(
@@ -299,13 +305,16 @@ def load_config(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     file: Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Config:
     """Defaults < `file` < `environment` (`os.environ` unless given) < `arguments` (`--training.max_steps 1000`).
+
+    `defaults` replaces single defaults, by dotted name.
 
     Raises:
         SettingsError: one line for each thing that is wrong, naming file, variable or option.
     """
-    reading = Reading(setting_rows())
+    reading = Reading(setting_rows(), defaults)
     if file is not None:
         reading.file(file)
     reading.environment(os.environ if environment is None else environment)

@@ -95,6 +95,7 @@ TABLE: dict[str, Kind] = {
     "data.validation": Kind("text or a list", (str, list), (EMPTY, ([], "[] needs at least 1")), takes_any_text=True),
     "data.tokenizer": TEXT,
     "data.end_of_document": OPTIONAL_TEXT,
+    "data.add_special_tokens": SWITCH,
     "data.cache_dir": TEXT,
     "data.on_bad_line": choice("skip or error"),
     "data.max_line_mb": POSITIVE,

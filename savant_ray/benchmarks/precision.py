@@ -115,12 +115,12 @@ def _rows() -> Rows:
     device = benchmark_device()
     training, held_out = problems(0, 6000), problems(1, 600, held_out=True)
     tokenizer = train_tokenizer((problem.text for problem in training), MODEL["vocab_size"])
-    tokens, documents = _packed([[*tokenizer.encode(p.text), tokenizer.end_of_document] for p in training], device)
+    tokens, documents = _packed(tokenizer.encode_documents([p.text for p in training]), device)
     batches = [
         MicroBatch(tokens[start : start + ROWS], documents[start : start + ROWS], tuple(range(start, start + ROWS)))
         for start in range(0, len(tokens) - ROWS, ROWS)
     ]
-    validation = _packed([[*tokenizer.encode(p.text), tokenizer.end_of_document] for p in held_out], device)
+    validation = _packed(tokenizer.encode_documents([p.text for p in held_out]), device)
     return Rows(batches, [(validation[0][:VALIDATION_ROWS], validation[1][:VALIDATION_ROWS])])
 
 

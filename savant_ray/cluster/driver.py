@@ -153,7 +153,7 @@ def _train(launch: Launch) -> int:
         choose_tokenizer,
         find_origin,
         tokenizer_change,
-        with_end_of_document,
+        with_tokenizer_settings,
     )
     from savant_ray.cluster.starting_point import find_start, records_of, refuse_other_data
     from savant_ray.cluster.storage import storage_errors_explained
@@ -173,7 +173,7 @@ def _train(launch: Launch) -> int:
     check_before_start(config, storage)
     origin = find_origin(start, config)
     tokenizer = choose_tokenizer(config, origin, launch.allow_changes)
-    config = with_end_of_document(config, tokenizer)
+    config = with_tokenizer_settings(config, tokenizer)
     launch = replace(launch, config=config)
     write_aside(storage.folder / CONFIG, dump_yaml(config))
     with missing_text_explained():

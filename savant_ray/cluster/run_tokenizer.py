@@ -66,15 +66,16 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
 
     Raises:
         DataError: there is no tokenizer of that name, or it cannot be read, or has no end-of-document token.
-        SettingsError: the settings name another tokenizer than that of `run.init_from`; or the tokenizer has more entries
-            than `model.vocab_size`, or lacks `data.end_of_document`.
-        CheckpointError: the settings name another tokenizer than that of the run's checkpoint.
+        SettingsError: the settings name another tokenizer than that of `run.init_from`, or use it in another way; or the
+            tokenizer has more entries than `model.vocab_size`, or lacks `data.end_of_document`, or the template that
+            `data.add_special_tokens` asks for.
+        CheckpointError: the settings name another tokenizer than that of the run's checkpoint, or use it in another way.
     """
     data = config.data
     if not data.learns_tokenizer:
         tokenizer = _load(config, origin)
     elif origin is not None and (data.tokenizer == "auto" or (origin.is_resumed and origin.settings.learns_tokenizer)):
-        tokenizer = origin.tokenizer.ending_with(data.end_of_document)
+        tokenizer = origin.tokenizer.with_settings(data.end_of_document, data.add_special_tokens)
     elif origin is not None and not allow_changes:
         raise _refusal(origin, f"data.tokenizer: {data.tokenizer} would learn another one than {origin.name} has")
     else:
@@ -82,6 +83,11 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
             raise SettingsError(
                 f"data.end_of_document: a tokenizer that is learnt ends documents with {END_OF_DOCUMENT}, not with "
                 f"{data.end_of_document}; leave it out, or give data.tokenizer one that has it"
+            )
+        if data.add_special_tokens is True:
+            raise SettingsError(
+                "data.add_special_tokens: true, but a tokenizer that is learnt has no template that puts special tokens "
+                "around a text; leave it at auto, or give data.tokenizer one that has one"
             )
         return None
     if origin is not None and not allow_changes and not _may_replace(tokenizer, origin):
@@ -91,12 +97,15 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
     return tokenizer
 
 
-def with_end_of_document(config: Config, tokenizer: Tokenizer | None) -> Config:
-    """Return the settings with the end-of-document token that was taken over with the tokenizer of a checkpoint."""
-    if tokenizer is None or tokenizer.end_name == config.data.end_of_document:
-        return config
+def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """Return the settings with the end-of-document token and the use of special tokens that were chosen.
+
+    None stands for a tokenizer that is still to be learnt.
+    """
     settings = config.to_dict()
-    settings["data"]["end_of_document"] = tokenizer.end_name
+    settings["data"]["add_special_tokens"] = tokenizer is not None and tokenizer.adds_special_tokens
+    if tokenizer is not None:
+        settings["data"]["end_of_document"] = tokenizer.end_name
     return Config.from_dict(settings)
 
 
@@ -134,13 +143,15 @@ def refuse_unencodable_prompts(tokenizer: Tokenizer, config: Config) -> None:
 
 def _load(config: Config, origin: Origin | None) -> Tokenizer:
     """Return the tokenizer that the settings name; if it is gone, the copy in the checkpoint that was trained with it."""
-    spec, end = config.data.tokenizer, config.data.end_of_document
+    spec, end, adds = config.data.tokenizer, config.data.end_of_document, config.data.add_special_tokens
+    if adds == "auto" and origin is not None and not origin.tokenizer.adds_special_tokens:
+        adds = False  # as the weights were trained
     try:
-        return Tokenizer.load(spec, end)
+        return Tokenizer.load(spec, end, adds)
     except DataError as error:
         if origin is None or not origin.is_resumed or origin.settings.tokenizer != spec:
             raise DataError(f"data.tokenizer: {error}") from error
-        return origin.tokenizer.ending_with(end)
+        return origin.tokenizer.with_settings(end, adds)
 
 
 def _may_replace(tokenizer: Tokenizer, origin: Origin) -> bool:
@@ -152,12 +163,19 @@ def _may_replace(tokenizer: Tokenizer, origin: Origin) -> bool:
     if tokenizer.fingerprint == origin.tokenizer.fingerprint:
         return True
     same, known = origin.tokenizer.same_ids(tokenizer)
-    has_same_end = tokenizer.end_of_document == origin.tokenizer.end_of_document
-    return not origin.is_resumed and same == known and has_same_end
+    return not origin.is_resumed and same == known and _around(tokenizer) == _around(origin.tokenizer)
+
+
+def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a document has before and behind its text."""
+    return tokenizer.prefix, tokenizer.suffix
 
 
 def _difference(origin: Origin, tokenizer: Tokenizer) -> str:
     same, known = origin.tokenizer.same_ids(tokenizer)
+    adds, added = tokenizer.adds_special_tokens, origin.tokenizer.adds_special_tokens
+    if same == known and adds != added:
+        return f"data.add_special_tokens: {str(adds).lower()}, but {origin.name} was trained with {str(added).lower()}"
     if same == known and tokenizer.end_of_document != origin.tokenizer.end_of_document:
         return f"data.end_of_document: another token than in {origin.name} ends the documents"
     difference = f"data.tokenizer: {same:,} of {known:,} token ids of {origin.name} mean the same in {tokenizer.name}"
@@ -167,9 +185,13 @@ def _difference(origin: Origin, tokenizer: Tokenizer) -> str:
 def _refusal(origin: Origin, difference: str) -> SettingsError | CheckpointError:
     path = f" or set it to {origin.tokenizer_path}" if origin.tokenizer_path else ""
     advice = f"leave data.tokenizer at auto{path}, to keep the tokenizer that the weights were trained with"
+    consequence = "weights that know other tokens by these ids"
     if difference.startswith("data.end_of_document:"):
         advice = "leave data.end_of_document out, to keep the token that the weights were trained with"
-    allowed = "--allow-changes goes on all the same, with weights that know other tokens by these ids"
+    if difference.startswith("data.add_special_tokens:"):
+        advice = "leave data.add_special_tokens and data.tokenizer at auto, to keep what the weights were trained with"
+        consequence = "weights that have not seen text in this form"
+    allowed = f"--allow-changes goes on all the same, with {consequence}"
     kind = CheckpointError if origin.is_resumed else SettingsError
     return kind(f"{difference}:\n  {advice};\n  {allowed}.")
 
@@ -177,6 +199,6 @@ def _refusal(origin: Origin, difference: str) -> SettingsError | CheckpointError
 def _origin(folder: Path, name: str, path: str, is_resumed: bool) -> Origin:
     verify(folder, CONFIG, TOKENIZER)
     data = read_settings(folder).data
-    tokenizer = Tokenizer.load(folder / TOKENIZER, data.end_of_document)
+    tokenizer = Tokenizer.load(folder / TOKENIZER, data.end_of_document, data.add_special_tokens)
     tokenizer.name = f"the tokenizer of {name}"
     return Origin(name, tokenizer, path, data, is_resumed)

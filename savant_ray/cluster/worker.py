@@ -69,7 +69,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     if ray.get(task.bridge.has_failed.remote()):
         return
     config = Config.from_dict(task.config)
-    tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document)
+    tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
     storage = run_storage(config, Owner(**task.owner) if task.owner else None)
     host = RayHost(task.bridge, storage, config, tokenizer)
     if host.rank == 0:

@@ -25,7 +25,7 @@ import ray.data
 from savant_ray.data import ray_data
 from savant_ray.data.content import content_hashes, fingerprint, refuse_changed, write_aside
 from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, documents, plan_ranges
-from savant_ray.data.shard_writer import NAMED_BAD_LINES, RangeSummary, Recipe, shard_name, write_shard
+from savant_ray.data.shard_writer import NAMED_BAD_LINES, RangeSummary, Recipe, shard_name, tokenizer_of, write_shard
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import (
     MANIFEST,
@@ -182,7 +182,7 @@ class _Job:
             sequence_length=self._recipe.sequence_length,
         )
         _refuse_empty(manifest)
-        _refuse_dropped(manifest, self._recipe.tokenizer_name)
+        _refuse_dropped(manifest, self._recipe)
         for left_behind in folder.glob("*.tmp"):
             left_behind.unlink(missing_ok=True)
         write_aside(folder / MANIFEST, manifest.to_json())
@@ -333,13 +333,17 @@ def _refuse_empty(manifest: Manifest) -> None:
         raise DataError("\n".join([*empty_file_report(manifest), *bad_line_report(manifest, verdict="refused")[:10]]))
 
 
-def _refuse_dropped(manifest: Manifest, tokenizer: str) -> None:
-    """Refuse a cache whose documents all have no token but the one that ends them."""
-    if manifest.first_dropped and manifest.tokens == manifest.documents:
-        first = manifest.first_dropped
+def _refuse_dropped(manifest: Manifest, recipe: Recipe) -> None:
+    """Refuse a cache whose documents all have no token of their text."""
+    first = manifest.first_dropped
+    if first is None:
+        return
+    tokenizer = tokenizer_of(recipe)
+    if manifest.tokens == manifest.documents * (len(tokenizer.prefix) + len(tokenizer.suffix)):
         raise DataError(
-            f"{tokenizer} has no token for any character of {first.file} (line {first.line:,}: {' '.join(first.reason)}); "
-            "give data.tokenizer one that knows this text, or leave it at auto to learn one from it"
+            f"{tokenizer.name} has no token for any character of {first.file} (line {first.line:,}: "
+            f"{' '.join(first.reason)}); give data.tokenizer one that knows this text, or leave it at auto to learn one "
+            "from it"
         )
 
 

@@ -40,13 +40,21 @@ class Recipe:
     tokenizer_json: str
     tokenizer_name: str
     end_of_document: str | None
+    add_special_tokens: bool
     sequence_length: int
     max_line_bytes: int
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, sequence_length: int, max_line_bytes: int) -> Recipe:
         """Build the recipe that uses this tokenizer."""
-        return cls(tokenizer.to_json(), tokenizer.name, tokenizer.end_name, sequence_length, max_line_bytes)
+        return cls(
+            tokenizer_json=tokenizer.to_json(),
+            tokenizer_name=tokenizer.name,
+            end_of_document=tokenizer.end_name,
+            add_special_tokens=tokenizer.adds_special_tokens,
+            sequence_length=sequence_length,
+            max_line_bytes=max_line_bytes,
+        )
 
 
 @dataclass
@@ -125,7 +133,7 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
         DataError: the file cannot be read.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core
-    tokenizer = _tokenizer(recipe.tokenizer_json, recipe.tokenizer_name, recipe.end_of_document)
+    tokenizer = tokenizer_of(recipe)
     summary = RangeSummary()
     chunk = _Chunk(recipe.sequence_length, tokenizer)
     shard = _ShardFile(folder / shard_name(index), chunk.schema)
@@ -150,8 +158,11 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(text: str, name: str, end_of_document: str | None) -> Tokenizer:
-    return Tokenizer.from_json(text, name, end_of_document)
+def tokenizer_of(recipe: Recipe) -> Tokenizer:
+    """Return the tokenizer of a recipe."""
+    return Tokenizer.from_json(
+        recipe.tokenizer_json, recipe.tokenizer_name, recipe.end_of_document, recipe.add_special_tokens
+    )
 
 
 def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line]]:
@@ -220,22 +231,20 @@ class _Chunk:
         self._lines: list[int] = []
 
     def add(self, batch: Sequence[Line], summary: RangeSummary) -> None:
-        """Tokenise the lines' texts and end each with the end-of-document token.
+        """Tokenise the lines' texts as documents.
 
         Raises:
             _UnencodableLineError: the tokenizer cannot encode one of them.
         """
-        end = self._tokenizer.end_of_document
         for line, ids in zip(batch, self._encode(batch), strict=True):
             summary.count_dropped(line, *self._tokenizer.dropped_characters(line.text))
-            ids.append(end)
             self._documents.append(np.array(ids, dtype=self._dtype))
             self._lines.append(line.number)
             self.tokens += len(ids)
 
     def _encode(self, batch: Sequence[Line]) -> list[list[int]]:
         try:
-            return self._tokenizer.encode_batch([line.text for line in batch])
+            return self._tokenizer.encode_documents([line.text for line in batch])
         except DataError:
             for line in batch:
                 try:

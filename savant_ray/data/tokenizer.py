@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -35,18 +36,39 @@ SEGMENT_CHARACTERS = 1 << 20
 BETWEEN_WORDS = re.compile(r"(?<=\w)(?= \w)")
 LONGEST_CHARACTER_BYTES = 4  # UTF-8
 REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character
+PLACEHOLDER = 2**32 - 1  # the largest id that a tokenizer can have, so no token of a template
+
+Choice = bool | Literal["auto"]
 
 
 class Tokenizer:
-    """Text ↔ token ids; a literal "<|end_of_document|>" in a text is text, never the special token."""
+    """Text ↔ token ids; a literal "<|end_of_document|>" in a text is text, never the special token.
+
+    A document is `prefix`, the ids of its text, and `suffix`, which ends with `end_of_document`. A prompt is `prefix` and
+    the ids of its text. With `add_special_tokens` they are those of the template that the tokenizer's post-processor has
+    for a single text, such as `[CLS] $A [SEP]`. A template that puts nothing behind the text, such as Llama's `<s> $A`,
+    is followed by the end-of-document token.
+    """
 
     def __init__(
-        self, inner: tokenizers.Tokenizer, name: str = "the tokenizer", end_of_document: str | None = None
+        self,
+        inner: tokenizers.Tokenizer,
+        name: str = "the tokenizer",
+        end_of_document: str | None = None,
+        add_special_tokens: Choice = "auto",
     ) -> None:
-        """Wrap `inner`; `name` is for messages, `end_of_document` a token of the vocabulary (None: detected by name).
+        """Wrap a tokenizer of Hugging Face's.
+
+        Args:
+            inner: its padding and truncation are switched off.
+            name: for messages.
+            end_of_document: a token of the vocabulary, which takes the place of the template's last one; None: the
+                template's last one, or else the one that has a usual name.
+            add_special_tokens: whether to use the template; `auto`: if there is one.
 
         Raises:
-            SettingsError: the vocabulary has no such token; names those that are spelt alike.
+            SettingsError: the vocabulary has no such token (names those that are spelt alike), or the tokenizer has no
+                template where one is asked for, or one that is not a text between special tokens.
         """
         inner.encode_special_tokens = True  # not part of the JSON: has to be said on every load
         inner.no_padding()
@@ -55,16 +77,28 @@ class Tokenizer:
         self.end_name = end_of_document
         self._inner = inner
         self._dropped: dict[str, bool] = {}  # character -> whether the vocabulary lacks it
+        self.prefix, self._template_suffix = ((), ()) if add_special_tokens is False else _template(inner, name)
+        self.adds_special_tokens = bool(self.prefix or self._template_suffix)
+        if add_special_tokens is True and not self.adds_special_tokens:
+            raise SettingsError(
+                f"data.add_special_tokens: true, but {name} has no template that puts special tokens around a text; "
+                "leave it at auto"
+            )
         if end_of_document is not None and inner.token_to_id(end_of_document) is None:
             raise SettingsError(_why_no_end(inner, name, end_of_document))
 
     @classmethod
-    def load(cls, spec: str | os.PathLike[str], end_of_document: str | None = None) -> Tokenizer:
+    def load(
+        cls,
+        spec: str | os.PathLike[str],
+        end_of_document: str | None = None,
+        add_special_tokens: Choice = "auto",
+    ) -> Tokenizer:
         """Load a tokenizer.json, a folder that holds one, or a Hugging Face name such as `albert-base-v2`.
 
         Raises:
             DataError: there is none, or it cannot be read, or it has no vocabulary.
-            SettingsError: the vocabulary lacks `end_of_document`.
+            SettingsError: the vocabulary lacks `end_of_document`, or the tokenizer has no template that can be used.
         """
         path = local_path(str(spec), "tokenizer", DataError)
         path = path / "tokenizer.json" if os.path.isdir(path) else path  # noqa: PTH112 - Path.is_dir raises for a name too long
@@ -83,20 +117,28 @@ class Tokenizer:
             raise DataError(_why_not_loaded(spec, path, error)) from error
         if not inner.get_vocab_size(with_added_tokens=False):
             raise DataError(f"tokenizer {spec}: it has no vocabulary, so it cannot encode any text")
-        return cls(inner, f"the tokenizer {spec}", end_of_document)
+        return cls(inner, f"the tokenizer {spec}", end_of_document, add_special_tokens)
 
     @classmethod
-    def from_json(cls, text: str, name: str = "the tokenizer", end_of_document: str | None = None) -> Tokenizer:
-        """The inverse of `to_json`; name and end-of-document token travel beside it."""
-        return cls(tokenizers.Tokenizer.from_str(text), name, end_of_document)
+    def from_json(
+        cls,
+        text: str,
+        name: str = "the tokenizer",
+        end_of_document: str | None = None,
+        add_special_tokens: Choice = "auto",
+    ) -> Tokenizer:
+        """The inverse of `to_json`, which holds none of the other arguments."""
+        return cls(tokenizers.Tokenizer.from_str(text), name, end_of_document, add_special_tokens)
 
-    def ending_with(self, end_of_document: str | None) -> Tokenizer:
-        """Return the same tokenizer with another end-of-document token; None keeps the present one.
+    def with_settings(self, end_of_document: str | None = None, add_special_tokens: Choice = "auto") -> Tokenizer:
+        """Return the same tokenizer under other settings; None and `auto` keep what it has.
 
         Raises:
-            SettingsError: the vocabulary has no such token.
+            SettingsError: the vocabulary has no such token, or the tokenizer has no template.
         """
-        return self if end_of_document is None else Tokenizer(self._inner, self.name, end_of_document)
+        end = self.end_name if end_of_document is None else end_of_document
+        adds = self.adds_special_tokens if add_special_tokens == "auto" else add_special_tokens
+        return Tokenizer(self._inner, self.name, end, adds)
 
     def to_json(self) -> str:
         """Everything about the tokenizer as one string, to travel to workers and into checkpoints."""
@@ -110,26 +152,29 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON: the same for the same tokenizer, however its file is laid out.
 
-        An end-of-document token that is not the one that would be detected is part of it.
+        Whether a template is used is part of it, and an end-of-document token that is not the one without a setting.
         """
         canonical = json.dumps(json.loads(self.to_json()), sort_keys=True, separators=(",", ":"))
-        if self.end_name is not None and self._ids_of([self.end_name]) != self._ids_of(END_NAMES)[:1]:
+        if self.adds_special_tokens:
+            canonical += " with special tokens"
+        if self.end_name is not None and self._ids_of([self.end_name]) != self._default_ends[:1]:
             canonical += f" end of document: {self.end_name}"
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: what a model's vocabulary has to hold."""
-        return max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        ids = self._inner.get_vocab(with_added_tokens=True).values()
+        return max([*ids, *self.prefix, *self._template_suffix], default=-1) + 1
 
     @cached_property
     def end_of_document(self) -> int:
         """The id that ends each document.
 
         Raises:
-            DataError: none was named, and the vocabulary has none of the usual names.
+            DataError: none was named, the template has none, and the vocabulary has none of the usual names.
         """
-        ids = self._ids_of(END_NAMES if self.end_name is None else [self.end_name])
+        ids = self._default_ends if self.end_name is None else self._ids_of([self.end_name])
         if not ids:
             special = ", ".join(_special_tokens(self._inner)[:12])
             raise DataError(
@@ -140,6 +185,19 @@ class Tokenizer:
             )
         return ids[0]
 
+    @cached_property
+    def suffix(self) -> tuple[int, ...]:
+        """The ids behind the text of a document; the last one is `end_of_document`.
+
+        Raises:
+            DataError: the tokenizer has no end-of-document token.
+        """
+        template, end = self._template_suffix, self.end_of_document
+        if template[-1:] == (end,):
+            return template
+        kept = template[: template.index(end)] if end in template else template[:-1]
+        return (*kept, end)
+
     def same_ids(self, other: Tokenizer) -> tuple[int, int]:
         """Return how many of this tokenizer's ids mean the same token in `other`, and how many there are."""
         mine, others = (each._inner.get_vocab(with_added_tokens=True) for each in (self, other))
@@ -147,10 +205,27 @@ class Tokenizer:
 
     @cached_property
     def never_sampled(self) -> frozenset[int]:
-        """Padding, unknown, begin and mask tokens: no text comes from them."""
+        """Padding, unknown, begin and mask tokens, and the template's before a text: no text comes from them."""
         unused = set(range(self.vocab_size)) - set(self._inner.get_vocab(with_added_tokens=True).values())
         end = self._ids_of([] if self.end_name is None else [self.end_name])  # may be a padding token
-        return (frozenset(self._ids_of(NEVER_SAMPLED_NAMES)) | unused).difference(end)
+        never = {*self._ids_of(NEVER_SAMPLED_NAMES), *self.prefix, *unused}
+        return frozenset(never.difference(self._template_suffix, end))
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text as a document: `prefix`, text, `suffix`.
+
+        Raises:
+            DataError: as `encode_batch`, or the tokenizer has no end-of-document token.
+        """
+        return [[*self.prefix, *ids, *self.suffix] for ids in self.encode_batch(texts)]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text as the beginning of a document: `prefix`, text; none for a text without tokens.
+
+        Raises:
+            DataError: as `encode_batch`.
+        """
+        return [[*self.prefix, *ids] if ids else [] for ids in self.encode_batch(texts)]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens around them.
@@ -197,6 +272,11 @@ class Tokenizer:
 
     def _encode_long(self, text: str) -> list[int]:
         return [token for part in _segments(text) for token in self.encode_batch([part])[0]]
+
+    @cached_property
+    def _default_ends(self) -> list[int]:
+        """What can end a document where the settings name no token, the preferred one first."""
+        return list(self._template_suffix[-1:]) or self._ids_of(END_NAMES)
 
     @cached_property
     def _can_drop(self) -> bool:
@@ -288,6 +368,28 @@ def _segments(text: str) -> Iterator[str]:
         yield text[begin:end]
         begin = end
     yield text[begin:]
+
+
+def _template(inner: tokenizers.Tokenizer, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the post-processor puts before and behind a single text.
+
+    Its kind does not matter: it is asked what it makes of a text whose only token is a placeholder.
+
+    Raises:
+        SettingsError: the text is not in it exactly once.
+    """
+    if inner.post_processor is None:
+        return (), ()
+    probe = tokenizers.Tokenizer(models.WordLevel({"x": PLACEHOLDER}))
+    probe.post_processor = inner.post_processor
+    ids = tuple(probe.encode("x", add_special_tokens=True).ids)
+    if ids.count(PLACEHOLDER) != 1:
+        raise SettingsError(
+            f"data.add_special_tokens: {name} has a template for special tokens that does not hold the text exactly once; "
+            "set it to false to do without"
+        )
+    middle = ids.index(PLACEHOLDER)
+    return ids[:middle], ids[middle + 1 :]
 
 
 def _is_from_tokenizers(error: BaseException) -> bool:

@@ -123,7 +123,7 @@ def ask(
     by_length = sorted(questions, key=lambda question: len(question.prompt))  # little padding in front of short ones
     for start in range(0, len(by_length), at_once):
         some = by_length[start : start + at_once]
-        prompts = tokenizer.encode_batch([question.prompt for question in some])
+        prompts = tokenizer.encode_prompts([question.prompt for question in some])
         answers = iter(
             generate_many(model, [prompt for prompt in prompts if prompt], sampling, n_loops, stop_requested)
         )
@@ -139,7 +139,7 @@ def refuse_empty_prompts(tokenizer: Tokenizer, questions: Sequence[Question]) ->
     Raises:
         DataError: the tokenizer encodes a prompt as nothing; names file and line.
     """
-    prompts = tokenizer.encode_batch([question.prompt for question in questions])
+    prompts = tokenizer.encode_prompts([question.prompt for question in questions])
     for question, prompt in zip(questions, prompts, strict=True):
         if not prompt:
             where = f"{question.source}: " if question.source else ""

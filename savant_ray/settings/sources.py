@@ -51,9 +51,9 @@ class Given:
 class Reading:
     """Collects values, later ones winning, and everything that is wrong, so that it is said at once."""
 
-    def __init__(self, settings: Sequence[Setting]) -> None:
+    def __init__(self, settings: Sequence[Setting], defaults: Mapping[str, Any] | None = None) -> None:
         self.settings = {setting.name: setting for setting in settings}
-        self.given: dict[str, Given] = {}
+        self.given = {name: Given(value, name) for name, value in (defaults or {}).items()}
         self.problems: list[str] = []
 
     def file(self, path: Path) -> None:

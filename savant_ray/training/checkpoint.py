@@ -36,6 +36,7 @@ RECORDS = "records.jsonl"
 FORMAT_VERSION = 1
 REPLACED = ".replaced"
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of folders, on some network file systems
+SETTINGS_BEFORE = {"data.add_special_tokens": False}  # of checkpoints that an older version wrote, without that setting
 _FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -191,10 +192,12 @@ def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[st
 def read_settings(folder: Path) -> Config:
     """The settings that a checkpoint was trained with; those of the environment do not count.
 
+    An older version, whose settings lack `data.add_special_tokens`, never put special tokens around a text.
+
     Raises:
         SettingsError: they are missing, or not ones that this version knows.
     """
-    return load_config(file=folder / CONFIG, environment={})
+    return load_config(file=folder / CONFIG, environment={}, defaults=SETTINGS_BEFORE)
 
 
 def load(path: Path, device: str | torch.device) -> dict[str, Any]:

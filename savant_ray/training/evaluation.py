@@ -94,6 +94,6 @@ def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Tensor
         texts = list(islice(documents(expand(config.data.validation)), LOSS_DOCUMENTS))
     except DataError:
         return
-    for ids in tokenizer.encode_batch(texts):
-        tokens_T = torch.tensor([*ids, tokenizer.end_of_document][: config.model.max_seq_len])
+    for ids in tokenizer.encode_documents(texts):
+        tokens_T = torch.tensor(ids[: config.model.max_seq_len])
         yield tokens_T[None], torch.zeros_like(tokens_T)[None]

@@ -28,7 +28,7 @@ def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Confi
         model = UniversalTransformer(config.model)
     weights = read_checkpoint(folder)["model_state_dict"]
     model.load_state_dict(weights, assign=True)
-    tokenizer = Tokenizer.load(folder / TOKENIZER, config.data.end_of_document)
+    tokenizer = Tokenizer.load(folder / TOKENIZER, config.data.end_of_document, config.data.add_special_tokens)
     return model.to(device).eval(), tokenizer, config
 
 
@@ -47,7 +47,7 @@ def stream_answer(
         SettingsError: the prompt is empty.
     """
     model, tokenizer, config = load_model(checkpoint)
-    tokens = tokenizer.encode(prompt)
+    (tokens,) = tokenizer.encode_prompts([prompt])
     if not tokens:
         raise SettingsError("--prompt: the prompt has no tokens")
     sampling = Sampling.of(

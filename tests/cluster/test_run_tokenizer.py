@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from tokenizers import models
+from tokenizers import models, processors
 
 from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.cluster.preparation import Text, refuse_unencodable
@@ -19,7 +20,7 @@ from savant_ray.cluster.run_tokenizer import (
     find_origin,
     find_origin_without_lock,
     tokenizer_change,
-    with_end_of_document,
+    with_tokenizer_settings,
 )
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.sources import expand
@@ -28,11 +29,13 @@ from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.training.checkpoint import write_checkpoint
 from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.cluster.test_starting_point import changed
+from tests.data.albert_like import FOLDER
 
 BASE = train_tokenizer(iter(["red green blue one two three"] * 9), 280)
 OTHER = train_tokenizer(iter(["zebra quartz vexed jumbling waltz nymph"] * 9), 280)
 EXTENDED = tokenizers.Tokenizer.from_str(BASE.to_json())
 EXTENDED.add_special_tokens(["<|user|>"])
+ALBERT = Tokenizer.load(FOLDER)
 AGREE, KNOWN = BASE.same_ids(OTHER)
 
 
@@ -165,7 +168,7 @@ def test_the_end_of_document_goes_along_with_the_tokenizer(tmp_path: Path) -> No
     for config, origin in [(Config(), resumed(run)), started_from(run)]:
         chosen = choose_tokenizer(config, origin, allow_changes=False)
         assert chosen is not None and chosen.end_of_document == BASE.vocab_size
-        assert with_end_of_document(config, chosen).data.end_of_document == "<|user|>"
+        assert with_tokenizer_settings(config, chosen).data.end_of_document == "<|user|>"
     config, origin = started_from(run, end_of_document="<|pad|>")
     with pytest.raises(
         SettingsError, match=r"(?s)data\.end_of_document: another token.* leave data\.end_of_document out"
@@ -228,3 +231,95 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_before_ray_starts(tmp_path: 
     config = changed(data={"tokenizer": saved(OTHER, tmp_path / "other.json")}, model={"vocab_size": 100})
     with pytest.raises(SettingsError, match=r"model\.vocab_size: 100 is less than the \d+ entries of .*other\.json"):
         choose_tokenizer(config, None, allow_changes=False)
+
+
+def albert_run(tmp_path: Path, adds_special_tokens: bool | None) -> Path:
+    """A run that was trained with this choice; None: by a version that did not have it."""
+    run = run_of(tmp_path, kept=ALBERT, tokenizer=str(FOLDER), add_special_tokens=bool(adds_special_tokens))
+    if adds_special_tokens is None:
+        config = run / "step_6/config.yaml"
+        texts = {"config.yaml": re.sub(r"\n +add_special_tokens: .*", "", config.read_text())}
+        texts |= {name: (run / "step_6" / name).read_text() for name in ("tokenizer.json", "records.jsonl")}
+        write_checkpoint(run, torch.load(run / "step_6/step_6.pt"), texts)
+    return run
+
+
+@pytest.mark.parametrize("spec", ["auto", str(FOLDER)])
+@pytest.mark.parametrize("trained", [True, False, None])
+def test_weights_go_on_with_the_special_tokens_that_they_were_trained_with(
+    trained: bool | None, spec: str, tmp_path: Path
+) -> None:
+    run = albert_run(tmp_path, trained)
+    resumed_config = changed(data={"tokenizer": spec})
+    for config, origin in [(resumed_config, resumed(run, resumed_config)), started_from(run, tokenizer=spec)]:
+        chosen = choose_tokenizer(config, origin, allow_changes=False)
+        assert chosen is not None and chosen.adds_special_tokens == bool(trained)
+        assert with_tokenizer_settings(config, chosen).data.add_special_tokens is bool(trained)
+        assert origin is not None and tokenizer_change(origin, chosen) is None
+
+
+@pytest.mark.parametrize("spec", ["auto", str(FOLDER)])
+@pytest.mark.parametrize("trained", [True, False, None])
+def test_the_other_choice_about_special_tokens_is_refused_unless_changes_are_allowed(
+    trained: bool | None, spec: str, tmp_path: Path
+) -> None:
+    run = albert_run(tmp_path, trained)
+    now, before = ("false", "true") if trained else ("true", "false")
+    data = {"tokenizer": spec, "add_special_tokens": not trained}
+    resumed_config = changed(data=data)
+    for kind, name, config, origin in [
+        (CheckpointError, "step_6", resumed_config, resumed(run, resumed_config)),
+        (SettingsError, "run.init_from", *started_from(run, **data)),
+    ]:
+        with pytest.raises(kind, match=rf"^data\.add_special_tokens: {now}, but {name}.* with {before}:") as refusal:
+            choose_tokenizer(config, origin, allow_changes=False)
+        assert "leave data.add_special_tokens and data.tokenizer at auto" in str(refusal.value)
+        assert "--allow-changes" in str(refusal.value)
+        chosen = choose_tokenizer(config, origin, allow_changes=True)
+        assert chosen is not None and chosen.adds_special_tokens == (not trained)
+        assert with_tokenizer_settings(config, chosen).data.add_special_tokens is (not trained)
+        assert origin is not None
+        warning = tokenizer_change(origin, chosen)
+        assert warning is not None and warning.startswith(f"warning: data.add_special_tokens: {now}, but {name}")
+
+
+def test_a_new_run_uses_the_template_of_its_tokenizer_if_it_has_one(tmp_path: Path) -> None:
+    plain = saved(BASE, tmp_path / "plain.json")
+    for spec, choice, adds in [
+        (FOLDER, "auto", True),
+        (FOLDER, True, True),
+        (FOLDER, False, False),
+        (plain, "auto", False),
+    ]:
+        config = changed(data={"tokenizer": str(spec), "add_special_tokens": choice})
+        chosen = choose_tokenizer(config, None, allow_changes=False)
+        assert chosen is not None and chosen.adds_special_tokens == adds
+        assert with_tokenizer_settings(config, chosen).data.add_special_tokens is adds
+    assert with_tokenizer_settings(Config(), None).data.add_special_tokens is False, "one to be learnt has none"
+
+
+@pytest.mark.parametrize("spec", ["auto", "train", "plain.json"])
+def test_special_tokens_that_a_tokenizer_does_not_have_are_refused(spec: str, tmp_path: Path) -> None:
+    spec = saved(BASE, tmp_path / spec) if spec.endswith(".json") else spec
+    config = changed(data={"tokenizer": spec, "add_special_tokens": True})
+    with pytest.raises(SettingsError, match=r"data\.add_special_tokens: true, but .* has no template"):
+        choose_tokenizer(config, None, allow_changes=False)
+    with pytest.raises(SettingsError, match=r"data\.add_special_tokens: true, but .* has no template"):
+        choose_tokenizer(config, resumed(run_of(tmp_path), config), allow_changes=True)
+
+
+def test_a_tokenizer_without_a_template_replaces_one_that_has_one_only_where_changes_are_allowed(
+    tmp_path: Path,
+) -> None:
+    run = albert_run(tmp_path, True)
+    without = tokenizers.Tokenizer.from_str(ALBERT.to_json())
+    without.post_processor = processors.Sequence([])
+    data = {"tokenizer": saved(Tokenizer(without), tmp_path / "without.json")}
+    for kind, config, origin in [
+        (CheckpointError, changed(data=data), resumed(run, changed(data=data))),
+        (SettingsError, *started_from(run, **data)),
+    ]:
+        with pytest.raises(kind, match=r"data\.add_special_tokens: false, but .* with true"):
+            choose_tokenizer(config, origin, allow_changes=False)
+        chosen = choose_tokenizer(config, origin, allow_changes=True)
+        assert chosen is not None and not chosen.adds_special_tokens

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import urlopen
 
+import numpy as np
 import psutil
 import pytest
 
 from savant_ray.cli import main
+from savant_ray.data.token_cache import TokenCache
 from savant_ray.training.checkpoint import checkpoints
 from tests.cluster.conftest import (
     ROOT,
@@ -29,6 +31,7 @@ from tests.cluster.conftest import (
     wait_for,
     with_text,
 )
+from tests.data.albert_like import CLS, FOLDER, SEP
 
 pytestmark = pytest.mark.slow
 
@@ -152,6 +155,23 @@ def test_a_new_run_may_start_from_the_weights_of_another_and_takes_its_tokenizer
     assert code == 0 and "weights only" in printed, printed
     assert losses(workplace / "second")[0] < losses(finished.run)[0] - 0.1
     assert tokenizer_of(workplace / "second/step_2") == tokenizer_of(workplace / "tiny/step_8")
+
+
+def test_a_run_keeps_the_special_tokens_of_its_tokenizer_around_each_text(head: Head, workplace: Path) -> None:
+    albert = {"data__tokenizer": FOLDER}
+    code, printed = run_job(head, workplace, **albert, training__max_steps=2)
+    assert code == 0, printed
+    assert "add_special_tokens: true" in (workplace / "tiny/step_2/config.yaml").read_text()
+    caches = [TokenCache.open(manifest.parent) for manifest in (workplace / "cache").glob("*/manifest.json")]
+    assert len(caches) == 2, "training and validation text"
+    for cache in caches:
+        rows = cache.take(np.arange(cache.n_sequences)).tokens
+        assert (rows == CLS).sum() == (rows == SEP).sum() == cache.manifest.documents
+    code, printed = run_job(head, workplace, **albert, training__max_steps=3, data__add_special_tokens="false")
+    assert code == 4 and "data.add_special_tokens: false, but step_2 was trained with true" in printed, printed
+    assert "starting Ray" not in printed
+    code, printed = run_job(head, workplace, **albert, training__max_steps=3)
+    assert code == 0 and len(losses(workplace / "tiny")) == 3, printed
 
 
 def test_without_a_cluster_a_run_starts_its_own_ray_and_ctrl_c_in_its_terminal_saves(workplace: Path) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 import tokenizers
 from bad_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
-from tokenizers import models
+from tokenizers import models, processors
 
 from savant_ray.data import content, preparation
 from savant_ray.data.overlap import count_held_out_documents
@@ -425,13 +425,32 @@ def test_another_end_of_document_is_another_cache(
 ) -> None:
     files = expand(str(write_jsonl("a.jsonl", ["ab"])))
     cache = prepare(files, byte_tokenizer, 8, tmp_path / "cache")
-    named = byte_tokenizer.ending_with("<|end_of_document|>")
+    named = byte_tokenizer.with_settings("<|end_of_document|>")
     assert prepare(files, named, 8, tmp_path / "cache").folder == cache.folder, "the same token, named"
-    other = byte_tokenizer.ending_with("<|pad|>")
+    other = byte_tokenizer.with_settings("<|pad|>")
     again = prepare(files, other, 8, tmp_path / "cache")
     assert again.folder != cache.folder
     assert again.take(np.array([0])).tokens[0].tolist() == [*byte_tokenizer.encode("ab"), 0, *[0] * 5]
     assert again.take(np.array([0])).document_ids[0].tolist() == [0, 0, 0, *[-1] * 5]
+
+
+def test_special_tokens_around_texts_are_another_cache_and_no_tokens_of_the_text(
+    tmp_path: Path, write_jsonl: WriteJsonl
+) -> None:
+    inner = tokenizers.Tokenizer(models.BPE({"[CLS]": 0, "[SEP]": 1, "a": 2, "b": 3}, []))
+    inner.post_processor = processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
+    tokenizer = Tokenizer(inner, "the tokenizer mine.json")
+    files = expand(str(write_jsonl("a.jsonl", ["ab"])))
+    cache = prepare(files, tokenizer, 8, tmp_path / "cache")
+    assert cache.take(np.array([0])).tokens[0].tolist() == [0, 2, 3, 1, 0, 0, 0, 0]
+    assert cache.take(np.array([0])).document_ids[0].tolist() == [0] * 4 + [-1] * 4
+    assert (cache.manifest.target_tokens, cache.manifest.text_bytes) == (3, 2)
+    without = prepare(files, tokenizer.with_settings(add_special_tokens=False), 8, tmp_path / "cache")
+    assert without.folder != cache.folder
+    assert without.take(np.array([0])).tokens[0].tolist() == [2, 3, 1, *[0] * 5]
+    path = write_jsonl("other.jsonl", ["漢字", "é"])
+    with pytest.raises(DataError, match=r"mine\.json has no token for any character of other\.jsonl"):
+        prepare(expand(str(path)), tokenizer, 32, tmp_path / "cache")
 
 
 def test_only_the_first_bad_lines_are_named(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:

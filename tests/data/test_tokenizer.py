@@ -124,23 +124,23 @@ def test_a_tokenizer_without_an_end_is_refused_with_the_setting_that_names_it() 
 
 
 def test_an_end_of_document_of_any_name_can_be_named() -> None:
-    tokenizer = word_level("a", "</s>", special="<|fin|>").ending_with("<|fin|>")
+    tokenizer = word_level("a", "</s>", special="<|fin|>").with_settings("<|fin|>")
     assert tokenizer.end_of_document == 2
     assert Tokenizer.from_json(tokenizer.to_json(), "copy", tokenizer.end_name).end_of_document == 2
     with pytest.raises(SettingsError, match=r"data\.end_of_document: '<\|fim\|>' is not .*; did you mean <\|fin\|>\?"):
-        tokenizer.ending_with("<|fim|>")
+        tokenizer.with_settings("<|fim|>")
 
 
 def test_a_padding_token_that_ends_documents_can_be_generated() -> None:
     tokenizer = word_level("a", "<pad>", "</s>")
     assert tokenizer.never_sampled == {1}
-    assert tokenizer.ending_with("<pad>").never_sampled == set()
+    assert tokenizer.with_settings("<pad>").never_sampled == set()
 
 
 def test_an_end_of_document_that_would_not_be_detected_is_part_of_the_fingerprint() -> None:
     tokenizer = word_level("a", "</s>", special="<|fin|>")
-    assert tokenizer.ending_with("</s>").fingerprint == tokenizer.fingerprint
-    assert tokenizer.ending_with("<|fin|>").fingerprint != tokenizer.fingerprint
+    assert tokenizer.with_settings("</s>").fingerprint == tokenizer.fingerprint
+    assert tokenizer.with_settings("<|fin|>").fingerprint != tokenizer.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,11 @@ def validated(state: TrainingState, config: Config) -> list[Event]:
 
 def validator(config: Config, events: list[Event]) -> Validator:
     words = SimpleNamespace(
-        vocab_size=50, end_of_document=50, never_sampled=frozenset(), encode=lambda text: [3, 4], decode=str
+        vocab_size=50,
+        end_of_document=50,
+        never_sampled=frozenset(),
+        encode_prompts=lambda texts: [[3, 4] for _ in texts],
+        decode=str,
     )
     return Validator(
         config, words, share(0, 12, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+import torch.nn.functional as F
 
 from savant_ray.config import Config
+from savant_ray.data.jsonl import plan_ranges
+from savant_ray.data.shard_writer import Recipe, shard_name, write_shard
+from savant_ray.data.sources import expand
+from savant_ray.data.token_cache import Sequences
+from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.events import Event, SampleGenerated, ValidationDone
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.loop import train
+from savant_ray.training.micro_batch import micro_batches
 from savant_ray.training.state import TrainingState
 from savant_ray.training.validator import Validator
-from tests.training.tiny import RecordingHost, share, shares, tiny_config, tiny_state
+from tests.data.albert_like import CLS, FOLDER, SEP
+from tests.training.original_program import OriginalModel
+from tests.training.test_original import original_config
+from tests.training.tiny import LENGTH, RecordingHost, share, shares, tiny_config, tiny_state
 
 BATCHES, NEW_TOKENS = 3, 4
 
@@ -35,12 +50,60 @@ def after(questions: int) -> Callable[[], bool]:
 
 def validator(config: Config, emit: Callable[[Event], None], stop_requested: Callable[[], bool]) -> Validator:
     words = SimpleNamespace(
-        vocab_size=50, end_of_document=50, never_sampled=frozenset(), encode=lambda text: [3, 4], decode=str
+        vocab_size=50,
+        end_of_document=50,
+        never_sampled=frozenset(),
+        encode_prompts=lambda texts: [[3, 4] for _ in texts],
+        decode=str,
     )
     batches = share(0, 4 * BATCHES, 0, 1, 4)
     return Validator(
         config, words, batches, target_tokens=9, text_bytes=9, rank=0, emit=emit, stop_requested=stop_requested
     )
+
+
+def test_with_special_tokens_a_model_scores_what_the_original_gives_on_the_same_text(tmp_path: Path) -> None:
+    """The original pads each text to the length with id 0, and averages over the tokens that are not padding."""
+    tokenizer = Tokenizer.load(FOLDER)
+    chance = random.Random(0)
+    words = "the cat is on a red mat and one hen ran in".split()
+    texts = [" ".join(chance.choices(words, k=n)) for n in (1, 2, 2, 3, 3, 4) * 3]
+    documents = [[CLS, *tokenizer.encode(text), SEP] for text in texts]
+    assert max(map(len, documents)) <= LENGTH, "the original would cut it"
+    original = OriginalModel().eval()
+    rows = torch.tensor([ids + [0] * (LENGTH - len(ids)) for ids in documents])
+    with torch.no_grad():
+        expected = F.cross_entropy(original(rows)[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), ignore_index=0).item()
+
+    config = original_config()
+    state = tiny_state(config)
+    masks = ("global_mask", "local_mask")
+    state.model.load_state_dict({k: v for k, v in original.state_dict().items() if k not in masks})
+
+    def loss(tokenizer: Tokenizer) -> float:
+        events: list[Event] = []
+        sequences = packed(texts, tokenizer, tmp_path)
+        batches = micro_batches(sequences, np.arange(len(sequences.tokens)), config, pinned=False)
+        counts = dict(target_tokens=1, text_bytes=1)
+        Validator(config, tokenizer, batches, **counts, rank=0, emit=events.append, stop_requested=lambda: False)(state)
+        return next(event.validation_loss for event in events if isinstance(event, ValidationDone))
+
+    assert loss(tokenizer) == pytest.approx(expected, abs=1e-5)
+    assert abs(loss(tokenizer.with_settings(add_special_tokens=False)) - expected) > 1e-3
+
+
+def packed(texts: list[str], tokenizer: Tokenizer, folder: Path) -> Sequences:
+    """What training reads of a file with these texts."""
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (part,) = plan_ranges(expand(str(path)))
+    list(write_shard(folder, 0, part, Recipe.of(tokenizer, LENGTH, 1 << 20)))
+    rows = pa.ipc.open_file(folder / shard_name(0)).read_all().to_pydict()
+    sequences = Sequences.empty(len(rows["tokens"]), LENGTH)
+    for row, lengths in enumerate(rows["lengths"]):
+        sequences.tokens[row] = rows["tokens"][row]
+        sequences.document_ids[row, : sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
+    return sequences
 
 
 def told(events: list[Event]) -> dict[tuple[str, int], Any]:
@@ -69,7 +132,7 @@ def test_a_prompt_without_tokens_is_told_and_has_no_answer() -> None:
     config, state = config_of(), tiny_state(config_of())
     events: list[Event] = []
     without_tokens = validator(config, events.append, lambda: False)
-    without_tokens.tokenizer.encode = lambda text: []
+    without_tokens.tokenizer.encode_prompts = lambda texts: [[] for _ in texts]
     assert not without_tokens(state)
     assert [event.kind for event in events] == ["validation", "notice"]
     assert events[1].text.startswith("validation.prompt has no tokens")

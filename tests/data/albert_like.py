@@ -1,0 +1,65 @@
+"""A small tokenizer with ALBERT's normaliser, special tokens, ids and template, in `albert_like/tokenizer.json`.
+
+`python -m tests.data.albert_like` writes it anew. Its 50 entries are as many as the model of
+`tests/training/original_program.py` has.
+"""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+FOLDER = Path(__file__).with_suffix("")
+SPECIAL = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]  # ids 0 to 4
+CLS, SEP = 2, 3
+PIECES = [
+    "▁the",
+    "▁a",
+    "▁re",
+    "▁on",
+    "▁is",
+    "▁",
+    "at",
+    "en",
+    "he",
+    "an",
+    "ed",
+    "or",
+    "in",
+    "er",
+    ".",
+    ",",
+    "?",
+    "'",
+    ":",
+]
+
+
+def write() -> None:
+    entries = [(token, 0.0) for token in SPECIAL]
+    entries += [(piece, -3.0 - number / 10) for number, piece in enumerate(PIECES)]
+    entries += [(letter, -6.0) for letter in string.ascii_lowercase]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(entries, unk_id=SPECIAL.index("<unk>")))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace("\n", " "),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
+    FOLDER.mkdir(exist_ok=True)
+    tokenizer.save(str(FOLDER / "tokenizer.json"))
+
+
+if __name__ == "__main__":
+    write()
