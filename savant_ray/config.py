@@ -110,7 +110,8 @@ class SourceConfig(Section):
 
     path: Texts = Field(description="JSONL file, folder, glob or URI, or a list of them; also .gz and .zst")
     weight: Positive = Field(
-        description="fraction of the sequences, relative to the other sources' weights; at least 1 in 100,000"
+        description="fraction of the sequences or documents (data.mix_by), relative to the other sources' weights; at "
+        "least 1 in 100,000 sequences"
     )
     optional: bool = Field(default=False, description="go on without it when it is missing")
 
@@ -126,6 +127,9 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = Field(
         default=DEFAULT_SOURCES, min_length=1, description="training text: [{path, weight, optional}, …]"
+    )
+    mix_by: Literal["sequences", "documents"] = Field(
+        default="sequences", description="what the weights of the sources are fractions of"
     )
     validation: Texts = Field(default="dataset/savant_dataset_val.jsonl", description="held-out JSONL, like a source")
     tokenizer: Text = Field(
@@ -155,18 +159,18 @@ class DataConfig(Section):
         """Whether no tokenizer is named, so that one is learnt from the training text if no checkpoint has one."""
         return self.tokenizer in ("auto", "train")
 
-    @field_validator("sources")
-    @classmethod
-    def _every_source_occurs(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
-        weights = [Fraction(str(source.weight)) for source in sources]
-        if min(weights) * WEIGHT_RESOLUTION < sum(weights):
-            smallest = min(sources, key=lambda source: source.weight)
-            largest = max(source.weight for source in sources)
+    @model_validator(mode="after")
+    def _every_source_occurs(self) -> Self:
+        weights = [Fraction(str(source.weight)) for source in self.sources]
+        by_sequences = self.mix_by == "sequences"  # otherwise the sizes of the sources decide (cluster/preparation.py)
+        if by_sequences and min(weights) * WEIGHT_RESOLUTION < sum(weights):
+            smallest = min(self.sources, key=lambda source: source.weight)
+            largest = max(source.weight for source in self.sources)
             raise ValueError(
                 f"data.sources: weight {smallest.weight:g} of {show(smallest.path)}, with weights up to {largest:g} beside "
                 f"it, is less than 1 sequence in {WEIGHT_RESOLUTION:,}; raise it, or leave the source out"
             )
-        return sources
+        return self
 
 
 class TrainingConfig(Section):

@@ -92,6 +92,7 @@ TABLE: dict[str, Kind] = {
     "model.positions": choice("none or rotary"),
     "model.soft_cap": POSITIVE,
     "data.sources": Kind("a list", (list,), (([], "[] needs at least 1"),)),
+    "data.mix_by": choice("sequences or documents"),
     "data.validation": Kind("text or a list", (str, list), (EMPTY, ([], "[] needs at least 1")), takes_any_text=True),
     "data.tokenizer": TEXT,
     "data.end_of_document": OPTIONAL_TEXT,

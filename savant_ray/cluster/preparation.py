@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from savant_ray.cluster.paths import output_folder, parent_and_name, with_absolute_paths
@@ -16,7 +17,8 @@ from savant_ray.cluster.run_tokenizer import (
     refuse_unencodable_prompts,
 )
 from savant_ray.cluster.session import prepare_environment, ray_session
-from savant_ray.config import Config, SourceConfig
+from savant_ray.config import WEIGHT_RESOLUTION, Config, SourceConfig
+from savant_ray.data.order import Weight, weights_by_documents
 from savant_ray.data.overlap import count_held_out_documents, split_held_out
 from savant_ray.data.preparation import empty_file_report, learn_tokenizer
 from savant_ray.data.preparation import prepare as prepare_files
@@ -26,7 +28,7 @@ from savant_ray.data.sources import SourceFile, expand, refuse_empty
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import DataError, unexpected_errors_explained
+from savant_ray.errors import DataError, SettingsError, unexpected_errors_explained
 from savant_ray.events import DataPrepared, TextCounts
 from savant_ray.locations import is_uri, usable_folder, working_directory
 from savant_ray.reporting import RunReport
@@ -106,6 +108,7 @@ def prepare_data(config: Config, text: Text, report: RunReport, tokenizer: Token
 
     Raises:
         DataError: text is unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
+        SettingsError: a source would have less than 1 sequence in 100,000 with `data.mix_by: documents`.
     """
     if tokenizer is None:
         report.stage("learning the tokenizer")
@@ -125,7 +128,7 @@ def prepare_data(config: Config, text: Text, report: RunReport, tokenizer: Token
         )
     plan = StreamPlan(
         folders=tuple(str(cache.folder) for cache in caches),
-        weights=tuple(source.weight for source, _ in text.sources),
+        weights=_sequence_weights(config, [source for source, _ in text.sources], caches, report.say),
         seed=config.run.seed,
         effective_batch=config.training.effective_batch,
     )
@@ -228,6 +231,30 @@ def tokenise(
     ]:
         report.say(sentence)
     return cache
+
+
+def _sequence_weights(
+    config: Config, sources: list[SourceConfig], caches: list[TokenCache], say: Callable[[str], None]
+) -> tuple[Weight, ...]:
+    """Return the weights for the global order; prints what `data.mix_by: documents` makes of those in the settings."""
+    weights = [source.weight for source in sources]
+    if config.data.mix_by == "sequences":
+        return tuple(weights)
+    sizes = [(cache.manifest.documents, cache.manifest.rows) for cache in caches]
+    fractions = weights_by_documents(weights, *zip(*sizes, strict=True))
+    total = sum(map(Fraction, weights))
+    mixture = []
+    for source, (documents, rows), fraction in zip(sources, sizes, fractions, strict=True):
+        name = _named(source.path)
+        if fraction * WEIGHT_RESOLUTION < 1:
+            raise SettingsError(
+                f"data.sources: weight {source.weight:g} of {name} with data.mix_by: documents is less than 1 sequence in "
+                f"{WEIGHT_RESOLUTION:,} ({documents:,} documents in {rows:,} sequences); raise it, or leave the source out"
+            )
+        by_documents = float(Fraction(source.weight) / total)
+        mixture.append(f"{name} {by_documents:.2%} of the documents, {float(fraction):.2%} of the sequences")
+    say(f"mixed by documents: {'; '.join(mixture)}")
+    return fractions
 
 
 def _expanded(paths: str | list[str], setting: str, say: Callable[[str], None]) -> list[SourceFile]:

@@ -27,7 +27,7 @@ from savant_ray.training.checkpoint import (
 )
 from savant_ray.training.original import newest_original
 
-MUST_AGREE = ("model.", "run.seed")
+MUST_AGREE = ("model.", "run.seed", "data.mix_by")
 ALLOW = "--allow-changes goes on all the same and keeps what fits; --fresh starts anew and moves this run aside."
 
 

@@ -5,8 +5,9 @@ position costs the same and any number of workers sees the same steps.
 
 Mixing is chairman assignment (R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980) over one
 period of the rational weights: in every prefix of n positions each source has weight · n sequences, off by less than 1.
-Weights whose exact period is longer than `MAX_PERIOD` are rounded to fractions of it first. Shuffling is a Feistel
-network with cycle walking, keyed by seed, source and epoch.
+Weights whose exact period is longer than `MAX_PERIOD` are rounded to fractions of it first. Weights that are fractions
+of the documents become weights of sequences first (`weights_by_documents`). Shuffling is a Feistel network with cycle
+walking, keyed by seed, source and epoch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from savant_ray.errors import DataError, SettingsError
 
 Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
+Weight = float | Fraction
 
 MAX_PERIOD = 100_000  # as `WEIGHT_RESOLUTION` in config.py, which would take too long to import here
 FEISTEL_ROUNDS = 8  # each changes both halves
@@ -37,7 +39,7 @@ class GlobalOrder:
         SettingsError: a weight is not positive, or less than 1 / `MAX_PERIOD` of their sum.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(self, sizes: Sequence[int], weights: Sequence[Weight], seed: int) -> None:
         if len(sizes) != len(weights) or not sizes:
             raise SettingsError(f"{len(sizes)} sources need as many weights, found {len(weights)}")
         if min(sizes) < 1:
@@ -64,6 +66,23 @@ def share(effective_batch: int, rank: int, world_size: int) -> range:
     return range(effective_batch * rank // world_size, effective_batch * (rank + 1) // world_size)
 
 
+def weights_by_documents(
+    weights: Sequence[Weight], documents: Sequence[int], sequences: Sequence[int]
+) -> tuple[Fraction, ...]:
+    """Return the fraction of the sequences that each source needs for `weights` to be fractions of the documents.
+
+    `documents` and `sequences` are the sizes of the sources. A sequence of source i counts as its mean number of
+    documents, `documents[i] / sequences[i]`, and a document in several sequences as one document. So the documents are
+    in proportion to `weights` after whole epochs of all sources; in other prefixes they are so on average.
+    """
+    parts = [
+        Fraction(str(weight)) * n_sequences / n_documents  # as written: 0.1 is a tenth
+        for weight, n_documents, n_sequences in zip(weights, documents, sequences, strict=True)
+    ]
+    total = sum(parts)
+    return tuple(part / total for part in parts)
+
+
 def permute(slots: Int64s, size: int, keys: UInt64s) -> Int64s:
     """The images of `slots` under the permutations of range(size) chosen by `keys`, one key per slot.
 
@@ -78,7 +97,7 @@ def permute(slots: Int64s, size: int, keys: UInt64s) -> Int64s:
     return images.astype(np.int64)
 
 
-def _counts(weights: Sequence[float]) -> list[int]:
+def _counts(weights: Sequence[Weight]) -> list[int]:
     """Return how often each source occurs in a period.
 
     The shortest period with exactly these weights if it has at most `MAX_PERIOD` positions; otherwise a period of
@@ -165,5 +184,5 @@ def _ones(bits: int) -> np.uint64:
     return np.uint64((1 << bits) - 1)
 
 
-def _listed(weights: Sequence[float]) -> str:
+def _listed(weights: Sequence[Weight]) -> str:
     return ", ".join(str(weight) for weight in weights)

@@ -29,7 +29,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from savant_ray.data import ray_data
-from savant_ray.data.order import GlobalOrder, share
+from savant_ray.data.order import GlobalOrder, Weight, share
 from savant_ray.data.token_cache import Sequences, TokenCache
 
 PORTION_BYTES = 32 << 20  # two portions are in memory at a time
@@ -41,7 +41,7 @@ class StreamPlan:
     """All that decides which sequence is at which position: plain values that travel to the workers."""
 
     folders: tuple[str, ...]  # token caches, the same path on every node
-    weights: tuple[float, ...]
+    weights: tuple[Weight, ...]  # of sequences
     seed: int
     effective_batch: int  # sequences per step over all workers
 
@@ -208,5 +208,5 @@ def _cache(folder: str) -> TokenCache:
 
 
 @lru_cache(maxsize=16)
-def _order(sizes: tuple[int, ...], weights: tuple[float, ...], seed: int) -> GlobalOrder:
+def _order(sizes: tuple[int, ...], weights: tuple[Weight, ...], seed: int) -> GlobalOrder:
     return GlobalOrder(sizes, weights, seed)

@@ -127,6 +127,12 @@ def test_another_model_or_seed_is_refused_with_every_difference(tmp_path: Path) 
     assert all(text in str(refusal.value) for text in expected)
 
 
+def test_another_meaning_of_the_weights_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    with pytest.raises(CheckpointError, match=r"data\.mix_by: sequences, now documents"):
+        refuse_other_settings(tmp_path / "step_5", changed(data={"mix_by": "documents"}))
+
+
 def test_other_text_is_refused_with_what_goes_on(tmp_path: Path) -> None:
     write(tmp_path, 5, data="abc")
     start = tmp_path / "step_5"

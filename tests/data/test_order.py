@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from fractions import Fraction
 
@@ -12,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from savant_ray.config import Config
-from savant_ray.data.order import GlobalOrder, permute, share
+from savant_ray.data.order import GlobalOrder, permute, share, weights_by_documents
 from savant_ray.errors import DataError, SettingsError
 
 
@@ -157,6 +158,77 @@ def test_the_settings_accept_the_weights_that_the_order_accepts(weights: list[fl
         Config.from_dict({"data": settings})
     with pytest.raises(SettingsError, match="less than 1 in 100,000"):
         GlobalOrder([9] * len(weights), weights, seed=0)
+
+
+# --- weights that are fractions of the documents
+
+SOURCE = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 12))  # weight, documents, sequences
+SOURCES = st.lists(SOURCE, min_size=1, max_size=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sources=SOURCES)
+def test_by_documents_each_source_is_within_one_sequence_in_every_prefix(sources: list[tuple[int, int, int]]) -> None:
+    weights, documents, sequences = zip(*sources, strict=True)
+    by_documents = [Fraction(w * s, d) for w, d, s in sources]
+    order = GlobalOrder(sequences, weights_by_documents(weights, documents, sequences), seed=1)
+    n = 3_000
+    taken, _ = order.locate(np.arange(n))
+    for source, weight in enumerate(by_documents):
+        off = np.cumsum(taken == source) - float(weight / sum(by_documents)) * np.arange(1, n + 1)
+        rounding = n / 100_000  # of weights whose period is longer
+        assert np.abs(off).max() < 1 + rounding
+
+
+@settings(max_examples=100, deadline=None)
+@given(sources=SOURCES)
+def test_after_whole_epochs_the_documents_are_in_proportion_to_the_weights(sources: list[tuple[int, int, int]]) -> None:
+    weights, documents, sequences = zip(*sources, strict=True)
+    fractions = weights_by_documents(weights, documents, sequences)
+    epochs_of = [fraction / size for fraction, size in zip(fractions, sequences, strict=True)]  # in one position
+    n = math.lcm(*(epochs.denominator for epochs in epochs_of))  # the first time that all epochs end together
+    assume(n < 50_000)
+    taken, rows = GlobalOrder(sequences, fractions, seed=2).locate(np.arange(n))
+    seen = np.zeros(len(sources))
+    for source, (_, n_documents, size) in enumerate(sources):
+        in_sequence = np.bincount(np.arange(n_documents) % size, minlength=size)  # some sequences hold none
+        seen[source] = in_sequence[rows[taken == source]].sum()
+    assert [Fraction(int(count), int(seen.sum())) for count in seen] == [Fraction(w, sum(weights)) for w in weights]
+
+
+@given(sources=SOURCES, per_sequence=st.fractions(Fraction(1, 50), 50, max_denominator=50), start=st.integers(0, 10**9))
+@settings(max_examples=50, deadline=None)
+def test_with_equally_many_documents_a_sequence_the_order_is_the_same(
+    sources: list[tuple[int, int, int]], per_sequence: Fraction, start: int
+) -> None:
+    weights, _, sizes = zip(*sources, strict=True)
+    sequences = [size * per_sequence.denominator for size in sizes]
+    documents = [size * per_sequence.numerator for size in sizes]
+    by_documents = weights_by_documents([0.1 * w for w in weights], documents, sequences)
+    order, expected = (GlobalOrder(sequences, w, seed=3) for w in (by_documents, [0.1 * w for w in weights]))
+    assert located(order, start, start + 500) == located(expected, start, start + 500)
+
+
+def test_a_fifth_of_the_documents_that_are_ten_times_shorter_is_a_fortieth_of_the_sequences() -> None:
+    stories, logic = 0.8, 0.2
+    assert weights_by_documents([stories, logic], [400, 4_000], [100, 100]) == (Fraction(40, 41), Fraction(1, 41))
+    assert weights_by_documents([stories], [7], [100]) == (1,)
+
+
+def test_documents_that_fill_many_sequences_count_as_one_each() -> None:
+    assert weights_by_documents([1, 1], [10, 100], [1_000, 100]) == (Fraction(100, 101), Fraction(1, 101))
+
+
+def test_sizes_of_millions_are_kept_to_one_sequence_in_100_000() -> None:
+    documents, sequences = [1_234_567, 7_654_321, 999_983], [3_456_789, 1_234_577, 77_773]
+    fractions = weights_by_documents([0.7, 0.2, 0.1], documents, sequences)
+    taken, _ = GlobalOrder(sequences, fractions, seed=1).locate(np.arange(200_000))
+    for source, fraction in enumerate(fractions):
+        off = np.cumsum(taken == source) - float(fraction) * np.arange(1, 200_001)
+        assert np.abs(off).max() < 1 + 200_000 / 100_000
+
+
+# --- what is refused
 
 
 def test_an_empty_source_is_refused() -> None:

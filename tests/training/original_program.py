@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DIM, HEADS, LOOPS, WINDOW, EVERY, CAP = 16, 2, 4, 4, 4, 50.0
+EVERY, CAP = 4, 50.0
 LENGTH, VOCABULARY = 16, 50
+PADDING = 0
 BLOCK, MIN_8BIT_SIZE = 256, 512  # elements; bitsandbytes quantises tensors of 4,096 and more
 NESTED = "__bnb_optimizer_quant_state__"
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Of the model; named as the package's settings, so that a `ModelConfig` can be made of it."""
+
+    dim: int = 16
+    n_heads: int = 2
+    n_loops: int = 4
+    window_size: int = 4
+    max_seq_len: int = LENGTH
+    vocab_size: int = VOCABULARY
+
+
+TINY = Shape()
+
+
 class Norm(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(DIM))
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
@@ -39,29 +56,31 @@ class SwiGLU(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.liquid_gate = nn.Linear(DIM, DIM)
-        self.o_proj, self.v_proj, self.k_proj, self.q_proj = (nn.Linear(DIM, DIM, bias=False) for _ in range(4))
-        self.ln = Norm()
+        dim, self.n_heads = shape.dim, shape.n_heads
+        self.liquid_gate = nn.Linear(dim, dim)
+        self.o_proj, self.v_proj, self.k_proj, self.q_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.ln = Norm(dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (
-            p(self.ln(x)).unflatten(-1, (HEADS, -1)).transpose(-3, -2) for p in (self.q_proj, self.k_proj, self.v_proj)
+            p(self.ln(x)).unflatten(-1, (self.n_heads, -1)).transpose(-3, -2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        scores = CAP * torch.tanh(q @ k.transpose(-2, -1) / math.sqrt(DIM // HEADS) / CAP)
+        scores = CAP * torch.tanh(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) / CAP)
         weights = torch.softmax(scores + mask, -1).to(v.dtype)
         return self.o_proj((weights @ v).transpose(-3, -2).flatten(-2))
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        hidden = int(2 * 4 * DIM / 3)
-        self.liquid_gate_ffn = nn.Linear(DIM, DIM)
-        self.ffn = nn.Sequential(nn.Linear(DIM, 2 * hidden, bias=False), SwiGLU(), nn.Linear(hidden, DIM, bias=False))
-        self.ln_ffn = Norm()
-        self.attn = Attention()
+        dim, hidden = shape.dim, int(2 * 4 * shape.dim / 3)
+        self.liquid_gate_ffn = nn.Linear(dim, dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, 2 * hidden, bias=False), SwiGLU(), nn.Linear(hidden, dim, bias=False))
+        self.ln_ffn = Norm(dim)
+        self.attn = Attention(shape)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         a = torch.sigmoid(self.attn.liquid_gate(x))
@@ -71,18 +90,20 @@ class Block(nn.Module):
 
 
 class OriginalModel(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape = TINY) -> None:
         super().__init__()
-        self.head = nn.Linear(DIM, VOCABULARY, bias=False)
-        self.register_buffer("global_mask", torch.ones(LENGTH, LENGTH).tril().log())
-        self.register_buffer("local_mask", torch.ones(LENGTH, LENGTH).tril().triu(-WINDOW).log())
-        self.ln_f = Norm()
-        self.recurrent_block = Block()
-        self.embed = nn.Embedding(VOCABULARY, DIM)
+        self.n_loops = shape.n_loops
+        seen = torch.ones(shape.max_seq_len, shape.max_seq_len).tril()
+        self.head = nn.Linear(shape.dim, shape.vocab_size, bias=False)
+        self.register_buffer("global_mask", seen.log())
+        self.register_buffer("local_mask", seen.triu(-shape.window_size).log())
+        self.ln_f = Norm(shape.dim)
+        self.recurrent_block = Block(shape)
+        self.embed = nn.Embedding(shape.vocab_size, shape.dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
-        for loop in range(LOOPS):
+        for loop in range(self.n_loops):
             x = self.recurrent_block(x, self.global_mask if (loop + 1) % EVERY == 0 else self.local_mask)
         return self.head(self.ln_f(x))
 
@@ -202,24 +223,31 @@ class OriginalProgram:
         rate: Callable[[int], float] = lambda _: 1.0,
         optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = adamw,
         dtype: torch.dtype = torch.float32,
+        shape: Shape = TINY,
+        seed: int = 11,
     ) -> None:
-        torch.manual_seed(11)
-        self.model = OriginalModel()
+        torch.manual_seed(seed)
+        self.model = OriginalModel(shape)
         for parameter in self.model.parameters():  # the masks stay fp32
             parameter.data = parameter.data.to(dtype)
         self.optimizer = optimizer(self.model.parameters(), peak)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, functools.partial(rate))
         self.step = self.next = 0
 
-    def train(self, batch: Tensor) -> float:
+    def train(self, *micro_batches: Tensor) -> float:
+        """One update from batches [B, T] of documents, padded with 0; returns the mean of their mean losses."""
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(batch)[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
-        loss.backward()
+        losses = []
+        for batch in micro_batches:
+            logits = self.model(batch)[:, :-1].flatten(0, 1).float()
+            loss = F.cross_entropy(logits, batch[:, 1:].flatten(), ignore_index=PADDING)
+            (loss / len(micro_batches)).backward()
+            losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.scheduler.step()
         self.step, self.next = self.next, self.next + 1
-        return loss.item()
+        return sum(losses) / len(losses)
 
     def content(self) -> dict[str, Any]:
         return {
