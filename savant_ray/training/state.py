@@ -133,7 +133,7 @@ class TrainingState:
         parameters = dict(self.model.named_parameters())
         missing = [f"{name} is missing" for name in parameters.keys() - weights.keys()]
         unknown = [f"{name} is unknown" for name in weights.keys() - parameters.keys()]
-        if differences := sorted(missing + unknown) + list(shape_differences(parameters, weights).values()):
+        if differences := sorted(missing + unknown) + list(reshaped_weights(parameters, weights).values()):
             raise CheckpointError("the weights do not fit the model: " + "; ".join(differences))
         for name, parameter in parameters.items():
             self.optimizer.set_master(parameter, weights[name].to(self.device, torch.float32))
@@ -183,7 +183,7 @@ class TrainingState:
 
     def _load_matching_weights(self, weights: dict[str, Tensor], allow_changes: bool) -> list[str]:
         parameters = dict(self.model.named_parameters())
-        reshaped = shape_differences(parameters, weights)
+        reshaped = reshaped_weights(parameters, weights)
         if reshaped and not allow_changes:
             raise CheckpointError("the weights have other shapes: " + "; ".join(reshaped.values()))
         for name, parameter in parameters.items():
@@ -246,7 +246,7 @@ def new_optimizer(model: UniversalTransformer, settings: TrainingConfig) -> Mast
     return Muon(matrices, others, settings.learning_rate, settings.weight_decay)
 
 
-def shape_differences(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
+def reshaped_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
     """Describe each weight whose shape differs from the parameter of its name."""
     return {
         name: f"{name} is {list(weights[name].shape)}, the model's {list(parameter.shape)}"
