@@ -319,6 +319,21 @@ def load_config(
     raise SettingsError("\n".join(reading.problems))
 
 
+def given_settings(arguments: Sequence[str], file: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Return what `file` and `arguments` set, by section, without defaults; values are checked by `Config.from_dict`.
+
+    Raises:
+        SettingsError: one line for each that is no setting, or has no value.
+    """
+    reading = Reading(setting_rows())
+    if file is not None:
+        reading.file(file)
+    reading.command_line(arguments)
+    if reading.problems:
+        raise SettingsError("\n".join(reading.problems))
+    return reading.nested()
+
+
 def ignored_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return the variables that begin as settings do but neither are settings nor read like misspelt ones."""
     return Reading(setting_rows()).environment(os.environ if environment is None else environment)

@@ -35,7 +35,6 @@ from savant_ray.training.fitting import raise_memory_cap_error_on_oom
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.memory import cap_memory, cap_memory_again, memory_used_gb
 from savant_ray.training.micro_batch import MicroBatch, micro_batches
-from savant_ray.training.original import NOTE
 from savant_ray.training.precision import usable_precision
 from savant_ray.training.prefetch import one_ahead
 from savant_ray.training.ranks import add_up
@@ -108,9 +107,6 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     if host.rank == 0:
         state.make_room_for_copies()
     _announce(host, state, config, [note for note in notes if note], resumed)
-    if resumed is not None and resumed.note == NOTE:  # the original's: from here on the run has one of its own
-        host.save(state, "taken over")
-        host.finish_saving()
     host.validator = make_validator(task, config, tokenizer, host)
     shares = ready_steps(steps, config, device)
     if device.type == "cuda":  # pinning memory in a thread without a current device makes a context on GPU 0

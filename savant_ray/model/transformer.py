@@ -24,7 +24,6 @@ from savant_ray.model.rotary import Rotation, rotate, rotation
 
 NORM_EPS = 1e-6
 CacheReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # takes new keys and values, returns all in reach
-MASK_BUFFERS = frozenset({"global_mask", "local_mask", "recurrent_block.attn.mask"})  # of the original program
 
 
 def n_parameters(config: ModelConfig) -> int:
@@ -50,7 +49,6 @@ class UniversalTransformer(nn.Module):
         self.recurrent_block = RecurrentBlock(config)
         self.ln_f = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_load_state_dict_pre_hook(_drop_mask_buffers)  # type: ignore[no-untyped-call]  # PyTorch's
 
     def forward(self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
         """Logits `[B, T, V]`; without `document_ids` each row is one document."""
@@ -176,9 +174,3 @@ def liquid_update(r_BTD: Tensor, out_BTD: Tensor, gate: nn.Linear) -> Tensor:
     """`(1 - a) r + a out` with `a = sigmoid(gate(r))`."""
     a = torch.sigmoid(gate(r_BTD))
     return (1 - a) * r_BTD + a * out_BTD
-
-
-def _drop_mask_buffers(module: nn.Module, state_dict: dict[str, Tensor], *_: object) -> None:
-    """The original program saved its masks as buffers; here they follow from the settings."""
-    for name in MASK_BUFFERS & state_dict.keys():
-        del state_dict[name]

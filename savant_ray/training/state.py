@@ -43,7 +43,7 @@ class TrainingState:
     tokens_seen: int = 0
     skipped_micro_batches: int = 0
     skipped_in_a_row: int = 0  # steps without an update
-    schedule_offset: int = 0  # updates in the schedule beyond `step`: of a resumed run of the original's
+    schedule_offset: int = 0  # updates that the schedule is ahead of `step`
     data_fingerprint: str = ""
     _seen_weights: dict[str, Tensor] = field(default_factory=dict)
     _host_copy: dict[str, Any] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class TrainingState:
         return moved / total if total else None
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """The original's four keys, and `savant` with what else a resumed run needs.
+        """Step, weights, optimizer and schedule, and `savant` with what else a resumed run needs.
 
         Of bf16 weights it holds fp32 copies on the device, all at once; `copy_to_host` makes one at a time.
         """
@@ -193,7 +193,7 @@ class TrainingState:
 
     def _load_counters(self, content: dict[str, Any]) -> None:
         extra = content["savant"]
-        if "torch_rng_state" in extra:  # not in a file of the original format
+        if "torch_rng_state" in extra:  # absent in a converted checkpoint
             torch.set_rng_state(extra["torch_rng_state"].cpu())
         self.step = content["step"]
         self.position = extra["position"]
