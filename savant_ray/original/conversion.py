@@ -80,28 +80,21 @@ def convert_newest(
         SavantError: another process has taken the run over.
         OSError: the storage cannot be read or written; nothing is left behind.
     """
-    beyond = -1 if newest is None else step_of(newest)
-    again = newest is not None and _was_converted(newest) and not config.data.learns_tokenizer
-    names = [name for name in storage.files() if is_original_name(name) and original_step(name) >= beyond + (not again)]
-    names.sort(key=original_step, reverse=True)
-    path = newest_whole((storage.fetch(name) for name in names), say)
+    path = _newest_file(storage, newest, not config.data.learns_tokenizer, say)
     if path is None:
-        if names and newest is None:
-            advice = "Bring one back, or start anew with --fresh: it moves this folder aside and loses nothing."
-            raise CheckpointError(f"{_none_whole(storage.location)}. {advice}")
         return None
     started = time.perf_counter()
     content = read_file(path)
     settings = complete_settings(content["model_state_dict"], config.to_dict())
-    is_newest = newest is not None and content["step"] == beyond
-    if newest is not None and is_newest and (settings.problems or _is_conversion_with(newest, settings.config)):
-        return None
-    if not allow_changes:
+    if newest is not None and content["step"] == step_of(newest):
+        if settings.problems or _is_conversion_with(newest, settings.config):  # an ordinary resume, or refused as such
+            return None
+    elif not allow_changes:
         _refuse_other_settings(path, settings)
-    texts = _texts(settings.config)
+    names = list(parameter_shapes(settings.config.model))
+    checkpoint = to_checkpoint(content, names, config.training.effective_batch)
     storage.check_owner()
-    checkpoint = to_checkpoint(content, list(parameter_shapes(settings.config.model)), config.training.effective_batch)
-    folder = write_checkpoint(storage.folder, checkpoint, texts, storage.check_owner)
+    folder = write_checkpoint(storage.folder, checkpoint, _texts(settings.config), storage.check_owner)
     storage.keep(folder)
     emit(
         CheckpointSaved(
@@ -218,6 +211,26 @@ def _texts(config: Config) -> dict[str, str]:
     return texts
 
 
+def _newest_file(storage: RunFolder, newest: Path | None, may_repeat: bool, say: Callable[[str], None]) -> Path | None:
+    """Return the newest whole file of the original of a step after `newest`.
+
+    Of the same step if `newest` was itself made of such a file and `may_repeat`.
+
+    Raises:
+        CheckpointError: there is no checkpoint of ours, and all files of the original are damaged.
+    """
+    least = 0
+    if newest is not None:
+        least = step_of(newest) if may_repeat and _was_converted(newest) else step_of(newest) + 1
+    names = [name for name in storage.files() if is_original_name(name) and original_step(name) >= least]
+    names.sort(key=original_step, reverse=True)
+    path = newest_whole((storage.fetch(name) for name in names), say)
+    if path is None and names and newest is None:
+        advice = "Bring one back, or start anew with --fresh: it moves this folder aside and loses nothing."
+        raise CheckpointError(f"{_none_whole(storage.location)}. {advice}")
+    return path
+
+
 def _was_converted(checkpoint: Path) -> bool:
     """Return whether a checkpoint of ours was made of a file of the original."""
     return bool(read_manifest(checkpoint)["data_fingerprint"] == ANY_TEXT)
@@ -257,7 +270,9 @@ def _refuse_other_settings(path: Path, settings: FileSettings) -> None:
 def _refuse_incomplete(path: Path, settings: FileSettings) -> None:
     problems = list(settings.problems)
     if settings.config.data.learns_tokenizer:
-        problems.append("data.tokenizer: a file of the original holds no tokenizer; name the one it was trained with")
+        problems.append(
+            "data.tokenizer: a file of the original holds no tokenizer; give --data.tokenizer FILE, FOLDER or NAME"
+        )
     if problems:
         kind = SettingsError if len(problems) > len(settings.misfits) else CheckpointError
         raise kind(f"{path}, a file of the original, does not go with the settings:\n  " + "\n  ".join(problems))
