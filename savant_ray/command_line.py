@@ -131,9 +131,9 @@ def with_settings_for_original(
     options = parser.parse_args(own)
     if not settings and options.config is None:
         return options, {}
-    from savant_ray.config import given_settings
+    from savant_ray.config import explicit_settings
 
-    return options, given_settings(settings, options.config)
+    return options, explicit_settings(settings, options.config)
 
 
 def refuse_deleted_folder() -> None:

@@ -95,12 +95,12 @@ def _generate(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=file_path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file"
     )
-    options, given = with_settings_for_original(parser, arguments)
+    options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.training.sampling import stream_answer
 
-    with on_this_machine(options.checkpoint, given=given) as checkpoint:
+    with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
         pieces = stream_answer(
             checkpoint,
             options.prompt,
@@ -135,7 +135,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
         help="instead: score and loss with so many loops, such as 1,2,4,8,16,32",
     )
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
-    options, given = with_settings_for_original(parser, arguments)
+    options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.inference.logic import logic_suite, read_questions
@@ -143,7 +143,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from savant_ray.training.evaluation import answers_of, by_depth, result
 
     questions = logic_suite() if options.problems is None else read_questions(options.problems)
-    with on_this_machine(options.checkpoint, given=given) as checkpoint:
+    with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
         if options.depths:
             by_loops = by_depth(checkpoint, questions, options.depths, options.max_new_tokens)
             scored = {"depths": list(with_progress(by_loops, len(options.depths)))}
@@ -174,10 +174,10 @@ def _export(arguments: Sequence[str]) -> int:
         help="with --format original: what the original goes on with, PyTorch's AdamW or bitsandbytes' AdamW8bit "
         "[that of its newest file in the run folder]",
     )
-    options, given = with_settings_for_original(parser, arguments)
+    options, settings = with_settings_for_original(parser, arguments)
     if options.optimizer and options.format != "original":
         parser.error("--optimizer goes with --format original")
-    if given and options.format == "original":
+    if settings and options.format == "original":
         parser.error("settings go with --format safetensors; --format original needs none")
     refuse_deleted_folder()
     from savant_ray.cluster.storage import fetched, on_this_machine
@@ -189,7 +189,7 @@ def _export(arguments: Sequence[str]) -> int:
             for warning in export_original(checkpoint, options.output, options.optimizer):
                 print(f"warning: {warning}", file=sys.stderr)
     else:
-        with on_this_machine(options.checkpoint, given=given) as checkpoint:
+        with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
             export_safetensors(checkpoint, options.output)
     print(f"{options.output} is written")
     return 0
@@ -211,8 +211,7 @@ def _runs(arguments: Sequence[str]) -> int:
     if not options.folders:
         with suppress(SettingsError):  # a user without one has no runs there
             folders.append(home_folder())
-    found = find_runs(folders, newest_by_name)
-    runs = [summarise(folder, is_in_use, newest_by_name) for folder in found]
+    runs = [summarise(folder, is_in_use, newest_by_name) for folder in find_runs(folders, newest_by_name)]
     if options.json:
         print(to_json(runs))
     elif runs:

@@ -53,7 +53,8 @@ class RunConfig(Section):
         default=30.0, description="after a stop a step that would take longer than this is given up, seconds"
     )
     init_from: Text | None = Field(
-        default=None, description="start a new run from the weights of this run or checkpoint folder; also s3://…"
+        default=None,
+        description="start a new run from the weights of this run, checkpoint folder or file of the original; also s3://…",
     )
 
     @field_validator("seed", mode="before")
@@ -319,7 +320,7 @@ def load_config(
     raise SettingsError("\n".join(reading.problems))
 
 
-def given_settings(arguments: Sequence[str], file: Path | None = None) -> dict[str, dict[str, Any]]:
+def explicit_settings(arguments: Sequence[str], file: Path | None = None) -> dict[str, dict[str, Any]]:
     """Return what `file` and `arguments` set, by section, without defaults; values are checked by `Config.from_dict`.
 
     Raises:

@@ -56,11 +56,11 @@ def refuse_missing(checkpoint: str) -> None:
 
 @contextmanager
 def on_this_machine(
-    checkpoint: str, files: Sequence[str] = (), given: Mapping[str, Mapping[str, Any]] | None = None
+    checkpoint: str, files: Sequence[str] = (), settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Iterator[Path]:
     """Yield the path of a checkpoint of ours: what `fetched` yields, or what a file of the original is converted into.
 
-    `given` are settings (by section, as in YAML) that were given for a file of the original; what had to be assumed
+    `settings` (by section, as in YAML) are those that a user gave for a file of the original; what had to be assumed
     beside them is printed to stderr.
 
     Raises:
@@ -71,11 +71,11 @@ def on_this_machine(
     with fetched(checkpoint, files) as path:
         original = find_original(path, print_note)
         if original is not None:
-            with converted(original, given or {}, print_note) as folder:
+            with converted(original, settings or {}, print_note) as folder:
                 yield folder
             return
-        if given:
-            names = ", ".join(f"{section}.{name}" for section, values in given.items() for name in values)
+        if settings:
+            names = ", ".join(f"{section}.{name}" for section, values in settings.items() for name in values)
             raise SettingsError(
                 f"{names}: given for {checkpoint}, which has settings of its own; only a file of the original needs them"
             )

@@ -131,32 +131,32 @@ def find_original(path: Path, say: Callable[[str], None] = lambda _: None) -> Pa
 @contextmanager
 def converted(
     path: Path,
-    given: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Mapping[str, Any]],
     note: Callable[[str], None],
     allow_changes: bool = False,
 ) -> Iterator[Path]:
     """Convert a file of the original into a checkpoint in a temporary folder, for the time of a `with` block.
 
-    It holds weights, settings and tokenizer, no moments. `given` are settings by section, as in YAML; what had to be
+    It holds weights, settings and tokenizer, no moments. `settings` are given by section, as in YAML; what had to be
     assumed beside them is handed to `note`. With `allow_changes` the settings are not compared with the file, and the
     checkpoint has no tokenizer.
 
     Raises:
         CheckpointError: the file is damaged, or not one of the original's model.
-        SettingsError: given settings contradict the file, or no tokenizer is named; everything is listed.
+        SettingsError: settings contradict the file, or no tokenizer is named; everything is listed.
         DataError: the tokenizer cannot be read.
     """
     content = read_file(path)
-    settings = complete_settings(content["model_state_dict"], given)
-    texts = {CONFIG: dump_yaml(settings.config)}
+    file_settings = complete_settings(content["model_state_dict"], settings)
+    texts = {CONFIG: dump_yaml(file_settings.config)}
     if not allow_changes:
-        _refuse_incomplete(path, settings)
-        texts = _texts(settings.config)
-    if settings.assumed:
-        note(f"{path.name} does not show all settings of its model; assumed: {', '.join(settings.assumed)}")
+        _refuse_incomplete(path, file_settings)
+        texts = _texts(file_settings.config)
+    if file_settings.assumed:
+        note(f"{path.name} does not show all settings of its model; assumed: {', '.join(file_settings.assumed)}")
     content["optimizer_state_dict"] = {"state": {}, "param_groups": []}
-    names = list(parameter_shapes(settings.config.model))
-    checkpoint = to_checkpoint(content, names, settings.config.training.effective_batch)
+    names = list(parameter_shapes(file_settings.config.model))
+    checkpoint = to_checkpoint(content, names, file_settings.config.training.effective_batch)
     with TemporaryDirectory(prefix="savant-") as folder:
         yield write_checkpoint(Path(folder), checkpoint, texts)
 

@@ -32,7 +32,7 @@ class FileSettings:
         return self.contradictions + self.misfits
 
 
-def complete_settings(weights: Mapping[str, Tensor], given: Mapping[str, Mapping[str, Any]]) -> FileSettings:
+def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapping[str, Any]]) -> FileSettings:
     """Complete the settings that a file shows by the given ones (by section, as in YAML) and the defaults.
 
     `weights` is the file's `model_state_dict` with its masks. Where given settings contradict the file, the file's are
@@ -41,14 +41,14 @@ def complete_settings(weights: Mapping[str, Tensor], given: Mapping[str, Mapping
     Raises:
         SettingsError: a given setting is wrong in itself.
     """
-    model, sizes = dict(given.get("model", {})), shown_sizes(weights)
+    model, sizes = dict(explicit.get("model", {})), shown_sizes(weights)
     heads, dim = model.get("n_heads", ModelConfig().n_heads), sizes.get("dim")
     contradictions = []
     if dim is not None and type(heads) is int and heads > 0 and dim % heads:
         advice = "" if "n_heads" in model else "; give model.n_heads"
         contradictions.append(f"model.n_heads: {heads} does not divide the file's model.dim, {dim}{advice}")
         heads = 1
-    config = Config.from_dict({**given, "model": {**model, **sizes, "n_heads": heads}})
+    config = Config.from_dict({**explicit, "model": {**model, **sizes, "n_heads": heads}})
     file_model = _as_the_original_has_it(config.model, model)
     for name, value in file_model.items():
         if name in model and name != "n_heads" and model[name] != value:
@@ -74,15 +74,16 @@ def shown_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
     return sizes
 
 
-def _as_the_original_has_it(completed: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+def _as_the_original_has_it(completed: ModelConfig, explicit: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model's settings with those that are fixed in the original's code at their only value.
 
     A given value that comes to the same is kept: a window beyond the sequence, a `global_every` by which the same loops
     are global.
     """
     defaults, model = ModelConfig(), completed.model_dump()
-    if model["window_size"] == model["max_seq_len"] - 1:
-        model["window_size"] = max(model["window_size"], given.get("window_size", 0))
+    window = explicit.get("window_size")
+    if type(window) is int and window > model["window_size"] == model["max_seq_len"] - 1:
+        model["window_size"] = window
     every = defaults.global_every
     if global_loops(model, completed.global_every) == global_loops(model, every):
         every = completed.global_every

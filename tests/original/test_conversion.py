@@ -288,6 +288,18 @@ def test_settings_that_come_to_the_same_are_no_contradiction(run: Path, config: 
     assert folder is not None
 
 
+def test_a_window_beyond_the_sequence_may_have_any_length(run: Path, config: Config) -> None:
+    content = trained(2).content()
+    content["model_state_dict"] = content["model_state_dict"] | {
+        "local_mask": content["model_state_dict"]["global_mask"]
+    }
+    torch.save(content, run / "step_1.pt")
+    with pytest.raises(CheckpointError, match=r"model\.window_size: 9, but the file has 15"):
+        start(run, changed(config, model={"window_size": 9}))
+    folder, _ = start(run, changed(config, model={"window_size": 256}))
+    assert folder is not None and read_settings(folder).model.window_size == 256
+
+
 def test_a_file_without_masks_leaves_length_and_window_to_the_settings(run: Path, config: Config) -> None:
     content = trained(2).content()
     weights = {name: w for name, w in content["model_state_dict"].items() if "mask" not in name}
