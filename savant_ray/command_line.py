@@ -17,9 +17,16 @@ from savant_ray.errors import SettingsError
 if TYPE_CHECKING:
     from savant_ray.config import Config
 
+FOR_AN_ORIGINAL = (
+    "A checkpoint may also be a file of the original program (step_X.pt), or a folder or s3://… with nothing but such "
+    "files. It holds neither a tokenizer nor all settings of its model: give them with --config, or as --section.setting "
+    "VALUE, for instance --data.tokenizer FOLDER --model.n_heads 16 --model.n_loops 12. Widths are read off its weights. "
+    "`savant config --help` lists all settings."
+)
 MOST_NEW_TOKENS = 1_000_000  # each token takes milliseconds, and memory in the global loops
 MOST_LOOPS = 1024  # each has keys and values of its own
 SEEDS = (-(2**63), 2**64 - 1)  # of torch.Generator
+_DOTTED = re.compile(r"--\w+\.[\w.]+(=.*)?", re.DOTALL)  # an option that is a setting
 
 
 class _HelpWithSettings(argparse.Action):
@@ -50,8 +57,13 @@ class _ConfigFile(argparse.Action):
         setattr(namespace, self.dest, path)
 
 
-def new_parser(command: str, summary: str, settings: bool = False) -> argparse.ArgumentParser:
-    """Of `savant COMMAND`; with `settings` it also takes --config, and its --help lists them all."""
+def new_parser(
+    command: str, summary: str, settings: bool = False, takes_original: bool = False
+) -> argparse.ArgumentParser:
+    """Of `savant COMMAND`; with `settings` it also takes --config, and its --help lists them all.
+
+    With `takes_original` it takes settings for a file of the original only, and its --help says so.
+    """
     usage = "%(prog)s [--config FILE.yaml] [--section.setting VALUE …]" if settings else None
     parser = argparse.ArgumentParser(
         prog=f"savant {command}",
@@ -59,12 +71,13 @@ def new_parser(command: str, summary: str, settings: bool = False) -> argparse.A
         description=summary,
         allow_abbrev=False,
         add_help=not settings,
+        epilog=FOR_AN_ORIGINAL if takes_original else None,
     )
     if settings:
         parser.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="this, and all settings")
-        parser.add_argument(
-            "--config", action=_ConfigFile, metavar="FILE.yaml", help="YAML file with what differs from the defaults"
-        )
+    if settings or takes_original:
+        of_what = "settings for a file of the original" if takes_original else "what differs from the defaults"
+        parser.add_argument("--config", action=_ConfigFile, metavar="FILE.yaml", help=f"YAML file with {of_what}")
     parser.add_argument(
         "--verbose", action="store_true", help="also print what Ray says, and the traceback of an unexpected error"
     )
@@ -94,6 +107,33 @@ def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
             file=sys.stderr,
         )
     return options, config
+
+
+def with_settings_for_original(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, dict[str, Any]]]:
+    """The command's own options, and by section the settings from --config and `--section.setting VALUE`.
+
+    Raises:
+        SettingsError: something is no setting, or has no value.
+    """
+    own: list[str] = []
+    settings: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not _DOTTED.fullmatch(word):
+            own.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word and words and not words[0].startswith("--"):
+            settings.append(words.pop(0))
+    options = parser.parse_args(own)
+    if not settings and options.config is None:
+        return options, {}
+    from savant_ray.config import explicit_settings
+
+    return options, explicit_settings(settings, options.config)
 
 
 def refuse_deleted_folder() -> None:

@@ -24,6 +24,7 @@ from savant_ray.command_line import (
     temperature,
     utf8_text,
     with_settings,
+    with_settings_for_original,
 )
 from savant_ray.errors import SavantError, SettingsError, print_error
 
@@ -77,9 +78,12 @@ def _prepare(arguments: Sequence[str]) -> int:
 
 
 def _generate(arguments: Sequence[str]) -> int:
-    parser = _parser("generate")
+    parser = _parser("generate", takes_original=True)
     parser.add_argument(
-        "--checkpoint", metavar="PATH", required=True, help="a run folder or a step_N in it; also s3://…"
+        "--checkpoint",
+        metavar="PATH",
+        required=True,
+        help="a run folder, a step_N in it, or a file of the original; also s3://…",
     )
     parser.add_argument("--prompt", type=utf8_text, metavar="TEXT", required=True, help="the text to go on with")
     parser.add_argument("--max-new-tokens", type=new_tokens, metavar="N", help="longest answer [the run's]")
@@ -91,12 +95,12 @@ def _generate(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=file_path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file"
     )
-    options = parser.parse_args(arguments)
+    options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.training.sampling import stream_answer
 
-    with on_this_machine(options.checkpoint) as checkpoint:
+    with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
         pieces = stream_answer(
             checkpoint,
             options.prompt,
@@ -112,8 +116,10 @@ def _generate(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    parser = _parser("evaluate")
-    parser.add_argument("checkpoint", metavar="RUN", help="a run folder or a step_N in it; also s3://…")
+    parser = _parser("evaluate", takes_original=True)
+    parser.add_argument(
+        "checkpoint", metavar="RUN", help="a run folder, a step_N in it, or a file of the original; also s3://…"
+    )
     parser.add_argument(
         "--suite", choices=("logic",), default="logic", help="questions that come with savant_ray [logic]"
     )
@@ -129,7 +135,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
         help="instead: score and loss with so many loops, such as 1,2,4,8,16,32",
     )
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
-    options = parser.parse_args(arguments)
+    options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
     from savant_ray.cluster.storage import on_this_machine
     from savant_ray.inference.logic import logic_suite, read_questions
@@ -137,7 +143,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from savant_ray.training.evaluation import answers_of, by_depth, result
 
     questions = logic_suite() if options.problems is None else read_questions(options.problems)
-    with on_this_machine(options.checkpoint) as checkpoint:
+    with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
         if options.depths:
             by_loops = by_depth(checkpoint, questions, options.depths, options.max_new_tokens)
             scored = {"depths": list(with_progress(by_loops, len(options.depths)))}
@@ -151,9 +157,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    parser = _parser("export")
+    parser = _parser("export", takes_original=True)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a run folder, a step_N in it (also s3://…), or a file of the original"
+        "checkpoint", metavar="CHECKPOINT", help="a run folder, a step_N in it, or a file of the original; also s3://…"
     )
     parser.add_argument(
         "--format",
@@ -168,16 +174,23 @@ def _export(arguments: Sequence[str]) -> int:
         help="with --format original: what the original goes on with, PyTorch's AdamW or bitsandbytes' AdamW8bit "
         "[that of its newest file in the run folder]",
     )
-    options = parser.parse_args(arguments)
+    options, settings = with_settings_for_original(parser, arguments)
     if options.optimizer and options.format != "original":
         parser.error("--optimizer goes with --format original")
+    if settings and options.format == "original":
+        parser.error("settings go with --format safetensors; --format original needs none")
     refuse_deleted_folder()
-    from savant_ray.cluster.storage import on_this_machine
-    from savant_ray.training.export import export
+    from savant_ray.cluster.storage import fetched, on_this_machine
+    from savant_ray.original.export import export_original
+    from savant_ray.training.safetensors_export import export_safetensors
 
-    with on_this_machine(options.checkpoint) as checkpoint:
-        for warning in export(checkpoint, options.format, options.output, options.optimizer):
-            print(f"warning: {warning}", file=sys.stderr)
+    if options.format == "original":
+        with fetched(options.checkpoint) as checkpoint:
+            for warning in export_original(checkpoint, options.output, options.optimizer):
+                print(f"warning: {warning}", file=sys.stderr)
+    else:
+        with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
+            export_safetensors(checkpoint, options.output)
     print(f"{options.output} is written")
     return 0
 
@@ -191,13 +204,14 @@ def _runs(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     from savant_ray.cluster.lock import is_in_use
     from savant_ray.cluster.paths import home_folder
+    from savant_ray.original.names import newest_by_name
     from savant_ray.reporting.runs import find_runs, print_table, summarise, to_json
 
     folders = options.folders or [Path()]
     if not options.folders:
         with suppress(SettingsError):  # a user without one has no runs there
             folders.append(home_folder())
-    runs = [summarise(folder, is_in_use) for folder in find_runs(folders)]
+    runs = [summarise(folder, is_in_use, newest_by_name) for folder in find_runs(folders, newest_by_name)]
     if options.json:
         print(to_json(runs))
     elif runs:
@@ -209,12 +223,13 @@ def _runs(arguments: Sequence[str]) -> int:
 
 def _status(arguments: Sequence[str]) -> int:
     parser = _parser("status")
-    parser.add_argument("run", type=file_path, metavar="RUN", help="a run folder")
+    parser.add_argument("run", type=file_path, metavar="RUN", help="a run folder, or a file of the original")
     options = parser.parse_args(arguments)
     from savant_ray.cluster.lock import is_in_use
+    from savant_ray.original.names import newest_by_name
     from savant_ray.reporting.runs import status, summarise
 
-    print(status(summarise(options.run, is_in_use)))
+    print(status(summarise(options.run, is_in_use, newest_by_name)))
     return 0
 
 
@@ -274,8 +289,8 @@ COMMANDS = {
 }
 
 
-def _parser(command: str, settings: bool = False) -> argparse.ArgumentParser:
-    return new_parser(command, COMMANDS[command].summary, settings)
+def _parser(command: str, settings: bool = False, takes_original: bool = False) -> argparse.ArgumentParser:
+    return new_parser(command, COMMANDS[command].summary, settings, takes_original)
 
 
 def _print_answer(prompt: str, pieces: Iterator[str]) -> str:

@@ -53,7 +53,8 @@ class RunConfig(Section):
         default=30.0, description="after a stop a step that would take longer than this is given up, seconds"
     )
     init_from: Text | None = Field(
-        default=None, description="start a new run from the weights of this run or checkpoint folder; also s3://…"
+        default=None,
+        description="start a new run from the weights of this run, checkpoint folder or file of the original; also s3://…",
     )
 
     @field_validator("seed", mode="before")
@@ -330,6 +331,21 @@ def load_config(
     except ValidationError as error:
         reading.complain(error, known_names())
     raise SettingsError("\n".join(reading.problems))
+
+
+def explicit_settings(arguments: Sequence[str], file: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Return what `file` and `arguments` set, by section, without defaults; values are checked by `Config.from_dict`.
+
+    Raises:
+        SettingsError: one line for each that is no setting, or has no value.
+    """
+    reading = Reading(setting_rows())
+    if file is not None:
+        reading.file(file)
+    reading.command_line(arguments)
+    if reading.problems:
+        raise SettingsError("\n".join(reading.problems))
+    return reading.nested()
 
 
 def ignored_variables(environment: Mapping[str, str] | None = None) -> list[str]:

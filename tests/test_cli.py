@@ -52,7 +52,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     install("savant_ray.cluster.driver", train=train)
     install("savant_ray.cluster.preparation", prepare=lambda config, verbose: made.append(config))
     install("savant_ray.training.sampling", stream_answer=stream_answer)
-    install("savant_ray.training.export", export=lambda *options: made.append(options) or ["no moments"])
+    install("savant_ray.original.export", export_original=lambda *options: made.append(options) or ["no moments"])
+    install("savant_ray.training.safetensors_export", export_safetensors=lambda *options: made.append(options))
     install("savant_ray.data.quickstart", write_quickstart=lambda folder, force: made.append((folder, force)))
     install("savant_ray.benchmarks.registry", run=lambda name, json_path: made.append((name, json_path)))
     return made
@@ -307,8 +308,8 @@ def test_export_hands_over_what_to_write_where_and_tells_what_was_lost(
     assert main(["export", "run", "--format", "original", "--output", "step_5.pt"]) == 0
     assert main(["export", "run", "--format", "original", "--output", "x.pt", "--optimizer", "adamw8bit"]) == 0
     assert calls == [
-        (Path("run"), "original", Path("step_5.pt"), None),
-        (Path("run"), "original", Path("x.pt"), "adamw8bit"),
+        (Path("run"), Path("step_5.pt"), None),
+        (Path("run"), Path("x.pt"), "adamw8bit"),
     ]
     assert capsys.readouterr() == ("step_5.pt is written\nx.pt is written\n", "warning: no moments\n" * 2)
 

@@ -1,6 +1,6 @@
 """Who may import whom, and what a module looks like: the directions of the design, enforced.
 
-    cli → cluster → {training, reporting} → {inference, optim} → {data, model}
+    cli → cluster → original → {training, reporting} → {inference, optim} → {data, model}
 
 Imports inside functions and under TYPE_CHECKING count too.
 """
@@ -28,9 +28,20 @@ ALLOWED = {
     "api": {"cluster", "reporting", "streams"},
     "streams": set(),
     "command_line": {"settings"},
-    "commands": {"command_line", "cluster", "training", "reporting", "inference", "data", "benchmarks", "settings"},
+    "commands": {
+        "command_line",
+        "cluster",
+        "original",
+        "training",
+        "reporting",
+        "inference",
+        "data",
+        "benchmarks",
+        "settings",
+    },
     "benchmarks": {"cluster", "training", "reporting", "inference", "optim", "data", "model", "settings"},
-    "cluster": {"training", "reporting", "inference", "optim", "data", "model"},
+    "cluster": {"original", "training", "reporting", "inference", "optim", "data", "model"},
+    "original": {"training", "optim", "data", "model"},
     "training": {"inference", "optim", "data", "model"},
     "reporting": set(),
     "inference": {"data", "model"},
@@ -51,6 +62,7 @@ THIRD_PARTY = {
     "commands": set(),
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "cluster": {"numpy", "obstore", "psutil", "pyarrow", "ray", "torch"},
+    "original": {"torch"},
     "training": {"numpy", "psutil", "pynvml", "safetensors", "torch"},
     "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},
     "inference": {"numpy", "orjson", "torch"},

@@ -16,14 +16,13 @@ from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import has_finished, has_sample
 from savant_ray.reporting.wording import byte_size
 from savant_ray.training.checkpoint import step_of
-from savant_ray.training.original import original_step
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
 
 
 def is_finished(config: Config, storage: Disk, newest: Path) -> str | None:
     """Why there is nothing to do; a last validation that a stop cut short is still to be made up for."""
-    folder, step = storage.location, original_step(newest) if newest.is_file() else step_of(newest)
+    folder, step = storage.location, step_of(newest)
     if step < config.training.max_steps:
         return None
     if step > config.training.max_steps:

@@ -37,12 +37,13 @@ class Disk:
         """Names of the checkpoints that have a manifest, oldest first."""
         return [folder.name for folder in checkpoints(self.folder)]
 
-    def fetch(self, name: str) -> Path:
-        """The checkpoint as a folder on this machine; raises OSError."""
-        return self.folder / name
+    def files(self) -> list[str]:
+        """Return the names of what lies directly in the run folder."""
+        return [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
 
-    def fetch_originals(self) -> None:
-        """Brings the original's files here."""
+    def fetch(self, name: str) -> Path:
+        """A checkpoint, or a file of the run, on this machine; raises OSError."""
+        return self.folder / name
 
     def remove_unfinished(self) -> None:
         """What a run left that died while writing."""

@@ -138,7 +138,7 @@ def _refuse_before_moving(config: Config, storage: Disk, allow_changes: bool) ->
 
     refuse_inputs_in_the_run(config, storage)
     check_before_start(config, storage, fresh=True)
-    choose_tokenizer(config, find_origin(None, config), allow_changes)
+    choose_tokenizer(config, find_origin(None, config, allow_changes), allow_changes)
     with (
         missing_text_explained(),
         RunReport(None, console=PlainConsole(None)) as silent,  # what it says is said again by the launch itself
@@ -157,13 +157,18 @@ def _train(launch: Launch) -> int:
     )
     from savant_ray.cluster.starting_point import find_start, records_of, refuse_other_data
     from savant_ray.cluster.storage import storage_errors_explained
+    from savant_ray.original.conversion import convert_newest
     from savant_ray.training.checkpoint import CONFIG
 
     config, storage, report = launch.config, launch.storage, launch.report
     if storage.filesystem is not None:
         report.stage(f"looking for checkpoints in {storage.location}")
     with storage_errors_explained(storage):
-        start = find_start(storage, report.say)
+        start = find_start(
+            storage,
+            report.say,
+            lambda newest: convert_newest(storage, config, newest, report.say, report.handle, launch.allow_changes),
+        )
     report.fill(records_of(storage.folder))
     if start is not None and (finished := is_finished(config, storage, start)):
         report.say(finished)
@@ -171,7 +176,7 @@ def _train(launch: Launch) -> int:
     if start is not None:
         _compare(start, launch)
     check_before_start(config, storage)
-    origin = find_origin(start, config)
+    origin = find_origin(start, config, launch.allow_changes)
     tokenizer = choose_tokenizer(config, origin, launch.allow_changes)
     config = with_tokenizer_settings(config, tokenizer)
     launch = replace(launch, config=config)

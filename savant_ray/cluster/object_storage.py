@@ -39,7 +39,6 @@ from savant_ray.training.checkpoint import (
     step_of,
     verify,
 )
-from savant_ray.training.original import is_original_name
 
 RECORDS = (METRICS, SAMPLES, LOG, CONFIG)
 CHUNK_BYTES = 64 << 20
@@ -74,6 +73,9 @@ class ObjectStorage(Disk):
     def complete_steps(self) -> list[str]:
         return _steps(_complete(self._files()))
 
+    def files(self) -> list[str]:
+        return [name for name in self._files() if "/" not in name]
+
     def fetch(self, name: str) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         target, source = self.folder / name, self._newest_stored(name)
@@ -94,10 +96,6 @@ class ObjectStorage(Disk):
             with self.filesystem.open_input_stream(f"{self.path}/{source}/{file}") as stream:
                 (target / file).write_bytes(stream.read())
         return target
-
-    def fetch_originals(self) -> None:
-        for name in filter(is_original_name, self._files()):
-            self.fetch(name)
 
     def remove_unfinished(self) -> None:
         self._remove_begun(keep=self._stored(self._files()))

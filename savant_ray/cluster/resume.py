@@ -7,18 +7,17 @@ anew without asking it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import ray.train
 import torch.distributed as dist
 
 from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.storage import on_this_machine
+from savant_ray.cluster.storage import initial_checkpoint
 from savant_ray.config import Config
 from savant_ray.events import RunResumed
-from savant_ray.training.checkpoint import find_checkpoint, is_step_name, read_checkpoint, step_of
-from savant_ray.training.original import NOTE, newest_original, read_original
+from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import broadcast_from_rank_0
 
@@ -35,27 +34,19 @@ def load_newest(state: TrainingState, config: Config, storage: Disk, allow_chang
     if name is None:
         return _initial_weights(state, config)
     path = fetch_once_per_node(storage, name)
-    if is_step_name(name):
-        notes = state.load_checkpoint(read_checkpoint(path), allow_changes)
-        return RunResumed(step=state.step, path=storage.locate(name), warnings=tuple(notes))
-    names = [parameter for parameter, _ in state.model.named_parameters()]
-    content = read_original(path, names, config.training.effective_batch)
-    notes = state.load_checkpoint(content, allow_changes)
-    return RunResumed(step=state.step, path=storage.locate(name), note=NOTE, warnings=tuple(notes))
+    notes = state.load_checkpoint(read_checkpoint(path), allow_changes)
+    return RunResumed(step=state.step, path=storage.locate(name), warnings=tuple(notes))
 
 
 def newest_name(storage: Disk) -> str | None:
-    """Of the newest checkpoint, or of the original's file that is newer.
+    """Return the name of the newest checkpoint, None without one.
 
     Raises:
         SavantError: another process has taken the run over.
         OSError: the storage cannot be read.
     """
     storage.check_owner()
-    newest = next(reversed(storage.complete_steps()), None)
-    storage.fetch_originals()
-    original = newest_original(storage.folder, step_of(Path(newest)) if newest else -1, say=lambda _: None)
-    return original.name if original else newest
+    return next(reversed(storage.complete_steps()), None)
 
 
 def fetch_once_per_node(storage: Disk, name: str) -> Path:
@@ -69,16 +60,16 @@ def fetch_once_per_node(storage: Disk, name: str) -> Path:
 
 
 @contextmanager
-def on_each_node(checkpoint: str) -> Iterator[Path]:
-    """`on_this_machine`, where the node's first rank fetches for all ranks of the node. Collective."""
+def on_each_node(checkpoint: AbstractContextManager[Path]) -> Iterator[Path]:
+    """Enter a context manager of a checkpoint's path in the node's first rank, for all ranks of the node. Collective."""
     if not dist.is_initialized():
-        with on_this_machine(checkpoint) as path:
+        with checkpoint as path:
             yield path
         return
     context = ray.train.get_context()
     with ExitStack() as held:
         is_first = context.get_local_rank() == 0
-        fetched = str(held.enter_context(on_this_machine(checkpoint))) if is_first else None
+        fetched = str(held.enter_context(checkpoint)) if is_first else None
         paths: list[tuple[int, str | None] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(paths, (context.get_node_rank(), fetched))
         yield next(Path(each[1]) for each in paths if each and each[0] == context.get_node_rank() and each[1])
@@ -88,7 +79,7 @@ def on_each_node(checkpoint: str) -> Iterator[Path]:
 def _initial_weights(state: TrainingState, config: Config) -> RunResumed | None:
     if config.run.init_from is None:
         return None
-    with on_each_node(config.run.init_from) as path:
+    with on_each_node(initial_checkpoint(config, allow_changes=True)) as path:  # the driver has compared the settings
         origin = find_checkpoint(path)
         state.load_weights(read_checkpoint(origin)["model_state_dict"])
     return RunResumed(step=0, path=config.run.init_from, note="its weights only: a new run with a fresh optimizer")

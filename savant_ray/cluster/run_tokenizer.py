@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from savant_ray.cluster.storage import on_this_machine, run_storage
+from savant_ray.cluster.storage import initial_checkpoint, run_storage
 from savant_ray.config import Config, DataConfig
 from savant_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
@@ -20,6 +20,7 @@ from savant_ray.training.checkpoint import (
     MANIFEST,
     TOKENIZER,
     find_checkpoint,
+    read_manifest,
     read_settings,
     verify,
 )
@@ -36,19 +37,20 @@ class Origin:
     is_resumed: bool  # of this run; otherwise of `run.init_from`
 
 
-def find_origin(start: Path | None, config: Config) -> Origin | None:
+def find_origin(start: Path | None, config: Config, allow_changes: bool = False) -> Origin | None:
     """Return the checkpoint `start` of this run, else that of `run.init_from`; None if there is neither.
 
-    None also for a file of the original script, which does not hold a tokenizer.
+    None also for a checkpoint without a tokenizer.
 
     Raises:
         CheckpointError: there is no checkpoint in `run.init_from`, or it is damaged.
+        SettingsError: as `initial_checkpoint`.
     """
     if start is not None:
-        return None if start.is_file() else _origin(start, start.name, str(start / TOKENIZER), is_resumed=True)
+        return _origin(start, start.name, str(start / TOKENIZER), is_resumed=True)
     if config.run.init_from is None:
         return None
-    with on_this_machine(config.run.init_from, (MANIFEST, CONFIG, TOKENIZER)) as found:
+    with initial_checkpoint(config, (MANIFEST, CONFIG, TOKENIZER), allow_changes) as found:
         folder = find_checkpoint(found)
         path = "" if is_uri(config.run.init_from) else str(folder / TOKENIZER)
         return _origin(folder, f"run.init_from = {config.run.init_from}", path, is_resumed=False)
@@ -196,8 +198,11 @@ def _refusal(origin: Origin, difference: str) -> SettingsError | CheckpointError
     return kind(f"{difference}:\n  {advice};\n  {allowed}.")
 
 
-def _origin(folder: Path, name: str, path: str, is_resumed: bool) -> Origin:
-    verify(folder, CONFIG, TOKENIZER)
+def _origin(folder: Path, name: str, path: str, is_resumed: bool) -> Origin | None:
+    verify(folder, CONFIG)
+    if TOKENIZER not in read_manifest(folder)["files"]:
+        return None
+    verify(folder, TOKENIZER)
     data = read_settings(folder).data
     tokenizer = Tokenizer.load(folder / TOKENIZER, data.end_of_document, data.add_special_tokens)
     tokenizer.name = f"the tokenizer of {name}"

@@ -17,31 +17,34 @@ from savant_ray.config import Config
 from savant_ray.errors import CheckpointError
 from savant_ray.reporting.record import read_records, saved_a_checkpoint
 from savant_ray.training.checkpoint import (
+    ANY_TEXT,
     RECORDS,
     TOKENIZER,
     checkpoints,
     read_manifest,
     read_settings,
-    step_of,
     verify,
 )
-from savant_ray.training.original import newest_original
 
 MUST_AGREE = ("model.", "run.seed", "data.mix_by")
 ALLOW = "--allow-changes goes on all the same and keeps what fits; --fresh starts anew and moves this run aside."
 
 
-def find_start(storage: Disk, say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint, a folder of ours or a flat file of the original script, on this machine.
+def find_start(
+    storage: Disk,
+    say: Callable[[str], None],
+    convert: Callable[[Path | None], Path | None] = lambda newest: None,
+) -> Path | None:
+    """The newest whole checkpoint, on this machine.
 
-    Damaged folders are set aside, the original's files stay as they are, and Ray's list of checkpoints is made true.
+    Damaged folders are set aside, and Ray's list of checkpoints is made true. `convert` is given the newest whole
+    checkpoint and may write a newer one, made of a file of another program.
 
     Raises:
         CheckpointError: the folder held checkpoints, and none of them is whole.
         OSError: the storage cannot be read or written.
     """
     storage.remove_unfinished()
-    storage.fetch_originals()
     start = None
     while start is None and (names := storage.steps()):  # anew each time: there may be an older copy of the same step
         name = names[-1]
@@ -52,7 +55,7 @@ def find_start(storage: Disk, say: Callable[[str], None]) -> Path | None:
             say(f"{damage}; set aside as {storage.set_aside(name)}")
         else:
             start = folder
-    start = newest_original(storage.folder, step_of(start) if start else -1, say) or start
+    start = convert(start) or start
     if start is None and (storage.has_damaged() or saved_a_checkpoint(storage.folder)):
         raise CheckpointError(
             f"{storage.location} holds a run, but no whole checkpoint of it is left. Bring one back, or start anew with "
@@ -73,22 +76,18 @@ def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
 def refuse_other_settings(start: Path, config: Config) -> None:
     """The checkpoint's model and seed against the settings: the shape of the weights and the order of the data.
 
-    A file of the original tells nothing of either; the shapes of its weights are compared when it is loaded. Nor does
-    it tell its tokenizer, so a newly learnt one is refused.
-
     Raises:
         CheckpointError: they differ; all differences are listed.
     """
-    if start.is_file() and config.data.learns_tokenizer:
-        learnt = f"data.tokenizer: {config.data.tokenizer} would learn another one than the file was trained with"
-        _refuse(start, [f"{learnt}; give its own"])
-    _refuse(start, [text for name, text in changes_since(start, config).items() if name.startswith(MUST_AGREE)])
+    differences = [text for name, text in changes_since(start, config).items() if name.startswith(MUST_AGREE)]
+    if config.data.learns_tokenizer and TOKENIZER not in read_manifest(start)["files"]:
+        learnt = f"data.tokenizer: {config.data.tokenizer} would learn another one than the weights were trained with"
+        differences.append(f"{learnt}; give theirs")
+    _refuse(start, differences)
 
 
 def changes_since(start: Path, config: Config) -> dict[str, str]:
     """What has changed since the checkpoint was written: dotted name -> `name: 8, now 10`."""
-    if start.is_file():
-        return {}
     return changed_settings(read_settings(start).to_dict(), config.to_dict())
 
 
@@ -98,7 +97,7 @@ def refuse_other_data(start: Path, config: Config, data_fingerprint: str) -> Non
     Raises:
         CheckpointError: they differ.
     """
-    if start.is_file() or read_manifest(start)["data_fingerprint"] == data_fingerprint:
+    if read_manifest(start)["data_fingerprint"] in (ANY_TEXT, data_fingerprint):
         return
     listed = changes_since(start, config).get("data.sources", "data.sources: a file was added, changed or removed")
     kept = f"the tokenizer stays that of {start.name} (data.tokenizer: {start / TOKENIZER})"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.parse import quote
 
 from savant_ray.cluster.disk import Disk
@@ -16,6 +18,9 @@ from savant_ray.cluster.paths import joined, parent_and_name, run_folder
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.locations import checkpoint_path, is_uri, why
+from savant_ray.original.conversion import converted, find_original
+from savant_ray.original.file import newest_whole
+from savant_ray.original.names import is_original_name, original_step
 from savant_ray.training.checkpoint import MANIFEST, find_checkpoint
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,7 +42,7 @@ def run_storage(config: Config, owner: Owner | None = None) -> Disk:
 
 
 def refuse_missing(checkpoint: str) -> None:
-    """Looks whether a path or URI names a checkpoint or a run with one; of a URI only the names are listed.
+    """Looks whether a path or URI names a checkpoint, a run with one or a file of the original; a URI is only listed.
 
     Raises:
         CheckpointError: there is none, or its storage cannot be read.
@@ -45,15 +50,69 @@ def refuse_missing(checkpoint: str) -> None:
     """
     if is_uri(checkpoint):
         _stored(checkpoint, Path())
-    else:
-        find_checkpoint(Path(checkpoint))
+    elif find_original(path := Path(checkpoint)) is None:
+        find_checkpoint(path)
 
 
 @contextmanager
-def on_this_machine(checkpoint: str, files: Sequence[str] = ()) -> Iterator[Path]:
-    """A path as it is; of a URI of a run or a `step_N` a copy of the (newest) checkpoint, for the time of a `with` block.
+def on_this_machine(
+    checkpoint: str, files: Sequence[str] = (), settings: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[Path]:
+    """Yield the path of a checkpoint of ours: what `fetched` yields, or what a file of the original is converted into.
 
-    With `files` only these are copied, for what needs no weights.
+    `settings` (by section, as in YAML) are those that a user gave for a file of the original; what had to be assumed
+    beside them is printed to stderr.
+
+    Raises:
+        CheckpointError: there is none, it cannot be fetched, or is no file of the original's model.
+        SettingsError: no URI of a storage that pyarrow knows; the settings contradict the file, or name no tokenizer; or
+            settings are given for a checkpoint of ours.
+    """
+    with fetched(checkpoint, files) as path:
+        original = find_original(path, print_note)
+        if original is not None:
+            with converted(original, settings or {}, print_note) as folder:
+                yield folder
+            return
+        if settings:
+            names = ", ".join(f"{section}.{name}" for section, values in settings.items() for name in values)
+            raise SettingsError(
+                f"{names}: given for {checkpoint}, which has settings of its own; only a file of the original needs them"
+            )
+        yield path
+
+
+@contextmanager
+def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes: bool = False) -> Iterator[Path]:
+    """Yield the path of `run.init_from` as a checkpoint of ours, as `on_this_machine` does.
+
+    A file of the original is compared with the settings of the run unless changes are allowed; see `converted`.
+
+    Raises:
+        CheckpointError: there is none, it cannot be fetched, or is no file of the original's model.
+        SettingsError: `run.init_from` is not set; or the settings contradict the file, or name no tokenizer.
+    """
+    if config.run.init_from is None:
+        raise SettingsError("run.init_from: is not set")
+    with fetched(config.run.init_from, files) as path:
+        original = find_original(path)
+        if original is None:
+            yield path
+            return
+        with ExitStack() as held:
+            try:
+                folder = held.enter_context(converted(original, config.to_dict(), print_note, allow_changes))
+            except SavantError as error:
+                raise type(error)(f"run.init_from: {error}") from error
+            yield folder
+
+
+@contextmanager
+def fetched(checkpoint: str, files: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield a path as it is, of a URI a copy for the time of a `with` block.
+
+    A URI of a run means its newest checkpoint or, if it has none, the newest whole file of the original. With `files`
+    only these are copied of a checkpoint, for what needs no weights.
 
     Raises:
         CheckpointError: there is none, or it cannot be fetched.
@@ -63,30 +122,46 @@ def on_this_machine(checkpoint: str, files: Sequence[str] = ()) -> Iterator[Path
         yield checkpoint_path(checkpoint)
         return
     with TemporaryDirectory(prefix="savant-") as scratch:
-        storage, name = _stored(checkpoint, Path(scratch))
+        storage, names = _stored(checkpoint, Path(scratch))
         try:
-            folder = storage.fetch_files(name, files) if files else storage.fetch(name)
+            path: Path | None
+            if is_original_name(names[0]):
+                path = newest_whole(map(storage.fetch, names), print_note)
+            else:
+                path = storage.fetch_files(names[0], files) if files else storage.fetch(names[0])
         except SavantError:
             raise
         except Exception as error:  # OSError, or anything of a file system that is written in Python (hf://)
             raise CheckpointError(f"{checkpoint}: cannot be fetched ({why(error)})") from error
-        yield folder
+        if path is None:
+            raise CheckpointError(f"{checkpoint}: holds files of the original, but none that is whole")
+        yield path
 
 
-def _stored(uri: str, folder: Path) -> tuple[ObjectStorage, str]:
-    """The storage of the run, with its mirror in `folder`, and the name of the checkpoint that is meant."""
+def print_note(text: str) -> None:
+    """Print what a user should know beside the output of a command to stderr."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _stored(uri: str, folder: Path) -> tuple[ObjectStorage, list[str]]:
+    """Return the storage of the run, with its mirror in `folder`, and what is meant there.
+
+    That is the name of a checkpoint, or those of files of the original, the newest first.
+    """
     parent, name = parent_and_name(uri)
-    asked = step_name(name)
+    asked = step_name(name) or (name if is_original_name(name) else None)
     storage = ObjectStorage(parent if asked else uri, folder)
     try:
-        complete = storage.complete_steps()
+        complete, files = storage.complete_steps(), storage.files()
     except SavantError:
         raise
-    except Exception as error:  # as in `on_this_machine`
+    except Exception as error:  # as in `fetched`
         raise CheckpointError(f"{uri}: cannot be read ({why(error)})") from error
-    if not complete or asked not in (None, *complete):
+    originals = sorted(filter(is_original_name, files), key=original_step, reverse=True)
+    meant = [name for name in (*complete, *originals) if name == asked] if asked else complete[-1:] or originals
+    if not meant:
         raise CheckpointError(f"{uri}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
-    return storage, asked or complete[-1]
+    return storage, meant
 
 
 @contextmanager

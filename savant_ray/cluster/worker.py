@@ -39,7 +39,6 @@ from savant_ray.training.device import (
 )
 from savant_ray.training.examiner import Examiner
 from savant_ray.training.loop import train, validation_is_due
-from savant_ray.training.original import NOTE
 from savant_ray.training.prefetch import prefetch
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, all_reduce_sum, micro_batches
@@ -111,9 +110,6 @@ def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk
     if host.rank == 0:
         host.host_copy.allocate(state)
     _announce(host, state, config, [note for note in notes if note], resumed)
-    if resumed is not None and resumed.note == NOTE:  # the original's: from here on the run has one of its own
-        host.save(state, "taken over")
-        host.finish_saving()
     host.validator = make_validator(task, config, tokenizer, host)
     if host.rank == 0 and not validation_is_due(state.step, config):
         host.validator.remember_weights(state)

@@ -25,7 +25,6 @@ from savant_ray.model.rotary import RotaryEmbedding, apply_rotary, rotary_embedd
 
 NORM_EPS = 1e-6
 CacheReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (new keys, new values) -> (all visible keys, values)
-MASK_BUFFERS = frozenset({"global_mask", "local_mask", "recurrent_block.attn.mask"})  # in the original's checkpoints
 
 
 def n_parameters(config: ModelConfig) -> int:
@@ -51,7 +50,6 @@ class UniversalTransformer(nn.Module):
         self.recurrent_block = RecurrentBlock(config)
         self.ln_f = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_load_state_dict_pre_hook(_drop_mask_buffers)  # type: ignore[no-untyped-call]  # PyTorch's
 
     def forward(self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
         """Return logits `[B, T, V]`; without `document_ids` each row is one document."""
@@ -185,9 +183,3 @@ def liquid_update(r_BTD: Tensor, out_BTD: Tensor, gate: nn.Linear) -> Tensor:
     """Return `(1 - a) r + a out` with `a = sigmoid(gate(r))`, `[B, T, D]`."""
     a = torch.sigmoid(gate(r_BTD))
     return (1 - a) * r_BTD + a * out_BTD
-
-
-def _drop_mask_buffers(module: nn.Module, state_dict: dict[str, Tensor], *_: object) -> None:
-    """Drop the attention masks of the original's checkpoints; here they are computed from the settings."""
-    for name in MASK_BUFFERS & state_dict.keys():
-        del state_dict[name]

@@ -6,7 +6,7 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,8 @@ STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # lines of ste
 RECENT_STEPS = 100
 SAMPLE_WIDTH = 100  # characters
 PIPE_WIDTH = 300  # columns if standard output is no terminal, so that rows are not wrapped
+# Returns the step and the path of the newest file of the original program at a path, going by its name.
+NewestOriginal = Callable[[Path], tuple[int, Path] | None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class RunSummary:
 
     name: str
     folder: str
-    state: str  # running, finished, stopped, failed or interrupted (killed)
+    state: str  # running, finished, stopped, failed, interrupted (killed), or "file of the original"
     step: int
     max_steps: int | None
     train_loss: float | None
@@ -64,26 +66,35 @@ class RunSummary:
         return (self.max_steps - self.step) * self.step_seconds
 
 
-def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Return the run folders among these, their subfolders, and folders below `savant_runs` at any depth."""
-    run_folders = [
-        record.parent
-        for folder in folders
-        for pattern in (METRICS, f"*/{METRICS}", f"savant_runs/**/{METRICS}")
-        for record in sorted(folder.glob(pattern))
-    ]
-    return list(dict.fromkeys(path.resolve() for path in run_folders))
+def find_runs(folders: Iterable[Path], newest_original: NewestOriginal = lambda path: None) -> list[Path]:
+    """Return run folders, and folders with files of the original, among these, their subfolders, and below `savant_runs`."""
+    found: list[Path] = []
+    for folder in folders:
+        if folder.is_file() and newest_original(folder):
+            found.append(folder)
+        for below in ("", "*/", "savant_runs/**/"):
+            found += [record.parent for record in sorted(folder.glob(below + METRICS))]
+            files = sorted(folder.glob(f"{below}step_*.pt"))
+            found += [path for path in dict.fromkeys(file.parent for file in files) if newest_original(path)]
+    return list(dict.fromkeys(path.resolve() for path in found))
 
 
-def summarise(run_folder: Path, is_in_use: Callable[[Path], bool]) -> RunSummary:
+def summarise(
+    run_folder: Path, is_in_use: Callable[[Path], bool], newest_original: NewestOriginal = lambda path: None
+) -> RunSummary:
     """Summarise a run; `is_in_use` returns whether some process is training it.
 
+    A folder without a record, or where no launch got as far as to train, may hold files of the original.
+
     Raises:
-        SettingsError: there is no record in the folder.
+        SettingsError: there is neither a record nor a file of the original.
     """
-    if not (run_folder / METRICS).is_file():
+    original = newest_original(run_folder)
+    if not (run_folder / METRICS).is_file() and original is None:
         raise SettingsError(f"{run_folder}: no run (it has no {METRICS}); `savant runs` lists those that are here")
-    steps, newest, best = _read(run_folder / METRICS)
+    steps, newest, best = _read(run_folder / METRICS) if (run_folder / METRICS).is_file() else ([], {}, {})
+    if original is not None and not {AttemptStarted.kind, CheckpointSaved.kind} & newest.keys():
+        return _of_original(run_folder, *original)
     step = steps[-1] if steps else {}
     attempt, ended, validated = (newest.get(event.kind, {}) for event in (AttemptStarted, AttemptEnded, ValidationDone))
     saved, sample = newest.get(CheckpointSaved.kind, {}), newest.get(SampleGenerated.kind, {})
@@ -108,6 +119,14 @@ def summarise(run_folder: Path, is_in_use: Callable[[Path], bool]) -> RunSummary
         last_time=max((line.get("time", "") for line in [step, *newest.values()] if line), default=""),
         failure=newest.get(RunFailed.kind, {}).get("text") if state == "failed" else None,
     )
+
+
+def _of_original(path: Path, step: int, newest: Path) -> RunSummary:
+    """What name and time of a file of the original say; it is not opened."""
+    time = datetime.fromtimestamp(newest.stat().st_mtime, UTC).isoformat()
+    unknown: dict[str, Any] = {field.name: None for field in fields(RunSummary)}
+    told = dict(name=path.resolve().name, folder=str(path), state="file of the original", step=step, last_time=time)
+    return RunSummary(**{**unknown, **told, "checkpoint": newest.name, "checkpoint_time": time})
 
 
 def print_table(runs: Iterable[RunSummary]) -> None:

@@ -34,6 +34,7 @@ CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 RECORDS = "records.jsonl"
 FORMAT_VERSION = 1
+ANY_TEXT = ""  # data fingerprint of a checkpoint that does not say what text it has read
 REPLACED = ".replaced"
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of folders, on some network file systems
 SETTINGS_BEFORE = {"data.add_special_tokens": False}  # of checkpoints that an older version wrote, without that setting
@@ -159,11 +160,13 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` names: itself, or the newest of a run.
+    """The checkpoint folder that `path` names: itself, that around a file, or the newest of a run.
 
     Raises:
         CheckpointError: there is none.
     """
+    if path.is_file():
+        path = path.parent
     if (path / MANIFEST).is_file():
         return path if is_step_name(path.name) else path.resolve()  # of ".", or of a link to it
     newest = newest_checkpoint(path) if path.is_dir() else None
@@ -187,6 +190,17 @@ def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[st
             "go on with the savant_ray that wrote it"
         )
     return content
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Return the tokenizer.json of a checkpoint.
+
+    Raises:
+        CheckpointError: it has none, since it was converted from a file without one.
+    """
+    if TOKENIZER not in read_manifest(folder)["files"]:
+        raise CheckpointError(f"checkpoint {folder.name}: has no tokenizer; it was converted from a file without one")
+    return folder / TOKENIZER
 
 
 def read_settings(folder: Path) -> Config:

@@ -9,17 +9,17 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
-from savant_ray.errors import SettingsError
+from savant_ray.errors import CheckpointError, SettingsError
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.training.checkpoint import TOKENIZER, find_checkpoint, read_checkpoint, read_settings
+from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, read_settings, tokenizer_file
 
 
 def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Config]:
     """The fp32 model of a checkpoint (or of a run's newest one) on the GPU if there is one, with its tokenizer.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, has no tokenizer, or its weights are not those of its model.
     """
     folder = find_checkpoint(checkpoint)
     config = read_settings(folder)
@@ -27,8 +27,11 @@ def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Confi
     with torch.device("meta"):
         model = UniversalTransformer(config.model)
     weights = read_checkpoint(folder)["model_state_dict"]
-    model.load_state_dict(weights, assign=True)
-    tokenizer = Tokenizer.load(folder / TOKENIZER, config.data.end_of_document, config.data.add_special_tokens)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint {folder.name}: its weights are not those of its model: {error}") from error
+    tokenizer = Tokenizer.load(tokenizer_file(folder), config.data.end_of_document, config.data.add_special_tokens)
     return model.to(device).eval(), tokenizer, config
 
 

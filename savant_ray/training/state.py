@@ -107,7 +107,7 @@ class TrainingState:
     tokens_seen: int = 0
     skipped_micro_batches: int = 0
     skipped_in_a_row: int = 0  # consecutive steps without an update
-    schedule_offset: int = 0  # updates in the schedule beyond `step`, for a run resumed from the original's format
+    schedule_offset: int = 0  # updates that the schedule is ahead of `step`
     data_fingerprint: str = ""
 
     def master_weights(self) -> dict[str, Tensor]:
@@ -205,7 +205,7 @@ class TrainingState:
 
     def _load_counters(self, content: dict[str, Any]) -> None:
         extra = content["savant"]
-        if "torch_rng_state" in extra:  # not in a file of the original's format
+        if "torch_rng_state" in extra:  # absent in a converted checkpoint
             torch.set_rng_state(extra["torch_rng_state"].cpu())
         self.step = content["step"]
         self.position = extra["position"]

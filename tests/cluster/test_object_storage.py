@@ -169,18 +169,6 @@ def test_the_record_of_a_run_that_is_gone_goes_aside(here: ObjectStorage) -> Non
     assert sorted(path.name for path in here.folder.iterdir()) == ["metrics.jsonl.old", "training_log.txt.old"]
 
 
-def test_a_file_of_the_original_is_found_there(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
-) -> None:
-    import torch
-
-    keep(here, 4)
-    four = {"step": 8, "model_state_dict": {"w": torch.ones(2)}, "optimizer_state_dict": {}, "scheduler_state_dict": {}}
-    torch.save(four, here.folder / "flat.pt")
-    store.write("runs/run/step_8.pt", (here.folder / "flat.pt").read_bytes())
-    assert find_start(elsewhere, print) == elsewhere.folder / "step_8.pt"
-
-
 def test_fresh_moves_the_run_aside_there_and_loses_nothing(here: ObjectStorage, store: ObjectStore) -> None:
     assert here.move_aside() is None
     for expected in ("run.old", "run.old-2"):
@@ -333,6 +321,7 @@ import os, sys
 from pathlib import Path
 import ray.train, torch.distributed as dist
 from savant_ray.cluster import resume
+from savant_ray.cluster.storage import on_this_machine
 
 nodes, rendezvous, uri = sys.argv[1].split(","), *sys.argv[2:]
 rank = 0
@@ -349,7 +338,7 @@ class Context:
 
 ray.train.get_context = Context
 dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(nodes))
-with resume.on_each_node(uri) as folder:
+with resume.on_each_node(on_this_machine(uri)) as folder:
     os.write(1, f"{rank} {folder} {(folder / 'step_2.pt').stat().st_size}\\n".encode())  # a line in one piece
 dist.barrier()
 if first_child:

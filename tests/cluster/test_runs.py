@@ -102,14 +102,18 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on_as_it_does_from_a_file_
     assert "changed since step_8: training.max_steps: 8, now 10" in printed and "schedule of the new length" in printed
     longer, tokenizer = losses(workplace / "tiny"), workplace / "tiny/step_8/tokenizer.json"
     assert longer[:8] == losses(finished.run) and len(longer) == 10
-    code, printed = run_job(head, workplace, run__name="flat", training__max_steps=10, data__tokenizer=tokenizer)
-    assert code == 0 and f"resuming from {original}" in printed, printed
+    taken_over = dict(run__name="flat", training__max_steps=10, data__tokenizer=tokenizer)
+    code, printed = run_job(head, workplace, **taken_over)
+    assert code == 4 and "model.global_every: 2, but the original has 4" in printed, printed
+    code, printed = run_job(head, workplace, "--allow-changes", **taken_over)
+    assert code == 0 and "saved step_8 (converted from step_8.pt of the original" in printed, printed
+    assert f"resuming from {original.with_suffix('')}" in printed
     assert [(s["step"], s["train_loss"]) for s in records(workplace / "flat", "step")] == [
         (9, longer[8]),
         (10, longer[9]),
     ]
     assert original.exists(), "it is not ours to delete"
-    assert [c["step"] for c in records(workplace / "flat", "checkpoint")] == [8, 10], "taken over, then its own"
+    assert [c["step"] for c in records(workplace / "flat", "checkpoint")] == [8, 10], "converted, then its own"
 
 
 def test_a_run_goes_on_with_other_text_where_changes_are_allowed(

@@ -179,27 +179,3 @@ def test_a_run_whose_last_sample_found_no_room_is_finished_too(tmp_path: Path) -
         (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         said = is_finished(config, Disk(tmp_path / "run"), tmp_path / "run/step_5")
         assert (said is not None) == finished, last
-
-
-def test_a_file_of_the_original_is_taken_when_it_is_the_newest_and_never_set_aside(tmp_path: Path) -> None:
-    write(tmp_path, 5, 6)
-    config = changed(run={"storage_path": str(tmp_path.parent), "name": tmp_path.name}, training={"max_steps": 8})
-    for step in (4, 8):
-        four = {
-            "step": step,
-            "model_state_dict": {"w": torch.ones(2)},
-            "optimizer_state_dict": {},
-            "scheduler_state_dict": {},
-        }
-        torch.save(four, tmp_path / f"step_{step}.pt")
-    original = tmp_path / "step_8.pt"
-    assert find_start(Disk(tmp_path), print) == original
-    refuse_other_settings(original, changed(run={"seed": 1}, data={"tokenizer": "albert-base-v2"}))
-    with pytest.raises(CheckpointError, match="data.tokenizer: auto would learn another one"):
-        refuse_other_settings(original, Config())
-    refuse_other_data(original, config, "xyz")
-    assert is_finished(config, Disk(tmp_path), original) is None, "its last sample is still to come"
-    original.write_bytes(original.read_bytes()[:200])
-    said: list[str] = []
-    assert find_start(Disk(tmp_path), said.append) == tmp_path / "step_6" and "left where it is" in said[0]
-    assert original.exists()

@@ -14,11 +14,12 @@ import torch
 
 from savant_ray.config import dump_yaml
 from savant_ray.errors import CheckpointError
+from savant_ray.original.conversion import to_checkpoint
+from savant_ray.original.file import read_file
 from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
-from savant_ray.training.original import four_keys, read_original
 from tests.fuzz.drawing import a_text, a_value, drawn, spoilt
 from tests.fuzz.property import holds_for, scratch
-from tests.training.original_program import OriginalProgram
+from tests.original.program import OriginalProgram
 from tests.training.tiny import Code, tiny_config, tiny_state
 
 Files = dict[str, bytes | None]  # None: a folder
@@ -53,7 +54,7 @@ def original() -> bytes:
 @cache
 def original_content() -> Any:
     (path := scratch() / "whole.pt").write_bytes(original())
-    return four_keys(path)
+    return read_file(path)
 
 
 @cache
@@ -188,7 +189,7 @@ def test_a_damaged_file_of_the_original_is_refused_or_read_as_it_was_written(con
     expected, path = original_content(), scratch() / "step_1.pt"
     path.write_bytes(content)
     try:
-        found = four_keys(path)
+        found = read_file(path)
     except CheckpointError as error:
         assert str(path) in str(error) and content != original()
     else:
@@ -223,7 +224,7 @@ def test_a_foreign_file_is_refused_or_read_as_a_checkpoint(content: dict[Any, An
     path = scratch() / "step_1.pt"
     torch.save(content, path)
     try:
-        found = read_original(path, names(), 12)
+        found = to_checkpoint(read_file(path), names(), 12)
     except CheckpointError as error:
         assert str(path) in str(error)
     else:

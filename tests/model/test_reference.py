@@ -97,13 +97,3 @@ def test_parameters_have_the_originals_names_and_shapes() -> None:
         "ln_f.weight": (d,),
         "head.weight": (32_000, d),
     }
-
-
-def test_mask_buffers_of_the_original_are_dropped() -> None:
-    model = UniversalTransformer(ModelConfig(**SMALL))
-    original = dict(model.state_dict()) | {
-        "global_mask": torch.zeros(40, 40),
-        "local_mask": torch.zeros(40, 40),
-        "recurrent_block.attn.mask": torch.zeros(40, 40),
-    }
-    assert model.load_state_dict(original).unexpected_keys == []

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from savant_ray.training.micro_batch import MicroBatch
+from savant_ray.training.original import read_original
 from torch import Tensor, nn
 
 from savant_ray.config import Config
 from savant_ray.events import Event, StepDone
 from savant_ray.training.loop import train
-from savant_ray.training.micro_batch import MicroBatch
-from savant_ray.training.original import read_original
 from savant_ray.training.state import TrainingState, new_state
 from tests.training.original_fixtures import MAX_STEPS, PEAK, WARMUP_STEPS, rate
 from tests.training.original_program import EVERY, LENGTH, TINY, VOCABULARY, AdamW8bit, OriginalProgram, Shape, adamw

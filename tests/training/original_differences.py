@@ -20,6 +20,7 @@ from random import Random
 
 import numpy as np
 import orjson
+from savant_ray.training.micro_batch import MicroBatch, micro_batches
 
 from savant_ray.data.order import GlobalOrder, weights_by_documents
 from savant_ray.data.packing import pack
@@ -28,7 +29,6 @@ from savant_ray.data.token_cache import Sequences
 from savant_ray.data.tokenizer import train_tokenizer
 from savant_ray.inference.validation import loss_sums
 from savant_ray.optim.schedule import learning_rate
-from savant_ray.training.micro_batch import MicroBatch, micro_batches
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import take_step
 from tests.training.beside_original import settings

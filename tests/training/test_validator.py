@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
+from savant_ray.training.micro_batch import micro_batches
 
 from savant_ray.config import Config
 from savant_ray.data.jsonl import plan_ranges
@@ -24,7 +25,6 @@ from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.events import Event, SampleGenerated, ValidationDone
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.loop import train
-from savant_ray.training.micro_batch import micro_batches
 from savant_ray.training.state import TrainingState
 from savant_ray.training.validator import Validator
 from tests.data.albert_like import CLS, FOLDER, SEP

@@ -12,20 +12,14 @@ import torch
 from savant_ray.config import Config
 from savant_ray.events import StepDone
 from savant_ray.optim.schedule import learning_rate
+from savant_ray.original.conversion import to_checkpoint
+from savant_ray.original.export import NO_MOMENTS, as_original
+from savant_ray.original.file import OptimizerName, optimizer_of, read_file, write_original
 from savant_ray.training.loop import train
-from savant_ray.training.original import (
-    NO_MOMENTS,
-    OptimizerName,
-    as_original,
-    four_keys,
-    optimizer_of,
-    read_original,
-    write_original,
-)
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch, take_step
-from tests.training.original_fixtures import KINDS, PEAK, batch, expected, file_of, rate
-from tests.training.original_program import AdamW8bit, OriginalProgram, adamw
+from tests.original.fixtures import KINDS, PEAK, batch, expected, file_of, rate
+from tests.original.program import AdamW8bit, OriginalProgram, adamw
 from tests.training.tiny import LENGTH, MODEL, RecordingHost, never, shares, tiny_config, tiny_state, weights
 
 MASKS = {"global_mask", "local_mask"}
@@ -51,7 +45,7 @@ def trained(updates: int, **settings: Any) -> OriginalProgram:
 def loaded(path: Path, config: Config | None = None) -> tuple[TrainingState, list[str]]:
     config = config or original_config()
     state = tiny_state(config)
-    notes = state.load_checkpoint(read_original(path, names(state), config.training.effective_batch))
+    notes = state.load_checkpoint(to_checkpoint(read_file(path), names(state), config.training.effective_batch))
     return state, notes
 
 
@@ -84,7 +78,7 @@ def exported(
     state: TrainingState, path: Path, optimizer: OptimizerName = "adamw", like: Path | None = None
 ) -> dict[str, Any]:
     config = original_config()
-    theirs = four_keys(like) if like else None
+    theirs = read_file(like) if like else None
     four, lost = as_original(state.to_checkpoint(), config.training, config.model, optimizer, theirs)
     assert lost == []
     write_original(path, four)
@@ -118,7 +112,7 @@ def test_8_bit_moments_are_value_times_scale_of_their_block_whatever_its_size(bl
     codes, values = entry["state1"].flatten().tolist(), entry["qmap1"].tolist()
     entry["absmax1"], entry["absmax2"] = (torch.rand(-(-len(codes) // block)) for _ in range(2))
     torch.save(content, path)
-    moment = four_keys(path)["optimizer_state_dict"]["state"][number]["exp_avg"]
+    moment = read_file(path)["optimizer_state_dict"]["state"][number]["exp_avg"]
     expected = [values[code] * entry["absmax1"][i // block].item() for i, code in enumerate(codes)]
     assert torch.equal(moment.flatten(), torch.tensor(expected)) and moment.shape == entry["state1"].shape
 
@@ -149,7 +143,7 @@ def test_a_file_of_the_original_goes_in_and_comes_out_the_same_for_either_optimi
     content = exported(state, tmp_path / "step_6.pt", optimizer, first)
     assert list(content) == ["step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_3.pt", "step_6.pt"]
-    assert optimizer_of(four_keys(tmp_path / "step_6.pt")) == optimizer
+    assert optimizer_of(read_file(tmp_path / "step_6.pt")) == optimizer
 
     again, notes = loaded(tmp_path / "step_6.pt", config)
     assert notes == [] and again.step == 6
@@ -186,7 +180,7 @@ def test_an_optimizer_without_adamw_moments_is_left_out_and_told(optimizer: Opti
     four, lost = as_original(content, config.training, config.model, optimizer)
     assert lost == [NO_MOMENTS] and four["optimizer_state_dict"]["state"] == {}
     write_original(tmp_path / "step_0.pt", four)
-    assert optimizer_of(four_keys(tmp_path / "step_0.pt")) == optimizer
+    assert optimizer_of(read_file(tmp_path / "step_0.pt")) == optimizer
     program = OriginalProgram(PEAK, optimizer=adamw if optimizer == "adamw" else AdamW8bit)
     program.optimizer.load_state_dict(four["optimizer_state_dict"])
     program.train(batch(0))
@@ -197,10 +191,10 @@ def test_an_optimizer_without_adamw_moments_is_left_out_and_told(optimizer: Opti
 def test_masks_are_dropped_on_the_way_in_and_come_out_as_the_original_has_them(tmp_path: Path) -> None:
     program = trained(1)
     path = program.save(tmp_path)
-    assert set(four_keys(path)["model_state_dict"]) >= MASKS
+    assert set(read_file(path)["model_state_dict"]) >= MASKS
     config = original_config()
     state = tiny_state(config)
-    content = read_original(path, names(state), 12)
+    content = to_checkpoint(read_file(path), names(state), 12)
     assert set(content["model_state_dict"]) == set(names(state))
     state.load_checkpoint(content)
     for like in (path, None):

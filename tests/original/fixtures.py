@@ -1,6 +1,6 @@
 """Small files as the original writes them, in `original_fixtures/`, and what they hold.
 
-`python -m tests.training.original_fixtures` writes them anew: by `OriginalProgram`, with bf16 weights, in both layouts
+`python -m tests.original.fixtures` writes them anew: by `OriginalProgram`, with bf16 weights, in both layouts
 of 8-bit moments, with PyTorch's AdamW, without a schedule, and after several resumes.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from savant_ray.optim.schedule import learning_rate
-from tests.training.original_program import LENGTH, VOCABULARY, AdamW8bit, OriginalProgram, adamw
+from tests.original.program import LENGTH, VOCABULARY, AdamW8bit, OriginalProgram, adamw
 
 FOLDER = Path(__file__).with_suffix("")
 PEAK, WARMUP_STEPS, MAX_STEPS = 1e-2, 2, 20

@@ -16,18 +16,20 @@ from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
 from savant_ray.errors import CheckpointError, SavantError
 from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.original.export import NO_MOMENTS, NO_OPTIMIZER_KNOWN, export_original
+from savant_ray.original.file import OptimizerName, optimizer_of, read_file
 from savant_ray.training.checkpoint import write_checkpoint
-from savant_ray.training.export import NO_OPTIMIZER_KNOWN, export
-from savant_ray.training.original import NO_MOMENTS, OptimizerName, four_keys, optimizer_of
+from savant_ray.training.safetensors_export import export_safetensors
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
-from tests.training.original_fixtures import batch
-from tests.training.original_program import AdamW8bit, OriginalProgram, adamw
-from tests.training.test_original import FLAT, MAKERS, original_config, trained
+from tests.original.fixtures import batch
+from tests.original.program import AdamW8bit, OriginalProgram, adamw
+from tests.original.test_file import FLAT, MAKERS, original_config, trained
 from tests.training.tiny import MODEL, never, shares, tiny_state
 
 CONFIG = original_config(max_steps=3)
 OPTIMIZERS = {"adamw": adamw, "adamw8bit": AdamW8bit}
+EXPORTS: dict[str, Any] = {"original": export_original, "safetensors": export_safetensors}
 CONSTANTS = "the original needs this model's constants instead of its own: vocab_size 50 (32000), dim 16 (1024), "
 
 
@@ -50,7 +52,7 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
     run: Path, state: TrainingState, tmp_path: Path
 ) -> None:
     output = tmp_path / "new" / "savant"
-    assert export(run, "safetensors", output) == []
+    export_safetensors(run, output)
     assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert [path.name for path in output.parent.iterdir()] == ["savant"]
     weights = load_file(output / "model.safetensors")
@@ -71,10 +73,10 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
 
 @pytest.mark.parametrize("named", [".", "step_3", "step_3/step_3.pt"])
 def test_a_checkpoint_is_named_by_its_run_its_folder_or_its_file(named: str, run: Path, tmp_path: Path) -> None:
-    warnings = export(run / named, "original", tmp_path / "step_3.pt")
+    warnings = export_original(run / named, tmp_path / "step_3.pt")
     assert len(warnings) == 2 and warnings[0] == NO_OPTIMIZER_KNOWN and warnings[1].startswith(CONSTANTS)
-    assert four_keys(tmp_path / "step_3.pt")["scheduler_state_dict"]["base_lrs"] == [CONFIG.training.learning_rate]
-    assert export(run / named, "safetensors", tmp_path / "folder") == []
+    assert read_file(tmp_path / "step_3.pt")["scheduler_state_dict"]["base_lrs"] == [CONFIG.training.learning_rate]
+    export_safetensors(run / named, tmp_path / "folder")
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -82,7 +84,7 @@ def test_the_original_goes_on_from_a_run_that_began_with_its_file(
     make: Any, run: Path, state: TrainingState, tmp_path: Path
 ) -> None:
     trained(1, optimizer=make).save(run)  # step_0.pt: shows its optimizer, the order of its parameters, and its masks
-    assert export(run, "original", tmp_path / "step_3.pt") == []
+    assert export_original(run, tmp_path / "step_3.pt") == []
     program = OriginalProgram(optimizer=make)
     program.load(tmp_path / "step_3.pt")
     mine, by_name, theirs = state.master_weights(), dict(state.model.named_parameters()), program.moments()
@@ -98,7 +100,7 @@ def test_another_optimizer_can_be_named_and_the_original_goes_on_with_it(
     make: Any, optimizer: OptimizerName, run: Path, tmp_path: Path
 ) -> None:
     trained(1, optimizer=make).save(run)
-    assert export(run, "original", tmp_path / "step_3.pt", optimizer) == []
+    assert export_original(run, tmp_path / "step_3.pt", optimizer) == []
     program = OriginalProgram(optimizer=OPTIMIZERS[optimizer])
     program.load(tmp_path / "step_3.pt")
     program.train(batch(3))
@@ -107,15 +109,15 @@ def test_another_optimizer_can_be_named_and_the_original_goes_on_with_it(
 def test_the_newest_file_of_the_original_tells_its_optimizer(run: Path, tmp_path: Path) -> None:
     trained(1).save(run)
     trained(2, optimizer=AdamW8bit).save(run)
-    export(run, "original", tmp_path / "step_3.pt")
-    assert optimizer_of(four_keys(tmp_path / "step_3.pt")) == "adamw8bit"
+    export_original(run, tmp_path / "step_3.pt")
+    assert optimizer_of(read_file(tmp_path / "step_3.pt")) == "adamw8bit"
 
 
 def test_a_damaged_file_beside_the_checkpoint_is_told_and_not_needed(run: Path, tmp_path: Path) -> None:
     (run / "step_1.pt").write_bytes(b"half")
-    warnings = export(run, "original", tmp_path / "out.pt", "adamw")
+    warnings = export_original(run, tmp_path / "out.pt", "adamw")
     assert len(warnings) == 2 and "step_1.pt: cut short" in warnings[0]
-    assert four_keys(tmp_path / "out.pt")["step"] == 3
+    assert read_file(tmp_path / "out.pt")["step"] == 3
 
 
 @pytest.mark.parametrize("optimizer", [None, "adamw", "adamw8bit"])
@@ -124,8 +126,8 @@ def test_a_file_of_the_original_is_written_anew_for_either_optimizer(
     make: Any, optimizer: OptimizerName | None, tmp_path: Path
 ) -> None:
     path = trained(3, optimizer=make).save(tmp_path)
-    assert export(path, "original", tmp_path / "copy.pt", optimizer) == []
-    before, after = four_keys(path), four_keys(tmp_path / "copy.pt")
+    assert export_original(path, tmp_path / "copy.pt", optimizer) == []
+    before, after = read_file(path), read_file(tmp_path / "copy.pt")
     assert optimizer_of(after) == (optimizer or optimizer_of(before))
     torch.testing.assert_close(after["optimizer_state_dict"]["state"], before["optimizer_state_dict"]["state"])
     if optimizer_of(after) == optimizer_of(before):
@@ -139,8 +141,8 @@ def test_a_file_of_the_original_without_a_schedule_is_written_anew_without_one(t
     content = trained(3, optimizer=FLAT).content()
     del content["scheduler_state_dict"]
     torch.save(content, tmp_path / "step_2.pt")
-    assert export(tmp_path / "step_2.pt", "original", tmp_path / "copy.pt") == []
-    assert list(four_keys(tmp_path / "copy.pt")) == ["step", "model_state_dict", "optimizer_state_dict"]
+    assert export_original(tmp_path / "step_2.pt", tmp_path / "copy.pt") == []
+    assert list(read_file(tmp_path / "copy.pt")) == ["step", "model_state_dict", "optimizer_state_dict"]
 
 
 @pytest.mark.parametrize("optimizer", [None, "adamw", "adamw8bit"])
@@ -152,7 +154,7 @@ def test_moments_of_a_file_of_the_original_that_nothing_can_be_made_of_are_left_
     for number, entry in content["optimizer_state_dict"]["state"].items():
         content["optimizer_state_dict"]["state"][number] = entry | spoilt if "absmax1" in spoilt else spoilt
     torch.save(content, tmp_path / "step_2.pt")
-    warnings = export(tmp_path / "step_2.pt", "original", tmp_path / "copy.pt", optimizer)
+    warnings = export_original(tmp_path / "step_2.pt", tmp_path / "copy.pt", optimizer)
     assert warnings == [NO_MOMENTS]
     program = OriginalProgram(optimizer=OPTIMIZERS[optimizer or "adamw8bit"])
     program.load(tmp_path / "copy.pt")
@@ -165,16 +167,9 @@ def test_a_folder_with_files_of_the_original_only_stands_for_the_newest_whole_on
     for updates in (2, 3):
         trained(updates, optimizer=AdamW8bit).save(folder)
     (folder / "step_7.pt").write_bytes(b"half")
-    warnings = export(folder, "original", tmp_path / "copy.pt", "adamw")
+    warnings = export_original(folder, tmp_path / "copy.pt", "adamw")
     assert len(warnings) == 1 and "step_7.pt: cut short" in warnings[0]
-    assert four_keys(tmp_path / "copy.pt")["step"] == 2
-    with pytest.raises(CheckpointError, match=r"step_2\.pt: a file of the original has neither settings nor tokenizer"):
-        export(folder, "safetensors", tmp_path / "folder")
-
-
-def test_a_file_of_the_original_has_no_tokenizer_to_export(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="neither settings nor tokenizer"):
-        export(OriginalProgram().save(tmp_path), "safetensors", tmp_path / "folder")
+    assert read_file(tmp_path / "copy.pt")["step"] == 2
 
 
 # --- what the original cannot represent
@@ -191,9 +186,9 @@ def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"trained with model\.positions: rotary, which the original does not have"
     ):
-        export(run, "original", tmp_path / "out.pt", "adamw")
+        export_original(run, tmp_path / "out.pt", "adamw")
     assert not (tmp_path / "out.pt").exists()
-    assert export(run, "safetensors", tmp_path / "folder") == []
+    export_safetensors(run, tmp_path / "folder")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +211,7 @@ def test_a_model_that_the_original_would_compute_otherwise_is_told(
 ) -> None:
     run = changed_run(tmp_path / "run", **model)
     trained(1).save(run)
-    warnings = export(run, "original", tmp_path / "out.pt")
+    warnings = export_original(run, tmp_path / "out.pt")
     assert len(warnings) == 1 and re.search(said.replace("[", r"\["), warnings[0])
 
 
@@ -226,14 +221,14 @@ def test_a_model_that_the_original_would_compute_otherwise_is_told(
 def test_another_global_every_that_makes_no_difference_is_no_reason_to_warn(
     model: dict[str, Any], tmp_path: Path
 ) -> None:
-    warnings = export(changed_run(tmp_path / "run", **model), "original", tmp_path / "out.pt", "adamw")
+    warnings = export_original(changed_run(tmp_path / "run", **model), tmp_path / "out.pt", "adamw")
     assert len(warnings) == 1 and warnings[0].startswith(CONSTANTS)
 
 
 def test_the_original_computes_with_our_file_what_our_model_computes(
     run: Path, state: TrainingState, tmp_path: Path
 ) -> None:
-    export(run, "original", tmp_path / "step_3.pt")
+    export_original(run, tmp_path / "step_3.pt")
     program, tokens = OriginalProgram(), batch(1)
     program.load(tmp_path / "step_3.pt")
     with torch.no_grad():
@@ -248,7 +243,7 @@ def test_the_original_computes_with_our_file_what_our_model_computes(
 def test_what_is_there_is_never_overwritten(format: str, run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(SavantError, match="exists already"):
-        export(run, format, tmp_path / "mine")
+        EXPORTS[format](run, tmp_path / "mine")
     assert (tmp_path / "mine").read_text() == "precious"
 
 
@@ -258,7 +253,7 @@ def test_storage_that_refuses_leaves_nothing_behind(format: str, run: Path, tmp_
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as on a full disk: no file beyond 100 bytes
     try:
         with pytest.raises(SavantError, match="--output .*out"):
-            export(run, format, tmp_path / "out")
+            EXPORTS[format](run, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -267,7 +262,7 @@ def test_storage_that_refuses_leaves_nothing_behind(format: str, run: Path, tmp_
 def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None:
     (run / "step_3" / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json has 2 of"):
-        export(run, "safetensors", tmp_path / "out")
+        export_safetensors(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

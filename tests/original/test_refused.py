@@ -10,14 +10,10 @@ import pytest
 import torch
 
 from savant_ray.errors import CheckpointError
-from savant_ray.training.original import (
-    four_keys,
-    newest_original,
-    original_files,
-    write_original,
-)
-from tests.training.original_program import AdamW8bit, OriginalProgram
-from tests.training.test_original import loaded, trained
+from savant_ray.original.file import read_file, write_original
+from savant_ray.original.names import original_files
+from tests.original.program import AdamW8bit, OriginalProgram
+from tests.original.test_file import loaded, trained
 from tests.training.tiny import Code
 
 
@@ -30,7 +26,7 @@ def refused_or_the_same(path: Path, altered: bytes, expected: dict[str, Any]) ->
     """Whether it is refused; loaded with other content it fails."""
     path.write_bytes(altered)
     try:
-        content = four_keys(path)
+        content = read_file(path)
     except CheckpointError as error:
         assert str(path) in str(error)
         return True
@@ -43,7 +39,7 @@ def test_a_file_cut_anywhere_is_refused(whole: bytes, tmp_path: Path) -> None:
     for tenth in range(10):
         path.write_bytes(whole[: len(whole) * tenth // 10])
         with pytest.raises(CheckpointError, match=r"step_2\.pt: cut short, altered or not written by torch\.save"):
-            four_keys(path)
+            read_file(path)
 
 
 def flipped(whole: bytes, at: int, bit: int) -> bytes:
@@ -53,7 +49,7 @@ def flipped(whole: bytes, at: int, bit: int) -> bytes:
 def test_a_flipped_byte_is_refused_or_changes_nothing(whole: bytes, tmp_path: Path) -> None:
     path, chance = tmp_path / "step_2.pt", random.Random(5)
     path.write_bytes(whole)
-    expected = four_keys(path)
+    expected = read_file(path)
     places = [chance.randrange(len(whole)) for _ in range(100)]
     assert sum(refused_or_the_same(path, flipped(whole, at, chance.randrange(8)), expected) for at in places) > 50
 
@@ -62,7 +58,7 @@ def test_any_flipped_bit_in_the_files_directory_is_refused_or_changes_nothing(tm
     path = tmp_path / "step_2.pt"
     weights = {"embed.weight": torch.arange(4.0), "head.weight": torch.ones(3)}
     torch.save(dict(step=2, model_state_dict=weights, optimizer_state_dict={}, scheduler_state_dict={}), path)
-    whole, expected = path.read_bytes(), four_keys(path)
+    whole, expected = path.read_bytes(), read_file(path)
     local = whole.rindex(b"PK\x03\x04", 0, whole.index(b"data/0"))
     entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"data/0"))
     headers = [*range(local, local + 50), *range(entry, entry + 60)]  # names, sizes, places: guarded by no CRC
@@ -73,19 +69,19 @@ def test_any_flipped_bit_in_the_files_directory_is_refused_or_changes_nothing(tm
 def test_a_changed_number_in_a_weight_is_refused(whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "step_2.pt"
     path.write_bytes(whole)
-    weight = four_keys(path)["model_state_dict"]["embed.weight"].numpy().tobytes()
+    weight = read_file(path)["model_state_dict"]["embed.weight"].numpy().tobytes()
     at = whole.index(weight) + len(weight) // 2
     path.write_bytes(flipped(whole, at, 0))
     assert torch.load(path, weights_only=True)["step"] == 2, "PyTorch does not notice"
     with pytest.raises(CheckpointError, match="is not what was put in"):
-        four_keys(path)
+        read_file(path)
 
 
 def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     path = tmp_path / "step_1.pt"
     torch.save(trained(2).content() | {"extra": Code(tmp_path / "executed")}, path)
     with pytest.raises(CheckpointError, match="could execute code"):
-        four_keys(path)
+        read_file(path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -103,19 +99,19 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
 def test_a_file_that_is_not_the_originals_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     torch.save(trained(2).content() | changes, tmp_path / "step_1.pt")
     with pytest.raises(CheckpointError, match=said):
-        four_keys(tmp_path / "step_1.pt")
+        read_file(tmp_path / "step_1.pt")
 
 
 def test_missing_keys_are_named(tmp_path: Path) -> None:
     path = tmp_path / "step_1.pt"
     torch.save({"step": 1, "scheduler_state_dict": {}}, path)
     with pytest.raises(CheckpointError, match="model_state_dict, optimizer_state_dict missing"):
-        four_keys(path)
+        read_file(path)
     torch.save([1], path)
     with pytest.raises(CheckpointError, match="it holds a list"):
-        four_keys(path)
+        read_file(path)
     with pytest.raises(CheckpointError, match="no such file"):
-        four_keys(tmp_path / "step_2.pt")
+        read_file(tmp_path / "step_2.pt")
 
 
 def test_other_shapes_are_refused_as_for_our_own_checkpoints(tmp_path: Path) -> None:
@@ -136,44 +132,18 @@ def write_step(folder: Path, step: int) -> Path:
 
 def test_files_of_the_original_are_found_by_number_and_only_directly_in_the_folder(tmp_path: Path) -> None:
     files = [write_step(tmp_path, step) for step in (9900, 10000, 500)]
-    for folder in ("step_7", "step_8.pt"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "step_7").mkdir()
     write_step(tmp_path / "step_7", 7)
     for name in ("step_x.pt", "step_5.pt.part", "last.pt"):
         (tmp_path / name).touch()
     assert original_files(tmp_path) == [files[2], files[0], files[1]]
-
-
-def test_the_newest_whole_file_beyond_our_own_checkpoints_is_taken(tmp_path: Path) -> None:
-    said: list[str] = []
-    assert newest_original(tmp_path, -1, said.append) is None
-    older, newest = write_step(tmp_path, 500), write_step(tmp_path, 1000)
-    assert newest_original(tmp_path, -1, said.append) == newest_original(tmp_path, 999, said.append) == newest
-    assert newest_original(tmp_path, 1000, said.append) is None
-    assert said == []
-    newest.write_bytes(newest.read_bytes()[:3000])
-    assert newest_original(tmp_path, 400, said.append) == older
-    assert newest_original(tmp_path, 500, said.append) is None
-    assert len(said) == 2 and "step_1000.pt: cut short" in said[0] and "left where it is" in said[0]
-    assert newest.exists()
-
-
-def test_a_folder_with_nothing_but_damaged_files_of_the_original_is_refused_not_begun_anew(tmp_path: Path) -> None:
-    said: list[str] = []
-    for step in (500, 1000):
-        path = write_step(tmp_path, step)
-        path.write_bytes(path.read_bytes()[:3000])
-    (tmp_path / "step_1500.pt").symlink_to(tmp_path / "disk that is not there")
-    with pytest.raises(CheckpointError, match=r"none that is whole.*--fresh"):
-        newest_original(tmp_path, -1, said.append)
-    assert [text.split(":")[0].rsplit("/")[-1] for text in said] == ["step_1500.pt", "step_1000.pt", "step_500.pt"]
-    assert newest_original(tmp_path, 400, said.append) is None, "a checkpoint of ours is there"
+    assert original_files(tmp_path / "step_7") == [], "a checkpoint of ours without its manifest"
 
 
 def test_a_refused_write_leaves_the_older_file_whole(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5)
     before = path.read_bytes()
-    four = four_keys(path)
+    four = read_file(path)
     tmp_path.joinpath("step_6.pt").mkdir()
     with pytest.raises(OSError):
         write_original(tmp_path / "step_6.pt", four)

@@ -1,0 +1,82 @@
+"""A checkpoint for other programs: safetensors with settings and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from savant_ray.config import Config
+from savant_ray.errors import SavantError, SettingsError
+from savant_ray.training.checkpoint import (
+    TOKENIZER,
+    find_checkpoint,
+    read_checkpoint,
+    read_settings,
+    sync,
+    tokenizer_file,
+)
+
+WEIGHTS = "model.safetensors"
+ARCHITECTURE = "UniversalTransformer"
+
+
+def export_safetensors(checkpoint: Path, output: Path) -> None:
+    """Write a run's newest checkpoint, or that of a step folder, as a folder.
+
+    It holds `model.safetensors` (fp32), `config.json` and `tokenizer.json`.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+        SavantError: `output` exists already, or cannot be written.
+    """
+    with new_output(output):
+        _write(find_checkpoint(checkpoint), output)
+
+
+@contextmanager
+def new_output(output: Path) -> Iterator[None]:
+    """Check that nothing is overwritten, make the folder around it, and name the output in errors of the storage.
+
+    Raises:
+        SettingsError: `output` exists already.
+        SavantError: it cannot be written.
+    """
+    if output.exists():
+        raise SettingsError(f"--output {output}: exists already; name another, or move it away")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise SavantError(f"--output {output}: {error.strerror or error}") from error
+
+
+def _write(folder: Path, output: Path) -> None:
+    content = read_checkpoint(folder)
+    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        aside.mkdir()
+        save_file(content["model_state_dict"], aside / WEIGHTS, metadata={"format": "pt"})
+        description = json.dumps(_description(read_settings(folder), content["step"]), indent=2)
+        (aside / "config.json").write_text(description + "\n", encoding="utf-8")
+        shutil.copyfile(tokenizer_file(folder), aside / TOKENIZER)
+        for path in [*aside.iterdir(), aside]:
+            sync(path)
+        aside.rename(output)
+    except SafetensorError as error:  # what its writer makes of a full disk
+        raise OSError(str(error)) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync(output.parent)
+
+
+def _description(config: Config, step: int) -> dict[str, Any]:
+    """The model's settings, under the names that they have here."""
+    return {"architectures": [ARCHITECTURE], "torch_dtype": "float32", **config.model.model_dump(), "step": step}

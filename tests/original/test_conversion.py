@@ -1,0 +1,409 @@
+"""A launch that meets a file of the original makes a checkpoint of ours of it, once, and nothing later knows of it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from savant_ray.cluster.disk import Disk
+from savant_ray.cluster.object_storage import ObjectStorage
+from savant_ray.cluster.run_tokenizer import choose_tokenizer, find_origin
+from savant_ray.cluster.starting_point import find_start, refuse_other_data, refuse_other_settings
+from savant_ray.config import Config
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import CheckpointError, DataError, SettingsError
+from savant_ray.events import CheckpointSaved, Event
+from savant_ray.optim.schedule import learning_rate
+from savant_ray.original.conversion import convert_newest
+from savant_ray.original.export import export_original
+from savant_ray.original.file import read_file
+from savant_ray.reporting import RunReport
+from savant_ray.reporting.console import PlainConsole
+from savant_ray.training.checkpoint import read_checkpoint, read_manifest, read_settings, verify
+from tests.cluster.conftest import environment, server, store  # noqa: F401 - fixtures
+from tests.cluster.object_store import ObjectStore
+from tests.original.fixtures import KINDS, PEAK, batch, expected, file_of, rate
+from tests.original.program import AdamW8bit, OriginalProgram
+from tests.original.test_file import moments, original_config, trained
+from tests.original.word_tokenizer import write_tokenizer
+from tests.training.tiny import Code, tiny_state
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Settings of a launch that goes with the files of `OriginalProgram`."""
+    return changed(original_config(), data={"tokenizer": str(write_tokenizer(tmp_path / "tokenizer"))})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    settings = config.to_dict()
+    for section, values in sections.items():
+        settings[section] |= values
+    return Config.from_dict(settings)
+
+
+def start(run: Path | Disk, config: Config, allow_changes: bool = False) -> tuple[Path | None, list[str]]:
+    """Where a launch goes on, and what it says."""
+    storage, said = run if isinstance(run, Disk) else Disk(run), []
+
+    def emit(event: Event) -> None:
+        assert isinstance(event, CheckpointSaved)
+        said.append(f"saved {event.step}: {event.reason}")
+
+    def convert(newest: Path | None) -> Path | None:
+        return convert_newest(storage, config, newest, said.append, emit, allow_changes)
+
+    return find_start(storage, said.append, convert), said
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir() if path.name.startswith("step"))
+
+
+def test_a_file_becomes_a_checkpoint_of_ours_and_stays_as_it_is(run: Path, config: Config) -> None:
+    path = trained(4, optimizer=AdamW8bit).save(run)
+    before = path.read_bytes()
+    folder, said = start(run, config)
+    assert folder == run / "step_3" and names(run) == ["step_3", "step_3.pt"] and path.read_bytes() == before
+    assert said == [
+        "saved 3: converted from step_3.pt of the original, which does not say what text it has read: the text goes on at "
+        "sequence 36, step × effective batch"
+    ]
+    verify(folder)
+    assert read_settings(folder) == config
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    assert (folder / "tokenizer.json").read_text() == tokenizer.to_json()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_converted_checkpoint_holds_weights_moments_and_rate_of_the_file(
+    kind: str, run: Path, config: Config
+) -> None:
+    held = expected()[kind]
+    (run / file_of(kind).name).write_bytes(file_of(kind).read_bytes())
+    folder, _ = start(run, config)
+    assert folder is not None
+    state = tiny_state(config)
+    assert state.load_checkpoint(read_checkpoint(folder)) == []
+    assert (state.step, state.position) == (held["step"], held["step"] * 12)
+    if kind != "adamw8bit_without_schedule":
+        assert learning_rate(state.next_in_schedule, PEAK, 2, 20) == pytest.approx(held["rate"])
+    with torch.no_grad():
+        torch.testing.assert_close(state.model(batch(0)[:1])[0, -1], torch.tensor(held["logits"]), rtol=1e-5, atol=1e-6)
+    for name, entry in moments(state).items():
+        assert entry["step"] == held["updates"]
+        assert entry["exp_avg"].double().norm().item() == pytest.approx(held["moments"][name]["norm"], rel=1e-6)
+
+
+def test_the_original_goes_on_from_an_export_of_a_converted_checkpoint(
+    run: Path, config: Config, tmp_path: Path
+) -> None:
+    program = trained(4, rate=rate, optimizer=AdamW8bit)
+    path = program.save(run)
+    folder, _ = start(run, config)
+    assert folder is not None
+    export_original(folder, tmp_path / "out.pt")
+    resumed = OriginalProgram(PEAK, rate, AdamW8bit)
+    resumed.load(tmp_path / "out.pt")
+    torch.testing.assert_close(resumed.moments(), program.moments(), rtol=0, atol=0)
+    assert resumed.scheduler.state_dict() == program.scheduler.state_dict()
+    resumed.train(batch(4))
+    path.unlink()
+    export_original(folder, tmp_path / "ordered.pt", "adamw")  # in the documented order, with masks made anew
+    before, after = moments_by_name(tmp_path / "out.pt"), moments_by_name(tmp_path / "ordered.pt")
+    assert list(before) != list(after), "the test is worth nothing otherwise"
+    torch.testing.assert_close(dict(sorted(after.items())), dict(sorted(before.items())), rtol=0, atol=0)
+
+
+def moments_by_name(path: Path) -> dict[str, Any]:
+    content = read_file(path)
+    parameters = [name for name in content["model_state_dict"] if "mask" not in name]
+    return {name: content["optimizer_state_dict"]["state"][number] for number, name in enumerate(parameters)}
+
+
+def test_everything_after_the_conversion_is_an_ordinary_resume(run: Path, config: Config) -> None:
+    trained(4).save(run)
+    folder, _ = start(run, config)
+    assert folder is not None
+    assert start(run, config) == (folder, []), "converted once"
+    automatic = changed(config, data={"tokenizer": "auto"})
+    assert start(run, automatic) == (folder, [])
+    refuse_other_settings(folder, automatic)
+    refuse_other_data(folder, config, "any text")
+    origin = find_origin(folder, automatic)
+    chosen = choose_tokenizer(automatic, origin, allow_changes=False)
+    assert chosen is not None and chosen.fingerprint == Tokenizer.load(config.data.tokenizer).fingerprint
+
+
+def test_a_file_is_converted_anew_for_other_settings_until_something_was_trained_from_it(
+    run: Path, config: Config
+) -> None:
+    trained(4).save(run)
+    start(run, changed(config, model={"n_loops": 8}))  # a mistake that the file does not show, noticed before training
+    folder, said = start(run, config)
+    assert folder is not None and len(said) == 1
+    assert read_settings(folder).model.n_loops == config.model.n_loops
+
+
+def test_the_newest_of_ours_and_the_originals_is_taken(run: Path, config: Config) -> None:
+    trained(2).save(run)
+    start(run, config)
+    trained(6).save(run)
+    folder, _ = start(run, config)
+    assert folder == run / "step_5"
+    trained(4).save(run)
+    assert start(run, config) == (folder, [])
+    (run / "step_5.pt").unlink()
+    (folder / "step_5.pt").write_bytes(b"damaged")
+    taken, said = start(run, config)
+    assert taken == run / "step_3" and "set aside as step_5.damaged" in said[0] and said[1].startswith("saved 3")
+
+
+def test_a_damaged_newer_file_is_told_and_the_newest_whole_one_taken(run: Path, config: Config) -> None:
+    trained(2).save(run)
+    newest = trained(4).save(run)
+    newest.write_bytes(newest.read_bytes()[:3000])
+    folder, said = start(run, config)
+    assert folder == run / "step_1" and newest.exists()
+    assert "step_3.pt: cut short" in said[0] and "left where it is" in said[0]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(os.urandom(5000))
+
+
+def unpicklable(path: Path) -> None:
+    torch.save({**OriginalProgram().content(), "extra": Code(path.parent / "executed")}, path)
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"step": 0}))
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_broken_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "a disk that is not there")
+
+
+@pytest.mark.parametrize("damage", [cut, empty, garbage, unpicklable, pickled, a_folder, a_broken_link])
+def test_a_folder_with_nothing_but_damaged_files_of_the_original_is_refused_not_begun_anew(
+    damage: Callable[[Path], None], run: Path, config: Config
+) -> None:
+    paths = [trained(updates).save(run) for updates in (2, 4)]
+    for path in paths:
+        damage(path)
+    with pytest.raises(CheckpointError, match=r"none that is whole.*--fresh"):
+        start(run, config)
+    assert names(run) == ["step_1.pt", "step_3.pt"] and not (run / "executed").exists()
+
+
+def test_a_file_that_may_not_be_read_is_told_as_such(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = trained(2).save(run)
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        read_file(path)
+
+
+def test_all_contradictions_are_named_at_once_and_nothing_is_written(run: Path, config: Config) -> None:
+    trained(2).save(run)
+    model = dict(vocab_size=60, dim=27, n_heads=3, max_seq_len=32, window_size=9, global_every=2, soft_cap=30.0)
+    other = changed(config, model=model, data={"tokenizer": "auto"})
+    with pytest.raises(CheckpointError) as refusal:
+        start(run, other)
+    assert str(refusal.value).splitlines() == [
+        "step_1.pt was trained with something else:",
+        "  model.n_heads: 3 does not divide the file's model.dim, 16",
+        "  model.vocab_size: 60, but the file has 50",
+        "  model.dim: 27, but the file has 16",
+        "  model.max_seq_len: 32, but the file has 16",
+        "  model.window_size: 9, but the file has 4",
+        "  model.global_every: 2, but the original has 4",
+        "  model.soft_cap: 30.0, but the original has 50.0",
+        "  data.tokenizer: auto would learn another one than the file was trained with; give its own",
+        "  --allow-changes goes on all the same and keeps what fits; --fresh starts anew and moves this run aside.",
+    ]
+    assert names(run) == ["step_1.pt"]
+    with pytest.raises(CheckpointError, match=r"model\.positions: rotary, but the original has none"):
+        start(run, changed(config, model={"positions": "rotary"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda w: w.update({"recurrent_block.ffn.0.weight": torch.zeros(64, 16)}), r"ffn\.0\.weight is \[64, 16\]"),
+        (lambda w: w.pop("head.weight"), r"head\.weight is missing"),
+        (lambda w: w.update({"extra": torch.zeros(3)}), "extra is unknown"),
+        (
+            lambda w: w.update({"head.weight": torch.zeros(51, 16)}),
+            r"head\.weight is \[51, 16\], the model's \[50, 16\]",
+        ),
+    ],
+)
+def test_weights_of_another_network_are_refused(
+    spoil: Callable[[dict[str, Any]], None], said: str, run: Path, config: Config
+) -> None:
+    content = trained(2).content()
+    content["model_state_dict"] = dict(content["model_state_dict"])
+    spoil(content["model_state_dict"])
+    torch.save(content, run / "step_1.pt")
+    with pytest.raises(CheckpointError, match=said):
+        start(run, config)
+
+
+def test_settings_that_come_to_the_same_are_no_contradiction(run: Path, config: Config) -> None:
+    trained(2).save(run)
+    folder, _ = start(run, changed(config, model={"n_loops": 3, "global_every": 5}))  # none of the loops is global
+    assert folder is not None
+
+
+def test_a_window_beyond_the_sequence_may_have_any_length(run: Path, config: Config) -> None:
+    content = trained(2).content()
+    content["model_state_dict"] = content["model_state_dict"] | {
+        "local_mask": content["model_state_dict"]["global_mask"]
+    }
+    torch.save(content, run / "step_1.pt")
+    with pytest.raises(CheckpointError, match=r"model\.window_size: 9, but the file has 15"):
+        start(run, changed(config, model={"window_size": 9}))
+    folder, _ = start(run, changed(config, model={"window_size": 256}))
+    assert folder is not None and read_settings(folder).model.window_size == 256
+
+
+def test_a_file_without_masks_leaves_length_and_window_to_the_settings(run: Path, config: Config) -> None:
+    content = trained(2).content()
+    weights = {name: w for name, w in content["model_state_dict"].items() if "mask" not in name}
+    torch.save({**content, "model_state_dict": weights}, run / "step_1.pt")
+    folder, _ = start(run, changed(config, model={"max_seq_len": 32, "window_size": 9}))
+    assert folder is not None and read_settings(folder).model.window_size == 9
+
+
+def test_changes_that_are_allowed_go_on_with_a_checkpoint_that_says_what_the_file_is(run: Path, config: Config) -> None:
+    trained(2).save(run)
+    other = changed(config, model={"dim": 32, "window_size": 9}, data={"tokenizer": "auto"})
+    folder, _ = start(run, other, allow_changes=True)
+    assert folder is not None
+    model = read_settings(folder).model
+    assert (model.dim, model.window_size) == (16, 4)
+    assert "tokenizer.json" not in read_manifest(folder)["files"] and find_origin(folder, other) is None
+    with pytest.raises(CheckpointError, match=r"(?s)model\.dim: 16, now 32.*data\.tokenizer: auto would learn"):
+        refuse_other_settings(folder, other)
+    again, _ = start(run, config)
+    assert again is not None and "tokenizer.json" in read_manifest(again)["files"], "named in time"
+
+
+def test_a_tokenizer_that_is_not_there_is_told_before_anything_is_written(run: Path, config: Config) -> None:
+    trained(2).save(run)
+    with pytest.raises(DataError, match=r"^data\.tokenizer: tokenizer /nowhere/t\.json"):
+        start(run, changed(config, data={"tokenizer": "/nowhere/t.json"}))
+    assert names(run) == ["step_1.pt"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from savant_ray.cluster.disk import Disk
+from savant_ray.config import load_config
+from savant_ray.original.conversion import convert_newest
+
+class Dying(Disk):
+    def check_owner(self):
+        if list(self.folder.glob("step_*.tmp/manifest.json")):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+config = load_config(file=Path(sys.argv[2]), environment={})
+convert_newest(Dying(Path(sys.argv[1])), config, None, print, print)
+"""
+
+
+def test_a_conversion_that_is_killed_leaves_no_checkpoint_and_is_done_again(
+    run: Path, config: Config, tmp_path: Path
+) -> None:
+    from savant_ray.config import dump_yaml
+
+    trained(2).save(run)
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    command = [sys.executable, "-c", KILLED, str(run), str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (run / "step_1").exists()
+    folder, said = start(run, config)
+    assert folder is not None and len(said) == 1 and names(run) == ["step_1", "step_1.pt"]
+    verify(folder)
+
+
+def test_a_run_in_object_storage_is_converted_there(
+    store: ObjectStore,  # noqa: F811 - the fixture
+    config: Config,
+    tmp_path: Path,
+) -> None:
+    path = trained(2).save(tmp_path)
+    store.write("runs/run/step_1.pt", path.read_bytes())
+    here = ObjectStorage(store.uri("runs/run"), tmp_path / "here")
+    folder, said = start(here, config)
+    assert folder is not None and len(said) == 1
+    verify(folder)
+    elsewhere = ObjectStorage(store.uri("runs/run"), tmp_path / "elsewhere")
+    assert start(elsewhere, config) == (tmp_path / "elsewhere/step_1", [])
+    assert store.read("runs/run/step_1.pt") == path.read_bytes()
+    assert "step_1/manifest.json" in store.names("runs/run")
+
+
+def test_the_record_has_the_converted_checkpoint(run: Path, config: Config) -> None:
+    trained(2).save(run)
+    with RunReport(run, console=PlainConsole(None)) as report:
+        convert_newest(Disk(run), config, None, report.say, report.handle)
+    assert '"event": "checkpoint"' in (run / "metrics.jsonl").read_text()
+
+
+# --- run.init_from
+
+
+def test_weights_of_a_file_begin_a_new_run_with_the_tokenizer_of_the_settings(config: Config, tmp_path: Path) -> None:
+    path = trained(2).save(tmp_path)
+    config = changed(config, run={"init_from": str(path)})
+    origin = find_origin(None, config)
+    assert origin is not None and not origin.is_resumed
+    assert choose_tokenizer(config, origin, allow_changes=False) is not None
+
+
+def test_settings_of_a_new_run_are_compared_with_the_file_that_it_begins_with(config: Config, tmp_path: Path) -> None:
+    trained(2).save(tmp_path)
+    new = {"init_from": str(tmp_path)}  # a folder with nothing but such files
+    other = changed(config, run=new, model={"dim": 32, "window_size": 9}, data={"tokenizer": "train"})
+    with pytest.raises(SettingsError) as refusal:
+        find_origin(None, other)
+    told = str(refusal.value)
+    assert told.startswith("run.init_from: ") and "model.dim: 32, but the file has 16" in told
+    assert "model.window_size: 9, but the file has 4" in told and "data.tokenizer: " in told
+    assert find_origin(None, changed(config, run=new, data={"tokenizer": "auto"}), allow_changes=True) is None
