@@ -153,10 +153,10 @@ def _train(launch: Launch) -> int:
         choose_tokenizer,
         find_origin,
         tokenizer_change,
-        with_tokenizer_settings,
     )
     from savant_ray.cluster.starting_point import find_start, records_of, refuse_other_data
     from savant_ray.cluster.storage import storage_errors_explained
+    from savant_ray.data.tokenizer import with_tokenizer_settings
     from savant_ray.original.conversion import convert_newest
     from savant_ray.training.checkpoint import CONFIG
 

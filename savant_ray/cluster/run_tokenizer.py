@@ -99,18 +99,6 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
     return tokenizer
 
 
-def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Config:
-    """Return the settings with the end-of-document token and the use of special tokens that were chosen.
-
-    None stands for a tokenizer that is still to be learnt.
-    """
-    settings = config.to_dict()
-    settings["data"]["add_special_tokens"] = tokenizer is not None and tokenizer.adds_special_tokens
-    if tokenizer is not None:
-        settings["data"]["end_of_document"] = tokenizer.end_name
-    return Config.from_dict(settings)
-
-
 def tokenizer_change(origin: Origin, tokenizer: Tokenizer) -> str | None:
     """Return a warning if the tokenizer is not the one that the weights were trained with."""
     if tokenizer.fingerprint == origin.tokenizer.fingerprint:

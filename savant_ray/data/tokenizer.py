@@ -19,6 +19,7 @@ from typing import Literal
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from savant_ray.config import Config
 from savant_ray.data.content import write_aside
 from savant_ray.errors import DataError, SettingsError
 from savant_ray.locations import local_path
@@ -333,6 +334,18 @@ class IncrementalDecoder:
     def _new_text(self) -> str:
         said = self._tokenizer.decode(self._before)
         return self._tokenizer.decode(self._before + self._held)[len(said) :]
+
+
+def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """Return the settings with the end-of-document token and the use of special tokens that were chosen.
+
+    None stands for a tokenizer that is still to be learnt.
+    """
+    settings = config.to_dict()
+    settings["data"]["add_special_tokens"] = tokenizer is not None and tokenizer.adds_special_tokens
+    if tokenizer is not None:
+        settings["data"]["end_of_document"] = tokenizer.end_name
+    return Config.from_dict(settings)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 32_000) -> Tokenizer:

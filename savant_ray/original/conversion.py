@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from savant_ray.config import Config, dump_yaml
-from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.events import CheckpointSaved, Event
 from savant_ray.original.file import MASKS, SCHEDULER, newest_whole, read_file, renumbered
@@ -202,13 +202,24 @@ def _last_epoch(content: Mapping[str, Any]) -> int:
 
 def _texts(config: Config) -> dict[str, str]:
     """Return the texts of a checkpoint: settings, and the tokenizer that they name, if any."""
-    texts = {CONFIG: dump_yaml(config)}
-    if not config.data.learns_tokenizer:
-        try:
-            texts[TOKENIZER] = Tokenizer.load(config.data.tokenizer, config.data.end_of_document).to_json()
-        except DataError as error:
-            raise DataError(f"data.tokenizer: {error}") from error
-    return texts
+    if config.data.learns_tokenizer:
+        return {CONFIG: dump_yaml(config)}
+    config, tokenizer = _load_tokenizer(config)
+    return {CONFIG: dump_yaml(config), TOKENIZER: tokenizer.to_json()}
+
+
+def _load_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
+    """Load the tokenizer that the settings name; also return the settings with what follows from it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    data = config.data
+    try:
+        tokenizer = Tokenizer.load(data.tokenizer, data.end_of_document, data.add_special_tokens)
+    except DataError as error:
+        raise DataError(f"data.tokenizer: {error}") from error
+    return with_tokenizer_settings(config, tokenizer), tokenizer
 
 
 def _newest_file(storage: RunFolder, newest: Path | None, may_repeat: bool, say: Callable[[str], None]) -> Path | None:
@@ -238,15 +249,16 @@ def _was_converted(checkpoint: Path) -> bool:
 
 def _is_conversion_with(checkpoint: Path, config: Config) -> bool:
     """Return whether a converted checkpoint is what a conversion with these settings would give."""
-    old, tokenizer = read_settings(checkpoint), checkpoint / TOKENIZER
+    if not (checkpoint / TOKENIZER).is_file():
+        return False
+    old = read_settings(checkpoint)
+    new, tokenizer = _load_tokenizer(config)
     return (
-        (old.model, old.run.seed, old.training.effective_batch)
-        == (config.model, config.run.seed, config.training.effective_batch)
-        and tokenizer.is_file()
-        and (
-            old.data.tokenizer == config.data.tokenizer
-            or tokenizer.read_text(encoding="utf-8") == _texts(config)[TOKENIZER]
-        )
+        old.model == new.model
+        and (old.run.seed, old.training.effective_batch) == (new.run.seed, new.training.effective_batch)
+        and (old.data.end_of_document, old.data.add_special_tokens)
+        == (new.data.end_of_document, new.data.add_special_tokens)
+        and (checkpoint / TOKENIZER).read_text(encoding="utf-8") == tokenizer.to_json()
     )
 
 

@@ -20,11 +20,10 @@ from savant_ray.cluster.run_tokenizer import (
     find_origin,
     find_origin_without_lock,
     tokenizer_change,
-    with_tokenizer_settings,
 )
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.sources import expand
-from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+from savant_ray.data.tokenizer import Tokenizer, train_tokenizer, with_tokenizer_settings
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.training.checkpoint import write_checkpoint
 from tests.cluster.object_store import BUCKET, ObjectStore
