@@ -65,7 +65,7 @@ def shown_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
     embedding = weights.get("embed.weight")
     if embedding is not None and embedding.dim() == 2 and embedding.numel():
         sizes |= dict(zip(("vocab_size", "dim"), embedding.shape, strict=True))
-    for name in sorted(MASKS & weights.keys()):
+    for name in sorted(name for name in MASKS & weights.keys() if weights[name].numel()):
         visible = visible_keys(weights[name])
         if visible.dim() == 2 and len(visible) == visible.shape[1] >= 2:
             sizes["max_seq_len"] = len(visible)
