@@ -1,5 +1,5 @@
 "use strict";
-// Draws the curves with uPlot; they share the cursor, and follow the width of the page and its colours.
+// Draws the curves with uPlot; charts share the cursor and follow the width and the colors of the page.
 
 const charts = JSON.parse(document.getElementById("charts-data").textContent);
 const figures = [...document.querySelectorAll("figure.chart")];
@@ -20,7 +20,7 @@ const STYLES = {
   limit: {width: 1, dash: [2, 4], points: {show: false}},
 };
 
-// A colour is a run; where there is one run only, its validations have the next one.
+// Each run has a color; in a report of one run its validations have the next color.
 function series({label, run, style}, all) {
   const alone = all.every((each) => each.run === run);
   const stroke = colour(`--run-${(run + (alone && style === "points" ? 1 : 0)) % 6}`);
