@@ -92,7 +92,7 @@ check: install
 docs: install
 	@$(RUN) -m docs.generate
 	$(BUILD_SITE)
-	echo "site/index.html is written; open it in a browser"
+	echo "site/index.html is written; open it in a browser (with search: python3 -m http.server --directory site)"
 
 coverage: install
 	@exec $(PYTEST) -m "not slow" --cov --cov-report=term --cov-report=html $(ARGS)

@@ -221,7 +221,7 @@ def signature(thing: Any) -> str:
         raise TypeError(f"{thing} is neither a function nor a class")
     fields = [ast.unparse(part) for part in node.body if isinstance(part, ast.AnnAssign)]
     bases = f"({', '.join(ast.unparse(base) for base in node.bases)})" if node.bases else ""
-    return "\n".join([f"class {node.name}{bases}:", *(f"    {field}" for field in fields or ["..."])])
+    return "\n    ".join([f"class {node.name}{bases}:{'' if fields else ' ...'}", *fields])
 
 
 def prose(thing: Any) -> str:
