@@ -23,7 +23,9 @@ README = ROOT / "README.md"
 GENERATED = [page for page in pages() if PART.search(page.read_text(encoding="utf-8"))]
 # The log describes the program as it was on each day.
 PAGES = [page for page in [*pages(), ROOT / "CONTRIBUTING.md"] if page.name != "LOG.md"]
-OTHER_PROGRAMS = set("sudo git cd source conda export chmod kubectl prometheus grafana tensorboard".split())
+OTHER_PROGRAMS = set(
+    "sudo git cd cp mv mkdir ls cat scp pip source conda export chmod kubectl prometheus grafana tensorboard".split()
+)
 FILES_OF_A_RUN = {"training_log.txt", "error_traceback.txt"}
 
 
@@ -142,7 +144,9 @@ def test_a_command_can_be_typed_as_it_stands(words):
 @each_page
 def test_files_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
-    named = re.findall(r"`((?:savant_ray|configs|jobs|tests|docs)/[\w./]*|[\w/]+\.py|[\w.]+\.(?:txt|toml|yml))`", text)
+    named = re.findall(
+        r"`((?:savant_ray|configs|jobs|tests|docs)/[\w./]*|\w+/[\w/]+\.py|[\w.]+\.(?:txt|toml|yml))`", text
+    )
     folders = (ROOT, ROOT / "savant_ray", ROOT / "tests")
     missing = {name for name in named if not any((folder / name).exists() for folder in folders)}
     assert missing <= FILES_OF_A_RUN
