@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install train submit test test-quick coverage fuzz torture soak check docs clean
+.PHONY: help install train submit test test-quick coverage fuzz torture soak check clean
 
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
@@ -17,8 +17,6 @@ TORCH_INDEX ?=
 RUN := "$(VENV)/bin/python"
 # No settings or conftest.py but the project's own, whatever lies in the checkout.
 PYTEST := $(RUN) -m pytest -c pyproject.toml --confcutdir tests
-# A broken link or anchor, or a page that is missing in the navigation, is an error; with --quiet it would not be.
-BUILD_SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -P -m mkdocs build --strict --config-file mkdocs.yml
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
@@ -89,6 +87,10 @@ check: install
 	$(BUILD_SITE)
 	$(PYTEST) tests/test_layers.py tests/test_docs.py tests/test_reliability.py tests/test_packaging.py
 
+# A broken link or anchor, or a page that is missing in the navigation, is an error; with --quiet it would not be.
+BUILD_SITE = NO_MKDOCS_2_WARNING=1 $(RUN) -P -m mkdocs build --strict --config-file mkdocs.yml
+
+.PHONY: docs
 docs: install
 	@$(RUN) -m docs.generate
 	$(BUILD_SITE)

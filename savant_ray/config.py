@@ -127,10 +127,7 @@ class DataConfig(Section):
     sources: list[SourceConfig] = Field(
         default=DEFAULT_SOURCES, min_length=1, description="training text: [{path, weight, optional}, …]"
     )
-    validation: Texts = Field(
-        default="dataset/savant_dataset_val.jsonl",
-        description="held-out JSONL: a path as in a source, or a list of them",
-    )
+    validation: Texts = Field(default="dataset/savant_dataset_val.jsonl", description="held-out JSONL, like a source")
     tokenizer: Text = Field(
         default="auto",
         description="a tokenizer.json, a Hugging Face name such as albert-base-v2, or train: learn one; "

@@ -66,7 +66,7 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Started as documented, but with ports and folders of its own."""
+    """Begun as the README says, but with ports and folders of its own."""
     home, folder = tmp_path / "home", tempfile.mkdtemp(prefix="ray", dir="/tmp")
     home.mkdir()
     port, dashboard, agent, client = (free_port() for _ in range(4))
