@@ -267,7 +267,7 @@ class ReportingConfig(Section):
 
 
 class Config(Section):
-    """Everything a run is told; travels to workers as a plain dict."""
+    """All settings of a run; sent to workers as a plain dict."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
