@@ -39,7 +39,8 @@ help:
 	make fuzz         N=10000 damaged or senseless inputs for each reader: a message of ours, nothing lost
 	make torture      interrupt runs N=100 times, at every moment; each must end as if nobody had
 	make soak         80,000 tiny steps; memory, open files and step time must stay flat
-	make check        format, lint, types, spelling, layers, and that the pages are true
+	make check        format, lint, types, spelling, layers, documentation
+	make docs         regenerate the reference pages and build the documentation as site/index.html
 	make coverage     what the quick tests reach, line by line, as htmlcov/index.html
 	make clean        remove the environment; data and checkpoints stay
 
@@ -47,7 +48,7 @@ help:
 	CONFIG=configs/savant.yaml        another configuration
 	ADDRESS=http://head:8265          the cluster's dashboard, for make submit
 	PYTHON=python3.12                 the Python to build the environment with (3.11 to 3.13)
-	TORCH_INDEX=…                     the package index that torch comes from (README, "With and without a GPU")
+	TORCH_INDEX=…                     the package index that torch comes from (docs/guides/gpu.md)
 	END
 
 install: $(STAMP)
@@ -81,9 +82,19 @@ check: install
 	tool() { xargs -0 $(RUN) -P -m "$$@"; }  # -P: a stray module in the current folder is not imported
 	tracked '*.py' | tool ruff format --config pyproject.toml --check
 	tracked '*.py' | tool ruff check --config pyproject.toml
-	tracked 'savant_ray/*.py' 'jobs/*.py' | tool mypy --config-file pyproject.toml
+	tracked 'savant_ray/*.py' 'jobs/*.py' 'docs/*.py' | tool mypy --config-file pyproject.toml
 	tracked '*' | tool codespell_lib
-	$(PYTEST) tests/test_layers.py tests/test_readme.py tests/test_design.py tests/test_reliability.py tests/test_packaging.py
+	$(BUILD_SITE)
+	$(PYTEST) tests/test_layers.py tests/test_docs.py tests/test_reliability.py tests/test_packaging.py
+
+# A broken link or anchor, or a page that is missing in the navigation, is an error; with --quiet it would not be.
+BUILD_SITE = NO_MKDOCS_2_WARNING=1 $(RUN) -P -m mkdocs build --strict --config-file mkdocs.yml
+
+.PHONY: docs
+docs: install
+	@$(RUN) -m docs.generate
+	$(BUILD_SITE)
+	echo "site/index.html is written; open it in a browser (with search: python3 -m http.server --directory site)"
 
 coverage: install
 	@exec $(PYTEST) -m "not slow" --cov --cov-report=term --cov-report=html $(ARGS)

@@ -39,18 +39,18 @@ run_child({descriptor})
 
 @dataclass(frozen=True)
 class Result:
-    """How a training ended that raised no error."""
+    """State of a run after a call of `train` that raised no error."""
 
     run_folder: str
     """Folder or URI of the run."""
     checkpoint: str | None
     """Folder or URI of its newest checkpoint, None if it has none yet."""
     step: int
-    """Optimizer steps done over all launches."""
+    """Optimizer steps done over all attempts."""
     finished: bool
-    """True after `training.max_steps`; False if it was stopped before (SIGTERM, a drained node) and saved its step."""
+    """Whether `training.max_steps` is reached; False if the run was stopped (SIGTERM, a drained node) and saved."""
     metrics: dict[str, float]
-    """The newest of `train_loss`, `validation_loss` (nats per token), `best_validation_loss`, `tokens_per_second`."""
+    """Latest `train_loss`, `validation_loss` (nats per token), `best_validation_loss`, `tokens_per_second`."""
 
 
 def train(
@@ -60,11 +60,11 @@ def train(
     allow_changes: bool = False,
     verbose: bool = False,
 ) -> Result:
-    """Train a run, or go on with it, and return how it ended.
+    """Start or resume a run and return its state when it has ended.
 
     `config` is a `Config`, nested settings such as `{"training": {"max_steps": 100}}`, or a YAML file; SAVANT_…
-    variables of the environment do not count here. `fresh` moves an older run of that name aside first,
-    `allow_changes` goes on with other settings or data than the checkpoint's, `verbose` shows what Ray says.
+    environment variables are ignored. `fresh` first moves an older run of that name aside,
+    `allow_changes` resumes with other settings or data than the checkpoint's, `verbose` prints the output of Ray.
 
     If the caller is connected to a Ray cluster, training runs there and leaves it running; otherwise a local Ray is
     started and ended. Progress is printed to `sys.stdout`. The call blocks and works in any thread; in an asyncio
@@ -72,7 +72,7 @@ def train(
 
     Raises:
         SavantError: with a message for the user; see `savant_ray.errors` for its subclasses.
-        KeyboardInterrupt: after Ctrl+C in the main thread, once the step is saved; a second Ctrl+C leaves at once.
+        KeyboardInterrupt: after Ctrl+C in the main thread, once the step is saved; a second Ctrl+C exits immediately.
     """
     settings = _config(config).to_dict()
     options = {"fresh": fresh, "allow_changes": allow_changes, "verbose": verbose}

@@ -42,15 +42,15 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """Which run, and where it is kept."""
+    """Name, location and seed of the run."""
 
     name: Text = Field(default="checkpoints_savant", description="name of the run, and of its folder")
     storage_path: Text = Field(
-        default=".", description="where run folders lie; several nodes need one they all share, or s3://…"
+        default=".", description="parent of the run folders; several nodes need one that all of them reach, or s3://…"
     )
-    seed: int = Field(default=1337, ge=0, description="all randomness is a function of it")
+    seed: int = Field(default=1337, ge=0, description="seed of all random numbers")
     grace_seconds: Positive = Field(
-        default=30.0, description="after a stop a step that would take longer than this is given up, seconds"
+        default=30.0, description="after a stop request, a step that would take longer than this is abandoned, seconds"
     )
     init_from: Text | None = Field(
         default=None,
@@ -78,19 +78,19 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network's shape."""
+    """Shape of the network."""
 
-    vocab_size: Count = Field(default=32_000, description="tokens the model knows; at least the tokenizer's")
+    vocab_size: Count = Field(default=32_000, description="number of token ids; at least the tokenizer's")
     dim: Count = Field(default=1024, description="width of the residual stream")
-    n_heads: Count = Field(default=16, description="attention heads; divides dim")
-    n_loops: Count = Field(default=12, description="passes of the recurrent block")
-    max_seq_len: int = Field(default=1024, ge=2, description="tokens of a training sequence")
-    window_size: Count = Field(default=256, description="tokens a windowed loop looks back")
-    global_every: Count = Field(default=4, description="every so many loops attention is global instead of windowed")
+    n_heads: Count = Field(default=16, description="attention heads; must divide dim")
+    n_loops: Count = Field(default=12, description="applications of the recurrent block")
+    max_seq_len: int = Field(default=1024, ge=2, description="tokens per training sequence")
+    window_size: Count = Field(default=256, description="tokens that windowed attention looks back")
+    global_every: Count = Field(default=4, description="every n-th loop has global instead of windowed attention")
     positions: Literal["none", "rotary"] = Field(
-        default="none", description="how tokens know their distance: by causality and windows, or turned by angles"
+        default="none", description="positional encoding: none (causal mask and windows only) or rotary embeddings"
     )
-    soft_cap: Positive = Field(default=50.0, description="bound of the attention scores: cap · tanh(score / cap)")
+    soft_cap: Positive = Field(default=50.0, description="soft cap of the attention scores: cap · tanh(score / cap)")
 
     @property
     def head_dim(self) -> int:
@@ -114,7 +114,7 @@ class SourceConfig(Section):
         description="fraction of the sequences or documents (data.mix_by), relative to the other sources' weights; at "
         "least 1 in 100,000 sequences"
     )
-    optional: bool = Field(default=False, description="go on without it when it is missing")
+    optional: bool = Field(default=False, description="continue without it if it is missing")
 
 
 DEFAULT_SOURCES = [
@@ -124,7 +124,7 @@ DEFAULT_SOURCES = [
 
 
 class DataConfig(Section):
-    """What is read."""
+    """Training and validation text."""
 
     sources: list[SourceConfig] = Field(
         default=DEFAULT_SOURCES, min_length=1, description="training text: [{path, weight, optional}, …]"
@@ -148,12 +148,12 @@ class DataConfig(Section):
         description="put the tokenizer's special tokens around each text, such as [CLS] and [SEP]; auto: as the "
         "checkpoint does, else if the tokenizer has a template for them",
     )
-    cache_dir: Text = Field(default="cache", description="folder of the tokenised text")
+    cache_dir: Text = Field(default="cache", description="folder of the tokenized text")
     on_bad_line: Literal["skip", "error"] = Field(
         default="skip", description="skip and count a bad line, or end with an error"
     )
-    max_line_mb: Positive = Field(default=64.0, description="a longer line is a bad line, MiB")
-    quickstart: bool = Field(default=False, description="make the quickstart's text files first when they are missing")
+    max_line_mb: Positive = Field(default=64.0, description="longest line, MiB; a longer one is a bad line")
+    quickstart: bool = Field(default=False, description="generate the quickstart's text files if they are missing")
 
     @property
     def learns_tokenizer(self) -> bool:
@@ -175,32 +175,43 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How the weights are learnt."""
+    """Optimization, precision and memory."""
 
-    max_steps: Count = Field(default=80_000, description="optimizer steps in all")
+    max_steps: Count = Field(default=80_000, description="optimizer steps of the run")
     batch_size: Count = Field(
         default=12,
-        description="sequences of a micro-batch: one forward and backward pass; a CPU may take fewer at once",
+        description="sequences per micro-batch, which is one forward and backward pass; a CPU may use fewer",
     )
-    accumulation: Count = Field(default=16, description="micro-batches of a step; × batch_size: the effective batch")
-    learning_rate: Positive = Field(default=2e-5, description="peak, at the end of the warm-up; then cosine to 0")
-    warmup_fraction: float = Field(default=0.05, ge=0, lt=1, description="share of max_steps over which the rate rises")
-    weight_decay: float = Field(default=0.01, ge=0, description="decoupled decay, per step and learning rate")
-    gradient_clip: Positive = Field(default=1.0, description="largest global norm of the gradient")
+    accumulation: Count = Field(
+        default=16, description="micro-batches per step; the effective batch is batch_size × accumulation"
+    )
+    learning_rate: Positive = Field(
+        default=2e-5, description="peak learning rate, at the end of the warm-up; then cosine to 0"
+    )
+    warmup_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="fraction of max_steps with rising learning rate"
+    )
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="decoupled weight decay, multiplied by the learning rate"
+    )
+    gradient_clip: Positive = Field(default=1.0, description="maximum global gradient norm")
     precision: Literal["bf16", "bf16-mixed", "fp32"] = Field(
-        default="bf16", description="bf16: weights too; bf16-mixed: fp32 weights; fp32: everything"
+        default="bf16",
+        description="bf16: bf16 weights; bf16-mixed: fp32 weights, bf16 products; fp32: everything in fp32",
     )
     optimizer: Literal["adamw", "muon"] = Field(
-        default="adamw", description="the update rule; muon: for the block's matrices, AdamW for the rest"
+        default="adamw", description="update rule; muon: Muon for the matrices of the block, AdamW for the rest"
     )
-    vram_limit_gb: Positive = Field(default=10.0, description="hard limit of GPU memory per worker, GiB")
-    compile: bool | Auto = Field(default="auto", description="compile the model; auto: where it pays and can be done")
+    vram_limit_gb: Positive = Field(default=10.0, description="hard limit of a worker's GPU memory, GiB")
+    compile: bool | Auto = Field(
+        default="auto", description="compile the model; auto: if a compiler is there and it is faster"
+    )
     recompute_loops: bool | Auto = Field(
         default="auto",
-        description="recompute each loop in the backward pass instead of keeping it: slower, far less memory; "
-        "auto: once a micro-batch has not fitted under vram_limit_gb",
+        description="recompute each loop in the backward pass instead of keeping its activations: slower, far less memory; "
+        "auto: as soon as a micro-batch does not fit under vram_limit_gb",
     )
-    max_skipped_steps: Count = Field(default=10, description="so many skipped steps in a row end the run with an error")
+    max_skipped_steps: Count = Field(default=10, description="abort after this many consecutive skipped steps")
 
     @property
     def effective_batch(self) -> int:
@@ -214,37 +225,39 @@ class TrainingConfig(Section):
 
 
 class ValidationConfig(Section):
-    """The pause in which the model shows what it has learnt."""
+    """Periodic evaluation."""
 
     every_steps: Count = Field(default=500, description="steps between validations")
-    batches: Count = Field(default=10, description="micro-batches of held-out text")
+    batches: Count = Field(default=10, description="micro-batches of held-out text per validation")
     logic_problems: int = Field(
-        default=60, ge=0, description="held-out logic problems to answer; all 720 after the last step; 0: none at all"
+        default=60,
+        ge=0,
+        description="held-out logic problems per validation; all 720 after the last step; 0: never any",
     )
-    prompt: Text = Field(default=LOGIC_PROMPT, description="the logic test: what the model is asked to go on with")
-    max_new_tokens: Count = Field(default=300, description="longest answer, tokens")
-    temperature: float = Field(default=0.6, ge=0, description="0: always the likeliest token; higher: freer")
+    prompt: Text = Field(default=LOGIC_PROMPT, description="prompt that the model completes at each validation")
+    max_new_tokens: Count = Field(default=300, description="maximum length of an answer, tokens")
+    temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0: always the most likely token")
 
 
 class CheckpointConfig(Section):
-    """What is kept."""
+    """Periodic checkpoints."""
 
     every_steps: Count = Field(default=500, description="steps between checkpoints")
-    keep: Count = Field(default=3, description="newest checkpoints to keep; older ones are deleted")
+    keep: Count = Field(default=3, description="number of newest checkpoints to keep; older ones are deleted")
 
 
 class ScalingConfig(Section):
-    """Over how many processes, on what."""
+    """Workers and their resources."""
 
     num_workers: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] = Field(
         default=1,
-        description="training processes, which share a step's sequences; [1, 4]: as many as there is room for",
+        description="training processes, which divide the sequences of a step; [1, 4]: as many as there is room for",
     )
-    use_gpu: bool | Auto = Field(default="auto", description="one GPU per worker; auto: if there are enough")
+    use_gpu: bool | Auto = Field(default="auto", description="one GPU per worker; auto: if there are enough GPUs")
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
-        default=None, description="Ray resources of a worker such as {CPU: 4}; null: an even share of the machine"
+        default=None, description="Ray resources of a worker, such as {CPU: 4}; null: an equal part of the machine"
     )
-    max_failures: int = Field(default=3, ge=0, description="how often lost workers are started again")
+    max_failures: int = Field(default=3, ge=0, description="how often lost workers are restarted")
 
     @property
     def worker_limits(self) -> tuple[int, int]:
@@ -256,16 +269,16 @@ class ScalingConfig(Section):
 
 
 class ReportingConfig(Section):
-    """Who else is told; the record in the run folder has it all."""
+    """Experiment trackers, in addition to the record in the run folder."""
 
     mlflow: Text | None = Field(
-        default=None, description="MLflow's tracking address, such as http://host:5000 or sqlite:////data/mlflow.db"
+        default=None, description="tracking address of MLflow, such as http://host:5000 or sqlite:////data/mlflow.db"
     )
-    wandb: Text | None = Field(default=None, description="the project's name at Weights & Biases")
+    wandb: Text | None = Field(default=None, description="project name at Weights & Biases")
 
 
 class Config(Section):
-    """Everything a run is told; travels to workers as a plain dict."""
+    """All settings of a run; sent to workers as a plain dict."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()

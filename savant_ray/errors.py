@@ -5,7 +5,7 @@
     ├── DataError               3   training text is missing, unreadable or yields nothing
     ├── CheckpointError         4   a checkpoint is missing, damaged or does not fit
     ├── MemoryCapError          5   one sequence does not fit under `training.vram_limit_gb`
-    ├── TrainingError           1   training itself went wrong (too many skipped steps, a worker died)
+    ├── TrainingError           1   training failed (too many skipped steps, a worker died)
     └── UnexpectedError         1   anything else, with what was being done; the full traceback is kept in a file
 
 The message is written for the person at the terminal: where, what was found, what to do.
@@ -30,7 +30,7 @@ LONGEST_REASON = 500  # characters of a foreign exception's text in our one line
 
 
 class SavantError(Exception):
-    """A failure with a message for the user; `exit_code` is the process's exit code."""
+    """An error with a message for the user; `exit_code` is the exit code of the process."""
 
     exit_code = 1
 
@@ -60,11 +60,11 @@ class MemoryCapError(SavantError):
 
 
 class TrainingError(SavantError):
-    """Training itself went wrong: too many skipped steps, a worker that died for good."""
+    """Training failed: too many skipped steps, or a worker that died too often."""
 
 
 class UnexpectedError(SavantError):
-    """A failure that nobody foresaw; `details` is its full traceback, which the terminal sees with --verbose only."""
+    """An unexpected error; `details` is its full traceback, which --verbose prints."""
 
     def __init__(self, message: str, details: str = "", is_kept: bool = False) -> None:
         super().__init__(message, details, is_kept)

@@ -1,6 +1,6 @@
-"""What workers tell the driver: small frozen facts in the past tense.
+"""Events that workers send to the driver: small frozen records of what has happened.
 
-An event is the one record from which the console, `training_log.txt`, `metrics.jsonl` and `samples.jsonl` derive.
+The console, `training_log.txt`, `metrics.jsonl` and `samples.jsonl` are derived from events alone.
 Fields are plain numbers, strings, tuples and dicts of them, so that an event survives JSON.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A fact; `kind` is its name in `metrics.jsonl`."""
+    """Something that has happened; `kind` is its name in `metrics.jsonl`."""
 
     kind: ClassVar[str]
 
@@ -24,79 +24,79 @@ class Event:
 
 @dataclass(frozen=True)
 class TextCounts:
-    """What a text came to."""
+    """Size of a tokenized and packed text."""
 
-    path: str
+    path: str  # name of the file or pattern
     documents: int
-    tokens: int
+    tokens: int  # without padding
     sequences: int
     padding: int  # tokens
-    bad_lines: int
+    bad_lines: int  # skipped lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataPrepared(Event):
-    """Training and validation text are tokenised and packed."""
+    """Training and validation text were tokenized and packed."""
 
     kind = "data"
-    sources: tuple[TextCounts, ...]
-    validation: TextCounts
+    sources: tuple[TextCounts, ...]  # of each entry of `data.sources`
+    validation: TextCounts  # of `data.validation`
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersStarted(Event):
-    """The workers have found room in the cluster and begin to build the model."""
+    """The workers were placed in the cluster and begin to build the model."""
 
     kind = "workers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersLost(Event):
-    """A worker failed or its node is gone, so that the others ended too; Ray Train starts all of them again."""
+    """A worker failed or its node was lost; Ray Train ends the other workers and restarts all of them."""
 
     kind = "workers_lost"
-    text: str  # whose failure it was
+    text: str  # which worker failed, and why
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Event):
-    """The workers of one launch are up and the model is built."""
+    """The workers of an attempt have started and built the model."""
 
     kind = "attempt"
-    step: int  # updates done before it; 0 = from the beginning
-    workers: int
+    step: int  # optimizer steps done before; 0 = a new run
+    workers: int  # number of workers
     device: str  # "cpu" or the GPU's name
-    parameters: int
-    max_steps: int
+    parameters: int  # number of weights of the model
+    max_steps: int  # `training.max_steps`
     effective_batch: int  # sequences per step
-    validates_first: bool  # at `step`, which was done before but may have been cut short
-    notes: tuple[str, ...] = ()  # what the user should know: no compiler, smaller card than the cap, …
-    precision: str = ""  # that is computed in
-    threads: int = 0  # of a worker
-    vram_limit_gb: float | None = None  # GiB; None = nothing is capped
+    validates_first: bool  # whether the validation of `step` is repeated, because it may have been cut short
+    notes: tuple[str, ...] = ()  # notices for the user: no compiler, GPU smaller than the cap, …
+    precision: str = ""  # in which the steps are computed
+    threads: int = 0  # per worker
+    vram_limit_gb: float | None = None  # GiB; None = no cap
     versions: dict[str, str] = field(default_factory=dict)  # of python, torch and ray
     settings: dict[str, Any] = field(default_factory=dict)  # section -> setting -> value
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptEnded(Event):
-    """The workers of one launch are through, or were stopped and have saved."""
+    """The workers of an attempt have finished, or were stopped and have saved."""
 
     kind = "end"
-    step: int
-    finished: bool  # trained to `training.max_steps`
-    saved_step: int  # of the newest checkpoint; 0 = none
+    step: int  # optimizer steps done
+    finished: bool  # whether `training.max_steps` is reached
+    saved_step: int  # step of the newest checkpoint; 0 = none
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResumed(Event):
-    """Training goes on from a checkpoint, or from the weights of another run (`run.init_from`)."""
+    """Training resumed from a checkpoint, or started from the weights of another run (`run.init_from`)."""
 
     kind = "resume"
-    step: int
-    path: str
-    note: str = ""
-    warnings: tuple[str, ...] = ()  # what could not be taken over
+    step: int  # of the checkpoint; 0 = weights of another run
+    path: str  # of the checkpoint
+    note: str = ""  # for the user
+    warnings: tuple[str, ...] = ()  # what could not be restored
 
     def to_record(self) -> dict[str, Any]:
         """As every event, but the path is called `from` in the record."""
@@ -107,25 +107,25 @@ class RunResumed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
-    """One optimizer step over all workers."""
+    """An optimizer step over all workers."""
 
     kind = "step"
-    step: int  # 1-based: the number of updates done
+    step: int  # number of steps done, from 1
     train_loss: float  # nats per target token over the whole effective batch
-    learning_rate: float
+    learning_rate: float  # of this step
     grad_norm: float  # before clipping
     tokens: int  # target tokens of this step, all workers
-    tokens_per_second: float
-    skipped_micro_batches: int
-    micro_batch_size: int
-    memory_gb: float  # peak since the last step on rank 0, GiB; on the CPU the resident size
-    data_wait_seconds: float
+    tokens_per_second: float  # target tokens of all workers per second of the step
+    skipped_micro_batches: int  # over all workers, because their loss was not finite
+    micro_batch_size: int  # sequences per forward and backward pass
+    memory_gb: float  # GiB on rank 0: peak GPU memory since the previous step; on a CPU the resident size
+    data_wait_seconds: float  # wait for the sequences of the step
     compute_seconds: float  # forward and backward passes of rank 0
-    reduce_seconds: float  # adding up gradients, and waiting for the slowest rank
-    update_seconds: float
-    step_seconds: float  # all of it; what a checkpoint stalls is told with the checkpoint
+    reduce_seconds: float  # all-reduce, including the wait for the slowest rank
+    update_seconds: float  # clipping and optimizer update
+    step_seconds: float  # duration of the step with the wait for data, without checkpoints
     share_of_peak: float | None = None  # useful FLOPs of rank 0 / (seconds * its matmul peak); None = unknown
-    update_skipped: bool = False  # the gradient norm was not finite
+    update_skipped: bool = False  # whether the update was skipped because the gradient norm was not finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +135,11 @@ class ValidationDone(Event):
     kind = "validation"
     step: int
     validation_loss: float  # nats per target token
-    bits_per_byte: float
-    weights_moved: float | None  # share of weights (of rows with a gradient) changed since the last one, or the start
-    seconds: float
-    residuals: tuple[float, ...] = ()  # of each loop: how much it changes the stream, |s_k+1 - s_k| / |s_k|
-    cosines: tuple[float, ...] = ()  # after each loop: mean cosine between two tokens; near 1 they have collapsed
+    bits_per_byte: float  # of the held-out text
+    weights_moved: float | None  # fraction of weights (in rows with a gradient) changed since the last validation
+    seconds: float  # duration
+    residuals: tuple[float, ...] = ()  # of each loop: relative change of the residual stream, |s_k+1 - s_k| / |s_k|
+    cosines: tuple[float, ...] = ()  # after each loop: mean cosine similarity of two tokens; near 1 = collapsed
 
     @property
     def last_residual(self) -> float | None:
@@ -154,17 +154,17 @@ class ValidationDone(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class LogicScored(Event):
-    """Logic problems answered greedily: the share of exact matches, and within what it lies at 95 % confidence."""
+    """Score on logic problems, answered greedily, with its 95 % confidence interval."""
 
     kind = "score"
     step: int
-    score: float
-    n: int
-    low: float
-    high: float
-    templates: dict[str, dict[str, float]]  # name -> {"score": …, "n": …}; new wordings apart, not in `score`
-    final: bool  # the whole suite, after the last step
-    seconds: float
+    score: float  # fraction of exact matches
+    n: int  # number of problems
+    low: float  # lower end of the interval
+    high: float  # upper end of the interval
+    templates: dict[str, dict[str, float]]  # name -> {"score": …, "n": …}; new wordings only here, not in `score`
+    final: bool  # whether this is the full suite after the last step
+    seconds: float  # duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,47 +174,47 @@ class SampleGenerated(Event):
     kind = "sample"
     step: int
     prompt: str
-    text: str
-    seconds: float
-    logic_score: float | None = None  # of this validation's problems
+    text: str  # the answer
+    seconds: float  # duration
+    logic_score: float | None = None  # score of this validation
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A complete checkpoint lies in the run folder."""
+    """A complete checkpoint is in the run folder."""
 
     kind = "checkpoint"
     step: int
-    path: str
+    path: str  # of its folder
     reason: str  # "periodic", "final", "stop" or "taken over"
-    seconds: float  # until it was complete
-    stall_seconds: float = 0.0  # of them training stood still
+    seconds: float  # from the start of the save until it was complete
+    stall_seconds: float = 0.0  # part of it during which training was paused
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFailed(Event):
-    """A checkpoint could not be written; the older ones are whole."""
+    """A checkpoint could not be written; older checkpoints are not affected."""
 
     kind = "checkpoint_failure"
     step: int
-    text: str
+    text: str  # the reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchSkipped(Event):
-    """A micro-batch whose loss was not finite touched nothing."""
+    """A micro-batch was skipped because its loss was not finite."""
 
     kind = "skip"
     step: int
-    rank: int
+    rank: int  # of the worker
     loss: str  # "nan", "inf" or "-inf"
-    positions: tuple[int, ...]  # global positions of its sequences
-    documents: tuple[str, ...] = ()  # "train.jsonl:17": file and line of each that lies in them
+    positions: tuple[int, ...]  # positions of its sequences in the global order
+    documents: tuple[str, ...] = ()  # file and line of each document in them: "train.jsonl:17"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Notice(Event):
-    """Something the user should read once."""
+    """A message for the user."""
 
     kind = "notice"
     text: str
@@ -222,9 +222,9 @@ class Notice(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFailed(Event):
-    """A worker ended the run with an error of `savant_ray.errors`."""
+    """An error of `savant_ray.errors` ended the run."""
 
     kind = "failure"
     error: str  # class name
-    text: str
-    exit_code: int
+    text: str  # message
+    exit_code: int  # of the process

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from savant_ray.config import Config, load_config
-from tests.test_readme import check_ray
+from tests.test_docs import check_ray
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "jobs/cluster"

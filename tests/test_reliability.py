@@ -1,4 +1,4 @@
-"""docs/RELIABILITY.md claims nothing that no test holds."""
+"""docs/RELIABILITY.md claims nothing that no test proves."""
 
 from __future__ import annotations
 
@@ -8,14 +8,26 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-PAGE = TESTS.parent / "docs/RELIABILITY.md"
-ROWS = [line.strip("|").split(" | ") for line in PAGE.read_text().splitlines() if re.match(r"\|(?! fault |-)", line)]
+PAGE = (TESTS.parent / "docs/RELIABILITY.md").read_text(encoding="utf-8")
+FAULTS = [line for line in PAGE.splitlines() if re.match(r"\|(?! fault | input |-)", line)]
+FOOTNOTES = dict(re.findall(r"^\[\^([\w-]+)\]: (.*)$", PAGE, re.MULTILINE))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip()[:60])
-def test_each_row_names_tests_that_exist(row: list[str]) -> None:
-    assert len(row) == 4 and all(cell.strip() for cell in row)
-    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row[3])
-    assert named, "no test"
-    for file, name in named:
-        assert re.search(rf"^def {name}\(", (TESTS / file).read_text(), re.MULTILINE), f"{file} has no {name}"
+@pytest.mark.parametrize("row", FAULTS, ids=lambda row: row[2:62])
+def test_each_fault_has_an_outcome_a_loss_and_a_footnote(row: str) -> None:
+    cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+    assert len(cells) == 3 and all(cells)
+    assert re.search(r"\[\^[\w-]+\]$", cells[0])
+
+
+def test_each_footnote_is_used_and_exists() -> None:
+    used = re.findall(r"\[\^([\w-]+)\](?!:)", PAGE)
+    assert sorted(used) == sorted(FOOTNOTES)
+
+
+@pytest.mark.parametrize("name", FOOTNOTES)
+def test_each_footnote_names_tests_that_exist(name: str) -> None:
+    tests = re.findall(r"`([\w/]+\.py)::(test_\w+)`", FOOTNOTES[name])
+    assert tests, "no test"
+    for file, test in tests:
+        assert re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.MULTILINE), f"{file} has no {test}"

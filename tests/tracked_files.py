@@ -26,6 +26,7 @@ FILES = (
     "Makefile",
     "README.md",
     "environment.yml",
+    "mkdocs.yml",
     "pyproject.toml",
     "requirements.txt",
 )

@@ -170,7 +170,7 @@ def _check_token(cluster: ClusterAddress) -> None:
         raise SavantError(
             f"RAY_AUTH_MODE=token, but this machine has no token for the cluster at {cluster.text} (from "
             f"{cluster.origin}): {str(error).partition('. ')[0]}.\n"
-            'Copy ~/.ray/auth_token from the cluster\'s head (README, "A token"), or unset RAY_AUTH_MODE.'
+            "Copy ~/.ray/auth_token from the cluster's head (docs/guides/cluster.md), or unset RAY_AUTH_MODE."
         ) from error
 
 
@@ -213,5 +213,5 @@ def _standard_error_silenced() -> Iterator[None]:
 
 def _in_words(error: str) -> str:
     if "authenti" in error.lower():
-        return f'it refuses this machine\'s token ({error.strip()}); see README, "A token"'
+        return f"it refuses this machine's token ({error.strip()}); see docs/guides/cluster.md"
     return f"what answers there is not a Ray head ({error.strip() or 'no reason given'})"

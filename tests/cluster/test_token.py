@@ -1,4 +1,4 @@
-"""The README's way to a cluster, typed as it stands, against a head that wants a token."""
+"""The documentation's way to a cluster, typed as it stands, against a head that wants a token."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ import pytest
 from savant_ray.training.checkpoint import checkpoints
 from tests.cluster.conftest import ROOT, environment, free_port, losses, records, steps_done, wait_for
 from tests.cluster.test_ray_job import copy_repository, submission, write_config
-from tests.test_readme import split_commands, without_environment
+from tests.test_docs import split_commands, without_environment
 
 pytestmark = pytest.mark.slow
 SECTION = "From one machine to a cluster"
-DASHBOARD = "http://127.0.0.1:8265"  # the README's
+DASHBOARD = "http://127.0.0.1:8265"  # in the documentation
 
 
 def typed(beginning: str) -> list[str]:
-    """The README's command that begins so."""
-    text = (ROOT / "README.md").read_text().split(f"## {SECTION}\n")[1].split("\n## ")[0]
+    """The documented command that begins so."""
+    text = (ROOT / "docs/guides/cluster.md").read_text().split(f"## {SECTION}\n")[1].split("\n## ")[0]
     script = "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     (found,) = (words for words in split_commands(script) if " ".join(words).startswith(beginning))
     return found
@@ -44,7 +44,7 @@ class Cluster:
     variables: Mapping[str, str]
 
     def run(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        """Types a command of the README, with this cluster's address."""
+        """Types a documented command, with this cluster's address."""
         there = {**self.variables, **changes}
         return subprocess.run(self.here(words), cwd=ROOT, env=there, text=True, capture_output=True, timeout=400)
 
@@ -54,7 +54,7 @@ class Cluster:
         return subprocess.Popen(self.here(words), cwd=folder, env=dict(self.variables), text=True, **pipes)
 
     def here(self, words: Sequence[str]) -> list[str]:
-        """With this cluster's address instead of the README's."""
+        """With this cluster's address instead of the documented one."""
         return [word.replace(DASHBOARD, self.dashboard) for word in words]
 
     def nodes(self) -> list[str]:

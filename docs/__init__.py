@@ -1,0 +1,1 @@
+"""The documentation: pages, the generator of their reference tables, and a build hook."""

@@ -1,0 +1,301 @@
+"""Generates the reference tables of the documentation from the code: `python -m docs.generate`.
+
+A page marks the place of a table with `<!-- generated: NAME -->` and `<!-- end of NAME -->`; whatever stands between the
+two lines is replaced. `tests/test_docs.py` fails if a table is not what this module generates.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import os
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import savant_ray
+from savant_ray import api, config, errors, events
+from savant_ray.cli import INTERRUPTED
+from savant_ray.commands import COMMANDS
+from savant_ray.config import Config, SourceConfig, section_meanings, setting_rows
+from savant_ray.settings.yaml_text import show
+from tests.tracked_files import tracked_files
+
+ROOT = Path(__file__).parents[1]
+PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
+HELP_COLUMNS = "100"
+
+
+def pages() -> list[Path]:
+    """Return the README and all pages of the documentation."""
+    return tracked_files("README.md", "docs/*.md")
+
+
+def regenerated(text: str) -> str:
+    """Return a page's text with the current content in each generated part.
+
+    Raises:
+        KeyError: a part has a name that is not in `PARTS`.
+    """
+    return PART.sub(lambda match: f"{match[1]}\n{PARTS[match[2]]().strip()}\n\n{match[4]}", text)
+
+
+def main() -> None:
+    """Rewrite the pages whose generated parts are out of date, and print their names."""
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (current := regenerated(text)) != text:
+            page.write_text(current, encoding="utf-8")
+            print(f"{page.relative_to(ROOT)} is updated")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *(map(escaped, row) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def escaped(cell: str) -> str:
+    """Return a cell whose pipes do not end it and whose `<` does not begin an HTML tag."""
+    parts = re.split(r"(`[^`]*`)", cell.replace("|", r"\|"))
+    return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in parts)
+
+
+# Settings
+
+
+def settings() -> str:
+    """Return a section with a table for each group of settings, and one for the entries of `data.sources`."""
+    schemas = Config.model_json_schema()["$defs"]
+    parts = []
+    for section, group in groupby(setting_rows(), lambda row: row.name.partition(".")[0]):
+        properties = schemas[type(getattr(Config(), section)).__name__]["properties"]
+        rows = [
+            (f"`{row.name}`", f"`{one_line(row.default)}`", values(properties[row.name.partition(".")[2]]), row.meaning)
+            for row in group
+        ]
+        heading = f"## {section}\n\n{section_meanings()[section]}\n\n"
+        parts.append(heading + table(("setting", "default", "values", "meaning"), rows))
+        if section == "data":
+            parts.append(sources(schemas[SourceConfig.__name__]))
+    return "\n".join(parts)
+
+
+def sources(schema: dict[str, Any]) -> str:
+    """Return the table of the fields of an entry of `data.sources`."""
+    rows = [
+        (f"`{name}`", "required" if field.is_required() else f"`{show(field.default)}`", field.description or "")
+        for name, field in SourceConfig.model_fields.items()
+    ]
+    filled = [(name, default, values(schema["properties"][name.strip("`")]), text) for name, default, text in rows]
+    return "Each entry of `data.sources`:\n\n" + table(("field", "default", "values", "meaning"), filled)
+
+
+def one_line(value: Any) -> str:
+    """Return a value as it is written in YAML, shortened to one line."""
+    return show(value).replace("\n", " ")
+
+
+def values(schema: dict[str, Any]) -> str:
+    """Return what a setting may be, in words, from its JSON schema: `integer ≥ 1`, `true, false, auto`."""
+    if "enum" in schema:
+        return ", ".join(f"`{choice}`" for choice in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "anyOf" in schema:
+        return " or ".join(values(choice) for choice in schema["anyOf"])
+    names = {"boolean": "`true`, `false`", "string": "text", "array": "list", "object": "mapping", "null": "`null`"}
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    kind = names.get(schema.get("type", "object"), schema.get("type", ""))
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema]
+    return " ".join([kind, " and ".join(bounds)]).strip()
+
+
+def model_defaults() -> str:
+    """Return the default shape of the model in one line."""
+    shape = Config().model.model_dump()
+    return " · ".join(
+        f"`{name}` {show(value) if isinstance(value, str) else format(value, ',')}" for name, value in shape.items()
+    )
+
+
+# Commands and exit codes
+
+
+def commands() -> str:
+    """Return a section for each command, with its `--help`."""
+    parts = []
+    for name, command in COMMANDS.items():
+        usage, _, settings_part = help_text(name).partition("\nsettings (")
+        script = f" Also: `python jobs/{name}.py`." if (ROOT / f"jobs/{name}.py").is_file() else ""
+        options = " Every [setting](settings.md) is an option as well." if settings_part else ""
+        summary = f"{command.summary[0].upper()}{command.summary[1:]}."
+        parts.append(f"## savant {name}\n\n{summary}{script}{options}\n\n```text\n{usage.strip()}\n```\n")
+    return "\n".join(parts)
+
+
+def help_text(command: str) -> str:
+    """Return what `savant COMMAND --help` prints in a terminal of 100 columns."""
+    printed = io.StringIO()
+    with patch.dict(os.environ, COLUMNS=HELP_COLUMNS, NO_COLOR="1"), contextlib.redirect_stdout(printed):
+        with contextlib.suppress(SystemExit):
+            COMMANDS[command].run(["--help"])
+    return printed.getvalue()
+
+
+def exit_codes() -> str:
+    """Return the table of exit codes, with the exception that `savant_ray.train` raises for each."""
+    kinds = sorted(errors.SavantError.__subclasses__(), key=lambda kind: kind.exit_code)
+    rows = [
+        ("0", "", "The command succeeded."),
+        *((str(kind.exit_code), f"`{kind.__name__}`", first_line(kind)) for kind in kinds),
+        (str(errors.STOPPED_EARLY), "", "Training was stopped and saved; the same command resumes it."),
+        (str(INTERRUPTED), "`KeyboardInterrupt`", "Ctrl+C in any other command."),
+    ]
+    return table(("code", "exception", "meaning"), rows)
+
+
+# Metrics
+
+
+def events_of_a_run() -> str:
+    """Return a section for each event of `metrics.jsonl`, with its fields."""
+    parts = []
+    for event in events.Event.__subclasses__():
+        part = f"### {event.kind}\n\n{inspect.getdoc(event)}\n\n"
+        fields = list(fields_of(event))
+        parts.append(part + (table(("field", "type", "meaning"), fields) if fields else ""))
+    text_counts = table(("field", "type", "meaning"), fields_of(events.TextCounts))
+    return "\n".join([*parts, f"### TextCounts\n\n{inspect.getdoc(events.TextCounts)}\n\n{text_counts}"])
+
+
+def fields_of(event: type) -> Iterator[tuple[str, str, str]]:
+    """Yield name, type and trailing comment of each field that the class itself declares."""
+    declared = {field.name: str(field.type) for field in dataclasses.fields(event)}
+    for line in inspect.getsource(event).splitlines():
+        match = re.match(r"    (\w+): [^#]*(?:# (.*))?$", line)
+        if match and match[1] in declared:
+            yield f"`{match[1]}`", f"`{declared[match[1]]}`", match[2] or ""
+
+
+def ray_metrics() -> str:
+    """Return the table of the metrics that a run exports through Ray."""
+    from savant_ray.cluster.metrics import METRICS
+
+    kinds = {True: "counter", False: "gauge"}
+    rows = [(f"`{metric.exported}`", kinds[metric.counts], metric.description) for metric in METRICS]
+    return table(("metric", "type", "meaning"), rows)
+
+
+# Python
+
+
+def python_api() -> str:
+    """Return a section for each public name of the package."""
+    documented = {"train": api.train, "Result": api.Result, "Config": config.Config, "SavantError": errors.SavantError}
+    left = set(savant_ray.__all__) - set(documented) - {"__version__"}
+    if left:
+        raise KeyError(f"docs/generate.py does not document {', '.join(sorted(left))}")
+    parts = [f"## {name}\n\n```python\n{signature(thing)}\n```\n\n{prose(thing)}" for name, thing in documented.items()]
+    tree = textwrap.dedent((errors.__doc__ or "").split("\n\n")[1])
+    return "\n\n".join([*parts, f"```text\n{tree}\n```\n"])
+
+
+def signature(thing: Any) -> str:
+    """Return the declaration of a function or class as it stands in the source, without its body."""
+    node = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
+    if isinstance(node, ast.FunctionDef):
+        arguments = [ast.unparse(argument) for argument in node.args.args]
+        defaults = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        keywords = [f"{ast.unparse(name)} = {ast.unparse(default)}" for name, default in defaults if default]
+        lines = "".join(f"    {argument},\n" for argument in [*arguments, "*", *keywords])
+        return f"def {node.name}(\n{lines}) -> {ast.unparse(node.returns) if node.returns else 'None'}: ..."
+    if not isinstance(node, ast.ClassDef):
+        raise TypeError(f"{thing} is neither a function nor a class")
+    fields = [ast.unparse(part) for part in node.body if isinstance(part, ast.AnnAssign)]
+    bases = f"({', '.join(ast.unparse(base) for base in node.bases)})" if node.bases else ""
+    return "\n    ".join([f"class {node.name}{bases}:{'' if fields else ' ...'}", *fields])
+
+
+def prose(thing: Any) -> str:
+    """Return a docstring as Markdown, followed by the documented attributes of a class."""
+    text = re.sub(r"^Raises:\n", "Raises:\n\n", inspect.getdoc(thing) or "", flags=re.MULTILINE)
+    text = re.sub(r"^    (\w+): ", r"- `\1`: ", text, flags=re.MULTILINE)
+    node = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
+    body = node.body if isinstance(node, ast.ClassDef) else []
+    attributes = [
+        f"- `{ast.unparse(field.target)}`: {meaning.value.value}"
+        for field, meaning in pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(meaning, ast.Expr)
+        and isinstance(meaning.value, ast.Constant)
+        and isinstance(meaning.value.value, str)
+    ]
+    return "\n".join([text, "", *attributes]).strip()
+
+
+# Source files
+
+
+def source_files() -> str:
+    """Return the package as a tree, with the first sentence of each module's docstring."""
+    package = ROOT / "savant_ray"
+    lines = [("savant_ray/", module_summary(package / "__init__.py")), *tree_lines(package)]
+    width = max(len(drawing) for drawing, _ in lines)
+    return "```text\n" + "".join(f"{drawing:<{width}}  {text}\n" for drawing, text in lines) + "```\n"
+
+
+def tree_lines(folder: Path, indent: str = "") -> Iterator[tuple[str, str]]:
+    """Yield a drawn branch and a summary for everything in a package: modules first, then subpackages."""
+    files = tracked_files(f"{folder.relative_to(ROOT)}/*.py")
+    modules = [path for path in files if path.parent == folder and path.name != "__init__.py"]
+    packages = [path for path in files if path.parent.parent == folder and path.name == "__init__.py"]
+    subpackages = [path.parent for path in packages if path.read_text(encoding="utf-8")]
+    entries = [*modules, *subpackages]
+    for path in entries:
+        branch, below = ("└── ", "    ") if path == entries[-1] else ("├── ", "│   ")
+        if path in modules:
+            yield f"{indent}{branch}{path.name}", module_summary(path)
+        else:
+            yield f"{indent}{branch}{path.name}/", module_summary(path / "__init__.py")
+            yield from tree_lines(path, indent + below)
+
+
+def module_summary(module: Path) -> str:
+    """Return the first line of a module's docstring.
+
+    Raises:
+        ValueError: it has no docstring.
+    """
+    docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
+    if not docstring:
+        raise ValueError(f"{module.relative_to(ROOT)} has no docstring")
+    return docstring.splitlines()[0].removesuffix(".")
+
+
+def first_line(thing: Any) -> str:
+    """Return the first line of a docstring."""
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "model defaults": model_defaults,
+    "commands": commands,
+    "exit codes": exit_codes,
+    "events": events_of_a_run,
+    "ray metrics": ray_metrics,
+    "python api": python_api,
+    "source files": source_files,
+}
+
+
+if __name__ == "__main__":
+    main()
