@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tracked_files import ROOT, is_tracked, tracked_files
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost tiny models more than they save; PyTorch reads it once
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -36,6 +36,7 @@ def submit(head: Head, folder: Path, home: Path, command: str) -> subprocess.Com
     return subprocess.run(line, env=there, text=True, capture_output=True, timeout=400)
 
 
+@pytest.mark.rare
 def test_a_submitted_quickstart_succeeds_and_its_run_outlives_the_job(head: Head, tmp_path: Path) -> None:
     folder, home = copy_repository(tmp_path / "repository"), tmp_path / "home"
     home.mkdir()

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from savant_ray.training.checkpoint import checkpoints
-from tests.cluster.conftest import ROOT, environment, free_port, losses, records, steps_done, wait_for
+from tests.cluster.conftest import ROOT, environment, free_port, losses, steps_done, wait_for
 from tests.cluster.test_ray_job import copy_repository, submission, write_config
 from tests.test_readme import split_commands, without_environment
 
@@ -102,9 +102,7 @@ def end_with_all_below(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
-def test_a_job_is_submitted_stopped_and_taken_up_again_with_a_token_and_refused_without(
-    cluster: Cluster, workplace: Path
-) -> None:
+def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without(cluster: Cluster, workplace: Path) -> None:
     token = cluster.home / ".ray/auth_token"
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) >= 32
     jobs = typed("ray job list")
@@ -125,15 +123,9 @@ def test_a_job_is_submitted_stopped_and_taken_up_again_with_a_token_and_refused_
     stopped_at = len(losses(run))
     assert stopped_at >= 5 and checkpoints(run)[-1].name == f"step_{stopped_at}", printed
 
-    write_config(folder / "configs/cluster.yaml", workplace, max_steps=stopped_at + 5)
-    again = cluster.start(*submit, folder=folder)
-    name = submission(again)
-    printed, _ = again.communicate(timeout=300)
-    assert again.returncode == 0 and "succeeded" in printed.lower(), printed
-    assert records(run, "attempt")[-1]["step"] == stopped_at and len(losses(run)) == stopped_at + 5
     status, logs = (cluster.run(*named(typed(f"ray job {what}"), name)) for what in ("status", "logs"))
-    assert status.returncode == 0 and "succeeded" in (status.stdout + status.stderr).lower()
-    assert logs.returncode == 0 and f"step_{stopped_at + 5}" in logs.stdout
+    assert status.returncode == 0 and "stopped" in (status.stdout + status.stderr).lower()
+    assert logs.returncode == 0 and f"saved as step_{stopped_at}" in logs.stdout
     assert token.read_text() not in printed + logs.stdout
 
 
