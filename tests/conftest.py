@@ -24,11 +24,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps the slow tests in one process where there are several: they share a Ray head and both processors."""
+    """Keeps in one process, where there are several, the slow tests, which share a Ray head, and those on the GPU."""
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.xdist_group("slow"))
+            for group in ("slow", "gpu"):
+                if item.get_closest_marker(group):
+                    item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
