@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install train submit test test-quick coverage fuzz torture soak check clean
+.PHONY: help install train submit test test-quick test-all coverage fuzz torture soak check clean
 
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
@@ -17,6 +17,7 @@ TORCH_INDEX ?=
 RUN := "$(VENV)/bin/python"
 # No settings or conftest.py but the project's own, whatever lies in the checkout.
 PYTEST := $(RUN) -m pytest -c pyproject.toml --confcutdir tests
+IN_TWO_PROCESSES := -n 2 --dist loadgroup  # ARGS="-n 0" runs the tests in one
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
@@ -34,8 +35,9 @@ help:
 	make install      the environment in $(VENV), and nothing else
 	make train        train the quickstart ($(CONFIG)); again: go on where it stopped
 	make submit       the same as a job on the Ray cluster at ADDRESS
-	make test         the whole test suite
+	make test         the checks and all tests but those of rare faults: about 15 minutes on 2 cores
 	make test-quick   the tests that need neither Ray nor much time
+	make test-all     everything: the tests of rare faults, fuzz, torture and soak too; about 2 hours
 	make fuzz         N=10000 damaged or senseless inputs for each reader: a message of ours, nothing lost
 	make torture      interrupt runs N=100 times, at every moment; each must end as if nobody had
 	make soak         80,000 tiny steps; memory, open files and step time must stay flat
@@ -63,10 +65,14 @@ submit: install
 	    -- python jobs/train.py --config "$$config_file" $(ARGS)
 
 test: check
-	@exec $(PYTEST) $(ARGS)
+	@exec $(PYTEST) -m "not rare" $(IN_TWO_PROCESSES) $(ARGS)
 
 test-quick: install
-	@exec $(PYTEST) -m "not slow" $(ARGS)
+	@exec $(PYTEST) -m "not slow" $(IN_TWO_PROCESSES) $(ARGS)
+
+test-all: check
+	@$(PYTEST) $(IN_TWO_PROCESSES) $(ARGS)
+	$(MAKE) fuzz torture soak
 
 fuzz: install
 	@exec $(RUN) -m tests.fuzz "$(or $(N),10000)"
@@ -85,7 +91,7 @@ check: install
 	tracked 'savant_ray/*.py' 'jobs/*.py' 'docs/*.py' | tool mypy --config-file pyproject.toml
 	tracked '*' | tool codespell_lib
 	$(BUILD_SITE)
-	$(PYTEST) tests/test_layers.py tests/test_docs.py tests/test_reliability.py tests/test_packaging.py
+	$(PYTEST) -m "not slow" tests/test_layers.py tests/test_docs.py tests/test_reliability.py tests/test_packaging.py
 
 # A broken link or anchor, or a page that is missing in the navigation, is an error; with --quiet it would not be.
 BUILD_SITE = NO_MKDOCS_2_WARNING=1 $(RUN) -P -m mkdocs build --strict --config-file mkdocs.yml

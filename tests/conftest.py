@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tracked_files import ROOT, is_tracked, tracked_files
 
-LEFT_OUT = pytest.StashKey[list[Path]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LEFT_OUT] = []
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost tiny models more than they save; PyTorch reads it once
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    named = {(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args}
+    named = named_paths(config)
     if collection_path in named:
         return None
     if collection_path.is_dir():
         inside = any(collection_path in path.parents for path in (*tracked_files("*"), *named))
         return None if inside else True
-    if collection_path.suffix != ".py" or is_tracked(collection_path):
-        return None
-    if collection_path.name.startswith("test_") and named & set(collection_path.parents):
-        config.stash[LEFT_OUT].append(collection_path)
-    return True
+    return True if collection_path.suffix == ".py" and not is_tracked(collection_path) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps in one process, where there are several, the slow tests, which share a Ray head, and those on the GPU."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            for group in ("slow", "gpu"):
+                if item.get_closest_marker(group):
+                    item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for path in config.stash[LEFT_OUT]:
+    for path in untracked_tests(named_paths(config)):
         terminalreporter.line(f"not run, because git does not track it (git add, or name it): {path.relative_to(ROOT)}")
+
+
+def named_paths(config: pytest.Config) -> set[Path]:
+    """The files and folders of the command line, or all tests."""
+    return {(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args}
+
+
+def untracked_tests(named: set[Path]) -> Iterator[Path]:
+    """Yields the test files in the named folders that are neither tracked nor named themselves."""
+    for folder in sorted(path for path in named if path.is_dir()):
+        for path in sorted(folder.rglob("test_*.py")):
+            if path not in named and not is_tracked(path):
+                yield path

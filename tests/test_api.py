@@ -152,6 +152,7 @@ def test_a_notebook_that_has_started_ray_trains_twice_and_keeps_it(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_a_run_whose_caller_is_killed_saves_its_step(tmp_path: Path) -> None:
     workplace = with_text(tmp_path)
     job = python(SCRIPT, workplace, json.dumps(settings(training__max_steps=100_000, validation__every_steps=100_000)))

@@ -19,7 +19,9 @@ def test_make_train_ends_with_a_checkpoint_a_sample_and_what_to_do_next(tmp_path
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("this environment was not made by `make install`")
     copy = copy_tracked_files(tmp_path / "a stranger's copy", "*")
-    few_steps = environment(SAVANT_TRAINING__MAX_STEPS="3", SAVANT_VALIDATION__BATCHES="1")
+    few_steps = environment(
+        SAVANT_TRAINING__MAX_STEPS="3", SAVANT_VALIDATION__BATCHES="1", SAVANT_VALIDATION__LOGIC_PROBLEMS="0"
+    )
     for name in LEAN:
         del few_steps[name]  # Ray as a new user has it
     command = ["make", "train", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]  # never into this environment

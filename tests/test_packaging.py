@@ -10,9 +10,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+import setuptools
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -109,136 +112,175 @@ def test_the_project_names_its_command_its_packages_and_its_licence():
 
 # --- make
 
-# Stands in for Python: creates an environment of itself, and plays a package index that has the builds in $BUILDS.
-FAKE_PYTHON = """#!/bin/bash
-echo "$*" >> "$LOG"
-case "$*" in
-    "--version") echo "Python 3.11.2" ;;
-    "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
-    "-m pip --version") [[ $0 == *bin/python ]] ;;
-    "-c import venv, ensurepip") [[ $WITHOUT != venv ]] ;;
-    "-c import sys;"*) [[ $WITHOUT != version ]] ;;
-    "-c import importlib.metadata"*) [[ -n $INSTALLED ]] ;;
-    "-m pip install --dry-run"*) [[ $BUILDS == *cuda* ]] && echo '{"name": "nvidia-cublas"}' || echo '{"name": "torch"}' ;;
-    "-m pip install torch=="*"+cpu") [[ $BUILDS == *cpu* ]] ;;
-esac
+TORCH = next(pin for pin in PINS if pin.name == "torch")
+VERSION = str(TORCH.specifier).removeprefix("==")
+PYPROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "savant-ray"
+version = "0"
+[tool.setuptools]
+packages = []
 """
 
 
-class FakeMachine:
-    """A folder with the Makefile, a stand-in for Python, and what the last `make` said and ran."""
+class Machine:
+    """A folder with the Makefile and torch as its only requirement, and a package index of empty wheels."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tools = folder / "tools"
+        shutil.copy(ROOT / "Makefile", folder)
+        (folder / "requirements.txt").write_text(f"{TORCH}\n")
+        (folder / "pyproject.toml").write_text(PYPROJECT)
+        self.tools, modules = folder / "tools", folder / "modules"
         self.tools.mkdir()
-        for name in ("Makefile", "requirements.txt", "pyproject.toml"):
-            shutil.copy(ROOT / name, folder)
-        self.add("fakepython", FAKE_PYTHON)
-        self.add("nvidia-smi", "#!/bin/bash\nexit 9\n")
+        modules.mkdir()
+        (modules / "setuptools").symlink_to(Path(setuptools.__file__).parent)
+        self.has_gpu(False)
+        self.index("default", **{VERSION: "nvidia-cublas"})
+        foreign = ("PIP_", "MAKE", "MFLAGS", "VENV", "PYTHON", "TORCH_INDEX", "ARGS", "CONFIG")
+        self.variables = {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | {
+            "PATH": f"{self.tools}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(modules),
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_INDEX_URL": (folder / "default").as_uri(),
+        }
 
-    def add(self, name: str, script: str) -> None:
-        (self.tools / name).write_text(script)
-        (self.tools / name).chmod(0o755)
+    def has_gpu(self, has: bool) -> None:
+        tool = self.tools / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\nexit {0 if has else 9}\n")
+        tool.chmod(0o755)
 
-    def make(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        path = f"{self.tools}{os.pathsep}{os.environ['PATH']}"
-        # Nothing else: with the VENV=… of a `make test VENV=…` this would install into the environment that runs it.
-        env = {"PATH": path, "LOG": str(self.folder / "log"), "PYTHON": "fakepython"} | variables
-        return subprocess.run(["make", *arguments], cwd=self.folder, env=env, capture_output=True, text=True)
+    def index(self, name: str, **torch: str) -> str:
+        """The address of a package index with these versions of torch and what each requires."""
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        for version, requirement in torch.items():
+            add_wheel(folder, "torch", version, requirement)
+        add_wheel(folder, "nvidia-cublas", "1")
+        return folder.as_uri()
 
-    def installed(self) -> list[str]:
-        """The arguments of each `pip install`, dry runs left out."""
-        lines = (self.folder / "log").read_text().splitlines()
-        return [line.removeprefix("-m pip install ") for line in lines if re.match(r"-m pip install (?!--dry)", line)]
+    def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", f"PYTHON={sys.executable}", *arguments]
+        return subprocess.run(command, cwd=self.folder, env=self.variables, capture_output=True, text=True)
+
+    def installed(self) -> dict[str, str]:
+        """The versions of torch, its dependency and this project in the environment, where they are there."""
+        script = "from importlib.metadata import *; print({d.name: d.version for d in distributions()})"
+        done = subprocess.run([self.folder / ".venv/bin/python", "-I", "-c", script], capture_output=True, text=True)
+        found = {canonicalize_name(name): version for name, version in ast.literal_eval(done.stdout).items()}
+        return {name: found[name] for name in ("torch", "nvidia-cublas", "savant-ray") if name in found}
+
+    def forget(self) -> None:
+        """Removes what `make install` installed, but not the environment, whose creation takes longest."""
+        (self.folder / ".venv/.installed").unlink(missing_ok=True)
+        if (self.folder / ".venv").exists():
+            command = [".venv/bin/python", "-m", "pip", "uninstall", "-qy", "torch", "nvidia-cublas", "savant-ray"]
+            subprocess.run(command, cwd=self.folder, env=self.variables, check=True, capture_output=True)
+
+
+def add_wheel(index: Path, name: str, version: str, requirement: str = "") -> None:
+    """Adds a package without content to an index that lies in a folder."""
+    folder, stem = index / name, f"{name.replace('-', '_')}-{version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    metadata += f"Requires-Dist: {requirement}\n" if requirement else ""
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{stem}.dist-info/METADATA", metadata)
+        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+    links = (f'<a href="{quote(file.name)}">{file.name}</a>' for file in folder.glob("*.whl"))
+    (folder / "index.html").write_text("\n".join(links))
+
+
+@pytest.fixture(scope="module")
+def kept_machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(tmp_path_factory.mktemp("machine"))
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> FakeMachine:
-    return FakeMachine(tmp_path)
+def machine(kept_machine: Machine) -> Machine:
+    kept_machine.forget()
+    kept_machine.has_gpu(False)
+    return kept_machine
 
 
-REST = ["-r requirements.txt", "--no-build-isolation --no-deps -e ."]
-TORCH = next(str(pin) for pin in PINS if pin.name == "torch")
+@pytest.mark.slow
+def test_without_a_gpu_the_cpu_build_is_installed_and_stays(machine: Machine) -> None:
+    machine.index("default", **{VERSION: "nvidia-cublas", f"{VERSION}+cpu": ""})
+    done = machine.make("install")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert machine.installed() == {"torch": f"{VERSION}+cpu", "savant-ray": "0"}
+    assert machine.make("install").stdout == "", "nothing is done again"
 
-
-def test_without_a_gpu_the_cpu_build_is_installed_first(machine):
-    assert machine.make("install", BUILDS="cpu cuda").returncode == 0
-    assert machine.installed() == [f"{TORCH}+cpu", *REST]
-
-
-def test_without_a_gpu_and_a_cpu_build_nothing_big_is_installed_and_the_way_out_is_said(machine):
-    result = machine.make("train", BUILDS="cuda")
-    assert result.returncode != 0
-    assert "make train TORCH_INDEX=ADDRESS" in result.stderr and "no NVIDIA GPU" in result.stderr
-    assert machine.installed() == [f"{TORCH}+cpu"]
-
-
-def test_an_index_whose_plain_build_has_no_cuda_is_fine(machine):
-    assert machine.make("install", BUILDS="plain").returncode == 0
-    assert machine.installed()[1:] == REST
-
-
-def test_with_a_gpu_the_plain_build_is_installed(machine):
-    machine.add("nvidia-smi", "#!/bin/bash\nexit 0\n")
-    assert machine.make("install", BUILDS="cuda").returncode == 0
-    assert machine.installed() == REST
-
-
-def test_a_named_torch_index_is_used_whatever_the_machine(machine):
-    assert machine.make("install", "TORCH_INDEX=file:///wheels", BUILDS="cuda").returncode == 0
-    assert machine.installed() == [f"--index-url file:///wheels {TORCH}", *REST]
-
-
-def test_a_torch_that_is_there_stays(machine):
-    assert machine.make("install", BUILDS="cuda", INSTALLED="yes").returncode == 0
-    assert machine.installed() == REST
-
-
-def test_the_environment_is_made_again_only_when_its_files_change(machine):
-    machine.make("install", BUILDS="cpu")
-    machine.make("install", BUILDS="cpu")
-    assert len(machine.installed()) == 3
+    machine.index("default", **{VERSION: "nvidia-cublas"})
     later = (machine.folder / ".venv/.installed").stat().st_mtime + 5
     os.utime(machine.folder / "requirements.txt", (later, later))
-    machine.make("install", BUILDS="cpu")
-    assert len(machine.installed()) == 6
+    done = machine.make("install")
+    assert done.returncode == 0 and "Installing" in done.stdout, "a requirement may have changed"
+    assert machine.installed()["torch"] == f"{VERSION}+cpu"
 
 
-@pytest.mark.parametrize(
-    ("without", "advice"), [("venv", "sudo apt install python3-venv"), ("version", "No Python 3.11, 3.12 or 3.13")]
-)
-def test_a_machine_without_what_it_takes_is_told_what(machine, without, advice):
-    result = machine.make("install", WITHOUT=without)
-    assert result.returncode != 0 and advice in result.stderr
-    assert not (machine.folder / ".venv").exists()
+@pytest.mark.slow
+def test_without_a_gpu_and_a_cpu_build_nothing_big_is_installed_until_an_index_is_named(machine: Machine) -> None:
+    machine.index("default", **{VERSION: "nvidia-cublas"})
+    done = machine.make("train")
+    assert done.returncode != 0 and "make train TORCH_INDEX=ADDRESS" in done.stderr, done.stderr
+    assert machine.installed() == {}
+    named = machine.index("named", **{f"{VERSION}+special": ""})
+    done = machine.make("install", f"TORCH_INDEX={named}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert machine.installed()["torch"] == f"{VERSION}+special"
 
 
-def test_make_train_runs_the_quickstart_and_hands_arguments_on(machine):
-    assert machine.make("train", "ARGS=--training.max_steps 3", BUILDS="cpu").returncode == 0
-    last = (machine.folder / "log").read_text().splitlines()[-1]
-    assert last == "jobs/train.py --config configs/quickstart.yaml --training.max_steps 3"
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_plain_build_is_installed_with_a_gpu_or_where_it_is_without_cuda(machine: Machine, gpu: bool) -> None:
+    machine.has_gpu(gpu)
+    machine.index("default", **{VERSION: "nvidia-cublas" if gpu else ""})
+    done = machine.make("install")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cuda = {"nvidia-cublas": "1"} if gpu else {}
+    assert machine.installed() == {"torch": VERSION, **cuda, "savant-ray": "0"}
+
+
+def test_a_machine_without_what_it_takes_is_told_what(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    done = machine.make("install", "PYTHON=false")
+    assert done.returncode != 0 and "No Python 3.11, 3.12 or 3.13" in done.stderr
+    (tmp_path / "modules/ensurepip.py").write_text("raise ImportError('as on Debian without python3-venv')")
+    done = machine.make("install")
+    assert done.returncode != 0 and "sudo apt install python3-venv" in done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 @pytest.mark.parametrize("name", ["my conf.yaml", "it's mine.yaml", '"a" (1).yaml', "$HOME & co;#.yaml", "*.yaml"])
-def test_make_hands_the_name_of_a_configuration_on_as_it_is(machine, name):
-    machine.add("fakepython", FAKE_PYTHON.replace('echo "$*"', "printf '<%s>' \"$@\" '\n'"))
-    done = machine.make(
-        "train", f"CONFIG={name}", """ARGS=--validation.prompt 'one two' --run.name "it's" """, BUILDS="cpu"
+def test_make_hands_the_name_of_a_configuration_and_the_arguments_on_as_they_are(name: str, tmp_path: Path) -> None:
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")
+    python.chmod(0o755)
+    made = [f"VENV={tmp_path}", "--old-file", f"{tmp_path}/.installed"]
+    arguments = """ARGS=--validation.prompt 'one two' --run.name "it's" """
+    done = subprocess.run(
+        ["make", "train", *made, f"CONFIG={name}", arguments], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    told = (machine.folder / "log").read_text()
-    assert f"<--config><{name}><--validation.prompt><one two><--run.name><it's>" in told
+    assert done.stdout == f"<jobs/train.py><--config><{name}><--validation.prompt><one two><--run.name><it's>"
 
 
-def test_a_folder_for_the_environment_that_make_cannot_handle_is_refused(machine):
-    done = machine.make("install", "VENV=my env")
+def test_a_folder_for_the_environment_that_make_cannot_handle_is_refused() -> None:
+    done = subprocess.run(["make", "install", "VENV=my env"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "VENV=my env: make cannot handle spaces in this path" in done.stderr
 
 
-def test_make_alone_lists_the_targets(machine):
-    said = machine.make().stdout
-    assert all(f"make {target}" in said for target in ("install", "train", "test", "test-quick", "check", "clean"))
+def test_make_alone_lists_the_targets() -> None:
+    outside_make = {"PATH": os.environ["PATH"]}
+    said = subprocess.run(["make"], cwd=ROOT, env=outside_make, capture_output=True, text=True).stdout
+    targets = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert [target for target in targets if target != "help" and f"make {target} " not in said] == []
 
 
 @pytest.mark.parametrize(("train", "test", "fails"), [(0, 0, False), (0, 1, True), (1, 0, True)])

@@ -12,23 +12,24 @@ from tests.cluster.conftest import with_text
 from tests.torture.promises import expect_the_same_run
 from tests.torture.runner import STOPS, Torture, tortured_head
 
-INTERRUPTIONS = (  # of the many pairs those that few others come near; `make torture N=100` draws all of them
+Interruptions = tuple[tuple[str, str], ...]  # pairs of means and window; `make torture N=100` draws all of them
+ONE_OF_EACH_KIND: Interruptions = (
     ("SIGTERM", "validation"),
     ("kill -9 a worker", "update"),
-    ("job stop", "background write"),
-    ("SIGINT", "handover"),
     ("kill -9 the driver", "generation"),
 )
+OTHERS: Interruptions = (("job stop", "background write"), ("SIGINT", "handover"))
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_is_the_run_that_nobody_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interruptions", [ONE_OF_EACH_KIND, pytest.param(OTHERS, marks=pytest.mark.rare)])
+def test_an_interrupted_run_is_the_run_that_nobody_interrupted(interruptions: Interruptions, tmp_path: Path) -> None:
     folder = with_text(tmp_path)
     with tortured_head(folder / "windows") as head:
-        torture = Torture(head, folder, folder / "windows", sys.executable)
+        torture = Torture(head, folder, folder / "windows", sys.executable, max_steps=30)
         straight = torture.train_straight()
-        torture.interrupt(INTERRUPTIONS, random.Random(0), say=print)
+        torture.interrupt(interruptions, random.Random(0), say=print)
     for run in torture.trained:
         expect_the_same_run(straight, run)
-    assert [(each.means, each.window) for each in torture.done] == list(INTERRUPTIONS)
+    assert [(each.means, each.window) for each in torture.done] == list(interruptions)
     assert all(each.repeated == 0 for each in torture.done if each.means in STOPS), torture.done

@@ -127,6 +127,7 @@ def test_only_tracked_tests_are_run_and_the_others_are_named(checkout: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_make_check_passes_in_a_checkout_full_of_other_files(checkout: Path) -> None:
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("this environment was not made by `make install`")

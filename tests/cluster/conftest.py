@@ -53,7 +53,11 @@ SETTINGS = {
 }
 
 
-LEAN = {"OMP_NUM_THREADS": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}  # a tenth of a launch, for the dashboard
+LEAN = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # takes a tenth of the start of an attempt, for the dashboard
+    "RAY_worker_niceness": "0",  # at Ray's 15, workers wait for whatever else this machine does
+}
 RUN: dict[str, Any] = {  # long enough for something to happen to it
     "training__max_steps": 100,
     "training__accumulation": 16,  # a step takes long enough to be hit
@@ -144,7 +148,8 @@ def running_head() -> Iterator[Head]:
 def running_cluster(**head: Any) -> Iterator[Cluster]:
     """A cluster of nothing but a head."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray's sockets lie below it
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "PATH": here_first()}  # a submitted job inherits the head's PATH
+    # A submitted job inherits the head's PATH.
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "PATH": here_first(), "RAY_worker_niceness": "0"}
     # `Cluster` writes there and does not create it.
     Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(initialize_head=True, head_node_args={"temp_dir": folder, **head})

@@ -12,6 +12,7 @@ from tests.cluster.conftest import ROOT, Head, environment
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_the_stall_of_a_checkpoint_is_measured_against_the_blocking_way(head: Head) -> None:
     script = (
         "import json; from savant_ray.benchmarks.checkpointing import stall\n"

@@ -23,7 +23,7 @@ from savant_ray.training.device import retry_on_oom
     ],
 )
 def test_a_worker_that_cannot_be_reached_is_lost_with_its_node_or_killed(said: str) -> None:
-    assert _in_words(RuntimeError(said)) == "it died: it was killed, ran out of memory, or its node is gone"
+    assert all(cause in _in_words(RuntimeError(said)) for cause in ("killed", "out of memory", "node"))
 
 
 def test_a_save_that_ran_out_of_gpu_memory_is_named_and_not_the_batch_size() -> None:

@@ -20,13 +20,13 @@ def steps_saved(run: Path) -> list[str]:
     return [folder.name for folder in checkpoints(run)]
 
 
-# Python imports this file at its start when its folder is on PYTHONPATH; only while the file `full` is there, the disk is.
+# Python imports this file at its start when its folder is on PYTHONPATH.
 FULL_DISK = """
-import errno, os, pathlib
+import errno, os
 rename = os.rename
 
 def full(source, target, **options):
-    if os.path.basename(target) in ("step_4", "step_8") and pathlib.Path(__file__).with_name("full").exists():
+    if os.path.basename(target) in ("step_4", "step_8"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
     return rename(source, target, **options)
 
@@ -38,15 +38,11 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_written_and_says_so(workpl
     run, site = workplace / "tiny", workplace / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(FULL_DISK)
-    (site / "full").touch()
     with mock.patch.dict(os.environ, {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}), running_head() as head:
         code, printed = run_job(head, workplace)
         assert "WARNING: step 4 could not be saved" in printed and len(losses(run)) == 8, printed
         assert code == 4 and "step 8 could not be saved" in printed and "goes on from the beginning" in printed, printed
-        assert [line["step"] for line in records(run, "checkpoint_failure")] == [4, 8]
-        (site / "full").unlink()
-        code, printed = run_job(head, workplace)
-        assert code == 0 and steps_saved(run) == ["step_4", "step_8"] and len(losses(run)) == 8, printed
+        assert [line["step"] for line in records(run, "checkpoint_failure")] == [4, 8] and steps_saved(run) == []
 
 
 def test_a_run_that_diverges_ends_with_what_to_do(head: Head, workplace: Path) -> None:
@@ -91,7 +87,7 @@ def training_workers() -> list[psutil.Process]:
     return [process for process in below if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
-@pytest.mark.parametrize("second", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("second", [pytest.param(False, marks=pytest.mark.rare), True], ids=["once", "twice"])
 def test_ctrl_c_while_the_model_is_compiled(second: bool, head: Head, workplace: Path) -> None:
     patient = {"run__grace_seconds": 600}  # compiling may take longer than the usual 30 s, and the step be given up
     job = start_job(head, workplace, training__max_steps=60, training__compile="true", **patient)

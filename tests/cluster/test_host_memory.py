@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster.conftest import Head, run_job, running_cluster, with_text
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rare]
 ROOM_BYTES = 3 << 30  # that everything on this machine may take in addition
 HUNGRY = {  # keeps some 20 GB for the backward pass: rows of a micro-batch are limited on a CPU, loops are not
     "model__n_loops": 400,

@@ -87,6 +87,7 @@ def test_a_drained_node_saves_the_step_and_the_same_command_goes_on(
     assert losses(run) == straight
 
 
+@pytest.mark.rare
 def test_a_run_recovers_from_a_lost_node_at_once_or_when_another_one_comes_and_can_be_stopped_meanwhile(
     nodes: Nodes, workplace: Path, straight: list[float]
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_run_in_object_storage_goes_on_on_another_machine_and_survives_an_outa
     assert code == 0 and printed.startswith("one two"), printed
 
 
+@pytest.mark.rare
 def test_workers_of_a_driver_that_was_cut_off_do_not_touch_what_its_successor_saves(
     store: ObjectStore, tmp_path: Path
 ) -> None:

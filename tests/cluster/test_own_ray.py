@@ -71,23 +71,28 @@ def test_a_process_that_leaves_at_once_takes_its_own_ray_along_and_nothing_else(
     psutil.Process(other).kill()
 
 
-def test_whatever_of_its_own_ray_is_killed_the_run_says_so_and_the_same_command_goes_on(workplace: Path) -> None:
+@pytest.mark.parametrize(
+    "victims", [("raylet",), pytest.param(("Bridge", "driver"), marks=pytest.mark.rare)], ids="then ".join
+)
+def test_whatever_of_its_own_ray_is_killed_the_run_says_so_and_the_same_command_goes_on(
+    victims: tuple[str, ...], workplace: Path
+) -> None:
     processes: list[psutil.Process] = []
-    for victim in ("raylet", "Bridge"):
+    for victim in victims:
         code, printed, of_this = killed(workplace, victim)
         processes += of_this
+        if victim == "driver":
+            assert code == -9
+            continue
         assert code == 1 and printed.count("error: ") == 1 and "Traceback" not in printed, printed
         said = printed[printed.index("error: ") :]
         assert "Ray failed: " in said and "killed" in said and "Run the same command again" in said, printed
-    code, _, of_this = killed(workplace, "driver")
-    assert code == -9
 
     newest = newest_checkpoint(workplace / "tiny")
     assert newest is not None
     job = start(workplace, training__max_steps=int(newest.name.removeprefix("step_")) + 3)
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 0 and f"resuming from {newest}" in printed, printed
-    assert (
-        len(records(workplace / "tiny", "attempt")) == 4 and len(losses(workplace / "tiny")) == int(newest.name[5:]) + 3
-    )
-    wait_for(lambda: not any(process.is_running() for process in processes + of_this), 90)
+    assert len(records(workplace / "tiny", "attempt")) == len(victims) + 1
+    assert len(losses(workplace / "tiny")) == int(newest.name[5:]) + 3
+    wait_for(lambda: not any(process.is_running() for process in processes), 90)

@@ -16,7 +16,10 @@ from tests.cluster.conftest import ROOT, SETTINGS, Head, environment, losses, re
 from tests.tracked_files import copy_tracked_files
 
 pytestmark = pytest.mark.slow
-SMALLER = "--training.max_steps 3 --training.compile false --model.dim 32 --model.vocab_size 600 --validation.batches 1"
+SMALLER = (
+    "--training.max_steps 3 --training.compile false --model.dim 32 --model.vocab_size 600 --validation.batches 1"
+    " --validation.logic_problems 0"
+)
 
 
 def copy_repository(folder: Path) -> Path:
@@ -33,6 +36,7 @@ def submit(head: Head, folder: Path, home: Path, command: str) -> subprocess.Com
     return subprocess.run(line, env=there, text=True, capture_output=True, timeout=400)
 
 
+@pytest.mark.rare
 def test_a_submitted_quickstart_succeeds_and_its_run_outlives_the_job(head: Head, tmp_path: Path) -> None:
     folder, home = copy_repository(tmp_path / "repository"), tmp_path / "home"
     home.mkdir()
@@ -49,9 +53,10 @@ def test_a_job_that_cannot_start_is_reported_as_failed(head: Head, tmp_path: Pat
     assert done.returncode != 0 and "did you mean" in done.stdout + done.stderr
 
 
+@pytest.mark.rare
 def test_ray_job_stop_saves_the_step_and_the_next_submission_goes_on_there(head: Head, workplace: Path) -> None:
     folder, run = copy_repository(workplace / "repository"), workplace / "tiny"
-    write_config(folder / "configs/own.yaml", workplace, max_steps=80)
+    write_config(folder / "configs/own.yaml", workplace, max_steps=10_000)
     job = make_submit(head, folder, "configs/own.yaml")
     name = submission(job)
     wait_for(lambda: job.poll() is not None or steps_done(run) >= 12)
@@ -64,14 +69,15 @@ def test_ray_job_stop_saves_the_step_and_the_next_submission_goes_on_there(head:
     assert info.status == JobStatus.STOPPED
     assert info.runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
     stopped_at = len(losses(run))
-    assert 12 <= stopped_at < 80, printed
+    assert stopped_at >= 12, printed
     assert checkpoints(run)[-1].name == f"step_{stopped_at}", printed
     assert f"stopped and saved as step_{stopped_at}" in printed
 
+    write_config(folder / "configs/own.yaml", workplace, max_steps=stopped_at + 5)
     again = make_submit(head, folder, "configs/own.yaml")
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0 and f"step_{stopped_at}" in printed, printed
-    assert records(run, "attempt")[-1]["step"] == stopped_at and len(losses(run)) == 80
+    assert records(run, "attempt")[-1]["step"] == stopped_at and len(losses(run)) == stopped_at + 5
 
 
 def write_config(path: Path, workplace: Path, max_steps: int) -> None:

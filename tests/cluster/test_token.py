@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from savant_ray.training.checkpoint import checkpoints
-from tests.cluster.conftest import ROOT, environment, free_port, losses, records, steps_done, wait_for
+from tests.cluster.conftest import ROOT, environment, free_port, losses, steps_done, wait_for
 from tests.cluster.test_ray_job import copy_repository, submission, write_config
 from tests.test_docs import split_commands, without_environment
 
@@ -64,11 +64,10 @@ class Cluster:
         return [] if starting else [node["state"] for node in json.loads(listed.stdout)]
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Begun as the README says, but with ports and folders of its own."""
-    home, folder = tmp_path / "home", tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    home.mkdir()
+    home, folder = tmp_path_factory.mktemp("home"), tempfile.mkdtemp(prefix="ray", dir="/tmp")
     port, dashboard, agent, client = (free_port() for _ in range(4))
     there = environment(HOME=str(home), RAY_AUTH_MODE="token")
     for command in ("ray get-auth-token", "chmod"):
@@ -103,9 +102,7 @@ def end_with_all_below(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
-def test_a_job_is_submitted_stopped_and_taken_up_again_with_a_token_and_refused_without(
-    cluster: Cluster, workplace: Path
-) -> None:
+def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without(cluster: Cluster, workplace: Path) -> None:
     token = cluster.home / ".ray/auth_token"
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) >= 32
     jobs = typed("ray job list")
@@ -115,7 +112,7 @@ def test_a_job_is_submitted_stopped_and_taken_up_again_with_a_token_and_refused_
         assert answer.returncode != 0 and re.search("40[13]|[Aa]uthenticat", answer.stdout + answer.stderr)
 
     folder, run = copy_repository(workplace / "repository"), workplace / "tiny"
-    write_config(folder / "configs/cluster.yaml", workplace, max_steps=60)
+    write_config(folder / "configs/cluster.yaml", workplace, max_steps=10_000)
     venv = Path(sys.executable).parent.parent
     submit = [*typed("make submit"), "--old-file", f"{venv}/.installed", f"VENV={venv}"]
     job = cluster.start(*submit, folder=folder)
@@ -124,16 +121,11 @@ def test_a_job_is_submitted_stopped_and_taken_up_again_with_a_token_and_refused_
     assert cluster.run(*named(typed("ray job stop"), name)).returncode == 0
     printed, _ = job.communicate(timeout=60)
     stopped_at = len(losses(run))
-    assert 5 <= stopped_at < 60 and checkpoints(run)[-1].name == f"step_{stopped_at}", printed
+    assert stopped_at >= 5 and checkpoints(run)[-1].name == f"step_{stopped_at}", printed
 
-    again = cluster.start(*submit, folder=folder)
-    name = submission(again)
-    printed, _ = again.communicate(timeout=300)
-    assert again.returncode == 0 and "succeeded" in printed.lower(), printed
-    assert records(run, "attempt")[-1]["step"] == stopped_at and len(losses(run)) == 60
     status, logs = (cluster.run(*named(typed(f"ray job {what}"), name)) for what in ("status", "logs"))
-    assert status.returncode == 0 and "succeeded" in (status.stdout + status.stderr).lower()
-    assert logs.returncode == 0 and "step_60" in logs.stdout
+    assert status.returncode == 0 and "stopped" in (status.stdout + status.stderr).lower()
+    assert logs.returncode == 0 and f"saved as step_{stopped_at}" in logs.stdout
     assert token.read_text() not in printed + logs.stdout
 
 

@@ -1,7 +1,7 @@
 """A small tokenizer with ALBERT's normaliser, special tokens, ids and template, in `albert_like/tokenizer.json`.
 
 `python -m tests.data.albert_like` writes it anew. Its 50 entries are as many as the model of
-`tests/training/original_program.py` has.
+`tests/original/program.py` has.
 """
 
 from __future__ import annotations

@@ -102,18 +102,18 @@ def test_a_file_that_did_not_change_is_not_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("gzip.jsonl", gzip.compress(PLAIN)),
+        ("gzip.jsonl", gzip.compress(PLAIN, mtime=0)),
         ("plain.jsonl.gz", PLAIN),
-        ("upper.JSONL.GZ", gzip.compress(PLAIN)),
+        ("upper.JSONL.GZ", gzip.compress(PLAIN, mtime=0)),
         ("zstd.json", pa.compress(PLAIN, "zstd", asbytes=True)),
-        ("gzip.jsonl.zst", gzip.compress(PLAIN)),
+        ("gzip.jsonl.zst", gzip.compress(PLAIN, mtime=0)),
         ("x.jsonl.bz2", bz2.compress(PLAIN)),
         ("utf16.jsonl", PLAIN.decode().encode("utf-16")),
         ("utf16le.jsonl", PLAIN.decode().encode("utf-16-le")),
         ("utf16be.jsonl", PLAIN.decode().encode("utf-16-be")),
         ("utf32.jsonl", PLAIN.decode().encode("utf-32")),
         ("bom.jsonl", b"\xef\xbb\xbf" + PLAIN),
-        ("no suffix", gzip.compress(PLAIN)),
+        ("no suffix", gzip.compress(PLAIN, mtime=0)),
     ],
 )
 def test_a_file_is_read_as_what_it_is_whatever_its_name(tmp_path: Path, name: str, content: bytes) -> None:

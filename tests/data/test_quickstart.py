@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -35,9 +34,7 @@ def quiet(_: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
-    started = time.monotonic()
     write_quickstart(folder, say=quiet)
-    assert time.monotonic() - started < 60
     return folder
 
 

@@ -147,29 +147,39 @@ def test_it_reads_beside_workers_that_hold_every_cpu(plan: StreamPlan) -> None:
     ray.kill(holder)
 
 
-def test_it_reads_one_portion_ahead_from_the_beginning_on_and_ends_when_closed(
+def test_it_reads_one_portion_ahead_from_the_beginning_on_and_no_more(
     plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    portion = 4
+    read, requested = tmp_path / "read", tmp_path / "requested"
+    read.mkdir()
+    requested.mkdir()
+
     class Watched(StepStream):
-        """Leaves a file for each step that is read."""
+        """Leaves a file for each step that is read, with how many had been requested by then."""
 
         def positions(self, start_position: int) -> np.ndarray:
-            (tmp_path / str(start_position)).touch()
+            step = start_position // self.plan.effective_batch
+            (read / str(step)).write_text(str(len(list(requested.iterdir()))))
             return super().positions(start_position)
 
-    monkeypatch.setattr("savant_ray.data.stream.LONGEST_PORTION", 4)
+    def wait_until_read(steps: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(list(read.iterdir())) < steps:
+            assert time.monotonic() < deadline, f"{steps} steps are read before more are requested"
+            time.sleep(0.02)
+
+    monkeypatch.setattr("savant_ray.data.stream.LONGEST_PORTION", portion)
     stream = Watched(plan, 0, 1).steps(0, 1_000_000)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.iterdir())) < 4:
-        assert time.monotonic() < deadline, "the first portion is read before anyone asks for a step"
-        time.sleep(0.05)
-    for _ in range(1 + 5):
+    wait_until_read(portion)  # step 0 is read when it is requested
+    for step in range(4 * portion):
+        (requested / str(step)).touch()
         next(stream)
-    time.sleep(3)
-    assert len(list(tmp_path.iterdir())) == 1 + 12, "the first step, a portion, the one in use and the one after it"
+        wait_until_read(1 + portion * (1 + -(-step // portion)))
     stream.close()
-    time.sleep(1)
-    assert len(list(tmp_path.iterdir())) == 1 + 12
+    for path in read.iterdir():
+        of = (int(path.name) - 1) // portion
+        assert int(path.read_text()) > portion * (of - 1), "a portion is read once the one before it is in use"
 
 
 def test_the_first_step_waits_for_no_process_of_ray_data(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,16 @@ def test_gradients_add_up_in_fp32_inside_the_one_buffer(dtype: torch.dtype) -> N
     assert parameter.grad.dtype == torch.float32 and not buffer.sums.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_twelve_uses_of_a_weight_in_one_backward_pass_add_up_in_fp32(dtype: torch.dtype) -> None:
+    """As the model's loops use each weight; in bf16 1 + 2**-9 is 1, so all but the first gradient would be lost."""
+    parameter = nn.Parameter(torch.ones(4, 3, dtype=dtype))
+    buffer = GradientBuffer([parameter], n_sums=0)
+    factors = [1.0, *[2**-9] * 11]
+    sum((parameter * factor).sum() for factor in factors).backward()
+    assert torch.equal(buffer.gradients, torch.full((12,), 1 + 11 * 2**-9))
+
+
 def test_clipping_divides_by_the_tokens_and_keeps_the_norm_below_the_limit() -> None:
     gradients = torch.tensor([30.0, 40.0])
     assert clip_to_mean(gradients, n_tokens=10, max_norm=1.0).item() == pytest.approx(5.0)

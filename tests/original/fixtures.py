@@ -1,4 +1,4 @@
-"""Small files as the original writes them, in `original_fixtures/`, and what they hold.
+"""Small files as the original writes them, in `fixtures/`, and what they hold.
 
 `python -m tests.original.fixtures` writes them anew: by `OriginalProgram`, with bf16 weights, in both layouts
 of 8-bit moments, with PyTorch's AdamW, without a schedule, and after several resumes.

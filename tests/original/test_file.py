@@ -229,7 +229,7 @@ def test_bf16_weights_and_moments_go_in_as_fp32(tmp_path: Path) -> None:
             assert torch.equal(moments(state)[name][moment], entry[moment].float())
 
 
-# --- files of the original, as they lie in `original_fixtures/`
+# --- files of the original, as they lie in `fixtures/`
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -43,7 +43,8 @@ def test_five_lines_say_how_a_run_stands(tmp_path: Path) -> None:
     run = write(tmp_path / "run", *TRAINED, checkpoint(5), sample(5, text=" fif\nteen\x1b[2J"))
     first, steps, validated, saved, answered = status(summarise(run, lambda _: True)).splitlines()
     assert first.startswith("run: running, last event ")
-    assert steps == "step 5 of 20 · loss 4.0000 · 12,346 tokens/s · 30 s left", "15 steps at 2 s"
+    assert all(fact in steps for fact in ("step 5 of 20", "4.0000", "12,346 tokens/s"))
+    assert "30 s left" in steps, "15 steps at 2 s"
     assert validated == "validation loss 5.1234 · best 5.1234 at step 5"
     assert saved.startswith("saved step_5, ") and saved.endswith(" ago")
     assert answered == r"answered at step 5: fif teen\x1b[2J"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from savant_ray.reporting import tensorboard
 from savant_ray.reporting.record import METRICS, Record, read_records
@@ -27,6 +28,12 @@ def launch(folder: Path, first: int, last: int) -> Record:
     for step in range(first + 1, last + 1):
         record.append(step_done(step, train_loss=10.0 / step))
     return record
+
+
+@pytest.fixture(autouse=True)
+def names_of_event_files_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a second they are ordered by a counter of the process, and 10 would come before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
 
 
 def read(folder: Path) -> EventAccumulator:

@@ -34,7 +34,6 @@ MEANS = STOPS + KILLS
 WINDOWS = ("start", "accumulation", "update", "validation", "generation", "save", "background write", "handover")
 NOT_POSSIBLE = {("kill -9 a worker", "start")}  # there is none yet
 SETTINGS = {
-    "training__max_steps": 60,
     "scaling__num_workers": 2,
     "scaling__max_failures": 1000,
     "checkpoint__every_steps": 7,
@@ -114,8 +113,9 @@ class Job:
 class Torture:
     """Runs on one head; `trained` is what each run that went through left."""
 
-    def __init__(self, head: Head, folder: Path, windows: Path, python: str) -> None:
+    def __init__(self, head: Head, folder: Path, windows: Path, python: str, max_steps: int = 60) -> None:
         self._head, self._folder, self._windows, self._python = head, folder, windows, python
+        self._settings = SETTINGS | {"training__max_steps": max_steps}
         self.done: list[Interruption] = []
         self.trained: list[Path] = []
 
@@ -137,7 +137,7 @@ class Torture:
         while True:
             ender = next((means for means, _ in plan if means != "kill -9 a worker"), None)
             kind = Job if ender == "job stop" else Command
-            arguments = options(**SETTINGS | self._places(name))
+            arguments = options(**self._settings | self._places(name))
             launch = kind(self._head, self._folder, self._python, arguments)
             self._disturb(launch, run, plan, chance)
             code, printed = launch.outcome()

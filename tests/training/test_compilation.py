@@ -54,7 +54,7 @@ def test_auto_compiles_where_it_pays(
     with_tools(monkeypatch, compiler=True, headers=True)
     note = compile_block(model, setting, device, precision)
     assert (model.recurrent_block._compiled_call_impl is not None) == compiles
-    assert note == ("compiling the model: the first step takes up to a minute longer" if compiles else None)
+    assert (note is not None) == compiles, "the first step takes longer"
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
-from savant_ray.training.micro_batch import micro_batches
 
 from savant_ray.config import Config
 from savant_ray.data.jsonl import plan_ranges
@@ -26,9 +25,10 @@ from savant_ray.events import Event, SampleGenerated, ValidationDone
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
+from savant_ray.training.step import micro_batches
 from savant_ray.training.validator import Validator
 from tests.data.albert_like import CLS, FOLDER, SEP
-from tests.training.original_program import OriginalModel
+from tests.original.program import OriginalModel
 from tests.training.test_original import original_config
 from tests.training.tiny import LENGTH, RecordingHost, share, shares, tiny_config, tiny_state
 

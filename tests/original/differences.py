@@ -1,6 +1,6 @@
 """What savant_ray does otherwise than the original on purpose, one thing after the other, and what each changes.
 
-`python -m tests.training.original_differences [SEEDS]` prints the figures of docs/from_the_original.md. It trains the
+`python -m tests.original.differences [SEEDS]` prints the figures of docs/from_the_original.md. It trains the
 same small model, from the same weights, on the quickstart's text; each of the SEEDS (3) is a process of five minutes.
 """
 
@@ -20,7 +20,6 @@ from random import Random
 
 import numpy as np
 import orjson
-from savant_ray.training.micro_batch import MicroBatch, micro_batches
 
 from savant_ray.data.order import GlobalOrder, weights_by_documents
 from savant_ray.data.packing import pack
@@ -30,9 +29,9 @@ from savant_ray.data.tokenizer import train_tokenizer
 from savant_ray.inference.validation import loss_sums
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.state import TrainingState, new_state
-from savant_ray.training.step import take_step
-from tests.training.beside_original import settings
-from tests.training.original_program import OriginalProgram, Shape
+from savant_ray.training.step import MicroBatch, micro_batches, take_step
+from tests.original.program import OriginalProgram, Shape
+from tests.original.side_by_side import settings
 from tests.training.tiny import CPU, never
 
 SHAPE = Shape(dim=64, n_heads=4, n_loops=4, window_size=32, max_seq_len=128, vocab_size=1024)

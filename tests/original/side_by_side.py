@@ -1,7 +1,7 @@
 """The original beside savant_ray, update by update: from the same weights, on the same batches.
 
-`python -m tests.training.beside_original` prints the tables of docs/from_the_original.md. The original is its stand-in
-(`original_program.py`); its batches are padded, and its weights fp32, so that both do the same arithmetic.
+`python -m tests.original.side_by_side` prints the tables of docs/from_the_original.md. The original is its stand-in
+(`program.py`); its batches are padded, and its weights fp32, so that both do the same arithmetic.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from savant_ray.training.micro_batch import MicroBatch
-from savant_ray.training.original import read_original
 from torch import Tensor, nn
 
 from savant_ray.config import Config
 from savant_ray.events import Event, StepDone
+from savant_ray.original.conversion import to_checkpoint
+from savant_ray.original.file import read_file
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState, new_state
-from tests.training.original_fixtures import MAX_STEPS, PEAK, WARMUP_STEPS, rate
-from tests.training.original_program import EVERY, LENGTH, TINY, VOCABULARY, AdamW8bit, OriginalProgram, Shape, adamw
+from savant_ray.training.step import MicroBatch
+from tests.original.fixtures import MAX_STEPS, PEAK, WARMUP_STEPS, rate
+from tests.original.program import EVERY, LENGTH, TINY, VOCABULARY, AdamW8bit, OriginalProgram, Shape, adamw
 from tests.training.tiny import CPU, RecordingHost
 
 ROWS = 12  # documents in a batch
@@ -105,7 +106,7 @@ def taken_over(optimizer: OptimizerOf, updates_before: int = 4) -> list[Update]:
         program.train(padded_batch(update))
     with tempfile.TemporaryDirectory() as folder:
         names = [name for name, _ in state.model.named_parameters()]
-        notes = state.load_checkpoint(read_original(program.save(Path(folder)), names, ROWS))
+        notes = state.load_checkpoint(to_checkpoint(read_file(program.save(Path(folder))), names, ROWS))
     if notes:
         raise RuntimeError(f"not everything was taken over: {notes}")
     return side_by_side(program, state, first=updates_before)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training.beside_original import UPDATES, Figures, fresh, taken_over
-from tests.training.original_fixtures import rate
-from tests.training.original_program import AdamW8bit, adamw
+from tests.original.fixtures import rate
+from tests.original.program import AdamW8bit, adamw
+from tests.original.side_by_side import UPDATES, Figures, fresh, taken_over
 
 
 def assert_agree(ours: Figures, original: Figures, loss: float, moments: float) -> None:
