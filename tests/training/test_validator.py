@@ -29,7 +29,7 @@ from savant_ray.training.step import micro_batches
 from savant_ray.training.validator import Validator
 from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.original.program import OriginalModel
-from tests.training.test_original import original_config
+from tests.original.test_file import original_config
 from tests.training.tiny import LENGTH, RecordingHost, share, shares, tiny_config, tiny_state
 
 BATCHES, NEW_TOKENS = 3, 4
