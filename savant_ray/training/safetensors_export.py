@@ -78,5 +78,11 @@ def _write(folder: Path, output: Path) -> None:
 
 
 def _description(config: Config, step: int) -> dict[str, Any]:
-    """The model's settings, under the names that they have here."""
-    return {"architectures": [ARCHITECTURE], "torch_dtype": "float32", **config.model.model_dump(), "step": step}
+    """Return the model's settings under their names here, and whether `tokenizer.json`'s template is used."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "torch_dtype": "float32",
+        **config.model.model_dump(),
+        "add_special_tokens": config.data.add_special_tokens,
+        "step": step,
+    }
