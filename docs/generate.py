@@ -187,7 +187,7 @@ def fields_of(event: type) -> Iterator[tuple[str, str, str]]:
 
 def ray_metrics() -> str:
     """Return the table of the metrics that a run exports through Ray."""
-    from savant_ray.cluster.metrics import METRICS
+    from savant_ray.worker.metrics import METRICS
 
     kinds = {True: "counter", False: "gauge"}
     rows = [(f"`{metric.exported}`", kinds[metric.counts], metric.description) for metric in METRICS]

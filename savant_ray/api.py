@@ -218,9 +218,9 @@ def _stop_when_gone(caller: socket.socket) -> None:
 
 def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dict[str, Any]]:
     """Exit code and answer."""
-    from savant_ray.cluster.driver import train
-    from savant_ray.cluster.paths import output_folder, with_absolute_paths
     from savant_ray.cluster.session import Leave
+    from savant_ray.driver.attempt import train
+    from savant_ray.storage.paths import output_folder, with_absolute_paths
 
     config, error, code = Config.from_dict(settings), None, 0
     try:
@@ -240,10 +240,10 @@ def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dic
 
 
 def _summary(config: Config, finished: bool) -> Result:
-    from savant_ray.cluster.lock import is_in_use
-    from savant_ray.cluster.storage import run_storage
     from savant_ray.reporting.record import METRICS
     from savant_ray.reporting.runs import summarise
+    from savant_ray.storage.lock import is_in_use
+    from savant_ray.storage.run_storage import run_storage
 
     storage = run_storage(config)
     names: list[str] = []

@@ -48,8 +48,8 @@ def _train(arguments: Sequence[str]) -> int:
         help="go on although model, tokenizer or text are not those of the checkpoint, and keep what fits",
     )
     options, config = with_settings(parser, arguments)
-    from savant_ray.cluster.driver import train
     from savant_ray.cluster.session import Leave, leave_at_once
+    from savant_ray.driver.attempt import train
 
     try:
         return train(config, fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose)
@@ -71,7 +71,7 @@ def _prepare(arguments: Sequence[str]) -> int:
         if options.config is None:
             return 0
     refuse_deleted_folder()
-    from savant_ray.cluster.preparation import prepare
+    from savant_ray.driver.data_preparation import prepare
 
     prepare(config, verbose=options.verbose)
     return 0
@@ -97,7 +97,7 @@ def _generate(arguments: Sequence[str]) -> int:
     )
     options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
-    from savant_ray.cluster.storage import on_this_machine
+    from savant_ray.storage.run_storage import on_this_machine
     from savant_ray.training.sampling import stream_answer
 
     with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
@@ -137,9 +137,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
     options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
-    from savant_ray.cluster.storage import on_this_machine
     from savant_ray.inference.logic import logic_suite, read_questions
     from savant_ray.reporting.scores import print_depths, print_scores, with_progress
+    from savant_ray.storage.run_storage import on_this_machine
     from savant_ray.training.evaluation import answers_of, by_depth, result
 
     questions = logic_suite() if options.problems is None else read_questions(options.problems)
@@ -180,8 +180,8 @@ def _export(arguments: Sequence[str]) -> int:
     if settings and options.format == "original":
         parser.error("settings go with --format safetensors; --format original needs none")
     refuse_deleted_folder()
-    from savant_ray.cluster.storage import fetched, on_this_machine
     from savant_ray.original.export import export_original
+    from savant_ray.storage.run_storage import fetched, on_this_machine
     from savant_ray.training.safetensors_export import export_safetensors
 
     if options.format == "original":
@@ -202,10 +202,10 @@ def _runs(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="for programs: print a JSON list")
     options = parser.parse_args(arguments)
-    from savant_ray.cluster.lock import is_in_use
-    from savant_ray.cluster.paths import home_folder
     from savant_ray.original.names import newest_by_name
     from savant_ray.reporting.runs import find_runs, print_table, summarise, to_json
+    from savant_ray.storage.lock import is_in_use
+    from savant_ray.storage.paths import home_folder
 
     folders = options.folders or [Path()]
     if not options.folders:
@@ -225,9 +225,9 @@ def _status(arguments: Sequence[str]) -> int:
     parser = _parser("status")
     parser.add_argument("run", type=file_path, metavar="RUN", help="a run folder, or a file of the original")
     options = parser.parse_args(arguments)
-    from savant_ray.cluster.lock import is_in_use
     from savant_ray.original.names import newest_by_name
     from savant_ray.reporting.runs import status, summarise
+    from savant_ray.storage.lock import is_in_use
 
     print(status(summarise(options.run, is_in_use, newest_by_name)))
     return 0
@@ -243,8 +243,8 @@ def _report(arguments: Sequence[str]) -> int:
         help="the page [RUN/report.html; ./report.html of several runs]",
     )
     options = parser.parse_args(arguments)
-    from savant_ray.cluster.lock import is_in_use
     from savant_ray.reporting.page import write_page
+    from savant_ray.storage.lock import is_in_use
 
     path = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
     write_page(options.runs, path, is_in_use)

@@ -163,7 +163,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _every_source_occurs(self) -> Self:
         weights = [Fraction(str(source.weight)) for source in self.sources]
-        by_sequences = self.mix_by == "sequences"  # otherwise the sizes of the sources decide (cluster/preparation.py)
+        by_sequences = (
+            self.mix_by == "sequences"
+        )  # otherwise the sizes of the sources decide (driver/data_preparation.py)
         if by_sequences and min(weights) * WEIGHT_RESOLUTION < sum(weights):
             smallest = min(self.sources, key=lambda source: source.weight)
             largest = max(source.weight for source in self.sources)

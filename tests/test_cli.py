@@ -49,8 +49,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append((config, options))
         return STOPPED_EARLY
 
-    install("savant_ray.cluster.driver", train=train)
-    install("savant_ray.cluster.preparation", prepare=lambda config, verbose: made.append(config))
+    install("savant_ray.driver.attempt", train=train)
+    install("savant_ray.driver.data_preparation", prepare=lambda config, verbose: made.append(config))
     install("savant_ray.training.sampling", stream_answer=stream_answer)
     install("savant_ray.original.export", export_original=lambda *options: made.append(options) or ["no moments"])
     install("savant_ray.training.safetensors_export", export_safetensors=lambda *options: made.append(options))
@@ -133,7 +133,7 @@ def test_a_failure_is_told_in_a_line_and_has_its_exit_code(
     def fail(config: Config, **options: bool) -> int:
         raise error
 
-    monkeypatch.setattr(sys.modules["savant_ray.cluster.driver"], "train", fail)
+    monkeypatch.setattr(sys.modules["savant_ray.driver.attempt"], "train", fail)
     assert main(["train"]) == error.exit_code
     assert capsys.readouterr().err == f"error: {error}\n"
 
@@ -146,7 +146,7 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_that_ver
             raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", fail)
+    monkeypatch.setattr(sys.modules["savant_ray.driver.data_preparation"], "prepare", fail)
     assert main(["prepare"]) == 1
     said = capsys.readouterr().err
     (file,) = tmp_path.iterdir()
@@ -185,7 +185,7 @@ def test_whatever_is_raised_is_told_in_one_line_of_readable_length(
     def fail(config: Config, **options: bool) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", fail)
+    monkeypatch.setattr(sys.modules["savant_ray.driver.data_preparation"], "prepare", fail)
     assert main(["prepare"]) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("error: while running savant prepare: ") and said in printed
@@ -199,7 +199,7 @@ def test_an_unexpected_error_is_told_even_if_no_folder_takes_its_traceback(
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
-    monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", fail)
+    monkeypatch.setattr(sys.modules["savant_ray.driver.data_preparation"], "prepare", fail)
     assert main(["prepare"]) == 1
     assert "division by zero (--verbose prints the full traceback)" in capsys.readouterr().err
 
@@ -212,7 +212,7 @@ def test_an_error_in_a_thread_that_nobody_waits_for_is_a_warning_in_one_line(
         thread.start()
         thread.join()
 
-    monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", start_thread)
+    monkeypatch.setattr(sys.modules["savant_ray.driver.data_preparation"], "prepare", start_thread)
     assert main(["prepare"]) == 0
     said = capsys.readouterr().err
     assert said.startswith("WARNING: the thread reader ended: ZeroDivisionError:") and said.count("\n") == 1
@@ -222,7 +222,7 @@ def test_ctrl_c_ends_a_command_as_shells_expect(calls: list[Any], monkeypatch: p
     def interrupt(config: Config, **options: bool) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["savant_ray.cluster.preparation"], "prepare", interrupt)
+    monkeypatch.setattr(sys.modules["savant_ray.driver.data_preparation"], "prepare", interrupt)
     assert main(["prepare"]) == 130
 
 

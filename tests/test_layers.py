@@ -25,12 +25,14 @@ MODULES = tracked_files("savant_ray/*.py")
 EVERYBODY_MAY = {"errors", "events", "config", "locations"}
 ALLOWED = {
     "cli": {"commands", "streams"},
-    "api": {"cluster", "reporting", "streams"},
+    "api": {"driver", "cluster", "reporting", "storage", "streams"},
     "streams": set(),
     "command_line": {"settings"},
     "commands": {
         "command_line",
+        "driver",
         "cluster",
+        "storage",
         "original",
         "training",
         "reporting",
@@ -39,8 +41,11 @@ ALLOWED = {
         "benchmarks",
         "settings",
     },
-    "benchmarks": {"cluster", "training", "reporting", "inference", "optim", "data", "model", "settings"},
-    "cluster": {"original", "training", "reporting", "inference", "optim", "data", "model"},
+    "benchmarks": {"driver", "worker", "cluster", "storage", "training", "reporting", "inference", "optim", "data", "model", "settings"},
+    "driver": {"worker", "cluster", "storage", "original", "training", "reporting", "inference", "data", "model"},
+    "worker": {"cluster", "storage", "training", "reporting", "inference", "data", "model"},
+    "cluster": {"storage", "data"},
+    "storage": {"original", "training", "reporting", "data"},
     "original": {"training", "optim", "data", "model"},
     "training": {"inference", "optim", "data", "model"},
     "reporting": set(),
@@ -61,7 +66,10 @@ THIRD_PARTY = {
     "command_line": set(),
     "commands": set(),
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
-    "cluster": {"numpy", "obstore", "psutil", "pyarrow", "ray", "torch"},
+    "driver": {"pyarrow", "ray", "torch"},
+    "worker": {"numpy", "psutil", "pyarrow", "ray", "torch"},
+    "cluster": {"psutil", "ray"},
+    "storage": {"obstore", "psutil", "pyarrow", "ray"},
     "original": {"torch"},
     "training": {"numpy", "psutil", "pynvml", "safetensors", "torch"},
     "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},
@@ -75,7 +83,8 @@ THIRD_PARTY = {
     "locations": set(),
     "errors": set(),
 }
-ONLY_IN_CLUSTER = ("ray.train", "ray.tune")
+RAY_TRAIN = ("ray.train", "ray.tune")
+KNOW_RAY_TRAIN = ("driver", "worker", "cluster", "storage", "benchmarks")
 NOT_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 
 
@@ -140,10 +149,10 @@ def test_a_part_imports_only_the_packages_in_its_row(part: str) -> None:
         assert not wrong, f"{path.relative_to(ROOT)} may not import {sorted(wrong)}"
 
 
-def test_only_the_cluster_knows_ray_train() -> None:
+def test_ray_train_is_used_only_where_processes_of_a_run_are_started_or_kept() -> None:
     for path in MODULES:
-        if part_of(name_of(path)) not in ("cluster", "benchmarks"):
-            wrong = {name for name in imports(path) if name.startswith(ONLY_IN_CLUSTER)}
+        if part_of(name_of(path)) not in KNOW_RAY_TRAIN:
+            wrong = {name for name in imports(path) if name.startswith(RAY_TRAIN)}
             assert not wrong, f"{path.relative_to(ROOT)} may not import {sorted(wrong)}"
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from savant_ray.cli import main
-from savant_ray.cluster.paths import with_absolute_paths
-from savant_ray.cluster.storage import on_this_machine, run_storage
 from savant_ray.config import Config, load_config
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.locations import printable, usable_folder, working_directory
+from savant_ray.storage.paths import with_absolute_paths
+from savant_ray.storage.run_storage import on_this_machine, run_storage
 
 SETTINGS = ("run.storage_path", "run.init_from", "data.cache_dir", "data.validation", "data.tokenizer")
 

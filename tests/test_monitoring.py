@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from savant_ray.cluster.metrics import LABELS, METRICS
+from savant_ray.worker.metrics import LABELS, METRICS
 from tests.tracked_files import tracked_files
 
 FOLDER = Path(__file__).parents[1] / "jobs/monitoring"

@@ -31,7 +31,7 @@ def stall(model: dict[str, int], rounds: int) -> Figures:
         from ray.train import CheckpointConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        from savant_ray.cluster.forgiving import forgiving
+        from savant_ray.storage.tolerant_file_system import forgiving
 
         TorchTrainer(
             _measure,
@@ -54,11 +54,11 @@ def _measure(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from savant_ray.cluster.disk import Disk
-    from savant_ray.cluster.saving import Saver
     from savant_ray.config import Config
+    from savant_ray.storage.local import Disk
     from savant_ray.training.host_copies import HostCopy
     from savant_ray.training.state import new_state
+    from savant_ray.worker.saving import Saver
 
     config = Config.from_dict({"model": settings["model"]})
     state = new_state(config, torch.device("cpu"), "fp32")

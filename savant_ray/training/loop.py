@@ -1,7 +1,7 @@
 """The training loop. Start reading here.
 
 Each step takes the next `effective_batch` sequences of the global order; each rank trains on its local batch of them
-(`training/step.py`). Events, checkpoints and validation are the task of a `Host`: `cluster/host.py` under Ray, a few
+(`training/step.py`). Events, checkpoints and validation are the task of a `Host`: `worker/host.py` under Ray, a few
 lines in tests.
 """
 

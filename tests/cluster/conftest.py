@@ -22,7 +22,7 @@ from ray._common.utils import reset_ray_address
 from ray._private.utils import get_ray_address_file, write_ray_address
 from ray.cluster_utils import Cluster
 
-from savant_ray.cluster.object_storage import ObjectStorage
+from savant_ray.storage.object_store import ObjectStorage
 
 if TYPE_CHECKING:
     from tests.cluster.object_store import ObjectStore

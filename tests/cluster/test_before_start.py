@@ -15,15 +15,22 @@ from typing import Any
 import pytest
 import yaml
 
-from savant_ray.cluster.checks import (
+from savant_ray.cluster.session import grace_seconds
+from savant_ray.config import Config, load_config
+from savant_ray.driver.checks import (
     check_before_start,
     check_disk,
     checkpoint_bytes,
     refuse_inputs_in_the_run,
 )
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.lock import LOCK, is_in_use, locked, move_run_aside
-from savant_ray.cluster.paths import (
+from savant_ray.driver.data_preparation import find_text
+from savant_ray.driver.starting_point import find_start
+from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError
+from savant_ray.reporting import RunReport
+from savant_ray.reporting.wording import byte_size
+from savant_ray.storage.local import Disk
+from savant_ray.storage.lock import LOCK, is_in_use, locked, move_run_aside
+from savant_ray.storage.paths import (
     in_ray_job,
     joined,
     missing_text_explained,
@@ -34,13 +41,6 @@ from savant_ray.cluster.paths import (
     run_folder,
     with_absolute_paths,
 )
-from savant_ray.cluster.preparation import find_text
-from savant_ray.cluster.session import grace_seconds
-from savant_ray.cluster.starting_point import find_start
-from savant_ray.config import Config, load_config
-from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError
-from savant_ray.reporting import RunReport
-from savant_ray.reporting.wording import byte_size
 from tests.cluster.conftest import environment, with_text
 from tests.cluster.conftest import options as tiny_options
 from tests.cluster.test_starting_point import write
@@ -237,7 +237,7 @@ def test_init_from_must_name_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) -> None:
-    hold = "import sys, time; from savant_ray.cluster.lock import locked\n"
+    hold = "import sys, time; from savant_ray.storage.lock import locked\n"
     hold += "with locked(__import__('pathlib').Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -325,7 +325,7 @@ def test_a_run_is_locked_under_every_path_that_leads_to_it(tmp_path: Path) -> No
 
 LEAVING = """
 import os, signal, time
-from savant_ray.cluster.signals import StopSignals
+from savant_ray.driver.signals import StopSignals
 signals = StopSignals()
 signals.install()
 signals.patient = True

@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from savant_ray.cluster.failures import _in_words, explain_failure, ray_errors_explained
+from savant_ray.driver.failures import _in_words, explain_failure, ray_errors_explained
 from savant_ray.errors import UnexpectedError, describe
 from savant_ray.training.device import retry_on_oom
 

@@ -17,11 +17,11 @@ import pyarrow.fs as pafs
 import pytest
 from werkzeug.serving import make_server
 
-from savant_ray.cluster import lease as lease_module
-from savant_ray.cluster.conditional import Conflict, conditional_object
-from savant_ray.cluster.lease import LEASE, leased
-from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.errors import SavantError
+from savant_ray.storage import lease as lease_module
+from savant_ray.storage.conditional_write import Conflict, conditional_object
+from savant_ray.storage.lease import LEASE, leased
+from savant_ray.storage.object_store import ObjectStorage
 from tests.cluster.conftest import wait_for
 from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.cluster.test_object_storage import record

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from savant_ray.cluster import metrics
-from savant_ray.cluster.metrics import METRICS, RunMetrics, ascii_name
 from savant_ray.events import CheckpointFailed, MicroBatchSkipped, Notice
+from savant_ray.worker import metrics
+from savant_ray.worker.metrics import METRICS, RunMetrics, ascii_name
 from tests.reporting.events import attempt, checkpoint, step_done, validation
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from savant_ray.cluster.preparation import find_text, prepare_data
 from savant_ray.config import Config
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+from savant_ray.driver.data_preparation import find_text, prepare_data
 from savant_ray.errors import SettingsError
 from savant_ray.reporting import RunReport
 from tests.data.conftest import real_ray

@@ -18,10 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
-from savant_ray.cluster.metrics import METRICS
 from savant_ray.reporting.page import write_page
 from savant_ray.reporting.run_report import LOG
 from savant_ray.reporting.wording import percent
+from savant_ray.worker.metrics import METRICS
 from tests.cluster.conftest import (
     ROOT,
     Head,
@@ -49,7 +49,7 @@ RUN = {
 }
 FAULTS = """
 import sys, ray
-from savant_ray.cluster.metrics import RunMetrics
+from savant_ray.worker.metrics import RunMetrics
 from savant_ray.events import CheckpointFailed, MicroBatchSkipped
 from tests.reporting.events import step_done
 

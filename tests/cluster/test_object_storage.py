@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from savant_ray.cluster.checks import check_before_start
-from savant_ray.cluster.courier import Courier
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.object_storage import ObjectStorage
-from savant_ray.cluster.snapshot import SNAPSHOT
-from savant_ray.cluster.starting_point import find_start
-from savant_ray.cluster.storage import on_this_machine, run_storage, storage_errors_explained
 from savant_ray.config import Config, load_config
+from savant_ray.driver.checks import check_before_start
+from savant_ray.driver.record_upload import Courier
+from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.storage.local import Disk
+from savant_ray.storage.object_store import ObjectStorage
+from savant_ray.storage.ray_snapshot import SNAPSHOT
+from savant_ray.storage.run_storage import on_this_machine, run_storage, storage_errors_explained
 from savant_ray.training.checkpoint import MANIFEST, read_manifest, verify
 from tests.cluster.conftest import ROOT
 from tests.cluster.object_store import BUCKET, ObjectStore
@@ -320,8 +320,8 @@ RANKS = """
 import os, sys
 from pathlib import Path
 import ray.train, torch.distributed as dist
-from savant_ray.cluster import resume
-from savant_ray.cluster.storage import on_this_machine
+from savant_ray.worker import resume
+from savant_ray.storage.run_storage import on_this_machine
 
 nodes, rendezvous, uri = sys.argv[1].split(","), *sys.argv[2:]
 rank = 0

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from savant_ray.cluster.object_storage import ObjectStorage
-from savant_ray.cluster.starting_point import find_start
+from savant_ray.driver.starting_point import find_start
+from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import checkpoints
 from tests.cluster.conftest import (
     ROOT,

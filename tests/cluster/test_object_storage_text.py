@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from savant_ray.cluster.object_storage import ObjectStorage
 from savant_ray.data.content import content_hashes
 from savant_ray.data.jsonl import documents
 from savant_ray.data.sources import expand
 from savant_ray.errors import DataError
+from savant_ray.storage.object_store import ObjectStorage
 from tests.cluster.object_store import ObjectStore
 
 TEXT = b'{"text": "x"}\n'

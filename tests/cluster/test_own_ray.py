@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from savant_ray.cluster.lock import locked
+from savant_ray.storage.lock import locked
 from savant_ray.training.checkpoint import newest_checkpoint
 from tests.cluster.conftest import ROOT, environment, losses, options, records, started, wait_for
 

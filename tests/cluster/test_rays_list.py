@@ -13,10 +13,10 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.forgiving import forgiving
-from savant_ray.cluster.snapshot import SNAPSHOT, rebuild_snapshot
-from savant_ray.cluster.starting_point import find_start
+from savant_ray.driver.starting_point import find_start
+from savant_ray.storage.local import Disk
+from savant_ray.storage.ray_snapshot import SNAPSHOT, rebuild_snapshot
+from savant_ray.storage.tolerant_file_system import forgiving
 from savant_ray.training.checkpoint import checkpoints
 from tests.cluster.test_starting_point import write
 

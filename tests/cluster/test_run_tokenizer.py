@@ -12,19 +12,19 @@ import tokenizers
 import torch
 from tokenizers import models, processors
 
-from savant_ray.cluster.object_storage import ObjectStorage
-from savant_ray.cluster.preparation import Text, refuse_unencodable
-from savant_ray.cluster.run_tokenizer import (
+from savant_ray.config import Config, dump_yaml
+from savant_ray.data.sources import expand
+from savant_ray.data.tokenizer import Tokenizer, train_tokenizer, with_tokenizer_settings
+from savant_ray.driver.data_preparation import Text, refuse_unencodable
+from savant_ray.driver.tokenizer_choice import (
     Origin,
     choose_tokenizer,
     find_origin,
     find_origin_without_lock,
     tokenizer_change,
 )
-from savant_ray.config import Config, dump_yaml
-from savant_ray.data.sources import expand
-from savant_ray.data.tokenizer import Tokenizer, train_tokenizer, with_tokenizer_settings
 from savant_ray.errors import CheckpointError, DataError, SettingsError
+from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import write_checkpoint
 from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.cluster.test_starting_point import changed

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from savant_ray.cluster import saving
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.saving import Saver
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
+from savant_ray.storage.local import Disk
 from savant_ray.training.checkpoint import RECORDS, read_checkpoint, write_checkpoint
 from savant_ray.training.host_copies import HostCopy
+from savant_ray.worker import saving
+from savant_ray.worker.saving import Saver
 from tests.training.tiny import tiny_config, tiny_state
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from savant_ray.cluster import trainer
-from savant_ray.cluster.trainer import cpus_per_worker, workers_that_fit
-from savant_ray.cluster.waiting import SECONDS_UNTIL_SAID, WorkerWatch, waiting_for
 from savant_ray.config import load_config
+from savant_ray.driver import trainer
+from savant_ray.driver.trainer import cpus_per_worker, workers_that_fit
+from savant_ray.driver.waiting import SECONDS_UNTIL_SAID, WorkerWatch, waiting_for
 from savant_ray.errors import SettingsError
 from savant_ray.events import WorkersLost, WorkersStarted
 

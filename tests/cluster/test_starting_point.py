@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from savant_ray.cluster.checks import is_finished
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.lock import locked, move_run_aside
-from savant_ray.cluster.starting_point import changed_settings, find_start, refuse_other_data, refuse_other_settings
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+from savant_ray.driver.checks import is_finished
+from savant_ray.driver.starting_point import changed_settings, find_start, refuse_other_data, refuse_other_settings
 from savant_ray.errors import CheckpointError
+from savant_ray.storage.local import Disk
+from savant_ray.storage.lock import locked, move_run_aside
 from savant_ray.training.checkpoint import checkpoints, write_checkpoint
 
 TEXTS = ["red green blue one two three", "blue two", "three four red"]

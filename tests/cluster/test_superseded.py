@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from savant_ray.cluster import saving
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.forgiving import forgiving
-from savant_ray.cluster.lease import LEASE
-from savant_ray.cluster.object_storage import ObjectStorage
-from savant_ray.cluster.resume import newest_name
-from savant_ray.cluster.saving import Saver
-from savant_ray.cluster.snapshot import SNAPSHOT
-from savant_ray.cluster.starting_point import find_start
-from savant_ray.cluster.storage import on_this_machine
+from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import SavantError
 from savant_ray.events import Event
+from savant_ray.storage.lease import LEASE
+from savant_ray.storage.local import Disk
+from savant_ray.storage.object_store import ObjectStorage
+from savant_ray.storage.ray_snapshot import SNAPSHOT
+from savant_ray.storage.run_storage import on_this_machine
+from savant_ray.storage.tolerant_file_system import forgiving
 from savant_ray.training.checkpoint import MANIFEST, TOKENIZER, verify
+from savant_ray.worker import saving
+from savant_ray.worker.resume import newest_name
+from savant_ray.worker.saving import Saver
 from tests.cluster.object_store import ObjectStore
 from tests.cluster.test_lease import taken
 from tests.cluster.test_object_storage import record

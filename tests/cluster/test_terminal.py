@@ -22,7 +22,7 @@ NAME = "modèle a#b?c%20 [1] 实验 👩‍💻"
 HANGUP = """
 import sys, time
 from pathlib import Path
-from savant_ray.cluster.signals import StopSignals
+from savant_ray.driver.signals import StopSignals
 signals = StopSignals()
 signals.install()
 signals.patient = True
@@ -37,7 +37,7 @@ sys.exit(75)
 """
 TWICE = """
 import os, signal
-from savant_ray.cluster.signals import StopSignals
+from savant_ray.driver.signals import StopSignals
 signals = StopSignals()
 signals.install()
 signals.patient = True

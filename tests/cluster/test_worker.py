@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from savant_ray.cluster import worker
 from savant_ray.errors import MemoryCapError, UnexpectedError
 from savant_ray.events import Event, RunFailed
+from savant_ray.worker import training_function as worker
 from tests.training.tiny import CPU, tiny_config
 
 

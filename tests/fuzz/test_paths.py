@@ -11,13 +11,13 @@ from pathlib import Path
 from random import Random
 from urllib.parse import quote
 
-from savant_ray.cluster.paths import with_absolute_paths
 from savant_ray.config import Config
 from savant_ray.data.content import content_hashes
 from savant_ray.data.jsonl import documents
 from savant_ray.data.sources import expand
 from savant_ray.errors import DataError, SavantError, SettingsError
 from savant_ray.locations import is_uri
+from savant_ray.storage.paths import with_absolute_paths
 from tests.fuzz.drawing import a_text, drawn, spoilt
 from tests.fuzz.property import holds_for, scratch
 

@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.object_storage import ObjectStorage
-from savant_ray.cluster.run_tokenizer import choose_tokenizer, find_origin
-from savant_ray.cluster.starting_point import find_start, refuse_other_data, refuse_other_settings
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
+from savant_ray.driver.starting_point import find_start, refuse_other_data, refuse_other_settings
+from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_origin
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.events import CheckpointSaved, Event
 from savant_ray.optim.schedule import learning_rate
@@ -28,6 +26,8 @@ from savant_ray.original.export import export_original
 from savant_ray.original.file import read_file
 from savant_ray.reporting import RunReport
 from savant_ray.reporting.console import PlainConsole
+from savant_ray.storage.local import Disk
+from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import read_checkpoint, read_manifest, read_settings, verify
 from tests.cluster.conftest import environment, server, store  # noqa: F401 - fixtures
 from tests.cluster.object_store import ObjectStore
@@ -332,7 +332,7 @@ def test_a_tokenizer_that_is_not_there_is_told_before_anything_is_written(run: P
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from savant_ray.cluster.disk import Disk
+from savant_ray.storage.local import Disk
 from savant_ray.config import load_config
 from savant_ray.original.conversion import convert_newest
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from savant_ray.cli import main
-from savant_ray.cluster.lock import is_in_use, locked
 from savant_ray.errors import SettingsError
 from savant_ray.events import AttemptEnded, Event, RunFailed
 from savant_ray.reporting.runs import find_runs, status, summarise
+from savant_ray.storage.lock import is_in_use, locked
 from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation, write
 
 TRAINED = (attempt(max_steps=20), *(step_done(step, train_loss=9.0 - step) for step in range(1, 6)), validation(5))

@@ -11,10 +11,7 @@ import ray
 import ray.train
 
 from savant_ray.cluster.bridge import StopListener
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.metrics import RunMetrics
 from savant_ray.cluster.preemption import drain_grace_left
-from savant_ray.cluster.saving import Saver
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
@@ -28,10 +25,13 @@ from savant_ray.events import (
     ValidationDone,
 )
 from savant_ray.reporting.record import to_line
+from savant_ray.storage.local import Disk
 from savant_ray.training.checkpoint import CONFIG, TOKENIZER
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.state import TrainingState
 from savant_ray.training.validator import Validator
+from savant_ray.worker.metrics import RunMetrics
+from savant_ray.worker.saving import Saver
 
 
 class RayHost:

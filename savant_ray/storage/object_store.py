@@ -22,14 +22,14 @@ from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
-from savant_ray.cluster.disk import DAMAGED, Disk
-from savant_ray.cluster.lease import Lease, Owner, leased, refuse_if_superseded
-from savant_ray.cluster.lock import free_name, locked, set_aside
-from savant_ray.cluster.paths import joined, parent_and_name
 from savant_ray.data.sources import file_system, with_short_retries
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
+from savant_ray.storage.lease import Lease, Owner, leased, refuse_if_superseded
+from savant_ray.storage.local import DAMAGED, Disk
+from savant_ray.storage.lock import free_name, locked, set_aside
+from savant_ray.storage.paths import joined, parent_and_name
 from savant_ray.training.checkpoint import (
     CONFIG,
     MANIFEST,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from savant_ray.cluster.lease import Owner
-from savant_ray.cluster.lock import locked, move_run_aside, owner_token, set_aside
 from savant_ray.errors import SavantError
+from savant_ray.storage.lease import Owner
+from savant_ray.storage.lock import locked, move_run_aside, owner_token, set_aside
 from savant_ray.training.checkpoint import checkpoints, delete_folder, remove_left_behind, step_folders
 
 DAMAGED = ".damaged"

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from savant_ray.cluster.storage import initial_checkpoint, run_storage
 from savant_ray.config import Config, DataConfig
 from savant_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.inference.logic import logic_suite
 from savant_ray.locations import is_uri
+from savant_ray.storage.run_storage import initial_checkpoint, run_storage
 from savant_ray.training.checkpoint import (
     CONFIG,
     MANIFEST,

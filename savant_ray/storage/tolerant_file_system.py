@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.snapshot import SNAPSHOT
 from savant_ray.errors import SavantError
+from savant_ray.storage.local import Disk
+from savant_ray.storage.ray_snapshot import SNAPSHOT
 from savant_ray.training.checkpoint import is_step_name
 
 

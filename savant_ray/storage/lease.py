@@ -26,7 +26,8 @@ from typing import Any
 import psutil
 import pyarrow.fs as pafs
 
-from savant_ray.cluster.conditional import (
+from savant_ray.errors import SavantError
+from savant_ray.storage.conditional_write import (
     ConditionalObject,
     Conflict,
     NotConditional,
@@ -34,7 +35,6 @@ from savant_ray.cluster.conditional import (
     SharedObject,
     conditional_object,
 )
-from savant_ray.errors import SavantError
 
 LEASE = ".lock"
 BEAT_SECONDS = 5.0

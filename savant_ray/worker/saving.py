@@ -16,10 +16,10 @@ from typing import Any
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.forgiving import forgiving
 from savant_ray.errors import doing
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
+from savant_ray.storage.local import Disk
+from savant_ray.storage.tolerant_file_system import forgiving
 from savant_ray.training.checkpoint import RECORDS, write_checkpoint
 
 

@@ -15,13 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from savant_ray.cluster.paths import (
-    generate_command,
-    in_ray_job,
-    missing_text_explained,
-    output_folder,
-    with_absolute_paths,
-)
 from savant_ray.cluster.session import (
     Leave,
     grace_seconds,
@@ -29,9 +22,9 @@ from savant_ray.cluster.session import (
     prepare_environment,
     ray_session,
 )
-from savant_ray.cluster.signals import StopSignals
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.content import write_aside
+from savant_ray.driver.signals import StopSignals
 from savant_ray.errors import (
     STOPPED_EARLY,
     CheckpointError,
@@ -44,12 +37,19 @@ from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Eve
 from savant_ray.locations import working_directory
 from savant_ray.reporting import RunReport, open_trackers
 from savant_ray.reporting.console import PlainConsole
+from savant_ray.storage.paths import (
+    generate_command,
+    in_ray_job,
+    missing_text_explained,
+    output_folder,
+    with_absolute_paths,
+)
 
 if TYPE_CHECKING:
     from savant_ray.cluster.bridge import BridgeHandle
-    from savant_ray.cluster.courier import Courier
-    from savant_ray.cluster.disk import Disk
-    from savant_ray.cluster.waiting import WorkerWatch
+    from savant_ray.driver.record_upload import Courier
+    from savant_ray.driver.waiting import WorkerWatch
+    from savant_ray.storage.local import Disk
 
 POLL_SECONDS = 0.5
 # How long `fit()` may take to return when the workers are through. A terminal's Ctrl+C also kills parts of the dashboard,
@@ -92,8 +92,8 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
 
 
 def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, signals: StopSignals) -> int:
-    from savant_ray.cluster.courier import Courier
-    from savant_ray.cluster.storage import run_storage, storage_errors_explained
+    from savant_ray.driver.record_upload import Courier
+    from savant_ray.storage.run_storage import run_storage, storage_errors_explained
 
     storage = run_storage(config)
     with ExitStack() as held:
@@ -132,9 +132,9 @@ def _refuse_before_moving(config: Config, storage: Disk, allow_changes: bool) ->
     Raises:
         SavantError: text, tokenizer or `run.init_from` is missing or would be moved as well, or the disk is too small.
     """
-    from savant_ray.cluster.checks import check_before_start, refuse_inputs_in_the_run
-    from savant_ray.cluster.preparation import find_text
-    from savant_ray.cluster.run_tokenizer import choose_tokenizer, find_origin
+    from savant_ray.driver.checks import check_before_start, refuse_inputs_in_the_run
+    from savant_ray.driver.data_preparation import find_text
+    from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_origin
 
     refuse_inputs_in_the_run(config, storage)
     check_before_start(config, storage, fresh=True)
@@ -147,17 +147,17 @@ def _refuse_before_moving(config: Config, storage: Disk, allow_changes: bool) ->
 
 
 def _train(launch: Launch) -> int:
-    from savant_ray.cluster.checks import check_before_start, is_finished
-    from savant_ray.cluster.preparation import find_text, prepare_data, refuse_unencodable
-    from savant_ray.cluster.run_tokenizer import (
+    from savant_ray.data.tokenizer import with_tokenizer_settings
+    from savant_ray.driver.checks import check_before_start, is_finished
+    from savant_ray.driver.data_preparation import find_text, prepare_data, refuse_unencodable
+    from savant_ray.driver.starting_point import find_start, records_of, refuse_other_data
+    from savant_ray.driver.tokenizer_choice import (
         choose_tokenizer,
         find_origin,
         tokenizer_change,
     )
-    from savant_ray.cluster.starting_point import find_start, records_of, refuse_other_data
-    from savant_ray.cluster.storage import storage_errors_explained
-    from savant_ray.data.tokenizer import with_tokenizer_settings
     from savant_ray.original.conversion import convert_newest
+    from savant_ray.storage.run_storage import storage_errors_explained
     from savant_ray.training.checkpoint import CONFIG
 
     config, storage, report = launch.config, launch.storage, launch.report
@@ -186,7 +186,7 @@ def _train(launch: Launch) -> int:
     refuse_unencodable(config, text, tokenizer)
     report.stage("starting Ray")
     from savant_ray.cluster.bridge import start_bridge
-    from savant_ray.cluster.failures import ray_errors_explained
+    from savant_ray.driver.failures import ray_errors_explained
 
     outcome = Outcome()
     with ray_session(launch.verbose, report.say) as dashboard, _left_while_fit_runs(outcome), ray_errors_explained():
@@ -194,7 +194,7 @@ def _train(launch: Launch) -> int:
         if dashboard:
             report.say(f"Ray's dashboard: {dashboard}")
         bridge = start_bridge()  # its process comes up while this one looks at the text and imports Ray Train
-        from savant_ray.cluster.trainer import scaling
+        from savant_ray.driver.trainer import scaling
 
         scaling(config)  # refuses what the cluster cannot run, before hours of tokenising
         data = prepare_data(config, text, report, tokenizer)
@@ -211,7 +211,7 @@ def _train(launch: Launch) -> int:
 
 def _compare(start: Path, launch: Launch) -> None:
     """Refuses settings that would train garbage and tells of others; where files lie may change in silence."""
-    from savant_ray.cluster.starting_point import changes_since, refuse_other_settings
+    from savant_ray.driver.starting_point import changes_since, refuse_other_settings
 
     if not launch.allow_changes:
         refuse_other_settings(start, launch.config)
@@ -250,8 +250,8 @@ def _left_while_fit_runs(outcome: Outcome) -> Iterator[None]:
 
 
 def _fit(launch: Launch, data: Any, bridge: BridgeHandle, outcome: Outcome) -> None:
-    from savant_ray.cluster.trainer import make_trainer, needs
-    from savant_ray.cluster.waiting import WorkerWatch
+    from savant_ray.driver.trainer import make_trainer, needs
+    from savant_ray.driver.waiting import WorkerWatch
 
     config = launch.config
     trainer = make_trainer(config, launch.storage, data, bridge, launch.allow_changes, launch.verbose)
@@ -291,7 +291,7 @@ def _follow(launch: Launch, outcome: Outcome, bridge: BridgeHandle, watch: Worke
 
 
 def _report(event: Event, launch: Launch) -> None:
-    from savant_ray.cluster.starting_point import records_of
+    from savant_ray.driver.starting_point import records_of
 
     if isinstance(event, AttemptStarted):
         launch.report.fill(records_of(launch.storage.folder))
@@ -339,7 +339,7 @@ def _conclude(launch: Launch, outcome: Outcome) -> int:
 
 
 def _failure(launch: Launch, outcome: Outcome, newest: str) -> SavantError:
-    from savant_ray.cluster.failures import explain_failure
+    from savant_ray.driver.failures import explain_failure
 
     if outcome.failure is None:
         launch.report.log(str(outcome.error))

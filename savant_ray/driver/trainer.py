@@ -15,16 +15,16 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from savant_ray.cluster.data_config import StepDataConfig
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.failures import FailureNews
-from savant_ray.cluster.forgiving import forgiving
-from savant_ray.cluster.metrics import ascii_name
-from savant_ray.cluster.preparation import PreparedData
 from savant_ray.cluster.session import is_our_own, node_resources
-from savant_ray.cluster.worker import WorkerTask, train_worker
 from savant_ray.config import Config
+from savant_ray.driver.data_config import StepDataConfig
+from savant_ray.driver.data_preparation import PreparedData
+from savant_ray.driver.failures import FailureNews
 from savant_ray.errors import SettingsError
+from savant_ray.storage.local import Disk
+from savant_ray.storage.tolerant_file_system import forgiving
+from savant_ray.worker.metrics import ascii_name
+from savant_ray.worker.training_function import WorkerTask, train_worker
 
 SECONDS_BETWEEN_RESIZES = 30.0  # each costs a start of all workers and the steps since the last checkpoint
 

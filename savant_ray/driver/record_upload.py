@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from savant_ray.cluster.disk import Disk
 from savant_ray.errors import describe
+from savant_ray.storage.local import Disk
 
 
 class Courier:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
-from savant_ray.cluster.disk import Disk
+from savant_ray.storage.local import Disk
 from savant_ray.training.checkpoint import step_of
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"

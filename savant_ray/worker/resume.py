@@ -13,10 +13,10 @@ from pathlib import Path
 import ray.train
 import torch.distributed as dist
 
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.storage import initial_checkpoint
 from savant_ray.config import Config
 from savant_ray.events import RunResumed
+from savant_ray.storage.local import Disk
+from savant_ray.storage.run_storage import initial_checkpoint
 from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import broadcast_from_rank_0

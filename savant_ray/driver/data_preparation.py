@@ -9,13 +9,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from savant_ray.cluster.paths import output_folder, parent_and_name, with_absolute_paths
-from savant_ray.cluster.run_tokenizer import (
-    choose_tokenizer,
-    find_origin_without_lock,
-    refuse_too_large,
-    refuse_unencodable_prompts,
-)
 from savant_ray.cluster.session import prepare_environment, ray_session
 from savant_ray.config import WEIGHT_RESOLUTION, Config, SourceConfig
 from savant_ray.data.order import Weight, weights_by_documents
@@ -28,10 +21,17 @@ from savant_ray.data.sources import SourceFile, expand, refuse_empty
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.driver.tokenizer_choice import (
+    choose_tokenizer,
+    find_origin_without_lock,
+    refuse_too_large,
+    refuse_unencodable_prompts,
+)
 from savant_ray.errors import DataError, SettingsError, unexpected_errors_explained
 from savant_ray.events import DataPrepared, TextCounts
 from savant_ray.locations import is_uri, usable_folder, working_directory
 from savant_ray.reporting import RunReport
+from savant_ray.storage.paths import output_folder, parent_and_name, with_absolute_paths
 
 MIB = 1 << 20
 
@@ -68,7 +68,7 @@ def prepare(config: Config, verbose: bool = False) -> None:
         text = find_text(config, report)
         refuse_unencodable(config, text, tokenizer)
         report.stage("starting Ray")
-        from savant_ray.cluster.failures import ray_errors_explained
+        from savant_ray.driver.failures import ray_errors_explained
 
         with ray_session(verbose, report.say), ray_errors_explained():
             prepare_data(config, text, report, tokenizer)

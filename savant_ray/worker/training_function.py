@@ -16,12 +16,7 @@ import torch
 from ray.exceptions import RayError
 from ray.train.torch import get_device
 
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.host import RayHost
-from savant_ray.cluster.lease import Owner
-from savant_ray.cluster.resume import load_newest
 from savant_ray.cluster.same_code import other_code, own_digest, package_folder
-from savant_ray.cluster.storage import run_storage
 from savant_ray.config import Config
 from savant_ray.data.order import GlobalOrder, share
 from savant_ray.data.stream import StepShare, StepStream
@@ -29,6 +24,9 @@ from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError, UnexpectedError, describe, doing
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
+from savant_ray.storage.lease import Owner
+from savant_ray.storage.local import Disk
+from savant_ray.storage.run_storage import run_storage
 from savant_ray.training.device import (
     cap_memory,
     compile_block,
@@ -43,6 +41,8 @@ from savant_ray.training.prefetch import prefetch
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, all_reduce_sum, micro_batches
 from savant_ray.training.validator import Validator
+from savant_ray.worker.host import RayHost
+from savant_ray.worker.resume import load_newest
 
 VALIDATION_SEED = 0  # not `run.seed`: runs with other seeds are compared on the same sequences
 

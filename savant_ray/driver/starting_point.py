@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.snapshot import rebuild_snapshot
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError
 from savant_ray.reporting.record import read_records, saved_a_checkpoint
+from savant_ray.storage.local import Disk
+from savant_ray.storage.ray_snapshot import rebuild_snapshot
 from savant_ray.training.checkpoint import (
     ANY_TEXT,
     RECORDS,

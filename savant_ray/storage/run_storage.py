@@ -11,16 +11,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote
 
-from savant_ray.cluster.disk import Disk
-from savant_ray.cluster.lease import Owner
-from savant_ray.cluster.object_storage import ObjectStorage, step_name
-from savant_ray.cluster.paths import joined, parent_and_name, run_folder
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.locations import checkpoint_path, is_uri, why
 from savant_ray.original.conversion import converted, find_original
 from savant_ray.original.file import newest_whole
 from savant_ray.original.names import is_original_name, original_step
+from savant_ray.storage.lease import Owner
+from savant_ray.storage.local import Disk
+from savant_ray.storage.object_store import ObjectStorage, step_name
+from savant_ray.storage.paths import joined, parent_and_name, run_folder
 from savant_ray.training.checkpoint import MANIFEST, find_checkpoint
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

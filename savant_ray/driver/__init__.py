@@ -1,0 +1,1 @@
+"""One attempt at a run, in the driver process: checks, data, Ray Train, signals, exit code."""

@@ -1,0 +1,1 @@
+"""Where a run is kept: a local folder or object storage, who may write to it, its checkpoints."""
