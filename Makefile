@@ -17,7 +17,7 @@ TORCH_INDEX ?=
 RUN := "$(VENV)/bin/python"
 # No settings or conftest.py but the project's own, whatever lies in the checkout.
 PYTEST := $(RUN) -m pytest -c pyproject.toml --confcutdir tests
-IN_TWO_PROCESSES := -n 2 --dist loadgroup  # ARGS="-n 0" runs the tests in one
+IN_TWO_PROCESSES := -n 2 --dist loadfile  # the tests of a file share a Ray head; ARGS="-n 0" runs all in one process
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
@@ -71,7 +71,7 @@ test-quick: install
 	@exec $(PYTEST) -m "not slow" $(IN_TWO_PROCESSES) $(ARGS)
 
 test-all: check
-	@$(PYTEST) $(IN_TWO_PROCESSES) $(ARGS)
+	@$(PYTEST) $(ARGS)
 	$(MAKE) fuzz torture soak
 
 fuzz: install

@@ -23,15 +23,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path.suffix == ".py" and not is_tracked(collection_path) else None
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps in one process, where there are several, the slow tests, which share a Ray head, and those on the GPU."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            for group in ("slow", "gpu"):
-                if item.get_closest_marker(group):
-                    item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for path in untracked_tests(named_paths(config)):
         terminalreporter.line(f"not run, because git does not track it (git add, or name it): {path.relative_to(ROOT)}")
