@@ -61,6 +61,7 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
     description = json.loads((output / "config.json").read_text())
     assert description == {
         "architectures": ["UniversalTransformer"],
+        "add_special_tokens": "auto",
         "torch_dtype": "float32",
         **MODEL,
         "n_loops": 4,
