@@ -13,11 +13,10 @@ import torch
 
 from savant_ray.config import ModelConfig
 from savant_ray.training.device import supported_precision
-from savant_ray.training.efficiency import matmul_flops_per_second
+from savant_ray.training.efficiency import Peak
 
 ROOT = Path(__file__).resolve().parents[2]
-MATRIX_SIDE = 2048
-REPEATS = 5
+MAX_SECONDS = 1.0  # of a matrix product
 
 
 def benchmark_device() -> torch.device:
@@ -36,8 +35,10 @@ def model_config(device: torch.device) -> ModelConfig:
 
 
 def peak_flops_per_second(device: torch.device) -> float:
-    """Measure the FLOP/s of a 2048 x 2048 x 2048 matrix product in the benchmark dtype."""
-    return matmul_flops_per_second(benchmark_dtype(device), device, MATRIX_SIDE, REPEATS)
+    """Measure the FLOP/s of the fastest large matrix product in the benchmark dtype."""
+    peak = Peak(supported_precision("bf16", device)[0], device)
+    peak.measure(MAX_SECONDS)
+    return peak.flops_per_second
 
 
 def as_options(settings: Mapping[str, object]) -> list[str]:

@@ -4,7 +4,7 @@ One compiled kernel computes scores, soft cap, mask and softmax in fp32 tile by 
 skips tiles that are masked entirely. It needs Triton and a GPU that Triton supports; on a CPU it has no backward pass
 (torch 2.13).
 
-Shapes: B batch, H heads, T queries and keys, D head_dim.
+Shapes: B batch, H heads, T queries and keys, D head_dim, N blocks of queries, M blocks of keys.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 MIN_CAPABILITY = (8, 0)  # compute capability; the first with bf16 tensor cores
 MIN_HEAD_DIM = 16  # PyTorch raises an error below it
+BLOCK = 128  # queries or keys in a block, as many as the kernel handles at a time
 MAX_COMPILED_SHAPES = 64  # PyTorch falls back to eager execution beyond it, which computes all scores at once
-
-Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @functools.cache
@@ -43,25 +42,55 @@ def has_python_headers() -> bool:
 
 
 def block_mask(document_ids_BT: Tensor, window_size: int | None) -> BlockMask:
-    """Return the block mask of scores `[B, 1, T, T]`: causal, within one document, at most `window_size` tokens back."""
-    n_rows, length = document_ids_BT.shape
-    visible = _in_document(document_ids_BT) if window_size is None else _in_window(document_ids_BT, window_size)
-    return create_block_mask(visible, n_rows, None, length, length, device=str(document_ids_BT.device))
+    """Return the block mask of scores `[B, 1, T, T]`: causal, within one document, at most `window_size` tokens back.
 
+    The tokens of a document are contiguous, so query t sees the keys from `first_key_BT[:, t]` to t, and the blocks that a
+    block of queries needs follow from its first and its last query. `create_block_mask` evaluates all T x T pairs instead
+    (11.6 ms of processor time for the two masks of 12 x 1024 tokens on an H100's host).
+    """
+    length = document_ids_BT.shape[1]
+    first_key_BT = _first_keys(document_ids_BT, window_size)
+    begin_N = torch.arange(0, length, BLOCK, device=document_ids_BT.device)
+    last_N = (begin_N + BLOCK - 1).clamp(max=length - 1)
+    is_causal_NM = begin_N[:, None] >= begin_N[None, :]  # M blocks of keys
+    is_needed_BNM = is_causal_NM & (last_N >= first_key_BT[:, begin_N, None])
+    is_full_BNM = (begin_N[:, None] > begin_N) & (begin_N >= first_key_BT[:, last_N, None])
+    is_full_BNM &= (begin_N + BLOCK <= length)[:, None]  # as `create_block_mask`, which counts queries beyond the end
 
-def _in_document(document_ids_BT: Tensor) -> Visible:
     def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (document_ids_BT[row, query] == document_ids_BT[row, key])
+        return (key <= query) & (key >= first_key_BT[row, query])
 
-    return visible
+    partial, full = (blocks[:, None] for blocks in (is_needed_BNM & ~is_full_BNM, is_full_BNM))
+    (n_partial, partial_keys), (n_full, full_keys) = _listed(partial), _listed(full)
+    (n_partial_t, partial_queries), (n_full_t, full_queries) = _listed(partial.mT), _listed(full.mT)
+    return BlockMask(
+        seq_lengths=(length, length),
+        kv_num_blocks=n_partial,
+        kv_indices=partial_keys,
+        full_kv_num_blocks=n_full,
+        full_kv_indices=full_keys,
+        q_num_blocks=n_partial_t,
+        q_indices=partial_queries,
+        full_q_num_blocks=n_full_t,
+        full_q_indices=full_queries,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=visible,
+    )
 
 
-def _in_window(document_ids_BT: Tensor, window_size: int) -> Visible:
-    def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same_document = document_ids_BT[row, query] == document_ids_BT[row, key]
-        return (key <= query) & (key >= query - window_size) & same_document
+def _first_keys(document_ids_BT: Tensor, window_size: int | None) -> Tensor:
+    """Return the first visible key of each query, `[B, T]`; it never decreases from one query to the next."""
+    position_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
+    is_first_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    is_first_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    first_key_BT = torch.where(is_first_BT, position_T, 0).cummax(1).values
+    return first_key_BT if window_size is None else first_key_BT.maximum(position_T - window_size)
 
-    return visible
+
+def _listed(blocks_B1NM: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many blocks each row of blocks has, and their columns in ascending order, the others behind; int32."""
+    columns = blocks_B1NM.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks_B1NM.sum(-1, dtype=torch.int32), columns.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def flex(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: BlockMask, soft_cap: float) -> Tensor:

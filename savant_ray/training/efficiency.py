@@ -1,26 +1,28 @@
 """Model FLOPs utilization (MFU): the useful FLOPs of training relative to the speed of a large matrix product.
 
 Useful are the floating-point operations of the matrix products without padding, recomputation and masked keys (PaLM, arXiv
-2204.02311, appendix B). The peak is a large matrix product in the dtype of training with the same number of threads,
-measured in the training process after the first step and at each validation. Other processes may disturb one measurement,
-so the fastest one counts, and a training step that is faster raises the peak to its own speed.
+2204.02311, appendix B). The peak is the fastest of several large matrix products in the dtype of training with the same
+number of threads, measured in the training process after the first step and at each validation. Other processes may disturb
+one measurement, so the fastest one counts, and a training step that is faster raises the peak to its own speed.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from savant_ray.config import ModelConfig
 from savant_ray.model.transformer import ffn_dim
-from savant_ray.training.device import Precision, synchronize
+from savant_ray.training.device import Precision, none_on_oom
 
-SIDES = (256, 1024, 4096)  # matrix sizes; larger ones are used while a product takes less than MAX_SECONDS
-MAX_SECONDS = 0.1
-REPEATS = 3
+SIDES = (256, 1024, 2048, 4096, 8192)  # of the matrices; a GPU reaches its peak with the largest ones only
+MAX_SECONDS = 0.1  # a size whose product would take longer is not measured
+ROUNDS = 3
+PRODUCTS_IN_FLIGHT = 10  # that a GPU gets at a time, so that the time of launching them is not measured
 
 
 class Peak:
@@ -31,12 +33,19 @@ class Peak:
         self._device = device
         self.flops_per_second = 0.0
 
-    def measure(self) -> None:
-        """Measure again and keep the higher value; a CPU without bf16 instructions takes seconds for large matrices."""
+    def measure(self, max_seconds: float = MAX_SECONDS) -> None:
+        """Measure again and keep the higher value; sizes whose product would take longer than `max_seconds` are left out.
+
+        Out of memory, the largest sizes are left out; the largest takes 0.4 GiB in bf16.
+        """
         for side in SIDES:
-            if 2 * side**3 > MAX_SECONDS * self.flops_per_second > 0:
+            if 2 * side**3 > max_seconds * self.flops_per_second > 0:
                 break
-            measured = matmul_flops_per_second(self._dtype, self._device, side, REPEATS)
+            measured = none_on_oom(
+                functools.partial(matmul_flops_per_second, self._dtype, self._device, side), self._device
+            )
+            if measured is None:
+                break
             self.flops_per_second = max(self.flops_per_second, measured)
 
     def utilization(self, flops: float, seconds: float) -> float | None:
@@ -52,18 +61,32 @@ class Peak:
         return speed / self.flops_per_second
 
 
-def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, side: int, repeats: int) -> float:
-    """Return FLOP/s of the fastest of `repeats` products of square matrices after one to warm up."""
+def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, side: int) -> float:
+    """Return FLOP/s of square matrix products, the fastest of `ROUNDS` after one to warm up.
+
+    A CPU computes one product in a round. A GPU gets `PRODUCTS_IN_FLIGHT` at a time and is timed by its own events.
+    """
     generator = torch.Generator(device).manual_seed(0)  # does not advance the global generator
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(1 + repeats):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = max(best, 2 * side**3 / (time.perf_counter() - started))
-    return best
+    product = torch.empty_like(a)
+    seconds = _seconds_on_gpu if device.type == "cuda" else _seconds_on_cpu
+    return 2 * side**3 / min(seconds(functools.partial(torch.mm, a, b, out=product)) for _ in range(1 + ROUNDS))
+
+
+def _seconds_on_cpu(act: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def _seconds_on_gpu(act: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(PRODUCTS_IN_FLIGHT):
+        act()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000 / PRODUCTS_IN_FLIGHT
 
 
 def useful_flops(config: ModelConfig, document_lengths: Sequence[int] | np.ndarray) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from savant_ray.config import ModelConfig
 from savant_ray.model import loss as loss_module
@@ -95,6 +96,31 @@ def test_attention_in_bf16_is_off_by_its_outputs_rounding_only_as_scores_are_fp3
 
 def relative_error(mine: Tensor, exact: Tensor) -> float:
     return ((mine.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("window_size", [None, 0, 5, 127, 128, 300, 2000])
+@pytest.mark.parametrize("length", [1, 128, 129, 300, 1024])
+def test_the_blocks_of_a_gpus_mask_are_those_of_all_pairs(window_size: int | None, length: int) -> None:
+    torch.manual_seed(length)
+    for mean_length in (1, 30, 128, 500):
+        is_last = torch.rand(3, length) < 1 / mean_length
+        documents = is_last.cumsum(1).masked_fill(torch.arange(length) >= torch.tensor([[length], [200], [128]]), -1)
+
+        def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            same_document = documents[row, query] == documents[row, key]  # noqa: B023 - used within the loop only
+            return same_document & (key <= query) & (key >= query - (length if window_size is None else window_size))
+
+        expected = create_block_mask(visible, 3, None, length, length, device="cpu")
+        mask = block_mask(documents, window_size)
+        assert torch.equal(mask.to_dense(), expected.to_dense())
+        for blocks in ("kv", "full_kv", "q", "full_q"):
+            for mine, theirs in zip(listed(mask, blocks), listed(expected, blocks), strict=True):
+                assert mine.dtype == theirs.dtype and mine.is_contiguous() and torch.equal(mine, theirs), blocks
+
+
+def listed(mask: BlockMask, blocks: str) -> tuple[Tensor, Tensor]:
+    """The number of blocks in each row, and their indices."""
+    return getattr(mask, f"{blocks}_num_blocks"), getattr(mask, f"{blocks}_indices")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
