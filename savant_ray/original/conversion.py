@@ -278,8 +278,13 @@ def _newest_file(storage: RunFolder, newest: Path | None, may_repeat: bool, say:
     least = 0
     if newest is not None:
         least = step_of(newest) if may_repeat and _was_converted(newest) else step_of(newest) + 1
-    names = [name for name in storage.files() if is_original_name(name) and original_step(name) >= least]
+    files = storage.files()
+    names = [name for name in files if is_original_name(name) and original_step(name) >= least]
     names.sort(key=original_step, reverse=True)
+    if newest is None and not names and (others := sorted(name for name in files if name.endswith(".pt"))):
+        say(
+            f"note: {', '.join(others)}: not used, because files of the original are named step_N.pt, N being their step"
+        )
     path = newest_whole((storage.fetch(name) for name in names), say)
     if path is None and names and newest is None:
         advice = "Bring one back, or start anew with --fresh: it moves this folder aside and loses nothing."

@@ -225,6 +225,14 @@ def test_a_damaged_newer_file_is_told_and_the_newest_whole_one_taken(run: Path, 
     assert "step_3.pt: cut short" in said[0] and "left where it is" in said[0]
 
 
+def test_a_file_of_another_name_is_told_to_be_left_out(run: Path, config: Config) -> None:
+    trained(2).save(run).rename(run / "final.pt")
+    assert start(run, config) == (
+        None,
+        ["note: final.pt: not used, because files of the original are named step_N.pt, N being their step"],
+    )
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
 
