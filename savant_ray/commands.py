@@ -185,7 +185,7 @@ def _export(arguments: Sequence[str]) -> int:
     from savant_ray.training.safetensors_export import export_safetensors
 
     if options.format == "original":
-        with fetched(options.checkpoint) as checkpoint:
+        with fetched(options.checkpoint, with_original=True) as checkpoint:
             for warning in export_original(checkpoint, options.output, options.optimizer):
                 print(f"warning: {warning}", file=sys.stderr)
     else:

@@ -7,6 +7,7 @@ the data fingerprint is empty (`ANY_TEXT`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from savant_ray.config import Config, dump_yaml
+from savant_ray.config import Config, TrainingConfig, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.events import CheckpointSaved, Event
+from savant_ray.optim.schedule import learning_rate
 from savant_ray.original.file import MASKS, SCHEDULER, newest_whole, read_file, renumbered
 from savant_ray.original.file_settings import FileSettings, complete_settings, parameter_shapes
 from savant_ray.original.names import is_original_name, original_files, original_step
@@ -77,6 +79,7 @@ def convert_newest(
         CheckpointError: there is no checkpoint of ours and all files of the original are damaged, or the file is not that
             of a model with these settings; all differences are listed.
         DataError: the tokenizer of the settings cannot be read.
+        SettingsError: it has more entries than the file's model.
         SavantError: another process has taken the run over.
         OSError: the storage cannot be read or written; nothing is left behind.
     """
@@ -94,14 +97,17 @@ def convert_newest(
     names = list(parameter_shapes(settings.config.model))
     checkpoint = to_checkpoint(content, names, config.training.effective_batch)
     storage.check_owner()
-    folder = write_checkpoint(storage.folder, checkpoint, _texts(settings.config), storage.check_owner)
+    folder = write_checkpoint(storage.folder, checkpoint, _texts(settings.config, allow_changes), storage.check_owner)
     storage.keep(folder)
+    for difference in _other_hyperparameters(path, content, checkpoint, settings.config.training):
+        say(f"note: {difference}")
     emit(
         CheckpointSaved(
             step=content["step"],
             path=storage.locate(folder.name),
-            reason=f"converted from {path.name} of the original, which does not say what text it has read: the text goes "
-            f"on at sequence {checkpoint['savant']['position']:,}, step × effective batch",
+            reason=f"converted from {path.name} of the original, which shows neither all settings of its model nor what "
+            f"text it has read: continues with {', '.join(settings.not_shown)} and with the text at sequence "
+            f"{checkpoint['savant']['position']:,}, step × effective batch",
             seconds=time.perf_counter() - started,
             stall_seconds=0.0,
         )
@@ -143,7 +149,8 @@ def converted(
 
     Raises:
         CheckpointError: the file is damaged, or not one of the original's model.
-        SettingsError: settings contradict the file, or no tokenizer is named; everything is listed.
+        SettingsError: settings contradict the file, or no tokenizer is named; everything is listed. Or the tokenizer has
+            more entries than the file's model.
         DataError: the tokenizer cannot be read.
     """
     content = read_file(path)
@@ -188,6 +195,34 @@ def to_checkpoint(content: Mapping[str, Any], names: Sequence[str], effective_ba
     }
 
 
+def _other_hyperparameters(
+    path: Path, content: Mapping[str, Any], checkpoint: Mapping[str, Any], training: TrainingConfig
+) -> Iterator[str]:
+    """Yield a sentence for each hyperparameter that a file holds and that differs from the settings.
+
+    `content` is the file's, `checkpoint` what it was converted into.
+    """
+    scheduler, groups = content.get(SCHEDULER, {}), content["optimizer_state_dict"]["param_groups"]
+    offset = checkpoint["savant"]["schedule_offset"]
+    rate = learning_rate(
+        content["step"] + 1 + offset, training.learning_rate, training.warmup_steps, training.max_steps
+    )
+    match scheduler:
+        case {"_last_lr": [float(file_rate)], "base_lrs": [float(peak)]} if not _is_close(rate, file_rate):
+            yield (
+                f"the next update of {path.name} has a learning rate of {file_rate:.3e} in the original, {rate:.3e} with "
+                f"these settings; the original's peak is {peak:g} (training.learning_rate: {training.learning_rate:g}), its "
+                "number of steps is training.max_steps"
+            )
+    match groups:
+        case [{"weight_decay": float(decay)}] if not _is_close(decay, training.weight_decay):
+            yield f"training.weight_decay: {training.weight_decay:g}, but {path.name} was written with {decay:g}"
+
+
+def _is_close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-15)
+
+
 def _place(names: Sequence[str]) -> Callable[[str], int]:
     """Return a key for sorting in the order of `names`; others come last."""
     places = {name: place for place, name in enumerate(names)}
@@ -200,11 +235,21 @@ def _last_epoch(content: Mapping[str, Any]) -> int:
     return last_epoch if type(last_epoch) is int and 0 <= last_epoch < 2**63 else int(content["step"]) + 1
 
 
-def _texts(config: Config) -> dict[str, str]:
-    """Return the texts of a checkpoint: settings, and the tokenizer that they name, if any."""
+def _texts(config: Config, allow_changes: bool = False) -> dict[str, str]:
+    """Return the texts of a checkpoint: settings, and the tokenizer that they name, if any.
+
+    Raises:
+        DataError: the tokenizer cannot be read.
+        SettingsError: it has more entries than the model's vocabulary, unless changes are allowed.
+    """
     if config.data.learns_tokenizer:
         return {CONFIG: dump_yaml(config)}
     config, tokenizer = _load_tokenizer(config)
+    if not allow_changes and tokenizer.vocab_size > config.model.vocab_size:
+        raise SettingsError(
+            f"data.tokenizer: {tokenizer.name} has {tokenizer.vocab_size:,} entries, the file's model only "
+            f"{config.model.vocab_size:,}; give the tokenizer that it was trained with"
+        )
     return {CONFIG: dump_yaml(config), TOKENIZER: tokenizer.to_json()}
 
 
@@ -233,8 +278,13 @@ def _newest_file(storage: RunFolder, newest: Path | None, may_repeat: bool, say:
     least = 0
     if newest is not None:
         least = step_of(newest) if may_repeat and _was_converted(newest) else step_of(newest) + 1
-    names = [name for name in storage.files() if is_original_name(name) and original_step(name) >= least]
+    files = storage.files()
+    names = [name for name in files if is_original_name(name) and original_step(name) >= least]
     names.sort(key=original_step, reverse=True)
+    if newest is None and not names and (others := sorted(name for name in files if name.endswith(".pt"))):
+        say(
+            f"note: {', '.join(others)}: not used, because files of the original are named step_N.pt, N being their step"
+        )
     path = newest_whole((storage.fetch(name) for name in names), say)
     if path is None and names and newest is None:
         advice = "Bring one back, or start anew with --fresh: it moves this folder aside and loses nothing."

@@ -24,7 +24,10 @@ class FileSettings:
     config: Config  # its model is that of the file
     contradictions: tuple[str, ...]  # between the given settings and the file, a sentence each
     misfits: tuple[str, ...]  # of the file's weights and the model of its sizes, a sentence each
-    assumed: tuple[str, ...]  # defaults of settings that neither the file shows nor anybody gave: `model.n_heads 16`
+    not_shown: tuple[
+        str, ...
+    ]  # what the model has of the given settings or defaults, not of the file: `model.n_heads 16`
+    assumed: tuple[str, ...]  # those of them that nobody gave
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -55,8 +58,10 @@ def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapp
             whose = "the file" if name in CONSTANTS else "the original"
             contradictions.append(f"model.{name}: {model[name]}, but {whose} has {value}")
     config = Config.from_dict({**config.to_dict(), "model": file_model})
-    assumed = [f"model.{name} {file_model[name]}" for name in CONSTANTS if name not in {**model, **sizes}]
-    return FileSettings(config, tuple(contradictions), tuple(_misfits(weights, config.model)), tuple(assumed))
+    not_shown = {name: f"model.{name} {file_model[name]}" for name in CONSTANTS if name not in sizes}
+    assumed = tuple(text for name, text in not_shown.items() if name not in model)
+    misfits = tuple(_misfits(weights, config.model))
+    return FileSettings(config, tuple(contradictions), misfits, tuple(not_shown.values()), assumed)
 
 
 def shown_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:

@@ -75,6 +75,7 @@ def on_this_machine(
                 yield folder
             return
         if settings:
+            find_checkpoint(path)  # otherwise there is none at all
             names = ", ".join(f"{section}.{name}" for section, values in settings.items() for name in values)
             raise SettingsError(
                 f"{names}: given for {checkpoint}, which has settings of its own; only a file of the original needs them"
@@ -108,11 +109,12 @@ def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes:
 
 
 @contextmanager
-def fetched(checkpoint: str, files: Sequence[str] = ()) -> Iterator[Path]:
+def fetched(checkpoint: str, files: Sequence[str] = (), with_original: bool = False) -> Iterator[Path]:
     """Yield a path as it is, of a URI a copy for the time of a `with` block.
 
     A URI of a run means its newest checkpoint or, if it has none, the newest whole file of the original. With `files`
-    only these are copied of a checkpoint, for what needs no weights.
+    only these are copied of a checkpoint, for what needs no weights. `with_original` also copies the run's newest whole
+    file of the original, if there is one, to its place beside the checkpoint.
 
     Raises:
         CheckpointError: there is none, or it cannot be fetched.
@@ -129,6 +131,8 @@ def fetched(checkpoint: str, files: Sequence[str] = ()) -> Iterator[Path]:
                 path = newest_whole(map(storage.fetch, names), print_note)
             else:
                 path = storage.fetch_files(names[0], files) if files else storage.fetch(names[0])
+                if with_original:
+                    newest_whole(map(storage.fetch, _originals(storage)), print_note)
         except SavantError:
             raise
         except Exception as error:  # OSError, or anything of a file system that is written in Python (hf://)
@@ -152,16 +156,20 @@ def _stored(uri: str, folder: Path) -> tuple[ObjectStorage, list[str]]:
     asked = step_name(name) or (name if is_original_name(name) else None)
     storage = ObjectStorage(parent if asked else uri, folder)
     try:
-        complete, files = storage.complete_steps(), storage.files()
+        complete, originals = storage.complete_steps(), _originals(storage)
     except SavantError:
         raise
     except Exception as error:  # as in `fetched`
         raise CheckpointError(f"{uri}: cannot be read ({why(error)})") from error
-    originals = sorted(filter(is_original_name, files), key=original_step, reverse=True)
     meant = [name for name in (*complete, *originals) if name == asked] if asked else complete[-1:] or originals
     if not meant:
         raise CheckpointError(f"{uri}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
     return storage, meant
+
+
+def _originals(storage: ObjectStorage) -> list[str]:
+    """Return the names of the files of the original in a run, the newest first."""
+    return sorted(filter(is_original_name, storage.files()), key=original_step, reverse=True)
 
 
 @contextmanager

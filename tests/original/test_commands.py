@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from savant_ray.cli import main
-from savant_ray.original.file import read_file
+from savant_ray.config import Config
+from savant_ray.original.file import optimizer_of, read_file
+from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import write_checkpoint
 from tests.cluster.conftest import server, store  # noqa: F401 - fixtures
 from tests.cluster.object_store import ObjectStore
-from tests.original.program import OriginalProgram
+from tests.original.program import AdamW8bit, OriginalProgram
 from tests.original.test_conversion import config, run, start  # noqa: F401 - fixtures
 from tests.original.test_file import trained
 from tests.original.word_tokenizer import write_tokenizer
@@ -127,6 +129,23 @@ def test_settings_for_a_checkpoint_of_ours_are_refused_not_ignored(
     assert "data.tokenizer, model.n_heads, model.n_loops: given for" in told and "settings of its own" in told
 
 
+def test_settings_for_a_path_that_is_not_there_do_not_hide_that(settings: list[str], capsys: Printed) -> None:
+    assert generate("--checkpoint", "nowhere/step_3.pt", *settings) == 4
+    assert "nowhere/step_3.pt: no checkpoint there" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_entries_than_the_model_is_refused(
+    settings: list[str], tmp_path: Path, capsys: Printed
+) -> None:
+    content = trained(2).content()
+    weights = dict(content["model_state_dict"])
+    for name in ("embed.weight", "head.weight"):
+        weights[name] = weights[name][:40]
+    torch.save({**content, "model_state_dict": weights}, tmp_path / "step_1.pt")
+    assert generate("--checkpoint", tmp_path / "step_1.pt", *settings) == 2
+    assert "has 48 entries, the file's model only 40" in capsys.readouterr().err
+
+
 def test_a_misspelt_setting_is_told_with_a_suggestion(tmp_path: Path, capsys: Printed) -> None:
     assert generate("--checkpoint", trained(2).save(tmp_path), "--model.n_head", "2") == 2
     assert "did you mean model.n_heads?" in capsys.readouterr().err
@@ -190,6 +209,23 @@ def test_files_of_the_original_in_object_storage_are_checkpoints_too(
     assert main(["export", store.uri("runs/theirs"), "--format", "original", "--output", f"{tmp_path}/x.pt"]) == 0
     assert read_file(tmp_path / "x.pt")["step"] == 3
     assert generate("--checkpoint", store.uri("runs/theirs/step_9.pt"), *settings) == 4
+
+
+def test_an_export_from_object_storage_is_for_the_optimizer_of_the_originals_file_there(
+    store: ObjectStore,  # noqa: F811 - the fixture
+    config: Config,  # noqa: F811
+    tmp_path: Path,
+    capsys: Printed,
+) -> None:
+    store.write("runs/run/step_3.pt", trained(4, optimizer=AdamW8bit).save(tmp_path).read_bytes())
+    storage = ObjectStorage(store.uri("runs/run"), tmp_path / "here")
+    start(storage, config)
+    for named in ("run", "run/step_3"):
+        output = tmp_path / f"{named.replace('/', '_')}.pt"
+        assert main(["export", store.uri(f"runs/{named}"), "--format", "original", "--output", str(output)]) == 0
+        assert optimizer_of(read_file(output)) == "adamw8bit"
+        assert list(read_file(output)["model_state_dict"]) == list(OriginalProgram().model.state_dict()), "its order"
+    assert capsys.readouterr().err == ""
 
 
 def test_status_and_runs_list_files_of_the_original_by_their_names(

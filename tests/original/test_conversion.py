@@ -78,13 +78,13 @@ def names(run: Path) -> list[str]:
 
 
 def test_a_file_becomes_a_checkpoint_of_ours_and_stays_as_it_is(run: Path, config: Config) -> None:
-    path = trained(4, optimizer=AdamW8bit).save(run)
+    path = trained(4, rate=rate, optimizer=AdamW8bit).save(run)
     before = path.read_bytes()
     folder, said = start(run, config)
     assert folder == run / "step_3" and names(run) == ["step_3", "step_3.pt"] and path.read_bytes() == before
     assert said == [
-        "saved 3: converted from step_3.pt of the original, which does not say what text it has read: the text goes on at "
-        "sequence 36, step × effective batch"
+        "saved 3: converted from step_3.pt of the original, which shows neither all settings of its model nor what text it "
+        "has read: continues with model.n_heads 2, model.n_loops 4 and with the text at sequence 36, step × effective batch"
     ]
     verify(folder)
     tokenizer = Tokenizer.load(config.data.tokenizer)
@@ -138,6 +138,46 @@ def moments_by_name(path: Path) -> dict[str, Any]:
     return {name: content["optimizer_state_dict"]["state"][number] for number, name in enumerate(parameters)}
 
 
+def test_hyperparameters_that_differ_from_those_in_the_file_are_told(run: Path, config: Config) -> None:
+    program = trained(4, rate=rate)
+    program.optimizer.param_groups[0]["weight_decay"] = 0.1
+    program.save(run)
+    other = {"learning_rate": 1e-3, "weight_decay": 0.02}
+    folder, said = start(run, changed(config, training=other))
+    assert folder is not None
+    first, second, _ = said
+    assert "step_3.pt has a learning rate of 9.698e-03 in the original, 9.698e-04 with these settings" in first
+    assert "peak is 0.01 (training.learning_rate: 0.001)" in first
+    assert second == "note: training.weight_decay: 0.02, but step_3.pt was written with 0.1"
+
+
+@pytest.mark.parametrize("last_epoch", [4, 9, 25])
+def test_the_rate_of_a_file_that_was_resumed_or_is_at_its_end_is_no_difference(
+    last_epoch: int, run: Path, config: Config
+) -> None:
+    content = trained(4, rate=rate).content()
+    schedule = {"last_epoch": last_epoch, "_step_count": last_epoch + 1, "_last_lr": [PEAK * rate(last_epoch)]}
+    torch.save({**content, "scheduler_state_dict": content["scheduler_state_dict"] | schedule}, run / "step_3.pt")
+    _, said = start(run, config)
+    assert len(said) == 1
+
+
+def test_a_tokenizer_that_is_too_large_for_the_file_is_refused_before_anything_is_written(
+    run: Path, config: Config
+) -> None:
+    content = trained(2).content()
+    weights = dict(content["model_state_dict"])
+    for name in ("embed.weight", "head.weight"):
+        weights[name] = weights[name][:40]
+    torch.save({**content, "model_state_dict": weights}, run / "step_1.pt")
+    smaller = changed(config, model={"vocab_size": 40})
+    with pytest.raises(SettingsError, match=r"data\.tokenizer: .* has 48 entries, the file's model only 40"):
+        start(run, smaller)
+    assert names(run) == ["step_1.pt"]
+    folder, _ = start(run, changed(config, model={"vocab_size": 50}), allow_changes=True)
+    assert folder is not None
+
+
 def test_everything_after_the_conversion_is_an_ordinary_resume(run: Path, config: Config) -> None:
     trained(4).save(run)
     folder, _ = start(run, config)
@@ -155,7 +195,7 @@ def test_everything_after_the_conversion_is_an_ordinary_resume(run: Path, config
 def test_a_file_is_converted_anew_for_other_settings_until_something_was_trained_from_it(
     run: Path, config: Config
 ) -> None:
-    trained(4).save(run)
+    trained(4, rate=rate).save(run)
     start(run, changed(config, model={"n_loops": 8}))  # a mistake that the file does not show, noticed before training
     folder, said = start(run, config)
     assert folder is not None and len(said) == 1
@@ -163,12 +203,12 @@ def test_a_file_is_converted_anew_for_other_settings_until_something_was_trained
 
 
 def test_the_newest_of_ours_and_the_originals_is_taken(run: Path, config: Config) -> None:
-    trained(2).save(run)
+    trained(2, rate=rate).save(run)
     start(run, config)
-    trained(6).save(run)
+    trained(6, rate=rate).save(run)
     folder, _ = start(run, config)
     assert folder == run / "step_5"
-    trained(4).save(run)
+    trained(4, rate=rate).save(run)
     assert start(run, config) == (folder, [])
     (run / "step_5.pt").unlink()
     (folder / "step_5.pt").write_bytes(b"damaged")
@@ -183,6 +223,14 @@ def test_a_damaged_newer_file_is_told_and_the_newest_whole_one_taken(run: Path, 
     folder, said = start(run, config)
     assert folder == run / "step_1" and newest.exists()
     assert "step_3.pt: cut short" in said[0] and "left where it is" in said[0]
+
+
+def test_a_file_of_another_name_is_told_to_be_left_out(run: Path, config: Config) -> None:
+    trained(2).save(run).rename(run / "final.pt")
+    assert start(run, config) == (
+        None,
+        ["note: final.pt: not used, because files of the original are named step_N.pt, N being their step"],
+    )
 
 
 def cut(path: Path) -> None:
