@@ -202,10 +202,10 @@ def _runs(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="for programs: print a JSON list")
     options = parser.parse_args(arguments)
+    from savant_ray.locations import home_folder
     from savant_ray.original.names import newest_by_name
     from savant_ray.reporting.runs import find_runs, print_table, summarise, to_json
     from savant_ray.storage.lock import is_in_use
-    from savant_ray.storage.paths import home_folder
 
     folders = options.folders or [Path()]
     if not options.folders:

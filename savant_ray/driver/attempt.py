@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from savant_ray.cluster.ray_job import in_ray_job, missing_text_explained, output_folder
 from savant_ray.cluster.session import (
     Leave,
     grace_seconds,
@@ -37,13 +38,8 @@ from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Eve
 from savant_ray.locations import working_directory
 from savant_ray.reporting import RunReport, open_trackers
 from savant_ray.reporting.console import PlainConsole
-from savant_ray.storage.paths import (
-    generate_command,
-    in_ray_job,
-    missing_text_explained,
-    output_folder,
-    with_absolute_paths,
-)
+from savant_ray.reporting.wording import generate_command
+from savant_ray.storage.paths import with_absolute_paths
 
 if TYPE_CHECKING:
     from savant_ray.cluster.bridge import BridgeHandle

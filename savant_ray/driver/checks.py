@@ -11,9 +11,8 @@ from savant_ray.errors import SavantError, SettingsError
 from savant_ray.locations import decoded_uri, is_uri, split_query
 from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import has_finished, has_sample
-from savant_ray.reporting.wording import byte_size
+from savant_ray.reporting.wording import byte_size, generate_command
 from savant_ray.storage.local import Disk
-from savant_ray.storage.paths import generate_command
 from savant_ray.storage.run_storage import refuse_missing
 from savant_ray.training.checkpoint import step_of
 

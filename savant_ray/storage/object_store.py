@@ -24,12 +24,12 @@ import pyarrow.fs as pafs
 
 from savant_ray.data.sources import file_system, with_short_retries
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.locations import join_uri, parent_and_name
 from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
 from savant_ray.storage.lease import Lease, Owner, leased, refuse_if_superseded
 from savant_ray.storage.local import DAMAGED, Disk
 from savant_ray.storage.lock import free_name, locked, set_aside
-from savant_ray.storage.paths import joined, parent_and_name
 from savant_ray.training.checkpoint import (
     CONFIG,
     MANIFEST,
@@ -65,7 +65,7 @@ class ObjectStorage(Disk):
         return {name: value for name, value in self.__dict__.items() if name != "_lease"}
 
     def locate(self, name: str) -> str:
-        return joined(self.location, name)
+        return join_uri(self.location, name)
 
     def steps(self) -> list[str]:
         return _steps(self._stored(self._files()))
@@ -148,7 +148,7 @@ class ObjectStorage(Disk):
                 return None
             target = free_name(f"{self.path}.old", lambda path: bool(self._files(path)))
             self._move(self.path, target)
-        return joined(parent_and_name(self.location)[0], quote(target.rpartition("/")[2]))
+        return join_uri(parent_and_name(self.location)[0], quote(target.rpartition("/")[2]))
 
     @contextmanager
     def in_use(self, say: Callable[[str], None] = print) -> Iterator[None]:

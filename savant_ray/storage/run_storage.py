@@ -13,14 +13,14 @@ from urllib.parse import quote
 
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.locations import checkpoint_path, is_uri, why
+from savant_ray.locations import checkpoint_path, is_uri, join_uri, parent_and_name, why
 from savant_ray.original.conversion import converted, find_original
 from savant_ray.original.file import newest_whole
 from savant_ray.original.names import is_original_name, original_step
 from savant_ray.storage.lease import Owner
 from savant_ray.storage.local import Disk
 from savant_ray.storage.object_store import ObjectStorage, step_name
-from savant_ray.storage.paths import joined, parent_and_name, run_folder
+from savant_ray.storage.paths import run_folder
 from savant_ray.training.checkpoint import MANIFEST, find_checkpoint
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,7 +35,7 @@ def run_storage(config: Config, owner: Owner | None = None) -> Disk:
     if not is_uri(config.run.storage_path):
         return Disk(run_folder(config), owner)
     try:
-        uri = joined(config.run.storage_path, quote(config.run.name))
+        uri = join_uri(config.run.storage_path, quote(config.run.name))
         return ObjectStorage(uri, run_folder(config), owner)
     except SettingsError as error:
         raise SettingsError(f"run.storage_path: {error}") from error

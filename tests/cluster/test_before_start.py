@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from savant_ray.cluster.ray_job import in_ray_job, missing_text_explained, output_folder
 from savant_ray.cluster.session import grace_seconds
 from savant_ray.config import Config, load_config
 from savant_ray.driver.checks import (
@@ -26,21 +27,12 @@ from savant_ray.driver.checks import (
 from savant_ray.driver.data_preparation import find_text
 from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError
+from savant_ray.locations import join_uri, parent_and_name, replace_missing_home
 from savant_ray.reporting import RunReport
-from savant_ray.reporting.wording import byte_size
+from savant_ray.reporting.wording import byte_size, python_command
 from savant_ray.storage.local import Disk
 from savant_ray.storage.lock import LOCK, is_in_use, locked, move_run_aside
-from savant_ray.storage.paths import (
-    in_ray_job,
-    joined,
-    missing_text_explained,
-    output_folder,
-    parent_and_name,
-    python_to_type,
-    replace_missing_home,
-    run_folder,
-    with_absolute_paths,
-)
+from savant_ray.storage.paths import run_folder, with_absolute_paths
 from tests.cluster.conftest import environment, with_text
 from tests.cluster.conftest import options as tiny_options
 from tests.cluster.test_starting_point import write
@@ -67,7 +59,7 @@ def test_a_run_in_object_storage_has_a_mirror_below_home_and_a_cache_that_has_no
     resolved = with_absolute_paths(config, Path("/in"), Path("/out"))
     assert resolved.run.storage_path == config.run.storage_path
     assert run_folder(resolved) == Path.home() / "savant_runs/s3/bucket/my/runs/checkpoints_savant"
-    uri = joined(config.run.storage_path, "step_5")
+    uri = join_uri(config.run.storage_path, "step_5")
     assert uri == "s3://bucket/my/runs/step_5?region=eu-west-1"
     assert parent_and_name(uri) == (config.run.storage_path, "step_5")
     config = load_config(["--data.cache_dir", "s3://bucket/cache"], environment={})
@@ -82,11 +74,11 @@ def test_the_next_command_calls_the_python_that_has_the_packages(
     python.parent.mkdir(parents=True)
     python.touch(mode=0o755)
     monkeypatch.chdir(tmp_path)
-    assert python_to_type(python) == ".venv/bin/python", "as make calls it"
+    assert python_command(python) == ".venv/bin/python", "as make calls it"
     (tmp_path / "elsewhere").mkdir(), monkeypatch.chdir(tmp_path / "elsewhere")
-    assert python_to_type(python) == str(python)
+    assert python_command(python) == str(python)
     monkeypatch.setenv("PATH", str(python.parent))
-    assert python_to_type(python) == "python"
+    assert python_command(python) == "python"
 
 
 def test_a_job_writes_below_home_because_its_folder_vanishes() -> None:
