@@ -21,7 +21,7 @@ from savant_ray.original.file import (
     OptimizerName,
     for_optimizer,
     has_moments,
-    newest_whole,
+    newest_intact,
     optimizer_of,
     read_file,
     renumbered,
@@ -89,7 +89,7 @@ def _export(folder: Path, output: Path, optimizer: OptimizerName | None) -> list
     config = read_settings(folder)
     _refuse_unknown_to_the_original(folder, config.model)
     content = read_checkpoint(folder)
-    neighbour = newest_whole(reversed(original_files(folder.parent)), warnings.append)
+    neighbour = newest_intact(reversed(original_files(folder.parent)), warnings.append)
     like = read_file(neighbour) if neighbour else None
     target = optimizer or (optimizer_of(like) if like else None)
     four, lost = as_original(content, config.training, config.model, target or "adamw", like)

@@ -39,7 +39,7 @@ SCHEDULER = "scheduler_state_dict"  # the only key that may be missing
 MASKS = frozenset({"global_mask", "local_mask", "recurrent_block.attn.mask"})  # buffers among the weights
 
 
-def newest_whole(files: Iterable[Path], say: Callable[[str], None]) -> Path | None:
+def newest_intact(files: Iterable[Path], say: Callable[[str], None]) -> Path | None:
     """Return the first file that is whole; each damaged one before it is reported and stays where it is."""
     for path in files:
         try:

@@ -20,7 +20,7 @@ import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,29 +138,50 @@ def save(content: dict[str, Any], path: Path) -> None:
         raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
-def step_folders(run_folder: Path) -> list[Path]:
-    """The folders of a run that are named as checkpoints are, whole or not, oldest first, by step number."""
-    found = (path for path in run_folder.glob("step_*") if is_step_name(path.name) and path.is_dir())
-    return sorted(found, key=step_of)
-
-
 def is_step_name(name: str) -> bool:
-    """Whether a folder of that name is a checkpoint's."""
+    """Return whether `name` is the name of a checkpoint folder, `step_N`."""
     return _FOLDER.fullmatch(name) is not None
 
 
+def step_of(checkpoint: Path | str) -> int:
+    """Return N of a checkpoint `step_N`, given its path or name.
+
+    Raises:
+        CheckpointError: it has another name.
+    """
+    match = _FOLDER.fullmatch(Path(checkpoint).name)
+    if match is None:
+        raise CheckpointError(f"{checkpoint}: not named step_N")
+    return int(match[1])
+
+
+def in_step_order(names: Iterable[str]) -> list[str]:
+    """Return the names of checkpoints among `names`, oldest first.
+
+    The newest checkpoint is the one with the highest step number, whenever it was written.
+    """
+    return sorted(filter(is_step_name, names), key=step_of)
+
+
+def step_folders(run_folder: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, complete or not, oldest first."""
+    return [
+        run_folder / name for name in in_step_order(path.name for path in run_folder.glob("step_*") if path.is_dir())
+    ]
+
+
 def checkpoints(run_folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first, by step number."""
+    """Return the checkpoint folders of a run that have a manifest, oldest first."""
     return [folder for folder in step_folders(run_folder) if (folder / MANIFEST).is_file()]
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The one with the highest step number, or None in a folder without checkpoints."""
-    return max(checkpoints(run_folder), key=step_of, default=None)
+    """Return the newest checkpoint folder of a run that has a manifest, None without one."""
+    return next(reversed(checkpoints(run_folder)), None)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` names: itself, that around a file, or the newest of a run.
+    """Return the checkpoint folder for `path`: itself, the parent folder of a file, or the newest of a run folder.
 
     Raises:
         CheckpointError: there is none.
@@ -270,14 +291,6 @@ def verify(folder: Path, *names: str) -> None:
         if name not in files:
             raise CheckpointError(f"checkpoint {folder.name}: {MANIFEST} does not list {name}; was the folder renamed?")
         _check(folder, name, files[name])
-
-
-def step_of(folder: Path) -> int:
-    """500 of `step_500`."""
-    match = _FOLDER.fullmatch(folder.name)
-    if match is None:
-        raise CheckpointError(f"{folder}: not named step_N")
-    return int(match.group(1))
 
 
 def _manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsE
 from savant_ray.locations import join_uri, parent_and_name, replace_missing_home
 from savant_ray.reporting import RunReport
 from savant_ray.reporting.wording import byte_size, python_command
-from savant_ray.storage.local import Disk
+from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.lock import LOCK, is_in_use, locked, move_run_aside
 from savant_ray.storage.paths import run_folder, with_absolute_paths
 from tests.cluster.conftest import environment, with_text
@@ -153,7 +153,7 @@ def test_sizes_are_told_in_units_that_fit(n_bytes: float, shown: str) -> None:
 
 def test_fresh_may_take_inputs_of_any_run_but_its_own(tmp_path: Path) -> None:
     def refuse(init_from: str, run: str) -> None:
-        storage = Disk(tmp_path)
+        storage = LocalStorage(tmp_path)
         storage.location = run
         refuse_inputs_in_the_run(Config.from_dict({"run": {"init_from": init_from}}), storage)
 
@@ -225,7 +225,7 @@ def test_init_from_must_name_a_checkpoint(tmp_path: Path) -> None:
     settings = Config().to_dict()
     settings["run"] |= {"storage_path": str(tmp_path), "init_from": str(tmp_path / "nothing")}
     with pytest.raises(CheckpointError, match="no checkpoint there"):
-        check_before_start(Config.from_dict(settings), Disk(tmp_path))
+        check_before_start(Config.from_dict(settings), LocalStorage(tmp_path))
 
 
 def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) -> None:
@@ -309,8 +309,8 @@ def test_a_run_is_locked_under_every_path_that_leads_to_it(tmp_path: Path) -> No
         with pytest.raises(SavantError, match=f"in use by process {os.getpid()}"), locked(other / "run"):
             pass
     write(other / "run", 1, 2)
-    assert find_start(Disk(other / "run"), pytest.fail) == other / "run/step_2"
-    assert find_start(Disk(there), pytest.fail) == there / "step_2"
+    assert find_start(LocalStorage(other / "run"), pytest.fail) == other / "run/step_2"
+    assert find_start(LocalStorage(there), pytest.fail) == there / "step_2"
     moved = move_run_aside(other / "run")
     assert moved == other / "run.old" and (there.parent / "run.old/step_2").is_dir()
 

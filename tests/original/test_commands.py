@@ -169,7 +169,7 @@ def test_a_folder_with_damaged_files_only_ends_with_exit_code_4(
     code = generate("--checkpoint", folder, *settings) if command == "generate" else main(
         ["export", str(folder), *arguments]
     )  # fmt: skip
-    assert code == 4 and "none that is whole" in capsys.readouterr().err
+    assert code == 4 and "none that is intact" in capsys.readouterr().err
 
 
 def test_files_of_the_original_in_object_storage_are_checkpoints_too(
