@@ -10,7 +10,7 @@ from savant_ray.errors import SavantError
 from savant_ray.storage.lease import Owner
 from savant_ray.storage.lock import locked, move_run_aside, owner_token, set_aside
 from savant_ray.storage.protocol import RunStorage
-from savant_ray.training.checkpoint import checkpoints, delete_folder, remove_left_behind, step_folders
+from savant_ray.training.checkpoint import checkpoints, delete_folder, remove_unfinished, step_folders
 
 DAMAGED = ".damaged"
 
@@ -40,7 +40,7 @@ class LocalStorage(RunStorage):
         return self.folder / name
 
     def remove_unfinished(self) -> None:
-        remove_left_behind(self.folder)
+        remove_unfinished(self.folder)
 
     def set_aside(self, name: str) -> str:
         return set_aside(self.folder / name, DAMAGED).name

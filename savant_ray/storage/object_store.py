@@ -40,7 +40,7 @@ from savant_ray.training.checkpoint import (
     CONFIG,
     MANIFEST,
     in_step_order,
-    remove_left_behind,
+    remove_unfinished,
     replace_folder,
     step_folders,
     verify,
@@ -103,7 +103,7 @@ class ObjectStorage(RunStorage):
 
     def remove_unfinished(self) -> None:
         self._delete_other_folders(keep=_begun(self._list()))
-        remove_left_behind(self.folder)
+        remove_unfinished(self.folder)
         for unfinished in self.folder.glob("fetch-*"):
             shutil.rmtree(unfinished)
         for stale in {folder.name for folder in step_folders(self.folder)} - set(self.checkpoints()):
@@ -126,7 +126,9 @@ class ObjectStorage(RunStorage):
             unsent = folder.with_name(folder.name + UNSENT)
             replace_folder(folder, unsent)
             self._delete_other_mirrored(unsent)
-            raise type(error)(f"{str(error).rstrip('.')}. The checkpoint is complete in {unsent} of this node") from error
+            raise type(error)(
+                f"{str(error).rstrip('.')}. The checkpoint is complete in {unsent} of this node"
+            ) from error
         self._delete_other_mirrored(folder)
         return f"{self.path}/{folder.name}"
 

@@ -181,7 +181,7 @@ def test_a_damaged_newer_file_is_told_and_the_newest_whole_one_taken(run: Path, 
     newest.write_bytes(newest.read_bytes()[:3000])
     folder, said = start(run, config)
     assert folder == run / "step_1" and newest.exists()
-    assert "step_3.pt: cut short" in said[0] and "left where it is" in said[0]
+    assert "step_3.pt: truncated" in said[0] and "left in place" in said[0]
 
 
 def cut(path: Path) -> None:
