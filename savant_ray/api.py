@@ -218,9 +218,10 @@ def _stop_when_gone(caller: socket.socket) -> None:
 
 def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dict[str, Any]]:
     """Exit code and answer."""
+    from savant_ray.cluster.ray_job import output_folder
     from savant_ray.cluster.session import Leave
     from savant_ray.driver.attempt import train
-    from savant_ray.storage.paths import output_folder, with_absolute_paths
+    from savant_ray.storage.paths import with_absolute_paths
 
     config, error, code = Config.from_dict(settings), None, 0
     try:
@@ -243,13 +244,14 @@ def _summary(config: Config, finished: bool) -> Result:
     from savant_ray.reporting.record import METRICS
     from savant_ray.reporting.runs import summarise
     from savant_ray.storage.lock import is_in_use
+    from savant_ray.storage.protocol import newest_checkpoint_name
     from savant_ray.storage.run_storage import run_storage
 
     storage = run_storage(config)
-    names: list[str] = []
+    newest = None
     with suppress(OSError):
-        names = storage.complete_steps()
-    checkpoint = storage.locate(names[-1]) if names else None
+        newest = newest_checkpoint_name(storage)
+    checkpoint = storage.locate(newest) if newest else None
     if not (storage.folder / METRICS).exists():  # stopped before anything had begun
         return Result(storage.location, checkpoint, 0, finished, {})
     run = summarise(storage.folder, is_in_use)

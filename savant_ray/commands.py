@@ -97,10 +97,10 @@ def _generate(arguments: Sequence[str]) -> int:
     )
     options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
-    from savant_ray.storage.run_storage import on_this_machine
+    from savant_ray.storage.run_storage import local_checkpoint
     from savant_ray.training.sampling import stream_answer
 
-    with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
+    with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
         pieces = stream_answer(
             checkpoint,
             options.prompt,
@@ -139,11 +139,11 @@ def _evaluate(arguments: Sequence[str]) -> int:
     refuse_deleted_folder()
     from savant_ray.inference.logic import logic_suite, read_questions
     from savant_ray.reporting.scores import print_depths, print_scores, with_progress
-    from savant_ray.storage.run_storage import on_this_machine
+    from savant_ray.storage.run_storage import local_checkpoint
     from savant_ray.training.evaluation import answers_of, by_depth, result
 
     questions = logic_suite() if options.problems is None else read_questions(options.problems)
-    with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
+    with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
         if options.depths:
             by_loops = by_depth(checkpoint, questions, options.depths, options.max_new_tokens)
             scored = {"depths": list(with_progress(by_loops, len(options.depths)))}
@@ -181,7 +181,7 @@ def _export(arguments: Sequence[str]) -> int:
         parser.error("settings go with --format safetensors; --format original needs none")
     refuse_deleted_folder()
     from savant_ray.original.export import export_original
-    from savant_ray.storage.run_storage import fetched, on_this_machine
+    from savant_ray.storage.run_storage import fetched, local_checkpoint
     from savant_ray.training.safetensors_export import export_safetensors
 
     if options.format == "original":
@@ -189,7 +189,7 @@ def _export(arguments: Sequence[str]) -> int:
             for warning in export_original(checkpoint, options.output, options.optimizer):
                 print(f"warning: {warning}", file=sys.stderr)
     else:
-        with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
+        with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
             export_safetensors(checkpoint, options.output)
     print(f"{options.output} is written")
     return 0
@@ -202,10 +202,10 @@ def _runs(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="for programs: print a JSON list")
     options = parser.parse_args(arguments)
+    from savant_ray.locations import home_folder
     from savant_ray.original.names import newest_by_name
     from savant_ray.reporting.runs import find_runs, print_table, summarise, to_json
     from savant_ray.storage.lock import is_in_use
-    from savant_ray.storage.paths import home_folder
 
     folders = options.folders or [Path()]
     if not options.folders:

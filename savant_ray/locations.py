@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 
 LONGEST_SHOWN = 400  # characters of a name in a message
+RUNS_BELOW_HOME = "savant_runs"
+TEMPORARY_HOME = "savant-home-"  # prefix of the temporary folder that replaces a missing home; no run is stored there
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _FILE_URI = re.compile(r"file:", re.IGNORECASE)
@@ -94,6 +97,38 @@ def working_directory() -> Path:
         ) from error
 
 
+def home_folder() -> Path:
+    """Return the user's home folder.
+
+    Raises:
+        SettingsError: there is none, as for a container's user without an entry in /etc/passwd.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = None
+    if home is None or home.name.startswith(TEMPORARY_HOME):
+        raise SettingsError(f"user {os.getuid()} has no home folder, which is needed: set HOME to a writable folder")
+    return home
+
+
+def runs_below_home() -> Path:
+    """Return the folder of run folders that are not in the working directory: those of Ray jobs, and mirrors.
+
+    Raises:
+        SettingsError: the user has no home folder.
+    """
+    return home_folder() / RUNS_BELOW_HOME
+
+
+def replace_missing_home() -> None:
+    """Set HOME to an empty temporary folder if the user has no home folder: importing Ray Train needs one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.mkdtemp(prefix=TEMPORARY_HOME)
+
+
 def usable_folder(path: Path, setting: str) -> None:
     """Create the folder with its parents if it is not there, and check that files can be written into it.
 
@@ -112,6 +147,19 @@ def split_query(path: str) -> tuple[str, str]:
     """Split a URI into what precedes the `?` and its options from the `?` on; a local path has none."""
     base, mark, options = path.partition("?") if is_uri(path) else (path, "", "")
     return base, mark + options
+
+
+def join_uri(uri: str, name: str) -> str:
+    """Return the URI of `name` below `uri`; options after a `?` stay at the end."""
+    base, options = split_query(uri)
+    return f"{base.rstrip('/')}/{name}{options}"
+
+
+def parent_and_name(uri: str) -> tuple[str, str]:
+    """Split a URI into that of its parent, with the options, and the last part of its path; undoes `join_uri`."""
+    base, options = split_query(uri)
+    parent, _, name = base.rstrip("/").rpartition("/")
+    return parent + options, name
 
 
 def canonical_uri(text: str, setting: str = "", error: type[SavantError] = SettingsError) -> str:

@@ -13,7 +13,7 @@ from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.locations import printable, usable_folder, working_directory
 from savant_ray.storage.paths import with_absolute_paths
-from savant_ray.storage.run_storage import on_this_machine, run_storage
+from savant_ray.storage.run_storage import local_checkpoint, run_storage
 
 SETTINGS = ("run.storage_path", "run.init_from", "data.cache_dir", "data.validation", "data.tokenizer")
 
@@ -53,7 +53,7 @@ def test_a_file_uri_is_a_path_in_every_setting(uri: str) -> None:
     assert (config.run.storage_path, config.run.init_from, config.data.cache_dir) == ("/a b/[c]",) * 3
     assert (config.data.validation, config.data.tokenizer) == ("/a b/[c]",) * 2
     assert run_storage(config).location == f"/a b/[c]/{config.run.name}"
-    with on_this_machine(uri) as path:
+    with local_checkpoint(uri) as path:
         assert path == Path("/a b/[c]")
 
 
@@ -93,7 +93,7 @@ def test_an_option_that_cannot_be_a_path_is_named(
     "checkpoint", ["~nosuchuser/x", "a\0b", "file://host/x", "x" * 300, "r\udce9sum", "hf://nonsense"]
 )
 def test_a_checkpoint_that_cannot_be_there_is_named(checkpoint: str) -> None:
-    with pytest.raises(CheckpointError, match=r"^(checkpoint: |hf://nonsense)"), on_this_machine(checkpoint):
+    with pytest.raises(CheckpointError, match=r"^(checkpoint: |hf://nonsense)"), local_checkpoint(checkpoint):
         pass
 
 

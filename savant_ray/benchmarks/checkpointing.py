@@ -31,7 +31,7 @@ def stall(model: dict[str, int], rounds: int) -> Figures:
         from ray.train import CheckpointConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        from savant_ray.storage.tolerant_file_system import forgiving
+        from savant_ray.storage.tolerant_file_system import tolerant_file_system
 
         TorchTrainer(
             _measure,
@@ -40,7 +40,7 @@ def stall(model: dict[str, int], rounds: int) -> Figures:
             run_config=RunConfig(
                 name="run",
                 storage_path=folder,
-                storage_filesystem=forgiving(None),  # the saver writes checkpoints where Ray expects them
+                storage_filesystem=tolerant_file_system(None),  # the saver writes checkpoints where Ray expects them
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
         ).fit()
@@ -55,14 +55,14 @@ def _measure(settings: dict[str, Any]) -> None:
     import torch
 
     from savant_ray.config import Config
-    from savant_ray.storage.local import Disk
+    from savant_ray.storage.local import LocalStorage
     from savant_ray.training.host_copies import HostCopy
     from savant_ray.training.state import new_state
     from savant_ray.worker.saving import Saver
 
     config = Config.from_dict({"model": settings["model"]})
     state = new_state(config, torch.device("cpu"), "fp32")
-    saver = Saver(Disk(Path(settings["folder"], "run")), {}, lambda event: None)
+    saver = Saver(LocalStorage(Path(settings["folder"], "run")), {}, lambda event: None)
     host_copy = HostCopy()
     scratch = Path(settings["folder"], "scratch")
     scratch.mkdir()

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from savant_ray.cluster.ray_address import ClusterAddress, cluster_address, refuse_silent, why_silent
+from savant_ray.cluster.ray_job import in_ray_job
 from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, TrainingError
-from savant_ray.storage.paths import in_ray_job, replace_missing_home
+from savant_ray.locations import replace_missing_home
 
 if TYPE_CHECKING:
     from ray._private.node import Node

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from savant_ray.cluster.ray_job import in_ray_job, missing_text_explained, output_folder
 from savant_ray.cluster.session import (
     Leave,
     grace_seconds,
@@ -37,19 +38,14 @@ from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Eve
 from savant_ray.locations import working_directory
 from savant_ray.reporting import RunReport, open_trackers
 from savant_ray.reporting.console import PlainConsole
-from savant_ray.storage.paths import (
-    generate_command,
-    in_ray_job,
-    missing_text_explained,
-    output_folder,
-    with_absolute_paths,
-)
+from savant_ray.reporting.wording import generate_command
+from savant_ray.storage.paths import with_absolute_paths
 
 if TYPE_CHECKING:
     from savant_ray.cluster.bridge import BridgeHandle
     from savant_ray.driver.record_upload import Courier
     from savant_ray.driver.waiting import WorkerWatch
-    from savant_ray.storage.local import Disk
+    from savant_ray.storage.protocol import RunStorage
 
 POLL_SECONDS = 0.5
 # How long `fit()` may take to return when the workers are through. A terminal's Ctrl+C also kills parts of the dashboard,
@@ -64,7 +60,7 @@ class Launch:
     config: Config
     allow_changes: bool
     verbose: bool
-    storage: Disk
+    storage: RunStorage
     report: RunReport
     courier: Courier
     signals: StopSignals
@@ -126,7 +122,7 @@ def _launch(config: Config, fresh: bool, allow_changes: bool, verbose: bool, sig
             raise
 
 
-def _refuse_before_moving(config: Config, storage: Disk, allow_changes: bool) -> None:
+def _refuse_before_moving(config: Config, storage: RunStorage, allow_changes: bool) -> None:
     """Refuse wrong paths now: `--fresh` moves an older run aside only for one that can begin.
 
     Raises:
@@ -346,8 +342,10 @@ def _failure(launch: Launch, outcome: Outcome, newest: str) -> SavantError:
     return explain_failure(outcome.error, outcome.failure, newest, launch.config.scaling.max_failures)
 
 
-def _newest(storage: Disk) -> str:
+def _newest(storage: RunStorage) -> str:
+    from savant_ray.storage.protocol import newest_checkpoint_name
+
     try:
-        return next(reversed(storage.complete_steps()), "the beginning (no checkpoint yet)")
+        return newest_checkpoint_name(storage) or "the beginning (no checkpoint yet)"
     except OSError:  # object storage that is not reached
         return "its newest checkpoint"

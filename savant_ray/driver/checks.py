@@ -11,16 +11,15 @@ from savant_ray.errors import SavantError, SettingsError
 from savant_ray.locations import decoded_uri, is_uri, split_query
 from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import has_finished, has_sample
-from savant_ray.reporting.wording import byte_size
-from savant_ray.storage.local import Disk
-from savant_ray.storage.paths import generate_command
-from savant_ray.storage.run_storage import refuse_missing
+from savant_ray.reporting.wording import byte_size, generate_command
+from savant_ray.storage.protocol import RunStorage
+from savant_ray.storage.run_storage import check_checkpoint_exists
 from savant_ray.training.checkpoint import step_of
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
 
 
-def is_finished(config: Config, storage: Disk, newest: Path) -> str | None:
+def is_finished(config: Config, storage: RunStorage, newest: Path) -> str | None:
     """Why there is nothing to do; a last validation that a stop cut short is still to be made up for."""
     folder, step = storage.location, step_of(newest)
     if step < config.training.max_steps:
@@ -36,7 +35,7 @@ def is_finished(config: Config, storage: Disk, newest: Path) -> str | None:
     return f"{folder} has done its {step:,} steps; raise training.max_steps to go on, or: {generate_command(folder)}"
 
 
-def check_before_start(config: Config, storage: Disk, fresh: bool = False) -> None:
+def check_before_start(config: Config, storage: RunStorage, fresh: bool = False) -> None:
     """Everything that needs no GPU and no Ray; `fresh`: an older run is still there and will be moved aside.
 
     Raises:
@@ -45,14 +44,14 @@ def check_before_start(config: Config, storage: Disk, fresh: bool = False) -> No
     """
     if config.run.init_from is not None:
         try:
-            refuse_missing(config.run.init_from)
+            check_checkpoint_exists(config.run.init_from)
         except SavantError as error:
             raise type(error)(f"run.init_from: {error}") from error
     keep = config.checkpoint.keep if storage.filesystem is None else 1
     check_disk(storage.folder, checkpoint_bytes(config), keep, fresh)
 
 
-def refuse_inputs_in_the_run(config: Config, storage: Disk) -> None:
+def refuse_inputs_in_the_run(config: Config, storage: RunStorage) -> None:
     """Look for what `--fresh` would move aside although the new run needs it.
 
     Raises:

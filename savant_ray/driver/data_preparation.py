@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from savant_ray.cluster.ray_job import output_folder
 from savant_ray.cluster.session import prepare_environment, ray_session
 from savant_ray.config import WEIGHT_RESOLUTION, Config, SourceConfig
 from savant_ray.data.order import Weight, weights_by_documents
@@ -29,9 +30,9 @@ from savant_ray.driver.tokenizer_choice import (
 )
 from savant_ray.errors import DataError, SettingsError, unexpected_errors_explained
 from savant_ray.events import DataPrepared, TextCounts
-from savant_ray.locations import is_uri, usable_folder, working_directory
+from savant_ray.locations import is_uri, parent_and_name, usable_folder, working_directory
 from savant_ray.reporting import RunReport
-from savant_ray.storage.paths import output_folder, parent_and_name, with_absolute_paths
+from savant_ray.storage.paths import with_absolute_paths
 
 MIB = 1 << 20
 

@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import Self
 
 from savant_ray.errors import describe
-from savant_ray.storage.local import Disk
+from savant_ray.storage.protocol import RunStorage
 
 
 class Courier:
     """One journey at a time; the last when the launch ends."""
 
-    def __init__(self, storage: Disk) -> None:
+    def __init__(self, storage: RunStorage) -> None:
         self._storage = storage
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="courier")
         self._journey: Future[None] | None = None

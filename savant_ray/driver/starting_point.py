@@ -14,7 +14,7 @@ from typing import Any
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError
 from savant_ray.reporting.record import read_records, saved_a_checkpoint
-from savant_ray.storage.local import Disk
+from savant_ray.storage.protocol import RunStorage, newest_intact_checkpoint
 from savant_ray.storage.ray_snapshot import rebuild_snapshot
 from savant_ray.training.checkpoint import (
     ANY_TEXT,
@@ -31,7 +31,7 @@ ALLOW = "--allow-changes goes on all the same and keeps what fits; --fresh start
 
 
 def find_start(
-    storage: Disk,
+    storage: RunStorage,
     say: Callable[[str], None],
     convert: Callable[[Path | None], Path | None] = lambda newest: None,
 ) -> Path | None:
@@ -45,16 +45,7 @@ def find_start(
         OSError: the storage cannot be read or written.
     """
     storage.remove_unfinished()
-    start = None
-    while start is None and (names := storage.steps()):  # anew each time: there may be an older copy of the same step
-        name = names[-1]
-        folder = storage.fetch(name)
-        try:
-            verify(folder)
-        except CheckpointError as damage:
-            say(f"{damage}; set aside as {storage.set_aside(name)}")
-        else:
-            start = folder
+    start = newest_intact_checkpoint(storage, say)
     start = convert(start) or start
     if start is None and (storage.has_damaged() or saved_a_checkpoint(storage.folder)):
         raise CheckpointError(

@@ -14,6 +14,7 @@ from savant_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.inference.logic import logic_suite
 from savant_ray.locations import is_uri
+from savant_ray.storage.protocol import newest_checkpoint_name
 from savant_ray.storage.run_storage import initial_checkpoint, run_storage
 from savant_ray.training.checkpoint import (
     CONFIG,
@@ -59,8 +60,8 @@ def find_origin(start: Path | None, config: Config, allow_changes: bool = False)
 def find_origin_without_lock(config: Config) -> Origin | None:
     """Return what `find_origin` would for the run's newest checkpoint on this machine; for commands that do not train it."""
     storage = run_storage(config)
-    steps = storage.complete_steps() if storage.filesystem is None else []
-    return find_origin(Path(storage.locate(steps[-1])) if steps else None, config)
+    newest = newest_checkpoint_name(storage) if storage.filesystem is None else None
+    return find_origin(storage.folder / newest if newest else None, config)
 
 
 def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool) -> Tokenizer | None:

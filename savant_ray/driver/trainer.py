@@ -21,8 +21,8 @@ from savant_ray.driver.data_config import StepDataConfig
 from savant_ray.driver.data_preparation import PreparedData
 from savant_ray.driver.failures import FailureNews
 from savant_ray.errors import SettingsError
-from savant_ray.storage.local import Disk
-from savant_ray.storage.tolerant_file_system import forgiving
+from savant_ray.storage.protocol import RunStorage
+from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.worker.metrics import ascii_name
 from savant_ray.worker.training_function import WorkerTask, train_worker
 
@@ -30,7 +30,7 @@ SECONDS_BETWEEN_RESIZES = 30.0  # each costs a start of all workers and the step
 
 
 def make_trainer(
-    config: Config, storage: Disk, data: PreparedData, bridge: Any, allow_changes: bool, verbose: bool
+    config: Config, storage: RunStorage, data: PreparedData, bridge: Any, allow_changes: bool, verbose: bool
 ) -> TorchTrainer:
     """The job; Ray must be running."""
     task = WorkerTask(
@@ -50,7 +50,7 @@ def make_trainer(
             name=ascii_name(config.run.name),
             folder=os.path.basename(storage.path),  # noqa: PTH119
             storage_path=os.path.dirname(storage.path),  # noqa: PTH120 - a path of a file system, maybe not of this machine
-            storage_filesystem=forgiving(storage.filesystem, storage),
+            storage_filesystem=tolerant_file_system(storage.filesystem, storage),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             callbacks=[FailureNews(bridge)],

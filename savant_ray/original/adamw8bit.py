@@ -1,14 +1,14 @@
-"""Optimizer state of bitsandbytes' AdamW8bit, read and written without bitsandbytes.
+"""Optimizer state of bitsandbytes' AdamW8bit: read and write it without bitsandbytes.
 
-A tensor of 4,096 elements or more has both moments as 8-bit codes:
+The state of a tensor of 4,096 elements or more has both moments as 8-bit codes:
 
     state1, state2    uint8, the parameter's shape: codes of the first and the second moment
     qmap1, qmap2      [256] fp32: the value of each code
     absmax1, absmax2  [blocks] fp32: the scale of each block of consecutive elements
 
 so that `moment = qmap[code] * absmax[block]`, the fp32 product that bitsandbytes computes itself. A smaller tensor has
-fp32 `state1` and `state2` and no maps. Current versions put these keys into a dict of their own (`NESTED`), older ones
-beside `step`, which is an int.
+fp32 `state1` and `state2` and no maps. Current versions of bitsandbytes put these keys into a nested dict (`NESTED`),
+older ones next to `step`, which is an int.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from savant_ray.optim.adamw import MOMENTS
 
 NESTED = "__bnb_optimizer_quant_state__"
 CODES = 256
-BLOCK_SIZES = (256, 2048)  # elements that share a scale: in current and in older versions
+BLOCK_SIZES = (256, 2048)  # elements per scale, in current and in older versions
 
 
 def from_adamw8bit(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a parameter's state with the keys of `torch.optim.AdamW`; any other state comes back as it is.
+    """Return a parameter's state with the keys and fp32 moments of `torch.optim.AdamW`.
 
-    A state whose codes, maps and scales do not belong together comes back flat but otherwise unchanged.
+    Other states, and states whose codes, maps and scales do not fit each other, are returned flat but unchanged.
     """
     flat = {**entry, **entry.get(NESTED, {})}
     flat.pop(NESTED, None)
@@ -43,8 +43,8 @@ def from_adamw8bit(entry: Mapping[str, Any]) -> dict[str, Any]:
 def to_adamw8bit(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter's AdamW state with the keys of AdamW8bit, in the flat layout that all its versions load.
 
-    The moments stay fp32, as AdamW8bit keeps those of small tensors, so nothing is rounded; it goes on with them in
-    fp32 and needs 8 bytes a weight for them instead of 2.
+    The moments stay in fp32, the format that AdamW8bit has for small tensors, so nothing is rounded. AdamW8bit continues
+    with them in fp32 and needs 8 bytes per weight instead of 2.
     """
     moments = {f"state{number}": entry[name].float() for number, name in enumerate(MOMENTS, start=1)}
     return {"step": int(entry["step"]), **moments}
@@ -54,8 +54,8 @@ def _moment(flat: Mapping[str, Any], number: int) -> Tensor:
     """Dequantise moment 1 or 2.
 
     Raises:
-        KeyError: a part is missing.
-        ValueError: the parts do not belong together.
+        KeyError: a part of the state is missing.
+        ValueError: the parts have sizes that do not fit each other.
     """
     codes: Tensor = flat[f"state{number}"]
     if codes.dtype != torch.uint8:
@@ -64,6 +64,6 @@ def _moment(flat: Mapping[str, Any], number: int) -> Tensor:
     sizes = [size for size in BLOCK_SIZES if scales.shape == (-(-codes.numel() // size),)]
     if not sizes or values.shape != (CODES,):
         raise ValueError(f"{codes.numel()} codes, {values.numel()} values and {scales.numel()} scales")
-    moment: Tensor = values[codes.flatten().int()]  # uint8 would index as a mask
+    moment: Tensor = values[codes.flatten().int()]  # a uint8 index would be a mask
     moment *= scales.repeat_interleave(sizes[0])[: codes.numel()]
     return moment.reshape(codes.shape)

@@ -1,7 +1,9 @@
-"""A file of the original becomes a checkpoint `step_N/` of ours: in the run folder for training, aside for commands.
+"""Conversion of a file of the original script into a checkpoint `step_N/` of ours.
 
-Weights and moments are the file's, in fp32 and in our order; the schedule goes on with the rate that the original's next
-update would have. A file says nothing of the text that it has read, so the position in it is step × effective batch and
+Training converts into the run folder, commands into a temporary folder.
+
+Weights and moments are those of the file, in fp32 and in our order. The schedule continues with the learning rate of the
+original's next update. A file does not record which text it was trained on, so the position is step × effective batch and
 the data fingerprint is empty (`ANY_TEXT`).
 """
 
@@ -20,9 +22,9 @@ from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.events import CheckpointSaved, Event
 from savant_ray.optim.schedule import learning_rate
-from savant_ray.original.file import MASKS, SCHEDULER, newest_whole, read_file, renumbered
+from savant_ray.original.file import MASKS, SCHEDULER, newest_intact, read_file, renumbered
 from savant_ray.original.file_settings import FileSettings, complete_settings, parameter_shapes
-from savant_ray.original.names import is_original_name, original_files, original_step
+from savant_ray.original.names import original_files, original_names, original_step
 from savant_ray.training.checkpoint import (
     ANY_TEXT,
     CONFIG,
@@ -38,59 +40,62 @@ from savant_ray.training.checkpoint import (
 
 
 class RunFolder(Protocol):
-    """Where a run is kept: what is needed here of `cluster.disk.Disk`."""
+    """The part of `storage.protocol.RunStorage` that the conversion needs; `original` may not import `storage`."""
 
     folder: Path
     location: str
 
-    def files(self) -> list[str]:
-        """Return the names of what lies directly in the run folder."""
+    def file_names(self) -> list[str]:
+        """Return the names of the files directly in the run folder."""
 
     def fetch(self, name: str) -> Path:
-        """Return a file of the run on this machine."""
+        """Return the local path of a file of the run."""
 
     def locate(self, name: str) -> str:
-        """Return a checkpoint's path or URI, for people."""
+        """Return the path or URI of a checkpoint, for messages."""
 
     def check_owner(self) -> None:
-        """Raise SavantError if another process has taken the run over."""
+        """Raise SavantError if another process owns the run."""
 
-    def keep(self, folder: Path) -> str:
-        """Take over a checkpoint that was just written into `folder`."""
+    def commit(self, folder: Path) -> str:
+        """Store a checkpoint that was written into `folder`."""
 
 
 def convert_newest(
     storage: RunFolder,
     config: Config,
     newest: Path | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     emit: Callable[[Event], None],
     allow_changes: bool = False,
 ) -> Path | None:
-    """Convert the newest whole file of the original into a checkpoint of the run, if there is one after `newest`.
+    """Convert the newest intact file of the original into a checkpoint of the run, if its step is after `newest`.
 
-    `newest` is the newest whole checkpoint of ours. If that was itself converted for other settings and nothing was
-    trained from it, it is converted anew. Damaged files are reported and stay where they are, as the converted one does.
+    `newest` is the newest intact checkpoint of ours. If it was converted from a file of the original for other settings
+    and nothing was trained from it, that file is converted again. The files stay in place; damaged ones are passed to
+    `log`.
 
     Returns:
         The new checkpoint, None if there is nothing to convert.
 
     Raises:
-        CheckpointError: there is no checkpoint of ours and all files of the original are damaged, or the file is not that
-            of a model with these settings; all differences are listed.
+        CheckpointError: there is no checkpoint of ours and all files of the original are damaged, or the file is not of a
+            model with these settings; all differences are listed.
         DataError: the tokenizer of the settings cannot be read.
         SettingsError: it has more entries than the file's model.
-        SavantError: another process has taken the run over.
-        OSError: the storage cannot be read or written; nothing is left behind.
+        SavantError: another process owns the run.
+        OSError: the storage cannot be read or written; no partial checkpoint remains.
     """
-    path = _newest_file(storage, newest, not config.data.learns_tokenizer, say)
+    path = _newest_file(storage, newest, not config.data.learns_tokenizer, log)
     if path is None:
         return None
     started = time.perf_counter()
     content = read_file(path)
     settings = complete_settings(content["model_state_dict"], config.to_dict())
     if newest is not None and content["step"] == step_of(newest):
-        if settings.problems or _is_conversion_with(newest, settings.config):  # an ordinary resume, or refused as such
+        if settings.problems or _is_conversion_with(
+            newest, settings.config
+        ):  # resumed, or refused, like any checkpoint
             return None
     elif not allow_changes:
         _refuse_other_settings(path, settings)
@@ -98,15 +103,15 @@ def convert_newest(
     checkpoint = to_checkpoint(content, names, config.training.effective_batch)
     storage.check_owner()
     folder = write_checkpoint(storage.folder, checkpoint, _texts(settings.config, allow_changes), storage.check_owner)
-    storage.keep(folder)
+    storage.commit(folder)
     for difference in _other_hyperparameters(path, content, checkpoint, settings.config.training):
-        say(f"note: {difference}")
+        log(f"note: {difference}")
     emit(
         CheckpointSaved(
             step=content["step"],
             path=storage.locate(folder.name),
-            reason=f"converted from {path.name} of the original, which shows neither all settings of its model nor what "
-            f"text it has read: continues with {', '.join(settings.not_shown)} and with the text at sequence "
+            reason=f"converted from {path.name} of the original, which records neither all settings of its model nor its "
+            f"text: continues with {', '.join(settings.not_shown)} and with the text at sequence "
             f"{checkpoint['savant']['position']:,}, step × effective batch",
             seconds=time.perf_counter() - started,
             stall_seconds=0.0,
@@ -115,22 +120,23 @@ def convert_newest(
     return folder
 
 
-def find_original(path: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
-    """Return the file of the original that is meant by a path: itself, or the newest whole one of a folder.
+def find_original(path: Path, log: Callable[[str], None] = lambda _: None) -> Path | None:
+    """Return the file of the original for `path`: itself, or the newest intact one of a folder.
 
-    None if the path is or holds a checkpoint of ours, or nothing of the kind.
+    None if the path is or contains a checkpoint of ours, or contains no such file. Damaged newer files are passed to
+    `log`.
 
     Raises:
-        CheckpointError: the folder has only damaged ones.
+        CheckpointError: all such files of the folder are damaged.
     """
     if path.is_file():
         return None if (path.parent / MANIFEST).is_file() else path
     if not path.is_dir() or (path / MANIFEST).is_file() or newest_checkpoint(path) is not None:
         return None
     files = original_files(path)
-    newest = newest_whole(reversed(files), say)
+    newest = newest_intact(reversed(files), log)
     if newest is None and files:
-        raise CheckpointError(_none_whole(str(path)))
+        raise CheckpointError(_none_intact(str(path)))
     return newest
 
 
@@ -141,16 +147,16 @@ def converted(
     note: Callable[[str], None],
     allow_changes: bool = False,
 ) -> Iterator[Path]:
-    """Convert a file of the original into a checkpoint in a temporary folder, for the time of a `with` block.
+    """Convert a file of the original into a checkpoint in a temporary folder that exists within the `with` block.
 
-    It holds weights, settings and tokenizer, no moments. `settings` are given by section, as in YAML; what had to be
-    assumed beside them is handed to `note`. With `allow_changes` the settings are not compared with the file, and the
-    checkpoint has no tokenizer.
+    The checkpoint holds weights, settings and tokenizer, but no moments. `settings` are given by section, as in YAML;
+    defaults that complete them are passed to `note`. With `allow_changes` the settings are not compared with the file,
+    and the checkpoint has no tokenizer.
 
     Raises:
-        CheckpointError: the file is damaged, or not one of the original's model.
-        SettingsError: settings contradict the file, or no tokenizer is named; everything is listed. Or the tokenizer has
-            more entries than the file's model.
+        CheckpointError: the file is damaged, or not of the original's model.
+        SettingsError: settings contradict the file, or name no tokenizer, or one with more entries than the file's model;
+            all problems are listed.
         DataError: the tokenizer cannot be read.
     """
     content = read_file(path)
@@ -169,12 +175,12 @@ def converted(
 
 
 def to_checkpoint(content: Mapping[str, Any], names: Sequence[str], effective_batch: int) -> dict[str, Any]:
-    """Return a file's content (see `read_file`) as that of a checkpoint of ours.
+    """Return a file's content (see `read_file`) in the format of our checkpoints.
 
-    `names` are the model's parameters in our order, by which weights and moments are arranged. An optimizer of several
-    groups does not say which moments are whose; it is left as it is, and `load_checkpoint` tells that it does not fit. A
-    schedule that is behind the step, because the original could not load its optimizer and began anew, is left behind,
-    and `load_checkpoint` reports it.
+    `names` are the model's parameters in our order, in which weights and moments are returned. The state of an optimizer
+    with several groups does not show which moments belong to which parameter; it is returned unchanged, and
+    `load_checkpoint` reports that it does not fit. A schedule may be behind the step, if the original could not load its
+    optimizer and restarted the schedule; it stays behind, and `load_checkpoint` reports it.
     """
     weights = {name: weight for name, weight in content["model_state_dict"].items() if name not in MASKS}
     last_epoch = _last_epoch(content)
@@ -230,13 +236,13 @@ def _place(names: Sequence[str]) -> Callable[[str], int]:
 
 
 def _last_epoch(content: Mapping[str, Any]) -> int:
-    """Return the updates that the file's schedule has counted; of a file without a schedule, those up to its step."""
+    """Return the number of updates that the file's schedule has counted; without a schedule, those up to its step."""
     last_epoch = content.get(SCHEDULER, {}).get("last_epoch")
     return last_epoch if type(last_epoch) is int and 0 <= last_epoch < 2**63 else int(content["step"]) + 1
 
 
 def _texts(config: Config, allow_changes: bool = False) -> dict[str, str]:
-    """Return the texts of a checkpoint: settings, and the tokenizer that they name, if any.
+    """Return the text files of a checkpoint by name: settings, and the tokenizer that they name, if any.
 
     Raises:
         DataError: the tokenizer cannot be read.
@@ -254,7 +260,7 @@ def _texts(config: Config, allow_changes: bool = False) -> dict[str, str]:
 
 
 def _load_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
-    """Load the tokenizer that the settings name; also return the settings with what follows from it.
+    """Load the tokenizer that the settings name; return it with the settings, completed by what depends on it.
 
     Raises:
         DataError: it cannot be read.
@@ -267,38 +273,37 @@ def _load_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
     return with_tokenizer_settings(config, tokenizer), tokenizer
 
 
-def _newest_file(storage: RunFolder, newest: Path | None, may_repeat: bool, say: Callable[[str], None]) -> Path | None:
-    """Return the newest whole file of the original of a step after `newest`.
+def _newest_file(storage: RunFolder, newest: Path | None, may_repeat: bool, log: Callable[[str], None]) -> Path | None:
+    """Return the newest intact file of the original whose step is after that of `newest`.
 
-    Of the same step if `newest` was itself made of such a file and `may_repeat`.
+    With `may_repeat` it may be of the same step if `newest` was converted from such a file.
 
     Raises:
         CheckpointError: there is no checkpoint of ours, and all files of the original are damaged.
     """
-    least = 0
+    min_step = 0
     if newest is not None:
-        least = step_of(newest) if may_repeat and _was_converted(newest) else step_of(newest) + 1
-    files = storage.files()
-    names = [name for name in files if is_original_name(name) and original_step(name) >= least]
-    names.sort(key=original_step, reverse=True)
+        min_step = step_of(newest) if may_repeat and _was_converted(newest) else step_of(newest) + 1
+    files = storage.file_names()
+    names = [name for name in reversed(original_names(files)) if original_step(name) >= min_step]
     if newest is None and not names and (others := sorted(name for name in files if name.endswith(".pt"))):
-        say(
+        log(
             f"note: {', '.join(others)}: not used, because files of the original are named step_N.pt, N being their step"
         )
-    path = newest_whole((storage.fetch(name) for name in names), say)
+    path = newest_intact(map(storage.fetch, names), log)
     if path is None and names and newest is None:
-        advice = "Bring one back, or start anew with --fresh: it moves this folder aside and loses nothing."
-        raise CheckpointError(f"{_none_whole(storage.location)}. {advice}")
+        advice = "Restore one, or start a new run with --fresh, which renames this folder and deletes nothing."
+        raise CheckpointError(f"{_none_intact(storage.location)}. {advice}")
     return path
 
 
 def _was_converted(checkpoint: Path) -> bool:
-    """Return whether a checkpoint of ours was made of a file of the original."""
+    """Return whether a checkpoint of ours was converted from a file of the original."""
     return bool(read_manifest(checkpoint)["data_fingerprint"] == ANY_TEXT)
 
 
 def _is_conversion_with(checkpoint: Path, config: Config) -> bool:
-    """Return whether a converted checkpoint is what a conversion with these settings would give."""
+    """Return whether a conversion with these settings would result in this converted checkpoint."""
     if not (checkpoint / TOKENIZER).is_file():
         return False
     old = read_settings(checkpoint)
@@ -313,23 +318,22 @@ def _is_conversion_with(checkpoint: Path, config: Config) -> bool:
 
 
 def _refuse_other_settings(path: Path, settings: FileSettings) -> None:
-    """Refuse to train on with settings that are not those of the file.
+    """Refuse to continue training with settings that differ from those of the file.
 
     Raises:
-        CheckpointError: some are not, or no tokenizer is named, so that another one would be learnt.
+        CheckpointError: some differ, or no tokenizer is named, so that a new one would be trained.
     """
     problems, data = list(settings.problems), settings.config.data
     if data.learns_tokenizer:
-        learnt = f"data.tokenizer: {data.tokenizer} would learn another one than the file was trained with"
-        problems.append(f"{learnt}; give its own")
+        problem = f"data.tokenizer: {data.tokenizer} would train a new tokenizer, not the one of the file"
+        problems.append(f"{problem}; give that one")
     if problems:
-        allow = (
-            "--allow-changes goes on all the same and keeps what fits; --fresh starts anew and moves this run aside."
-        )
-        raise CheckpointError(f"{path.name} was trained with something else:\n  " + "\n  ".join([*problems, allow]))
+        advice = "--allow-changes continues anyway and keeps what fits; --fresh starts a new run and renames this one."
+        raise CheckpointError(f"{path.name} was trained with other settings:\n  " + "\n  ".join([*problems, advice]))
 
 
 def _refuse_incomplete(path: Path, settings: FileSettings) -> None:
+    """Raise CheckpointError or SettingsError if the file cannot be used with these settings, or no tokenizer is named."""
     problems = list(settings.problems)
     if settings.config.data.learns_tokenizer:
         problems.append(
@@ -337,8 +341,8 @@ def _refuse_incomplete(path: Path, settings: FileSettings) -> None:
         )
     if problems:
         kind = SettingsError if len(problems) > len(settings.misfits) else CheckpointError
-        raise kind(f"{path}, a file of the original, does not go with the settings:\n  " + "\n  ".join(problems))
+        raise kind(f"{path}, a file of the original, does not match the settings:\n  " + "\n  ".join(problems))
 
 
-def _none_whole(folder: str) -> str:
-    return f"{folder} holds files of the original, but none that is whole"
+def _none_intact(folder: str) -> str:
+    return f"{folder} holds files of the original, but none that is intact"

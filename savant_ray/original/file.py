@@ -1,17 +1,17 @@
-"""The file format of the original script, `step_X.pt`: read and write.
+"""Checkpoint files of the original script, `step_N.pt`: read, verify, write.
 
     step                   number of the last update, counted from 0
-    model_state_dict       weights by name, in any float format, and the masks of attention as fp32 buffers
+    model_state_dict       weights by name, in any float format, and the attention masks as fp32 buffers
     optimizer_state_dict   moments by parameter number: bitsandbytes' AdamW8bit (see adamw8bit.py), or torch.optim.AdamW
-                           where the script found no bitsandbytes
-    scheduler_state_dict   torch.optim.lr_scheduler.LambdaLR's; files of an older script have none
+                           if the script ran without bitsandbytes
+    scheduler_state_dict   that of torch.optim.lr_scheduler.LambdaLR; absent in files of an older script
 
 The schedule's `last_epoch` counts updates, so it is `step + 1`. A resumed script repeats the number of its last update,
 so each resume adds one more. The learning rates in a file are those of the next update.
 
-The order of the parameters is the file's own, that of the names in `model_state_dict`, and need not be ours. PyTorch
-assigns moments by number alone, so a file has to be written in the order of the model that is to load it.
-The file has no manifest, but a CRC-32 for each record, which PyTorch does not check and which is checked here first.
+Parameters are in the order of the names in `model_state_dict`, which may differ from ours. PyTorch assigns moments by
+number alone, so a file has to be written in the parameter order of the model that will load it.
+A file has no manifest, but a CRC-32 for each zip record, which PyTorch ignores; it is verified before a file is loaded.
 """
 
 from __future__ import annotations
@@ -30,38 +30,39 @@ from savant_ray.locations import why
 from savant_ray.optim.adamw import MOMENTS
 from savant_ray.original.adamw8bit import from_adamw8bit, to_adamw8bit
 from savant_ray.original.names import is_original_name, original_step
-from savant_ray.training.checkpoint import load, reason, save, sync
+from savant_ray.training.checkpoint import error_line, load, save, sync
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 
 KEYS = ("step", "model_state_dict", "optimizer_state_dict")
-SCHEDULER = "scheduler_state_dict"  # the only key that may be missing
-MASKS = frozenset({"global_mask", "local_mask", "recurrent_block.attn.mask"})  # buffers among the weights
+SCHEDULER = "scheduler_state_dict"  # the only optional key
+MASKS = frozenset({"global_mask", "local_mask", "recurrent_block.attn.mask"})  # buffers in model_state_dict
 
 
-def newest_whole(files: Iterable[Path], say: Callable[[str], None]) -> Path | None:
-    """Return the first file that is whole; each damaged one before it is reported and stays where it is."""
+def newest_intact(files: Iterable[Path], log: Callable[[str], None]) -> Path | None:
+    """Return the first intact file of `files`, which are given newest first; damaged ones before it go to `log`."""
     for path in files:
         try:
-            _checked(path)
+            _load_verified(path)
         except CheckpointError as damage:
-            say(f"{damage}; not used, and left where it is")
+            log(f"{damage}; not used, and left in place")
         else:
             return path
     return None
 
 
 def read_file(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """A file's four keys, checked: weights (fp32) and AdamW moments (fp32) in the file's own order, and its masks.
+    """Verify a file and return its four keys: weights and moments in fp32 and in the file's order, and the masks.
 
-    The moments are those of `torch.optim.AdamW`, whichever optimizer the file was written by (see `optimizer_of`).
-    Executes no code from the file. A state of optimizer or scheduler that is none comes back empty, so that the weights
-    can be used all the same; a missing one of the scheduler is missing here, too.
+    The moments are those of `torch.optim.AdamW`, whichever optimizer wrote the file (see `optimizer_of`). Executes no code
+    from the file. An invalid state of optimizer or scheduler is returned empty, so that the weights remain usable; a
+    missing state of the scheduler is missing in the result too.
 
     Raises:
-        CheckpointError: the file is missing, cut short, altered, lacks a key, holds code or the step of another name.
+        CheckpointError: the file is missing, truncated or altered, lacks a key, contains code, or is named after another
+            step.
     """
-    content = _checked(path, device)
+    content = _load_verified(path, device)
     weights = content["model_state_dict"]
     four = {
         "step": content["step"],
@@ -75,9 +76,9 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def optimizer_of(four: Mapping[str, Any]) -> OptimizerName | None:
-    """The optimizer that wrote a file; None if the file has no group of parameters.
+    """Return the optimizer that wrote a file; None if the file has no group of parameters.
 
-    Told by the groups, which also files without moments have: `amsgrad` is an option of PyTorch's AdamW only.
+    The groups show it, which files without moments have too: `amsgrad` is an option of PyTorch's AdamW only.
     """
     groups = four["optimizer_state_dict"]["param_groups"]
     if not groups:
@@ -86,59 +87,62 @@ def optimizer_of(four: Mapping[str, Any]) -> OptimizerName | None:
 
 
 def has_moments(four: Mapping[str, Any]) -> bool:
-    """Whether a file (see `read_file`) has AdamW moments for each parameter that it has a state for, and for one."""
+    """Return whether a file (see `read_file`) has an optimizer state, with AdamW moments in each parameter's state."""
     state = four["optimizer_state_dict"]["state"]
     return bool(state) and all(set(entry) == {"step", *MOMENTS} for entry in state.values())
 
 
 def for_optimizer(four: Mapping[str, Any], optimizer: OptimizerName) -> dict[str, Any]:
-    """The same content (see `read_file`) with the optimizer's state as this optimizer loads it."""
+    """Return the content of a file (see `read_file`) with the optimizer state in the format of `optimizer`."""
     state, groups = (four["optimizer_state_dict"][key] for key in ("state", "param_groups"))
     if optimizer == "adamw8bit":
         state = {number: to_adamw8bit(entry) for number, entry in state.items()}
-    own = _group_options(optimizer)
-    others = _group_options("adamw" if optimizer == "adamw8bit" else "adamw8bit").keys() - own.keys()
-    groups = [own | {name: value for name, value in group.items() if name not in others} for group in groups]
+    options = _group_options(optimizer)
+    foreign = _group_options("adamw" if optimizer == "adamw8bit" else "adamw8bit").keys() - options.keys()
+    groups = [options | {name: value for name, value in group.items() if name not in foreign} for group in groups]
     return {**four, "optimizer_state_dict": {"state": state, "param_groups": groups}}
 
 
-def renumbered(optimizer: dict[str, Any], theirs: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:
-    """Return the state of a single group of all parameters, numbered in our order; any other as it is."""
+def renumbered(optimizer: dict[str, Any], old_order: Sequence[str], new_order: Sequence[str]) -> dict[str, Any]:
+    """Return the optimizer state with parameters numbered in another order, both given as parameter names.
+
+    A state without a single group of all parameters is returned unchanged.
+    """
     groups = optimizer["param_groups"]
-    if len(groups) != 1 or len(groups[0]["params"]) != len(theirs):
+    if len(groups) != 1 or len(groups[0]["params"]) != len(old_order):
         return optimizer
-    number_of = dict(zip(theirs, groups[0]["params"], strict=True))
+    number_of = dict(zip(old_order, groups[0]["params"], strict=True))
     state = {
         number: optimizer["state"][number_of[name]]
-        for number, name in enumerate(ours)
+        for number, name in enumerate(new_order)
         if name in number_of and number_of[name] in optimizer["state"]
     }
-    return {"state": state, "param_groups": [{**groups[0], "params": list(range(len(ours)))}]}
+    return {"state": state, "param_groups": [{**groups[0], "params": list(range(len(new_order)))}]}
 
 
 def write_original(path: Path, four: Mapping[str, Any]) -> None:
-    """Writes the keys to a file that the original loads: aside first, so that it is whole or not there.
+    """Write the four keys to a file that the original loads; the file is replaced atomically.
 
     Raises:
-        OSError: the storage refuses; what was there before is whole.
+        OSError: the storage fails; an existing file is unchanged.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save({key: four[key] for key in (*KEYS, SCHEDULER) if key in four}, aside)
-        sync(aside)
-        aside.replace(path)
+        save({key: four[key] for key in (*KEYS, SCHEDULER) if key in four}, temporary)
+        sync(temporary)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
-def _checked(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """A file's content as it was written.
+def _load_verified(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Verify and load a file; return its content as it was written.
 
     Raises:
         CheckpointError: as `read_file`.
     """
-    _check_records(path)
+    _verify_records(path)
     content = load(path, device)
     if missing := [key for key in KEYS if key not in content]:
         raise CheckpointError(f"{path}: not a file of the original: {', '.join(missing)} missing")
@@ -147,54 +151,56 @@ def _checked(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a file of the original: its step is {step!r}")
     if is_original_name(path.name) and original_step(path.name) != step:
         raise CheckpointError(f"{path} holds step {step}: rename it to step_{step}.pt")
-    if not isinstance(weights, Mapping) or not all(map(_is_real, weights.values())):
+    if not isinstance(weights, Mapping) or not all(map(_is_real_tensor, weights.values())):
         raise CheckpointError(f"{path}: not a file of the original: its model_state_dict holds no weights by name")
     return content
 
 
-def _check_records(path: Path) -> None:
-    """Every record against its CRC-32.
+def _verify_records(path: Path) -> None:
+    """Verify the CRC-32 of all records of the zip archive.
 
     Raises:
-        CheckpointError: one differs, or this is no archive of records.
+        CheckpointError: a record is damaged, or the file is not a zip archive.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() or _marked_as_folder(archive)
+            damaged = archive.testzip() or _folder_record(archive)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({why(error)})") from error
-    except Exception as error:  # damaged headers let `zipfile` fail in a dozen ways
-        raise CheckpointError(f"{path}: cut short, altered or not written by torch.save ({reason(error)})") from error
+    except Exception as error:  # zipfile raises errors of many types for damaged headers
+        raise CheckpointError(
+            f"{path}: truncated, altered or not written by torch.save ({error_line(error)})"
+        ) from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: altered since it was written (its record {damaged} is not what was put in)")
+        raise CheckpointError(f"{path}: altered since it was written (checksum of record {damaged} differs)")
 
 
-def _is_real(weight: Any) -> bool:
+def _is_real_tensor(weight: Any) -> bool:
     return isinstance(weight, Tensor) and not weight.is_complex()
 
 
-def _marked_as_folder(archive: zipfile.ZipFile) -> str | None:
-    """A record with MS-DOS's folder bit: PyTorch reads nothing then and hands out memory as it finds it."""
+def _folder_record(archive: zipfile.ZipFile) -> str | None:
+    """Return a record with the MS-DOS folder bit: PyTorch does not read such a record and returns uninitialized memory."""
     return next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)
 
 
 def _optimizer_state(saved: Any) -> dict[str, Any]:
-    """AdamW's state by parameter number, tensors in fp32, and groups; without either where it is no optimizer's."""
+    """Return AdamW's state by parameter number, with fp32 tensors, and its groups; both empty if `saved` is invalid."""
     try:
         groups = [dict(group.items(), params=list(group["params"])) for group in saved.get("param_groups")]
         state = {
             number: {name: torch.as_tensor(value, dtype=torch.float32) for name, value in from_adamw8bit(entry).items()}
             for number, entry in saved["state"].items()
         }
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # something else
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return {"state": {}, "param_groups": []}
     return {"state": state, "param_groups": groups}
 
 
 def _group_options(optimizer: OptimizerName) -> dict[str, Any]:
-    """What the optimizer keeps in a group beside rate, betas, eps and decay."""
+    """Return the default options of an optimizer's group, except learning rate, betas, eps and weight decay."""
     if optimizer == "adamw8bit":
         return {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
     options: dict[str, Any] = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]

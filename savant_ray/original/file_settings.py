@@ -1,4 +1,4 @@
-"""The settings of a file of the original, which holds none: read off its weights and masks, completed by those given."""
+"""Settings for a file of the original, which stores none: inferred from its weights and masks, and completed."""
 
 from __future__ import annotations
 
@@ -14,37 +14,41 @@ from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.original.file import MASKS
 from savant_ray.training.state import reshaped_weights
 
-CONSTANTS = ("vocab_size", "dim", "n_heads", "n_loops", "max_seq_len", "window_size")  # that the original's user sets
+# Model settings that are constants at the top of the original script; its code fixes the others.
+CONSTANTS = ("vocab_size", "dim", "n_heads", "n_loops", "max_seq_len", "window_size")
 
 
 @dataclass(frozen=True)
 class FileSettings:
-    """Complete settings for a file of the original, and what is to be said about them."""
+    """Complete settings for a file of the original, and messages about them."""
 
-    config: Config  # its model is that of the file
-    contradictions: tuple[str, ...]  # between the given settings and the file, a sentence each
-    misfits: tuple[str, ...]  # of the file's weights and the model of its sizes, a sentence each
-    not_shown: tuple[
-        str, ...
-    ]  # what the model has of the given settings or defaults, not of the file: `model.n_heads 16`
-    assumed: tuple[str, ...]  # those of them that nobody gave
+    config: Config
+    """Settings whose model section matches the file."""
+    contradictions: tuple[str, ...]
+    """Explicit settings that contradict the file."""
+    misfits: tuple[str, ...]
+    """Weights that are missing, unknown or of another shape than in a model of these sizes."""
+    not_shown: tuple[str, ...]
+    """Model settings that are explicit or defaults, because the file does not show them: `model.n_heads 16`."""
+    assumed: tuple[str, ...]
+    """The defaults among them."""
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """All reasons not to use the file with these settings."""
+        """Return all reasons not to use the file with these settings."""
         return self.contradictions + self.misfits
 
 
 def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapping[str, Any]]) -> FileSettings:
-    """Complete the settings that a file shows by the given ones (by section, as in YAML) and the defaults.
+    """Combine the settings that a file shows with explicit ones (by section, as in YAML) and defaults.
 
-    `weights` is the file's `model_state_dict` with its masks. Where given settings contradict the file, the file's are
-    used.
+    `weights` is the file's `model_state_dict` with its masks. Where explicit settings contradict the file, those of the
+    file are used.
 
     Raises:
-        SettingsError: a given setting is wrong in itself.
+        SettingsError: an explicit setting is invalid.
     """
-    model, sizes = dict(explicit.get("model", {})), shown_sizes(weights)
+    model, sizes = dict(explicit.get("model", {})), inferred_sizes(weights)
     heads, dim = model.get("n_heads", ModelConfig().n_heads), sizes.get("dim")
     contradictions = []
     if dim is not None and type(heads) is int and heads > 0 and dim % heads:
@@ -52,11 +56,11 @@ def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapp
         contradictions.append(f"model.n_heads: {heads} does not divide the file's model.dim, {dim}{advice}")
         heads = 1
     config = Config.from_dict({**explicit, "model": {**model, **sizes, "n_heads": heads}})
-    file_model = _as_the_original_has_it(config.model, model)
+    file_model = _original_settings(config.model, model)
     for name, value in file_model.items():
         if name in model and name != "n_heads" and model[name] != value:
-            whose = "the file" if name in CONSTANTS else "the original"
-            contradictions.append(f"model.{name}: {model[name]}, but {whose} has {value}")
+            source = "the file" if name in CONSTANTS else "the original"
+            contradictions.append(f"model.{name}: {model[name]}, but {source} has {value}")
     config = Config.from_dict({**config.to_dict(), "model": file_model})
     not_shown = {name: f"model.{name} {file_model[name]}" for name in CONSTANTS if name not in sizes}
     assumed = tuple(text for name, text in not_shown.items() if name not in model)
@@ -64,8 +68,8 @@ def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapp
     return FileSettings(config, tuple(contradictions), misfits, tuple(not_shown.values()), assumed)
 
 
-def shown_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the model settings that weights and masks show; a file without masks does not show the sequence's length."""
+def inferred_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the model settings that the shapes of weights and masks show; without masks, no sequence length."""
     sizes: dict[str, int] = {}
     embedding = weights.get("embed.weight")
     if embedding is not None and embedding.dim() == 2 and embedding.numel():
@@ -79,11 +83,11 @@ def shown_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
     return sizes
 
 
-def _as_the_original_has_it(completed: ModelConfig, explicit: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's settings with those that are fixed in the original's code at their only value.
+def _original_settings(completed: ModelConfig, explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model settings, with those that the original's code fixes at the values that it has there.
 
-    A given value that comes to the same is kept: a window beyond the sequence, a `global_every` by which the same loops
-    are global.
+    An explicit value with the same effect is kept: a window that is longer than the sequence, or a `global_every` that
+    makes the same loops global.
     """
     defaults, model = ModelConfig(), completed.model_dump()
     window = explicit.get("window_size")
@@ -97,31 +101,31 @@ def _as_the_original_has_it(completed: ModelConfig, explicit: Mapping[str, Any])
 
 
 def visible_keys(mask: Tensor) -> Tensor:
-    """Return [T, T] bool of a mask of the original: which keys (columns) a query (row) sees. Each sees itself."""
-    return mask.squeeze() == mask.flatten()[:1]
+    """Return [T, T] bool of a mask of the original: which keys (columns) a query (row) attends to."""
+    return mask.squeeze() == mask.flatten()[:1]  # element [0, 0]: a query always attends to itself
 
 
 def global_loops(model: Mapping[str, Any], global_every: int) -> list[bool]:
-    """Return for each loop whether it sees the whole sequence."""
+    """Return for each loop whether it attends to the whole sequence."""
     covers_all = model["window_size"] >= model["max_seq_len"] - 1
     return [covers_all or (loop + 1) % global_every == 0 for loop in range(model["n_loops"])]
 
 
 def attention_masks(model: ModelConfig) -> dict[str, Tensor]:
-    """Return the original's two masks [T, T]: 0 where a query (row) sees a key (column), -inf where not."""
+    """Return the original's two masks [T, T]: 0 where a query (row) attends to a key (column), else -inf."""
     masked = torch.full((model.max_seq_len, model.max_seq_len), -torch.inf)
     future = masked.triu(1)
     return {"global_mask": future, "local_mask": future + masked.tril(-model.window_size - 1)}
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, Tensor]:
-    """Return the parameters of a model by name, in our order, as tensors without content."""
+    """Return the parameters of a model by name, in our order, as tensors on the meta device."""
     with torch.device("meta"):
         return dict(UniversalTransformer(model).named_parameters())
 
 
 def _misfits(weights: Mapping[str, Tensor], model: ModelConfig) -> list[str]:
-    """What keeps the weights from being those of the model."""
+    """Return a message for each weight that is missing, unknown or of another shape than in the model."""
     parameters = parameter_shapes(model)
     missing = [f"{name} is missing" for name in parameters if name not in weights]
     unknown = [f"{name} is unknown" for name in weights if name not in parameters and name not in MASKS]

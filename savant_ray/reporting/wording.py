@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
+import sys
 import unicodedata
 from collections.abc import Sequence
 from functools import singledispatch
+from pathlib import Path
 
 from savant_ray.events import (
     AttemptStarted,
@@ -221,6 +225,25 @@ def duration(seconds: float) -> str:
 
 
 _UNITS = [(86_400, 3_600, "d", "h"), (3_600, 60, "h", "min"), (60, 1, "min", "s")]
+
+
+def generate_command(run: str) -> str:
+    """Return the shell command that generates text with a run, given its folder or URI."""
+    return f'{shlex.quote(python_command())} jobs/generate.py --checkpoint {shlex.quote(run)} --prompt "…"'
+
+
+def python_command(python: Path = Path(sys.executable)) -> str:
+    """Return the shortest command that starts this Python in the working directory.
+
+    The shell's `python` may be missing or another one if the program was started by `make`.
+    """
+    shell_python = shutil.which("python")
+    if shell_python is not None and Path(shell_python).parent == python.parent:
+        return "python"
+    try:
+        return str(python.relative_to(Path.cwd()))
+    except (ValueError, OSError):  # not below the working directory, or that was deleted
+        return str(python)
 
 
 def printable(text: str) -> str:

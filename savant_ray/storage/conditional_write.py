@@ -1,7 +1,7 @@
-"""One small object that several processes write: read with its version, and replaced only if it is still that version.
+"""Compare-and-swap of a small object in object storage: it is replaced only if it still has the version that was read.
 
-`pyarrow.fs` has no conditional writes, `obstore` has: `If-None-Match: *` and `If-Match` of S3, generations of Google
-Cloud Storage. The client is made from the options of the `pyarrow` file system, so that one URI configures both.
+`pyarrow.fs` has no conditional writes; `obstore` has them: `If-None-Match: *` and `If-Match` of S3, and generations of
+Google Cloud Storage. Its client is configured with the options of the pyarrow file system, so one URI configures both.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ if TYPE_CHECKING:
     from obstore import UpdateVersion
     from obstore.store import GCSStore, S3Store
 
-TIMEOUTS = {"timeout": "5s", "connect_timeout": "3s"}  # a renewal has to be through well within the silence of a lease
+TIMEOUTS = {"timeout": "5s", "connect_timeout": "3s"}  # a renewal has to finish well before the lease expires
 RETRIES = {"max_retries": 1, "retry_timeout": timedelta(seconds=5)}
 NO_SUCH_VERSION = {"e_tag": '"0"', "version": "1"}
-REFUSES_CONDITIONS = re.compile(r"status code: (400|405|501)\b|not (yet )?(implemented|supported)", re.IGNORECASE)
+UNSUPPORTED = re.compile(r"status code: (400|405|501)\b|not (yet )?(implemented|supported)", re.IGNORECASE)
 
 
-class Conflict(Exception):  # noqa: N818 - an expected outcome, not an error of the user's
-    """The object is not the version that was read: another process has written it since."""
+class VersionConflictError(Exception):
+    """The object does not have the expected version: another process has written it."""
 
 
-class NotConditional(OSError):  # noqa: N818
-    """The storage, or the client's access to it, offers no conditional writes."""
+class ConditionsNotSupportedError(OSError):
+    """The storage, or the client's access to it, does not support conditional writes."""
 
 
 class SharedObject(Protocol):
-    """One object in a storage. Every method raises OSError if the storage is not reached or refuses."""
+    """One object in a storage. All methods raise OSError if the storage is not reached or fails."""
 
     def read(self) -> tuple[bytes, UpdateVersion | None]:
-        """Return content and version; b"" and None if there is no object."""
+        """Return content and version; b"" and None if the object does not exist."""
 
     def write(self, content: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
-        """Write the object and return its new version. None as version: there is none yet.
+        """Write the object if it has `version` (None: if it does not exist) and return its new version.
 
         Raises:
-            Conflict: it is not that version any more.
-            NotConditional: the storage refuses the condition as such.
+            VersionConflictError: it has another version.
+            ConditionsNotSupportedError: the storage does not support conditions.
         """
 
     def is_conditional(self, content: bytes) -> bool:
-        """Return whether the storage enforces the conditions; `content` is what was just written."""
+        """Return whether the storage enforces conditions; `content` is the current content of the object."""
 
 
 class ConditionalObject:
-    """An object in a storage that `obstore` has conditional writes for."""
+    """An object in a storage for which `obstore` has conditional writes."""
 
     def __init__(self, store: S3Store | GCSStore, path: str) -> None:
         self._store, self._path = store, path
@@ -64,8 +64,8 @@ class ConditionalObject:
         from obstore.exceptions import BaseError
 
         try:
-            found = obstore.get(self._store, self._path)
-            return bytes(found.bytes()), _version(found.meta)
+            result = obstore.get(self._store, self._path)
+            return bytes(result.bytes()), _version(result.meta)
         except FileNotFoundError:
             return b"", None
         except BaseError as error:
@@ -79,30 +79,30 @@ class ConditionalObject:
         try:
             return _version(obstore.put(self._store, self._path, content, mode=version or "create"))
         except (AlreadyExistsError, PreconditionError) as error:
-            raise Conflict from error
+            raise VersionConflictError from error
         except FileNotFoundError as error:  # no such bucket
             raise FileNotFoundError(_first_line(error)) from error
         except NotSupportedError as error:
-            raise NotConditional(_first_line(error)) from error
+            raise ConditionsNotSupportedError(_first_line(error)) from error
         except BaseError as error:
-            kind = NotConditional if REFUSES_CONDITIONS.search(str(error)) else OSError
+            kind = ConditionsNotSupportedError if UNSUPPORTED.search(str(error)) else OSError
             raise kind(_first_line(error)) from error
 
     def is_conditional(self, content: bytes) -> bool:
-        """See `SharedObject`: whether both conditions fail that have to fail; a server may ignore their headers."""
+        """Return whether two writes that must fail do fail: a server may ignore the headers of conditions."""
         for version in (None, NO_SUCH_VERSION):
             try:
                 self.write(content, version)  # type: ignore[arg-type]  # a plain dict
-            except Conflict:
+            except VersionConflictError:
                 continue
-            except NotConditional:
+            except ConditionsNotSupportedError:
                 return False
             return False
         return True
 
 
 class PlainObject:
-    """An object in any storage that `pyarrow.fs` knows; the last writer wins."""
+    """An object in any storage that `pyarrow.fs` supports, without conditions: the last write counts."""
 
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
         self._filesystem, self._path = filesystem, path
@@ -116,22 +116,22 @@ class PlainObject:
             return b"", None
 
     def write(self, content: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
-        """See `SharedObject`."""
+        """Write the object whatever its version is."""
         with self._filesystem.open_output_stream(self._path) as file:
             file.write(content)
         return version
 
     def is_conditional(self, content: bytes) -> bool:
-        """See `SharedObject`."""
+        """Return False."""
         del content
         return False
 
 
 def conditional_object(filesystem: pafs.FileSystem, path: str) -> ConditionalObject | None:
-    """Return the object with conditional writes; None for a storage that has none here.
+    """Return the object with conditional writes; None if its storage is neither S3 nor Google Cloud Storage.
 
     Raises:
-        OSError: `obstore` cannot be configured as the file system is.
+        OSError: `obstore` has no counterpart of an option of the file system.
     """
     bucket, _, key = path.partition("/")
     try:
@@ -142,12 +142,12 @@ def conditional_object(filesystem: pafs.FileSystem, path: str) -> ConditionalObj
                 return ConditionalObject(_gcs(bucket, _options(filesystem)), key)
             case _:
                 return None
-    except Exception as error:  # obstore raises errors of many types for a configuration that it does not take
+    except Exception as error:  # obstore raises errors of many types for an invalid configuration
         raise OSError(_first_line(error)) from error
 
 
 def _options(filesystem: pafs.FileSystem) -> Mapping[str, Any]:
-    """What the file system was made from, as it is sent to other processes."""
+    """Return the file system's constructor arguments, which pyarrow shows only for pickling."""
     _, arguments = filesystem.__reduce__()
     return dict(arguments[0])
 
@@ -164,9 +164,9 @@ def _s3(bucket: str, options: Mapping[str, Any]) -> S3Store:
         "secret_access_key": "secret_key",
         "token": "session_token",
     }
-    config = {name: options[theirs] for name, theirs in names.items() if options.get(theirs)}
+    config = {name: options[option] for name, option in names.items() if options.get(option)}
     if "access_key_id" not in config:
-        config |= _profile(os.environ)
+        config |= _profile_keys(os.environ)
     config["virtual_hosted_style_request"] = "false"
     if endpoint := options.get("endpoint_override"):
         scheme, _, host = endpoint.rpartition("://")
@@ -178,18 +178,18 @@ def _s3(bucket: str, options: Mapping[str, Any]) -> S3Store:
     return S3Store(bucket, config=config, client_options=client, retry_config=RETRIES)  # type: ignore[arg-type]
 
 
-def _profile(environment: Mapping[str, str]) -> dict[str, str]:
-    """The keys of the user's profile, as Amazon's own tools find them; `obstore` reads the environment only."""
+def _profile_keys(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the access keys of the user's AWS profile; `obstore` reads environment variables only."""
     if environment.get("AWS_ACCESS_KEY_ID"):
         return {}
     path = environment.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
     parser = configparser.RawConfigParser()
     parser.read(Path(path).expanduser(), encoding="utf-8")
     profile = environment.get("AWS_PROFILE") or "default"
-    found = dict(parser[profile]) if parser.has_section(profile) else {}
+    keys = dict(parser[profile]) if parser.has_section(profile) else {}
     names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
     names |= {"token": "aws_session_token"}
-    return {name: found[theirs] for name, theirs in names.items() if found.get(theirs)}
+    return {name: keys[key] for name, key in names.items() if keys.get(key)}
 
 
 def _gcs(bucket: str, options: Mapping[str, Any]) -> GCSStore:
@@ -201,15 +201,16 @@ def _gcs(bucket: str, options: Mapping[str, Any]) -> GCSStore:
 
 
 def _refuse(options: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError if one of these options is set."""
     for name in names:
         if options.get(name):
             raise ValueError(f"{name} is set")
 
 
 def _version(result: Any) -> UpdateVersion | None:
-    """The parts of the version that the storage tells; obstore takes no None for one."""
-    known = {name: result[name] for name in ("e_tag", "version") if result.get(name)}
-    return known or None  # type: ignore[return-value]
+    """Return the parts of the version that the storage returned; obstore does not accept None for a part."""
+    version = {name: result[name] for name in ("e_tag", "version") if result.get(name)}
+    return version or None  # type: ignore[return-value]
 
 
 def _first_line(error: Exception) -> str:

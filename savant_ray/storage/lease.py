@@ -1,12 +1,13 @@
-"""One run, one process, where nothing can be locked: a lease in object storage, renewed by the process that trains.
+"""The lock of a run in object storage: a lease, renewed by the process that trains.
 
-The lease is one small object, `.lock`. Where the storage has conditional writes (`conditional.py`), it is created,
-renewed and taken over by compare-and-swap, so that of any number of processes exactly one gets it. Elsewhere the last
-writer wins, and who finds its own mark again after a moment goes on. No clocks are compared: a mark that changes while
-one looks at it belongs to a living process; one that stays the same for `SILENCE_SECONDS` was left by a dead one.
+The lease is a small JSON object, `.lock`, with the claim of its holder. Where the storage has conditional writes
+(`conditional_write.py`), it is created, renewed and taken over by compare-and-swap, so that exactly one of any number of
+processes gets it. Elsewhere the last writer gets it: a process continues if it reads its own claim after a moment. Clocks
+are not compared. A claim that changes while another process watches it belongs to a running process; a claim that stays
+the same for `EXPIRY_SECONDS` has expired.
 
-Workers outlive a driver that was cut off. `Owner` is the fencing token that they get: its `epoch` grows whenever
-workers of an earlier owner may still write, and is part of the names that are written (`object_storage.py`).
+Workers can outlive a driver that lost its connection. `Owner` is their fencing token. Its `epoch` grows whenever workers
+of an earlier owner may still write, and is part of the names of checkpoints (`object_store.py`).
 """
 
 from __future__ import annotations
@@ -29,224 +30,221 @@ import pyarrow.fs as pafs
 from savant_ray.errors import SavantError
 from savant_ray.storage.conditional_write import (
     ConditionalObject,
-    Conflict,
-    NotConditional,
+    ConditionsNotSupportedError,
     PlainObject,
     SharedObject,
+    VersionConflictError,
     conditional_object,
 )
 
 LEASE = ".lock"
-BEAT_SECONDS = 5.0
-SILENCE_SECONDS = 20.0  # after which its holder is taken for dead
-SETTLE_SECONDS = 1.0  # without conditional writes: of two that begin at once, the one whose mark is still there
+RENEWAL_SECONDS = 5.0
+EXPIRY_SECONDS = 20.0  # an unchanged claim is treated as that of a dead process after this time
+SETTLE_SECONDS = 1.0  # without conditional writes: time between writing a claim and checking that it is still there
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who may write the run; sent to workers as plain values."""
+    """The process that may write a run; workers get it as plain values."""
 
     token: str
     epoch: int = 0
 
 
 @contextmanager
-def leased(filesystem: pafs.FileSystem, path: str, say: Callable[[str], None], least_epoch: int = 0) -> Iterator[Lease]:
-    """Hold the run for the time of a `with` block, or until another process took it for dead (`Lease.refuse_if_lost`).
+def leased(filesystem: pafs.FileSystem, path: str, log: Callable[[str], None], min_epoch: int = 0) -> Iterator[Lease]:
+    """Hold the lease of the run at `path` within a `with` block.
+
+    Another process may take it over meanwhile if this one cannot renew it; see `Lease.refuse_if_lost`.
 
     Raises:
         SavantError: another process trains this run.
         OSError: the storage cannot be written.
     """
-    lease = Lease(filesystem, f"{path}/{LEASE}")
-    lease.take(path, say, least_epoch)
+    lease = Lease(filesystem, path)
+    lease.acquire(log, min_epoch)
     try:
         yield lease
     finally:
-        lease.give_back()
+        lease.release()
 
 
 def refuse_if_superseded(filesystem: pafs.FileSystem, path: str, owner: Owner) -> None:
-    """Read the lease of the run at `path`.
+    """Read the lease of the run at `path` and compare it with the owner's token.
 
     Raises:
         SavantError: another process has taken the run over.
         OSError: the storage is not reached.
     """
-    there = _parsed(PlainObject(filesystem, f"{path}/{LEASE}").read()[0])
-    if there and there.get("token") != owner.token:
-        raise superseded(path, there)
-
-
-def superseded(run: str, winner: dict[str, Any]) -> SavantError:
-    """The refusal of a process that no longer owns the run."""
-    return SavantError(
-        f"{run} was not reached for {SILENCE_SECONDS:g} s or more, and {_named(winner)} has taken the "
-        "run over meanwhile; this one has stopped and saves nothing. Go on with the other one, or stop it first."
-    )
+    claim = _parse(PlainObject(filesystem, f"{path}/{LEASE}").read()[0])
+    if claim and claim.get("token") != owner.token:
+        raise _superseded(path, claim)
 
 
 class Lease:
-    """The mark of this process."""
+    """The lease of the run at `path`, and the claim of this process to it.
+
+    `workers_may_live` can be set while the lease is held: workers may write after it is released.
+    """
 
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
-        self.workers_may_live = False  # when it is given back
-        self._filesystem, self._path = filesystem, path
-        self._object: SharedObject = PlainObject(filesystem, path)
-        self._version: Any = None
-        self._mark = dict[str, Any](token=uuid.uuid4().hex, process=os.getpid(), host=socket.gethostname(), beat=0)
-        self._mark |= {"machine": _machine(), "epoch": 0}
-        self._run, self._winner = "", dict[str, Any]()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self.workers_may_live = False
+        self._run, self._filesystem, self._path = path, filesystem, f"{path}/{LEASE}"
+        self._object: SharedObject = PlainObject(filesystem, self._path)
+        self._version: Any = None  # of the object as it was last read or written
+        self._claim = dict[str, Any](token=uuid.uuid4().hex, process=os.getpid(), host=socket.gethostname(), beat=0)
+        self._claim |= {"machine": _machine(), "epoch": 0}
+        self._new_owner = dict[str, Any]()  # the claim of a process that took the run over
+        self._released = threading.Event()
+        self._renewal = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     @property
     def owner(self) -> Owner:
-        """The fencing token of this process and its workers."""
-        return Owner(self._mark["token"], self._mark["epoch"])
+        """Fencing token of this process and its workers."""
+        return Owner(self._claim["token"], self._claim["epoch"])
 
-    def take(self, run: str, say: Callable[[str], None], least_epoch: int = 0) -> None:
-        """Wait for a silent holder, and take its place.
+    def acquire(self, log: Callable[[str], None], min_epoch: int = 0) -> None:
+        """Wait until the claim of another holder has expired, if there is one, and replace it.
 
         Raises:
             SavantError: another process trains this run.
             OSError: the storage cannot be written.
         """
-        self._run = run
-        self._object = self._conditional(say) or self._object
+        self._object = self._conditional_object(log) or self._object
         holder = self._read()
-        if holder and not _is_released(holder) and not _died_here(holder):
-            say(f"{_named(holder)} may still train {run}; listening for {SILENCE_SECONDS:g} s …")
-            holder = self._listen(holder)
-        self._mark["epoch"] = max(least_epoch, _next_epoch(holder))
+        if holder and not _is_released(holder) and not _is_dead_local_process(holder):
+            log(f"{_process(holder)} may still train {self._run}; watching its lease for {EXPIRY_SECONDS:g} s …")
+            holder = self._wait_for_expiry(holder)
+        self._claim["epoch"] = max(min_epoch, _next_epoch(holder))
         try:
-            won = self._write()
-        except NotConditional as error:
-            self._give_up_conditions(str(error), say)
-            won = self._write()
-        if won and not self._is_enforced():
+            written = self._write()
+        except ConditionsNotSupportedError as error:
+            self._give_up_conditions(str(error), log)
+            written = self._write()
+        if written and not self._is_enforced():
             if isinstance(self._object, ConditionalObject):
-                self._give_up_conditions("the server ignores their headers", say)
+                self._give_up_conditions("the server ignores their headers", log)
                 self._write()
             time.sleep(SETTLE_SECONDS)
-        there = self._read()
-        if there.get("token") != self._mark["token"]:
-            raise _in_use(run, there)
-        self._thread.start()
+        holder = self._read()
+        if holder.get("token") != self._claim["token"]:
+            raise _in_use(self._run, holder)
+        self._renewal.start()
 
     def refuse_if_lost(self) -> None:
-        """Raise SavantError if another process has taken the run over."""
-        if self._winner:
-            raise superseded(self._run, self._winner)
+        """Raise SavantError if another process has taken the run over; does not read the storage."""
+        if self._new_owner:
+            raise _superseded(self._run, self._new_owner)
 
-    def give_back(self) -> None:
-        """Release the lease, if it is still ours. The object stays where it has an epoch to tell: that never decreases."""
-        self._ended.set()
-        self._thread.join()
-        self._mark["released"] = "workers may live" if self.workers_may_live else "clean"
+    def release(self) -> None:
+        """Release the lease if it is still held. The object is kept if it stores an epoch, which never decreases."""
+        self._released.set()
+        self._renewal.join()
+        self._claim["released"] = "workers may live" if self.workers_may_live else "clean"
         with suppress(OSError):
-            if not self._is_ours():
+            if not self._is_held():
                 return
-            if _next_epoch(self._mark) == 0:
+            if _next_epoch(self._claim) == 0:
                 self._filesystem.delete_file(self._path)
             else:
                 self._write()
 
-    def _is_enforced(self) -> bool:
-        """Whether nobody can replace our mark unseen, and it is where workers read it, with a client of their own."""
-        there = _parsed(PlainObject(self._filesystem, self._path).read()[0])
-        return there.get("token") == self._mark["token"] and self._object.is_conditional(self._encoded())
+    def _renew(self) -> None:
+        while not self._new_owner and not self._released.wait(RENEWAL_SECONDS):
+            self._claim["beat"] += 1
+            with suppress(OSError):  # retried at the next renewal
+                if self._is_held() and not self._write():
+                    self._is_held()
 
-    def _beat(self) -> None:
-        while not self._winner and not self._ended.wait(BEAT_SECONDS):
-            self._mark["beat"] += 1
-            with suppress(OSError):  # tried again at the next beat
-                if self._is_ours() and not self._write():
-                    self._is_ours()
+    def _is_held(self) -> bool:
+        """Return whether no other process has taken the lease over. A lease that was deleted by hand is still held."""
+        holder = self._read()
+        if holder and holder.get("token") != self._claim["token"]:
+            self._new_owner = holder
+        return not self._new_owner
 
-    def _is_ours(self) -> bool:
-        """Whether nobody else has taken it; a mark that somebody removed by hand counts as ours."""
-        there = self._read()
-        if there and there.get("token") != self._mark["token"]:
-            self._winner = there
-        return not self._winner
-
-    def _listen(self, holder: dict[str, Any]) -> dict[str, Any]:
-        """Return the mark once it is released or was silent for long enough; raise SavantError if it is renewed."""
-        end = time.monotonic() + SILENCE_SECONDS
+    def _wait_for_expiry(self, holder: dict[str, Any]) -> dict[str, Any]:
+        """Return the last claim once it is released or has expired; raise SavantError if it is renewed."""
+        end = time.monotonic() + EXPIRY_SECONDS
         while time.monotonic() < end:
-            time.sleep(BEAT_SECONDS / 2)
-            if (now := self._read()) != holder:
-                if now and not _is_released(now):
-                    raise _in_use(self._run, now)
-                return now or holder
+            time.sleep(RENEWAL_SECONDS / 2)
+            if (claim := self._read()) != holder:
+                if claim and not _is_released(claim):
+                    raise _in_use(self._run, claim)
+                return claim or holder
         return holder
 
-    def _conditional(self, say: Callable[[str], None]) -> ConditionalObject | None:
-        """The object with conditional writes, if there is a client for them that reaches it."""
+    def _conditional_object(self, log: Callable[[str], None]) -> ConditionalObject | None:
+        """Return the object with conditional writes, None if there is no client for them that reaches the storage."""
         try:
-            found = conditional_object(self._filesystem, self._path)
-            if found is not None:
-                found.read()
+            candidate = conditional_object(self._filesystem, self._path)
+            if candidate is not None:
+                candidate.read()
         except OSError as error:
-            self._read()  # raises where nobody reaches it
-            self._give_up_conditions(str(error), say)
+            self._read()  # raises if the storage is not reached at all
+            self._give_up_conditions(str(error), log)
             return None
-        return found
+        return candidate
 
-    def _give_up_conditions(self, reason: str, say: Callable[[str], None]) -> None:
-        say(
-            f"{self._run}: no conditional writes ({reason}), so of two processes that start this run within "
-            f"{SETTLE_SECONDS:g} s or with slow writes both may go on; start it once"
+    def _is_enforced(self) -> bool:
+        """Return whether the storage enforces conditions, and pyarrow, which the workers use, reads the claim."""
+        claim = _parse(PlainObject(self._filesystem, self._path).read()[0])
+        return claim.get("token") == self._claim["token"] and self._object.is_conditional(self._encoded())
+
+    def _give_up_conditions(self, reason: str, log: Callable[[str], None]) -> None:
+        log(
+            f"{self._run}: no conditional writes ({reason}). Start this run once only: two processes that start it within "
+            f"{SETTLE_SECONDS:g} s, or with slow writes, could both train it"
         )
         self._object, self._version = PlainObject(self._filesystem, self._path), None
 
     def _read(self) -> dict[str, Any]:
-        """The mark that is there, {} if there is none."""
+        """Return the stored claim, {} if there is none."""
         content, self._version = self._object.read()
-        return _parsed(content)
+        return _parse(content)
 
     def _write(self) -> bool:
-        """Whether our mark replaced the one that was read last."""
+        """Write this process's claim; return whether it replaced the version that was read or written last."""
         try:
             self._version = self._object.write(self._encoded(), self._version)
-        except Conflict:  # also where an answer got lost, and the request was sent again
-            return bool(self._read().get("token") == self._mark["token"])
+        except VersionConflictError:  # also if the client retried a write whose response was lost
+            return bool(self._read().get("token") == self._claim["token"])
         return True
 
     def _encoded(self) -> bytes:
-        return json.dumps(self._mark).encode()
+        return json.dumps(self._claim).encode()
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
+def _parse(content: bytes) -> dict[str, Any]:
+    """Return the claim in the content of a lease, {} if it has none."""
     try:
-        mark = json.loads(content)
+        claim = json.loads(content)
     except ValueError:
         return {}
-    return mark if isinstance(mark, dict) else {}
+    return claim if isinstance(claim, dict) else {}
 
 
-def _is_released(holder: dict[str, Any]) -> bool:
-    return bool(holder.get("released"))
+def _is_released(claim: dict[str, Any]) -> bool:
+    return bool(claim.get("released"))
 
 
-def _next_epoch(holder: dict[str, Any]) -> int:
-    """The same after an owner whose workers had ended; it grows where some may still write."""
-    epoch = holder.get("epoch", 0)
+def _next_epoch(claim: dict[str, Any]) -> int:
+    """Return the epoch of the next owner: one more than the claim's if workers of its process may still write."""
+    epoch = claim.get("epoch", 0)
     epoch = epoch if isinstance(epoch, int) else 0
-    return epoch + 1 if holder and holder.get("released") != "clean" else epoch
+    return epoch + 1 if claim and claim.get("released") != "clean" else epoch
 
 
-def _died_here(holder: dict[str, Any]) -> bool:
-    """Whether it was a process of this machine, which runs no more."""
-    if holder.get("host") != socket.gethostname() or holder.get("machine", _machine()) != _machine():
+def _is_dead_local_process(claim: dict[str, Any]) -> bool:
+    """Return whether the claim is that of a process of this machine that does not exist any more."""
+    if claim.get("host") != socket.gethostname() or claim.get("machine", _machine()) != _machine():
         return False
-    process = holder.get("process")
+    process = claim.get("process")
     return isinstance(process, int) and not psutil.pid_exists(process)
 
 
 def _machine() -> str:
-    """What tells machines of one name apart, and containers with process numbers of their own; "" if unknown."""
+    """Return an ID that differs between machines of one host name and between PID namespaces; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -254,9 +252,16 @@ def _machine() -> str:
         return ""
 
 
-def _named(holder: dict[str, Any]) -> str:
-    return f"process {holder.get('process', '?')} on {holder.get('host', 'another machine')}"
+def _process(claim: dict[str, Any]) -> str:
+    return f"process {claim.get('process', '?')} on {claim.get('host', 'another machine')}"
 
 
 def _in_use(run: str, holder: dict[str, Any]) -> SavantError:
-    return SavantError(f"{run} is in use by {_named(holder)}; stop that run first, or give this one another run.name")
+    return SavantError(f"{run} is in use by {_process(holder)}; stop that run first, or give this one another run.name")
+
+
+def _superseded(run: str, new_owner: dict[str, Any]) -> SavantError:
+    return SavantError(
+        f"{run} was not reached for {EXPIRY_SECONDS:g} s or more, and {_process(new_owner)} has taken the run over; this "
+        "process has stopped and saves nothing. Continue with the other process, or stop it first."
+    )

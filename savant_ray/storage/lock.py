@@ -1,6 +1,6 @@
-"""One run, one process: a run folder is locked while a run uses it.
+"""The lock of a run folder: at most one process trains a run.
 
-The lock is the operating system's (`flock`), so a process that died holds none.
+It is a lock of the operating system (`flock`), which releases it when the process ends.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import IO
 from savant_ray.errors import SavantError, SettingsError
 
 LOCK = ".lock"
-LOOK_SECONDS = 0.5  # `is_in_use` holds it for the time of a look
+PROBE_SECONDS = 0.5  # how long to retry: `is_in_use` of another process holds the lock for an instant
 
 
 def move_run_aside(run_folder: Path) -> Path | None:
-    """Renames the folder to the first free `<name>.old`, `<name>.old-2`, …; None: there was none.
+    """Rename a run folder to the first free of `<name>.old`, `<name>.old-2`, …; return None if there is no folder.
 
     Raises:
         SavantError: another process trains this run.
@@ -36,30 +36,30 @@ def move_run_aside(run_folder: Path) -> Path | None:
 
 
 def set_aside(path: Path, suffix: str) -> Path:
-    """Renames it to the first free name with that suffix, and a number from the second on."""
+    """Append `suffix` to the name of a file or folder, and a number if that name is taken; return the new path."""
     return path.rename(free_name(f"{path}{suffix}", os.path.exists))
 
 
-def free_name(wanted: str, is_taken: Callable[[str], bool]) -> str:
-    """`wanted`, or with -2, -3, … the first that is free."""
-    names = (wanted if number == 1 else f"{wanted}-{number}" for number in itertools.count(1))
-    return next(name for name in names if not is_taken(name))
+def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
+    """Return the first of `name`, `name-2`, `name-3`, … that is not taken."""
+    candidates = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(candidate for candidate in candidates if not is_taken(candidate))
 
 
 def is_in_use(run_folder: Path) -> bool:
-    """Whether some process trains this run."""
+    """Return whether a process trains this run."""
     try:
         with (run_folder / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # never locked
+    except OSError:  # it was never locked
         return False
     return False
 
 
 def owner_token(run_folder: Path) -> str | None:
-    """What the process that locked the folder last was given by `locked`; None: the lock file was removed."""
+    """Return the token of the process that locked the folder last (see `locked`); None if the lock file was removed."""
     try:
         lines = (run_folder / LOCK).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -69,21 +69,21 @@ def owner_token(run_folder: Path) -> str | None:
 
 @contextmanager
 def locked(run_folder: Path) -> Iterator[str]:
-    """Holds the folder, which is made if need be, for the time of a `with` block, which gets a token of its own.
+    """Create the folder if necessary and lock it within a `with` block; yield a unique token.
 
     Raises:
         SavantError: another process trains this run.
-        SettingsError: the folder cannot be made, or not locked.
+        SettingsError: the folder cannot be created or locked.
     """
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f"run.storage_path: {run_folder} cannot be made: {error.strerror}") from error
+        raise SettingsError(f"run.storage_path: {run_folder} cannot be created: {error.strerror}") from error
     token = uuid.uuid4().hex
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
-            file = held.enter_context((run_folder / LOCK).open("ab+", buffering=0))
-            if not _take(file):
+            file = stack.enter_context((run_folder / LOCK).open("ab+", buffering=0))
+            if not _acquire(file):
                 file.seek(0)
                 holder = file.readline().decode(errors="replace").strip() or "another process"
                 raise SavantError(
@@ -92,11 +92,25 @@ def locked(run_folder: Path) -> Iterator[str]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n{token}\n".encode())
         except OSError as error:
-            raise SettingsError(_no_lock(run_folder / LOCK, error)) from error
+            raise SettingsError(_lock_error(run_folder / LOCK, error)) from error
         yield token
 
 
-def _no_lock(path: Path, error: OSError) -> str:
+def _acquire(file: IO[bytes]) -> bool:
+    """Lock the file; return False if another process holds the lock for longer than `PROBE_SECONDS`."""
+    end = time.monotonic() + PROBE_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(PROBE_SECONDS / 10)
+        else:
+            return True
+
+
+def _lock_error(path: Path, error: OSError) -> str:
     match error.errno:
         case errno.ENOLCK | errno.ENOSYS | errno.EOPNOTSUPP:
             return (
@@ -106,27 +120,14 @@ def _no_lock(path: Path, error: OSError) -> str:
         case errno.EACCES | errno.EPERM:
             return (
                 f"run.storage_path: {path} cannot be written ({error.strerror}): it belongs to {_owner_of(path)}; "
-                "choose another run.name or run.storage_path, or have its rights changed"
+                "choose another run.name or run.storage_path, or change its permissions"
             )
     return f"run.storage_path: {path} cannot be written ({error.strerror})"
 
 
 def _owner_of(path: Path) -> str:
-    for each in (path, path.parent):
+    """Return the name of the user who owns a file or, if that is unknown, its folder."""
+    for candidate in (path, path.parent):
         with suppress(OSError, KeyError):
-            return each.owner()
+            return candidate.owner()
     return "another user"
-
-
-def _take(file: IO[bytes]) -> bool:
-    """Whether the lock is ours; who only looks at it for a moment is waited for."""
-    end = time.monotonic() + LOOK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(LOOK_SECONDS / 10)
-        else:
-            return True

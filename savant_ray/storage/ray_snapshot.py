@@ -1,29 +1,28 @@
-"""Ray Train's own list of a run's checkpoints, made true again before each launch.
+"""Ray Train's list of a run's checkpoints, rebuilt before each start of `fit()`.
 
-Ray 2.60 writes `checkpoint_manager_snapshot.json` without renaming. Cut short, or naming a folder that is gone, it
-ends `fit()` with an error that names no cause; missing, it makes Ray forget the older checkpoints and never delete
-them. The run folder itself says which checkpoints there are, so the list is written anew.
+Ray 2.60 reads the list from `checkpoint_manager_snapshot.json` when `fit()` starts, and writes it in place, not
+atomically. If it is truncated or names a folder that does not exist, `fit()` fails without naming the cause. If it is
+missing, Ray does not know the earlier checkpoints and never deletes them. The folders of the run are therefore the only
+source, and the list is derived from them.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
-from savant_ray.storage.local import Disk
+from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import step_of
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-def rebuild_snapshot(storage: Disk) -> None:
-    """Lists the complete checkpoints, oldest first; without any the list is removed. Raises OSError."""
-    names = storage.complete_steps()
+def rebuild_snapshot(storage: RunStorage) -> None:
+    """Write Ray's list of the complete checkpoints; remove it if there are none. Raises OSError."""
+    names = storage.checkpoints()
     if not names:
         storage.remove(SNAPSHOT)
         return
-    results = [_TrainingResultState(checkpoint_dir_name=name, metrics={"step": step_of(Path(name))}) for name in names]
+    results = [_TrainingResultState(checkpoint_dir_name=name, metrics={"step": step_of(name)}) for name in names]
     state = _CheckpointManagerState(
         checkpoint_results=results,
         checkpoint_report_indices=list(range(len(results))),

@@ -1,4 +1,4 @@
-"""Where the run of some settings is kept, and a checkpoint wherever it is."""
+"""The storage of a run, and local copies of checkpoints that are given as a path or URI."""
 
 from __future__ import annotations
 
@@ -13,60 +13,82 @@ from urllib.parse import quote
 
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.locations import checkpoint_path, is_uri, why
+from savant_ray.locations import checkpoint_path, is_uri, join_uri, parent_and_name, why
 from savant_ray.original.conversion import converted, find_original
-from savant_ray.original.file import newest_whole
-from savant_ray.original.names import is_original_name, original_step
+from savant_ray.original.file import newest_intact
+from savant_ray.original.names import is_original_name, original_names
 from savant_ray.storage.lease import Owner
-from savant_ray.storage.local import Disk
+from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.object_store import ObjectStorage, step_name
-from savant_ray.storage.paths import joined, parent_and_name, run_folder
+from savant_ray.storage.paths import run_folder
+from savant_ray.storage.protocol import RunStorage, newest_checkpoint_name
 from savant_ray.training.checkpoint import MANIFEST, find_checkpoint
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run_storage(config: Config, owner: Owner | None = None) -> Disk:
-    """Where the run of these settings is kept; for a worker with the fencing token of its driver.
+def run_storage(config: Config, owner: Owner | None = None) -> RunStorage:
+    """Return the storage of the run with these settings; workers pass the fencing token of their driver.
 
     Raises:
-        SettingsError: `run.storage_path` is no URI of a storage that pyarrow knows.
+        SettingsError: `run.storage_path` is not the URI of a storage that pyarrow supports.
     """
     if not is_uri(config.run.storage_path):
-        return Disk(run_folder(config), owner)
+        return LocalStorage(run_folder(config), owner)
     try:
-        uri = joined(config.run.storage_path, quote(config.run.name))
+        uri = join_uri(config.run.storage_path, quote(config.run.name))
         return ObjectStorage(uri, run_folder(config), owner)
     except SettingsError as error:
         raise SettingsError(f"run.storage_path: {error}") from error
 
 
-def refuse_missing(checkpoint: str) -> None:
-    """Looks whether a path or URI names a checkpoint, a run with one or a file of the original; a URI is only listed.
+@contextmanager
+def storage_errors_explained(storage: RunStorage) -> Iterator[None]:
+    """Turn errors of object storage (no network, no such bucket, access denied) into a `SavantError`.
+
+    If the disk of this machine, which holds the mirror, is full, the message names the mirror.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_in_python = storage.filesystem is not None and storage.filesystem.type_name.startswith("py::")  # hf://
+        if (
+            isinstance(error, SavantError)
+            or storage.filesystem is None
+            or not (isinstance(error, OSError) or is_in_python)
+        ):
+            raise
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise SavantError(f"{storage.folder}, the copy of {storage.location} on this machine: {error}") from error
+        raise SavantError(f"run.storage_path: {storage.location} cannot be read or written: {error}") from error
+
+
+def check_checkpoint_exists(checkpoint: str) -> None:
+    """Check that a path or URI is a checkpoint, a run with one, or a file of the original; a URI is only listed.
 
     Raises:
         CheckpointError: there is none, or its storage cannot be read.
-        SettingsError: no URI of a storage that pyarrow knows.
+        SettingsError: it is not the URI of a storage that pyarrow supports.
     """
     if is_uri(checkpoint):
-        _stored(checkpoint, Path())
+        _find_stored(checkpoint, mirror=Path())
     elif find_original(path := Path(checkpoint)) is None:
         find_checkpoint(path)
 
 
 @contextmanager
-def on_this_machine(
+def local_checkpoint(
     checkpoint: str, files: Sequence[str] = (), settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Iterator[Path]:
-    """Yield the path of a checkpoint of ours: what `fetched` yields, or what a file of the original is converted into.
+    """Yield the local path of a checkpoint of ours: what `fetched` yields, or a file of the original, converted.
 
-    `settings` (by section, as in YAML) are those that a user gave for a file of the original; what had to be assumed
-    beside them is printed to stderr.
+    `settings` (by section, as in YAML) are those that a user gave for a file of the original; defaults that complete them
+    are printed to stderr.
 
     Raises:
-        CheckpointError: there is none, it cannot be fetched, or is no file of the original's model.
-        SettingsError: no URI of a storage that pyarrow knows; the settings contradict the file, or name no tokenizer; or
-            settings are given for a checkpoint of ours.
+        CheckpointError: there is no checkpoint, it cannot be fetched, or the file is not of the original's model.
+        SettingsError: it is not the URI of a storage that pyarrow supports; the settings contradict the file, or name no
+            tokenizer; or settings are given for a checkpoint of ours.
     """
     with fetched(checkpoint, files) as path:
         original = find_original(path, print_note)
@@ -85,12 +107,12 @@ def on_this_machine(
 
 @contextmanager
 def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes: bool = False) -> Iterator[Path]:
-    """Yield the path of `run.init_from` as a checkpoint of ours, as `on_this_machine` does.
+    """Yield the local path of `run.init_from` as a checkpoint of ours, as `local_checkpoint` does.
 
     A file of the original is compared with the settings of the run unless changes are allowed; see `converted`.
 
     Raises:
-        CheckpointError: there is none, it cannot be fetched, or is no file of the original's model.
+        CheckpointError: there is no checkpoint, it cannot be fetched, or the file is not of the original's model.
         SettingsError: `run.init_from` is not set; or the settings contradict the file, or name no tokenizer.
     """
     if config.run.init_from is None:
@@ -100,9 +122,9 @@ def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes:
         if original is None:
             yield path
             return
-        with ExitStack() as held:
+        with ExitStack() as stack:
             try:
-                folder = held.enter_context(converted(original, config.to_dict(), print_note, allow_changes))
+                folder = stack.enter_context(converted(original, config.to_dict(), print_note, allow_changes))
             except SavantError as error:
                 raise type(error)(f"run.init_from: {error}") from error
             yield folder
@@ -110,84 +132,66 @@ def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes:
 
 @contextmanager
 def fetched(checkpoint: str, files: Sequence[str] = (), with_original: bool = False) -> Iterator[Path]:
-    """Yield a path as it is, of a URI a copy for the time of a `with` block.
+    """Yield a local path unchanged; download a URI into a temporary folder within the `with` block.
 
-    A URI of a run means its newest checkpoint or, if it has none, the newest whole file of the original. With `files`
-    only these are copied of a checkpoint, for what needs no weights. `with_original` also copies the run's newest whole
-    file of the original, if there is one, to its place beside the checkpoint.
+    The URI of a run stands for its newest checkpoint or, if it has none, the newest intact file of the original. Only
+    `files` of a checkpoint are downloaded if they are given; callers that need no weights do so. `with_original` also
+    downloads the run's newest intact file of the original, if there is one, to its place beside the checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it cannot be fetched.
-        SettingsError: no URI of a storage that pyarrow knows.
+        CheckpointError: there is no checkpoint, or it cannot be fetched.
+        SettingsError: it is not the URI of a storage that pyarrow supports.
     """
     if not is_uri(checkpoint):
         yield checkpoint_path(checkpoint)
         return
     with TemporaryDirectory(prefix="savant-") as scratch:
-        storage, names = _stored(checkpoint, Path(scratch))
+        storage, names = _find_stored(checkpoint, mirror=Path(scratch))
+        path: Path | None
         try:
-            path: Path | None
             if is_original_name(names[0]):
-                path = newest_whole(map(storage.fetch, names), print_note)
+                path = newest_intact(map(storage.fetch, names), print_note)
             else:
                 path = storage.fetch_files(names[0], files) if files else storage.fetch(names[0])
                 if with_original:
-                    newest_whole(map(storage.fetch, _originals(storage)), print_note)
+                    newest_intact(map(storage.fetch, reversed(original_names(storage.file_names()))), print_note)
         except SavantError:
             raise
-        except Exception as error:  # OSError, or anything of a file system that is written in Python (hf://)
+        except Exception as error:  # OSError, or any error of a file system that is written in Python (hf://)
             raise CheckpointError(f"{checkpoint}: cannot be fetched ({why(error)})") from error
         if path is None:
-            raise CheckpointError(f"{checkpoint}: holds files of the original, but none that is whole")
+            raise CheckpointError(f"{checkpoint}: holds files of the original, but none that is intact")
         yield path
 
 
 def print_note(text: str) -> None:
-    """Print what a user should know beside the output of a command to stderr."""
+    """Print a note for the user to stderr, beside the output of a command."""
     print(f"note: {text}", file=sys.stderr)
 
 
-def _stored(uri: str, folder: Path) -> tuple[ObjectStorage, list[str]]:
-    """Return the storage of the run, with its mirror in `folder`, and what is meant there.
+def _find_stored(uri: str, mirror: Path) -> tuple[ObjectStorage, list[str]]:
+    """Return the storage of the run that a URI belongs to, and what the URI stands for.
 
-    That is the name of a checkpoint, or those of files of the original, the newest first.
+    That is one name of a checkpoint, or names of files of the original, the newest first.
+
+    Raises:
+        CheckpointError: neither exists, or the storage cannot be read.
+        SettingsError: it is not the URI of a storage that pyarrow supports.
     """
     parent, name = parent_and_name(uri)
-    asked = step_name(name) or (name if is_original_name(name) else None)
-    storage = ObjectStorage(parent if asked else uri, folder)
+    requested = step_name(name) or (name if is_original_name(name) else None)
+    storage = ObjectStorage(parent if requested else uri, mirror)
     try:
-        complete, originals = storage.complete_steps(), _originals(storage)
+        if requested:
+            existing = storage.file_names() if is_original_name(name) else storage.checkpoints()
+            names = [requested] if requested in existing else []
+        else:
+            newest = newest_checkpoint_name(storage)
+            names = [newest] if newest else original_names(storage.file_names())[::-1]
     except SavantError:
         raise
     except Exception as error:  # as in `fetched`
         raise CheckpointError(f"{uri}: cannot be read ({why(error)})") from error
-    meant = [name for name in (*complete, *originals) if name == asked] if asked else complete[-1:] or originals
-    if not meant:
+    if not names:
         raise CheckpointError(f"{uri}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
-    return storage, meant
-
-
-def _originals(storage: ObjectStorage) -> list[str]:
-    """Return the names of the files of the original in a run, the newest first."""
-    return sorted(filter(is_original_name, storage.files()), key=original_step, reverse=True)
-
-
-@contextmanager
-def storage_errors_explained(storage: Disk) -> Iterator[None]:
-    """Turns what object storage raises (no network, no such bucket, no right to it) into a `SavantError`.
-
-    A full disk of this machine, where the run has its mirror, is told as such.
-    """
-    try:
-        yield
-    except Exception as error:
-        is_in_python = storage.filesystem is not None and storage.filesystem.type_name.startswith("py::")  # hf://
-        if (
-            isinstance(error, SavantError)
-            or storage.filesystem is None
-            or not (isinstance(error, OSError) or is_in_python)
-        ):
-            raise
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise SavantError(f"{storage.folder}, the copy of {storage.location} on this machine: {error}") from error
-        raise SavantError(f"run.storage_path: {storage.location} cannot be read or written: {error}") from error
+    return storage, names

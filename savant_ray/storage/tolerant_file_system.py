@@ -1,9 +1,11 @@
-"""The file system that Ray Train is given: what Ray writes there for itself must not end a run.
+"""The file system through which Ray Train accesses a run: errors of Ray's own bookkeeping do not end the run.
 
-With each checkpoint Ray's controller writes a list of them and deletes those that are too many; a storage that refuses
-just then (full, read-only, not reached) ends the whole run, although every checkpoint is whole and the list is made anew
-at each launch (`snapshot.py`). Here the list is given up and the old checkpoint stays until another one is saved. Whoever
-writes a checkpoint is told by the storage itself (`saving.py`). A run that another process has taken over is left alone.
+After each reported checkpoint, the checkpoint manager in Ray's controller writes a list of checkpoints (`SNAPSHOT`) and
+deletes those beyond `checkpoint.keep`. If the storage fails at that moment (full, read-only, not reached), Ray 2.60 ends
+the run, although all checkpoints are intact. Here a list that cannot be written is skipped, because `ray_snapshot.py`
+rebuilds it at the next start, and a checkpoint that cannot be deleted is deleted with the next one. Errors of writing
+checkpoints are reported elsewhere: workers write them without this file system. Nothing is written or deleted in a run
+that another process has taken over.
 """
 
 from __future__ import annotations
@@ -16,40 +18,43 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from savant_ray.errors import SavantError
-from savant_ray.storage.local import Disk
+from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.ray_snapshot import SNAPSHOT
 from savant_ray.training.checkpoint import is_step_name
 
 
-def forgiving(filesystem: pafs.FileSystem | None, storage: Disk | None = None) -> pafs.FileSystem:
-    """The file system, or this machine's own, as Ray should see it; it can be sent to other processes.
+def tolerant_file_system(filesystem: pafs.FileSystem | None, storage: RunStorage | None = None) -> pafs.FileSystem:
+    """Return `filesystem` (None: the machine's own) with the tolerance that this module describes; it can be pickled.
 
-    With `storage` checkpoints are deleted by it, under the names that they have there.
+    With `storage`, checkpoints are deleted by `RunStorage.delete`, which knows under which names they are stored.
     """
-    return pafs.PyFileSystem(_Forgiving(pafs.LocalFileSystem() if filesystem is None else filesystem, storage))
+    return pafs.PyFileSystem(TolerantFileSystem(pafs.LocalFileSystem() if filesystem is None else filesystem, storage))
 
 
-# Of this process: each checkpoint has a file system object of its own.
-_undeleted: list[tuple[_Forgiving, str]] = []
+# Deletions that failed, of this process: Ray unpickles a file system object for each checkpoint.
+_pending_deletions: list[tuple[TolerantFileSystem, str]] = []
 
 
-class _Forgiving(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa: PLW1641 - pyarrow has no types; in no set
-    """All else is the file system's own."""
+class TolerantFileSystem(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa: PLW1641 - pyarrow has no types; not hashed
+    """Handler for `pyarrow.fs.PyFileSystem`. Methods without a docstring are passed on to the wrapped file system."""
 
-    def __init__(self, filesystem: pafs.FileSystem, storage: Disk | None) -> None:
+    def __init__(self, filesystem: pafs.FileSystem, storage: RunStorage | None) -> None:
         self._filesystem, self._storage = filesystem, storage
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Forgiving) and self._filesystem == other._filesystem
+        return isinstance(other, TolerantFileSystem) and self._filesystem == other._filesystem
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Forgiving, (self._filesystem, self._storage)
+        return TolerantFileSystem, (self._filesystem, self._storage)
 
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
-        """Ray asks this of a checkpoint when it is about to delete it, and fails if it is gone or nobody answers."""
+        """Return file infos; of a checkpoint always that of a directory.
+
+        Ray asks before it deletes a checkpoint, and fails if the checkpoint is gone or the storage is not reached.
+        """
         return [
             pafs.FileInfo(path, pafs.FileType.Directory)
             if is_step_name(path.rpartition("/")[2])
@@ -58,13 +63,13 @@ class _Forgiving(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa: PLW1641
         ]
 
     def open_output_stream(self, path: str, metadata: dict[str, str] | None) -> pa.NativeFile:
-        """Ray's list is kept until it is closed, then written if that can be done."""
+        """Open a file; Ray's list of checkpoints is buffered and written on close, ignoring errors."""
         if path.endswith(f"/{SNAPSHOT}"):
-            return pa.PythonFile(_WrittenAtTheEnd(self._filesystem, path, self._storage), mode="w")
+            return pa.PythonFile(_BufferedSnapshot(self._filesystem, path, self._storage), mode="w")
         return self._filesystem.open_output_stream(path, metadata=metadata)
 
     def get_type_name(self) -> str:
-        return f"forgiving+{self._filesystem.type_name}"
+        return f"tolerant+{self._filesystem.type_name}"
 
     def normalize_path(self, path: str) -> str:
         return str(self._filesystem.normalize_path(path))
@@ -76,14 +81,14 @@ class _Forgiving(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa: PLW1641
         self._filesystem.create_dir(path, recursive=recursive)
 
     def delete_dir(self, path: str) -> None:
-        """Also tries again what could not be deleted before."""
-        _undeleted.append((self, path))
-        for entry in _undeleted.copy():
-            handler, each = entry
+        """Delete a directory and retry the deletions that failed before; raises no OSError."""
+        _pending_deletions.append((self, path))
+        for pending in _pending_deletions.copy():
+            handler, pending_path = pending
             with suppress(OSError):
-                with suppress(FileNotFoundError, SavantError):  # gone already, or no longer this run's to delete
-                    handler._delete(each)
-                _undeleted.remove(entry)
+                with suppress(FileNotFoundError, SavantError):  # deleted already, or another process owns the run
+                    handler._delete(pending_path)
+                _pending_deletions.remove(pending)
 
     def _delete(self, path: str) -> None:
         name = path.rpartition("/")[2]
@@ -96,6 +101,7 @@ class _Forgiving(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa: PLW1641
         self._filesystem.delete_dir_contents(path, missing_dir_ok=missing_dir_ok)
 
     def delete_root_dir_contents(self) -> None:
+        """Raise NotImplementedError: a run never deletes its whole storage."""
         raise NotImplementedError
 
     def delete_file(self, path: str) -> None:
@@ -117,13 +123,15 @@ class _Forgiving(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa: PLW1641
         return self._filesystem.open_append_stream(path, metadata=metadata)
 
 
-class _WrittenAtTheEnd(io.BytesIO):
-    def __init__(self, filesystem: pafs.FileSystem, path: str, storage: Disk | None) -> None:
+class _BufferedSnapshot(io.BytesIO):
+    """Ray's list of checkpoints in memory until it is closed."""
+
+    def __init__(self, filesystem: pafs.FileSystem, path: str, storage: RunStorage | None) -> None:
         super().__init__()
         self._filesystem, self._path, self._storage = filesystem, path, storage
 
     def close(self) -> None:
-        """Writes what was collected; a list that cannot be written is made anew when the run is started again."""
+        """Write the list, unless the storage fails or another process owns the run."""
         if self.closed:
             return
         content = self.getvalue()

@@ -1,13 +1,13 @@
-"""A checkpoint is a folder `step_N`, complete or absent.
+"""Checkpoint folders `step_N`: write, find, verify, read.
 
     step_500/step_500.pt      weights, optimizer, position (see training/state.py)
     step_500/config.yaml      the settings it was trained with
     step_500/tokenizer.json   the tokenizer it was trained with
-    step_500/records.jsonl    what was told since the checkpoint before, should the driver not have heard it
-    step_500/manifest.json    sizes and SHA-256 of the others; written last
+    step_500/records.jsonl    lines of the record since the previous checkpoint, in case the driver lost them
+    step_500/manifest.json    sizes and SHA-256 of the other files; written last
 
-The folder is written as `step_500.<random>.tmp`, synced, and renamed, so a folder without a manifest is not a
-checkpoint. One that it takes the place of is renamed to `step_500.replaced` before and deleted after.
+A checkpoint is complete or absent: it is written as `step_500.<random>.tmp`, synced, and renamed. If it replaces an older
+one, that is renamed to `step_500.replaced` first and deleted afterwards. A folder without a manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 RECORDS = "records.jsonl"
 FORMAT_VERSION = 1
-ANY_TEXT = ""  # data fingerprint of a checkpoint that does not say what text it has read
+ANY_TEXT = ""  # data fingerprint of a checkpoint that does not record its training text
 REPLACED = ".replaced"
-NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of folders, on some network file systems
-SETTINGS_BEFORE = {"data.add_special_tokens": False}  # of checkpoints that an older version wrote, without that setting
+SYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # for folders, on some network file systems
+OLDER_SETTINGS = {"data.add_special_tokens": False}  # of checkpoints that were written before this setting existed
 _FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -47,32 +47,35 @@ def write_checkpoint(
     texts: Mapping[str, str],
     before_commit: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes `run_folder/step_N` for the content's step N, `texts` (by file name) beside it, and returns it.
+    """Write `content` and text files (`texts`, by name) as `run_folder/step_N`, N being the content's step; return its path.
 
-    `before_commit` is called when all is written, right before it takes its name; what it raises leaves nothing behind.
+    `before_commit` is called when all files are written, before the folder gets its name. If it raises an error, no
+    checkpoint is written.
 
     Raises:
-        OSError: the storage refuses; what was there before is whole.
+        OSError: the storage fails; an older checkpoint of this step is unchanged.
     """
     folder = run_folder / f"step_{content['step']}"
-    aside = _aside(folder)
+    temporary = _temporary(folder)
     if run_folder.is_dir():
-        remove_left_behind(run_folder)
+        remove_unfinished(run_folder)
     try:
-        _fill(aside, folder.name, content, texts)
+        _write_files(temporary, folder.name, content, texts)
         before_commit()
-        replace_folder(aside, folder)
+        replace_folder(temporary, folder)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # what there is of it only takes room
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`, whose own content, if any, stays whole until then.
+    """Rename `new` to `folder`, replacing an existing folder.
+
+    If the process is killed between the renames, `remove_unfinished` restores the existing folder.
 
     Raises:
-        OSError: the storage refuses; `folder` is what it was. After a power cut `remove_left_behind` sees to that.
+        OSError: the storage fails; the existing folder is unchanged.
     """
     replaced = folder.with_name(folder.name + REPLACED)
     if folder.exists():
@@ -88,8 +91,8 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def remove_left_behind(run_folder: Path) -> None:
-    """Removes what a process left that died while writing; what it had renamed to replace it gets its name back."""
+def remove_unfinished(run_folder: Path) -> None:
+    """Remove checkpoints that a killed process left half written, and restore those that it was replacing."""
     for replaced in run_folder.glob(f"step_*{REPLACED}"):
         folder = replaced.with_name(replaced.name.removesuffix(REPLACED))
         if folder.exists():
@@ -101,66 +104,88 @@ def remove_left_behind(run_folder: Path) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Deletes a checkpoint; cut short, it leaves none that looks complete.
+    """Delete a checkpoint. If the process is killed meanwhile, no folder is left that looks complete.
 
     Raises:
-        OSError: the storage refuses; the checkpoint is whole.
+        OSError: the storage fails; the checkpoint is unchanged.
     """
-    aside = _aside(folder)
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)  # what is left goes with `remove_left_behind`
+    temporary = _temporary(folder)
+    folder.rename(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)  # `remove_unfinished` retries
 
 
-def _aside(folder: Path) -> Path:
-    """A name beside it that no other process uses."""
+def _temporary(folder: Path) -> Path:
+    """Return a path next to `folder` that no other process uses."""
     return folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _fill(aside: Path, name: str, content: dict[str, Any], texts: Mapping[str, str]) -> None:
-    aside.mkdir(parents=True)
-    save(content, aside / f"{name}.pt")
+def _write_files(folder: Path, name: str, content: dict[str, Any], texts: Mapping[str, str]) -> None:
+    """Write and sync all files of the checkpoint `name`, the manifest last."""
+    folder.mkdir(parents=True)
+    save(content, folder / f"{name}.pt")
     for file, text in texts.items():
-        (aside / file).write_text(text, encoding="utf-8")
-    (aside / MANIFEST).write_text(json.dumps(_manifest(aside, content), indent=1))
-    for path in [*aside.iterdir(), aside]:
+        (folder / file).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(_manifest(folder, content), indent=1))
+    for path in [*folder.iterdir(), folder]:
         sync(path)
 
 
 def save(content: dict[str, Any], path: Path) -> None:
-    """`torch.save`.
+    """Write a file with `torch.save`.
 
     Raises:
-        OSError: the storage refuses; what there is of the file stays.
+        OSError: the storage fails; a partial file may remain.
     """
     try:
         torch.save(content, path)
-    except RuntimeError as error:  # what PyTorch's writer makes of a full disk
+    except RuntimeError as error:  # raised by PyTorch's writer if the disk is full
         raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
-def step_folders(run_folder: Path) -> list[Path]:
-    """The folders of a run that are named as checkpoints are, whole or not, oldest first, by step number."""
-    found = (path for path in run_folder.glob("step_*") if is_step_name(path.name) and path.is_dir())
-    return sorted(found, key=step_of)
-
-
 def is_step_name(name: str) -> bool:
-    """Whether a folder of that name is a checkpoint's."""
+    """Return whether `name` is the name of a checkpoint folder, `step_N`."""
     return _FOLDER.fullmatch(name) is not None
 
 
+def step_of(checkpoint: Path | str) -> int:
+    """Return N of a checkpoint `step_N`, given its path or name.
+
+    Raises:
+        CheckpointError: it has another name.
+    """
+    match = _FOLDER.fullmatch(Path(checkpoint).name)
+    if match is None:
+        raise CheckpointError(f"{checkpoint}: not named step_N")
+    return int(match[1])
+
+
+def in_step_order(names: Iterable[str]) -> list[str]:
+    """Return the names of checkpoints among `names`, oldest first.
+
+    The newest checkpoint is the one with the highest step number, whenever it was written.
+    """
+    return sorted(filter(is_step_name, names), key=step_of)
+
+
+def step_folders(run_folder: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, complete or not, oldest first."""
+    return [
+        run_folder / name for name in in_step_order(path.name for path in run_folder.glob("step_*") if path.is_dir())
+    ]
+
+
 def checkpoints(run_folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first, by step number."""
+    """Return the checkpoint folders of a run that have a manifest, oldest first."""
     return [folder for folder in step_folders(run_folder) if (folder / MANIFEST).is_file()]
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The one with the highest step number, or None in a folder without checkpoints."""
-    return max(checkpoints(run_folder), key=step_of, default=None)
+    """Return the newest checkpoint folder of a run that has a manifest, None without one."""
+    return next(reversed(checkpoints(run_folder)), None)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` names: itself, that around a file, or the newest of a run.
+    """Return the checkpoint folder for `path`: itself, the parent folder of a file, or the newest of a run folder.
 
     Raises:
         CheckpointError: there is none.
@@ -168,7 +193,7 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file():
         path = path.parent
     if (path / MANIFEST).is_file():
-        return path if is_step_name(path.name) else path.resolve()  # of ".", or of a link to it
+        return path if is_step_name(path.name) else path.resolve()  # `.` and links have other names
     newest = newest_checkpoint(path) if path.is_dir() else None
     if newest is None:
         raise CheckpointError(f"{path}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
@@ -176,27 +201,27 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint, checked against its manifest. Executes no code from the file.
+    """Verify a checkpoint and return its content. Executes no code from the file.
 
     Raises:
-        CheckpointError: a file is missing, cut short or altered, the folder was renamed, or the format is not known.
+        CheckpointError: a file is missing, truncated or altered, the folder was renamed, or the format version is unknown.
     """
     verify(folder)
     content = load(folder / f"{folder.name}.pt", device)
-    own = content.get("savant")
-    if (version := own.get("format_version") if isinstance(own, dict) else None) != FORMAT_VERSION:
+    savant = content.get("savant")
+    if (version := savant.get("format_version") if isinstance(savant, dict) else None) != FORMAT_VERSION:
         raise CheckpointError(
             f"checkpoint {folder.name}: its format is version {version}, this program reads version {FORMAT_VERSION}; "
-            "go on with the savant_ray that wrote it"
+            "use the version of savant_ray that wrote it"
         )
     return content
 
 
 def tokenizer_file(folder: Path) -> Path:
-    """Return the tokenizer.json of a checkpoint.
+    """Return the path of a checkpoint's tokenizer.
 
     Raises:
-        CheckpointError: it has none, since it was converted from a file without one.
+        CheckpointError: it has none, since it was converted from a file of the original, which holds none.
     """
     if TOKENIZER not in read_manifest(folder)["files"]:
         raise CheckpointError(f"checkpoint {folder.name}: has no tokenizer; it was converted from a file without one")
@@ -204,49 +229,49 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def read_settings(folder: Path) -> Config:
-    """The settings that a checkpoint was trained with; those of the environment do not count.
+    """Return the settings that a checkpoint was trained with; environment variables do not change them.
 
-    An older version, whose settings lack `data.add_special_tokens`, never put special tokens around a text.
+    Older versions, whose settings lack `data.add_special_tokens`, never added special tokens to a text.
 
     Raises:
-        SettingsError: they are missing, or not ones that this version knows.
+        SettingsError: the file is missing, or has settings that this version does not know.
     """
-    return load_config(file=folder / CONFIG, environment={}, defaults=SETTINGS_BEFORE)
+    return load_config(file=folder / CONFIG, environment={}, defaults=OLDER_SETTINGS)
 
 
 def load(path: Path, device: str | torch.device) -> dict[str, Any]:
-    """What `save` wrote. Executes no code from the file.
+    """Read a file that `save` wrote. Executes no code from the file.
 
     Raises:
-        CheckpointError: the file is damaged, or holds anything but tensors, numbers and text by name.
-        OSError: the storage does not hand it out.
+        CheckpointError: the file is damaged, or is not a dict of tensors, numbers and text.
+        OSError: the storage fails.
     """
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds something else than tensors, numbers and text; not loaded, because it could execute code"
+            f"{path}: holds objects other than tensors, numbers and text; not loaded, because it could execute code"
         ) from error
-    except (OSError, MemoryError):  # of the machine, not of the file
+    except (OSError, MemoryError):  # the file may be intact
         raise
-    except Exception as error:  # what an altered directory of records makes of it
-        raise CheckpointError(f"{path}: cannot be read ({reason(error)})") from error
+    except Exception as error:  # torch.load raises errors of many types for a damaged archive
+        raise CheckpointError(f"{path}: cannot be read ({error_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a file of weights: it holds a {type(content).__name__}")
     return content
 
 
-def reason(error: Exception) -> str:
-    """An error of somebody else's code on one line."""
+def error_line(error: Exception) -> str:
+    """Return type and first line of an error of a library."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Step, data fingerprint, and size and hash of each file.
+    """Return the manifest of a checkpoint: step, data fingerprint, and size and SHA-256 of each file.
 
     Raises:
-        CheckpointError: it is missing or not one of ours.
+        CheckpointError: it is missing or altered.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
@@ -255,29 +280,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError):
         raise CheckpointError(f"checkpoint {folder.name}: no {MANIFEST}, so it was never completed") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError(f"checkpoint {folder.name}: {MANIFEST} is not what was written") from None
+        raise CheckpointError(f"checkpoint {folder.name}: {MANIFEST} was altered") from None
     return manifest
 
 
 def verify(folder: Path, *names: str) -> None:
-    """Checks the named files, or all, against the manifest; reads them whole.
+    """Compare size and SHA-256 of the named files, or all files, with the manifest.
 
     Raises:
-        CheckpointError: one is missing, cut short or altered.
+        CheckpointError: a file is missing, truncated or altered.
     """
     files = read_manifest(folder)["files"]
     for name in names or dict.fromkeys([*files, f"{folder.name}.pt"]):
         if name not in files:
             raise CheckpointError(f"checkpoint {folder.name}: {MANIFEST} does not list {name}; was the folder renamed?")
-        _check(folder, name, files[name])
-
-
-def step_of(folder: Path) -> int:
-    """500 of `step_500`."""
-    match = _FOLDER.fullmatch(folder.name)
-    if match is None:
-        raise CheckpointError(f"{folder}: not named step_N")
-    return int(match.group(1))
+        _verify_file(folder, name, files[name])
 
 
 def _manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -287,14 +304,14 @@ def _manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lists_files(manifest: dict[str, Any]) -> bool:
-    """Whether it has what `_manifest` writes."""
+    """Return whether the manifest has the fields that `_manifest` writes."""
     files = manifest["files"].items()
     return "data_fingerprint" in manifest and all(
         Path(name).name == name and type(file["bytes"]) is int and type(file["sha256"]) is str for name, file in files
     )
 
 
-def _check(folder: Path, name: str, expected: dict[str, Any]) -> None:
+def _verify_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"checkpoint {folder.name}: {name} is missing")
@@ -302,7 +319,7 @@ def _check(folder: Path, name: str, expected: dict[str, Any]) -> None:
     if size != expected["bytes"]:
         raise CheckpointError(f"checkpoint {folder.name}: {name} has {size:,} of {expected['bytes']:,} bytes")
     if _sha256(path) != expected["sha256"]:
-        raise CheckpointError(f"checkpoint {folder.name}: {name} is not what was written (SHA-256 differs)")
+        raise CheckpointError(f"checkpoint {folder.name}: {name} was altered (SHA-256 differs)")
 
 
 def _sha256(path: Path) -> str:
@@ -315,12 +332,12 @@ def _sha256_of(manifest: dict[str, Any]) -> str:
 
 
 def sync(path: Path) -> None:
-    """Asks the operating system to put a file or a folder's entries on the disk."""
+    """Flush a file, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (path.is_dir() and error.errno in NO_SYNC):
+        if not (path.is_dir() and error.errno in SYNC_NOT_SUPPORTED):
             raise
     finally:
         os.close(descriptor)

@@ -25,7 +25,7 @@ from savant_ray.events import (
     ValidationDone,
 )
 from savant_ray.reporting.record import to_line
-from savant_ray.storage.local import Disk
+from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import CONFIG, TOKENIZER
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.state import TrainingState
@@ -40,7 +40,7 @@ class RayHost:
     plan: StreamPlan
     validator: Validator
 
-    def __init__(self, bridge: Any, storage: Disk, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, bridge: Any, storage: RunStorage, config: Config, tokenizer: Tokenizer) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.metrics = RunMetrics(config.run.name, self.rank)

@@ -15,14 +15,14 @@ import torch.distributed as dist
 
 from savant_ray.config import Config
 from savant_ray.events import RunResumed
-from savant_ray.storage.local import Disk
+from savant_ray.storage.protocol import RunStorage, newest_checkpoint_name
 from savant_ray.storage.run_storage import initial_checkpoint
 from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import broadcast_from_rank_0
 
 
-def load_newest(state: TrainingState, config: Config, storage: Disk, allow_changes: bool) -> RunResumed | None:
+def load_newest(state: TrainingState, config: Config, storage: RunStorage, allow_changes: bool) -> RunResumed | None:
     """Loads on every rank what rank 0 found; collective.
 
     Raises:
@@ -38,7 +38,7 @@ def load_newest(state: TrainingState, config: Config, storage: Disk, allow_chang
     return RunResumed(step=state.step, path=storage.locate(name), warnings=tuple(notes))
 
 
-def newest_name(storage: Disk) -> str | None:
+def newest_name(storage: RunStorage) -> str | None:
     """Return the name of the newest checkpoint, None without one.
 
     Raises:
@@ -46,10 +46,10 @@ def newest_name(storage: Disk) -> str | None:
         OSError: the storage cannot be read.
     """
     storage.check_owner()
-    return next(reversed(storage.complete_steps()), None)
+    return newest_checkpoint_name(storage)
 
 
-def fetch_once_per_node(storage: Disk, name: str) -> Path:
+def fetch_once_per_node(storage: RunStorage, name: str) -> Path:
     """By the node's first rank; the others wait for it. Collective."""
     first = not dist.is_initialized() or ray.train.get_context().get_local_rank() == 0
     if first:

@@ -18,8 +18,8 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from savant_ray.errors import doing
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
-from savant_ray.storage.local import Disk
-from savant_ray.storage.tolerant_file_system import forgiving
+from savant_ray.storage.protocol import RunStorage
+from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.training.checkpoint import RECORDS, write_checkpoint
 
 
@@ -39,7 +39,7 @@ class Save:
 class Saver:
     """One per worker; `tell` sends an event and waits until it has arrived."""
 
-    def __init__(self, storage: Disk, texts: Mapping[str, str], tell: Callable[[Event], None]) -> None:
+    def __init__(self, storage: RunStorage, texts: Mapping[str, str], tell: Callable[[Event], None]) -> None:
         self.lines: list[dict[str, Any]] = []  # of the record, since the last checkpoint
         self.saved_step = 0  # of the newest checkpoint
         self.seconds = 0.0  # that the last one took
@@ -102,7 +102,7 @@ class Saver:
         try:
             self._storage.check_owner()
             folder = write_checkpoint(self._storage.folder, save.content, texts, self._storage.check_owner)
-            return self._storage.keep(folder)
+            return self._storage.commit(folder)
         except OSError as error:
             self._refused = True
             self._tell(CheckpointFailed(step=save.step, text=str(error)))
@@ -111,9 +111,10 @@ class Saver:
     def _hand_over(self, save: Save, path: str | None) -> None:
         """It lies where Ray would copy it (NO_UPLOAD), so nothing is copied; Ray keeps the newest `checkpoint.keep`."""
         name = f"step_{save.step}"
+        filesystem = tolerant_file_system(self._storage.filesystem, self._storage)
         ray.train.report(
             {**save.figures, "step": save.step},
-            checkpoint=None if path is None else Checkpoint(path, forgiving(self._storage.filesystem, self._storage)),
+            checkpoint=None if path is None else Checkpoint(path, filesystem),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )

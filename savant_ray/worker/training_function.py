@@ -25,7 +25,7 @@ from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError, UnexpectedError, describe, doing
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.storage.lease import Owner
-from savant_ray.storage.local import Disk
+from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.run_storage import run_storage
 from savant_ray.training.device import (
     cap_memory,
@@ -87,7 +87,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         raise UnexpectedError(describe(error, "training"), traceback.format_exc()) from error
 
 
-def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: Disk, host: RayHost) -> None:
+def _train(task: WorkerTask, config: Config, tokenizer: Tokenizer, storage: RunStorage, host: RayHost) -> None:
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where collectives over objects put their bytes

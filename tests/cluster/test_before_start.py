@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from savant_ray.cluster.ray_job import in_ray_job, missing_text_explained, output_folder
 from savant_ray.cluster.session import grace_seconds
 from savant_ray.config import Config, load_config
 from savant_ray.driver.checks import (
@@ -26,21 +27,12 @@ from savant_ray.driver.checks import (
 from savant_ray.driver.data_preparation import find_text
 from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError
+from savant_ray.locations import join_uri, parent_and_name, replace_missing_home
 from savant_ray.reporting import RunReport
-from savant_ray.reporting.wording import byte_size
-from savant_ray.storage.local import Disk
+from savant_ray.reporting.wording import byte_size, python_command
+from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.lock import LOCK, is_in_use, locked, move_run_aside
-from savant_ray.storage.paths import (
-    in_ray_job,
-    joined,
-    missing_text_explained,
-    output_folder,
-    parent_and_name,
-    python_to_type,
-    replace_missing_home,
-    run_folder,
-    with_absolute_paths,
-)
+from savant_ray.storage.paths import run_folder, with_absolute_paths
 from tests.cluster.conftest import environment, with_text
 from tests.cluster.conftest import options as tiny_options
 from tests.cluster.test_starting_point import write
@@ -67,7 +59,7 @@ def test_a_run_in_object_storage_has_a_mirror_below_home_and_a_cache_that_has_no
     resolved = with_absolute_paths(config, Path("/in"), Path("/out"))
     assert resolved.run.storage_path == config.run.storage_path
     assert run_folder(resolved) == Path.home() / "savant_runs/s3/bucket/my/runs/checkpoints_savant"
-    uri = joined(config.run.storage_path, "step_5")
+    uri = join_uri(config.run.storage_path, "step_5")
     assert uri == "s3://bucket/my/runs/step_5?region=eu-west-1"
     assert parent_and_name(uri) == (config.run.storage_path, "step_5")
     config = load_config(["--data.cache_dir", "s3://bucket/cache"], environment={})
@@ -82,11 +74,11 @@ def test_the_next_command_calls_the_python_that_has_the_packages(
     python.parent.mkdir(parents=True)
     python.touch(mode=0o755)
     monkeypatch.chdir(tmp_path)
-    assert python_to_type(python) == ".venv/bin/python", "as make calls it"
+    assert python_command(python) == ".venv/bin/python", "as make calls it"
     (tmp_path / "elsewhere").mkdir(), monkeypatch.chdir(tmp_path / "elsewhere")
-    assert python_to_type(python) == str(python)
+    assert python_command(python) == str(python)
     monkeypatch.setenv("PATH", str(python.parent))
-    assert python_to_type(python) == "python"
+    assert python_command(python) == "python"
 
 
 def test_a_job_writes_below_home_because_its_folder_vanishes() -> None:
@@ -161,7 +153,7 @@ def test_sizes_are_told_in_units_that_fit(n_bytes: float, shown: str) -> None:
 
 def test_fresh_may_take_inputs_of_any_run_but_its_own(tmp_path: Path) -> None:
     def refuse(init_from: str, run: str) -> None:
-        storage = Disk(tmp_path)
+        storage = LocalStorage(tmp_path)
         storage.location = run
         refuse_inputs_in_the_run(Config.from_dict({"run": {"init_from": init_from}}), storage)
 
@@ -233,7 +225,7 @@ def test_init_from_must_name_a_checkpoint(tmp_path: Path) -> None:
     settings = Config().to_dict()
     settings["run"] |= {"storage_path": str(tmp_path), "init_from": str(tmp_path / "nothing")}
     with pytest.raises(CheckpointError, match="no checkpoint there"):
-        check_before_start(Config.from_dict(settings), Disk(tmp_path))
+        check_before_start(Config.from_dict(settings), LocalStorage(tmp_path))
 
 
 def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) -> None:
@@ -317,8 +309,8 @@ def test_a_run_is_locked_under_every_path_that_leads_to_it(tmp_path: Path) -> No
         with pytest.raises(SavantError, match=f"in use by process {os.getpid()}"), locked(other / "run"):
             pass
     write(other / "run", 1, 2)
-    assert find_start(Disk(other / "run"), pytest.fail) == other / "run/step_2"
-    assert find_start(Disk(there), pytest.fail) == there / "step_2"
+    assert find_start(LocalStorage(other / "run"), pytest.fail) == other / "run/step_2"
+    assert find_start(LocalStorage(there), pytest.fail) == there / "step_2"
     moved = move_run_aside(other / "run")
     assert moved == other / "run.old" and (there.parent / "run.old/step_2").is_dir()
 

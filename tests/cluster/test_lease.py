@@ -19,7 +19,7 @@ from werkzeug.serving import make_server
 
 from savant_ray.errors import SavantError
 from savant_ray.storage import lease as lease_module
-from savant_ray.storage.conditional_write import Conflict, conditional_object
+from savant_ray.storage.conditional_write import VersionConflictError, conditional_object
 from savant_ray.storage.lease import LEASE, leased
 from savant_ray.storage.object_store import ObjectStorage
 from tests.cluster.conftest import wait_for
@@ -29,8 +29,8 @@ from tests.cluster.test_object_storage import record
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(lease_module, "SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
+    monkeypatch.setattr(lease_module, "EXPIRY_SECONDS", 2.0)
     monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.1)
 
 
@@ -58,7 +58,7 @@ def test_a_run_that_was_taken_over_while_the_storage_was_not_reached_stops_and_l
         here.refuse_if_lost()
         taken = json.dumps({"token": "x", "process": 7, "host": "another-machine", "beat": 1}).encode()
         store.write(f"runs/run/{LEASE}", taken)
-        wait_for(lambda: here._lease is not None and here._lease._winner, 20)
+        wait_for(lambda: here._lease is not None and here._lease._new_owner, 20)
         with pytest.raises(SavantError, match="process 7 on another-machine has taken the run over"):
             here.refuse_if_lost()
         with pytest.raises(OSError, match="another process trains this run"):
@@ -84,7 +84,7 @@ def test_a_dead_run_holds_no_lease(here: ObjectStorage, store: ObjectStore) -> N
 def taken(storage: ObjectStorage) -> Iterator[ObjectStorage]:
     """The run, taken over at once from whoever has it, and given back in the end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lease_module, "SILENCE_SECONDS", 0.0)
+        patch.setattr(lease_module, "EXPIRY_SECONDS", 0.0)
         patch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
         use = storage.in_use(lambda _: None)
         use.__enter__()
@@ -132,8 +132,8 @@ def starters(store: ObjectStore, folder: Path, number: int) -> list[str]:
 def test_of_processes_that_start_a_run_at_once_exactly_one_trains_however_slow_their_writes(
     left_behind: dict[str, object] | None, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "SILENCE_SECONDS", 0.2)
-    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lease_module, "EXPIRY_SECONDS", 0.2)
+    monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
     monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
     if left_behind is not None:
         store.write(f"runs/run/{LEASE}", json.dumps(left_behind).encode())
@@ -150,7 +150,7 @@ def test_a_storage_without_conditional_writes_is_told_and_a_run_in_use_refused_t
     store.conditions = conditions
     said: list[str] = []
     with here.in_use(said.append):
-        assert len(said) == 1 and "no conditional writes" in said[0] and "start it once" in said[0]
+        assert len(said) == 1 and "no conditional writes" in said[0] and "Start this run once" in said[0]
         with pytest.raises(SavantError, match="in use by process"), elsewhere.in_use(said.append):
             pass
     assert store.names("runs/run") == []
@@ -174,11 +174,11 @@ def test_who_takes_over_a_run_whose_holder_lives_after_all_ends_that_one(
     here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The holder is stopped, as by Ctrl+Z, and goes on when the run has another owner."""
-    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
     with here.in_use():
         with taken(elsewhere):
             lease = here._lease
-            wait_for(lambda: lease is not None and lease._winner, 20)
+            wait_for(lambda: lease is not None and lease._new_owner, 20)
             with pytest.raises(SavantError, match="has taken the run over"):
                 here.refuse_if_lost()
             with pytest.raises(SavantError, match="has taken the run over"):
@@ -219,7 +219,7 @@ def test_the_epoch_grows_where_workers_may_still_write_and_never_shrinks(
 def test_a_mark_that_somebody_removes_is_written_again(
     here: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.05)
     with here.in_use():
         here.filesystem.delete_file(f"{here.path}/{LEASE}")
         here.check_owner()
@@ -260,7 +260,7 @@ def test_conditional_writes_find_the_keys_of_a_profile_as_amazons_tools_do(
     found = conditional_object(here.filesystem, f"{BUCKET}/runs/run/object")
     assert found is not None
     found.write(b"1", None)
-    with pytest.raises(Conflict):
+    with pytest.raises(VersionConflictError):
         found.write(b"2", None)
     assert store.read("runs/run/object") == b"1"
 
@@ -299,12 +299,12 @@ def test_google_cloud_storage_has_conditional_writes_by_generation(monkeypatch: 
     assert ours is not None and theirs is not None and ours.read() == theirs.read() == (b"", None)
     version = ours.write(b"ours", None)
     assert ours.is_conditional(b"ours")
-    with pytest.raises(Conflict):
+    with pytest.raises(VersionConflictError):
         theirs.write(b"theirs", None)
     content, seen = theirs.read()
     assert content == b"ours"
     theirs.write(b"taken over", seen)
-    with pytest.raises(Conflict):
+    with pytest.raises(VersionConflictError):
         ours.write(b"renewed", version)
     assert ours.read()[0] == b"taken over"
     server.shutdown()

@@ -18,10 +18,10 @@ from savant_ray.driver.checks import check_before_start
 from savant_ray.driver.record_upload import Courier
 from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.storage.local import Disk
+from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.storage.ray_snapshot import SNAPSHOT
-from savant_ray.storage.run_storage import on_this_machine, run_storage, storage_errors_explained
+from savant_ray.storage.run_storage import local_checkpoint, run_storage, storage_errors_explained
 from savant_ray.training.checkpoint import MANIFEST, read_manifest, verify
 from tests.cluster.conftest import ROOT
 from tests.cluster.object_store import BUCKET, ObjectStore
@@ -31,7 +31,7 @@ from tests.cluster.test_starting_point import write
 def keep(storage: ObjectStorage, *steps: int) -> None:
     for step in steps:
         write(storage.folder, step)
-        assert storage.keep(storage.folder / f"step_{step}") == f"{BUCKET}/runs/run/step_{step}"
+        assert storage.commit(storage.folder / f"step_{step}") == f"{BUCKET}/runs/run/step_{step}"
 
 
 def test_a_checkpoint_that_is_sent_is_found_whole_on_another_machine(
@@ -42,7 +42,7 @@ def test_a_checkpoint_that_is_sent_is_found_whole_on_another_machine(
     verify(elsewhere.folder / "step_10000")
     for storage in (here, elsewhere):
         assert [path.name for path in storage.folder.glob("step_*")] == ["step_10000"], "a mirror needs the newest only"
-    assert here.complete_steps() == ["step_9900", "step_10000"]
+    assert here.checkpoints() == ["step_9900", "step_10000"]
 
 
 def test_a_run_may_have_any_name_that_a_folder_may_have(
@@ -54,13 +54,13 @@ def test_a_run_may_have_any_name_that_a_folder_may_have(
     storage = run_storage(config)
     assert storage.path == f"{BUCKET}/runs/{name}" and storage.folder.name == name
     write(storage.folder, 5)
-    storage.keep(storage.folder / "step_5")
+    storage.commit(storage.folder / "step_5")
     for checkpoint in (storage.location, storage.locate("step_5")):
-        with on_this_machine(checkpoint) as folder:
+        with local_checkpoint(checkpoint) as folder:
             assert folder.name == "step_5"
     moved = storage.move_aside()
-    assert moved is not None and storage.complete_steps() == []
-    with on_this_machine(moved) as folder:
+    assert moved is not None and storage.checkpoints() == []
+    with local_checkpoint(moved) as folder:
         assert folder.name == "step_5"
 
 
@@ -80,8 +80,8 @@ def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(
     monkeypatch.setattr(ObjectStorage, "_upload", dying)
     write(here.folder, 2)
     files = {file.name for file in (here.folder / "step_2").iterdir()}
-    with pytest.raises(OSError, match=r"power.* whole in .*step_2\.unsent of this node"):
-        here.keep(here.folder / "step_2")
+    with pytest.raises(OSError, match=r"power.* complete in .*step_2\.unsent of this node"):
+        here.commit(here.folder / "step_2")
     assert {file.name for file in (here.folder / "step_2.unsent").iterdir()} == files
     assert (
         set(sent) == files - {MANIFEST} and sent[-1] == "step_2.pt" and f"step_2/{sent[0]}" in store.names("runs/run")
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_set_aside_there_and_the_next_older_one_taken(
     said: list[str] = []
     assert find_start(elsewhere, said.append) == elsewhere.folder / "step_1"
     assert len(said) == 1 and "SHA-256" in said[0] and "set aside as step_2.damaged" in said[0]
-    assert "step_2.damaged/step_2.pt" in store.names("runs/run") and elsewhere.complete_steps() == ["step_1"]
+    assert "step_2.damaged/step_2.pt" in store.names("runs/run") and elsewhere.checkpoints() == ["step_1"]
     flip(store, "runs/run/step_1/step_1.pt")
     shutil.rmtree(elsewhere.folder)
     with pytest.raises(CheckpointError, match="no whole checkpoint of it is left"):
@@ -215,14 +215,14 @@ class DyingAfter:
 def test_a_checkpoint_there_is_named_by_its_uri(here: ObjectStorage, store: ObjectStore) -> None:
     keep(here, 1, 2)
     for uri, step in {store.uri("runs/run"): "step_2", store.uri("runs/run/step_1"): "step_1"}.items():
-        with on_this_machine(uri) as folder:
+        with local_checkpoint(uri) as folder:
             assert folder.name == step
             verify(folder)
         assert not folder.exists()
     for missing in ("runs/run/step_3", "runs/other"):
-        with pytest.raises(CheckpointError, match="no checkpoint there"), on_this_machine(store.uri(missing)):
+        with pytest.raises(CheckpointError, match="no checkpoint there"), local_checkpoint(store.uri(missing)):
             pass
-    with on_this_machine("a/run") as folder:
+    with local_checkpoint("a/run") as folder:
         assert folder == Path("a/run")
 
 
@@ -265,13 +265,13 @@ def test_wherever_a_replacement_there_is_interrupted_the_old_or_the_new_checkpoi
         store.before = refuse
         write(here.folder, 1, data="new")
         with suppress(OSError):
-            here.keep(here.folder / "step_1")
+            here.commit(here.folder / "step_1")
         store.before = lambda method, path: None
         again = ObjectStorage(here.location, tmp_path / "again")
         start = find_start(again, lambda _: None)
         assert start is not None
         found.append(read_manifest(start)["data_fingerprint"])
-        assert again.complete_steps() == ["step_1"]
+        assert again.checkpoints() == ["step_1"]
         shutil.rmtree(again.folder)
         if changes <= allowed:
             break
@@ -285,8 +285,8 @@ def test_what_a_failed_sending_leaves_on_the_node_is_whole_and_the_mirror_goes_o
     for step in (2, 2, 3):
         store.before = refuse_all
         write(here.folder, step)
-        with pytest.raises(OSError, match=rf"lies whole in .*step_{step}\.unsent"):
-            here.keep(here.folder / f"step_{step}")
+        with pytest.raises(OSError, match=rf"is complete in .*step_{step}\.unsent"):
+            here.commit(here.folder / f"step_{step}")
         store.before = lambda method, path: None
         assert [path.name for path in here.folder.glob("step_*")] == [f"step_{step}.unsent"]
         (here.folder / f"step_{step}.unsent").rename(here.folder / f"step_{step}")
@@ -308,12 +308,12 @@ def test_whether_a_checkpoint_is_there_is_seen_from_the_names(
     for name in ("runs/run", "runs/run/step_1"):
         settings = Config().to_dict()
         settings["run"] |= {"storage_path": str(tmp_path), "init_from": store.uri(name)}
-        check_before_start(Config.from_dict(settings), Disk(tmp_path))
+        check_before_start(Config.from_dict(settings), LocalStorage(tmp_path))
     assert store.requests and not [path for _, path in store.requests if "step_" in path]
     for name in ("runs/run/step_3", "runs/nothing"):
         settings["run"]["init_from"] = store.uri(name)
         with pytest.raises(CheckpointError, match="no checkpoint there"):
-            check_before_start(Config.from_dict(settings), Disk(tmp_path))
+            check_before_start(Config.from_dict(settings), LocalStorage(tmp_path))
 
 
 RANKS = """
@@ -321,7 +321,7 @@ import os, sys
 from pathlib import Path
 import ray.train, torch.distributed as dist
 from savant_ray.worker import resume
-from savant_ray.storage.run_storage import on_this_machine
+from savant_ray.storage.run_storage import local_checkpoint
 
 nodes, rendezvous, uri = sys.argv[1].split(","), *sys.argv[2:]
 rank = 0
@@ -338,7 +338,7 @@ class Context:
 
 ray.train.get_context = Context
 dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(nodes))
-with resume.on_each_node(on_this_machine(uri)) as folder:
+with resume.on_each_node(local_checkpoint(uri)) as folder:
     os.write(1, f"{rank} {folder} {(folder / 'step_2.pt').stat().st_size}\\n".encode())  # a line in one piece
 dist.barrier()
 if first_child:

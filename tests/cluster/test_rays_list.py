@@ -14,16 +14,18 @@ from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from savant_ray.driver.starting_point import find_start
-from savant_ray.storage.local import Disk
+from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.ray_snapshot import SNAPSHOT, rebuild_snapshot
-from savant_ray.storage.tolerant_file_system import forgiving
+from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.training.checkpoint import checkpoints
 from tests.cluster.test_starting_point import write
 
 
 def rays_manager(run: Path, keep: int = 3) -> CheckpointManager:
     """Ray Train's own, as it starts in the run folder."""
-    storage = StorageContext(str(run.parent), run.name, storage_filesystem=pickle.loads(pickle.dumps(forgiving(None))))
+    storage = StorageContext(
+        str(run.parent), run.name, storage_filesystem=pickle.loads(pickle.dumps(tolerant_file_system(None)))
+    )
     return CheckpointManager(CheckpointConfig(num_to_keep=keep), storage)
 
 
@@ -34,7 +36,9 @@ def rays_checkpoints(run: Path) -> list[str]:
 def save(manager: CheckpointManager, run: Path, step: int) -> list[str]:
     """As a worker does; returns the folders that are left."""
     write(run, step)
-    report = _TrainingReport(Checkpoint(str(run / f"step_{step}"), forgiving(None)), {"step": step}, validation=False)
+    report = _TrainingReport(
+        Checkpoint(str(run / f"step_{step}"), tolerant_file_system(None)), {"step": step}, validation=False
+    )
 
     async def register() -> None:  # it wakes those that wait for it, in its event loop
         manager.register_checkpoint(report)
@@ -57,7 +61,7 @@ def test_the_newest_are_kept_and_never_is_the_newest_deleted(keep: int, left: li
 def test_a_later_launch_deletes_by_number_what_earlier_ones_left(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write(run, 10000, 9900, 5000)
-    find_start(Disk(run), print)
+    find_start(LocalStorage(run), print)
     assert save(rays_manager(run), run, 10100) == ["step_9900", "step_10000", "step_10100"]
 
 
@@ -80,9 +84,9 @@ def test_a_deletion_that_is_cut_short_leaves_no_checkpoint_that_looks_complete(
     write(tmp_path, 1, 2)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the process died
-        forgiving(None, Disk(tmp_path)).delete_dir(f"{tmp_path}/step_1")
+        tolerant_file_system(None, LocalStorage(tmp_path)).delete_dir(f"{tmp_path}/step_1")
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step_2"]
-    assert find_start(Disk(tmp_path), pytest.fail) == tmp_path / "step_2"
+    assert find_start(LocalStorage(tmp_path), pytest.fail) == tmp_path / "step_2"
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"]
 
 
@@ -105,10 +109,10 @@ class Sulking:
 
 def test_what_could_not_be_deleted_is_deleted_with_the_next() -> None:
     sulking = Sulking()
-    forgiving(sulking).delete_dir("run/step_1")
+    tolerant_file_system(sulking).delete_dir("run/step_1")
     sulking.refuses = False
     for path in ("gone", "run/step_2"):
-        forgiving(sulking).delete_dir(path)
+        tolerant_file_system(sulking).delete_dir(path)
     assert sulking.deleted == ["run/step_1", "run/step_2"]
 
 
@@ -119,7 +123,7 @@ def test_rays_own_list_is_mended_before_ray_reads_it(damage: str, tmp_path: Path
     write(run, 5, 9900, 10000)
     snapshot = run / SNAPSHOT
     write(run, 20000)
-    rebuild_snapshot(Disk(run))
+    rebuild_snapshot(LocalStorage(run))
     shutil.rmtree(run / "step_20000")
     if damage == "truncated":
         snapshot.write_bytes(snapshot.read_bytes()[:100])
@@ -127,11 +131,11 @@ def test_rays_own_list_is_mended_before_ray_reads_it(damage: str, tmp_path: Path
         snapshot.unlink()
     elif damage == "empty":
         snapshot.write_bytes(b"")
-    find_start(Disk(run), print)
+    find_start(LocalStorage(run), print)
     assert rays_checkpoints(run) == ["step_5", "step_9900", "step_10000"]
 
 
 def test_a_list_of_nothing_is_no_list(tmp_path: Path) -> None:
     (tmp_path / SNAPSHOT).write_text("{")
-    find_start(Disk(tmp_path), print)
+    find_start(LocalStorage(tmp_path), print)
     assert not (tmp_path / SNAPSHOT).exists()

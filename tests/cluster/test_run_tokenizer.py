@@ -79,7 +79,7 @@ def test_of_a_run_in_object_storage_the_tokenizer_is_fetched_without_the_weights
     path: str, here: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
     shutil.copytree(run_of(tmp_path), here.folder)
-    here.keep(here.folder / "step_6")
+    here.commit(here.folder / "step_6")
     store.filesystem.delete_file(f"{BUCKET}/runs/run/step_6/step_6.pt")
     config, origin = started_from(store.uri(path))
     chosen = choose_tokenizer(config, origin, allow_changes=False)

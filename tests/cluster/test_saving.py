@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
-from savant_ray.storage.local import Disk
+from savant_ray.storage.local import LocalStorage
 from savant_ray.training.checkpoint import RECORDS, read_checkpoint, write_checkpoint
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.worker import saving
@@ -66,7 +66,7 @@ def told() -> list[Event]:
 
 @pytest.fixture
 def saver(tmp_path: Path, told: list[Event]) -> Saver:
-    return Saver(Disk(tmp_path), {}, told.append)
+    return Saver(LocalStorage(tmp_path), {}, told.append)
 
 
 def content(step: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.driver.checks import is_finished
 from savant_ray.driver.starting_point import changed_settings, find_start, refuse_other_data, refuse_other_settings
 from savant_ray.errors import CheckpointError
-from savant_ray.storage.local import Disk
+from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.lock import locked, move_run_aside
 from savant_ray.training.checkpoint import checkpoints, write_checkpoint
 
@@ -44,7 +44,7 @@ def changed(**sections: dict[str, Any]) -> Config:
 
 
 def test_a_new_folder_starts_from_scratch(tmp_path: Path) -> None:
-    assert find_start(Disk(tmp_path), print) is None
+    assert find_start(LocalStorage(tmp_path), print) is None
 
 
 def cut(folder: Path) -> None:
@@ -70,14 +70,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_taken(
     write(tmp_path, 9900, 10000)
     damage(tmp_path / "step_10000")
     said: list[str] = []
-    assert find_start(Disk(tmp_path), said.append) == tmp_path / "step_9900"
+    assert find_start(LocalStorage(tmp_path), said.append) == tmp_path / "step_9900"
     assert len(said) == 1 and words in said[0] and "set aside as step_10000.damaged" in said[0]
     assert names(tmp_path) == ["step_10000.damaged", "step_9900"]
     write(tmp_path, 10000)
     damage(tmp_path / "step_10000")
-    assert find_start(Disk(tmp_path), said.append) == tmp_path / "step_9900" and "step_10000.damaged-2" in names(
-        tmp_path
-    )
+    assert find_start(
+        LocalStorage(tmp_path), said.append
+    ) == tmp_path / "step_9900" and "step_10000.damaged-2" in names(tmp_path)
 
 
 def test_with_no_whole_checkpoint_left_a_run_is_not_begun_anew_in_silence(tmp_path: Path) -> None:
@@ -86,19 +86,19 @@ def test_with_no_whole_checkpoint_left_a_run_is_not_begun_anew_in_silence(tmp_pa
         cut(folder)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="no whole checkpoint of it is left.*--fresh"):
-            find_start(Disk(tmp_path), lambda _: None)
+            find_start(LocalStorage(tmp_path), lambda _: None)
 
 
 def test_nor_in_a_folder_whose_checkpoints_somebody_deleted(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "checkpoint", "step": 5}) + "\n")
     with pytest.raises(CheckpointError, match="holds a run"):
-        find_start(Disk(tmp_path), print)
+        find_start(LocalStorage(tmp_path), print)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "step", "step": 5}) + "\n")
     (tmp_path / "step_6.tmp").mkdir()
-    assert find_start(Disk(tmp_path), print) is None and names(tmp_path) == []
+    assert find_start(LocalStorage(tmp_path), print) is None and names(tmp_path) == []
 
 
 def test_fresh_moves_the_old_run_aside_and_loses_nothing(tmp_path: Path) -> None:
@@ -157,13 +157,15 @@ def test_changed_settings_are_named_by_their_dotted_names() -> None:
 def test_a_finished_run_is_finished_once_its_last_sample_is_there(tmp_path: Path) -> None:
     config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
     write(tmp_path / "run", 5)
-    assert is_finished(config, Disk(tmp_path / "run"), tmp_path / "run/step_5") is None, (
+    assert is_finished(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") is None, (
         "a stop cut the last validation short"
     )
     (tmp_path / "run/samples.jsonl").write_text(json.dumps({"event": "sample", "step": 5}) + "\n")
-    assert "has done its 5 steps" in (is_finished(config, Disk(tmp_path / "run"), tmp_path / "run/step_5") or "")
+    assert "has done its 5 steps" in (
+        is_finished(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") or ""
+    )
     longer = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 6})
-    assert is_finished(longer, Disk(tmp_path / "run"), tmp_path / "run/step_5") is None
+    assert is_finished(longer, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") is None
 
 
 def test_a_run_whose_last_sample_found_no_room_is_finished_too(tmp_path: Path) -> None:
@@ -177,5 +179,5 @@ def test_a_run_whose_last_sample_found_no_room_is_finished_too(tmp_path: Path) -
     ]:
         lines.append(last)
         (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        said = is_finished(config, Disk(tmp_path / "run"), tmp_path / "run/step_5")
+        said = is_finished(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5")
         assert (said is not None) == finished, last

@@ -15,11 +15,11 @@ from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import SavantError
 from savant_ray.events import Event
 from savant_ray.storage.lease import LEASE
-from savant_ray.storage.local import Disk
+from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.storage.ray_snapshot import SNAPSHOT
-from savant_ray.storage.run_storage import on_this_machine
-from savant_ray.storage.tolerant_file_system import forgiving
+from savant_ray.storage.run_storage import local_checkpoint
+from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.training.checkpoint import MANIFEST, TOKENIZER, verify
 from savant_ray.worker import saving
 from savant_ray.worker.resume import newest_name
@@ -49,7 +49,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def save(storage: ObjectStorage, step: int, data: str) -> str:
     """Writes and sends a checkpoint, which `data` tells from another one of that step."""
     write(storage.folder, step, data=data)
-    return storage.keep(storage.folder / f"step_{step}")
+    return storage.commit(storage.folder / f"step_{step}")
 
 
 def fingerprint(folder: Path) -> str:
@@ -75,7 +75,7 @@ def test_it_saves_nothing_and_says_who_trains_the_run(
     with taken(elsewhere):
         save(elsewhere, 500, "new")
         before = objects(store, "step_")
-        with pytest.raises(SavantError, match=r"has taken the run over.*lies whole in .*step_500\.unsent"):
+        with pytest.raises(SavantError, match=r"has taken the run over.*is complete in .*step_500\.unsent"):
             save(worker, 500, "old")
         with pytest.raises(SavantError, match="has taken the run over"):
             save(worker, 510, "old")
@@ -119,7 +119,7 @@ def test_what_it_was_sending_when_the_run_was_taken_over_destroys_nothing(
         assert objects(store, "step_500.1") == kept
         assert newest(elsewhere, tmp_path) == "step_500 of new"
         assert outcomes == ([] if moment == MANIFEST else ["refused"]), "only who is about to commit still does"
-        with on_this_machine(store.uri("runs/run")) as folder:
+        with local_checkpoint(store.uri("runs/run")) as folder:
             assert fingerprint(folder) == "new"
         elsewhere.delete("step_500")
         assert not objects(store, "step_500/", "step_500.1/"), "its owner deletes what is left of either"
@@ -129,7 +129,7 @@ def test_it_deletes_nothing_and_its_list_of_checkpoints_is_not_written(
     worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
 ) -> None:
     save(worker, 490, "old")
-    filesystem = pickle.loads(pickle.dumps(forgiving(worker.filesystem, worker)))
+    filesystem = pickle.loads(pickle.dumps(tolerant_file_system(worker.filesystem, worker)))
     with taken(elsewhere):
         save(elsewhere, 500, "new")
         store.write(f"runs/run/{SNAPSHOT}", b"new")
@@ -142,7 +142,7 @@ def test_it_deletes_nothing_and_its_list_of_checkpoints_is_not_written(
         with pytest.raises(OSError, match="another process trains this run"):
             worker.send_records()
         assert objects(store, "") == before
-        ours = forgiving(elsewhere.filesystem, elsewhere)
+        ours = tolerant_file_system(elsewhere.filesystem, elsewhere)
         for step in (490, 500):
             ours.delete_dir(f"{worker.path}/step_{step}")
         assert not objects(store, "step_")
@@ -186,8 +186,8 @@ def test_a_run_goes_on_from_either_owners_checkpoints_and_sets_aside_a_damaged_o
     save(worker, 500, "old")
     with taken(elsewhere):
         save(elsewhere, 500, "new")
-        assert elsewhere.complete_steps() == ["step_490", "step_500"]
-        with on_this_machine(store.uri("runs/run/step_500.1")) as folder:
+        assert elsewhere.checkpoints() == ["step_490", "step_500"]
+        with local_checkpoint(store.uri("runs/run/step_500.1")) as folder:
             assert folder.name == "step_500" and fingerprint(folder) == "new"
     assert "step_500/manifest.json" not in store.names("runs/run"), "the newer copy has taken its place"
     damaged = bytearray(store.read("runs/run/step_500.1/step_500.pt"))
@@ -200,11 +200,11 @@ def test_a_run_goes_on_from_either_owners_checkpoints_and_sets_aside_a_damaged_o
     assert len(said) == 1 and "set aside as step_500.damaged" in said[0]
 
 
-def outlived(folder: Path) -> Disk:
+def outlived(folder: Path) -> LocalStorage:
     """The storage of a worker whose driver is gone, on a disk that another process trains on now."""
-    first = Disk(folder)
+    first = LocalStorage(folder)
     with first.in_use():
-        worker: Disk = pickle.loads(pickle.dumps(first))
+        worker: LocalStorage = pickle.loads(pickle.dumps(first))
     return worker
 
 
@@ -213,13 +213,13 @@ def test_on_a_disk_it_saves_and_deletes_nothing_either(tmp_path: Path) -> None:
     worker = outlived(tmp_path)
     write(tmp_path, 500, data="new")
     told: list[Event] = []
-    with Disk(tmp_path).in_use():
+    with LocalStorage(tmp_path).in_use():
         saver = Saver(worker, {}, told.append)
         saver.begin(500, "periodic", lambda: content(500), {})
         with pytest.raises(SavantError, match="another process trains this run now"):
             saver.finish()
         assert saver.finish() and not told, "it is raised once"
-        forgiving(None, worker).delete_dir(f"{tmp_path}/step_500")
+        tolerant_file_system(None, worker).delete_dir(f"{tmp_path}/step_500")
         assert fingerprint(tmp_path / "step_500") == "new"
     worker.folder.joinpath(LEASE).unlink()
     worker.check_owner()
@@ -234,7 +234,7 @@ def test_on_a_disk_what_it_was_writing_when_the_run_was_taken_over_is_given_up(
     def slowly(*arguments: object) -> None:
         torch_save(*arguments)
         monkeypatch.setattr(torch, "save", torch_save)
-        with Disk(tmp_path).in_use():
+        with LocalStorage(tmp_path).in_use():
             pass
 
     monkeypatch.setattr(torch, "save", slowly)
@@ -255,7 +255,7 @@ def test_the_tokenizer_of_a_run_that_was_taken_over_is_found_for_init_from(
         save(elsewhere, 500, "new")
     for name in ("runs/run", "runs/run/step_500"):
         store.requests.clear()
-        with on_this_machine(store.uri(name), [MANIFEST, TOKENIZER]) as folder:
+        with local_checkpoint(store.uri(name), [MANIFEST, TOKENIZER]) as folder:
             assert json.loads((folder / MANIFEST).read_bytes())["data_fingerprint"] == "new"
             verify(folder, TOKENIZER)
         assert not [path for method, path in store.requests if method == "GET" and path.endswith(".pt")]

@@ -188,7 +188,7 @@ def test_a_folder_with_damaged_files_only_ends_with_exit_code_4(
     code = generate("--checkpoint", folder, *settings) if command == "generate" else main(
         ["export", str(folder), *arguments]
     )  # fmt: skip
-    assert code == 4 and "none that is whole" in capsys.readouterr().err
+    assert code == 4 and "none that is intact" in capsys.readouterr().err
 
 
 def test_files_of_the_original_in_object_storage_are_checkpoints_too(
@@ -205,7 +205,7 @@ def test_files_of_the_original_in_object_storage_are_checkpoints_too(
         arguments = ["--format", "safetensors", "--output", str(output), *settings]
         assert main(["export", store.uri(f"runs/{name}"), *arguments]) == 0
         assert json.loads((output / "config.json").read_text())["step"] == step
-    assert "step_9.pt: cut short" in capsys.readouterr().err
+    assert "step_9.pt: truncated" in capsys.readouterr().err
     assert main(["export", store.uri("runs/theirs"), "--format", "original", "--output", f"{tmp_path}/x.pt"]) == 0
     assert read_file(tmp_path / "x.pt")["step"] == 3
     assert generate("--checkpoint", store.uri("runs/theirs/step_9.pt"), *settings) == 4

@@ -26,8 +26,9 @@ from savant_ray.original.export import export_original
 from savant_ray.original.file import read_file
 from savant_ray.reporting import RunReport
 from savant_ray.reporting.console import PlainConsole
-from savant_ray.storage.local import Disk
+from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.object_store import ObjectStorage
+from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import read_checkpoint, read_manifest, read_settings, verify
 from tests.cluster.conftest import environment, server, store  # noqa: F401 - fixtures
 from tests.cluster.object_store import ObjectStore
@@ -59,9 +60,9 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
     return Config.from_dict(settings)
 
 
-def start(run: Path | Disk, config: Config, allow_changes: bool = False) -> tuple[Path | None, list[str]]:
+def start(run: Path | RunStorage, config: Config, allow_changes: bool = False) -> tuple[Path | None, list[str]]:
     """Where a launch goes on, and what it says."""
-    storage, said = run if isinstance(run, Disk) else Disk(run), []
+    storage, said = LocalStorage(run) if isinstance(run, Path) else run, []
 
     def emit(event: Event) -> None:
         assert isinstance(event, CheckpointSaved)
@@ -82,10 +83,9 @@ def test_a_file_becomes_a_checkpoint_of_ours_and_stays_as_it_is(run: Path, confi
     before = path.read_bytes()
     folder, said = start(run, config)
     assert folder == run / "step_3" and names(run) == ["step_3", "step_3.pt"] and path.read_bytes() == before
-    assert said == [
-        "saved 3: converted from step_3.pt of the original, which shows neither all settings of its model nor what text it "
-        "has read: continues with model.n_heads 2, model.n_loops 4 and with the text at sequence 36, step × effective batch"
-    ]
+    assert len(said) == 1 and said[0].startswith("saved 3: converted from step_3.pt of the original")
+    assert "continues with model.n_heads 2, model.n_loops 4" in said[0]
+    assert "text at sequence 36, step × effective batch" in said[0]
     verify(folder)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     assert read_settings(folder) == with_tokenizer_settings(config, tokenizer)
@@ -222,7 +222,7 @@ def test_a_damaged_newer_file_is_told_and_the_newest_whole_one_taken(run: Path, 
     newest.write_bytes(newest.read_bytes()[:3000])
     folder, said = start(run, config)
     assert folder == run / "step_1" and newest.exists()
-    assert "step_3.pt: cut short" in said[0] and "left where it is" in said[0]
+    assert "step_3.pt: truncated" in said[0] and "left in place" in said[0]
 
 
 def test_a_file_of_another_name_is_told_to_be_left_out(run: Path, config: Config) -> None:
@@ -270,7 +270,7 @@ def test_a_folder_with_nothing_but_damaged_files_of_the_original_is_refused_not_
     paths = [trained(updates).save(run) for updates in (2, 4)]
     for path in paths:
         damage(path)
-    with pytest.raises(CheckpointError, match=r"none that is whole.*--fresh"):
+    with pytest.raises(CheckpointError, match=r"none that is intact.*--fresh"):
         start(run, config)
     assert names(run) == ["step_1.pt", "step_3.pt"] and not (run / "executed").exists()
 
@@ -290,8 +290,10 @@ def test_all_contradictions_are_named_at_once_and_nothing_is_written(run: Path, 
     other = changed(config, model=model, data={"tokenizer": "auto"})
     with pytest.raises(CheckpointError) as refusal:
         start(run, other)
-    assert str(refusal.value).splitlines() == [
-        "step_1.pt was trained with something else:",
+    first, *problems, tokenizer, advice = str(refusal.value).splitlines()
+    assert first.startswith("step_1.pt ") and tokenizer.startswith("  data.tokenizer: auto ")
+    assert "--allow-changes" in advice and "--fresh" in advice
+    assert problems == [
         "  model.n_heads: 3 does not divide the file's model.dim, 16",
         "  model.vocab_size: 60, but the file has 50",
         "  model.dim: 27, but the file has 16",
@@ -299,8 +301,6 @@ def test_all_contradictions_are_named_at_once_and_nothing_is_written(run: Path, 
         "  model.window_size: 9, but the file has 4",
         "  model.global_every: 2, but the original has 4",
         "  model.soft_cap: 30.0, but the original has 50.0",
-        "  data.tokenizer: auto would learn another one than the file was trained with; give its own",
-        "  --allow-changes goes on all the same and keeps what fits; --fresh starts anew and moves this run aside.",
     ]
     assert names(run) == ["step_1.pt"]
     with pytest.raises(CheckpointError, match=r"model\.positions: rotary, but the original has none"):
@@ -380,11 +380,11 @@ def test_a_tokenizer_that_is_not_there_is_told_before_anything_is_written(run: P
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from savant_ray.storage.local import Disk
+from savant_ray.storage.local import LocalStorage
 from savant_ray.config import load_config
 from savant_ray.original.conversion import convert_newest
 
-class Dying(Disk):
+class Dying(LocalStorage):
     def check_owner(self):
         if list(self.folder.glob("step_*.tmp/manifest.json")):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -430,7 +430,7 @@ def test_a_run_in_object_storage_is_converted_there(
 def test_the_record_has_the_converted_checkpoint(run: Path, config: Config) -> None:
     trained(2).save(run)
     with RunReport(run, console=PlainConsole(None)) as report:
-        convert_newest(Disk(run), config, None, report.say, report.handle)
+        convert_newest(LocalStorage(run), config, None, report.say, report.handle)
     assert '"event": "checkpoint"' in (run / "metrics.jsonl").read_text()
 
 

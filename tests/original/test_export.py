@@ -67,7 +67,6 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
         "n_loops": 4,
         "global_every": 4,
         "positions": "none",
-        "add_special_tokens": "auto",
         "step": 3,
     }
     assert (output / "tokenizer.json").read_text(encoding="utf-8") == '{"model": "€"}'
@@ -118,7 +117,7 @@ def test_the_newest_file_of_the_original_tells_its_optimizer(run: Path, tmp_path
 def test_a_damaged_file_beside_the_checkpoint_is_told_and_not_needed(run: Path, tmp_path: Path) -> None:
     (run / "step_1.pt").write_bytes(b"half")
     warnings = export_original(run, tmp_path / "out.pt", "adamw")
-    assert len(warnings) == 2 and "step_1.pt: cut short" in warnings[0]
+    assert len(warnings) == 2 and "step_1.pt: truncated" in warnings[0]
     assert read_file(tmp_path / "out.pt")["step"] == 3
 
 
@@ -170,7 +169,7 @@ def test_a_folder_with_files_of_the_original_only_stands_for_the_newest_whole_on
         trained(updates, optimizer=AdamW8bit).save(folder)
     (folder / "step_7.pt").write_bytes(b"half")
     warnings = export_original(folder, tmp_path / "copy.pt", "adamw")
-    assert len(warnings) == 1 and "step_7.pt: cut short" in warnings[0]
+    assert len(warnings) == 1 and "step_7.pt: truncated" in warnings[0]
     assert read_file(tmp_path / "copy.pt")["step"] == 2
 
 
@@ -196,9 +195,9 @@ def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ({"global_every": 2}, "model.global_every: 2, where the original's code has 4"),
-        ({"global_every": 3}, "model.global_every: 3, where the original's code has 4"),
-        ({"soft_cap": 30.0}, "model.soft_cap: 30.0, where the original's code has 50.0"),
+        ({"global_every": 2}, "model.global_every: 2, but the original's code has 4"),
+        ({"global_every": 3}, "model.global_every: 3, but the original's code has 4"),
+        ({"soft_cap": 30.0}, "model.soft_cap: 30.0, but the original's code has 50.0"),
         (
             {"vocab_size": 60},
             r"step_0.pt in the run folder is of another model: .*head.weight is [60, 16], there [50, 16]",

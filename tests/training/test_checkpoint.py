@@ -24,7 +24,7 @@ from savant_ray.training.checkpoint import (
     find_checkpoint,
     newest_checkpoint,
     read_checkpoint,
-    remove_left_behind,
+    remove_unfinished,
     write_checkpoint,
 )
 from tests.training.tiny import Code
@@ -150,7 +150,7 @@ def test_a_manifest_of_another_shape_is_refused_though_its_sum_is_right(files: A
 def test_a_manifest_of_brackets_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, 7)
     (folder / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(CheckpointError, match="manifest.json is not what was written"):
+    with pytest.raises(CheckpointError, match="manifest.json was altered"):
         read_checkpoint(folder)
 
 
@@ -237,7 +237,7 @@ def test_wherever_a_replacement_is_interrupted_the_old_or_the_new_checkpoint_is_
         code = int(run.name.split("-")[2])
         if how == "fails once" and code == 8:
             assert read_checkpoint(run / "step_7"), "the process goes on, so nothing waits for the next start"
-        remove_left_behind(run)
+        remove_unfinished(run)
         outcomes.append(float(read_checkpoint(run / "step_7")["model_state_dict"]["w"][0]))
         assert [path.name for path in run.iterdir()] == ["step_7"]
     assert len(outcomes) > 20 and sorted(outcomes) == outcomes == [*outcomes[:-1], 2.0], (

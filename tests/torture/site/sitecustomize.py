@@ -24,7 +24,7 @@ WINDOWS = {
     "savant_ray.training.step": {"accumulate": "accumulation", "update": "update"},
     "savant_ray.training.validator": {"Validator._validate": "validation", "Validator._sample": "generation"},
     "savant_ray.training.host_copies": {"HostCopy.update": "save"},
-    "savant_ray.training.checkpoint": {"_fill": "background write"},
+    "savant_ray.training.checkpoint": {"_write_files": "background write"},
     "savant_ray.worker.saving": {"write_checkpoint": "handover"},
 }
 AT_THE_END = ("save", "background write", "handover")

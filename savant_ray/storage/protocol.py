@@ -1,0 +1,128 @@
+"""The interface of a run's storage, and the choice of the checkpoint that a run continues from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow.fs as pafs
+
+from savant_ray.errors import CheckpointError
+from savant_ray.storage.lease import Owner
+from savant_ray.training.checkpoint import verify
+
+
+class RunStorage(Protocol):
+    """Where the checkpoints and records of one run are stored.
+
+    Checkpoints are addressed by name, `step_500`. Methods that read or write raise OSError if the storage fails.
+    """
+
+    folder: Path
+    """The run folder on this machine; of object storage, its mirror."""
+    location: str
+    """Path or URI of the run, for messages."""
+    path: str
+    """Path of the run in `filesystem`."""
+    filesystem: pafs.FileSystem | None
+    """File system for Ray; None for the machine's own."""
+    owner: Owner | None
+    """Fencing token of the process that may write; None if ownership is not checked."""
+
+    def locate(self, name: str) -> str:
+        """Return the path or URI of a checkpoint, for messages."""
+
+    def step_folders(self) -> list[str]:
+        """Return the names of all checkpoints, oldest first, also of those without a manifest."""
+
+    def checkpoints(self) -> list[str]:
+        """Return the names of the checkpoints that have a manifest, oldest first."""
+
+    def file_names(self) -> list[str]:
+        """Return the names of the files directly in the run folder; of a local run, also those of subfolders."""
+
+    def fetch(self, name: str) -> Path:
+        """Return the local path of a checkpoint or file, downloading it if necessary."""
+
+    def remove_unfinished(self) -> None:
+        """Remove what an interrupted process left half written."""
+
+    def set_aside(self, name: str) -> str:
+        """Rename a damaged checkpoint and return its new name."""
+
+    def has_damaged(self) -> bool:
+        """Return whether the run contains checkpoints that were set aside as damaged."""
+
+    def commit(self, folder: Path) -> str:
+        """Store a checkpoint that was written into `folder`, a subfolder of `self.folder`; return its path for Ray."""
+
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint.
+
+        Raises:
+            SavantError: another process owns the run.
+        """
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file atomically."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it exists."""
+
+    def move_aside(self) -> str | None:
+        """Rename the run and return its new location; None if there is no run."""
+
+    def in_use(self, log: Callable[[str], None] = print) -> AbstractContextManager[None]:
+        """Own the run within a `with` block; `log` receives messages about waiting for another owner.
+
+        Raises:
+            SavantError: another process trains this run.
+        """
+
+    def refuse_if_lost(self) -> None:
+        """Raise SavantError if another process has taken the run over within `in_use`; reads nothing."""
+
+    def check_owner(self) -> None:
+        """Read who owns the run. Driver and workers call this before they write or delete what others can see.
+
+        Raises:
+            SavantError: another process owns the run.
+        """
+
+    def expect_late_writes(self) -> None:
+        """Record that workers may still write after this process has exited, so that the next owner uses other names."""
+
+    def fetch_records(self) -> None:
+        """Download the driver's own files (record, samples, log, settings)."""
+
+    def send_records(self) -> None:
+        """Upload the driver's own files."""
+
+
+def newest_checkpoint_name(storage: RunStorage) -> str | None:
+    """Return the name of the newest checkpoint that has a manifest, None without one. Raises OSError.
+
+    Its files are not verified; see `newest_intact_checkpoint`.
+    """
+    return next(reversed(storage.checkpoints()), None)
+
+
+def newest_intact_checkpoint(storage: RunStorage, log: Callable[[str], None]) -> Path | None:
+    """Return the local path of the newest checkpoint whose files are intact, None without one.
+
+    Damaged newer ones are set aside and passed to `log`.
+
+    Raises:
+        OSError: the storage cannot be read or written.
+    """
+    while names := storage.step_folders():  # listed again each time: object storage may have an older copy of a step
+        folder = storage.fetch(names[-1])
+        try:
+            verify(folder)
+        except CheckpointError as damage:
+            log(f"{damage}; set aside as {storage.set_aside(names[-1])}")
+        else:
+            return folder
+    return None
