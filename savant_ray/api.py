@@ -218,14 +218,12 @@ def _stop_when_gone(caller: socket.socket) -> None:
 
 def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dict[str, Any]]:
     """Exit code and answer."""
-    from savant_ray.cluster.ray_job import output_folder
     from savant_ray.cluster.session import Leave
-    from savant_ray.driver.attempt import train
-    from savant_ray.storage.paths import with_absolute_paths
+    from savant_ray.driver import resolve_paths, train
 
     config, error, code = Config.from_dict(settings), None, 0
     try:
-        config = with_absolute_paths(config, Path.cwd(), output_folder())
+        config = resolve_paths(config)
         code = train(config, **options)
     except Leave as leave:
         code, error = leave.code, leave.error

@@ -49,10 +49,12 @@ def _train(arguments: Sequence[str]) -> int:
     )
     options, config = with_settings(parser, arguments)
     from savant_ray.cluster.session import Leave, leave_at_once
-    from savant_ray.driver.attempt import train
+    from savant_ray.driver import resolve_paths, train
 
     try:
-        return train(config, fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose)
+        return train(
+            resolve_paths(config), fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose
+        )
     except Leave as leave:
         return leave_at_once(leave.code if leave.error is None else print_error(leave.error, options.verbose))
 
@@ -71,9 +73,9 @@ def _prepare(arguments: Sequence[str]) -> int:
         if options.config is None:
             return 0
     refuse_deleted_folder()
-    from savant_ray.driver.data_preparation import prepare
+    from savant_ray.driver import prepare, resolve_paths
 
-    prepare(config, verbose=options.verbose)
+    prepare(resolve_paths(config), verbose=options.verbose)
     return 0
 
 

@@ -20,6 +20,7 @@ import yaml
 
 from savant_ray.cli import COMMANDS, main
 from savant_ray.config import Config, dump_yaml, load_config, setting_rows
+from savant_ray.driver import resolve_paths
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, MemoryCapError, doing
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +50,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append((config, options))
         return STOPPED_EARLY
 
-    install("savant_ray.driver.attempt", train=train)
-    install("savant_ray.driver.data_preparation", prepare=lambda config, verbose: made.append(config))
+    monkeypatch.setattr("savant_ray.driver.train", train)
+    monkeypatch.setattr("savant_ray.driver.prepare", lambda config, verbose: made.append(config))
     install("savant_ray.training.sampling", stream_answer=stream_answer)
     install("savant_ray.original.export", export_original=lambda *options: made.append(options) or ["no moments"])
     install("savant_ray.training.safetensors_export", export_safetensors=lambda *options: made.append(options))
@@ -109,8 +110,11 @@ def test_train_hands_over_the_settings_and_ends_with_the_trainings_exit_code(cal
     assert main(["train", arguments[0], arguments[1], "--config", str(config), *arguments[2:]]) == STOPPED_EARLY
     assert main(["train", "--fresh", "--allow-changes", "--verbose"]) == STOPPED_EARLY
     assert calls == [
-        (load_config(arguments, file=config), {"fresh": False, "allow_changes": False, "verbose": False}),
-        (Config(), {"fresh": True, "allow_changes": True, "verbose": True}),
+        (
+            resolve_paths(load_config(arguments, file=config)),
+            {"fresh": False, "allow_changes": False, "verbose": False},
+        ),
+        (resolve_paths(Config()), {"fresh": True, "allow_changes": True, "verbose": True}),
     ]
 
 
@@ -133,7 +137,7 @@ def test_a_failure_is_told_in_a_line_and_has_its_exit_code(
     def fail(config: Config, **options: bool) -> int:
         raise error
 
-    monkeypatch.setattr(sys.modules["savant_ray.driver.attempt"], "train", fail)
+    monkeypatch.setattr("savant_ray.driver.train", fail)
     assert main(["train"]) == error.exit_code
     assert capsys.readouterr().err == f"error: {error}\n"
 
@@ -146,7 +150,7 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_that_ver
             raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(sys.modules["savant_ray.driver.data_preparation"], "prepare", fail)
+    monkeypatch.setattr("savant_ray.driver.prepare", fail)
     assert main(["prepare"]) == 1
     said = capsys.readouterr().err
     (file,) = tmp_path.iterdir()
@@ -185,7 +189,7 @@ def test_whatever_is_raised_is_told_in_one_line_of_readable_length(
     def fail(config: Config, **options: bool) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["savant_ray.driver.data_preparation"], "prepare", fail)
+    monkeypatch.setattr("savant_ray.driver.prepare", fail)
     assert main(["prepare"]) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("error: while running savant prepare: ") and said in printed
@@ -199,7 +203,7 @@ def test_an_unexpected_error_is_told_even_if_no_folder_takes_its_traceback(
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
-    monkeypatch.setattr(sys.modules["savant_ray.driver.data_preparation"], "prepare", fail)
+    monkeypatch.setattr("savant_ray.driver.prepare", fail)
     assert main(["prepare"]) == 1
     assert "division by zero (--verbose prints the full traceback)" in capsys.readouterr().err
 
@@ -212,7 +216,7 @@ def test_an_error_in_a_thread_that_nobody_waits_for_is_a_warning_in_one_line(
         thread.start()
         thread.join()
 
-    monkeypatch.setattr(sys.modules["savant_ray.driver.data_preparation"], "prepare", start_thread)
+    monkeypatch.setattr("savant_ray.driver.prepare", start_thread)
     assert main(["prepare"]) == 0
     said = capsys.readouterr().err
     assert said.startswith("WARNING: the thread reader ended: ZeroDivisionError:") and said.count("\n") == 1
@@ -222,13 +226,13 @@ def test_ctrl_c_ends_a_command_as_shells_expect(calls: list[Any], monkeypatch: p
     def interrupt(config: Config, **options: bool) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["savant_ray.driver.data_preparation"], "prepare", interrupt)
+    monkeypatch.setattr("savant_ray.driver.prepare", interrupt)
     assert main(["prepare"]) == 130
 
 
 def test_prepare_prepares_what_the_settings_name(calls: list[Any]) -> None:
     assert main(["prepare", "--data.tokenizer", "albert-base-v2"]) == 0
-    assert calls == [load_config(["--data.tokenizer", "albert-base-v2"])]
+    assert calls == [resolve_paths(load_config(["--data.tokenizer", "albert-base-v2"]))]
 
 
 def test_prepare_quickstart_writes_the_text_and_goes_on_only_with_a_config(
@@ -239,7 +243,7 @@ def test_prepare_quickstart_writes_the_text_and_goes_on_only_with_a_config(
     assert calls == [(Path("dataset"), False), (Path("dataset"), True)]
     config = ROOT / "configs" / "quickstart.yaml"
     assert main(["prepare", "--quickstart", "--config", str(config)]) == 0
-    assert calls[2:] == [(Path("dataset"), False), load_config(file=config)]
+    assert calls[2:] == [(Path("dataset"), False), resolve_paths(load_config(file=config))]
     assert main(["prepare", "--force"]) == 2
     assert "--force goes with --quickstart" in capsys.readouterr().err
 

@@ -54,17 +54,29 @@ ALLOWED = {
         "model",
         "settings",
     },
-    "driver": {"worker", "cluster", "storage", "original", "training", "reporting", "inference", "data", "model"},
+    "driver": {
+        "worker",
+        "cluster",
+        "storage",
+        "original",
+        "training",
+        "reporting",
+        "inference",
+        "data",
+        "model",
+        "ray_internals",
+    },
     "worker": {"cluster", "storage", "training", "reporting", "inference", "data", "model"},
-    "cluster": {"storage", "data"},
-    "storage": {"original", "training", "reporting", "data"},
+    "cluster": {"storage", "data", "ray_internals"},
+    "storage": {"original", "training", "reporting", "data", "ray_internals"},
     "original": {"training", "optim", "data", "model"},
     "training": {"inference", "optim", "data", "model"},
     "reporting": set(),
     "inference": {"data", "model"},
     "optim": set(),
-    "data": set(),
+    "data": {"ray_internals"},
     "model": set(),
+    "ray_internals": set(),
     "config": {"settings"},
     "settings": set(),
     "events": set(),
@@ -89,6 +101,7 @@ THIRD_PARTY = {
     "optim": {"torch"},
     "data": {"numpy", "orjson", "pandas", "pyarrow", "ray", "tokenizers"},
     "model": {"torch"},
+    "ray_internals": {"ray"},
     "config": {"pydantic", "yaml"},
     "settings": {"pydantic", "yaml"},
     "events": set(),
@@ -96,7 +109,7 @@ THIRD_PARTY = {
     "errors": set(),
 }
 RAY_TRAIN = ("ray.train", "ray.tune")
-KNOW_RAY_TRAIN = ("driver", "worker", "cluster", "storage", "benchmarks")
+KNOW_RAY_TRAIN = ("driver", "worker", "cluster", "storage", "benchmarks", "ray_internals")
 NOT_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 
 
@@ -166,6 +179,15 @@ def test_ray_train_is_used_only_where_processes_of_a_run_are_started_or_kept() -
         if part_of(name_of(path)) not in KNOW_RAY_TRAIN:
             wrong = {name for name in imports(path) if name.startswith(RAY_TRAIN)}
             assert not wrong, f"{path.relative_to(ROOT)} may not import {sorted(wrong)}"
+
+
+def private_names_of_ray(path: Path) -> set[str]:
+    """What a file imports of Ray that has a leading underscore somewhere in its name."""
+    return {name for name in imports(path) if name.startswith("ray.") and any(p[:1] == "_" for p in name.split("."))}
+
+
+def test_private_modules_of_ray_are_imported_in_one_file() -> None:
+    assert [name_of(path) for path in MODULES if private_names_of_ray(path)] == ["savant_ray.ray_internals"]
 
 
 def test_data_uses_tensors_only_as_arrays() -> None:

@@ -16,6 +16,11 @@ from pathlib import Path
 
 from savant_ray.cluster.temp_folder import ray_temp_folder
 from savant_ray.errors import SavantError
+from savant_ray.ray_internals import (
+    enable_token_authentication_if_token_exists,
+    request_cluster_id,
+    require_token_if_authentication_is_enabled,
+)
 
 VARIABLE = "RAY_ADDRESS"
 CONNECT_SECONDS = 10.0
@@ -159,13 +164,12 @@ def _check_form(text: str) -> None:
 
 def _check_token(cluster: ClusterAddress) -> None:
     """Find the token as `ray.init()` would; without one Ray's own client ends the process."""
-    from ray._private.authentication import authentication_token_setup as setup
     from ray.exceptions import AuthenticationError
 
     if cluster.is_from_file:  # Ray uses a token that is there for clusters of this machine only
-        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        enable_token_authentication_if_token_exists()
     try:
-        setup.ensure_token_if_auth_enabled(create_token_if_missing=False)
+        require_token_if_authentication_is_enabled()
     except AuthenticationError as error:
         raise SavantError(
             f"RAY_AUTH_MODE=token, but this machine has no token for the cluster at {cluster.text} (from "
@@ -176,13 +180,11 @@ def _check_token(cluster: ClusterAddress) -> None:
 
 def _why_not_a_head(address: str) -> str:
     """Ask for the cluster's id, in a thread because the call cannot be bounded."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # a compiled module
-
     answers: list[str] = []
 
     def ask() -> None:
         try:
-            GcsClient(address=address)
+            request_cluster_id(address)
             answers.append("")
         except Exception as error:
             answers.append(_in_words(str(error)))

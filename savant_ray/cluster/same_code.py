@@ -20,6 +20,7 @@ from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from savant_ray.errors import SavantError
+from savant_ray.ray_internals import set_driver_import_path
 
 PACKAGE = __name__.partition(".")[0]
 NODE_SECONDS = 60.0  # a node that cannot start a process within them is checked when it starts a worker
@@ -39,7 +40,7 @@ class _PackageFolder(list[str]):
 def job_config() -> JobConfig:
     """Return the job of a driver whose workers import this package from where the driver did."""
     config = JobConfig()
-    config._py_driver_sys_path = _PackageFolder()
+    set_driver_import_path(config, _PackageFolder())
     return config
 
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -19,9 +18,7 @@ from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, TrainingError
 from savant_ray.locations import replace_missing_home
-
-if TYPE_CHECKING:
-    from ray._private.node import Node
+from savant_ray.ray_internals import draining_nodes, started_head
 
 # Read by Ray when it is imported or started, so they are set before that; what the user has set stays.
 ENVIRONMENT = {
@@ -146,7 +143,7 @@ def hangups_blocked() -> Iterator[None]:
 
 def is_our_own() -> bool:
     """Whether this process started the cluster that it is connected to."""
-    return _own_head() is not None
+    return started_head() is not None
 
 
 def refuse_dead_ray() -> None:
@@ -155,7 +152,7 @@ def refuse_dead_ray() -> None:
     Raises:
         TrainingError: the scheduler or the head of the Ray that this process started for itself is gone.
     """
-    head = _own_head()
+    head = started_head()
     if head is None:
         return
     dead = [name for name, _ in head.dead_processes() if name in VITAL]
@@ -166,16 +163,9 @@ def refuse_dead_ray() -> None:
         )
 
 
-def _own_head() -> Node | None:
-    from ray._private import worker
-
-    node: Any = worker._global_node  # whose type, by Ray's sources, is None
-    return node if node is not None and node.is_head() else None
-
-
 def _own_processes() -> list[psutil.Process]:
     """Those of the Ray that this process started for itself: what it started and what that started (workers, agents)."""
-    head = _own_head()
+    head = started_head()
     started = [] if head is None else [info.process.pid for infos in head.all_processes.values() for info in infos]
     processes: list[psutil.Process] = []
     for pid in started:
@@ -222,8 +212,6 @@ def grace_seconds(config: Config, environment: Mapping[str, str] = os.environ) -
 def node_resources() -> list[dict[str, float]]:
     """What each node has, those left out that are gone or about to be taken away; Ray must be running."""
     import ray
-
-    from savant_ray.cluster.preemption import draining_nodes
 
     leaving = draining_nodes()
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]

@@ -6,13 +6,13 @@ below 250 MiB, and gives up above 500.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 from ray.dashboard.modules.dashboard_sdk import parse_runtime_env_args
+
+from savant_ray.ray_internals import walk_working_directory
 
 WARN_BYTES = 50_000_000
 MOST_NAMED = 5
@@ -26,10 +26,7 @@ def files_to_send(folder: Path, excludes: Sequence[str]) -> dict[Path, int]:
         if path.is_file():
             sizes[path.relative_to(folder)] = path.stat().st_size
 
-    quiet = logging.getLogger("savant_ray.upload")
-    quiet.addHandler(logging.NullHandler())
-    quiet.propagate = False
-    _dir_travel(folder, [_get_excludes(folder, list(excludes))], add, include_gitignore=True, logger=quiet)
+    walk_working_directory(folder, excludes, add)
     return sizes
 
 

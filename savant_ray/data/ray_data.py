@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import ray.data
-from ray._private.log import PlainRayHandler
 from ray.data import DataContext
+
+from savant_ray.ray_internals import silence_ray_data_console, stop_execution
 
 
 @contextmanager
@@ -26,16 +25,9 @@ def settings(block_bytes: int = 1) -> Iterator[None]:
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
     context.target_max_block_size = block_bytes
-    _quieten_console()
+    silence_ray_data_console()
     with DataContext.current(context):
         yield
-
-
-def _quieten_console() -> None:
-    """Ray Data's remarks go to its log file; it remarks even that its progress bars are off."""
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, PlainRayHandler):
-            handler.setLevel(logging.ERROR)
 
 
 def rows(dataset: ray.data.Dataset) -> Generator[dict[str, Any], None, None]:
@@ -48,11 +40,4 @@ def rows(dataset: ray.data.Dataset) -> Generator[dict[str, Any], None, None]:
             for row in range(batch.num_rows):
                 yield {name: batch.column(name)[row] for name in batch.column_names}
     finally:
-        _stop(dataset)
-
-
-def _stop(dataset: ray.data.Dataset) -> None:
-    """Ray Data ends an execution that was not read to its end only when it is garbage-collected; this ends it now."""
-    executor = dataset._current_executor
-    if executor is not None and not sys.is_finalizing():
-        executor.shutdown(force=True)
+        stop_execution(dataset)

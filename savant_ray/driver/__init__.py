@@ -1,1 +1,69 @@
-"""One attempt at a run, in the driver process: checks, data, Ray Train, signals, exit code."""
+"""One attempt at a run in the driver process: checks, data, Ray Train, signals, exit code.
+
+`train` and `prepare` are the entry points. torch and Ray take seconds to import, and Ray reads environment variables when
+it is imported. So these functions set the environment and the signal handlers first, then import what the checks need
+(torch), and import Ray only after the checks have passed. The other modules of this package import at the top.
+"""
+
+from __future__ import annotations
+
+from savant_ray.cluster.ray_job import output_folder
+from savant_ray.cluster.session import prepare_environment
+from savant_ray.config import Config
+from savant_ray.driver.phases import AttemptPhase
+from savant_ray.errors import STOPPED_EARLY
+from savant_ray.locations import working_directory
+from savant_ray.storage.paths import with_absolute_paths
+
+
+def resolve_paths(config: Config) -> Config:
+    """Return the settings with absolute paths, relative ones taken from the folder in which the command was typed.
+
+    Raises:
+        SettingsError: a setting cannot be a path.
+    """
+    return with_absolute_paths(config, working_directory(), output_folder())
+
+
+def train(config: Config, fresh: bool = False, allow_changes: bool = False, verbose: bool = False) -> int:
+    """Train a run until it is finished or stopped, and return the exit code.
+
+    `config` comes from `resolve_paths`. `fresh` moves an older run of the same name aside first;
+    `allow_changes` resumes with other settings or data than those of the checkpoint; `verbose` prints the output of Ray.
+
+    Raises:
+        SavantError: with its own exit code; the message is for the user.
+        Leave: the attempt has ended but `TorchTrainer.fit()` still runs, so the process has to end with `leave_at_once`.
+    """
+    prepare_environment()
+    phase = AttemptPhase()
+    phase.handle_signals()
+    try:
+        from savant_ray.driver.attempt import find_inputs, open_attempt
+
+        with open_attempt(config, fresh, allow_changes, verbose, phase) as attempt:
+            inputs = find_inputs(attempt)
+            if inputs is None:
+                return 0
+            attempt.report.stage("starting Ray")
+            from savant_ray.driver.ray_run import run_under_ray
+
+            return run_under_ray(attempt, inputs)
+    except KeyboardInterrupt:
+        print("stopped at once, before anything had begun")
+        return STOPPED_EARLY
+
+
+def prepare(config: Config, verbose: bool = False) -> None:
+    """Prepare the data of a run without training it.
+
+    `config` comes from `resolve_paths`; `verbose` prints the output of Ray.
+
+    Raises:
+        DataError: text is missing or unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
+        SettingsError: as `find_data_files` and `choose_tokenizer`.
+    """
+    prepare_environment()
+    from savant_ray.driver.data_preparation import prepare_only
+
+    prepare_only(config, verbose)

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from ray.train.v2._internal.execution.storage import StorageContext
-
 # What `ray.train` gives out too; there a type checker sees the classes of its first version.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -21,6 +19,7 @@ from savant_ray.driver.data_config import StepDataConfig
 from savant_ray.driver.data_preparation import PreparedData
 from savant_ray.driver.failures import FailureNews
 from savant_ray.errors import SettingsError
+from savant_ray.ray_internals import storage_context
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.worker.metrics import ascii_name
@@ -68,8 +67,8 @@ class _RunConfig(RunConfig):
     folder: str = ""
 
     @cached_property
-    def storage_context(self) -> StorageContext:
-        return StorageContext(str(self.storage_path), self.folder, self.storage_filesystem)
+    def storage_context(self) -> Any:
+        return storage_context(str(self.storage_path), self.folder, self.storage_filesystem)
 
 
 def scaling(config: Config) -> ScalingConfig:

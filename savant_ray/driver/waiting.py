@@ -1,4 +1,4 @@
-"""Says what a run waits for when its workers do not come: Ray itself waits for ever, and in silence."""
+"""Reports what an attempt waits for if its workers do not start: Ray itself waits indefinitely without a message."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 
 import ray
 
-from savant_ray.events import Event, WorkersLost, WorkersStarted
+from savant_ray.driver.phases import Phase
 
-SECONDS_UNTIL_SAID = 30.0
+SECONDS_UNTIL_REPORT = 30.0
 
 
 class WorkerWatch:
-    """Whether there are workers, by what they themselves and Ray Train tell."""
+    """Reports once if no workers start for `SECONDS_UNTIL_REPORT`, and again each time that workers are lost."""
 
     def __init__(
         self,
@@ -24,32 +24,30 @@ class WorkerWatch:
     ) -> None:
         self._workers, self._resources = workers, resources
         self._say, self._clock = say, clock
-        self._missing_since: float | None = clock()
+        self._waiting_since: float | None = None
+        self._is_reported = False
 
-    def note(self, event: Event) -> None:
-        """Hears of every event."""
-        match event:
-            case WorkersStarted():
-                self._missing_since = None
-            case WorkersLost():
-                self._missing_since = self._clock()
-
-    def remark(self) -> None:
-        """Speaks up, once, when there have been no workers for long; called again and again."""
-        if self._missing_since is None or self._clock() - self._missing_since < SECONDS_UNTIL_SAID:
+    def check(self, phase: Phase) -> None:
+        """Report if the wait has been long; to be called at short intervals."""
+        if phase is not Phase.WAITING_FOR_WORKERS:
+            self._waiting_since, self._is_reported = None, False
             return
-        self._missing_since = None
+        if self._waiting_since is None:
+            self._waiting_since = self._clock()
+        if self._is_reported or self._clock() - self._waiting_since < SECONDS_UNTIL_REPORT:
+            return
+        self._is_reported = True
         self._say(waiting_for(self._workers, self._resources, ray.available_resources(), ray.cluster_resources()))
 
 
 def waiting_for(
-    workers: int, resources: Mapping[str, float], free: Mapping[str, float], there: Mapping[str, float]
+    workers: int, resources: Mapping[str, float], free: Mapping[str, float], total: Mapping[str, float]
 ) -> str:
-    """What is asked for and what the cluster has."""
-    who = "worker" if workers == 1 else "workers"
-    each = ", ".join(f"{name}: {amount:g}" for name, amount in resources.items())
-    has = ", ".join(f"{free.get(name, 0):g} {name} free of {there.get(name, 0):g}" for name in resources)
+    """Return a message with the resources that the workers need and those that the cluster has."""
+    subject, each = ("1 worker needs", "") if workers == 1 else (f"{workers} workers need", " each")
+    needed = ", ".join(f"{name}: {amount:g}" for name, amount in resources.items())
+    available = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in resources)
     return (
-        f"no workers yet; if it is for want of resources: {workers} {who} with {{{each}}} each; "
-        f"the cluster has {has}. The run goes on by itself as soon as they are there; `ray status` shows the nodes."
+        f"no workers have started yet. {subject} {{{needed}}}{each}; the cluster has {available}. "
+        "Training starts as soon as the resources are available; `ray status` shows the nodes."
     )

@@ -8,8 +8,7 @@ source, and the list is derived from them.
 
 from __future__ import annotations
 
-from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
-
+from savant_ray.ray_internals import checkpoint_manager_snapshot
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import step_of
 
@@ -22,16 +21,4 @@ def rebuild_snapshot(storage: RunStorage) -> None:
     if not names:
         storage.remove(SNAPSHOT)
         return
-    results = [_TrainingResultState(checkpoint_dir_name=name, metrics={"step": step_of(name)}) for name in names]
-    state = _CheckpointManagerState(
-        checkpoint_results=results,
-        checkpoint_report_indices=list(range(len(results))),
-        latest_checkpoint_result=results[-1],
-        pending_training_results=[],
-        pending_validation_specs=[],
-        current_report_index=len(results),
-        validated_checkpoint_dir_names=[],
-        timed_out_validation_checkpoint_dir_names=[],
-        failed_validation_checkpoint_dir_names=[],
-    )
-    storage.write(SNAPSHOT, state.model_dump_json())
+    storage.write(SNAPSHOT, checkpoint_manager_snapshot([(name, step_of(name)) for name in names]))

@@ -24,7 +24,7 @@ from savant_ray.driver.checks import (
     checkpoint_bytes,
     refuse_inputs_in_the_run,
 )
-from savant_ray.driver.data_preparation import find_text
+from savant_ray.driver.data_files import find_data_files
 from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError
 from savant_ray.locations import join_uri, parent_and_name, replace_missing_home
@@ -317,10 +317,10 @@ def test_a_run_is_locked_under_every_path_that_leads_to_it(tmp_path: Path) -> No
 
 LEAVING = """
 import os, signal, time
-from savant_ray.driver.signals import StopSignals
-signals = StopSignals()
-signals.install()
-signals.patient = True
+from savant_ray.driver.phases import AttemptPhase, Phase
+phase = AttemptPhase()
+phase.handle_signals()
+phase.current = Phase.TRAINING
 try:
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
@@ -360,14 +360,14 @@ def test_text_is_looked_at_before_ray_starts(tmp_path: Path, capsys: pytest.Capt
         arguments = ["--data.sources", sources, "--data.validation", validation, "--data.cache_dir", cache_dir]
         config = with_absolute_paths(load_config(arguments, environment={}), tmp_path, tmp_path)
         with RunReport(None) as report:
-            return [Path(file.path).name for _, files in find_text(config, report).sources for file in files]
+            return [Path(file.path).name for _, files in find_data_files(config, report).sources for file in files]
 
     assert look("data/*.jsonl") == ["empty.jsonl", "train.jsonl"]
     printed = capsys.readouterr().out.replace("\n", " ")
     assert "gone.jsonl: a broken link, to nowhere.jsonl; left out" in printed
     assert "because it is the validation text (data.validation)" in printed and "data/copy.jsonl" in printed
     assert look("val.jsonl") == ["val.jsonl"]
-    assert "warning: data.sources[0].path: holds nothing but the validation text" in capsys.readouterr().out
+    assert "warning: data.sources[0].path: contains only the validation text" in capsys.readouterr().out
     for wrong, error, message in (
         ({"path": "data/empty.jsonl"}, DataError, r"data\.sources\[0\]\.path: .*/empty\.jsonl: is empty"),
         ({"path": "data", "validation": "nowhere"}, DataError, r"data\.validation: .*/nowhere: no such file or folder"),

@@ -41,7 +41,7 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_written_and_says_so(workpl
     with mock.patch.dict(os.environ, {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}), running_head() as head:
         code, printed = run_job(head, workplace)
         assert "WARNING: step 4 could not be saved" in printed and len(losses(run)) == 8, printed
-        assert code == 4 and "step 8 could not be saved" in printed and "goes on from the beginning" in printed, printed
+        assert code == 4 and "step 8 could not be saved" in printed and "resume from the beginning" in printed, printed
         assert [line["step"] for line in records(run, "checkpoint_failure")] == [4, 8] and steps_saved(run) == []
 
 
@@ -102,7 +102,7 @@ def test_ctrl_c_while_the_model_is_compiled(second: bool, head: Head, workplace:
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 75, printed
     if second:
-        assert "goes on from the beginning (no checkpoint yet)" in printed and steps_saved(run) == []
+        assert "resume from the beginning (no checkpoint yet)" in printed and steps_saved(run) == []
     else:
         assert steps_saved(run) == ["step_1"] and "run the same command again" in printed, printed
     wait_for(lambda: not any(worker.is_running() for worker in workers))
@@ -116,5 +116,5 @@ def test_ctrl_c_while_the_text_is_prepared(head: Head, workplace: Path) -> None:
     wait_for(lambda: log.exists() and "tokenising" in log.read_text())
     job.send_signal(signal.SIGTERM)
     printed, _ = job.communicate(timeout=60)
-    assert job.returncode == 75 and "goes on from the beginning" in printed, printed
+    assert job.returncode == 75 and "resume from the beginning" in printed, printed
     assert "starting workers" not in printed and not training_workers()

@@ -14,7 +14,8 @@ import pytest
 from savant_ray.config import Config
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.driver.data_preparation import find_text, prepare_data
+from savant_ray.driver.data_files import find_data_files
+from savant_ray.driver.data_preparation import prepare_data
 from savant_ray.errors import SettingsError
 from savant_ray.reporting import RunReport
 from tests.data.conftest import real_ray
@@ -36,7 +37,7 @@ def settings(folder: Path, weights: Sequence[float], **data: Any) -> Config:
 
 def plan_of(config: Config, tokenizer: Tokenizer) -> tuple[StreamPlan, str]:
     with RunReport(None) as report:
-        data = prepare_data(config, find_text(config, report), report, tokenizer)
+        data = prepare_data(config, find_data_files(config, report), report, tokenizer)
     return data.plan, data.fingerprint
 
 

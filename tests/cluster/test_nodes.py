@@ -104,7 +104,7 @@ def test_a_run_recovers_from_a_lost_node_at_once_or_when_another_one_comes_and_c
 
     wait_for(lambda: steps_done(run) >= went_on_at + 12)
     nodes.kill(second)
-    wait_for(lambda: "no workers yet; if it is for want of resources: 2 workers with {CPU: 1} each" in log(run))
+    wait_for(lambda: "2 workers need {CPU: 1} each" in log(run))
     third = nodes.add()
     wait_for(lambda: len(records(run, "attempt")) == 3 and steps_done(run) >= went_on_at + 12)
 
@@ -112,5 +112,5 @@ def test_a_run_recovers_from_a_lost_node_at_once_or_when_another_one_comes_and_c
     wait_for(lambda: log(run).count("its node is gone") == 3)
     job.send_signal(signal.SIGINT)
     code, printed = end(job)
-    assert code == 75 and f"goes on from {checkpoints(run)[-1].name}" in printed, printed
+    assert code == 75 and f"resume from {checkpoints(run)[-1].name}" in printed, printed
     assert len(losses(run)) > went_on_at and losses(run) == straight[: len(losses(run))]

@@ -15,7 +15,7 @@ import pytest
 
 from savant_ray.config import Config, load_config
 from savant_ray.driver.checks import check_before_start
-from savant_ray.driver.record_upload import Courier
+from savant_ray.driver.record_upload import RecordUploader
 from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.storage.local import LocalStorage
@@ -149,7 +149,7 @@ def log_of(storage: ObjectStorage) -> str:
 
 def test_the_later_record_counts_wherever_it_was_written(here: ObjectStorage, elsewhere: ObjectStorage) -> None:
     record(here, "10:00")
-    with Courier(here):
+    with RecordUploader(here):
         pass
     elsewhere.fetch_records()
     assert log_of(elsewhere) == "log until 10:00"

@@ -15,7 +15,7 @@ from tokenizers import models, processors
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer, with_tokenizer_settings
-from savant_ray.driver.data_preparation import Text, refuse_unencodable
+from savant_ray.driver.data_files import DataFiles, refuse_unencodable
 from savant_ray.driver.tokenizer_choice import (
     Origin,
     choose_tokenizer,
@@ -224,7 +224,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_before_ray_starts(tmp_path: 
     ]:
         files = expand(str(tmp_path / f"{file}.jsonl"))
         config = changed(data={"tokenizer": path}, validation=validation)
-        text = Text(sources=[(config.data.sources[0], files)], validation=files)
+        text = DataFiles(sources=[(config.data.sources[0], files)], validation=files)
         with pytest.raises(error, match=words):
             refuse_unencodable(config, text, choose_tokenizer(config, None, allow_changes=False))
     config = changed(data={"tokenizer": saved(OTHER, tmp_path / "other.json")}, model={"vocab_size": 100})

@@ -6,10 +6,10 @@ import pytest
 
 from savant_ray.config import load_config
 from savant_ray.driver import trainer
+from savant_ray.driver.phases import Phase
 from savant_ray.driver.trainer import cpus_per_worker, workers_that_fit
-from savant_ray.driver.waiting import SECONDS_UNTIL_SAID, WorkerWatch, waiting_for
+from savant_ray.driver.waiting import SECONDS_UNTIL_REPORT, WorkerWatch, waiting_for
 from savant_ray.errors import SettingsError
-from savant_ray.events import WorkersLost, WorkersStarted
 
 
 def test_on_one_machine_the_workers_share_all_cores() -> None:
@@ -56,9 +56,9 @@ def test_more_than_there_is_is_refused_with_numbers(
     assert told in str(refused.value)
 
 
-def test_who_waits_for_workers_is_told_once_each_time_what_is_missing(monkeypatch) -> None:
+def test_missing_resources_are_reported_once_each_time_that_workers_do_not_start(monkeypatch) -> None:
     said: list[str] = []
-    now = 0.0
+    now, phase = 0.0, Phase.WAITING_FOR_WORKERS
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0})
     watch = WorkerWatch(2, {"CPU": 1.0}, said.append, lambda: now)
@@ -66,23 +66,25 @@ def test_who_waits_for_workers_is_told_once_each_time_what_is_missing(monkeypatc
     def pass_time(seconds: float) -> int:
         nonlocal now
         now += seconds
-        watch.remark()
-        watch.remark()
+        watch.check(phase)
+        watch.check(phase)
         return len(said)
 
-    assert pass_time(SECONDS_UNTIL_SAID - 1) == 0
-    watch.note(WorkersStarted())
+    assert pass_time(SECONDS_UNTIL_REPORT - 1) == 0
+    phase = Phase.LOADING
     assert pass_time(1000) == 0, "there are workers"
-    watch.note(WorkersLost(text="worker 1: it died"))
+    phase = Phase.WAITING_FOR_WORKERS
     assert pass_time(1) == 0
-    assert pass_time(SECONDS_UNTIL_SAID) == 1
-    assert "2 workers with {CPU: 1} each; the cluster has 1 CPU free of 3" in said[0]
+    assert pass_time(SECONDS_UNTIL_REPORT) == 1
+    assert "2 workers need {CPU: 1} each; the cluster has 1 of 3 CPU free" in said[0]
     assert pass_time(1000) == 1
-    watch.note(WorkersStarted())
-    watch.note(WorkersLost(text="worker 0: it died"))
-    assert pass_time(SECONDS_UNTIL_SAID) == 2
+    phase = Phase.TRAINING
+    pass_time(1)
+    phase = Phase.WAITING_FOR_WORKERS
+    pass_time(1)
+    assert pass_time(SECONDS_UNTIL_REPORT) == 2
 
 
 def test_a_missing_resource_is_named() -> None:
     text = waiting_for(1, {"GPU": 1.0, "CPU": 4.0}, {"CPU": 8.0}, {"CPU": 8.0})
-    assert "1 worker with {GPU: 1, CPU: 4} each" in text and "0 GPU free of 0, 8 CPU free of 8" in text
+    assert "1 worker needs {GPU: 1, CPU: 4};" in text and "0 of 0 GPU free, 8 of 8 CPU free" in text

@@ -22,28 +22,28 @@ NAME = "modèle a#b?c%20 [1] 实验 👩‍💻"
 HANGUP = """
 import sys, time
 from pathlib import Path
-from savant_ray.driver.signals import StopSignals
-signals = StopSignals()
-signals.install()
-signals.patient = True
+from savant_ray.driver.phases import AttemptPhase, Phase
+phase = AttemptPhase()
+phase.handle_signals()
+phase.current = Phase.TRAINING
 print("ready", flush=True)
 deadline = time.monotonic() + 50
-while not signals.received and time.monotonic() < deadline:
+while phase.current is Phase.TRAINING and time.monotonic() < deadline:
     time.sleep(0.01)
 for _ in range(3):
     print("to a terminal that is gone", flush=True)
-Path(sys.argv[1]).write_text("saved" if signals.received else "")
+Path(sys.argv[1]).write_text("saved" if phase.current is Phase.STOP_REQUESTED else "")
 sys.exit(75)
 """
 TWICE = """
 import os, signal
-from savant_ray.driver.signals import StopSignals
-signals = StopSignals()
-signals.install()
-signals.patient = True
+from savant_ray.driver.phases import AttemptPhase, Phase
+phase = AttemptPhase()
+phase.handle_signals()
+phase.current = Phase.TRAINING
 for _ in range(3):
     os.kill(os.getpid(), signal.SIGHUP)
-print(signals.received, signals.leaving)
+print(phase.current.name)
 """
 
 
@@ -80,13 +80,13 @@ def test_a_program_whose_terminal_closes_can_still_print_and_save(tmp_path: Path
 
 def test_several_hangups_of_one_closing_terminal_are_one_request_to_stop() -> None:
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True False\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "STOP_REQUESTED\n", "")
 
 
 def test_under_nohup_a_hangup_changes_nothing() -> None:
     command = f"trap '' HUP; exec {sys.executable} -c '{TWICE}'"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "False False\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "TRAINING\n", "")
 
 
 def folder_of_traps(workplace: Path) -> Path:

@@ -1,0 +1,138 @@
+"""The files that a run reads, found and checked before Ray starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from savant_ray.config import Config, SourceConfig
+from savant_ray.data.overlap import split_held_out
+from savant_ray.data.quickstart import write_quickstart
+from savant_ray.data.shard_writer import encode_beginning
+from savant_ray.data.sources import SourceFile, expand, refuse_empty
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.driver.tokenizer_choice import refuse_unencodable_prompts
+from savant_ray.errors import DataError
+from savant_ray.locations import is_uri, parent_and_name, usable_folder
+from savant_ray.reporting import RunReport
+
+SHOWN_FILES = 5  # in a message
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of each training source, and those of the validation text."""
+
+    sources: list[tuple[SourceConfig, list[SourceFile]]]
+    validation: list[SourceFile]
+
+
+def find_data_files(config: Config, report: RunReport) -> DataFiles:
+    """Return the files that match the patterns in the settings.
+
+    Writes the quickstart's files first if they are needed and missing.
+
+    Raises:
+        DataError: a source that is not optional, or the validation text, is missing, empty or unreadable.
+        SettingsError: the cache folder cannot be created.
+    """
+    if config.data.quickstart:
+        _write_missing_quickstart(config, report)
+    cache_dir = Path(config.data.cache_dir)
+    usable_folder(cache_dir, "data.cache_dir")
+    sources = _find_sources(config.data.sources, report.say)
+    validation = _expand(config.data.validation, "data.validation", report.say)
+    return DataFiles(_without_validation(sources, validation, cache_dir, report.say), validation)
+
+
+def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | None) -> None:
+    """Try the tokenizer on the beginning of each source and on the prompts; None (to be learnt) is not checked.
+
+    Raises:
+        DataError: it cannot encode the text; names file and line.
+        SettingsError: it cannot encode a prompt of the validation.
+    """
+    if tokenizer is None:
+        return
+    for source_files in [*(source_files for _, source_files in files.sources), files.validation]:
+        encode_beginning(source_files[0], tokenizer)
+    refuse_unencodable_prompts(tokenizer, config)
+
+
+def path_list(paths: str | list[str]) -> list[str]:
+    """Return the paths of a setting that takes one or several."""
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def short_name(paths: str | list[str]) -> str:
+    """Return the last parts of the paths, for messages."""
+    return ", ".join(parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in path_list(paths))
+
+
+def _write_missing_quickstart(config: Config, report: RunReport) -> None:
+    """Write the quickstart's files into the folder of the first source if one of the configured files is missing."""
+    paths = [path for source in config.data.sources for path in path_list(source.path)]
+    if all(os.path.exists(path) for path in paths + path_list(config.data.validation)):  # noqa: PTH110 - Path.exists raises for a name too long
+        return
+    report.stage("writing the quickstart's text")
+    write_quickstart(Path(paths[0]).parent, say=report.say)
+
+
+def _find_sources(
+    sources: list[SourceConfig], say: Callable[[str], None]
+) -> list[tuple[SourceConfig, list[SourceFile]]]:
+    """Return each source with its files; leave out optional ones that are missing, and report them."""
+    existing = []
+    for number, source in enumerate(sources):
+        try:
+            existing.append((source, _expand(source.path, f"data.sources[{number}].path", say)))
+        except DataError as error:
+            if not source.optional:
+                raise
+            say(f"continuing without the optional {short_name(source.path)} ({error})")
+    if not existing:
+        raise DataError("data.sources: none of the optional sources exists, so there is no text to train on")
+    return existing
+
+
+def _without_validation(
+    sources: list[tuple[SourceConfig, list[SourceFile]]],
+    validation: list[SourceFile],
+    cache_dir: Path,
+    say: Callable[[str], None],
+) -> list[tuple[SourceConfig, list[SourceFile]]]:
+    """Return each source without the files whose content is that of a validation file, and report which.
+
+    A source that contains nothing else is kept, with a warning: a user may want to see a model memorize a text.
+    """
+    kept = []
+    for number, (source, files) in enumerate(sources):
+        training, held_out = split_held_out(files, validation, cache_dir)
+        names = ", ".join(file.path for file in held_out[:SHOWN_FILES])
+        if len(held_out) > SHOWN_FILES:
+            names += f" and {len(held_out) - SHOWN_FILES:,} more"
+        if not training:
+            say(
+                f"warning: data.sources[{number}].path: contains only the validation text (data.validation): {names}; "
+                "the model trains on it, so the validation loss does not measure new text"
+            )
+        elif held_out:
+            say(f"left out of the training text, because it is the validation text (data.validation): {names}")
+        kept.append((source, training or files))
+    return kept
+
+
+def _expand(paths: str | list[str], setting: str, say: Callable[[str], None]) -> list[SourceFile]:
+    """Return the files that the patterns of a setting match.
+
+    Raises:
+        DataError: there are none, or all are empty; names the setting.
+    """
+    try:
+        files = expand(paths, say)
+        refuse_empty(files)
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from error
+    return files

@@ -1,0 +1,148 @@
+"""Phases of an attempt, and what Ctrl+C, SIGTERM and SIGHUP do in each of them.
+
+While workers have nothing to save, a signal raises KeyboardInterrupt. Once they train, the first signal requests a stop:
+the current step is finished and saved. A second Ctrl+C or SIGTERM leaves without saving. This may still take seconds, to
+print where the run resumes and to upload its record; a third one ends the process immediately.
+
+A terminal that closes sends SIGHUP, often twice (from its shell and from the kernel), so a second SIGHUP has no effect.
+Under `nohup` SIGHUP is ignored and stays so.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import termios
+from enum import Enum, auto
+from types import FrameType
+
+from savant_ray.errors import STOPPED_EARLY
+from savant_ray.events import AttemptStarted, Event, WorkersLost, WorkersStarted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Phase(Enum):
+    """What an attempt is doing."""
+
+    PREPARING = auto()
+    """Settings, data and Ray are being prepared; no workers have been requested."""
+    WAITING_FOR_WORKERS = auto()
+    """Ray Train is to start workers, for the first time or after it lost some."""
+    LOADING = auto()
+    """Workers run but have not loaded the state of the run, so they have nothing to save."""
+    TRAINING = auto()
+    """Workers train."""
+    STOP_REQUESTED = auto()
+    """A signal has arrived that the workers do not know of yet."""
+    STOPPING = auto()
+    """The workers finish their step and save it."""
+    LEAVING = auto()
+    """The process ends without waiting for workers."""
+
+
+class Trigger(Enum):
+    """What can end a phase."""
+
+    FIT_STARTED = auto()
+    WORKERS_STARTED = auto()
+    TRAINING_STARTED = auto()
+    WORKERS_LOST = auto()
+    SIGNAL = auto()
+    """SIGINT or SIGTERM."""
+    HANGUP = auto()
+    """SIGHUP."""
+    REQUEST_SENT = auto()
+    """The stop request has reached the bridge."""
+    LEAVE = auto()
+    """The attempt has ended while `fit()` still runs."""
+
+
+TRANSITIONS = {
+    (Phase.PREPARING, Trigger.FIT_STARTED): Phase.WAITING_FOR_WORKERS,
+    (Phase.WAITING_FOR_WORKERS, Trigger.WORKERS_STARTED): Phase.LOADING,
+    (Phase.WAITING_FOR_WORKERS, Trigger.TRAINING_STARTED): Phase.TRAINING,
+    (Phase.LOADING, Trigger.TRAINING_STARTED): Phase.TRAINING,
+    (Phase.LOADING, Trigger.WORKERS_LOST): Phase.WAITING_FOR_WORKERS,
+    (Phase.TRAINING, Trigger.WORKERS_LOST): Phase.WAITING_FOR_WORKERS,
+    # A signal: nothing can be saved, a stop is requested, or a second one ends the wait for the save.
+    (Phase.PREPARING, Trigger.SIGNAL): Phase.LEAVING,
+    (Phase.PREPARING, Trigger.HANGUP): Phase.LEAVING,
+    (Phase.WAITING_FOR_WORKERS, Trigger.SIGNAL): Phase.LEAVING,
+    (Phase.WAITING_FOR_WORKERS, Trigger.HANGUP): Phase.LEAVING,
+    (Phase.LOADING, Trigger.SIGNAL): Phase.LEAVING,
+    (Phase.LOADING, Trigger.HANGUP): Phase.LEAVING,
+    (Phase.TRAINING, Trigger.SIGNAL): Phase.STOP_REQUESTED,
+    (Phase.TRAINING, Trigger.HANGUP): Phase.STOP_REQUESTED,
+    (Phase.STOP_REQUESTED, Trigger.SIGNAL): Phase.LEAVING,
+    (Phase.STOPPING, Trigger.SIGNAL): Phase.LEAVING,
+    # A stop: it ends early if no workers are left to save.
+    (Phase.STOP_REQUESTED, Trigger.REQUEST_SENT): Phase.STOPPING,
+    (Phase.STOP_REQUESTED, Trigger.WORKERS_LOST): Phase.LEAVING,
+    (Phase.STOPPING, Trigger.WORKERS_LOST): Phase.LEAVING,
+} | {(phase, Trigger.LEAVE): Phase.LEAVING for phase in Phase}
+"""The next phase; a pair that is not listed changes nothing."""
+
+EVENT_TRIGGERS: dict[type[Event], Trigger] = {
+    WorkersStarted: Trigger.WORKERS_STARTED,
+    AttemptStarted: Trigger.TRAINING_STARTED,
+    WorkersLost: Trigger.WORKERS_LOST,
+}
+
+
+class AttemptPhase:
+    """The current phase of an attempt, and the signal handlers that change it."""
+
+    def __init__(self) -> None:
+        self.current = Phase.PREPARING
+
+    def advance(self, trigger: Trigger) -> Phase:
+        """Return the phase after `trigger`."""
+        while True:
+            before = self.current
+            after = TRANSITIONS.get((before, trigger), before)
+            # Python runs signal handlers between calls only, so never between this comparison and this assignment.
+            if self.current is before:
+                self.current = after
+                return after
+
+    def observe(self, event: Event) -> None:
+        """Advance by an event of the workers; most events change nothing."""
+        trigger = EVENT_TRIGGERS.get(type(event))
+        if trigger is not None:
+            self.advance(trigger)
+
+    def handle_signals(self) -> None:
+        """Install the signal handlers; to be called again after `ray.init()`, which installs its own."""
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Advance by a signal; raise KeyboardInterrupt if the attempt is to be left because of it."""
+        is_hangup = number == signal.SIGHUP
+        if is_hangup:
+            silence_closed_terminal()
+        if self.current is not Phase.LEAVING:
+            if self.advance(Trigger.HANGUP if is_hangup else Trigger.SIGNAL) is Phase.LEAVING:
+                raise KeyboardInterrupt
+        elif not is_hangup:
+            os._exit(STOPPED_EARLY)
+
+
+def silence_closed_terminal() -> None:
+    """Redirect standard output and error to /dev/null if they are a terminal that was closed: each write would fail."""
+    for descriptor in (1, 2):
+        if _is_closed_terminal(descriptor):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
+
+
+def _is_closed_terminal(descriptor: int) -> bool:
+    try:
+        termios.tcgetattr(descriptor)
+    except termios.error as error:
+        return bool(error.args[0] == errno.EIO)  # ENOTTY: a file or a pipe
+    return False

@@ -1,0 +1,180 @@
+"""The part of an attempt that needs Ray: prepare the data, run Ray Train, follow it until it ends.
+
+`TorchTrainer.fit()` runs in a thread of its own, because in the main thread it would treat Ctrl+C as an abort. The main
+thread handles signals, moves events from the bridge to the run's report, and sends the stop request to the bridge.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from savant_ray.cluster.bridge import BridgeHandle, next_events, start_bridge
+from savant_ray.cluster.session import Leave, grace_seconds, is_our_own, ray_session
+from savant_ray.driver.attempt import Attempt, Inputs
+from savant_ray.driver.data_preparation import prepare_data
+from savant_ray.driver.failures import explain_failure, ray_errors_explained
+from savant_ray.driver.phases import Phase, Trigger
+from savant_ray.driver.starting_point import records_of, refuse_other_data
+from savant_ray.driver.tokenizer_choice import tokenizer_change
+from savant_ray.driver.trainer import make_trainer, needs, scaling
+from savant_ray.driver.waiting import WorkerWatch
+from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
+from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed
+from savant_ray.reporting.wording import generate_command
+
+POLL_SECONDS = 0.5
+# How long `fit()` may take to return after the workers have finished. A terminal's Ctrl+C also kills parts of the dashboard,
+# and Ray Train then waits 8 s for its answer (Ray 2.60); a Ray that this process started ends with it anyway.
+FIT_RETURN_SECONDS = 2.0
+
+
+@dataclass
+class Outcome:
+    """How `fit()` ended."""
+
+    error: BaseException | None = None
+    failure: RunFailed | None = None  # the error that a worker reported
+    end: AttemptEnded | None = None  # reported when the workers have finished
+    fit: threading.Thread | None = None
+
+    @property
+    def fit_is_running(self) -> bool:
+        """Whether `fit()` was called and has not returned."""
+        return self.fit is not None and self.fit.is_alive()
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the workers have finished and their last step is saved."""
+        return self.end is not None and self.end.saved_step >= self.end.step
+
+    def observe(self, event: Event) -> None:
+        """Keep the events that determine the exit code."""
+        match event:
+            case AttemptEnded():
+                self.end = event
+            case RunFailed():
+                self.failure = event
+
+
+def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
+    """Start Ray, train until the run is finished or stopped, and return the exit code.
+
+    Raises:
+        SavantError: Ray cannot be started, the data cannot be prepared, or training failed.
+        Leave: as `savant_ray.driver.train`.
+    """
+    config, start, report = inputs.config, inputs.start, attempt.report
+    outcome = Outcome()
+    with (
+        ray_session(attempt.verbose, report.say) as dashboard,
+        _leave_while_fit_is_running(outcome),
+        ray_errors_explained(),
+    ):
+        attempt.phase.handle_signals()
+        if dashboard:
+            report.say(f"Ray's dashboard: {dashboard}")
+        bridge = start_bridge()  # its process starts while the data is prepared
+        scaling(config)  # refuses what the cluster cannot run before hours of tokenizing
+        data = prepare_data(config, inputs.files, report, inputs.tokenizer)
+        if start is not None and not attempt.allow_changes:
+            refuse_other_data(start, config, data.fingerprint)
+        if inputs.origin is not None and (change := tokenizer_change(inputs.origin, data.tokenizer)):
+            report.say(change)
+        report.stage("starting workers")
+        trainer = make_trainer(config, attempt.storage, data, bridge, attempt.allow_changes, attempt.verbose)
+        resources = needs(trainer.scaling_config)  # type: ignore[arg-type]  # annotated with the class of Ray Train v1
+        watch = WorkerWatch(config.scaling.worker_limits[0], resources, report.say)
+        outcome.fit = threading.Thread(target=_call_fit, args=(trainer, outcome), name="fit", daemon=True)
+        outcome.fit.start()
+        attempt.phase.advance(Trigger.FIT_STARTED)
+        _follow(attempt, outcome, bridge, watch)
+        if outcome.fit_is_running:
+            raise Leave(_conclude(attempt, outcome, config.scaling.max_failures))
+    return _conclude(attempt, outcome, config.scaling.max_failures)
+
+
+@contextmanager
+def _leave_while_fit_is_running(outcome: Outcome) -> Iterator[None]:
+    """Turn an error during `fit()` into `Leave`, because Ray crashes when it is shut down under `fit()`."""
+    try:
+        yield
+    except Exception as error:
+        if outcome.fit_is_running:
+            raise Leave(error=error) from error
+        raise
+
+
+def _call_fit(trainer: TorchTrainer, outcome: Outcome) -> None:
+    try:
+        trainer.fit()
+    except BaseException as error:  # for the main thread
+        outcome.error = error
+
+
+def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch) -> None:
+    """Report events and pass on a stop request until `fit()` has returned, or is no longer waited for."""
+    phase, report = attempt.phase, attempt.report
+    saved_time = math.inf  # when all workers had finished and all was saved, by time.monotonic()
+    while True:
+        finished = not outcome.fit_is_running  # read before the events, so that the last ones are not missed
+        for event in next_events(bridge, 0 if finished else POLL_SECONDS):
+            outcome.observe(event)
+            phase.observe(event)
+            _report(event, attempt)
+        if outcome.is_saved:
+            saved_time = min(saved_time, time.monotonic())
+        if finished or (time.monotonic() > saved_time + FIT_RETURN_SECONDS and is_our_own()):
+            return
+        attempt.storage.refuse_if_lost()
+        watch.check(phase.current)
+        if phase.current is Phase.LEAVING:  # the workers were lost during a stop, so nothing can be saved
+            raise KeyboardInterrupt
+        if phase.current is Phase.STOP_REQUESTED:
+            ray.get(bridge.request_stop.remote(grace_seconds(attempt.config)))
+            phase.advance(Trigger.REQUEST_SENT)
+            report.say("stopping: this step is finished and saved first (press Ctrl+C again to leave without saving)")
+
+
+def _report(event: Event, attempt: Attempt) -> None:
+    if isinstance(event, AttemptStarted):
+        attempt.report.fill(records_of(attempt.storage.folder))
+    attempt.report.handle(event)
+    if isinstance(event, AttemptStarted | CheckpointSaved):
+        attempt.uploader.upload()
+
+
+def _conclude(attempt: Attempt, outcome: Outcome, max_failures: int) -> int:
+    """Report how training ended, and return the exit code.
+
+    Raises:
+        SavantError: training failed, or its last step could not be saved.
+    """
+    newest, end = attempt.newest_checkpoint(), outcome.end
+    if outcome.failure is not None or outcome.error is not None:
+        raise _failure(attempt, outcome, newest, max_failures) from outcome.error
+    if end is None:
+        raise TrainingError("training ended, but its workers reported no result; run the same command again to resume")
+    if not outcome.is_saved:
+        raise CheckpointError(
+            f"step {end.step:,} could not be saved (see above); run the same command again to resume from {newest}"
+        )
+    if not end.finished:
+        saved = f"stopped and saved as {newest}" if end.step else "stopped before the first step"
+        attempt.report.say(f"{saved}; run the same command again to resume")
+        return STOPPED_EARLY
+    attempt.report.say(f"trained; next: {generate_command(attempt.storage.location)}")
+    return 0
+
+
+def _failure(attempt: Attempt, outcome: Outcome, newest: str, max_failures: int) -> SavantError:
+    if outcome.failure is None:
+        attempt.report.log(str(outcome.error))
+    return explain_failure(outcome.error, outcome.failure, newest, max_failures)
