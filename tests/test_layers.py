@@ -1,6 +1,6 @@
 """Who may import whom, and what a module looks like: the directions of the design, enforced.
 
-    cli → cluster → original → {training, reporting} → {inference, optim} → {data, model}
+    cli → {driver, worker, cluster, storage} → {original, evaluation} → {training, inference, reporting} → {optim, data, model}
 
 Imports inside functions and under TYPE_CHECKING count too.
 """
@@ -34,9 +34,9 @@ ALLOWED = {
         "cluster",
         "storage",
         "original",
+        "evaluation",
         "training",
         "reporting",
-        "inference",
         "data",
         "benchmarks",
         "settings",
@@ -46,6 +46,7 @@ ALLOWED = {
         "worker",
         "cluster",
         "storage",
+        "evaluation",
         "training",
         "reporting",
         "inference",
@@ -54,12 +55,13 @@ ALLOWED = {
         "model",
         "settings",
     },
-    "driver": {"worker", "cluster", "storage", "original", "training", "reporting", "inference", "data", "model"},
-    "worker": {"cluster", "storage", "training", "reporting", "inference", "data", "model"},
+    "driver": {"worker", "cluster", "storage", "original", "evaluation", "training", "reporting", "data", "model"},
+    "worker": {"cluster", "storage", "evaluation", "training", "reporting", "data", "model"},
     "cluster": {"storage", "data"},
     "storage": {"original", "training", "reporting", "data"},
     "original": {"training", "optim", "data", "model"},
-    "training": {"inference", "optim", "data", "model"},
+    "evaluation": {"training", "inference", "data", "model"},
+    "training": {"optim", "data", "model"},
     "reporting": set(),
     "inference": {"data", "model"},
     "optim": set(),
@@ -83,9 +85,10 @@ THIRD_PARTY = {
     "cluster": {"psutil", "ray"},
     "storage": {"obstore", "psutil", "pyarrow", "ray"},
     "original": {"torch"},
+    "evaluation": {"orjson", "torch"},
     "training": {"numpy", "psutil", "pynvml", "safetensors", "torch"},
     "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},
-    "inference": {"numpy", "orjson", "torch"},
+    "inference": {"torch"},
     "optim": {"torch"},
     "data": {"numpy", "orjson", "pandas", "pyarrow", "ray", "tokenizers"},
     "model": {"torch"},

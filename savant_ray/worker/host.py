@@ -16,6 +16,7 @@ from savant_ray.config import Config, dump_yaml
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import doing
+from savant_ray.evaluation.validator import Validator
 from savant_ray.events import (
     Event,
     MicroBatchSkipped,
@@ -29,7 +30,6 @@ from savant_ray.storage.local import Disk
 from savant_ray.training.checkpoint import CONFIG, TOKENIZER
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.state import TrainingState
-from savant_ray.training.validator import Validator
 from savant_ray.worker.metrics import RunMetrics
 from savant_ray.worker.saving import Saver
 

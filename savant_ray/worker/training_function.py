@@ -23,6 +23,8 @@ from savant_ray.data.stream import StepShare, StepStream
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError, UnexpectedError, describe, doing
+from savant_ray.evaluation.logic_evaluator import Examiner
+from savant_ray.evaluation.validator import Validator
 from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, RunResumed, WorkersStarted
 from savant_ray.storage.lease import Owner
 from savant_ray.storage.local import Disk
@@ -35,12 +37,10 @@ from savant_ray.training.device import (
     supported_precision,
     update_memory_cap,
 )
-from savant_ray.training.examiner import Examiner
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.prefetch import prefetch
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, all_reduce_sum, micro_batches
-from savant_ray.training.validator import Validator
 from savant_ray.worker.host import RayHost
 from savant_ray.worker.resume import load_newest
 

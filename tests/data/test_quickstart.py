@@ -17,7 +17,7 @@ import pytest
 from savant_ray.data.quickstart import GENIUS_FILE, TRAIN_FILE, VALIDATION_FILE, write_quickstart
 from savant_ray.data.quickstart.problems import TEMPLATES, is_held_out, problems
 from savant_ray.errors import DataError
-from savant_ray.inference.answers import is_right
+from savant_ray.evaluation.answer_matching import is_right
 
 ROOT = Path(__file__).parents[2]
 FILES = (TRAIN_FILE, VALIDATION_FILE, GENIUS_FILE)

@@ -13,12 +13,12 @@ from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SettingsError
+from savant_ray.evaluation.checkpoint_sampling import stream_answer
+from savant_ray.evaluation.checkpoint_scores import answers_of, by_depth
+from savant_ray.evaluation.logic_suite import Question
 from savant_ray.inference.generate import Sampling, generate
-from savant_ray.inference.logic import Question
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import read_checkpoint, read_settings, write_checkpoint
-from savant_ray.training.evaluation import answers_of, by_depth
-from savant_ray.training.sampling import stream_answer
 from savant_ray.training.state import new_state
 from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.training.tiny import CPU, MODEL

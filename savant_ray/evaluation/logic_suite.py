@@ -19,7 +19,7 @@ import orjson
 from savant_ray.data.quickstart.problems import problems
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
-from savant_ray.inference.answers import is_right
+from savant_ray.evaluation.answer_matching import is_right
 from savant_ray.inference.generate import Sampling, generate_many
 from savant_ray.model.transformer import UniversalTransformer
 
@@ -50,7 +50,7 @@ class Answer:
 
     @property
     def correct(self) -> bool:
-        """Whether the text gives the expected answer (`savant_ray/inference/answers.py` has the rule)."""
+        """Whether the text gives the expected answer (`savant_ray/evaluation/answer_matching.py` has the rule)."""
         return is_right(self.text, self.question.answer)
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from savant_ray.data.quickstart.problems import problems
-from savant_ray.inference.answers import is_right
+from savant_ray.evaluation.answer_matching import is_right
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.evaluation.logic_suite import AT_ONCE, Answer, Question, Score, ask, logic_suite, total
 from savant_ray.events import LogicScored
-from savant_ray.inference.logic import AT_ONCE, Answer, Question, Score, ask, logic_suite, total
 from savant_ray.training.device import none_on_oom, retry_on_oom
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import all_reduce_sum

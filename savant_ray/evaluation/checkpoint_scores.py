@@ -15,10 +15,10 @@ from savant_ray.data.jsonl import documents
 from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
-from savant_ray.inference.depth import loop_statistics
-from savant_ray.inference.logic import Answer, Question, Score, ask, refuse_empty_prompts, scores, total
-from savant_ray.inference.validation import loss_sums
-from savant_ray.training.sampling import load_model
+from savant_ray.evaluation.checkpoint_sampling import load_model
+from savant_ray.evaluation.logic_suite import Answer, Question, Score, ask, refuse_empty_prompts, scores, total
+from savant_ray.evaluation.loop_statistics import loop_statistics
+from savant_ray.evaluation.loss import loss_sums
 
 LOSS_DOCUMENTS = 100  # held-out documents for the loss at each depth
 

@@ -21,12 +21,12 @@ from savant_ray.data.shard_writer import Recipe, shard_name, write_shard
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import Sequences
 from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.evaluation.validator import Validator
 from savant_ray.events import Event, SampleGenerated, ValidationDone
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import micro_batches
-from savant_ray.training.validator import Validator
 from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.original.program import OriginalModel
 from tests.original.test_file import original_config
@@ -191,7 +191,7 @@ def test_a_rank_without_held_out_sequences_still_tells_what_the_others_found(mon
     empty = validator(config, events.append, lambda: False)
     empty.micro_batches = []
     others = torch.tensor([12.0, 4.0, 0.0], dtype=torch.float64)  # loss, tokens, stops
-    monkeypatch.setattr("savant_ray.training.validator.all_reduce_sum", lambda sums: sums + others)
+    monkeypatch.setattr("savant_ray.evaluation.validator.all_reduce_sum", lambda sums: sums + others)
     assert not empty(state)
     (done,) = (event for event in events if isinstance(event, ValidationDone))
     assert done.validation_loss == 3.0 and done.residuals == done.cosines == () and done.last_cosine is None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from savant_ray.data.quickstart.problems import is_held_out, problems
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.errors import DataError
-from savant_ray.inference.logic import (
+from savant_ray.evaluation.logic_suite import (
     Answer,
     Question,
     Score,

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.evaluation.logic_evaluator import Examiner
+from savant_ray.evaluation.loop_statistics import LoopStatistics, loop_statistics
+from savant_ray.evaluation.loss import bits_per_byte, loss_sums
 from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
-from savant_ray.inference.depth import LoopStatistics, loop_statistics
 from savant_ray.inference.generate import Sampling, generate
-from savant_ray.inference.validation import bits_per_byte, loss_sums
 from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, skip_on_oom, uncompiled
-from savant_ray.training.examiner import Examiner
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.seeds import derived_seed
 from savant_ray.training.state import TrainingState

@@ -9,10 +9,10 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.inference.logic import AT_ONCE, logic_suite
-from savant_ray.training import examiner
+from savant_ray.evaluation import logic_evaluator as examiner
+from savant_ray.evaluation.logic_evaluator import Examiner
+from savant_ray.evaluation.logic_suite import AT_ONCE, logic_suite
 from savant_ray.training.device import DeviceMemoryError
-from savant_ray.training.examiner import Examiner
 from savant_ray.training.state import TrainingState
 from tests.training.tiny import CPU, MODEL, new_state
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from savant_ray.inference.depth import COLLAPSED, LoopStatistics, loop_statistics, mean_cosine
+from savant_ray.evaluation.loop_statistics import COLLAPSED, LoopStatistics, loop_statistics, mean_cosine
 from tests.training.tiny import micro_batch, tiny_config, tiny_state
 
 
