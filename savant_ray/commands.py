@@ -97,7 +97,7 @@ def _generate(arguments: Sequence[str]) -> int:
     )
     options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
-    from savant_ray.evaluation.checkpoint_sampling import stream_answer
+    from savant_ray.evaluation.from_checkpoint import stream_answer
     from savant_ray.storage.run_storage import on_this_machine
 
     with on_this_machine(options.checkpoint, settings=settings) as checkpoint:
@@ -137,7 +137,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
     options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
-    from savant_ray.evaluation.checkpoint_scores import answers_of, by_depth, result
+    from savant_ray.evaluation.from_checkpoint import answers_of, by_depth, result
     from savant_ray.evaluation.logic_suite import logic_suite, read_questions
     from savant_ray.reporting.scores import print_depths, print_scores, with_progress
     from savant_ray.storage.run_storage import on_this_machine

@@ -51,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     install("savant_ray.driver.attempt", train=train)
     install("savant_ray.driver.data_preparation", prepare=lambda config, verbose: made.append(config))
-    install("savant_ray.evaluation.checkpoint_sampling", stream_answer=stream_answer)
+    install("savant_ray.evaluation.from_checkpoint", stream_answer=stream_answer)
     install("savant_ray.original.export", export_original=lambda *options: made.append(options) or ["no moments"])
     install("savant_ray.training.safetensors_export", export_safetensors=lambda *options: made.append(options))
     install("savant_ray.data.quickstart", write_quickstart=lambda folder, force: made.append((folder, force)))

@@ -1,6 +1,7 @@
 """Who may import whom, and what a module looks like: the directions of the design, enforced.
 
-    cli → {driver, worker, cluster, storage} → {original, evaluation} → {training, inference, reporting} → {optim, data, model}
+    cli → driver → worker → {cluster, storage} → {original, evaluation} → {training, inference, reporting}
+        → {optim, data, model}
 
 Imports inside functions and under TYPE_CHECKING count too.
 """
@@ -85,7 +86,7 @@ THIRD_PARTY = {
     "cluster": {"psutil", "ray"},
     "storage": {"obstore", "psutil", "pyarrow", "ray"},
     "original": {"torch"},
-    "evaluation": {"orjson", "torch"},
+    "evaluation": {"numpy", "orjson", "torch"},
     "training": {"numpy", "psutil", "pynvml", "safetensors", "torch"},
     "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},
     "inference": {"torch"},

@@ -13,8 +13,7 @@ from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SettingsError
-from savant_ray.evaluation.checkpoint_sampling import stream_answer
-from savant_ray.evaluation.checkpoint_scores import answers_of, by_depth
+from savant_ray.evaluation.from_checkpoint import answers_of, by_depth, stream_answer
 from savant_ray.evaluation.logic_suite import Question
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.model.transformer import UniversalTransformer
@@ -51,7 +50,9 @@ def model_of(checkpoint: Path) -> UniversalTransformer:
 
 
 def answer_to(checkpoint: Path, ids: list[int]) -> str:
-    return ALBERT.decode(list(generate(model_of(checkpoint), ids, Sampling.of(ALBERT, 12, temperature=0.0))))
+    """Return what a greedy answer adds to the text of the prompt `ids`."""
+    new_ids = list(generate(model_of(checkpoint), ids, Sampling.of(ALBERT, 12, temperature=0.0)))
+    return ALBERT.decode([*ids, *new_ids]).removeprefix(ALBERT.decode(ids))
 
 
 @EACH

@@ -54,7 +54,7 @@ def validator(config: Config, emit: Callable[[Event], None], stop_requested: Cal
         end_of_document=50,
         never_sampled=frozenset(),
         encode_prompts=lambda texts: [[3, 4] for _ in texts],
-        decode=str,
+        decode_continuation=lambda prompt, ids: str(ids),
     )
     batches = share(0, 4 * BATCHES, 0, 1, 4)
     return Validator(
@@ -83,7 +83,7 @@ def test_with_special_tokens_a_model_scores_what_the_original_gives_on_the_same_
     def loss(tokenizer: Tokenizer) -> float:
         events: list[Event] = []
         sequences = packed(texts, tokenizer, tmp_path)
-        batches = micro_batches(sequences, np.arange(len(sequences.tokens)), config, pinned=False)
+        batches = micro_batches(sequences, np.arange(len(sequences.tokens)), config)
         counts = dict(target_tokens=1, text_bytes=1)
         Validator(config, tokenizer, batches, **counts, rank=0, emit=events.append, stop_requested=lambda: False)(state)
         return next(event.validation_loss for event in events if isinstance(event, ValidationDone))

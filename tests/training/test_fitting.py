@@ -314,7 +314,7 @@ def validator(config: Config, events: list[Event]) -> Validator:
         end_of_document=50,
         never_sampled=frozenset(),
         encode_prompts=lambda texts: [[3, 4] for _ in texts],
-        decode=str,
+        decode_continuation=lambda prompt, ids: str(ids),
     )
     return Validator(
         config, words, share(0, 12, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
@@ -327,7 +327,7 @@ def test_a_validation_that_does_not_fit_shrinks_itself_only() -> None:
     whole = validated(tiny_state(config), config)
     state = with_room_for(tiny_state(config), 4)
     said, loss, _ = validated(state, config)
-    assert isinstance(said, Notice) and "at most 2 at once" in said.text
+    assert isinstance(said, Notice) and "at most 2 sequences" in said.text
     assert isinstance(loss, ValidationDone) and isinstance(whole[0], ValidationDone)
     assert loss.validation_loss == pytest.approx(whole[0].validation_loss, rel=1e-6)
     assert state.fit == BatchFit.from_config(config, CPU)
