@@ -71,7 +71,7 @@ def stream_answer(
     (prompt_ids,) = tokenizer.encode_prompts([prompt])
     if not prompt_ids:
         raise SettingsError("--prompt: the prompt has no tokens")
-    sampling = Sampling.of(
+    sampling = Sampling.for_tokenizer(
         tokenizer,
         config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens,
         config.validation.temperature if temperature is None else temperature,

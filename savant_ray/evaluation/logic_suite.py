@@ -121,7 +121,7 @@ def answer_questions(
 
     The answer to a prompt without tokens is ""; `refuse_empty_prompts` detects them beforehand.
     """
-    sampling = Sampling.of(tokenizer, max_new_tokens, temperature=0.0)
+    sampling = Sampling.for_tokenizer(tokenizer, max_new_tokens, temperature=0.0)
     by_length = sorted(
         questions, key=lambda question: len(question.prompt)
     )  # so that short prompts need little padding
@@ -137,7 +137,7 @@ def answer_questions(
 
 
 def refuse_empty_prompts(tokenizer: Tokenizer, questions: Sequence[Question]) -> None:
-    """Check that each prompt has tokens.
+    """Raise an error if a prompt has no tokens.
 
     Raises:
         DataError: the tokenizer encodes a prompt as no tokens; names file and line.

@@ -188,7 +188,7 @@ class Validator:
         started = time.perf_counter()
         settings = self.config.validation
         seed = derived_seed(self.config.run.seed, state.step, "sample")
-        sampling = Sampling.of(self.tokenizer, settings.max_new_tokens, settings.temperature, seed)
+        sampling = Sampling.for_tokenizer(self.tokenizer, settings.max_new_tokens, settings.temperature, seed)
         (prompt,) = self.tokenizer.encode_prompts([settings.prompt])
         if not prompt:
             self.emit(Notice(text="validation.prompt has no tokens in this tokenizer, so no sample is generated"))

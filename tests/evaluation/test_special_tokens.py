@@ -51,7 +51,7 @@ def model_of(checkpoint: Path) -> UniversalTransformer:
 
 def answer_to(checkpoint: Path, ids: list[int]) -> str:
     """Return what a greedy answer adds to the text of the prompt `ids`."""
-    new_ids = list(generate(model_of(checkpoint), ids, Sampling.of(ALBERT, 12, temperature=0.0)))
+    new_ids = list(generate(model_of(checkpoint), ids, Sampling.for_tokenizer(ALBERT, 12, temperature=0.0)))
     return ALBERT.decode([*ids, *new_ids]).removeprefix(ALBERT.decode(ids))
 
 
