@@ -99,8 +99,8 @@ def _generate(arguments: Sequence[str]) -> int:
     )
     options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
+    from savant_ray.evaluation.from_checkpoint import stream_answer
     from savant_ray.storage.run_storage import local_checkpoint
-    from savant_ray.training.sampling import stream_answer
 
     with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
         pieces = stream_answer(
@@ -139,10 +139,10 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
     options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
-    from savant_ray.inference.logic import logic_suite, read_questions
+    from savant_ray.evaluation.from_checkpoint import answers_of, by_depth, result
+    from savant_ray.evaluation.logic_suite import logic_suite, read_questions
     from savant_ray.reporting.scores import print_depths, print_scores, with_progress
     from savant_ray.storage.run_storage import local_checkpoint
-    from savant_ray.training.evaluation import answers_of, by_depth, result
 
     questions = logic_suite() if options.problems is None else read_questions(options.problems)
     with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:

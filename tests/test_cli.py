@@ -52,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr("savant_ray.driver.train", train)
     monkeypatch.setattr("savant_ray.driver.prepare", lambda config, verbose: made.append(config))
-    install("savant_ray.training.sampling", stream_answer=stream_answer)
+    install("savant_ray.evaluation.from_checkpoint", stream_answer=stream_answer)
     install("savant_ray.original.export", export_original=lambda *options: made.append(options) or ["no moments"])
     install("savant_ray.training.safetensors_export", export_safetensors=lambda *options: made.append(options))
     install("savant_ray.data.quickstart", write_quickstart=lambda folder, force: made.append((folder, force)))

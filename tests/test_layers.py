@@ -1,6 +1,7 @@
 """Who may import whom, and what a module looks like: the directions of the design, enforced.
 
-    cli → cluster → original → {training, reporting} → {inference, optim} → {data, model}
+    cli → driver → worker → {cluster, storage} → {original, evaluation} → {training, inference, reporting}
+        → {optim, data, model}
 
 Imports inside functions and under TYPE_CHECKING count too.
 """
@@ -34,9 +35,9 @@ ALLOWED = {
         "cluster",
         "storage",
         "original",
+        "evaluation",
         "training",
         "reporting",
-        "inference",
         "data",
         "benchmarks",
         "settings",
@@ -46,6 +47,7 @@ ALLOWED = {
         "worker",
         "cluster",
         "storage",
+        "evaluation",
         "training",
         "reporting",
         "inference",
@@ -59,18 +61,19 @@ ALLOWED = {
         "cluster",
         "storage",
         "original",
+        "evaluation",
         "training",
         "reporting",
-        "inference",
         "data",
         "model",
         "ray_internals",
     },
-    "worker": {"cluster", "storage", "training", "reporting", "inference", "data", "model"},
+    "worker": {"cluster", "storage", "evaluation", "training", "reporting", "data", "model", "ray_internals"},
     "cluster": {"storage", "data", "ray_internals"},
     "storage": {"original", "training", "reporting", "data", "ray_internals"},
     "original": {"training", "optim", "data", "model"},
-    "training": {"inference", "optim", "data", "model"},
+    "evaluation": {"training", "inference", "data", "model"},
+    "training": {"optim", "data", "model"},
     "reporting": set(),
     "inference": {"data", "model"},
     "optim": set(),
@@ -95,9 +98,10 @@ THIRD_PARTY = {
     "cluster": {"psutil", "ray"},
     "storage": {"obstore", "psutil", "pyarrow", "ray"},
     "original": {"torch"},
+    "evaluation": {"numpy", "orjson", "torch"},
     "training": {"numpy", "psutil", "pynvml", "safetensors", "torch"},
     "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},
-    "inference": {"numpy", "orjson", "torch"},
+    "inference": {"torch"},
     "optim": {"torch"},
     "data": {"numpy", "orjson", "pandas", "pyarrow", "ray", "tokenizers"},
     "model": {"torch"},

@@ -108,6 +108,9 @@ class _Host:
         if isinstance(event, StepDone):
             self.ends.append(time.time())
 
+    def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
+        """Record nothing."""
+
     def grace_left(self) -> float | None:
         """Return None: no stop is requested."""
 

@@ -37,6 +37,7 @@ SEGMENT_CHARACTERS = 1 << 20
 BETWEEN_WORDS = re.compile(r"(?<=\w)(?= \w)")
 LONGEST_CHARACTER_BYTES = 4  # UTF-8
 REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character
+MAX_CONTEXT_IDS = 16
 PLACEHOLDER = 2**32 - 1  # the largest id that a tokenizer can have, so no token of a template
 
 Choice = bool | Literal["auto"]
@@ -271,6 +272,24 @@ class Tokenizer:
         """The text of the ids; special tokens and ids beyond the vocabulary have none."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
+    def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """Return the text that `ids` add to the text of `prompt`, with a leading space if they begin a new word."""
+        context = self.decoding_context(prompt)
+        return self.decode([*context, *ids])[len(self.decode(context)) :]
+
+    def decoding_context(self, prompt: Sequence[int]) -> list[int]:
+        """Return the last ids of `prompt` that have a text of complete characters; [] if there are none.
+
+        Ids that follow the prompt are decoded behind them, because some decoders (Metaspace, WordPiece) drop the space
+        in front of the first token that they decode.
+        """
+        for n_ids in range(1, min(len(prompt), MAX_CONTEXT_IDS) + 1):
+            context = list(prompt[-n_ids:])
+            text = self.decode(context)
+            if text and REPLACEMENT not in text:
+                return context
+        return []
+
     def _encode_long(self, text: str) -> list[int]:
         return [token for part in _segments(text) for token in self.encode_batch([part])[0]]
 
@@ -308,32 +327,33 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Text while it is generated: `push` returns what is complete, never half a character.
+    """Decodes ids one at a time: `push` returns the text that is complete, never a part of a character.
 
-    `tokenizers.DecodeStream` holds back bytes that never become a character for ever; an untrained model makes many.
+    `prompt` has the ids before the first one that is pushed. `tokenizers.DecodeStream` does not serve here: it withholds
+    bytes that never become a character, of which an untrained model generates many.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._before: list[int] = []  # already said; some decoders need them to know about a leading space
-        self._held: list[int] = []
+        self._context = tokenizer.decoding_context(prompt)  # ids whose text has been returned
+        self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; "" while a character is unfinished."""
-        self._held.append(token)
+        """Return the text that `token` completes; "" while a character is incomplete."""
+        self._pending.append(token)
         text = self._new_text()
-        if not text or (text.endswith("\ufffd") and len(self._held) < LONGEST_CHARACTER_BYTES):
+        if not text or (text.endswith(REPLACEMENT) and len(self._pending) < LONGEST_CHARACTER_BYTES):
             return ""
-        self._before, self._held = self._held, []
+        self._context, self._pending = self._pending, []
         return text
 
     def finish(self) -> str:
-        """What is still held back when generation ends."""
+        """Return the text of the ids that are still pending when generation ends."""
         return self._new_text()
 
     def _new_text(self) -> str:
-        said = self._tokenizer.decode(self._before)
-        return self._tokenizer.decode(self._before + self._held)[len(said) :]
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(before) :]
 
 
 def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Config:

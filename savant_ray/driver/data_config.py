@@ -1,8 +1,8 @@
-"""Hands each Ray Train worker its share of every step.
+"""Passes a `StepStream` to each Ray Train worker.
 
-Ray's stock `DataConfig` deals whole blocks, so the sequences of a step depend on the number of workers, and a resumed
-run cannot ask for a position (ray #37633, #48224, #58658). Here a worker gets a `StepStream`, which starts a Ray Data
-read at any position of the one global order.
+Ray's default `DataConfig` distributes complete blocks. The sequences of a step would then depend on the number of
+workers, and a resumed run could not start at a position (ray #37633, #48224, #58658). A `StepStream` reads this rank's
+sequences with Ray Data from any position of the global order.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from savant_ray.data.stream import StepStream, StreamPlan
 
 
 class StepDataConfig(ray.train.DataConfig):
-    """For `TorchTrainer(datasets={name: StreamPlan}, dataset_config=StepDataConfig())`."""
+    """Data configuration for `TorchTrainer(datasets={name: StreamPlan}, dataset_config=StepDataConfig())`."""
 
     def __init__(self) -> None:
         super().__init__(datasets_to_split=[])
 
-    def configure(  # type: ignore[override]  # Ray passes on whatever it is given, but names its own
+    def configure(  # type: ignore[override]  # Ray passes `datasets` on unchanged; its annotation has its own type
         self,
         datasets: dict[str, StreamPlan],
         world_size: int,
@@ -28,7 +28,7 @@ class StepDataConfig(ray.train.DataConfig):
         worker_node_ids: Any = None,
         **_: Any,
     ) -> list[dict[str, StepStream]]:
-        """One stream per rank and dataset."""
+        """Return one stream per rank and dataset."""
         return [
             {name: StepStream(plan, rank, world_size) for name, plan in datasets.items()} for rank in range(world_size)
         ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from savant_ray.config import Config, DataConfig
 from savant_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
-from savant_ray.inference.logic import logic_suite
+from savant_ray.evaluation.logic_suite import logic_suite
 from savant_ray.locations import is_uri
 from savant_ray.storage.protocol import newest_checkpoint_name
 from savant_ray.storage.run_storage import initial_checkpoint, run_storage

@@ -34,6 +34,9 @@ class Host(Protocol):
     def emit(self, event: Event) -> None:
         """Send an event to the driver without blocking."""
 
+    def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
+        """Record this rank's wait for the data of a step and its memory in GiB; called after each step."""
+
     def grace_left(self) -> float | None:
         """Return None until a stop is requested from this rank, then the seconds left; called for each micro-batch."""
 
@@ -58,9 +61,9 @@ class Host(Protocol):
 def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence[MicroBatch]], host: Host) -> bool:
     """Train to `training.max_steps` and return True, or return False after a stop; the last finished step is saved.
 
-    `local_batches` yields this rank's micro-batches of each step, beginning at `state.position`. A step is saved before it
-    is validated. A run resumed from a step with a due validation therefore starts with that validation, which may have
-    been cut short.
+    `local_batches` yields this rank's micro-batches of each step on its device, from `state.position` on. A step is saved
+    before it is validated. A run resumed from a step with a due validation therefore starts with that validation, which
+    may have been cut short.
 
     Raises:
         TrainingError: `training.max_skipped_steps` consecutive steps did not update the weights.
@@ -166,11 +169,13 @@ def emit_step(
     data_wait: float,
     share_of_peak: float | None,
 ) -> None:
-    """Emit the step from rank 0, and from each rank the micro-batches that it skipped."""
+    """Emit the step from rank 0, and from each rank the micro-batches that it skipped and its own figures."""
     for skipped in result.skipped_locally:
         host.emit(
             MicroBatchSkipped(step=state.step, rank=host.rank, loss=str(skipped.loss), positions=skipped.positions)
         )
+    memory_gb = memory_used_gb(state.device)
+    host.observe_rank(data_wait, memory_gb)
     if host.rank != 0:
         return
     host.emit(
@@ -183,7 +188,7 @@ def emit_step(
             tokens_per_second=result.tokens / seconds,
             skipped_micro_batches=result.skipped,
             micro_batch_size=state.fit.rows,
-            memory_gb=memory_used_gb(state.device),
+            memory_gb=memory_gb,
             data_wait_seconds=data_wait,
             compute_seconds=result.seconds.compute,
             reduce_seconds=result.seconds.reduce,

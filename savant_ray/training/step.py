@@ -48,30 +48,23 @@ class MicroBatch:
             yield MicroBatch(self.tokens_BT[part], self.document_ids_BT[part], self.positions[part])
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Return the micro-batch on `device`; the copy from pinned memory to a GPU is asynchronous."""
-        tokens_BT = self.tokens_BT.to(device, non_blocking=True)
-        document_ids_BT = self.document_ids_BT.to(device, non_blocking=True)
-        return replace(self, tokens_BT=tokens_BT, document_ids_BT=document_ids_BT)
+        """Return the micro-batch on `device`."""
+        return replace(self, tokens_BT=self.tokens_BT.to(device), document_ids_BT=self.document_ids_BT.to(device))
 
 
-def micro_batches(sequences: Sequences, positions: np.ndarray, config: Config, pinned: bool) -> list[MicroBatch]:
-    """Copy sequences `[N, T]` into micro-batches of at most `training.batch_size` in (pinned) host memory."""
+def micro_batches(sequences: Sequences, positions: np.ndarray, config: Config) -> list[MicroBatch]:
+    """Copy sequences `[N, T]` into micro-batches of at most `training.batch_size` in host memory."""
     size = config.training.batch_size
     parts = [slice(start, start + size) for start in range(0, len(positions), size)]
     return [
         MicroBatch(
-            tokens_BT=_host_tensor(sequences.tokens[part], pinned),
-            document_ids_BT=_host_tensor(sequences.document_ids[part], pinned),
+            tokens_BT=torch.from_numpy(sequences.tokens[part].copy()),
+            document_ids_BT=torch.from_numpy(sequences.document_ids[part].copy()),
             positions=tuple(int(p) for p in positions[part]),
             useful_flops=useful_flops(config.model, document_lengths(sequences.document_ids[part])),
         )
         for part in parts
     ]
-
-
-def _host_tensor(array: np.ndarray, pinned: bool) -> Tensor:
-    tensor = torch.from_numpy(array.copy())
-    return tensor.pin_memory() if pinned else tensor
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,8 @@ def take_step(
 ) -> StepResult:
     """Accumulate gradients, reduce them over all ranks, and update the weights.
 
-    Collective: every rank calls it once per step, also with an empty local batch. A stop request does not interrupt the
+    Collective: every rank calls it once per step, also with an empty local batch. The local batch is on the state's
+    device. A stop request does not interrupt the
     step unless the rest of the accumulation would outlast the grace period on some rank.
 
     Raises:
@@ -181,10 +175,8 @@ def accumulate(state: TrainingState, local_batch: Sequence[MicroBatch], grace_le
 def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> float:
     """Run one forward and backward pass into the buffer and return the loss sum in nats.
 
-    A loss that is not finite adds nothing. The micro-batch is moved to the device here and not earlier, so that running
-    out of memory is handled in one place.
+    A loss that is not finite adds nothing.
     """
-    micro_batch = micro_batch.to(state.device)
     targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
     with state.gradients.detached(), autocast(state.precision, state.device):
         x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT)

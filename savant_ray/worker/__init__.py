@@ -1,1 +1,1 @@
-"""What each Ray Train worker process runs: the training function, saving, resuming, metrics."""
+"""The code of a Ray Train worker process: training function, input, saving, resuming, metrics."""

@@ -1,4 +1,4 @@
-"""The loop's `Host` under Ray: events to the bridge, wishes from it, checkpoints to the saver."""
+"""The loop's `Host` under Ray: events to the driver, stop requests from it, checkpoints, validation."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from savant_ray.config import Config, dump_yaml
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import doing
+from savant_ray.evaluation.validator import Validator
 from savant_ray.events import (
     Event,
     MicroBatchSkipped,
@@ -28,82 +29,134 @@ from savant_ray.reporting.record import to_line
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import CONFIG, TOKENIZER
 from savant_ray.training.host_copies import HostCopy
+from savant_ray.training.loop import validation_is_due
 from savant_ray.training.state import TrainingState
-from savant_ray.training.validator import Validator
 from savant_ray.worker.metrics import RunMetrics
 from savant_ray.worker.saving import Saver
 
 
 class RayHost:
-    """One per worker; implements `savant_ray.training.loop.Host`."""
+    """Implements `savant_ray.training.loop.Host`; every worker has one."""
 
-    plan: StreamPlan
-    validator: Validator
-
-    def __init__(self, bridge: Any, storage: RunStorage, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        bridge: Any,
+        storage: RunStorage,
+        config: Config,
+        tokenizer: Tokenizer,
+        plan: StreamPlan,
+        validation_cache: str,
+    ) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.metrics = RunMetrics(config.run.name, self.rank)
         self._bridge = bridge
+        self._config = config
+        self._tokenizer = tokenizer
+        self._plan = plan
+        self._validation_cache = validation_cache
+        self._metrics = RunMetrics(config.run.name, self.rank)
         self._listener = StopListener(bridge)
-        self._grace_seconds = config.run.grace_seconds
-        self._drain_told = False
-        texts = {CONFIG: dump_yaml(config), TOKENIZER: tokenizer.to_json()}
-        self.saver = Saver(storage, texts, functools.partial(self.emit, wait=True))
-        self.host_copy = HostCopy()  # used on rank 0
-        self._figures: dict[str, float | str] = {}  # the newest, which go with a checkpoint into Ray's result
+        self._drain_reported = False
+        files = {CONFIG: dump_yaml(config), TOKENIZER: tokenizer.to_json()}
+        self._saver = Saver(storage, files, functools.partial(self.emit, wait=True))
+        self._host_copy = HostCopy()  # used on rank 0
+        self._latest_figures: dict[str, float | str] = {}  # reported to Ray Train with each checkpoint
 
     def emit(self, event: Event, wait: bool = False) -> None:
-        """Sends the event up; `wait` until it and those before it have arrived."""
+        """Send an event to the driver; with `wait`, return after it and all earlier ones have arrived."""
         if isinstance(event, MicroBatchSkipped):
             event = dataclasses.replace(event, documents=self._documents(event.positions))
-        self._remember(event)
-        self.metrics.observe(event)
+        self._record(event)
+        self._metrics.observe(event)
         sent = self._bridge.tell.remote(event)
         if wait:
             ray.get(sent)
 
+    def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
+        """Set this rank's wait for data and its memory among Ray's metrics."""
+        self._metrics.observe_rank(data_wait_seconds, memory_gb)
+
     def grace_left(self) -> float | None:
-        """None until the driver wishes to stop or a node of the run is drained; then seconds, less those of a save."""
+        """Return None until the driver requests a stop or a node of the run is drained, then the seconds left.
+
+        The time that the final checkpoint takes is subtracted.
+        """
         left = self._listener.grace_left()
-        if left is None and (left := drain_grace_left(self._grace_seconds)) is not None:
-            self._tell_drain()
-        return None if left is None else left - self.saver.seconds_to_finish()
+        if left is None and (left := drain_grace_left(self._config.run.grace_seconds)) is not None:
+            self._report_drain()
+        return None if left is None else left - self._saver.seconds_to_finish()
 
     def stop_requested(self) -> bool:
-        """Whether there is a reason to stop."""
+        """Return whether the driver requested a stop or a node of the run is drained."""
         return self.grace_left() is not None
 
+    def prepare(self, state: TrainingState) -> None:
+        """Load the validation sequences; on rank 0 also allocate memory for copies, in the background.
+
+        Raises:
+            DataError: the validation sequences cannot be read.
+        """
+        if self.rank == 0:
+            self._host_copy.allocate(state)
+        validator = self.validator
+        if self.rank == 0 and not validation_is_due(state.step, self._config):
+            validator.remember_weights(state)
+
     def save(self, state: TrainingState, reason: str) -> None:
-        """Copies the state; rank 0 writes it as `step_N` to where the run is kept while training goes on."""
-        copy_state = functools.partial(self.host_copy.update, state) if self.rank == 0 else None
-        self.saver.begin(state.step, reason, copy_state, dict(self._figures))
+        """Copy the state; rank 0 writes it as `step_N` to the run's storage while training continues."""
+        copy_state = functools.partial(self._host_copy.update, state) if self.rank == 0 else None
+        self._saver.begin(state.step, reason, copy_state, dict(self._latest_figures))
 
     def finish_saving(self) -> bool:
-        """Waits for the checkpoint that is being written; False: the storage refused it."""
-        return self.saver.finish()
+        """Wait until the pending checkpoint is written; return False if the storage failed."""
+        return self._saver.finish()
+
+    @property
+    def saved_step(self) -> int:
+        """Return the step of the newest checkpoint of this process, 0 without one."""
+        return self._saver.saved_step
+
+    @functools.cached_property
+    def validator(self) -> Validator:
+        """Return the validator; its first use loads this rank's sequences."""
+        return Validator.from_cache(
+            self._validation_cache,
+            self._config,
+            self._tokenizer,
+            self.rank,
+            self.world_size,
+            emit=self.emit,
+            stop_requested=self.stop_requested,
+        )
 
     def validate(self, state: TrainingState) -> bool:
-        """Loss on held-out text, logic problems and a sample; whether some rank has a reason to stop."""
+        """Run validation, logic problems and sampling; return whether a stop was requested on some rank."""
         with doing(f"validating after step {state.step:,}"):
             return self.validator(state)
 
-    def _tell_drain(self) -> None:
-        if not self._drain_told:  # by every rank, as any may be the first to hear of it
-            self.emit(Notice(text="a node of this run is being taken away: this step is finished and saved"))
-        self._drain_told = True
+    def _report_drain(self) -> None:
+        # Every rank reports it once, because any rank may be the first to detect it.
+        if not self._drain_reported:
+            self.emit(Notice(text="a node of this run is being drained: this step is finished and saved"))
+        self._drain_reported = True
 
     def _documents(self, positions: Sequence[int]) -> tuple[str, ...]:
-        return tuple(f"{file}:{line}" for position in positions for file, line in self.plan.documents(position))
+        return tuple(f"{file}:{line}" for position in positions for file, line in self._plan.documents(position))
 
-    def _remember(self, event: Event) -> None:
-        """For Ray's result: plain numbers and strings only, as Ray writes them as JSON."""
+    def _record(self, event: Event) -> None:
+        """Keep what the next checkpoint stores of the event: its record line and the latest figures.
+
+        The figures are plain numbers and strings, because Ray Train writes them as JSON.
+        """
         if self.rank == 0:
-            self.saver.lines.append(to_line(event))
+            self._saver.lines.append(to_line(event))
         match event:
             case StepDone():
-                self._figures |= {"train_loss": event.train_loss, "tokens_per_second": event.tokens_per_second}
+                self._latest_figures |= {"train_loss": event.train_loss, "tokens_per_second": event.tokens_per_second}
             case ValidationDone():
-                self._figures |= {"validation_loss": event.validation_loss, "bits_per_byte": event.bits_per_byte}
+                self._latest_figures |= {
+                    "validation_loss": event.validation_loss,
+                    "bits_per_byte": event.bits_per_byte,
+                }
             case SampleGenerated():
-                self._figures |= {"sample": event.text}
+                self._latest_figures |= {"sample": event.text}

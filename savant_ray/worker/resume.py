@@ -1,7 +1,7 @@
-"""Where a worker goes on: the newest checkpoint of the run, else the weights of `run.init_from`, else from scratch.
+"""Load the state that a worker starts from: the run's newest checkpoint, else the weights of `run.init_from`, else new ones.
 
-The driver has looked at them (`starting_point.py`); here the choice is made again, because Ray Train starts workers
-anew without asking it.
+The driver makes the same choice before it starts workers (`driver/starting_point.py`). It is made again here because Ray
+Train restarts workers without the driver.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from savant_ray.training.step import broadcast_from_rank_0
 
 
 def load_newest(state: TrainingState, config: Config, storage: RunStorage, allow_changes: bool) -> RunResumed | None:
-    """Loads on every rank what rank 0 found; collective.
+    """Load on every rank the checkpoint that rank 0 selects; return None for a new run. Collective.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit.
-        SavantError: another process has taken the run over.
+        SavantError: another process has taken over the run.
         OSError: the storage cannot be read.
     """
     name = broadcast_from_rank_0(lambda: newest_name(storage))
     if name is None:
-        return _initial_weights(state, config)
+        return _load_initial_weights(state, config)
     path = fetch_once_per_node(storage, name)
     notes = state.load_checkpoint(read_checkpoint(path), allow_changes)
     return RunResumed(step=state.step, path=storage.locate(name), warnings=tuple(notes))
 
 
 def newest_name(storage: RunStorage) -> str | None:
-    """Return the name of the newest checkpoint, None without one.
+    """Return the name of the newest checkpoint, or None if there is none.
 
     Raises:
-        SavantError: another process has taken the run over.
+        SavantError: another process has taken over the run.
         OSError: the storage cannot be read.
     """
     storage.check_owner()
@@ -50,9 +50,9 @@ def newest_name(storage: RunStorage) -> str | None:
 
 
 def fetch_once_per_node(storage: RunStorage, name: str) -> Path:
-    """By the node's first rank; the others wait for it. Collective."""
-    first = not dist.is_initialized() or ray.train.get_context().get_local_rank() == 0
-    if first:
+    """Fetch a checkpoint on the first rank of each node and return its local folder. Collective."""
+    is_first = not dist.is_initialized() or ray.train.get_context().get_local_rank() == 0
+    if is_first:
         storage.fetch(name)
     if dist.is_initialized():
         dist.barrier()
@@ -67,19 +67,19 @@ def on_each_node(checkpoint: AbstractContextManager[Path]) -> Iterator[Path]:
             yield path
         return
     context = ray.train.get_context()
-    with ExitStack() as held:
+    with ExitStack() as stack:
         is_first = context.get_local_rank() == 0
-        fetched = str(held.enter_context(checkpoint)) if is_first else None
+        fetched = str(stack.enter_context(checkpoint)) if is_first else None
         paths: list[tuple[int, str | None] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(paths, (context.get_node_rank(), fetched))
-        yield next(Path(each[1]) for each in paths if each and each[0] == context.get_node_rank() and each[1])
-        dist.barrier()  # the copy goes when every rank has read it
+        yield next(Path(item[1]) for item in paths if item and item[0] == context.get_node_rank() and item[1])
+        dist.barrier()  # the first rank deletes its copy after all ranks have read it
 
 
-def _initial_weights(state: TrainingState, config: Config) -> RunResumed | None:
+def _load_initial_weights(state: TrainingState, config: Config) -> RunResumed | None:
     if config.run.init_from is None:
         return None
-    with on_each_node(initial_checkpoint(config, allow_changes=True)) as path:  # the driver has compared the settings
-        origin = find_checkpoint(path)
-        state.load_weights(read_checkpoint(origin)["model_state_dict"])
+    # The driver has already compared the settings.
+    with on_each_node(initial_checkpoint(config, allow_changes=True)) as path:
+        state.load_weights(read_checkpoint(find_checkpoint(path))["model_state_dict"])
     return RunResumed(step=0, path=config.run.init_from, note="its weights only: a new run with a fresh optimizer")

@@ -1,7 +1,7 @@
-"""Checkpoints are written beside training: it stands still only while the state is copied.
+"""Writes checkpoints in a background thread; training waits only while the state is copied.
 
-One at a time: the next save, and the end of training, wait for the one that is being written. Each rank hands it over
-to Ray Train from a thread of its own, because `report()` waits for all ranks, and so for rank 0's disk.
+At most one checkpoint is written at a time: the next save, and the end of training, wait for the pending one. Each rank
+reports it to Ray Train from its thread, because `ray.train.report()` waits for all ranks and thus for rank 0's storage.
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ from savant_ray.training.checkpoint import RECORDS, write_checkpoint
 
 
 @dataclass(frozen=True)
-class Save:
-    """A checkpoint on its way."""
+class PendingCheckpoint:
+    """A checkpoint that is being written."""
 
     step: int
     reason: str
-    content: dict[str, Any] | None  # rank 0's
-    figures: Mapping[str, float | str]  # which Ray's dashboard shows beside it
-    n_lines: int
+    content: dict[str, Any] | None  # None on ranks other than 0
+    figures: Mapping[str, float | str]  # shown beside it in Ray's dashboard
+    n_lines: int  # record lines that belong to it
     started: float  # by time.perf_counter()
     stall_seconds: float
 
 
 class Saver:
-    """One per worker; `tell` sends an event and waits until it has arrived."""
+    """Saves checkpoints; every worker has one.
 
-    def __init__(self, storage: RunStorage, texts: Mapping[str, str], tell: Callable[[Event], None]) -> None:
-        self.lines: list[dict[str, Any]] = []  # of the record, since the last checkpoint
-        self.saved_step = 0  # of the newest checkpoint
-        self.seconds = 0.0  # that the last one took
-        self._refused = False  # the last one, by the storage; known on rank 0
-        self._storage, self._texts, self._tell = storage, texts, tell
+    `files` are the contents of further files by name. `emit` sends an event and waits until it has arrived.
+    """
+
+    def __init__(self, storage: RunStorage, files: Mapping[str, str], emit: Callable[[Event], None]) -> None:
+        self.lines: list[dict[str, Any]] = []  # record lines since the newest checkpoint
+        self.saved_step = 0  # of the newest checkpoint, 0 without one
+        self.seconds = 0.0  # duration of the newest save
+        self._storage, self._files, self._emit = storage, files, emit
+        self._storage_failed = False  # in the newest save; known on rank 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -55,79 +58,90 @@ class Saver:
         copy_state: Callable[[], dict[str, Any]] | None,
         figures: Mapping[str, float | str],
     ) -> None:
-        """Copies the state where `copy_state` is given, which is on rank 0, and returns; every rank calls it."""
+        """Wait for the pending checkpoint, copy the state and start writing; every rank calls it.
+
+        `copy_state` is None on ranks other than 0.
+
+        Raises:
+            SavantError: another process has taken over the run.
+        """
         started = time.perf_counter()
         self.finish()
-        self._refused = False
+        self._storage_failed = False
         content = None if copy_state is None else copy_state()
-        save = Save(step, reason, content, figures, len(self.lines), started, time.perf_counter() - started)
-        self._thread = threading.Thread(target=self._run, args=(save,), name=f"save-{step}", daemon=True)
+        stall_seconds = time.perf_counter() - started
+        pending = PendingCheckpoint(step, reason, content, figures, len(self.lines), started, stall_seconds)
+        self._thread = threading.Thread(target=self._run, args=(pending,), name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def finish(self) -> bool:
-        """Waits for the checkpoint that is being written; False: the storage refused it. Raises once what else went wrong.
+        """Wait for the pending checkpoint and return False if the storage failed. Any other error is raised once.
 
         Raises:
-            SavantError: another process has taken the run over.
+            SavantError: another process has taken over the run.
         """
         if self._thread is not None:
             self._thread.join()
         error, self._error = self._error, None
         if error is not None:
             raise error
-        return not self._refused
+        return not self._storage_failed
 
     def seconds_to_finish(self) -> float:
-        """How long a save that begins now may take."""
+        """Return the estimated duration of a save that begins now, including the wait for the pending one."""
         is_writing = self._thread is not None and self._thread.is_alive()
         return self.seconds * (2 if is_writing else 1)
 
-    def _run(self, save: Save) -> None:
+    def _run(self, pending: PendingCheckpoint) -> None:
         path = None
         try:
             try:
-                with doing(f"saving step_{save.step}"):
-                    path = self._write(save)
-            finally:  # the other ranks wait for it
-                self._hand_over(save, path)
+                with doing(f"saving step_{pending.step}"):
+                    path = self._write(pending)
+            finally:  # the other ranks wait in their report
+                self._report(pending, path)
         except BaseException as error:
             self._error = error
 
-    def _write(self, save: Save) -> str | None:
-        """Its path in the storage; None: not here, or the storage refused it, and the driver was told."""
-        if save.content is None:
+    def _write(self, pending: PendingCheckpoint) -> str | None:
+        """Write the checkpoint and return its path in the storage; None on other ranks or if the storage failed."""
+        if pending.content is None:
             return None
-        records = "".join(json.dumps(line) + "\n" for line in self.lines[: save.n_lines])
-        texts = {**self._texts, RECORDS: records}
+        records = "".join(json.dumps(line) + "\n" for line in self.lines[: pending.n_lines])
+        files = {**self._files, RECORDS: records}
         try:
             self._storage.check_owner()
-            folder = write_checkpoint(self._storage.folder, save.content, texts, self._storage.check_owner)
+            folder = write_checkpoint(self._storage.folder, pending.content, files, self._storage.check_owner)
             return self._storage.commit(folder)
         except OSError as error:
-            self._refused = True
-            self._tell(CheckpointFailed(step=save.step, text=str(error)))
+            self._storage_failed = True
+            self._emit(CheckpointFailed(step=pending.step, text=str(error)))
             return None
 
-    def _hand_over(self, save: Save, path: str | None) -> None:
-        """It lies where Ray would copy it (NO_UPLOAD), so nothing is copied; Ray keeps the newest `checkpoint.keep`."""
-        name = f"step_{save.step}"
-        filesystem = tolerant_file_system(self._storage.filesystem, self._storage)
+    def _report(self, pending: PendingCheckpoint, path: str | None) -> None:
+        """Report the checkpoint to Ray Train, which keeps the newest `checkpoint.keep` ones, and to the driver.
+
+        It is already in the folder to which Ray Train would copy it, hence NO_UPLOAD.
+        """
+        name = f"step_{pending.step}"
         ray.train.report(
-            {**save.figures, "step": save.step},
-            checkpoint=None if path is None else Checkpoint(path, filesystem),
+            {**pending.figures, "step": pending.step},
+            checkpoint=None
+            if path is None
+            else Checkpoint(path, tolerant_file_system(self._storage.filesystem, self._storage)),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
         if path is None:
             return
-        self.saved_step, self.seconds = save.step, time.perf_counter() - save.started
-        del self.lines[: save.n_lines]
-        self._tell(
+        self.saved_step, self.seconds = pending.step, time.perf_counter() - pending.started
+        del self.lines[: pending.n_lines]
+        self._emit(
             CheckpointSaved(
-                step=save.step,
+                step=pending.step,
                 path=self._storage.locate(name),
-                reason=save.reason,
+                reason=pending.reason,
                 seconds=self.seconds,
-                stall_seconds=save.stall_seconds,
+                stall_seconds=pending.stall_seconds,
             )
         )

@@ -75,7 +75,7 @@ def test_a_drained_node_saves_the_step_and_the_same_command_goes_on(
     wait_for(lambda: steps_done(run) >= 12)
     nodes.drain(leaving)
     code, printed = end(job)
-    assert code == 75 and "is being taken away" in printed and "run the same command again" in printed, printed
+    assert code == 75 and "is being drained" in printed and "run the same command again" in printed, printed
     stopped_at = len(losses(run))
     assert checkpoints(run)[-1].name == f"step_{stopped_at}" and 12 <= stopped_at < 100
     assert records(run, "checkpoint")[-1]["reason"] == "stop"

@@ -17,7 +17,7 @@ import pytest
 from savant_ray.data.quickstart import GENIUS_FILE, TRAIN_FILE, VALIDATION_FILE, write_quickstart
 from savant_ray.data.quickstart.problems import TEMPLATES, is_held_out, problems
 from savant_ray.errors import DataError
-from savant_ray.inference.answers import is_right
+from savant_ray.evaluation.answer_matching import is_correct
 
 ROOT = Path(__file__).parents[2]
 FILES = (TRAIN_FILE, VALIDATION_FILE, GENIUS_FILE)
@@ -166,7 +166,7 @@ def test_every_worked_step_is_true(rows):
 def test_every_answer_ends_in_the_right_number():
     for problem in problems(1, 3000) + problems(2, 1000, held_out=True) + problems(3, 500, True, unseen_wordings=True):
         assert problem.answer_text.endswith(f" So {problem.answer}. The answer is {problem.answer}.")
-        assert is_right(problem.text, str(problem.answer))
+        assert is_correct(problem.text, str(problem.answer))
     sums = [p for p in problems(1, 600) if p.template == "sum"]
     assert sums and all(p.answer == sum(p.operands) for p in sums)
 

@@ -1,4 +1,4 @@
-"""A worker reads the global order, after its first step by Ray Data: any start, any number of workers, no CPU of its own."""
+"""A rank reads its sequences of each step: from any start, with any number of workers, without a CPU of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from savant_ray.data.order import GlobalOrder
 from savant_ray.data.preparation import prepare
 from savant_ray.data.sources import expand
-from savant_ray.data.stream import StepShare, StepStream, StreamPlan
+from savant_ray.data.stream import LocalSequences, StepStream, StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -43,17 +43,17 @@ def one_source(plan: StreamPlan, effective_batch: int) -> StreamPlan:
     return StreamPlan(plan.folders[:1], (1.0,), plan.seed, effective_batch)
 
 
-def assert_same(share: StepShare, plan: StreamPlan) -> None:
-    expected = plan.read(share.positions)
-    assert np.array_equal(share.sequences.tokens, expected.tokens)
-    assert np.array_equal(share.sequences.document_ids, expected.document_ids)
+def assert_same(local: LocalSequences, plan: StreamPlan) -> None:
+    expected = plan.read(local.positions)
+    assert np.array_equal(local.sequences.tokens, expected.tokens)
+    assert np.array_equal(local.sequences.document_ids, expected.document_ids)
 
 
-def read_texts(plan: StreamPlan, tokenizer: Tokenizer, shares: list[StepShare]) -> list[str]:
-    return [tokenizer.decode(tokens.tolist()) for share in shares for tokens in share.sequences.tokens]
+def read_texts(plan: StreamPlan, tokenizer: Tokenizer, steps_read: list[LocalSequences]) -> list[str]:
+    return [tokenizer.decode(tokens.tolist()) for local in steps_read for tokens in local.sequences.tokens]
 
 
-def test_a_plan_travels(plan: StreamPlan) -> None:
+def test_a_plan_can_be_pickled_before_and_after_reading(plan: StreamPlan) -> None:
     plan.read(np.arange(3))
     copy = pickle.loads(pickle.dumps(plan))
     assert copy == plan
@@ -61,7 +61,9 @@ def test_a_plan_travels(plan: StreamPlan) -> None:
     assert copy.sizes == (DOCUMENTS, 40)
 
 
-def test_the_plan_reads_what_the_order_says(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
+def test_the_plan_reads_the_sequences_at_the_positions_of_the_order(
+    plan: StreamPlan, byte_tokenizer: Tokenizer
+) -> None:
     positions = np.array([0, 3, 10**12, 7])
     sequences = plan.read(positions)
     sources, rows = GlobalOrder(plan.sizes, plan.weights, plan.seed).locate(positions)
@@ -75,15 +77,15 @@ def test_the_plan_reads_what_the_order_says(plan: StreamPlan, byte_tokenizer: To
 
 @pytest.mark.parametrize("start", [0, 1_001])
 def test_the_stream_is_the_order_from_any_start(plan: StreamPlan, start: int) -> None:
-    shares = list(StepStream(plan, 1, 3).steps(start, 5))
+    steps_read = list(StepStream(plan, 1, 3).steps(start, 5))
     expected = [start + 192 * step + offset for step in range(5) for offset in range(64, 128)]
-    assert [position for share in shares for position in share.positions.tolist()] == expected
-    for share in shares:
-        assert_same(share, plan)
+    assert [position for local in steps_read for position in local.positions.tolist()] == expected
+    for local in steps_read:
+        assert_same(local, plan)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
-def test_any_number_of_workers_sees_the_same_step(plan: StreamPlan, world_size: int) -> None:
+def test_the_positions_of_a_step_do_not_depend_on_the_number_of_workers(plan: StreamPlan, world_size: int) -> None:
     streams = [StepStream(plan, rank, world_size) for rank in range(world_size)]
     for step in range(3):
         positions = np.concatenate([stream.positions(50 + 192 * step) for stream in streams])
@@ -91,17 +93,17 @@ def test_any_number_of_workers_sees_the_same_step(plan: StreamPlan, world_size: 
 
 
 def test_three_workers_read_what_one_reads(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
-    alone = [read_texts(plan, byte_tokenizer, [share]) for share in StepStream(plan, 0, 1).steps(11, 2)]
+    alone = [read_texts(plan, byte_tokenizer, [local]) for local in StepStream(plan, 0, 1).steps(11, 2)]
     ranks = [list(StepStream(plan, rank, 3).steps(11, 2)) for rank in range(3)]
     for step in range(2):
-        assert read_texts(plan, byte_tokenizer, [shares[step] for shares in ranks]) == alone[step]
+        assert read_texts(plan, byte_tokenizer, [of_rank[step] for of_rank in ranks]) == alone[step]
 
 
 def test_every_rank_makes_every_step_even_without_a_share(plan: StreamPlan) -> None:
     small = one_source(plan, effective_batch=1)
-    shares = [list(StepStream(small, rank, 2).steps(4, 3)) for rank in range(2)]
-    assert [[len(share.positions) for share in steps] for steps in shares] == [[0, 0, 0], [1, 1, 1]]
-    assert shares[0][0].sequences.tokens.shape == (0, SEQUENCE_LENGTH)
+    ranks = [list(StepStream(small, rank, 2).steps(4, 3)) for rank in range(2)]
+    assert [[len(local.positions) for local in of_rank] for of_rank in ranks] == [[0, 0, 0], [1, 1, 1]]
+    assert ranks[0][0].sequences.tokens.shape == (0, SEQUENCE_LENGTH)
 
 
 @pytest.mark.parametrize("effective_batch", [1, 7])
@@ -133,21 +135,21 @@ def test_stopped_and_resumed_streams_are_the_uninterrupted_one(plan: StreamPlan,
     assert set(Counter(whole[:DOCUMENTS]).values()) == {1}
 
 
-def test_it_reads_beside_workers_that_hold_every_cpu(plan: StreamPlan) -> None:
+def test_reading_works_while_workers_hold_every_cpu(plan: StreamPlan) -> None:
     import ray
 
     @ray.remote(num_cpus=2)
     class Holder:
         def read(self) -> list[int]:
-            shares = StepStream(plan, 0, 2).steps(5, 3)
-            return [len(share.positions) for share in shares]
+            steps_read = StepStream(plan, 0, 2).steps(5, 3)
+            return [len(local.positions) for local in steps_read]
 
     holder = Holder.remote()
     assert ray.get(holder.read.remote(), timeout=60) == [96, 96, 96]
     ray.kill(holder)
 
 
-def test_it_reads_one_portion_ahead_from_the_beginning_on_and_no_more(
+def test_reading_is_one_portion_ahead_from_the_start_and_no_more(
     plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     portion = 4
@@ -169,7 +171,7 @@ def test_it_reads_one_portion_ahead_from_the_beginning_on_and_no_more(
             assert time.monotonic() < deadline, f"{steps} steps are read before more are requested"
             time.sleep(0.02)
 
-    monkeypatch.setattr("savant_ray.data.stream.LONGEST_PORTION", portion)
+    monkeypatch.setattr("savant_ray.data.stream.MAX_PORTION_STEPS", portion)
     stream = Watched(plan, 0, 1).steps(0, 1_000_000)
     wait_until_read(portion)  # step 0 is read when it is requested
     for step in range(4 * portion):
@@ -182,34 +184,36 @@ def test_it_reads_one_portion_ahead_from_the_beginning_on_and_no_more(
         assert int(path.read_text()) > portion * (of - 1), "a portion is read once the one before it is in use"
 
 
-def test_the_first_step_waits_for_no_process_of_ray_data(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_step_does_not_wait_for_a_process_of_ray_data(
+    plan: StreamPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     may_read = threading.Event()
 
-    def patient(self: StepStream, start_position: int, n_steps: int) -> list[StepShare]:
+    def patient(self: StepStream, start_position: int, n_steps: int) -> list[LocalSequences]:
         assert may_read.wait(60)
         return read(self, start_position, n_steps)
 
-    read = StepStream._read
-    monkeypatch.setattr(StepStream, "_read", patient)
+    read = StepStream._read_portion
+    monkeypatch.setattr(StepStream, "_read_portion", patient)
     stream = StepStream(plan, 1, 2).steps(192, 3)
-    shares = [next(stream)]
+    steps_read = [next(stream)]
     may_read.set()
-    for share in shares + list(stream):
-        assert_same(share, plan)
+    for local in [*steps_read, *stream]:
+        assert_same(local, plan)
 
 
 @pytest.mark.parametrize("n_steps", [0, -3])
-def test_a_run_that_is_through_reads_nothing(plan: StreamPlan, n_steps: int) -> None:
+def test_a_finished_run_reads_nothing(plan: StreamPlan, n_steps: int) -> None:
     small = one_source(plan, effective_batch=1)
     for rank in (0, 1):
-        assert list(StepStream(small, rank, 2).steps(4, n_steps)) == [], "with a share and without"
+        assert list(StepStream(small, rank, 2).steps(4, n_steps)) == [], "with a local and without"
 
 
 @pytest.mark.parametrize("n_steps", [0, 1, 2])
 def test_closed_after_any_step_it_leaves_no_thread(
     plan: StreamPlan, monkeypatch: pytest.MonkeyPatch, n_steps: int
 ) -> None:
-    monkeypatch.setattr("savant_ray.data.stream.LONGEST_PORTION", 1)
+    monkeypatch.setattr("savant_ray.data.stream.MAX_PORTION_STEPS", 1)
     stream = StepStream(plan, 0, 1).steps(0, 100)
     for _ in range(n_steps):
         next(stream)
@@ -222,12 +226,12 @@ def test_closed_after_any_step_it_leaves_no_thread(
 
 
 def test_portions_join_without_a_gap(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("savant_ray.data.stream.LONGEST_PORTION", 4)
-    positions = np.concatenate([share.positions for share in StepStream(plan, 0, 1).steps(77, 10)])
+    monkeypatch.setattr("savant_ray.data.stream.MAX_PORTION_STEPS", 4)
+    positions = np.concatenate([local.positions for local in StepStream(plan, 0, 1).steps(77, 10)])
     assert np.array_equal(positions, 77 + np.arange(10 * 192))
 
 
-def test_once_a_portion_is_read_ray_data_leaves_the_processor_to_training(plan: StreamPlan) -> None:
+def test_ray_data_runs_nothing_between_portions(plan: StreamPlan) -> None:
     """Its scheduler thread spins for as long as an execution lasts."""
     stream = StepStream(plan, 0, 1).steps(0, 100)
     next(stream), next(stream)  # the first does not wait for Ray Data

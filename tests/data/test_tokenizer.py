@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from savant_ray.data import tokenizer as module
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer, train_tokenizer
 from savant_ray.errors import DataError, SettingsError
+from tests.data.albert_like import FOLDER
 
 TEXTS = ["If X = 15 and Y = 10, what is X + Y?\n", "déjà vu 漢字 🎉\n\n", "def f(x):\n    return x  # 42\n"] * 20
 
@@ -220,3 +221,36 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=reason):
             Tokenizer.load(spec)
+
+
+METASPACE = Tokenizer.load(FOLDER)
+
+
+@pytest.mark.parametrize("prompt", ["the red hen", "a", "the hen is <unk>", "the 🙂", "on "])
+@pytest.mark.parametrize("continuation", [" is on", "er ran", "."])
+def test_a_continuation_begins_with_a_space_exactly_if_it_begins_a_new_word(prompt: str, continuation: str) -> None:
+    prompt_ids = METASPACE.encode(prompt)
+    ids = METASPACE.encode(f"the{continuation}")[1:]
+    decoder = IncrementalDecoder(METASPACE, prompt_ids)
+    assert METASPACE.decode_continuation(prompt_ids, ids) == continuation
+    assert "".join([*map(decoder.push, ids), decoder.finish()]) == continuation
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(), continuation=st.text())
+def test_a_byte_level_continuation_is_its_own_text(trained: Tokenizer, text: str, continuation: str) -> None:
+    text, continuation = (part.encode(errors="ignore").decode() for part in (text, continuation))
+    assert trained.decode_continuation(trained.encode(text), trained.encode(continuation)) == continuation
+
+
+def test_bytes_of_a_character_that_follow_a_character_of_bytes_are_decoded_alone() -> None:
+    """As Llama's tokenizer has it: a character without a token is one token per byte."""
+    vocabulary = [("<unk>", 0.0), ("▁the", -1.0), ("▁", -2.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
+    inner = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = Tokenizer(inner)
+    prompt, ids = tokenizer.encode("the 🙂"), tokenizer.encode("the🙃 the")[1:]
+    assert tokenizer.decode_continuation(prompt, ids) == "🙃 the"

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 from savant_ray.errors import DataError
-from savant_ray.inference.logic import read_questions
+from savant_ray.evaluation.logic_suite import read_questions
 from savant_ray.reporting.page.history import read_history
 from savant_ray.reporting.record import (
     METRICS,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from savant_ray.evaluation.loss import bits_per_byte, loss_sums
 from savant_ray.inference.generate import Sampling, generate, generate_many
-from savant_ray.inference.validation import bits_per_byte, loss_sums
 from savant_ray.model.transformer import UniversalTransformer
 from tests.training.tiny import LENGTH, micro_batch, tiny_config, tiny_state
 
@@ -74,7 +74,7 @@ def test_a_long_prompt_in_parts_has_the_answer_that_it_has_at_once(
 ) -> None:
     prompts = [[3 + i % 30 for i in range(length)] for length in (5 * LENGTH, 3 * LENGTH + 1)]
     expected = generate_many(model, prompts, sampling(temperature=0))
-    monkeypatch.setattr("savant_ray.inference.generate.PROMPT_SCORES", 7 * 5 * LENGTH)
+    monkeypatch.setattr("savant_ray.inference.generate.MAX_PROMPT_SCORES", 7 * 5 * LENGTH)
     assert generate_many(model, prompts, sampling(temperature=0)) == expected
 
 

@@ -26,7 +26,7 @@ from savant_ray.data.packing import pack
 from savant_ray.data.quickstart import GENIUS_FILE, TRAIN_FILE, VALIDATION_FILE, write_quickstart
 from savant_ray.data.token_cache import Sequences
 from savant_ray.data.tokenizer import train_tokenizer
-from savant_ray.inference.validation import loss_sums
+from savant_ray.evaluation.loss import loss_sums
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, micro_batches, take_step
@@ -116,7 +116,7 @@ def original_batches(documents: Documents, restart_every: int = UPDATES) -> Step
     for update in range(UPDATES):
         first = update % restart_every * EFFECTIVE_BATCH
         chosen = [documents[i % len(documents)] for i in range(first, first + EFFECTIVE_BATCH)]
-        yield micro_batches(padded(chosen), np.arange(EFFECTIVE_BATCH), TRAINING, pinned=False)
+        yield micro_batches(padded(chosen), np.arange(EFFECTIVE_BATCH), TRAINING)
 
 
 @cache
@@ -146,7 +146,7 @@ def packed_batches(seed: int, mix_by: str) -> Steps:
             mine = chosen == source
             taken.tokens[mine] = sequences.tokens[rows[mine]]
             taken.document_ids[mine] = sequences.document_ids[rows[mine]]
-        yield micro_batches(taken, positions, TRAINING, pinned=False)
+        yield micro_batches(taken, positions, TRAINING)
 
 
 # --- training and figures
@@ -191,7 +191,7 @@ def state_with_weights_of(program: OriginalProgram) -> TrainingState:
 
 def outcome(state: TrainingState, tokens: int, seconds: float) -> Outcome:
     def loss(documents: Documents) -> float:
-        parts = micro_batches(padded(documents), np.arange(len(documents)), TRAINING, pinned=False)
+        parts = micro_batches(padded(documents), np.arange(len(documents)), TRAINING)
         total, targets = loss_sums(state.model, [(part.tokens_BT, part.document_ids_BT) for part in parts]).tolist()
         return total / targets
 

@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from savant_ray.config import Config
 from savant_ray.errors import MemoryCapError
+from savant_ray.evaluation.validator import Validator
 from savant_ray.events import Event, Notice, StepDone, ValidationDone
 from savant_ray.optim.adamw import AdamWRule
 from savant_ray.training.device import (
@@ -29,7 +30,6 @@ from savant_ray.training.host_copies import HostCopy, WeightChanges
 from savant_ray.training.loop import train
 from savant_ray.training.state import BatchFit, TrainingState
 from savant_ray.training.step import take_step
-from savant_ray.training.validator import Validator
 from tests.training.tiny import CPU, RecordingHost, never, share, shares, tiny_config, tiny_state, weights
 
 Room = Callable[[], None]
@@ -274,7 +274,7 @@ def test_what_training_does_not_depend_on_is_skipped_with_a_notice_if_it_does_no
     validator(config, about_first_weights).remember_weights(state)
     assert about_first_weights == [Notice(text=f"step 6: comparing weights {skipped}")]
 
-    monkeypatch.setattr("savant_ray.training.validator.loop_statistics", NoRoom(lambda: None))
+    monkeypatch.setattr("savant_ray.evaluation.validator.loop_statistics", NoRoom(lambda: None))
     about_loops, about_weights, loss, _ = validated(state, config)
     assert isinstance(about_loops, Notice) and about_loops.text == f"step 6: loop statistics {skipped}"
     assert isinstance(about_weights, Notice) and about_weights.text == f"step 6: comparing weights {skipped}"
@@ -314,7 +314,7 @@ def validator(config: Config, events: list[Event]) -> Validator:
         end_of_document=50,
         never_sampled=frozenset(),
         encode_prompts=lambda texts: [[3, 4] for _ in texts],
-        decode=str,
+        decode_continuation=lambda prompt, ids: str(ids),
     )
     return Validator(
         config, words, share(0, 12, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
@@ -327,7 +327,7 @@ def test_a_validation_that_does_not_fit_shrinks_itself_only() -> None:
     whole = validated(tiny_state(config), config)
     state = with_room_for(tiny_state(config), 4)
     said, loss, _ = validated(state, config)
-    assert isinstance(said, Notice) and "at most 2 at once" in said.text
+    assert isinstance(said, Notice) and "at most 2 sequences" in said.text
     assert isinstance(loss, ValidationDone) and isinstance(whole[0], ValidationDone)
     assert loss.validation_loss == pytest.approx(whole[0].validation_loss, rel=1e-6)
     assert state.fit == BatchFit.from_config(config, CPU)

@@ -84,19 +84,6 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-def test_micro_batches_that_are_not_there_yet_are_fetched(pinned: bool) -> None:
-    here = share(0, 12, 0, 1, 4)
-    waiting = [
-        MicroBatch(b.tokens_BT.pin_memory(), b.document_ids_BT.pin_memory(), b.positions) if pinned else b for b in here
-    ]
-    losses = [
-        take_step(new_state(tiny_config(), CUDA, "fp32"), parts, 1e-2, 1.0, never).loss
-        for parts in (on(CUDA, here), waiting)
-    ]
-    assert losses[0] == losses[1]
-
-
 @pytest.mark.skipif(not FLEX, reason="flex_attention needs g++, Python.h and compute capability 8.0")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("window_size", [None, 100])

@@ -1,4 +1,4 @@
-"""Arrays become micro-batches, which a step moves to the device one at a time."""
+"""Arrays become micro-batches of the configured size."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from savant_ray.data.token_cache import Sequences
 from savant_ray.training.efficiency import document_lengths, useful_flops
-from savant_ray.training.step import MicroBatch, micro_batches, take_step
-from tests.training.tiny import LENGTH, VOCABULARY, never, share, tiny_config, tiny_state
+from savant_ray.training.step import micro_batches
+from tests.training.tiny import LENGTH, VOCABULARY, tiny_config
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 7])
@@ -19,7 +19,7 @@ def test_sequences_become_micro_batches_of_the_batch_size_in_their_order(n: int)
     documents = np.sort(chance.integers(-1, 3, (n, LENGTH)).astype(np.int32))[:, ::-1]
     tokens = chance.integers(1, VOCABULARY, (n, LENGTH)).astype(np.int32)
     positions = np.arange(100, 100 + n)
-    parts = micro_batches(Sequences(tokens, documents), positions, config, pinned=False)
+    parts = micro_batches(Sequences(tokens, documents), positions, config)
     assert [len(part.positions) for part in parts] == [4] * (n // 4) + [n % 4] * (n % 4 > 0)
     assert [position for part in parts for position in part.positions] == positions.tolist()
     if n:
@@ -29,14 +29,3 @@ def test_sequences_become_micro_batches_of_the_batch_size_in_their_order(n: int)
     assert sum(part.useful_flops for part in parts) == pytest.approx(useful)
     tokens[:] = 0
     assert all((part.tokens_BT > 0).all() for part in parts), "copies"
-
-
-def test_a_micro_batch_that_cannot_be_moved_to_the_device_is_no_room_for_the_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def no_room(*_: object) -> MicroBatch:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(MicroBatch, "to", no_room)
-    result = take_step(tiny_state(tiny_config()), share(0, 4, 0, 1, 4), 1e-2, 1.0, never)
-    assert result.out_of_memory and not result.updated

@@ -101,6 +101,7 @@ class RecordingHost:
         self.events: list[Event] = []
         self.saved: list[tuple[int, str]] = []
         self.validated: list[int] = []
+        self.rank_figures: list[tuple[float, float]] = []
         self.checkpoint: dict[str, Any] = {}
         self._host_copy = HostCopy()
         self._begun: tuple[int, str, dict[str, Any]] | None = None
@@ -109,6 +110,9 @@ class RecordingHost:
         self.events.append(event)
         if isinstance(event, StepDone):
             self.step = event.step
+
+    def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
+        self.rank_figures.append((data_wait_seconds, memory_gb))
 
     def grace_left(self) -> float | None:
         return self.grace if not self.in_validation and self.step + 1 == self.stop_at else None

@@ -22,7 +22,7 @@ SECONDS = 0.15
 # module -> function -> window; slept at its beginning, or at its end where the moment after it is the delicate one
 WINDOWS = {
     "savant_ray.training.step": {"accumulate": "accumulation", "update": "update"},
-    "savant_ray.training.validator": {"Validator._validate": "validation", "Validator._sample": "generation"},
+    "savant_ray.evaluation.validator": {"Validator._validate": "validation", "Validator._sample": "generation"},
     "savant_ray.training.host_copies": {"HostCopy.update": "save"},
     "savant_ray.training.checkpoint": {"_write_files": "background write"},
     "savant_ray.worker.saving": {"write_checkpoint": "handover"},

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from savant_ray.data.quickstart.problems import problems
-from savant_ray.inference.answers import is_right
+from savant_ray.evaluation.answer_matching import is_correct
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ from savant_ray.inference.answers import is_right
     ],
 )
 def test_the_expected_answer_is_right_in_any_way_of_writing_it(said: str, expected: str) -> None:
-    assert is_right(said, expected)
+    assert is_correct(said, expected)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_expected_answer_is_right_in_any_way_of_writing_it(said: str, expect
     ],
 )
 def test_another_answer_is_wrong(said: str, expected: str) -> None:
-    assert not is_right(said, expected)
+    assert not is_correct(said, expected)
 
 
 def whole_number(said: str) -> str:
@@ -124,10 +124,10 @@ def test_whole_numbers_of_the_suite_are_scored_as_a_plain_comparison_would() -> 
         ):
             expected = whole_number(said).strip()
             is_number = re.fullmatch(r"-?\d+", expected)
-            assert is_right(said, str(problem.answer)) == bool(is_number and int(expected) == problem.answer), said
+            assert is_correct(said, str(problem.answer)) == bool(is_number and int(expected) == problem.answer), said
 
 
 def test_an_answer_that_repeats_itself_without_end_is_scored_too() -> None:
     """Its sentences are compared one by one, each with all before it: without a bound this takes hours."""
-    assert is_right("The answer is 5. " + "x. " * 100_000, "5")
-    assert not is_right("The answer is 5. " + "x. " * 100_000, "7")
+    assert is_correct("The answer is 5. " + "x. " * 100_000, "5")
+    assert not is_correct("The answer is 5. " + "x. " * 100_000, "7")

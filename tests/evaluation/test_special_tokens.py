@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,30 +14,33 @@ from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SettingsError
+from savant_ray.evaluation.from_checkpoint import answers_of, by_depth, stream_answer
+from savant_ray.evaluation.logic_suite import Question
+from savant_ray.evaluation.validator import Validator
+from savant_ray.events import Event, SampleGenerated
 from savant_ray.inference.generate import Sampling, generate
-from savant_ray.inference.logic import Question
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import read_checkpoint, read_settings, write_checkpoint
-from savant_ray.training.evaluation import answers_of, by_depth
-from savant_ray.training.sampling import stream_answer
 from savant_ray.training.state import new_state
 from tests.data.albert_like import CLS, FOLDER, SEP
-from tests.training.tiny import CPU, MODEL
+from tests.training.tiny import CPU, MODEL, share
 
 PROMPT = "a red hen"
+WORDS = ["the", "a", "on", "is"]  # one token each
 ALBERT = Tokenizer.load(FOLDER)
 OLDER = "older"  # its settings do not name the choice
 CHOICES = [("auto", [CLS]), (True, [CLS]), (False, []), (OLDER, [])]
 EACH = pytest.mark.parametrize(("choice", "before"), CHOICES, ids=[str(choice) for choice, _ in CHOICES])
 
 
-def written(folder: Path, choice: bool | str, head: float = 1.0) -> Path:
-    """A checkpoint of an untrained model with this `data.add_special_tokens`; `head` scales the logits."""
+def written(folder: Path, choice: bool | str, head: float = 1.0, likely: Sequence[int] = ()) -> Path:
+    """A checkpoint of an untrained model with this `data.add_special_tokens`; `head` scales its logits."""
     (folder / "held_out.jsonl").write_text(json.dumps({"text": PROMPT}) + "\n")
     data = {"validation": str(folder / "held_out.jsonl"), "add_special_tokens": "auto" if choice == OLDER else choice}
     config = Config.from_dict({"model": MODEL, "data": data, "training": {"precision": "fp32"}})
     content = {**new_state(config, CPU).to_checkpoint(), "step": 3}
     content["model_state_dict"]["head.weight"] *= head
+    content["model_state_dict"]["head.weight"][list(likely)] *= 50
     settings = dump_yaml(config)
     if choice == OLDER:
         settings, removed = re.subn(r"\n +add_special_tokens: .*", "", settings)
@@ -51,7 +55,9 @@ def model_of(checkpoint: Path) -> UniversalTransformer:
 
 
 def answer_to(checkpoint: Path, ids: list[int]) -> str:
-    return ALBERT.decode(list(generate(model_of(checkpoint), ids, Sampling.of(ALBERT, 12, temperature=0.0))))
+    """Return what a greedy answer adds to the text of the prompt `ids`."""
+    new_ids = list(generate(model_of(checkpoint), ids, Sampling.for_tokenizer(ALBERT, 12, temperature=0.0)))
+    return ALBERT.decode([*ids, *new_ids]).removeprefix(ALBERT.decode(ids))
 
 
 @EACH
@@ -64,6 +70,33 @@ def test_an_answer_goes_on_from_the_beginning_of_a_document(
     assert "".join(stream_answer(checkpoint, PROMPT, max_new_tokens=12, temperature=0.0)) == expected
     (answer,) = answers_of(checkpoint, [Question("mine", PROMPT, "4")], max_new_tokens=12)
     assert answer.text == expected
+
+
+def test_an_answer_that_begins_a_new_word_begins_with_a_space(tmp_path: Path) -> None:
+    words = [ALBERT.encode(word)[0] for word in WORDS]
+    checkpoint = written(tmp_path, choice=True, likely=words)
+    model, greedy = model_of(checkpoint), Sampling.for_tokenizer(ALBERT, 12, temperature=0.0)
+    first_ids = {prompt: next(generate(model, [CLS, *ALBERT.encode(prompt)], greedy)) for prompt in WORDS}
+    prompt = next(prompt for prompt, first_id in first_ids.items() if first_id in words)
+
+    streamed = "".join(stream_answer(checkpoint, prompt, max_new_tokens=12, temperature=0.0))
+    (answer,) = answers_of(checkpoint, [Question("mine", prompt, "4")], max_new_tokens=12)
+    assert streamed == answer.text == sample_of(checkpoint, prompt)
+    assert re.match(" [a-z]", streamed)
+
+
+def sample_of(checkpoint: Path, prompt: str) -> str:
+    """Return the text of a validation's sample."""
+    settings = read_settings(checkpoint).to_dict()
+    settings["validation"] |= {"prompt": prompt, "max_new_tokens": 12, "temperature": 0.0}
+    config = Config.from_dict(settings)
+    state = new_state(config, CPU)
+    state.load_weights(read_checkpoint(checkpoint)["model_state_dict"])
+    events: list[Event] = []
+    batches = share(0, 4, 0, 1, 4)
+    counts = dict(target_tokens=1, text_bytes=1)
+    Validator(config, ALBERT, batches, **counts, rank=0, emit=events.append, stop_requested=lambda: False)(state)
+    return next(event.text for event in events if isinstance(event, SampleGenerated))
 
 
 @EACH

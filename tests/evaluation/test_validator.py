@@ -21,12 +21,12 @@ from savant_ray.data.shard_writer import Recipe, shard_name, write_shard
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import Sequences
 from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.evaluation.validator import Validator
 from savant_ray.events import Event, SampleGenerated, ValidationDone
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import micro_batches
-from savant_ray.training.validator import Validator
 from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.original.program import OriginalModel
 from tests.original.test_file import original_config
@@ -54,7 +54,7 @@ def validator(config: Config, emit: Callable[[Event], None], stop_requested: Cal
         end_of_document=50,
         never_sampled=frozenset(),
         encode_prompts=lambda texts: [[3, 4] for _ in texts],
-        decode=str,
+        decode_continuation=lambda prompt, ids: str(ids),
     )
     batches = share(0, 4 * BATCHES, 0, 1, 4)
     return Validator(
@@ -83,7 +83,7 @@ def test_with_special_tokens_a_model_scores_what_the_original_gives_on_the_same_
     def loss(tokenizer: Tokenizer) -> float:
         events: list[Event] = []
         sequences = packed(texts, tokenizer, tmp_path)
-        batches = micro_batches(sequences, np.arange(len(sequences.tokens)), config, pinned=False)
+        batches = micro_batches(sequences, np.arange(len(sequences.tokens)), config)
         counts = dict(target_tokens=1, text_bytes=1)
         Validator(config, tokenizer, batches, **counts, rank=0, emit=events.append, stop_requested=lambda: False)(state)
         return next(event.validation_loss for event in events if isinstance(event, ValidationDone))
@@ -191,7 +191,7 @@ def test_a_rank_without_held_out_sequences_still_tells_what_the_others_found(mon
     empty = validator(config, events.append, lambda: False)
     empty.micro_batches = []
     others = torch.tensor([12.0, 4.0, 0.0], dtype=torch.float64)  # loss, tokens, stops
-    monkeypatch.setattr("savant_ray.training.validator.all_reduce_sum", lambda sums: sums + others)
+    monkeypatch.setattr("savant_ray.evaluation.validator.all_reduce_sum", lambda sums: sums + others)
     assert not empty(state)
     (done,) = (event for event in events if isinstance(event, ValidationDone))
     assert done.validation_loss == 3.0 and done.residuals == done.cosines == () and done.last_cosine is None

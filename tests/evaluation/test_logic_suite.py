@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from savant_ray.data.quickstart.problems import is_held_out, problems
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.errors import DataError
-from savant_ray.inference.logic import (
+from savant_ray.evaluation.logic_suite import (
     Answer,
     Question,
     Score,
-    ask,
+    answer_questions,
     logic_suite,
     read_questions,
     refuse_empty_prompts,
@@ -59,9 +59,9 @@ def test_the_interval_holds_the_share_and_narrows_with_questions(n: int, data: s
     correct = data.draw(st.integers(0, n))
     low, high = Score(n, correct).interval
     assert (
-        0 <= low <= Score(n, correct).share + 1e-12
+        0 <= low <= Score(n, correct).fraction + 1e-12
         and high <= 1
-        and (n == 0 or Score(n, correct).share <= high + 1e-12)
+        and (n == 0 or Score(n, correct).fraction <= high + 1e-12)
     )
     wider_low, wider_high = Score(n // 4, correct // 4).interval
     assert n < 100 or high - low < wider_high - wider_low
@@ -85,9 +85,9 @@ def test_each_question_is_answered_once_as_it_would_be_alone() -> None:
         model.head.weight.mul_(20)  # so that no two tokens are nearly alike
     tokenizer = train_tokenizer(iter(["ab cd 0123456789"] * 50), vocab_size=300)
     questions = [Question("t", "ab" * (1 + i % 7) + str(i), "1") for i in range(70)]
-    answers = list(ask(model, tokenizer, questions, max_new_tokens=5))
+    answers = list(answer_questions(model, tokenizer, questions, max_new_tokens=5))
     assert sorted(answer.question.prompt for answer in answers) == sorted(question.prompt for question in questions)
-    (alone,) = ask(model, tokenizer, [answers[3].question], max_new_tokens=5)
+    (alone,) = answer_questions(model, tokenizer, [answers[3].question], max_new_tokens=5)
     assert alone == answers[3]
 
 
@@ -99,16 +99,16 @@ def test_own_questions_are_read_and_bad_lines_named(tmp_path: Path) -> None:
     assert first == Question("questions", "2 + 2?", "4") and second == Question("logic", "Is it?", "Yes")
     assert Answer(second, "The answer is yes.").correct
     for line, told in (
-        ("{", "line 1: no JSON"),
-        ('{"prompt": "x", "answer": "x\\ud800"}', "line 1: no JSON"),
-        ('{"prompt": "x"}', 'line 1: "prompt" has to be a text and "answer" a text or a number (found prompt: "x")'),
+        ("{", "line 1: not valid JSON"),
+        ('{"prompt": "x", "answer": "x\\ud800"}', "line 1: not valid JSON"),
+        ('{"prompt": "x"}', 'line 1: "prompt" must be a string and "answer" a string or a number (found prompt: "x")'),
         ('{"prompt": 1, "answer": 1}', "found prompt: 1, answer: 1)"),
         ('{"prompt": "x", "answer": [1]}', "answer: [1])"),
         ('{"prompt": "x", "answer": null}', "answer: null)"),
         ('{"prompt": "x", "answer": true}', "answer: true)"),
         ('{"prompt": "x", "answer": " "}', "line 1"),
         ('{"prompt": "x", "answer": 1}\n\n{"prompt": "", "answer": 1}', "line 3"),
-        ("[1]", "a JSON object"),
+        ("[1]", "expected a JSON object"),
         ("", "no questions"),
     ):
         path.write_text(line)
@@ -138,11 +138,11 @@ def test_a_prompt_that_the_tokenizer_encodes_as_nothing_is_refused_with_its_line
     with pytest.raises(DataError, match=r"own.jsonl line 2: the prompt ' ' has no tokens"):
         refuse_empty_prompts(tokenizer, questions)
     model = UniversalTransformer(tiny_config().model)
-    _, unanswered = ask(model, tokenizer, questions, max_new_tokens=3)
+    _, unanswered = answer_questions(model, tokenizer, questions, max_new_tokens=3)
     assert unanswered == Answer(questions[1], "") and not unanswered.correct
-    assert list(ask(model, tokenizer, questions[1:], max_new_tokens=3)) == [unanswered]
+    assert list(answer_questions(model, tokenizer, questions[1:], max_new_tokens=3)) == [unanswered]
 
 
 def test_a_device_without_an_end_is_no_file_of_questions() -> None:
-    with pytest.raises(DataError, match=r"^/dev/zero: holds more than"):
+    with pytest.raises(DataError, match=r"^/dev/zero: larger than"):
         read_questions(Path("/dev/zero"))

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text."""
+"""Loss of a model on held-out text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from savant_ray.model.transformer import UniversalTransformer
 def loss_sums(
     model: UniversalTransformer, micro_batches: Iterable[tuple[Tensor, Tensor]], n_loops: int | None = None
 ) -> Tensor:
-    """[sum of token losses in nats, number of target tokens] in fp64, over (tokens_BT, document_ids_BT) pairs."""
+    """Return [sum of token losses in nats, number of target tokens] in fp64.
+
+    `micro_batches` yields (tokens, document ids) `[B, T]` on the model's device.
+    """
     sums = torch.zeros(2, dtype=torch.float64)
     for tokens_BT, document_ids_BT in micro_batches:
         targets_BT = next_token_targets(tokens_BT, document_ids_BT)
@@ -28,5 +31,8 @@ def loss_sums(
 
 
 def bits_per_byte(nats_per_token: float, target_tokens: int, text_bytes: int) -> float:
-    """Comparable across tokenizers: the text's own tokens and bytes (UTF-8) say how many bytes a token stands for."""
+    """Convert a loss per token to bits per UTF-8 byte, which can be compared across tokenizers.
+
+    `target_tokens` and `text_bytes` are those of the complete text.
+    """
     return nats_per_token / math.log(2) * target_tokens / text_bytes

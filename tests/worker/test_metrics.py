@@ -112,13 +112,9 @@ def test_what_is_not_known_is_not_shown_and_other_events_are_no_ones(values: dic
     assert "savant_share_of_peak" not in values and "savant_tokens" not in values
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_other_ranks_show_their_memory_and_their_wait_and_every_share_passes_unchanged(
-    values: dict[str, float], rank: int
-) -> None:
-    assert list(RunMetrics("run", rank).watched("abc", lambda: 1.5)) == ["a", "b", "c"]
-    assert values.get("savant_memory_gb") == (1.5 if rank else None)
-    assert ("savant_data_wait_seconds" in values) == bool(rank)
+def test_every_rank_has_its_own_memory_and_wait_for_data(values: dict[str, float]) -> None:
+    RunMetrics("run", 1).observe_rank(0.25, 1.5)
+    assert values == {"savant_data_wait_seconds": 0.25, "savant_memory_gb": 1.5}
 
 
 def test_metrics_that_fail_end_themselves_and_not_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +125,7 @@ def test_metrics_that_fail_end_themselves_and_not_the_training(monkeypatch: pyte
     monkeypatch.setattr(metrics.Gauge, "set", fail)
     told.observe(step_done(1))
     told.observe(step_done(2))
-    assert list(told.watched("abc", fail)) == ["a", "b", "c"]
+    told.observe_rank(0.25, 1.5)
     monkeypatch.setattr(metrics, "_meter", fail)
     RunMetrics("run", 0).observe(step_done(1))
 

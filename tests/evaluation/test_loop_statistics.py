@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from savant_ray.inference.depth import COLLAPSED, LoopStatistics, loop_statistics, mean_cosine
+from savant_ray.evaluation.loop_statistics import COLLAPSE_COSINE, LoopStatistics, loop_statistics, mean_cosine
 from tests.training.tiny import micro_batch, tiny_config, tiny_state
 
 
@@ -34,5 +34,6 @@ def test_tokens_that_are_alike_are_a_collapse_and_single_ones_are_not() -> None:
     assert mean_cosine(alike, torch.tensor([[True] + [False] * 4] * 2)) == 0
     assert mean_cosine(torch.eye(4)[None], torch.ones(1, 4, dtype=torch.bool)) == pytest.approx(0)
     assert (
-        LoopStatistics((0.1,), (COLLAPSED + 0.01,)).has_collapsed and not LoopStatistics((0.1,), (0.5,)).has_collapsed
+        LoopStatistics((0.1,), (COLLAPSE_COSINE + 0.01,)).has_collapsed
+        and not LoopStatistics((0.1,), (0.5,)).has_collapsed
     )

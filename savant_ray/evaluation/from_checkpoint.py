@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint for `savant evaluate`: logic questions, and loss and score at several depths."""
+"""Generation and evaluation with the model of a checkpoint, for `savant generate` and `savant evaluate`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,74 @@ from torch import Tensor
 from savant_ray.config import Config
 from savant_ray.data.jsonl import documents
 from savant_ray.data.sources import expand
-from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import DataError
-from savant_ray.inference.depth import loop_statistics
-from savant_ray.inference.logic import Answer, Question, Score, ask, refuse_empty_prompts, scores, total
-from savant_ray.inference.validation import loss_sums
-from savant_ray.training.sampling import load_model
+from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
+from savant_ray.errors import CheckpointError, DataError, SettingsError
+from savant_ray.evaluation.logic_suite import (
+    Answer,
+    Question,
+    Score,
+    answer_questions,
+    refuse_empty_prompts,
+    scores,
+    total,
+)
+from savant_ray.evaluation.loop_statistics import loop_statistics
+from savant_ray.evaluation.loss import loss_sums
+from savant_ray.inference.generate import Sampling, generate
+from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, read_settings, tokenizer_file
 
 LOSS_DOCUMENTS = 100  # held-out documents for the loss at each depth
+
+
+def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Config]:
+    """Load the fp32 model of a checkpoint, or of a run's newest one, onto the GPU if there is one; with its tokenizer.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, has no tokenizer, or its weights do not fit its settings.
+    """
+    folder = find_checkpoint(checkpoint)
+    config = read_settings(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device("meta"):
+        model = UniversalTransformer(config.model)
+    weights = read_checkpoint(folder)["model_state_dict"]
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint {folder.name}: its weights do not fit its settings: {error}") from error
+    tokenizer = Tokenizer.load(tokenizer_file(folder), config.data.end_of_document, config.data.add_special_tokens)
+    return model.to(device).eval(), tokenizer, config
+
+
+def stream_answer(
+    checkpoint: Path,
+    prompt: str,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    n_loops: int | None = None,
+) -> Iterator[str]:
+    """Yield the continuation of the prompt as it is generated; None means the value of the checkpoint's settings.
+
+    Raises:
+        CheckpointError: there is no readable checkpoint.
+        SettingsError: the prompt has no tokens.
+    """
+    model, tokenizer, config = load_model(checkpoint)
+    (prompt_ids,) = tokenizer.encode_prompts([prompt])
+    if not prompt_ids:
+        raise SettingsError("--prompt: the prompt has no tokens")
+    sampling = Sampling.for_tokenizer(
+        tokenizer,
+        config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        config.validation.temperature if temperature is None else temperature,
+        seed,
+    )
+    decoder = IncrementalDecoder(tokenizer, prompt_ids)
+    for token in generate(model, prompt_ids, sampling, n_loops):
+        yield decoder.push(token)
+    yield decoder.finish()
 
 
 def answers_of(
@@ -35,7 +95,7 @@ def answers_of(
     model, tokenizer, config = load_model(checkpoint)
     refuse_empty_prompts(tokenizer, questions)
     max_new_tokens = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    yield from ask(model, tokenizer, questions, max_new_tokens, n_loops)
+    yield from answer_questions(model, tokenizer, questions, max_new_tokens, n_loops)
 
 
 def result(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -59,7 +119,7 @@ def result(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _score_record(score: Score) -> dict[str, Any]:
-    return {"score": score.share, "n": score.n, "interval": list(score.interval)}
+    return {"score": score.fraction, "n": score.n, "interval": list(score.interval)}
 
 
 def by_depth(
@@ -79,7 +139,7 @@ def by_depth(
     device = model.head.weight.device
     rows = [(tokens.to(device), ids.to(device)) for tokens, ids in held_out_rows(config, tokenizer)]
     for n_loops in depths:
-        score = total(scores(ask(model, tokenizer, questions, max_new_tokens, n_loops)))
+        score = total(scores(answer_questions(model, tokenizer, questions, max_new_tokens, n_loops)))
         loss, tokens = loss_sums(model, rows, n_loops).tolist()
         row = {"loops": n_loops, **_score_record(score), "loss": loss / tokens if tokens else None}
         if rows:

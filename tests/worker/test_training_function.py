@@ -1,4 +1,4 @@
-"""What a worker makes of a GPU that is too small for the model; everything around it is a fake."""
+"""How a worker ends when its device is too small for the model; everything around it is a fake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FakeHost:
         self._events.append(event)
 
     def finish_saving(self) -> None:
-        """Nothing was begun."""
+        """Return None: no save is pending."""
 
 
 def no_room(*_: Any) -> None:
@@ -37,10 +37,11 @@ def run_worker(
     task: dict[str, str] | None = None,
     **fakes_of_test: Any,
 ) -> list[Event]:
-    """The events of a worker that ends with the `expected` error; `task` has fields that differ from the driver's."""
+    """Return the events of a worker that ends with the `expected` error; `task` replaces fields of the driver's."""
     events: list[Event] = []
+    train = SimpleNamespace(get_dataset_shard=lambda name: SimpleNamespace(plan=None))
     fakes = {
-        "ray": SimpleNamespace(get=lambda reference: False),
+        "ray": SimpleNamespace(get=lambda reference: False, train=train),
         "Tokenizer": SimpleNamespace(load=lambda *_: None),
         "run_storage": lambda *_: None,
         "RayHost": lambda *_: FakeHost(events),

@@ -11,10 +11,10 @@ import torch
 from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import train_tokenizer
-from savant_ray.inference.logic import logic_suite
+from savant_ray.evaluation.from_checkpoint import by_depth
+from savant_ray.evaluation.logic_suite import logic_suite
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import write_checkpoint
-from savant_ray.training.evaluation import by_depth
 from savant_ray.training.state import new_state
 from tests.training.tiny import CPU, MODEL
 

@@ -1,0 +1,59 @@
+"""Statistics of the loops of the recurrent block, to detect a collapse.
+
+A recurrent block can collapse: the residual stream stops changing, or all tokens become alike (arXiv 2605.18797).
+
+Shapes: B batch, T time, D dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from savant_ray.model.transformer import UniversalTransformer
+
+COLLAPSE_COSINE = 0.95  # mean cosine between tokens
+
+
+@dataclass(frozen=True)
+class LoopStatistics:
+    """One number per loop, computed from the residual stream s_k after loop k."""
+
+    residuals: tuple[float, ...]  # |s_k+1 - s_k| / |s_k|, mean over tokens
+    cosines: tuple[float, ...]  # between two different tokens of a row, mean over pairs
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Return whether the tokens are nearly alike after the last loop."""
+        return bool(self.cosines) and self.cosines[-1] > COLLAPSE_COSINE
+
+
+@torch.no_grad()
+def loop_statistics(
+    model: UniversalTransformer, tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None
+) -> LoopStatistics:
+    """Return the statistics of one forward pass over tokens `[B, T]`; padding (document id -1) is left out."""
+    residuals, cosines = [], []
+    is_token_BT = document_ids_BT >= 0
+    previous_BTD: Tensor | None = None
+    for x_BTD in map(Tensor.float, model.loop_states(tokens_BT, document_ids_BT, n_loops)):
+        if previous_BTD is not None:
+            residual_BT = (x_BTD - previous_BTD).norm(dim=-1) / previous_BTD.norm(dim=-1)
+            residuals.append(residual_BT[is_token_BT].mean().item())
+            cosines.append(mean_cosine(x_BTD, is_token_BT))
+        previous_BTD = x_BTD
+    return LoopStatistics(tuple(residuals), tuple(cosines))
+
+
+def mean_cosine(x_BTD: Tensor, is_token_BT: Tensor) -> float:
+    """Return the mean cosine between two different tokens of a row, over rows with at least two tokens; 0 without one."""
+    units_BTD = F.normalize(x_BTD, dim=-1) * is_token_BT[..., None]
+    n_B = is_token_BT.sum(dim=1).double()
+    pairs_B = n_B * (n_B - 1)
+    # The squared norm of the sum is the sum over all pairs; a token with itself contributes 1.
+    cosine_sums_B = units_BTD.sum(dim=1).double().square().sum(dim=-1) - n_B
+    has_pairs_B = pairs_B > 0
+    return (cosine_sums_B[has_pairs_B] / pairs_B[has_pairs_B]).mean().item() if has_pairs_B.any() else 0.0

@@ -1,0 +1,125 @@
+"""Reads a rank's local batch of each step onto its device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from savant_ray.config import Config
+from savant_ray.data.stream import LocalSequences
+from savant_ray.errors import doing
+from savant_ray.training.step import MicroBatch, micro_batches
+
+
+class SequenceStream(Protocol):
+    """The part of `StepStream` that a `BatchReader` uses."""
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Return how many sequences of each step this rank reads."""
+
+    def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
+        """Return an iterator over this rank's sequences of `n_steps` steps, which reads ahead."""
+
+
+class BatchReader:
+    """Iterable, once, over this rank's local batches: for each step its micro-batches on `device`.
+
+    - Order: exactly one local batch per step, in the stream's order; it is empty for a rank without sequences.
+    - Source: the stream reads in the background from the construction on, one portion ahead (`data/stream.py`).
+    - Prefetch depth: on a CPU none. A local batch is built when it is requested, because training uses the cores. On
+      CUDA one local batch: while a step runs, a thread builds the next one and copies it to the device.
+    - Memory: on CUDA two local batches in pinned host memory and two on the device, allocated at construction. No step
+      can run out of device memory for its input.
+    - Overlap: the copy runs on a stream of its own. The current stream waits for the copy by an event, and the copy
+      waits by another event until the current stream has finished the step that used its buffer before. A thread's
+      default stream would not do: it is the stream of the step.
+    - Lifetime: on CUDA the tensors of a local batch are overwritten after the next one has been requested.
+    - Errors are raised where the local batch would have been returned. Closing or dropping the iterator closes the
+      stream and does not wait for the thread.
+    """
+
+    def __init__(
+        self, stream: SequenceStream, start_position: int, n_steps: int, config: Config, device: torch.device
+    ) -> None:
+        self._steps = stream.steps(start_position, n_steps)
+        self._config = config
+        self._device = device
+        shape = (stream.sequences_per_step, config.model.max_seq_len)
+        needs_copies = device.type == "cuda" and stream.sequences_per_step > 0
+        self._buffers = [_Buffer(shape, device) for _ in range(2)] if needs_copies else []
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return self._prefetched(*self._buffers) if self._buffers else self._on_cpu()
+
+    def _on_cpu(self) -> Generator[list[MicroBatch], None, None]:
+        with closing(self._steps):
+            while (local_batch := self._next()) is not None:
+                yield local_batch
+
+    def _prefetched(self, buffer: _Buffer, other: _Buffer) -> Generator[list[MicroBatch], None, None]:
+        # Without a current device in the thread, CUDA would create a context on GPU 0.
+        set_device = functools.partial(torch.cuda.set_device, self._device)
+        executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=set_device)
+        try:
+            pending = executor.submit(self._next_into, buffer)
+            while (local_batch := pending.result()) is not None:
+                other.release()
+                pending = executor.submit(self._next_into, other)
+                buffer.acquire()
+                yield local_batch
+                buffer, other = other, buffer
+        finally:
+            executor.submit(self._steps.close)
+            executor.shutdown(wait=False)
+
+    def _next(self) -> list[MicroBatch] | None:
+        """Return the next local batch in host memory, or None after the last one."""
+        with doing("reading the next step's sequences"):
+            step = next(self._steps, None)
+            return None if step is None else micro_batches(step.sequences, step.positions, self._config)
+
+    def _next_into(self, buffer: _Buffer) -> list[MicroBatch] | None:
+        """Start copying the next local batch to the device and return it, or None after the last one."""
+        local_batch = self._next()
+        return buffer.copy(local_batch) if local_batch else local_batch
+
+
+class _Buffer:
+    """Pinned host memory and device memory for the tokens and document ids of one local batch, `[2, N, T]` int32."""
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        self._host = torch.empty((2, *shape), dtype=torch.int32, pin_memory=True)
+        self._on_device = torch.empty((2, *shape), dtype=torch.int32, device=device)
+        self._copy_stream = torch.cuda.Stream(device)
+        self._on_device.record_stream(self._copy_stream)  # freed memory is not reused before a pending copy is done
+        self._copied, self._released = torch.cuda.Event(), torch.cuda.Event()
+        self.release()  # the memory may have belonged to a tensor that the current stream still uses
+
+    def copy(self, local_batch: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Start copying a local batch and return it with tensors on the device; called in the prefetching thread."""
+        self._copied.synchronize()  # the host memory is free once its last copy is done
+        torch.cat([batch.tokens_BT for batch in local_batch], out=self._host[0])
+        torch.cat([batch.document_ids_BT for batch in local_batch], out=self._host[1])
+        with torch.cuda.stream(self._copy_stream):
+            self._copy_stream.wait_event(self._released)
+            self._on_device.copy_(self._host, non_blocking=True)
+            self._copied.record(self._copy_stream)
+        tokens_NT, document_ids_NT = self._on_device
+        sizes = [len(batch.positions) for batch in local_batch]
+        parts = zip(local_batch, tokens_NT.split(sizes), document_ids_NT.split(sizes), strict=True)
+        return [replace(batch, tokens_BT=tokens, document_ids_BT=ids) for batch, tokens, ids in parts]
+
+    def acquire(self) -> None:
+        """Make the current stream wait for the copy."""
+        torch.cuda.current_stream(self._on_device.device).wait_event(self._copied)
+
+    def release(self) -> None:
+        """Let the next copy overwrite the device memory once the work queued on the current stream is done."""
+        self._released.record(torch.cuda.current_stream(self._on_device.device))

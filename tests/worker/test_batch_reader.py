@@ -1,0 +1,166 @@
+"""A rank's local batches: complete, in order, the same with and without prefetching, and nothing is left running."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+
+import numpy as np
+import pytest
+import torch
+
+from savant_ray.config import Config
+from savant_ray.data.stream import LocalSequences
+from savant_ray.data.token_cache import Sequences
+from savant_ray.errors import describe
+from savant_ray.events import StepDone
+from savant_ray.training.loop import train
+from savant_ray.training.state import TrainingState
+from savant_ray.training.step import MicroBatch
+from savant_ray.worker.batch_reader import BatchReader
+from tests.training.tiny import LENGTH, RecordingHost, micro_batch, share, shares, tiny_config, tiny_state, weights
+
+CUDA = torch.device("cuda")
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
+    ),
+]
+TIMEOUT_SECONDS = 60
+
+
+class TinyStream:
+    """Reads the sequences of `tests.training.tiny` without Ray; `fails_at` is a step that cannot be read."""
+
+    def __init__(self, effective_batch: int = 12, sequences_per_step: int = 12, fails_at: int | None = None) -> None:
+        self.effective_batch, self.sequences_per_step, self.fails_at = effective_batch, sequences_per_step, fails_at
+        self.closed = threading.Event()
+        self.n_read = 0
+
+    def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
+        try:
+            for step in range(n_steps):
+                if step == self.fails_at:
+                    raise OSError("the disk is gone")
+                self.n_read += 1
+                yield self.read(start_position + step * self.effective_batch)
+        finally:
+            self.closed.set()
+
+    def read(self, start: int) -> LocalSequences:
+        positions = np.arange(start, start + self.sequences_per_step)
+        sequences = Sequences.empty(len(positions), LENGTH)
+        if len(positions):
+            batch = micro_batch(positions)
+            sequences.tokens[:], sequences.document_ids[:] = batch.tokens_BT.numpy(), batch.document_ids_BT.numpy()
+        return LocalSequences(positions, sequences)
+
+
+def reader(state: TrainingState, config: Config, stream: TinyStream | None = None) -> BatchReader:
+    n_steps = config.training.max_steps - state.step
+    return BatchReader(stream or TinyStream(), state.position, n_steps, config, state.device)
+
+
+def shares_of_step(step: int) -> list[MicroBatch]:
+    return share(12 * step, 12, 0, 1, 4)
+
+
+def content(batches: list[MicroBatch]) -> list[tuple[list[list[int]], list[list[int]], tuple[int, ...]]]:
+    return [(batch.tokens_BT.tolist(), batch.document_ids_BT.tolist(), batch.positions) for batch in batches]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_steps", [0, 1, 5])
+def test_every_step_comes_once_in_order_on_the_device(device: str, n_steps: int) -> None:
+    config, stream = tiny_config(), TinyStream()
+    batches = BatchReader(stream, 7, n_steps, config, torch.device(device))
+    positions = []
+    for local_batch in batches:
+        assert all(batch.tokens_BT.device.type == batch.document_ids_BT.device.type == device for batch in local_batch)
+        for batch in local_batch:
+            assert content([batch]) == content([micro_batch(batch.positions)])
+            assert batch.useful_flops > 0 and len(batch.positions) == config.training.batch_size
+            positions += batch.positions
+    assert positions == list(range(7, 7 + 12 * n_steps)) and stream.n_read == n_steps
+    assert stream.closed.wait(TIMEOUT_SECONDS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_rank_without_sequences_has_an_empty_local_batch_for_each_step(device: str) -> None:
+    stream = TinyStream(sequences_per_step=0)
+    assert list(BatchReader(stream, 0, 3, tiny_config(), torch.device(device))) == [[], [], []]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_error_is_raised_where_the_local_batch_would_have_come_and_names_the_activity(device: str) -> None:
+    batches = iter(BatchReader(TinyStream(fails_at=1), 0, 3, tiny_config(), torch.device(device)))
+    assert next(batches)
+    with pytest.raises(OSError, match="the disk is gone") as error:
+        next(batches)
+    assert "reading the next step's sequences" in describe(error.value, "training")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_iterator_that_is_dropped_closes_the_stream(device: str) -> None:
+    stream = TinyStream()
+    batches = iter(BatchReader(stream, 0, 100, tiny_config(), torch.device(device)))
+    next(batches)
+    del batches
+    assert stream.closed.wait(TIMEOUT_SECONDS) and stream.n_read <= 2, "at most one step ahead"
+
+
+def test_a_stopped_and_resumed_run_trains_on_the_sequences_of_an_uninterrupted_one() -> None:
+    config = tiny_config()
+    straight, state = RecordingHost(), tiny_state(config)
+    train(state, config, shares(state, config), straight)
+
+    first, stopped = RecordingHost(stop_at=3), tiny_state(config)
+    assert not train(stopped, config, reader(stopped, config), first)
+    second, resumed = RecordingHost(), tiny_state(config)
+    resumed.load_checkpoint(first.checkpoint)
+    assert train(resumed, config, reader(resumed, config), second)
+    losses = [event.train_loss for event in first.events + second.events if isinstance(event, StepDone)]
+    assert losses == [event.train_loss for event in straight.events if isinstance(event, StepDone)]
+    assert all(torch.equal(w, weights(resumed)[name]) for name, w in weights(state).items())
+    assert len(first.rank_figures) == 3 and all(wait >= 0 and gb > 0 for wait, gb in first.rank_figures)
+
+
+LONG_KERNEL = 2_000_000_000  # clock cycles, about a second
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_local_batch_is_complete_when_it_is_used_and_not_overwritten_before_the_step_is_done() -> None:
+    used = []
+    for local_batch in BatchReader(TinyStream(), 0, 4, tiny_config(), CUDA):
+        torch.cuda._sleep(LONG_KERNEL)  # the step is queued, and the device uses its batch later
+        used += [(batch.tokens_BT.clone(), batch.document_ids_BT.clone(), batch.positions) for batch in local_batch]
+    for tokens_BT, document_ids_BT, positions in used:
+        expected = micro_batch(positions)
+        assert torch.equal(tokens_BT.cpu(), expected.tokens_BT.to(torch.int32))
+        assert torch.equal(document_ids_BT.cpu(), expected.document_ids_BT.to(torch.int32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_next_local_batch_is_copied_while_the_step_still_computes() -> None:
+    batches = iter(BatchReader(TinyStream(), 0, 3, tiny_config(), CUDA))
+    next(batches)
+    torch.cuda._sleep(5 * LONG_KERNEL)
+    step_done = torch.cuda.Event()
+    step_done.record()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        following = content(next(batches))
+    assert not step_done.query(), "the copy did not wait for the step"
+    assert following == content(shares_of_step(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_input_takes_no_device_memory_after_the_construction() -> None:
+    batches = BatchReader(TinyStream(), 0, 5, tiny_config(), CUDA)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert sum(1 for _ in batches) == 5 and torch.cuda.max_memory_allocated() == before
