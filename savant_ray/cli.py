@@ -58,3 +58,7 @@ def _run(argv: Sequence[str]) -> int:
 def _overview() -> str:
     commands = "\n".join(f"  {name:<11}{command.summary}" for name, command in COMMANDS.items())
     return f"usage: savant COMMAND …\n\n{commands}\n\nsavant COMMAND --help tells more."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

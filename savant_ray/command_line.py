@@ -91,13 +91,14 @@ def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
         SettingsError: a setting is wrong.
     """
     options, settings = parser.parse_known_args(arguments)
-    for option, value in zip(["", *settings], settings, strict=False):
-        refuse_undecodable(value, option if option.startswith("--") and "=" not in option else "")
-    own = [f"--{name.replace('_', '-')}" for name in vars(options)]
-    for word in settings:
-        close = difflib.get_close_matches(word.replace("_", "-"), own, n=1, cutoff=0.8)
-        if close and "." not in word:
-            raise SettingsError(f"{word}: no such option; did you mean {close[0]}?")
+    own_options = [f"--{name.replace('_', '-')}" for name in vars(options)]
+    for previous, argument in zip(["", *settings], settings, strict=False):
+        follows_option = previous.startswith("--") and "=" not in previous
+        refuse_undecodable(argument, previous if follows_option else "")
+        is_value = follows_option and not argument.startswith("--")
+        close = difflib.get_close_matches(argument.replace("_", "-"), own_options, n=1, cutoff=0.8)
+        if close and "." not in argument and not is_value:
+            raise SettingsError(f"{argument}: no such option; did you mean {close[0]}?")
     from savant_ray.config import ignored_variables, load_config
 
     config = load_config(settings, file=options.config)

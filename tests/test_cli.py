@@ -114,6 +114,18 @@ def test_train_hands_over_the_settings_and_ends_with_the_trainings_exit_code(cal
     ]
 
 
+@pytest.mark.parametrize("name", ["fresh", "verbose", "config", "-fresh", "allow_changes"])
+def test_the_value_of_a_setting_may_look_like_an_option(name: str, calls: list[Any]) -> None:
+    assert main(["train", "--run.name", name]) == STOPPED_EARLY
+    assert calls[0][0].run.name == name
+
+
+def test_the_module_of_the_command_line_can_be_run_with_python_m() -> None:
+    command = [sys.executable, "-m", "savant_ray.cli", "trian"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: trian: no such command; did you mean train?\n")
+
+
 def test_wrong_settings_are_all_told_and_nothing_is_started(
     calls: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,6 +357,7 @@ def test_config_prints_the_complete_result(capsys: pytest.CaptureFixture[str]) -
         ),
         (["--config", ""], "--config: the name of a file is missing"),
         (["--confg", "a.yaml"], "--confg: no such option; did you mean --config?"),
+        (["fresh"], "fresh: no such option; did you mean --fresh?"),
         (["--fersh"], "--fersh: no such option; did you mean --fresh?"),
         (["--allow_changes"], "--allow_changes: no such option; did you mean --allow-changes?"),
         (["–config", "a.yaml"], "–config: no such option; did you mean --config?"),
