@@ -203,7 +203,7 @@ class TrainingConfig(Section):
     max_steps: Count = Field(default=80_000, description="optimizer steps of the run")
     batch_size: Count = Field(
         default=12,
-        description="sequences per micro-batch, which is one forward and backward pass; on a CPU fewer where more are no faster",
+        description="sequences per micro-batch (one forward and backward pass); on a CPU fewer where more are no faster",
     )
     accumulation: Count = Field(
         default=16, description="micro-batches per step; the effective batch is batch_size × accumulation"

@@ -23,7 +23,7 @@ from savant_ray.cluster.session import (
     ray_session,
 )
 from savant_ray.config import Config, dump_yaml
-from savant_ray.data.content import write_aside
+from savant_ray.data.atomic_files import write_atomically
 from savant_ray.driver.signals import StopSignals
 from savant_ray.errors import (
     STOPPED_EARLY,
@@ -180,7 +180,7 @@ def _train(launch: Launch) -> int:
     tokenizer = choose_tokenizer(config, origin, launch.allow_changes)
     config = with_tokenizer_settings(config, tokenizer)
     launch = replace(launch, config=config)
-    write_aside(storage.folder / CONFIG, dump_yaml(config))
+    write_atomically(storage.folder / CONFIG, dump_yaml(config))
     with missing_text_explained():
         text = find_text(config, report)
     refuse_unencodable(config, text, tokenizer)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from savant_ray.cluster.session import prepare_environment, ray_session
 from savant_ray.config import WEIGHT_RESOLUTION, Config, SourceConfig
+from savant_ray.data.cache_builder import empty_file_report, learn_tokenizer
+from savant_ray.data.cache_builder import prepare as prepare_files
 from savant_ray.data.order import Weight, weights_by_documents
 from savant_ray.data.overlap import count_held_out_documents, split_held_out
-from savant_ray.data.preparation import empty_file_report, learn_tokenizer
-from savant_ray.data.preparation import prepare as prepare_files
 from savant_ray.data.quickstart import write_quickstart
 from savant_ray.data.shard_writer import encode_beginning
 from savant_ray.data.sources import SourceFile, expand, refuse_empty
@@ -152,7 +152,7 @@ def write_missing_quickstart(config: Config, report: RunReport) -> None:
     if all(os.path.exists(path) for path in paths):  # noqa: PTH110 - Path.exists raises for a name too long
         return
     report.stage("making the quickstart's text")
-    write_quickstart(Path(paths[0]).parent, say=report.say)
+    write_quickstart(Path(paths[0]).parent, log=report.say)
 
 
 def existing_sources(
@@ -222,7 +222,7 @@ def tokenise(
         on_bad_line=config.data.on_bad_line,
         max_line_bytes=int(config.data.max_line_mb * MIB),
         progress=lambda done, total: report.progress(done, total, "bytes"),
-        say=report.say,
+        log=report.say,
     )
     for sentence in [
         *bad_line_report(cache.manifest),
