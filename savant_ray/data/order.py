@@ -63,7 +63,7 @@ class GlobalOrder:
         return source, row
 
 
-def share(effective_batch: int, rank: int, world_size: int) -> range:
+def rank_slice(effective_batch: int, rank: int, world_size: int) -> range:
     """Return the sequences of a step that `rank` computes: contiguous, and their number differs by at most 1."""
     return range(effective_batch * rank // world_size, effective_batch * (rank + 1) // world_size)
 

@@ -18,7 +18,7 @@ from ray.train.torch import get_device
 
 from savant_ray.cluster.same_code import other_code, own_digest, package_folder
 from savant_ray.config import Config
-from savant_ray.data.order import GlobalOrder, share
+from savant_ray.data.order import GlobalOrder, rank_slice
 from savant_ray.data.stream import StepShare, StepStream
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
@@ -143,7 +143,7 @@ def make_validator(task: WorkerTask, config: Config, tokenizer: Tokenizer, host:
     cache = TokenCache.open(task.validation)
     wanted = min(config.validation.batches * config.training.batch_size, cache.n_sequences)
     _, rows = GlobalOrder([cache.n_sequences], [1.0], VALIDATION_SEED).locate(np.arange(wanted))
-    rows = rows[np.asarray(share(wanted, host.rank, host.world_size), dtype=np.int64)]
+    rows = rows[np.asarray(rank_slice(wanted, host.rank, host.world_size), dtype=np.int64)]
     examiner = Examiner(config, tokenizer, host.rank, host.world_size, host.stop_requested)
     return Validator(
         config=config,
