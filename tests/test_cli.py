@@ -253,7 +253,7 @@ def test_prepare_quickstart_writes_the_text_and_goes_on_only_with_a_config(
     assert main(["prepare", "--quickstart", "--config", str(config)]) == 0
     assert calls[2:] == [(Path("dataset"), False), load_config(file=config)]
     assert main(["prepare", "--force"]) == 2
-    assert "--force goes with --quickstart" in capsys.readouterr().err
+    assert "--force requires --quickstart" in capsys.readouterr().err
 
 
 def test_generate_prints_prompt_and_answer_and_writes_json(
@@ -353,9 +353,9 @@ def test_config_prints_the_complete_result(capsys: pytest.CaptureFixture[str]) -
     [
         (
             ["--config", "a.yaml", "--config", "b.yaml"],
-            "--config: given twice, a.yaml and b.yaml; give one file (with ",
+            "--config: given twice, a.yaml and b.yaml; use one file (with ",
         ),
-        (["--config", ""], "--config: the name of a file is missing"),
+        (["--config", ""], "--config: the name of the file is missing"),
         (["--confg", "a.yaml"], "--confg: no such option; did you mean --config?"),
         (["fresh"], "fresh: no such option; did you mean --fresh?"),
         (["--fersh"], "--fersh: no such option; did you mean --fresh?"),
@@ -394,7 +394,7 @@ def test_help_of_benchmark_names_all_of_them(capsys: pytest.CaptureFixture[str])
 
     main(["benchmark", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"{', '.join(list(BENCHMARKS)[:-1])} or {list(BENCHMARKS)[-1]}; all" in printed
+    assert f"{', '.join(list(BENCHMARKS)[:-1])} or {list(BENCHMARKS)[-1]} [all" in printed
 
 
 @pytest.mark.parametrize("job", ["train", "prepare", "generate", "benchmark"])
@@ -497,7 +497,7 @@ def test_runs_are_listed_for_a_user_without_a_home_folder(
     monkeypatch.setattr(Path, "home", nowhere)
     monkeypatch.chdir(tmp_path)
     assert main(["runs"]) == 0
-    assert capsys.readouterr().out.startswith("no runs here")
+    assert capsys.readouterr().out.startswith("no runs found")
 
 
 def test_a_reader_that_went_away_gets_no_traceback() -> None:

@@ -390,7 +390,7 @@ def test_a_cache_that_is_damaged_while_it_is_used_is_named(
     ):
         TokenCache.open(folder)
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match="no complete token cache"):
+    with pytest.raises(DataError, match="not a complete token cache"):
         TokenCache.open(folder)
 
 
@@ -403,7 +403,7 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_named_with_its_line(
     with pytest.raises(DataError) as refused:
         prepare(expand(str(path)), Tokenizer.load(tmp_path / "unigram.json"), 32, tmp_path / "cache", range_bytes=1_500)
     assert str(refused.value).startswith(f"{path} line 602: the tokenizer {tmp_path / 'unigram.json'} cannot encode")
-    assert "give data.tokenizer one that has an unknown token" in str(refused.value)
+    assert "set data.tokenizer to one with an unknown token" in str(refused.value)
 
 
 def test_characters_that_a_tokenizer_leaves_out_are_counted(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
