@@ -1,4 +1,4 @@
-# `make install` creates the environment in .venv and nothing else; every other target stands on it.
+# `make install` creates the environment in .venv and changes nothing else; all other targets depend on it.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,14 +15,14 @@ PYTHON ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 
 RUN := "$(VENV)/bin/python"
-# No settings or conftest.py but the project's own, whatever lies in the checkout.
+# Use only the project's own settings and conftest.py, even if the checkout contains others.
 PYTEST := $(RUN) -m pytest -c pyproject.toml --confcutdir tests
 IN_TWO_PROCESSES := -n 2 --dist loadfile  # the tests of a file share a Ray head; ARGS="-n 0" runs all in one process
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Recipes take these from their environment: pasted into a command, a space, a quote or a $ would change it.
+# Recipes read these from the environment, because a space, a quote or a $ in them would change the command.
 export config_file := $(value CONFIG)
 export dashboard := $(value ADDRESS)
 
@@ -32,25 +32,25 @@ endif
 
 help:
 	@cat <<'END'
-	make install      the environment in $(VENV), and nothing else
-	make train        train the quickstart ($(CONFIG)); again: go on where it stopped
-	make submit       the same as a job on the Ray cluster at ADDRESS
-	make test         the checks and all tests but those of rare faults: about 15 minutes on 2 cores
-	make test-quick   the tests that need neither Ray nor much time
-	make test-all     everything: the tests of rare faults, fuzz, torture and soak too; about 2 hours
-	make fuzz         N=10000 damaged or senseless inputs for each reader: a message of ours, nothing lost
-	make torture      interrupt runs N=100 times, at every moment; each must end as if nobody had
-	make soak         80,000 tiny steps; memory, open files and step time must stay flat
-	make check        format, lint, types, spelling, layers, documentation
+	make install      create the environment in $(VENV); changes nothing else
+	make train        train with $(CONFIG), or resume the run
+	make submit       the same as a Ray job on the cluster at ADDRESS
+	make test         run the checks and all tests except those of rare faults (about 15 minutes on 2 cores)
+	make test-quick   run the fast tests, which do not start Ray
+	make test-all     run all tests, fuzz, torture and soak (about 2 hours)
+	make fuzz         read N=10000 invalid inputs per reader; each must give a clear error and lose nothing
+	make torture      interrupt runs N=100 times; each must have the result of an uninterrupted run
+	make soak         run 80,000 tiny steps; memory, open files and step time must stay constant
+	make check        check format, lint, types, spelling, layers and documentation
 	make docs         regenerate the reference pages and build the documentation as site/index.html
-	make coverage     what the quick tests reach, line by line, as htmlcov/index.html
-	make clean        remove the environment; data and checkpoints stay
+	make coverage     measure the line coverage of the fast tests; writes htmlcov/index.html
+	make clean        remove the environment; keeps data and checkpoints
 
-	ARGS="--training.max_steps 100"   handed on to the command
-	CONFIG=configs/savant.yaml        another configuration
-	ADDRESS=http://head:8265          the cluster's dashboard, for make submit
-	PYTHON=python3.12                 the Python to build the environment with (3.11 to 3.13)
-	TORCH_INDEX=…                     the package index that torch comes from (docs/guides/gpu.md)
+	ARGS="--training.max_steps 100"   arguments of the command
+	CONFIG=configs/savant.yaml        settings file
+	ADDRESS=http://head:8265          dashboard of the cluster, for make submit
+	PYTHON=python3.12                 Python for the environment (3.11 to 3.13)
+	TORCH_INDEX=…                     package index for torch (docs/guides/gpu.md)
 	END
 
 install: $(STAMP)
@@ -93,7 +93,7 @@ check: install
 	$(BUILD_SITE)
 	$(PYTEST) -m "not slow" tests/test_layers.py tests/test_docs.py tests/test_reliability.py tests/test_packaging.py
 
-# A broken link or anchor, or a page that is missing in the navigation, is an error; with --quiet it would not be.
+# Broken links and anchors, and pages that are missing in the navigation, are errors; with --quiet they would not be.
 BUILD_SITE = NO_MKDOCS_2_WARNING=1 $(RUN) -P -m mkdocs build --strict --config-file mkdocs.yml
 
 .PHONY: docs
@@ -120,7 +120,7 @@ $(STAMP): requirements.txt pyproject.toml
 	$(RUN) -m pip install --no-build-isolation --no-deps -e .
 	touch "$(STAMP)"
 
-# Sets $python: the first that is of the right version and can create environments.
+# Sets $python to the first candidate of a supported version that can create environments.
 define find_python
 python= ; without_venv=
 for candidate in $(PYTHON); do
@@ -136,8 +136,8 @@ elif [ -z "$$python" ]; then
 fi
 endef
 
-# The plain wheel of many package indexes is the CUDA build, with gigabytes of CUDA packages. Without an NVIDIA GPU the
-# CPU build is taken; a torch of the right version that is already there stays.
+# The default wheel of many package indexes is the CUDA build, with gigabytes of CUDA packages. Without an NVIDIA GPU the
+# CPU build is installed; a torch of the right version that is installed already is kept.
 define install_torch
 torch_is_there() {
     $(RUN) -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch").split("+")[0] != sys.argv[1])' \
@@ -156,9 +156,9 @@ elif nvidia-smi >/dev/null 2>&1 || $(RUN) -m pip install torch==$(TORCH)+cpu 2>/
 elif brings_cuda; then
     cat >&2 <<'END'
 
-	This machine has no NVIDIA GPU, and its package index has only the CUDA build of torch: gigabytes of no use here.
-	Please say where the CPU build is: on pytorch.org, "Get Started", choose Pip and CPU; the command shown there ends
-	in --index-url and an address. Then, with that address,
+	This machine has no NVIDIA GPU, and its package index has only the CUDA build of torch (several gigabytes).
+	To install the CPU build: on pytorch.org, "Get Started", choose Pip and CPU; the command shown there ends in
+	--index-url and an address. Then run, with that address,
 
 	    make $(or $(MAKECMDGOALS),install) TORCH_INDEX=ADDRESS
 

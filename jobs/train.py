@@ -1,9 +1,9 @@
-"""Trains a run, or goes on with it: python jobs/train.py --config configs/savant.yaml"""
+"""Trains a run, or resumes it: python jobs/train.py --config configs/savant.yaml"""
 
 import sys
 from pathlib import Path
 
-# The working folder of a Ray job is a copy: the code beside this file is meant, installed or not.
+# Import the code beside this file, even if another version is installed: a Ray job runs in a copy of the folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from savant_ray.cli import main

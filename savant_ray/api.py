@@ -1,7 +1,7 @@
 """`savant_ray.train`: training as a function call, for scripts and notebooks.
 
-Training runs in a process of its own. Ray Train can be stopped only by ending the process that drives it, Ray ends its
-driver when the head dies, and a signal handler belongs to a main thread: none of this may happen to the caller.
+Training runs in a child process, for three reasons: Ray Train can be stopped only by ending its process, Ray exits the
+driver's process when the head node dies, and signal handlers can be installed only in a main thread.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from savant_ray.config import Config, load_config
-from savant_ray.errors import SavantError, SettingsError, TrainingError, UnexpectedError, explain, warn_of_thread
+from savant_ray.errors import SavantError, SettingsError, TrainingError, UnexpectedError, explain, report_thread_error
 from savant_ray.streams import open_standard_streams
 
 POLL_SECONDS = 0.5
 BLOCK_BYTES = 1 << 16
-LONGEST_DETAILS = 50_000  # characters of a traceback; the message has to fit into a socket's buffer
+MAX_DETAILS = 50_000  # characters of a traceback; the response has to fit into the buffer of a socket
 CHILD = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the driver takes it over there is nothing to save
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save before the driver installs its handler
 sys.path[:] = {path!r}
 from savant_ray.api import run_child
 run_child({descriptor})
@@ -63,52 +63,52 @@ def train(
     """Start or resume a run and return its state when it has ended.
 
     `config` is a `Config`, nested settings such as `{"training": {"max_steps": 100}}`, or a YAML file; SAVANT_…
-    environment variables are ignored. `fresh` first moves an older run of that name aside,
-    `allow_changes` resumes with other settings or data than the checkpoint's, `verbose` prints the output of Ray.
+    environment variables are ignored. `fresh` starts a new run and renames an existing one of that name, `allow_changes`
+    resumes although settings or data differ from the checkpoint, `verbose` prints the output of Ray.
 
-    If the caller is connected to a Ray cluster, training runs there and leaves it running; otherwise a local Ray is
-    started and ended. Progress is printed to `sys.stdout`. The call blocks and works in any thread; in an asyncio
-    program use `await asyncio.to_thread(savant_ray.train, config)`. If the caller's process dies, the step is saved.
+    If the caller is connected to a Ray cluster, training runs in that cluster; otherwise a local Ray is started and shut
+    down. Progress is printed to `sys.stdout`. The call blocks and works in any thread; in an asyncio program use
+    `await asyncio.to_thread(savant_ray.train, config)`. If the caller's process dies, the run saves a checkpoint and stops.
 
     Raises:
         SavantError: with a message for the user; see `savant_ray.errors` for its subclasses.
-        KeyboardInterrupt: after Ctrl+C in the main thread, once the step is saved; a second Ctrl+C exits immediately.
+        KeyboardInterrupt: after Ctrl+C in the main thread, after a checkpoint was saved; a second Ctrl+C exits immediately.
     """
     settings = _config(config).to_dict()
     options = {"fresh": fresh, "allow_changes": allow_changes, "verbose": verbose}
-    ours, theirs = socket.socketpair()
-    with ours:
-        with theirs:
-            child = _start_child(theirs)
-        with suppress(ConnectionError):  # it has ended already
-            ours.sendall(json.dumps({"settings": settings, "options": options}).encode() + b"\n")
-        interrupted, answer = _wait(child), b""
+    connection, child_connection = socket.socketpair()
+    with connection:
+        with child_connection:
+            child = _start_child(child_connection)
+        with suppress(ConnectionError):  # the child has exited already
+            connection.sendall(json.dumps({"settings": settings, "options": options}).encode() + b"\n")
+        interrupted, response = _wait(child), b""
         with suppress(ConnectionError):
-            answer = ours.makefile("rb").read()
-    if not answer and not interrupted:
+            response = connection.makefile("rb").read()
+    if not response and not interrupted:
         raise TrainingError(
-            f"the training process ended without a word ({_ended_by(child.returncode)}); "
-            "run it again to go on from the last checkpoint"
+            f"the training process exited without a result ({_exit_reason(child.returncode)}); "
+            "run it again to resume from the last checkpoint"
         )
-    result = _result(json.loads(answer)) if answer else None
+    result = _parse_response(json.loads(response)) if response else None
     if result is None or interrupted:
         raise KeyboardInterrupt
     return result
 
 
 def run_child(descriptor: int) -> NoReturn:
-    """In the child process: train what the caller sends over the socket, send the result back, and exit."""
+    """Run in the child process: receive settings and options over the socket, train, send the result, and exit."""
     open_standard_streams().tolerant = True
-    threading.excepthook = warn_of_thread
+    threading.excepthook = report_thread_error
     with socket.socket(fileno=descriptor) as caller:
         line = caller.makefile("rb").readline()
-        if not line:  # interrupted before it had said what to do
+        if not line:  # the caller was interrupted before it sent the settings
             sys.exit(1)
-        order = json.loads(line)
-        threading.Thread(target=_stop_when_gone, args=(caller,), name="caller-watch", daemon=True).start()
-        code, answer = _train(order["settings"], order["options"])
+        request = json.loads(line)
+        threading.Thread(target=_stop_when_caller_exits, args=(caller,), name="caller-watch", daemon=True).start()
+        code, response = _train(request["settings"], request["options"])
         with suppress(OSError):
-            caller.sendall(json.dumps(answer).encode())
+            caller.sendall(json.dumps(response).encode())
             caller.shutdown(socket.SHUT_WR)
         from savant_ray.cluster.session import leave_at_once
 
@@ -123,25 +123,25 @@ def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
     try:
         settings = json.loads(json.dumps(config, default=_plain))
     except (TypeError, ValueError) as error:
-        raise SettingsError(f"config: holds something that is no setting: {error}") from error
+        raise SettingsError(f"config: contains a value that is not a setting: {error}") from error
     return Config.from_dict(settings)
 
 
 def _plain(value: object) -> object:
-    """A mapping of any kind as a dict, a Path as its text."""
+    """Convert a mapping to a dict and a path to a string, for JSON."""
     return dict(value) if isinstance(value, Mapping) else os.fspath(value)  # type: ignore[call-overload]
 
 
-def _start_child(theirs: socket.socket) -> subprocess.Popen[bytes]:
-    """A session of its own: Ctrl+C reaches only the caller, who passes it on."""
+def _start_child(connection: socket.socket) -> subprocess.Popen[bytes]:
+    """Start the child process in its own session, so that Ctrl+C reaches only the caller, which forwards it."""
     replaced = sys.stdout is not sys.__stdout__ or sys.__stdout__ is None  # by a notebook, or redirect_stdout
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if replaced else {}
     try:
         return subprocess.Popen(
-            [sys.executable or "", "-c", CHILD.format(path=sys.path, descriptor=theirs.fileno())],
-            env=os.environ | _cluster_of_caller(),
+            [sys.executable or "", "-c", CHILD.format(path=sys.path, descriptor=connection.fileno())],
+            env=os.environ | _ray_address(),
             stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[connection.fileno()],
             start_new_session=True,
             **streams,
         )
@@ -150,7 +150,8 @@ def _start_child(theirs: socket.socket) -> subprocess.Popen[bytes]:
         raise TrainingError(f"the training process cannot be started: {sys.executable}: {reason}") from error
 
 
-def _cluster_of_caller() -> dict[str, str]:
+def _ray_address() -> dict[str, str]:
+    """Return the address of the Ray cluster to which the caller is connected, as an environment variable."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return {}
@@ -158,20 +159,20 @@ def _cluster_of_caller() -> dict[str, str]:
 
 
 def _wait(child: subprocess.Popen[bytes]) -> bool:
-    """Pass on the child's output, and Ctrl+C, until it has ended; return whether there was a Ctrl+C."""
+    """Forward the child's output and Ctrl+C until it has exited; return whether Ctrl+C was pressed."""
     interrupted = False
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     try:
         while True:
             try:
-                _pass_on_output(child, decoder)
+                _forward_output(child, decoder)
                 child.wait()
             except KeyboardInterrupt:
                 interrupted = True
                 child.send_signal(signal.SIGINT)
             else:
                 return interrupted
-    finally:  # by another exception, of a signal handler of the caller's
+    finally:  # also after an exception that a signal handler of the caller raised
         if child.poll() is None:
             child.terminate()
             child.wait()
@@ -179,45 +180,46 @@ def _wait(child: subprocess.Popen[bytes]) -> bool:
             child.stdout.close()
 
 
-def _pass_on_output(child: subprocess.Popen[bytes], decoder: codecs.IncrementalDecoder) -> None:
-    """Until the child has ended, even if a process that it left behind keeps the pipe open."""
+def _forward_output(child: subprocess.Popen[bytes], decoder: codecs.IncrementalDecoder) -> None:
+    """Forward the output until the child has exited, even if one of its child processes keeps the pipe open."""
     if child.stdout is None:
         return
     while True:
-        ended = child.poll() is not None
-        if select.select([child.stdout], [], [], 0 if ended else POLL_SECONDS)[0]:
+        exited = child.poll() is not None
+        if select.select([child.stdout], [], [], 0 if exited else POLL_SECONDS)[0]:
             block = os.read(child.stdout.fileno(), BLOCK_BYTES)
             with suppress(OSError, ValueError, AttributeError):  # the caller's stdout may be closed or full
                 sys.stdout.write(decoder.decode(block))
                 sys.stdout.flush()
             if not block:
                 return
-        elif ended:
+        elif exited:
             return
 
 
-def _ended_by(code: int) -> str:
+def _exit_reason(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _result(answer: dict[str, Any]) -> Result:
-    if "error" not in answer:
-        return Result(**answer)
+def _parse_response(response: dict[str, Any]) -> Result:
+    """Return the result, or raise the error, that the child process has sent."""
+    if "error" not in response:
+        return Result(**response)
     kinds = {kind.__name__: kind for kind in SavantError.__subclasses__()}
-    if answer["error"] == UnexpectedError.__name__:
-        raise UnexpectedError(answer["text"], answer["details"], is_kept=True)
-    raise kinds.get(answer["error"], SavantError)(answer["text"])
+    if response["error"] == UnexpectedError.__name__:
+        raise UnexpectedError(response["text"], response["details"], is_kept=True)
+    raise kinds.get(response["error"], SavantError)(response["text"])
 
 
-def _stop_when_gone(caller: socket.socket) -> None:
-    """Stop the run as SIGTERM does when the caller's process has died, which closes its end of the socket."""
+def _stop_when_caller_exits(caller: socket.socket) -> None:
+    """Stop the run by SIGTERM when the caller's process has exited, which closes its end of the socket."""
     with suppress(OSError):
         caller.recv(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dict[str, Any]]:
-    """Exit code and answer."""
+    """Train, and return the exit code and the response for the caller."""
     from savant_ray.cluster.session import Leave
     from savant_ray.driver import resolve_paths, train
 
@@ -234,7 +236,7 @@ def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dic
     if error is None:
         return code, asdict(_summary(config, finished=code == 0))
     explained = explain(error)
-    details = explained.details[-LONGEST_DETAILS:] if isinstance(explained, UnexpectedError) else ""
+    details = explained.details[-MAX_DETAILS:] if isinstance(explained, UnexpectedError) else ""
     return explained.exit_code, {"error": type(explained).__name__, "text": str(explained), "details": details}
 
 
@@ -250,7 +252,7 @@ def _summary(config: Config, finished: bool) -> Result:
     with suppress(OSError):
         newest = newest_checkpoint_name(storage)
     checkpoint = storage.locate(newest) if newest else None
-    if not (storage.folder / METRICS).exists():  # stopped before anything had begun
+    if not (storage.folder / METRICS).exists():  # stopped before the first event
         return Result(storage.location, checkpoint, 0, finished, {})
     run = summarise(storage.folder, is_in_use)
     named = ("train_loss", "validation_loss", "best_validation_loss", "tokens_per_second")

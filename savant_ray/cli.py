@@ -1,4 +1,4 @@
-"""Commands → one function call each → exit code. What the commands are is in `commands.py`."""
+"""Entry point of `savant`: runs a command of `commands.py` and returns its exit code."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import threading
 from collections.abc import Sequence
 
 from savant_ray.commands import COMMANDS
-from savant_ray.errors import SettingsError, doing, print_error, warn_of_thread
+from savant_ray.errors import SettingsError, doing, print_error, report_thread_error
 from savant_ray.streams import Output, open_standard_streams
 
-INTERRUPTED = 130  # what shells say of a command that Ctrl+C ended
+INTERRUPTED = 130  # exit code of shells for a command that was ended by Ctrl+C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code (see `savant_ray.errors`); no error leaves this function."""
+    """Run a command and return its exit code (see `savant_ray.errors`); raises no exception."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     output = open_standard_streams()
     command = COMMANDS.get(arguments[0]) if arguments else None
     output.tolerant = command is not None and not command.prints_result
-    threading.excepthook = warn_of_thread
+    threading.excepthook = report_thread_error
     try:
         with doing(f"running savant {' '.join(arguments[:1])}"):
             code = _run(arguments)
@@ -29,15 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except SystemExit as end:  # argparse: 0 after --help, 2 after a wrong option
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException as error:  # a panic of a Rust library is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         if error is not output.error:
             return print_error(error, verbose="--verbose" in arguments)
         code = 1
-    return code if output.tolerant or output.error is None else _without_output(output, code)
+    return code if output.tolerant or output.error is None else _report_output_error(output, code)
 
 
-def _without_output(output: Output, code: int) -> int:
-    """The exit code of a command whose result could not be printed; a reader that has seen enough (`| head`) knows."""
+def _report_output_error(output: Output, code: int) -> int:
+    """Return the exit code if the result could not be written; print an error unless the reader closed a pipe."""
     if output.error is not None and not isinstance(output.error, BrokenPipeError):
         print(f"error: standard output cannot be written: {output.error.strerror}", file=sys.stderr)
     return code or 1
@@ -57,4 +57,8 @@ def _run(argv: Sequence[str]) -> int:
 
 def _overview() -> str:
     commands = "\n".join(f"  {name:<11}{command.summary}" for name, command in COMMANDS.items())
-    return f"usage: savant COMMAND …\n\n{commands}\n\nsavant COMMAND --help tells more."
+    return f"usage: savant COMMAND …\n\n{commands}\n\n`savant COMMAND --help` lists the options of a command."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the commands share: a parser that knows the settings, and numbers that are checked."""
+"""Argument parser of the commands, and the types of their options."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from savant_ray.errors import SettingsError
 if TYPE_CHECKING:
     from savant_ray.config import Config
 
-FOR_AN_ORIGINAL = (
-    "A checkpoint may also be a file of the original program (step_X.pt), or a folder or s3://… with nothing but such "
-    "files. It holds neither a tokenizer nor all settings of its model: give them with --config, or as --section.setting "
-    "VALUE, for instance --data.tokenizer FOLDER --model.n_heads 16 --model.n_loops 12. Widths are read off its weights. "
-    "`savant config --help` lists all settings."
+HELP_FOR_ORIGINAL = (
+    "A checkpoint may also be a file of the original program (step_X.pt), or a folder or s3://… that contains only such "
+    "files. It includes neither a tokenizer nor all settings of the model: pass them with --config, or as --section.setting "
+    "VALUE, for instance --data.tokenizer FOLDER --model.n_heads 16 --model.n_loops 12. Widths are derived from the "
+    "weights. `savant config --help` lists all settings."
 )
-MOST_NEW_TOKENS = 1_000_000  # each token takes milliseconds, and memory in the global loops
-MOST_LOOPS = 1024  # each has keys and values of its own
-SEEDS = (-(2**63), 2**64 - 1)  # of torch.Generator
-_DOTTED = re.compile(r"--\w+\.[\w.]+(=.*)?", re.DOTALL)  # an option that is a setting
+MAX_NEW_TOKENS = 1_000_000  # a token takes milliseconds, and memory in loops with global attention
+MAX_LOOPS = 1024  # a loop has its own keys and values
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # of torch.Generator
+_SETTING = re.compile(r"--\w+\.[\w.]+(=.*)?", re.DOTALL)
 
 
 class _HelpWithSettings(argparse.Action):
-    """`--help` that loads the settings only when it is asked for them."""
+    """`--help` with all settings, which are imported only when it is used."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from savant_ray.config import section_meanings, setting_rows
@@ -44,25 +44,27 @@ class _HelpWithSettings(argparse.Action):
 
 
 class _ConfigFile(argparse.Action):
-    """`--config FILE`, once: of two files it would not be clear whether one replaces the other or adds to it."""
+    """`--config FILE`, at most once, because with two files it would be unclear whether they are merged."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         if not values:
-            raise SettingsError("--config: the name of a file is missing")
-        earlier, path = getattr(namespace, self.dest), _path_on_this_machine(values)
+            raise SettingsError("--config: the name of the file is missing")
+        earlier, path = getattr(namespace, self.dest), _local_path(values)
         if earlier not in (None, path):
-            raise SettingsError(
-                f"--config: given twice, {earlier} and {path}; give one file (with make: CONFIG={path})"
-            )
+            raise SettingsError(f"--config: given twice, {earlier} and {path}; use one file (with make: CONFIG={path})")
         setattr(namespace, self.dest, path)
 
 
 def new_parser(
     command: str, summary: str, settings: bool = False, takes_original: bool = False
 ) -> argparse.ArgumentParser:
-    """Of `savant COMMAND`; with `settings` it also takes --config, and its --help lists them all.
+    """Return the parser of a command.
 
-    With `takes_original` it takes settings for a file of the original only, and its --help says so.
+    Args:
+        command: name of the command.
+        summary: description in its `--help`.
+        settings: whether the command takes --config and settings; its `--help` then lists all settings.
+        takes_original: whether the command takes --config and settings for files of the original.
     """
     usage = "%(prog)s [--config FILE.yaml] [--section.setting VALUE …]" if settings else None
     parser = argparse.ArgumentParser(
@@ -71,33 +73,34 @@ def new_parser(
         description=summary,
         allow_abbrev=False,
         add_help=not settings,
-        epilog=FOR_AN_ORIGINAL if takes_original else None,
+        epilog=HELP_FOR_ORIGINAL if takes_original else None,
     )
     if settings:
-        parser.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="this, and all settings")
+        parser.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="print this help and all settings")
     if settings or takes_original:
-        of_what = "settings for a file of the original" if takes_original else "what differs from the defaults"
-        parser.add_argument("--config", action=_ConfigFile, metavar="FILE.yaml", help=f"YAML file with {of_what}")
+        content = "settings for a file of the original" if takes_original else "settings that differ from the defaults"
+        parser.add_argument("--config", action=_ConfigFile, metavar="FILE.yaml", help=f"YAML file with {content}")
     parser.add_argument(
-        "--verbose", action="store_true", help="also print what Ray says, and the traceback of an unexpected error"
+        "--verbose", action="store_true", help="also print the output of Ray, and the traceback of an unexpected error"
     )
     return parser
 
 
 def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """The command's own options, and the settings from file, environment and what is left of the command line.
+    """Parse the options of a command, and load the settings from --config, environment and the remaining arguments.
 
     Raises:
-        SettingsError: a setting is wrong.
+        SettingsError: a setting is invalid.
     """
     options, settings = parser.parse_known_args(arguments)
-    for option, value in zip(["", *settings], settings, strict=False):
-        refuse_undecodable(value, option if option.startswith("--") and "=" not in option else "")
-    own = [f"--{name.replace('_', '-')}" for name in vars(options)]
-    for word in settings:
-        close = difflib.get_close_matches(word.replace("_", "-"), own, n=1, cutoff=0.8)
-        if close and "." not in word:
-            raise SettingsError(f"{word}: no such option; did you mean {close[0]}?")
+    own_options = [f"--{name.replace('_', '-')}" for name in vars(options)]
+    for previous, argument in zip(["", *settings], settings, strict=False):
+        follows_option = previous.startswith("--") and "=" not in previous
+        refuse_undecodable(argument, previous if follows_option else "")
+        is_value = follows_option and not argument.startswith("--")
+        close = difflib.get_close_matches(argument.replace("_", "-"), own_options, n=1, cutoff=0.8)
+        if close and "." not in argument and not is_value:
+            raise SettingsError(f"{argument}: no such option; did you mean {close[0]}?")
     from savant_ray.config import ignored_variables, load_config
 
     config = load_config(settings, file=options.config)
@@ -112,23 +115,23 @@ def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
 def with_settings_for_original(
     parser: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> tuple[argparse.Namespace, dict[str, dict[str, Any]]]:
-    """The command's own options, and by section the settings from --config and `--section.setting VALUE`.
+    """Parse the options of a command, and the settings of --config and `--section.setting VALUE` by section.
 
     Raises:
-        SettingsError: something is no setting, or has no value.
+        SettingsError: a name is not a setting, or a value is missing.
     """
-    own: list[str] = []
+    own_arguments: list[str] = []
     settings: list[str] = []
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        if not _DOTTED.fullmatch(word):
-            own.append(word)
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not _SETTING.fullmatch(argument):
+            own_arguments.append(argument)
             continue
-        settings.append(word)
-        if "=" not in word and words and not words[0].startswith("--"):
-            settings.append(words.pop(0))
-    options = parser.parse_args(own)
+        settings.append(argument)
+        if "=" not in argument and remaining and not remaining[0].startswith("--"):
+            settings.append(remaining.pop(0))
+    options = parser.parse_args(own_arguments)
     if not settings and options.config is None:
         return options, {}
     from savant_ray.config import explicit_settings
@@ -137,10 +140,10 @@ def with_settings_for_original(
 
 
 def refuse_deleted_folder() -> None:
-    """Check that the working directory is there, without which torch ends the process while it is imported.
+    """Check that the working directory exists, because importing torch aborts the process without it.
 
     Raises:
-        SettingsError: it was deleted.
+        SettingsError: the working directory was deleted.
     """
     from savant_ray.locations import working_directory
 
@@ -148,10 +151,10 @@ def refuse_deleted_folder() -> None:
 
 
 def refuse_undecodable(text: str, option: str = "") -> None:
-    """Refuse bytes of the command line that are not UTF-8, which Python keeps as surrogates.
+    """Check that an argument is UTF-8, because neither settings nor tokenizers accept anything else.
 
     Raises:
-        SettingsError: there are some; a setting cannot hold them, and no tokenizer takes them.
+        SettingsError: `text` contains surrogates, by which Python represents undecodable bytes.
     """
     try:
         text.encode()
@@ -161,7 +164,7 @@ def refuse_undecodable(text: str, option: str = "") -> None:
 
 
 def utf8_text(text: str) -> str:
-    """Text for the model."""
+    """Return an argument that is text for the model."""
     try:
         refuse_undecodable(text)
     except SettingsError as error:
@@ -170,14 +173,14 @@ def utf8_text(text: str) -> str:
 
 
 def file_path(text: str) -> Path:
-    """A path: `~` and `file:` URIs are understood, and what cannot be a path is refused."""
+    """Return a local path from an argument, which may begin with `~` or be a `file:` URI."""
     try:
-        return _path_on_this_machine(text)
+        return _local_path(text)
     except SettingsError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _path_on_this_machine(text: str) -> Path:
+def _local_path(text: str) -> Path:
     from savant_ray.locations import is_uri, local_path, working_directory
 
     if is_uri(text):
@@ -189,34 +192,34 @@ def _path_on_this_machine(text: str) -> Path:
 
 
 def new_tokens(text: str) -> int:
-    """A number of tokens to generate."""
-    return _whole_number(text, 1, MOST_NEW_TOKENS)
+    """Return a number of tokens to generate."""
+    return _integer(text, 1, MAX_NEW_TOKENS)
 
 
 def loops(text: str) -> int:
-    """A number of passes of the recurrent block."""
-    return _whole_number(text, 1, MOST_LOOPS)
+    """Return a number of loops."""
+    return _integer(text, 1, MAX_LOOPS)
 
 
 def depths(text: str) -> list[int]:
-    """Numbers of passes of the recurrent block, with commas between them."""
+    """Return numbers of loops from a comma-separated list."""
     return [loops(part) for part in text.split(",")]
 
 
 def seed(text: str) -> int:
-    """A seed that PyTorch's generators take."""
-    return _whole_number(text, *SEEDS)
+    """Return a seed that `torch.Generator` accepts."""
+    return _integer(text, MIN_SEED, MAX_SEED)
 
 
-def _whole_number(text: str, least: int, most: int) -> int:
-    if not re.fullmatch(r"[-+]?\d{1,20}", text.strip()) or not least <= int(text) <= most:
+def _integer(text: str, minimum: int, maximum: int) -> int:
+    if not re.fullmatch(r"[-+]?\d{1,20}", text.strip()) or not minimum <= int(text) <= maximum:
         shown = text if len(text) <= 40 else f"{text[:40]}…"
-        raise argparse.ArgumentTypeError(f"{shown!r} is not a whole number from {least:,} to {most:,}")
+        raise argparse.ArgumentTypeError(f"{shown!r} is not a whole number from {minimum:,} to {maximum:,}")
     return int(text)
 
 
 def temperature(text: str) -> float:
-    """A number of at least 0."""
+    """Return a number of at least 0."""
     try:
         value = float(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""What each command takes from the command line and which function it calls.
+"""The commands: options and the function that each of them calls.
 
-What a command needs is imported when it runs, so that `savant --help` answers at once and a wrong setting is told
-before torch and Ray are loaded.
+Modules are imported inside the commands, so that `savant --help` is fast and errors in settings are reported before torch
+and Ray are loaded.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ QUICKSTART_FOLDER = Path("dataset")
 
 
 class Command(NamedTuple):
-    """A word after `savant`."""
+    """A subcommand of `savant`."""
 
     run: Callable[[Sequence[str]], int]
     summary: str
-    prints_result: bool = True  # what it prints is what it was called for, so it fails if it cannot print
+    prints_result: bool = True  # whether the output is the result, so that the command fails if it cannot be written
 
 
 def _train(arguments: Sequence[str]) -> int:
     parser = _parser("train", settings=True)
-    parser.add_argument("--fresh", action="store_true", help="start anew; an older run of that name is moved aside")
+    parser.add_argument("--fresh", action="store_true", help="start a new run; rename an existing run of that name")
     parser.add_argument(
         "--allow-changes",
         action="store_true",
-        help="go on although model, tokenizer or text are not those of the checkpoint, and keep what fits",
+        help="resume although model, tokenizer or text differ from the checkpoint, and load the weights that fit",
     )
     options, config = with_settings(parser, arguments)
     from savant_ray.cluster.session import Leave, leave_at_once
@@ -61,11 +61,11 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _prepare(arguments: Sequence[str]) -> int:
     parser = _parser("prepare", settings=True)
-    parser.add_argument("--quickstart", action="store_true", help="write the quickstart's text files into dataset/")
-    parser.add_argument("--force", action="store_true", help="with --quickstart: also those that are there already")
+    parser.add_argument("--quickstart", action="store_true", help="generate the quickstart's text files in dataset/")
+    parser.add_argument("--force", action="store_true", help="with --quickstart: replace existing files")
     options, config = with_settings(parser, arguments)
     if options.force and not options.quickstart:
-        parser.error("--force goes with --quickstart")
+        parser.error("--force requires --quickstart")
     if options.quickstart:
         from savant_ray.data.quickstart import write_quickstart
 
@@ -85,17 +85,30 @@ def _generate(arguments: Sequence[str]) -> int:
         "--checkpoint",
         metavar="PATH",
         required=True,
-        help="a run folder, a step_N in it, or a file of the original; also s3://…",
+        help="run folder, step_N folder in it, or file of the original; also s3://…",
     )
-    parser.add_argument("--prompt", type=utf8_text, metavar="TEXT", required=True, help="the text to go on with")
-    parser.add_argument("--max-new-tokens", type=new_tokens, metavar="N", help="longest answer [the run's]")
+    parser.add_argument("--prompt", type=utf8_text, metavar="TEXT", required=True, help="text to complete")
     parser.add_argument(
-        "--temperature", type=temperature, metavar="T", help="0: always the likeliest token [the run's]"
+        "--max-new-tokens",
+        type=new_tokens,
+        metavar="N",
+        help="maximum length of the answer, tokens [validation.max_new_tokens of the run]",
     )
-    parser.add_argument("--seed", type=seed, metavar="N", default=0, help="another seed, another answer [0]")
-    parser.add_argument("--loops", type=loops, metavar="N", help="passes of the recurrent block [the model's n_loops]")
     parser.add_argument(
-        "--json", type=file_path, metavar="FILE", help="also write {prompt, text, checkpoint} to this file"
+        "--temperature",
+        type=temperature,
+        metavar="T",
+        help="sampling temperature; 0: always the most likely token [validation.temperature of the run]",
+    )
+    parser.add_argument("--seed", type=seed, metavar="N", default=0, help="seed of the sampling [0]")
+    parser.add_argument(
+        "--loops",
+        type=loops,
+        metavar="N",
+        help="number of times that the recurrent block is applied [model.n_loops of the run]",
+    )
+    parser.add_argument(
+        "--json", type=file_path, metavar="FILE", help="also write prompt, text and checkpoint to this file"
     )
     options, settings = with_settings_for_original(parser, arguments)
     refuse_deleted_folder()
@@ -120,21 +133,32 @@ def _generate(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     parser = _parser("evaluate", takes_original=True)
     parser.add_argument(
-        "checkpoint", metavar="RUN", help="a run folder, a step_N in it, or a file of the original; also s3://…"
+        "checkpoint", metavar="RUN", help="run folder, step_N folder in it, or file of the original; also s3://…"
+    )
+    parser.add_argument("--suite", choices=("logic",), default="logic", help="built-in questions [logic]")
+    parser.add_argument(
+        "--problems",
+        type=file_path,
+        metavar="FILE.jsonl",
+        help="your own questions instead; each line has prompt and answer",
     )
     parser.add_argument(
-        "--suite", choices=("logic",), default="logic", help="questions that come with savant_ray [logic]"
+        "--max-new-tokens",
+        type=new_tokens,
+        metavar="N",
+        help="maximum length of the answer, tokens [validation.max_new_tokens of the run]",
     )
     parser.add_argument(
-        "--problems", type=file_path, metavar="FILE.jsonl", help="your own instead: prompt and answer a line"
+        "--loops",
+        type=loops,
+        metavar="N",
+        help="number of times that the recurrent block is applied [model.n_loops of the run]",
     )
-    parser.add_argument("--max-new-tokens", type=new_tokens, metavar="N", help="longest answer [the run's]")
-    parser.add_argument("--loops", type=loops, metavar="N", help="passes of the recurrent block [the model's n_loops]")
     parser.add_argument(
         "--depths",
         type=depths,
         metavar="N,N,…",
-        help="instead: score and loss with so many loops, such as 1,2,4,8,16,32",
+        help="score and loss for each of these numbers of loops instead, such as 1,2,4,8,16,32",
     )
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
     options, settings = with_settings_for_original(parser, arguments)
@@ -161,26 +185,26 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _export(arguments: Sequence[str]) -> int:
     parser = _parser("export", takes_original=True)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a run folder, a step_N in it, or a file of the original; also s3://…"
+        "checkpoint", metavar="CHECKPOINT", help="run folder, step_N folder in it, or file of the original; also s3://…"
     )
     parser.add_argument(
         "--format",
         choices=("original", "safetensors"),
         required=True,
-        help="a file that the original script loads, or a folder with weights, settings and tokenizer",
+        help="original: a file that the original program loads; safetensors: a folder with weights, settings and tokenizer",
     )
-    parser.add_argument("--output", type=file_path, metavar="PATH", required=True, help="the new file or folder")
+    parser.add_argument("--output", type=file_path, metavar="PATH", required=True, help="file or folder to write")
     parser.add_argument(
         "--optimizer",
         choices=("adamw", "adamw8bit"),
-        help="with --format original: what the original goes on with, PyTorch's AdamW or bitsandbytes' AdamW8bit "
-        "[that of its newest file in the run folder]",
+        help="with --format original: optimizer of the original, PyTorch's AdamW or bitsandbytes' AdamW8bit "
+        "[as in the newest of its files in the run folder]",
     )
     options, settings = with_settings_for_original(parser, arguments)
     if options.optimizer and options.format != "original":
-        parser.error("--optimizer goes with --format original")
+        parser.error("--optimizer requires --format original")
     if settings and options.format == "original":
-        parser.error("settings go with --format safetensors; --format original needs none")
+        parser.error("settings require --format safetensors; --format original takes none")
     refuse_deleted_folder()
     from savant_ray.original.export import export_original
     from savant_ray.storage.run_storage import fetched, local_checkpoint
@@ -200,9 +224,13 @@ def _export(arguments: Sequence[str]) -> int:
 def _runs(arguments: Sequence[str]) -> int:
     parser = _parser("runs")
     parser.add_argument(
-        "folders", type=file_path, metavar="FOLDER", nargs="*", help="where to look [here, and where jobs keep theirs]"
+        "folders",
+        type=file_path,
+        metavar="FOLDER",
+        nargs="*",
+        help="folders to search [the current one, and the folder of the runs of Ray jobs]",
     )
-    parser.add_argument("--json", action="store_true", help="for programs: print a JSON list")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
     options = parser.parse_args(arguments)
     from savant_ray.locations import home_folder
     from savant_ray.original.names import newest_by_name
@@ -211,7 +239,7 @@ def _runs(arguments: Sequence[str]) -> int:
 
     folders = options.folders or [Path()]
     if not options.folders:
-        with suppress(SettingsError):  # a user without one has no runs there
+        with suppress(SettingsError):  # a user without a home folder has no runs there
             folders.append(home_folder())
     runs = [summarise(folder, is_in_use, newest_by_name) for folder in find_runs(folders, newest_by_name)]
     if options.json:
@@ -219,13 +247,13 @@ def _runs(arguments: Sequence[str]) -> int:
     elif runs:
         print_table(runs)
     else:
-        print("no runs here; `savant train` makes one, `savant runs FOLDER` looks elsewhere")
+        print("no runs found; `savant train` starts one, `savant runs FOLDER` searches another folder")
     return 0
 
 
 def _status(arguments: Sequence[str]) -> int:
     parser = _parser("status")
-    parser.add_argument("run", type=file_path, metavar="RUN", help="a run folder, or a file of the original")
+    parser.add_argument("run", type=file_path, metavar="RUN", help="run folder, or file of the original")
     options = parser.parse_args(arguments)
     from savant_ray.original.names import newest_by_name
     from savant_ray.reporting.runs import status, summarise
@@ -237,12 +265,12 @@ def _status(arguments: Sequence[str]) -> int:
 
 def _report(arguments: Sequence[str]) -> int:
     parser = _parser("report")
-    parser.add_argument("runs", type=file_path, metavar="RUN", nargs="+", help="a run folder; several are compared")
+    parser.add_argument("runs", type=file_path, metavar="RUN", nargs="+", help="run folder; several are compared")
     parser.add_argument(
         "--output",
         type=file_path,
         metavar="FILE.html",
-        help="the page [RUN/report.html; ./report.html of several runs]",
+        help="file to write [RUN/report.html, with several runs ./report.html]",
     )
     options = parser.parse_args(arguments)
     from savant_ray.reporting.page import write_page
@@ -265,8 +293,8 @@ def _config(arguments: Sequence[str]) -> int:
 def _benchmark(arguments: Sequence[str]) -> int:
     parser = _parser("benchmark")
     names = "train, attention, loss, generate, checkpoint, precision, data, ray, scaling or start"
-    parser.add_argument("name", metavar="NAME", nargs="?", help=f"what to measure: {names}; all in turn without it")
-    parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("name", metavar="NAME", nargs="?", help=f"{names} [all of them]")
+    parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the measurements to this file")
     options = parser.parse_args(arguments)
     refuse_deleted_folder()
     from savant_ray.benchmarks.registry import run
@@ -276,18 +304,18 @@ def _benchmark(arguments: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "train": Command(_train, "train a run, or go on with it", prints_result=False),
+    "train": Command(_train, "train a run, or resume it", prints_result=False),
     "prepare": Command(
-        _prepare, "tokenise and pack the training text, which train does by itself too", prints_result=False
+        _prepare, "tokenize and pack the training text; train does so too if it is necessary", prints_result=False
     ),
-    "runs": Command(_runs, "list runs: state, step, loss, last checkpoint"),
-    "status": Command(_status, "tell in five lines how a run stands"),
-    "report": Command(_report, "write what a run did, or several side by side, as one HTML page", prints_result=False),
-    "generate": Command(_generate, "let a checkpoint go on with a prompt"),
-    "evaluate": Command(_evaluate, "score a checkpoint's answers to logic problems, or to your own"),
-    "export": Command(_export, "write a checkpoint for other programs", prints_result=False),
+    "runs": Command(_runs, "list runs with state, step, loss and last checkpoint"),
+    "status": Command(_status, "print the state of a run in five lines"),
+    "report": Command(_report, "write an HTML page about a run, or about several side by side", prints_result=False),
+    "generate": Command(_generate, "complete a prompt with a checkpoint"),
+    "evaluate": Command(_evaluate, "score a checkpoint on logic problems, or on your own questions"),
+    "export": Command(_export, "convert a checkpoint for other programs", prints_result=False),
     "config": Command(_config, "print the complete settings"),
-    "benchmark": Command(_benchmark, "measure against the straightforward way"),
+    "benchmark": Command(_benchmark, "measure the speed of the parts against straightforward implementations"),
 }
 
 
@@ -296,11 +324,11 @@ def _parser(command: str, settings: bool = False, takes_original: bool = False) 
 
 
 def _print_answer(prompt: str, pieces: Iterator[str]) -> str:
-    """Prints prompt and answer as it comes; a terminal gets no control characters from the model."""
+    """Print prompt and answer while it is generated, in a terminal without control characters; return the answer."""
     from savant_ray.reporting.wording import printable
 
     show = printable if sys.stdout.isatty() else str
-    text = next(pieces, "")  # before anything is printed: the checkpoint may be refused
+    text = next(pieces, "")  # before anything is printed, because loading the checkpoint may fail
     print(show(prompt) + show(text), end="", flush=True)
     for piece in pieces:
         text += piece
@@ -314,6 +342,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
     try:
         text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair as its JSON escape
+        path.write_text(
+            text, encoding="utf-8", errors="backslashreplace"
+        )  # a lone surrogate is written as an escape sequence
     except OSError as error:
         raise SavantError(f"--json {path}: {error.strerror}") from error

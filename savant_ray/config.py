@@ -1,12 +1,13 @@
-"""Every setting: default, unit, meaning, check; from YAML, environment and command line.
+"""All settings with default, unit, description and validation, and their loading.
 
-Later sources win: defaults < YAML file < environment (`SAVANT_TRAINING__MAX_STEPS`) < command line
-(`--training.max_steps`). The defaults are the training guide's where it speaks.
+Later sources override earlier ones: defaults < YAML file < environment (`SAVANT_TRAINING__MAX_STEPS`) < command line
+(`--training.max_steps`). The defaults are the values of the training guide where it gives one.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -16,27 +17,44 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from savant_ray.errors import SettingsError
-from savant_ray.settings.complaints import explain
-from savant_ray.settings.passwords import without_password
-from savant_ray.settings.rows import rows_of
-from savant_ray.settings.sources import Reading, Setting
+from savant_ray.settings.messages import validation_messages
+from savant_ray.settings.reader import SettingsReader
+from savant_ray.settings.table import Setting, list_settings
 from savant_ray.settings.yaml_text import show, to_yaml
+
+MAX_SEED = 10**18 - 1  # all numbers of up to 18 digits fit into 64 bits
+WEIGHT_RESOLUTION = 100_000  # smallest weight: 1 sequence in this many; equal to `MAX_PERIOD` in data/order.py
+CONTROL_CATEGORIES = ("Cc", "Zl", "Zp")  # of Unicode: control characters, line and paragraph separators
+MAX_FOLDER_NAME_BYTES = 255
+LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
+_PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")  # as in scheme://user:password@host
+
+
+def _without_password(text: str) -> str:
+    """Return `text` unchanged.
+
+    Settings are stored in the run folder and in checkpoints, and Ray's dashboard shows them.
+
+    Raises:
+        ValueError: `text` is an address that contains a password; the message does not repeat it.
+    """
+    if _PASSWORD.search(text):
+        raise ValueError(
+            "the address contains a password, which everybody who can read the run could see; set it in the environment: "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return text
+
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(without_password)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
 Auto = Literal["auto"]
 
-MOST_SEED = 10**18 - 1  # as many digits as any 64-bit number holds
-WEIGHT_RESOLUTION = 100_000  # a source has at least 1 sequence in this many; as `MAX_PERIOD` in data/order.py
-NOT_IN_NAMES = ("Cc", "Zl", "Zp")  # Unicode's control characters, line and paragraph separators
-FOLDER_NAME_BYTES = 255
-LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
-
 
 class Section(BaseModel):
-    """Settings that belong together; `strict`, so that `true` is no number and `"3"` no count."""
+    """Group of settings; validated in strict mode, so that `true` is not a number and `"3"` not an integer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -44,13 +62,14 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Name, location and seed of the run."""
 
-    name: Text = Field(default="checkpoints_savant", description="name of the run, and of its folder")
+    name: Text = Field(default="checkpoints_savant", description="name of the run and of its folder")
     storage_path: Text = Field(
-        default=".", description="parent of the run folders; several nodes need one that all of them reach, or s3://…"
+        default=".", description="parent of the run folders; with several nodes a shared file system or s3://…"
     )
     seed: int = Field(default=1337, ge=0, description="seed of all random numbers")
     grace_seconds: Positive = Field(
-        default=30.0, description="after a stop request, a step that would take longer than this is abandoned, seconds"
+        default=30.0,
+        description="time after a stop request to finish the current step, seconds; a longer step is abandoned",
     )
     init_from: Text | None = Field(
         default=None,
@@ -59,19 +78,19 @@ class RunConfig(Section):
 
     @field_validator("seed", mode="before")
     @classmethod
-    def _is_a_seed(cls, seed: Any) -> Any:
-        if isinstance(seed, int | float) and seed > MOST_SEED:  # files give longer whole numbers as floats
-            raise ValueError(f"run.seed: {seed} is not a whole number from 0 to {MOST_SEED}")
+    def _check_seed(cls, seed: Any) -> Any:
+        if isinstance(seed, int | float) and seed > MAX_SEED:  # YAML integers of more digits are loaded as floats
+            raise ValueError(f"run.seed: {seed} is not a whole number from 0 to {MAX_SEED}")
         return seed
 
     @field_validator("name")
     @classmethod
-    def _is_a_name(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         reason = ""
-        if (size := len(name.encode())) > FOLDER_NAME_BYTES:
-            reason = f"has {size} bytes in UTF-8, and a folder's name at most {FOLDER_NAME_BYTES}"
-        if name in (".", "..") or any(c in "/\\" or unicodedata.category(c) in NOT_IN_NAMES for c in name):
-            reason = "is not a folder's name; where it lies is run.storage_path"
+        if (size := len(name.encode())) > MAX_FOLDER_NAME_BYTES:
+            reason = f"has {size} bytes in UTF-8; a folder's name has at most {MAX_FOLDER_NAME_BYTES}"
+        if name in (".", "..") or any(c in "/\\" or unicodedata.category(c) in CONTROL_CATEGORIES for c in name):
+            reason = "is not a valid name of a folder; the folder above it is run.storage_path"
         if reason:
             raise ValueError(f"run.name: {name!r} {reason}")
         return name
@@ -80,13 +99,13 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """Shape of the network."""
 
-    vocab_size: Count = Field(default=32_000, description="number of token ids; at least the tokenizer's")
+    vocab_size: Count = Field(default=32_000, description="number of token ids; at least as many as the tokenizer has")
     dim: Count = Field(default=1024, description="width of the residual stream")
     n_heads: Count = Field(default=16, description="attention heads; must divide dim")
-    n_loops: Count = Field(default=12, description="applications of the recurrent block")
+    n_loops: Count = Field(default=12, description="number of times that the recurrent block is applied")
     max_seq_len: int = Field(default=1024, ge=2, description="tokens per training sequence")
-    window_size: Count = Field(default=256, description="tokens that windowed attention looks back")
-    global_every: Count = Field(default=4, description="every n-th loop has global instead of windowed attention")
+    window_size: Count = Field(default=256, description="length of the attention window, tokens")
+    global_every: Count = Field(default=4, description="every n-th loop uses global instead of windowed attention")
     positions: Literal["none", "rotary"] = Field(
         default="none", description="positional encoding: none (causal mask and windows only) or rotary embeddings"
     )
@@ -98,7 +117,7 @@ class ModelConfig(Section):
         return self.dim // self.n_heads
 
     @model_validator(mode="after")
-    def _heads_share_dim(self) -> Self:
+    def _check_heads(self) -> Self:
         if self.dim % self.n_heads:
             raise ValueError(f"model.n_heads: {self.n_heads} does not divide model.dim = {self.dim}")
         if self.positions == "rotary" and self.head_dim % 2:
@@ -107,14 +126,14 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """One kind of training text and its share."""
+    """Training text and its weight in the mixture."""
 
     path: Texts = Field(description="JSONL file, folder, glob or URI, or a list of them; also .gz and .zst")
     weight: Positive = Field(
-        description="fraction of the sequences or documents (data.mix_by), relative to the other sources' weights; at "
+        description="fraction of the sequences or documents (data.mix_by), relative to the weights of the other sources; at "
         "least 1 in 100,000 sequences"
     )
-    optional: bool = Field(default=False, description="continue without it if it is missing")
+    optional: bool = Field(default=False, description="continue without this source if it is missing")
 
 
 DEFAULT_SOURCES = [
@@ -130,48 +149,50 @@ class DataConfig(Section):
         default=DEFAULT_SOURCES, min_length=1, description="training text: [{path, weight, optional}, …]"
     )
     mix_by: Literal["sequences", "documents"] = Field(
-        default="sequences", description="what the weights of the sources are fractions of"
+        default="sequences", description="whether the weights are fractions of the sequences or of the documents"
     )
-    validation: Texts = Field(default="dataset/savant_dataset_val.jsonl", description="held-out JSONL, like a source")
+    validation: Texts = Field(
+        default="dataset/savant_dataset_val.jsonl", description="held-out text; same forms as the path of a source"
+    )
     tokenizer: Text = Field(
         default="auto",
-        description="a tokenizer.json, a Hugging Face name such as albert-base-v2, or train: learn one; "
-        "auto: the checkpoint's when going on or with run.init_from, else train",
+        description="a tokenizer.json, the name of a Hugging Face model such as albert-base-v2, or train: train one on the "
+        "training text; auto: that of the checkpoint when resuming or with run.init_from, otherwise train",
     )
     end_of_document: Text | None = Field(
         default=None,
-        description="the tokenizer's token that ends a document; null: the last one that add_special_tokens puts behind "
-        "a text, else the one with a usual name such as </s>",
+        description="token that ends a document; null: the last one that add_special_tokens appends to a text, otherwise "
+        "the one with a common name such as </s>",
     )
     add_special_tokens: bool | Auto = Field(
         default="auto",
-        description="put the tokenizer's special tokens around each text, such as [CLS] and [SEP]; auto: as the "
-        "checkpoint does, else if the tokenizer has a template for them",
+        description="add the tokenizer's special tokens around each text, such as [CLS] and [SEP]; auto: as in the "
+        "checkpoint, otherwise if the tokenizer has a template for them",
     )
-    cache_dir: Text = Field(default="cache", description="folder of the tokenized text")
+    cache_dir: Text = Field(default="cache", description="folder for the tokenized text")
     on_bad_line: Literal["skip", "error"] = Field(
-        default="skip", description="skip and count a bad line, or end with an error"
+        default="skip", description="skip and count invalid lines, or end with an error"
     )
-    max_line_mb: Positive = Field(default=64.0, description="longest line, MiB; a longer one is a bad line")
+    max_line_mb: Positive = Field(
+        default=64.0, description="maximum length of a line, MiB; a longer line counts as invalid"
+    )
     quickstart: bool = Field(default=False, description="generate the quickstart's text files if they are missing")
 
     @property
     def learns_tokenizer(self) -> bool:
-        """Whether no tokenizer is named, so that one is learnt from the training text if no checkpoint has one."""
+        """Whether a tokenizer is trained on the training text unless there is a checkpoint with one."""
         return self.tokenizer in ("auto", "train")
 
     @model_validator(mode="after")
-    def _every_source_occurs(self) -> Self:
+    def _check_weights(self) -> Self:
         weights = [Fraction(str(source.weight)) for source in self.sources]
-        by_sequences = (
-            self.mix_by == "sequences"
-        )  # otherwise the sizes of the sources decide (driver/data_preparation.py)
-        if by_sequences and min(weights) * WEIGHT_RESOLUTION < sum(weights):
+        # With `documents` the limit depends on the sizes of the sources: see driver/data_preparation.py.
+        if self.mix_by == "sequences" and min(weights) * WEIGHT_RESOLUTION < sum(weights):
             smallest = min(self.sources, key=lambda source: source.weight)
             largest = max(source.weight for source in self.sources)
             raise ValueError(
-                f"data.sources: weight {smallest.weight:g} of {show(smallest.path)}, with weights up to {largest:g} beside "
-                f"it, is less than 1 sequence in {WEIGHT_RESOLUTION:,}; raise it, or leave the source out"
+                f"data.sources: weight {smallest.weight:g} of {show(smallest.path)}, beside weights up to "
+                f"{largest:g}, is less than 1 sequence in {WEIGHT_RESOLUTION:,}; raise it, or leave the source out"
             )
         return self
 
@@ -182,7 +203,7 @@ class TrainingConfig(Section):
     max_steps: Count = Field(default=80_000, description="optimizer steps of the run")
     batch_size: Count = Field(
         default=12,
-        description="sequences per micro-batch, which is one forward and backward pass; a CPU may use fewer",
+        description="sequences per micro-batch (one forward and backward pass); on a CPU fewer where more are no faster",
     )
     accumulation: Count = Field(
         default=16, description="micro-batches per step; the effective batch is batch_size × accumulation"
@@ -191,7 +212,7 @@ class TrainingConfig(Section):
         default=2e-5, description="peak learning rate, at the end of the warm-up; then cosine to 0"
     )
     warmup_fraction: float = Field(
-        default=0.05, ge=0, lt=1, description="fraction of max_steps with rising learning rate"
+        default=0.05, ge=0, lt=1, description="fraction of max_steps in which the learning rate rises linearly"
     )
     weight_decay: float = Field(
         default=0.01, ge=0, description="decoupled weight decay, multiplied by the learning rate"
@@ -202,16 +223,18 @@ class TrainingConfig(Section):
         description="bf16: bf16 weights; bf16-mixed: fp32 weights, bf16 products; fp32: everything in fp32",
     )
     optimizer: Literal["adamw", "muon"] = Field(
-        default="adamw", description="update rule; muon: Muon for the matrices of the block, AdamW for the rest"
+        default="adamw",
+        description="optimizer; muon: Muon for the matrices of the block and AdamW for the other weights",
     )
     vram_limit_gb: Positive = Field(default=10.0, description="hard limit of a worker's GPU memory, GiB")
     compile: bool | Auto = Field(
-        default="auto", description="compile the model; auto: if a compiler is there and it is faster"
+        default="auto",
+        description="compile the model with torch.compile; auto: if a compiler is installed and it is faster",
     )
     recompute_loops: bool | Auto = Field(
         default="auto",
-        description="recompute each loop in the backward pass instead of keeping its activations: slower, far less memory; "
-        "auto: as soon as a micro-batch does not fit under vram_limit_gb",
+        description="recompute the activations of each loop in the backward pass instead of storing them: slower, needs far "
+        "less memory; auto: once a micro-batch does not fit into vram_limit_gb",
     )
     max_skipped_steps: Count = Field(default=10, description="abort after this many consecutive skipped steps")
 
@@ -234,7 +257,7 @@ class ValidationConfig(Section):
     logic_problems: int = Field(
         default=60,
         ge=0,
-        description="held-out logic problems per validation; all 720 after the last step; 0: never any",
+        description="held-out logic problems per validation; all 720 after the last step; 0: none at any time",
     )
     prompt: Text = Field(default=LOGIC_PROMPT, description="prompt that the model completes at each validation")
     max_new_tokens: Count = Field(default=300, description="maximum length of an answer, tokens")
@@ -245,7 +268,7 @@ class CheckpointConfig(Section):
     """Periodic checkpoints."""
 
     every_steps: Count = Field(default=500, description="steps between checkpoints")
-    keep: Count = Field(default=3, description="number of newest checkpoints to keep; older ones are deleted")
+    keep: Count = Field(default=3, description="number of checkpoints to keep; older ones are deleted")
 
 
 class ScalingConfig(Section):
@@ -253,30 +276,31 @@ class ScalingConfig(Section):
 
     num_workers: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] = Field(
         default=1,
-        description="training processes, which divide the sequences of a step; [1, 4]: as many as there is room for",
+        description="number of training processes, which divide the sequences of a step; [1, 4]: as many as the cluster has "
+        "room for",
     )
-    use_gpu: bool | Auto = Field(default="auto", description="one GPU per worker; auto: if there are enough GPUs")
+    use_gpu: bool | Auto = Field(default="auto", description="use one GPU per worker; auto: if there are enough GPUs")
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
-        default=None, description="Ray resources of a worker, such as {CPU: 4}; null: an equal part of the machine"
+        default=None, description="Ray resources of a worker, such as {CPU: 4}; null: an equal part of the machine's"
     )
-    max_failures: int = Field(default=3, ge=0, description="how often lost workers are restarted")
+    max_failures: int = Field(default=3, ge=0, description="number of times that workers are restarted after a failure")
 
     @property
     def worker_limits(self) -> tuple[int, int]:
-        """The fewest, without which training waits, and the most."""
+        """Minimum number of workers, for which training waits, and maximum number."""
         if isinstance(self.num_workers, int):
             return self.num_workers, self.num_workers
-        fewest, most = self.num_workers
-        return fewest, most
+        minimum, maximum = self.num_workers
+        return minimum, maximum
 
 
 class ReportingConfig(Section):
-    """Experiment trackers, in addition to the record in the run folder."""
+    """Experiment trackers, in addition to the files in the run folder."""
 
     mlflow: Text | None = Field(
-        default=None, description="tracking address of MLflow, such as http://host:5000 or sqlite:////data/mlflow.db"
+        default=None, description="MLflow tracking URI, such as http://host:5000 or sqlite:////data/mlflow.db"
     )
-    wandb: Text | None = Field(default=None, description="project name at Weights & Biases")
+    wandb: Text | None = Field(default=None, description="name of the Weights & Biases project")
 
 
 class Config(Section):
@@ -292,32 +316,32 @@ class Config(Section):
     reporting: ReportingConfig = ReportingConfig()
 
     @model_validator(mode="after")
-    def _every_worker_has_work(self) -> Self:
-        fewest, workers, sequences = *self.scaling.worker_limits, self.training.effective_batch
-        if fewest > workers:
-            raise ValueError(f"scaling.num_workers: the fewest, {fewest}, are more than the most, {workers}")
-        if workers > sequences:
+    def _check_workers(self) -> Self:
+        minimum, maximum, sequences = *self.scaling.worker_limits, self.training.effective_batch
+        if minimum > maximum:
+            raise ValueError(f"scaling.num_workers: the minimum, {minimum}, is greater than the maximum, {maximum}")
+        if maximum > sequences:
             raise ValueError(
-                f"scaling.num_workers: {workers} is more than the {sequences} sequences of a step "
+                f"scaling.num_workers: {maximum} is more than the {sequences} sequences of a step "
                 "(training.batch_size × training.accumulation)"
             )
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and text; the inverse of `from_dict`."""
+        """Return plain dicts, lists, numbers and strings, from which `from_dict` builds the same settings."""
         return self.model_dump()
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """Checks and builds.
+        """Validate nested settings and build a `Config`.
 
         Raises:
-            SettingsError: something is unknown, of the wrong type, out of range or contradictory.
+            SettingsError: a setting is unknown, of the wrong type, out of range or contradictory.
         """
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            problems = [f"{name}: {message}" for name, message in explain(error, known_names())]
+            problems = [f"{name}: {message}" for name, message in validation_messages(error, known_names())]
             raise SettingsError("\n".join(problems)) from error
 
 
@@ -327,62 +351,66 @@ def load_config(
     file: Path | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Defaults < `file` < `environment` (`os.environ` unless given) < `arguments` (`--training.max_steps 1000`).
+    """Load the settings: defaults < `file` < `environment` < `arguments`.
 
-    `defaults` replaces single defaults, by dotted name.
+    Args:
+        arguments: such as `["--training.max_steps", "1000"]`.
+        environment: variables; None: `os.environ`.
+        file: a YAML file.
+        defaults: by dotted name, in place of the defaults of these settings.
 
     Raises:
-        SettingsError: one line for each thing that is wrong, naming file, variable or option.
+        SettingsError: one line per error, with the file, variable or option.
     """
-    reading = Reading(setting_rows(), defaults)
+    reader = SettingsReader(setting_rows(), defaults)
     if file is not None:
-        reading.file(file)
-    reading.environment(os.environ if environment is None else environment)
-    reading.command_line(arguments)
+        reader.read_file(file)
+    reader.read_environment(os.environ if environment is None else environment)
+    reader.read_command_line(arguments)
     try:
-        config = Config.model_validate(reading.nested())
-        if not reading.problems:
+        config = Config.model_validate(reader.to_dict())
+        if not reader.problems:
             return config
     except ValidationError as error:
-        reading.complain(error, known_names())
-    raise SettingsError("\n".join(reading.problems))
+        reader.add_validation_error(error, known_names())
+    raise SettingsError("\n".join(reader.problems))
 
 
 def explicit_settings(arguments: Sequence[str], file: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Return what `file` and `arguments` set, by section, without defaults; values are checked by `Config.from_dict`.
+    """Return the settings of `file` and `arguments` by section, without defaults and without validating the values.
 
     Raises:
-        SettingsError: one line for each that is no setting, or has no value.
+        SettingsError: one line per name that is not a setting, or setting without a value.
     """
-    reading = Reading(setting_rows())
+    reader = SettingsReader(setting_rows())
     if file is not None:
-        reading.file(file)
-    reading.command_line(arguments)
-    if reading.problems:
-        raise SettingsError("\n".join(reading.problems))
-    return reading.nested()
+        reader.read_file(file)
+    reader.read_command_line(arguments)
+    if reader.problems:
+        raise SettingsError("\n".join(reader.problems))
+    return reader.to_dict()
 
 
 def ignored_variables(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return the variables that begin as settings do but neither are settings nor read like misspelt ones."""
-    return Reading(setting_rows()).environment(os.environ if environment is None else environment)
+    """Return the variables that begin with `SAVANT_` but are neither settings nor similar to one."""
+    return SettingsReader(setting_rows()).read_environment(os.environ if environment is None else environment)
 
 
 def dump_yaml(config: Config) -> str:
-    """The complete settings as a file that `load_config` reads back to the same."""
+    """Return all settings as YAML from which `load_config` restores them."""
     return to_yaml(config.to_dict(), width=120)
 
 
 def setting_rows() -> list[Setting]:
-    """Every setting with its name, default and meaning, in the order of the sections."""
-    return rows_of(Config())
+    """Return all settings with name, default and description, in the order of the sections."""
+    return list_settings(Config())
 
 
 def section_meanings() -> dict[str, str]:
-    """Every section's name and what it is about."""
+    """Return the description of each section by its name."""
     return {name: type(section).__doc__ or "" for name, section in Config()}
 
 
 def known_names() -> list[str]:
-    """Whatever can be misspelt: sections, settings and the parts of a source."""
+    """Return the names of sections, settings and fields of a source, for suggestions."""
     return [*Config.model_fields, *(row.name for row in setting_rows()), *SourceConfig.model_fields]

@@ -1,15 +1,15 @@
-"""Every failure a user can act on, and the handling of unexpected errors.
+"""Exceptions with a message for the user, and the handling of unexpected errors.
 
     SavantError                 exit code 1
     ├── SettingsError           2   a setting is unknown, of the wrong type, out of range or contradictory
-    ├── DataError               3   training text is missing, unreadable or yields nothing
+    ├── DataError               3   training text is missing, unreadable, or contains no document
     ├── CheckpointError         4   a checkpoint is missing, damaged or does not fit
     ├── MemoryCapError          5   one sequence does not fit under `training.vram_limit_gb`
-    ├── TrainingError           1   training failed (too many skipped steps, a worker died)
-    └── UnexpectedError         1   anything else, with what was being done; the full traceback is kept in a file
+    ├── TrainingError           1   training failed: too many steps were skipped, or a worker died too often
+    └── UnexpectedError         1   any other error, with the current activity; the full traceback is stored in a file
 
-The message is written for the person at the terminal: where, what was found, what to do.
-`STOPPED_EARLY` (75, EX_TEMPFAIL of sysexits.h) is no error: stopped and saved, run the same command again.
+Messages name the place, what was found, and what to do. `STOPPED_EARLY` (75, EX_TEMPFAIL of sysexits.h) is not an error: the
+run was stopped and saved, and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 STOPPED_EARLY = 75
 TRACEBACK = "error_traceback.txt"  # in the run folder
-LONGEST_REASON = 500  # characters of a foreign exception's text in our one line
+MAX_REASON = 500  # characters of the text of another library's exception in a message
 
 
 class SavantError(Exception):
@@ -42,7 +42,7 @@ class SettingsError(SavantError):
 
 
 class DataError(SavantError):
-    """Training text is missing, unreadable or yields nothing."""
+    """Training text is missing, unreadable, or contains no document."""
 
     exit_code = 3
 
@@ -60,37 +60,37 @@ class MemoryCapError(SavantError):
 
 
 class TrainingError(SavantError):
-    """Training failed: too many skipped steps, or a worker that died too often."""
+    """Training failed: too many steps were skipped, or a worker died too often."""
 
 
 class UnexpectedError(SavantError):
-    """An unexpected error; `details` is its full traceback, which --verbose prints."""
+    """An unexpected error; `details` is its full traceback, `is_kept` whether the message names a file with it."""
 
     def __init__(self, message: str, details: str = "", is_kept: bool = False) -> None:
         super().__init__(message, details, is_kept)
         self.message, self.details, self.is_kept = message, details, is_kept
 
     def __str__(self) -> str:
-        """The message alone."""
+        """Return the message without the details."""
         return self.message
 
 
 @contextmanager
 def doing(activity: str) -> Iterator[None]:
-    """Name what a block does ("saving step_5"), for the message about an unexpected error; the innermost name counts."""
+    """Name the activity of a `with` block ("saving step_5") for error messages; the innermost activity is used."""
     try:
         yield
-    except BaseException as error:  # a panic of a Rust library is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         error.__dict__.setdefault("activity", activity)
         raise
 
 
 @contextmanager
 def unexpected_errors_explained(folder: Path | None = None, activity: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turn what is neither ours nor an interruption into an `UnexpectedError` whose traceback is kept in `folder`.
+    """Convert exceptions other than `SavantError` into an `UnexpectedError`, and write the traceback to `folder`.
 
-    `activity` says what was being done if no `doing` block does. Without a folder, or when it cannot be written, the
-    traceback goes to the system's folder for temporary files.
+    `activity` returns the current activity for errors outside of a `doing` block. Without a folder, or if writing to it
+    fails, the traceback is written to the system's folder for temporary files.
     """
     try:
         yield
@@ -102,45 +102,45 @@ def unexpected_errors_explained(folder: Path | None = None, activity: Callable[[
 
 
 def explain(error: BaseException, folder: Path | None = None, activity: str = "") -> SavantError:
-    """Return the error for the user; an unexpected one has its traceback written to a file, which the message names."""
+    """Return the error for the user; write the traceback of an unexpected one to a file, which the message names."""
     if isinstance(error, SavantError) and not (isinstance(error, UnexpectedError) and not error.is_kept):
         return error
     if isinstance(error, OSError) and (error.filename is not None or is_disk_full(error)):
-        return SavantError(describe(error, activity))  # a file or folder that the user can look at
+        return SavantError(describe(error, activity))  # the user can act on the file or folder that it names
     details = error.details if isinstance(error, UnexpectedError) else ""
     details = details or "".join(traceback.format_exception(error))
     message = str(error) if isinstance(error, UnexpectedError) else describe(error, activity)
-    path = _keep(details, folder)
+    path = _write_traceback(details, folder)
     where = f"the full traceback is in {path}" if path else "--verbose prints the full traceback"
-    told = f"{message}\n{where[0].upper()}{where[1:]}." if "\n" in message else f"{message} ({where})"
-    return UnexpectedError(told, details, is_kept=True)
+    text = f"{message}\n{where[0].upper()}{where[1:]}." if "\n" in message else f"{message} ({where})"
+    return UnexpectedError(text, details, is_kept=True)
 
 
 def describe(error: BaseException, activity: str = "") -> str:
     """Return one line such as `while tokenising train.jsonl: ZeroDivisionError: division by zero`."""
     activity = getattr(error, "activity", activity)
-    cause = getattr(error, "cause", None)  # Ray wraps what a task raised, and prints its traceback as the message
+    cause = getattr(error, "cause", None)  # Ray wraps the exception of a task, and its own message is the traceback
     if isinstance(cause, BaseException):
         error, activity = cause, getattr(cause, "activity", activity)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = "" if not lines else lines[-1] if any("Traceback (most" in line for line in lines) else lines[0]
-    if len(reason) > LONGEST_REASON:
-        reason = f"{reason[:LONGEST_REASON]}…"
+    if len(reason) > MAX_REASON:
+        reason = f"{reason[:MAX_REASON]}…"
     if isinstance(error, OSError) and error.strerror:
-        named = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-        reason = named if isinstance(error.filename, str | bytes | None) else reason
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        reason = text if isinstance(error.filename, str | bytes | None) else reason
     else:
         reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"while {activity}: {reason}" if activity else reason
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether there is no room left, by the disk or by a quota."""
+    """Whether the disk is full or a quota is exceeded."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def print_error(error: BaseException, verbose: bool = False) -> int:
-    """Print what ended a command in a line on stderr, with `verbose` its traceback as well; return the exit code."""
+    """Print the error that ended a command to stderr, with `verbose` also its traceback; return the exit code."""
     explained = explain(error)
     if verbose and isinstance(explained, UnexpectedError):
         print(explained.details, file=sys.stderr)
@@ -150,17 +150,17 @@ def print_error(error: BaseException, verbose: bool = False) -> int:
     return explained.exit_code
 
 
-def warn_of_thread(failure: threading.ExceptHookArgs) -> None:
-    """Print in a line what ended a thread that nobody waits for; to be `threading.excepthook`."""
+def report_thread_error(failure: threading.ExceptHookArgs) -> None:
+    """Print the error that ended a thread; used as `threading.excepthook`."""
     error, thread = failure.exc_value, failure.thread
     if error is None or isinstance(error, SystemExit) or type(thread).__module__.startswith("tensorboard."):
-        return  # TensorBoard's writer hands its error to the next one who writes
+        return  # TensorBoard's writer raises its error again in the next call
     name = "a thread" if thread is None else f"the thread {thread.name}"
     print(f"WARNING: {name} ended: {explain(error)}", file=sys.stderr)
 
 
-def _keep(details: str, folder: Path | None) -> Path | None:
-    """Write the traceback to the first place that takes it; return where it is."""
+def _write_traceback(details: str, folder: Path | None) -> Path | None:
+    """Write the traceback to `folder`, else to the folder for temporary files; return its path, None if both fail."""
     if folder is not None:
         with suppress(OSError):
             path = folder / TRACEBACK

@@ -1,7 +1,7 @@
-"""Events that workers send to the driver: small frozen records of what has happened.
+"""Events of a run, which workers send to the driver.
 
-The console, `training_log.txt`, `metrics.jsonl` and `samples.jsonl` are derived from events alone.
-Fields are plain numbers, strings, tuples and dicts of them, so that an event survives JSON.
+Console output, `training_log.txt`, `metrics.jsonl` and `samples.jsonl` are derived from events only. Fields are numbers,
+strings, and tuples and dicts of them, so that events can be converted to JSON.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that has happened; `kind` is its name in `metrics.jsonl`."""
+    """Base class of all events; `kind` is the name of the event in `metrics.jsonl`."""
 
     kind: ClassVar[str]
 
     def to_record(self) -> dict[str, Any]:
-        """The event as one JSON object, `"event"` first."""
+        """Return the event as a JSON object whose first key is `"event"`."""
         return {"event": self.kind, **dataclasses.asdict(self)}
 
 
@@ -45,14 +45,14 @@ class DataPrepared(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersStarted(Event):
-    """The workers were placed in the cluster and begin to build the model."""
+    """The workers were placed in the cluster and are building the model."""
 
     kind = "workers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersLost(Event):
-    """A worker failed or its node was lost; Ray Train ends the other workers and restarts all of them."""
+    """A worker failed or its node was lost; Ray Train restarts all workers."""
 
     kind = "workers_lost"
     text: str  # which worker failed, and why
@@ -71,7 +71,7 @@ class AttemptStarted(Event):
     effective_batch: int  # sequences per step
     validates_first: bool  # whether the validation of `step` is repeated, because it may have been cut short
     notes: tuple[str, ...] = ()  # notices for the user: no compiler, GPU smaller than the cap, …
-    precision: str = ""  # in which the steps are computed
+    precision: str = ""  # of the training steps, such as "bf16"
     threads: int = 0  # per worker
     vram_limit_gb: float | None = None  # GiB; None = no cap
     versions: dict[str, str] = field(default_factory=dict)  # of python, torch and ray
@@ -99,7 +99,7 @@ class RunResumed(Event):
     warnings: tuple[str, ...] = ()  # what could not be restored
 
     def to_record(self) -> dict[str, Any]:
-        """As every event, but the path is called `from` in the record."""
+        """Return the event as a JSON object in which the path has the key `from`."""
         record = super().to_record()
         record["from"] = record.pop("path")
         return record
@@ -119,18 +119,18 @@ class StepDone(Event):
     skipped_micro_batches: int  # over all workers, because their loss was not finite
     micro_batch_size: int  # sequences per forward and backward pass
     memory_gb: float  # GiB on rank 0: peak GPU memory since the previous step; on a CPU the resident size
-    data_wait_seconds: float  # wait for the sequences of the step
+    data_wait_seconds: float  # waiting for the sequences of the step
     compute_seconds: float  # forward and backward passes of rank 0
     reduce_seconds: float  # all-reduce, including the wait for the slowest rank
     update_seconds: float  # clipping and optimizer update
-    step_seconds: float  # duration of the step with the wait for data, without checkpoints
+    step_seconds: float  # duration of the step, including the wait for data and excluding checkpoints
     share_of_peak: float | None = None  # useful FLOPs of rank 0 / (seconds * its matmul peak); None = unknown
     update_skipped: bool = False  # whether the update was skipped because the gradient norm was not finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationDone(Event):
-    """The loss on held-out text."""
+    """The loss on held-out text was computed."""
 
     kind = "validation"
     step: int
@@ -143,18 +143,18 @@ class ValidationDone(Event):
 
     @property
     def last_residual(self) -> float | None:
-        """Of the last loop."""
+        """Residual of the last loop; None if there is none."""
         return self.residuals[-1] if self.residuals else None
 
     @property
     def last_cosine(self) -> float | None:
-        """After the last loop."""
+        """Cosine similarity after the last loop; None if there is none."""
         return self.cosines[-1] if self.cosines else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogicScored(Event):
-    """Score on logic problems, answered greedily, with its 95 % confidence interval."""
+    """The logic problems were answered greedily and scored; with the 95 % confidence interval."""
 
     kind = "score"
     step: int
@@ -162,14 +162,14 @@ class LogicScored(Event):
     n: int  # number of problems
     low: float  # lower end of the interval
     high: float  # upper end of the interval
-    templates: dict[str, dict[str, float]]  # name -> {"score": …, "n": …}; new wordings only here, not in `score`
+    templates: dict[str, dict[str, float]]  # name -> {"score": …, "n": …}; held-out wordings are not part of `score`
     final: bool  # whether this is the full suite after the last step
     seconds: float  # duration
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGenerated(Event):
-    """An answer to `validation.prompt`."""
+    """The model completed `validation.prompt`."""
 
     kind = "sample"
     step: int
@@ -181,7 +181,7 @@ class SampleGenerated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A complete checkpoint is in the run folder."""
+    """A checkpoint was saved completely in the run folder."""
 
     kind = "checkpoint"
     step: int
@@ -193,7 +193,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFailed(Event):
-    """A checkpoint could not be written; older checkpoints are not affected."""
+    """A checkpoint could not be saved; older checkpoints are not affected."""
 
     kind = "checkpoint_failure"
     step: int

@@ -1,4 +1,4 @@
-"""Standard input, output and error that may be closed, full, or abandoned by their reader."""
+"""Standard input, output and error that keep working if they are closed, full, or a pipe without a reader."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 
 class Output(io.RawIOBase):
-    """Writes to a file descriptor; remembers the first error in `error`, and writes nothing more after it.
+    """Unbuffered output to a file descriptor; stores the first error in `error` and writes nothing after it.
 
-    A tolerant one never raises: a training must not end because its output goes nowhere.
+    A tolerant output never raises, so that training continues if its output cannot be written.
     """
 
     def __init__(self, descriptor: int, error: OSError | None = None, tolerant: bool = False) -> None:
@@ -22,7 +22,7 @@ class Output(io.RawIOBase):
         self._descriptor = descriptor
 
     def write(self, data: Any, /) -> int:
-        """Write some of the bytes, also to a descriptor that somebody made non-blocking; return how many."""
+        """Write some of the bytes, also to a non-blocking descriptor; return their number."""
         while self.error is None:
             try:
                 return os.write(self._descriptor, data)
@@ -35,30 +35,31 @@ class Output(io.RawIOBase):
         return memoryview(data).nbytes
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """Return the file descriptor."""
         return self._descriptor
 
     def isatty(self) -> bool:
-        """Whether a terminal shows it."""
+        """Return whether the descriptor is a terminal."""
         return self.error is None and os.isatty(self._descriptor)
 
     def writable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
 
 def open_standard_streams() -> Output:
-    """Make stdin, stdout and stderr usable whatever the shell did to them; return stdout's.
+    """Make stdin, stdout and stderr usable even if they were closed; return the output of stdout.
 
-    Closed descriptors are opened on the null device, so that no file of ours gets the number of one and receives what a
-    library prints. Streams that were replaced (by a notebook, by a test) stay, and the returned object never has an error.
+    Closed descriptors are opened on the null device; otherwise another file could get their numbers, and the output of
+    libraries would be written into it. Streams that were replaced (in a notebook or a test) are kept; the returned output
+    then never has an error.
     """
     for descriptor in range(3):
         if not _is_open(descriptor):
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-            os.set_inheritable(descriptor, True)  # or Ray's processes would find it closed
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free number, which is this one
+            os.set_inheritable(descriptor, True)  # otherwise it would be closed in Ray's processes
     if sys.stdin is None:
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - stays open as Python's own does
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - stays open, like Python's own
     sys.stderr, _ = _usable(sys.stderr, sys.__stderr__, 2, tolerant=True)
     sys.stdout, output = _usable(sys.stdout, sys.__stdout__, 1, tolerant=False)
     return output
@@ -73,7 +74,7 @@ def _is_open(descriptor: int) -> bool:
 
 
 def _usable(stream: TextIO | None, original: TextIO | None, descriptor: int, tolerant: bool) -> tuple[TextIO, Output]:
-    """The stream over an `Output`; characters that its encoding lacks are spelt out instead of ending the program."""
+    """Return a stream with its `Output`; characters outside its encoding are written as escape sequences."""
     if isinstance(stream, io.TextIOWrapper) and isinstance(raw := getattr(stream.buffer, "raw", None), Output):
         return stream, raw  # from an earlier call
     if stream is not None and (stream is not original or not isinstance(stream, io.TextIOWrapper)):

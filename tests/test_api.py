@@ -55,7 +55,7 @@ def test_the_public_names_are_there_and_load_nothing_before_they_are_used() -> N
 @pytest.mark.parametrize(
     ("executable", "said"),
     [
-        ("/bin/false", "without a word .exit code 1"),
+        ("/bin/false", "without a result .exit code 1"),
         ("/nowhere/python", "cannot be started"),
         ("", "cannot be started"),
     ],
@@ -71,7 +71,7 @@ def test_a_training_process_that_does_not_come_up_is_an_error_of_ours(
 def test_wrong_settings_are_refused_as_the_command_line_does(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"training\.max_step"):
         savant_ray.train({"training": {"max_step": 3}})
-    with pytest.raises(SettingsError, match="no setting"):
+    with pytest.raises(SettingsError, match="not a setting"):
         savant_ray.train({"training": {"max_steps": object()}})
     with pytest.raises(SettingsError, match=r"no\.yaml: no such file"):
         savant_ray.train(tmp_path / "no.yaml")

@@ -118,6 +118,18 @@ def test_train_hands_over_the_settings_and_ends_with_the_trainings_exit_code(cal
     ]
 
 
+@pytest.mark.parametrize("name", ["fresh", "verbose", "config", "-fresh", "allow_changes"])
+def test_the_value_of_a_setting_may_look_like_an_option(name: str, calls: list[Any]) -> None:
+    assert main(["train", "--run.name", name]) == STOPPED_EARLY
+    assert calls[0][0].run.name == name
+
+
+def test_the_module_of_the_command_line_can_be_run_with_python_m() -> None:
+    command = [sys.executable, "-m", "savant_ray.cli", "trian"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: trian: no such command; did you mean train?\n")
+
+
 def test_wrong_settings_are_all_told_and_nothing_is_started(
     calls: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,7 +257,7 @@ def test_prepare_quickstart_writes_the_text_and_goes_on_only_with_a_config(
     assert main(["prepare", "--quickstart", "--config", str(config)]) == 0
     assert calls[2:] == [(Path("dataset"), False), resolve_paths(load_config(file=config))]
     assert main(["prepare", "--force"]) == 2
-    assert "--force goes with --quickstart" in capsys.readouterr().err
+    assert "--force requires --quickstart" in capsys.readouterr().err
 
 
 def test_generate_prints_prompt_and_answer_and_writes_json(
@@ -345,10 +357,11 @@ def test_config_prints_the_complete_result(capsys: pytest.CaptureFixture[str]) -
     [
         (
             ["--config", "a.yaml", "--config", "b.yaml"],
-            "--config: given twice, a.yaml and b.yaml; give one file (with ",
+            "--config: given twice, a.yaml and b.yaml; use one file (with ",
         ),
-        (["--config", ""], "--config: the name of a file is missing"),
+        (["--config", ""], "--config: the name of the file is missing"),
         (["--confg", "a.yaml"], "--confg: no such option; did you mean --config?"),
+        (["fresh"], "fresh: no such option; did you mean --fresh?"),
         (["--fersh"], "--fersh: no such option; did you mean --fresh?"),
         (["--allow_changes"], "--allow_changes: no such option; did you mean --allow-changes?"),
         (["–config", "a.yaml"], "–config: no such option; did you mean --config?"),
@@ -385,7 +398,7 @@ def test_help_of_benchmark_names_all_of_them(capsys: pytest.CaptureFixture[str])
 
     main(["benchmark", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"{', '.join(list(BENCHMARKS)[:-1])} or {list(BENCHMARKS)[-1]}; all" in printed
+    assert f"{', '.join(list(BENCHMARKS)[:-1])} or {list(BENCHMARKS)[-1]} [all" in printed
 
 
 @pytest.mark.parametrize("job", ["train", "prepare", "generate", "benchmark"])
@@ -488,7 +501,7 @@ def test_runs_are_listed_for_a_user_without_a_home_folder(
     monkeypatch.setattr(Path, "home", nowhere)
     monkeypatch.chdir(tmp_path)
     assert main(["runs"]) == 0
-    assert capsys.readouterr().out.startswith("no runs here")
+    assert capsys.readouterr().out.startswith("no runs found")
 
 
 def test_a_reader_that_went_away_gets_no_traceback() -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from savant_ray.config import Config, ModelConfig, dump_yaml, ignored_variables, load_config, setting_rows
 from savant_ray.errors import SettingsError
-from savant_ray.settings.variables import PREFIX
+from savant_ray.settings.table import PREFIX
 
 
 def refusal(
@@ -424,15 +424,15 @@ def test_json_is_read_with_its_escapes_and_its_duplicates_are_refused(file: Path
         ("data.sources", "[]", "[] needs at least 1"),
         ("data.validation", "", "'' must not be empty"),
         ("data.on_bad_line", "ignore", "expected skip or error, found ignore"),
-        ("run.name", "a/b", "'a/b' is not a folder's name; where it lies is run.storage_path"),
-        ("run.name", "..", "'..' is not a folder's name; where it lies is run.storage_path"),
-        ("run.name", "a\x7f", "'a\\x7f' is not a folder's name"),
-        ("run.name", "a\u2028b", "'a\\u2028b' is not a folder's name"),
-        ("run.name", "é" * 128, f"'{'é' * 128}' has 256 bytes in UTF-8, and a folder's name at most 255"),
+        ("run.name", "a/b", "'a/b' is not a valid name of a folder; the folder above it is run.storage_path"),
+        ("run.name", "..", "'..' is not a valid name of a folder; the folder above it is run.storage_path"),
+        ("run.name", "a\x7f", "'a\\x7f' is not a valid name of a folder"),
+        ("run.name", "a\u2028b", "'a\\u2028b' is not a valid name of a folder"),
+        ("run.name", "é" * 128, f"'{'é' * 128}' has 256 bytes in UTF-8; a folder's name has at most 255"),
         ("scaling.resources_per_worker", "4", "expected names with values, found 4"),
         ("scaling.num_workers", "x", "expected a whole number or a list, found x"),
         ("scaling.num_workers", "[1, 2, 3]", "[1, 2, 3] needs at most 2"),
-        ("scaling.num_workers", "[2, 1]", "the fewest, 2, are more than the most, 1"),
+        ("scaling.num_workers", "[2, 1]", "the minimum, 2, is greater than the maximum, 1"),
         ("scaling.num_workers", "193", "193 is more than the 192 sequences of a step "),
     ],
 )
@@ -504,7 +504,7 @@ def test_what_follows_from_settings_is_computed_from_them() -> None:
 )
 def test_an_address_with_a_password_is_refused_and_not_repeated(name: str, value: str, told: str) -> None:
     (said,) = refusal(f"--{name}", value)
-    assert said.startswith(f"--{told}: the address holds a password") and "secret@" not in said
+    assert said.startswith(f"--{told}: the address contains a password") and "secret@" not in said
 
 
 def test_an_address_without_a_password_may_name_a_user_and_a_port() -> None:

@@ -36,7 +36,7 @@ def test_a_shipped_file_loads_and_states_only_what_differs(path: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_file_says_for_what_on_what_how_long_and_what_to_expect(path: Path) -> None:
     header = path.read_text(encoding="utf-8")
-    assert all(f"# {topic}:" in header for topic in ("For what", "On what", "How long", "Expect"))
+    assert all(f"# {topic}:" in header for topic in ("Purpose", "Hardware", "Duration", "Result"))
 
 
 def test_savant_yaml_is_the_training_guides_run() -> None:

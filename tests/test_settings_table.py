@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from savant_ray import config as config_module
 from savant_ray.config import SourceConfig, load_config, setting_rows
 from savant_ray.errors import SettingsError
-from savant_ray.settings.sources import Setting
+from savant_ray.settings.table import Setting
 from savant_ray.settings.yaml_text import show
 
 ANY = (None, True, 3, 2.5, "some word", ["a"], {"a": 1})  # what a file may hold
@@ -43,8 +41,8 @@ NAME = Kind(
     (str,),
     (
         EMPTY,
-        ("a/b", "'a/b' is not a folder's name; where it lies is run.storage_path"),
-        ("..", "'..' is not a folder's name; where it lies is run.storage_path"),
+        ("a/b", "'a/b' is not a valid name of a folder; the folder above it is run.storage_path"),
+        ("..", "'..' is not a valid name of a folder; the folder above it is run.storage_path"),
     ),
     takes_any_text=True,
 )
@@ -173,7 +171,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
         "model.positions",
         "rotary needs an even head width, dim / n_heads = 3",
     ),
-    ({"scaling.num_workers": [2, 1]}, "scaling.num_workers", "the fewest, 2, are more than the most, 1"),
+    ({"scaling.num_workers": [2, 1]}, "scaling.num_workers", "the minimum, 2, is greater than the maximum, 1"),
     (
         {"scaling.num_workers": 7, "training.batch_size": 2, "training.accumulation": 3},
         "scaling.num_workers",
@@ -187,7 +185,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     (
         {"data.sources": [{"path": "a.jsonl", "weight": 2000000}, {"path": "b.jsonl", "weight": 1}]},
         "data.sources",
-        "weight 1 of b.jsonl, with weights up to 2e+06 beside it, is less than 1 sequence in 100,000; raise it, or leave "
+        "weight 1 of b.jsonl, beside weights up to 2e+06, is less than 1 sequence in 100,000; raise it, or leave "
         "the source out",
     ),
 ]
@@ -229,13 +227,6 @@ def test_the_table_has_every_setting() -> None:
     assert list(TABLE) == list(ROWS)
     assert {part.rpartition(".")[2] for name, _, part, _ in INSIDE if name == "data.sources"} >= set(
         SourceConfig.model_fields
-    )
-
-
-def test_the_table_has_every_contradiction() -> None:
-    checks = inspect.getsource(config_module).count("raise ValueError(")
-    assert len({message.lstrip("0123456789")[:15] for _, _, message in CONTRADICTIONS}) == checks - 2, (
-        "but for run.name and run.seed"
     )
 
 

@@ -27,7 +27,7 @@ import psutil
 import ray
 
 from savant_ray.benchmarks.registry import Figures, figure, log_progress
-from savant_ray.data.preparation import learn_tokenizer, prepare
+from savant_ray.data.cache_builder import learn_tokenizer, prepare
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import Manifest
 from savant_ray.data.tokenizer import Tokenizer

@@ -1,1 +1,1 @@
-"""JSONL → sequences: read, tokenise and pack once, then read any position of the one global order."""
+"""Training data: reading JSONL, tokenizing and packing it into a token cache, and the global order of the sequences."""

@@ -1,6 +1,7 @@
-"""What a file is, by its first bytes: names lie (gzip named .jsonl, UTF-16 from Windows, an unfetched Git LFS pointer).
+"""Detects the format of a file by its first bytes, because the suffix may be wrong.
 
-Compressed and UTF-16 files are read; what cannot be read is refused with what it is and what to do.
+Examples are gzip named .jsonl, UTF-16 from Windows, and Git LFS pointers. Compressed and UTF-16 files are supported; for
+other formats the error names the format and what to do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ HEAD_BYTES = 512
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # suffix -> pyarrow's name
 ENCODINGS = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
 
-_READABLE = (
+_SUPPORTED = (
     (b"\x1f\x8b", "gzip"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"BZh", "bz2"),
@@ -29,11 +30,11 @@ _READABLE = (
     (b"{\x00", "utf-16-le"),
     (b"\x00{", "utf-16-be"),
 )
-_SPREAD_JSON = re.compile(rb"\s*[\[{]\s*\n")  # the first line is a bracket alone
-_JSON_ARRAY = re.compile(rb"\s*\[\s*\{[^\n]*(,\s*\n|$)")  # its first line goes on in the next one, or there is no other
+_MULTILINE_JSON = re.compile(rb"\s*[\[{]\s*\n")  # the first line is only a bracket
+_JSON_ARRAY = re.compile(rb"\s*\[\s*\{[^\n]*(,\s*\n|$)")  # the first line ends with a comma, or is the only one
 _WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
 _CONVERT = '; convert it to JSON lines with a "text" field'
-_UNREADABLE = (
+_UNSUPPORTED = (
     (b"\xfd7zXZ\x00", "xz-compressed", "; compress it with gzip or zstd instead"),
     (b"PK\x03\x04", "a zip archive", "; unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "; unpack it"),
@@ -51,27 +52,27 @@ _UNREADABLE = (
 
 
 def format_of(head: bytes, name: str) -> str:
-    """Return what the file's first `HEAD_BYTES` bytes are: a compression, an encoding, or `text`.
+    """Return the format of a file whose first `HEAD_BYTES` bytes are `head`: a compression, an encoding, or `text`.
 
     Raises:
-        DataError: JSON lines cannot be read from it; begins with `name`, which is the file's.
+        DataError: the format is not supported; the message begins with `name`, the name of the file.
     """
-    for magic, readable in _READABLE:
+    for magic, detected in _SUPPORTED:
         if head.startswith(magic):
-            return readable
-    for magic, what, advice in _UNREADABLE:
+            return detected
+    for magic, description, advice in _UNSUPPORTED:
         if head.startswith(magic):
-            raise DataError(f"{name}: is {what}, not JSON lines{advice}")
+            raise DataError(f"{name}: is {description}, not JSON lines{advice}")
     if head[257:262] == b"ustar":
         raise DataError(f"{name}: is a tar archive, not JSON lines; unpack it")
     start = head.removeprefix(b"\xef\xbb\xbf")
     if _WEB_PAGE.match(start):
-        raise DataError(f"{name}: is a web page, not JSON lines; was the download refused?")
-    if _SPREAD_JSON.match(start) or _JSON_ARRAY.match(start):
+        raise DataError(f"{name}: is a web page, not JSON lines; probably an error page was downloaded")
+    if _MULTILINE_JSON.match(start) or _JSON_ARRAY.match(start):
         is_array = start.lstrip().startswith(b"[")
         raise DataError(
-            f"{name}: is one JSON {'array' if is_array else 'object over several lines'}, not JSON lines; one object per "
-            f"line is wanted, as from `jq -c {'.[]' if is_array else '.'} {shlex.quote(PurePosixPath(name).name)}`"
+            f"{name}: is one JSON {'array' if is_array else 'object over several lines'}, not JSON lines; write one object "
+            f"per line, for instance with `jq -c {'.[]' if is_array else '.'} {shlex.quote(PurePosixPath(name).name)}`"
         )
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in CODECS and start.lstrip()[:1] not in (b"{", b"[", b""):

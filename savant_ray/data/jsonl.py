@@ -1,7 +1,8 @@
-"""Byte ranges of JSONL files → lines: a document, a problem with its reason, or blank.
+"""Reads the lines of a byte range of a JSONL file.
 
-A range owns the lines that START in it, so any cut of a file reads the same lines, in parallel and without a shared
-index. Ray Data's own JSON reading fails whole files on one bad line, splits at U+2028 and cannot cut a file.
+A range contains the lines that start in it, so that every division of a file into ranges yields the same lines, in parallel
+and without an index. `ray.data.read_json` is not used: one invalid line fails the whole file, U+2028 ends a line, and a
+file cannot be divided.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import printable, why
 
 MIB = 1 << 20
-BLOCK_BYTES = MIB  # what a reader holds at a time
+BLOCK_BYTES = MIB  # read at a time
 MAX_LINE_BYTES = 64 * MIB
 UNBOUNDED = sys.maxsize
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -39,32 +40,32 @@ class ByteRange:
 
 
 class Line(NamedTuple):
-    """A line of a range: `text` of a document, else `problem` with the reason, else blank."""
+    """A line: a document (`text`), an invalid line (`problem`), or a blank line (neither)."""
 
-    number: int  # 1-based, from the range's first line
+    number: int  # from 1, counted from the start of the range
     text: str = ""
     problem: str = ""
 
 
 def plan_ranges(files: Sequence[SourceFile], range_bytes: int | None = None) -> list[ByteRange]:
-    """The ranges of `files` in order; a compressed or UTF-16 file is one range, an empty file none.
+    """Divide `files` into ranges of `range_bytes`; a compressed or UTF-16 file is one range, an empty file none.
 
-    The default length gives about 64 ranges, within 4 to 32 MiB: enough for every core, few files, small waste.
+    By default there are about 64 ranges of 4 to 32 MiB: enough tasks for all cores, few shards, and little padding.
     """
     total = sum(file.size for file in files)
     step = range_bytes or min(max(total // 64, 4 * MIB), 32 * MIB)
-    return [part for file in files for part in _cut(file, step)]
+    return [part for file in files for part in _divide(file, step)]
 
 
 def documents(files: Sequence[SourceFile], max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[str]:
-    """The texts of the files one after the other, without their bad lines."""
+    """Yield the texts of the files in order; invalid lines are skipped."""
     for part in plan_ranges(files):
         with RangeReader(part, max_line_bytes) as lines:
             yield from (line.text for line in lines if line.text)
 
 
 class RangeReader:
-    """Iterates every line of a range, holding one block and one line of at most `max_line_bytes` at a time.
+    """Iterable of all lines of a range; holds one block and one line of at most `max_line_bytes` in memory.
 
     Raises:
         DataError: the file cannot be opened, read or decompressed.
@@ -76,7 +77,7 @@ class RangeReader:
         filesystem, path = part.file.resolve()
         with self._named_errors():
             self._stored = filesystem.open_input_file(path)
-            first = max(part.start - 1, 0)  # a newline right before `start` makes `start` the start of a line
+            first = max(part.start - 1, 0)  # a newline at `start` - 1 means that a line starts at `start`
             self._listed = _ListedBytes(self._stored, first, part.file.size)
             self._stream = _decoded(self._listed, part.file.codec)
 
@@ -94,7 +95,7 @@ class RangeReader:
 
     @property
     def bytes_read(self) -> int:
-        """How many of the range's bytes, as stored, have been read."""
+        """Number of bytes of the range that have been read, before decompression."""
         return max(min(self._listed.position, self._part.stop) - self._part.start, 0)
 
     @contextmanager
@@ -107,12 +108,12 @@ class RangeReader:
             raise DataError(
                 f"{printable(self._part.file.path)}: not valid {self._part.file.codec} ({error})"
             ) from error
-        except Exception as error:  # a file system that is written in Python may raise anything
+        except Exception as error:  # a file system that is implemented in Python may raise any exception
             raise DataError(f"{printable(self._part.file.path)}: cannot be read ({why(error)})") from error
 
 
 class _ListedBytes(io.RawIOBase):
-    """Reads a file's bytes [position, size): what was appended since it was listed is not in its hash."""
+    """Bytes [position, size) of a file, because its hash does not cover what was appended after it was listed."""
 
     def __init__(self, stored: pa.NativeFile, position: int, size: int) -> None:
         self.position = position
@@ -125,14 +126,14 @@ class _ListedBytes(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        left = max(self._size - self.position, 0)
-        block: bytes = self._stored.read(left if size < 0 else min(size, left))
+        remaining = max(self._size - self.position, 0)
+        block: bytes = self._stored.read(remaining if size < 0 else min(size, remaining))
         self.position += len(block)
         return block
 
 
 def _decoded(listed: _ListedBytes, codec: str | None) -> _ListedBytes | pa.NativeFile:
-    """The bytes as UTF-8 lines."""
+    """Return a stream of decompressed UTF-8 bytes."""
     if codec is None:
         return listed
     stream = pa.PythonFile(listed, mode="r")
@@ -143,16 +144,16 @@ def _decoded(listed: _ListedBytes, codec: str | None) -> _ListedBytes | pa.Nativ
     )
 
 
-def _cut(file: SourceFile, step: int) -> list[ByteRange]:
+def _divide(file: SourceFile, step: int) -> list[ByteRange]:
     if file.codec and file.size:
         return [ByteRange(file, 0, UNBOUNDED)]
     return [ByteRange(file, start, min(start + step, file.size)) for start in range(0, file.size, step)]
 
 
 def _owned_blocks(stream: _ListedBytes | pa.NativeFile, part: ByteRange) -> Iterator[bytes]:
-    """The bytes of the lines that start in the range: from the first line start in it to the first one behind it.
+    """Yield the bytes of the lines that start in the range: up to the first line start after it.
 
-    The stream begins one byte before the range, except at the file's start.
+    The stream begins one byte before the range, except at the start of the file.
     """
     position = max(part.start - 1, 0)
     skipping = part.start > 0
@@ -169,7 +170,7 @@ def _owned_blocks(stream: _ListedBytes | pa.NativeFile, part: ByteRange) -> Iter
 
 
 def _until_line_end(stream: _ListedBytes | pa.NativeFile, block: bytes, last: int) -> Iterator[bytes]:
-    """`block`, cut or continued to the end of the line that holds its byte `last`."""
+    """Yield `block`, truncated or continued to the end of the line that contains its byte `last`."""
     if last >= len(block):
         yield block
         return
@@ -182,7 +183,7 @@ def _until_line_end(stream: _ListedBytes | pa.NativeFile, block: bytes, last: in
 
 
 def _split_lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[bytes | int]:
-    """Lines without their newline; of a line over the limit only its length."""
+    """Yield each line without its newline, or only its length if it exceeds the limit."""
     parts: list[bytes] = []
     size = 0
     for block in blocks:
@@ -200,7 +201,7 @@ def _split_lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[bytes
 def _parse(number: int, raw: bytes | int, max_line_bytes: int) -> Line:
     if isinstance(raw, int):
         return Line(number, problem=f"line of {raw:,} bytes, over the limit of {max_line_bytes:,}")
-    raw = raw.removeprefix(BYTE_ORDER_MARK)  # not only at the file's start: concatenated files carry it in the middle
+    raw = raw.removeprefix(BYTE_ORDER_MARK)  # on any line, because files with a mark may have been concatenated
     if not raw or raw.isspace():
         return Line(number)
     try:
@@ -210,7 +211,7 @@ def _parse(number: int, raw: bytes | int, max_line_bytes: int) -> Line:
 
 
 class _BadLineError(Exception):
-    """The line is no document; the message is the reason."""
+    """A line that is not a document; the message is the reason."""
 
 
 def _text_of(raw: bytes) -> str:
@@ -222,12 +223,16 @@ def _text_of(raw: bytes) -> str:
         raise _BadLineError(f"{_json_type(value)}, not an object")
     text = value.get("text")
     if not isinstance(text, str) or not text or text.isspace():
-        raise _BadLineError(_why_no_text(value))
+        raise _BadLineError(_missing_text(value))
     return text
 
 
 def _loads_leniently(raw: bytes) -> Any:
-    """What Python reads and orjson does not (NaN, deep nesting, half surrogates outside the text), or the reason."""
+    """Parse what orjson rejects but Python accepts: NaN, deep nesting, lone surrogates outside `text`.
+
+    Raises:
+        _BadLineError: Python rejects it too.
+    """
     try:
         value = json.loads(raw.decode())
         if isinstance(value, dict) and isinstance(value.get("text"), str):
@@ -240,7 +245,7 @@ def _loads_leniently(raw: bytes) -> Any:
     except json.JSONDecodeError as error:
         if raw.rstrip().endswith((b"{", b"[", b",")) and raw.lstrip().startswith((b"{", b"[")):
             raise _BadLineError(
-                "JSON over several lines; one object per line is wanted, without commas between"
+                "JSON over several lines; write one object per line, without commas between them"
             ) from None
         is_truncated = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip())
         reason = "truncated JSON" if is_truncated else f"not JSON: {error.msg} at character {error.pos + 1}"
@@ -251,7 +256,7 @@ def _loads_leniently(raw: bytes) -> Any:
     raise _BadLineError(reason)
 
 
-def _why_no_text(value: dict[str, Any]) -> str:
+def _missing_text(value: dict[str, Any]) -> str:
     if "text" not in value:
         names = [_printable(name[:40]) for name in sorted(value)[:8]]
         return f'no "text" field (found: {", ".join(names) or "nothing"})'
@@ -260,7 +265,7 @@ def _why_no_text(value: dict[str, Any]) -> str:
 
 
 def _printable(name: str) -> str:
-    """The name on one line, with what steers a terminal or is no character (half a surrogate pair) spelt out."""
+    """Return `name` with control characters and lone surrogates as escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 

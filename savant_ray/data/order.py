@@ -1,13 +1,13 @@
-"""Which sequence is at position p: a pure function of (seed, p).
+"""Global order of the sequences: the sequence at position p is a pure function of (seed, p).
 
-Positions count the sequences of the endless global order. Nothing is stored and nothing replayed, so that any start
-position costs the same and any number of workers sees the same steps.
+Positions number the sequences of an infinite order. No state is stored and nothing is replayed, so resuming at any position
+takes the same time, and the sequences of a step do not depend on the number of workers.
 
 Mixing is chairman assignment (R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980) over one
-period of the rational weights: in every prefix of n positions each source has weight · n sequences, off by less than 1.
-Weights whose exact period is longer than `MAX_PERIOD` are rounded to fractions of it first. Weights that are fractions
-of the documents become weights of sequences first (`weights_by_documents`). Shuffling is a Feistel network with cycle
-walking, keyed by seed, source and epoch.
+period of the rational weights: among the first n positions, the number of sequences of each source differs from weight · n
+by less than 1. Weights whose exact period is longer than `MAX_PERIOD` are rounded to multiples of 1 / `MAX_PERIOD`. Weights
+that are fractions of the documents are first converted to weights of sequences (`weights_by_documents`). Shuffling is a
+Feistel network with cycle walking, keyed by seed, source and epoch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
 Weight = float | Fraction
 
-MAX_PERIOD = 100_000  # as `WEIGHT_RESOLUTION` in config.py, which would take too long to import here
-FEISTEL_ROUNDS = 8  # each changes both halves
-ROUND_KEY = np.uint64(0xD1342543DE82EF95)  # odd, so that no round key comes twice
+MAX_PERIOD = 100_000  # equal to `WEIGHT_RESOLUTION` in config.py, whose import would take too long here
+FEISTEL_ROUNDS = 8  # a round changes both halves
+ROUND_KEY = np.uint64(0xD1342543DE82EF95)  # odd, so that no round key repeats
 
 
 class GlobalOrder:
-    """Sources of `sizes` sequences mixed by `weights`, each reshuffled every epoch and cycled for ever.
+    """Infinite order of the sequences of several sources, mixed by `weights` and reshuffled in each epoch of a source.
+
+    `sizes` are the numbers of sequences of the sources.
 
     Raises:
         DataError: a source is empty.
@@ -46,23 +48,23 @@ class GlobalOrder:
             raise DataError(f"source {min(range(len(sizes)), key=sizes.__getitem__)} yields no sequence")
         self._sizes = np.asarray(sizes, dtype=np.int64)
         self._seed = seed
-        self._pattern, self._turn = _period(_counts(weights))
+        self._pattern, self._occurrence = _period(_counts(weights))
         self._per_period = np.bincount(self._pattern, minlength=len(sizes)).astype(np.int64)
 
     def locate(self, positions: Int64s) -> tuple[Int64s, Int64s]:
-        """The source and the row in it for each position, two arrays shaped like `positions` (all ≥ 0)."""
+        """Return source and row of each position, two arrays of the shape of `positions` (all ≥ 0)."""
         period, offset = np.divmod(positions, len(self._pattern))
         source = self._pattern[offset]
-        epoch, slot = np.divmod(period * self._per_period[source] + self._turn[offset], self._sizes[source])
+        epoch, slot = np.divmod(period * self._per_period[source] + self._occurrence[offset], self._sizes[source])
         row = np.empty_like(slot)
         for index, size in enumerate(self._sizes):
-            mine = source == index
-            row[mine] = permute(slot[mine], int(size), _keys(self._seed, index, epoch[mine]))
+            mask = source == index
+            row[mask] = permute(slot[mask], int(size), _keys(self._seed, index, epoch[mask]))
         return source, row
 
 
-def share(effective_batch: int, rank: int, world_size: int) -> range:
-    """Rank's part of a step: contiguous, the ranks' parts differ by at most one."""
+def rank_slice(effective_batch: int, rank: int, world_size: int) -> range:
+    """Return the sequences of a step that `rank` computes: contiguous, and their number differs by at most 1."""
     return range(effective_batch * rank // world_size, effective_batch * (rank + 1) // world_size)
 
 
@@ -72,8 +74,8 @@ def weights_by_documents(
     """Return the fraction of the sequences that each source needs for `weights` to be fractions of the documents.
 
     `documents` and `sequences` are the sizes of the sources. A sequence of source i counts as its mean number of
-    documents, `documents[i] / sequences[i]`, and a document in several sequences as one document. So the documents are
-    in proportion to `weights` after whole epochs of all sources; in other prefixes they are so on average.
+    documents, `documents[i] / sequences[i]`, and a document in several sequences as one document. After complete epochs
+    of all sources the documents are exactly in proportion to `weights`, before that on average.
     """
     parts = [
         Fraction(str(weight)) * n_sequences / n_documents  # as written: 0.1 is a tenth
@@ -84,9 +86,9 @@ def weights_by_documents(
 
 
 def permute(slots: Int64s, size: int, keys: UInt64s) -> Int64s:
-    """The images of `slots` under the permutations of range(size) chosen by `keys`, one key per slot.
+    """Apply to each slot the permutation of range(size) that its key selects; `slots` and `keys` have the same shape [N].
 
-    The network permutes the next power of two; an image outside is permuted again until it falls inside.
+    The Feistel network permutes the next power of two; values ≥ `size` are permuted again (cycle walking).
     """
     bits = max((size - 1).bit_length(), 2)
     images = slots.astype(np.uint64)
@@ -107,7 +109,9 @@ def _counts(weights: Sequence[Weight]) -> list[int]:
         SettingsError: a weight is not positive, or less than one position of the longest period.
     """
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise SettingsError(f"weights {_listed(weights)}: every weight must be above 0; leave the source out instead")
+        raise SettingsError(
+            f"weights {_listed(weights)}: every weight must be greater than 0; remove the source instead"
+        )
     exact = [Fraction(str(weight)) for weight in weights]  # as written: 0.1 is a tenth
     total = sum(exact)
     if min(exact) * MAX_PERIOD < total:
@@ -127,35 +131,35 @@ def _counts(weights: Sequence[Weight]) -> list[int]:
 
 
 def _period(counts: list[int]) -> tuple[Int64s, Int64s]:
-    """Return the source at each offset of a period, and how often that source came before in the period.
+    """Return the source at each offset of a period, and the number of its earlier occurrences in the period.
 
-    Tijdeman's rule: of the sources that may take an offset, the one with the earliest deadline, ties to the first.
-    Source i may take its next turn k at the first offset with slack · (count · (offset + 1) − k · period) ≥ period; its
-    deadline is (slack · (k + 1) − 1) · period / (slack · count).
+    Tijdeman's rule: an offset goes to the eligible source with the earliest deadline, the first one among equals.
+    Occurrence k of source i is eligible from the first offset with slack · (count · (offset + 1) − k · period) ≥ period;
+    its deadline is (slack · (k + 1) − 1) · period / (slack · count).
     """
     period, slack = sum(counts), max(2 * len(counts) - 2, 1)
 
     def release(source: int, k: int) -> int:
         return -(-(slack * k + 1) * period // (slack * counts[source])) - 1
 
-    pattern, turn = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
+    pattern, occurrence = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
     waiting = [(release(source, 0), source, 0) for source in range(len(counts))]
     heapq.heapify(waiting)
-    entitled: list[tuple[float, int, int]] = []
+    eligible: list[tuple[float, int, int]] = []
     for offset in range(period):
         while waiting and waiting[0][0] <= offset:
             _, source, k = heapq.heappop(waiting)
-            # One correctly rounded division: unlike quotients of numbers this small are further apart than the rounding.
-            heapq.heappush(entitled, ((slack * (k + 1) - 1) / counts[source], source, k))
-        _, source, k = heapq.heappop(entitled)
-        pattern[offset], turn[offset] = source, k
+            # The division is correctly rounded, and different quotients of such small integers differ by more than that.
+            heapq.heappush(eligible, ((slack * (k + 1) - 1) / counts[source], source, k))
+        _, source, k = heapq.heappop(eligible)
+        pattern[offset], occurrence[offset] = source, k
         if k + 1 < counts[source]:
             heapq.heappush(waiting, (release(source, k + 1), source, k + 1))
-    return pattern, turn
+    return pattern, occurrence
 
 
 def _feistel(values: UInt64s, bits: int, keys: UInt64s) -> UInt64s:
-    """A permutation of range(2**bits) per key; halves of unequal length take turns."""
+    """Permute values of range(2**bits), each by its key; the halves may differ in length by one bit."""
     low_bits = bits // 2
     low, high = values & _ones(low_bits), values >> np.uint64(low_bits)
     for _ in range(FEISTEL_ROUNDS):
@@ -167,13 +171,13 @@ def _feistel(values: UInt64s, bits: int, keys: UInt64s) -> UInt64s:
 
 
 def _keys(seed: int, source: int, epochs: Int64s) -> UInt64s:
-    """One key per epoch; unlike (seed, source, epoch) give unrelated keys."""
+    """Return one key per epoch; keys of different (seed, source, epoch) are unrelated."""
     start = _scramble(np.asarray([seed % (1 << 64)], dtype=np.uint64)) + np.uint64(source)
     return _scramble(_scramble(start) + epochs.astype(np.uint64))
 
 
 def _scramble(values: UInt64s) -> UInt64s:
-    """SplitMix64's finalizer (S. Vigna): every bit of the input moves half the bits of the output."""
+    """Apply SplitMix64's finalizer (S. Vigna): each input bit changes half of the output bits on average."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

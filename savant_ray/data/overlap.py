@@ -1,7 +1,7 @@
-"""Held-out text that is in the training text, too: files are left out, single documents are counted.
+"""Detects validation text in the training text: whole files are excluded, single documents are counted.
 
-Each shard of a token cache has a file beside it with a 64-bit digest of each of its documents, in order. So the count
-needs no text, memory only for the digests of the validation text, and it is remembered for each pair of caches.
+Each shard of a token cache has a file with a 64-bit digest of each of its documents, in order. Counting therefore reads no
+text and holds only the digests of the validation text in memory; the result is cached for each combination of caches.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from savant_ray.data.content import content_hashes, fingerprint, write_aside
-from savant_ray.data.sealed import seal, unseal
+from savant_ray.data.atomic_files import dump_with_checksum, fingerprint, load_with_checksum, write_atomically
+from savant_ray.data.content import content_hashes
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import TokenCache
 
 DIGEST_BYTES = 8
-DIGESTS_AT_ONCE = 1 << 20  # of the training text held in memory
+BLOCK_DIGESTS = 1 << 20  # digests of the training text in memory at a time
 
 Digests = NDArray[np.uint64]
 
@@ -27,7 +27,7 @@ Digests = NDArray[np.uint64]
 def split_held_out(
     files: Sequence[SourceFile], held_out: Sequence[SourceFile], cache_dir: Path
 ) -> tuple[list[SourceFile], list[SourceFile]]:
-    """Split `files` into those to train on and those whose content is that of a held-out file, whatever their names.
+    """Split `files` into those to train on and those that have the same content as a held-out file.
 
     Raises:
         DataError: a file cannot be read.
@@ -43,56 +43,56 @@ def split_held_out(
 
 
 def document_digests(texts: Iterable[str]) -> bytes:
-    """Return the digests of the texts, one after the other."""
+    """Return the concatenated digests of the texts."""
     return b"".join(hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest() for text in texts)
 
 
 def digests_path(shard: Path) -> Path:
-    """Return where the digests of a shard's documents are."""
+    """Return the path of the file with the digests of a shard's documents."""
     return shard.with_suffix(".documents")
 
 
 def count_held_out_documents(validation: TokenCache, sources: Sequence[TokenCache]) -> int | None:
     """Return how many validation documents occur verbatim in the sources.
 
-    None: a cache is of a version that kept no digests.
+    None: a cache was written by a version that stored no digests.
     """
     identity = fingerprint({"validation": validation.fingerprint, "sources": [cache.fingerprint for cache in sources]})
     path = validation.folder.parent / f"overlap-{identity[:16]}.json"
-    if (remembered := _remembered(path)) is not None:
-        return remembered
+    if (cached := _cached_count(path)) is not None:
+        return cached
     try:
         count = _count(validation, sources)
     except FileNotFoundError:
         return None
-    write_aside(path, seal({"documents": count}))
+    write_atomically(path, dump_with_checksum({"documents": count}))
     return count
 
 
-def _remembered(path: Path) -> int | None:
-    """Return the count that was written to `path`; None if there is none, or if it was altered."""
+def _cached_count(path: Path) -> int | None:
+    """Load a count; None if the file is missing or damaged."""
     try:
-        return int(unseal(path.read_text(encoding="utf-8"))["documents"])
+        return int(load_with_checksum(path.read_text(encoding="utf-8"))["documents"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
 def _count(validation: TokenCache, sources: Sequence[TokenCache]) -> int:
     held_out = np.concatenate([np.empty(0, np.uint64), *_digests(validation)])
-    wanted, counts = np.unique(held_out, return_counts=True)
-    if not len(wanted):
+    unique, counts = np.unique(held_out, return_counts=True)
+    if not len(unique):
         return 0
-    occurs = np.zeros(len(wanted), dtype=bool)
+    occurs = np.zeros(len(unique), dtype=bool)
     for source in sources:
         for digests in _digests(source):
-            at = np.minimum(np.searchsorted(wanted, digests), len(wanted) - 1)
-            occurs[at[wanted[at] == digests]] = True
+            index = np.minimum(np.searchsorted(unique, digests), len(unique) - 1)
+            occurs[index[unique[index] == digests]] = True
     return int(counts[occurs].sum())
 
 
 def _digests(cache: TokenCache) -> Iterator[Digests]:
-    """Yield the digests of all shards. Raises FileNotFoundError if the cache has none."""
+    """Yield the digests of all shards in blocks. Raises FileNotFoundError if the cache has none."""
     for shard in cache.manifest.shards:
         with digests_path(cache.folder / shard.name).open("rb") as file:
-            while len(digests := np.fromfile(file, np.uint64, DIGESTS_AT_ONCE)):
+            while len(digests := np.fromfile(file, np.uint64, BLOCK_DIGESTS)):
                 yield digests

@@ -1,8 +1,8 @@
-"""Documents → rows of exactly `sequence_length` tokens, told as pieces: which part of which document lies where.
+"""Packs documents into rows of `sequence_length` tokens.
 
-Padding every document to a row wastes 19 to 55 %, concatenate-and-split cuts 44 to 88 % of the documents. Best-fit
-decreasing cuts only what is longer than a row; where its gaps come to more than WASTE, the emptiest rows are poured
-into the largest gaps, which cuts as few further documents as possible.
+In measurements, one document per row wasted 19 to 55 % of the tokens, and concatenating and splitting cut 44 to 88 %
+of the documents. Best-fit decreasing cuts only documents that are longer than a row. If more than `MAX_PADDING` of the
+tokens are padding after that, the emptiest rows are moved into the largest gaps, which cuts few additional documents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-WASTE = 0.0005  # share of padding below which no further document is cut
+MAX_PADDING = 0.0005  # fraction of padding below which no further documents are cut
 
 
 class Piece(NamedTuple):
@@ -31,7 +31,7 @@ Row = list[Piece]
 
 @dataclass(frozen=True)
 class Packing:
-    """The pieces of all rows, row after row; `row_ends[i]` is the number of pieces up to the end of row i."""
+    """Pieces of all rows in order; `row_ends[i]` is the number of pieces up to the end of row i."""
 
     sequence_length: int
     documents: NDArray[np.int64]
@@ -43,7 +43,7 @@ class Packing:
         return len(self.row_ends)
 
     def fill(self, tokens: NDArray[Any], document_starts: NDArray[np.int64]) -> NDArray[Any]:
-        """The rows [N, sequence_length]; document d's tokens begin at `tokens[document_starts[d]]`; padding is 0."""
+        """Return the rows [N, sequence_length]; document d begins at `tokens[document_starts[d]]`, and padding is 0."""
         rows = np.zeros((len(self), self.sequence_length), dtype=tokens.dtype)
         first_of_piece = np.cumsum(self.lengths) - self.lengths
         origin = document_starts[self.documents] + self.starts - first_of_piece
@@ -55,9 +55,9 @@ class Packing:
 
 
 def pack(lengths: Sequence[int], sequence_length: int) -> Packing:
-    """Rows that hold every token of documents of these lengths exactly once; the same lengths give the same rows."""
+    """Pack documents of these lengths: each token is in one row. The result depends only on the arguments."""
     full, rest = _cut_long(lengths, sequence_length)
-    rows = [[piece] for piece in full] + _top_up(*_best_fit(rest, sequence_length), sequence_length)
+    rows = [[piece] for piece in full] + _fill_gaps(*_best_fit(rest, sequence_length), sequence_length)
     pieces = np.array([piece for row in rows for piece in row], dtype=np.int64).reshape(-1, 3)
     documents, starts, sizes = pieces.T
     row_ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
@@ -65,18 +65,18 @@ def pack(lengths: Sequence[int], sequence_length: int) -> Packing:
 
 
 def _cut_long(lengths: Sequence[int], sequence_length: int) -> tuple[list[Piece], list[Piece]]:
-    """Pieces that fill a row by themselves, and the shorter rest of every document, longest first."""
+    """Return pieces that fill a row, and the shorter remainders of the documents, the longest first."""
     full, rest = [], []
     for document, length in enumerate(lengths):
-        whole = length - length % sequence_length
-        full += [Piece(document, start, sequence_length) for start in range(0, whole, sequence_length)]
-        if whole < length:
-            rest.append(Piece(document, whole, length - whole))
+        cut = length - length % sequence_length
+        full += [Piece(document, start, sequence_length) for start in range(0, cut, sequence_length)]
+        if cut < length:
+            rest.append(Piece(document, cut, length - cut))
     return full, sorted(rest, key=lambda piece: -piece.length)
 
 
 def _best_fit(pieces: list[Piece], sequence_length: int) -> tuple[list[Row], list[int]]:
-    """Each piece goes to the row where it leaves the smallest gap; returns the rows and their gaps."""
+    """Add each piece to the row where it leaves the smallest gap; return the rows and their gaps in tokens."""
     rows: list[Row] = []
     gaps: list[int] = []
     rows_with_gap: list[list[int]] = [[] for _ in range(sequence_length + 1)]
@@ -99,21 +99,21 @@ def _best_fit(pieces: list[Piece], sequence_length: int) -> tuple[list[Row], lis
     return rows, gaps
 
 
-def _top_up(rows: list[Row], gaps: list[int], sequence_length: int) -> list[Row]:
-    """Pours the emptiest row into the largest gaps of the others, until little padding or less than a row is left."""
+def _fill_gaps(rows: list[Row], gaps: list[int], sequence_length: int) -> list[Row]:
+    """Move the emptiest row into the largest gaps of the others until little padding, or less than a row, remains."""
     largest = [(-gap, row) for row, gap in enumerate(gaps) if gap]
     heapq.heapify(largest)
-    padding, allowed = sum(gaps), WASTE * len(rows) * sequence_length
-    while padding >= max(sequence_length, allowed):
+    padding, max_padding = sum(gaps), MAX_PADDING * len(rows) * sequence_length
+    while padding >= max(sequence_length, max_padding):
         _, emptiest = heapq.heappop(largest)
         padding -= sequence_length
         pieces, rows[emptiest] = rows[emptiest], []
         for piece in pieces:
-            _pour(piece, rows, largest)
+            _split_into_gaps(piece, rows, largest)
     return [row for row in rows if row]
 
 
-def _pour(piece: Piece, rows: list[Row], largest: list[tuple[int, int]]) -> None:
+def _split_into_gaps(piece: Piece, rows: list[Row], largest: list[tuple[int, int]]) -> None:
     while piece.length:
         negative_gap, row = heapq.heappop(largest)
         taken = min(piece.length, -negative_gap)

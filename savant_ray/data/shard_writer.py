@@ -1,6 +1,6 @@
-"""One byte range → one shard: parse, tokenise, pack, write; what a Ray Data task of the preparation does.
+"""Writes the shard of one byte range: reads the lines, tokenizes and packs the documents.
 
-Memory is bounded by a chunk of tokens, whatever the length of the range: a compressed file is a single one.
+Memory is bounded by `CHUNK_TOKENS`, not by the length of the range, because a compressed file is a single range.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from savant_ray.data.content import write_aside
+from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
 from savant_ray.data.jsonl import ByteRange, Line, RangeReader, plan_ranges
 from savant_ray.data.overlap import digests_path, document_digests
 from savant_ray.data.packing import pack
-from savant_ray.data.sealed import seal, unseal
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import crc32, shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
 
-BATCH_CHARACTERS = 1 << 18  # tokenised at once
-CHUNK_TOKENS = 1 << 21  # packed at once: many rows, so that the last one's padding does not count
-NAMED_BAD_LINES = 100
-NAMED_CHARACTERS = 10
+BATCH_CHARACTERS = 1 << 18  # tokenized in one call
+CHUNK_TOKENS = 1 << 21  # packed in one call: so many rows that the padding of the last one is negligible
+NAMED_BAD_LINES = 100  # stored with line number and reason
+NAMED_CHARACTERS = 10  # of those that the tokenizer drops
 READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How text becomes rows; travels to the workers."""
+    """Parameters of tokenization and packing; sent to the tasks."""
 
     tokenizer_json: str
     tokenizer_name: str
@@ -46,7 +45,7 @@ class Recipe:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, sequence_length: int, max_line_bytes: int) -> Recipe:
-        """Build the recipe that uses this tokenizer."""
+        """Build the recipe for a tokenizer."""
         return cls(
             tokenizer_json=tokenizer.to_json(),
             tokenizer_name=tokenizer.name,
@@ -59,7 +58,7 @@ class Recipe:
 
 @dataclass
 class RangeSummary:
-    """What a range yielded; line numbers count from the start of the range."""
+    """Counts of one range; line numbers are counted from the start of the range."""
 
     lines: int = 0
     documents: int = 0
@@ -72,11 +71,11 @@ class RangeSummary:
     bad_lines: int = 0
     first_bad_lines: list[tuple[int, str]] = field(default_factory=list)
     characters: int = 0  # of the documents
-    dropped_characters: int = 0  # of them, for which the tokenizer has no token and no unknown token
-    first_dropped: tuple[int, str] | None = None  # line, and the characters that are dropped in it
+    dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
+    first_dropped: tuple[int, str] | None = None  # line number and its dropped characters
 
     def count(self, line: Line) -> None:
-        """Takes in a line of any kind."""
+        """Count a line of any kind."""
         self.lines = line.number
         if line.text:
             self.documents += 1
@@ -95,16 +94,16 @@ class RangeSummary:
 
     @classmethod
     def read(cls, folder: Path, index: int) -> RangeSummary:
-        """The summary that lies in `folder`.
+        """Load the summary of a range from `folder`.
 
         Raises:
-            OSError, ValueError, TypeError: it is missing, or not what was written.
+            OSError, ValueError, TypeError: it is missing or damaged.
         """
-        return cls(**unseal((folder / summary_name(index)).read_text()))
+        return cls(**load_with_checksum((folder / summary_name(index)).read_text()))
 
     @classmethod
     def is_complete(cls, folder: Path, index: int) -> bool:
-        """Whether the range is done: summary and shard are there and what was written; reads the shard."""
+        """Whether summary and shard exist and are undamaged; reads the shard."""
         shard = folder / shard_name(index)
         try:
             summary = cls.read(folder, index)
@@ -117,29 +116,29 @@ class RangeSummary:
 
 
 def shard_name(index: int) -> str:
-    """The file that holds the rows of a range."""
+    """Return the name of the file with the rows of a range."""
     return f"shard-{index:05d}.arrow"
 
 
 def summary_name(index: int) -> str:
-    """The file that says the shard is complete."""
+    """Return the name of the file with the summary of a range, which exists once its shard is complete."""
     return f"shard-{index:05d}.json"
 
 
 def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> Iterator[int]:
-    """Makes shard and summary of a range; yields, as it goes on, how many of its bytes have been read.
+    """Write shard and summary of a range; yield the number of its bytes that have been read so far.
 
     Raises:
         DataError: the file cannot be read.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one CPU
     tokenizer = tokenizer_of(recipe)
     summary = RangeSummary()
     chunk = _Chunk(recipe.sequence_length, tokenizer)
     shard = _ShardFile(folder / shard_name(index), chunk.schema)
     digests = digests_path(folder / shard_name(index))
-    digests_aside = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
-    with RangeReader(part, recipe.max_line_bytes) as lines, shard, digests_aside.open("wb") as digests_file:
+    temporary_digests = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
+    with RangeReader(part, recipe.max_line_bytes) as lines, shard, temporary_digests.open("wb") as digests_file:
         for batch in _batches(lines, summary):
             try:
                 chunk.add(batch, summary)
@@ -152,21 +151,21 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
             yield lines.bytes_read
         if chunk.tokens:
             shard.write(chunk.pack_into(summary))
-    digests_aside.replace(digests)
+    temporary_digests.replace(digests)
     summary.shard_bytes, summary.shard_crc32 = shard.bytes, shard.crc32
-    write_aside(folder / summary_name(index), seal(dataclasses.asdict(summary)))
+    write_atomically(folder / summary_name(index), dump_with_checksum(dataclasses.asdict(summary)))
 
 
 @lru_cache(maxsize=1)
 def tokenizer_of(recipe: Recipe) -> Tokenizer:
-    """Return the tokenizer of a recipe."""
+    """Build the tokenizer of a recipe."""
     return Tokenizer.from_json(
         recipe.tokenizer_json, recipe.tokenizer_name, recipe.end_of_document, recipe.add_special_tokens
     )
 
 
 def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line]]:
-    """The documents among `lines`, about BATCH_CHARACTERS at a time."""
+    """Yield the lines that are documents in batches of about BATCH_CHARACTERS."""
     batch: list[Line] = []
     characters = 0
     for line in lines:
@@ -181,10 +180,10 @@ def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line
 
 
 def encode_beginning(file: SourceFile, tokenizer: Tokenizer, characters: int = BATCH_CHARACTERS) -> None:
-    """Encode the first `characters` of a file, to find out early whether the tokenizer can.
+    """Check early, on the first `characters` of a file, whether the tokenizer can encode it.
 
     Raises:
-        DataError: it cannot encode one of the lines, or the file cannot be read.
+        DataError: the tokenizer cannot encode one of the lines, or the file cannot be read.
     """
     for part in plan_ranges([file])[:1]:
         with RangeReader(part) as lines:
@@ -199,7 +198,7 @@ def encode_beginning(file: SourceFile, tokenizer: Tokenizer, characters: int = B
 
 
 class _UnencodableLineError(Exception):
-    """The tokenizer cannot encode a line; `line` counts from the start of the range."""
+    """A line that the tokenizer cannot encode; `line` is counted from the start of the range."""
 
     def __init__(self, line: int, reason: str) -> None:
         super().__init__(reason)
@@ -207,19 +206,19 @@ class _UnencodableLineError(Exception):
 
 
 def _lines_before(part: ByteRange) -> int:
-    """Return how many lines of the file start before the range; reads the file up to there."""
+    """Count the lines of the file that start before the range, by reading the file up to the range."""
     if not part.start:
         return 0
     filesystem, path = part.file.resolve()
-    newlines, left = 0, part.start - 1  # a newline right before `start` begins a line of this range
+    newlines, remaining = 0, part.start - 1  # the line after a newline at `start` - 1 belongs to this range
     with filesystem.open_input_stream(path, compression=None) as stream:
-        while left and (block := stream.read(min(left, READ_BYTES))):
-            newlines, left = newlines + block.count(b"\n"), left - len(block)
+        while remaining and (block := stream.read(min(remaining, READ_BYTES))):
+            newlines, remaining = newlines + block.count(b"\n"), remaining - len(block)
     return newlines + 1
 
 
 class _Chunk:
-    """Tokenised documents that wait to be packed together."""
+    """Tokenized documents to be packed together."""
 
     def __init__(self, sequence_length: int, tokenizer: Tokenizer) -> None:
         self.tokens = 0
@@ -231,7 +230,7 @@ class _Chunk:
         self._lines: list[int] = []
 
     def add(self, batch: Sequence[Line], summary: RangeSummary) -> None:
-        """Tokenise the lines' texts as documents.
+        """Tokenize the texts of the lines as documents.
 
         Raises:
             _UnencodableLineError: the tokenizer cannot encode one of them.
@@ -254,7 +253,7 @@ class _Chunk:
             raise
 
     def pack_into(self, summary: RangeSummary) -> pa.RecordBatch:
-        """The rows of the chunk, counted in `summary`; the chunk is empty afterwards."""
+        """Pack the documents into rows, add their counts to `summary`, and clear the chunk."""
         lengths = np.array([len(document) for document in self._documents], dtype=np.int64)
         packing = pack(lengths.tolist(), self._sequence_length)
         rows = packing.fill(np.concatenate(self._documents), np.cumsum(lengths) - lengths)
@@ -267,13 +266,13 @@ class _Chunk:
 
 
 class _ShardFile:
-    """An Arrow file that is there when it is complete; without rows it is never there."""
+    """Arrow file that gets its name when it is complete; not created if it would have no rows."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.bytes = 0
         self.crc32: int | None = None
         self._path = path
-        self._aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._schema = schema
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
 
@@ -281,9 +280,9 @@ class _ShardFile:
         return self
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Appends rows."""
+        """Append rows."""
         if self._writer is None:
-            self._writer = pa.ipc.new_file(str(self._aside), self._schema)
+            self._writer = pa.ipc.new_file(str(self._temporary), self._schema)
         self._writer.write_batch(batch)
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
@@ -291,7 +290,7 @@ class _ShardFile:
             return
         self._writer.close()
         if failed:
-            self._aside.unlink()
+            self._temporary.unlink()
         else:
-            self.bytes, self.crc32 = self._aside.stat().st_size, crc32(self._aside)
-            self._aside.replace(self._path)
+            self.bytes, self.crc32 = self._temporary.stat().st_size, crc32(self._temporary)
+            self._temporary.replace(self._path)

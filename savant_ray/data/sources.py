@@ -1,11 +1,11 @@
-"""Files, folders, globs and URIs → the files behind them.
+"""Lists the source files that paths, folders, globs and URIs refer to.
 
-The same rules for the local disk and for every `pyarrow.fs` store (s3://, gs://, hdfs://, hf://). Local folders are
-listed by Python, because Arrow raises for a name that is not UTF-8 and follows a link back to its own folder 40 times.
+The rules are the same for local files and for all `pyarrow.fs` file systems (s3://, gs://, hdfs://, hf://). Local folders
+are listed with `os`, because Arrow raises for a name that is not UTF-8 and follows a symbolic link cycle 40 times.
 """
 
 # ruff: noqa: PTH112, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
-# Names may hold bytes that are no UTF-8, links may loop, rights may be missing: os.path answers where Path raises.
+# os.path returns a result where Path raises: for names that are not UTF-8, link cycles and missing permissions.
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ from savant_ray.locations import (
 
 PLAIN_SUFFIXES = (".jsonl", ".json", ".ndjson")
 SUFFIXES = tuple(suffix + packed for suffix in PLAIN_SUFFIXES for packed in ("", *CODECS))
-NAMED_AT_MOST = 5  # of the files that a warning or error is about
-GCS_SECONDS = 30  # of retries; by default its client tries for 15 minutes where there is no network
-LISTING_THREADS = 16  # a network file system answers each with a delay
+MAX_NAMED = 5  # files that a warning or error names
+GCS_RETRY_SECONDS = 30  # without a network the client would retry for 15 minutes by default
+LISTING_THREADS = 16  # hide the latency of network file systems
 
 Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of JSON lines, and what tells whether it has changed since it was listed."""
+    """A JSONL file as it was listed, with what identifies its version."""
 
     path: str  # absolute, or a URI with `%20` decoded
     size: int  # bytes as stored
     mtime_ns: int
     query: str = ""  # options of a URI: "?endpoint_override=…"
-    version: str = ""  # of a local file: inode and time of the last change of content or attributes
-    format: str = ""  # by the first bytes: a name in `formats.READABLE`; "": go by the suffix
+    version: str = ""  # of a local file: inode and ctime
+    format: str = ""  # detected by the first bytes, as `formats.format_of` returns it; "": use the suffix
 
     @property
     def codec(self) -> str | None:
-        """How its bytes become UTF-8 lines: a compression or an encoding; None if they are."""
+        """Compression or encoding from which the bytes are decoded; None for plain UTF-8."""
         if self.format:
             return None if self.format == "text" else self.format
         return CODECS.get(PurePosixPath(self.path).suffix.lower())
@@ -77,10 +77,10 @@ class SourceFile:
         return file_system(encoded_uri(self.path) + self.query, DataError)
 
     def current(self) -> SourceFile:
-        """Return the file as it is now; size and times differ if it was changed.
+        """Return the current state of the file; size or times differ if it was changed.
 
         Raises:
-            DataError: it is gone or cannot be reached.
+            DataError: it was removed or cannot be accessed.
         """
         if not is_uri(self.path):
             return _local_file(self.path, self.path)
@@ -88,33 +88,33 @@ class SourceFile:
         with _errors_named(self.path):
             info = filesystem.get_file_info(path)
         if info.type != pafs.FileType.File:
-            raise DataError(f"{printable(self.path)}: was there a moment ago and is gone")
+            raise DataError(f"{printable(self.path)}: was removed after it was listed")
         return SourceFile(self.path, info.size, info.mtime_ns or 0, self.query)
 
 
 def expand(pattern: str | Sequence[str], warn: Warn | None = None) -> list[SourceFile]:
-    """List the files behind a path, folder (recursively), glob or URI, sorted, each once.
+    """Return the files of a path, folder (recursively), glob or URI, or of a list of them: sorted and without duplicates.
 
-    In a glob `*`, `?` and `[…]` stay within a folder and `**` crosses folders. A name is read literally first, so that
-    the folder `[2024-01]` is found. `warn` (by default the log) receives a line for each thing that is left
-    out: broken links, names that are not UTF-8, folders that may not be read, files that are listed under two names.
+    In a glob `*`, `?` and `[…]` match within a folder and `**` matches across folders. An existing path is not interpreted
+    as a glob, so the folder `[2024-01]` can be used. `warn` (by default the logger) receives a message for everything that
+    is left out: broken links, names that are not UTF-8, folders without read permission, files under a second name.
 
     Raises:
-        DataError: nothing is there, or what is there cannot be read as text; names the pattern.
+        DataError: there is no file, or a file is not readable text; the message names the pattern.
     """
     warn = warn or logging.getLogger(__name__).warning
     patterns = [pattern] if isinstance(pattern, str) else pattern
     if not patterns or "" in patterns:
         raise DataError("no file, folder, glob or URI is given")
-    found: dict[str, SourceFile] = {}
-    for each in patterns:
-        for file in _remote_files(each) if is_uri(each) else _local_files(each, warn):
-            found.setdefault(file.path, file)
-    return _each_once([found[path] for path in sorted(found)], warn)
+    files: dict[str, SourceFile] = {}
+    for item in patterns:
+        for file in _remote_files(item) if is_uri(item) else _local_files(item, warn):
+            files.setdefault(file.path, file)
+    return _without_links([files[path] for path in sorted(files)], warn)
 
 
 def refuse_empty(files: Sequence[SourceFile]) -> None:
-    """Check that there is anything to read; some empty files among others do not matter.
+    """Check that at least one file is not empty.
 
     Raises:
         DataError: all files are empty.
@@ -129,28 +129,28 @@ def file_system(uri: str, error: type[SavantError]) -> tuple[pafs.FileSystem, st
     """Return the file system of a URI and the path in it.
 
     Raises:
-        error: pyarrow knows no such file system, or it cannot be used on this machine.
+        error: pyarrow does not support the scheme, or the file system cannot be used on this machine.
     """
     uri = canonical_uri(uri, error=error)
     base, query = split_query(uri)
     decoded = decoded_uri(base)
     try:
         filesystem, path = pafs.FileSystem.from_uri(encoded_uri(decoded) + query)
-    except Exception as reason:  # ArrowInvalid, OSError, ImportError, or any error of a file system written in Python
-        raise error(f"{printable(decoded + query)}: no storage that could be used ({why(reason)})") from reason
+    except Exception as reason:  # ArrowInvalid, OSError, ImportError, or any exception of a file system in Python
+        raise error(f"{printable(decoded + query)}: the file system cannot be used ({why(reason)})") from reason
     return filesystem, path
 
 
 def with_short_retries(uri: str) -> str:
-    """Return the URI with a limit for the retries of Google Cloud Storage's client, unless it has one."""
+    """Return the URI with a time limit for retries if it is in Google Cloud Storage and has no such limit."""
     base, query = split_query(uri)
     if not base.lower().startswith(("gs://", "gcs://")) or "retry_limit_seconds" in query:
         return uri
-    return f"{base}{query or '?'}{'&' * bool(query.removeprefix('?'))}retry_limit_seconds={GCS_SECONDS}"
+    return f"{base}{query or '?'}{'&' * bool(query.removeprefix('?'))}retry_limit_seconds={GCS_RETRY_SECONDS}"
 
 
-def _each_once(files: Sequence[SourceFile], warn: Warn) -> list[SourceFile]:
-    """Drop local files that are another one of them under a second name: links."""
+def _without_links(files: Sequence[SourceFile], warn: Warn) -> list[SourceFile]:
+    """Drop symbolic links to local files that are in the list too."""
     real_folder = cache(os.path.realpath)
 
     def real_path(path: str) -> str:
@@ -164,36 +164,30 @@ def _each_once(files: Sequence[SourceFile], warn: Warn) -> list[SourceFile]:
     first: dict[str, str] = {}
     for path in sorted(real, key=lambda path: (real[path] != path, path)):  # links last
         first.setdefault(real[path], path)
-    twice = [path for path in real if first[real[path]] != path]
-    _warn_of(
-        warn,
-        [
-            f"{printable(path)}: a link to {printable(first[real[path]])}, which is read already; left out"
-            for path in twice
-        ],
-    )
-    return [file for file in files if file.path not in set(twice)]
+    duplicates = {path: first[real[path]] for path in real if first[real[path]] != path}
+    messages = [
+        f"{printable(path)}: a link to {printable(other)}, which is read already; left out"
+        for path, other in duplicates.items()
+    ]
+    for message in _shortened(messages):
+        warn(message)
+    return [file for file in files if file.path not in duplicates]
 
 
-def _warn_of(warn: Warn, texts: Sequence[str]) -> None:
-    for text in _shortened(texts):
-        warn(text)
-
-
-def _shortened(texts: Sequence[str]) -> list[str]:
-    """The first of them and how many more there are."""
-    more = len(texts) - NAMED_AT_MOST
-    return [*texts[:NAMED_AT_MOST], *([f"… and {more:,} more like this"] if more > 0 else [])]
+def _shortened(messages: Sequence[str]) -> list[str]:
+    """Return the first `MAX_NAMED` messages and one with the number of the others."""
+    more = len(messages) - MAX_NAMED
+    return [*messages[:MAX_NAMED], *([f"… and {more:,} more like this"] if more > 0 else [])]
 
 
 @contextmanager
 def _errors_named(pattern: str) -> Iterator[None]:
-    """Turn whatever a file system raises inside a `with` block into a `DataError` that names the pattern."""
+    """Convert exceptions of a file system into a `DataError` that names the pattern."""
     try:
         yield
     except SavantError:
         raise
-    except Exception as error:  # a file system that is written in Python may raise anything
+    except Exception as error:  # a file system in Python may raise any exception
         raise DataError(f"{printable(pattern)}: cannot be listed ({why(error)})") from error
 
 
@@ -202,26 +196,27 @@ def _local_files(pattern: str, warn: Warn) -> list[SourceFile]:
     problems: list[str] = []
     with _errors_named(pattern):
         is_folder = os.path.isdir(path)
-        if not is_folder and (is_standard_stream(path) or _is_there(path)):
+        if not is_folder and (is_standard_stream(path) or _exists(path)):
             return [_local_file(path, pattern)]
         if is_folder:
-            os.scandir(path).close()  # raises where it may not be listed
-            paths = {each for each in _files_below(path, problems) if _has_suffix(each)}
+            os.scandir(path).close()  # raises if the user may not list it
+            paths = {file for file in _files_below(path, problems) if _has_suffix(file)}
         else:
             paths = set(_local_matches(path, problems))
-        folders = {each for each in paths if os.path.isdir(each)}
-    files, refused = _read_heads(sorted(paths - folders), problems)
-    if refused:
-        raise DataError("\n".join(_shortened(refused)))
+        folders = {match for match in paths if os.path.isdir(match)}
+    files, errors = _read_heads(sorted(paths - folders), problems)
+    if errors:
+        raise DataError("\n".join(_shortened(errors)))
     if not files:
         raise DataError("\n".join([_nothing_found(pattern, is_folder, bool(folders)), *_shortened(problems)]))
-    _warn_of(warn, problems)
+    for message in _shortened(problems):
+        warn(message)
     return files
 
 
 def _read_heads(paths: Sequence[str], problems: list[str]) -> tuple[list[SourceFile], list[str]]:
-    """The files, and why others are refused; why more are left out goes to `problems`."""
-    files, refused = [], []
+    """Return the files and the errors of unreadable ones; reasons why others are left out are added to `problems`."""
+    files, errors = [], []
 
     def read(path: str) -> SourceFile | DataError:
         try:
@@ -236,16 +231,16 @@ def _read_heads(paths: Sequence[str], problems: list[str]) -> tuple[list[SourceF
             elif isinstance(file, _NotAFileError):
                 problems.append(f"{file}; left out")
             else:
-                refused.append(str(file))
-    return files, refused
+                errors.append(str(file))
+    return files, errors
 
 
 class _NotAFileError(DataError):
-    """A broken link, a device, a pipe, or a name that is not UTF-8: in a folder it is left out."""
+    """Broken link, device, pipe, or name that is not UTF-8; left out when a folder or glob contains it."""
 
 
 def _local_file(path: str, named: str) -> SourceFile:
-    """Raise `DataError` for what is no regular file with text, without opening a device or a pipe."""
+    """Return a regular file; raise `DataError` for anything else, without opening devices or pipes."""
     named = printable(named)
     if not _is_utf8(path):
         raise _NotAFileError(f"{named}: its name is not UTF-8; rename it")
@@ -260,7 +255,7 @@ def _local_file(path: str, named: str) -> SourceFile:
     except FileNotFoundError:
         if os.path.islink(path):
             raise _NotAFileError(f"{named}: a broken link, to {printable(os.readlink(path))}") from None
-        raise _NotAFileError(f"{named}: was there a moment ago and is gone") from None
+        raise _NotAFileError(f"{named}: was removed after it was listed") from None
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _NotAFileError(f"{named}: a link that leads back to itself") from error
@@ -269,8 +264,8 @@ def _local_file(path: str, named: str) -> SourceFile:
     return SourceFile(path, status.st_size, status.st_mtime_ns, "", version, format_of(head, named))
 
 
-def _is_there(path: str) -> bool:
-    """Also if it is a broken link. Raises OSError where it cannot be known."""
+def _exists(path: str) -> bool:
+    """Whether the path exists, be it a broken link. Raises OSError if that cannot be determined."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -292,7 +287,7 @@ def _kind(mode: int) -> str:
 
 
 def _without_dots(path: str) -> str:
-    """Resolve `..` as the operating system does, that is behind links."""
+    """Resolve `..` as the operating system does: after following links."""
     parts = Path(path).parts
     if ".." in parts:
         end = len(parts) - parts[::-1].index("..")
@@ -301,37 +296,37 @@ def _without_dots(path: str) -> str:
 
 
 def _files_below(folder: str, problems: list[str]) -> Iterator[str]:
-    for each in _folders_below(folder, problems):
-        for entry in _entries(each, problems):
+    for subfolder in _folders_below(folder, problems):
+        for entry in _entries(subfolder, problems):
             if not _is_folder(entry):
                 yield entry.path
 
 
 def _folders_below(folder: str, problems: list[str]) -> Iterator[str]:
-    """The folder and those below it but hidden ones, each once whatever links lead to it; links are followed last."""
-    seen = set[str]()
-    waiting: list[str] = [folder]
+    """Yield the folder and all folders in it except hidden ones, each once; symbolic links are followed last."""
+    visited = set[str]()
+    pending: list[str] = [folder]
     links: list[str] = []
-    while waiting or links:
-        each = waiting.pop() if waiting else links.pop()
-        if (real := os.path.realpath(each)) in seen:
+    while pending or links:
+        subfolder = pending.pop() if pending else links.pop()
+        if (real := os.path.realpath(subfolder)) in visited:
             continue
-        seen.add(real)
-        yield each
-        for entry in _entries(each, problems):
+        visited.add(real)
+        yield subfolder
+        for entry in _entries(subfolder, problems):
             if _is_folder(entry):
-                (links if entry.is_symlink() else waiting).append(entry.path)
+                (links if entry.is_symlink() else pending).append(entry.path)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or to what may not be read
+    except OSError:  # a link to itself, or to a folder without read permission
         return False
 
 
 def _entries(folder: str, problems: list[str]) -> list[os.DirEntry[str]]:
-    """What lies in the folder but hidden names, which editors and notebooks leave."""
+    """Return the entries of a folder except hidden ones, which editors and notebooks create."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
@@ -342,25 +337,25 @@ def _entries(folder: str, problems: list[str]) -> list[os.DirEntry[str]]:
 
 
 def _local_matches(path: str, problems: list[str]) -> list[str]:
-    """The matches of a glob; if there are none, those with brackets read literally."""
+    """Return the matches of a glob; if there are none, those of the glob with literal brackets."""
     if not _is_glob(path):
         return []
-    fixed, rest = _fixed_folder(re.sub(r"(?<=/)\*\*(?=[^/])", "**/*", path))  # `**.jsonl` crosses folders, too
+    fixed, rest = _fixed_folder(re.sub(r"(?<=/)\*\*(?=[^/])", "**/*", path))  # `**.jsonl` matches in subfolders too
     if os.path.isdir(fixed) and not os.access(fixed, os.R_OK | os.X_OK):
         problems.append(f"{printable(fixed)}: may not be read by this user")
     return list(_glob_below(fixed, rest, problems)) or list(_glob_below(fixed, rest.replace("[", "[[]"), problems))
 
 
 def _glob_below(folder: str, pattern: str, problems: list[str]) -> Iterator[str]:
-    """`glob.glob(recursive=True)`, but a folder that links lead back to is entered once."""
+    """Yield the matches as `glob.glob(recursive=True)` does, but visit each folder once if links form a cycle."""
     before, deep, after = _split_at_double_star(pattern)
     if not deep:
         yield from glob.glob(os.path.join(glob.escape(folder), pattern))
         return
     starts = glob.glob(os.path.join(glob.escape(folder), before)) if before else [folder]
     for start in filter(os.path.isdir, starts):
-        for each in _folders_below(start, problems):
-            yield from _glob_below(each, after or "*", problems)
+        for subfolder in _folders_below(start, problems):
+            yield from _glob_below(subfolder, after or "*", problems)
 
 
 def _split_at_double_star(pattern: str) -> tuple[str, bool, str]:
@@ -375,7 +370,7 @@ def _split_at_double_star(pattern: str) -> tuple[str, bool, str]:
 
 
 def _fixed_folder(path: str) -> tuple[str, str]:
-    """The deepest folder that is there under its literal name, and the rest of the glob."""
+    """Split a glob into the deepest folder that exists under its literal name, and the rest."""
     parts = path.split("/")
     ends = range(1, len(parts))
     at = next((i for i in ends if _is_glob(parts[i]) and not os.path.isdir("/".join(parts[: i + 1]))), len(parts) - 1)
@@ -393,12 +388,12 @@ def _has_suffix(path: str) -> bool:
 def _nothing_found(pattern: str, is_folder: bool, only_folders: bool = False) -> str:
     shown = printable(pattern)
     if is_folder:
-        return f"{shown}: the folder holds no {', '.join(PLAIN_SUFFIXES)} …"
+        return f"{shown}: the folder contains no {', '.join(PLAIN_SUFFIXES)} …"
     if only_folders:
-        return f"{shown}: no such match; it matches folders only, whose files are {shown.rstrip('/')}/**/*.jsonl"
+        return f"{shown}: no such match; it matches only folders; for their files use {shown.rstrip('/')}/**/*.jsonl"
     hint = ""
     if "{" in pattern and "," in pattern:
-        hint = "; {a,b} is no pattern here, give a list of both"
+        hint = "; {a,b} is not supported in a pattern, use a list of both"
     elif "\\" in pattern:
         hint = "; folders are separated by /, not by \\"
     return f"{shown}: no such {'match' if _is_glob(pattern) else 'file or folder'}{hint}"
@@ -415,11 +410,11 @@ def _remote_files(pattern: str) -> list[SourceFile]:
             return [SourceFile(uri, info.size, info.mtime_ns or 0, query)]
         is_folder = info.type == pafs.FileType.Directory
         if is_folder:
-            infos = [each for each in _remote_infos(filesystem, path, deep=True) if _has_suffix(each.path)]
+            infos = [info for info in _remote_infos(filesystem, path, deep=True) if _has_suffix(info.path)]
         elif _is_glob(path):
             wildcards = re.search(r"[^/]*[*?\[].*", path)
             rest = wildcards[0] if wildcards else ""
-            uri, path = (each.removesuffix(rest).rstrip("/") for each in (uri, path))
+            uri, path = (text.removesuffix(rest).rstrip("/") for text in (uri, path))
             infos = _remote_matches(filesystem, path, rest)
             if not infos and "[" in rest:  # as in `_local_matches`
                 infos = _remote_matches(filesystem, path, rest.replace("[", "[[]"))
@@ -427,20 +422,20 @@ def _remote_files(pattern: str) -> list[SourceFile]:
             infos = []
     if not infos:
         raise DataError(_nothing_found(pattern, is_folder))
-    return [SourceFile(uri + each.path[len(path) :], each.size, each.mtime_ns or 0, query) for each in infos]
+    return [SourceFile(uri + info.path[len(path) :], info.size, info.mtime_ns or 0, query) for info in infos]
 
 
 def _remote_matches(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pafs.FileInfo]:
     pattern = re.sub(r"(?:(?<=/)|^)\*\*(?=[^/])", "**/*", pattern)
     parts = pattern.split("/")
-    wanted = [part for i, part in enumerate(parts) if part != "**" or parts[i - 1 : i] != ["**"]]
-    infos = _remote_infos(filesystem, folder, deep=len(wanted) > 1 or wanted == ["**"])
-    return [each for each in infos if _matches(each.path[len(folder) :].strip("/").split("/"), wanted)]
+    pattern_parts = [part for i, part in enumerate(parts) if part != "**" or parts[i - 1 : i] != ["**"]]
+    infos = _remote_infos(filesystem, folder, deep=len(pattern_parts) > 1 or pattern_parts == ["**"])
+    return [info for info in infos if _matches(info.path[len(folder) :].strip("/").split("/"), pattern_parts)]
 
 
 def _remote_infos(filesystem: pafs.FileSystem, folder: str, deep: bool) -> list[pafs.FileInfo]:
     infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=deep, allow_not_found=True))
-    return [each for each in infos if each.type == pafs.FileType.File and "/." not in each.path[len(folder) :]]
+    return [info for info in infos if info.type == pafs.FileType.File and "/." not in info.path[len(folder) :]]
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -28,7 +28,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from savant_ray.data import ray_data
-from savant_ray.data.order import GlobalOrder, Weight, share
+from savant_ray.data.order import GlobalOrder, Weight, rank_slice
 from savant_ray.data.token_cache import Sequences, TokenCache
 
 PORTION_BYTES = 32 << 20  # two portions are in memory at a time
@@ -122,7 +122,7 @@ class StepStream:
 
     @property
     def _slice(self) -> range:
-        return share(self.plan.effective_batch, self.rank, self.world_size)
+        return rank_slice(self.plan.effective_batch, self.rank, self.world_size)
 
     def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
         """Yield (start position, number of steps) of each portion."""

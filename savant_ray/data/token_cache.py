@@ -1,18 +1,18 @@
-"""Packed sequences on disk: written once, then any row by its number.
+"""Token cache: packed sequences on disk with random access by row number.
 
     <name>-<fingerprint>/
-    ├── shard-00000.arrow   Arrow IPC: tokens [rows, sequence_length], piece lengths and line numbers per row
-    ├── shard-00000.documents  a 64-bit digest of each document (see overlap.py)
-    ├── shard-00000.json    what the range yielded, and the shard's CRC-32; written after its shard
-    ├── manifest.json       the sum of all; a folder under this name is complete
-    └── checked.json        size, inode and times of the shards whose CRC-32 was compared
+    ├── shard-00000.arrow      Arrow IPC: tokens [rows, sequence_length], piece lengths and line numbers of each row
+    ├── shard-00000.documents  64-bit digest of each document (see overlap.py)
+    ├── shard-00000.json       counts of the range and CRC-32 of the shard; written after the shard
+    ├── manifest.json          totals and list of shards; written last
+    └── checked.json           size, inode and times of the shards whose CRC-32 was verified
 
-The folder's name covers the content of the files, so a cache is never out of date. Shards are memory-mapped: a read
-costs the rows it asks for. Every node needs the folder under the same path.
+The fingerprint includes the content hashes of the files, so a cache is never outdated. Shards are memory-mapped: reading a
+row loads only that row. All nodes need the folder under the same path.
 
-A shard is read whole and compared with its checksum once after it was written, and again when its size, inode or times
-have changed since; so a launch usually costs one `stat` per shard. Caches of earlier versions have no checksums: only
-the sizes of their shards are compared.
+The CRC-32 of a shard is verified once after it was written, and again when its size, inode or times have changed; starting a
+run therefore usually takes one `stat` call per shard. Caches of earlier versions have no checksums, and only the sizes of
+their shards are verified.
 """
 
 from __future__ import annotations
@@ -32,21 +32,23 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from savant_ray.data.content import write_aside
-from savant_ray.data.sealed import seal, unseal
+from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
 from savant_ray.errors import DataError
 
 Unsigned = NDArray[np.unsignedinteger]
 
 MANIFEST = "manifest.json"
 CHECKED = "checked.json"
-OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 64
 BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """`tokens` [N, T] int32 and `document_ids` [N, T] int32: 0, 1, 2 … within a row, -1 (and token 0) for padding."""
+    """Rows of tokens: `tokens` [N, T] int32, `document_ids` [N, T] int32.
+
+    Document ids are 0, 1, 2 … within a row; padding has document id -1 and token 0.
+    """
 
     tokens: NDArray[np.int32]
     document_ids: NDArray[np.int32]
@@ -59,14 +61,14 @@ class Sequences:
 
     @classmethod
     def empty(cls, n: int, sequence_length: int) -> Sequences:
-        """`n` rows of padding."""
+        """Return `n` rows of padding."""
         shape = (n, sequence_length)
         return cls(np.zeros(shape, dtype=np.int32), np.full(shape, -1, dtype=np.int32))
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is no document."""
+    """A line that is not a document."""
 
     file: str
     line: int
@@ -75,7 +77,7 @@ class BadLine:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What one file held; `path` is relative to the folder that all files share."""
+    """Counts of one file; `path` is relative to the folder that all files share."""
 
     path: str
     lines: int
@@ -85,7 +87,7 @@ class FileSummary:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A shard, the file it comes from and how many of that file's lines lie before it."""
+    """A shard, its source file, and the number of lines of that file before it."""
 
     name: str
     bytes: int
@@ -97,7 +99,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a token cache holds."""
+    """Contents of a token cache."""
 
     fingerprint: str
     sequence_length: int
@@ -106,69 +108,69 @@ class Manifest:
     rows: int
     documents: int
     tokens: int
-    target_tokens: int  # tokens less one per piece: the last token of a piece has no target
+    target_tokens: int  # tokens minus pieces: the last token of a piece has no target
     text_bytes: int  # UTF-8 bytes of the documents
     bad_lines: int
     first_bad_lines: tuple[BadLine, ...]
-    characters: int = 0  # of the documents; 0 if written by a version that did not count them
-    dropped_characters: int = 0  # of them, for which the tokenizer has no token and no unknown token
+    characters: int = 0  # of the documents; 0: written by a version that did not count them
+    dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: BadLine | None = None  # the first line with such characters; `reason` lists some of them
 
     @property
     def padding(self) -> int:
-        """Positions without a token."""
+        """Number of positions without a token."""
         return self.rows * self.sequence_length - self.tokens
 
     def to_json(self) -> str:
-        """The manifest as it lies in the folder."""
-        return seal(dataclasses.asdict(self) | {"padding": self.padding}, indent=1)
+        """Return the text of the manifest file."""
+        return dump_with_checksum(dataclasses.asdict(self) | {"padding": self.padding}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """The inverse of `to_json`.
+        """Build a manifest from the text that `to_json` returned.
 
         Raises:
-            ValueError, KeyError, TypeError: the text is not what `to_json` returned.
+            ValueError, KeyError, TypeError: the text is damaged.
         """
-        values = unseal(text)
+        values = load_with_checksum(text)
         del values["padding"]
-        values["files"] = tuple(FileSummary(**each) for each in values["files"])
-        values["shards"] = tuple(ShardInfo(**each) for each in values["shards"])
-        values["first_bad_lines"] = tuple(BadLine(**each) for each in values["first_bad_lines"])
+        values["files"] = tuple(FileSummary(**entry) for entry in values["files"])
+        values["shards"] = tuple(ShardInfo(**entry) for entry in values["shards"])
+        values["first_bad_lines"] = tuple(BadLine(**entry) for entry in values["first_bad_lines"])
         if values.get("first_dropped"):
             values["first_dropped"] = BadLine(**values["first_dropped"])
         return cls(**values)
 
 
 def bad_line_report(manifest: Manifest, verdict: str = "skipped") -> list[str]:
-    """A sentence for each bad line that the manifest names, and one for those it only counts."""
-    summaries = {each.path: each for each in manifest.files}
-    sentences = [
+    """Return a message for each invalid line that the manifest lists, and one with the number of the others."""
+    summaries = {file.path: file for file in manifest.files}
+    messages = [
         f"{bad.file} line {bad.line}: {bad.reason}; {verdict}, "
         f"{summaries[bad.file].bad_lines:,} of {summaries[bad.file].lines:,} lines"
         for bad in manifest.first_bad_lines
     ]
-    unnamed = manifest.bad_lines - len(sentences)
-    return [*sentences, f"… and {unnamed:,} more bad lines"] if unnamed else sentences
+    unnamed = manifest.bad_lines - len(messages)
+    return [*messages, f"… and {unnamed:,} more bad lines"] if unnamed else messages
 
 
 def dropped_report(manifest: Manifest, tokenizer: str) -> list[str]:
-    """Return a sentence about the characters that the tokenizer drops, or nothing if it drops none."""
+    """Return a message about the characters that the tokenizer drops; empty if it drops none."""
     first = manifest.first_dropped
     if first is None:
         return []
     return [
-        f"{tokenizer} has no token for {manifest.dropped_characters:,} of {manifest.characters:,} characters and leaves "
-        f"them out, first in {first.file} line {first.line:,} ({' '.join(first.reason)}); one with an unknown token or byte "
-        "fallback would not"
+        f"{tokenizer} has no token for {manifest.dropped_characters:,} of {manifest.characters:,} characters and drops "
+        f"them, first in {first.file} line {first.line:,} ({' '.join(first.reason)}); a tokenizer with an unknown token or "
+        "byte fallback would not"
     ]
 
 
 def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, int], None]) -> list[str]:
-    """Return a sentence for each shard that is missing or not what was written.
+    """Return a message for each shard that is missing or damaged.
 
-    Reads the shards that have changed since they were last compared with their checksums, several at a time; `progress`
-    gets the bytes read and the bytes to read.
+    Reads the shards that have changed since their checksums were verified, several in parallel; `progress` receives the
+    number of bytes read and the total.
     """
     checked, states = _read_checked(folder), {}
     problems: list[str] = []
@@ -183,19 +185,20 @@ def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, in
             problems.append(f"{folder / shard.name}: has {states[shard.name][0]:,} of {shard.bytes:,} bytes")
         elif shard.crc32 is not None and checked.get(shard.name) != states[shard.name]:
             unchecked.append(shard)
-    right = dict(zip([shard.name for shard in unchecked], _compare_checksums(folder, unchecked, progress), strict=True))
-    problems += [f"{folder / name}: not what was written (its checksum differs)" for name in right if not right[name]]
-    if any(right.values()):
-        known = {name: state for name, state in states.items() if right.get(name, checked.get(name) == state)}
-        with suppress(OSError):  # a cache that others own: compared again by the next launch
-            write_aside(folder / CHECKED, seal(known))
+    names = [shard.name for shard in unchecked]
+    is_intact = dict(zip(names, _verify_checksums(folder, unchecked, progress), strict=True))
+    problems += [f"{folder / name}: damaged (its checksum differs)" for name in names if not is_intact[name]]
+    if any(is_intact.values()):
+        verified = {name: state for name, state in states.items() if is_intact.get(name, checked.get(name) == state)}
+        with suppress(OSError):  # the cache belongs to another user, so the next run verifies the shards again
+            write_atomically(folder / CHECKED, dump_with_checksum(verified))
     return problems
 
 
-def _compare_checksums(
+def _verify_checksums(
     folder: Path, shards: Sequence[ShardInfo], progress: Callable[[int, int], None]
 ) -> Iterator[bool]:
-    def is_right(shard: ShardInfo) -> bool:
+    def is_intact(shard: ShardInfo) -> bool:
         try:
             return crc32(folder / shard.name) == shard.crc32
         except OSError:
@@ -203,10 +206,10 @@ def _compare_checksums(
 
     done, total = 0, sum(shard.bytes for shard in shards)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for shard, right in zip(shards, threads.map(is_right, shards), strict=True):
+        for shard, intact in zip(shards, threads.map(is_intact, shards), strict=True):
             done += shard.bytes
             progress(done, total)
-            yield right
+            yield intact
 
 
 def crc32(path: Path) -> int:
@@ -219,20 +222,20 @@ def crc32(path: Path) -> int:
 
 
 def _state(path: Path) -> list[int]:
-    """What changes when a file is written to."""
+    """Return size, inode and times of a file, of which at least one changes when it is written to."""
     status = path.stat()
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _read_checked(folder: Path) -> dict[str, Any]:
     try:
-        return unseal((folder / CHECKED).read_text())
+        return load_with_checksum((folder / CHECKED).read_text())
     except (OSError, ValueError):
         return {}
 
 
 class TokenCache:
-    """The rows of a cache folder, numbered over all shards."""
+    """Rows of a cache folder, numbered across all shards."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -242,10 +245,10 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenCache:
-        """An existing cache.
+        """Open an existing cache.
 
         Raises:
-            DataError: the folder is no cache, or a shard is missing or cut short.
+            DataError: the folder is not a complete cache, or a shard is missing or truncated.
         """
         folder = Path(folder)
         try:
@@ -253,18 +256,18 @@ class TokenCache:
             sizes = [(folder / shard.name).stat().st_size for shard in manifest.shards]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{folder}: no complete token cache ({error}); the same command again repairs it"
+                f"{folder}: not a complete token cache ({error}); run the same command again to repair it"
             ) from error
         for shard, size in zip(manifest.shards, sizes, strict=True):
             if size != shard.bytes:
                 raise DataError(
-                    f"{folder / shard.name}: has {size:,} of {shard.bytes:,} bytes; the same command again repairs it"
+                    f"{folder / shard.name}: has {size:,} of {shard.bytes:,} bytes; run the same command again to repair it"
                 )
         return cls(folder, manifest)
 
     @property
     def n_sequences(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return self.manifest.rows
 
     @property
@@ -274,44 +277,45 @@ class TokenCache:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same files, tokenizer and sequence length, and only for them."""
+        """Identifier that depends on the content of the files, the tokenizer and the sequence length."""
         return self.manifest.fingerprint
 
     def take(self, rows: NDArray[np.int64]) -> Sequences:
-        """The rows of these numbers, in this order."""
+        """Return the rows with these numbers, in this order."""
         result = Sequences.empty(len(rows), self.sequence_length)
         shards = np.searchsorted(self._shard_ends, rows, side="right")
         for index in np.unique(shards):
-            here = np.flatnonzero(shards == index)
+            positions = np.flatnonzero(shards == index)
             shard = self._shard(int(index))
-            for place, row in zip(here.tolist(), (rows[here] - self._first_row(int(index))).tolist(), strict=True):
-                batch, at = shard.find(row)
-                lengths = batch.lengths(at)
-                result.tokens[place] = batch.tokens[at]
-                result.document_ids[place, : lengths.sum()] = np.repeat(np.arange(len(lengths)), lengths)
+            rows_in_shard = rows[positions] - self._first_row(int(index))
+            for position, row in zip(positions.tolist(), rows_in_shard.tolist(), strict=True):
+                batch, row_in_batch = shard.find(row)
+                lengths = batch.lengths(row_in_batch)
+                result.tokens[position] = batch.tokens[row_in_batch]
+                result.document_ids[position, : lengths.sum()] = np.repeat(np.arange(len(lengths)), lengths)
         return result
 
     def documents(self, row: int) -> list[tuple[str, int]]:
-        """File and line of each document in the row, in order: where to look when a micro-batch goes wrong."""
+        """Return file and line of each document in a row, in order, for messages about a micro-batch."""
         index = int(np.searchsorted(self._shard_ends, row, side="right"))
         info = self.manifest.shards[index]
-        batch, at = self._shard(index).find(row - self._first_row(index))
-        return [(info.file, info.lines_before + int(line)) for line in batch.lines(at)]
+        batch, row_in_batch = self._shard(index).find(row - self._first_row(index))
+        return [(info.file, info.lines_before + int(line)) for line in batch.lines(row_in_batch)]
 
     def _first_row(self, shard: int) -> int:
         return int(self._shard_ends[shard]) - self.manifest.shards[shard].rows
 
     def _shard(self, index: int) -> _Shard:
-        """Opened shards are kept, the least recently used one is closed first."""
+        """Return an open shard; of more than `MAX_OPEN_SHARDS` the least recently used one is closed."""
         shard = self._open.pop(index, None) or _Shard(self.folder / self.manifest.shards[index].name)
         self._open[index] = shard
-        if len(self._open) > OPEN_SHARDS:
+        if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)
         return shard
 
 
 class _Shard:
-    """A memory-mapped Arrow file."""
+    """Memory-mapped Arrow file."""
 
     def __init__(self, path: Path) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -319,13 +323,13 @@ class _Shard:
         self._ends = np.cumsum([len(batch.tokens) for batch in self._batches])
 
     def find(self, row: int) -> tuple[_Batch, int]:
-        """The record batch that holds the row, and where."""
+        """Return the record batch that contains the row, and the row's number in it."""
         index = int(np.searchsorted(self._ends, row, side="right"))
         return self._batches[index], row - (int(self._ends[index - 1]) if index else 0)
 
 
 class _Batch:
-    """A chunk of rows as NumPy arrays on the mapped file."""
+    """Record batch as NumPy arrays that are backed by the mapped file."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         tokens, lengths, lines = batch.columns
@@ -335,21 +339,21 @@ class _Batch:
         self._lines: Unsigned = lines.values.to_numpy(zero_copy_only=True)
 
     def lengths(self, row: int) -> Unsigned:
-        """The lengths of the row's pieces."""
+        """Return the lengths of the pieces of a row."""
         return self._lengths[self._ends[row] : self._ends[row + 1]]
 
     def lines(self, row: int) -> Unsigned:
-        """The line numbers of the row's pieces, counted from the start of the range."""
+        """Return the line numbers of the pieces of a row, counted from the start of the range."""
         return self._lines[self._ends[row] : self._ends[row + 1]]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """The smallest type that holds every id."""
+    """Return the smallest type that can represent all token ids."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def shard_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
-    """The columns of a shard."""
+    """Return the Arrow schema of a shard."""
     tokens = pa.list_(pa.from_numpy_dtype(token_dtype(vocab_size)), sequence_length)
     return pa.schema({"tokens": tokens, "lengths": pa.list_(pa.uint32()), "lines": pa.list_(pa.uint32())})
 
@@ -357,8 +361,8 @@ def shard_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
 def shard_batch(
     schema: pa.Schema, rows: Unsigned, row_ends: NDArray[np.int64], lengths: NDArray[Any], lines: NDArray[Any]
 ) -> pa.RecordBatch:
-    """Rows [N, T] and the length and line number of each piece; row i ends with piece `row_ends[i] - 1`."""
+    """Build a record batch from rows [N, T] and each piece's length and line; row i ends with piece `row_ends[i] - 1`."""
     ends = pa.array(np.concatenate(([0], row_ends)), pa.int32())
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), type=schema.field("tokens").type)
-    lists = [pa.ListArray.from_arrays(ends, pa.array(each, pa.uint32())) for each in (lengths, lines)]
+    lists = [pa.ListArray.from_arrays(ends, pa.array(values, pa.uint32())) for values in (lengths, lines)]
     return pa.RecordBatch.from_arrays([tokens, *lists], schema=schema)

@@ -1,7 +1,6 @@
-"""Load, train and describe a tokenizer.
+"""Tokenizer: loading, training, encoding and decoding.
 
-Wraps Hugging Face's `tokenizers`, so that the rest of the program sees numbers and text and never asks how a special
-token is called.
+Wraps Hugging Face's `tokenizers`, so that no other module depends on the names of special tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from savant_ray.config import Config
-from savant_ray.data.content import write_aside
+from savant_ray.data.atomic_files import write_atomically
 from savant_ray.errors import DataError, SettingsError
 from savant_ray.locations import local_path
 
@@ -36,20 +35,20 @@ NEVER_SAMPLED_NAMES = (
 SEGMENT_CHARACTERS = 1 << 20
 BETWEEN_WORDS = re.compile(r"(?<=\w)(?= \w)")
 LONGEST_CHARACTER_BYTES = 4  # UTF-8
-REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character
+REPLACEMENT = "\ufffd"  # decoders return it for invalid bytes
 MAX_CONTEXT_IDS = 16
-PLACEHOLDER = 2**32 - 1  # the largest id that a tokenizer can have, so no token of a template
+PLACEHOLDER = 2**32 - 1  # largest possible id, so no token of a template has it
 
 Choice = bool | Literal["auto"]
 
 
 class Tokenizer:
-    """Text ↔ token ids; a literal "<|end_of_document|>" in a text is text, never the special token.
+    """Conversion between text and token ids; "<|end_of_document|>" in a text is encoded as text.
 
-    A document is `prefix`, the ids of its text, and `suffix`, which ends with `end_of_document`. A prompt is `prefix` and
-    the ids of its text. With `add_special_tokens` they are those of the template that the tokenizer's post-processor has
-    for a single text, such as `[CLS] $A [SEP]`. A template that puts nothing behind the text, such as Llama's `<s> $A`,
-    is followed by the end-of-document token.
+    A document is encoded as `prefix`, the ids of its text, and `suffix`, which ends with `end_of_document`; a prompt as
+    `prefix` and the ids of its text. With `add_special_tokens`, prefix and suffix are those of the template that the
+    tokenizer's post-processor has for a single text, such as `[CLS] $A [SEP]`. If the template appends nothing, as Llama's
+    `<s> $A`, the suffix is the end-of-document token.
     """
 
     def __init__(
@@ -59,20 +58,20 @@ class Tokenizer:
         end_of_document: str | None = None,
         add_special_tokens: Choice = "auto",
     ) -> None:
-        """Wrap a tokenizer of Hugging Face's.
+        """Wrap a Hugging Face tokenizer.
 
         Args:
-            inner: its padding and truncation are switched off.
+            inner: the tokenizer; its padding and truncation are disabled.
             name: for messages.
-            end_of_document: a token of the vocabulary, which takes the place of the template's last one; None: the
-                template's last one, or else the one that has a usual name.
+            end_of_document: token of the vocabulary that replaces the last token of the template; None: the last token
+                of the template, otherwise the token with a common name.
             add_special_tokens: whether to use the template; `auto`: if there is one.
 
         Raises:
-            SettingsError: the vocabulary has no such token (names those that are spelt alike), or the tokenizer has no
-                template where one is asked for, or one that is not a text between special tokens.
+            SettingsError: `end_of_document` is not in the vocabulary (the message lists similar tokens), or
+                `add_special_tokens` is true without a template, or the template does not contain the text exactly once.
         """
-        inner.encode_special_tokens = True  # not part of the JSON: has to be said on every load
+        inner.encode_special_tokens = True  # not stored in the JSON, so it is set after every load
         inner.no_padding()
         inner.no_truncation()
         self.name = name
@@ -83,11 +82,11 @@ class Tokenizer:
         self.adds_special_tokens = bool(self.prefix or self._template_suffix)
         if add_special_tokens is True and not self.adds_special_tokens:
             raise SettingsError(
-                f"data.add_special_tokens: true, but {name} has no template that puts special tokens around a text; "
-                "leave it at auto"
+                f"data.add_special_tokens: true, but {name} has no template that adds special tokens to a text; "
+                "set it to auto"
             )
         if end_of_document is not None and inner.token_to_id(end_of_document) is None:
-            raise SettingsError(_why_no_end(inner, name, end_of_document))
+            raise SettingsError(_unknown_token(inner, name, end_of_document))
 
     @classmethod
     def load(
@@ -96,10 +95,10 @@ class Tokenizer:
         end_of_document: str | None = None,
         add_special_tokens: Choice = "auto",
     ) -> Tokenizer:
-        """Load a tokenizer.json, a folder that holds one, or a Hugging Face name such as `albert-base-v2`.
+        """Load a tokenizer.json, a folder that contains one, or a Hugging Face model such as `albert-base-v2`.
 
         Raises:
-            DataError: there is none, or it cannot be read, or it has no vocabulary.
+            DataError: it does not exist, cannot be read, or has no vocabulary.
             SettingsError: the vocabulary lacks `end_of_document`, or the tokenizer has no template that can be used.
         """
         path = local_path(str(spec), "tokenizer", DataError)
@@ -108,7 +107,7 @@ class Tokenizer:
             if os.path.isfile(path):  # noqa: PTH113
                 inner = tokenizers.Tokenizer.from_file(str(path))
             elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(spec)) or path.suffix == ".json":
-                raise DataError(f"tokenizer {spec}: no such tokenizer.json or folder that holds one")
+                raise DataError(f"tokenizer {spec}: no such tokenizer.json, nor a folder that contains one")
             else:
                 inner = tokenizers.Tokenizer.from_pretrained(str(spec))
         except DataError:
@@ -116,7 +115,7 @@ class Tokenizer:
         except BaseException as error:
             if not _is_from_tokenizers(error):
                 raise
-            raise DataError(_why_not_loaded(spec, path, error)) from error
+            raise DataError(_load_error(spec, path, error)) from error
         if not inner.get_vocab_size(with_added_tokens=False):
             raise DataError(f"tokenizer {spec}: it has no vocabulary, so it cannot encode any text")
         return cls(inner, f"the tokenizer {spec}", end_of_document, add_special_tokens)
@@ -129,11 +128,11 @@ class Tokenizer:
         end_of_document: str | None = None,
         add_special_tokens: Choice = "auto",
     ) -> Tokenizer:
-        """The inverse of `to_json`, which holds none of the other arguments."""
+        """Build a tokenizer from the text that `to_json` returned; the text does not include the other arguments."""
         return cls(tokenizers.Tokenizer.from_str(text), name, end_of_document, add_special_tokens)
 
     def with_settings(self, end_of_document: str | None = None, add_special_tokens: Choice = "auto") -> Tokenizer:
-        """Return the same tokenizer under other settings; None and `auto` keep what it has.
+        """Return the same tokenizer with other settings; None and `auto` keep the current ones.
 
         Raises:
             SettingsError: the vocabulary has no such token, or the tokenizer has no template.
@@ -143,18 +142,18 @@ class Tokenizer:
         return Tokenizer(self._inner, self.name, end, adds)
 
     def to_json(self) -> str:
-        """Everything about the tokenizer as one string, to travel to workers and into checkpoints."""
+        """Return the tokenizer as JSON, for workers and checkpoints."""
         return self._inner.to_str()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a `tokenizer.json`; a reader never sees half of it."""
-        write_aside(Path(path), self.to_json())
+        """Write a `tokenizer.json` atomically."""
+        write_atomically(Path(path), self.to_json())
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the canonical JSON: the same for the same tokenizer, however its file is laid out.
+        """SHA-256 of the canonical JSON, which does not depend on the layout of the file.
 
-        Whether a template is used is part of it, and an end-of-document token that is not the one without a setting.
+        It includes the use of a template, and an end-of-document token other than the default one.
         """
         canonical = json.dumps(json.loads(self.to_json()), sort_keys=True, separators=(",", ":"))
         if self.adds_special_tokens:
@@ -165,22 +164,22 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id: what a model's vocabulary has to hold."""
+        """Largest id + 1, the smallest possible vocabulary size of a model."""
         ids = self._inner.get_vocab(with_added_tokens=True).values()
         return max([*ids, *self.prefix, *self._template_suffix], default=-1) + 1
 
     @cached_property
     def end_of_document(self) -> int:
-        """The id that ends each document.
+        """Id of the token that ends each document.
 
         Raises:
-            DataError: none was named, the template has none, and the vocabulary has none of the usual names.
+            DataError: no token was set, the template has none, and the vocabulary has none with a common name.
         """
         ids = self._default_ends if self.end_name is None else self._ids_of([self.end_name])
         if not ids:
             special = ", ".join(_special_tokens(self._inner)[:12])
             raise DataError(
-                f"{self.name} has no end-of-document token by a usual name ({', '.join(END_NAMES)}); set "
+                f"{self.name} has no end-of-document token with a common name ({', '.join(END_NAMES)}); set "
                 "data.end_of_document to the token that ends documents"
                 + f" (special tokens: {special})"
                 * bool(special)
@@ -189,7 +188,7 @@ class Tokenizer:
 
     @cached_property
     def suffix(self) -> tuple[int, ...]:
-        """The ids behind the text of a document; the last one is `end_of_document`.
+        """Ids after the text of a document; the last one is `end_of_document`.
 
         Raises:
             DataError: the tokenizer has no end-of-document token.
@@ -201,13 +200,13 @@ class Tokenizer:
         return (*kept, end)
 
     def same_ids(self, other: Tokenizer) -> tuple[int, int]:
-        """Return how many of this tokenizer's ids mean the same token in `other`, and how many there are."""
-        mine, others = (each._inner.get_vocab(with_added_tokens=True) for each in (self, other))
-        return sum(others.get(token) == number for token, number in mine.items()), len(mine)
+        """Return how many ids stand for the same token in `other`, and the number of ids of this tokenizer."""
+        vocab, other_vocab = (t._inner.get_vocab(with_added_tokens=True) for t in (self, other))
+        return sum(other_vocab.get(token) == number for token, number in vocab.items()), len(vocab)
 
     @cached_property
     def never_sampled(self) -> frozenset[int]:
-        """Padding, unknown, begin and mask tokens, and the template's before a text: no text comes from them."""
+        """Ids that must not be sampled: padding, unknown, begin and mask tokens, the prefix, and unused ids."""
         unused = set(range(self.vocab_size)) - set(self._inner.get_vocab(with_added_tokens=True).values())
         end = self._ids_of([] if self.end_name is None else [self.end_name])  # may be a padding token
         never = {*self._ids_of(NEVER_SAMPLED_NAMES), *self.prefix, *unused}
@@ -222,7 +221,7 @@ class Tokenizer:
         return [[*self.prefix, *ids, *self.suffix] for ids in self.encode_batch(texts)]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text as the beginning of a document: `prefix`, text; none for a text without tokens.
+        """Return the ids of each text as a prompt: `prefix`, text; empty for a text without tokens.
 
         Raises:
             DataError: as `encode_batch`.
@@ -230,7 +229,7 @@ class Tokenizer:
         return [[*self.prefix, *ids] if ids else [] for ids in self.encode_batch(texts)]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens around them.
+        """Return the ids of a text, without prefix and suffix.
 
         Raises:
             DataError: the tokenizer has neither tokens nor an unknown token for it.
@@ -238,7 +237,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text; on all cores unless TOKENIZERS_PARALLELISM is `false`.
+        """Return the ids of each text; uses all cores unless the variable TOKENIZERS_PARALLELISM is `false`.
 
         Raises:
             DataError: the tokenizer has neither tokens nor an unknown token for one of them.
@@ -251,14 +250,14 @@ class Tokenizer:
             if not _is_from_tokenizers(error):
                 raise
             raise DataError(
-                f"{self.name} cannot encode the text ({error}); give data.tokenizer one that has an unknown token or "
-                "byte fallback, or leave it at auto to learn one from the text"
+                f"{self.name} cannot encode the text ({error}); set data.tokenizer to one with an unknown token or "
+                "byte fallback, or to auto to train one on the text"
             ) from error
 
     def dropped_characters(self, text: str) -> tuple[int, str]:
-        """Return how many characters of the text the tokenizer leaves out silently, and each of them once.
+        """Return the number of characters of `text` that the tokenizer silently drops, and the set of them as a string.
 
-        Only a BPE without an unknown token does so. White space does not count, since many pre-tokenizers remove it.
+        Only a BPE without an unknown token drops characters. White space is not counted: many pre-tokenizers remove it.
         """
         if not self._can_drop:
             return 0, ""
@@ -269,7 +268,7 @@ class Tokenizer:
         return (sum(character in missing for character in text) if missing else 0), "".join(sorted(missing))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; special tokens and ids beyond the vocabulary have none."""
+        """Return the text of the ids; special tokens and ids outside the vocabulary are skipped."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
     def decode_continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
@@ -295,7 +294,7 @@ class Tokenizer:
 
     @cached_property
     def _default_ends(self) -> list[int]:
-        """What can end a document where the settings name no token, the preferred one first."""
+        """Candidates for the end-of-document token if none was set, in order of preference."""
         return list(self._template_suffix[-1:]) or self._ids_of(END_NAMES)
 
     @cached_property
@@ -309,7 +308,7 @@ class Tokenizer:
 
     @cached_property
     def _affixes(self) -> tuple[str, str]:
-        """What the entries of a BPE begin with inside a word, and end with at its end."""
+        """Prefix of BPE tokens inside a word, and suffix of BPE tokens at the end of a word."""
         model = json.loads(self.to_json())["model"]
         return model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
 
@@ -317,20 +316,20 @@ class Tokenizer:
         if character.isspace() or character == REPLACEMENT:
             return False
         if ids := self.encode(character):
-            return REPLACEMENT in self.decode(ids)  # the vocabulary has some of its bytes only
+            return REPLACEMENT in self.decode(ids)  # the vocabulary has only some of its bytes
         prefix, suffix = self._affixes
         forms = {before + character + after for before in ("", prefix) for after in ("", suffix)}
         return not self._ids_of(forms)
 
     def _ids_of(self, names: Iterable[str]) -> list[int]:
-        return [found for name in names if (found := self._inner.token_to_id(name)) is not None]
+        return [number for name in names if (number := self._inner.token_to_id(name)) is not None]
 
 
 class IncrementalDecoder:
-    """Decodes ids one at a time: `push` returns the text that is complete, never a part of a character.
+    """Decoder for text that is generated token by token; it returns complete characters only.
 
-    `prompt` has the ids before the first one that is pushed. `tokenizers.DecodeStream` does not serve here: it withholds
-    bytes that never become a character, of which an untrained model generates many.
+    `prompt` has the ids before the first one that is pushed. `tokenizers.DecodeStream` is not used: it waits forever for the
+    rest of an invalid byte sequence, and an untrained model generates many.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
@@ -357,9 +356,9 @@ class IncrementalDecoder:
 
 
 def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Config:
-    """Return the settings with the end-of-document token and the use of special tokens that were chosen.
+    """Return the settings with the tokenizer's end-of-document token and use of special tokens.
 
-    None stands for a tokenizer that is still to be learnt.
+    None stands for a tokenizer that is not trained yet.
     """
     settings = config.to_dict()
     settings["data"]["add_special_tokens"] = tokenizer is not None and tokenizer.adds_special_tokens
@@ -369,9 +368,9 @@ def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Conf
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 32_000) -> Tokenizer:
-    """A byte-level BPE learnt from `texts`: any text is encodable, and every digit is a token of its own.
+    """Train a byte-level BPE on `texts`; it can encode any text.
 
-    Digits are split one by one, because arithmetic is learnt that way; a space before a number belongs to its first digit.
+    Each digit is a token, which helps a model to learn arithmetic; a space before a number belongs to its first digit.
     """
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -389,9 +388,9 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = 32_000) -> Tokenizer
 
 
 def _segments(text: str) -> Iterator[str]:
-    """A very long text in parts, as one encoding takes about a hundred times its text in memory.
+    """Yield a very long text in parts, because encoding takes about a hundred times the memory of the text.
 
-    Cut in front of a space between words, where pre-tokenizers cut as well, so that the ids stay the same.
+    Parts end before a space between two words, where pre-tokenizers split too, so the ids are not affected.
     """
     begin = 0
     while len(text) - begin > SEGMENT_CHARACTERS:
@@ -404,12 +403,12 @@ def _segments(text: str) -> Iterator[str]:
 
 
 def _template(inner: tokenizers.Tokenizer, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids that the post-processor puts before and behind a single text.
+    """Return the ids that the post-processor adds before and after a single text.
 
-    Its kind does not matter: it is asked what it makes of a text whose only token is a placeholder.
+    They are determined by processing a text whose only token is a placeholder, which works for all kinds of processors.
 
     Raises:
-        SettingsError: the text is not in it exactly once.
+        SettingsError: the result does not contain the text exactly once.
     """
     if inner.post_processor is None:
         return (), ()
@@ -418,34 +417,34 @@ def _template(inner: tokenizers.Tokenizer, name: str) -> tuple[tuple[int, ...], 
     ids = tuple(probe.encode("x", add_special_tokens=True).ids)
     if ids.count(PLACEHOLDER) != 1:
         raise SettingsError(
-            f"data.add_special_tokens: {name} has a template for special tokens that does not hold the text exactly once; "
-            "set it to false to do without"
+            f"data.add_special_tokens: {name} has a special tokens template that does not contain the text exactly once; "
+            "set it to false to use no template"
         )
     middle = ids.index(PLACEHOLDER)
     return ids[:middle], ids[middle + 1 :]
 
 
 def _is_from_tokenizers(error: BaseException) -> bool:
-    """Whether `tokenizers` raised it: a bare Exception, or a Rust panic, which is no Exception."""
+    """Whether `tokenizers` raised the error: a plain Exception, or a Rust panic, which is not an Exception."""
     is_panic = type(error).__name__ == "PanicException"
     return is_panic or (isinstance(error, Exception) and not isinstance(error, MemoryError))
 
 
-def _why_not_loaded(spec: str | os.PathLike[str], path: Path, error: BaseException) -> str:
+def _load_error(spec: str | os.PathLike[str], path: Path, error: BaseException) -> str:
     if os.path.isfile(path):  # noqa: PTH113
         return f"tokenizer {path}: not a tokenizer.json ({error})"
     return (
         f"tokenizer {spec}: no such file or folder, and no Hugging Face model of that name could be fetched ({error}); "
-        f"give a tokenizer.json, or `auto` to learn one from the training files"
+        f"set it to a tokenizer.json, or to `auto` to train one on the training text"
     )
 
 
-def _why_no_end(inner: tokenizers.Tokenizer, name: str, wanted: str) -> str:
+def _unknown_token(inner: tokenizers.Tokenizer, name: str, token: str) -> str:
     special = _special_tokens(inner)
-    others = [token for token in inner.get_vocab(with_added_tokens=True) if len(token) > 2 and not token[0].isalnum()]
-    close = difflib.get_close_matches(wanted, special) or difflib.get_close_matches(wanted, others) or special[:12]
+    others = [entry for entry in inner.get_vocab(with_added_tokens=True) if len(entry) > 2 and not entry[0].isalnum()]
+    close = difflib.get_close_matches(token, special) or difflib.get_close_matches(token, others) or special[:12]
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return f"data.end_of_document: {wanted!r} is not in the vocabulary of {name}{hint}"
+    return f"data.end_of_document: {token!r} is not in the vocabulary of {name}{hint}"
 
 
 def _special_tokens(inner: tokenizers.Tokenizer) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from savant_ray.cluster.ray_job import in_ray_job, missing_text_explained
 from savant_ray.cluster.session import Leave
 from savant_ray.config import Config, dump_yaml
-from savant_ray.data.content import write_aside
+from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
 from savant_ray.driver.checks import check_before_start, is_finished, refuse_inputs_in_the_run
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable
@@ -145,7 +145,7 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
     origin = find_origin(start, config, attempt.allow_changes)
     tokenizer = choose_tokenizer(config, origin, attempt.allow_changes)
     config = with_tokenizer_settings(config, tokenizer)
-    write_aside(storage.folder / CONFIG, dump_yaml(config))
+    write_atomically(storage.folder / CONFIG, dump_yaml(config))
     with missing_text_explained():
         files = find_data_files(config, report)
     refuse_unencodable(config, files, tokenizer)

@@ -77,7 +77,7 @@ def _write_missing_quickstart(config: Config, report: RunReport) -> None:
     if all(os.path.exists(path) for path in paths + path_list(config.data.validation)):  # noqa: PTH110 - Path.exists raises for a name too long
         return
     report.stage("writing the quickstart's text")
-    write_quickstart(Path(paths[0]).parent, say=report.say)
+    write_quickstart(Path(paths[0]).parent, log=report.say)
 
 
 def _find_sources(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from savant_ray.cluster.session import ray_session
 from savant_ray.config import WEIGHT_RESOLUTION, Config, SourceConfig
+from savant_ray.data.cache_builder import empty_file_report, learn_tokenizer
+from savant_ray.data.cache_builder import prepare as prepare_files
 from savant_ray.data.order import Weight, weights_by_documents
 from savant_ray.data.overlap import count_held_out_documents
-from savant_ray.data.preparation import empty_file_report, learn_tokenizer
-from savant_ray.data.preparation import prepare as prepare_files
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
@@ -116,7 +116,7 @@ def _tokenize(
         on_bad_line=config.data.on_bad_line,
         max_line_bytes=int(config.data.max_line_mb * MIB),
         progress=lambda done, total: report.progress(done, total, "bytes"),
-        say=report.say,
+        log=report.say,
     )
     for message in [
         *bad_line_report(cache.manifest),

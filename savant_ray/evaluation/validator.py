@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from savant_ray.config import Config
-from savant_ray.data.order import GlobalOrder, share
+from savant_ray.data.order import GlobalOrder, rank_slice
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.evaluation.logic_suite import (
@@ -85,7 +85,7 @@ class Validator:
         cache = TokenCache.open(str(folder))
         n_sequences = min(config.validation.batches * config.training.batch_size, cache.n_sequences)
         _, rows = GlobalOrder([cache.n_sequences], [1.0], SEQUENCE_SEED).locate(np.arange(n_sequences))
-        rows = rows[np.asarray(share(n_sequences, rank, world_size), dtype=np.int64)]
+        rows = rows[np.asarray(rank_slice(n_sequences, rank, world_size), dtype=np.int64)]
         with_logic = config.validation.logic_problems > 0
         return cls(
             config=config,

@@ -1,1 +1,1 @@
-"""A setting's way in: sources, YAML and what is wrong, in the user's words. The settings are in `config.py`."""
+"""Reading and checking of settings: YAML, environment and command line. The settings themselves are in `config.py`."""

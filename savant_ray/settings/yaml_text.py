@@ -1,7 +1,7 @@
-"""YAML text to plain values: the numbers of version 1.2, and duplicate keys refused.
+"""Reading and writing of YAML with the numbers of version 1.2; duplicate keys are an error.
 
-PyYAML speaks version 1.1, in which `2e-5` is text, `012` is ten, `1:30` is ninety and the last of two equal keys wins.
-What is written here reads the same in both.
+PyYAML implements version 1.1, in which `2e-5` is text, `012` is ten, `1:30` is ninety, and of two equal keys the last one
+is used. What `to_yaml` writes has the same meaning in both versions.
 """
 
 from __future__ import annotations
@@ -13,47 +13,47 @@ from typing import Any
 
 import yaml
 
-DEEPEST = 50  # levels of nesting; settings need six
+MAX_DEPTH = 50  # levels of nesting; settings need six
 
 
-class YamlProblems(Exception):  # noqa: N818 - several at once
-    """What is wrong with a text; one message each in `args`, with line where it is known."""
+class YamlError(Exception):
+    """Text that is not valid; `args` holds one message per error, beginning with the line if it is known."""
 
 
 def load_yaml(text: str) -> Any:
-    """The one document in a text; None if it is empty.
+    """Return the content of the one YAML document in `text`, None if it is empty.
 
-    JSON is read as such where it is no YAML for PyYAML: indented with tabs, or with characters as pairs of escapes.
+    JSON that PyYAML cannot read is accepted too: indented with tabs, or with surrogate pairs as escape sequences.
 
     Raises:
-        YamlProblems: it is not YAML, holds something else than plain data, or gives a key twice.
+        YamlError: the text is not valid YAML, contains anything but plain data, or repeats a key.
     """
     if "\t" in text or "\\u" in text:
         try:
-            return json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_as_in_yaml)
+            return json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_parse_int)
         except (ValueError, RecursionError):  # not JSON
             pass
     try:
         loader = _Loader(text)
         content = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two of a character that does not exist
-        raise YamlProblems(_explain(error)) from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two for an invalid character
+        raise YamlError(_error_message(error)) from error
     if loader.duplicates:
-        raise YamlProblems(*loader.duplicates)
+        raise YamlError(*loader.duplicates)
     return content
 
 
 def to_yaml(content: Any, **layout: Any) -> str:
-    """Plain values as text that `load_yaml` reads back to the same."""
+    """Return plain values as YAML from which `load_yaml` restores them; `layout` is passed to `yaml.dump`."""
     text: str = yaml.dump(content, Dumper=_Dumper, allow_unicode=True, sort_keys=False, **layout)
     return text
 
 
 def show(value: Any) -> str:
-    """A value as the user would write it in YAML, shortened."""
+    """Return a value as it is written in YAML, truncated to 60 characters, for messages."""
     try:
-        lines = isinstance(value, str) and "\n" in value
-        text = to_yaml(value, default_flow_style=True, default_style='"' if lines else None, width=1 << 20)
+        has_newline = isinstance(value, str) and "\n" in value
+        text = to_yaml(value, default_flow_style=True, default_style='"' if has_newline else None, width=1 << 20)
     except yaml.YAMLError:
         text = repr(value)
     text = text.strip().removesuffix("...").strip()
@@ -64,29 +64,29 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise YamlProblems(f": {key} is given twice")
+            raise YamlError(f": {key} is given twice")
         content[key] = value
     return content
 
 
-def _as_in_yaml(digits: str) -> int | float:
+def _parse_int(digits: str) -> int | float:
     return int(digits) if re.fullmatch(_INT, digits) else float(digits)
 
 
-def _explain(error: Exception) -> str:
+def _error_message(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     line = f" line {mark.line + 1}" if mark is not None else ""
-    why = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-    if "'\\t'" in str(why):
-        why = f"{why}; write spaces instead of tabs"
-    return f"{line}: not valid YAML: {why}"
+    reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+    if "'\\t'" in str(reason):
+        reason = f"{reason}; write spaces instead of tabs"
+    return f"{line}: not valid YAML: {reason}"
 
 
 _STANDARD = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """Null, booleans, numbers, text, lists and mappings; collects duplicate keys."""
+    """Loader of null, booleans, numbers, text, lists and mappings; collects duplicate keys."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class has it
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))]
@@ -105,9 +105,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
-        if self._depth > DEEPEST:
+        if self._depth > MAX_DEPTH:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, f"nested more than {DEEPEST} levels deep", mark)
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} levels deep", mark)
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -125,23 +125,25 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts in quotes what either version of YAML would read as something else than text."""
+    """Dumper that quotes text which either version of YAML would read as another type."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        style = '"' if re.search("[\x85\u2028\u2029]", data) else None  # line ends in version 1.1, characters in 1.2
+        style = (
+            '"' if re.search("[\x85\u2028\u2029]", data) else None
+        )  # line breaks in version 1.1, ordinary characters in 1.2
         return self.represent_scalar(f"{_STANDARD}str", data, style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 
-# More digits than 64 bits hold are no whole number; Python would refuse to convert thousands of them.
+# A longer number is read as a float: it would not fit into 64 bits, and Python refuses to convert thousands of digits.
 _INT = r"[-+]?[0-9](?:_?[0-9]){0,17}"
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 _BOOL = "(?i:true|false|yes|no|on|off)"
 
 
 def _add_scalar(tag: str, pattern: str, words: str, construct: Callable[[_Loader, yaml.ScalarNode], Any]) -> None:
-    """What may stand behind a tag such as `!!int`."""
+    """Register the constructor of a tag such as `!!int`, which accepts only text that matches `pattern`."""
 
     def constructor(loader: _Loader, node: yaml.ScalarNode) -> Any:
         text = loader.construct_scalar(node)

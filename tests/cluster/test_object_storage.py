@@ -228,7 +228,7 @@ def test_a_checkpoint_there_is_named_by_its_uri(here: ObjectStorage, store: Obje
 
 @pytest.mark.parametrize("uri", ["s3:///nothing", "unknown://bucket/run", "s3://bucket/run?colour=red"])
 def test_a_uri_that_pyarrow_does_not_know_is_refused(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="no storage that could be used"):
+    with pytest.raises(SettingsError, match="the file system cannot be used"):
         ObjectStorage(uri, tmp_path)
 
 

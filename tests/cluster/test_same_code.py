@@ -13,7 +13,7 @@ from savant_ray.cluster.same_code import code_digest, job_config, other_code, ow
 from savant_ray.errors import SavantError
 from savant_ray.events import RunFailed
 from tests.cluster.conftest import ROOT, Head, environment
-from tests.cluster.test_worker import run_worker
+from tests.worker.test_training_function import run_worker
 
 
 def package(folder: Path, **files: str) -> Path:

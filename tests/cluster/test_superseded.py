@@ -27,8 +27,8 @@ from savant_ray.worker.saving import Saver
 from tests.cluster.object_store import ObjectStore
 from tests.cluster.test_lease import taken
 from tests.cluster.test_object_storage import record
-from tests.cluster.test_saving import content
 from tests.cluster.test_starting_point import write
+from tests.worker.test_saving import content
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from savant_ray.data.content import MEMORY, content_hashes, refuse_changed
+from savant_ray.data.content import HASHES, content_hashes, refuse_changed
 from savant_ray.data.jsonl import documents
 from savant_ray.data.overlap import split_held_out
 from savant_ray.data.sources import expand, refuse_empty
@@ -70,7 +70,7 @@ def test_a_file_that_was_changed_while_it_was_read_is_refused(tmp_path: Path, ch
     with pytest.raises(DataError, match=r"x\.jsonl: was changed while it was read"):
         refuse_changed(listed, hashes)
     if change == "cut":
-        with pytest.raises(DataError, match=r"has 58 of the 63 bytes that it had when it was listed"):
+        with pytest.raises(DataError, match=r"has 58 of the 63 bytes it had when it was listed"):
             content_hashes(listed, tmp_path / "other")
 
 
@@ -82,7 +82,7 @@ def test_a_change_that_keeps_size_and_time_is_noticed(tmp_path: Path, settled: b
     if settled:
         age(path)
     first = content_hashes(expand(str(path)), tmp_path / "cache")
-    assert (tmp_path / "cache" / MEMORY).exists() == settled, "what has just been written may change unnoticed"
+    assert (tmp_path / "cache" / HASHES).exists() == settled, "what has just been written may change unnoticed"
     path.write_bytes(PLAIN.replace(b"first", b"other"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
@@ -137,7 +137,7 @@ def test_a_file_is_read_as_what_it_is_whatever_its_name(tmp_path: Path, name: st
         (
             "x.json",
             b'[\n  {\n    "text": "a"\n  }\n]\n',
-            "is one JSON array, not JSON lines; one object per line is wanted",
+            "is one JSON array, not JSON lines; write one object per line",
         ),
         ("x.json", b'[{"text": "a"}, {"text": "b"}]', r"is one JSON array"),
         ("x.json", b'[{"text": "a"},\n{"text": "b"}]\n', r"is one JSON array"),

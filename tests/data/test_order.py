@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from savant_ray.config import Config
-from savant_ray.data.order import GlobalOrder, permute, share, weights_by_documents
+from savant_ray.data.order import GlobalOrder, permute, rank_slice, weights_by_documents
 from savant_ray.errors import DataError, SettingsError
 
 
@@ -77,7 +77,7 @@ def test_a_far_start_costs_what_the_first_does() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
 @pytest.mark.parametrize("effective_batch", [192, 7, 1])
 def test_the_shares_of_all_ranks_are_the_step(world_size: int, effective_batch: int) -> None:
-    shares = [share(effective_batch, rank, world_size) for rank in range(world_size)]
+    shares = [rank_slice(effective_batch, rank, world_size) for rank in range(world_size)]
     assert [position for part in shares for position in part] == list(range(effective_batch))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -34,7 +34,7 @@ def quiet(_: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
-    write_quickstart(folder, say=quiet)
+    write_quickstart(folder, log=quiet)
     return folder
 
 
@@ -95,18 +95,18 @@ def test_another_process_writes_the_same_bytes_and_leaves_nothing_aside(folder, 
 def test_files_already_there_are_left_alone_unless_forced(tmp_path):
     (tmp_path / TRAIN_FILE).write_text("mine\n")
     said: list[str] = []
-    write_quickstart(tmp_path, say=said.append)
+    write_quickstart(tmp_path, log=said.append)
     assert (tmp_path / TRAIN_FILE).read_text() == "mine\n" and (tmp_path / GENIUS_FILE).exists()
-    write_quickstart(tmp_path, say=said.append)
+    write_quickstart(tmp_path, log=said.append)
     assert said[-1] == f"quickstart data: already in {tmp_path}"
-    write_quickstart(tmp_path, force=True, say=quiet)
+    write_quickstart(tmp_path, force=True, log=quiet)
     assert (tmp_path / TRAIN_FILE).read_text() != "mine\n"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(DataError, match="taken: the quickstart data cannot be written here"):
-        write_quickstart(tmp_path / "taken", say=quiet)
+        write_quickstart(tmp_path / "taken", log=quiet)
 
 
 # --- what is held out

@@ -82,7 +82,7 @@ def test_what_is_not_there_is_named(folder: Path, pattern: str) -> None:
 
 
 def test_a_folder_without_jsonl_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the folder holds no \.jsonl"):
+    with pytest.raises(DataError, match=r"the folder contains no \.jsonl"):
         expand(str(tmp_path))
 
 
@@ -178,16 +178,16 @@ def test_a_thousand_broken_links_are_a_few_lines(tmp_path: Path) -> None:
         ("/dev/zero", "is a device, not a file"),
         ("/dev/stdin", "not the same file in every process"),
         ("pipe", "is a pipe, not a file"),
-        ("folders/*", "matches folders only"),
-        ("{a,b}.jsonl", "give a list of both"),
+        ("folders/*", "matches only folders"),
+        ("{a,b}.jsonl", "use a list of both"),
         ("C:\\data\\x.jsonl", "separated by /"),
         ("[z-a", "no such match"),
         ("", "no file, folder, glob or URI is given"),
         ([], "no file, folder, glob or URI is given"),
-        ("foo://x/y", "no storage that could be used"),
-        ("s3://b/[x?no-option", "no storage that could be used"),
+        ("foo://x/y", "the file system cannot be used"),
+        ("s3://b/[x?no-option", "the file system cannot be used"),
         ("S3://b/a b\n", "no control characters"),
-        ("hdfs://[/", "no storage that could be used"),
+        ("hdfs://[/", "the file system cannot be used"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(

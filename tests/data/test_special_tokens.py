@@ -159,7 +159,9 @@ def test_special_tokens_that_a_tokenizer_has_no_template_for_are_refused(kind: s
 
 @pytest.mark.parametrize("single", ["$A </s> $A", "</s>"])
 def test_a_template_that_is_not_one_text_between_tokens_is_refused(single: str) -> None:
-    with pytest.raises(SettingsError, match=r"data\.add_special_tokens: mine\.json has a template .* set it to false"):
+    with pytest.raises(
+        SettingsError, match=r"data\.add_special_tokens: mine\.json has a .*template .* set it to false"
+    ):
         Tokenizer(made(template(single)), "mine.json")
     assert document(Tokenizer(made(template(single)), add_special_tokens=False))[-1] == END
 

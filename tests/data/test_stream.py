@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from savant_ray.data.cache_builder import prepare
 from savant_ray.data.order import GlobalOrder
-from savant_ray.data.preparation import prepare
 from savant_ray.data.sources import expand
 from savant_ray.data.stream import LocalSequences, StepStream, StreamPlan
 from savant_ray.data.tokenizer import Tokenizer

@@ -156,7 +156,7 @@ def test_an_end_of_document_that_would_not_be_detected_is_part_of_the_fingerprin
 )
 def test_a_text_without_tokens_is_refused_with_what_to_do(model: models.Model) -> None:
     tokenizer = Tokenizer(tokenizers.Tokenizer(model), "the tokenizer mine.json")
-    with pytest.raises(DataError, match=r"mine\.json cannot encode the text \(.*\); give data\.tokenizer one that"):
+    with pytest.raises(DataError, match=r"mine\.json cannot encode the text \(.*\); set data\.tokenizer to one with"):
         tokenizer.encode_batch(["a", "b"])
 
 

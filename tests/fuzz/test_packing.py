@@ -6,7 +6,7 @@ from random import Random
 
 import numpy as np
 
-from savant_ray.data.packing import WASTE, Packing, pack
+from savant_ray.data.packing import MAX_PADDING, Packing, pack
 from tests.fuzz.drawing import drawn
 from tests.fuzz.property import holds_for
 
@@ -67,8 +67,8 @@ def test_every_token_is_once_in_a_row_in_order_and_documents_are_cut_only_for_li
 
 def check_cuts(lengths: list[int], row_length: int, seen: dict[int, list[tuple[int, int]]], padding: int) -> None:
     uncut_rows, uncut_padding = waste_uncut(lengths, row_length)
-    worth_cutting = uncut_padding >= max(row_length, WASTE * uncut_rows * row_length)
-    assert padding < max(row_length, WASTE * uncut_rows * row_length) or padding == uncut_padding == 0
+    worth_cutting = uncut_padding >= max(row_length, MAX_PADDING * uncut_rows * row_length)
+    assert padding < max(row_length, MAX_PADDING * uncut_rows * row_length) or padding == uncut_padding == 0
     for document, pieces in seen.items():
         assert worth_cutting or len(pieces) == -(-lengths[document] // row_length), "cut where it fits"
 

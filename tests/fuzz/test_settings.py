@@ -10,8 +10,7 @@ import yaml
 
 from savant_ray.config import Config, SourceConfig, dump_yaml, load_config, setting_rows
 from savant_ray.errors import SettingsError
-from savant_ray.settings.sources import Setting
-from savant_ray.settings.variables import PREFIX
+from savant_ray.settings.table import PREFIX, Setting
 from tests.fuzz.drawing import NUMBERS, ODD, a_text, a_value, drawn, spoilt
 from tests.fuzz.property import holds_for, scratch
 

@@ -59,7 +59,7 @@ class Text:
 def quickstart_text() -> Text:
     """Write and tokenise it, with a tokenizer learnt from its training text."""
     with tempfile.TemporaryDirectory() as folder:
-        write_quickstart(Path(folder), say=lambda _: None)
+        write_quickstart(Path(folder), log=lambda _: None)
         read = [
             [orjson.loads(line) for line in (Path(folder) / name).read_bytes().splitlines()]
             for name in (TRAIN_FILE, GENIUS_FILE, VALIDATION_FILE)

@@ -61,7 +61,7 @@ def test_runs_are_found_here_and_where_jobs_keep_theirs(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert main(["runs"]) == 0 and "no runs here" in capsys.readouterr().out
+    assert main(["runs"]) == 0 and "no runs found" in capsys.readouterr().out
     wanted = [
         write(tmp_path / "here/one", *TRAINED, DONE),
         write(tmp_path / "home/savant_runs/two", *TRAINED),

@@ -1,12 +1,12 @@
-"""The quickstart's text, made on the spot: prose that Python brings along, and problems with worked answers.
+"""Generates the quickstart's text: prose from Python's standard library, and problems with worked answers.
 
-Three files of one `{"text": …, "source": …}` object per line:
+Writes three files with one `{"text": …, "source": …}` object per line, without downloading anything:
 
     savant_dataset_train.jsonl   prose, and word problems
-    savant_dataset_val.jsonl     held-out prose, and problems on held-out pairs of operands, some worded as in no other
-    genius_dataset.jsonl         problems of every template
+    savant_dataset_val.jsonl     held-out prose, and problems with held-out pairs of operands, some in held-out wordings
+    genius_dataset.jsonl         problems of all templates
 
-What is held out, and how strictly: `prose` and `problems` say it for their kind. Nothing is downloaded.
+The modules `prose` and `problems` describe what is held out.
 """
 
 from __future__ import annotations
@@ -32,75 +32,77 @@ _GENIUS_PROBLEMS = 26_000
 _WORD_PROBLEMS = 6_000
 _VALIDATION_PROBLEMS = 400
 _VALIDATION_UNSEEN_WORDINGS = 100
-_HARD = ("product", "product", "difference", "comparison")  # templates that take longest to learn have further turns
+_HARD = ("product", "product", "difference", "comparison")  # templates that a model learns slowly occur more often
 _SEED = 20240
 
 
-def write_quickstart(folder: Path, force: bool = False, say: Callable[[str], None] = print) -> None:
-    """Write the three files into `folder`; those that are there already stay, but for `force`.
+def write_quickstart(folder: Path, force: bool = False, log: Callable[[str], None] = print) -> None:
+    """Write the three files into `folder`; existing files are replaced only with `force`.
 
-    The same Python version always writes the same bytes. Raises DataError where the folder cannot be written or
-    Python came without the sources of its library.
+    The content depends only on the version of Python. `log` receives progress messages.
+
+    Raises:
+        DataError: the folder cannot be written to, or Python was installed without the sources of its library.
     """
-    wanted = (TRAIN_FILE, VALIDATION_FILE, GENIUS_FILE)
-    missing = [name for name in wanted if force or not (folder / name).exists()]
+    names = (TRAIN_FILE, VALIDATION_FILE, GENIUS_FILE)
+    missing = [name for name in names if force or not (folder / name).exists()]
     if not missing:
-        say(f"quickstart data: already in {folder}")
+        log(f"quickstart data: already in {folder}")
         return
-    say(f"quickstart data: collecting prose and making problems for {folder} …")
+    log(f"quickstart data: collecting prose and generating problems for {folder} …")
     started = time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = _make()
+        files = _generate()
         for name in missing:
             size = _write(folder / name, files[name])
-            say(f"quickstart data: {name} has {len(files[name]):,} documents, {size / 1e6:.1f} MB")
+            log(f"quickstart data: {name} has {len(files[name]):,} documents, {size / 1e6:.1f} MB")
     except OSError as error:
         raise DataError(f"{folder}: the quickstart data cannot be written here ({error.strerror or error})") from error
-    say(f"quickstart data: ready after {time.monotonic() - started:.0f} s")
+    log(f"quickstart data: ready after {time.monotonic() - started:.0f} s")
 
 
-def _make() -> dict[str, list[Document]]:
-    """The documents of each file, shuffled."""
+def _generate() -> dict[str, list[Document]]:
+    """Return the shuffled documents of each file."""
     training_prose, held_out_prose = prose()
     if not training_prose or not held_out_prose:
         raise DataError(
-            "quickstart data: this Python came without the sources of its standard library, which the quickstart's"
-            " prose is taken from; use another Python, or your own text (data.quickstart: false, data.sources)"
+            "quickstart data: this Python was installed without the sources of its standard library, from which"
+            " the prose is taken; use another Python, or your own text (data.quickstart: false, data.sources)"
         )
     genius = problems(_SEED, _GENIUS_PROBLEMS, templates=(*TEMPLATES, *_HARD))
     known = {problem.prompt for problem in genius}
-    school = problems(_SEED + 1, _WORD_PROBLEMS, templates=("word_problem", "two_step"))
+    word_problems = problems(_SEED + 1, _WORD_PROBLEMS, templates=("word_problem", "two_step"))
     validation = problems(_SEED + 2, _VALIDATION_PROBLEMS, held_out=True) + problems(
         _SEED + 3, _VALIDATION_UNSEEN_WORDINGS, held_out=True, unseen_wordings=True
     )
     return {
-        TRAIN_FILE: _shuffled([*training_prose, *_documents(p for p in school if p.prompt not in known)]),
+        TRAIN_FILE: _shuffled([*training_prose, *_documents(p for p in word_problems if p.prompt not in known)]),
         VALIDATION_FILE: _shuffled([*held_out_prose, *_documents(validation)]),
         GENIUS_FILE: _shuffled(_documents(genius)),
     }
 
 
-def _documents(found: Iterable[Problem]) -> list[Document]:
-    return [Document(f"problem:{p.template}/{p.wording}", p.text) for p in found]
+def _documents(problems: Iterable[Problem]) -> list[Document]:
+    return [Document(f"problem:{p.template}/{p.wording}", p.text) for p in problems]
 
 
 def _shuffled(documents: list[Document]) -> list[Document]:
-    """By the hash of the text: mixed, and the same on every machine."""
+    """Return the documents in the order of the hash of their text, which is the same on all machines."""
     return sorted(documents, key=lambda d: hashlib.blake2b(d.text.encode()).digest())
 
 
 def _write(path: Path, documents: list[Document]) -> int:
-    """Write aside, rename last; returns the size in bytes."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write the file atomically and return its size in bytes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8", newline="\n") as file:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
             for document in documents:
                 file.write(json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        size = aside.stat().st_size
-        aside.replace(path)
+        size = temporary.stat().st_size
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return size

@@ -1,23 +1,23 @@
 r"""Arithmetic and logic problems with worked answers, and the rule for which of them are held out.
 
-A problem reads `Question: …\nAnswer: Let's think step by step: …`. Its answer repeats the expression, goes
-through the places, ones first, and ends in `The answer is 61.`:
+A problem has the form `Question: …\nAnswer: Let's think step by step: …`. Its answer repeats the expression, computes
+digit by digit from the ones, and ends with `The answer is 61.`:
 
     27 + 34. 7 + 4 = 11. 20 + 30 = 50. So 61. The answer is 61.
     61 - 27. 1 - 7 = -6. 60 - 20 = 40. So 34. The answer is 34.
     27 * 4. 7 * 4 = 28. 20 * 4 = 80. 20 + 80 = 100. 0 + 100 = 100. So 108. The answer is 108.
     27 or 34. 20 < 30. So 34. The answer is 34.
 
-Held out are pairs of operands, whatever is done with them and in whichever order, and whole wordings:
+Held out are some wordings, and some unordered pairs of operands for all operations:
 
-- {5, 10}, the pair of the training guide's prompt, and by hash about one in ten of the other pairs of 0 … 99.
-- Pairs of round numbers (one digit, or whole tens) are the table that the worked steps are made of. Nobody can
-  work out 27 + 34 who never saw 7 + 4, so they are never held out, {5, 10} excepted.
-- A training problem combines no held-out pair: not in its question (three operands: any two of them), not in
-  between (27 + 34 - 5 combines 61 and 5), and not in a worked step (17 * 5 would state 10 * 5).
-- A held-out problem is one whose first two operands are a held-out pair.
+- {5, 10}, the pair in the training guide's prompt, and about one in ten of the other pairs of 0 … 99, selected by hash.
+- Except for {5, 10}, pairs of round numbers (one digit, or multiples of ten) are never held out, because the worked steps
+  consist of them: 27 + 34 cannot be computed without having seen 7 + 4.
+- A training problem combines no held-out pair: neither in its question (any two of three operands), nor with an
+  intermediate result (27 + 34 - 5 combines 61 and 5), nor in a worked step (17 * 5 contains 10 * 5).
+- The first two operands of a held-out problem are a held-out pair.
 
-Every function here is pure: the same seed gives the same problems.
+All functions are pure: the same seed gives the same problems.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from savant_ray.data.quickstart.wordings import ITEMS, NAMES, WORDINGS, Wording
 
 TEMPLATES = tuple(WORDINGS)
 LARGEST_OPERAND = 99
-HELD_OUT_SHARE = 0.1
+HELD_OUT_FRACTION = 0.1
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, ">": max, "<": min}
-_PATIENCE = 200  # draws in a row without a new problem after which a template counts as used up
-_SMALL_SHARE = 0.25  # operands drawn below 20, so that short numbers are as familiar as long ones
+_MAX_DRAWS = 200  # consecutive draws without a new problem, after which a template is exhausted
+_SMALL_FRACTION = 0.25  # operands drawn from 0 … 19, so that one-digit numbers are not too rare
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its worked answer and the number that the answer must end in."""
+    """A question, its worked answer, and the number with which the answer ends."""
 
     template: str
     wording: str
@@ -54,19 +54,19 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """The whole training document."""
+        """The training document: prompt and answer."""
         return f"{self.prompt} {self.answer_text}"
 
 
 def is_held_out(x: int, y: int) -> bool:
-    """Whether no training text may combine x and y, in either order."""
+    """Whether the pair of x and y, in either order, is held out from the training text."""
     low, high = sorted((x, y))
     if (low, high) == (5, 10):
         return True
     if not 0 <= low <= high <= LARGEST_OPERAND or (_is_round(low) and _is_round(high)):
         return False
     digest = hashlib.blake2b(f"{low} {high}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
+    return int.from_bytes(digest, "big") < HELD_OUT_FRACTION * 2**64
 
 
 def problems(
@@ -76,10 +76,10 @@ def problems(
     templates: Sequence[str] = TEMPLATES,
     unseen_wordings: bool = False,
 ) -> list[Problem]:
-    """n different problems, the templates taking turns; fewer where the templates have no more.
+    """Generate n different problems, cycling through the templates; fewer if all templates are exhausted.
 
-    `held_out` asks for held-out pairs of operands, `unseen_wordings` for the wordings that no training text has.
-    A template named twice gets two turns.
+    `held_out` selects held-out pairs of operands, `unseen_wordings` the held-out wordings. A template that is listed twice
+    contributes two problems per cycle.
     """
     rng = Random(f"{seed} {held_out} {unseen_wordings}")
     found: dict[str, Problem] = {}
@@ -95,7 +95,7 @@ def problems(
 
 
 def combined_pairs(operands: Sequence[int], operations: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Every pair that a problem combines: in its question, in between and in its worked steps."""
+    """Yield all pairs that a problem combines: in its question, with intermediate results, and in its worked steps."""
     yield from combinations(operands, 2)
     left = operands[0]
     for operation, right in zip(operations, operands[1:], strict=True):
@@ -112,7 +112,7 @@ def _new_problem(
     rng: Random, template: str, held_out: bool, unseen_wordings: bool, found: dict[str, Problem]
 ) -> Problem | None:
     wordings = [w for w in WORDINGS[template] if w.unseen == unseen_wordings]
-    for _ in range(_PATIENCE):
+    for _ in range(_MAX_DRAWS):
         wording = rng.choice(wordings)
         operands = _draw_operands(rng, wording.operations, held_out)
         if operands is None:
@@ -124,7 +124,7 @@ def _new_problem(
 
 
 def _draw_operands(rng: Random, operations: Sequence[str], held_out: bool) -> tuple[int, ...] | None:
-    """Operands that suit the operations and the split; None where this draw gave none."""
+    """Draw operands; None if the drawn ones do not fit the operations, or combine a held-out pair in training text."""
     pair = rng.choice(_held_out_pairs()) if held_out else (_draw_number(rng), _draw_number(rng))
     operands = rng.sample(pair, 2) + [_draw_number(rng) for _ in operations[1:]]
     if operations[0] == "-":
@@ -139,7 +139,7 @@ def _draw_operands(rng: Random, operations: Sequence[str], held_out: bool) -> tu
 
 
 def _draw_number(rng: Random) -> int:
-    return rng.randrange(20 if rng.random() < _SMALL_SHARE else LARGEST_OPERAND + 1)
+    return rng.randrange(20 if rng.random() < _SMALL_FRACTION else LARGEST_OPERAND + 1)
 
 
 @cache
@@ -151,7 +151,7 @@ def _held_out_pairs() -> tuple[tuple[int, int], ...]:
 
 
 def _fits(operands: Sequence[int], operations: Sequence[str]) -> bool:
-    """No negative result, no intermediate result above 99, one factor of one digit, a comparison of two numbers."""
+    """Whether results are not negative, intermediate ones at most 99, factors have one digit and compared numbers differ."""
     left = operands[0]
     for i, (operation, right) in enumerate(zip(operations, operands[1:], strict=True)):
         if i > 0 and left > LARGEST_OPERAND:
@@ -181,7 +181,7 @@ def _write(rng: Random, template: str, wording: Wording, operands: tuple[int, ..
 
 
 def _work_out(operands: Sequence[int], operations: Sequence[str]) -> tuple[list[str], int]:
-    """The worked steps as sentences, and the result."""
+    """Return the worked steps as sentences, and the result."""
     sentences: list[str] = []
     left = operands[0]
     for operation, right in zip(operations, operands[1:], strict=True):
@@ -195,7 +195,7 @@ def _work_out(operands: Sequence[int], operations: Sequence[str]) -> tuple[list[
 
 
 def _places(left: int, operation: str, right: int) -> list[tuple[int, int]]:
-    """The pairs that the worked steps combine: ones then tens; when comparing, tens then (if equal) ones."""
+    """Return the pairs of the worked steps: ones, then tens; for a comparison tens, then ones if the tens are equal."""
     ones, tens = (left % 10, right % 10), (left - left % 10, right - right % 10)
     if operation in "<>":
         return [tens, ones] if tens[0] == tens[1] else [tens]
@@ -205,7 +205,7 @@ def _places(left: int, operation: str, right: int) -> list[tuple[int, int]]:
 
 
 def _carry(left: int, right: int) -> list[str]:
-    """How the two parts of a product are added: their tens, then the hundreds."""
+    """Return the sentences that add the two parts of a product: the tens, then the hundreds."""
     ones, rest = left % 10 * right, (left - left % 10) * right
     tens = ones - ones % 10 + rest % 100
     return [_step(ones - ones % 10, "+", rest % 100), _step(rest - rest % 100, "+", tens)]

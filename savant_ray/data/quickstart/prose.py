@@ -1,11 +1,10 @@
-"""English prose that every Python brings along: its language reference and its library's own documentation.
+"""English prose from the Python installation: the language reference and the documentation of the standard library.
 
 Sources are `pydoc_data.topics` and the docstrings and longer comments of the standard library, read from the source
-files without importing them. They differ a little from one Python version to the next; for one version the
-documents are always the same.
+files without importing them. The documents depend only on the version of Python.
 
-No paragraph comes twice. Held-out documents come from whole modules and topics, chosen by a hash of their name, and
-share no longer passage with any other document.
+No paragraph occurs twice. Held-out documents are whole modules and topics, selected by a hash of their name; those that
+share more than a few passages with the training documents are dropped.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from pathlib import Path
 
 from savant_ray.data.quickstart.problems import is_held_out
 
-HELD_OUT_SHARE = 0.04
-DOCUMENT_CHARACTERS = 3000  # a document ends with the paragraph that takes it past this length
+HELD_OUT_FRACTION = 0.04
+DOCUMENT_CHARACTERS = 3000  # a document ends with the paragraph that reaches this length
 
-# Not prose (generated tables), not on every machine (packaged apart), or tests.
+# Generated tables, modules that some distributions package separately, and tests.
 _SKIPPED = frozenset(
     "__pycache__ _pyrepl distutils encodings ensurepip idlelib lib2to3 pydoc_data"
     " dist-packages site-packages test tests tkinter turtledemo".split()
 )
-_SHORTEST_DOCSTRING = 60
-_SHORTEST_COMMENT = 150
+_MIN_DOCSTRING_CHARACTERS = 60
+_MIN_COMMENT_CHARACTERS = 150
 _SHINGLE_WORDS = 8
-_SHARED_SHINGLES = 0.05  # a held-out document that shares more of its 8-word passages is dropped
+_MAX_SHARED_SHINGLES = 0.05  # a held-out document that shares a larger fraction of its 8-word passages is dropped
 
 _COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#[^\n]*\n){3,}", re.MULTILINE)
 _RULER = re.compile(r"^[ \t]*[-=~*^#+_\"']{4,}[ \t]*$", re.MULTILINE)
@@ -42,7 +41,7 @@ _COMBINATION = re.compile(r"(?<![\w.])(\d+) ?(?:[-+*/<>=]|and|or|plus|minus|time
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of prose: `source` is `topic:lambda` or `module:heapq`."""
+    """A document; `source` is for instance `topic:lambda` or `module:heapq`."""
 
     source: str
     text: str
@@ -50,12 +49,12 @@ class Document:
 
 @cache
 def prose() -> tuple[list[Document], list[Document]]:
-    """(training documents, held-out documents); both empty where Python came without its sources."""
+    """Return training documents and held-out documents; both are empty if Python was installed without its sources."""
     seen: set[str] = set()
     documents = [
         Document(source, text)
         for source, passages in [*_topics(), *_modules()]
-        for text in _join(source, _fresh_paragraphs(passages, seen))
+        for text in _join(source, _new_paragraphs(passages, seen))
     ]
     training = [d for d in documents if not _is_held_out_source(d.source)]
     known = {shingle for d in training for shingle in _shingles(d.text)}
@@ -66,7 +65,7 @@ def prose() -> tuple[list[Document], list[Document]]:
 def _topics() -> Iterator[tuple[str, list[str]]]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
+    except ImportError:  # some distributions package it separately
         return
     for name in sorted(topics):
         yield f"topic:{name}", [topics[name]]
@@ -90,27 +89,27 @@ def _source_files(folder: Path) -> Iterator[Path]:
 
 
 def _passages(path: Path) -> list[str]:
-    """The docstrings (under the signatures that they explain) and comments of a source file, in its order."""
+    """Return the docstrings, each after its signature, and the comments of a source file in their order."""
     try:
         with tokenize.open(path) as file:
             code = file.read()
         tree = ast.parse(code)
     except (OSError, SyntaxError, ValueError):
         return []
-    found = sorted([*_docstrings(tree), *_comments(code)])
-    return [text.encode("utf-8", "ignore").decode() for _, text in found]  # without lone surrogates
+    passages = sorted([*_docstrings(tree), *_comments(code)])
+    return [text.encode("utf-8", "ignore").decode() for _, text in passages]  # without lone surrogates
 
 
 def _docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
     for node in [tree, *_statements(tree)]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
-            if docstring and len(docstring) >= _SHORTEST_DOCSTRING:
+            if docstring and len(docstring) >= _MIN_DOCSTRING_CHARACTERS:
                 yield getattr(node, "lineno", 0), f"{_heading(node)}{docstring}"
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """All statements below a node. Expressions, nine tenths of a tree, hold no docstrings."""
+    """Yield all statements below a node; expressions, about 90 % of the tree, contain no docstrings and are skipped."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt | ast.ExceptHandler):
             yield child
@@ -128,12 +127,12 @@ def _heading(node: ast.AST) -> str:
 def _comments(code: str) -> Iterator[tuple[int, str]]:
     for block in _COMMENT_BLOCK.finditer(code):
         text = re.sub(r"^[ \t]*#+ ?", "", block[0], flags=re.MULTILINE).strip()
-        if len(text) >= _SHORTEST_COMMENT and not re.search("copyright|licen[cs]e", text, re.IGNORECASE):
+        if len(text) >= _MIN_COMMENT_CHARACTERS and not re.search("copyright|licen[cs]e", text, re.IGNORECASE):
             yield code.count("\n", 0, block.start()) + 1, text
 
 
-def _fresh_paragraphs(passages: Iterable[str], seen: set[str]) -> Iterator[str]:
-    """The paragraphs that no document has had yet; `seen` grows."""
+def _new_paragraphs(passages: Iterable[str], seen: set[str]) -> Iterator[str]:
+    """Yield the paragraphs that are not in `seen`, and add them to it."""
     for passage in passages:
         for paragraph in re.split(r"\n[ \t]*\n", _RULER.sub("", passage.expandtabs())):
             key = " ".join(paragraph.lower().split())
@@ -143,12 +142,12 @@ def _fresh_paragraphs(passages: Iterable[str], seen: set[str]) -> Iterator[str]:
 
 
 def _combines_held_out(text: str) -> bool:
-    """Whether the text joins two numbers by a sign or a word that no training text may combine."""
+    """Whether the text combines a held-out pair of numbers by an operator or a word."""
     return any(is_held_out(int(x), int(y)) for x, y in _COMBINATION.findall(text))
 
 
 def _join(source: str, paragraphs: Iterable[str]) -> Iterator[str]:
-    """Documents of a sensible length from a source's paragraphs, each headed by the source's name."""
+    """Yield documents of about `DOCUMENT_CHARACTERS` from the paragraphs of a source, each with its name as a title."""
     title = source.replace(":", " ").capitalize()
     parts: list[str] = []
     for paragraph in paragraphs:
@@ -156,15 +155,15 @@ def _join(source: str, paragraphs: Iterable[str]) -> Iterator[str]:
         if sum(map(len, parts)) >= DOCUMENT_CHARACTERS:
             yield "\n\n".join([title, *parts])
             parts = []
-    if sum(map(len, parts)) >= _SHORTEST_COMMENT:
+    if sum(map(len, parts)) >= _MIN_COMMENT_CHARACTERS:
         yield "\n\n".join([title, *parts])
 
 
 def _is_held_out_source(source: str) -> bool:
-    """By the hash of the topic or of the top-level package: sister modules explain the same things alike."""
+    """Whether a source is held out, by the hash of its topic or package: modules of a package have similar documentation."""
     name = source.partition(".")[0]
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
+    return int.from_bytes(digest, "big") < HELD_OUT_FRACTION * 2**64
 
 
 def _shingles(text: str) -> Iterator[str]:
@@ -174,4 +173,4 @@ def _shingles(text: str) -> Iterator[str]:
 
 def _is_new(text: str, known: set[str]) -> bool:
     shingles = list(_shingles(text))
-    return sum(s in known for s in shingles) <= _SHARED_SHINGLES * len(shingles)
+    return sum(s in known for s in shingles) <= _MAX_SHARED_SHINGLES * len(shingles)

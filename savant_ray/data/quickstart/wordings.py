@@ -1,4 +1,4 @@
-"""How the problems are worded: per template the questions that training text asks, and some that it never asks."""
+"""Wordings of the problems: for each template those of the training text, and some that are held out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ ITEMS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pencils", "she
 
 @dataclass(frozen=True)
 class Wording:
-    """A question with slots for operands (x, y, z), names and items.
+    """A question with placeholders for operands (x, y, z), names and items.
 
-    `operations` are applied from left to right: `x + y - z` is "+-"; `>` and `<` ask for the larger and the smaller
-    number. `lead` opens the answer. `unseen` wordings are kept for validation.
+    `operations` are applied from left to right: "+-" is `x + y - z`; `>` and `<` select the larger and the smaller number.
+    The answer begins with `lead`. `unseen` wordings are used for validation only.
     """
 
     name: str

@@ -22,9 +22,9 @@ import tokenizers
 from bad_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 from tokenizers import models, processors
 
-from savant_ray.data import content, preparation
+from savant_ray.data import cache_builder, content
+from savant_ray.data.cache_builder import empty_file_report, learn_tokenizer, prepare
 from savant_ray.data.overlap import count_held_out_documents
-from savant_ray.data.preparation import empty_file_report, learn_tokenizer, prepare
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
 from savant_ray.data.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def test_documents_come_back_and_a_second_run_starts_at_once(
     assert told[-1] == (total, total)
     assert told == sorted(told)
 
-    monkeypatch.setattr(preparation.ray.data, "from_items", None)
+    monkeypatch.setattr(cache_builder.ray.data, "from_items", None)
     again = prepare(expand(str(tmp_path / "src")), byte_tokenizer, 128, tmp_path / "cache", range_bytes=2_000)
     assert again.fingerprint == cache.fingerprint
 
@@ -176,7 +176,7 @@ def test_what_is_there_of_a_killed_preparation_is_kept(
 
 KILLED = """
 import sys, ray
-from savant_ray.data.preparation import prepare
+from savant_ray.data.cache_builder import prepare
 from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import Tokenizer
 ray.init(address=sys.argv[1], log_to_driver=False)
@@ -328,14 +328,14 @@ def test_a_damaged_cache_is_repaired_where_it_is_damaged(
     said: list[str] = []
 
     def run() -> TokenCache:
-        return prepare(expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", range_bytes=4_000, say=said.append)
+        return prepare(expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", range_bytes=4_000, log=said.append)
 
     whole = run()
     run()  # has compared every shard with its checksum
     before, expected = snapshot(whole.folder), whole.take(np.arange(whole.n_sequences))
     damage(whole.folder / name)
     again = run()
-    assert len(said) == 1 and re.search(f"{name}: .*{words}.*; made again", said[0])
+    assert len(said) == 1 and re.search(f"{name}: .*{words}.*; rebuilding it", said[0])
     assert np.array_equal(again.take(np.arange(again.n_sequences)).tokens, expected.tokens)
     changed = {name for name, state in snapshot(again.folder).items() if before.get(name) != state}
     assert changed <= {"manifest.json", "shard-00001.arrow", "shard-00001.json", "shard-00001.documents"}
@@ -354,8 +354,8 @@ def test_a_cache_of_an_earlier_version_is_used_as_it_is(
     for shard in manifest["shards"]:
         del shard["crc32"]
     (cache.folder / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(preparation.ray.data, "from_items", None)
-    again = prepare(files, byte_tokenizer, 32, tmp_path / "cache", say=pytest.fail)
+    monkeypatch.setattr(cache_builder.ray.data, "from_items", None)
+    again = prepare(files, byte_tokenizer, 32, tmp_path / "cache", log=pytest.fail)
     assert again.fingerprint == cache.fingerprint
     assert np.array_equal(again.take(np.arange(9)).tokens, cache.take(np.arange(9)).tokens)
 
@@ -386,11 +386,11 @@ def test_a_cache_that_is_damaged_while_it_is_used_is_named(
     with (folder / "shard-00000.arrow").open("ab") as shard:
         shard.truncate(100)
     with pytest.raises(
-        DataError, match=r"shard-00000\.arrow: has 100 of [\d,]+ bytes; the same command again repairs it"
+        DataError, match=r"shard-00000\.arrow: has 100 of [\d,]+ bytes; run the same command again to repair it"
     ):
         TokenCache.open(folder)
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match="no complete token cache"):
+    with pytest.raises(DataError, match="not a complete token cache"):
         TokenCache.open(folder)
 
 
@@ -403,7 +403,7 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_named_with_its_line(
     with pytest.raises(DataError) as refused:
         prepare(expand(str(path)), Tokenizer.load(tmp_path / "unigram.json"), 32, tmp_path / "cache", range_bytes=1_500)
     assert str(refused.value).startswith(f"{path} line 602: the tokenizer {tmp_path / 'unigram.json'} cannot encode")
-    assert "give data.tokenizer one that has an unknown token" in str(refused.value)
+    assert "set data.tokenizer to one with an unknown token" in str(refused.value)
 
 
 def test_characters_that_a_tokenizer_leaves_out_are_counted(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
@@ -463,7 +463,7 @@ def test_only_the_first_bad_lines_are_named(tmp_path: Path, byte_tokenizer: Toke
 def test_a_tokenizer_is_learnt_once(tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch) -> None:
     files = expand(str(write_jsonl("a.jsonl", ["one two three four"] * 50)))
     first = learn_tokenizer(files, tmp_path / "cache", vocab_size=270)
-    monkeypatch.setattr(preparation, "train_tokenizer", None)
+    monkeypatch.setattr(cache_builder, "train_tokenizer", None)
     assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
     (path,) = (tmp_path / "cache").glob("tokenizer-*.json")
     path.rename(path.with_name(path.name.rpartition("-")[0] + ".json"))  # as versions without checksums named it

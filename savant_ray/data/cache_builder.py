@@ -1,7 +1,7 @@
-"""JSONL files → a token cache: the Ray Data job that tokenises and packs once.
+"""Builds token caches and trained tokenizers from JSONL files, each once.
 
-Every byte range of the files is a task that writes a shard and then, renamed last, what it found. A killed
-preparation therefore goes on with the ranges that are missing, and the folder gets its name when all are there.
+A Ray Data task tokenizes and packs one byte range of a file: it writes a shard and then its summary. An interrupted build
+therefore continues with the ranges whose summary is missing, and the folder is renamed once all shards are complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any, Literal
 import ray.data
 
 from savant_ray.data import ray_data
-from savant_ray.data.content import content_hashes, fingerprint, refuse_changed, write_aside
+from savant_ray.data.atomic_files import fingerprint, write_atomically
+from savant_ray.data.content import content_hashes, refuse_changed
 from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, documents, plan_ranges
 from savant_ray.data.shard_writer import NAMED_BAD_LINES, RangeSummary, Recipe, shard_name, tokenizer_of, write_shard
 from savant_ray.data.sources import SourceFile
@@ -42,12 +43,12 @@ from savant_ray.errors import DataError, UnexpectedError, describe
 from savant_ray.locations import absolute_path
 
 FORMAT_VERSION = 1
-PROGRESS_BYTES = 2 << 20  # between two signs of life of a task
-NAMED_EMPTY_FILES = 5
-TITLE_BYTES = 200  # a name has 255 at most, and a fingerprint and ".unfinished" follow
-TRAINING_CHARACTERS = 128 << 20  # a tokenizer learns little from more
+PROGRESS_BYTES = 2 << 20  # between two progress reports of a task
+MAX_NAMED_EMPTY_FILES = 5  # in messages
+MAX_TITLE_BYTES = 200  # a folder's name has at most 255; a fingerprint and ".unfinished" follow
+MAX_TRAINING_CHARACTERS = 128 << 20  # more text barely changes a tokenizer
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # receives bytes done and total bytes
 
 
 def prepare(
@@ -59,15 +60,26 @@ def prepare(
     max_line_bytes: int = MAX_LINE_BYTES,
     range_bytes: int | None = None,
     progress: Progress | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> TokenCache:
-    """The token cache of `files` below `cache_dir`, made if it is not there. Ray must be initialised to make it.
+    """Return the token cache of `files` in `cache_dir`, and build it if it does not exist.
 
-    A task reads `range_bytes` of a file (default: see `plan_ranges`). Of a cache that is damaged only the damaged shards
-    are made again; `say` gets a sentence for each.
+    Building needs an initialized Ray. In a damaged cache only the damaged shards are rebuilt.
+
+    Args:
+        files: to tokenize.
+        tokenizer: of the documents.
+        sequence_length: tokens per row.
+        cache_dir: folder of all caches.
+        on_bad_line: whether invalid lines are skipped and counted, or an error.
+        max_line_bytes: length from which a line is invalid.
+        range_bytes: length of the part of a file that one task reads; None: as in `plan_ranges`.
+        progress: receives bytes done and total bytes.
+        log: receives a message for each damaged shard.
 
     Raises:
-        DataError: a file cannot be read or yields nothing, or a line is bad and `on_bad_line` is "error".
+        DataError: a file cannot be read, the files contain no document, or a line is invalid and `on_bad_line` is
+            "error".
     """
     cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     recipe = Recipe.of(tokenizer, sequence_length, max_line_bytes)
@@ -77,17 +89,17 @@ def prepare(
         "files": list(zip(_names(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
     }
-    job = _Job(plan_ranges(files, range_bytes), files, hashes, recipe, fingerprint(identity), cache_dir)
+    build = _Build(plan_ranges(files, range_bytes), files, hashes, recipe, fingerprint(identity), cache_dir)
     progress = progress or (lambda done, total: None)
-    _make_once(job.folder, partial(job.is_whole, progress), partial(job.run, progress, say))
-    cache = TokenCache.open(job.folder)
+    _build_once(build.folder, partial(build.is_complete, progress), partial(build.run, progress, log))
+    cache = TokenCache.open(build.folder)
     if on_bad_line == "error" and cache.manifest.bad_lines:
         raise DataError("\n".join(bad_line_report(cache.manifest, verdict="refused")))
     return cache
 
 
 def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_size: int = 32_000) -> Tokenizer:
-    """A tokenizer learnt from the files (from 128 M characters, where there are more), kept below `cache_dir`.
+    """Return a tokenizer trained on the files (on 128 M characters of longer ones), which is cached in `cache_dir`.
 
     Raises:
         DataError: a file cannot be read.
@@ -97,26 +109,26 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
     identity = {"version": FORMAT_VERSION, "files": hashes, "vocab_size": vocab_size}
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
 
-    def learn() -> None:
-        content = train_tokenizer(_texts_to_learn_from(files), vocab_size).to_json()
+    def train() -> None:
+        content = train_tokenizer(_training_texts(files), vocab_size).to_json()
         refuse_changed(files, hashes)
-        write_aside(_with_checksum(path, content), content)
+        write_atomically(_with_checksum(path, content), content)
 
-    _make_once(path, lambda: _read_learnt(path) is not None, learn)
-    learnt = _read_learnt(path)
-    if learnt is None:
+    _build_once(path, lambda: _load_cached_tokenizer(path) is not None, train)
+    tokenizer = _load_cached_tokenizer(path)
+    if tokenizer is None:
         raise DataError(f"{path.parent}: the tokenizer that was just written there cannot be read back")
-    learnt.name = "the tokenizer learnt from the training text"
-    return learnt
+    tokenizer.name = "the tokenizer trained on the training text"
+    return tokenizer
 
 
-def _read_learnt(path: Path) -> Tokenizer | None:
-    """Return the tokenizer that was learnt and is kept as `path`, whose checksum is in its name; None if it is damaged."""
-    for kept in [*path.parent.glob(f"{path.stem}-*.json"), path]:  # the last: of versions without checksums
+def _load_cached_tokenizer(path: Path) -> Tokenizer | None:
+    """Load a tokenizer that `learn_tokenizer` has cached; its file name is `path` with a checksum. None if damaged."""
+    for candidate in [*path.parent.glob(f"{path.stem}-*.json"), path]:  # `path` itself: versions without checksums
         try:
-            content = kept.read_text(encoding="utf-8")
-            if kept in (path, _with_checksum(path, content)):
-                return Tokenizer.load(kept)
+            content = candidate.read_text(encoding="utf-8")
+            if candidate in (path, _with_checksum(path, content)):
+                return Tokenizer.load(candidate)
         except (OSError, ValueError, DataError):
             continue
     return None
@@ -126,8 +138,8 @@ def _with_checksum(path: Path, content: str) -> Path:
     return path.with_stem(f"{path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}")
 
 
-class _Job:
-    """One preparation: its ranges, and the folder where it grows until it gets its name."""
+class _Build:
+    """Build of one token cache, in a folder named `.unfinished` until it is complete."""
 
     def __init__(
         self,
@@ -147,34 +159,34 @@ class _Job:
         self._unfinished = self.folder.with_suffix(".unfinished")
         self._damage: list[str] = []
 
-    def is_whole(self, progress: Progress) -> bool:
-        """Whether the folder is there and holds what was written; notes in `_damage` what does not."""
+    def is_complete(self, progress: Progress) -> bool:
+        """Whether the cache exists and is undamaged; stores a message for each damaged file in `_damage`."""
         self._damage = []
         if not self.folder.exists():
             return False
         try:
             manifest = Manifest.from_json((self.folder / MANIFEST).read_text())
             if manifest.fingerprint != self._identity:
-                raise ValueError("it is of another cache")
+                raise ValueError("it belongs to another cache")
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._damage = [f"{self.folder / MANIFEST}: cannot be used ({error})"]
         else:
             self._damage = damaged_shards(self.folder, manifest, progress)
         return not self._damage
 
-    def run(self, progress: Progress, say: Callable[[str], None]) -> None:
-        """Makes the missing shards, then the manifest, then the folder's name; `say` gets what was damaged.
+    def run(self, progress: Progress, log: Callable[[str], None]) -> None:
+        """Write the missing shards and the manifest, then rename the folder.
 
         Raises:
-            DataError: a file cannot be read or was changed meanwhile, or all files yield nothing.
+            DataError: a file cannot be read or was changed during the build, or no file contains a document.
         """
         for problem in self._damage:
-            say(f"{problem}; made again")
+            log(f"{problem}; rebuilding it")
         folder = self.folder if self.folder.exists() else self._unfinished
         folder.mkdir(parents=True, exist_ok=True)
         self._write_missing(folder, progress)
         self._refuse_changed(folder)
-        manifest = _sum_up(
+        manifest = _merge_summaries(
             self._files,
             self._ranges,
             [RangeSummary.read(folder, index) for index in range(len(self._ranges))],
@@ -183,9 +195,9 @@ class _Job:
         )
         _refuse_empty(manifest)
         _refuse_dropped(manifest, self._recipe)
-        for left_behind in folder.glob("*.tmp"):
-            left_behind.unlink(missing_ok=True)
-        write_aside(folder / MANIFEST, manifest.to_json())
+        for abandoned in folder.glob("*.tmp"):
+            abandoned.unlink(missing_ok=True)
+        write_atomically(folder / MANIFEST, manifest.to_json())
         if folder != self.folder:
             folder.rename(self.folder)
 
@@ -193,15 +205,15 @@ class _Job:
         try:
             refuse_changed(self._files, self._hashes)
         except DataError:
-            shutil.rmtree(folder)  # it may hold what the new content is, under the name of the old
+            shutil.rmtree(folder)  # its shards may contain the new content under the fingerprint of the old one
             raise
 
     def _write_missing(self, folder: Path, progress: Progress) -> None:
-        """Run one Ray Data task per range, which yields the bytes it has done, or what is wrong.
+        """Write the shards that are missing, with one Ray Data task per range.
 
         Raises:
             DataError: a file cannot be read or written.
-            UnexpectedError: anything else that a task raised, with its traceback.
+            UnexpectedError: a task raised any other exception; contains its traceback.
         """
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(self._ranges))))
@@ -213,7 +225,9 @@ class _Job:
             if error := row["error"].as_py():
                 details = row["traceback"].as_py()
                 raise UnexpectedError(error, details) if details else DataError(error)
-            done = min(done + row["bytes"].as_py(), total)  # Ray repeats a task whose worker died
+            done = min(
+                done + row["bytes"].as_py(), total
+            )  # a task is retried when its worker has died, and reports its bytes again
             progress(done, total)
 
     def _run_tasks(self, folder: Path, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -228,27 +242,27 @@ class _Job:
 
 @dataclass(frozen=True)
 class _WriteShard:
-    """The task: a row that names a range → rows that tell the bytes done since the row before, or an error."""
+    """Task of one range; yields rows with the bytes done since the previous row, or with an error."""
 
     folder: Path
     recipe: Recipe
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        index, told, now = row.pop("index"), 0, 0
-        path = row["path"]
+        index, path = row.pop("index"), row["path"]
+        reported, done = 0, 0
         try:
-            for now in write_shard(self.folder, index, _from_row(row), self.recipe):
-                if now - told >= PROGRESS_BYTES:
-                    yield _task_row(now - told)
-                    told = now
-            yield _task_row(now - told)
+            for done in write_shard(self.folder, index, _from_row(row), self.recipe):
+                if done - reported >= PROGRESS_BYTES:
+                    yield _task_row(done - reported)
+                    reported = done
+            yield _task_row(done - reported)
         except DataError as error:
             yield _task_row(0, str(error))
         except OSError as error:
             yield _task_row(0, f"{self.folder}: cannot be written ({error})")
         except (GeneratorExit, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of the tokenizers' Rust code is no Exception
+        except BaseException as error:  # a Rust panic in `tokenizers` is not an Exception
             yield _task_row(0, describe(error, f"tokenising {path}"), traceback.format_exc())
 
 
@@ -265,34 +279,42 @@ def _from_row(row: dict[str, Any]) -> ByteRange:
     return ByteRange(SourceFile(**row), start, stop)
 
 
-def _sum_up(
+def _merge_summaries(
     files: Sequence[SourceFile], ranges: Sequence[ByteRange], summaries: Sequence[RangeSummary], **identity: Any
 ) -> Manifest:
-    """What all ranges yielded together; line numbers now count from the start of the file."""
+    """Return the manifest of all ranges, with line numbers counted from the start of the file."""
     names = dict(zip([file.path for file in files], _names(files), strict=True))
     origins = [names[part.file.path] for part in ranges]
     lines, documents, bad = (_per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines"))
     before = _lines_before(origins, summaries)
     parts = list(zip(origins, before, summaries, strict=True))
-    dropped = (BadLine(name, first + x[0], x[1]) for name, first, each in parts if (x := each.first_dropped))
-    named = [BadLine(name, first + line, why) for name, first, each in parts for line, why in each.first_bad_lines]
+    first_dropped = (
+        BadLine(name, lines_before + summary.first_dropped[0], summary.first_dropped[1])
+        for name, lines_before, summary in parts
+        if summary.first_dropped
+    )
+    bad_lines = [
+        BadLine(name, lines_before + line, reason)
+        for name, lines_before, summary in parts
+        for line, reason in summary.first_bad_lines
+    ]
     return Manifest(
         files=tuple(FileSummary(name, lines[name], documents[name], bad[name]) for name in names.values()),
         shards=tuple(
-            ShardInfo(shard_name(index), each.shard_bytes, each.rows, name, first, each.shard_crc32)
-            for index, (name, first, each) in enumerate(parts)
-            if each.rows
+            ShardInfo(shard_name(index), summary.shard_bytes, summary.rows, name, lines_before, summary.shard_crc32)
+            for index, (name, lines_before, summary) in enumerate(parts)
+            if summary.rows
         ),
-        rows=sum(each.rows for each in summaries),
+        rows=sum(summary.rows for summary in summaries),
         documents=documents.total(),
-        tokens=sum(each.tokens for each in summaries),
-        target_tokens=sum(each.tokens - each.pieces for each in summaries),
-        text_bytes=sum(each.text_bytes for each in summaries),
+        tokens=sum(summary.tokens for summary in summaries),
+        target_tokens=sum(summary.tokens - summary.pieces for summary in summaries),
+        text_bytes=sum(summary.text_bytes for summary in summaries),
         bad_lines=bad.total(),
-        first_bad_lines=tuple(named[:NAMED_BAD_LINES]),
-        characters=sum(each.characters for each in summaries),
-        dropped_characters=sum(each.dropped_characters for each in summaries),
-        first_dropped=next(dropped, None),
+        first_bad_lines=tuple(bad_lines[:NAMED_BAD_LINES]),
+        characters=sum(summary.characters for summary in summaries),
+        dropped_characters=sum(summary.dropped_characters for summary in summaries),
+        first_dropped=next(first_dropped, None),
         **identity,
     )
 
@@ -305,7 +327,7 @@ def _per_file(origins: Sequence[str], summaries: Sequence[RangeSummary], key: st
 
 
 def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> list[int]:
-    """How many lines of its file lie before each range."""
+    """Return for each range the number of lines of its file before it."""
     seen: Counter[str] = Counter()
     before = []
     for origin, summary in zip(origins, summaries, strict=True):
@@ -315,15 +337,15 @@ def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> 
 
 
 def empty_file_report(manifest: Manifest) -> list[str]:
-    """A sentence for each file that has no document, and one for those beyond the first five."""
-    sentences = [
-        f"{each.path}: no document in {each.lines:,} lines" + f", {each.bad_lines:,} of them bad" * bool(each.bad_lines)
-        for each in manifest.files
-        if not each.documents
+    """Return a message for each of the first five files without a document, and one with the number of the others."""
+    messages = [
+        f"{file.path}: no document in {file.lines:,} lines" + f", {file.bad_lines:,} of them bad" * bool(file.bad_lines)
+        for file in manifest.files
+        if not file.documents
     ]
-    unnamed = len(sentences) - NAMED_EMPTY_FILES
+    unnamed = len(messages) - MAX_NAMED_EMPTY_FILES
     return [
-        *sentences[:NAMED_EMPTY_FILES],
+        *messages[:MAX_NAMED_EMPTY_FILES],
         *([f"… and {unnamed:,} more files without a document"] if unnamed > 0 else []),
     ]
 
@@ -334,7 +356,7 @@ def _refuse_empty(manifest: Manifest) -> None:
 
 
 def _refuse_dropped(manifest: Manifest, recipe: Recipe) -> None:
-    """Refuse a cache whose documents all have no token of their text."""
+    """Raise `DataError` if the tokenizer drops the text of all documents."""
     first = manifest.first_dropped
     if first is None:
         return
@@ -342,49 +364,48 @@ def _refuse_dropped(manifest: Manifest, recipe: Recipe) -> None:
     if manifest.tokens == manifest.documents * (len(tokenizer.prefix) + len(tokenizer.suffix)):
         raise DataError(
             f"{tokenizer.name} has no token for any character of {first.file} (line {first.line:,}: "
-            f"{' '.join(first.reason)}); give data.tokenizer one that knows this text, or leave it at auto to learn one "
-            "from it"
+            f"{' '.join(first.reason)}); set data.tokenizer to one for this text, or to auto to train one on it"
         )
 
 
 def _names(files: Sequence[SourceFile]) -> list[str]:
-    """The paths from the folder on that all files share: the same wherever that folder lies."""
+    """Return the paths relative to the folder that all files share, so that they stay the same if it is moved."""
     if not files:
         raise DataError("no file to prepare")
-    folders = [os.path.dirname(file.path) for file in files]  # noqa: PTH120 - URIs, too
+    folders = [os.path.dirname(file.path) for file in files]  # noqa: PTH120 - also of URIs
     is_mixed = len({folder.startswith("/") for folder in folders}) > 1  # local files and URIs
     shared = 0 if is_mixed else len(os.path.commonpath(folders))
     return [file.path[shared:].lstrip("/") for file in files]
 
 
 def _title(files: Sequence[SourceFile]) -> str:
-    """The first file's name as the beginning of a folder's name, cut to `TITLE_BYTES`."""
+    """Return the first file's name, truncated to `MAX_TITLE_BYTES`, as the beginning of the cache folder's name."""
     name = _names(files)[0].partition(".")[0].replace("/", "-")
-    return name.encode()[:TITLE_BYTES].decode(errors="ignore")
+    return name.encode()[:MAX_TITLE_BYTES].decode(errors="ignore")
 
 
 def _stored_bytes(part: ByteRange) -> int:
     return min(part.stop, part.file.size) - part.start
 
 
-def _texts_to_learn_from(files: Sequence[SourceFile]) -> Iterator[str]:
-    """Documents from the start of each file, as many characters as its part of all bytes allows."""
+def _training_texts(files: Sequence[SourceFile]) -> Iterator[str]:
+    """Yield documents from the start of each file, with the number of characters in proportion to its size."""
     total = sum(file.size for file in files)
     for file in files:
-        left = TRAINING_CHARACTERS * file.size // max(total, 1)
+        remaining = MAX_TRAINING_CHARACTERS * file.size // max(total, 1)
         for text in documents([file]):
-            if left <= 0:
+            if remaining <= 0:
                 break
-            left -= len(text)
+            remaining -= len(text)
             yield text
 
 
-def _make_once(path: Path, is_made: Callable[[], bool], make: Callable[[], None]) -> None:
-    """Makes what is not there; of several processes one makes it, the others wait for it."""
-    if is_made():
+def _build_once(path: Path, is_complete: Callable[[], bool], build: Callable[[], None]) -> None:
+    """Call `build` unless `path` is complete; a lock makes other processes wait for the one that builds it."""
+    if is_complete():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not is_made():
-            make()
+        if not is_complete():
+            build()

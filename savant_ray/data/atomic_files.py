@@ -1,0 +1,62 @@
+"""Small files that are written atomically, and JSON with a checksum.
+
+JSON objects without a checksum, as earlier versions wrote them, are accepted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from savant_ray.errors import doing
+
+CHECKSUM = "sha256"  # key of the checksum in the object
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds either all of it or the previous one; create its folder.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with doing(f"writing {path}"):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of plain values, which is the same in every process."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def dump_with_checksum(values: Mapping[str, Any], indent: int | None = None) -> str:
+    """Return a JSON object with the checksum of `values` as an additional key."""
+    return json.dumps({**values, CHECKSUM: fingerprint(values)}, indent=indent)
+
+
+def load_with_checksum(text: str) -> dict[str, Any]:
+    """Return the object that `dump_with_checksum` has written, without its checksum.
+
+    Raises:
+        ValueError: the text is not a JSON object, or its checksum does not match.
+    """
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, found {type(values).__name__}")
+    checksum = values.pop(CHECKSUM, None)
+    if checksum is not None and checksum != fingerprint(values):
+        raise ValueError("its checksum differs")
+    return values

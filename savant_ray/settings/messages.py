@@ -1,0 +1,134 @@
+"""Error messages about settings: suggestions for misspelt names, and pydantic's errors in plain words."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from savant_ray.settings.yaml_text import show
+
+TYPOGRAPHIC_QUOTES = "“”„‟‘‚‛«»‹›″"
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?P<mark>[,'’ \u00a0\u2009\u202f])\d{3})(?:(?P=mark)\d{3})*")
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+(?:[eE][-+]?\d+)?")
+_MULTIPLES = {"k": 1_000, "m": 1_000_000}
+
+# By pydantic's error type: the types or values that would be accepted, or what is wrong with the value.
+_EXPECTED = {
+    "int_type": ["a whole number"],
+    "float_type": ["a number"],
+    "finite_number": ["a finite number"],
+    "bool_type": ["true", "false"],
+    "string_type": ["text"],
+    "list_type": ["a list"],
+    "dict_type": ["names with values"],
+    "model_type": ["names with values"],
+}
+_OUT_OF_RANGE = {
+    "greater_than": "has to be greater than {gt:g}",
+    "greater_than_equal": "has to be at least {ge:g}",
+    "less_than": "has to be less than {lt:g}",
+    "less_than_equal": "has to be at most {le:g}",
+    "too_short": "needs at least {min_length}",
+    "too_long": "needs at most {max_length}",
+    "string_too_short": "must not be empty",
+    "string_unicode": "is not text that UTF-8 can hold",
+}
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most similar to `word`, None if none is; the section of a setting may be missing."""
+    by_folded = {_folded(name): name for name in known}
+    folded = _folded(word)
+    same_field = [name for name in by_folded if name.rpartition(".")[2] == folded.rpartition(".")[2]]
+    close = difflib.get_close_matches(folded, same_field or list(by_folded), n=1, cutoff=0.0 if same_field else 0.6)
+    return by_folded[close[0]] if close else None
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean …?` if a known name is similar, else an empty string."""
+    name = closest(word, known)
+    return f"; did you mean {name}?" if name else ""
+
+
+def validation_messages(error: ValidationError, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield dotted name and message, once per value even if pydantic reports an error for each member of a union.
+
+    `names` are the known names, for suggestions.
+    """
+    by_name: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        by_name.setdefault(_dotted(problem["loc"]), []).append(problem)
+    for name, problems in by_name.items():
+        if any(other.startswith(f"{name}[") for other in by_name):
+            continue  # the error is reported for an item of this list
+        yield _message(name, problems, names)
+
+
+def _message(name: str, problems: list[Any], names: Sequence[str]) -> tuple[str, str]:
+    """Return name and message for the errors of one value."""
+    for problem in problems:
+        if problem["type"] == "value_error":  # a validator of several settings begins its message with the setting
+            text = str(problem["ctx"]["error"])
+            setting, _, message = text.partition(": ")
+            return (setting, message) if setting in names else (name, text)
+        if not _expected(problem):  # the type is right, so the errors of the union's other members are irrelevant
+            return name, _describe(problem, name, names)
+    *most, last = [word for problem in problems for word in _expected(problem)]
+    words = f"{', '.join(most)} or {last}" if most else last
+    value = problems[0]["input"]
+    return name, f"expected {words}, found {show(value)}{_correction(value, words)}"
+
+
+def _correction(value: Any, words: str) -> str:
+    """Return `; write …` if the intended number is clear, such as 8000 for `8,000`, else an empty string."""
+    is_integer = words.startswith("a whole number")
+    if is_integer and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return f"; write {int(value)}"
+    if not isinstance(value, str) or not (is_integer or words.startswith("a number")):
+        return ""
+    if any(quote in value for quote in TYPOGRAPHIC_QUOTES):
+        return "; typographic quotes do not quote: use ' or \""
+    if _THOUSANDS.fullmatch(value):
+        return f"; write {re.sub(r'[^-+0-9]', '', value)}"
+    if not is_integer and _DECIMAL_COMMA.fullmatch(value):
+        return f"; write {value.replace(',', '.')}"
+    if (abbreviated := re.fullmatch(r"(\d{1,9})([kKmM])", value)) is not None:
+        return f"; write {int(abbreviated[1]) * _MULTIPLES[abbreviated[2].lower()]}"
+    return ""
+
+
+def _expected(problem: Any) -> list[str]:
+    """Return the accepted types or values; empty unless the error is about the type."""
+    if problem["type"] == "literal_error":
+        return re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+    return _EXPECTED.get(problem["type"], [])
+
+
+def _describe(problem: Any, name: str, names: Sequence[str]) -> str:
+    """Return the message of an error that is not about the type."""
+    if problem["type"] == "extra_forbidden":
+        word = name.rpartition(".")[2] if "[" in name else name
+        return f"no such setting{did_you_mean(word, names)}"
+    if problem["type"] == "missing":
+        return "is missing"
+    phrase = _OUT_OF_RANGE.get(problem["type"], problem["msg"])
+    return f"{show(problem['input'])} {phrase.format(**problem.get('ctx', {}))}"
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """Return a pydantic location as `data.sources[0].path`, without the names of a union's members."""
+    parts = [
+        p
+        for p in location
+        if isinstance(p, int)
+        or not re.match(r"(bool|str|list|literal|constrained-str|constrained-int|function-after)(\[|$)", p)
+    ]
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")
