@@ -1,4 +1,4 @@
-"""The lease that takes a lock's place in object storage: one process trains a run, and a dead one holds none."""
+"""The lease of a run in object storage: at most one process trains a run, and a dead process does not block it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.cluster.test_object_storage import record
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_lease_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
     monkeypatch.setattr(lease_module, "EXPIRY_SECONDS", 2.0)
     monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.1)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_run_in_use_is_refused_wherever_it_is_in_use(
+@pytest.mark.usefixtures("short_lease_times")
+def test_a_run_that_another_process_uses_is_refused_on_any_machine(
     here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
 ) -> None:
     with here.in_use():
@@ -49,8 +49,8 @@ def test_a_run_in_use_is_refused_wherever_it_is_in_use(
         pass
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_run_that_was_taken_over_while_the_storage_was_not_reached_stops_and_leaves_it_alone(
+@pytest.mark.usefixtures("short_lease_times")
+def test_a_process_that_lost_its_lease_stops_and_changes_nothing_in_the_run(
     here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
 ) -> None:
     record(here, "10:00")
@@ -67,8 +67,8 @@ def test_a_run_that_was_taken_over_while_the_storage_was_not_reached_stops_and_l
     assert store.read(f"runs/run/{LEASE}") == taken and store.names("runs/run") == [LEASE]
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_dead_run_holds_no_lease(here: ObjectStorage, store: ObjectStore) -> None:
+@pytest.mark.usefixtures("short_lease_times")
+def test_the_lease_of_a_dead_process_is_taken_over(here: ObjectStorage, store: ObjectStore) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     said: list[str] = []
@@ -82,7 +82,7 @@ def test_a_dead_run_holds_no_lease(here: ObjectStorage, store: ObjectStore) -> N
 
 @contextmanager
 def taken(storage: ObjectStorage) -> Iterator[ObjectStorage]:
-    """The run, taken over at once from whoever has it, and given back in the end."""
+    """Take the run over without waiting for the lease to expire, and release it at the end of the `with` block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease_module, "EXPIRY_SECONDS", 0.0)
         patch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
@@ -95,7 +95,7 @@ def taken(storage: ObjectStorage) -> Iterator[ObjectStorage]:
 
 
 def starters(store: ObjectStore, folder: Path, number: int) -> list[str]:
-    """Starts the run so many times at once, each on a machine of its own; names those that got it, and what others heard.
+    """Start the run `number` times simultaneously, on different machines; return "trains" or the error of each.
 
     All have read the lease before any of them writes it.
     """
@@ -129,7 +129,7 @@ def starters(store: ObjectStore, folder: Path, number: int) -> list[str]:
 
 
 @pytest.mark.parametrize("left_behind", [None, {"token": "x", "process": 7, "host": "another-machine", "beat": 3}])
-def test_of_processes_that_start_a_run_at_once_exactly_one_trains_however_slow_their_writes(
+def test_of_processes_that_start_a_run_simultaneously_exactly_one_trains_however_slow_their_writes(
     left_behind: dict[str, object] | None, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "EXPIRY_SECONDS", 0.2)
@@ -142,9 +142,9 @@ def test_of_processes_that_start_a_run_at_once_exactly_one_trains_however_slow_t
     assert [outcome for outcome in outcomes if "in use by process" not in outcome] == ["trains"]
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_lease_times")
 @pytest.mark.parametrize("conditions", ["ignored", "refused"])
-def test_a_storage_without_conditional_writes_is_told_and_a_run_in_use_refused_there_too(
+def test_a_storage_without_conditional_writes_is_reported_and_a_run_in_use_is_refused(
     conditions: str, here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
 ) -> None:
     store.conditions = conditions
@@ -158,8 +158,8 @@ def test_a_storage_without_conditional_writes_is_told_and_a_run_in_use_refused_t
         elsewhere.check_owner()
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_storage_of_another_kind_has_the_lease_of_the_last_writer(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("short_lease_times")
+def test_a_storage_of_another_kind_gives_the_lease_to_the_last_writer(tmp_path: Path) -> None:
     filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
     filesystem.create_dir("run")
     with leased(filesystem, "run", pytest.fail) as first:
@@ -170,10 +170,10 @@ def test_a_storage_of_another_kind_has_the_lease_of_the_last_writer(tmp_path: Pa
         pass
 
 
-def test_who_takes_over_a_run_whose_holder_lives_after_all_ends_that_one(
+def test_a_holder_that_continues_after_its_lease_was_taken_over_stops(
     here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The holder is stopped, as by Ctrl+Z, and goes on when the run has another owner."""
+    """The holder is suspended, as by Ctrl+Z, and continues when the run has another owner."""
     monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
     with here.in_use():
         with taken(elsewhere):
@@ -184,7 +184,7 @@ def test_who_takes_over_a_run_whose_holder_lives_after_all_ends_that_one(
             with pytest.raises(SavantError, match="has taken the run over"):
                 here.check_owner()
             elsewhere.check_owner()
-    assert json.loads(store.read(f"runs/run/{LEASE}"))["released"] == "clean", "the first one left it alone"
+    assert json.loads(store.read(f"runs/run/{LEASE}"))["released"] == "clean", "the first process does not change it"
 
 
 def test_the_epoch_grows_where_workers_may_still_write_and_never_shrinks(
@@ -197,9 +197,9 @@ def test_the_epoch_grows_where_workers_may_still_write_and_never_shrinks(
     with taken(here):
         assert epoch(here) == 0
     with taken(here):
-        assert epoch(here) == 0, "the one before has ended its workers"
+        assert epoch(here) == 0, "the previous owner has ended its workers"
         with taken(elsewhere):
-            assert epoch(elsewhere) == 1, "the one before may have workers"
+            assert epoch(elsewhere) == 1, "the previous owner may have workers"
     with taken(here):
         assert epoch(here) == 1
         here.expect_late_writes()
@@ -209,14 +209,14 @@ def test_the_epoch_grows_where_workers_may_still_write_and_never_shrinks(
     elsewhere.send_records()
     assert elsewhere.move_aside() is not None
     with taken(here):
-        assert epoch(here) == 2, "nor by --fresh"
+        assert epoch(here) == 2, "--fresh does not decrease it"
     store.write("runs/run/step_5.4/manifest.json", b"{}")
     here.filesystem.delete_file(f"{here.path}/{LEASE}")
     with taken(here):
-        assert epoch(here) == 4, "nor where somebody removes the lease"
+        assert epoch(here) == 4, "removing the lease does not decrease it"
 
 
-def test_a_mark_that_somebody_removes_is_written_again(
+def test_a_lease_that_was_deleted_by_hand_is_written_again(
     here: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.05)
@@ -228,17 +228,19 @@ def test_a_mark_that_somebody_removes_is_written_again(
         assert here.owner is not None and here.owner.token in store.read(f"runs/run/{LEASE}").decode()
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("mark", [b"", b"{", b"[1]", b'"x"', b'{"epoch": "x", "process": "y", "beat": null}', b"\xff"])
-def test_a_mark_of_anything_is_a_dead_one(mark: bytes, here: ObjectStorage, store: ObjectStore) -> None:
-    store.write(f"runs/run/{LEASE}", mark)
+@pytest.mark.usefixtures("short_lease_times")
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'"x"', b'{"epoch": "x", "process": "y", "beat": null}', b"\xff"]
+)
+def test_an_invalid_lease_is_replaced(content: bytes, here: ObjectStorage, store: ObjectStore) -> None:
+    store.write(f"runs/run/{LEASE}", content)
     with here.in_use(lambda _: None):
         here.check_owner()
         assert here.owner is not None and here.owner.token in store.read(f"runs/run/{LEASE}").decode()
 
 
-def test_a_process_of_another_container_or_machine_of_the_same_name_is_not_taken_for_dead(
-    here: ObjectStorage, store: ObjectStore, impatient: None
+def test_a_process_of_another_container_or_machine_of_the_same_name_is_not_considered_dead(
+    here: ObjectStorage, store: ObjectStore, short_lease_times: None
 ) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -249,7 +251,7 @@ def test_a_process_of_another_container_or_machine_of_the_same_name_is_not_taken
         assert len(said) == 1 and "may still train" in said[0]
 
 
-def test_conditional_writes_find_the_keys_of_a_profile_as_amazons_tools_do(
+def test_conditional_writes_use_the_access_keys_of_an_aws_profile(
     here: ObjectStorage, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "keys").write_text("[work]\naws_access_key_id = test\naws_secret_access_key = test%\n")
@@ -266,7 +268,7 @@ def test_conditional_writes_find_the_keys_of_a_profile_as_amazons_tools_do(
 
 
 class Generations:
-    """As much of Google Cloud Storage as a lease needs: objects with generations, and writes on condition of one."""
+    """The part of Google Cloud Storage that a lease needs: objects with generations and conditional writes."""
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[int, bytes]] = {}
@@ -327,6 +329,6 @@ def test_conditional_writes_go_to_the_server_that_the_uri_or_the_environment_nam
     if "PORT" not in uri:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{store.port}")
     storage = ObjectStorage(uri.replace("PORT", str(store.port)), tmp_path / "run")
-    with storage.in_use(pytest.fail):  # nothing is said of missing conditions
+    with storage.in_use(pytest.fail):  # no message about missing conditional writes
         assert LEASE in store.names("runs/run")
         storage.check_owner()

@@ -1,4 +1,4 @@
-"""A run in object storage: nothing is half there, nothing is lost, and every machine finds the same."""
+"""A run in object storage: no partial checkpoint counts, nothing is lost, and all machines see the same run."""
 
 from __future__ import annotations
 
@@ -34,14 +34,12 @@ def keep(storage: ObjectStorage, *steps: int) -> None:
         assert storage.commit(storage.folder / f"step_{step}") == f"{BUCKET}/runs/run/step_{step}"
 
 
-def test_a_checkpoint_that_is_sent_is_found_whole_on_another_machine(
-    here: ObjectStorage, elsewhere: ObjectStorage
-) -> None:
+def test_an_uploaded_checkpoint_is_intact_on_another_machine(here: ObjectStorage, elsewhere: ObjectStorage) -> None:
     keep(here, 9900, 10000)
     assert find_start(elsewhere, print) == elsewhere.folder / "step_10000"
     verify(elsewhere.folder / "step_10000")
     for storage in (here, elsewhere):
-        assert [path.name for path in storage.folder.glob("step_*")] == ["step_10000"], "a mirror needs the newest only"
+        assert [path.name for path in storage.folder.glob("step_*")] == ["step_10000"], "a mirror keeps the newest only"
     assert here.checkpoints() == ["step_9900", "step_10000"]
 
 
@@ -64,7 +62,7 @@ def test_a_run_may_have_any_name_that_a_folder_may_have(
         assert folder.name == "step_5"
 
 
-def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(
+def test_the_manifest_is_uploaded_last_and_an_interrupted_upload_is_no_checkpoint(
     here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep(here, 1)
@@ -88,7 +86,7 @@ def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(
     )
     said: list[str] = []
     assert find_start(elsewhere, said.append) == elsewhere.folder / "step_1"
-    assert len(said) == 1 and "set aside as step_2.damaged" in said[0], "weights are never deleted in silence"
+    assert len(said) == 1 and "set aside as step_2.damaged" in said[0], "weights are never deleted silently"
     assert {f"step_2.damaged/{name}" for name in sent} <= set(store.names("runs/run"))
     store.write("runs/run/step_3/config.yaml", b"the power was gone before the weights were sent")
     assert find_start(elsewhere, pytest.fail) == elsewhere.folder / "step_1"
@@ -101,7 +99,7 @@ def flip(store: ObjectStore, path: str) -> None:
     store.write(path, bytes(content))
 
 
-def test_a_damaged_checkpoint_is_set_aside_there_and_the_next_older_one_taken(
+def test_a_damaged_checkpoint_in_object_storage_is_set_aside_and_the_next_older_one_used(
     here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
 ) -> None:
     keep(here, 1, 2)
@@ -116,17 +114,17 @@ def test_a_damaged_checkpoint_is_set_aside_there_and_the_next_older_one_taken(
         find_start(elsewhere, said.append)
 
 
-def test_a_damaged_mirror_is_fetched_again_and_a_stale_one_dropped(here: ObjectStorage, store: ObjectStore) -> None:
+def test_a_damaged_mirror_is_downloaded_again_and_a_stale_one_deleted(here: ObjectStorage, store: ObjectStore) -> None:
     keep(here, 1)
     mirrored = here.folder / "step_1/step_1.pt"
     whole = mirrored.read_bytes()
     mirrored.write_bytes(whole[:100])
-    write(here.folder, 7)  # of a run that is gone from the storage
+    write(here.folder, 7)  # of a run that was deleted from the storage
     assert find_start(here, pytest.fail) == here.folder / "step_1" and mirrored.read_bytes() == whole
     assert not (here.folder / "step_7").exists()
 
 
-def test_rays_list_names_what_is_there(here: ObjectStorage, store: ObjectStore) -> None:
+def test_rays_list_names_the_stored_checkpoints(here: ObjectStorage, store: ObjectStore) -> None:
     find_start(here, print)
     assert SNAPSHOT not in store.names("runs/run")
     keep(here, 5, 9900, 10000)
@@ -147,7 +145,7 @@ def log_of(storage: ObjectStorage) -> str:
     return (storage.folder / "training_log.txt").read_text()
 
 
-def test_the_later_record_counts_wherever_it_was_written(here: ObjectStorage, elsewhere: ObjectStorage) -> None:
+def test_the_later_record_is_used_wherever_it_was_written(here: ObjectStorage, elsewhere: ObjectStorage) -> None:
     record(here, "10:00")
     with Courier(here):
         pass
@@ -159,17 +157,17 @@ def test_the_later_record_counts_wherever_it_was_written(here: ObjectStorage, el
     assert log_of(here) == "log until 10:05"
     record(here, "10:00", "10:05", "10:06")
     here.fetch_records()
-    assert log_of(here) == "log until 10:06", "a driver that was killed had not sent it yet"
+    assert log_of(here) == "log until 10:06", "a killed driver had not uploaded it"
 
 
-def test_the_record_of_a_run_that_is_gone_goes_aside(here: ObjectStorage) -> None:
+def test_the_record_of_a_deleted_run_is_set_aside(here: ObjectStorage) -> None:
     record(here, "10:00")
     here.fetch_records()
     assert find_start(here, print) is None
     assert sorted(path.name for path in here.folder.iterdir()) == ["metrics.jsonl.old", "training_log.txt.old"]
 
 
-def test_fresh_moves_the_run_aside_there_and_loses_nothing(here: ObjectStorage, store: ObjectStore) -> None:
+def test_fresh_moves_a_run_in_object_storage_aside_and_loses_nothing(here: ObjectStorage, store: ObjectStore) -> None:
     assert here.move_aside() is None
     for expected in ("run.old", "run.old-2"):
         keep(here, 1)
@@ -199,7 +197,7 @@ def test_fresh_killed_at_any_moment_loses_nothing(
 
 
 class DyingAfter:
-    """A file system whose process dies after so many copies and deletions."""
+    """A file system whose process dies after a number of copies and deletions."""
 
     def __init__(self, filesystem: Any, moments: int) -> None:
         self._filesystem, self._moments = filesystem, moments
@@ -212,7 +210,7 @@ class DyingAfter:
         return getattr(self._filesystem, name)
 
 
-def test_a_checkpoint_there_is_named_by_its_uri(here: ObjectStorage, store: ObjectStore) -> None:
+def test_a_checkpoint_in_object_storage_is_given_by_its_uri(here: ObjectStorage, store: ObjectStore) -> None:
     keep(here, 1, 2)
     for uri, step in {store.uri("runs/run"): "step_2", store.uri("runs/run/step_1"): "step_1"}.items():
         with local_checkpoint(uri) as folder:
@@ -227,12 +225,14 @@ def test_a_checkpoint_there_is_named_by_its_uri(here: ObjectStorage, store: Obje
 
 
 @pytest.mark.parametrize("uri", ["s3:///nothing", "unknown://bucket/run", "s3://bucket/run?colour=red"])
-def test_a_uri_that_pyarrow_does_not_know_is_refused(uri: str, tmp_path: Path) -> None:
+def test_a_uri_that_pyarrow_does_not_support_is_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no storage that could be used"):
         ObjectStorage(uri, tmp_path)
 
 
-def test_no_such_bucket_and_no_server_are_told(here: ObjectStorage, store: ObjectStore, tmp_path: Path) -> None:
+def test_a_missing_bucket_and_a_missing_server_are_reported(
+    here: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
     missing = ObjectStorage(f"s3://nobody/run{store.query}", tmp_path / "missing")
     with pytest.raises(SavantError, match=r"run\.storage_path: s3://nobody/run.* cannot be read or written"):
         with storage_errors_explained(missing), missing.in_use():
@@ -245,10 +245,10 @@ def test_no_such_bucket_and_no_server_are_told(here: ObjectStorage, store: Objec
         store.start()
 
 
-def test_wherever_a_replacement_there_is_interrupted_the_old_or_the_new_checkpoint_is_whole(
+def test_wherever_a_replacement_in_object_storage_is_interrupted_the_old_or_the_new_checkpoint_is_intact(
     here: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
-    """The storage refuses everything from its Nth change on; then it is reached again, from another machine."""
+    """The storage fails from its Nth change on; then it is available again, from another machine."""
     changes = 0
     found: list[str] = []
     for allowed in range(100):
@@ -278,7 +278,7 @@ def test_wherever_a_replacement_there_is_interrupted_the_old_or_the_new_checkpoi
     assert len(found) > 15 and found == ["abc"] * found.count("abc") + ["new"] * found.count("new"), found
 
 
-def test_what_a_failed_sending_leaves_on_the_node_is_whole_and_the_mirror_goes_on(
+def test_a_checkpoint_whose_upload_failed_is_intact_on_the_node_and_the_mirror_remains_usable(
     here: ObjectStorage, store: ObjectStore
 ) -> None:
     keep(here, 1)
@@ -300,7 +300,7 @@ def refuse_all(method: str, path: str) -> None:
     raise PermissionError
 
 
-def test_whether_a_checkpoint_is_there_is_seen_from_the_names(
+def test_whether_a_checkpoint_exists_is_decided_without_downloading(
     here: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
     keep(here, 1, 2)
@@ -339,7 +339,7 @@ class Context:
 ray.train.get_context = Context
 dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(nodes))
 with resume.on_each_node(local_checkpoint(uri)) as folder:
-    os.write(1, f"{rank} {folder} {(folder / 'step_2.pt').stat().st_size}\\n".encode())  # a line in one piece
+    os.write(1, f"{rank} {folder} {(folder / 'step_2.pt').stat().st_size}\\n".encode())  # in one write
 dist.barrier()
 if first_child:
     os.wait()
@@ -347,9 +347,7 @@ if first_child:
 
 
 @pytest.mark.slow
-def test_the_weights_that_a_run_begins_with_are_fetched_once_per_node(
-    here: ObjectStorage, store: ObjectStore, tmp_path: Path
-) -> None:
+def test_initial_weights_are_downloaded_once_per_node(here: ObjectStorage, store: ObjectStore, tmp_path: Path) -> None:
     keep(here, 1, 2)
     size = (here.folder / "step_2/step_2.pt").stat().st_size
     store.requests.clear()
@@ -364,7 +362,7 @@ def test_the_weights_that_a_run_begins_with_are_fetched_once_per_node(
     assert len(fetched) == 2
 
 
-def test_a_full_disk_of_this_machine_is_not_taken_for_trouble_of_the_storage(
+def test_a_full_local_disk_is_not_reported_as_an_error_of_the_storage(
     here: ObjectStorage, elsewhere: ObjectStorage
 ) -> None:
     keep(here, 1)
