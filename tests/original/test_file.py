@@ -13,7 +13,7 @@ from savant_ray.config import Config
 from savant_ray.events import StepDone
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.original.conversion import to_checkpoint
-from savant_ray.original.export import NO_MOMENTS, as_original
+from savant_ray.original.export import NO_MOMENTS, to_original
 from savant_ray.original.file import OptimizerName, optimizer_of, read_file, write_original
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
@@ -79,9 +79,9 @@ def exported(
 ) -> dict[str, Any]:
     config = original_config()
     theirs = read_file(like) if like else None
-    four, lost = as_original(state.to_checkpoint(), config.training, config.model, optimizer, theirs)
+    original, lost = to_original(state.to_checkpoint(), config.training, config.model, optimizer, theirs)
     assert lost == []
-    write_original(path, four)
+    write_original(path, original)
     return torch.load(path, weights_only=True)
 
 
@@ -160,9 +160,9 @@ def test_without_a_file_of_the_original_parameters_are_written_in_the_documented
     config = original_config(max_steps=2)
     state = tiny_state(config)
     take_steps(state, config)
-    four = exported(state, tmp_path / "step_2.pt")
-    assert set(four["model_state_dict"]) == {*names(state), *MASKS}
-    assert [n.split("attn.")[1] for n in four["model_state_dict"] if "attn." in n] == [
+    original = exported(state, tmp_path / "step_2.pt")
+    assert set(original["model_state_dict"]) == {*names(state), *MASKS}
+    assert [n.split("attn.")[1] for n in original["model_state_dict"] if "attn." in n] == [
         *("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
         *("ln.weight", "liquid_gate.weight", "liquid_gate.bias"),
     ]
@@ -177,12 +177,12 @@ def test_an_optimizer_without_adamw_moments_is_left_out_and_reported(optimizer: 
     content = tiny_state(config).to_checkpoint()
     for entry in content["optimizer_state_dict"]["state"].values():
         del entry["exp_avg_sq"]
-    four, lost = as_original(content, config.training, config.model, optimizer)
-    assert lost == [NO_MOMENTS] and four["optimizer_state_dict"]["state"] == {}
-    write_original(tmp_path / "step_0.pt", four)
+    original, lost = to_original(content, config.training, config.model, optimizer)
+    assert lost == [NO_MOMENTS] and original["optimizer_state_dict"]["state"] == {}
+    write_original(tmp_path / "step_0.pt", original)
     assert optimizer_of(read_file(tmp_path / "step_0.pt")) == optimizer
     program = OriginalProgram(PEAK, optimizer=adamw if optimizer == "adamw" else AdamW8bit)
-    program.optimizer.load_state_dict(four["optimizer_state_dict"])
+    program.optimizer.load_state_dict(original["optimizer_state_dict"])
     program.train(batch(0))
     _, notes = loaded(tmp_path / "step_0.pt")
     assert notes == ["the optimizer starts from its initial state: it is for 0 parameters, the model has 15"]

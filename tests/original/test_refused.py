@@ -143,8 +143,8 @@ def test_files_of_the_original_are_found_by_number_and_only_directly_in_the_fold
 def test_a_failed_write_leaves_the_older_file_intact(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5)
     before = path.read_bytes()
-    four = read_file(path)
+    content = read_file(path)
     tmp_path.joinpath("step_6.pt").mkdir()
     with pytest.raises(OSError):
-        write_original(tmp_path / "step_6.pt", four)
+        write_original(tmp_path / "step_6.pt", content)
     assert path.read_bytes() == before and not list(tmp_path.glob(".*"))
