@@ -145,7 +145,7 @@ def _differences(
     if reference_content is not None and reference is not None:
         weights = reference_content["model_state_dict"]
         differences = [
-            f"{name} is {list(tensor.shape)}, there {list(weights[name].shape)}"
+            f"{name} is {list(weights[name].shape)} instead of {list(tensor.shape)}"
             for name, tensor in written.items()
             if name in weights and weights[name].shape != tensor.shape
         ]

@@ -200,7 +200,7 @@ def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
         ({"soft_cap": 30.0}, "model.soft_cap: 30.0, but the original's code has 50.0"),
         (
             {"vocab_size": 60},
-            r"step_0.pt in the run folder is of another model: .*head.weight is [60, 16], there [50, 16]",
+            r"step_0.pt in the run folder is of another model: .*head.weight is [50, 16] instead of [60, 16]",
         ),
         ({"dim": 32}, "step_0.pt in the run folder is of another model: "),
         ({"window_size": 5}, "local_mask is not that of model.max_seq_len 16 and model.window_size 5"),
