@@ -36,46 +36,46 @@ def short_lease_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short_lease_times")
 def test_a_run_that_another_process_uses_is_refused_on_any_machine(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
-    with here.in_use():
+    with storage_a.in_use():
         with pytest.raises(SavantError, match=f"in use by process {os.getpid()} on {socket.gethostname()}"):
-            with elsewhere.in_use():
+            with storage_b.in_use():
                 pass
-        with pytest.raises(SavantError, match="in use"), here.in_use():
+        with pytest.raises(SavantError, match="in use"), storage_a.in_use():
             pass
     assert LEASE not in store.names("runs/run")
-    with elsewhere.in_use():
+    with storage_b.in_use():
         pass
 
 
 @pytest.mark.usefixtures("short_lease_times")
 def test_a_process_that_lost_its_lease_stops_and_changes_nothing_in_the_run(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
-    record(here, "10:00")
-    with here.in_use():
-        here.refuse_if_lost()
+    record(storage_a, "10:00")
+    with storage_a.in_use():
+        storage_a.refuse_if_lost()
         taken = json.dumps({"token": "x", "process": 7, "host": "another-machine", "beat": 1}).encode()
         store.write(f"runs/run/{LEASE}", taken)
-        wait_for(lambda: here._lease is not None and here._lease._new_owner, 20)
+        wait_for(lambda: storage_a._lease is not None and storage_a._lease._new_owner, 20)
         with pytest.raises(SavantError, match="process 7 on another-machine has taken the run over"):
-            here.refuse_if_lost()
+            storage_a.refuse_if_lost()
         with pytest.raises(OSError, match="another process trains this run"):
-            here.send_records()
+            storage_a.send_records()
         assert store.read(f"runs/run/{LEASE}") == taken
     assert store.read(f"runs/run/{LEASE}") == taken and store.names("runs/run") == [LEASE]
 
 
 @pytest.mark.usefixtures("short_lease_times")
-def test_the_lease_of_a_dead_process_is_taken_over(here: ObjectStorage, store: ObjectStore) -> None:
+def test_the_lease_of_a_dead_process_is_taken_over(storage_a: ObjectStorage, store: ObjectStore) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     said: list[str] = []
     for host in (socket.gethostname(), "another-machine"):
         mark = {"token": "x", "process": gone.pid, "host": host, "beat": 3}
         store.write(f"runs/run/{LEASE}", json.dumps(mark).encode())
-        with leased(here.filesystem, here.path, said.append):
+        with leased(storage_a.filesystem, storage_a.path, said.append):
             assert json.loads(store.read(f"runs/run/{LEASE}"))["process"] == os.getpid()
     assert len(said) == 1 and "process" in said[0] and "on another-machine may still train" in said[0]
 
@@ -145,17 +145,17 @@ def test_of_processes_that_start_a_run_simultaneously_exactly_one_trains_however
 @pytest.mark.usefixtures("short_lease_times")
 @pytest.mark.parametrize("conditions", ["ignored", "refused"])
 def test_a_storage_without_conditional_writes_is_reported_and_a_run_in_use_is_refused(
-    conditions: str, here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+    conditions: str, storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
     store.conditions = conditions
     said: list[str] = []
-    with here.in_use(said.append):
+    with storage_a.in_use(said.append):
         assert len(said) == 1 and "no conditional writes" in said[0] and "Start this run once" in said[0]
-        with pytest.raises(SavantError, match="in use by process"), elsewhere.in_use(said.append):
+        with pytest.raises(SavantError, match="in use by process"), storage_b.in_use(said.append):
             pass
     assert store.names("runs/run") == []
-    with elsewhere.in_use(said.append):
-        elsewhere.check_owner()
+    with storage_b.in_use(said.append):
+        storage_b.check_owner()
 
 
 @pytest.mark.usefixtures("short_lease_times")
@@ -171,95 +171,95 @@ def test_a_storage_of_another_kind_gives_the_lease_to_the_last_writer(tmp_path: 
 
 
 def test_a_holder_that_continues_after_its_lease_was_taken_over_stops(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The holder is suspended, as by Ctrl+Z, and continues when the run has another owner."""
     monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
-    with here.in_use():
-        with taken(elsewhere):
-            lease = here._lease
+    with storage_a.in_use():
+        with taken(storage_b):
+            lease = storage_a._lease
             wait_for(lambda: lease is not None and lease._new_owner, 20)
             with pytest.raises(SavantError, match="has taken the run over"):
-                here.refuse_if_lost()
+                storage_a.refuse_if_lost()
             with pytest.raises(SavantError, match="has taken the run over"):
-                here.check_owner()
-            elsewhere.check_owner()
+                storage_a.check_owner()
+            storage_b.check_owner()
     assert json.loads(store.read(f"runs/run/{LEASE}"))["released"] == "clean", "the first process does not change it"
 
 
 def test_the_epoch_grows_where_workers_may_still_write_and_never_shrinks(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
     def epoch(storage: ObjectStorage) -> int:
         assert storage.owner is not None
         return storage.owner.epoch
 
-    with taken(here):
-        assert epoch(here) == 0
-    with taken(here):
-        assert epoch(here) == 0, "the previous owner has ended its workers"
-        with taken(elsewhere):
-            assert epoch(elsewhere) == 1, "the previous owner may have workers"
-    with taken(here):
-        assert epoch(here) == 1
-        here.expect_late_writes()
-    with taken(elsewhere):
-        assert epoch(elsewhere) == 2
-    record(elsewhere, "10:00")
-    elsewhere.send_records()
-    assert elsewhere.move_aside() is not None
-    with taken(here):
-        assert epoch(here) == 2, "--fresh does not decrease it"
+    with taken(storage_a):
+        assert epoch(storage_a) == 0
+    with taken(storage_a):
+        assert epoch(storage_a) == 0, "the previous owner has ended its workers"
+        with taken(storage_b):
+            assert epoch(storage_b) == 1, "the previous owner may have workers"
+    with taken(storage_a):
+        assert epoch(storage_a) == 1
+        storage_a.expect_late_writes()
+    with taken(storage_b):
+        assert epoch(storage_b) == 2
+    record(storage_b, "10:00")
+    storage_b.send_records()
+    assert storage_b.move_aside() is not None
+    with taken(storage_a):
+        assert epoch(storage_a) == 2, "--fresh does not decrease it"
     store.write("runs/run/step_5.4/manifest.json", b"{}")
-    here.filesystem.delete_file(f"{here.path}/{LEASE}")
-    with taken(here):
-        assert epoch(here) == 4, "removing the lease does not decrease it"
+    storage_a.filesystem.delete_file(f"{storage_a.path}/{LEASE}")
+    with taken(storage_a):
+        assert epoch(storage_a) == 4, "removing the lease does not decrease it"
 
 
 def test_a_lease_that_was_deleted_by_hand_is_written_again(
-    here: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    storage_a: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.05)
-    with here.in_use():
-        here.filesystem.delete_file(f"{here.path}/{LEASE}")
-        here.check_owner()
+    with storage_a.in_use():
+        storage_a.filesystem.delete_file(f"{storage_a.path}/{LEASE}")
+        storage_a.check_owner()
         wait_for(lambda: LEASE in store.names("runs/run"), 20)
-        here.refuse_if_lost()
-        assert here.owner is not None and here.owner.token in store.read(f"runs/run/{LEASE}").decode()
+        storage_a.refuse_if_lost()
+        assert storage_a.owner is not None and storage_a.owner.token in store.read(f"runs/run/{LEASE}").decode()
 
 
 @pytest.mark.usefixtures("short_lease_times")
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]", b'"x"', b'{"epoch": "x", "process": "y", "beat": null}', b"\xff"]
 )
-def test_an_invalid_lease_is_replaced(content: bytes, here: ObjectStorage, store: ObjectStore) -> None:
+def test_an_invalid_lease_is_replaced(content: bytes, storage_a: ObjectStorage, store: ObjectStore) -> None:
     store.write(f"runs/run/{LEASE}", content)
-    with here.in_use(lambda _: None):
-        here.check_owner()
-        assert here.owner is not None and here.owner.token in store.read(f"runs/run/{LEASE}").decode()
+    with storage_a.in_use(lambda _: None):
+        storage_a.check_owner()
+        assert storage_a.owner is not None and storage_a.owner.token in store.read(f"runs/run/{LEASE}").decode()
 
 
 def test_a_process_of_another_container_or_machine_of_the_same_name_is_not_considered_dead(
-    here: ObjectStorage, store: ObjectStore, short_lease_times: None
+    storage_a: ObjectStorage, store: ObjectStore, short_lease_times: None
 ) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     mark = {"token": "x", "process": gone.pid, "host": socket.gethostname(), "machine": "another", "beat": 3}
     store.write(f"runs/run/{LEASE}", json.dumps(mark).encode())
     said: list[str] = []
-    with here.in_use(said.append):
+    with storage_a.in_use(said.append):
         assert len(said) == 1 and "may still train" in said[0]
 
 
 def test_conditional_writes_use_the_access_keys_of_an_aws_profile(
-    here: ObjectStorage, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "keys").write_text("[work]\naws_access_key_id = test\naws_secret_access_key = test%\n")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
     monkeypatch.setenv("AWS_PROFILE", "work")
-    found = conditional_object(here.filesystem, f"{BUCKET}/runs/run/object")
+    found = conditional_object(storage_a.filesystem, f"{BUCKET}/runs/run/object")
     assert found is not None
     found.write(b"1", None)
     with pytest.raises(VersionConflictError):

@@ -368,12 +368,12 @@ def test_a_file_in_object_storage_is_converted(
 ) -> None:
     path = trained(2).save(tmp_path)
     store.write("runs/run/step_1.pt", path.read_bytes())
-    here = ObjectStorage(store.uri("runs/run"), tmp_path / "here")
-    folder, said = start(here, config)
+    storage_a = ObjectStorage(store.uri("runs/run"), tmp_path / "here")
+    folder, said = start(storage_a, config)
     assert folder is not None and len(said) == 1
     verify(folder)
-    elsewhere = ObjectStorage(store.uri("runs/run"), tmp_path / "elsewhere")
-    assert start(elsewhere, config) == (tmp_path / "elsewhere/step_1", [])
+    storage_b = ObjectStorage(store.uri("runs/run"), tmp_path / "elsewhere")
+    assert start(storage_b, config) == (tmp_path / "elsewhere/step_1", [])
     assert store.read("runs/run/step_1.pt") == path.read_bytes()
     assert "step_1/manifest.json" in store.names("runs/run")
 
