@@ -219,7 +219,7 @@ def test_a_foreign_file_is_refused_or_read_as_a_checkpoint(content: dict[Any, An
     path = scratch() / "step_0.pt"
     torch.save(content, path)
     try:
-        with converted(path, {"model": {"n_heads": 2, "n_loops": 4}}, note=str, allow_changes=True) as folder:
+        with converted(path, {"model": {"n_heads": 2, "n_loops": 4}}, log=str, allow_changes=True) as folder:
             found = read_checkpoint(folder)
     except (CheckpointError, SettingsError) as error:
         assert "step_0" in str(error) or "model." in str(error)
