@@ -1,7 +1,7 @@
-"""Paths and URIs as users write them.
+"""Paths and URIs in settings and options: parse, validate, join.
 
-Every setting and option that names a file or folder is read here, so that what cannot be a path is one line that names
-the setting and the value. A `file:` URI is a local path; any other `scheme://` is for `pyarrow.fs` (`data/sources.py`).
+All settings and options that name a file or folder are parsed here, so a text that cannot be a path is reported with the
+name of the setting. A `file:` URI is a local path; URIs of other schemes are for `pyarrow.fs` (`data/sources.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 
-LONGEST_SHOWN = 400  # characters of a name in a message
+MAX_SHOWN = 400  # characters of a path or text in a message
 RUNS_BELOW_HOME = "savant_runs"
 TEMPORARY_HOME = "savant-home-"  # prefix of the temporary folder that replaces a missing home; no run is stored there
 
@@ -25,19 +25,19 @@ _STANDARD_STREAM = re.compile(r"/dev/(stdin|stdout|stderr|fd)\b|/proc/")
 
 
 def is_uri(text: str) -> bool:
-    """Whether `text` is a URI of a remote file system; `file:` URIs are local paths."""
+    """Return whether `text` is a URI of a remote file system; `file:` URIs are local paths."""
     return _SCHEME.match(text) is not None and _FILE_URI.match(text) is None
 
 
 def local_path(text: str, setting: str = "", error: type[SavantError] = SettingsError) -> Path:
-    """Return the local path that `text` names, relative if it is relative: `~` expanded, a `file:` URI decoded.
+    """Return `text` as a local path, with `~` expanded and a `file:` URI decoded; relative paths stay relative.
 
     Raises:
         error: `text` cannot be a path; the message begins with `setting`.
     """
     named = _named(setting, text)
     if "\0" in text:
-        raise error(f"{named} holds a NUL character, which no path can")
+        raise error(f"{named} contains a NUL character, which is not allowed in a path")
     if _FILE_URI.match(text):
         text = _path_of_file_uri(text, named, error)
     if not text.startswith("~"):
@@ -46,14 +46,14 @@ def local_path(text: str, setting: str = "", error: type[SavantError] = Settings
     if expanded.startswith("~"):
         user = text[1:].partition("/")[0]
         reason = f"there is no user {printable(user)}" if user else "this user has no home folder; set HOME"
-        raise error(f"{named}: {reason} (a folder whose name begins with ~ is written ./~…)")
+        raise error(f"{named}: {reason} (write ./~… for a folder whose name begins with ~)")
     return _in_utf8(Path(expanded), named, error)
 
 
 def absolute_path(
     text: str, folder: Path | None = None, setting: str = "", error: type[SavantError] = SettingsError
 ) -> str:
-    """Return a local path as an absolute one; a URI stays, with its scheme in lower case.
+    """Return `text` as an absolute local path; a URI is returned with its scheme in lower case.
 
     A relative path is relative to `folder`, by default the working directory.
 
@@ -70,10 +70,10 @@ def absolute_path(
 
 
 def checkpoint_path(text: str) -> Path:
-    """Return the path of a checkpoint or run on this machine.
+    """Return the local path of a checkpoint or run.
 
     Raises:
-        CheckpointError: it cannot be a path, or whether it is there cannot be known (no right to a folder above it).
+        CheckpointError: it cannot be a path, or a parent folder is not accessible.
     """
     path = local_path(text, "checkpoint", CheckpointError)
     try:
@@ -84,7 +84,7 @@ def checkpoint_path(text: str) -> Path:
 
 
 def working_directory() -> Path:
-    """Return the folder that relative paths are relative to.
+    """Return the working directory.
 
     Raises:
         SettingsError: it was deleted.
@@ -130,21 +130,21 @@ def replace_missing_home() -> None:
 
 
 def usable_folder(path: Path, setting: str) -> None:
-    """Create the folder with its parents if it is not there, and check that files can be written into it.
+    """Create a folder and its parents if necessary, and check that the user may write into it.
 
     Raises:
-        SettingsError: it cannot be made, is a file, or may not be written.
+        SettingsError: it cannot be created, is a file, or is not writable.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"{setting}: {printable(str(path))} cannot be used as a folder: {why(error)}") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise SettingsError(f"{setting}: {printable(str(path))} may not be written by this user")
+        raise SettingsError(f"{setting}: {printable(str(path))} is not writable by this user")
 
 
 def split_query(path: str) -> tuple[str, str]:
-    """Split a URI into what precedes the `?` and its options from the `?` on; a local path has none."""
+    """Split a URI before the `?` of its options; the options of a local path are ""."""
     base, mark, options = path.partition("?") if is_uri(path) else (path, "", "")
     return base, mark + options
 
@@ -166,48 +166,48 @@ def canonical_uri(text: str, setting: str = "", error: type[SavantError] = Setti
     """Return a URI with its scheme in lower case.
 
     Raises:
-        error: it holds control characters or is not UTF-8.
+        error: it contains control characters or is not UTF-8.
     """
     if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in text):
-        raise error(f"{_named(setting, text)}: a URI holds no control characters and is UTF-8")
+        raise error(f"{_named(setting, text)}: a URI must not contain control characters and must be UTF-8")
     scheme = _SCHEME.match(text)
     return text if scheme is None else scheme[0].lower() + text[scheme.end() :]
 
 
 def decoded_uri(uri: str) -> str:
-    """Return a URI without options, the `%20` of its path decoded (not of its authority, which may hold a password)."""
+    """Return a URI with its path percent-decoded; its authority, which may contain a password, is unchanged."""
     authority, slash, path = _split_authority(uri)
     return authority + slash + unquote(path, errors="replace")
 
 
 def encoded_uri(decoded: str) -> str:
-    """The inverse of `decoded_uri`, as URI parsers want it."""
+    """Return a URI with its path percent-encoded; undoes `decoded_uri`."""
     authority, slash, path = _split_authority(decoded)
     return authority + slash + quote(path, safe="/!$&'()+,;=:@~")
 
 
 def is_standard_stream(path: str) -> bool:
-    """Whether a local path means something else in each process, as `/dev/stdin` does."""
+    """Return whether a local path names another file in each process, such as `/dev/stdin`."""
     return _STANDARD_STREAM.match(path) is not None
 
 
 def why(error: Exception) -> str:
-    """Return the reason of an operating system's or a library's error on one short line."""
+    """Return the message of an error of the operating system or a library on one line of at most 300 characters."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return printable(text.strip().splitlines()[0][:300].removesuffix("."))
 
 
 def printable(text: str) -> str:
-    r"""Return `text` on one line, with control characters and bytes that are no UTF-8 spelt out as in `r\xe9sum`.
+    r"""Return `text` on one line, with control characters and invalid UTF-8 bytes escaped, as in `r\xe9sum`.
 
-    What is longer than `LONGEST_SHOWN` characters is shown without its middle.
+    The middle of a text that is longer than `MAX_SHOWN` characters is omitted.
     """
-    if text.isprintable() and len(text) <= LONGEST_SHOWN:
+    if text.isprintable() and len(text) <= MAX_SHOWN:
         return text
     raw = text.encode("utf-8", "surrogateescape") if _is_escaped(text) else text.encode("utf-8", "backslashreplace")
     shown = raw.decode("utf-8", "backslashreplace")
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[: LONGEST_SHOWN // 2]}…{shown[-LONGEST_SHOWN // 2 :]}"
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[: MAX_SHOWN // 2]}…{shown[-MAX_SHOWN // 2 :]}"
 
 
 def _named(setting: str, text: str) -> str:
@@ -215,7 +215,7 @@ def _named(setting: str, text: str) -> str:
 
 
 def _is_escaped(text: str) -> bool:
-    """Whether every lone surrogate in it is a byte that Python could not decode."""
+    """Return whether all lone surrogates in `text` are bytes that Python could not decode (surrogateescape)."""
     return all(0xDC80 <= ord(character) <= 0xDCFF for character in text if 0xD800 <= ord(character) < 0xE000)
 
 
@@ -224,16 +224,20 @@ def _path_of_file_uri(text: str, named: str, error: type[SavantError]) -> str:
     if not slash or host.lower() not in _LOCAL_HOSTS:
         raise error(
             f"{named}: a file URI is written file:///absolute/path"
-            + (f" and names no other machine ({printable(host)})" if slash else " (a file of this name is ./file:…)")
+            + (
+                f", without the name of a machine ({printable(host)})"
+                if slash
+                else " (write ./file:… for a file of this name)"
+            )
         )
     decoded = slash + unquote(path, errors="surrogateescape")
     if "\0" in decoded:
-        raise error(f"{named} holds a NUL character, which no path can")
+        raise error(f"{named} contains a NUL character, which is not allowed in a path")
     return decoded
 
 
 def _in_utf8(path: Path, named: str, error: type[SavantError]) -> Path:
-    """Arrow, Ray and JSON take file names in UTF-8 only."""
+    """Return `path` if its name is UTF-8: Arrow, Ray and JSON support no other file names."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

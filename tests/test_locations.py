@@ -1,4 +1,4 @@
-"""Paths and URIs are read the same everywhere, and what cannot be one is a line that names the setting."""
+"""Paths and URIs are parsed in the same way in all settings and options, and errors name the setting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settings(name: str, value: str) -> Config:
         ("~nosuchuser/x", "there is no user nosuchuser"),
         ("a\0b", "NUL"),
         ("file:///a%00b", "NUL"),
-        ("file://host/x", "names no other machine (host)"),
+        ("file://host/x", "without the name of a machine (host)"),
         ("file:x", "file:///absolute/path"),
         ("file:///r%E9sum", "is not UTF-8"),
     ],
@@ -57,7 +57,7 @@ def test_a_file_uri_is_a_path_in_every_setting(uri: str) -> None:
         assert path == Path("/a b/[c]")
 
 
-def test_home_is_understood_behind_an_equals_sign_and_in_a_file(
+def test_a_tilde_is_expanded_behind_an_equals_sign_and_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -92,13 +92,13 @@ def test_an_option_that_cannot_be_a_path_is_named(
 @pytest.mark.parametrize(
     "checkpoint", ["~nosuchuser/x", "a\0b", "file://host/x", "x" * 300, "r\udce9sum", "hf://nonsense"]
 )
-def test_a_checkpoint_that_cannot_be_there_is_named(checkpoint: str) -> None:
+def test_a_checkpoint_that_cannot_exist_is_named(checkpoint: str) -> None:
     with pytest.raises(CheckpointError, match=r"^(checkpoint: |hf://nonsense)"), local_checkpoint(checkpoint):
         pass
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300, "a\0b"])
-def test_a_tokenizer_that_cannot_be_there_is_named(name: str) -> None:
+def test_a_tokenizer_that_cannot_exist_is_named(name: str) -> None:
     with pytest.raises(DataError, match="^tokenizer"):
         Tokenizer.load(name)
 

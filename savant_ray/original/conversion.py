@@ -93,9 +93,7 @@ def convert_newest(
     content = read_file(path)
     settings = complete_settings(content["model_state_dict"], config.to_dict())
     if newest is not None and content["step"] == step_of(newest):
-        if settings.problems or _is_conversion_with(
-            newest, settings.config
-        ):  # resumed, or refused, like any checkpoint
+        if settings.problems or _is_current(newest, settings.config):  # `newest` is resumed, or refused by the caller
             return None
     elif not allow_changes:
         _refuse_other_settings(path, settings)
@@ -144,13 +142,13 @@ def find_original(path: Path, log: Callable[[str], None] = lambda _: None) -> Pa
 def converted(
     path: Path,
     settings: Mapping[str, Mapping[str, Any]],
-    note: Callable[[str], None],
+    log: Callable[[str], None],
     allow_changes: bool = False,
 ) -> Iterator[Path]:
     """Convert a file of the original into a checkpoint in a temporary folder that exists within the `with` block.
 
     The checkpoint holds weights, settings and tokenizer, but no moments. `settings` are given by section, as in YAML;
-    defaults that complete them are passed to `note`. With `allow_changes` the settings are not compared with the file,
+    defaults that complete them are passed to `log`. With `allow_changes` the settings are not compared with the file,
     and the checkpoint has no tokenizer.
 
     Raises:
@@ -166,7 +164,7 @@ def converted(
         _refuse_incomplete(path, file_settings)
         texts = _texts(file_settings.config)
     if file_settings.assumed:
-        note(f"{path.name} does not show all settings of its model; assumed: {', '.join(file_settings.assumed)}")
+        log(f"{path.name} does not show all settings of its model; assumed: {', '.join(file_settings.assumed)}")
     content["optimizer_state_dict"] = {"state": {}, "param_groups": []}
     names = list(parameter_shapes(file_settings.config.model))
     checkpoint = to_checkpoint(content, names, file_settings.config.training.effective_batch)
@@ -186,7 +184,7 @@ def to_checkpoint(content: Mapping[str, Any], names: Sequence[str], effective_ba
     last_epoch = _last_epoch(content)
     return {
         "step": content["step"],
-        "model_state_dict": {name: weights[name] for name in sorted(weights, key=_place(names))},
+        "model_state_dict": {name: weights[name] for name in sorted(weights, key=_sort_key(names))},
         "optimizer_state_dict": renumbered(content["optimizer_state_dict"], list(weights), names),
         SCHEDULER: {"last_epoch": min(last_epoch, content["step"])},
         "savant": {
@@ -229,10 +227,10 @@ def _is_close(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-15)
 
 
-def _place(names: Sequence[str]) -> Callable[[str], int]:
-    """Return a key for sorting in the order of `names`; others come last."""
-    places = {name: place for place, name in enumerate(names)}
-    return lambda name: places.get(name, len(places))
+def _sort_key(names: Sequence[str]) -> Callable[[str], int]:
+    """Return a sort key for the order of `names`; other names are last."""
+    indices = {name: index for index, name in enumerate(names)}
+    return lambda name: indices.get(name, len(indices))
 
 
 def _last_epoch(content: Mapping[str, Any]) -> int:
@@ -302,8 +300,8 @@ def _was_converted(checkpoint: Path) -> bool:
     return bool(read_manifest(checkpoint)["data_fingerprint"] == ANY_TEXT)
 
 
-def _is_conversion_with(checkpoint: Path, config: Config) -> bool:
-    """Return whether a conversion with these settings would result in this converted checkpoint."""
+def _is_current(checkpoint: Path, config: Config) -> bool:
+    """Return whether converting the file again with these settings would give the same checkpoint."""
     if not (checkpoint / TOKENIZER).is_file():
         return False
     old = read_settings(checkpoint)
@@ -340,7 +338,7 @@ def _refuse_incomplete(path: Path, settings: FileSettings) -> None:
             "data.tokenizer: a file of the original holds no tokenizer; give --data.tokenizer FILE, FOLDER or NAME"
         )
     if problems:
-        kind = SettingsError if len(problems) > len(settings.misfits) else CheckpointError
+        kind = SettingsError if len(problems) > len(settings.mismatches) else CheckpointError
         raise kind(f"{path}, a file of the original, does not match the settings:\n  " + "\n  ".join(problems))
 
 

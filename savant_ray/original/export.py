@@ -74,12 +74,12 @@ def export_original(checkpoint: Path, output: Path, optimizer: OptimizerName | N
 
 def _export_file(source: Path, output: Path, optimizer: OptimizerName | None) -> list[str]:
     """Write a copy of a file of the original, with the state in the format of `optimizer`; return warnings."""
-    four = read_file(source)
-    warnings = [] if has_moments(four) else [NO_MOMENTS]
+    content = read_file(source)
+    warnings = [] if has_moments(content) else [NO_MOMENTS]
     if warnings:
-        four["optimizer_state_dict"]["state"] = {}
-    target = optimizer or optimizer_of(four)
-    write_original(output, for_optimizer(four, target) if target else four)
+        content["optimizer_state_dict"]["state"] = {}
+    target = optimizer or optimizer_of(content)
+    write_original(output, for_optimizer(content, target) if target else content)
     return warnings
 
 
@@ -92,12 +92,12 @@ def _export_checkpoint(folder: Path, output: Path, optimizer: OptimizerName | No
     reference = newest_intact(reversed(original_files(folder.parent)), warnings.append)
     reference_content = read_file(reference) if reference else None
     target = optimizer or (optimizer_of(reference_content) if reference_content else None)
-    four, lost = as_original(content, config.training, config.model, target or "adamw", reference_content)
-    write_original(output, four)
+    original, lost = to_original(content, config.training, config.model, target or "adamw", reference_content)
+    write_original(output, original)
     warnings += lost
     if target is None and not lost:
         warnings.append(NO_OPTIMIZER_KNOWN)
-    return warnings + _differences(config.model, four["model_state_dict"], reference, reference_content)
+    return warnings + _differences(config.model, original["model_state_dict"], reference, reference_content)
 
 
 def _refuse_unsupported_model(folder: Path, model: ModelConfig) -> None:
@@ -145,7 +145,7 @@ def _differences(
     if reference_content is not None and reference is not None:
         weights = reference_content["model_state_dict"]
         differences = [
-            f"{name} is {list(tensor.shape)}, there {list(weights[name].shape)}"
+            f"{name} is {list(weights[name].shape)} instead of {list(tensor.shape)}"
             for name, tensor in written.items()
             if name in weights and weights[name].shape != tensor.shape
         ]
@@ -167,7 +167,7 @@ def _differences(
     return warnings
 
 
-def as_original(
+def to_original(
     content: Mapping[str, Any],
     training: TrainingConfig,
     model: ModelConfig,
@@ -194,13 +194,13 @@ def as_original(
         "_step_count": last_epoch + 1,
         "_last_lr": [rate],
     }
-    four = {
+    original = {
         "step": content["step"],
         "model_state_dict": masks | {name: weights[name].float() for name in names},
         "optimizer_state_dict": {"state": moments, "param_groups": [group]},
         SCHEDULER: {**_new_schedule(), **(reference or {}).get(SCHEDULER, {}), **schedule},
     }
-    return for_optimizer(four, optimizer), [] if moments else [NO_MOMENTS]
+    return for_optimizer(original, optimizer), [] if moments else [NO_MOMENTS]
 
 
 def _in_order(weights: Mapping[str, Tensor], order: Iterable[str]) -> list[str]:

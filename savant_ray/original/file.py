@@ -62,45 +62,45 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         CheckpointError: the file is missing, truncated or altered, lacks a key, contains code, or is named after another
             step.
     """
-    content = _load_verified(path, device)
-    weights = content["model_state_dict"]
-    four = {
-        "step": content["step"],
+    stored = _load_verified(path, device)
+    weights = stored["model_state_dict"]
+    content = {
+        "step": stored["step"],
         "model_state_dict": {name: w if name in MASKS else w.float() for name, w in weights.items()},
-        "optimizer_state_dict": _optimizer_state(content["optimizer_state_dict"]),
+        "optimizer_state_dict": _optimizer_state(stored["optimizer_state_dict"]),
     }
-    if SCHEDULER in content:
-        scheduler = content[SCHEDULER]
-        four[SCHEDULER] = dict(scheduler) if isinstance(scheduler, Mapping) else {}
-    return four
+    if SCHEDULER in stored:
+        scheduler = stored[SCHEDULER]
+        content[SCHEDULER] = dict(scheduler) if isinstance(scheduler, Mapping) else {}
+    return content
 
 
-def optimizer_of(four: Mapping[str, Any]) -> OptimizerName | None:
+def optimizer_of(content: Mapping[str, Any]) -> OptimizerName | None:
     """Return the optimizer that wrote a file; None if the file has no group of parameters.
 
     The groups show it, which files without moments have too: `amsgrad` is an option of PyTorch's AdamW only.
     """
-    groups = four["optimizer_state_dict"]["param_groups"]
+    groups = content["optimizer_state_dict"]["param_groups"]
     if not groups:
         return None
     return "adamw" if "amsgrad" in groups[0] else "adamw8bit"
 
 
-def has_moments(four: Mapping[str, Any]) -> bool:
+def has_moments(content: Mapping[str, Any]) -> bool:
     """Return whether a file (see `read_file`) has an optimizer state, with AdamW moments in each parameter's state."""
-    state = four["optimizer_state_dict"]["state"]
+    state = content["optimizer_state_dict"]["state"]
     return bool(state) and all(set(entry) == {"step", *MOMENTS} for entry in state.values())
 
 
-def for_optimizer(four: Mapping[str, Any], optimizer: OptimizerName) -> dict[str, Any]:
+def for_optimizer(content: Mapping[str, Any], optimizer: OptimizerName) -> dict[str, Any]:
     """Return the content of a file (see `read_file`) with the optimizer state in the format of `optimizer`."""
-    state, groups = (four["optimizer_state_dict"][key] for key in ("state", "param_groups"))
+    state, groups = (content["optimizer_state_dict"][key] for key in ("state", "param_groups"))
     if optimizer == "adamw8bit":
         state = {number: to_adamw8bit(entry) for number, entry in state.items()}
     options = _group_options(optimizer)
     foreign = _group_options("adamw" if optimizer == "adamw8bit" else "adamw8bit").keys() - options.keys()
     groups = [options | {name: value for name, value in group.items() if name not in foreign} for group in groups]
-    return {**four, "optimizer_state_dict": {"state": state, "param_groups": groups}}
+    return {**content, "optimizer_state_dict": {"state": state, "param_groups": groups}}
 
 
 def renumbered(optimizer: dict[str, Any], old_order: Sequence[str], new_order: Sequence[str]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def renumbered(optimizer: dict[str, Any], old_order: Sequence[str], new_order: S
     return {"state": state, "param_groups": [{**groups[0], "params": list(range(len(new_order)))}]}
 
 
-def write_original(path: Path, four: Mapping[str, Any]) -> None:
+def write_original(path: Path, content: Mapping[str, Any]) -> None:
     """Write the four keys to a file that the original loads; the file is replaced atomically.
 
     Raises:
@@ -128,7 +128,7 @@ def write_original(path: Path, four: Mapping[str, Any]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save({key: four[key] for key in (*KEYS, SCHEDULER) if key in four}, temporary)
+        save({key: content[key] for key in (*KEYS, SCHEDULER) if key in content}, temporary)
         sync(temporary)
         temporary.replace(path)
     finally:

@@ -26,7 +26,7 @@ class FileSettings:
     """Settings whose model section matches the file."""
     contradictions: tuple[str, ...]
     """Explicit settings that contradict the file."""
-    misfits: tuple[str, ...]
+    mismatches: tuple[str, ...]
     """Weights that are missing, unknown or of another shape than in a model of these sizes."""
     not_shown: tuple[str, ...]
     """Model settings that are explicit or defaults, because the file does not show them: `model.n_heads 16`."""
@@ -36,7 +36,7 @@ class FileSettings:
     @property
     def problems(self) -> tuple[str, ...]:
         """Return all reasons not to use the file with these settings."""
-        return self.contradictions + self.misfits
+        return self.contradictions + self.mismatches
 
 
 def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapping[str, Any]]) -> FileSettings:
@@ -64,8 +64,8 @@ def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapp
     config = Config.from_dict({**config.to_dict(), "model": file_model})
     not_shown = {name: f"model.{name} {file_model[name]}" for name in CONSTANTS if name not in sizes}
     assumed = tuple(text for name, text in not_shown.items() if name not in model)
-    misfits = tuple(_misfits(weights, config.model))
-    return FileSettings(config, tuple(contradictions), misfits, tuple(not_shown.values()), assumed)
+    mismatches = tuple(_mismatches(weights, config.model))
+    return FileSettings(config, tuple(contradictions), mismatches, tuple(not_shown.values()), assumed)
 
 
 def inferred_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
@@ -84,7 +84,7 @@ def inferred_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _original_settings(completed: ModelConfig, explicit: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model settings, with those that the original's code fixes at the values that it has there.
+    """Return the model settings, with the original's values for those that are not constants of the script.
 
     An explicit value with the same effect is kept: a window that is longer than the sequence, or a `global_every` that
     makes the same loops global.
@@ -93,11 +93,11 @@ def _original_settings(completed: ModelConfig, explicit: Mapping[str, Any]) -> d
     window = explicit.get("window_size")
     if type(window) is int and window > model["window_size"] == model["max_seq_len"] - 1:
         model["window_size"] = window
-    every = defaults.global_every
-    if global_loops(model, completed.global_every) == global_loops(model, every):
-        every = completed.global_every
+    global_every = defaults.global_every
+    if global_loops(model, completed.global_every) == global_loops(model, global_every):
+        global_every = completed.global_every
     fixed = {name: getattr(defaults, name) for name in ModelConfig.model_fields if name not in CONSTANTS}
-    return model | fixed | {"global_every": every}
+    return model | fixed | {"global_every": global_every}
 
 
 def visible_keys(mask: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Tensor]:
         return dict(UniversalTransformer(model).named_parameters())
 
 
-def _misfits(weights: Mapping[str, Tensor], model: ModelConfig) -> list[str]:
+def _mismatches(weights: Mapping[str, Tensor], model: ModelConfig) -> list[str]:
     """Return a message for each weight that is missing, unknown or of another shape than in the model."""
     parameters = parameter_shapes(model)
     missing = [f"{name} is missing" for name in parameters if name not in weights]

@@ -72,10 +72,10 @@ class ObjectStorage(RunStorage):
         return join_uri(self.location, name)
 
     def step_folders(self) -> list[str]:
-        return _in_step_order(_begun(self._list()))
+        return _in_step_order(_with_manifest_or_weights(self._list()))
 
     def checkpoints(self) -> list[str]:
-        return _in_step_order(_complete(self._list()))
+        return _in_step_order(_with_manifest(self._list()))
 
     def file_names(self) -> list[str]:
         return [path for path in self._list() if "/" not in path]
@@ -102,7 +102,7 @@ class ObjectStorage(RunStorage):
         return target
 
     def remove_unfinished(self) -> None:
-        self._delete_other_folders(keep=_begun(self._list()))
+        self._delete_other_folders(keep=_with_manifest_or_weights(self._list()))
         remove_unfinished(self.folder)
         for unfinished in self.folder.glob("fetch-*"):
             shutil.rmtree(unfinished)
@@ -201,7 +201,7 @@ class ObjectStorage(RunStorage):
     def _upload_checkpoint(self, folder: Path) -> None:
         """Upload a checkpoint into a folder that is not complete yet, then delete the ones that it replaces."""
         self.check_owner()
-        complete = _complete(self._list())
+        complete = _with_manifest(self._list())
         self._delete_other_folders(keep=complete)
         epoch = 0 if self.owner is None else self.owner.epoch
         numbers = [number for *stored, number in map(_parts, complete) if stored == [folder.name, epoch]]
@@ -243,8 +243,8 @@ class ObjectStorage(RunStorage):
         A name that no folder belongs to, such as that of a file, is returned unchanged.
         """
         files = self._list()
-        complete = _complete(files)
-        candidates = [stored for stored in _begun(files) if _parts(stored)[0] == name]
+        complete = _with_manifest(files)
+        candidates = [stored for stored in _with_manifest_or_weights(files) if _parts(stored)[0] == name]
         return max(candidates, key=lambda stored: (stored in complete, *_parts(stored)[1:]), default=name)
 
     def _list(self, path: str | None = None) -> list[str]:
@@ -304,13 +304,13 @@ def _stored_folders(files: Iterable[str]) -> set[str]:
     return {folder for folder in folders if _STORED.fullmatch(folder)}
 
 
-def _begun(files: Iterable[str]) -> set[str]:
+def _with_manifest_or_weights(files: Iterable[str]) -> set[str]:
     """Return the folders of checkpoints that have a manifest or weights."""
     files = list(files)
-    return _complete(files) | {path.rpartition("/")[0] for path in files if _is_weights(path)}
+    return _with_manifest(files) | {path.rpartition("/")[0] for path in files if _is_weights(path)}
 
 
-def _complete(files: Iterable[str]) -> set[str]:
+def _with_manifest(files: Iterable[str]) -> set[str]:
     """Return the folders of checkpoints that have a manifest."""
     folders = {path.rpartition("/")[0] for path in files if _is_manifest(path)}
     return {folder for folder in folders if _STORED.fullmatch(folder)}

@@ -34,8 +34,8 @@ def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path)
         source["path"] = _absolute(source["path"], input_folder, f"data.sources[{number}].path")
     if run["init_from"] is not None:
         run["init_from"] = _absolute(run["init_from"], output_folder, "run.init_from")
-    if not config.data.learns_tokenizer and _is_tokenizer_path(data["tokenizer"], input_folder):
-        data["tokenizer"] = _absolute(data["tokenizer"], input_folder, "data.tokenizer")
+    if not config.data.learns_tokenizer:
+        data["tokenizer"] = _absolute_tokenizer(data["tokenizer"], input_folder)
     return Config.from_dict(settings)
 
 
@@ -59,9 +59,10 @@ def _absolute(path: str | list[str], folder: Path, setting: str) -> str | list[s
     return absolute_path(path, folder, setting)
 
 
-def _is_tokenizer_path(tokenizer: str, folder: Path) -> bool:
-    """Return whether `data.tokenizer` is a path rather than the name of a tokenizer."""
+def _absolute_tokenizer(tokenizer: str, folder: Path) -> str:
+    """Return the absolute path of `data.tokenizer`; a URI, or a name without a file of that name, is unchanged."""
     if is_uri(tokenizer):
-        return False
+        return tokenizer
     path = local_path(tokenizer, "data.tokenizer")
-    return path.is_absolute() or os.path.exists(folder / path)  # noqa: PTH110 - Path.exists raises for a name too long
+    is_path = path.is_absolute() or os.path.exists(folder / path)  # noqa: PTH110 - Path.exists raises for a name too long
+    return str(folder / path) if is_path else tokenizer

@@ -231,7 +231,7 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(server: ObjectStore) -> ObjectStore:
-    """The same, empty."""
+    """The server without objects, with its defaults."""
     from tests.cluster.object_store import BUCKET
 
     server.filesystem.delete_dir_contents(BUCKET)
@@ -241,12 +241,12 @@ def store(server: ObjectStore) -> ObjectStore:
 
 
 @pytest.fixture
-def here(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
-    """A run there."""
-    return ObjectStorage(store.uri("runs/run"), tmp_path / "here")
+def storage_a(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
+    """A run in object storage, as one machine accesses it."""
+    return ObjectStorage(store.uri("runs/run"), tmp_path / "machine-a")
 
 
 @pytest.fixture
-def elsewhere(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
-    """The same run on another machine."""
-    return ObjectStorage(store.uri("runs/run"), tmp_path / "elsewhere")
+def storage_b(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
+    """The same run, as another machine accesses it."""
+    return ObjectStorage(store.uri("runs/run"), tmp_path / "machine-b")

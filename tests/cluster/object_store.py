@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, and what it holds."""
+"""An S3 server (moto) on the loopback interface."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BUCKET = "bucket"
 
 
 class ObjectStore:
-    """Keeps its objects while it is stopped, as a network that is gone for a while."""
+    """The server; it keeps its objects while it is stopped, which simulates a network outage."""
 
     def __init__(self) -> None:
         self.port = free_port()
         self.query = f"?endpoint_override=127.0.0.1:{self.port}&scheme=http"
         self.conditions = "enforced"  # or "ignored", or "refused"
-        # Called in the server before each request; PermissionError makes it answer 403, which no client tries again.
+        # Called in the server before each request; PermissionError makes it respond 403, which clients do not retry.
         self.before: Callable[[str, str], None] = lambda method, path: None
         self.requests: list[tuple[str, str]] = []
         self._app = DomainDispatcherApplication(create_backend_app)
@@ -64,7 +64,7 @@ class ObjectStore:
         return pafs.FileSystem.from_uri(f"s3://{BUCKET}{self.query}&allow_bucket_creation=true")[0]
 
     def names(self, path: str) -> list[str]:
-        """Everything below `bucket/<path>`, relative to it, but empty folders."""
+        """Return all objects below `bucket/<path>`, relative to it, except empty folders."""
         top = f"{BUCKET}/{path}"
         infos = self.filesystem.get_file_info(pafs.FileSelector(top, recursive=True, allow_not_found=True))
         return sorted(info.path[len(top) + 1 :] for info in infos if info.type == pafs.FileType.File)
@@ -80,12 +80,14 @@ class ObjectStore:
 
 @contextmanager
 def running_store() -> Iterator[ObjectStore]:
-    """The credentials of every client have to be in its environment."""
+    """Start the server and put its credentials into the environment."""
     store = ObjectStore()
     store.start()
     try:
         store.filesystem.create_dir(BUCKET)
-        store.filesystem.delete_dir_contents(BUCKET)  # moto's objects belong to the process, not to a server
+        store.filesystem.delete_dir_contents(
+            BUCKET
+        )  # moto's objects belong to the process, so a new server still has them
         yield store
     finally:
         store.stop()

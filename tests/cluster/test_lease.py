@@ -1,4 +1,4 @@
-"""The lease that takes a lock's place in object storage: one process trains a run, and a dead one holds none."""
+"""The lease of a run in object storage: at most one process trains a run, and a dead process does not block it."""
 
 from __future__ import annotations
 
@@ -28,61 +28,61 @@ from tests.cluster.test_object_storage import record
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_lease_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
     monkeypatch.setattr(lease_module, "EXPIRY_SECONDS", 2.0)
     monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.1)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_run_in_use_is_refused_wherever_it_is_in_use(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+@pytest.mark.usefixtures("short_lease_times")
+def test_a_run_that_another_process_uses_is_refused_on_any_machine(
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
-    with here.in_use():
+    with storage_a.in_use():
         with pytest.raises(SavantError, match=f"in use by process {os.getpid()} on {socket.gethostname()}"):
-            with elsewhere.in_use():
+            with storage_b.in_use():
                 pass
-        with pytest.raises(SavantError, match="in use"), here.in_use():
+        with pytest.raises(SavantError, match="in use"), storage_a.in_use():
             pass
     assert LEASE not in store.names("runs/run")
-    with elsewhere.in_use():
+    with storage_b.in_use():
         pass
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_run_that_was_taken_over_while_the_storage_was_not_reached_stops_and_leaves_it_alone(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+@pytest.mark.usefixtures("short_lease_times")
+def test_a_process_that_lost_its_lease_stops_and_changes_nothing_in_the_run(
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
-    record(here, "10:00")
-    with here.in_use():
-        here.refuse_if_lost()
+    record(storage_a, "10:00")
+    with storage_a.in_use():
+        storage_a.refuse_if_lost()
         taken = json.dumps({"token": "x", "process": 7, "host": "another-machine", "beat": 1}).encode()
         store.write(f"runs/run/{LEASE}", taken)
-        wait_for(lambda: here._lease is not None and here._lease._new_owner, 20)
+        wait_for(lambda: storage_a._lease is not None and storage_a._lease._new_owner, 20)
         with pytest.raises(SavantError, match="process 7 on another-machine has taken the run over"):
-            here.refuse_if_lost()
+            storage_a.refuse_if_lost()
         with pytest.raises(OSError, match="another process trains this run"):
-            here.send_records()
+            storage_a.send_records()
         assert store.read(f"runs/run/{LEASE}") == taken
     assert store.read(f"runs/run/{LEASE}") == taken and store.names("runs/run") == [LEASE]
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_dead_run_holds_no_lease(here: ObjectStorage, store: ObjectStore) -> None:
+@pytest.mark.usefixtures("short_lease_times")
+def test_the_lease_of_a_dead_process_is_taken_over(storage_a: ObjectStorage, store: ObjectStore) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     said: list[str] = []
     for host in (socket.gethostname(), "another-machine"):
         mark = {"token": "x", "process": gone.pid, "host": host, "beat": 3}
         store.write(f"runs/run/{LEASE}", json.dumps(mark).encode())
-        with leased(here.filesystem, here.path, said.append):
+        with leased(storage_a.filesystem, storage_a.path, said.append):
             assert json.loads(store.read(f"runs/run/{LEASE}"))["process"] == os.getpid()
     assert len(said) == 1 and "process" in said[0] and "on another-machine may still train" in said[0]
 
 
 @contextmanager
 def taken(storage: ObjectStorage) -> Iterator[ObjectStorage]:
-    """The run, taken over at once from whoever has it, and given back in the end."""
+    """Take the run over without waiting for the lease to expire, and release it at the end of the `with` block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease_module, "EXPIRY_SECONDS", 0.0)
         patch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
@@ -95,7 +95,7 @@ def taken(storage: ObjectStorage) -> Iterator[ObjectStorage]:
 
 
 def starters(store: ObjectStore, folder: Path, number: int) -> list[str]:
-    """Starts the run so many times at once, each on a machine of its own; names those that got it, and what others heard.
+    """Start the run `number` times simultaneously, on different machines; return "trains" or the error of each.
 
     All have read the lease before any of them writes it.
     """
@@ -129,7 +129,7 @@ def starters(store: ObjectStore, folder: Path, number: int) -> list[str]:
 
 
 @pytest.mark.parametrize("left_behind", [None, {"token": "x", "process": 7, "host": "another-machine", "beat": 3}])
-def test_of_processes_that_start_a_run_at_once_exactly_one_trains_however_slow_their_writes(
+def test_of_processes_that_start_a_run_simultaneously_exactly_one_trains_however_slow_their_writes(
     left_behind: dict[str, object] | None, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "EXPIRY_SECONDS", 0.2)
@@ -142,24 +142,24 @@ def test_of_processes_that_start_a_run_at_once_exactly_one_trains_however_slow_t
     assert [outcome for outcome in outcomes if "in use by process" not in outcome] == ["trains"]
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_lease_times")
 @pytest.mark.parametrize("conditions", ["ignored", "refused"])
-def test_a_storage_without_conditional_writes_is_told_and_a_run_in_use_refused_there_too(
-    conditions: str, here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+def test_a_storage_without_conditional_writes_is_reported_and_a_run_in_use_is_refused(
+    conditions: str, storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
     store.conditions = conditions
     said: list[str] = []
-    with here.in_use(said.append):
+    with storage_a.in_use(said.append):
         assert len(said) == 1 and "no conditional writes" in said[0] and "Start this run once" in said[0]
-        with pytest.raises(SavantError, match="in use by process"), elsewhere.in_use(said.append):
+        with pytest.raises(SavantError, match="in use by process"), storage_b.in_use(said.append):
             pass
     assert store.names("runs/run") == []
-    with elsewhere.in_use(said.append):
-        elsewhere.check_owner()
+    with storage_b.in_use(said.append):
+        storage_b.check_owner()
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_storage_of_another_kind_has_the_lease_of_the_last_writer(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("short_lease_times")
+def test_a_storage_of_another_kind_gives_the_lease_to_the_last_writer(tmp_path: Path) -> None:
     filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
     filesystem.create_dir("run")
     with leased(filesystem, "run", pytest.fail) as first:
@@ -170,94 +170,96 @@ def test_a_storage_of_another_kind_has_the_lease_of_the_last_writer(tmp_path: Pa
         pass
 
 
-def test_who_takes_over_a_run_whose_holder_lives_after_all_ends_that_one(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+def test_a_holder_that_continues_after_its_lease_was_taken_over_stops(
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The holder is stopped, as by Ctrl+Z, and goes on when the run has another owner."""
+    """The holder is suspended, as by Ctrl+Z, and continues when the run has another owner."""
     monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
-    with here.in_use():
-        with taken(elsewhere):
-            lease = here._lease
+    with storage_a.in_use():
+        with taken(storage_b):
+            lease = storage_a._lease
             wait_for(lambda: lease is not None and lease._new_owner, 20)
             with pytest.raises(SavantError, match="has taken the run over"):
-                here.refuse_if_lost()
+                storage_a.refuse_if_lost()
             with pytest.raises(SavantError, match="has taken the run over"):
-                here.check_owner()
-            elsewhere.check_owner()
-    assert json.loads(store.read(f"runs/run/{LEASE}"))["released"] == "clean", "the first one left it alone"
+                storage_a.check_owner()
+            storage_b.check_owner()
+    assert json.loads(store.read(f"runs/run/{LEASE}"))["released"] == "clean", "the first process does not change it"
 
 
 def test_the_epoch_grows_where_workers_may_still_write_and_never_shrinks(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
     def epoch(storage: ObjectStorage) -> int:
         assert storage.owner is not None
         return storage.owner.epoch
 
-    with taken(here):
-        assert epoch(here) == 0
-    with taken(here):
-        assert epoch(here) == 0, "the one before has ended its workers"
-        with taken(elsewhere):
-            assert epoch(elsewhere) == 1, "the one before may have workers"
-    with taken(here):
-        assert epoch(here) == 1
-        here.expect_late_writes()
-    with taken(elsewhere):
-        assert epoch(elsewhere) == 2
-    record(elsewhere, "10:00")
-    elsewhere.send_records()
-    assert elsewhere.move_aside() is not None
-    with taken(here):
-        assert epoch(here) == 2, "nor by --fresh"
+    with taken(storage_a):
+        assert epoch(storage_a) == 0
+    with taken(storage_a):
+        assert epoch(storage_a) == 0, "the previous owner has ended its workers"
+        with taken(storage_b):
+            assert epoch(storage_b) == 1, "the previous owner may have workers"
+    with taken(storage_a):
+        assert epoch(storage_a) == 1
+        storage_a.expect_late_writes()
+    with taken(storage_b):
+        assert epoch(storage_b) == 2
+    record(storage_b, "10:00")
+    storage_b.send_records()
+    assert storage_b.move_aside() is not None
+    with taken(storage_a):
+        assert epoch(storage_a) == 2, "--fresh does not decrease it"
     store.write("runs/run/step_5.4/manifest.json", b"{}")
-    here.filesystem.delete_file(f"{here.path}/{LEASE}")
-    with taken(here):
-        assert epoch(here) == 4, "nor where somebody removes the lease"
+    storage_a.filesystem.delete_file(f"{storage_a.path}/{LEASE}")
+    with taken(storage_a):
+        assert epoch(storage_a) == 4, "removing the lease does not decrease it"
 
 
-def test_a_mark_that_somebody_removes_is_written_again(
-    here: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+def test_a_lease_that_was_deleted_by_hand_is_written_again(
+    storage_a: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.05)
-    with here.in_use():
-        here.filesystem.delete_file(f"{here.path}/{LEASE}")
-        here.check_owner()
+    with storage_a.in_use():
+        storage_a.filesystem.delete_file(f"{storage_a.path}/{LEASE}")
+        storage_a.check_owner()
         wait_for(lambda: LEASE in store.names("runs/run"), 20)
-        here.refuse_if_lost()
-        assert here.owner is not None and here.owner.token in store.read(f"runs/run/{LEASE}").decode()
+        storage_a.refuse_if_lost()
+        assert storage_a.owner is not None and storage_a.owner.token in store.read(f"runs/run/{LEASE}").decode()
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("mark", [b"", b"{", b"[1]", b'"x"', b'{"epoch": "x", "process": "y", "beat": null}', b"\xff"])
-def test_a_mark_of_anything_is_a_dead_one(mark: bytes, here: ObjectStorage, store: ObjectStore) -> None:
-    store.write(f"runs/run/{LEASE}", mark)
-    with here.in_use(lambda _: None):
-        here.check_owner()
-        assert here.owner is not None and here.owner.token in store.read(f"runs/run/{LEASE}").decode()
+@pytest.mark.usefixtures("short_lease_times")
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'"x"', b'{"epoch": "x", "process": "y", "beat": null}', b"\xff"]
+)
+def test_an_invalid_lease_is_replaced(content: bytes, storage_a: ObjectStorage, store: ObjectStore) -> None:
+    store.write(f"runs/run/{LEASE}", content)
+    with storage_a.in_use(lambda _: None):
+        storage_a.check_owner()
+        assert storage_a.owner is not None and storage_a.owner.token in store.read(f"runs/run/{LEASE}").decode()
 
 
-def test_a_process_of_another_container_or_machine_of_the_same_name_is_not_taken_for_dead(
-    here: ObjectStorage, store: ObjectStore, impatient: None
+def test_a_process_of_another_container_or_machine_of_the_same_name_is_not_considered_dead(
+    storage_a: ObjectStorage, store: ObjectStore, short_lease_times: None
 ) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     mark = {"token": "x", "process": gone.pid, "host": socket.gethostname(), "machine": "another", "beat": 3}
     store.write(f"runs/run/{LEASE}", json.dumps(mark).encode())
     said: list[str] = []
-    with here.in_use(said.append):
+    with storage_a.in_use(said.append):
         assert len(said) == 1 and "may still train" in said[0]
 
 
-def test_conditional_writes_find_the_keys_of_a_profile_as_amazons_tools_do(
-    here: ObjectStorage, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_conditional_writes_use_the_access_keys_of_an_aws_profile(
+    storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "keys").write_text("[work]\naws_access_key_id = test\naws_secret_access_key = test%\n")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
     monkeypatch.setenv("AWS_PROFILE", "work")
-    found = conditional_object(here.filesystem, f"{BUCKET}/runs/run/object")
+    found = conditional_object(storage_a.filesystem, f"{BUCKET}/runs/run/object")
     assert found is not None
     found.write(b"1", None)
     with pytest.raises(VersionConflictError):
@@ -266,7 +268,7 @@ def test_conditional_writes_find_the_keys_of_a_profile_as_amazons_tools_do(
 
 
 class Generations:
-    """As much of Google Cloud Storage as a lease needs: objects with generations, and writes on condition of one."""
+    """The part of Google Cloud Storage that a lease needs: objects with generations and conditional writes."""
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[int, bytes]] = {}
@@ -327,6 +329,6 @@ def test_conditional_writes_go_to_the_server_that_the_uri_or_the_environment_nam
     if "PORT" not in uri:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{store.port}")
     storage = ObjectStorage(uri.replace("PORT", str(store.port)), tmp_path / "run")
-    with storage.in_use(pytest.fail):  # nothing is said of missing conditions
+    with storage.in_use(pytest.fail):  # no message about missing conditional writes
         assert LEASE in store.names("runs/run")
         storage.check_owner()

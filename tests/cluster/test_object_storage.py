@@ -1,4 +1,4 @@
-"""A run in object storage: nothing is half there, nothing is lost, and every machine finds the same."""
+"""A run in object storage: no partial checkpoint counts, nothing is lost, and all machines see the same run."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def keep(storage: ObjectStorage, *steps: int) -> None:
         assert storage.commit(storage.folder / f"step_{step}") == f"{BUCKET}/runs/run/step_{step}"
 
 
-def test_a_checkpoint_that_is_sent_is_found_whole_on_another_machine(
-    here: ObjectStorage, elsewhere: ObjectStorage
+def test_an_uploaded_checkpoint_is_intact_on_another_machine(
+    storage_a: ObjectStorage, storage_b: ObjectStorage
 ) -> None:
-    keep(here, 9900, 10000)
-    assert find_start(elsewhere, print) == elsewhere.folder / "step_10000"
-    verify(elsewhere.folder / "step_10000")
-    for storage in (here, elsewhere):
-        assert [path.name for path in storage.folder.glob("step_*")] == ["step_10000"], "a mirror needs the newest only"
-    assert here.checkpoints() == ["step_9900", "step_10000"]
+    keep(storage_a, 9900, 10000)
+    assert find_start(storage_b, print) == storage_b.folder / "step_10000"
+    verify(storage_b.folder / "step_10000")
+    for storage in (storage_a, storage_b):
+        assert [path.name for path in storage.folder.glob("step_*")] == ["step_10000"], "a mirror keeps the newest only"
+    assert storage_a.checkpoints() == ["step_9900", "step_10000"]
 
 
 def test_a_run_may_have_any_name_that_a_folder_may_have(
@@ -64,10 +64,10 @@ def test_a_run_may_have_any_name_that_a_folder_may_have(
         assert folder.name == "step_5"
 
 
-def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+def test_the_manifest_is_uploaded_last_and_an_interrupted_upload_is_no_checkpoint(
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep(here, 1)
+    keep(storage_a, 1)
     sent: list[str] = []
     upload = ObjectStorage._upload
 
@@ -78,20 +78,20 @@ def test_the_manifest_is_sent_last_and_a_sending_that_died_is_no_checkpoint(
         upload(self, file, target)
 
     monkeypatch.setattr(ObjectStorage, "_upload", dying)
-    write(here.folder, 2)
-    files = {file.name for file in (here.folder / "step_2").iterdir()}
+    write(storage_a.folder, 2)
+    files = {file.name for file in (storage_a.folder / "step_2").iterdir()}
     with pytest.raises(OSError, match=r"power.* complete in .*step_2\.unsent of this node"):
-        here.commit(here.folder / "step_2")
-    assert {file.name for file in (here.folder / "step_2.unsent").iterdir()} == files
+        storage_a.commit(storage_a.folder / "step_2")
+    assert {file.name for file in (storage_a.folder / "step_2.unsent").iterdir()} == files
     assert (
         set(sent) == files - {MANIFEST} and sent[-1] == "step_2.pt" and f"step_2/{sent[0]}" in store.names("runs/run")
     )
     said: list[str] = []
-    assert find_start(elsewhere, said.append) == elsewhere.folder / "step_1"
-    assert len(said) == 1 and "set aside as step_2.damaged" in said[0], "weights are never deleted in silence"
+    assert find_start(storage_b, said.append) == storage_b.folder / "step_1"
+    assert len(said) == 1 and "set aside as step_2.damaged" in said[0], "weights are never deleted silently"
     assert {f"step_2.damaged/{name}" for name in sent} <= set(store.names("runs/run"))
     store.write("runs/run/step_3/config.yaml", b"the power was gone before the weights were sent")
-    assert find_start(elsewhere, pytest.fail) == elsewhere.folder / "step_1"
+    assert find_start(storage_b, pytest.fail) == storage_b.folder / "step_1"
     assert not any(name.startswith("step_3") for name in store.names("runs/run"))
 
 
@@ -101,36 +101,38 @@ def flip(store: ObjectStore, path: str) -> None:
     store.write(path, bytes(content))
 
 
-def test_a_damaged_checkpoint_is_set_aside_there_and_the_next_older_one_taken(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+def test_a_damaged_checkpoint_in_object_storage_is_set_aside_and_the_next_older_one_used(
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
-    keep(here, 1, 2)
+    keep(storage_a, 1, 2)
     flip(store, "runs/run/step_2/step_2.pt")
     said: list[str] = []
-    assert find_start(elsewhere, said.append) == elsewhere.folder / "step_1"
+    assert find_start(storage_b, said.append) == storage_b.folder / "step_1"
     assert len(said) == 1 and "SHA-256" in said[0] and "set aside as step_2.damaged" in said[0]
-    assert "step_2.damaged/step_2.pt" in store.names("runs/run") and elsewhere.checkpoints() == ["step_1"]
+    assert "step_2.damaged/step_2.pt" in store.names("runs/run") and storage_b.checkpoints() == ["step_1"]
     flip(store, "runs/run/step_1/step_1.pt")
-    shutil.rmtree(elsewhere.folder)
+    shutil.rmtree(storage_b.folder)
     with pytest.raises(CheckpointError, match="no whole checkpoint of it is left"):
-        find_start(elsewhere, said.append)
+        find_start(storage_b, said.append)
 
 
-def test_a_damaged_mirror_is_fetched_again_and_a_stale_one_dropped(here: ObjectStorage, store: ObjectStore) -> None:
-    keep(here, 1)
-    mirrored = here.folder / "step_1/step_1.pt"
+def test_a_damaged_mirror_is_downloaded_again_and_a_stale_one_deleted(
+    storage_a: ObjectStorage, store: ObjectStore
+) -> None:
+    keep(storage_a, 1)
+    mirrored = storage_a.folder / "step_1/step_1.pt"
     whole = mirrored.read_bytes()
     mirrored.write_bytes(whole[:100])
-    write(here.folder, 7)  # of a run that is gone from the storage
-    assert find_start(here, pytest.fail) == here.folder / "step_1" and mirrored.read_bytes() == whole
-    assert not (here.folder / "step_7").exists()
+    write(storage_a.folder, 7)  # of a run that was deleted from the storage
+    assert find_start(storage_a, pytest.fail) == storage_a.folder / "step_1" and mirrored.read_bytes() == whole
+    assert not (storage_a.folder / "step_7").exists()
 
 
-def test_rays_list_names_what_is_there(here: ObjectStorage, store: ObjectStore) -> None:
-    find_start(here, print)
+def test_rays_list_names_the_stored_checkpoints(storage_a: ObjectStorage, store: ObjectStore) -> None:
+    find_start(storage_a, print)
     assert SNAPSHOT not in store.names("runs/run")
-    keep(here, 5, 9900, 10000)
-    find_start(here, print)
+    keep(storage_a, 5, 9900, 10000)
+    find_start(storage_a, print)
     listed = json.loads(store.read(f"runs/run/{SNAPSHOT}"))["checkpoint_results"]
     assert [result["checkpoint_dir_name"] for result in listed] == ["step_5", "step_9900", "step_10000"]
 
@@ -147,48 +149,50 @@ def log_of(storage: ObjectStorage) -> str:
     return (storage.folder / "training_log.txt").read_text()
 
 
-def test_the_later_record_counts_wherever_it_was_written(here: ObjectStorage, elsewhere: ObjectStorage) -> None:
-    record(here, "10:00")
-    with RecordUploader(here):
+def test_the_later_record_is_used_wherever_it_was_written(storage_a: ObjectStorage, storage_b: ObjectStorage) -> None:
+    record(storage_a, "10:00")
+    with RecordUploader(storage_a):
         pass
-    elsewhere.fetch_records()
-    assert log_of(elsewhere) == "log until 10:00"
-    record(elsewhere, "10:00", "10:05")
-    elsewhere.send_records()
-    here.fetch_records()
-    assert log_of(here) == "log until 10:05"
-    record(here, "10:00", "10:05", "10:06")
-    here.fetch_records()
-    assert log_of(here) == "log until 10:06", "a driver that was killed had not sent it yet"
+    storage_b.fetch_records()
+    assert log_of(storage_b) == "log until 10:00"
+    record(storage_b, "10:00", "10:05")
+    storage_b.send_records()
+    storage_a.fetch_records()
+    assert log_of(storage_a) == "log until 10:05"
+    record(storage_a, "10:00", "10:05", "10:06")
+    storage_a.fetch_records()
+    assert log_of(storage_a) == "log until 10:06", "a killed driver had not uploaded it"
 
 
-def test_the_record_of_a_run_that_is_gone_goes_aside(here: ObjectStorage) -> None:
-    record(here, "10:00")
-    here.fetch_records()
-    assert find_start(here, print) is None
-    assert sorted(path.name for path in here.folder.iterdir()) == ["metrics.jsonl.old", "training_log.txt.old"]
+def test_the_record_of_a_deleted_run_is_set_aside(storage_a: ObjectStorage) -> None:
+    record(storage_a, "10:00")
+    storage_a.fetch_records()
+    assert find_start(storage_a, print) is None
+    assert sorted(path.name for path in storage_a.folder.iterdir()) == ["metrics.jsonl.old", "training_log.txt.old"]
 
 
-def test_fresh_moves_the_run_aside_there_and_loses_nothing(here: ObjectStorage, store: ObjectStore) -> None:
-    assert here.move_aside() is None
+def test_fresh_moves_a_run_in_object_storage_aside_and_loses_nothing(
+    storage_a: ObjectStorage, store: ObjectStore
+) -> None:
+    assert storage_a.move_aside() is None
     for expected in ("run.old", "run.old-2"):
-        keep(here, 1)
+        keep(storage_a, 1)
         before = store.names("runs/run")
-        assert here.move_aside() == store.uri(f"runs/{expected}")
+        assert storage_a.move_aside() == store.uri(f"runs/{expected}")
         assert store.names(f"runs/{expected}") == before and store.names("runs/run") == []
-        assert find_start(here, print) is None
+        assert find_start(storage_a, print) is None
 
 
 @pytest.mark.parametrize("survived", range(10))
 def test_fresh_killed_at_any_moment_loses_nothing(
-    survived: int, here: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    survived: int, storage_a: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep(here, 1)
+    keep(storage_a, 1)
     weights = store.read("runs/run/step_1/step_1.pt")
-    here.filesystem = DyingAfter(here.filesystem, survived)  # type: ignore[assignment]
+    storage_a.filesystem = DyingAfter(storage_a.filesystem, survived)  # type: ignore[assignment]
     with pytest.raises(OSError, match="the power"):
-        here._move(here.path, f"{here.path}.old")
-    again = ObjectStorage(here.location, here.folder)
+        storage_a._move(storage_a.path, f"{storage_a.path}.old")
+    again = ObjectStorage(storage_a.location, storage_a.folder)
     said: list[str] = []
     with suppress(CheckpointError):
         find_start(again, said.append)
@@ -199,7 +203,7 @@ def test_fresh_killed_at_any_moment_loses_nothing(
 
 
 class DyingAfter:
-    """A file system whose process dies after so many copies and deletions."""
+    """A file system whose process dies after a number of copies and deletions."""
 
     def __init__(self, filesystem: Any, moments: int) -> None:
         self._filesystem, self._moments = filesystem, moments
@@ -212,8 +216,8 @@ class DyingAfter:
         return getattr(self._filesystem, name)
 
 
-def test_a_checkpoint_there_is_named_by_its_uri(here: ObjectStorage, store: ObjectStore) -> None:
-    keep(here, 1, 2)
+def test_a_checkpoint_in_object_storage_is_given_by_its_uri(storage_a: ObjectStorage, store: ObjectStore) -> None:
+    keep(storage_a, 1, 2)
     for uri, step in {store.uri("runs/run"): "step_2", store.uri("runs/run/step_1"): "step_1"}.items():
         with local_checkpoint(uri) as folder:
             assert folder.name == step
@@ -227,33 +231,35 @@ def test_a_checkpoint_there_is_named_by_its_uri(here: ObjectStorage, store: Obje
 
 
 @pytest.mark.parametrize("uri", ["s3:///nothing", "unknown://bucket/run", "s3://bucket/run?colour=red"])
-def test_a_uri_that_pyarrow_does_not_know_is_refused(uri: str, tmp_path: Path) -> None:
+def test_a_uri_that_pyarrow_does_not_support_is_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="the file system cannot be used"):
         ObjectStorage(uri, tmp_path)
 
 
-def test_no_such_bucket_and_no_server_are_told(here: ObjectStorage, store: ObjectStore, tmp_path: Path) -> None:
+def test_a_missing_bucket_and_a_missing_server_are_reported(
+    storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
     missing = ObjectStorage(f"s3://nobody/run{store.query}", tmp_path / "missing")
     with pytest.raises(SavantError, match=r"run\.storage_path: s3://nobody/run.* cannot be read or written"):
         with storage_errors_explained(missing), missing.in_use():
             pass
     store.stop()
     try:
-        with pytest.raises(SavantError, match="onnect"), storage_errors_explained(here), here.in_use():
+        with pytest.raises(SavantError, match="onnect"), storage_errors_explained(storage_a), storage_a.in_use():
             pass
     finally:
         store.start()
 
 
-def test_wherever_a_replacement_there_is_interrupted_the_old_or_the_new_checkpoint_is_whole(
-    here: ObjectStorage, store: ObjectStore, tmp_path: Path
+def test_wherever_a_replacement_in_object_storage_is_interrupted_the_old_or_the_new_checkpoint_is_intact(
+    storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
-    """The storage refuses everything from its Nth change on; then it is reached again, from another machine."""
+    """The storage fails from its Nth change on; then it is available again, from another machine."""
     changes = 0
     found: list[str] = []
     for allowed in range(100):
         store.filesystem.delete_dir_contents(BUCKET)
-        keep(here, 1)
+        keep(storage_a, 1)
         changes = 0
 
         def refuse(method: str, path: str, allowed: int = allowed) -> None:
@@ -263,11 +269,11 @@ def test_wherever_a_replacement_there_is_interrupted_the_old_or_the_new_checkpoi
                 raise PermissionError
 
         store.before = refuse
-        write(here.folder, 1, data="new")
+        write(storage_a.folder, 1, data="new")
         with suppress(OSError):
-            here.commit(here.folder / "step_1")
+            storage_a.commit(storage_a.folder / "step_1")
         store.before = lambda method, path: None
-        again = ObjectStorage(here.location, tmp_path / "again")
+        again = ObjectStorage(storage_a.location, tmp_path / "again")
         start = find_start(again, lambda _: None)
         assert start is not None
         found.append(read_manifest(start)["data_fingerprint"])
@@ -278,32 +284,32 @@ def test_wherever_a_replacement_there_is_interrupted_the_old_or_the_new_checkpoi
     assert len(found) > 15 and found == ["abc"] * found.count("abc") + ["new"] * found.count("new"), found
 
 
-def test_what_a_failed_sending_leaves_on_the_node_is_whole_and_the_mirror_goes_on(
-    here: ObjectStorage, store: ObjectStore
+def test_a_checkpoint_whose_upload_failed_is_intact_on_the_node_and_the_mirror_remains_usable(
+    storage_a: ObjectStorage, store: ObjectStore
 ) -> None:
-    keep(here, 1)
+    keep(storage_a, 1)
     for step in (2, 2, 3):
         store.before = refuse_all
-        write(here.folder, step)
+        write(storage_a.folder, step)
         with pytest.raises(OSError, match=rf"is complete in .*step_{step}\.unsent"):
-            here.commit(here.folder / f"step_{step}")
+            storage_a.commit(storage_a.folder / f"step_{step}")
         store.before = lambda method, path: None
-        assert [path.name for path in here.folder.glob("step_*")] == [f"step_{step}.unsent"]
-        (here.folder / f"step_{step}.unsent").rename(here.folder / f"step_{step}")
-        verify(here.folder / f"step_{step}")
-        (here.folder / f"step_{step}").rename(here.folder / f"step_{step}.unsent")
-    keep(here, 4)
-    assert [path.name for path in here.folder.glob("step_*")] == ["step_4"]
+        assert [path.name for path in storage_a.folder.glob("step_*")] == [f"step_{step}.unsent"]
+        (storage_a.folder / f"step_{step}.unsent").rename(storage_a.folder / f"step_{step}")
+        verify(storage_a.folder / f"step_{step}")
+        (storage_a.folder / f"step_{step}").rename(storage_a.folder / f"step_{step}.unsent")
+    keep(storage_a, 4)
+    assert [path.name for path in storage_a.folder.glob("step_*")] == ["step_4"]
 
 
 def refuse_all(method: str, path: str) -> None:
     raise PermissionError
 
 
-def test_whether_a_checkpoint_is_there_is_seen_from_the_names(
-    here: ObjectStorage, store: ObjectStore, tmp_path: Path
+def test_whether_a_checkpoint_exists_is_decided_without_downloading(
+    storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
-    keep(here, 1, 2)
+    keep(storage_a, 1, 2)
     store.requests.clear()
     for name in ("runs/run", "runs/run/step_1"):
         settings = Config().to_dict()
@@ -339,7 +345,7 @@ class Context:
 ray.train.get_context = Context
 dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(nodes))
 with resume.on_each_node(local_checkpoint(uri)) as folder:
-    os.write(1, f"{rank} {folder} {(folder / 'step_2.pt').stat().st_size}\\n".encode())  # a line in one piece
+    os.write(1, f"{rank} {folder} {(folder / 'step_2.pt').stat().st_size}\\n".encode())  # in one write
 dist.barrier()
 if first_child:
     os.wait()
@@ -347,11 +353,11 @@ if first_child:
 
 
 @pytest.mark.slow
-def test_the_weights_that_a_run_begins_with_are_fetched_once_per_node(
-    here: ObjectStorage, store: ObjectStore, tmp_path: Path
+def test_initial_weights_are_downloaded_once_per_node(
+    storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
-    keep(here, 1, 2)
-    size = (here.folder / "step_2/step_2.pt").stat().st_size
+    keep(storage_a, 1, 2)
+    size = (storage_a.folder / "step_2/step_2.pt").stat().st_size
     store.requests.clear()
     command = [sys.executable, "-c", RANKS, "0,0,1", str(tmp_path / "rendezvous"), store.uri("runs/run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -364,18 +370,18 @@ def test_the_weights_that_a_run_begins_with_are_fetched_once_per_node(
     assert len(fetched) == 2
 
 
-def test_a_full_disk_of_this_machine_is_not_taken_for_trouble_of_the_storage(
-    here: ObjectStorage, elsewhere: ObjectStorage
+def test_a_full_local_disk_is_not_reported_as_an_error_of_the_storage(
+    storage_a: ObjectStorage, storage_b: ObjectStorage
 ) -> None:
-    keep(here, 1)
+    keep(storage_a, 1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as on a full disk: no file beyond 100 bytes
     try:
         with pytest.raises(
-            SavantError, match=rf"^{elsewhere.folder}, the copy of s3://.* on this machine: .*too large"
+            SavantError, match=rf"^{storage_b.folder}, the copy of s3://.* on this machine: .*too large"
         ):
-            with storage_errors_explained(elsewhere):
-                find_start(elsewhere, print)
+            with storage_errors_explained(storage_b):
+                find_start(storage_b, print)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert find_start(elsewhere, print) == elsewhere.folder / "step_1"
+    assert find_start(storage_b, print) == storage_b.folder / "step_1"

@@ -1,4 +1,4 @@
-"""A whole run whose text and checkpoints are in object storage, on one machine after another."""
+"""A run whose text and checkpoints are in object storage, on one machine after another."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
 
 
 class Machine:
-    """One with a home and a Ray of its own."""
+    """A machine with its own home folder and Ray."""
 
     def __init__(self, folder: Path, store: ObjectStore) -> None:
         self._folder, self._store = folder, store
@@ -75,7 +75,7 @@ def end(job: subprocess.Popen[str]) -> tuple[int, str]:
     return job.returncode, printed
 
 
-def test_a_run_in_object_storage_goes_on_on_another_machine_and_survives_an_outage(
+def test_a_run_in_object_storage_resumes_on_another_machine_and_survives_an_outage(
     straight: list[float], store: ObjectStore, tmp_path: Path
 ) -> None:
     for file in (with_text(tmp_path / "text") / "dataset").iterdir():
@@ -89,7 +89,9 @@ def test_a_run_in_object_storage_goes_on_on_another_machine_and_survives_an_outa
     assert code == 75 and "run the same command again" in printed, printed
     stopped_at = first.steps()
     assert f"saved as step_{stopped_at}" in printed and f"step_{stopped_at}/manifest.json" in store.names("runs/tiny")
-    assert [folder.name for folder in checkpoints(first.run)] == [f"step_{stopped_at}"], "the mirror needs the newest"
+    assert [folder.name for folder in checkpoints(first.run)] == [f"step_{stopped_at}"], (
+        "the mirror keeps the newest only"
+    )
 
     second = Machine(tmp_path / "second", store)
     job = second.train()
@@ -112,7 +114,7 @@ def test_a_run_in_object_storage_goes_on_on_another_machine_and_survives_an_outa
 
 
 @pytest.mark.rare
-def test_workers_of_a_driver_that_was_cut_off_do_not_touch_what_its_successor_saves(
+def test_workers_of_a_driver_that_lost_its_connection_do_not_touch_checkpoints_of_its_successor(
     store: ObjectStore, tmp_path: Path
 ) -> None:
     for file in (with_text(tmp_path / "text") / "dataset").iterdir():
@@ -122,7 +124,7 @@ def test_workers_of_a_driver_that_was_cut_off_do_not_touch_what_its_successor_sa
     first = Machine(tmp_path / "first", store)
     cut_off = first.train(**changes)
     wait_for(lambda: first.checkpoints() >= 2)
-    cut_off.send_signal(signal.SIGSTOP)  # its workers go on
+    cut_off.send_signal(signal.SIGSTOP)  # its workers continue
 
     second = Machine(tmp_path / "second", store)
     job = second.train(**changes)
@@ -137,6 +139,8 @@ def test_workers_of_a_driver_that_was_cut_off_do_not_touch_what_its_successor_sa
     assert code == 75 and "may still train" in printed and "run the same command again" in printed, printed
 
     names = [name for name in store.names("runs/tiny") if name.startswith("step_")]
-    assert ours and {name for name in names if ".1/" not in name} <= plain, "the first one saved nothing more"
+    assert ours and {name for name in names if ".1/" not in name} <= plain, (
+        "the first driver's workers saved nothing more"
+    )
     start = find_start(ObjectStorage(store.uri("runs/tiny"), tmp_path / "third"), pytest.fail)
     assert start is not None and f"saved as {start.name};" in printed

@@ -1,4 +1,4 @@
-"""Text in object storage: odd names, globs and what a name does not say."""
+"""Text in object storage: odd names, globs, and objects of another format than their names say."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_objects_with_odd_names_are_found_and_read(store: ObjectStore) -> None:
         expand(store.uri("a b/*.parquet"))
 
 
-def test_an_object_that_is_not_what_its_name_says_is_named(store: ObjectStore, tmp_path: Path) -> None:
+def test_an_object_of_another_format_than_its_name_says_is_reported(store: ObjectStore, tmp_path: Path) -> None:
     for name, content in {
         "gz.jsonl": gzip.compress(TEXT),
         "pdf.jsonl": b"%PDF-1.4",
@@ -46,8 +46,8 @@ def test_an_object_that_is_not_what_its_name_says_is_named(store: ObjectStore, t
             content_hashes(expand(store.uri(f"odd/{name}")), tmp_path)
 
 
-def test_google_cloud_storage_is_not_tried_for_minutes_unless_the_user_says_so() -> None:
-    """Its client tries for 15 minutes where there is no network."""
+def test_google_cloud_storage_is_not_retried_for_minutes_unless_configured() -> None:
+    """Its client retries for 15 minutes without a network."""
 
     def seconds(uri: str) -> float:
         _, arguments = ObjectStorage(uri, Path("mirror")).filesystem.__reduce__()

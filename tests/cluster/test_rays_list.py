@@ -1,4 +1,4 @@
-"""Ray Train's own list of checkpoints: true before Ray reads it, and no trouble of it becomes the run's."""
+"""Ray Train's list of checkpoints: it is correct before Ray reads it, and failures to write it do not end a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.cluster.test_starting_point import write
 
 
 def rays_manager(run: Path, keep: int = 3) -> CheckpointManager:
-    """Ray Train's own, as it starts in the run folder."""
+    """Return Ray Train's checkpoint manager, as it starts in the run folder."""
     storage = StorageContext(
         str(run.parent), run.name, storage_filesystem=pickle.loads(pickle.dumps(tolerant_file_system(None)))
     )
@@ -34,13 +34,13 @@ def rays_checkpoints(run: Path) -> list[str]:
 
 
 def save(manager: CheckpointManager, run: Path, step: int) -> list[str]:
-    """As a worker does; returns the folders that are left."""
+    """Save a checkpoint as a worker does; return the remaining folders."""
     write(run, step)
     report = _TrainingReport(
         Checkpoint(str(run / f"step_{step}"), tolerant_file_system(None)), {"step": step}, validation=False
     )
 
-    async def register() -> None:  # it wakes those that wait for it, in its event loop
+    async def register() -> None:  # it notifies waiting tasks of its event loop
         manager.register_checkpoint(report)
 
     asyncio.run(register())
@@ -49,7 +49,7 @@ def save(manager: CheckpointManager, run: Path, step: int) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("keep", "left"), [(3, [1, 2, 3, 3, 3, 3]), (1, [1, 1, 1, 1, 1, 1])])
-def test_the_newest_are_kept_and_never_is_the_newest_deleted(keep: int, left: list[int], tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept(keep: int, left: list[int], tmp_path: Path) -> None:
     run = tmp_path / "run"
     manager = rays_manager(run, keep)
     for step, expected in zip(range(9700, 10300, 100), left, strict=True):
@@ -58,7 +58,7 @@ def test_the_newest_are_kept_and_never_is_the_newest_deleted(keep: int, left: li
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_later_launch_deletes_by_number_what_earlier_ones_left(tmp_path: Path) -> None:
+def test_a_later_attempt_deletes_the_checkpoints_of_earlier_ones_in_step_order(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write(run, 10000, 9900, 5000)
     find_start(LocalStorage(run), print)
@@ -71,54 +71,54 @@ def test_a_list_that_cannot_be_written_and_a_checkpoint_that_is_gone_do_not_end_
     manager = rays_manager(run, keep=1)
     assert save(manager, run, 1) == ["step_1"]
     (run / SNAPSHOT).unlink()
-    (run / SNAPSHOT).mkdir()  # refuses to be written
+    (run / SNAPSHOT).mkdir()  # cannot be written
     shutil.rmtree(run / "step_1")
     assert save(manager, run, 2) == ["step_2"]
     (run / SNAPSHOT).rmdir()
     assert save(manager, run, 3) == ["step_3"] and rays_checkpoints(run) == ["step_3"]
 
 
-def test_a_deletion_that_is_cut_short_leaves_no_checkpoint_that_looks_complete(
+def test_an_interrupted_deletion_leaves_no_checkpoint_that_looks_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, 1, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the process died
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the process was killed
         tolerant_file_system(None, LocalStorage(tmp_path)).delete_dir(f"{tmp_path}/step_1")
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step_2"]
     assert find_start(LocalStorage(tmp_path), pytest.fail) == tmp_path / "step_2"
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"]
 
 
-class Sulking:
-    """A file system that refuses for a while."""
+class FailingFileSystem:
+    """A file system that fails while `fails` is set."""
 
-    type_name = "sulking"
-    refuses = True
+    type_name = "failing"
+    fails = True
 
     def __init__(self) -> None:
         self.deleted: list[str] = []
 
     def delete_dir(self, path: str) -> None:
-        if self.refuses:
+        if self.fails:
             raise OSError("not now")
         if path == "gone":
             raise FileNotFoundError(path)
         self.deleted.append(path)
 
 
-def test_what_could_not_be_deleted_is_deleted_with_the_next() -> None:
-    sulking = Sulking()
-    tolerant_file_system(sulking).delete_dir("run/step_1")
-    sulking.refuses = False
+def test_a_checkpoint_that_could_not_be_deleted_is_deleted_with_the_next() -> None:
+    filesystem = FailingFileSystem()
+    tolerant_file_system(filesystem).delete_dir("run/step_1")
+    filesystem.fails = False
     for path in ("gone", "run/step_2"):
-        tolerant_file_system(sulking).delete_dir(path)
-    assert sulking.deleted == ["run/step_1", "run/step_2"]
+        tolerant_file_system(filesystem).delete_dir(path)
+    assert filesystem.deleted == ["run/step_1", "run/step_2"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("damage", ["truncated", "missing", "names folders that are gone", "empty"])
-def test_rays_own_list_is_mended_before_ray_reads_it(damage: str, tmp_path: Path) -> None:
+def test_rays_list_of_checkpoints_is_rebuilt_before_ray_reads_it(damage: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     write(run, 5, 9900, 10000)
     snapshot = run / SNAPSHOT
@@ -135,7 +135,7 @@ def test_rays_own_list_is_mended_before_ray_reads_it(damage: str, tmp_path: Path
     assert rays_checkpoints(run) == ["step_5", "step_9900", "step_10000"]
 
 
-def test_a_list_of_nothing_is_no_list(tmp_path: Path) -> None:
+def test_without_checkpoints_rays_list_is_removed(tmp_path: Path) -> None:
     (tmp_path / SNAPSHOT).write_text("{")
     find_start(LocalStorage(tmp_path), print)
     assert not (tmp_path / SNAPSHOT).exists()

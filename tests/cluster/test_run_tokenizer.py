@@ -76,10 +76,10 @@ def test_a_new_run_takes_the_tokenizer_of_the_weights_that_it_starts_from(path: 
 
 @pytest.mark.parametrize("path", ["runs/run", "runs/run/step_6"])
 def test_of_a_run_in_object_storage_the_tokenizer_is_fetched_without_the_weights(
-    path: str, here: ObjectStorage, store: ObjectStore, tmp_path: Path
+    path: str, storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
-    shutil.copytree(run_of(tmp_path), here.folder)
-    here.commit(here.folder / "step_6")
+    shutil.copytree(run_of(tmp_path), storage_a.folder)
+    storage_a.commit(storage_a.folder / "step_6")
     store.filesystem.delete_file(f"{BUCKET}/runs/run/step_6/step_6.pt")
     config, origin = started_from(store.uri(path))
     chosen = choose_tokenizer(config, origin, allow_changes=False)

@@ -1,4 +1,4 @@
-"""A process that no longer owns a run reaches nothing of its successor's: no checkpoint, no list, no record."""
+"""A process that no longer owns a run cannot change checkpoints, list or record of the new owner."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from tests.worker.test_saving import content
 
 
 @pytest.fixture
-def worker(here: ObjectStorage, tmp_path: Path) -> ObjectStorage:
-    """Of a driver that is cut off: it had the lease, and does not renew it."""
-    with taken(here):
-        sent = pickle.loads(pickle.dumps(here))
-        here.expect_late_writes()
+def worker(storage_a: ObjectStorage, tmp_path: Path) -> ObjectStorage:
+    """Storage of a worker whose driver had the lease, lost its connection and does not renew it."""
+    with taken(storage_a):
+        sent = pickle.loads(pickle.dumps(storage_a))
+        storage_a.expect_late_writes()
     sent.folder = tmp_path / "worker"
     return sent
 
@@ -47,7 +47,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save(storage: ObjectStorage, step: int, data: str) -> str:
-    """Writes and sends a checkpoint, which `data` tells from another one of that step."""
+    """Write and upload a checkpoint; `data` distinguishes it from another one of that step."""
     write(storage.folder, step, data=data)
     return storage.commit(storage.folder / f"step_{step}")
 
@@ -58,44 +58,44 @@ def fingerprint(folder: Path) -> str:
 
 
 def objects(store: ObjectStore, *names: str) -> dict[str, bytes]:
-    """The files of stored folders."""
+    """Return the files of stored folders."""
     return {path: store.read(f"runs/run/{path}") for path in store.names("runs/run") if path.startswith(names)}
 
 
 def newest(storage: ObjectStorage, tmp_path: Path) -> str:
-    """What a machine finds that has nothing of the run."""
+    """Return the content of the newest checkpoint as a machine without a mirror finds it."""
     shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
     start = find_start(ObjectStorage(storage.location, tmp_path / "fresh", storage.owner), lambda _: None)
     return "nothing" if start is None else f"{start.name} of {fingerprint(start)}"
 
 
-def test_it_saves_nothing_and_says_who_trains_the_run(
-    worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, tmp_path: Path
+def test_a_superseded_worker_saves_nothing_and_names_the_new_owner(
+    worker: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
-    with taken(elsewhere):
-        save(elsewhere, 500, "new")
+    with taken(storage_b):
+        save(storage_b, 500, "new")
         before = objects(store, "step_")
         with pytest.raises(SavantError, match=r"has taken the run over.*is complete in .*step_500\.unsent"):
             save(worker, 500, "old")
         with pytest.raises(SavantError, match="has taken the run over"):
             save(worker, 510, "old")
         with pytest.raises(SavantError, match="has taken the run over"):
-            newest_name(worker)  # as a worker does that Ray starts again
+            newest_name(worker)  # as in a worker that Ray restarts
         assert objects(store, "step_") == before
-    assert newest(elsewhere, tmp_path) == "step_500 of new"
+    assert newest(storage_b, tmp_path) == "step_500 of new"
 
 
 @pytest.mark.parametrize("moment", ["config.yaml", "step_500.pt", MANIFEST])
-def test_what_it_was_sending_when_the_run_was_taken_over_destroys_nothing(
-    moment: str, worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, tmp_path: Path
+def test_an_upload_that_was_running_when_the_run_was_taken_over_destroys_nothing(
+    moment: str, worker: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
-    """It was stopped in the middle of a request, after it had looked who owns the run."""
-    stopped, may_go_on = threading.Event(), threading.Event()
+    """The worker was suspended during a request, after it had checked who owns the run."""
+    suspended, may_continue = threading.Event(), threading.Event()
 
-    def stop_there(method: str, path: str) -> None:
-        if path == f"runs/run/step_500/{moment}" and not stopped.is_set():
-            stopped.set()
-            may_go_on.wait(20)
+    def suspend(method: str, path: str) -> None:
+        if path == f"runs/run/step_500/{moment}" and not suspended.is_set():
+            suspended.set()
+            may_continue.wait(20)
 
     def send() -> None:
         try:
@@ -105,33 +105,33 @@ def test_what_it_was_sending_when_the_run_was_taken_over_destroys_nothing(
 
     save(worker, 490, "old")
     outcomes: list[str] = []
-    store.before = stop_there
+    store.before = suspend
     thread = threading.Thread(target=send)
     thread.start()
-    assert stopped.wait(20)
-    with taken(elsewhere):
-        find_start(elsewhere, lambda _: None)
-        save(elsewhere, 500, "new")
+    assert suspended.wait(20)
+    with taken(storage_b):
+        find_start(storage_b, lambda _: None)
+        save(storage_b, 500, "new")
         kept = objects(store, "step_500.1")
         assert len(kept) == 5
-        may_go_on.set()
+        may_continue.set()
         thread.join()
         assert objects(store, "step_500.1") == kept
-        assert newest(elsewhere, tmp_path) == "step_500 of new"
-        assert outcomes == ([] if moment == MANIFEST else ["refused"]), "only who is about to commit still does"
+        assert newest(storage_b, tmp_path) == "step_500 of new"
+        assert outcomes == ([] if moment == MANIFEST else ["refused"]), "after its last check it commits"
         with local_checkpoint(store.uri("runs/run")) as folder:
             assert fingerprint(folder) == "new"
-        elsewhere.delete("step_500")
-        assert not objects(store, "step_500/", "step_500.1/"), "its owner deletes what is left of either"
+        storage_b.delete("step_500")
+        assert not objects(store, "step_500/", "step_500.1/"), "the owner deletes the remains of both"
 
 
-def test_it_deletes_nothing_and_its_list_of_checkpoints_is_not_written(
-    worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+def test_a_superseded_controller_deletes_no_checkpoint_and_writes_no_list(
+    worker: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
     save(worker, 490, "old")
     filesystem = pickle.loads(pickle.dumps(tolerant_file_system(worker.filesystem, worker)))
-    with taken(elsewhere):
-        save(elsewhere, 500, "new")
+    with taken(storage_b):
+        save(storage_b, 500, "new")
         store.write(f"runs/run/{SNAPSHOT}", b"new")
         before = objects(store, "")
         for step in (490, 500):
@@ -142,66 +142,66 @@ def test_it_deletes_nothing_and_its_list_of_checkpoints_is_not_written(
         with pytest.raises(OSError, match="another process trains this run"):
             worker.send_records()
         assert objects(store, "") == before
-        ours = tolerant_file_system(elsewhere.filesystem, elsewhere)
+        ours = tolerant_file_system(storage_b.filesystem, storage_b)
         for step in (490, 500):
             ours.delete_dir(f"{worker.path}/step_{step}")
         assert not objects(store, "step_")
 
 
-def test_a_deletion_that_was_under_way_reaches_no_checkpoint_of_the_new_owner(
-    worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, tmp_path: Path
+def test_a_deletion_that_was_running_when_the_run_was_taken_over_deletes_no_checkpoint_of_the_new_owner(
+    worker: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
     save(worker, 490, "old")
-    stopped, may_go_on = threading.Event(), threading.Event()
+    suspended, may_continue = threading.Event(), threading.Event()
 
-    def stop_there(method: str, path: str) -> None:
-        if method == "DELETE" and not stopped.is_set():
-            stopped.set()
-            may_go_on.wait(20)
+    def suspend(method: str, path: str) -> None:
+        if method == "DELETE" and not suspended.is_set():
+            suspended.set()
+            may_continue.wait(20)
 
-    store.before = stop_there
+    store.before = suspend
     thread = threading.Thread(target=lambda: worker.delete("step_490"))
     thread.start()
-    assert stopped.wait(20)
-    with taken(elsewhere):
-        save(elsewhere, 490, "new")
-        may_go_on.set()
+    assert suspended.wait(20)
+    with taken(storage_b):
+        save(storage_b, 490, "new")
+        may_continue.set()
         thread.join()
-        assert newest(elsewhere, tmp_path) == "step_490 of new"
+        assert newest(storage_b, tmp_path) == "step_490 of new"
 
 
-def test_the_names_of_a_run_that_every_process_ended_are_the_documented_ones(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore
+def test_checkpoints_have_the_documented_names_if_every_process_of_the_run_ended(
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
-    for storage, step in ((here, 1), (elsewhere, 2), (here, 3)):
+    for storage, step in ((storage_a, 1), (storage_b, 2), (storage_a, 3)):
         with taken(storage):
             save(storage, step, "x")
     assert {name.partition("/")[0] for name in store.names("runs/run")} == {"step_1", "step_2", "step_3"}
 
 
-def test_a_run_goes_on_from_either_owners_checkpoints_and_sets_aside_a_damaged_one(
-    worker: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, tmp_path: Path
+def test_a_run_resumes_from_checkpoints_of_either_owner_and_sets_aside_a_damaged_one(
+    worker: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
     save(worker, 490, "old")
     save(worker, 500, "old")
-    with taken(elsewhere):
-        save(elsewhere, 500, "new")
-        assert elsewhere.checkpoints() == ["step_490", "step_500"]
+    with taken(storage_b):
+        save(storage_b, 500, "new")
+        assert storage_b.checkpoints() == ["step_490", "step_500"]
         with local_checkpoint(store.uri("runs/run/step_500.1")) as folder:
             assert folder.name == "step_500" and fingerprint(folder) == "new"
-    assert "step_500/manifest.json" not in store.names("runs/run"), "the newer copy has taken its place"
+    assert "step_500/manifest.json" not in store.names("runs/run"), "the newer copy has replaced it"
     damaged = bytearray(store.read("runs/run/step_500.1/step_500.pt"))
     damaged[300] ^= 4
     store.write("runs/run/step_500.1/step_500.pt", bytes(damaged))
     said: list[str] = []
-    with taken(elsewhere):
-        shutil.rmtree(elsewhere.folder / "step_500")
-        assert find_start(elsewhere, said.append) == elsewhere.folder / "step_490"
+    with taken(storage_b):
+        shutil.rmtree(storage_b.folder / "step_500")
+        assert find_start(storage_b, said.append) == storage_b.folder / "step_490"
     assert len(said) == 1 and "set aside as step_500.damaged" in said[0]
 
 
 def outlived(folder: Path) -> LocalStorage:
-    """The storage of a worker whose driver is gone, on a disk that another process trains on now."""
+    """Storage of a worker whose driver has died, in a local folder that another process now uses."""
     first = LocalStorage(folder)
     with first.in_use():
         worker: LocalStorage = pickle.loads(pickle.dumps(first))
@@ -209,7 +209,7 @@ def outlived(folder: Path) -> LocalStorage:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_on_a_disk_it_saves_and_deletes_nothing_either(tmp_path: Path) -> None:
+def test_in_a_local_folder_a_superseded_worker_saves_and_deletes_nothing(tmp_path: Path) -> None:
     worker = outlived(tmp_path)
     write(tmp_path, 500, data="new")
     told: list[Event] = []
@@ -226,7 +226,7 @@ def test_on_a_disk_it_saves_and_deletes_nothing_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_on_a_disk_what_it_was_writing_when_the_run_was_taken_over_is_given_up(
+def test_in_a_local_folder_a_checkpoint_that_was_being_written_when_the_run_was_taken_over_is_discarded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker, torch_save = outlived(tmp_path), torch.save
@@ -246,13 +246,13 @@ def test_on_a_disk_what_it_was_writing_when_the_run_was_taken_over_is_given_up(
 
 
 def test_the_tokenizer_of_a_run_that_was_taken_over_is_found_for_init_from(
-    here: ObjectStorage, elsewhere: ObjectStorage, store: ObjectStore, tmp_path: Path
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
-    with taken(here):
-        save(here, 500, "old")
-        here.expect_late_writes()
-    with taken(elsewhere):
-        save(elsewhere, 500, "new")
+    with taken(storage_a):
+        save(storage_a, 500, "old")
+        storage_a.expect_late_writes()
+    with taken(storage_b):
+        save(storage_b, 500, "new")
     for name in ("runs/run", "runs/run/step_500"):
         store.requests.clear()
         with local_checkpoint(store.uri(name), [MANIFEST, TOKENIZER]) as folder:

@@ -1,4 +1,4 @@
-"""Checkpoints: whatever happens to the files, what is read is what was written, or a CheckpointError says why not."""
+"""Checkpoints: whatever is changed in their files, the content is read as written or a CheckpointError is raised."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYS = ("step", "model_state_dict", "optimizer_state_dict", "scheduler_state_dic
 
 @cache
 def written() -> dict[str, bytes]:
-    """The files of a checkpoint of a two-loop model."""
+    """Return the files of a checkpoint of a two-loop model."""
     config = tiny_config()
     content = {**tiny_state(config).to_checkpoint(), "step": 500}
     texts = {"config.yaml": dump_yaml(config), "tokenizer.json": '{"model": {}}', "records.jsonl": ""}
@@ -45,7 +45,7 @@ def content_written() -> Any:
 
 @cache
 def original() -> bytes:
-    """A file as the original program writes it, after one step."""
+    """Return a file as the original script writes it after one step."""
     program = OriginalProgram()
     program.train(torch.arange(1, 33).reshape(2, 16))
     return program.save(scratch()).read_bytes()
@@ -65,7 +65,7 @@ def with_code() -> bytes:
 
 
 def damaged(chance: Random) -> tuple[str, Files]:
-    """The folder's name and its files after one to three accidents."""
+    """Return the folder's name and its files after one to three random changes."""
     name, files = STEP, Files(written())
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         name = "step_600" if chance.random() < 0.03 else name
@@ -74,7 +74,7 @@ def damaged(chance: Random) -> tuple[str, Files]:
 
 
 def an_accident(files: Files, chance: Random) -> None:
-    """To a file, among files, or to the manifest: by chance, or by somebody who knows how its sums are made."""
+    """Change a file, the set of files, or the manifest, with or without updating its hashes."""
     one, other = chance.choice(sorted(written())), chance.choice(sorted(written()))
     kind = chance.randrange(16)
     if kind < 7:
@@ -98,7 +98,7 @@ def an_accident(files: Files, chance: Random) -> None:
 
 
 def listed(files: Files) -> Any:
-    """The manifest as it now is, or as it was."""
+    """Return the current manifest, or the original one if it is invalid now."""
     try:
         return json.loads(files.get(MANIFEST) or b"")
     except ValueError:
@@ -106,7 +106,7 @@ def listed(files: Files) -> Any:
 
 
 def edit(manifest: Any, chance: Random) -> None:
-    """Something in it is changed, removed or added."""
+    """Change, remove or add a value in the manifest."""
     files = manifest.get("files") if isinstance(manifest, dict) else {}
     places = [manifest, files, *(files.values() if isinstance(files, dict) else ())]
     place = chance.choice([each for each in places if isinstance(each, dict)] or [{}])
@@ -118,7 +118,7 @@ def edit(manifest: Any, chance: Random) -> None:
 
 
 def sign(files: Files, manifest: Any) -> None:
-    """The manifest with right sums, its own and those of the files that it lists."""
+    """Return the manifest with its own hash and those of the listed files updated."""
     if not isinstance(manifest, dict):
         return
     listed_files = manifest.get("files")
@@ -131,7 +131,7 @@ def sign(files: Files, manifest: Any) -> None:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Bit for bit."""
+    """Return whether two contents are equal bit for bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -142,7 +142,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def lay_out(name: str, files: Files) -> Path:
-    """A run folder with that checkpoint in it."""
+    """Write a run folder with that checkpoint."""
     run = scratch() / "run"
     shutil.rmtree(run, ignore_errors=True)
     (run / name).mkdir(parents=True)
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_refused_or_read_as_it_was_written(case: tuple[s
         assert name in str(error) or "no checkpoint there" in str(error)
     else:
         assert name == STEP and files[WEIGHTS] == written()[WEIGHTS]
-        assert whole or files[MANIFEST] != written()[MANIFEST], "an altered text went unnoticed"
+        assert whole or files[MANIFEST] != written()[MANIFEST], "an altered text file was not detected"
         assert same(content, content_written())
     assert not (scratch() / EXECUTED).exists()
 
@@ -192,7 +192,7 @@ def test_a_damaged_file_of_the_original_is_refused_or_read_as_it_was_written(con
 
 
 def foreign(chance: Random) -> dict[Any, Any]:
-    """Four keys, one or two of them with something else below them."""
+    """Return the four keys, one or two of them with other values."""
     original_content()
     content: dict[Any, Any] = torch.load(scratch() / "whole.pt", weights_only=True)
     for _ in range(chance.randrange(1, 3)):
@@ -219,7 +219,7 @@ def test_a_foreign_file_is_refused_or_read_as_a_checkpoint(content: dict[Any, An
     path = scratch() / "step_0.pt"
     torch.save(content, path)
     try:
-        with converted(path, {"model": {"n_heads": 2, "n_loops": 4}}, note=str, allow_changes=True) as folder:
+        with converted(path, {"model": {"n_heads": 2, "n_loops": 4}}, log=str, allow_changes=True) as folder:
             found = read_checkpoint(folder)
     except (CheckpointError, SettingsError) as error:
         assert "step_0" in str(error) or "model." in str(error)

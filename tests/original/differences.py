@@ -1,4 +1,4 @@
-"""What savant_ray does otherwise than the original on purpose, one thing after the other, and what each changes.
+"""Deliberate differences of savant_ray from the original, applied one by one, and their effect on the loss.
 
 `python -m tests.original.differences [SEEDS]` prints the figures of docs/from_the_original.md. It trains the
 same small model, from the same weights, on the quickstart's text; each of the SEEDS (3) is a process of five minutes.
@@ -40,14 +40,14 @@ EFFECTIVE_BATCH = BATCH * ACCUMULATION
 WEIGHTS = (0.8, 0.2)  # of the bulk and of the logic file
 RESTARTED_EVERY = 40  # updates
 ORIGINALS_LENGTH, ORIGINALS_ACCUMULATION = 1024, 16
-Documents = list[np.ndarray]  # the token ids of each, the last one ends it
+Documents = list[np.ndarray]  # token IDs of each document, including its end-of-document token
 Steps = Iterator[list[MicroBatch]]
 TRAINING = settings(SHAPE, max_steps=UPDATES, batch_size=BATCH, accumulation=ACCUMULATION)
 
 
 @dataclass(frozen=True)
 class Text:
-    """The quickstart's documents."""
+    """Tokenized documents of the quickstart."""
 
     bulk: Documents
     logic: Documents
@@ -57,7 +57,7 @@ class Text:
 
 @cache
 def quickstart_text() -> Text:
-    """Write and tokenise it, with a tokenizer learnt from its training text."""
+    """Write the quickstart's text and tokenize it with a tokenizer that is trained on its training text."""
     with tempfile.TemporaryDirectory() as folder:
         write_quickstart(Path(folder), log=lambda _: None)
         read = [
@@ -77,11 +77,11 @@ def quickstart_text() -> Text:
     )
 
 
-# --- the two ways from documents to batches
+# --- batches of both programs
 
 
 def drawn(text: Text, seed: int) -> Documents:
-    """One round of the original's documents: from the bulk with probability 0.8, until one source is exhausted."""
+    """Return one epoch of the original's documents: from the bulk with probability 0.8, until one source is exhausted."""
     random = Random(seed)
     sources = [random.sample(documents, len(documents)) for documents in (text.bulk, text.logic)]
     documents: Documents = []
@@ -91,7 +91,7 @@ def drawn(text: Text, seed: int) -> Documents:
 
 
 def padded(documents: Sequence[np.ndarray], length: int = SHAPE.max_seq_len) -> Sequences:
-    """A row for each document, cut to `length` and padded."""
+    """Return a row for each document, truncated to `length` and padded."""
     rows = Sequences.empty(len(documents), length)
     for row, document in enumerate(documents):
         n = min(len(document), length)
@@ -100,7 +100,7 @@ def padded(documents: Sequence[np.ndarray], length: int = SHAPE.max_seq_len) -> 
 
 
 def packed(documents: Documents) -> Sequences:
-    """Rows full of documents, as the token cache holds them."""
+    """Return packed rows, as in the token cache."""
     lengths = [len(document) for document in documents]
     packing = pack(lengths, SHAPE.max_seq_len)
     rows = Sequences.empty(len(packing), SHAPE.max_seq_len)
@@ -112,7 +112,7 @@ def packed(documents: Documents) -> Sequences:
 
 
 def original_batches(documents: Documents, restart_every: int = UPDATES) -> Steps:
-    """The original's: documents one after the other, from the first one again after `restart_every` updates."""
+    """Yield the original's batches: documents in order, from the first one again after `restart_every` updates."""
     for update in range(UPDATES):
         first = update % restart_every * EFFECTIVE_BATCH
         chosen = [documents[i % len(documents)] for i in range(first, first + EFFECTIVE_BATCH)]
@@ -121,13 +121,13 @@ def original_batches(documents: Documents, restart_every: int = UPDATES) -> Step
 
 @cache
 def packed_sources() -> list[Sequences]:
-    """Bulk and logic file."""
+    """Return the packed bulk and logic files."""
     text = quickstart_text()
     return [packed(text.bulk), packed(text.logic)]
 
 
 def sequence_weights(mix_by: str) -> Sequence[float]:
-    """As `data.mix_by` says."""
+    """Return the weights of the sources in sequences, for a value of `data.mix_by`."""
     text, sizes = quickstart_text(), [len(source) for source in packed_sources()]
     if mix_by == "sequences":
         return WEIGHTS
@@ -135,7 +135,7 @@ def sequence_weights(mix_by: str) -> Sequence[float]:
 
 
 def packed_batches(seed: int, mix_by: str) -> Steps:
-    """Ours: packed sequences in the global order."""
+    """Yield our batches: packed sequences in the global order."""
     sources = packed_sources()
     order = GlobalOrder([len(source) for source in sources], sequence_weights(mix_by), seed)
     for update in range(UPDATES):
@@ -154,7 +154,7 @@ def packed_batches(seed: int, mix_by: str) -> Steps:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses on the held-out text, cut and padded, in nats per token; target tokens; seconds of processor time."""
+    """Losses on the held-out text, truncated and padded, in nats per token; target tokens; seconds of processor time."""
 
     prose: float
     problems: float
@@ -229,7 +229,7 @@ VARIANTS = (
 
 
 def print_text() -> None:
-    """What the two ways do with the text, at the original's length and at the one that is trained here."""
+    """Print padding and truncation of both programs, at the original's sequence length and at the one used here."""
     text, sources = quickstart_text(), packed_sources()
     lengths = np.array([len(document) for document in drawn(text, 0)])
     for limit in (ORIGINALS_LENGTH, SHAPE.max_seq_len):
@@ -259,7 +259,7 @@ def print_text() -> None:
 
 
 def token_weights(lengths: np.ndarray) -> np.ndarray:
-    """Of a token in each micro-batch [N, ORIGINALS_ACCUMULATION], relative to its weight in a mean over all tokens."""
+    """Return [N, ORIGINALS_ACCUMULATION]: the weight of a token in a micro-batch over that in a mean over all tokens."""
     step = BATCH * ORIGINALS_ACCUMULATION
     tokens = lengths[: len(lengths) // step * step].reshape(-1, ORIGINALS_ACCUMULATION, BATCH).sum(2)
     return tokens.mean(1, keepdims=True) / tokens
@@ -270,13 +270,15 @@ def _token_counts(text: Text) -> list[int]:
 
 
 def main() -> None:
-    """Print what happens to the text, and a table of the variants: mean of the seeds, in brackets the extremes."""
+    """Print padding and truncation, and a table of the variants: mean over the seeds, in brackets the extremes."""
     seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
     print_text()
     print(
         "\n| variant | held-out prose | held-out problems | target tokens | processor seconds |\n|---|---|---|---|---|"
     )
-    with ProcessPoolExecutor(len(seeds), multiprocessing.get_context("fork")) as pool:  # which have the text already
+    with ProcessPoolExecutor(
+        len(seeds), multiprocessing.get_context("fork")
+    ) as pool:  # forked processes share the text
         for name in VARIANTS:
             outcomes = list(pool.map(train_variant, [name] * len(seeds), seeds))
             losses = [[each.prose for each in outcomes], [each.problems for each in outcomes]]

@@ -1,4 +1,4 @@
-"""Small files as the original writes them, in `fixtures/`, and what they hold.
+"""Small files of the original in `fixtures/`, and their expected content.
 
 `python -m tests.original.fixtures` writes them anew: by `OriginalProgram`, with bf16 weights, in both layouts
 of 8-bit moments, with PyTorch's AdamW, without a schedule, and after several resumes.
@@ -31,23 +31,23 @@ KINDS = {  # optimizer, number of resumes
 
 
 def rate(update: int) -> float:
-    """Relative, of an update numbered from 0."""
+    """Return the relative learning rate of an update, counted from 0."""
     return learning_rate(update, 1.0, WARMUP_STEPS, MAX_STEPS)
 
 
 def batch(step: int) -> torch.Tensor:
-    """[12, LENGTH] tokens, a function of the step."""
+    """Return [12, LENGTH] tokens, a function of the step."""
     return torch.randint(1, VOCABULARY, (12, LENGTH), generator=torch.Generator().manual_seed(step))
 
 
 def file_of(kind: str) -> Path:
-    """The only file of that kind."""
+    """Return the path of the file of this kind."""
     (path,) = (FOLDER / kind).glob("step_*.pt")
     return path
 
 
 def expected() -> dict[str, Any]:
-    """By kind: step, updates done, relative rate of the next one, logits, and sums over the moments."""
+    """Return by kind: step, updates done, relative rate of the next one, logits, and sums over the moments."""
     content: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
     return content
 

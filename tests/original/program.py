@@ -27,7 +27,7 @@ NESTED = "__bnb_optimizer_quant_state__"
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the model; named as the package's settings, so that a `ModelConfig` can be made of it."""
+    """Sizes of the model, named like the package's settings, so that a `ModelConfig` can be created from them."""
 
     dim: int = 16
     n_heads: int = 2
@@ -109,7 +109,7 @@ class OriginalModel(nn.Module):
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """Behaves as bitsandbytes' optimizer of that name; `nested` is the layout of its current versions."""
+    """An optimizer that behaves like that of bitsandbytes; `nested` is the layout of its current versions."""
 
     MOMENTS = ("state1", "state2")
     QUANTISED = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
@@ -188,7 +188,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return {name: value for name, value in entry.items() if name not in self.QUANTISED} | {NESTED: inner}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Whatever the keys are; tensors other than its own are cast to the weight's dtype."""
+        """Load a state with any keys; tensors that are not its own are cast to the weight's dtype."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for parameter, number in zip(parameters, numbers, strict=True):
@@ -206,12 +206,12 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def adamw(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """What the original takes where bitsandbytes is not installed."""
+    """Return the optimizer that the original uses without bitsandbytes."""
     return torch.optim.AdamW(params, lr=lr, weight_decay=0.01)
 
 
 class OriginalProgram:
-    """Trains, saves `step_X.pt` and goes on from one.
+    """The original script: trains, saves `step_N.pt`, and resumes from such a file.
 
     Updates are numbered from 0, and a file has the number of the last one. `rate(i)` is the learning rate of update i,
     relative to `peak`. The update after a resume has the number of the file again.
@@ -235,7 +235,7 @@ class OriginalProgram:
         self.step = self.next = 0
 
     def train(self, *micro_batches: Tensor) -> float:
-        """One update from batches [B, T] of documents, padded with 0; returns the mean of their mean losses."""
+        """Do one update with batches [B, T] of documents, padded with 0; return the mean of their mean losses."""
         self.optimizer.zero_grad()
         losses = []
         for batch in micro_batches:
@@ -263,7 +263,7 @@ class OriginalProgram:
         return path
 
     def load(self, path: Path) -> None:
-        """Without a look at the order of the parameters, as PyTorch does."""
+        """Load a file without comparing parameter orders, as PyTorch does."""
         content = torch.load(path, weights_only=True)
         self.step = self.next = content["step"]
         self.model.load_state_dict(content["model_state_dict"], strict=True)
@@ -272,7 +272,7 @@ class OriginalProgram:
             self.scheduler.load_state_dict(content["scheduler_state_dict"])
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """By parameter, with AdamW's names, dequantised."""
+        """Return the dequantised moments by parameter, with AdamW's names."""
         return {name: self.state_of(parameter) for name, parameter in self.model.named_parameters()}
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:

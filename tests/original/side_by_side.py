@@ -1,4 +1,4 @@
-"""The original beside savant_ray, update by update: from the same weights, on the same batches.
+"""Comparison of the original with savant_ray, update by update: from the same weights, on the same batches.
 
 `python -m tests.original.side_by_side` prints the tables of docs/from_the_original.md. The original is its stand-in
 (`program.py`); its batches are padded, and its weights fp32, so that both do the same arithmetic.
@@ -33,7 +33,7 @@ OptimizerOf = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one update: the loss before it (nats per token), its learning rate, and the norms of the moments after it."""
+    """Figures of one update: the loss before it (nats per token), its learning rate, the norms of the moments after it."""
 
     loss: float
     rate: float
@@ -43,7 +43,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Update:
-    """One update of both programs, counted from 1 over the whole run."""
+    """One update of both programs, counted from 1 since the start of the run."""
 
     number: int
     original: Figures
@@ -51,7 +51,7 @@ class Update:
 
 
 def padded_batch(step: int) -> Tensor:
-    """[ROWS, LENGTH] tokens of documents of unequal length, padded with 0; a function of the step."""
+    """Return [ROWS, LENGTH] tokens of documents of unequal length, padded with 0; a function of the step."""
     generator = torch.Generator().manual_seed(1_000 + step)
     tokens = torch.randint(1, VOCABULARY, (ROWS, LENGTH), generator=generator)
     lengths = torch.randint(LENGTH // 2, LENGTH + 1, (ROWS, 1), generator=generator)
@@ -59,12 +59,12 @@ def padded_batch(step: int) -> Tensor:
 
 
 def as_documents(batch: Tensor) -> MicroBatch:
-    """The same rows for savant_ray: one document each, the padding belongs to none."""
+    """Return the same rows for savant_ray: each is one document, and padding belongs to none."""
     return MicroBatch(batch, torch.where(batch == 0, -1, 0), tuple(range(len(batch))))
 
 
 def settings(shape: Shape = TINY, **training: object) -> Config:
-    """The settings with which savant_ray trains the stand-in's model as the stand-in does."""
+    """Return the settings with which savant_ray trains the stand-in's model in the same way."""
     own = {
         "max_steps": MAX_STEPS,
         "warmup_fraction": WARMUP_STEPS / MAX_STEPS,
@@ -78,7 +78,7 @@ def settings(shape: Shape = TINY, **training: object) -> Config:
 
 
 class _Observer(RecordingHost):
-    """Notes the figures of each step."""
+    """Records the figures of each step."""
 
     def __init__(self, state: TrainingState) -> None:
         super().__init__()
@@ -93,14 +93,14 @@ class _Observer(RecordingHost):
 
 
 def fresh(schedule: Callable[[int], float] = rate) -> list[Update]:
-    """Both begin with the same weights and without moments; `schedule` is the original's, by updates done."""
+    """Start both with the same weights and without moments; `schedule` is the original's, by updates done."""
     program, state = OriginalProgram(PEAK, schedule), new_state(settings(), CPU)
     state.load_weights({name: p.detach().clone() for name, p in program.model.named_parameters()})
     return side_by_side(program, state, first=0)
 
 
 def taken_over(optimizer: OptimizerOf, updates_before: int = 4) -> list[Update]:
-    """The original trains and writes a file; then it goes on without a break, and savant_ray from the file."""
+    """Train with the original and write a file; then continue the original, and savant_ray from the file."""
     program, state = OriginalProgram(PEAK, rate, optimizer), new_state(settings(), CPU)
     for update in range(updates_before):
         program.train(padded_batch(update))
@@ -113,7 +113,7 @@ def taken_over(optimizer: OptimizerOf, updates_before: int = 4) -> list[Update]:
 
 
 def side_by_side(program: OriginalProgram, state: TrainingState, first: int) -> list[Update]:
-    """The next `UPDATES` updates of both, on the batches of the updates from `first` (counted from 0) on."""
+    """Return the next `UPDATES` updates of both, on the batches of updates from `first` (counted from 0)."""
     batches = [padded_batch(first + update) for update in range(UPDATES)]
     observer = _Observer(state)
     train(state, settings(), ([as_documents(batch)] for batch in batches), observer)
@@ -138,7 +138,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def table(updates: list[Update]) -> Iterator[str]:
-    """A Markdown table, a row for each update."""
+    """Yield the lines of a Markdown table with a row for each update."""
     names = ("loss", "rate", "first moment", "second moment")
     yield f"| update | {' | '.join(f'{name}, original | ours' for name in names)} |"
     yield "|---" * 9 + "|"

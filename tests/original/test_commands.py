@@ -1,4 +1,4 @@
-"""A file of the original stands for a checkpoint in every command; what it does not hold comes from settings."""
+"""All commands accept a file of the original as a checkpoint; settings provide what it does not contain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Printed = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def settings(tmp_path: Path) -> list[str]:
-    """What the files of `OriginalProgram` do not hold."""
+    """Return settings that the files of `OriginalProgram` do not contain."""
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     return ["--data.tokenizer", str(tokenizer), "--model.n_heads", "2", "--model.n_loops", "4"]
 
@@ -37,7 +37,7 @@ def generate(*arguments: str | Path) -> int:
 
 
 def likeliest(program: OriginalProgram, tokens: list[int], n: int) -> list[int]:
-    """What the original's own model goes on with; special tokens are never sampled."""
+    """Return the continuation that the original's model generates; special tokens are never sampled."""
     for _ in range(n):
         padded = torch.tensor([tokens + [0] * (16 - len(tokens))])
         logits = program.model(padded)[0, len(tokens) - 1]
@@ -60,11 +60,11 @@ def test_generate_answers_as_the_original_does(
     assert generate("--checkpoint", folder / named, *settings, "--json", answer) == 0
     expected = likeliest(program, [8, 9, 10], 5)
     assert json.loads(answer.read_text())["text"].split() == [f"w{token - 3}" for token in expected[3:]]
-    assert capsys.readouterr().err == "", "nothing had to be assumed"
+    assert capsys.readouterr().err == "", "no setting was assumed"
     assert [path.name for path in folder.iterdir()] == ["step_3.pt"]
 
 
-def test_settings_may_come_from_a_file_and_stand_anywhere(settings: list[str], tmp_path: Path) -> None:
+def test_settings_may_come_from_a_file_and_be_given_in_any_order(settings: list[str], tmp_path: Path) -> None:
     path = trained(2).save(tmp_path)
     (tmp_path / "their.yaml").write_text(
         f"data: {{tokenizer: {tmp_path}/tokenizer}}\nmodel: {{n_heads: 2, n_loops: 4}}\n"
@@ -77,7 +77,7 @@ def test_settings_may_come_from_a_file_and_stand_anywhere(settings: list[str], t
     assert first == second
 
 
-def test_what_had_to_be_assumed_is_told(tmp_path: Path, capsys: Printed) -> None:
+def test_assumed_settings_are_printed(tmp_path: Path, capsys: Printed) -> None:
     path = trained(2).save(tmp_path)
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     assert generate("--checkpoint", path, "--data.tokenizer", tokenizer, "--model.n_heads=2") == 0
@@ -86,9 +86,7 @@ def test_what_had_to_be_assumed_is_told(tmp_path: Path, capsys: Printed) -> None
     )
 
 
-def test_all_that_contradicts_the_file_is_named_with_the_tokenizer_that_is_missing(
-    tmp_path: Path, capsys: Printed
-) -> None:
+def test_all_contradictions_and_the_missing_tokenizer_are_listed(tmp_path: Path, capsys: Printed) -> None:
     path = trained(2).save(tmp_path)
     given = ["--model.dim=32", "--model.vocab_size=60", "--model.positions=rotary", "--model.n_heads=3"]
     assert generate("--checkpoint", path, *given) == 2
@@ -146,13 +144,13 @@ def test_a_tokenizer_with_more_entries_than_the_model_is_refused(
     assert "has 48 entries, the file's model only 40" in capsys.readouterr().err
 
 
-def test_a_misspelt_setting_is_told_with_a_suggestion(tmp_path: Path, capsys: Printed) -> None:
+def test_a_misspelt_setting_is_refused_with_a_suggestion(tmp_path: Path, capsys: Printed) -> None:
     assert generate("--checkpoint", trained(2).save(tmp_path), "--model.n_head", "2") == 2
     assert "did you mean model.n_heads?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
-def test_help_says_what_a_file_of_the_original_needs(command: str, capsys: Printed) -> None:
+def test_help_names_the_settings_that_a_file_of_the_original_needs(command: str, capsys: Printed) -> None:
     assert main([command, "--help"]) == 0
     told = capsys.readouterr().out
     assert "step_X.pt" in told and "--data.tokenizer FOLDER" in told and "--config" in told
@@ -170,7 +168,7 @@ def test_safetensors_have_the_files_weights_settings_and_the_named_tokenizer(
     assert json.loads((output / "tokenizer.json").read_text())["model"]["vocab"]["[SEP]"] == 2
 
 
-def test_a_file_of_the_original_goes_out_as_one_without_settings(settings: list[str], tmp_path: Path) -> None:
+def test_a_file_of_the_original_is_exported_as_one_without_settings(settings: list[str], tmp_path: Path) -> None:
     path, output = trained(2).save(tmp_path), str(tmp_path / "out.pt")
     assert main(["export", str(path), "--format", "original", "--output", output, *settings]) == 2
     assert main(["export", str(path), "--format", "original", "--output", output]) == 0

@@ -1,4 +1,4 @@
-"""A launch that meets a file of the original makes a checkpoint of ours of it, once, and nothing later knows of it."""
+"""Conversion of a file of the original into a checkpoint at the start of an attempt."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """Settings of a launch that goes with the files of `OriginalProgram`."""
+    """Settings that fit the files of `OriginalProgram`."""
     return changed(original_config(), data={"tokenizer": str(write_tokenizer(tmp_path / "tokenizer"))})
 
 
@@ -61,7 +61,7 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def start(run: Path | RunStorage, config: Config, allow_changes: bool = False) -> tuple[Path | None, list[str]]:
-    """Where a launch goes on, and what it says."""
+    """Return the checkpoint that an attempt continues from, and its messages."""
     storage, said = LocalStorage(run) if isinstance(run, Path) else run, []
 
     def emit(event: Event) -> None:
@@ -78,7 +78,7 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in run.iterdir() if path.name.startswith("step"))
 
 
-def test_a_file_becomes_a_checkpoint_of_ours_and_stays_as_it_is(run: Path, config: Config) -> None:
+def test_a_file_is_converted_into_a_checkpoint_and_is_unchanged(run: Path, config: Config) -> None:
     path = trained(4, rate=rate, optimizer=AdamW8bit).save(run)
     before = path.read_bytes()
     folder, said = start(run, config)
@@ -112,7 +112,7 @@ def test_a_converted_checkpoint_holds_weights_moments_and_rate_of_the_file(
         assert entry["exp_avg"].double().norm().item() == pytest.approx(held["moments"][name]["norm"], rel=1e-6)
 
 
-def test_the_original_goes_on_from_an_export_of_a_converted_checkpoint(
+def test_the_original_continues_from_an_export_of_a_converted_checkpoint(
     run: Path, config: Config, tmp_path: Path
 ) -> None:
     program = trained(4, rate=rate, optimizer=AdamW8bit)
@@ -126,9 +126,9 @@ def test_the_original_goes_on_from_an_export_of_a_converted_checkpoint(
     assert resumed.scheduler.state_dict() == program.scheduler.state_dict()
     resumed.train(batch(4))
     path.unlink()
-    export_original(folder, tmp_path / "ordered.pt", "adamw")  # in the documented order, with masks made anew
+    export_original(folder, tmp_path / "ordered.pt", "adamw")  # in the documented order, with new masks
     before, after = moments_by_name(tmp_path / "out.pt"), moments_by_name(tmp_path / "ordered.pt")
-    assert list(before) != list(after), "the test is worth nothing otherwise"
+    assert list(before) != list(after), "the orders have to differ"
     torch.testing.assert_close(dict(sorted(after.items())), dict(sorted(before.items())), rtol=0, atol=0)
 
 
@@ -192,7 +192,7 @@ def test_everything_after_the_conversion_is_an_ordinary_resume(run: Path, config
     assert chosen is not None and chosen.fingerprint == Tokenizer.load(config.data.tokenizer).fingerprint
 
 
-def test_a_file_is_converted_anew_for_other_settings_until_something_was_trained_from_it(
+def test_a_file_is_converted_again_for_other_settings_until_training_continued_from_it(
     run: Path, config: Config
 ) -> None:
     trained(4, rate=rate).save(run)
@@ -202,7 +202,7 @@ def test_a_file_is_converted_anew_for_other_settings_until_something_was_trained
     assert read_settings(folder).model.n_loops == config.model.n_loops
 
 
-def test_the_newest_of_ours_and_the_originals_is_taken(run: Path, config: Config) -> None:
+def test_the_newest_of_our_checkpoints_and_the_originals_files_is_used(run: Path, config: Config) -> None:
     trained(2, rate=rate).save(run)
     start(run, config)
     trained(6, rate=rate).save(run)
@@ -216,7 +216,7 @@ def test_the_newest_of_ours_and_the_originals_is_taken(run: Path, config: Config
     assert taken == run / "step_3" and "set aside as step_5.damaged" in said[0] and said[1].startswith("saved 3")
 
 
-def test_a_damaged_newer_file_is_told_and_the_newest_whole_one_taken(run: Path, config: Config) -> None:
+def test_a_damaged_newer_file_is_reported_and_the_newest_intact_one_used(run: Path, config: Config) -> None:
     trained(2).save(run)
     newest = trained(4).save(run)
     newest.write_bytes(newest.read_bytes()[:3000])
@@ -264,7 +264,7 @@ def a_broken_link(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, empty, garbage, unpicklable, pickled, a_folder, a_broken_link])
-def test_a_folder_with_nothing_but_damaged_files_of_the_original_is_refused_not_begun_anew(
+def test_a_folder_with_only_damaged_files_of_the_original_is_refused(
     damage: Callable[[Path], None], run: Path, config: Config
 ) -> None:
     paths = [trained(updates).save(run) for updates in (2, 4)]
@@ -275,7 +275,7 @@ def test_a_folder_with_nothing_but_damaged_files_of_the_original_is_refused_not_
     assert names(run) == ["step_1.pt", "step_3.pt"] and not (run / "executed").exists()
 
 
-def test_a_file_that_may_not_be_read_is_told_as_such(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_read_permission_is_reported(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = trained(2).save(run)
     path.chmod(0)
     if os.access(path, os.R_OK):
@@ -284,7 +284,7 @@ def test_a_file_that_may_not_be_read_is_told_as_such(run: Path, monkeypatch: pyt
         read_file(path)
 
 
-def test_all_contradictions_are_named_at_once_and_nothing_is_written(run: Path, config: Config) -> None:
+def test_all_contradictions_are_listed_together_and_nothing_is_written(run: Path, config: Config) -> None:
     trained(2).save(run)
     model = dict(vocab_size=60, dim=27, n_heads=3, max_seq_len=32, window_size=9, global_every=2, soft_cap=30.0)
     other = changed(config, model=model, data={"tokenizer": "auto"})
@@ -330,7 +330,7 @@ def test_weights_of_another_network_are_refused(
         start(run, config)
 
 
-def test_settings_that_come_to_the_same_are_no_contradiction(run: Path, config: Config) -> None:
+def test_settings_with_the_same_effect_are_no_contradiction(run: Path, config: Config) -> None:
     trained(2).save(run)
     folder, _ = start(run, changed(config, model={"n_loops": 3, "global_every": 5}))  # none of the loops is global
     assert folder is not None
@@ -348,7 +348,7 @@ def test_a_window_beyond_the_sequence_may_have_any_length(run: Path, config: Con
     assert folder is not None and read_settings(folder).model.window_size == 256
 
 
-def test_a_file_without_masks_leaves_length_and_window_to_the_settings(run: Path, config: Config) -> None:
+def test_for_a_file_without_masks_the_settings_give_length_and_window(run: Path, config: Config) -> None:
     content = trained(2).content()
     weights = {name: w for name, w in content["model_state_dict"].items() if "mask" not in name}
     torch.save({**content, "model_state_dict": weights}, run / "step_1.pt")
@@ -356,7 +356,7 @@ def test_a_file_without_masks_leaves_length_and_window_to_the_settings(run: Path
     assert folder is not None and read_settings(folder).model.window_size == 9
 
 
-def test_changes_that_are_allowed_go_on_with_a_checkpoint_that_says_what_the_file_is(run: Path, config: Config) -> None:
+def test_with_allowed_changes_the_checkpoint_has_the_settings_of_the_file(run: Path, config: Config) -> None:
     trained(2).save(run)
     other = changed(config, model={"dim": 32, "window_size": 9}, data={"tokenizer": "auto"})
     folder, _ = start(run, other, allow_changes=True)
@@ -367,10 +367,10 @@ def test_changes_that_are_allowed_go_on_with_a_checkpoint_that_says_what_the_fil
     with pytest.raises(CheckpointError, match=r"(?s)model\.dim: 16, now 32.*data\.tokenizer: auto would learn"):
         refuse_other_settings(folder, other)
     again, _ = start(run, config)
-    assert again is not None and "tokenizer.json" in read_manifest(again)["files"], "named in time"
+    assert again is not None and "tokenizer.json" in read_manifest(again)["files"], "named before training"
 
 
-def test_a_tokenizer_that_is_not_there_is_told_before_anything_is_written(run: Path, config: Config) -> None:
+def test_a_missing_tokenizer_is_refused_before_anything_is_written(run: Path, config: Config) -> None:
     trained(2).save(run)
     with pytest.raises(DataError, match=r"^data\.tokenizer: tokenizer /nowhere/t\.json"):
         start(run, changed(config, data={"tokenizer": "/nowhere/t.json"}))
@@ -410,19 +410,19 @@ def test_a_conversion_that_is_killed_leaves_no_checkpoint_and_is_done_again(
     verify(folder)
 
 
-def test_a_run_in_object_storage_is_converted_there(
+def test_a_file_in_object_storage_is_converted(
     store: ObjectStore,  # noqa: F811 - the fixture
     config: Config,
     tmp_path: Path,
 ) -> None:
     path = trained(2).save(tmp_path)
     store.write("runs/run/step_1.pt", path.read_bytes())
-    here = ObjectStorage(store.uri("runs/run"), tmp_path / "here")
-    folder, said = start(here, config)
+    storage_a = ObjectStorage(store.uri("runs/run"), tmp_path / "here")
+    folder, said = start(storage_a, config)
     assert folder is not None and len(said) == 1
     verify(folder)
-    elsewhere = ObjectStorage(store.uri("runs/run"), tmp_path / "elsewhere")
-    assert start(elsewhere, config) == (tmp_path / "elsewhere/step_1", [])
+    storage_b = ObjectStorage(store.uri("runs/run"), tmp_path / "elsewhere")
+    assert start(storage_b, config) == (tmp_path / "elsewhere/step_1", [])
     assert store.read("runs/run/step_1.pt") == path.read_bytes()
     assert "step_1/manifest.json" in store.names("runs/run")
 
@@ -437,7 +437,9 @@ def test_the_record_has_the_converted_checkpoint(run: Path, config: Config) -> N
 # --- run.init_from
 
 
-def test_weights_of_a_file_begin_a_new_run_with_the_tokenizer_of_the_settings(config: Config, tmp_path: Path) -> None:
+def test_a_new_run_may_start_from_a_files_weights_with_the_tokenizer_of_the_settings(
+    config: Config, tmp_path: Path
+) -> None:
     path = trained(2).save(tmp_path)
     config = changed(config, run={"init_from": str(path)})
     origin = find_origin(None, config)
@@ -445,9 +447,9 @@ def test_weights_of_a_file_begin_a_new_run_with_the_tokenizer_of_the_settings(co
     assert choose_tokenizer(config, origin, allow_changes=False) is not None
 
 
-def test_settings_of_a_new_run_are_compared_with_the_file_that_it_begins_with(config: Config, tmp_path: Path) -> None:
+def test_settings_of_a_new_run_are_compared_with_its_initial_file(config: Config, tmp_path: Path) -> None:
     trained(2).save(tmp_path)
-    new = {"init_from": str(tmp_path)}  # a folder with nothing but such files
+    new = {"init_from": str(tmp_path)}  # a folder that contains only such files
     other = changed(config, run=new, model={"dim": 32, "window_size": 9}, data={"tokenizer": "train"})
     with pytest.raises(SettingsError) as refusal:
         find_origin(None, other)

@@ -1,4 +1,4 @@
-"""A checkpoint leaves for other programs, and nothing is overwritten on the way."""
+"""Export of checkpoints for other programs."""
 
 from __future__ import annotations
 
@@ -67,13 +67,14 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
         "n_loops": 4,
         "global_every": 4,
         "positions": "none",
+        "add_special_tokens": "auto",
         "step": 3,
     }
     assert (output / "tokenizer.json").read_text(encoding="utf-8") == '{"model": "€"}'
 
 
 @pytest.mark.parametrize("named", [".", "step_3", "step_3/step_3.pt"])
-def test_a_checkpoint_is_named_by_its_run_its_folder_or_its_file(named: str, run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_given_by_its_run_its_folder_or_its_file(named: str, run: Path, tmp_path: Path) -> None:
     warnings = export_original(run / named, tmp_path / "step_3.pt")
     assert len(warnings) == 2 and warnings[0] == NO_OPTIMIZER_KNOWN and warnings[1].startswith(CONSTANTS)
     assert read_file(tmp_path / "step_3.pt")["scheduler_state_dict"]["base_lrs"] == [CONFIG.training.learning_rate]
@@ -81,7 +82,7 @@ def test_a_checkpoint_is_named_by_its_run_its_folder_or_its_file(named: str, run
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_the_original_goes_on_from_a_run_that_began_with_its_file(
+def test_the_original_continues_from_a_run_that_started_with_its_file(
     make: Any, run: Path, state: TrainingState, tmp_path: Path
 ) -> None:
     trained(1, optimizer=make).save(run)  # step_0.pt: shows its optimizer, the order of its parameters, and its masks
@@ -97,7 +98,7 @@ def test_the_original_goes_on_from_a_run_that_began_with_its_file(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_another_optimizer_can_be_named_and_the_original_goes_on_with_it(
+def test_the_original_continues_with_another_optimizer_if_it_is_named(
     make: Any, optimizer: OptimizerName, run: Path, tmp_path: Path
 ) -> None:
     trained(1, optimizer=make).save(run)
@@ -107,14 +108,14 @@ def test_another_optimizer_can_be_named_and_the_original_goes_on_with_it(
     program.train(batch(3))
 
 
-def test_the_newest_file_of_the_original_tells_its_optimizer(run: Path, tmp_path: Path) -> None:
+def test_the_optimizer_is_that_of_the_newest_file_of_the_original(run: Path, tmp_path: Path) -> None:
     trained(1).save(run)
     trained(2, optimizer=AdamW8bit).save(run)
     export_original(run, tmp_path / "step_3.pt")
     assert optimizer_of(read_file(tmp_path / "step_3.pt")) == "adamw8bit"
 
 
-def test_a_damaged_file_beside_the_checkpoint_is_told_and_not_needed(run: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_next_to_the_checkpoint_is_reported_and_not_needed(run: Path, tmp_path: Path) -> None:
     (run / "step_1.pt").write_bytes(b"half")
     warnings = export_original(run, tmp_path / "out.pt", "adamw")
     assert len(warnings) == 2 and "step_1.pt: truncated" in warnings[0]
@@ -123,7 +124,7 @@ def test_a_damaged_file_beside_the_checkpoint_is_told_and_not_needed(run: Path, 
 
 @pytest.mark.parametrize("optimizer", [None, "adamw", "adamw8bit"])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_a_file_of_the_original_is_written_anew_for_either_optimizer(
+def test_a_file_of_the_original_is_copied_for_either_optimizer(
     make: Any, optimizer: OptimizerName | None, tmp_path: Path
 ) -> None:
     path = trained(3, optimizer=make).save(tmp_path)
@@ -138,7 +139,7 @@ def test_a_file_of_the_original_is_written_anew_for_either_optimizer(
     program.train(batch(3))
 
 
-def test_a_file_of_the_original_without_a_schedule_is_written_anew_without_one(tmp_path: Path) -> None:
+def test_a_file_of_the_original_without_a_schedule_is_copied_without_one(tmp_path: Path) -> None:
     content = trained(3, optimizer=FLAT).content()
     del content["scheduler_state_dict"]
     torch.save(content, tmp_path / "step_2.pt")
@@ -148,7 +149,7 @@ def test_a_file_of_the_original_without_a_schedule_is_written_anew_without_one(t
 
 @pytest.mark.parametrize("optimizer", [None, "adamw", "adamw8bit"])
 @pytest.mark.parametrize("spoilt", [{"absmax1": torch.ones(3)}, {"momentum_buffer": torch.ones(3)}])
-def test_moments_of_a_file_of_the_original_that_nothing_can_be_made_of_are_left_out_and_told(
+def test_unreadable_moments_of_a_file_of_the_original_are_left_out_and_reported(
     spoilt: dict[str, Any], optimizer: OptimizerName | None, tmp_path: Path
 ) -> None:
     content = trained(3, optimizer=FLAT).content()
@@ -162,7 +163,7 @@ def test_moments_of_a_file_of_the_original_that_nothing_can_be_made_of_are_left_
     program.train(batch(3))
 
 
-def test_a_folder_with_files_of_the_original_only_stands_for_the_newest_whole_one(tmp_path: Path) -> None:
+def test_a_folder_with_only_files_of_the_original_stands_for_the_newest_intact_one(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     for updates in (2, 3):
@@ -200,14 +201,14 @@ def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
         ({"soft_cap": 30.0}, "model.soft_cap: 30.0, but the original's code has 50.0"),
         (
             {"vocab_size": 60},
-            r"step_0.pt in the run folder is of another model: .*head.weight is [60, 16], there [50, 16]",
+            r"step_0.pt in the run folder is of another model: .*head.weight is [50, 16] instead of [60, 16]",
         ),
         ({"dim": 32}, "step_0.pt in the run folder is of another model: "),
         ({"window_size": 5}, "local_mask is not that of model.max_seq_len 16 and model.window_size 5"),
         ({"max_seq_len": 32}, "global_mask is not that of model.max_seq_len 32 and model.window_size 4"),
     ],
 )
-def test_a_model_that_the_original_would_compute_otherwise_is_told(
+def test_a_model_that_the_original_would_compute_differently_is_reported(
     model: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     run = changed_run(tmp_path / "run", **model)
@@ -237,11 +238,11 @@ def test_the_original_computes_with_our_file_what_our_model_computes(
         torch.testing.assert_close(program.model(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
-# --- when something is in the way
+# --- failures
 
 
 @pytest.mark.parametrize("format", ["original", "safetensors"])
-def test_what_is_there_is_never_overwritten(format: str, run: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_never_overwritten(format: str, run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(SavantError, match="exists already"):
         EXPORTS[format](run, tmp_path / "mine")
@@ -249,7 +250,7 @@ def test_what_is_there_is_never_overwritten(format: str, run: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("format", ["original", "safetensors"])
-def test_storage_that_refuses_leaves_nothing_behind(format: str, run: Path, tmp_path: Path) -> None:
+def test_a_failing_storage_leaves_no_partial_output(format: str, run: Path, tmp_path: Path) -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as on a full disk: no file beyond 100 bytes
     try:
@@ -267,7 +268,7 @@ def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_savant_export_writes_and_says_where(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_savant_export_prints_what_it_wrote(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["export", str(run), "--format", "safetensors", "--output", str(tmp_path / "out")]
     assert main(arguments) == 0
     assert capsys.readouterr() == (f"{tmp_path / 'out'} is written\n", "")

@@ -1,4 +1,4 @@
-"""Files of the original script go in and come out, whichever of its two optimizers wrote them."""
+"""Files of the original script are read and written, for both of its optimizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from savant_ray.config import Config
 from savant_ray.events import StepDone
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.original.conversion import to_checkpoint
-from savant_ray.original.export import NO_MOMENTS, as_original
+from savant_ray.original.export import NO_MOMENTS, to_original
 from savant_ray.original.file import OptimizerName, optimizer_of, read_file, write_original
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
@@ -29,13 +29,13 @@ EACH = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 def original_config(**training: Any) -> Config:
-    """Settings with which a model of ours is that of `OriginalProgram`."""
+    """Settings whose model is that of `OriginalProgram`."""
     config = tiny_config(**{"max_steps": 20, "warmup_fraction": 0.1, "learning_rate": PEAK, **training})
     return Config.from_dict(config.to_dict() | {"model": {**MODEL, "n_loops": 4, "global_every": 4}})
 
 
 def trained(updates: int, **settings: Any) -> OriginalProgram:
-    """Its file is `step_{updates - 1}.pt`."""
+    """Train the stand-in for the original; its file is `step_{updates - 1}.pt`."""
     program = OriginalProgram(PEAK, **settings)
     for update in range(updates):
         program.train(batch(update))
@@ -79,21 +79,21 @@ def exported(
 ) -> dict[str, Any]:
     config = original_config()
     theirs = read_file(like) if like else None
-    four, lost = as_original(state.to_checkpoint(), config.training, config.model, optimizer, theirs)
+    original, lost = to_original(state.to_checkpoint(), config.training, config.model, optimizer, theirs)
     assert lost == []
-    write_original(path, four)
+    write_original(path, original)
     return torch.load(path, weights_only=True)
 
 
-# --- in and out
+# --- read and write
 
 
 @EACH
-def test_a_file_of_the_original_goes_in_whatever_its_order_and_nothing_is_lost(make: Any, tmp_path: Path) -> None:
+def test_a_file_of_the_original_is_read_in_any_parameter_order_without_loss(make: Any, tmp_path: Path) -> None:
     program = trained(4, optimizer=make)
     state, notes = loaded(program.save(tmp_path))
     assert notes == []
-    assert names(state) != [name for name, _ in program.model.named_parameters()], "the test is worth nothing otherwise"
+    assert names(state) != [name for name, _ in program.model.named_parameters()], "the orders have to differ"
     assert_same(state, program)
     assert (state.step, state.position, state.tokens_seen, state.skipped_micro_batches) == (3, 36, 0, 0)
 
@@ -101,7 +101,7 @@ def test_a_file_of_the_original_goes_in_whatever_its_order_and_nothing_is_lost(m
 def test_most_moments_of_an_8_bit_file_are_8_bit_and_the_small_ones_fp32(tmp_path: Path) -> None:
     content = torch.load(trained(1, optimizer=FLAT).save(tmp_path), weights_only=True)
     dtypes = [entry["state1"].dtype for entry in content["optimizer_state_dict"]["state"].values()]
-    assert {torch.uint8, torch.float32} == set(dtypes), "the tests are worth nothing otherwise"
+    assert {torch.uint8, torch.float32} == set(dtypes), "otherwise the tests do not test both formats"
 
 
 @pytest.mark.parametrize("block", [256, 2048])
@@ -118,7 +118,7 @@ def test_8_bit_moments_are_value_times_scale_of_their_block_whatever_its_size(bl
 
 
 @EACH
-def test_training_on_from_the_originals_file_is_what_the_original_would_have_done(make: Any, tmp_path: Path) -> None:
+def test_training_from_the_originals_file_continues_as_the_original_would(make: Any, tmp_path: Path) -> None:
     program = trained(3, rate=rate, optimizer=make)
     state, _ = loaded(program.save(tmp_path))
     for update in range(3, 7 if make is adamw else 4):  # its 8-bit moments are rounded after each update
@@ -133,7 +133,7 @@ def test_training_on_from_the_originals_file_is_what_the_original_would_have_don
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 @EACH
-def test_a_file_of_the_original_goes_in_and_comes_out_the_same_for_either_optimizer(
+def test_a_file_of_the_original_is_read_and_written_unchanged_for_either_optimizer(
     make: Any, optimizer: OptimizerName, tmp_path: Path
 ) -> None:
     config = original_config(max_steps=6)
@@ -156,13 +156,13 @@ def test_a_file_of_the_original_goes_in_and_comes_out_the_same_for_either_optimi
     program.train(batch(6))
 
 
-def test_a_run_of_ours_without_a_file_to_go_by_is_written_in_the_documented_order(tmp_path: Path) -> None:
+def test_without_a_file_of_the_original_parameters_are_written_in_the_documented_order(tmp_path: Path) -> None:
     config = original_config(max_steps=2)
     state = tiny_state(config)
     take_steps(state, config)
-    four = exported(state, tmp_path / "step_2.pt")
-    assert set(four["model_state_dict"]) == {*names(state), *MASKS}
-    assert [n.split("attn.")[1] for n in four["model_state_dict"] if "attn." in n] == [
+    original = exported(state, tmp_path / "step_2.pt")
+    assert set(original["model_state_dict"]) == {*names(state), *MASKS}
+    assert [n.split("attn.")[1] for n in original["model_state_dict"] if "attn." in n] == [
         *("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
         *("ln.weight", "liquid_gate.weight", "liquid_gate.bias"),
     ]
@@ -172,23 +172,23 @@ def test_a_run_of_ours_without_a_file_to_go_by_is_written_in_the_documented_orde
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_an_optimizer_without_adamw_moments_is_left_out_and_told(optimizer: OptimizerName, tmp_path: Path) -> None:
+def test_an_optimizer_without_adamw_moments_is_left_out_and_reported(optimizer: OptimizerName, tmp_path: Path) -> None:
     config = original_config()
     content = tiny_state(config).to_checkpoint()
     for entry in content["optimizer_state_dict"]["state"].values():
         del entry["exp_avg_sq"]
-    four, lost = as_original(content, config.training, config.model, optimizer)
-    assert lost == [NO_MOMENTS] and four["optimizer_state_dict"]["state"] == {}
-    write_original(tmp_path / "step_0.pt", four)
+    original, lost = to_original(content, config.training, config.model, optimizer)
+    assert lost == [NO_MOMENTS] and original["optimizer_state_dict"]["state"] == {}
+    write_original(tmp_path / "step_0.pt", original)
     assert optimizer_of(read_file(tmp_path / "step_0.pt")) == optimizer
     program = OriginalProgram(PEAK, optimizer=adamw if optimizer == "adamw" else AdamW8bit)
-    program.optimizer.load_state_dict(four["optimizer_state_dict"])
+    program.optimizer.load_state_dict(original["optimizer_state_dict"])
     program.train(batch(0))
     _, notes = loaded(tmp_path / "step_0.pt")
     assert notes == ["the optimizer starts from its initial state: it is for 0 parameters, the model has 15"]
 
 
-def test_masks_are_dropped_on_the_way_in_and_come_out_as_the_original_has_them(tmp_path: Path) -> None:
+def test_masks_are_dropped_on_reading_and_written_as_the_original_writes_them(tmp_path: Path) -> None:
     program = trained(1)
     path = program.save(tmp_path)
     assert set(read_file(path)["model_state_dict"]) >= MASKS
@@ -204,7 +204,7 @@ def test_masks_are_dropped_on_the_way_in_and_come_out_as_the_original_has_them(t
         program.model.load_state_dict(written, strict=True)
 
 
-def test_masks_of_an_older_version_come_out_for_the_program_that_wrote_them(tmp_path: Path) -> None:
+def test_masks_of_an_older_version_are_written_for_the_program_that_wrote_them(tmp_path: Path) -> None:
     content = trained(1).content()
     for name in MASKS:
         del content["model_state_dict"][name]
@@ -216,7 +216,7 @@ def test_masks_of_an_older_version_come_out_for_the_program_that_wrote_them(tmp_
     assert set(written) == set(content["model_state_dict"])
 
 
-def test_bf16_weights_and_moments_go_in_as_fp32(tmp_path: Path) -> None:
+def test_bf16_weights_and_moments_are_read_as_fp32(tmp_path: Path) -> None:
     program = trained(3, dtype=torch.bfloat16)
     content = torch.load(program.save(tmp_path), weights_only=True)
     assert content["optimizer_state_dict"]["state"][0]["exp_avg"].dtype == torch.bfloat16
@@ -229,7 +229,7 @@ def test_bf16_weights_and_moments_go_in_as_fp32(tmp_path: Path) -> None:
             assert torch.equal(moments(state)[name][moment], entry[moment].float())
 
 
-# --- files of the original, as they lie in `fixtures/`
+# --- files of the original in `fixtures/`
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -257,7 +257,7 @@ def test_a_file_holds_after_loading_what_the_original_held_when_it_wrote_it(kind
 
 
 def assert_goes_on(program: OriginalProgram, uninterrupted: OriginalProgram, path: Path) -> None:
-    """Two more updates from our file, and from the same moment without a break."""
+    """Train two more updates from our file, and without interruption from the same step."""
     program.load(path)
     program.next = uninterrupted.next
     for update in (3, 4):
@@ -265,7 +265,7 @@ def assert_goes_on(program: OriginalProgram, uninterrupted: OriginalProgram, pat
         uninterrupted.train(batch(update))
 
 
-def test_the_original_with_adamw_trains_on_from_our_file_as_if_it_had_never_left(tmp_path: Path) -> None:
+def test_the_original_with_adamw_continues_from_our_file_as_if_uninterrupted(tmp_path: Path) -> None:
     uninterrupted = trained(3, rate=rate)
     first = uninterrupted.save(tmp_path)
     exported(loaded(first)[0], tmp_path / "out.pt", like=first)
@@ -277,7 +277,7 @@ def test_the_original_with_adamw_trains_on_from_our_file_as_if_it_had_never_left
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_the_original_with_adamw8bit_trains_on_from_our_file(nested: bool, tmp_path: Path) -> None:
+def test_the_original_with_adamw8bit_continues_from_our_file(nested: bool, tmp_path: Path) -> None:
     make = functools.partial(AdamW8bit, nested=nested)
     uninterrupted = trained(3, rate=rate, optimizer=make)
     first = uninterrupted.save(tmp_path)
@@ -298,14 +298,14 @@ def test_a_file_for_the_other_optimizer_fails_at_the_originals_first_update(tmp_
             program.train(batch(3))
 
 
-def test_bitsandbytes_itself_trains_on_from_our_file_and_writes_one_that_comes_back(tmp_path: Path) -> None:
+def test_bitsandbytes_continues_from_our_file_and_writes_one_that_we_read(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
 
     def make(params: Any, lr: float) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(params, lr=lr, min_8bit_size=512)
         return optimizer
 
-    # what it wrote comes in with the moments that it has itself
+    # the file that it wrote is read with its own moments
     program = trained(3, rate=rate, optimizer=make, dtype=torch.bfloat16)
     first = program.save(tmp_path)
     state, notes = loaded(first)
@@ -320,7 +320,7 @@ def test_bitsandbytes_itself_trains_on_from_our_file_and_writes_one_that_comes_b
                     expected, absmax=own[f"absmax{number}"], code=own[f"qmap{number}"], blocksize=256
                 )
             assert torch.equal(mine[moment], expected.float())
-    # and what goes out again is gone on with
+    # and training continues from our export of it
     exported(state, tmp_path / "out.pt", "adamw8bit", first)
     resumed = OriginalProgram(PEAK, rate, make, torch.bfloat16)
     assert_goes_on(resumed, program, tmp_path / "out.pt")
@@ -359,7 +359,7 @@ def test_the_schedule_of_a_file_is_written_as_the_original_writes_it_for_that_st
 
 @pytest.mark.parametrize("resumes", [0, 1, 4])
 @EACH
-def test_a_run_that_the_original_resumed_goes_in_and_out_with_its_schedule_one_ahead_for_each_resume(
+def test_the_schedule_of_a_run_that_the_original_resumed_stays_one_ahead_for_each_resume(
     make: Any, resumes: int, tmp_path: Path
 ) -> None:
     program = trained(3, rate=rate, optimizer=make)
@@ -373,7 +373,7 @@ def test_a_run_that_the_original_resumed_goes_in_and_out_with_its_schedule_one_a
     state, notes = loaded(first, config)
     assert notes == [] and state.step == content["step"]
     again = tiny_state(config)
-    assert again.load_checkpoint(state.to_checkpoint()) == [], "our own checkpoint keeps it"
+    assert again.load_checkpoint(state.to_checkpoint()) == [], "our own checkpoint preserves it"
     written = exported(again, tmp_path / "out.pt", "adamw" if make is adamw else "adamw8bit", first)
     torch.testing.assert_close(written["scheduler_state_dict"], content["scheduler_state_dict"])
 
@@ -388,7 +388,7 @@ def test_a_run_that_the_original_resumed_goes_in_and_out_with_its_schedule_one_a
 
 
 @EACH
-def test_a_file_without_a_schedule_goes_in_with_weights_optimizer_and_step(make: Any, tmp_path: Path) -> None:
+def test_a_file_without_a_schedule_is_read_with_weights_optimizer_and_step(make: Any, tmp_path: Path) -> None:
     program = trained(4, optimizer=make)
     content = program.content()
     del content["scheduler_state_dict"]
@@ -400,7 +400,7 @@ def test_a_file_without_a_schedule_goes_in_with_weights_optimizer_and_step(make:
     OriginalProgram(optimizer=make).load(tmp_path / "out.pt")
 
 
-def test_a_schedule_behind_the_step_is_told(tmp_path: Path) -> None:
+def test_a_schedule_behind_the_step_is_reported(tmp_path: Path) -> None:
     content = trained(4).content()
     content["scheduler_state_dict"]["last_epoch"] = 1
     torch.save(content, tmp_path / "step_3.pt")
@@ -408,10 +408,10 @@ def test_a_schedule_behind_the_step_is_told(tmp_path: Path) -> None:
     assert notes == ["the saved schedule is at 1; it continues at step 3"]
 
 
-# --- what fits only in part
+# --- files that fit only in part
 
 
-def test_an_optimizer_of_several_groups_is_told_and_the_weights_stay(tmp_path: Path) -> None:
+def test_an_optimizer_of_several_groups_is_reported_and_the_weights_are_kept(tmp_path: Path) -> None:
     program = OriginalProgram(PEAK)
     parameters = list(program.model.parameters())
     groups = [{"params": [p for p in parameters if p.dim() == d], "weight_decay": 0.1 * (d - 1)} for d in (2, 1)]
@@ -436,7 +436,9 @@ def test_an_optimizer_of_several_groups_is_told_and_the_weights_stay(tmp_path: P
         ({"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"params": [0]}]}, "1 parameters"),
     ],
 )
-def test_a_state_of_another_optimizer_is_told_and_the_weights_stay(optimizer: Any, why: str, tmp_path: Path) -> None:
+def test_a_state_of_another_optimizer_is_reported_and_the_weights_are_kept(
+    optimizer: Any, why: str, tmp_path: Path
+) -> None:
     program = trained(2)
     content = program.content() | {"optimizer_state_dict": optimizer, "scheduler_state_dict": None}
     torch.save(content, tmp_path / "step_1.pt")
@@ -462,7 +464,7 @@ def test_a_state_for_only_some_of_the_parameters_is_not_used(tmp_path: Path) -> 
         ({"state2": None}, "0 parameter groups"),
     ],
 )
-def test_8_bit_moments_whose_parts_do_not_belong_together_are_told_and_not_used(
+def test_8_bit_moments_whose_parts_do_not_fit_are_reported_and_not_used(
     changes: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
     program = trained(2, optimizer=AdamW8bit)

@@ -1,4 +1,4 @@
-"""Files of the original script that are damaged, foreign or hold code are refused; the newest whole one is taken."""
+"""Files of the original script that are damaged, of another kind or contain code are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def refused_or_the_same(path: Path, altered: bytes, expected: dict[str, Any]) -> bool:
-    """Whether it is refused; loaded with other content it fails."""
+    """Return whether the altered file is refused; fail if it is loaded with other content."""
     path.write_bytes(altered)
     try:
         content = read_file(path)
@@ -34,7 +34,7 @@ def refused_or_the_same(path: Path, altered: bytes, expected: dict[str, Any]) ->
     return False
 
 
-def test_a_file_cut_anywhere_is_refused(whole: bytes, tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "step_2.pt"
     for tenth in range(10):
         path.write_bytes(whole[: len(whole) * tenth // 10])
@@ -61,7 +61,7 @@ def test_any_flipped_bit_in_the_files_directory_is_refused_or_changes_nothing(tm
     whole, expected = path.read_bytes(), read_file(path)
     local = whole.rindex(b"PK\x03\x04", 0, whole.index(b"data/0"))
     entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"data/0"))
-    headers = [*range(local, local + 50), *range(entry, entry + 60)]  # names, sizes, places: guarded by no CRC
+    headers = [*range(local, local + 50), *range(entry, entry + 60)]  # names, sizes, offsets: not protected by a CRC
     refused = sum(refused_or_the_same(path, flipped(whole, at, bit), expected) for at in headers for bit in range(8))
     assert refused > 300
 
@@ -140,11 +140,11 @@ def test_files_of_the_original_are_found_by_number_and_only_directly_in_the_fold
     assert original_files(tmp_path / "step_7") == [], "a checkpoint of ours without its manifest"
 
 
-def test_a_refused_write_leaves_the_older_file_whole(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_older_file_intact(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5)
     before = path.read_bytes()
-    four = read_file(path)
+    content = read_file(path)
     tmp_path.joinpath("step_6.pt").mkdir()
     with pytest.raises(OSError):
-        write_original(tmp_path / "step_6.pt", four)
+        write_original(tmp_path / "step_6.pt", content)
     assert path.read_bytes() == before and not list(tmp_path.glob(".*"))

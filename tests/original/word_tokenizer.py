@@ -10,7 +10,7 @@ WORDS = [f"w{number}" for number in range(45)]
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """The folder, with a tokenizer.json of 48 words in it."""
+    """Write a tokenizer.json with 48 words into the folder; return the folder."""
     vocabulary = {word: number for number, word in enumerate(["<unk>", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, and newest means the highest number."""
+"""A checkpoint is complete or absent, and the newest has the highest step number."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_format_of_later_is_refused_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_format_version_is_refused_and_left_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "FORMAT_VERSION", 2)
     later = write(tmp_path, 1)
     with pytest.raises(CheckpointError, match="step_1: its format is version 2, this program reads version 1"):
@@ -55,7 +55,7 @@ def test_a_format_of_later_is_refused_and_left_alone(tmp_path: Path, monkeypatch
     assert newest_checkpoint(tmp_path) == later
 
 
-def test_the_newest_is_the_highest_number_not_the_last_name(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_has_the_highest_step_not_the_last_name(tmp_path: Path) -> None:
     for step in (9900, 10000, 500):
         write(tmp_path, step)
     assert [p.name for p in checkpoints(tmp_path)] == ["step_500", "step_9900", "step_10000"]
@@ -72,7 +72,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "step_2")
 
 
-def test_a_file_cut_short_or_altered_is_named(tmp_path: Path) -> None:
+def test_a_truncated_or_altered_file_is_named(tmp_path: Path) -> None:
     file = write(tmp_path, 7) / "step_7.pt"
     whole = file.read_bytes()
     file.write_bytes(whole[:1000])
@@ -84,7 +84,7 @@ def test_a_file_cut_short_or_altered_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["step_7.pt", "config.yaml", "tokenizer.json", "manifest.json"])
-def test_a_file_cut_anywhere_or_with_any_byte_flipped_is_never_loaded(name: str, tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_or_with_any_byte_flipped_is_never_loaded(name: str, tmp_path: Path) -> None:
     file = write(tmp_path, 7) / name
     whole, chance = file.read_bytes(), random.Random(name)
     cuts = [whole[: len(whole) * tenth // 10] for tenth in range(10)]
@@ -92,7 +92,7 @@ def test_a_file_cut_anywhere_or_with_any_byte_flipped_is_never_loaded(name: str,
     flips = [whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :] for at in places]
     for altered in cuts + flips:
         file.write_bytes(altered)
-        if name == "manifest.json" and same_json(altered, whole):  # a blank became another blank
+        if name == "manifest.json" and same_json(altered, whole):  # one whitespace character became another
             continue
         with pytest.raises(CheckpointError, match="checkpoint step_7"):
             read_checkpoint(tmp_path / "step_7")
@@ -130,7 +130,7 @@ def test_a_renamed_folder_is_refused_and_a_link_to_it_or_a_dot_is_not(tmp_path: 
 
 
 def signed(folder: Path, **changes: Any) -> None:
-    """The manifest with changes, and a sum that is right for them."""
+    """Change the manifest and its hash accordingly."""
     manifest = {**json.loads((folder / "manifest.json").read_text()), **changes}
     manifest = {key: value for key, value in manifest.items() if value is not None and key != "sha256"}
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -138,7 +138,7 @@ def signed(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("files", [None, {}, [], 3, {"step_7.pt": 3}, {"step_7.pt": {"bytes": 1}}, {"../x": {}}])
-def test_a_manifest_of_another_shape_is_refused_though_its_sum_is_right(files: Any, tmp_path: Path) -> None:
+def test_a_manifest_of_another_structure_is_refused_although_its_hash_is_right(files: Any, tmp_path: Path) -> None:
     folder = write(tmp_path, 7)
     signed(folder)
     assert read_checkpoint(folder)["step"] == 7
@@ -154,7 +154,7 @@ def test_a_manifest_of_brackets_is_refused(tmp_path: Path) -> None:
         read_checkpoint(folder)
 
 
-def test_code_in_a_checkpoint_is_refused_and_not_executed_though_its_sums_are_right(tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_refused_and_not_executed_although_its_hashes_are_right(tmp_path: Path) -> None:
     folder = write(tmp_path, 7)
     weights = folder / "step_7.pt"
     torch.save({"step": 7, "extra": Code(tmp_path / "executed")}, weights)
@@ -165,7 +165,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed_though_its_sums_are_ri
     assert not (tmp_path / "executed").exists()
 
 
-def test_storage_that_refuses_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
+def test_a_failing_storage_leaves_the_older_checkpoint_intact(tmp_path: Path) -> None:
     write(tmp_path, 1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as on a full disk: no file beyond 100 bytes
@@ -175,17 +175,17 @@ def test_storage_that_refuses_leaves_the_older_checkpoint_whole(tmp_path: Path) 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert newest_checkpoint(tmp_path) == tmp_path / "step_1" and read_checkpoint(tmp_path / "step_1")["step"] == 1
-    assert not list(tmp_path.glob("*.tmp")), "and takes no room"
+    assert not list(tmp_path.glob("*.tmp")), "it leaves no partial files"
     assert read_checkpoint(write(tmp_path, 2))["step"] == 2
 
 
-def test_writing_again_replaces_what_a_dead_run_left(tmp_path: Path) -> None:
+def test_writing_again_replaces_what_a_killed_run_left(tmp_path: Path) -> None:
     (write(tmp_path, 7) / "manifest.json").unlink()
     (tmp_path / "step_7" / "stale").write_text("x")
     assert not (write(tmp_path, 7) / "stale").exists()
 
 
-# Writes step_7 again in a child process, in which the Nth operation on files, or each from there on, fails or is the last.
+# Writes step_7 again in a child process. There the Nth file operation fails (or all from the Nth on), or kills the process.
 INTERRUPTED = """
 import os, shutil, sys
 from pathlib import Path
@@ -228,7 +228,9 @@ for at in range(1, 200):
 
 
 @pytest.mark.parametrize("how", ["dies", "fails once", "stays broken"])
-def test_wherever_a_replacement_is_interrupted_the_old_or_the_new_checkpoint_is_whole(how: str, tmp_path: Path) -> None:
+def test_wherever_a_replacement_is_interrupted_the_old_or_the_new_checkpoint_is_intact(
+    how: str, tmp_path: Path
+) -> None:
     write(tmp_path / "whole", 7, 1.0)
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run"), str(tmp_path / "whole"), how]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
@@ -236,18 +238,18 @@ def test_wherever_a_replacement_is_interrupted_the_old_or_the_new_checkpoint_is_
     for run in sorted(tmp_path.glob("after-*"), key=lambda path: int(path.name.split("-")[1])):
         code = int(run.name.split("-")[2])
         if how == "fails once" and code == 8:
-            assert read_checkpoint(run / "step_7"), "the process goes on, so nothing waits for the next start"
+            assert read_checkpoint(run / "step_7"), (
+                "a process that continues has a complete checkpoint without a restart"
+            )
         remove_unfinished(run)
         outcomes.append(float(read_checkpoint(run / "step_7")["model_state_dict"]["w"][0]))
         assert [path.name for path in run.iterdir()] == ["step_7"]
     assert len(outcomes) > 20 and sorted(outcomes) == outcomes == [*outcomes[:-1], 2.0], (
-        "the old one until it is the new"
+        "the old checkpoint until the new one"
     )
 
 
-def test_a_new_checkpoint_is_on_the_disk_before_it_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_checkpoint_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     fsync, rename = os.fsync, Path.rename
 
@@ -267,7 +269,7 @@ def test_a_new_checkpoint_is_on_the_disk_before_it_has_its_name(
     assert folder.startswith("step_7.") and (name, after) == ("renamed to step_7", "run")
 
 
-def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_cannot_sync_folders_is_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync = os.fsync
 
     def refuse_folders(descriptor: int) -> None:
