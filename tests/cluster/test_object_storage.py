@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_set_aside_there_and_the_next_older_one_taken(
     assert "step_2.damaged/step_2.pt" in store.names("runs/run") and elsewhere.complete_steps() == ["step_1"]
     flip(store, "runs/run/step_1/step_1.pt")
     shutil.rmtree(elsewhere.folder)
-    with pytest.raises(CheckpointError, match="no whole checkpoint of it is left"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint of it"):
         find_start(elsewhere, said.append)
 
 

@@ -85,7 +85,7 @@ def test_with_no_whole_checkpoint_left_a_run_is_not_begun_anew_in_silence(tmp_pa
     for folder in checkpoints(tmp_path):
         cut(folder)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="no whole checkpoint of it is left.*--fresh"):
+        with pytest.raises(CheckpointError, match="no complete checkpoint of it.*--fresh"):
             find_start(Disk(tmp_path), lambda _: None)
 
 
