@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from savant_ray.cluster.session import refuse_dead_ray
+from savant_ray.cluster.session import check_ray_processes
 from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
 STOP_POLL_SECONDS = 30.0
@@ -89,8 +89,8 @@ def next_events(bridge: BridgeHandle, seconds: float) -> list[Event]:
     """
     events = bridge.take_events.remote(seconds)
     while not ray.wait([events], timeout=seconds + RAY_CHECK_SECONDS)[0]:
-        refuse_dead_ray()
-    refuse_dead_ray()
+        check_ray_processes()
+    check_ray_processes()
     return list(ray.get(events))
 
 

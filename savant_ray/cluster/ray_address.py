@@ -81,7 +81,7 @@ def address_file(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(ray_temp_folder(environment), "ray", "ray_current_cluster")
 
 
-def why_silent(address: str) -> str:
+def unreachable_reason(address: str) -> str:
     """Return why no Ray head can be at HOST:PORT, or "" if something there speaks its protocol (HTTP/2)."""
     try:
         host, port = split_address(address)
@@ -110,13 +110,13 @@ def why_silent(address: str) -> str:
     return ""
 
 
-def refuse_silent(cluster: ClusterAddress) -> None:
+def check_cluster_answers(cluster: ClusterAddress) -> None:
     """Check that a Ray head answers; Ray must have been imported.
 
     Raises:
         SavantError: it does not answer, or it requires a token and this machine has none.
     """
-    reason = why_silent(cluster.text)
+    reason = unreachable_reason(cluster.text)
     if not reason:
         _check_token(cluster)
         reason = _why_not_a_head(cluster.text)
@@ -140,16 +140,17 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _check_form(text: str) -> None:
+    """Raise SavantError if the text is not HOST:PORT, with advice for the addresses of a dashboard and of Ray Client."""
     if text.lower().startswith(("http://", "https://")):
         raise SavantError(
-            f"{VARIABLE}={text} is the address of a dashboard, which `ray job submit` takes.\n"
+            f"{VARIABLE}={text} is the address of a dashboard, which is for `ray job submit`.\n"
             f"To train there, submit a job: make submit ADDRESS={text}\n"
             f"To connect from a machine of that cluster, set {VARIABLE} to its head's HOST:PORT, such as 10.0.0.1:6379; "
             "to start Ray on this machine, unset it."
         )
     if "://" in text:
         raise SavantError(
-            f"{VARIABLE}={text} is an address of Ray Client, which cannot drive a training.\n"
+            f"{VARIABLE}={text} is an address of Ray Client, which cannot run a training job.\n"
             f"On a machine of that cluster set {VARIABLE} to its head's HOST:PORT, such as 10.0.0.1:6379; from elsewhere "
             "submit a job (make submit ADDRESS=http://HEAD:8265); to start Ray on this machine, unset it."
         )
@@ -163,7 +164,7 @@ def _check_token(cluster: ClusterAddress) -> None:
     """Raise SavantError if authentication is enabled and there is no token; Ray's own client would end the process."""
     from ray.exceptions import AuthenticationError
 
-    if cluster.is_from_file:  # only for a cluster of this machine does Ray look for a token by itself
+    if cluster.is_from_file:  # for other clusters Ray uses a token only with RAY_AUTH_MODE=token
         enable_token_authentication_if_token_exists()
     try:
         require_token_if_authentication_is_enabled()

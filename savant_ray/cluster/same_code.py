@@ -71,7 +71,7 @@ def refuse_other_code() -> None:
         SavantError: a node imports another version of it, or none, or the job's environment cannot be set up.
     """
     module = sys.modules[__name__]
-    ray.cloudpickle.register_pickle_by_value(module)  # so that a node runs the driver's version of this function
+    ray.cloudpickle.register_pickle_by_value(module)  # so that nodes run the driver's version of `_folder_and_digest`
     try:
         task = ray.remote(_folder_and_digest)
         nodes = {task.options(**_on(node)).remote(PACKAGE): node for node in ray.nodes() if node["Alive"]}
@@ -90,6 +90,7 @@ def refuse_other_code() -> None:
 
 
 def _on(node: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a task that runs on this node."""
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from savant_ray.cluster.ray_address import ClusterAddress, cluster_address, refuse_silent, why_silent
+from savant_ray.cluster.ray_address import ClusterAddress, check_cluster_answers, cluster_address, unreachable_reason
 from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, TrainingError
@@ -51,7 +51,7 @@ def prepare_environment() -> ClusterAddress | None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cluster = cluster_address()
-    if cluster is None or (cluster.optional and why_silent(cluster.text)):
+    if cluster is None or (cluster.optional and unreachable_reason(cluster.text)):
         # A Ray that this process starts accepts connections from this machine only, so it needs no token.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     return cluster
@@ -75,7 +75,7 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
     logging.getLogger("ray").setLevel(level)
     if cluster is not None:
         try:
-            refuse_silent(cluster)
+            check_cluster_answers(cluster)
         except SavantError as error:
             if not cluster.optional:
                 raise
@@ -88,7 +88,7 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
         )
-    if is_our_own():  # no node of it is drained, and the watcher is a process that takes 3 s to import
+    if owns_ray():  # no node of it is drained, and the watcher is a process that takes 3 s to import
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
@@ -96,7 +96,7 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
         if cluster is not None:
             refuse_other_code()
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
-    except (KeyboardInterrupt, Leave):  # see leave_at_once
+    except (KeyboardInterrupt, Leave):  # `exit_without_shutdown` follows
         raise
     except BaseException:
         ray.shutdown()
@@ -109,9 +109,7 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
     """Turn an error of `ray.init()`, which may be of any type, into a `SavantError` with advice."""
     try:
         yield
-    except (
-        SystemExit
-    ) as end:  # raised by Ray's own handler of SIGTERM, which is active until the caller installs its handler again
+    except SystemExit as end:  # by Ray's handler of SIGTERM, which is active until the caller installs its own again
         raise KeyboardInterrupt from end
     except Exception as error:
         text = str(error).strip() or type(error).__name__
@@ -142,12 +140,12 @@ def hangups_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def is_our_own() -> bool:
+def owns_ray() -> bool:
     """Return whether this process started the cluster that it is connected to."""
     return started_head() is not None
 
 
-def refuse_dead_ray() -> None:
+def check_ray_processes() -> None:
     """Check the processes of a Ray that this process started: seconds after they die Ray ends the driver without a message.
 
     Raises:
@@ -177,14 +175,14 @@ def _own_processes() -> list[psutil.Process]:
 
 
 class Leave(BaseException):
-    """Ends an attempt while `fit()` still runs; the process reports `error` and calls `leave_at_once` with `code`."""
+    """Ends an attempt while `fit()` still runs; the process prints `error` and calls `exit_without_shutdown(code)`."""
 
     def __init__(self, code: int = 0, error: Exception | None = None) -> None:
         super().__init__(code, error)
         self.code, self.error = code, error
 
 
-def leave_at_once(code: int) -> int:
+def exit_without_shutdown(code: int) -> int:
     """End this process with `code` if it is connected to Ray, else return it.
 
     A thread may still run `fit()`, and Ray crashes if it is shut down during it (observed: SIGSEGV). A cluster ends the

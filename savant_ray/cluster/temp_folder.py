@@ -18,7 +18,7 @@ DEFAULT = "/tmp"  # noqa: S108 - Ray's own default
 SOCKET_PATH_BYTES = 107  # the longest path of a Unix socket on Linux
 RAY_SOCKET = "/ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store"  # the longest that Ray creates
 PYTHON_SOCKET = "/pymp-abcdefgh/listener-abcdefgh"  # of multiprocessing's fork server
-LEAST_FREE_BYTES = 32 << 20  # for Ray's first logs; on a full disk Ray starts until a timeout and names no cause
+MIN_FREE_BYTES = 32 << 20  # for Ray's first logs; on a full disk Ray fails after a timeout without a reason
 
 
 def ray_temp_folder(environment: Mapping[str, str] = os.environ) -> str:
@@ -58,21 +58,21 @@ def why_unusable_for_ray(folder: str, create: bool = False) -> str:
         return "is not an absolute path"
     if not folder.isascii():
         return "has characters that are not ASCII, which Ray cannot encode there"
-    spare = SOCKET_PATH_BYTES - len(os.fsencode(folder)) - len(RAY_SOCKET)
-    if spare < 0:
-        return f"is {-spare} bytes too long for Ray's Unix sockets"
+    spare_bytes = SOCKET_PATH_BYTES - len(os.fsencode(folder)) - len(RAY_SOCKET)
+    if spare_bytes < 0:
+        return f"is {-spare_bytes} bytes too long for Ray's Unix sockets"
     try:
         if create:
             Path(folder).mkdir(parents=True, exist_ok=True)
         if not Path(folder).is_dir():
             return "is not a folder" if Path(folder).exists() else "does not exist"
-        below = Path(folder, "ray")
-        if below.exists() and not below.is_dir():
+        ray_folder = Path(folder, "ray")
+        if ray_folder.exists() and not ray_folder.is_dir():
             return "has a file named ray in it"
-        if not os.access(below if below.exists() else folder, os.W_OK | os.X_OK):
-            return f"is not usable, because this user cannot write {below}"
+        if not os.access(ray_folder if ray_folder.exists() else folder, os.W_OK | os.X_OK):
+            return f"is not usable, because this user cannot write {ray_folder}"
         free = shutil.disk_usage(folder).free
-        if free < LEAST_FREE_BYTES:
+        if free < MIN_FREE_BYTES:
             return f"has only {free / 1e6:.1f} MB free"
     except OSError as error:
         return f"cannot be used ({(error.strerror or str(error)).lower()})"

@@ -17,7 +17,7 @@ import ray
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from savant_ray.cluster.bridge import BridgeHandle, next_events, start_bridge
-from savant_ray.cluster.session import Leave, grace_seconds, is_our_own, ray_session
+from savant_ray.cluster.session import Leave, grace_seconds, owns_ray, ray_session
 from savant_ray.driver.attempt import Attempt, Inputs
 from savant_ray.driver.data_preparation import prepare_data
 from savant_ray.driver.failures import explain_failure, ray_errors_explained
@@ -131,7 +131,7 @@ def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: Wor
             _report(event, attempt)
         if outcome.is_saved:
             saved_time = min(saved_time, time.monotonic())
-        if finished or (time.monotonic() > saved_time + FIT_RETURN_SECONDS and is_our_own()):
+        if finished or (time.monotonic() > saved_time + FIT_RETURN_SECONDS and owns_ray()):
             return
         attempt.storage.refuse_if_lost()
         watch.check(phase.current)

@@ -46,9 +46,8 @@ def find_start(
     """
     storage.remove_unfinished()
     start = None
-    while start is None and (
-        names := storage.steps()
-    ):  # listed again each time: there may be an older copy of the same step
+    # Listed again after each damaged one, because there may be an older copy of the same step.
+    while start is None and (names := storage.steps()):
         name = names[-1]
         folder = storage.fetch(name)
         try:
@@ -76,16 +75,18 @@ def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def refuse_other_settings(start: Path, config: Config) -> None:
-    """Check that model, seed and mixture are those of the checkpoint, and that a new tokenizer need not be learnt.
+    """Check that model, seed and mixture are those of the checkpoint, and that no new tokenizer has to be trained.
 
     Raises:
         CheckpointError: they differ; the message lists all differences.
     """
     differences = [text for name, text in changes_since(start, config).items() if name.startswith(MUST_AGREE)]
     if config.data.learns_tokenizer and TOKENIZER not in read_manifest(start)["files"]:
-        learnt = f"data.tokenizer: {config.data.tokenizer} would learn another one than the weights were trained with"
-        differences.append(f"{learnt}; name the one they were trained with")
-    _refuse(start, differences)
+        difference = (
+            f"data.tokenizer: {config.data.tokenizer} would learn another one than the weights were trained with"
+        )
+        differences.append(f"{difference}; name the one they were trained with")
+    _raise_if_different(start, differences)
 
 
 def changes_since(start: Path, config: Config) -> dict[str, str]:
@@ -103,7 +104,7 @@ def refuse_other_data(start: Path, config: Config, data_fingerprint: str) -> Non
         return
     listed = changes_since(start, config).get("data.sources", "data.sources: a file was added, changed or removed")
     kept = f"the tokenizer stays that of {start.name} (data.tokenizer: {start / TOKENIZER})"
-    _refuse(start, [f"{listed}; so a position in the data order is another sequence", kept])
+    _raise_if_different(start, [f"{listed}; so a position in the data order is another sequence", kept])
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = "") -> dict[str, str]:
@@ -118,7 +119,7 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = ""
     return changes
 
 
-def _refuse(start: Path, differences: list[str]) -> None:
+def _raise_if_different(start: Path, differences: list[str]) -> None:
     if differences:
         raise CheckpointError(
             f"{start.name} was trained with other settings or data:\n  " + "\n  ".join([*differences, ADVICE])

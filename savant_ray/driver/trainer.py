@@ -13,7 +13,7 @@ from typing import Any
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from savant_ray.cluster.session import is_our_own, node_resources
+from savant_ray.cluster.session import node_resources, owns_ray
 from savant_ray.config import Config
 from savant_ray.driver.data_config import StepDataConfig
 from savant_ray.driver.data_preparation import PreparedData
@@ -108,7 +108,7 @@ def _insufficient_resources(
 ) -> str:
     subject = "1 worker with" if workers == 1 else f"{workers} workers with"
     largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needed}
-    where = "this machine has" if is_our_own() else "the cluster's largest node has"
+    where = "this machine has" if owns_ray() else "the cluster's largest node has"
     return (
         f"scaling.num_workers: {subject} {_listed(needed)}{'' if workers == 1 else ' each'} cannot run: {where} "
         f"{_listed(largest)}, room for {room}; lower scaling.num_workers or scaling.resources_per_worker"
