@@ -21,7 +21,7 @@ from savant_ray.training.checkpoint import step_of
 BYTES_PER_PARAMETER = 12  # of a checkpoint: an fp32 weight and two fp32 moments
 
 
-def is_finished(config: Config, storage: Disk, newest: Path) -> str | None:
+def finished_message(config: Config, storage: Disk, newest: Path) -> str | None:
     """Return a message if the run has nothing left to do, else None.
 
     A run that was stopped during its last validation is not finished: the validation is repeated.
