@@ -110,9 +110,9 @@ def run_child(descriptor: int) -> NoReturn:
         with suppress(OSError):
             caller.sendall(json.dumps(response).encode())
             caller.shutdown(socket.SHUT_WR)
-        from savant_ray.cluster.session import leave_at_once
+        from savant_ray.cluster.session import exit_without_shutdown
 
-        sys.exit(leave_at_once(code))
+        sys.exit(exit_without_shutdown(code))
 
 
 def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:

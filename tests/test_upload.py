@@ -68,5 +68,5 @@ def test_a_large_folder_is_told_with_what_is_large_in_it(tmp_path: Path) -> None
     there = {"cwd": tmp_path, "env": {"PYTHONPATH": str(ROOT)}}
     done = subprocess.run(command, text=True, capture_output=True, timeout=100, **there)
     assert done.returncode == 0 and done.stdout == ""
-    assert done.stderr.startswith("warning: 100 MB of this folder travel with the job (movies.bin 100 MB, ")
+    assert done.stderr.startswith("warning: 100 MB of this folder are uploaded with the job (movies.bin 100 MB, ")
     assert size_warning({Path("a"): WARN_BYTES - 1}) == "" and "a 50 MB" in size_warning({Path("a"): WARN_BYTES})

@@ -1,1 +1,1 @@
-"""The Ray job: driver, worker function, bridge, data for workers. The only part that knows Ray Train."""
+"""The connection to Ray: address, session, code on all nodes, and the actor between driver and workers."""

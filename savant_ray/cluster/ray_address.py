@@ -1,7 +1,7 @@
-"""The Ray cluster that RAY_ADDRESS or `ray start` names, and whether it answers.
+"""Finds the Ray cluster that RAY_ADDRESS or `ray start` names, and checks that it answers.
 
-`ray.init()` waits for minutes for an address where nothing answers, and then says so in a traceback. Here a connection
-is tried first: TCP, then HTTP/2, then Ray's head itself.
+`ray.init()` waits for minutes for an address where nothing answers, and then raises an error of its internals. Here a
+connection is tried first: TCP, then HTTP/2, then Ray's head itself.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ START_OR_UNSET = (
 class ClusterAddress:
     """HOST:PORT of a cluster's head.
 
-    `origin` is what the user would change, RAY_ADDRESS or the path of a file; `optional`: whoever reads a file that
-    `ray start` may have left behind goes on without that cluster if it is gone.
+    `origin` is where the address comes from: RAY_ADDRESS, or the path of the file that `ray start` writes. An `optional`
+    cluster may be gone, because that file remains after a crash; then Ray is started on this machine.
     """
 
     text: str
@@ -48,7 +48,7 @@ class ClusterAddress:
 
     @property
     def is_from_file(self) -> bool:
-        """Whether `ray start` wrote it on this machine."""
+        """Whether `ray start` wrote the address on this machine."""
         return self.origin != VARIABLE
 
 
@@ -58,22 +58,22 @@ def cluster_address(environment: Mapping[str, str] = os.environ) -> ClusterAddre
     Raises:
         SavantError: RAY_ADDRESS is not of the form HOST:PORT, or it is "auto" and no cluster was started here.
     """
-    given = environment.get(VARIABLE, "").strip()
-    if given == "local":
+    value = environment.get(VARIABLE, "").strip()
+    if value == "local":
         return None
-    if given and given != "auto":
-        _check_form(given)
-        return ClusterAddress(given, VARIABLE)
-    # Ray's own "auto" prefers any Ray that runs on this machine, also one that another training started for itself.
+    if value and value != "auto":
+        _check_form(value)
+        return ClusterAddress(value, VARIABLE)
+    # Ray's own "auto" would connect to any Ray on this machine, also to one that another training process started.
     file, text = address_file(environment), ""
     with suppress(OSError, ValueError):
         text = file.read_text(encoding="utf-8").strip()
-    if given and not text:
+    if value and not text:
         raise SavantError(
             f"{VARIABLE}=auto: no Ray cluster was started on this machine by `ray start` ({file} names none).\n"
             f"{START_OR_UNSET}"
         )
-    return ClusterAddress(text, str(file), optional=not given) if text else None
+    return ClusterAddress(text, str(file), optional=not value) if text else None
 
 
 def address_file(environment: Mapping[str, str] = os.environ) -> Path:
@@ -81,7 +81,7 @@ def address_file(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(ray_temp_folder(environment), "ray", "ray_current_cluster")
 
 
-def why_silent(address: str) -> str:
+def unreachable_reason(address: str) -> str:
     """Return why no Ray head can be at HOST:PORT, or "" if something there speaks its protocol (HTTP/2)."""
     try:
         host, port = split_address(address)
@@ -104,22 +104,19 @@ def why_silent(address: str) -> str:
     except (OSError, UnicodeError) as error:
         return str(getattr(error, "strerror", None) or error).lower()
     if answer.startswith(b"HTTP/"):
-        return (
-            "a web server answers there, such as Ray's dashboard; a head's own port is 6379 unless it was given another"
-        )
+        return "a web server answers there, such as Ray's dashboard; the port of a head is 6379 by default"
     if len(answer) < FRAME_HEADER_BYTES or answer[3] != SETTINGS_FRAME:
         return "what answers there is not a Ray head"
     return ""
 
 
-def refuse_silent(cluster: ClusterAddress) -> None:
+def check_cluster_answers(cluster: ClusterAddress) -> None:
     """Check that a Ray head answers; Ray must have been imported.
 
     Raises:
-        SavantError: it does not, with the reason, where the address comes from, and what to do; or a token is wanted
-            and there is none.
+        SavantError: it does not answer, or it requires a token and this machine has none.
     """
-    reason = why_silent(cluster.text)
+    reason = unreachable_reason(cluster.text)
     if not reason:
         _check_token(cluster)
         reason = _why_not_a_head(cluster.text)
@@ -143,16 +140,17 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _check_form(text: str) -> None:
+    """Raise SavantError if the text is not HOST:PORT, with advice for the addresses of a dashboard and of Ray Client."""
     if text.lower().startswith(("http://", "https://")):
         raise SavantError(
-            f"{VARIABLE}={text} is the address of a dashboard, which `ray job submit` takes.\n"
+            f"{VARIABLE}={text} is the address of a dashboard, which is for `ray job submit`.\n"
             f"To train there, submit a job: make submit ADDRESS={text}\n"
             f"To connect from a machine of that cluster, set {VARIABLE} to its head's HOST:PORT, such as 10.0.0.1:6379; "
             "to start Ray on this machine, unset it."
         )
     if "://" in text:
         raise SavantError(
-            f"{VARIABLE}={text} is an address of Ray Client, which cannot drive a training.\n"
+            f"{VARIABLE}={text} is an address of Ray Client, which cannot run a training job.\n"
             f"On a machine of that cluster set {VARIABLE} to its head's HOST:PORT, such as 10.0.0.1:6379; from elsewhere "
             "submit a job (make submit ADDRESS=http://HEAD:8265); to start Ray on this machine, unset it."
         )
@@ -163,10 +161,10 @@ def _check_form(text: str) -> None:
 
 
 def _check_token(cluster: ClusterAddress) -> None:
-    """Find the token as `ray.init()` would; without one Ray's own client ends the process."""
+    """Raise SavantError if authentication is enabled and there is no token; Ray's own client would end the process."""
     from ray.exceptions import AuthenticationError
 
-    if cluster.is_from_file:  # Ray uses a token that is there for clusters of this machine only
+    if cluster.is_from_file:  # for other clusters Ray uses a token only with RAY_AUTH_MODE=token
         enable_token_authentication_if_token_exists()
     try:
         require_token_if_authentication_is_enabled()
@@ -179,21 +177,21 @@ def _check_token(cluster: ClusterAddress) -> None:
 
 
 def _why_not_a_head(address: str) -> str:
-    """Ask for the cluster's id, in a thread because the call cannot be bounded."""
-    answers: list[str] = []
+    """Return why no Ray head is at HOST:PORT, or ""; asks in a thread because the call has no timeout."""
+    reasons: list[str] = []
 
     def ask() -> None:
         try:
             request_cluster_id(address)
-            answers.append("")
+            reasons.append("")
         except Exception as error:
-            answers.append(_in_words(str(error)))
+            reasons.append(_explain(str(error)))
 
     thread = threading.Thread(target=ask, name="ask-ray-head", daemon=True)
     with _standard_error_silenced():  # Ray's client writes its warnings there by itself
         thread.start()
         thread.join(HEAD_SECONDS)
-    return answers[0] if answers else f"no answer within {HEAD_SECONDS:g} s"
+    return reasons[0] if reasons else f"no answer within {HEAD_SECONDS:g} s"
 
 
 @contextmanager
@@ -213,7 +211,7 @@ def _standard_error_silenced() -> Iterator[None]:
         os.close(kept)
 
 
-def _in_words(error: str) -> str:
+def _explain(error: str) -> str:
     if "authenti" in error.lower():
         return f"it refuses this machine's token ({error.strip()}); see docs/guides/cluster.md"
     return f"what answers there is not a Ray head ({error.strip() or 'no reason given'})"

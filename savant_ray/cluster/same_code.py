@@ -1,7 +1,7 @@
-"""Makes Ray's processes import the driver's own copy of this package, and refuses nodes that have another one.
+"""Makes Ray's processes import the driver's copy of this package, and refuses nodes that have another version.
 
-Without it a worker imports what its environment has installed, or whatever lies in the folder where the command was
-typed: with two checkouts on a machine, driver and workers run different code and nobody notices.
+Otherwise a worker imports the version that its environment has installed, or one in the folder where the command was typed:
+with two checkouts on a machine, driver and workers could run different code without any message.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from savant_ray.errors import SavantError
 from savant_ray.ray_internals import set_driver_import_path
 
 PACKAGE = __name__.partition(".")[0]
-NODE_SECONDS = 60.0  # a node that cannot start a process within them is checked when it starts a worker
+NODE_SECONDS = 60.0  # a node that cannot start a process in this time is checked when it starts a worker
 
 
 class _PackageFolder(list[str]):
-    """What a worker puts in front of `sys.path`.
+    """The list of folders that a worker puts before `sys.path`: always that of this package.
 
-    Ray adds the folders of the driver's script and of its shell, in which any `numpy.py` would win over the installed
-    package, and does so with `extend`. It does not when a job brings a working directory, which workers import from.
+    Ray calls `extend` with the folders of the driver's script and shell, in which any `numpy.py` would take precedence over
+    the installed package. It does not call it for a job with a working directory, from which workers import.
     """
 
     def extend(self, _ray_folders: Iterable[str]) -> None:
@@ -38,7 +38,7 @@ class _PackageFolder(list[str]):
 
 
 def job_config() -> JobConfig:
-    """Return the job of a driver whose workers import this package from where the driver did."""
+    """Return the configuration of a job whose workers import this package from the same folder as the driver."""
     config = JobConfig()
     set_driver_import_path(config, _PackageFolder())
     return config
@@ -71,30 +71,31 @@ def refuse_other_code() -> None:
         SavantError: a node imports another version of it, or none, or the job's environment cannot be set up.
     """
     module = sys.modules[__name__]
-    ray.cloudpickle.register_pickle_by_value(module)  # a node's own version of this function must not answer
+    ray.cloudpickle.register_pickle_by_value(module)  # so that nodes run the driver's version of `_folder_and_digest`
     try:
         task = ray.remote(_folder_and_digest)
-        asked = {task.options(**_on(node)).remote(PACKAGE): node for node in ray.nodes() if node["Alive"]}
+        nodes = {task.options(**_on(node)).remote(PACKAGE): node for node in ray.nodes() if node["Alive"]}
     finally:
         ray.cloudpickle.unregister_pickle_by_value(module)
-    answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
+    answers, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODE_SECONDS)
     for answer in answers:
         try:
             folder, digest = ray.get(answer)
         except RuntimeEnvSetupError as error:
             raise SavantError(f"the job's runtime environment cannot be set up: {str(error).strip()}") from error
-        except RayError:  # a node that is gone meanwhile
+        except RayError:  # the node is gone
             continue
         if digest != own_digest():
-            raise other_code(str(package_folder()), f"node {asked[answer]['NodeManagerAddress']}", folder)
+            raise other_code(str(package_folder()), f"node {nodes[answer]['NodeManagerAddress']}", folder)
 
 
 def _on(node: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a task that runs on this node."""
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
 
 
 def _folder_and_digest(package: str) -> tuple[str, str]:
-    """Return where this process would import the package from and its digest, two empty texts if it cannot."""
+    """Return where this process would import the package from and its digest, two empty strings if it cannot."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return "", ""
@@ -102,11 +103,11 @@ def _folder_and_digest(package: str) -> tuple[str, str]:
     return str(folder), code_digest(folder)
 
 
-def other_code(driver_folder: str, who: str, folder: str) -> SavantError:
-    """Return the error for a process that imports another version of the package than the driver; "" = it has none."""
-    has = f"has another version of it in {folder}" if folder else "cannot import it"
+def other_code(driver_folder: str, process: str, folder: str) -> SavantError:
+    """Return the error for a process that imports another version of the package, from `folder`; "" if it has none."""
+    difference = f"has another version of it in {folder}" if folder else "cannot import it"
     return SavantError(
-        f"this command runs {PACKAGE} from {driver_folder}, but {who} {has}.\n"
-        "Install the same version there, keep it in a folder that all nodes share, or let a job bring it along "
-        "(make submit)."
+        f"this command runs {PACKAGE} from {driver_folder}, but {process} {difference}.\n"
+        "Install the same version there, keep it in a folder that all nodes share, or submit a job, which "
+        "brings it along (make submit)."
     )

@@ -1,4 +1,4 @@
-"""Connects to Ray: a cluster that is there (RAY_ADDRESS, `ray job submit`), else a local one."""
+"""Connects to a running Ray cluster (RAY_ADDRESS, `ray job submit`, `ray start`), or starts Ray on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from savant_ray.cluster.ray_address import ClusterAddress, cluster_address, refuse_silent, why_silent
+from savant_ray.cluster.ray_address import ClusterAddress, check_cluster_answers, cluster_address, unreachable_reason
 from savant_ray.cluster.ray_job import in_ray_job
 from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
 from savant_ray.config import Config
@@ -20,30 +20,30 @@ from savant_ray.errors import SavantError, TrainingError
 from savant_ray.locations import replace_missing_home
 from savant_ray.ray_internals import draining_nodes, started_head
 
-# Read by Ray when it is imported or started, so they are set before that; what the user has set stays.
+# Ray reads these when it is imported or started, so they are set before that. Variables that the user has set are kept.
 ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the least time between two report() calls, 2 s by default
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # how long an elastic run waits for a node that is gone; 60 by default
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how soon workers hear of a drained node; 5 by default
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each worker's print appears twice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the shortest time between two report() calls; 2 s by default
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # how long an elastic run waits for a lost node; 60 by default
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how soon workers detect a drained node; 5 by default
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise each print of a worker appears twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # attempts and workers at the dashboard's /api/train/v2/runs/v1
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the folder of the driver
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the working directory of the driver
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_task_events_max_num_tasks_in_gcs": "10000",  # its 100,000 by default take 0.3 GB of a head that runs for days
+    "RAY_task_events_max_num_tasks_in_gcs": "10000",  # the default of 100,000 takes 0.3 GB on a head that runs for days
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SHARE_OF_WAIT = 0.7  # for the step; the rest is for saving it and for leaving
-VITAL = ("raylet", "gcs_server")  # of Ray's processes; it lives without a dashboard
+STEP_FRACTION = 0.7  # of the time that `ray job stop` waits, for the current step; the rest is for saving and exiting
+REQUIRED_PROCESSES = ("raylet", "gcs_server")  # Ray works without its others, such as the dashboard
 JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
 
 def prepare_environment() -> ClusterAddress | None:
-    """Set what Ray reads from the environment; call before `import ray`.
+    """Set the environment variables that Ray reads; to be called before `import ray`.
 
     Returns:
-        The cluster to connect to, None if Ray is to be started on this machine.
+        the cluster to connect to, None if Ray is to be started on this machine.
 
     Raises:
         SavantError: RAY_ADDRESS is not an address to connect to.
@@ -52,18 +52,17 @@ def prepare_environment() -> ClusterAddress | None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cluster = cluster_address()
-    if cluster is None or (cluster.optional and why_silent(cluster.text)):
-        # A Ray of our own is bound to this machine: there is no token to hand out.
+    if cluster is None or (cluster.optional and unreachable_reason(cluster.text)):
+        # A Ray that this process starts accepts connections from this machine only, so it needs no token.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     return cluster
 
 
 @contextmanager
 def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> Iterator[str]:
-    """Ray for the time of a `with` block, which gets the dashboard's address, "" if there is none.
+    """Connect to Ray for a `with` block, and yield the URL of the dashboard, "" without one.
 
-    `verbose`: with what Ray and the workers' processes say. `say` is given what the user should know about how Ray was
-    started.
+    `verbose` prints the output of Ray and of its workers. `say` prints a message about how Ray was started.
 
     Raises:
         SavantError: the cluster does not answer or runs other code, or Ray cannot be started on this machine.
@@ -77,7 +76,7 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
     logging.getLogger("ray").setLevel(level)
     if cluster is not None:
         try:
-            refuse_silent(cluster)
+            check_cluster_answers(cluster)
         except SavantError as error:
             if not cluster.optional:
                 raise
@@ -90,7 +89,7 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
         )
-    if is_our_own():  # nobody drains it: its watcher would be one more process that imports for 3 s
+    if owns_ray():  # no node of it is drained, and the watcher is a process that takes 3 s to import
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
@@ -98,7 +97,7 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
         if cluster is not None:
             refuse_other_code()
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
-    except (KeyboardInterrupt, Leave):  # see leave_at_once
+    except (KeyboardInterrupt, Leave):  # `exit_without_shutdown` follows
         raise
     except BaseException:
         ray.shutdown()
@@ -108,31 +107,32 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
 
 @contextmanager
 def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
-    """Turn what `ray.init()` raises, which is of any type, into a `SavantError` that says what to do."""
+    """Turn an error of `ray.init()`, which may be of any type, into a `SavantError` with advice."""
     try:
         yield
-    except SystemExit as end:  # by Ray's own handler of SIGTERM, until the caller installs its handler again
+    except SystemExit as end:  # by Ray's handler of SIGTERM, which is active until the caller installs its own again
         raise KeyboardInterrupt from end
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         if cluster is not None:
-            what_to_do = f"The address comes from {cluster.origin}."
+            advice = f"The address comes from {cluster.origin}."
         elif "authentication token" in text or "RAY_AUTH_TOKEN" in text:
-            what_to_do = "A Ray of this machine alone needs no token: unset RAY_AUTH_MODE."
+            advice = "Ray on this machine alone needs no token: unset RAY_AUTH_MODE."
         else:
-            what_to_do = (
+            advice = (
                 "If this machine is very busy or short of memory, run the same command again when it is not. Ray's own "
                 f"logs are in {Path(ray_temp_folder(), 'ray/session_latest/logs')}."
             )
-        done = "started on this machine" if cluster is None else f"reached at {cluster.text}"
-        raise SavantError(f"Ray could not be {done}: {text}\n{what_to_do}") from error
+        action = "started on this machine" if cluster is None else f"reached at {cluster.text}"
+        raise SavantError(f"Ray could not be {action}: {text}\n{advice}") from error
 
 
 @contextmanager
 def hangups_blocked() -> Iterator[None]:
-    """Start processes that a closing terminal does not end: they inherit the mask, as Ray does it with SIGINT.
+    """Block SIGHUP for the processes that the block starts, so that closing the terminal does not end them.
 
-    The calling process misses nothing, since its other threads still take SIGHUP for its handler.
+    They inherit the signal mask; Ray does the same with SIGINT. This process still handles SIGHUP, because its other threads
+    receive it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -141,30 +141,30 @@ def hangups_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def is_our_own() -> bool:
-    """Whether this process started the cluster that it is connected to."""
+def owns_ray() -> bool:
+    """Return whether this process started the cluster that it is connected to."""
     return started_head() is not None
 
 
-def refuse_dead_ray() -> None:
-    """Ray ends the driver of a cluster whose head has died some seconds later, without a word; this is the word.
+def check_ray_processes() -> None:
+    """Check the processes of a Ray that this process started: seconds after they die Ray ends the driver without a message.
 
     Raises:
-        TrainingError: the scheduler or the head of the Ray that this process started for itself is gone.
+        TrainingError: the raylet or the head is gone.
     """
     head = started_head()
     if head is None:
         return
-    dead = [name for name, _ in head.dead_processes() if name in VITAL]
+    dead = [name for name, _ in head.dead_processes() if name in REQUIRED_PROCESSES]
     if dead:
         raise TrainingError(
             f"Ray failed: its {' and '.join(dead)} on this machine was killed, or ran out of memory.\n"
-            "Run the same command again to go on from the last checkpoint."
+            "Run the same command again to resume from the last checkpoint."
         )
 
 
 def _own_processes() -> list[psutil.Process]:
-    """Those of the Ray that this process started for itself: what it started and what that started (workers, agents)."""
+    """Return the processes of a Ray that this process started, with their children (workers, agents)."""
     head = started_head()
     started = [] if head is None else [info.process.pid for infos in head.all_processes.values() for info in infos]
     processes: list[psutil.Process] = []
@@ -176,19 +176,18 @@ def _own_processes() -> list[psutil.Process]:
 
 
 class Leave(BaseException):
-    """`fit()` has not returned, and nobody waits for it: the process reports `error` and ends, by `leave_at_once`."""
+    """Ends an attempt while `fit()` still runs; the process prints `error` and calls `exit_without_shutdown(code)`."""
 
     def __init__(self, code: int = 0, error: Exception | None = None) -> None:
         super().__init__(code, error)
         self.code, self.error = code, error
 
 
-def leave_at_once(code: int) -> int:
+def exit_without_shutdown(code: int) -> int:
     """End this process with `code` if it is connected to Ray, else return it.
 
-    A thread may be inside `fit()`, and Ray crashes when it is shut down under it (seen: exit by SIGSEGV). A cluster ends
-    the workers of a driver that is gone; the processes of one that this process started for itself are killed here,
-    and no others.
+    A thread may still run `fit()`, and Ray crashes if it is shut down during it (observed: SIGSEGV). A cluster ends the
+    workers of a driver that has exited. If this process started Ray, its processes are killed here, and no others.
     """
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
@@ -202,16 +201,19 @@ def leave_at_once(code: int) -> int:
 
 
 def grace_seconds(config: Config, environment: Mapping[str, str] = os.environ) -> float:
-    """How long a stop may take: `run.grace_seconds`, but `ray job stop` kills a job after a time of its own."""
+    """Return the seconds for finishing the current step in a stop.
+
+    That is `run.grace_seconds`, or less in a Ray job, which `ray job stop` kills after a time of its own.
+    """
     if not in_ray_job(environment):
         return config.run.grace_seconds
     wait = float(environment.get(JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT))
-    return min(config.run.grace_seconds, SHARE_OF_WAIT * wait)
+    return min(config.run.grace_seconds, STEP_FRACTION * wait)
 
 
 def node_resources() -> list[dict[str, float]]:
-    """What each node has, those left out that are gone or about to be taken away; Ray must be running."""
+    """Return the resources of each node that is alive and not being drained. Ray must be running."""
     import ray
 
-    leaving = draining_nodes()
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    draining = draining_nodes()
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]

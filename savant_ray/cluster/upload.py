@@ -1,7 +1,7 @@
-"""What `ray job submit --working-dir .` would send: python -m savant_ray.cluster.upload jobs/runtime_env.yaml
+"""Warns of a large upload by `ray job submit --working-dir .`: python -m savant_ray.cluster.upload jobs/runtime_env.yaml
 
-`make submit` asks before it submits. Ray packs whatever git does not ignore and `excludes` does not name, says nothing
-below 250 MiB, and gives up above 500.
+`make submit` runs it first. Ray uploads every file that neither git nor `excludes` ignores, warns above 250 MiB, and refuses
+above 500 MiB.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ray.dashboard.modules.dashboard_sdk import parse_runtime_env_args
 from savant_ray.ray_internals import walk_working_directory
 
 WARN_BYTES = 50_000_000
-MOST_NAMED = 5
+LISTED_FOLDERS = 5
 
 
 def files_to_send(folder: Path, excludes: Sequence[str]) -> dict[Path, int]:
@@ -31,7 +31,7 @@ def files_to_send(folder: Path, excludes: Sequence[str]) -> dict[Path, int]:
 
 
 def size_warning(sizes: dict[Path, int]) -> str:
-    """Return what to say before a job is submitted, "" if it is small enough."""
+    """Return a warning with the largest folders, "" if the upload is small enough."""
     total = sum(sizes.values())
     if total < WARN_BYTES:
         return ""
@@ -39,16 +39,16 @@ def size_warning(sizes: dict[Path, int]) -> str:
     for path, size in sizes.items():
         name = "/".join(path.parts[:2])
         by_folder[name] = by_folder.get(name, 0) + size
-    largest = sorted(by_folder.items(), key=lambda item: -item[1])[:MOST_NAMED]
-    named = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in largest)
+    largest = sorted(by_folder.items(), key=lambda item: -item[1])[:LISTED_FOLDERS]
+    listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in largest)
     return (
-        f"warning: {total / 1e6:,.0f} MB of this folder travel with the job ({named}). A job needs the code and its "
-        "configuration only: name what it does not need in jobs/runtime_env.yaml under excludes"
+        f"warning: {total / 1e6:,.0f} MB of this folder are uploaded with the job ({listed}). A job needs the code and its "
+        "configuration only: list what it does not need in jobs/runtime_env.yaml under excludes"
     )
 
 
 def main(runtime_env: str) -> None:
-    """Print the warning for the current folder."""
+    """Print the warning for the current folder, if any; `runtime_env` is the path of a YAML file."""
     excludes = parse_runtime_env_args(runtime_env=runtime_env).get("excludes", [])
     if warning := size_warning(files_to_send(Path.cwd(), excludes)):
         print(warning, file=sys.stderr)

@@ -360,11 +360,10 @@ def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Conf
 
     None stands for a tokenizer that is not trained yet.
     """
-    settings = config.to_dict()
-    settings["data"]["add_special_tokens"] = tokenizer is not None and tokenizer.adds_special_tokens
+    chosen: dict[str, object] = {"add_special_tokens": tokenizer is not None and tokenizer.adds_special_tokens}
     if tokenizer is not None:
-        settings["data"]["end_of_document"] = tokenizer.end_name
-    return Config.from_dict(settings)
+        chosen["end_of_document"] = tokenizer.end_name
+    return config.model_copy(update={"data": config.data.model_copy(update=chosen)})
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 32_000) -> Tokenizer:

@@ -33,7 +33,7 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
 
     Raises:
         SavantError: with its own exit code; the message is for the user.
-        Leave: the attempt has ended but `TorchTrainer.fit()` still runs, so the process has to end with `leave_at_once`.
+        Leave: `TorchTrainer.fit()` still runs, so the process has to end with `exit_without_shutdown`.
     """
     prepare_environment()
     phase = AttemptPhase()
@@ -50,7 +50,7 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
 
             return run_under_ray(attempt, inputs)
     except KeyboardInterrupt:
-        print("stopped at once, before anything had begun")
+        print("stopped before the run was opened")
         return STOPPED_EARLY
 
 

@@ -12,7 +12,7 @@ from savant_ray.cluster.session import Leave
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
-from savant_ray.driver.checks import check_before_start, is_finished, refuse_inputs_in_the_run
+from savant_ray.driver.checks import check_before_start, finished_message, refuse_inputs_in_the_run
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable
 from savant_ray.driver.phases import AttemptPhase, Trigger
 from savant_ray.driver.record_upload import RecordUploader
@@ -137,8 +137,8 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
         )
     report.fill(records_of(storage.folder))
     if start is not None:
-        if finished := is_finished(config, storage, start):
-            report.say(finished)
+        if message := finished_message(config, storage, start):
+            report.say(message)
             return None
         _compare_settings(start, attempt)
     check_before_start(config, storage)

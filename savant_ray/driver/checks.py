@@ -1,4 +1,4 @@
-"""What is refused before Ray starts, in the user's words."""
+"""Checks that need neither Ray nor a GPU: whether a run is finished, and whether its inputs and its disk suffice."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from savant_ray.config import Config
+from savant_ray.driver.data_files import path_list
 from savant_ray.errors import SavantError, SettingsError
 from savant_ray.locations import decoded_uri, is_uri, split_query
 from savant_ray.model.transformer import n_parameters
@@ -16,30 +17,33 @@ from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.run_storage import check_checkpoint_exists
 from savant_ray.training.checkpoint import step_of
 
-BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
+BYTES_PER_PARAMETER = 12  # of a checkpoint: an fp32 weight and two fp32 moments
 
 
-def is_finished(config: Config, storage: RunStorage, newest: Path) -> str | None:
-    """Why there is nothing to do; a last validation that a stop cut short is still to be made up for."""
+def finished_message(config: Config, storage: RunStorage, newest: Path) -> str | None:
+    """Return a message if the run has nothing left to do, else None.
+
+    A run that was stopped during its last validation is not finished: the validation is repeated.
+    """
     folder, step = storage.location, step_of(newest)
     if step < config.training.max_steps:
         return None
     if step > config.training.max_steps:
         return (
-            f"{folder} is at step {step:,} already, beyond training.max_steps = {config.training.max_steps:,}; "
-            f"raise it above {step:,} to go on, or: {generate_command(folder)}"
+            f"{folder} is already at step {step:,}, beyond training.max_steps = {config.training.max_steps:,}; "
+            f"raise it above {step:,} to train on, or: {generate_command(folder)}"
         )
-    # Some find no room for a sample.
+    # The last validation writes a sample, unless the prompt leaves no room for one; then the end of the attempt counts.
     if not has_sample(storage.folder, step) and not has_finished(storage.folder, step):
         return None
-    return f"{folder} has done its {step:,} steps; raise training.max_steps to go on, or: {generate_command(folder)}"
+    return f"{folder} has done its {step:,} steps; raise training.max_steps to train on, or: {generate_command(folder)}"
 
 
 def check_before_start(config: Config, storage: RunStorage, fresh: bool = False) -> None:
-    """Everything that needs no GPU and no Ray; `fresh`: an older run is still there and will be moved aside.
+    """Check `run.init_from` and the free disk space; `fresh`: an older run will be moved aside first.
 
     Raises:
-        SettingsError: the storage cannot be written, or the disk is too small for the checkpoints.
+        SettingsError: `run.init_from` is no usable URI, or the disk is too small for the checkpoints.
         CheckpointError: `run.init_from` names no checkpoint.
     """
     if config.run.init_from is not None:
@@ -52,27 +56,24 @@ def check_before_start(config: Config, storage: RunStorage, fresh: bool = False)
 
 
 def refuse_inputs_in_the_run(config: Config, storage: RunStorage) -> None:
-    """Look for what `--fresh` would move aside although the new run needs it.
+    """Check that `--fresh` does not move aside anything that the new run needs.
 
     Raises:
         SettingsError: `run.init_from`, the tokenizer or text lies in the folder of the run.
     """
-    named = [("run.init_from", config.run.init_from), ("data.tokenizer", config.data.tokenizer)]
-    named += [("data.validation", path) for path in _listed(config.data.validation)]
+    inputs = [("run.init_from", config.run.init_from), ("data.tokenizer", config.data.tokenizer)]
+    inputs += [("data.validation", path) for path in path_list(config.data.validation)]
     for number, source in enumerate(config.data.sources):
-        named += [(f"data.sources[{number}].path", path) for path in _listed(source.path)]
-    for setting, path in named:
+        inputs += [(f"data.sources[{number}].path", path) for path in path_list(source.path)]
+    for setting, path in inputs:
         if path is not None and _lies_in(path, storage.location):
             raise SettingsError(
                 f"{setting}: {path} lies in the run that --fresh would move aside; give the new run another run.name"
             )
 
 
-def _listed(path: str | list[str]) -> list[str]:
-    return [path] if isinstance(path, str) else path
-
-
 def _lies_in(path: str, run: str) -> bool:
+    """Return whether a path or URI is the folder or URI of the run, or lies in it."""
     if is_uri(path) != is_uri(run):
         return False
     if is_uri(path):
@@ -82,17 +83,17 @@ def _lies_in(path: str, run: str) -> bool:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """How large one checkpoint will be."""
+    """Return the size of one checkpoint in bytes."""
     return BYTES_PER_PARAMETER * n_parameters(config.model)
 
 
 def check_disk(folder: Path, one_checkpoint: int, keep: int, fresh: bool = False) -> None:
-    """Look for room for the checkpoints that are kept and the one being written, less what lies there already.
+    """Check the free space for `keep` checkpoints and the one being written, less those that exist already.
 
-    `fresh`: what lies there will be moved aside, and so takes its room beside them.
+    `fresh`: existing checkpoints will be moved aside and continue to occupy the disk.
 
     Raises:
-        SettingsError: there is too little.
+        SettingsError: there is not enough.
     """
     existing = 0 if fresh else sum(f.stat().st_size for f in folder.glob("step_*/*") if f.is_file())
     needed = max(0, one_checkpoint * (keep + 1) - existing)
@@ -101,6 +102,6 @@ def check_disk(folder: Path, one_checkpoint: int, keep: int, fresh: bool = False
     if free < needed:
         raise SettingsError(
             f"run.storage_path: {folder} has {byte_size(free)} free, {keep + 1} checkpoints of "
-            f"{byte_size(one_checkpoint)} need {byte_size(needed)} more; make room, lower checkpoint.keep, "
+            f"{byte_size(one_checkpoint)} need {byte_size(needed)} more; free some space, lower checkpoint.keep, "
             "or choose another run.storage_path"
         )

@@ -67,10 +67,10 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
         refuse_too_large(tokenizer, config)
     tokenizer_path = _keep_tokenizer(tokenizer, cache_dir)
     caches = [
-        _tokenize(f"tokenizing {short_name(source.path)}", source_files, tokenizer, config, report)
+        _tokenize(f"tokenising {short_name(source.path)}", source_files, tokenizer, config, report)
         for source, source_files in files.sources
     ]
-    validation = _tokenize("tokenizing the validation text", files.validation, tokenizer, config, report)
+    validation = _tokenize("tokenising the validation text", files.validation, tokenizer, config, report)
     if overlap := count_held_out_documents(validation, caches):
         report.say(
             f"{overlap:,} of {validation.manifest.documents:,} validation documents are also in the training text, word "

@@ -1,4 +1,4 @@
-"""What to say of a run that Ray Train gave up: whose failure it was, and what to do."""
+"""Turns what Ray reports about a failed run into a message that names the worker, the cause and what to do."""
 
 from __future__ import annotations
 
@@ -14,99 +14,107 @@ from savant_ray.errors import SavantError, TrainingError, UnexpectedError, descr
 from savant_ray.events import RunFailed, WorkersLost
 from savant_ray.training.device import DeviceMemoryError
 
-GONE = ("died", "is unavailable")  # Ray Train wraps what Ray says of an actor
+# Parts of messages. Ray Train wraps Ray's errors, so their types are lost.
+DEAD_ACTOR = ("died", "is unavailable")
 OUT_OF_MEMORY = ("outofmemoryerror", "memory monitor", "running low on memory", "due to oom", "out of memory issue")
-CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")  # of another's failure
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 
 
-def explain_failure(error: BaseException | None, told: RunFailed | None, newest: str, max_failures: int) -> SavantError:
-    """What a worker `told` before it gave up, or what Ray says of it; `newest` names where the run would go on.
+def explain_failure(
+    error: BaseException | None, reported: RunFailed | None, newest: str, max_failures: int
+) -> SavantError:
+    """Return the error for the user.
 
-    What nobody foresaw in a worker's code becomes an `UnexpectedError` with the worker's traceback.
+    Args:
+        error: what `fit()` raised, None if it returned.
+        reported: the error that a worker reported before it ended, None if it reported none.
+        newest: name of the checkpoint from which the run would resume.
+        max_failures: `scaling.max_failures`.
+
+    An unexpected error in a worker becomes an `UnexpectedError` with the worker's traceback.
     """
-    if told is not None:
+    if reported is not None:
         kinds = {kind.__name__: kind for kind in SavantError.__subclasses__()}
-        return kinds.get(told.error, TrainingError)(told.text)
-    again = f"It was tried again {max_failures} times (scaling.max_failures)."
-    go_on = f"When the cause is mended, run the same command again to go on from {newest}."
+        return kinds.get(reported.error, TrainingError)(reported.text)
+    advice = f"When the cause is fixed, run the same command again to resume from {newest}."
     if not isinstance(error, WorkerGroupError):
         details = "" if error is None else "".join(traceback.format_exception(error))
-        reason = "without a reason" if error is None else describe(error)
-        return UnexpectedError(f"training ended: {reason}\n{go_on}", details)
-    culprit = _culprit(error.worker_failures)[1]
-    message = f"{_first_failure(error.worker_failures)}\n{again}"
-    if isinstance(culprit, UnexpectedError):
-        return UnexpectedError(f"{message} {go_on}", culprit.details)
-    return TrainingError(f"{message} What Ray knows is in training_log.txt. {go_on}")
+        reason = "no reason was given" if error is None else describe(error)
+        return UnexpectedError(f"training ended: {reason}\n{advice}", details)
+    _, root_cause = _root_failure(error.worker_failures)
+    message = (
+        f"{_summarize(error.worker_failures)}\nWorkers were restarted {max_failures} times (scaling.max_failures)."
+    )
+    if isinstance(root_cause, UnexpectedError):
+        return UnexpectedError(f"{message} {advice}", root_cause.details)
+    return TrainingError(f"{message} Ray's error is in training_log.txt. {advice}")
 
 
 @contextmanager
 def ray_errors_explained() -> Iterator[None]:
-    """Turns what Ray raises in the driver itself (its head is gone, the bridge died) into a `TrainingError`."""
+    """Turn an error of Ray in the driver itself (its head is gone, the bridge died) into a `TrainingError`."""
     try:
         yield
     except RayError as error:
         cause = getattr(error, "cause", None)
-        if cause is not None and not isinstance(cause, RayError):  # our code's, in a task: the last resort names it
+        if cause is not None and not isinstance(cause, RayError):  # raised by our code in a task
             raise
         raise TrainingError(
-            f"Ray failed: {_in_words(error)}\nRun the same command again to go on from the last checkpoint."
+            f"Ray failed: {_explain(error)}\nRun the same command again to resume from the last checkpoint."
         ) from error
 
 
-class FailureNews(UserCallback):
-    """Tells the driver at once that workers failed; lives in Ray Train's controller, which starts them again."""
+class FailureCallback(UserCallback):
+    """Reports to the driver that workers failed; runs in Ray Train's controller before it restarts them."""
 
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
-        """Called by Ray Train with what each failed rank raised or died of."""
-        self._bridge.tell.remote(WorkersLost(text=_first_failure(worker_exceptions)))
+        """Send the failures by rank to the bridge; called by Ray Train."""
+        self._bridge.send.remote(WorkersLost(text=_summarize(worker_exceptions)))
 
 
-def _culprit(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
-    """The worker whose failure made the others fail."""
-    return min(failures.items(), key=lambda item: _is_consequence(item[1]))
+def _root_failure(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
+    """Return rank and error of the worker whose failure made the others fail."""
+    return min(failures.items(), key=lambda item: _is_lost_connection(item[1]))
 
 
-def _first_failure(failures: Mapping[int, BaseException]) -> str:
-    """One line for the culprit."""
-    rank, failure = _culprit(failures)
-    return f"worker {rank}: {_in_words(failure)}"
+def _summarize(failures: Mapping[int, BaseException]) -> str:
+    """Return one line about the worker whose failure made the others fail."""
+    rank, failure = _root_failure(failures)
+    return f"worker {rank}: {_explain(failure)}"
 
 
-def _is_consequence(failure: BaseException) -> bool:
-    return any(sign in _text_of(failure) for sign in CONSEQUENCES)
+def _is_lost_connection(failure: BaseException) -> bool:
+    return any(part in _full_text(failure) for part in LOST_CONNECTION)
 
 
-def _text_of(failure: BaseException) -> str:
-    """All that it says: our worker puts the first line into the message, the whole text ends the traceback."""
+def _full_text(failure: BaseException) -> str:
+    """Return the message; of an unexpected error also the end of its traceback, because its message is one line only."""
     if isinstance(failure, UnexpectedError):
         return f"{failure}\n{failure.details.rpartition('  File ')[2]}"
     return str(failure)
 
 
-def _in_words(failure: BaseException) -> str:
-    text = _text_of(failure)
-    if DeviceMemoryError.__name__ in text:  # says what was being done; the error it came from is in the text as well
+def _explain(failure: BaseException) -> str:
+    text = _full_text(failure)
+    if DeviceMemoryError.__name__ in text:  # names what was being done; the text also contains the original error
         return _last_line(failure).rpartition(f"{DeviceMemoryError.__name__}: ")[2]
     if "CUDA out of memory" in text:
+        return "its GPU memory, training.vram_limit_gb, was not sufficient; lower training.batch_size and raise accumulation"
+    if any(part in text.lower() for part in OUT_OF_MEMORY):
         return (
-            "its GPU memory, training.vram_limit_gb, did not suffice; lower training.batch_size and raise accumulation"
+            "its node ran out of memory, so Ray ended it; reduce its memory use (a lower training.batch_size or "
+            "scaling.num_workers, training.recompute_loops: true), or stop other programs there"
         )
-    if any(sign in text.lower() for sign in OUT_OF_MEMORY):
-        return (
-            "its node ran out of memory, so Ray ended it; give it less to hold (a lower training.batch_size or "
-            "scaling.num_workers, training.recompute_loops: true), or stop what else runs there"
-        )
-    if _is_consequence(failure):  # the other one's death is known to Ray only half a minute later
+    if _is_lost_connection(failure):  # Ray detects the death of the other worker only half a minute later
         return "it lost its connection to another worker: that one was killed, ran out of memory, or its node is gone"
-    if isinstance(failure, RayActorError) or any(sign in text for sign in GONE):
+    if isinstance(failure, RayActorError) or any(part in text for part in DEAD_ACTOR):
         return "it died: it was killed, ran out of memory, or its node is gone"
     return _last_line(failure)
 
 
-def _last_line(error: BaseException | None) -> str:
+def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__

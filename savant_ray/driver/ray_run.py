@@ -17,14 +17,14 @@ import ray
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from savant_ray.cluster.bridge import BridgeHandle, next_events, start_bridge
-from savant_ray.cluster.session import Leave, grace_seconds, is_our_own, ray_session
+from savant_ray.cluster.session import Leave, grace_seconds, owns_ray, ray_session
 from savant_ray.driver.attempt import Attempt, Inputs
 from savant_ray.driver.data_preparation import prepare_data
 from savant_ray.driver.failures import explain_failure, ray_errors_explained
 from savant_ray.driver.phases import Phase, Trigger
 from savant_ray.driver.starting_point import records_of, refuse_other_data
 from savant_ray.driver.tokenizer_choice import tokenizer_change
-from savant_ray.driver.trainer import make_trainer, needs, scaling
+from savant_ray.driver.trainer import make_trainer, scaling, worker_resources
 from savant_ray.driver.waiting import WorkerWatch
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed
@@ -90,7 +90,7 @@ def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
             report.say(change)
         report.stage("starting workers")
         trainer = make_trainer(config, attempt.storage, data, bridge, attempt.allow_changes, attempt.verbose)
-        resources = needs(trainer.scaling_config)  # type: ignore[arg-type]  # annotated with the class of Ray Train v1
+        resources = worker_resources(trainer.scaling_config)  # type: ignore[arg-type]  # annotated with the class of Ray Train v1
         watch = WorkerWatch(config.scaling.worker_limits[0], resources, report.say)
         outcome.fit = threading.Thread(target=_call_fit, args=(trainer, outcome), name="fit", daemon=True)
         outcome.fit.start()
@@ -131,7 +131,7 @@ def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: Wor
             _report(event, attempt)
         if outcome.is_saved:
             saved_time = min(saved_time, time.monotonic())
-        if finished or (time.monotonic() > saved_time + FIT_RETURN_SECONDS and is_our_own()):
+        if finished or (time.monotonic() > saved_time + FIT_RETURN_SECONDS and owns_ray()):
             return
         attempt.storage.refuse_if_lost()
         watch.check(phase.current)

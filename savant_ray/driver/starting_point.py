@@ -1,7 +1,7 @@
-"""Where a launch goes on: the newest whole checkpoint of its run folder, and whether it is this run's.
+"""Finds the checkpoint that an attempt resumes from, and compares it with the settings and the data.
 
-Runs in the driver before Ray starts. What is damaged is set aside, never deleted; what would train garbage silently
-(another model, other data) is refused with the list of differences.
+Runs in the driver before Ray starts. Damaged checkpoints are renamed, never deleted. Settings and data with which the
+weights would be useless (another model, another order of the data) are refused with a list of the differences.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from savant_ray.training.checkpoint import (
 )
 
 MUST_AGREE = ("model.", "run.seed", "data.mix_by")
-ALLOW = "--allow-changes goes on all the same and keeps what fits; --fresh starts anew and moves this run aside."
+ADVICE = "--allow-changes resumes anyway and keeps what fits; --fresh starts a new run and moves this one aside."
 
 
 def find_start(
@@ -35,13 +35,13 @@ def find_start(
     say: Callable[[str], None],
     convert: Callable[[Path | None], Path | None] = lambda newest: None,
 ) -> Path | None:
-    """The newest whole checkpoint, on this machine.
+    """Return the folder of the newest complete checkpoint on this machine, None if the run has none.
 
-    Damaged folders are set aside, and Ray's list of checkpoints is made true. `convert` is given the newest whole
-    checkpoint and may write a newer one, made of a file of another program.
+    Damaged checkpoints are set aside. Rewrites Ray's list of checkpoints. `convert` is called with the newest complete
+    checkpoint and may return a newer one that it converts from a file of the original program.
 
     Raises:
-        CheckpointError: the folder held checkpoints, and none of them is whole.
+        CheckpointError: the run had checkpoints, and none of them is complete.
         OSError: the storage cannot be read or written.
     """
     storage.remove_unfinished()
@@ -49,15 +49,15 @@ def find_start(
     start = convert(start) or start
     if start is None and (storage.has_damaged() or saved_a_checkpoint(storage.folder)):
         raise CheckpointError(
-            f"{storage.location} holds a run, but no whole checkpoint of it is left. Bring one back, or start anew with "
-            "--fresh: it moves this run aside and loses nothing."
+            f"{storage.location} holds a run, but no complete checkpoint of it. Restore one, or start a new run with "
+            "--fresh, which moves this one aside and deletes nothing."
         )
     rebuild_snapshot(storage)
     return start
 
 
 def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of the record that lie whole beside the checkpoints, oldest first."""
+    """Yield the lines of the record that was saved with each checkpoint, oldest first; skip damaged ones."""
     for folder in checkpoints(run_folder):
         with suppress(CheckpointError):
             verify(folder, RECORDS)
@@ -65,25 +65,27 @@ def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def refuse_other_settings(start: Path, config: Config) -> None:
-    """The checkpoint's model and seed against the settings: the shape of the weights and the order of the data.
+    """Check that model, seed and mixture are those of the checkpoint, and that no new tokenizer has to be trained.
 
     Raises:
-        CheckpointError: they differ; all differences are listed.
+        CheckpointError: they differ; the message lists all differences.
     """
     differences = [text for name, text in changes_since(start, config).items() if name.startswith(MUST_AGREE)]
     if config.data.learns_tokenizer and TOKENIZER not in read_manifest(start)["files"]:
-        learnt = f"data.tokenizer: {config.data.tokenizer} would learn another one than the weights were trained with"
-        differences.append(f"{learnt}; give theirs")
-    _refuse(start, differences)
+        difference = (
+            f"data.tokenizer: {config.data.tokenizer} would learn another one than the weights were trained with"
+        )
+        differences.append(f"{difference}; name the one they were trained with")
+    _raise_if_different(start, differences)
 
 
 def changes_since(start: Path, config: Config) -> dict[str, str]:
-    """What has changed since the checkpoint was written: dotted name -> `name: 8, now 10`."""
+    """Return the settings that changed since the checkpoint was written, as `changed_settings` does."""
     return changed_settings(read_settings(start).to_dict(), config.to_dict())
 
 
 def refuse_other_data(start: Path, config: Config, data_fingerprint: str) -> None:
-    """The checkpoint's text against the prepared one.
+    """Check that the prepared data are those of the checkpoint.
 
     Raises:
         CheckpointError: they differ.
@@ -92,11 +94,11 @@ def refuse_other_data(start: Path, config: Config, data_fingerprint: str) -> Non
         return
     listed = changes_since(start, config).get("data.sources", "data.sources: a file was added, changed or removed")
     kept = f"the tokenizer stays that of {start.name} (data.tokenizer: {start / TOKENIZER})"
-    _refuse(start, [f"{listed}; so a position in the order means another sequence", kept])
+    _raise_if_different(start, [f"{listed}; so a position in the data order is another sequence", kept])
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = "") -> dict[str, str]:
-    """What differs between two `Config.to_dict()`: dotted name -> `name: 8, now 10`."""
+    """Return the differences between two `Config.to_dict()`: dotted name -> text such as `training.max_steps: 8, now 10`."""
     changes: dict[str, str] = {}
     for key in {**old, **new}:
         name, before, now = f"{section}{key}", old.get(key), new.get(key)
@@ -107,6 +109,8 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = ""
     return changes
 
 
-def _refuse(start: Path, differences: list[str]) -> None:
+def _raise_if_different(start: Path, differences: list[str]) -> None:
     if differences:
-        raise CheckpointError(f"{start.name} was trained with something else:\n  " + "\n  ".join([*differences, ALLOW]))
+        raise CheckpointError(
+            f"{start.name} was trained with other settings or data:\n  " + "\n  ".join([*differences, ADVICE])
+        )

@@ -1,7 +1,7 @@
-"""Which tokenizer a launch uses: the one its weights were trained with, the one of the settings, or one still to be learnt.
+"""Chooses the tokenizer of an attempt: that of the checkpoint, that of the settings, or one to be trained.
 
-Decided in the driver before Ray starts. Under another tokenizer the same ids mean other tokens, so weights that were
-trained with one go on with it unless the user allows otherwise.
+Runs in the driver before Ray starts. In another tokenizer the same ids are other tokens, so weights keep the tokenizer
+that they were trained with unless the user allows a change.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from savant_ray.training.checkpoint import (
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint whose weights a launch starts from, and the tokenizer that they were trained with."""
+    """The checkpoint whose weights an attempt starts from, and the tokenizer that they were trained with."""
 
     name: str  # for messages
     tokenizer: Tokenizer
     tokenizer_path: str  # what `data.tokenizer` can be set to; "" in object storage
-    settings: DataConfig  # that it was trained with
-    is_resumed: bool  # of this run; otherwise of `run.init_from`
+    settings: DataConfig  # with which the weights were trained
+    is_resumed: bool  # whether it is a checkpoint of this run; otherwise it is `run.init_from`
 
 
 def find_origin(start: Path | None, config: Config, allow_changes: bool = False) -> Origin | None:
@@ -51,21 +51,21 @@ def find_origin(start: Path | None, config: Config, allow_changes: bool = False)
         return _origin(start, start.name, str(start / TOKENIZER), is_resumed=True)
     if config.run.init_from is None:
         return None
-    with initial_checkpoint(config, (MANIFEST, CONFIG, TOKENIZER), allow_changes) as found:
-        folder = find_checkpoint(found)
-        path = "" if is_uri(config.run.init_from) else str(folder / TOKENIZER)
-        return _origin(folder, f"run.init_from = {config.run.init_from}", path, is_resumed=False)
+    with initial_checkpoint(config, (MANIFEST, CONFIG, TOKENIZER), allow_changes) as path:
+        folder = find_checkpoint(path)
+        tokenizer_path = "" if is_uri(config.run.init_from) else str(folder / TOKENIZER)
+        return _origin(folder, f"run.init_from = {config.run.init_from}", tokenizer_path, is_resumed=False)
 
 
 def find_origin_without_lock(config: Config) -> Origin | None:
-    """Return what `find_origin` would for the run's newest checkpoint on this machine; for commands that do not train it."""
+    """Return the same as `find_origin` for the run's newest checkpoint on this machine, without locking the run."""
     storage = run_storage(config)
     newest = newest_checkpoint_name(storage) if storage.filesystem is None else None
     return find_origin(storage.folder / newest if newest else None, config)
 
 
 def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool) -> Tokenizer | None:
-    """Return the tokenizer of this launch; None: it is to be learnt from the training text.
+    """Return the tokenizer of this attempt, None if one is to be trained on the training text.
 
     Raises:
         DataError: there is no tokenizer of that name, or it cannot be read, or has no end-of-document token.
@@ -96,7 +96,7 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
     if origin is not None and not allow_changes and not _may_replace(tokenizer, origin):
         raise _refusal(origin, _difference(origin, tokenizer))
     refuse_too_large(tokenizer, config)
-    _ = tokenizer.end_of_document
+    _ = tokenizer.end_of_document  # raises DataError if it has none
     return tokenizer
 
 
@@ -117,7 +117,7 @@ def refuse_too_large(tokenizer: Tokenizer, config: Config) -> None:
 
 
 def refuse_unencodable_prompts(tokenizer: Tokenizer, config: Config) -> None:
-    """Raise SettingsError if the validation would ask for something that the tokenizer cannot encode."""
+    """Raise SettingsError if the tokenizer cannot encode a prompt of the validation."""
     prompts = {"validation.prompt": [config.validation.prompt]}
     if config.validation.logic_problems:
         prompts["validation.logic_problems"] = [question.prompt for question in logic_suite()]
@@ -136,7 +136,7 @@ def _load(config: Config, origin: Origin | None) -> Tokenizer:
     """Return the tokenizer that the settings name; if it is gone, the copy in the checkpoint that was trained with it."""
     spec, end, adds = config.data.tokenizer, config.data.end_of_document, config.data.add_special_tokens
     if adds == "auto" and origin is not None and not origin.tokenizer.adds_special_tokens:
-        adds = False  # as the weights were trained
+        adds = False  # the weights were trained without them
     try:
         return Tokenizer.load(spec, end, adds)
     except DataError as error:
@@ -146,48 +146,55 @@ def _load(config: Config, origin: Origin | None) -> Tokenizer:
 
 
 def _may_replace(tokenizer: Tokenizer, origin: Origin) -> bool:
-    """Whether the weights may go on with this tokenizer without being asked.
+    """Return whether the weights can be trained with this tokenizer without `--allow-changes`.
 
-    In a resumed run only with the same one, since the same text has to yield the same sequences; in a new one with any
-    in which all ids mean the same.
+    A resumed run needs the same tokenizer, because the same text has to yield the same sequences. A new run may use any in
+    which all ids are the same tokens.
     """
     if tokenizer.fingerprint == origin.tokenizer.fingerprint:
         return True
     same, known = origin.tokenizer.same_ids(tokenizer)
-    return not origin.is_resumed and same == known and _around(tokenizer) == _around(origin.tokenizer)
+    return (
+        not origin.is_resumed and same == known and _document_affixes(tokenizer) == _document_affixes(origin.tokenizer)
+    )
 
 
-def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What a document has before and behind its text."""
+def _document_affixes(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids of the special tokens before and after the text of a document."""
     return tokenizer.prefix, tokenizer.suffix
 
 
 def _difference(origin: Origin, tokenizer: Tokenizer) -> str:
+    """Return a message that begins with the setting in which the tokenizer differs from that of the weights."""
     same, known = origin.tokenizer.same_ids(tokenizer)
     adds, added = tokenizer.adds_special_tokens, origin.tokenizer.adds_special_tokens
     if same == known and adds != added:
         return f"data.add_special_tokens: {str(adds).lower()}, but {origin.name} was trained with {str(added).lower()}"
     if same == known and tokenizer.end_of_document != origin.tokenizer.end_of_document:
         return f"data.end_of_document: another token than in {origin.name} ends the documents"
-    difference = f"data.tokenizer: {same:,} of {known:,} token ids of {origin.name} mean the same in {tokenizer.name}"
-    return difference + ", but text becomes other ids" * (same == known)
+    difference = (
+        f"data.tokenizer: {same:,} of {known:,} token ids of {origin.name} are the same tokens in {tokenizer.name}"
+    )
+    return difference + ", but it encodes text differently" * (same == known)
 
 
 def _refusal(origin: Origin, difference: str) -> SettingsError | CheckpointError:
+    """Return the error for a tokenizer that may not replace that of the weights."""
     path = f" or set it to {origin.tokenizer_path}" if origin.tokenizer_path else ""
     advice = f"leave data.tokenizer at auto{path}, to keep the tokenizer that the weights were trained with"
-    consequence = "weights that know other tokens by these ids"
+    consequence = "with weights that were trained with other tokens for these ids"
     if difference.startswith("data.end_of_document:"):
         advice = "leave data.end_of_document out, to keep the token that the weights were trained with"
     if difference.startswith("data.add_special_tokens:"):
         advice = "leave data.add_special_tokens and data.tokenizer at auto, to keep what the weights were trained with"
-        consequence = "weights that have not seen text in this form"
-    allowed = f"--allow-changes goes on all the same, with {consequence}"
+        consequence = "with weights that were not trained on text in this form"
+    allowed = f"--allow-changes continues anyway, {consequence}"
     kind = CheckpointError if origin.is_resumed else SettingsError
     return kind(f"{difference}:\n  {advice};\n  {allowed}.")
 
 
-def _origin(folder: Path, name: str, path: str, is_resumed: bool) -> Origin | None:
+def _origin(folder: Path, name: str, tokenizer_path: str, is_resumed: bool) -> Origin | None:
+    """Return the checkpoint in `folder` with its tokenizer, None if it has no tokenizer."""
     verify(folder, CONFIG)
     if TOKENIZER not in read_manifest(folder)["files"]:
         return None
@@ -195,4 +202,4 @@ def _origin(folder: Path, name: str, path: str, is_resumed: bool) -> Origin | No
     data = read_settings(folder).data
     tokenizer = Tokenizer.load(folder / TOKENIZER, data.end_of_document, data.add_special_tokens)
     tokenizer.name = f"the tokenizer of {name}"
-    return Origin(name, tokenizer, path, data, is_resumed)
+    return Origin(name, tokenizer, tokenizer_path, data, is_resumed)

@@ -1,4 +1,4 @@
-"""The settings of a run as Ray Train's own: `TorchTrainer`, scaling, failures, checkpoints."""
+"""Creates the `TorchTrainer` of a run: scaling, failure handling, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-# What `ray.train` gives out too; there a type checker sees the classes of its first version.
+# Also exported by `ray.train`, where a type checker sees the classes of Ray Train v1.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from savant_ray.cluster.session import is_our_own, node_resources
+from savant_ray.cluster.session import node_resources, owns_ray
 from savant_ray.config import Config
 from savant_ray.driver.data_config import StepDataConfig
 from savant_ray.driver.data_preparation import PreparedData
-from savant_ray.driver.failures import FailureNews
+from savant_ray.driver.failures import FailureCallback
 from savant_ray.errors import SettingsError
 from savant_ray.ray_internals import storage_context
 from savant_ray.storage.protocol import RunStorage
@@ -25,13 +25,17 @@ from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.worker.metrics import ascii_name
 from savant_ray.worker.training_function import WorkerTask, train_worker
 
-SECONDS_BETWEEN_RESIZES = 30.0  # each costs a start of all workers and the steps since the last checkpoint
+RESIZE_INTERVAL_SECONDS = 30.0  # a resize restarts all workers and repeats the steps since the last checkpoint
 
 
 def make_trainer(
     config: Config, storage: RunStorage, data: PreparedData, bridge: Any, allow_changes: bool, verbose: bool
 ) -> TorchTrainer:
-    """The job; Ray must be running."""
+    """Return the trainer of the run. Ray must be running.
+
+    Raises:
+        SettingsError: as `scaling`.
+    """
     task = WorkerTask(
         config=config.to_dict(),
         tokenizer=str(data.tokenizer_path),
@@ -48,34 +52,37 @@ def make_trainer(
         run_config=_RunConfig(
             name=ascii_name(config.run.name),
             folder=os.path.basename(storage.path),  # noqa: PTH119
-            storage_path=os.path.dirname(storage.path),  # noqa: PTH120 - a path of a file system, maybe not of this machine
+            storage_path=os.path.dirname(storage.path),  # noqa: PTH120 - a path in `storage_filesystem`
             storage_filesystem=tolerant_file_system(storage.filesystem, storage),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
-            callbacks=[FailureNews(bridge)],
+            callbacks=[FailureCallback(bridge)],
             logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
         ),
-        datasets={"train": data.plan},  # type: ignore[dict-item]  # only `StepDataConfig` looks at them
+        datasets={"train": data.plan},  # type: ignore[dict-item]  # read by `StepDataConfig` only
         dataset_config=StepDataConfig(),
     )
 
 
 @dataclass
 class _RunConfig(RunConfig):
-    """Ray's metrics and state get `name`, which has to be ASCII; the run's folder keeps its own name."""
+    """Separates the run's folder from `name`, which Ray uses in metrics and requires to be ASCII."""
 
-    folder: str = ""
+    folder: str = ""  # below `storage_path`
 
     @cached_property
     def storage_context(self) -> Any:
+        """Return where Ray Train stores the run, without the name in it."""
         return storage_context(str(self.storage_path), self.folder, self.storage_filesystem)
 
 
 def scaling(config: Config) -> ScalingConfig:
-    """`use_gpu: auto` = when the cluster has a GPU for each worker; on CPUs the workers share all cores.
+    """Return number and resources of the workers for the cluster that this process is connected to.
+
+    `use_gpu: auto` uses GPUs if there is one for each worker. On CPUs the workers share all cores.
 
     Raises:
-        SettingsError: the cluster cannot offer what is asked for, the fewest workers at least.
+        SettingsError: the cluster cannot run the smallest number of workers.
     """
     (fewest, most), nodes = config.scaling.worker_limits, node_resources()
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
@@ -87,21 +94,23 @@ def scaling(config: Config) -> ScalingConfig:
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=use_gpu,
             resources_per_worker=config.scaling.resources_per_worker or {"CPU": cpus_per_worker(nodes, most, use_gpu)},
-            elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_SECONDS,
         )
-    except ValueError as error:  # such as GPUs among the resources of workers without
+    except ValueError as error:  # such as GPUs in `resources_per_worker` of workers without GPUs
         raise SettingsError(f"scaling.resources_per_worker: {error}") from error
-    if (room := workers_that_fit(nodes, needs(scaling))) < fewest:
-        raise SettingsError(_too_little_room(fewest, room, needs(scaling), nodes))
+    if (room := workers_that_fit(nodes, worker_resources(scaling))) < fewest:
+        raise SettingsError(_insufficient_resources(fewest, room, worker_resources(scaling), nodes))
     return scaling
 
 
-def _too_little_room(workers: int, room: int, each: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str:
-    who = "1 worker with" if workers == 1 else f"{workers} workers with"
-    largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in each}
-    where = "this machine has" if is_our_own() else "the cluster's largest node has"
+def _insufficient_resources(
+    workers: int, room: int, needed: Mapping[str, float], nodes: Sequence[Mapping[str, float]]
+) -> str:
+    subject = "1 worker with" if workers == 1 else f"{workers} workers with"
+    largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needed}
+    where = "this machine has" if owns_ray() else "the cluster's largest node has"
     return (
-        f"scaling.num_workers: {who} {_listed(each)}{'' if workers == 1 else ' each'} cannot run: {where} "
+        f"scaling.num_workers: {subject} {_listed(needed)}{'' if workers == 1 else ' each'} cannot run: {where} "
         f"{_listed(largest)}, room for {room}; lower scaling.num_workers or scaling.resources_per_worker"
     )
 
@@ -110,14 +119,14 @@ def _listed(resources: Mapping[str, float]) -> str:
     return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"
 
 
-def needs(scaling: ScalingConfig) -> dict[str, float]:
-    """What one worker takes."""
+def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
+    """Return the resources that one worker occupies, by Ray's names."""
     gpu = {"GPU": 1.0} if scaling.use_gpu else {}
-    return gpu | dict(scaling.resources_per_worker or {})  # type: ignore[arg-type]  # never a search of Ray Tune's
+    return gpu | dict(scaling.resources_per_worker or {})  # type: ignore[arg-type]  # Ray Tune alone passes a search space
 
 
 def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu: bool) -> int:
-    """The most cores each so that all workers find room; a worker is never spread over nodes."""
+    """Return the largest number of cores per worker with which all workers fit; a worker runs on one node."""
     gpu = {"GPU": 1.0} if use_gpu else {}
     largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
     fitting = (n for n in range(largest, 0, -1) if workers_that_fit(nodes, gpu | {"CPU": n}) >= workers)
@@ -125,8 +134,8 @@ def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu:
 
 
 def workers_that_fit(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> int:
-    """How many workers that take `resources` there is room for when nothing else runs."""
-    wanted = {name: amount for name, amount in resources.items() if amount > 0}
-    if not wanted:
+    """Return how many workers that occupy `resources` the nodes can run when nothing else runs."""
+    required = {name: amount for name, amount in resources.items() if amount > 0}
+    if not required:
         return sys.maxsize
-    return sum(int(min(node.get(name, 0) // amount for name, amount in wanted.items())) for node in nodes)
+    return sum(int(min(node.get(name, 0) // amount for name, amount in required.items())) for node in nodes)

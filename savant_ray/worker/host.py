@@ -68,7 +68,7 @@ class RayHost:
             event = dataclasses.replace(event, documents=self._documents(event.positions))
         self._record(event)
         self._metrics.observe(event)
-        sent = self._bridge.tell.remote(event)
+        sent = self._bridge.send.remote(event)
         if wait:
             ray.get(sent)
 

@@ -206,7 +206,7 @@ def test_a_run_that_is_done_says_how_far_it_is_and_a_next_command_that_a_shell_t
     (run / "samples.jsonl").write_text('{"event": "sample", "step": 18, "time": "2026-01-01T00:00:00+00:00"}\n')
     done = run_of(tmp_path, "--training.max_steps", str(max_steps))
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert f"{run} has done its 18 steps" in done.stdout or f"{run} is at step 18 already, beyond" in done.stdout
+    assert f"{run} has done its 18 steps" in done.stdout or f"{run} is already at step 18, beyond" in done.stdout
     assert "max_steps = 2;" in done.stdout or max_steps == 18
     command = done.stdout.rpartition(" or: ")[2].replace("…", "x")
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True).stdout

@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from savant_ray.driver.failures import _in_words, explain_failure, ray_errors_explained
+from savant_ray.driver.failures import _explain, explain_failure, ray_errors_explained
 from savant_ray.errors import UnexpectedError, describe
 from savant_ray.training.device import retry_on_oom
 
@@ -23,7 +23,7 @@ from savant_ray.training.device import retry_on_oom
     ],
 )
 def test_a_worker_that_cannot_be_reached_is_lost_with_its_node_or_killed(said: str) -> None:
-    assert all(cause in _in_words(RuntimeError(said)) for cause in ("killed", "out of memory", "node"))
+    assert all(cause in _explain(RuntimeError(said)) for cause in ("killed", "out of memory", "node"))
 
 
 def test_a_save_that_ran_out_of_gpu_memory_is_named_and_not_the_batch_size() -> None:
@@ -33,7 +33,7 @@ def test_a_save_that_ran_out_of_gpu_memory_is_named_and_not_the_batch_size() -> 
     try:
         retry_on_oom(no_room, torch.device("cpu"), "copying step 4 for its checkpoint")
     except RuntimeError as error:
-        said = _in_words(UserExceptionWithTraceback(error, traceback_str=traceback.format_exc()))
+        said = _explain(UserExceptionWithTraceback(error, traceback_str=traceback.format_exc()))
     assert said.startswith("copying step 4 for its checkpoint ran out of device memory twice") and "\n" not in said
 
 
@@ -50,7 +50,7 @@ def test_what_nobody_foresaw_in_a_worker_is_told_with_what_it_was_doing_and_its_
     told = explain_failure(WorkerGroupError("workers failed", failures), None, "step_4", max_failures=3)
     first, second = str(told).splitlines()
     assert first == "worker 1: while saving step_5: ValueError: invalid literal"
-    assert "tried again 3 times" in second and second.endswith("go on from step_4.")
+    assert "restarted 3 times" in second and second.endswith("resume from step_4.")
     assert isinstance(told, UnexpectedError) and "raise error\n" in told.details
 
 

@@ -78,7 +78,7 @@ def test_a_worker_that_dies_or_raises_too_often_ends_the_run_with_where_to_go_on
     printed, _ = job.communicate(timeout=120)
     code, newest = job.returncode, steps_saved(run)[-1]
     assert code == 1 and "error: worker 0: " in printed and "Not an Arrow file" in printed, printed
-    assert f"run the same command again to go on from {newest}" in printed and "Traceback" not in printed, printed
+    assert f"run the same command again to resume from {newest}" in printed and "Traceback" not in printed, printed
 
 
 def training_workers() -> list[psutil.Process]:

@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_in_object_storage_is_set_aside_and_the_next_older_
     assert "step_2.damaged/step_2.pt" in store.names("runs/run") and storage_b.checkpoints() == ["step_1"]
     flip(store, "runs/run/step_1/step_1.pt")
     shutil.rmtree(storage_b.folder)
-    with pytest.raises(CheckpointError, match="no whole checkpoint of it is left"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint of it"):
         find_start(storage_b, said.append)
 
 

@@ -51,12 +51,12 @@ def name_of(process: psutil.Process) -> str:
 LEAVING = """
 import subprocess, sys
 import ray
-from savant_ray.cluster.session import leave_at_once
+from savant_ray.cluster.session import exit_without_shutdown
 other = subprocess.Popen(["sleep", "100"], stdout=subprocess.DEVNULL)
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
 worker = ray.get(ray.remote(lambda: __import__("os").getpid()).remote())
 print(other.pid, worker, ray._private.worker._global_node.all_processes["raylet"][0].process.pid, flush=True)
-leave_at_once(7)
+exit_without_shutdown(7)
 """
 
 

@@ -20,7 +20,13 @@ import pyarrow.flight
 import pytest
 
 from savant_ray.cluster import ray_address
-from savant_ray.cluster.ray_address import ClusterAddress, cluster_address, refuse_silent, split_address, why_silent
+from savant_ray.cluster.ray_address import (
+    ClusterAddress,
+    check_cluster_answers,
+    cluster_address,
+    split_address,
+    unreachable_reason,
+)
 from savant_ray.cluster.session import prepare_environment, start_errors_explained
 from savant_ray.cluster.temp_folder import choose_temp_folder, why_unusable_for_ray
 from savant_ray.errors import SavantError
@@ -109,7 +115,7 @@ def test_an_address_where_no_head_answers_is_refused_with_its_origin_and_the_rea
         }
         for address, reason in reasons.items():
             with pytest.raises(SavantError) as refused:
-                refuse_silent(ClusterAddress(address, "RAY_ADDRESS"))
+                check_cluster_answers(ClusterAddress(address, "RAY_ADDRESS"))
             said = str(refused.value)
             assert address in said and "from RAY_ADDRESS" in said and reason in said and "unset it" in said
     assert capfd.readouterr().err == "", "the message is all there is"
@@ -118,11 +124,11 @@ def test_an_address_where_no_head_answers_is_refused_with_its_origin_and_the_rea
 def test_a_cluster_that_wants_a_token_where_there_is_none_is_refused_with_where_to_get_one(tmp_path: Path) -> None:
     program = """
 import sys
-from savant_ray.cluster.ray_address import ClusterAddress, refuse_silent
+from savant_ray.cluster.ray_address import ClusterAddress, check_cluster_answers
 from savant_ray.errors import SavantError
 import ray
 try:
-    refuse_silent(ClusterAddress(sys.argv[1], "RAY_ADDRESS"))
+    check_cluster_answers(ClusterAddress(sys.argv[1], "RAY_ADDRESS"))
 except SavantError as error:
     print(error)
 """
@@ -149,14 +155,14 @@ def test_the_file_of_a_cluster_that_is_gone_does_not_keep_ray_from_starting_here
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     cluster = prepare_environment()
-    assert cluster is not None and cluster.optional and cluster.origin == str(file) and why_silent(cluster.text)
+    assert cluster is not None and cluster.optional and cluster.origin == str(file) and unreachable_reason(cluster.text)
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     cluster = cluster_address()
     assert cluster is not None and not cluster.optional
     with pytest.raises(SavantError, match=f"from {file}.* nothing listens there"):
-        refuse_silent(cluster)
+        check_cluster_answers(cluster)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])
@@ -266,4 +272,4 @@ def test_a_head_whose_answer_comes_in_two_parts_is_a_head() -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         threading.Thread(target=answer, args=(listener,), daemon=True).start()
-        assert why_silent(f"127.0.0.1:{listener.getsockname()[1]}") == ""
+        assert unreachable_reason(f"127.0.0.1:{listener.getsockname()[1]}") == ""

@@ -50,7 +50,7 @@ def test_more_than_there_is_is_refused_with_numbers(
     own: bool, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "node_resources", lambda: [{"CPU": 2.0}, {"CPU": 1.0}])
-    monkeypatch.setattr(trainer, "is_our_own", lambda: own)
+    monkeypatch.setattr(trainer, "owns_ray", lambda: own)
     with pytest.raises(SettingsError) as refused:
         trainer.scaling(load_config(arguments, environment={}))
     assert told in str(refused.value)

@@ -11,7 +11,7 @@ import torch
 
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.driver.checks import is_finished
+from savant_ray.driver.checks import finished_message
 from savant_ray.driver.starting_point import changed_settings, find_start, refuse_other_data, refuse_other_settings
 from savant_ray.errors import CheckpointError
 from savant_ray.storage.local import LocalStorage
@@ -85,7 +85,7 @@ def test_with_no_whole_checkpoint_left_a_run_is_not_begun_anew_in_silence(tmp_pa
     for folder in checkpoints(tmp_path):
         cut(folder)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="no whole checkpoint of it is left.*--fresh"):
+        with pytest.raises(CheckpointError, match="no complete checkpoint of it.*--fresh"):
             find_start(LocalStorage(tmp_path), lambda _: None)
 
 
@@ -157,15 +157,15 @@ def test_changed_settings_are_named_by_their_dotted_names() -> None:
 def test_a_finished_run_is_finished_once_its_last_sample_is_there(tmp_path: Path) -> None:
     config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
     write(tmp_path / "run", 5)
-    assert is_finished(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") is None, (
+    assert finished_message(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") is None, (
         "a stop cut the last validation short"
     )
     (tmp_path / "run/samples.jsonl").write_text(json.dumps({"event": "sample", "step": 5}) + "\n")
     assert "has done its 5 steps" in (
-        is_finished(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") or ""
+        finished_message(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") or ""
     )
     longer = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 6})
-    assert is_finished(longer, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") is None
+    assert finished_message(longer, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") is None
 
 
 def test_a_run_whose_last_sample_found_no_room_is_finished_too(tmp_path: Path) -> None:
@@ -179,5 +179,5 @@ def test_a_run_whose_last_sample_found_no_room_is_finished_too(tmp_path: Path) -
     ]:
         lines.append(last)
         (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        said = is_finished(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5")
+        said = finished_message(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5")
         assert (said is not None) == finished, last

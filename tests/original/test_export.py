@@ -67,7 +67,6 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
         "n_loops": 4,
         "global_every": 4,
         "positions": "none",
-        "add_special_tokens": "auto",
         "step": 3,
     }
     assert (output / "tokenizer.json").read_text(encoding="utf-8") == '{"model": "€"}'
