@@ -56,9 +56,9 @@ class BatchReader:
         self._buffers = [_Buffer(shape, device) for _ in range(2)] if needs_copies else []
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        return self._prefetched(*self._buffers) if self._buffers else self._on_cpu()
+        return self._prefetched(*self._buffers) if self._buffers else self._on_request()
 
-    def _on_cpu(self) -> Generator[list[MicroBatch], None, None]:
+    def _on_request(self) -> Generator[list[MicroBatch], None, None]:
         with closing(self._steps):
             while (local_batch := self._next()) is not None:
                 yield local_batch
