@@ -68,10 +68,10 @@ class BatchReader:
         set_device = functools.partial(torch.cuda.set_device, self._device)
         executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=set_device)
         try:
-            pending = executor.submit(self._next_into, buffer)
+            pending = executor.submit(self._next_on_device, buffer)
             while (local_batch := pending.result()) is not None:
                 other.release()
-                pending = executor.submit(self._next_into, other)
+                pending = executor.submit(self._next_on_device, other)
                 buffer.acquire()
                 yield local_batch
                 buffer, other = other, buffer
@@ -85,7 +85,7 @@ class BatchReader:
             step = next(self._steps, None)
             return None if step is None else micro_batches(step.sequences, step.positions, self._config)
 
-    def _next_into(self, buffer: _Buffer) -> list[MicroBatch] | None:
+    def _next_on_device(self, buffer: _Buffer) -> list[MicroBatch] | None:
         """Start copying the next local batch to the device and return it, or None after the last one."""
         local_batch = self._next()
         return buffer.copy(local_batch) if local_batch else local_batch
