@@ -36,9 +36,9 @@ Quantity = tuple[Fraction, str]  # value and unit
 def is_correct(text: str, expected: str) -> bool:
     """Return whether a model's text states the expected answer.
 
-    The text after the first "The answer is" is compared, up to the end of a sentence, of the line or of the text. Without
-    that phrase the complete text, its last line and its last sentence are compared, and its last number if a number is
-    expected.
+    The answer is the complete text, or the text after the first "The answer is" up to the end of a sentence, of the line
+    or of the text. Without that phrase it is also the last line, the last sentence or, if a number is expected, the last
+    number.
     """
     normalized_expected = normalized(expected)
     if any(normalized(candidate) == normalized_expected for candidate in _candidates(text)):

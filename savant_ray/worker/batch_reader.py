@@ -29,17 +29,17 @@ class SequenceStream(Protocol):
 
 
 class BatchReader:
-    """Iterable, once, over this rank's local batches: for each step its micro-batches on `device`.
+    """Iterable over this rank's local batches, each the list of a step's micro-batches on `device`; iterated once.
 
     - Order: exactly one local batch per step, in the stream's order; it is empty for a rank without sequences.
-    - Source: the stream reads in the background from the construction on, one portion ahead (`data/stream.py`).
+    - Source: the stream reads in the background from construction on, one portion ahead (`data/stream.py`).
     - Prefetch depth: on a CPU none. A local batch is built when it is requested, because training uses the cores. On
       CUDA one local batch: while a step runs, a thread builds the next one and copies it to the device.
     - Memory: on CUDA two local batches in pinned host memory and two on the device, allocated at construction. No step
       can run out of device memory for its input.
-    - Overlap: the copy runs on a stream of its own. The current stream waits for the copy by an event, and the copy
-      waits by another event until the current stream has finished the step that used its buffer before. A thread's
-      default stream would not do: it is the stream of the step.
+    - Overlap: each buffer is filled on a CUDA stream of its own, because a new thread's current stream is the default
+      stream, on which the step runs. An event makes the step's stream wait for the copy. Another event makes the copy
+      wait until the step that used the buffer before has finished.
     - Lifetime: on CUDA the tensors of a local batch are overwritten after the next one has been requested.
     - Errors are raised where the local batch would have been returned. Closing or dropping the iterator closes the
       stream and does not wait for the thread.
@@ -56,9 +56,9 @@ class BatchReader:
         self._buffers = [_Buffer(shape, device) for _ in range(2)] if needs_copies else []
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        return self._prefetched(*self._buffers) if self._buffers else self._on_cpu()
+        return self._prefetched(*self._buffers) if self._buffers else self._on_request()
 
-    def _on_cpu(self) -> Generator[list[MicroBatch], None, None]:
+    def _on_request(self) -> Generator[list[MicroBatch], None, None]:
         with closing(self._steps):
             while (local_batch := self._next()) is not None:
                 yield local_batch
@@ -68,10 +68,10 @@ class BatchReader:
         set_device = functools.partial(torch.cuda.set_device, self._device)
         executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=set_device)
         try:
-            pending = executor.submit(self._next_into, buffer)
+            pending = executor.submit(self._next_on_device, buffer)
             while (local_batch := pending.result()) is not None:
                 other.release()
-                pending = executor.submit(self._next_into, other)
+                pending = executor.submit(self._next_on_device, other)
                 buffer.acquire()
                 yield local_batch
                 buffer, other = other, buffer
@@ -85,7 +85,7 @@ class BatchReader:
             step = next(self._steps, None)
             return None if step is None else micro_batches(step.sequences, step.positions, self._config)
 
-    def _next_into(self, buffer: _Buffer) -> list[MicroBatch] | None:
+    def _next_on_device(self, buffer: _Buffer) -> list[MicroBatch] | None:
         """Start copying the next local batch to the device and return it, or None after the last one."""
         local_batch = self._next()
         return buffer.copy(local_batch) if local_batch else local_batch

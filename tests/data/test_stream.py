@@ -39,7 +39,7 @@ def plan(real_ray: None, tmp_path_factory: pytest.TempPathFactory, byte_tokenize
 
 
 def one_source(plan: StreamPlan, effective_batch: int) -> StreamPlan:
-    """The 117 documents alone."""
+    """Return a plan of the 117 documents only."""
     return StreamPlan(plan.folders[:1], (1.0,), plan.seed, effective_batch)
 
 
@@ -107,7 +107,7 @@ def test_every_rank_makes_every_step_even_without_a_share(plan: StreamPlan) -> N
 
 
 @pytest.mark.parametrize("effective_batch", [1, 7])
-def test_stopped_after_every_step_none_is_missing_and_none_doubled(
+def test_stopping_after_every_step_neither_skips_nor_repeats_a_sequence(
     plan: StreamPlan, byte_tokenizer: Tokenizer, effective_batch: int
 ) -> None:
     small = one_source(plan, effective_batch)
@@ -125,14 +125,14 @@ def test_stopped_after_every_step_none_is_missing_and_none_doubled(
 
 def test_stopped_and_resumed_streams_are_the_uninterrupted_one(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
     small = one_source(plan, effective_batch=7)
-    whole = read_texts(small, byte_tokenizer, list(StepStream(small, 0, 1).steps(0, 34)))
+    uninterrupted = read_texts(small, byte_tokenizer, list(StepStream(small, 0, 1).steps(0, 34)))
     resumed: list[str] = []
     for step, n_steps in ((0, 1), (1, 15), (16, 18)):
         stream = StepStream(small, 0, 1).steps(7 * step, 100)
         resumed += read_texts(small, byte_tokenizer, [next(stream) for _ in range(n_steps)])
         stream.close()
-    assert resumed == whole
-    assert set(Counter(whole[:DOCUMENTS]).values()) == {1}
+    assert resumed == uninterrupted
+    assert set(Counter(uninterrupted[:DOCUMENTS]).values()) == {1}
 
 
 def test_reading_works_while_workers_hold_every_cpu(plan: StreamPlan) -> None:
@@ -158,7 +158,7 @@ def test_reading_is_one_portion_ahead_from_the_start_and_no_more(
     requested.mkdir()
 
     class Watched(StepStream):
-        """Leaves a file for each step that is read, with how many had been requested by then."""
+        """Writes a file for each step that is read, with the number of steps requested by then."""
 
         def positions(self, start_position: int) -> np.ndarray:
             step = start_position // self.plan.effective_batch
@@ -189,12 +189,12 @@ def test_the_first_step_does_not_wait_for_a_process_of_ray_data(
 ) -> None:
     may_read = threading.Event()
 
-    def patient(self: StepStream, start_position: int, n_steps: int) -> list[LocalSequences]:
+    def delayed(self: StepStream, start_position: int, n_steps: int) -> list[LocalSequences]:
         assert may_read.wait(60)
         return read(self, start_position, n_steps)
 
     read = StepStream._read_portion
-    monkeypatch.setattr(StepStream, "_read_portion", patient)
+    monkeypatch.setattr(StepStream, "_read_portion", delayed)
     stream = StepStream(plan, 1, 2).steps(192, 3)
     steps_read = [next(stream)]
     may_read.set()
@@ -210,7 +210,7 @@ def test_a_finished_run_reads_nothing(plan: StreamPlan, n_steps: int) -> None:
 
 
 @pytest.mark.parametrize("n_steps", [0, 1, 2])
-def test_closed_after_any_step_it_leaves_no_thread(
+def test_closing_after_any_step_leaves_no_thread(
     plan: StreamPlan, monkeypatch: pytest.MonkeyPatch, n_steps: int
 ) -> None:
     monkeypatch.setattr("savant_ray.data.stream.MAX_PORTION_STEPS", 1)

@@ -1,4 +1,4 @@
-"""An answer is right if it gives the expected number or text, however it is written."""
+"""An answer is correct if it contains the expected number or text, in any notation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from savant_ray.evaluation.answer_matching import is_correct
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("text", "expected"),
     [
         ("4 + 3 = 7. The answer is 61. The answer is 5.", "61"),
         ("So -34. The answer is -34", "-34"),
@@ -70,12 +70,12 @@ from savant_ray.evaluation.answer_matching import is_correct
         ("The answer is 1/0.", "1/0"),
     ],
 )
-def test_the_expected_answer_is_right_in_any_way_of_writing_it(said: str, expected: str) -> None:
-    assert is_correct(said, expected)
+def test_the_expected_answer_is_correct_in_any_notation(text: str, expected: str) -> None:
+    assert is_correct(text, expected)
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("text", "expected"),
     [
         ("", "yes"),
         ("no idea", "yes"),
@@ -102,32 +102,32 @@ def test_the_expected_answer_is_right_in_any_way_of_writing_it(said: str, expect
         ("The answer is 1e999999999.", "1e999999998"),
     ],
 )
-def test_another_answer_is_wrong(said: str, expected: str) -> None:
-    assert not is_correct(said, expected)
+def test_a_different_answer_is_incorrect(text: str, expected: str) -> None:
+    assert not is_correct(text, expected)
 
 
-def whole_number(said: str) -> str:
-    """What stands behind the first "The answer is", or else the last whole number."""
-    phrase = re.search(r"The answer is\s+([^\n.]*[^\n.\s])", said)
-    numbers = re.findall(r"-?\d+", said)
+def whole_number(text: str) -> str:
+    """Return the text after the first "The answer is", or else the last integer."""
+    phrase = re.search(r"The answer is\s+([^\n.]*[^\n.\s])", text)
+    numbers = re.findall(r"-?\d+", text)
     return phrase[1] if phrase else numbers[-1] if numbers else ""
 
 
-def test_whole_numbers_of_the_suite_are_scored_as_a_plain_comparison_would() -> None:
+def test_integers_of_the_suite_are_scored_as_by_a_plain_comparison() -> None:
     suite = [*problems(20_000, 600, held_out=True), *problems(20_000, 120, held_out=True, unseen_wordings=True)]
     for problem, other in zip(suite, suite[1:] + suite[:1], strict=True):
-        text = problem.answer_text
-        for said in (
-            *(text, other.answer_text, "", text[: len(text) // 2], text[:-3], f"{text} {other.answer_text}"),
-            *(text.replace("The answer is", "So"), f"{text}\n{other.answer_text}", f"{problem.answer} apples"),
+        worked = problem.answer_text
+        for text in (
+            *(worked, other.answer_text, "", worked[: len(worked) // 2], worked[:-3], f"{worked} {other.answer_text}"),
+            *(worked.replace("The answer is", "So"), f"{worked}\n{other.answer_text}", f"{problem.answer} apples"),
             *(f"The answer is {problem.answer} apples.", f"The answer is {-problem.answer}.", f"0{problem.answer}"),
         ):
-            expected = whole_number(said).strip()
+            expected = whole_number(text).strip()
             is_number = re.fullmatch(r"-?\d+", expected)
-            assert is_correct(said, str(problem.answer)) == bool(is_number and int(expected) == problem.answer), said
+            assert is_correct(text, str(problem.answer)) == bool(is_number and int(expected) == problem.answer), text
 
 
-def test_an_answer_that_repeats_itself_without_end_is_scored_too() -> None:
-    """Its sentences are compared one by one, each with all before it: without a bound this takes hours."""
+def test_a_long_repetitive_answer_is_scored() -> None:
+    """Each sentence is compared together with all earlier ones, which would take hours without a bound."""
     assert is_correct("The answer is 5. " + "x. " * 100_000, "5")
     assert not is_correct("The answer is 5. " + "x. " * 100_000, "7")

@@ -42,11 +42,11 @@ def test_the_suite_is_scored_per_template_with_an_interval(
 ) -> None:
     assert main(["evaluate", str(run), "--json", str(tmp_path / "scores.json")]) == 0
     printed = capsys.readouterr().out
-    told = json.loads((tmp_path / "scores.json").read_text())
-    assert told["n"] == 600 and told["interval"][0] <= told["score"] <= told["interval"][1]
-    assert {"sum", "difference", "product", "comparison", "word_problem", "two_step"} <= set(told["templates"])
-    assert all(name in printed for name in told["templates"]) and "95 % interval" in printed
-    assert len(told["answers"]) == len(logic_suite()) and told["answers"][0].keys() >= {
+    scored = json.loads((tmp_path / "scores.json").read_text())
+    assert scored["n"] == 600 and scored["interval"][0] <= scored["score"] <= scored["interval"][1]
+    assert {"sum", "difference", "product", "comparison", "word_problem", "two_step"} <= set(scored["templates"])
+    assert all(name in printed for name in scored["templates"]) and "95 % interval" in printed
+    assert len(scored["answers"]) == len(logic_suite()) and scored["answers"][0].keys() >= {
         "prompt",
         "expected",
         "text",
@@ -54,7 +54,7 @@ def test_the_suite_is_scored_per_template_with_an_interval(
     }
 
 
-def test_ones_own_problems_are_asked_instead(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_problems_replaces_the_suite(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "own.jsonl"
     own.write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2}) + "\n")
     assert main(["evaluate", str(run), "--problems", str(own), "--json", str(tmp_path / "scores.json")]) == 0
@@ -85,7 +85,7 @@ def test_each_number_of_loops_has_its_own_score_loss_and_residual(
 
 
 def test_the_loss_at_the_trained_depth_is_the_models(run: Path) -> None:
-    (told,) = by_depth(run, logic_suite()[:1], [2])
+    (scored,) = by_depth(run, logic_suite()[:1], [2])
     state = torch.load(run / "step_3/step_3.pt", weights_only=True)
     config = Config.from_dict({"model": MODEL | {"vocab_size": 300}})
     model = UniversalTransformer(config.model)
@@ -94,10 +94,10 @@ def test_the_loss_at_the_trained_depth_is_the_models(run: Path) -> None:
     tokens = torch.tensor([[*tokenizer.encode(TEXT), tokenizer.end_of_document][: config.model.max_seq_len]])
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:])
-    assert told["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert scored["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
-def test_without_the_held_out_text_there_is_no_loss_but_a_score(run: Path, tmp_path: Path) -> None:
+def test_without_the_held_out_text_there_is_a_score_and_no_loss(run: Path, tmp_path: Path) -> None:
     (tmp_path / "held_out.jsonl").unlink()
-    (told,) = by_depth(run, logic_suite()[:1], [1])
-    assert told["loss"] is None and told["n"] == 1
+    (scored,) = by_depth(run, logic_suite()[:1], [1])
+    assert scored["loss"] is None and scored["n"] == 1

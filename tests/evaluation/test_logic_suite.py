@@ -1,4 +1,4 @@
-"""The logic suite asks what no training text can have told, and counts what is right."""
+"""The logic suite contains no problem of the training text and counts correct answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.training.tiny import tiny_config
 SUITE = logic_suite()
 
 
-def test_there_are_six_templates_in_equal_shares_and_wordings_that_are_new() -> None:
+def test_the_suite_has_six_templates_equally_often_and_new_wordings_of_each() -> None:
     counts = Counter(question.template for question in SUITE)
     trained = {name: n for name, n in counts.items() if not name.endswith(", new wording")}
     assert len(trained) >= 6 and sum(trained.values()) >= 600 and max(trained.values()) - min(trained.values()) <= 1
@@ -40,13 +40,13 @@ def test_there_are_six_templates_in_equal_shares_and_wordings_that_are_new() -> 
     assert len({question.prompt for question in SUITE}) == len(SUITE) and logic_suite() == SUITE
 
 
-def test_no_question_is_among_trained_ones_nor_its_pair_of_numbers() -> None:
+def test_no_question_and_no_pair_of_operands_is_in_the_training_text() -> None:
     trained = problems(0, 5000)
     assert not {question.prompt for question in SUITE} & {problem.prompt for problem in trained}
     assert not any(is_held_out(*problem.operands[:2]) for problem in trained)
 
 
-def test_the_worked_answer_of_a_problem_counts_as_right_and_its_neighbour_as_wrong() -> None:
+def test_the_worked_answer_is_correct_and_one_more_is_incorrect() -> None:
     for problem in problems(1, 200, held_out=True):
         question = Question(problem.template, problem.prompt, str(problem.answer))
         assert Answer(question, problem.answer_text).correct
@@ -55,7 +55,7 @@ def test_the_worked_answer_of_a_problem_counts_as_right_and_its_neighbour_as_wro
 
 
 @given(st.integers(0, 2000), st.data())
-def test_the_interval_holds_the_share_and_narrows_with_questions(n: int, data: st.DataObject) -> None:
+def test_the_interval_contains_the_fraction_and_narrows_with_more_questions(n: int, data: st.DataObject) -> None:
     correct = data.draw(st.integers(0, n))
     low, high = Score(n, correct).interval
     assert (
@@ -71,14 +71,14 @@ def test_the_interval_is_wilsons() -> None:
     assert Score(600, 540).interval == pytest.approx((0.8734, 0.9215), abs=1e-4)
 
 
-def test_new_wordings_are_counted_apart() -> None:
+def test_new_wordings_are_scored_separately() -> None:
     seen, new = Question("sum", "a", "1"), Question("sum, new wording", "b", "1")
     templates = scores([Answer(seen, "1"), Answer(seen, "2"), Answer(new, "1")])
     assert templates == {"sum": Score(2, 1), "sum, new wording": Score(1, 1)}
     assert total(templates) == Score(2, 1) and total(templates, new_wordings=True) == Score(1, 1)
 
 
-def test_each_question_is_answered_once_as_it_would_be_alone() -> None:
+def test_each_question_is_answered_once_and_as_if_alone() -> None:
     torch.manual_seed(1)
     model = UniversalTransformer(tiny_config().model.model_copy(update={"vocab_size": 300}))
     with torch.no_grad():
@@ -91,14 +91,14 @@ def test_each_question_is_answered_once_as_it_would_be_alone() -> None:
     assert alone == answers[3]
 
 
-def test_own_questions_are_read_and_bad_lines_named(tmp_path: Path) -> None:
+def test_a_file_of_questions_is_read_and_an_invalid_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     lines = [{"prompt": "2 + 2?", "answer": 4}, {"prompt": "Is it?", "answer": "Yes", "template": "logic"}]
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     first, second = read_questions(path)
     assert first == Question("questions", "2 + 2?", "4") and second == Question("logic", "Is it?", "Yes")
     assert Answer(second, "The answer is yes.").correct
-    for line, told in (
+    for line, message in (
         ("{", "line 1: not valid JSON"),
         ('{"prompt": "x", "answer": "x\\ud800"}', "line 1: not valid JSON"),
         ('{"prompt": "x"}', 'line 1: "prompt" must be a string and "answer" a string or a number (found prompt: "x")'),
@@ -114,7 +114,7 @@ def test_own_questions_are_read_and_bad_lines_named(tmp_path: Path) -> None:
         path.write_text(line)
         with pytest.raises(DataError, match="own.jsonl") as error:
             read_questions(path)
-        assert told in str(error.value)
+        assert message in str(error.value)
     with pytest.raises(DataError, match="No such file"):
         read_questions(tmp_path / "missing.jsonl")
 
@@ -127,7 +127,7 @@ def test_answers_that_are_json_numbers_keep_all_their_digits(number: str, tmp_pa
     assert question.answer == number and Answer(question, f"The answer is {number}.").correct
 
 
-def test_a_prompt_that_the_tokenizer_encodes_as_nothing_is_refused_with_its_line_or_counts_as_wrong(
+def test_a_prompt_without_tokens_is_refused_with_its_line_or_counts_as_incorrect(
     tmp_path: Path,
 ) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}))
@@ -143,6 +143,6 @@ def test_a_prompt_that_the_tokenizer_encodes_as_nothing_is_refused_with_its_line
     assert list(answer_questions(model, tokenizer, questions[1:], max_new_tokens=3)) == [unanswered]
 
 
-def test_a_device_without_an_end_is_no_file_of_questions() -> None:
+def test_an_endless_device_is_refused_as_a_file_of_questions() -> None:
     with pytest.raises(DataError, match=r"^/dev/zero: larger than"):
         read_questions(Path("/dev/zero"))

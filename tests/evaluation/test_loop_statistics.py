@@ -1,4 +1,4 @@
-"""What is told of the loops is what a few plain lines compute."""
+"""Loop statistics equal a direct computation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_residuals_and_cosines_are_those_of_each_loop() -> None:
         assert cosine == pytest.approx(sum(rows) / len(rows), abs=1e-5)
 
 
-def test_tokens_that_are_alike_are_a_collapse_and_single_ones_are_not() -> None:
+def test_equal_tokens_are_a_collapse_and_a_single_token_is_not() -> None:
     alike = torch.ones(2, 5, 4)
     assert mean_cosine(alike, torch.ones(2, 5, dtype=torch.bool)) == pytest.approx(1)
     assert mean_cosine(alike, torch.tensor([[True] + [False] * 4] * 2)) == 0

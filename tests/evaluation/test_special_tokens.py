@@ -1,4 +1,4 @@
-"""Checkpoints answer and are evaluated with the special tokens around a text that they were trained with."""
+"""A checkpoint generates and is evaluated with the special tokens that it was trained with."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def answer_to(checkpoint: Path, ids: list[int]) -> str:
 
 
 @EACH
-def test_an_answer_goes_on_from_the_beginning_of_a_document(
+def test_a_prompt_has_the_special_tokens_of_the_beginning_of_a_document(
     choice: bool | str, before: list[int], tmp_path: Path
 ) -> None:
     checkpoint = written(tmp_path, choice)
@@ -100,7 +100,9 @@ def sample_of(checkpoint: Path, prompt: str) -> str:
 
 
 @EACH
-def test_held_out_text_is_scored_as_it_was_trained(choice: bool | str, before: list[int], tmp_path: Path) -> None:
+def test_held_out_text_has_the_special_tokens_of_training(
+    choice: bool | str, before: list[int], tmp_path: Path
+) -> None:
     checkpoint = written(tmp_path, choice)
     tokens = torch.tensor([[*before, *ALBERT.encode(PROMPT), SEP]])
     with torch.no_grad():
@@ -109,7 +111,7 @@ def test_held_out_text_is_scored_as_it_was_trained(choice: bool | str, before: l
     assert depth["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
-def test_the_end_token_ends_an_answer_and_what_begins_a_document_is_never_sampled(tmp_path: Path) -> None:
+def test_the_end_token_ends_an_answer_and_the_begin_token_is_never_sampled(tmp_path: Path) -> None:
     checkpoint = written(
         tmp_path, True, head=0.0
     )  # all tokens are as likely, so the first one that is allowed is chosen
@@ -117,7 +119,7 @@ def test_the_end_token_ends_an_answer_and_what_begins_a_document_is_never_sample
     assert "".join(stream_answer(checkpoint, PROMPT, temperature=0.0)) == ""
 
 
-def test_a_prompt_without_tokens_is_refused_although_a_document_has_a_beginning(
+def test_a_prompt_without_tokens_is_refused_even_if_documents_have_a_begin_token(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = written(tmp_path, True)
@@ -129,6 +131,6 @@ def test_a_prompt_without_tokens_is_refused_although_a_document_has_a_beginning(
     assert "has no tokens in the checkpoint's tokenizer" in capsys.readouterr().err
 
 
-def test_settings_of_a_checkpoint_that_an_older_version_wrote_are_those_that_it_had(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_older_version_keeps_its_settings(tmp_path: Path) -> None:
     assert read_settings(written(tmp_path, OLDER)).data.add_special_tokens is False
     assert read_settings(written(tmp_path, "auto")).data.add_special_tokens == "auto"

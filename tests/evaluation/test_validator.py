@@ -1,4 +1,4 @@
-"""A validation that a stop interrupts between two batches or between two tokens of the answer."""
+"""Validation during training, also when a stop request interrupts it between two batches or two tokens."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def validator(config: Config, emit: Callable[[Event], None], stop_requested: Cal
     )
 
 
-def test_with_special_tokens_a_model_scores_what_the_original_gives_on_the_same_text(tmp_path: Path) -> None:
+def test_with_special_tokens_the_loss_is_that_of_the_original_on_the_same_text(tmp_path: Path) -> None:
     """The original pads each text to the length with id 0, and averages over the tokens that are not padding."""
     tokenizer = Tokenizer.load(FOLDER)
     chance = random.Random(0)
@@ -93,7 +93,7 @@ def test_with_special_tokens_a_model_scores_what_the_original_gives_on_the_same_
 
 
 def packed(texts: list[str], tokenizer: Tokenizer, folder: Path) -> Sequences:
-    """What training reads of a file with these texts."""
+    """Return the sequences that training reads from a file with these texts."""
     path = folder / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (part,) = plan_ranges(expand(str(path)))
@@ -106,29 +106,29 @@ def packed(texts: list[str], tokenizer: Tokenizer, folder: Path) -> Sequences:
     return sequences
 
 
-def told(events: list[Event]) -> dict[tuple[str, int], Any]:
+def results(events: list[Event]) -> dict[tuple[str, int], Any]:
     figures = {ValidationDone: "validation_loss", SampleGenerated: "text"}
     return {(e.kind, e.step): getattr(e, figures[type(e)]) for e in events if type(e) in figures}
 
 
-def test_what_a_stop_cut_short_is_not_told_and_the_rest_is_what_it_would_have_been() -> None:
+def test_an_interrupted_part_emits_nothing_and_the_other_parts_are_unchanged() -> None:
     config, state = config_of(), tiny_state(config_of())
-    whole: list[Event] = []
-    assert not validator(config, whole.append, lambda: False)(state)
+    complete: list[Event] = []
+    assert not validator(config, complete.append, lambda: False)(state)
     seen: list[list[str]] = []
     for questions in range(100):
         events: list[Event] = []
         stopped = validator(config, events.append, after(questions))(state)
-        assert told(events).items() <= told(whole).items()
+        assert results(events).items() <= results(complete).items()
         if not stopped:
             break
         seen.append([event.kind for event in events])
-    assert seen == sorted(seen, key=len) and told(events) == told(whole)
+    assert seen == sorted(seen, key=len) and results(events) == results(complete)
     assert seen.count([]) > BATCHES, "a stop before, between and after the batches"
     assert seen.count(["validation"]) > NEW_TOKENS, "a stop before, between and after the tokens"
 
 
-def test_a_prompt_without_tokens_is_told_and_has_no_answer() -> None:
+def test_a_prompt_without_tokens_is_reported_and_has_no_sample() -> None:
     config, state = config_of(), tiny_state(config_of())
     events: list[Event] = []
     without_tokens = validator(config, events.append, lambda: False)
@@ -147,10 +147,10 @@ class ValidatingHost(RecordingHost):
         self._weight_changes = WeightChanges()
 
     def validate(self, state: TrainingState) -> bool:
-        wish = after(self._questions) if state.step == self.stop_at else lambda: False
-        with_memory = validator(self._config, self.emit, wish)
-        with_memory.weight_changes = self._weight_changes
-        return with_memory(state)
+        stop_requested = after(self._questions) if state.step == self.stop_at else lambda: False
+        evaluated = validator(self._config, self.emit, stop_requested)
+        evaluated.weight_changes = self._weight_changes
+        return evaluated(state)
 
     def remember_weights(self, state: TrainingState) -> None:
         at_start = validator(self._config, self.emit, lambda: False)
@@ -160,7 +160,7 @@ class ValidatingHost(RecordingHost):
 
 @pytest.mark.parametrize("stop_at", [3, 6])
 @pytest.mark.parametrize("questions", [1, BATCHES + 3], ids=["between batches", "between tokens"])
-def test_it_is_made_up_for_after_the_resume(stop_at: int, questions: int) -> None:
+def test_an_interrupted_validation_is_repeated_after_the_resume(stop_at: int, questions: int) -> None:
     config = config_of()
     straight = ValidatingHost(config)
     state = tiny_state(config)
@@ -168,15 +168,15 @@ def test_it_is_made_up_for_after_the_resume(stop_at: int, questions: int) -> Non
 
     first, state = ValidatingHost(config, stop_at, questions), tiny_state(config)
     assert not train(state, config, shares(state, config), first)
-    assert ("sample", stop_at) not in told(first.events)
+    assert ("sample", stop_at) not in results(first.events)
     second, resumed = ValidatingHost(config), tiny_state(config)
     resumed.load_checkpoint(first.checkpoint)
     assert train(resumed, config, shares(resumed, config), second)
-    assert told(first.events) | told(second.events) == told(straight.events)
-    assert ("validation", stop_at) in told(second.events) and ("sample", stop_at) in told(second.events)
+    assert results(first.events) | results(second.events) == results(straight.events)
+    assert ("validation", stop_at) in results(second.events) and ("sample", stop_at) in results(second.events)
 
 
-def test_the_first_validation_of_a_launch_tells_how_many_weights_moved_since_its_start() -> None:
+def test_the_first_validation_of_an_attempt_reports_the_weights_moved_since_its_start() -> None:
     config = config_of()
     first, state = ValidatingHost(config), tiny_state(config)
     first.remember_weights(state)
@@ -185,7 +185,7 @@ def test_the_first_validation_of_a_launch_tells_how_many_weights_moved_since_its
     assert len(moved) == 2 and all(share is not None and share > 0.9 for share in moved)
 
 
-def test_a_rank_without_held_out_sequences_still_tells_what_the_others_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_held_out_sequences_reports_the_loss_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     config, state = config_of(), tiny_state(config_of())
     events: list[Event] = []
     empty = validator(config, events.append, lambda: False)

@@ -1,4 +1,4 @@
-"""Generation: greedy equals full recomputing, the same seed the same text, nothing forbidden."""
+"""Generation: greedy equals full recomputation, a seed determines the text, forbidden ids are never sampled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sampling(**changes: object) -> Sampling:
     return Sampling(**(defaults | changes))
 
 
-def test_greedy_answers_are_those_of_recomputing_the_whole_prefix(model: UniversalTransformer) -> None:
+def test_greedy_answers_equal_full_recomputation_of_the_prefix(model: UniversalTransformer) -> None:
     answer = list(generate(model, PROMPT, sampling(temperature=0, end_of_document=-1, max_new_tokens=3 * LENGTH)))
     text = list(PROMPT)
     for token in answer:
@@ -40,36 +40,36 @@ def test_greedy_answers_are_those_of_recomputing_the_whole_prefix(model: Univers
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_several_prompts_at_once_are_answered_as_each_alone(model: UniversalTransformer, temperature: float) -> None:
+def test_a_batch_of_prompts_has_the_answers_of_each_prompt_alone(
+    model: UniversalTransformer, temperature: float
+) -> None:
     prompts = [[5], [6, 7, 8, 9, 10, 11, 12], [5, 6, 7], list(range(3, 33))]
-    how = sampling(temperature=temperature, max_new_tokens=3 * LENGTH)
-    together = generate_many(model, prompts, how)
-    assert together == [list(generate(model, prompt, how)) for prompt in prompts]
+    parameters = sampling(temperature=temperature, max_new_tokens=3 * LENGTH)
+    together = generate_many(model, prompts, parameters)
+    assert together == [list(generate(model, prompt, parameters)) for prompt in prompts]
     assert len({len(answer) for answer in together}) > 1, "some end before others"
 
 
-def test_the_same_seed_gives_the_same_text_and_another_another(model: UniversalTransformer) -> None:
+def test_the_seed_determines_the_text(model: UniversalTransformer) -> None:
     texts = [tuple(generate(model, PROMPT, sampling(seed=seed))) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-9])
-def test_towards_temperature_0_the_draw_becomes_the_likeliest_token(
-    temperature: float, model: UniversalTransformer
-) -> None:
+def test_at_temperatures_near_0_the_most_likely_token_is_drawn(temperature: float, model: UniversalTransformer) -> None:
     greedy = list(generate(model, PROMPT, sampling(temperature=0)))
     assert list(generate(model, PROMPT, sampling(temperature=temperature))) == greedy
 
 
 @pytest.mark.parametrize("temperature", [1e9, 1e45, 1.7e308])
-def test_towards_infinite_temperature_every_allowed_token_is_drawn(
+def test_at_very_high_temperatures_every_allowed_token_is_drawn(
     temperature: float, model: UniversalTransformer
 ) -> None:
-    how = sampling(temperature=temperature, end_of_document=-1, max_new_tokens=600)
-    assert set(generate(model, PROMPT, how)) == {1, *range(3, 40)}
+    parameters = sampling(temperature=temperature, end_of_document=-1, max_new_tokens=600)
+    assert set(generate(model, PROMPT, parameters)) == {1, *range(3, 40)}
 
 
-def test_a_long_prompt_in_parts_has_the_answer_that_it_has_at_once(
+def test_a_long_prompt_processed_in_parts_has_the_same_answer(
     model: UniversalTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [[3 + i % 30 for i in range(length)] for length in (5 * LENGTH, 3 * LENGTH + 1)]
@@ -78,7 +78,7 @@ def test_a_long_prompt_in_parts_has_the_answer_that_it_has_at_once(
     assert generate_many(model, prompts, sampling(temperature=0)) == expected
 
 
-def test_what_must_never_be_sampled_never_is(model: UniversalTransformer) -> None:
+def test_forbidden_ids_are_never_sampled(model: UniversalTransformer) -> None:
     tokens = [t for seed in range(30) for t in generate(model, PROMPT, sampling(seed=seed, temperature=5.0))]
     assert len(tokens) > 300 and set(tokens) <= set(range(3, 40))
 
@@ -95,8 +95,8 @@ def test_an_empty_prompt_is_refused(model: UniversalTransformer) -> None:
 
 def test_the_validation_loss_does_not_depend_on_micro_batches(model: UniversalTransformer) -> None:
     batches = [micro_batch(range(8)), micro_batch(range(3)), micro_batch(range(3, 8))]
-    whole, first, second = (loss_sums(model, [(b.tokens_BT, b.document_ids_BT)]) for b in batches)
-    torch.testing.assert_close(first + second, whole)
+    complete, first, second = (loss_sums(model, [(b.tokens_BT, b.document_ids_BT)]) for b in batches)
+    torch.testing.assert_close(first + second, complete)
 
 
 def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight() -> None:
@@ -104,7 +104,7 @@ def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_a_model_that_has_diverged_says_nothing(temperature: float, model: UniversalTransformer) -> None:
+def test_a_model_with_non_finite_logits_generates_nothing(temperature: float, model: UniversalTransformer) -> None:
     with torch.no_grad():
         model.head.weight[3, 0] = float("nan")
     assert list(generate(model, PROMPT, sampling(temperature=temperature))) == []

@@ -1,4 +1,4 @@
-"""What events say reaches Ray's metrics, and whatever happens to these, training goes on."""
+"""Events are exported as Ray's metrics, and an error in these does not stop training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.reporting.events import attempt, checkpoint, step_done, validation
 
 
 class FakeMeter:
-    """Keeps what it is told, under its name; refuses what Ray's own refuses."""
+    """Records values by name; accepts the arguments that Ray's own meters accept."""
 
     values: ClassVar[dict[str, float]] = {}
 
@@ -40,7 +40,7 @@ class FakeCounter(FakeMeter):
 
 @pytest.fixture
 def values(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What the metrics hold, by name."""
+    """Return the values of the metrics by name."""
     kept: dict[str, float] = {}
     monkeypatch.setattr(FakeMeter, "values", kept)
     monkeypatch.setattr(metrics, "Gauge", FakeGauge)
@@ -52,31 +52,31 @@ def skip(rank: int) -> MicroBatchSkipped:
     return MicroBatchSkipped(step=1, rank=rank, loss="nan", positions=(3, 4))
 
 
-def test_every_metric_names_a_field_of_its_event_and_no_name_comes_twice() -> None:
+def test_every_metric_has_a_unique_name_and_a_field_of_its_event() -> None:
     for metric in METRICS:
         names = {"", *(field.name for field in dataclasses.fields(metric.event))}
         assert metric.field in names or isinstance(getattr(metric.event, metric.field), property), metric.name
     assert len({metric.name for metric in METRICS}) == len(METRICS)
 
 
-def test_steps_validations_and_checkpoints_are_shown_as_their_events_say(values: dict[str, float]) -> None:
-    told = RunMetrics("run", 0)
+def test_metrics_have_the_values_of_step_validation_and_checkpoint_events(values: dict[str, float]) -> None:
+    run_metrics = RunMetrics("run", 0)
     events = [attempt(workers=2), step_done(7, share_of_peak=0.4), validation(7), checkpoint(7)]
     for event in events:
-        told.observe(event)
+        run_metrics.observe(event)
     assert values["savant_step"] == 7 and values["savant_workers"] == 2
     for metric in METRICS:
         for event in events:
-            if type(event) is metric.event and (said := metric.value(event)):
-                assert values[metric.name] == said
+            if type(event) is metric.event and (value := metric.value(event)):
+                assert values[metric.name] == value
 
 
 @pytest.mark.parametrize("name", ["checkpoints_savant", "a b#c?d%20 [1]{x}&;$", "-x", "x" * 100])
-def test_a_name_that_ray_accepts_is_its_label_as_it_stands(name: str) -> None:
+def test_a_name_that_ray_accepts_is_the_label(name: str) -> None:
     assert ascii_name(name) == name
 
 
-def test_other_names_get_labels_that_ray_accepts_and_that_stay_different() -> None:
+def test_other_names_get_accepted_labels_that_remain_different() -> None:
     names = [
         "modèle",
         "modele\u0300",
@@ -96,19 +96,19 @@ def test_other_names_get_labels_that_ray_accepts_and_that_stay_different() -> No
     assert labels[0].startswith("modele-")
 
 
-def test_tokens_and_faults_are_added_up(values: dict[str, float]) -> None:
-    told = RunMetrics("run", 1)
+def test_counters_add_up_tokens_and_failures(values: dict[str, float]) -> None:
+    run_metrics = RunMetrics("run", 1)
     failed = CheckpointFailed(step=2, text="disk full")
     for event in (step_done(1, tokens=5), step_done(2, tokens=6, update_skipped=True), skip(1), skip(1), failed):
-        told.observe(event)
+        run_metrics.observe(event)
     assert values["savant_tokens"] == 11 and values["savant_skipped_updates"] == 1
     assert values["savant_skipped_micro_batches"] == 2 and values["savant_failed_checkpoints"] == 1
 
 
-def test_what_is_not_known_is_not_shown_and_other_events_are_no_ones(values: dict[str, float]) -> None:
-    told = RunMetrics("run", 0)
-    told.observe(step_done(1, share_of_peak=None, tokens=0))
-    told.observe(Notice(text="read this"))
+def test_unknown_values_and_other_events_set_no_metric(values: dict[str, float]) -> None:
+    run_metrics = RunMetrics("run", 0)
+    run_metrics.observe(step_done(1, share_of_peak=None, tokens=0))
+    run_metrics.observe(Notice(text="a notice"))
     assert "savant_share_of_peak" not in values and "savant_tokens" not in values
 
 
@@ -117,20 +117,20 @@ def test_every_rank_has_its_own_memory_and_wait_for_data(values: dict[str, float
     assert values == {"savant_data_wait_seconds": 0.25, "savant_memory_gb": 1.5}
 
 
-def test_metrics_that_fail_end_themselves_and_not_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_ray_disables_the_metrics_and_does_not_reach_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no metrics agent")
 
-    told = RunMetrics("run", 1)
+    run_metrics = RunMetrics("run", 1)
     monkeypatch.setattr(metrics.Gauge, "set", fail)
-    told.observe(step_done(1))
-    told.observe(step_done(2))
-    told.observe_rank(0.25, 1.5)
+    run_metrics.observe(step_done(1))
+    run_metrics.observe(step_done(2))
+    run_metrics.observe_rank(0.25, 1.5)
     monkeypatch.setattr(metrics, "_meter", fail)
     RunMetrics("run", 0).observe(step_done(1))
 
 
-def test_a_gauge_is_set_again_because_ray_forgets_it_and_a_counter_is_not(
+def test_gauges_are_set_again_periodically_and_counters_are_not(
     values: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "REPEAT_SECONDS", 0.001)

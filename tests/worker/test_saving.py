@@ -1,4 +1,4 @@
-"""Checkpoints beside training: what is written is what was, one at a time, and no failure is swallowed."""
+"""Checkpoints are written during training: the state at the save, one at a time, and no failure is ignored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.training.tiny import tiny_config, tiny_state
 
 
 class RayTrain:
-    """Remembers what it was told."""
+    """Records the reports."""
 
     def __init__(self) -> None:
         self.reported: list[tuple[int, Any]] = []
@@ -32,7 +32,7 @@ class RayTrain:
 
 
 class SlowDisk:
-    """Writes when it is allowed to."""
+    """A storage that writes only after `may_write` is set, or fails with `error`."""
 
     def __init__(self) -> None:
         self.may_write = threading.Event()
@@ -60,21 +60,21 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
 
 
 @pytest.fixture
-def told() -> list[Event]:
+def events() -> list[Event]:
     return []
 
 
 @pytest.fixture
-def saver(tmp_path: Path, told: list[Event]) -> Saver:
-    return Saver(LocalStorage(tmp_path), {}, told.append)
+def saver(tmp_path: Path, events: list[Event]) -> Saver:
+    return Saver(LocalStorage(tmp_path), {}, events.append)
 
 
 def content(step: int) -> dict[str, Any]:
     return {"step": step, "savant": {"data_fingerprint": "abc", "format_version": 1}}
 
 
-def test_what_is_written_is_the_state_at_the_save_whatever_training_does_meanwhile(
-    saver: Saver, disk: SlowDisk, ray_train: RayTrain, told: list[Event], tmp_path: Path
+def test_the_written_checkpoint_is_the_state_at_the_save_while_training_continues(
+    saver: Saver, disk: SlowDisk, ray_train: RayTrain, events: list[Event], tmp_path: Path
 ) -> None:
     state = tiny_state(tiny_config())
     expected = copy.deepcopy(state.to_checkpoint())
@@ -91,11 +91,11 @@ def test_what_is_written_is_the_state_at_the_save_whatever_training_does_meanwhi
     for index, moments in expected["optimizer_state_dict"]["state"].items():
         assert torch.equal(written["optimizer_state_dict"]["state"][index]["exp_avg"], moments["exp_avg"])
     assert ray_train.reported == [(0, "step_0")]
-    (saved,) = told
+    (saved,) = events
     assert isinstance(saved, CheckpointSaved) and 0 <= saved.stall_seconds < saved.seconds
 
 
-def test_a_save_waits_for_the_one_before_it(saver: Saver, disk: SlowDisk, ray_train: RayTrain) -> None:
+def test_a_save_waits_for_the_previous_one(saver: Saver, disk: SlowDisk, ray_train: RayTrain) -> None:
     saver.begin(1, "periodic", lambda: content(1), {})
     threading.Timer(0.2, disk.may_write.set).start()
     saver.begin(2, "stop", lambda: content(2), {})
@@ -104,16 +104,16 @@ def test_a_save_waits_for_the_one_before_it(saver: Saver, disk: SlowDisk, ray_tr
     assert ray_train.reported == [(1, "step_1"), (2, "step_2")] and saver.saved_step == 2
 
 
-def test_a_storage_that_refuses_is_told_and_the_next_checkpoint_has_the_records_of_both(
-    saver: Saver, disk: SlowDisk, ray_train: RayTrain, told: list[Event], tmp_path: Path
+def test_a_storage_failure_is_reported_and_the_next_checkpoint_has_the_records_of_both(
+    saver: Saver, disk: SlowDisk, ray_train: RayTrain, events: list[Event], tmp_path: Path
 ) -> None:
     disk.may_write.set()
     disk.error = OSError("no space left")
     saver.lines.append({"event": "step", "step": 1})
     saver.begin(1, "periodic", lambda: content(1), {})
     assert not saver.finish()
-    assert ray_train.reported == [(1, None)] and saver.saved_step == 0, "the other ranks wait for a word"
-    assert isinstance(told[0], CheckpointFailed) and "no space left" in told[0].text
+    assert ray_train.reported == [(1, None)] and saver.saved_step == 0, "the other ranks wait for the report"
+    assert isinstance(events[0], CheckpointFailed) and "no space left" in events[0].text
     disk.error = None
     saver.lines.append({"event": "step", "step": 2})
     saver.begin(2, "periodic", lambda: content(2), {})
@@ -122,16 +122,16 @@ def test_a_storage_that_refuses_is_told_and_the_next_checkpoint_has_the_records_
     assert [json.loads(line)["step"] for line in records] == [1, 2] and saver.lines == []
 
 
-def test_any_other_error_ends_the_run_and_lets_nobody_wait(saver: Saver, disk: SlowDisk, ray_train: RayTrain) -> None:
+def test_any_other_error_ends_the_run_and_no_rank_waits(saver: Saver, disk: SlowDisk, ray_train: RayTrain) -> None:
     disk.may_write.set()
-    disk.error = ValueError("a mistake of ours")
+    disk.error = ValueError("a programming error")
     saver.begin(1, "periodic", lambda: content(1), {})
-    with pytest.raises(ValueError, match="mistake"):
+    with pytest.raises(ValueError, match="programming error"):
         saver.finish()
     assert ray_train.reported == [(1, None)]
 
 
-def test_a_rank_without_the_state_hands_over_alone(saver: Saver, ray_train: RayTrain, told: list[Event]) -> None:
+def test_other_ranks_report_without_a_checkpoint(saver: Saver, ray_train: RayTrain, events: list[Event]) -> None:
     saver.begin(1, "periodic", None, {})
     saver.finish()
-    assert ray_train.reported == [(1, None)] and told == []
+    assert ray_train.reported == [(1, None)] and events == []

@@ -73,7 +73,7 @@ def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_what_to_low
     assert failed.exit_code == 5 and "training.vram_limit_gb = 10" in failed.text and "lower model.dim" in failed.text
 
 
-def test_other_work_without_memory_does_not_end_the_run_as_a_model_that_does_not_fit(
+def test_running_out_of_memory_elsewhere_is_not_reported_as_a_model_that_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     events = run_worker(monkeypatch, UnexpectedError, load_newest=no_room)
