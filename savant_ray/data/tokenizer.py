@@ -34,7 +34,7 @@ NEVER_SAMPLED_NAMES = (
 )
 SEGMENT_CHARACTERS = 1 << 20
 BETWEEN_WORDS = re.compile(r"(?<=\w)(?= \w)")
-LONGEST_CHARACTER_BYTES = 4  # UTF-8
+MAX_CHARACTER_BYTES = 4  # UTF-8
 REPLACEMENT = "\ufffd"  # decoders return it for invalid bytes
 PLACEHOLDER = 2**32 - 1  # largest possible id, so no token of a template has it
 
@@ -46,8 +46,8 @@ class Tokenizer:
 
     A document is encoded as `prefix`, the ids of its text, and `suffix`, which ends with `end_of_document`; a prompt as
     `prefix` and the ids of its text. With `add_special_tokens`, prefix and suffix are those of the template that the
-    tokenizer's post-processor has for a single text, such as `[CLS] $A [SEP]`. If the template appends nothing, as Llama's
-    `<s> $A`, the suffix is the end-of-document token.
+    tokenizer's post-processor has for a single text, such as `[CLS] $A [SEP]`. If the template appends nothing, such as
+    Llama's `<s> $A`, the suffix is the end-of-document token.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ class IncrementalDecoder:
         """Return the text that `token` completes, "" while a character is incomplete."""
         self._pending.append(token)
         text = self._new_text()
-        if not text or (text.endswith("\ufffd") and len(self._pending) < LONGEST_CHARACTER_BYTES):
+        if not text or (text.endswith("\ufffd") and len(self._pending) < MAX_CHARACTER_BYTES):
             return ""
         self._before, self._pending = self._pending, []
         return text
