@@ -34,7 +34,7 @@ NEVER_SAMPLED_NAMES = (
 )
 SEGMENT_CHARACTERS = 1 << 20
 BETWEEN_WORDS = re.compile(r"(?<=\w)(?= \w)")
-MAX_CHARACTER_BYTES = 4  # UTF-8
+LONGEST_CHARACTER_BYTES = 4  # UTF-8
 REPLACEMENT = "\ufffd"  # decoders return it for invalid bytes
 PLACEHOLDER = 2**32 - 1  # largest possible id, so no token of a template has it
 
@@ -307,33 +307,32 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Decoder for text that is generated token by token; it returns complete characters only.
+    """Text while it is generated: `push` returns what is complete, never half a character.
 
-    `tokenizers.DecodeStream` is not used: it waits forever for the rest of an invalid byte sequence, and an untrained model
-    generates many.
+    `tokenizers.DecodeStream` holds back bytes that never become a character for ever; an untrained model makes many.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._before: list[int] = []  # returned already; some decoders need them to decide on a leading space
-        self._pending: list[int] = []
+        self._before: list[int] = []  # already said; some decoders need them to know about a leading space
+        self._held: list[int] = []
 
     def push(self, token: int) -> str:
-        """Return the text that `token` completes, "" while a character is incomplete."""
-        self._pending.append(token)
+        """The text that `token` completes; "" while a character is unfinished."""
+        self._held.append(token)
         text = self._new_text()
-        if not text or (text.endswith("\ufffd") and len(self._pending) < MAX_CHARACTER_BYTES):
+        if not text or (text.endswith("\ufffd") and len(self._held) < LONGEST_CHARACTER_BYTES):
             return ""
-        self._before, self._pending = self._pending, []
+        self._before, self._held = self._held, []
         return text
 
     def finish(self) -> str:
-        """Return the text of the remaining tokens when generation has ended."""
+        """What is still held back when generation ends."""
         return self._new_text()
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._before)
-        return self._tokenizer.decode(self._before + self._pending)[len(before) :]
+        said = self._tokenizer.decode(self._before)
+        return self._tokenizer.decode(self._before + self._held)[len(said) :]
 
 
 def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Config:
