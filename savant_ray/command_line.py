@@ -97,6 +97,7 @@ def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     for previous, argument in zip(["", *settings], settings, strict=False):
         follows_option = previous.startswith("--") and "=" not in previous
         refuse_undecodable(argument, previous if follows_option else "")
+        # The value of a setting may resemble an option, as in `--run.name fresh`.
         is_value = follows_option and not argument.startswith("--")
         close = difflib.get_close_matches(argument.replace("_", "-"), own_options, n=1, cutoff=0.8)
         if close and "." not in argument and not is_value:

@@ -315,7 +315,7 @@ COMMANDS = {
     "evaluate": Command(_evaluate, "score a checkpoint on logic problems, or on your own questions"),
     "export": Command(_export, "convert a checkpoint for other programs", prints_result=False),
     "config": Command(_config, "print the complete settings"),
-    "benchmark": Command(_benchmark, "measure the speed of the parts against straightforward implementations"),
+    "benchmark": Command(_benchmark, "benchmark parts of the program against straightforward implementations"),
 }
 
 

@@ -86,7 +86,7 @@ def prepare(
     hashes = content_hashes(files, cache_dir)
     identity = {
         "version": FORMAT_VERSION,
-        "files": list(zip(_names(files), hashes, strict=True)),
+        "files": list(zip(_relative_paths(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
     }
     build = _Build(plan_ranges(files, range_bytes), files, hashes, recipe, fingerprint(identity), cache_dir)
@@ -99,7 +99,9 @@ def prepare(
 
 
 def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_size: int = 32_000) -> Tokenizer:
-    """Return a tokenizer trained on the files (on 128 M characters of longer ones), which is cached in `cache_dir`.
+    """Return a tokenizer that is trained on the files, or load it from `cache_dir`.
+
+    At most `MAX_TRAINING_CHARACTERS` of the files are used.
 
     Raises:
         DataError: a file cannot be read.
@@ -123,8 +125,11 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
 
 
 def _load_cached_tokenizer(path: Path) -> Tokenizer | None:
-    """Load a tokenizer that `learn_tokenizer` has cached; its file name is `path` with a checksum. None if damaged."""
-    for candidate in [*path.parent.glob(f"{path.stem}-*.json"), path]:  # `path` itself: versions without checksums
+    """Load the tokenizer that `learn_tokenizer` has cached; None if there is none or it is damaged.
+
+    Its file is named `path` with a checksum; versions without checksums used `path` itself.
+    """
+    for candidate in [*path.parent.glob(f"{path.stem}-*.json"), path]:
         try:
             content = candidate.read_text(encoding="utf-8")
             if candidate in (path, _with_checksum(path, content)):
@@ -225,9 +230,8 @@ class _Build:
             if error := row["error"].as_py():
                 details = row["traceback"].as_py()
                 raise UnexpectedError(error, details) if details else DataError(error)
-            done = min(
-                done + row["bytes"].as_py(), total
-            )  # a task is retried when its worker has died, and reports its bytes again
+            # Ray retries a task whose worker has died; it then reports the same bytes again.
+            done = min(done + row["bytes"].as_py(), total)
             progress(done, total)
 
     def _run_tasks(self, folder: Path, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -283,7 +287,7 @@ def _merge_summaries(
     files: Sequence[SourceFile], ranges: Sequence[ByteRange], summaries: Sequence[RangeSummary], **identity: Any
 ) -> Manifest:
     """Return the manifest of all ranges, with line numbers counted from the start of the file."""
-    names = dict(zip([file.path for file in files], _names(files), strict=True))
+    names = dict(zip([file.path for file in files], _relative_paths(files), strict=True))
     origins = [names[part.file.path] for part in ranges]
     lines, documents, bad = (_per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines"))
     before = _lines_before(origins, summaries)
@@ -320,6 +324,7 @@ def _merge_summaries(
 
 
 def _per_file(origins: Sequence[str], summaries: Sequence[RangeSummary], key: str) -> Counter[str]:
+    """Return the sum of one count over the ranges of each file; `origins` are the files of the ranges."""
     totals: Counter[str] = Counter()
     for origin, summary in zip(origins, summaries, strict=True):
         totals[origin] += getattr(summary, key)
@@ -368,7 +373,7 @@ def _refuse_dropped(manifest: Manifest, recipe: Recipe) -> None:
         )
 
 
-def _names(files: Sequence[SourceFile]) -> list[str]:
+def _relative_paths(files: Sequence[SourceFile]) -> list[str]:
     """Return the paths relative to the folder that all files share, so that they stay the same if it is moved."""
     if not files:
         raise DataError("no file to prepare")
@@ -380,7 +385,7 @@ def _names(files: Sequence[SourceFile]) -> list[str]:
 
 def _title(files: Sequence[SourceFile]) -> str:
     """Return the first file's name, truncated to `MAX_TITLE_BYTES`, as the beginning of the cache folder's name."""
-    name = _names(files)[0].partition(".")[0].replace("/", "-")
+    name = _relative_paths(files)[0].partition(".")[0].replace("/", "-")
     return name.encode()[:MAX_TITLE_BYTES].decode(errors="ignore")
 
 

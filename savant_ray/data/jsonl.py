@@ -75,9 +75,9 @@ class RangeReader:
         self._part = part
         self._max_line_bytes = max_line_bytes
         filesystem, path = part.file.resolve()
-        with self._named_errors():
+        with self._errors_as_data_error():
             self._stored = filesystem.open_input_file(path)
-            first = max(part.start - 1, 0)  # a newline at `start` - 1 means that a line starts at `start`
+            first = max(part.start - 1, 0)  # the byte before `start` shows whether a line starts at `start`
             self._listed = _ListedBytes(self._stored, first, part.file.size)
             self._stream = _decoded(self._listed, part.file.codec)
 
@@ -88,7 +88,7 @@ class RangeReader:
         self._stored.close()
 
     def __iter__(self) -> Iterator[Line]:
-        with self._named_errors():
+        with self._errors_as_data_error():
             raw_lines = _split_lines(_owned_blocks(self._stream, self._part), self._max_line_bytes)
             for number, raw in enumerate(raw_lines, start=1):
                 yield _parse(number, raw, self._max_line_bytes)
@@ -99,7 +99,7 @@ class RangeReader:
         return max(min(self._listed.position, self._part.stop) - self._part.start, 0)
 
     @contextmanager
-    def _named_errors(self) -> Iterator[None]:
+    def _errors_as_data_error(self) -> Iterator[None]:
         try:
             yield
         except SavantError:

@@ -56,8 +56,8 @@ class Packing:
 
 def pack(lengths: Sequence[int], sequence_length: int) -> Packing:
     """Pack documents of these lengths: each token is in one row. The result depends only on the arguments."""
-    full, rest = _cut_long(lengths, sequence_length)
-    rows = [[piece] for piece in full] + _fill_gaps(*_best_fit(rest, sequence_length), sequence_length)
+    full, remainders = _cut_long(lengths, sequence_length)
+    rows = [[piece] for piece in full] + _fill_gaps(*_best_fit(remainders, sequence_length), sequence_length)
     pieces = np.array([piece for row in rows for piece in row], dtype=np.int64).reshape(-1, 3)
     documents, starts, sizes = pieces.T
     row_ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
@@ -66,13 +66,13 @@ def pack(lengths: Sequence[int], sequence_length: int) -> Packing:
 
 def _cut_long(lengths: Sequence[int], sequence_length: int) -> tuple[list[Piece], list[Piece]]:
     """Return pieces that fill a row, and the shorter remainders of the documents, the longest first."""
-    full, rest = [], []
+    full, remainders = [], []
     for document, length in enumerate(lengths):
         cut = length - length % sequence_length
         full += [Piece(document, start, sequence_length) for start in range(0, cut, sequence_length)]
         if cut < length:
-            rest.append(Piece(document, cut, length - cut))
-    return full, sorted(rest, key=lambda piece: -piece.length)
+            remainders.append(Piece(document, cut, length - cut))
+    return full, sorted(remainders, key=lambda piece: -piece.length)
 
 
 def _best_fit(pieces: list[Piece], sequence_length: int) -> tuple[list[Row], list[int]]:
@@ -92,10 +92,10 @@ def _best_fit(pieces: list[Piece], sequence_length: int) -> tuple[list[Row], lis
             rows.append([])
             gaps.append(gap)
         rows[row].append(piece)
-        gaps[row] = left = gap - piece.length
-        if left:
-            rows_with_gap[left].append(row)
-            present |= 1 << left
+        gaps[row] = remaining = gap - piece.length
+        if remaining:
+            rows_with_gap[remaining].append(row)
+            present |= 1 << remaining
     return rows, gaps
 
 

@@ -85,7 +85,7 @@ class SourceFile:
         if not is_uri(self.path):
             return _local_file(self.path, self.path)
         filesystem, path = self.resolve()
-        with _errors_named(self.path):
+        with _errors_as_data_error(self.path):
             info = filesystem.get_file_info(path)
         if info.type != pafs.FileType.File:
             raise DataError(f"{printable(self.path)}: was removed after it was listed")
@@ -181,7 +181,7 @@ def _shortened(messages: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _errors_named(pattern: str) -> Iterator[None]:
+def _errors_as_data_error(pattern: str) -> Iterator[None]:
     """Convert exceptions of a file system into a `DataError` that names the pattern."""
     try:
         yield
@@ -194,7 +194,7 @@ def _errors_named(pattern: str) -> Iterator[None]:
 def _local_files(pattern: str, warn: Warn) -> list[SourceFile]:
     path = _without_dots(absolute_path(pattern, error=DataError))
     problems: list[str] = []
-    with _errors_named(pattern):
+    with _errors_as_data_error(pattern):
         is_folder = os.path.isdir(path)
         if not is_folder and (is_standard_stream(path) or _exists(path)):
             return [_local_file(path, pattern)]
@@ -404,7 +404,7 @@ def _remote_files(pattern: str) -> list[SourceFile]:
     uri = decoded_uri(uri)
     uri = uri if uri.endswith("://") else uri.rstrip("/")
     filesystem, path = file_system(with_short_retries(encoded_uri(uri) + query), DataError)
-    with _errors_named(pattern):
+    with _errors_as_data_error(pattern):
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:
             return [SourceFile(uri, info.size, info.mtime_ns or 0, query)]

@@ -47,8 +47,8 @@ class Tokenizer:
 
     A document is encoded as `prefix`, the ids of its text, and `suffix`, which ends with `end_of_document`; a prompt as
     `prefix` and the ids of its text. With `add_special_tokens`, prefix and suffix are those of the template that the
-    tokenizer's post-processor has for a single text, such as `[CLS] $A [SEP]`. If the template appends nothing, as Llama's
-    `<s> $A`, the suffix is the end-of-document token.
+    tokenizer's post-processor has for a single text, such as `[CLS] $A [SEP]`. If the template appends nothing, such as
+    Llama's `<s> $A`, the suffix is the end-of-document token.
     """
 
     def __init__(

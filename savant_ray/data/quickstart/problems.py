@@ -82,16 +82,16 @@ def problems(
     contributes two problems per cycle.
     """
     rng = Random(f"{seed} {held_out} {unseen_wordings}")
-    found: dict[str, Problem] = {}
+    by_prompt: dict[str, Problem] = {}
     turns = list(templates)
-    while turns and len(found) < n:
+    while turns and len(by_prompt) < n:
         for template in tuple(turns):
-            problem = _new_problem(rng, template, held_out, unseen_wordings, found)
+            problem = _new_problem(rng, template, held_out, unseen_wordings, by_prompt)
             if problem is None:
                 turns.remove(template)
-            elif len(found) < n:
-                found[problem.prompt] = problem
-    return list(found.values())
+            elif len(by_prompt) < n:
+                by_prompt[problem.prompt] = problem
+    return list(by_prompt.values())
 
 
 def combined_pairs(operands: Sequence[int], operations: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -109,7 +109,7 @@ def _is_round(x: int) -> bool:
 
 
 def _new_problem(
-    rng: Random, template: str, held_out: bool, unseen_wordings: bool, found: dict[str, Problem]
+    rng: Random, template: str, held_out: bool, unseen_wordings: bool, known: dict[str, Problem]
 ) -> Problem | None:
     wordings = [w for w in WORDINGS[template] if w.unseen == unseen_wordings]
     for _ in range(_MAX_DRAWS):
@@ -118,7 +118,7 @@ def _new_problem(
         if operands is None:
             continue
         problem = _write(rng, template, wording, operands)
-        if problem.prompt not in found:
+        if problem.prompt not in known:
             return problem
     return None
 
