@@ -69,7 +69,7 @@ ALLOWED = {
         "ray_internals",
     },
     "worker": {"cluster", "storage", "evaluation", "training", "reporting", "data", "model", "ray_internals"},
-    "cluster": {"storage", "data", "ray_internals"},
+    "cluster": {"ray_internals"},
     "storage": {"original", "training", "reporting", "data", "ray_internals"},
     "original": {"training", "optim", "data", "model"},
     "evaluation": {"training", "inference", "data", "model"},
