@@ -122,11 +122,11 @@ def summarise(
 
 
 def _of_original(path: Path, step: int, newest: Path) -> RunSummary:
-    """What name and time of a file of the original say; it is not opened."""
+    """Return what the name and the time of a file of the original show; the file is not opened."""
     time = datetime.fromtimestamp(newest.stat().st_mtime, UTC).isoformat()
     unknown: dict[str, Any] = {field.name: None for field in fields(RunSummary)}
-    told = dict(name=path.resolve().name, folder=str(path), state="file of the original", step=step, last_time=time)
-    return RunSummary(**{**unknown, **told, "checkpoint": newest.name, "checkpoint_time": time})
+    known = dict(name=path.resolve().name, folder=str(path), state="file of the original", step=step, last_time=time)
+    return RunSummary(**{**unknown, **known, "checkpoint": newest.name, "checkpoint_time": time})
 
 
 def print_table(runs: Iterable[RunSummary]) -> None:
