@@ -264,8 +264,13 @@ def test_make_hands_the_name_of_a_configuration_and_the_arguments_on_as_they_are
     python.chmod(0o755)
     made = [f"VENV={tmp_path}", "--old-file", f"{tmp_path}/.installed"]
     arguments = """ARGS=--validation.prompt 'one two' --run.name "it's" """
+    outside_make = {"PATH": os.environ["PATH"]}  # inside another make, make also prints the folder that it enters
     done = subprocess.run(
-        ["make", "train", *made, f"CONFIG={name}", arguments], cwd=ROOT, capture_output=True, text=True
+        ["make", "train", *made, f"CONFIG={name}", arguments],
+        cwd=ROOT,
+        env=outside_make,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"<jobs/train.py><--config><{name}><--validation.prompt><one two><--run.name><it's>"
