@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -82,9 +83,13 @@ def test_a_worker_that_dies_or_raises_too_often_ends_the_run_with_where_to_go_on
 
 
 def training_workers() -> list[psutil.Process]:
-    """Of the one job that runs on the head, which is a child of this process."""
-    below = psutil.Process().children(recursive=True)
-    return [process for process in below if "RayTrainWorker" in " ".join(process.cmdline())]
+    """Return those of the one job that runs on the head, which is a child of this process."""
+    workers = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has exited since it was listed, or is a zombie
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                workers.append(process)
+    return workers
 
 
 @pytest.mark.parametrize("second", [pytest.param(False, marks=pytest.mark.rare), True], ids=["once", "twice"])

@@ -45,7 +45,10 @@ def killed(workplace: Path, victim: str) -> tuple[int, str, list[psutil.Process]
 
 
 def name_of(process: psutil.Process) -> str:
-    return " ".join([process.name(), *process.cmdline()[:1]])
+    try:
+        return " ".join([process.name(), *process.cmdline()[:1]])
+    except psutil.NoSuchProcess:  # it has exited since it was listed, or is a zombie
+        return ""
 
 
 LEAVING = """
