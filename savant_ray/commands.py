@@ -88,12 +88,7 @@ def _generate(arguments: Sequence[str]) -> int:
         help="run folder, step_N folder in it, or file of the original; also s3://…",
     )
     parser.add_argument("--prompt", type=utf8_text, metavar="TEXT", required=True, help="text to complete")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=new_tokens,
-        metavar="N",
-        help="maximum length of the answer, tokens [validation.max_new_tokens of the run]",
-    )
+    _add_generation_options(parser)
     parser.add_argument(
         "--temperature",
         type=temperature,
@@ -101,12 +96,6 @@ def _generate(arguments: Sequence[str]) -> int:
         help="sampling temperature; 0: always the most likely token [validation.temperature of the run]",
     )
     parser.add_argument("--seed", type=seed, metavar="N", default=0, help="seed of the sampling [0]")
-    parser.add_argument(
-        "--loops",
-        type=loops,
-        metavar="N",
-        help="number of times that the recurrent block is applied [model.n_loops of the run]",
-    )
     parser.add_argument(
         "--json", type=file_path, metavar="FILE", help="also write prompt, text and checkpoint to this file"
     )
@@ -130,18 +119,7 @@ def _generate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _evaluate(arguments: Sequence[str]) -> int:
-    parser = _parser("evaluate", takes_original=True)
-    parser.add_argument(
-        "checkpoint", metavar="RUN", help="run folder, step_N folder in it, or file of the original; also s3://…"
-    )
-    parser.add_argument("--suite", choices=("logic",), default="logic", help="built-in questions [logic]")
-    parser.add_argument(
-        "--problems",
-        type=file_path,
-        metavar="FILE.jsonl",
-        help="your own questions instead; each line has prompt and answer",
-    )
+def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=new_tokens,
@@ -154,6 +132,21 @@ def _evaluate(arguments: Sequence[str]) -> int:
         metavar="N",
         help="number of times that the recurrent block is applied [model.n_loops of the run]",
     )
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    parser = _parser("evaluate", takes_original=True)
+    parser.add_argument(
+        "checkpoint", metavar="RUN", help="run folder, step_N folder in it, or file of the original; also s3://…"
+    )
+    parser.add_argument("--suite", choices=("logic",), default="logic", help="built-in questions [logic]")
+    parser.add_argument(
+        "--problems",
+        type=file_path,
+        metavar="FILE.jsonl",
+        help="your own questions instead; each line has prompt and answer",
+    )
+    _add_generation_options(parser)
     parser.add_argument(
         "--depths",
         type=depths,

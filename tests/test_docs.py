@@ -185,7 +185,7 @@ def test_settings_in_yaml_and_environment_are_known(page):
 @each_page
 def test_python_on_a_page_can_be_parsed(page):
     for block in blocks(page, "python"):
-        ast.parse(block)
+        assert ast.parse(block).body
 
 
 @each_page

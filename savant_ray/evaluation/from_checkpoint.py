@@ -92,10 +92,17 @@ def answers_of(
         CheckpointError: there is no readable checkpoint.
         DataError: a question's prompt has no tokens.
     """
+    model, tokenizer, _, limit = _load_for(checkpoint, questions, max_new_tokens)
+    yield from answer_questions(model, tokenizer, questions, limit, n_loops)
+
+
+def _load_for(
+    checkpoint: Path, questions: Sequence[Question], max_new_tokens: int | None
+) -> tuple[UniversalTransformer, Tokenizer, Config, int]:
+    """Load a checkpoint that can answer the questions, and the maximum length of an answer in tokens."""
     model, tokenizer, config = load_model(checkpoint)
     refuse_empty_prompts(tokenizer, questions)
-    max_new_tokens = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    yield from answer_questions(model, tokenizer, questions, max_new_tokens, n_loops)
+    return model, tokenizer, config, config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
 
 
 def result(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -133,13 +140,11 @@ def by_depth(
         CheckpointError: there is no readable checkpoint.
         DataError: a question's prompt has no tokens.
     """
-    model, tokenizer, config = load_model(checkpoint)
-    refuse_empty_prompts(tokenizer, questions)
-    max_new_tokens = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
+    model, tokenizer, config, limit = _load_for(checkpoint, questions, max_new_tokens)
     device = model.head.weight.device
     rows = [(tokens.to(device), ids.to(device)) for tokens, ids in held_out_rows(config, tokenizer)]
     for n_loops in depths:
-        score = total(scores(answer_questions(model, tokenizer, questions, max_new_tokens, n_loops)))
+        score = total(scores(answer_questions(model, tokenizer, questions, limit, n_loops)))
         loss, tokens = loss_sums(model, rows, n_loops).tolist()
         row = {"loops": n_loops, **_score_record(score), "loss": loss / tokens if tokens else None}
         if rows:

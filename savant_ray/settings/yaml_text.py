@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -29,10 +30,8 @@ def load_yaml(text: str) -> Any:
         YamlError: the text is not valid YAML, contains anything but plain data, or repeats a key.
     """
     if "\t" in text or "\\u" in text:
-        try:
+        with suppress(ValueError, RecursionError):  # raised for text that is not JSON, which may still be YAML
             return json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_parse_int)
-        except (ValueError, RecursionError):  # not JSON
-            pass
     try:
         loader = _Loader(text)
         content = loader.get_single_data()

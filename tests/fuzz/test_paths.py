@@ -6,7 +6,7 @@ import gzip
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from random import Random
 from urllib.parse import quote
@@ -114,7 +114,7 @@ def plant(tree: list[tuple[str, bytes | str]]) -> tuple[Path, list[Path]]:
     files = []
     for name, content in tree:
         path = folder / name
-        try:
+        with suppress(FileExistsError, NotADirectoryError, IsADirectoryError):  # an earlier entry has the name
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
                 path.write_bytes(content)
@@ -123,8 +123,6 @@ def plant(tree: list[tuple[str, bytes | str]]) -> tuple[Path, list[Path]]:
                 path.symlink_to(content)
             else:
                 os.mkfifo(path)
-        except (FileExistsError, NotADirectoryError, IsADirectoryError):
-            pass  # the name is taken
     return folder, sorted(set(files))
 
 

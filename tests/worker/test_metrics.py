@@ -118,16 +118,21 @@ def test_every_rank_has_its_own_memory_and_wait_for_data(values: dict[str, float
 
 
 def test_an_error_in_ray_disables_the_metrics_and_does_not_reach_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = []
+
     def fail(*_: Any, **__: Any) -> Any:
+        failures.append("no metrics agent")
         raise RuntimeError("no metrics agent")
 
     run_metrics = RunMetrics("run", 1)
     monkeypatch.setattr(metrics.Gauge, "set", fail)
-    run_metrics.observe(step_done(1))
-    run_metrics.observe(step_done(2))
     run_metrics.observe_rank(0.25, 1.5)
+    run_metrics.observe(step_done(1))
+    run_metrics.observe_rank(0.25, 1.5)
+    assert len(failures) == 1, "Ray is not called again"
     monkeypatch.setattr(metrics, "_meter", fail)
     RunMetrics("run", 0).observe(step_done(1))
+    assert len(failures) == 2
 
 
 def test_gauges_are_set_again_periodically_and_counters_are_not(
