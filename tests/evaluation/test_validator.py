@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from savant_ray.training.step import micro_batches
 from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.original.program import OriginalModel
 from tests.original.test_file import original_config
-from tests.training.tiny import LENGTH, RecordingHost, share, shares, tiny_config, tiny_state
+from tests.training.tiny import LENGTH, RecordingHost, share, shares, tiny_config, tiny_state, tiny_tokenizer
 
 BATCHES, NEW_TOKENS = 3, 4
 
@@ -49,16 +48,16 @@ def after(questions: int) -> Callable[[], bool]:
 
 
 def validator(config: Config, emit: Callable[[Event], None], stop_requested: Callable[[], bool]) -> Validator:
-    words = SimpleNamespace(
-        vocab_size=50,
-        end_of_document=50,
-        never_sampled=frozenset(),
-        encode_prompts=lambda texts: [[3, 4] for _ in texts],
-        decode_continuation=lambda prompt, ids: str(ids),
-    )
     batches = share(0, 4 * BATCHES, 0, 1, 4)
     return Validator(
-        config, words, batches, target_tokens=9, text_bytes=9, rank=0, emit=emit, stop_requested=stop_requested
+        config,
+        tiny_tokenizer(),
+        batches,
+        target_tokens=9,
+        text_bytes=9,
+        rank=0,
+        emit=emit,
+        stop_requested=stop_requested,
     )
 
 

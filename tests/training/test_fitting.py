@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +29,17 @@ from savant_ray.training.host_copies import HostCopy, WeightChanges
 from savant_ray.training.loop import train
 from savant_ray.training.state import BatchFit, TrainingState
 from savant_ray.training.step import take_step
-from tests.training.tiny import CPU, RecordingHost, never, share, shares, tiny_config, tiny_state, weights
+from tests.training.tiny import (
+    CPU,
+    RecordingHost,
+    never,
+    share,
+    shares,
+    tiny_config,
+    tiny_state,
+    tiny_tokenizer,
+    weights,
+)
 
 Room = Callable[[], None]
 
@@ -309,15 +318,8 @@ def validated(state: TrainingState, config: Config) -> list[Event]:
 
 
 def validator(config: Config, events: list[Event]) -> Validator:
-    words = SimpleNamespace(
-        vocab_size=50,
-        end_of_document=50,
-        never_sampled=frozenset(),
-        encode_prompts=lambda texts: [[3, 4] for _ in texts],
-        decode_continuation=lambda prompt, ids: str(ids),
-    )
     return Validator(
-        config, words, share(0, 12, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
+        config, tiny_tokenizer(), share(0, 12, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
         stop_requested=lambda: False,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,3 +145,14 @@ def _sequence(position: int) -> tuple[torch.Tensor, torch.Tensor]:
     documents = torch.tensor([0] * first + [1] * (LENGTH - first - position % 3) + [-1] * (position % 3))
     tokens = torch.randint(1, VOCABULARY, (LENGTH,), generator=generator)
     return torch.where(documents >= 0, tokens, 0), documents
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer that encodes every prompt as `[3, 4]` and decodes ids as their list."""
+    return SimpleNamespace(
+        vocab_size=50,
+        end_of_document=50,
+        never_sampled=frozenset(),
+        encode_prompts=lambda texts: [[3, 4] for _ in texts],
+        decode_continuation=lambda prompt, ids: str(ids),
+    )

@@ -98,8 +98,14 @@ def test_the_written_checkpoint_is_the_state_at_the_save_while_training_continue
 def test_a_save_waits_for_the_previous_one(saver: Saver, disk: SlowDisk, ray_train: RayTrain) -> None:
     saver.begin(1, "periodic", lambda: content(1), {})
     threading.Timer(0.2, disk.may_write.set).start()
-    saver.begin(2, "stop", lambda: content(2), {})
-    assert ray_train.reported == [(1, "step_1")] and saver.saved_step == 1
+    reported_before = []
+
+    def copy_state() -> dict[str, Any]:
+        reported_before.extend(ray_train.reported)
+        return content(2)
+
+    saver.begin(2, "stop", copy_state, {})
+    assert reported_before == [(1, "step_1")]
     saver.finish()
     assert ray_train.reported == [(1, "step_1"), (2, "step_2")] and saver.saved_step == 2
 
