@@ -79,7 +79,7 @@ def checkpoint_path(text: str) -> Path:
     try:
         path.exists()
     except OSError as error:
-        raise CheckpointError(f"checkpoint: {printable(text)}: cannot be read ({why(error)})") from error
+        raise CheckpointError(f"checkpoint: {printable(text)}: cannot be read ({error_text(error)})") from error
     return path
 
 
@@ -138,7 +138,9 @@ def usable_folder(path: Path, setting: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f"{setting}: {printable(str(path))} cannot be used as a folder: {why(error)}") from error
+        raise SettingsError(
+            f"{setting}: {printable(str(path))} cannot be used as a folder: {error_text(error)}"
+        ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise SettingsError(f"{setting}: {printable(str(path))} is not writable by this user")
 
@@ -191,7 +193,7 @@ def is_standard_stream(path: str) -> bool:
     return _STANDARD_STREAM.match(path) is not None
 
 
-def why(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Return the message of an error of the operating system or a library on one line of at most 300 characters."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return printable(text.strip().splitlines()[0][:300].removesuffix("."))
