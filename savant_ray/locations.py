@@ -129,7 +129,7 @@ def replace_missing_home() -> None:
         os.environ["HOME"] = tempfile.mkdtemp(prefix=TEMPORARY_HOME)
 
 
-def usable_folder(path: Path, setting: str) -> None:
+def create_writable_folder(path: Path, setting: str) -> None:
     """Create a folder and its parents if necessary, and check that the user may write into it.
 
     Raises:

@@ -86,7 +86,7 @@ def refuse_other_code() -> None:
         except RayError:  # the node is gone
             continue
         if digest != own_digest():
-            raise other_code(str(package_folder()), f"node {nodes[answer]['NodeManagerAddress']}", folder)
+            raise other_code_error(str(package_folder()), f"node {nodes[answer]['NodeManagerAddress']}", folder)
 
 
 def _on(node: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _folder_and_digest(package: str) -> tuple[str, str]:
     return str(folder), code_digest(folder)
 
 
-def other_code(driver_folder: str, process: str, folder: str) -> SavantError:
+def other_code_error(driver_folder: str, process: str, folder: str) -> SavantError:
     """Return the error for a process that imports another version of the package, from `folder`; "" if it has none."""
     difference = f"has another version of it in {folder}" if folder else "cannot import it"
     return SavantError(

@@ -97,7 +97,7 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
         if cluster is not None:
             refuse_other_code()
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
-    except (KeyboardInterrupt, Leave):  # `exit_without_shutdown` follows
+    except (KeyboardInterrupt, ExitWithoutShutdown):  # `exit_without_shutdown` follows
         raise
     except BaseException:
         ray.shutdown()
@@ -175,8 +175,11 @@ def _own_processes() -> list[psutil.Process]:
     return processes
 
 
-class Leave(BaseException):
-    """Ends an attempt while `fit()` still runs; the process prints `error` and calls `exit_without_shutdown(code)`."""
+class ExitWithoutShutdown(BaseException):
+    """Raised to end an attempt while `fit()` still runs, so that Ray must not be shut down.
+
+    The process that catches it prints `error` if there is one, and calls `exit_without_shutdown` with the exit code.
+    """
 
     def __init__(self, code: int = 0, error: Exception | None = None) -> None:
         super().__init__(code, error)

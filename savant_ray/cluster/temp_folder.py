@@ -35,11 +35,11 @@ def choose_temp_folder(say: Callable[[str], None], environment: MutableMapping[s
         SavantError: RAY_TMPDIR, or /tmp, is not usable.
     """
     chosen = ray_temp_folder(environment)
-    reason = why_unusable_for_ray(chosen, create=bool(environment.get(VARIABLE)))
+    reason = unusable_reason(chosen, create=bool(environment.get(VARIABLE)))
     if reason and not environment.get(VARIABLE) and chosen != DEFAULT:
         say(f"Ray's files go to {DEFAULT}: TMPDIR={chosen} {reason} (set RAY_TMPDIR to choose another folder)")
         chosen = DEFAULT
-        reason = why_unusable_for_ray(chosen)
+        reason = unusable_reason(chosen)
     if reason:
         variable = "RAY_TMPDIR=" if environment.get(VARIABLE) else ""
         raise SavantError(
@@ -52,7 +52,7 @@ def choose_temp_folder(say: Callable[[str], None], environment: MutableMapping[s
         environment["TMPDIR"] = chosen  # Ray starts its dashboard through a socket in it
 
 
-def why_unusable_for_ray(folder: str, create: bool = False) -> str:
+def unusable_reason(folder: str, create: bool = False) -> str:
     """Return why Ray cannot keep its files below the folder, "" if it can; `create`: create the folder if it is missing."""
     if not Path(folder).is_absolute():
         return "is not an absolute path"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from savant_ray.cluster.ray_job import in_ray_job, missing_text_explained
-from savant_ray.cluster.session import Leave
+from savant_ray.cluster.session import ExitWithoutShutdown
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
@@ -68,7 +68,7 @@ def open_attempt(
 
     Raises:
         SavantError: the run is in use or its storage cannot be used; or, with `fresh`, the new run could not start.
-        Leave: the block raised it, or was interrupted.
+        ExitWithoutShutdown: the block raised it, or was interrupted.
     """
     storage = run_storage(config)
     with ExitStack() as stack:
@@ -94,13 +94,13 @@ def open_attempt(
             report.say(
                 f"stopped without saving; run the same command again to resume from {attempt.newest_checkpoint()}"
             )
-            raise Leave(STOPPED_EARLY) from None
-        except Leave as leave:
-            phase.advance(Trigger.LEAVE)
-            if leave.error is not None:
+            raise ExitWithoutShutdown(STOPPED_EARLY) from None
+        except ExitWithoutShutdown as end:
+            phase.advance(Trigger.EXIT)
+            if end.error is not None:
                 storage.expect_late_writes()
-                leave.error = explain(leave.error, storage.folder, report.activity)
-                report.log(f"error: {leave.error}")
+                end.error = explain(end.error, storage.folder, report.activity)
+                report.log(f"error: {end.error}")
             raise
 
 

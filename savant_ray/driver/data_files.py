@@ -15,7 +15,7 @@ from savant_ray.data.sources import SourceFile, expand, refuse_empty
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.tokenizer_choice import refuse_unencodable_prompts
 from savant_ray.errors import DataError
-from savant_ray.locations import is_uri, parent_and_name, usable_folder
+from savant_ray.locations import create_writable_folder, is_uri, parent_and_name
 from savant_ray.reporting import RunReport
 
 SHOWN_FILES = 5  # in a message
@@ -41,7 +41,7 @@ def find_data_files(config: Config, report: RunReport) -> DataFiles:
     if config.data.quickstart:
         _write_missing_quickstart(config, report)
     cache_dir = Path(config.data.cache_dir)
-    usable_folder(cache_dir, "data.cache_dir")
+    create_writable_folder(cache_dir, "data.cache_dir")
     sources = _find_sources(config.data.sources, report.say)
     validation = _expand(config.data.validation, "data.validation", report.say)
     return DataFiles(_without_validation(sources, validation, cache_dir, report.say), validation)

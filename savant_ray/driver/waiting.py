@@ -37,10 +37,10 @@ class WorkerWatch:
         if self._is_reported or self._clock() - self._waiting_since < SECONDS_UNTIL_REPORT:
             return
         self._is_reported = True
-        self._say(waiting_for(self._workers, self._resources, ray.available_resources(), ray.cluster_resources()))
+        self._say(waiting_message(self._workers, self._resources, ray.available_resources(), ray.cluster_resources()))
 
 
-def waiting_for(
+def waiting_message(
     workers: int, resources: Mapping[str, float], free: Mapping[str, float], total: Mapping[str, float]
 ) -> str:
     """Return a message with the resources that the workers need and those that the cluster has."""

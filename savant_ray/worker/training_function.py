@@ -13,7 +13,7 @@ import torch
 from ray.exceptions import RayError
 from ray.train.torch import get_device
 
-from savant_ray.cluster.same_code import other_code, own_digest, package_folder
+from savant_ray.cluster.same_code import other_code_error, own_digest, package_folder
 from savant_ray.config import Config
 from savant_ray.data.stream import StepStream
 from savant_ray.data.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         host.emit(WorkersStarted())
     try:
         if task.code != own_digest():  # a node that joined after the driver had compared the code of all nodes
-            raise other_code(task.package, f"worker {host.rank}", str(package_folder()))
+            raise other_code_error(task.package, f"worker {host.rank}", str(package_folder()))
         _train(task, config, storage, stream, host)
     except SavantError as error:
         host.finish_saving()

@@ -28,7 +28,7 @@ from savant_ray.cluster.ray_address import (
     unreachable_reason,
 )
 from savant_ray.cluster.session import prepare_environment, start_errors_explained
-from savant_ray.cluster.temp_folder import choose_temp_folder, why_unusable_for_ray
+from savant_ray.cluster.temp_folder import choose_temp_folder, unusable_reason
 from savant_ray.errors import SavantError
 from tests.cluster.conftest import free_port
 
@@ -218,8 +218,8 @@ def test_a_full_disk_is_named_before_ray_waits_for_a_time_out(monkeypatch: pytes
 
 
 def test_a_path_that_just_fits_into_a_socket_is_not_too_long() -> None:
-    assert "too long" not in why_unusable_for_ray("/" + "e" * 37)
-    assert "too long" in why_unusable_for_ray("/" + "e" * 40)
+    assert "too long" not in unusable_reason("/" + "e" * 37)
+    assert "too long" in unusable_reason("/" + "e" * 40)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from savant_ray.cluster.same_code import code_digest, job_config, other_code, own_digest, package_folder
+from savant_ray.cluster.same_code import code_digest, job_config, other_code_error, own_digest, package_folder
 from savant_ray.errors import SavantError
 from savant_ray.events import RunFailed
 from tests.cluster.conftest import ROOT, Head, environment
@@ -45,9 +45,9 @@ def test_workers_look_for_modules_where_the_driver_found_them_and_nowhere_else()
 
 
 def test_the_message_about_other_code_names_both_folders_and_what_to_do() -> None:
-    said = str(other_code("/mine", "node 10.0.0.2", "/theirs"))
+    said = str(other_code_error("/mine", "node 10.0.0.2", "/theirs"))
     assert "/mine" in said and "/theirs" in said and "10.0.0.2" in said and "make submit" in said
-    assert "cannot import it" in str(other_code("/mine", "node 10.0.0.2", ""))
+    assert "cannot import it" in str(other_code_error("/mine", "node 10.0.0.2", ""))
 
 
 def test_a_worker_of_a_node_that_joined_later_with_other_code_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from savant_ray.config import load_config
 from savant_ray.driver import trainer
 from savant_ray.driver.phases import Phase
 from savant_ray.driver.trainer import cpus_per_worker, workers_that_fit
-from savant_ray.driver.waiting import SECONDS_UNTIL_REPORT, WorkerWatch, waiting_for
+from savant_ray.driver.waiting import SECONDS_UNTIL_REPORT, WorkerWatch, waiting_message
 from savant_ray.errors import SettingsError
 
 
@@ -86,5 +86,5 @@ def test_missing_resources_are_reported_once_each_time_that_workers_do_not_start
 
 
 def test_a_missing_resource_is_named() -> None:
-    text = waiting_for(1, {"GPU": 1.0, "CPU": 4.0}, {"CPU": 8.0}, {"CPU": 8.0})
+    text = waiting_message(1, {"GPU": 1.0, "CPU": 4.0}, {"CPU": 8.0}, {"CPU": 8.0})
     assert "1 worker needs {GPU: 1, CPU: 4};" in text and "0 of 0 GPU free, 8 of 8 CPU free" in text
