@@ -31,7 +31,7 @@ UNREPORTED_CHANGES = ("run.", "data.", "reporting.")  # sections whose changes b
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is open for the duration of an attempt."""
+    """The settings and options of an attempt, and what is open while it lasts."""
 
     config: Config  # as the user wrote it, with absolute paths
     allow_changes: bool
@@ -51,12 +51,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an attempt starts from."""
+    """The checkpoint, the tokenizer and the files that an attempt starts from, and the settings that result."""
 
     config: Config  # with the settings that the tokenizer determines
-    start: Path | None  # checkpoint of this run to resume from
+    start: Path | None  # checkpoint of this run to resume from, None for a new run
     origin: Origin | None  # checkpoint whose weights are loaded: `start`, or that of `run.init_from`
-    tokenizer: Tokenizer | None  # None: to be learnt from the training text
+    tokenizer: Tokenizer | None  # None: to be trained on the training text
     files: DataFiles
 
 
@@ -74,7 +74,7 @@ def open_attempt(
     with ExitStack() as stack:
         with storage_errors_explained(storage):
             if fresh:
-                _refuse_before_moving(config, storage, allow_changes)
+                _check_before_moving_aside(config, storage, allow_changes)
             moved = storage.move_aside() if fresh else None
             stack.enter_context(storage.in_use())
             storage.fetch_records()
@@ -104,7 +104,7 @@ def open_attempt(
             raise
 
 
-def _refuse_before_moving(config: Config, storage: RunStorage, allow_changes: bool) -> None:
+def _check_before_moving_aside(config: Config, storage: RunStorage, allow_changes: bool) -> None:
     """Check the inputs of a new run before `--fresh` moves an older one aside for it.
 
     Raises:
@@ -115,9 +115,9 @@ def _refuse_before_moving(config: Config, storage: RunStorage, allow_changes: bo
     choose_tokenizer(config, find_origin(None, config, allow_changes), allow_changes)
     with (
         missing_text_explained(),
-        RunReport(None, console=PlainConsole(None)) as silent,  # the attempt itself prints the same messages again
+        RunReport(None, console=PlainConsole(None)) as silent_report,  # `find_inputs` prints the same messages
     ):
-        find_data_files(config, silent)
+        find_data_files(config, silent_report)
 
 
 def find_inputs(attempt: Attempt) -> Inputs | None:

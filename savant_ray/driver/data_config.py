@@ -20,7 +20,7 @@ class StepDataConfig(ray.train.DataConfig):
     def __init__(self) -> None:
         super().__init__(datasets_to_split=[])
 
-    def configure(  # type: ignore[override]  # Ray passes `datasets` on unchanged; its annotation has its own type
+    def configure(  # type: ignore[override]  # Ray annotates `datasets` as Ray Datasets, but passes on any values
         self,
         datasets: dict[str, StreamPlan],
         world_size: int,

@@ -120,9 +120,9 @@ def _call_fit(trainer: TorchTrainer, outcome: Outcome) -> None:
 
 
 def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch) -> None:
-    """Report events and pass on a stop request until `fit()` has returned, or is no longer waited for."""
+    """Report events and pass on a stop request until `fit()` has returned or has taken too long after the last event."""
     phase, report = attempt.phase, attempt.report
-    saved_time = math.inf  # when all workers had finished and all was saved, by time.monotonic()
+    saved_time = math.inf  # when the workers had finished and the last step was saved, by time.monotonic()
     while True:
         finished = not outcome.fit_is_running  # read before the events, so that the last ones are not missed
         for event in next_events(bridge, 0 if finished else POLL_SECONDS):

@@ -66,7 +66,7 @@ def make_trainer(
 
 @dataclass
 class _RunConfig(RunConfig):
-    """Separates the run's folder from `name`, which Ray uses in metrics and requires to be ASCII."""
+    """A `RunConfig` whose folder is not named `name`, because Ray uses `name` in metrics and requires it to be ASCII."""
 
     folder: str = ""  # below `storage_path`
 
@@ -98,31 +98,32 @@ def scaling(config: Config) -> ScalingConfig:
         )
     except ValueError as error:  # such as GPUs in `resources_per_worker` of workers without GPUs
         raise SettingsError(f"scaling.resources_per_worker: {error}") from error
-    if (room := workers_that_fit(nodes, worker_resources(scaling))) < fewest:
-        raise SettingsError(_insufficient_resources(fewest, room, worker_resources(scaling), nodes))
+    if (n_fitting := workers_that_fit(nodes, worker_resources(scaling))) < fewest:
+        raise SettingsError(_insufficient_resources(fewest, n_fitting, worker_resources(scaling), nodes))
     return scaling
 
 
 def _insufficient_resources(
-    workers: int, room: int, needed: Mapping[str, float], nodes: Sequence[Mapping[str, float]]
+    workers: int, n_fitting: int, required: Mapping[str, float], nodes: Sequence[Mapping[str, float]]
 ) -> str:
-    subject = "1 worker with" if workers == 1 else f"{workers} workers with"
-    largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needed}
-    where = "this machine has" if owns_ray() else "the cluster's largest node has"
+    resources = _format_resources(required)
+    subject = f"1 worker with {resources}" if workers == 1 else f"{workers} workers with {resources} each"
+    largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in required}
+    owner = "this machine has" if owns_ray() else "the cluster's largest node has"
     return (
-        f"scaling.num_workers: {subject} {_listed(needed)}{'' if workers == 1 else ' each'} cannot run: {where} "
-        f"{_listed(largest)}, room for {room}; lower scaling.num_workers or scaling.resources_per_worker"
+        f"scaling.num_workers: {subject} cannot run: {owner} {_format_resources(largest)}, room for {n_fitting}; "
+        "lower scaling.num_workers or scaling.resources_per_worker"
     )
 
 
-def _listed(resources: Mapping[str, float]) -> str:
+def _format_resources(resources: Mapping[str, float]) -> str:
     return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"
 
 
 def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
     """Return the resources that one worker occupies, by Ray's names."""
     gpu = {"GPU": 1.0} if scaling.use_gpu else {}
-    return gpu | dict(scaling.resources_per_worker or {})  # type: ignore[arg-type]  # Ray Tune alone passes a search space
+    return gpu | dict(scaling.resources_per_worker or {})  # type: ignore[arg-type]  # only Ray Tune sets a search space
 
 
 def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu: bool) -> int:

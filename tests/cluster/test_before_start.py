@@ -125,15 +125,15 @@ def test_the_guides_checkpoint_is_about_a_gigabyte() -> None:
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path) -> None:
-    check_disk(tmp_path, one_checkpoint=1000, keep=3)
+    check_disk(tmp_path, bytes_per_checkpoint=1000, keep=3)
     with pytest.raises(SettingsError, match=r"run\.storage_path: .* free, 4 checkpoints of 1,000,000 TB need"):
-        check_disk(tmp_path, one_checkpoint=10**18, keep=3)
+        check_disk(tmp_path, bytes_per_checkpoint=10**18, keep=3)
     (tmp_path / "step_4").mkdir()
     (tmp_path / "step_4/weights").touch()
     os.truncate(tmp_path / "step_4/weights", 4 * 10**12)  # of holes
-    check_disk(tmp_path, one_checkpoint=10**12, keep=3)
+    check_disk(tmp_path, bytes_per_checkpoint=10**12, keep=3)
     with pytest.raises(SettingsError, match="4 checkpoints of 1.00 TB need 4.00 TB more"):
-        check_disk(tmp_path, one_checkpoint=10**12, keep=3, fresh=True)
+        check_disk(tmp_path, bytes_per_checkpoint=10**12, keep=3, fresh=True)
 
 
 @pytest.mark.parametrize(
@@ -215,10 +215,10 @@ def test_a_run_that_is_done_says_how_far_it_is_and_a_next_command_that_a_shell_t
 
 def test_a_disk_that_is_not_even_there_is_looked_at_where_it_would_be(tmp_path: Path) -> None:
     folder = tmp_path / "not/there"
-    check_disk(folder, one_checkpoint=1000, keep=3)
+    check_disk(folder, bytes_per_checkpoint=1000, keep=3)
     assert not folder.exists()
     with pytest.raises(SettingsError, match="not/there has .* free"):
-        check_disk(folder, one_checkpoint=10**18, keep=3)
+        check_disk(folder, bytes_per_checkpoint=10**18, keep=3)
 
 
 def test_init_from_must_name_a_checkpoint(tmp_path: Path) -> None:

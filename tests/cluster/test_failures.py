@@ -118,7 +118,7 @@ def test_ctrl_c_while_the_text_is_prepared(head: Head, workplace: Path) -> None:
     text.write_text(text.read_text() * 100)
     job = start_job(head, workplace)
     log = workplace / "tiny/training_log.txt"
-    wait_for(lambda: log.exists() and "tokenising" in log.read_text())
+    wait_for(lambda: log.exists() and "tokenizing" in log.read_text())
     job.send_signal(signal.SIGTERM)
     printed, _ = job.communicate(timeout=60)
     assert job.returncode == 75 and "resume from the beginning" in printed, printed

@@ -95,7 +95,7 @@ def test_of_a_run_in_object_storage_the_tokenizer_is_fetched_without_the_weights
 def test_a_new_run_does_not_learn_another_one_unless_changes_are_allowed(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     config, origin = started_from(run, tokenizer="train")
-    with pytest.raises(SettingsError, match=r"data\.tokenizer: train would learn another one") as refusal:
+    with pytest.raises(SettingsError, match=r"data\.tokenizer: train would train a new tokenizer") as refusal:
         choose_tokenizer(config, origin, allow_changes=False)
     for advice in ("leave data.tokenizer at auto", f"{run}/step_6/tokenizer.json", "--allow-changes"):
         assert advice in str(refusal.value)
@@ -149,7 +149,7 @@ def test_a_run_that_was_given_its_tokenizer_does_not_learn_one_when_it_goes_on(t
     origin = resumed(run_of(tmp_path, tokenizer="albert-base-v2"))
     chosen = choose_tokenizer(Config(), origin, allow_changes=False)
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
-    with pytest.raises(CheckpointError, match="train would learn another one"):
+    with pytest.raises(CheckpointError, match="train would train a new tokenizer"):
         choose_tokenizer(changed(data={"tokenizer": "train"}), origin, allow_changes=False)
 
 
