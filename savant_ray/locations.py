@@ -1,7 +1,7 @@
 """Paths and URIs in settings and options: parse, validate, join.
 
 All settings and options that name a file or folder are parsed here, so a text that cannot be a path is reported with the
-name of the setting. A `file:` URI is a local path; URIs of other schemes are for `pyarrow.fs` (`data/sources.py`).
+name of the setting. A `file:` URI is a local path; URIs of other schemes are opened by `pyarrow.fs` (`data/sources.py`).
 """
 
 from __future__ import annotations
@@ -189,12 +189,12 @@ def encoded_uri(decoded: str) -> str:
 
 
 def is_standard_stream(path: str) -> bool:
-    """Return whether a local path names another file in each process, such as `/dev/stdin`."""
+    """Return whether a local path refers to a different file in each process, such as `/dev/stdin`."""
     return _STANDARD_STREAM.match(path) is not None
 
 
 def error_text(error: Exception) -> str:
-    """Return the message of an error of the operating system or a library on one line of at most 300 characters."""
+    """Return the first line of the message of an operating system's or library's error, at most 300 characters."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return printable(text.strip().splitlines()[0][:300].removesuffix("."))
 

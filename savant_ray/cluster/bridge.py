@@ -21,7 +21,7 @@ from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 STOP_POLL_SECONDS = 30.0
 RAY_CHECK_SECONDS = 0.5  # after a poll should have been answered, Ray's own processes are checked at this interval
 
-BridgeHandle = Any  # an `ActorHandle`, according to whose types no method returns
+BridgeHandle = Any  # an `ActorHandle`, whose methods Ray annotates as `Never`
 
 
 # Ray's types know neither all of its options nor the class that the decorator returns.
@@ -48,7 +48,7 @@ class Bridge:
             case WorkersStarted():
                 self._has_workers = True
             case WorkersLost():
-                if self._failed or not self._has_workers:  # a worker has reported why it ended, or the loss is reported
+                if self._failed or not self._has_workers:  # a worker has sent its error, or the loss was sent before
                     return
                 self._has_workers = False
         self._events.append(event)
@@ -76,7 +76,7 @@ class Bridge:
 
 
 def start_bridge() -> BridgeHandle:
-    """Start the actor on this node; Ray may place an actor without resources on any node, and lose it with that node."""
+    """Start the actor on this node: Ray would place an actor without resources on any node, which may be lost."""
     strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Bridge.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
 

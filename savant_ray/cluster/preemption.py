@@ -1,4 +1,4 @@
-"""The time that is left before a node of the run is taken away."""
+"""The time that is left before a drained node of the run is shut down."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from savant_ray.ray_internals import preemption_deadline_ms
 
 
 def drain_grace_left(without_deadline: float) -> float | None:
-    """Return the seconds until the first drained node of this run is gone, None if no node is being drained.
+    """Return the seconds until the first drained node of this run is shut down, None if no node is being drained.
 
     `without_deadline` is returned for a drain without a deadline.
     """

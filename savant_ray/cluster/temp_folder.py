@@ -26,10 +26,11 @@ def ray_temp_folder(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get(VARIABLE) or environment.get("TMPDIR") or DEFAULT
 
 
-def choose_temp_folder(say: Callable[[str], None], environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set RAY_TMPDIR to a folder in which Ray can start: the user's, or /tmp if TMPDIR is not usable.
+def choose_temp_folder(notify: Callable[[str], None], environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RAY_TMPDIR to a folder in which Ray can start: RAY_TMPDIR, else TMPDIR, else /tmp.
 
-    A TMPDIR that is too long for the sockets of Python's own multiprocessing is replaced for this process and its children.
+    If TMPDIR is not usable, /tmp is chosen, and `notify` prints why. A TMPDIR that is too long for the sockets of Python's
+    own multiprocessing is replaced for this process and its children.
 
     Raises:
         SavantError: RAY_TMPDIR, or /tmp, is not usable.
@@ -37,7 +38,7 @@ def choose_temp_folder(say: Callable[[str], None], environment: MutableMapping[s
     chosen = ray_temp_folder(environment)
     reason = unusable_reason(chosen, create=bool(environment.get(VARIABLE)))
     if reason and not environment.get(VARIABLE) and chosen != DEFAULT:
-        say(f"Ray's files go to {DEFAULT}: TMPDIR={chosen} {reason} (set RAY_TMPDIR to choose another folder)")
+        notify(f"Ray's files go to {DEFAULT}: TMPDIR={chosen} {reason} (set RAY_TMPDIR to choose another folder)")
         chosen = DEFAULT
         reason = unusable_reason(chosen)
     if reason:

@@ -73,13 +73,13 @@ class RayHost:
             ray.get(sent)
 
     def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
-        """Set this rank's wait for data and its memory among Ray's metrics."""
+        """Set Ray's metrics of this rank: its wait for data and its memory."""
         self._metrics.observe_rank(data_wait_seconds, memory_gb)
 
     def grace_left(self) -> float | None:
-        """Return None until the driver requests a stop or a node of the run is drained, then the seconds left.
+        """Return the seconds that the current step may still take, None if it need not stop.
 
-        The time that the final checkpoint takes is subtracted.
+        A stop is requested by the driver, or by draining a node of the run. The time of the final checkpoint is subtracted.
         """
         left = self._listener.grace_left()
         if left is None and (left := drain_grace_left(self._config.run.grace_seconds)) is not None:
@@ -135,8 +135,7 @@ class RayHost:
             return self.validator(state)
 
     def _report_drain(self) -> None:
-        # Every rank reports it once, because any rank may be the first to detect it.
-        if not self._drain_reported:
+        if not self._drain_reported:  # every rank reports it once, because any rank may be the first to detect it
             self.emit(Notice(text="a node of this run is being drained: this step is finished and saved"))
         self._drain_reported = True
 
@@ -144,7 +143,7 @@ class RayHost:
         return tuple(f"{file}:{line}" for position in positions for file, line in self._plan.documents(position))
 
     def _record(self, event: Event) -> None:
-        """Keep what the next checkpoint stores of the event: its record line and the latest figures.
+        """Add the event's line to the record of the next checkpoint, and its figures to those reported to Ray Train.
 
         The figures are plain numbers and strings, because Ray Train writes them as JSON.
         """

@@ -1,4 +1,4 @@
-"""Load the state that a worker starts from: the run's newest checkpoint, else the weights of `run.init_from`, else new ones.
+"""Loads the state that a worker starts from: the run's newest checkpoint, else the weights of `run.init_from`, if any.
 
 The driver makes the same choice before it starts workers (`driver/starting_point.py`). It is made again here because Ray
 Train restarts workers without the driver.

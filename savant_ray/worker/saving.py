@@ -75,10 +75,11 @@ class Saver:
         self._thread.start()
 
     def finish(self) -> bool:
-        """Wait for the pending checkpoint and return False if the storage failed. Any other error is raised once.
+        """Wait for the pending checkpoint and return False if the storage failed.
 
         Raises:
             SavantError: another process has taken over the run.
+            Exception: any other error of the thread; a second call does not raise it again.
         """
         if self._thread is not None:
             self._thread.join()

@@ -186,7 +186,7 @@ def check_page(run: Path) -> None:
 def test_what_goes_wrong_is_counted_for_the_worker_that_it_befell(scraped: Scraped) -> None:
     command = [sys.executable, "-c", FAULTS, scraped.head.address]
     worker = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, text=True)
-    counted = {metric.exported for metric in METRICS if metric.counts} - {"ray_savant_tokens_total"}
+    counted = {metric.exported for metric in METRICS if metric.is_counter} - {"ray_savant_tokens_total"}
     wait_for(lambda: counted <= set(scrape(scraped.targets)))
     found = scrape(scraped.targets)
     worker.communicate(timeout=60)

@@ -110,8 +110,8 @@ def test_an_address_where_no_head_answers_is_refused_with_its_origin_and_the_rea
             f"127.0.0.1:{free_port()}": "nothing listens there",
             "no-such-host.invalid:6379": "the name no-such-host.invalid cannot be resolved",
             silent: "no answer",
-            web: "a web server answers there, such as Ray's dashboard",
-            other: "what answers there is not a Ray head",
+            web: "a web server listens there, such as Ray's dashboard",
+            other: "the server there is not a Ray head",
         }
         for address, reason in reasons.items():
             with pytest.raises(SavantError) as refused:
@@ -155,7 +155,12 @@ def test_the_file_of_a_cluster_that_is_gone_does_not_keep_ray_from_starting_here
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     cluster = prepare_environment()
-    assert cluster is not None and cluster.optional and cluster.origin == str(file) and unreachable_reason(cluster.text)
+    assert (
+        cluster is not None
+        and cluster.optional
+        and cluster.origin == str(file)
+        and unreachable_reason(cluster.host_port)
+    )
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
     monkeypatch.setenv("RAY_ADDRESS", "auto")
