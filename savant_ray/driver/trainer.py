@@ -1,4 +1,4 @@
-"""Creates the `TorchTrainer` of a run: scaling, failure handling, checkpoints."""
+"""Creates the `TorchTrainer` of a run: scaling, data, failure handling, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import ray.train
+
 # Also exported by `ray.train`, where a type checker sees the classes of Ray Train v1.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from savant_ray.cluster.session import node_resources, owns_ray
 from savant_ray.config import Config
-from savant_ray.driver.data_config import StepDataConfig
+from savant_ray.data.stream import StepStream, StreamPlan
 from savant_ray.driver.data_preparation import PreparedData
 from savant_ray.driver.failures import FailureCallback
 from savant_ray.errors import SettingsError
@@ -74,6 +76,31 @@ class _RunConfig(RunConfig):
     def storage_context(self) -> Any:
         """Return where Ray Train stores the run, without the name in it."""
         return storage_context(str(self.storage_path), self.folder, self.storage_filesystem)
+
+
+class StepDataConfig(ray.train.DataConfig):
+    """Passes a `StepStream` to each worker, for `TorchTrainer(datasets={name: StreamPlan}, …)`.
+
+    Ray's default `DataConfig` distributes complete blocks. The sequences of a step would then depend on the number of
+    workers, and a resumed run could not start at a position (ray #37633, #48224, #58658). A `StepStream` reads this rank's
+    sequences with Ray Data from any position of the global order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(datasets_to_split=[])
+
+    def configure(  # type: ignore[override]  # Ray annotates `datasets` as Ray Datasets, but passes on any values
+        self,
+        datasets: dict[str, StreamPlan],
+        world_size: int,
+        worker_handles: Any = None,
+        worker_node_ids: Any = None,
+        **_: Any,
+    ) -> list[dict[str, StepStream]]:
+        """Return one stream per rank and dataset."""
+        return [
+            {name: StepStream(plan, rank, world_size) for name, plan in datasets.items()} for rank in range(world_size)
+        ]
 
 
 def scaling(config: Config) -> ScalingConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ import ray
 import ray.train
 
 from savant_ray.cluster.bridge import StopListener
-from savant_ray.cluster.preemption import drain_grace_left
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from savant_ray.events import (
     StepDone,
     ValidationDone,
 )
+from savant_ray.ray_internals import preemption_deadline_ms
 from savant_ray.reporting.record import to_line
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import CONFIG, TOKENIZER
@@ -82,7 +83,7 @@ class RayHost:
         A stop is requested by the driver, or by draining a node of the run. The time of the final checkpoint is subtracted.
         """
         left = self._listener.grace_left()
-        if left is None and (left := drain_grace_left(self._config.run.grace_seconds)) is not None:
+        if left is None and (left := _drain_grace_left(self._config.run.grace_seconds)) is not None:
             self._report_drain()
         return None if left is None else left - self._saver.seconds_to_finish()
 
@@ -159,3 +160,14 @@ class RayHost:
                 }
             case SampleGenerated():
                 self._latest_figures |= {"sample": event.text}
+
+
+def _drain_grace_left(without_deadline: float) -> float | None:
+    """Return the seconds until the first drained node of this run is shut down, None if no node is being drained.
+
+    `without_deadline` is returned for a drain without a deadline.
+    """
+    deadline_ms = preemption_deadline_ms()
+    if deadline_ms is None:
+        return None
+    return deadline_ms / 1000 - time.time() if deadline_ms else without_deadline

@@ -39,7 +39,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.mark.parametrize("comes_back", [False, pytest.param(True, marks=pytest.mark.rare)])
-def test_a_run_goes_on_with_a_node_less_and_with_a_node_more(
+def test_an_elastic_run_continues_when_a_node_is_lost_and_when_one_joins(
     comes_back: bool, cluster: Cluster, workplace: Path
 ) -> None:
     run = workplace / "tiny"

@@ -105,7 +105,7 @@ def of_rank(samples: list[Sample], rank: int) -> float:
     return sample.value
 
 
-def test_a_running_jobs_metrics_are_its_record_with_labels_for_run_and_rank(scraped: Scraped, workplace: Path) -> None:
+def test_exported_metrics_equal_the_record_and_have_labels_for_run_and_rank(scraped: Scraped, workplace: Path) -> None:
     run = workplace / "tiny"
     job = start_job(scraped.head, workplace, **RUN, validation__logic_problems=12)
     wait_for(lambda: job.poll() is not None or steps_done(run) >= 60)
@@ -183,7 +183,7 @@ def check_page(run: Path) -> None:
     assert [loss for loss in validated["values"] if loss is not None] == expected
 
 
-def test_what_goes_wrong_is_counted_for_the_worker_that_it_befell(scraped: Scraped) -> None:
+def test_faults_are_counted_per_worker(scraped: Scraped) -> None:
     command = [sys.executable, "-c", FAULTS, scraped.head.address]
     worker = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, text=True)
     counted = {metric.exported for metric in METRICS if metric.is_counter} - {"ray_savant_tokens_total"}

@@ -66,7 +66,7 @@ def end(job: subprocess.Popen[str]) -> tuple[int, str]:
     return job.returncode, printed
 
 
-def test_a_drained_node_saves_the_step_and_the_same_command_goes_on(
+def test_draining_a_node_saves_the_step_and_the_same_command_resumes(
     nodes: Nodes, workplace: Path, straight: list[float]
 ) -> None:
     run = workplace / "tiny"
@@ -88,7 +88,7 @@ def test_a_drained_node_saves_the_step_and_the_same_command_goes_on(
 
 
 @pytest.mark.rare
-def test_a_run_recovers_from_a_lost_node_at_once_or_when_another_one_comes_and_can_be_stopped_meanwhile(
+def test_a_run_recovers_from_lost_nodes_and_can_be_stopped_while_it_waits_for_new_ones(
     nodes: Nodes, workplace: Path, straight: list[float]
 ) -> None:
     run = workplace / "tiny"

@@ -93,7 +93,7 @@ def test_a_stop_ends_early_if_no_workers_are_left_to_save(phase: AttemptPhase, t
     assert observe(phase, LOST) is Phase.EXITING
 
 
-def test_workers_that_are_replaced_train_on(phase: AttemptPhase) -> None:
+def test_replaced_workers_return_the_attempt_to_training(phase: AttemptPhase) -> None:
     assert observe(phase, STARTED, TRAINING, STARTED, TRAINING) is Phase.TRAINING, "another number of workers"
     assert observe(phase, LOST) is Phase.WAITING_FOR_WORKERS
     assert observe(phase, STARTED) is Phase.LOADING
@@ -117,7 +117,7 @@ def test_a_signal_that_arrives_while_the_phase_changes_is_not_lost(
     assert observe(phase, LOST) is Phase.EXITING
 
 
-def test_an_attempt_that_is_left_stays_so() -> None:
+def test_no_trigger_ends_the_exiting_phase() -> None:
     assert {TRANSITIONS.get((Phase.EXITING, trigger), Phase.EXITING) for trigger in Trigger} == {Phase.EXITING}
 
 

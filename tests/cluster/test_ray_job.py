@@ -37,7 +37,7 @@ def submit(head: Head, folder: Path, home: Path, command: str) -> subprocess.Com
 
 
 @pytest.mark.rare
-def test_a_submitted_quickstart_succeeds_and_its_run_outlives_the_job(head: Head, tmp_path: Path) -> None:
+def test_a_submitted_quickstart_succeeds_and_its_run_folder_remains(head: Head, tmp_path: Path) -> None:
     folder, home = copy_repository(tmp_path / "repository"), tmp_path / "home"
     home.mkdir()
     command = f"python jobs/train.py --config configs/quickstart.yaml {SMALLER}"
@@ -54,7 +54,7 @@ def test_a_job_that_cannot_start_is_reported_as_failed(head: Head, tmp_path: Pat
 
 
 @pytest.mark.rare
-def test_ray_job_stop_saves_the_step_and_the_next_submission_goes_on_there(head: Head, workplace: Path) -> None:
+def test_ray_job_stop_saves_the_step_and_the_next_submission_resumes_from_it(head: Head, workplace: Path) -> None:
     folder, run = copy_repository(workplace / "repository"), workplace / "tiny"
     write_config(folder / "configs/own.yaml", workplace, max_steps=10_000)
     job = make_submit(head, folder, "configs/own.yaml")

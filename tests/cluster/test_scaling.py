@@ -26,7 +26,7 @@ def test_a_worker_takes_no_more_cores_than_one_node_has() -> None:
     assert cpus_per_worker([], 1, False) == 1
 
 
-def test_room_is_counted_node_by_node() -> None:
+def test_workers_that_fit_are_counted_node_by_node() -> None:
     nodes = [{"CPU": 3.0}, {"CPU": 3.0, "GPU": 1.0}]
     assert workers_that_fit(nodes, {"CPU": 2}) == 2
     assert workers_that_fit(nodes, {"CPU": 0.5, "GPU": 1}) == 1
@@ -46,7 +46,7 @@ def test_room_is_counted_node_by_node() -> None:
         (True, ["--scaling.use_gpu", "true"], "1 GPU workers need 1 GPUs, the cluster has 0"),
     ],
 )
-def test_more_than_there_is_is_refused_with_numbers(
+def test_insufficient_resources_are_refused_with_numbers(
     own: bool, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "node_resources", lambda: [{"CPU": 2.0}, {"CPU": 1.0}])

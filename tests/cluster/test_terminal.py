@@ -83,7 +83,7 @@ def test_several_hangups_of_one_closing_terminal_are_one_request_to_stop() -> No
     assert (done.returncode, done.stdout, done.stderr) == (0, "STOP_REQUESTED\n", "")
 
 
-def test_under_nohup_a_hangup_changes_nothing() -> None:
+def test_under_nohup_a_hangup_has_no_effect() -> None:
     command = f"trap '' HUP; exec {sys.executable} -c '{TWICE}'"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (0, "TRAINING\n", "")
@@ -98,7 +98,7 @@ def folder_of_traps(workplace: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_saves_the_step_and_a_cluster_goes_on_with_the_run_of_any_name(
+def test_closing_the_terminal_saves_the_step_and_a_cluster_resumes_a_run_with_a_non_ascii_name(
     head: Head, workplace: Path
 ) -> None:
     folder = folder_of_traps(workplace)

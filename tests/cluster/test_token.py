@@ -102,7 +102,7 @@ def end_with_all_below(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
-def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without(cluster: Cluster, workplace: Path) -> None:
+def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without_one(cluster: Cluster, workplace: Path) -> None:
     token = cluster.home / ".ray/auth_token"
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) >= 32
     jobs = typed("ray job list")

@@ -60,14 +60,14 @@ def saved(tokenizer: Tokenizer, path: Path) -> str:
     return str(path)
 
 
-def test_without_a_checkpoint_a_tokenizer_is_learnt() -> None:
+def test_without_a_checkpoint_a_tokenizer_is_trained() -> None:
     assert find_origin(None, Config()) is None
     for name in ("auto", "train"):
         assert choose_tokenizer(changed(data={"tokenizer": name}), None, allow_changes=False) is None
 
 
 @pytest.mark.parametrize("path", ["A", "A/step_6"])
-def test_a_new_run_takes_the_tokenizer_of_the_weights_that_it_starts_from(path: str, tmp_path: Path) -> None:
+def test_a_new_run_uses_the_tokenizer_of_its_initial_weights(path: str, tmp_path: Path) -> None:
     run_of(tmp_path)
     config, origin = started_from(tmp_path / path)
     chosen = choose_tokenizer(config, origin, allow_changes=False)
@@ -75,7 +75,7 @@ def test_a_new_run_takes_the_tokenizer_of_the_weights_that_it_starts_from(path: 
 
 
 @pytest.mark.parametrize("path", ["runs/run", "runs/run/step_6"])
-def test_of_a_run_in_object_storage_the_tokenizer_is_fetched_without_the_weights(
+def test_the_tokenizer_of_initial_weights_in_object_storage_is_fetched_without_the_weights(
     path: str, storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
     shutil.copytree(run_of(tmp_path), storage_a.folder)
@@ -92,7 +92,7 @@ def test_of_a_run_in_object_storage_the_tokenizer_is_fetched_without_the_weights
         started_from(store.uri(path))
 
 
-def test_a_new_run_does_not_learn_another_one_unless_changes_are_allowed(tmp_path: Path) -> None:
+def test_training_a_new_tokenizer_for_initial_weights_requires_allow_changes(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     config, origin = started_from(run, tokenizer="train")
     with pytest.raises(SettingsError, match=r"data\.tokenizer: train would train a new tokenizer") as refusal:
@@ -106,7 +106,7 @@ def test_a_new_run_does_not_learn_another_one_unless_changes_are_allowed(tmp_pat
     assert tokenizer_change(origin, BASE) is None
 
 
-def test_a_new_run_takes_a_named_tokenizer_only_if_all_ids_mean_the_same(tmp_path: Path) -> None:
+def test_a_named_tokenizer_for_initial_weights_must_have_the_same_token_for_every_id(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     extended = saved(Tokenizer(EXTENDED), tmp_path / "extended.json")
     config, origin = started_from(run, tokenizer=extended)
@@ -122,7 +122,7 @@ def test_a_new_run_takes_a_named_tokenizer_only_if_all_ids_mean_the_same(tmp_pat
 @pytest.mark.parametrize("before", ["auto", "train"])
 @pytest.mark.parametrize("now", ["auto", "train"])
 @pytest.mark.parametrize("allow_changes", [False, True])
-def test_a_resumed_run_keeps_the_tokenizer_that_it_learnt(
+def test_a_resumed_run_keeps_the_tokenizer_that_it_trained(
     before: str, now: str, allow_changes: bool, tmp_path: Path
 ) -> None:
     config = changed(data={"tokenizer": now})
@@ -131,7 +131,7 @@ def test_a_resumed_run_keeps_the_tokenizer_that_it_learnt(
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
 
 
-def test_a_resumed_run_goes_on_with_another_tokenizer_only_where_changes_are_allowed(tmp_path: Path) -> None:
+def test_resuming_with_another_tokenizer_requires_allow_changes(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     origin = resumed(run)
     for tokenizer, agree in [(OTHER, AGREE), (Tokenizer(EXTENDED), KNOWN)]:
@@ -145,7 +145,7 @@ def test_a_resumed_run_goes_on_with_another_tokenizer_only_where_changes_are_all
     assert choose_tokenizer(same, origin, allow_changes=False) is not None
 
 
-def test_a_run_that_was_given_its_tokenizer_does_not_learn_one_when_it_goes_on(tmp_path: Path) -> None:
+def test_a_resumed_run_with_a_named_tokenizer_does_not_train_one(tmp_path: Path) -> None:
     origin = resumed(run_of(tmp_path, tokenizer="albert-base-v2"))
     chosen = choose_tokenizer(Config(), origin, allow_changes=False)
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
@@ -153,7 +153,7 @@ def test_a_run_that_was_given_its_tokenizer_does_not_learn_one_when_it_goes_on(t
         choose_tokenizer(changed(data={"tokenizer": "train"}), origin, allow_changes=False)
 
 
-def test_a_resumed_run_does_not_need_the_file_that_its_tokenizer_came_from(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_need_the_file_that_its_tokenizer_was_loaded_from(tmp_path: Path) -> None:
     gone = str(tmp_path / "run/step_3/tokenizer.json")
     origin = resumed(run_of(tmp_path, tokenizer=gone))
     chosen = choose_tokenizer(changed(data={"tokenizer": gone}), origin, allow_changes=False)
@@ -162,7 +162,7 @@ def test_a_resumed_run_does_not_need_the_file_that_its_tokenizer_came_from(tmp_p
         choose_tokenizer(changed(data={"tokenizer": f"{gone}.json"}), origin, allow_changes=False)
 
 
-def test_the_end_of_document_goes_along_with_the_tokenizer(tmp_path: Path) -> None:
+def test_the_end_of_document_token_is_kept_with_the_tokenizer(tmp_path: Path) -> None:
     run = run_of(tmp_path, kept=Tokenizer(EXTENDED), end_of_document="<|user|>")
     for config, origin in [(Config(), resumed(run)), started_from(run)]:
         chosen = choose_tokenizer(config, origin, allow_changes=False)
@@ -175,12 +175,12 @@ def test_the_end_of_document_goes_along_with_the_tokenizer(tmp_path: Path) -> No
         choose_tokenizer(config, origin, allow_changes=False)
 
 
-def test_a_learnt_tokenizer_ends_documents_with_its_own_token() -> None:
+def test_a_trained_tokenizer_ends_documents_only_with_its_own_token() -> None:
     with pytest.raises(SettingsError, match=r"data\.end_of_document: .* not with </s>"):
         choose_tokenizer(changed(data={"end_of_document": "</s>"}), None, allow_changes=False)
 
 
-def test_preparing_takes_the_tokenizer_that_training_will_take(tmp_path: Path) -> None:
+def test_prepare_and_train_choose_the_same_tokenizer(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     for settings in (
         {"storage_path": str(tmp_path), "name": "A"},
@@ -245,7 +245,7 @@ def albert_run(tmp_path: Path, adds_special_tokens: bool | None) -> Path:
 
 @pytest.mark.parametrize("spec", ["auto", str(FOLDER)])
 @pytest.mark.parametrize("trained", [True, False, None])
-def test_weights_go_on_with_the_special_tokens_that_they_were_trained_with(
+def test_weights_keep_the_special_tokens_that_they_were_trained_with(
     trained: bool | None, spec: str, tmp_path: Path
 ) -> None:
     run = albert_run(tmp_path, trained)
@@ -259,7 +259,7 @@ def test_weights_go_on_with_the_special_tokens_that_they_were_trained_with(
 
 @pytest.mark.parametrize("spec", ["auto", str(FOLDER)])
 @pytest.mark.parametrize("trained", [True, False, None])
-def test_the_other_choice_about_special_tokens_is_refused_unless_changes_are_allowed(
+def test_changing_the_special_tokens_of_weights_requires_allow_changes(
     trained: bool | None, spec: str, tmp_path: Path
 ) -> None:
     run = albert_run(tmp_path, trained)
@@ -307,7 +307,7 @@ def test_special_tokens_that_a_tokenizer_does_not_have_are_refused(spec: str, tm
         choose_tokenizer(config, resumed(run_of(tmp_path), config), allow_changes=True)
 
 
-def test_a_tokenizer_without_a_template_replaces_one_that_has_one_only_where_changes_are_allowed(
+def test_replacing_a_tokenizer_by_one_without_a_template_requires_allow_changes(
     tmp_path: Path,
 ) -> None:
     run = albert_run(tmp_path, True)

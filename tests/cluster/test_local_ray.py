@@ -63,7 +63,7 @@ exit_without_shutdown(7)
 """
 
 
-def test_a_process_that_leaves_at_once_takes_its_own_ray_along_and_nothing_else(workplace: Path) -> None:
+def test_exit_without_shutdown_kills_the_processes_of_its_own_ray_and_no_others(workplace: Path) -> None:
     path = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
         [sys.executable, "-c", LEAVING], cwd=workplace, env=environment(**path), stdout=subprocess.PIPE, text=True
@@ -77,7 +77,7 @@ def test_a_process_that_leaves_at_once_takes_its_own_ray_along_and_nothing_else(
 @pytest.mark.parametrize(
     "victims", [("raylet",), pytest.param(("Bridge", "driver"), marks=pytest.mark.rare)], ids="then ".join
 )
-def test_whatever_of_its_own_ray_is_killed_the_run_says_so_and_the_same_command_goes_on(
+def test_a_killed_process_of_its_own_ray_is_reported_and_the_same_command_resumes(
     victims: tuple[str, ...], workplace: Path
 ) -> None:
     processes: list[psutil.Process] = []
