@@ -117,7 +117,7 @@ def test_a_working_directory_whose_name_is_not_utf8_is_named() -> None:
         with_absolute_paths(Config(), Path("/in"), Path(os.fsdecode(b"/r\xe9sum")))
 
 
-def test_a_deleted_working_directory_is_reported(
+def test_a_deleted_working_directory_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "gone").mkdir()

@@ -204,7 +204,7 @@ def test_what_cannot_be_read_is_one_line(
     assert reason in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 1_000
 
 
-def test_a_deleted_working_directory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deleted_working_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
