@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def settings(**changes: object) -> dict[str, dict[str, object]]:
-    """The tests' tiny run as nested settings."""
+    """Return the settings of the tests' tiny run as nested dictionaries."""
     nested: dict[str, dict[str, object]] = {}
     for name, value in {**SETTINGS, "training.compile": False, **changes}.items():
         section, field = name.replace("__", ".").split(".")
@@ -29,7 +29,7 @@ def settings(**changes: object) -> dict[str, dict[str, object]]:
 
 
 def python(code: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A process that runs `code`, with the package from this checkout."""
+    """Start a process that runs `code`, with the package from this checkout."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=folder,

@@ -1,4 +1,4 @@
-"""The commands: what they print, what they call, how they end."""
+"""The commands: what they print, which functions they call, and their exit codes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def hook_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command runs in these tests without a process of its own, and its hook must not outlive it."""
+    """Restore the hook for threads: a command that runs in the process of the tests replaces it."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What a command called in place of training, preparing, generating and measuring."""
+    """Return the calls of training, preparation, generation, export and benchmarks, which are replaced by fakes."""
     made: list[Any] = []
 
     def install(module: str, **functions: Any) -> None:
@@ -177,7 +177,7 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_and_prin
 
 
 class Panic(BaseException):
-    """As a Rust library raises it: no Exception."""
+    """An exception of a Rust library, which is not an `Exception`."""
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_a_command_whose_result_is_not_its_output_works_without_stdout(redirecti
 
 
 def in_a_shell(arguments: list[str], redirection: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A command with its streams as the shell makes them, in a folder of its own."""
+    """Run a command whose streams the shell redirects, in a folder of its own."""
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from savant_ray.cli import main; sys.exit(main())"
     command = f'exec "$0" "$@" {redirection}'
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""The manifests in jobs/cluster agree with each other, with the settings and with what Ray takes.
+"""The manifests in jobs/cluster agree with each other, with the settings and with Ray.
 
 `kubectl apply --dry-run=server` compares their fields with the CRDs of a cluster.
 """
@@ -27,20 +27,20 @@ def manifest(name: str) -> dict[str, Any]:
 
 
 def cluster(name: str) -> dict[str, Any]:
-    """The cluster that a manifest describes."""
+    """Return the cluster that a manifest describes."""
     spec = manifest(name)["spec"]
     return spec.get("rayClusterSpec", spec)
 
 
 def pods(name: str) -> list[dict[str, Any]]:
-    """The pods of its head and its workers."""
+    """Return the specifications of the head's pod and of the workers' pods."""
     described = cluster(name)
     groups = [described["headGroupSpec"], *described["workerGroupSpecs"]]
     return [group["template"]["spec"] for group in groups]
 
 
 def before_stop(pod: dict[str, Any]) -> str:
-    """The program that a pod runs before it ends."""
+    """Return the program that a pod runs before it ends."""
     return pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
 
 

@@ -1,4 +1,4 @@
-"""The dashboard in jobs/monitoring asks for what the workers export, and the recipes stay on this machine."""
+"""The dashboard in jobs/monitoring queries the metrics that workers export, and all services listen on loopback."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ WIDTH = 24  # of a dashboard, in Grafana's own unit
 
 
 def expressions() -> Iterator[str]:
-    """Every question that a panel asks."""
+    """Yield the PromQL expressions of all panels."""
     for panel in PANELS:
         yield from (target["expr"] for target in panel["targets"])
 
 
 def names(expression: str) -> set[str]:
-    """The metrics in an expression."""
+    """Return the names of the metrics in an expression."""
     bare = re.sub(r'"[^"]*"|\$\w+', "", expression)
     return set(re.findall(r"[a-z_]\w*", bare)) - WORDS_OF_PROMQL
 

@@ -1,4 +1,4 @@
-"""What travels to a cluster with a job: the code and its configuration, not what lies around them."""
+"""A job uploads code and configuration, but no text, runs, environments or caches."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from savant_ray.cluster.upload import WARN_BYTES, files_to_send, size_warning
 
 ROOT = Path(__file__).parents[1]
 EXCLUDES = yaml.safe_load((ROOT / "jobs/runtime_env.yaml").read_text())["excludes"]
-TRAVELS = ("savant_ray/model/loss.py", "jobs/train.py", "configs/mine.yaml", "my experiment.yaml", "tokenizer.json")
-STAYS = (
+UPLOADED = ("savant_ray/model/loss.py", "jobs/train.py", "configs/mine.yaml", "my experiment.yaml", "tokenizer.json")
+NOT_UPLOADED = (
     "my run/step_500/step_500.pt",
     "my run/step_500/manifest.json",
     "my run/metrics.jsonl",
@@ -36,14 +36,14 @@ STAYS = (
 
 
 def checkout(folder: Path) -> Path:
-    for name in (*TRAVELS, *STAYS):
+    for name in (*UPLOADED, *NOT_UPLOADED):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     return folder
 
 
 def test_code_and_configuration_are_uploaded_and_text_runs_and_environments_are_not(tmp_path: Path) -> None:
-    assert {str(path) for path in files_to_send(checkout(tmp_path), EXCLUDES)} == set(TRAVELS)
+    assert {str(path) for path in files_to_send(checkout(tmp_path), EXCLUDES)} == set(UPLOADED)
 
 
 def test_the_complete_package_is_uploaded() -> None:

@@ -1,4 +1,4 @@
-"""What is decided before Ray starts: paths, disk, lock."""
+"""Checks before Ray starts: paths, text, disk space, locks, `--fresh`, and what a finished run prints."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_fresh_refuses_inputs_in_the_run_that_it_would_move_aside(tmp_path: Path
 
 
 def run_of(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """`savant train` with the tests' tiny settings, which is refused or done before Ray starts."""
+    """Run `savant train` with the tests' tiny settings; it ends before Ray starts."""
     job = [sys.executable, str(ROOT / "jobs/train.py"), *tiny_options(**{"run.name": ODD}), *options]
     return subprocess.run(job, cwd=folder, env=environment(), capture_output=True, text=True, timeout=100)
 
@@ -296,7 +296,7 @@ def test_checking_whether_a_run_is_in_use_does_not_block_its_start(tmp_path: Pat
 
 
 def test_a_run_is_locked_under_every_path_to_it(tmp_path: Path) -> None:
-    """As an export that is mounted in two places."""
+    """The second path stands for an export that is mounted in two places."""
     there, other = tmp_path / "export/run", tmp_path / "mount"
     there.mkdir(parents=True)
     other.symlink_to(there.parent)

@@ -1,4 +1,4 @@
-"""The benchmark that has a worker of its own still measures something: nothing else calls it."""
+"""The benchmark of checkpoints, the only one that starts a Ray Train worker itself."""
 
 from __future__ import annotations
 

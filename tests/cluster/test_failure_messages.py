@@ -1,4 +1,4 @@
-"""What Ray says of a lost worker becomes what the user can do about it."""
+"""Ray's errors about failed workers become messages with the cause and advice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong around a run: it goes on where it can, or ends saying what happened and what to do."""
+"""Faults during a run: it continues if it can, otherwise it ends with the cause and advice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A node without memory left: Ray ends the worker, and the user is told what to do."""
+"""A node runs out of memory: Ray ends the worker, and the message says what to reduce."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that started a Ray of its own: whatever of it dies, nothing stays behind and the same command goes on."""
+"""A run that started Ray itself: if one of Ray's processes is killed, none is left behind and the same command resumes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def start(workplace: Path, **changes: Any) -> subprocess.Popen[str]:
 
 
 def killed(workplace: Path, victim: str) -> tuple[int, str, list[psutil.Process]]:
-    """Exit code and output of a run in which that process was killed after its first checkpoint, and all its processes.
+    """Return exit code and output of a run whose `victim` was killed after its first checkpoint, and all its processes.
 
-    None is left but for Ray's agents, which try for a minute to tell their dead head that it is dead.
+    All have exited except for Ray's agents, which try for a minute to reach their head.
     """
     run = workplace / "tiny"
     before = newest_checkpoint(run)

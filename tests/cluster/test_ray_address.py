@@ -1,4 +1,4 @@
-"""Before Ray is asked for minutes: which cluster is meant, whether it answers, and where a Ray of our own keeps files."""
+"""Before `ray.init()`: which cluster is used, whether it responds, and where a Ray that is started here keeps its files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.cluster.conftest import free_port
 
 @contextmanager
 def listening() -> Iterator[str]:
-    """A port that accepts and never answers."""
+    """Yield the address of a server that accepts connections and never responds."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -44,7 +44,7 @@ def listening() -> Iterator[str]:
 
 @contextmanager
 def web_server() -> Iterator[str]:
-    """Something else than Ray, as its dashboard is."""
+    """Yield the address of a web server, such as Ray's dashboard."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -62,7 +62,7 @@ def web_server() -> Iterator[str]:
 
 @contextmanager
 def grpc_server() -> Iterator[str]:
-    """Speaks the head's protocol but is none, as the port of Ray Client is."""
+    """Yield the address of a gRPC server that is not a Ray head, such as Ray Client's port."""
     server = pyarrow.flight.FlightServerBase("grpc://127.0.0.1:0")
     yield f"127.0.0.1:{server.port}"
     server.shutdown()

@@ -1,4 +1,4 @@
-"""`python jobs/train.py`: from text to a checkpoint that answers, stopped and resumed on the way."""
+"""`python jobs/train.py` from text to a checkpoint that generates, stopped and resumed in between."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 
 class Finished(NamedTuple):
-    """A run of eight steps that went through, and what it printed."""
+    """A completed run of eight steps, and what it printed."""
 
     workplace: Path
     run: Path
@@ -128,7 +128,7 @@ def test_allow_changes_resumes_with_other_text_and_keeps_the_tokenizer(
 
 
 def add_other_words(path: Path) -> None:
-    """Adds text from which another tokenizer would be learnt."""
+    """Append text on which another tokenizer would be trained."""
     with path.open("a") as text:
         text.write((json.dumps({"text": "zebra quartz vexed jumbling waltz nymph " * 9}) + "\n") * 3)
 
@@ -199,7 +199,7 @@ def test_without_a_cluster_a_run_starts_its_own_ray_and_ctrl_c_in_its_terminal_s
 
 
 def check_that_the_dashboard_has(run: str, address: str) -> None:
-    """Its attempt and worker, alive, as Ray Train tells them."""
+    """Check that the dashboard's API lists the run's attempt and its worker as alive."""
 
     def told() -> dict[str, Any]:
         with urlopen(f"{address}/api/train/v2/runs/v1", timeout=30) as answer:

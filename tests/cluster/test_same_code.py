@@ -1,4 +1,4 @@
-"""Driver and workers run one and the same copy of the package."""
+"""Driver and workers run the same copy of the package."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ for config in (job_config(), None):
 
 @pytest.mark.slow
 def test_nodes_that_import_other_code_than_the_driver_are_refused(head: Head, tmp_path: Path) -> None:
-    """The second job is Ray's own, whose workers import what is installed."""
+    """The second job has Ray's own configuration, so its workers import the installed package."""
     shutil.copytree(ROOT / "savant_ray", tmp_path / "savant_ray", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "savant_ray/events.py").open("a") as file:
         file.write("# another version\n")

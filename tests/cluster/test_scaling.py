@@ -1,4 +1,4 @@
-"""What a worker takes of a cluster, and what is said when there is no room."""
+"""The resources of a worker, and the messages if the cluster has too few."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a launch goes on: the newest whole checkpoint of this very run, or a refusal that says why."""
+"""An attempt resumes from the newest complete checkpoint of its run, or is refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights go on with the tokenizer that they were trained with, unless the user asks for another one and allows it."""
+"""Weights keep the tokenizer that they were trained with, unless the settings name another one and changes are allowed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ AGREE, KNOWN = BASE.same_ids(OTHER)
 
 
 def run_of(tmp_path: Path, step: int = 6, kept: Tokenizer = BASE, **data: Any) -> Path:
-    """A run folder with one checkpoint, trained with these settings of `data`."""
+    """Return a run folder with one checkpoint, trained with these settings of `data`."""
     content = {"step": step, "weights": torch.ones(5), "savant": {"data_fingerprint": "abc", "format_version": 1}}
     texts = {"config.yaml": dump_yaml(changed(data=data)), "tokenizer.json": kept.to_json(), "records.jsonl": ""}
     write_checkpoint(tmp_path / "A", content, texts)
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_before_ray_starts(tmp_path: 
 
 
 def albert_run(tmp_path: Path, adds_special_tokens: bool | None) -> Path:
-    """A run that was trained with this choice; None: by a version that did not have it."""
+    """Return a run that was trained with this setting; None: by a version that did not have the setting."""
     run = run_of(tmp_path, kept=ALBERT, tokenizer=str(FOLDER), add_special_tokens=bool(adds_special_tokens))
     if adds_special_tokens is None:
         config = run / "step_6/config.yaml"

@@ -1,4 +1,4 @@
-"""A rank's local batches: complete, in order, the same with and without prefetching, and nothing is left running."""
+"""A rank's local batches: complete, in order, and the same with and without prefetching."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def reader(state: TrainingState, config: Config, stream: TinyStream | None = Non
     return BatchReader(stream or TinyStream(), state.position, n_steps, config, state.device)
 
 
-def shares_of_step(step: int) -> list[MicroBatch]:
+def local_batch_of_step(step: int) -> list[MicroBatch]:
     return share(12 * step, 12, 0, 1, 4)
 
 
@@ -154,7 +154,7 @@ def test_the_next_local_batch_is_copied_while_the_step_still_computes() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         following = content(next(batches))
     assert not step_done.query(), "the copy did not wait for the step"
-    assert following == content(shares_of_step(1))
+    assert following == content(local_batch_of_step(1))
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""How a worker ends when its device is too small for the model; everything around it is a fake."""
+"""How a worker ends if its device is too small for the model; everything else is a fake."""
 
 from __future__ import annotations
 
