@@ -19,15 +19,15 @@ from savant_ray.cluster.session import check_ray_processes
 from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
 STOP_POLL_SECONDS = 30.0
-RAY_CHECK_SECONDS = 0.5  # after a poll should have been answered, Ray's own processes are checked at this interval
+RAY_CHECK_SECONDS = 0.5  # interval at which Ray's own processes are checked while the answer to a poll is overdue
 
 BridgeHandle = Any  # an `ActorHandle`, whose methods Ray annotates as `Never`
 
 
-# Ray's types know neither all of its options nor the class that the decorator returns.
+# Ray's annotations lack some of these options and the class that the decorator returns.
 @ray.remote(num_cpus=0, max_concurrency=10_000, enable_task_events=False)  # type: ignore[call-overload]
 class Bridge:
-    """One per attempt, on the driver's node; Ray ends it with the driver.
+    """The actor; there is one per attempt, on the driver's node, and Ray ends it with the driver.
 
     Task events are disabled because Ray's head would keep 3 KB for each call (measured over 80,000 steps).
     """

@@ -35,7 +35,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 STEP_FRACTION = 0.7  # of the time that `ray job stop` waits, for the current step; the rest is for saving and exiting
-REQUIRED_PROCESSES = ("raylet", "gcs_server")  # Ray works without its others, such as the dashboard
+REQUIRED_PROCESSES = ("raylet", "gcs_server")  # Ray continues if other processes die, such as the dashboard
 JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
 
@@ -65,7 +65,7 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
     With `verbose`, the output of Ray and of its workers is printed. `notify` prints notices about how Ray is started.
 
     Raises:
-        SavantError: the cluster does not answer or runs other code, or Ray cannot be started on this machine.
+        SavantError: the cluster does not respond, a node has another version of this package, or Ray cannot be started.
     """
     cluster = prepare_environment()
     import ray
@@ -110,9 +110,7 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
     """Turn an error of `ray.init()`, which may be of any type, into a `SavantError` with advice."""
     try:
         yield
-    except (
-        SystemExit
-    ) as end:  # raised by Ray's handler of SIGTERM, which is active until the caller installs its own again
+    except SystemExit as end:  # by Ray's handler of SIGTERM; the driver installs its own again after `ray.init()`
         raise KeyboardInterrupt from end
     except Exception as error:
         text = str(error).strip() or type(error).__name__

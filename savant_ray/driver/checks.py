@@ -1,4 +1,4 @@
-"""Checks that need neither Ray nor a GPU: whether a run is finished, and whether its inputs and its disk suffice."""
+"""Checks without Ray or a GPU: whether a run is finished, its inputs exist, and its disk has enough space."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def check_disk(folder: Path, bytes_per_checkpoint: int, keep: int, fresh: bool =
     With `fresh`, existing checkpoints will be moved aside and continue to occupy the disk.
 
     Raises:
-        SettingsError: there is not enough.
+        SettingsError: there is not enough space.
     """
     existing = 0 if fresh else sum(f.stat().st_size for f in folder.glob("step_*/*") if f.is_file())
     needed = max(0, bytes_per_checkpoint * (keep + 1) - existing)

@@ -25,7 +25,7 @@ from savant_ray.driver.phases import Phase, Trigger
 from savant_ray.driver.starting_point import records_of, refuse_other_data
 from savant_ray.driver.tokenizer_choice import tokenizer_change
 from savant_ray.driver.trainer import make_trainer, scaling, worker_resources
-from savant_ray.driver.waiting import WorkerWatch
+from savant_ray.driver.worker_watch import WorkerWatch
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed
 from savant_ray.reporting.wording import generate_command

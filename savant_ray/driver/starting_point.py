@@ -65,7 +65,7 @@ def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def refuse_other_settings(start: Path, config: Config) -> None:
-    """Check that model, seed and `data.mix_by` are those of the checkpoint, and that its weights have a tokenizer.
+    """Check that model, seed and `data.mix_by` are those of the checkpoint, and that no new tokenizer would be trained.
 
     Raises:
         CheckpointError: they differ; the message lists all differences.

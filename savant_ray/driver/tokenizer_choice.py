@@ -137,7 +137,7 @@ def refuse_unencodable_prompts(tokenizer: Tokenizer, config: Config) -> None:
         try:
             if all(tokenizer.encode_batch(texts)):
                 continue
-            reason = f"{tokenizer.name} has no token for it"
+            reason = f"{tokenizer.name} has no token for it; set data.tokenizer to one that has"
         except DataError as error:
             reason = str(error)
         advice = "give another prompt" if setting == "validation.prompt" else "set it to 0"
@@ -182,11 +182,10 @@ def _document_affixes(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int,
 def _difference(origin: Origin, tokenizer: Tokenizer) -> Difference:
     """Return how the tokenizer differs from that of the weights."""
     n_same, n_ids = origin.tokenizer.same_ids(tokenizer)
-    adds, added = tokenizer.adds_special_tokens, origin.tokenizer.adds_special_tokens
-    if n_same == n_ids and adds != added:
-        return Difference(
-            "data.add_special_tokens", f"{str(adds).lower()}, but {origin.name} was trained with {str(added).lower()}"
-        )
+    adds, origin_adds = tokenizer.adds_special_tokens, origin.tokenizer.adds_special_tokens
+    if n_same == n_ids and adds != origin_adds:
+        text = f"{str(adds).lower()}, but {origin.name} was trained with {str(origin_adds).lower()}"
+        return Difference("data.add_special_tokens", text)
     if n_same == n_ids and tokenizer.end_of_document != origin.tokenizer.end_of_document:
         return Difference("data.end_of_document", f"another token than in {origin.name} ends the documents")
     text = f"{n_same:,} of {n_ids:,} token ids of {origin.name} are the same tokens in {tokenizer.name}"

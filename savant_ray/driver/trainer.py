@@ -117,7 +117,7 @@ def scaling(config: Config) -> ScalingConfig:
     if use_gpu and gpus < fewest:
         raise SettingsError(f"scaling.num_workers: {fewest} GPU workers need {fewest} GPUs, the cluster has {gpus}")
     try:
-        scaling = ScalingConfig(
+        scaling_config = ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=use_gpu,
             resources_per_worker=config.scaling.resources_per_worker or {"CPU": cpus_per_worker(nodes, most, use_gpu)},
@@ -125,9 +125,10 @@ def scaling(config: Config) -> ScalingConfig:
         )
     except ValueError as error:  # such as GPUs in `resources_per_worker` of workers without GPUs
         raise SettingsError(f"scaling.resources_per_worker: {error}") from error
-    if (n_fitting := workers_that_fit(nodes, worker_resources(scaling))) < fewest:
-        raise SettingsError(_insufficient_resources(fewest, n_fitting, worker_resources(scaling), nodes))
-    return scaling
+    resources = worker_resources(scaling_config)
+    if (n_fitting := workers_that_fit(nodes, resources)) < fewest:
+        raise SettingsError(_insufficient_resources(fewest, n_fitting, resources, nodes))
+    return scaling_config
 
 
 def _insufficient_resources(
@@ -147,10 +148,10 @@ def _format_resources(resources: Mapping[str, float]) -> str:
     return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"
 
 
-def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
+def worker_resources(scaling_config: ScalingConfig) -> dict[str, float]:
     """Return the resources that one worker occupies, by Ray's names."""
-    gpu = {"GPU": 1.0} if scaling.use_gpu else {}
-    return gpu | dict(scaling.resources_per_worker or {})  # type: ignore[arg-type]  # only Ray Tune sets a search space
+    gpu = {"GPU": 1.0} if scaling_config.use_gpu else {}
+    return gpu | dict(scaling_config.resources_per_worker or {})  # type: ignore[arg-type]  # only Ray Tune sets a search space
 
 
 def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu: bool) -> int:
@@ -162,7 +163,7 @@ def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu:
 
 
 def workers_that_fit(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> int:
-    """Return how many workers that occupy `resources` the nodes can run when nothing else runs."""
+    """Return how many workers with these `resources` each fit on the nodes if nothing else runs there."""
     required = {name: amount for name, amount in resources.items() if amount > 0}
     if not required:
         return sys.maxsize

@@ -61,7 +61,7 @@ def fetch_once_per_node(storage: RunStorage, name: str) -> Path:
 
 @contextmanager
 def on_each_node(checkpoint: AbstractContextManager[Path]) -> Iterator[Path]:
-    """Enter a context manager of a checkpoint's path in the node's first rank, for all ranks of the node. Collective."""
+    """Enter `checkpoint` on the first rank of each node, and yield its path on all ranks of the node. Collective."""
     if not dist.is_initialized():
         with checkpoint as path:
             yield path

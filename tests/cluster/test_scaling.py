@@ -8,7 +8,7 @@ from savant_ray.config import load_config
 from savant_ray.driver import trainer
 from savant_ray.driver.phases import Phase
 from savant_ray.driver.trainer import cpus_per_worker, workers_that_fit
-from savant_ray.driver.waiting import SECONDS_UNTIL_REPORT, WorkerWatch, waiting_message
+from savant_ray.driver.worker_watch import SECONDS_UNTIL_REPORT, WorkerWatch, waiting_message
 from savant_ray.errors import SettingsError
 
 
