@@ -78,16 +78,16 @@ def refuse_other_code() -> None:
         nodes = {task.options(**_run_on(node)).remote(PACKAGE): node for node in ray.nodes() if node["Alive"]}
     finally:
         ray.cloudpickle.unregister_pickle_by_value(module)
-    answers, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODE_SECONDS)
-    for answer in answers:
+    finished, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODE_SECONDS)
+    for reference in finished:
         try:
-            folder, digest = ray.get(answer)
+            folder, digest = ray.get(reference)
         except RuntimeEnvSetupError as error:
             raise SavantError(f"the job's runtime environment cannot be set up: {str(error).strip()}") from error
-        except RayError:  # the node is gone
+        except RayError:  # the node has died
             continue
         if digest != own_digest():
-            raise other_code_error(str(package_folder()), f"node {nodes[answer]['NodeManagerAddress']}", folder)
+            raise other_code_error(str(package_folder()), f"node {nodes[reference]['NodeManagerAddress']}", folder)
 
 
 def _run_on(node: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _folder_and_digest(package: str) -> tuple[str, str]:
 
 
 def other_code_error(driver_folder: str, process: str, folder: str) -> SavantError:
-    """Return the error for a process that imports another version of the package, from `folder`; "" if it has none."""
+    """Return the error for a process that imports another version of the package from `folder`, or none (`folder` is "")."""
     difference = f"has another version of it in {folder}" if folder else "cannot import it"
     return SavantError(
         f"this command runs {PACKAGE} from {driver_folder}, but {process} {difference}.\n"

@@ -45,7 +45,7 @@ def choose_temp_folder(notify: Callable[[str], None], environment: MutableMappin
         variable = "RAY_TMPDIR=" if environment.get(VARIABLE) else ""
         raise SavantError(
             f"Ray cannot start: {variable}{chosen} {reason}; set RAY_TMPDIR to a folder of your own with a short path, "
-            f"such as {DEFAULT}/ray-of-mine"
+            f"such as {DEFAULT}/my-ray"
         )
     environment[VARIABLE] = chosen
     tmpdir = environment.get("TMPDIR")
@@ -54,7 +54,7 @@ def choose_temp_folder(notify: Callable[[str], None], environment: MutableMappin
 
 
 def unusable_reason(folder: str, create: bool = False) -> str:
-    """Return why Ray cannot keep its files below the folder, "" if it can; `create`: create the folder if it is missing."""
+    """Return why Ray cannot keep its files below the folder, "" if it can; with `create`, create a missing folder first."""
     if not Path(folder).is_absolute():
         return "is not an absolute path"
     if not folder.isascii():

@@ -30,7 +30,7 @@ class PendingCheckpoint:
     step: int
     reason: str
     content: dict[str, Any] | None  # None on ranks other than 0
-    figures: Mapping[str, float | str]  # shown beside it in Ray's dashboard
+    figures: Mapping[str, float | str]  # reported to Ray Train with it, for Ray's dashboard
     n_lines: int  # record lines that belong to it
     started: float  # by time.perf_counter()
     stall_seconds: float
