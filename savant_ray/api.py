@@ -128,7 +128,7 @@ def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
 
 
 def _plain(value: object) -> object:
-    """Convert a mapping to a dict and a path to a string, for JSON."""
+    """Convert a mapping to a dict and a path to a string; `json.dumps` calls it for values that it cannot serialize."""
     return dict(value) if isinstance(value, Mapping) else os.fspath(value)  # type: ignore[call-overload]
 
 
@@ -205,10 +205,10 @@ def _parse_response(response: dict[str, Any]) -> Result:
     """Return the result, or raise the error, that the child process has sent."""
     if "error" not in response:
         return Result(**response)
-    kinds = {kind.__name__: kind for kind in SavantError.__subclasses__()}
+    error_classes = {error_class.__name__: error_class for error_class in SavantError.__subclasses__()}
     if response["error"] == UnexpectedError.__name__:
         raise UnexpectedError(response["text"], response["details"], is_kept=True)
-    raise kinds.get(response["error"], SavantError)(response["text"])
+    raise error_classes.get(response["error"], SavantError)(response["text"])
 
 
 def _stop_when_caller_exits(caller: socket.socket) -> None:
@@ -220,15 +220,15 @@ def _stop_when_caller_exits(caller: socket.socket) -> None:
 
 def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dict[str, Any]]:
     """Train, and return the exit code and the response for the caller."""
-    from savant_ray.cluster.session import Leave
+    from savant_ray.cluster.session import ExitWithoutShutdown
     from savant_ray.driver import resolve_paths, train
 
     config, error, code = Config.from_dict(settings), None, 0
     try:
         config = resolve_paths(config)
         code = train(config, **options)
-    except Leave as leave:
-        code, error = leave.code, leave.error
+    except ExitWithoutShutdown as end:
+        code, error = end.code, end.error
     except KeyboardInterrupt:
         code = SavantError.exit_code
     except Exception as unexpected:
@@ -255,6 +255,6 @@ def _summary(config: Config, finished: bool) -> Result:
     if not (storage.folder / METRICS).exists():  # stopped before the first event
         return Result(storage.location, checkpoint, 0, finished, {})
     run = summarise(storage.folder, is_in_use)
-    named = ("train_loss", "validation_loss", "best_validation_loss", "tokens_per_second")
-    metrics = {name: value for name in named if (value := getattr(run, name)) is not None}
+    names = ("train_loss", "validation_loss", "best_validation_loss", "tokens_per_second")
+    metrics = {name: value for name in names if (value := getattr(run, name)) is not None}
     return Result(storage.location, checkpoint, run.step, finished, metrics)

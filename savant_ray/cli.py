@@ -50,7 +50,7 @@ def _run(argv: Sequence[str]) -> int:
     name, *arguments = argv
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, list(COMMANDS), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise SettingsError(f"{name}: no such command; {hint}")
     return COMMANDS[name].run(arguments)
 

@@ -48,15 +48,15 @@ def _train(arguments: Sequence[str]) -> int:
         help="resume although model, tokenizer or text differ from the checkpoint, and load the weights that fit",
     )
     options, config = with_settings(parser, arguments)
-    from savant_ray.cluster.session import Leave, exit_without_shutdown
+    from savant_ray.cluster.session import ExitWithoutShutdown, exit_without_shutdown
     from savant_ray.driver import resolve_paths, train
 
     try:
         return train(
             resolve_paths(config), fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose
         )
-    except Leave as leave:
-        return exit_without_shutdown(leave.code if leave.error is None else print_error(leave.error, options.verbose))
+    except ExitWithoutShutdown as end:
+        return exit_without_shutdown(end.code if end.error is None else print_error(end.error, options.verbose))
 
 
 def _prepare(arguments: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum,
 from savant_ray.data.formats import HEAD_BYTES, format_of
 from savant_ray.data.sources import LISTING_THREADS, SourceFile
 from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import printable, why
+from savant_ray.locations import error_text, printable
 
 HASHES = "content-hashes.json"
 BLOCK_BYTES = 1 << 20
@@ -98,7 +98,7 @@ def _hash(file: SourceFile) -> str:
     except SavantError:
         raise
     except Exception as error:  # a file system that is implemented in Python may raise any exception
-        raise DataError(f"{printable(file.path)}: cannot be read ({why(error)})") from error
+        raise DataError(f"{printable(file.path)}: cannot be read ({error_text(error)})") from error
     if remaining:
         raise DataError(
             f"{printable(file.path)}: has {file.size - remaining:,} of the {file.size:,} bytes it had when it was listed"

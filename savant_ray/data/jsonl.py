@@ -21,7 +21,7 @@ import pyarrow as pa
 from savant_ray.data.formats import ENCODINGS
 from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import printable, why
+from savant_ray.locations import error_text, printable
 
 MIB = 1 << 20
 BLOCK_BYTES = MIB  # read at a time
@@ -109,7 +109,7 @@ class RangeReader:
                 f"{printable(self._part.file.path)}: not valid {self._part.file.codec} ({error})"
             ) from error
         except Exception as error:  # a file system that is implemented in Python may raise any exception
-            raise DataError(f"{printable(self._part.file.path)}: cannot be read ({why(error)})") from error
+            raise DataError(f"{printable(self._part.file.path)}: cannot be read ({error_text(error)})") from error
 
 
 class _ListedBytes(io.RawIOBase):

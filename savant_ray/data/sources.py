@@ -32,11 +32,11 @@ from savant_ray.locations import (
     canonical_uri,
     decoded_uri,
     encoded_uri,
+    error_text,
     is_standard_stream,
     is_uri,
     printable,
     split_query,
-    why,
 )
 
 PLAIN_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -137,7 +137,7 @@ def file_system(uri: str, error: type[SavantError]) -> tuple[pafs.FileSystem, st
     try:
         filesystem, path = pafs.FileSystem.from_uri(encoded_uri(decoded) + query)
     except Exception as reason:  # ArrowInvalid, OSError, ImportError, or any exception of a file system in Python
-        raise error(f"{printable(decoded + query)}: the file system cannot be used ({why(reason)})") from reason
+        raise error(f"{printable(decoded + query)}: the file system cannot be used ({error_text(reason)})") from reason
     return filesystem, path
 
 
@@ -188,7 +188,7 @@ def _errors_as_data_error(pattern: str) -> Iterator[None]:
     except SavantError:
         raise
     except Exception as error:  # a file system in Python may raise any exception
-        raise DataError(f"{printable(pattern)}: cannot be listed ({why(error)})") from error
+        raise DataError(f"{printable(pattern)}: cannot be listed ({error_text(error)})") from error
 
 
 def _local_files(pattern: str, warn: Warn) -> list[SourceFile]:
@@ -259,7 +259,7 @@ def _local_file(path: str, named: str) -> SourceFile:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _NotAFileError(f"{named}: a link that leads back to itself") from error
-        raise DataError(f"{named}: cannot be read ({why(error)})") from error
+        raise DataError(f"{named}: cannot be read ({error_text(error)})") from error
     version = f"{status.st_ino}-{status.st_ctime_ns}"
     return SourceFile(path, status.st_size, status.st_mtime_ns, "", version, format_of(head, named))
 
@@ -331,7 +331,7 @@ def _entries(folder: str, problems: list[str]) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        if (problem := f"{printable(folder)}: cannot be listed ({why(error)}); left out") not in problems:
+        if (problem := f"{printable(folder)}: cannot be listed ({error_text(error)}); left out") not in problems:
             problems.append(problem)
         return []
 

@@ -53,24 +53,24 @@ def prepare_only(config: Config, verbose: bool) -> None:
 def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer: Tokenizer | None) -> PreparedData:
     """Return the data of a run, and create what is not in the cache folder yet. Ray must be running.
 
-    Without a `tokenizer` one is learnt from the training text.
+    If `tokenizer` is None, one is trained on the training text.
 
     Raises:
-        DataError: text is unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
+        DataError: text is unreadable or contains no document, or a line is invalid and `data.on_bad_line` is `error`.
         SettingsError: a source would have less than 1 sequence in 100,000 with `data.mix_by: documents`.
     """
     cache_dir = Path(config.data.cache_dir)
     if tokenizer is None:
-        report.stage("learning the tokenizer")
+        report.stage("training the tokenizer")
         training_files = [file for _, source_files in files.sources for file in source_files]
         tokenizer = learn_tokenizer(training_files, cache_dir, config.model.vocab_size)
         refuse_too_large(tokenizer, config)
-    tokenizer_path = _keep_tokenizer(tokenizer, cache_dir)
+    tokenizer_path = _write_tokenizer(tokenizer, cache_dir)
     caches = [
-        _tokenize(f"tokenising {short_name(source.path)}", source_files, tokenizer, config, report)
+        _tokenize(f"tokenizing {short_name(source.path)}", source_files, tokenizer, config, report)
         for source, source_files in files.sources
     ]
-    validation = _tokenize("tokenising the validation text", files.validation, tokenizer, config, report)
+    validation = _tokenize("tokenizing the validation text", files.validation, tokenizer, config, report)
     if overlap := count_held_out_documents(validation, caches):
         report.say(
             f"{overlap:,} of {validation.manifest.documents:,} validation documents are also in the training text, word "
@@ -91,14 +91,14 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
     return PreparedData(tokenizer, tokenizer_path, plan, validation.folder, fingerprint)
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
-    """Write the tokenizer into the cache folder unless it is there, and return the path of its `tokenizer.json`."""
+def _write_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
+    """Write the tokenizer into the cache folder if it is not there yet, and return the path of its `tokenizer.json`."""
     path = cache_dir / f"tokenizer-used-{tokenizer.fingerprint[:16]}.json"
     try:
-        is_kept = path.read_text(encoding="utf-8") == tokenizer.to_json()
+        is_written = path.read_text(encoding="utf-8") == tokenizer.to_json()
     except (OSError, ValueError):
-        is_kept = False
-    if not is_kept:
+        is_written = False
+    if not is_written:
         tokenizer.save(path)
     return path
 
@@ -128,9 +128,9 @@ def _tokenize(
 
 
 def _sequence_weights(
-    config: Config, sources: list[SourceConfig], caches: list[TokenCache], say: Callable[[str], None]
+    config: Config, sources: list[SourceConfig], caches: list[TokenCache], notify: Callable[[str], None]
 ) -> tuple[Weight, ...]:
-    """Return the weights for the global order; with `data.mix_by: documents` report the mixture that results."""
+    """Return the weights for the global order; with `data.mix_by: documents`, print the resulting mixture by `notify`."""
     weights = [source.weight for source in sources]
     if config.data.mix_by == "sequences":
         return tuple(weights)
@@ -145,9 +145,9 @@ def _sequence_weights(
                 f"data.sources: weight {source.weight:g} of {name} with data.mix_by: documents is less than 1 sequence in "
                 f"{WEIGHT_RESOLUTION:,} ({documents:,} documents in {rows:,} sequences); raise it, or leave the source out"
             )
-        by_documents = float(Fraction(source.weight) / total)
-        mixture.append(f"{name} {by_documents:.2%} of the documents, {float(fraction):.2%} of the sequences")
-    say(f"mixed by documents: {'; '.join(mixture)}")
+        of_documents = float(Fraction(source.weight) / total)
+        mixture.append(f"{name} {of_documents:.2%} of the documents, {float(fraction):.2%} of the sequences")
+    notify(f"mixed by documents: {'; '.join(mixture)}")
     return fractions
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from savant_ray.errors import CheckpointError
-from savant_ray.locations import why
+from savant_ray.locations import error_text
 from savant_ray.optim.adamw import MOMENTS
 from savant_ray.original.adamw8bit import from_adamw8bit, to_adamw8bit
 from savant_ray.original.names import is_original_name, original_step
@@ -168,7 +168,7 @@ def _verify_records(path: Path) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (IsADirectoryError, PermissionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({why(error)})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error_text(error)})") from error
     except Exception as error:  # zipfile raises errors of many types for damaged headers
         raise CheckpointError(
             f"{path}: truncated, altered or not written by torch.save ({error_line(error)})"

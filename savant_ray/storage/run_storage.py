@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.locations import checkpoint_path, is_uri, join_uri, parent_and_name, why
+from savant_ray.locations import checkpoint_path, error_text, is_uri, join_uri, parent_and_name
 from savant_ray.original.conversion import converted, find_original
 from savant_ray.original.file import newest_intact
 from savant_ray.original.names import is_original_name, original_names
@@ -158,7 +158,7 @@ def fetched(checkpoint: str, files: Sequence[str] = (), with_original: bool = Fa
         except SavantError:
             raise
         except Exception as error:  # OSError, or any error of a file system that is written in Python (hf://)
-            raise CheckpointError(f"{checkpoint}: cannot be fetched ({why(error)})") from error
+            raise CheckpointError(f"{checkpoint}: cannot be fetched ({error_text(error)})") from error
         if path is None:
             raise CheckpointError(f"{checkpoint}: holds files of the original, but none that is intact")
         yield path
@@ -191,7 +191,7 @@ def _find_stored(uri: str, mirror: Path) -> tuple[ObjectStorage, list[str]]:
     except SavantError:
         raise
     except Exception as error:  # as in `fetched`
-        raise CheckpointError(f"{uri}: cannot be read ({why(error)})") from error
+        raise CheckpointError(f"{uri}: cannot be read ({error_text(error)})") from error
     if not names:
         raise CheckpointError(f"{uri}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
     return storage, names

@@ -29,7 +29,9 @@ class SequenceStream(Protocol):
 
 
 class BatchReader:
-    """Iterable over this rank's local batches, each the list of a step's micro-batches on `device`; iterated once.
+    """Iterable over this rank's local batches; it can be iterated once.
+
+    A local batch is the list of a step's micro-batches of this rank, with tensors on `device`.
 
     - Order: exactly one local batch per step, in the stream's order; it is empty for a rank without sequences.
     - Source: the stream reads in the background from construction on, one portion ahead (`data/stream.py`).

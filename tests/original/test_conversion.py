@@ -364,7 +364,9 @@ def test_with_allowed_changes_the_checkpoint_has_the_settings_of_the_file(run: P
     model = read_settings(folder).model
     assert (model.dim, model.window_size) == (16, 4)
     assert "tokenizer.json" not in read_manifest(folder)["files"] and find_origin(folder, other) is None
-    with pytest.raises(CheckpointError, match=r"(?s)model\.dim: 16, now 32.*data\.tokenizer: auto would learn"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)model\.dim: 16, now 32.*data\.tokenizer: auto would train a new tokenizer"
+    ):
         refuse_other_settings(folder, other)
     again, _ = start(run, config)
     assert again is not None and "tokenizer.json" in read_manifest(again)["files"], "named before training"

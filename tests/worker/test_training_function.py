@@ -1,4 +1,4 @@
-"""How a worker ends when its device is too small for the model; everything around it is a fake."""
+"""How a worker ends if its device is too small for the model; everything else is a fake."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run_worker(
     return events
 
 
-def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_what_to_lower(
+def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_advice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     events = run_worker(monkeypatch, MemoryCapError, new_state=no_room)
