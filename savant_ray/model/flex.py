@@ -15,6 +15,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +24,20 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 MIN_CAPABILITY = (8, 0)  # compute capability; the first with bf16 tensor cores
 MIN_HEAD_DIM = 16  # PyTorch raises an error below it
 BLOCK = 128  # queries or keys in a block, as many as the kernel handles at a time
+KERNEL_OPTIONS: Any = None  # `FlexKernelOptions`: tile sizes, warps, stages; None = PyTorch's choice for this GPU
+MAX_SIGMOID_CAP = 100.0  # above it the error of a score could exceed 1e-4
 MAX_COMPILED_SHAPES = 64  # PyTorch falls back to eager execution beyond it, which computes all scores at once
 
 
 @functools.cache
 def has_flex(device: torch.device, head_dim: int) -> bool:
-    """Return whether `flex_attention` can be compiled; Triton builds the launchers of its kernels with a C compiler."""
-    if device.type != "cuda" or head_dim < MIN_HEAD_DIM or importlib.util.find_spec("triton") is None:
+    """Return whether `flex_attention` can be compiled for the device and a head dimension."""
+    return head_dim >= MIN_HEAD_DIM and builds_triton_kernels(device)
+
+
+def builds_triton_kernels(device: torch.device) -> bool:
+    """Return whether kernels can be compiled for the device; Triton builds their launchers with a C compiler."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     if not has_python_headers() or not any(shutil.which(compiler) for compiler in ("gcc", "clang", "cc")):
         return False
@@ -97,11 +105,24 @@ def flex(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: BlockMask, soft_c
     """Return softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v under the mask, `[B, H, T, D]`."""
 
     def capped(score: Tensor, _row: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
-        return soft_cap * torch.tanh(score / soft_cap)
+        return capped_score(score, soft_cap)
 
-    if torch.compiler.is_compiling() or not q_BHTD.is_cuda:
-        return flex_attention(q_BHTD, k_BHTD, v_BHTD, score_mod=capped, block_mask=mask)
-    return _compiled()(q_BHTD, k_BHTD, v_BHTD, score_mod=capped, block_mask=mask)
+    attention: Any = flex_attention if torch.compiler.is_compiling() or not q_BHTD.is_cuda else _compiled()
+    out: Tensor = attention(q_BHTD, k_BHTD, v_BHTD, score_mod=capped, block_mask=mask, kernel_options=KERNEL_OPTIONS)
+    return out
+
+
+def capped_score(score: Tensor, soft_cap: float) -> Tensor:
+    """Return `soft_cap * tanh(score / soft_cap)`, through the sigmoid if `soft_cap` is small enough.
+
+    A GPU has instructions for the exponential and the reciprocal in a sigmoid; its tanh needs a polynomial and a selection
+    as well. Near 0 the difference of two large numbers loses relative accuracy, but the softmax needs absolute accuracy: in
+    fp32 the error is 2.5e-7 of the cap, with a GPU's approximate division 8e-7, so 4e-5 at 50. PTX's `tanh.approx.f32` has
+    an error of 5e-4 of the score (0.025 at 50), which for large scores exceeds the rounding of bf16 several times.
+    """
+    if soft_cap > MAX_SIGMOID_CAP:
+        return soft_cap * torch.tanh(score / soft_cap)
+    return 2 * soft_cap * torch.sigmoid(score * (2 / soft_cap)) - soft_cap
 
 
 @functools.cache
