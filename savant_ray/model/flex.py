@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 MIN_CAPABILITY = (8, 0)  # compute capability; the first with bf16 tensor cores
 MIN_HEAD_DIM = 16  # PyTorch raises an error below it
-BLOCK = 128  # queries or keys in a block, as many as the kernel handles at a time
+BLOCK = 128  # queries or keys in a block; every tile size that PyTorch chooses divides it, but not 64
 KERNEL_OPTIONS: Any = None  # `FlexKernelOptions`: tile sizes, warps, stages; None = PyTorch's choice for this GPU
 MAX_SIGMOID_CAP = 100.0  # above it the error of a score could exceed 1e-4
 MAX_COMPILED_SHAPES = 64  # PyTorch falls back to eager execution beyond it, which computes all scores at once
@@ -63,7 +63,7 @@ def block_mask(document_ids_BT: Tensor, window_size: int | None) -> BlockMask:
     is_causal_NM = begin_N[:, None] >= begin_N[None, :]  # M blocks of keys
     is_needed_BNM = is_causal_NM & (last_N >= first_key_BT[:, begin_N, None])
     is_full_BNM = (begin_N[:, None] > begin_N) & (begin_N >= first_key_BT[:, last_N, None])
-    is_full_BNM &= (begin_N + BLOCK <= length)[:, None]  # as `create_block_mask`, which counts queries beyond the end
+    is_full_BNM &= (begin_N + BLOCK <= length)[:, None]  # a block beyond the end is partial, as in `create_block_mask`
 
     def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= first_key_BT[row, query])
@@ -96,7 +96,7 @@ def _first_keys(document_ids_BT: Tensor, window_size: int | None) -> Tensor:
 
 
 def _listed(blocks_B1NM: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many blocks each row of blocks has, and their columns in ascending order, the others behind; int32."""
+    """Return the number of blocks in each row, and their columns in ascending order followed by the other columns; int32."""
     columns = blocks_B1NM.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks_B1NM.sum(-1, dtype=torch.int32), columns.to(torch.int32, memory_format=torch.contiguous_format)
 

@@ -66,7 +66,7 @@ def test_padding_gives_finite_outputs_and_gradients() -> None:
 @pytest.mark.parametrize("window_size", [1, 2, 5, 8, 31])
 @pytest.mark.parametrize("sequence_length", [1, 7, 8, 32])
 @pytest.mark.parametrize("chunk", [1, 8, 128])
-def test_chunks_of_queries_give_what_all_scores_at_once_give(
+def test_attention_in_chunks_of_queries_equals_dense_attention(
     window_size: int, sequence_length: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(window_size)
@@ -75,15 +75,15 @@ def test_chunks_of_queries_give_what_all_scores_at_once_give(
     documents = torch.randint(0, 3, (2, sequence_length)).sort(dim=1).values
     same = documents[:, None, :, None] == documents[:, None, None, :]
     dense = Mask(~(same & causal_mask(sequence_length, sequence_length, window_size, q.device)))
-    ways = [attend(q, k, v, mask, 50.0) for mask in (dense, build_masks(documents, window_size, 8).windowed)]
-    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in ways]
-    torch.testing.assert_close(ways[1], ways[0], rtol=1e-5, atol=1e-6)  # the cap works in fp32
+    outputs = [attend(q, k, v, mask, 50.0) for mask in (dense, build_masks(documents, window_size, 8).windowed)]
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in outputs]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)  # the cap works in fp32
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("under_autocast", [False, True])
 @pytest.mark.parametrize("window_size", [None, 40])
-def test_attention_in_bf16_is_off_by_its_outputs_rounding_only_as_scores_are_fp32(
+def test_attention_in_bf16_has_fp32_scores_and_the_error_of_rounded_outputs(
     window_size: int | None, under_autocast: bool
 ) -> None:
     """Compare with fp64 for equal bf16 inputs; scores rounded to bf16 would have errors of 1.2 % and 2.4 %."""
@@ -99,19 +99,21 @@ def test_attention_in_bf16_is_off_by_its_outputs_rounding_only_as_scores_are_fp3
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=under_autocast, cache_enabled=False):
             out = attend(q, k, v, mask, 50.0)
         assert relative_error(out, expected) < 0.004
-        for mine, other in zip(torch.autograd.grad(out.float().square().sum(), (q, k, v)), gradients, strict=True):
-            assert relative_error(mine, other) < 0.012
+        for found, exact_gradient in zip(
+            torch.autograd.grad(out.float().square().sum(), (q, k, v)), gradients, strict=True
+        ):
+            assert relative_error(found, exact_gradient) < 0.012
     capped = 50 * _capped(q.detach(), k.detach(), 50.0)
     assert (capped - scores).abs().max() < 1e-4, "0.06 to 0.10 where the product is rounded to bf16"
 
 
-def relative_error(mine: Tensor, exact: Tensor) -> float:
-    return ((mine.double() - exact).norm() / exact.norm()).item()
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("window_size", [None, 0, 5, 127, 128, 300, 2000])
 @pytest.mark.parametrize("length", [1, 128, 129, 300, 1024])
-def test_the_blocks_of_a_gpus_mask_are_those_of_all_pairs(window_size: int | None, length: int) -> None:
+def test_block_masks_equal_those_of_create_block_mask(window_size: int | None, length: int) -> None:
     torch.manual_seed(length)
     for mean_length in (1, 30, 128, 500):
         is_last = torch.rand(3, length) < 1 / mean_length
@@ -137,16 +139,14 @@ def listed(mask: BlockMask, blocks: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window_size", [None, 1, 5, 300])
 @pytest.mark.parametrize("sequence_length", [7, 200])
-def test_the_masks_and_the_cap_of_a_gpu_give_what_all_scores_at_once_give(
-    window_size: int | None, sequence_length: int
-) -> None:
+def test_flex_attention_equals_dense_attention(window_size: int | None, sequence_length: int) -> None:
     torch.manual_seed(3)
     q, k, v = (torch.randn(2, 3, sequence_length, 16) for _ in range(3))
     documents = torch.randint(0, 3, (2, sequence_length)).sort(dim=1).values
     same = documents[:, None, :, None] == documents[:, None, None, :]
     dense = Mask(~(same & causal_mask(sequence_length, sequence_length, window_size, q.device)))
-    here = Mask(None, blocks=block_mask(documents, window_size))  # forward only: on a CPU it has no backward pass
-    torch.testing.assert_close(attend(q, k, v, here, 2.0), attend(q, k, v, dense, 2.0), rtol=1e-5, atol=1e-6)
+    blocks = Mask(None, blocks=block_mask(documents, window_size))  # forward only: on a CPU it has no backward pass
+    torch.testing.assert_close(attend(q, k, v, blocks, 2.0), attend(q, k, v, dense, 2.0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("soft_cap", [2.0, 50.0, 100.0, 1e9])
@@ -219,10 +219,10 @@ def test_the_loss_in_chunks_is_the_cross_entropy_of_the_full_logits(chunk_rows: 
     expected = torch.nn.functional.cross_entropy((x @ head.T).flatten(0, 1), targets.flatten(), reduction="sum")
     loss = cross_entropy_sum(x, head, targets, chunk_rows=chunk_rows)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    for mine, full in zip(
+    for found, exact in zip(
         torch.autograd.grad(3 * loss, (x, head)), torch.autograd.grad(3 * expected, (x, head)), strict=True
     ):
-        torch.testing.assert_close(mine.double(), full, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("row_selection")
@@ -309,8 +309,8 @@ def test_the_loss_under_autocast_is_within_a_thousandth_of_full_fp32_logits_and_
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, full, rtol=1e-3, atol=0)
     gradients = (torch.autograd.grad(each, (x, head)) for each in (loss, full))
-    for mine, other in zip(*gradients, strict=True):
-        assert mine.dtype == other.dtype and (mine - other).float().norm() < 0.02 * other.float().norm()
+    for found, exact in zip(*gradients, strict=True):
+        assert found.dtype == exact.dtype and (found - exact).float().norm() < 0.02 * exact.float().norm()
 
 
 def test_the_gradient_of_an_fp32_head_adds_up_in_fp32_under_autocast() -> None:
@@ -322,15 +322,17 @@ def test_the_gradient_of_an_fp32_head_adds_up_in_fp32_under_autocast() -> None:
     assert torch.equal(head.grad, torch.tensor([[-512.0] * 4, [512.0] * 4]))
 
 
-def test_a_loss_without_gradients_computes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_autograd_the_loss_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head is a parameter that requires a gradient."""
-    asked, honest = [], loss_module._chunk
-    monkeypatch.setattr(loss_module, "_chunk", lambda *inputs: asked.append(inputs[3:]) or honest(*inputs))
+    gradients_asked_for, original = [], loss_module._chunk
+    monkeypatch.setattr(
+        loss_module, "_chunk", lambda *inputs: gradients_asked_for.append(inputs[3:]) or original(*inputs)
+    )
     x, head = torch.randn(1, 4, 8), torch.nn.Parameter(torch.randn(5, 8))
     with torch.no_grad():
-        quiet = cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64))
-    assert asked == [(None, None)] and not quiet.requires_grad
-    assert torch.equal(quiet, cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64)))
+        loss = cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64))
+    assert gradients_asked_for == [(None, None)] and not loss.requires_grad
+    assert torch.equal(loss, cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64)))
 
 
 @pytest.mark.usefixtures("row_selection")
