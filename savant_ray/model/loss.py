@@ -45,7 +45,8 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Return the cross entropy of logits `x @ head.T` summed over the targets that are not IGNORED: nats, fp32 scalar.
 
-    On a GPU it follows from `memory_limit_gb` (GiB, of the whole process) how many rows are computed at a time.
+    `memory_limit_gb` (GiB, of the whole process) bounds the rows that a GPU computes at a time. `chunk_rows` sets their number
+    on each device.
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
     if x_BTD.device.type == "cpu":
@@ -114,7 +115,7 @@ def _chunk(x_CD: Tensor, head_VD: Tensor, targets_C: Tensor, grad_x: Tensor | No
     """Return the chunk's loss sum; write its gradient to `grad_x` and add it to `grad_head` unless they are None."""
     logits_CV = _fp32_logits(x_CD, head_VD)
     if grad_x is None or grad_head is None:
-        return _loss(logits_CV, targets_C)[0]
+        return _loss_and_exp(logits_CV, targets_C)[0]
     loss, grad_logits = _loss_and_gradient(x_CD.device)(logits_CV, targets_C, x_CD.dtype)
     grad_x.copy_(grad_logits @ head_VD)
     _add_head_gradient(grad_head, grad_logits, x_CD)
@@ -141,11 +142,8 @@ def _has_fp32_output(x_CD: Tensor) -> bool:
     return x_CD.is_cuda and x_CD.dtype == torch.bfloat16
 
 
-LossAndGradient = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
-
-
 @functools.cache
-def _loss_and_gradient(device: torch.device) -> LossAndGradient:
+def _loss_and_gradient(device: torch.device) -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]:
     """Return `loss_and_gradient`, compiled if the device allows; eager kernels read and write the logits seven times."""
     if not builds_triton_kernels(device):
         return loss_and_gradient
@@ -158,7 +156,7 @@ def loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype) 
 
     The logits are fp32, and finite in rows that are IGNORED. Eager code overwrites them.
     """
-    loss, exp_CV, total_C1 = _loss(logits_CV, targets_C)
+    loss, exp_CV, total_C1 = _loss_and_exp(logits_CV, targets_C)
     is_target_C1 = (targets_C != IGNORED)[:, None]
     probabilities_CV = exp_CV.div_(total_C1.masked_fill(~is_target_C1, math.inf))
     index_C1 = targets_C.clamp(min=0)[:, None]
@@ -168,11 +166,11 @@ def loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype) 
     return loss, grad_logits_CV
 
 
-def _loss(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_and_exp(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the cross entropies, `exp(logits - max)` and its sum over each row."""
     target_logits_C1 = logits_CV.gather(1, targets_C.clamp(min=0)[:, None])
     max_C1 = logits_CV.amax(dim=1, keepdim=True)
-    # A compiled kernel would write to memory what it changes in its input.
+    # Eager code reuses the memory of the logits. A compiled kernel would write its changes of an input back to memory.
     exp_CV = logits_CV - max_C1 if torch.compiler.is_compiling() else logits_CV.sub_(max_C1)
     exp_CV = exp_CV.exp_()
     total_C1 = exp_CV.sum(dim=1, keepdim=True)
