@@ -45,8 +45,8 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Return the cross entropy of logits `x @ head.T` summed over the targets that are not IGNORED: nats, fp32 scalar.
 
-    `memory_limit_gb` (GiB, of the whole process) bounds the rows that a GPU computes at a time. `chunk_rows` sets their number
-    on each device.
+    `memory_limit_gb` (GiB, of the whole process) bounds the rows that a GPU computes at a time; `chunk_rows` sets their
+    number on each device.
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
     if x_BTD.device.type == "cpu":
