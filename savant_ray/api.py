@@ -116,8 +116,8 @@ def run_child(descriptor: int) -> NoReturn:
 
 
 def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
-    if isinstance(config, Config):
-        return config
+    if isinstance(config, Config):  # `model_copy` may have put values into it that are not validated
+        return Config.from_dict(config.to_dict())
     if not isinstance(config, Mapping):
         return load_config((), {}, Path(config))
     try:
@@ -223,7 +223,7 @@ def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dic
     from savant_ray.cluster.session import Leave
     from savant_ray.driver import resolve_paths, train
 
-    config, error, code = Config.from_dict(settings), None, 0
+    config, error, code = Config.from_validated(settings), None, 0
     try:
         config = resolve_paths(config)
         code = train(config, **options)

@@ -304,7 +304,11 @@ class ReportingConfig(Section):
 
 
 class Config(Section):
-    """All settings of a run; sent to workers as a plain dict."""
+    """All settings of a run.
+
+    They are validated once, when they are loaded (`load_config`) or passed to `savant_ray.train`. Other processes of the run
+    receive them as `to_dict()` and rebuild them by `from_validated`.
+    """
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -343,6 +347,16 @@ class Config(Section):
         except ValidationError as error:
             problems = [f"{name}: {message}" for name, message in validation_messages(error, known_names())]
             raise SettingsError("\n".join(problems)) from error
+
+    @classmethod
+    def from_validated(cls, settings: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Rebuild the `Config` whose `to_dict()` is `settings`, without validating the values again."""
+        sections = {
+            name: type(field.default).model_construct(**settings[name]) for name, field in cls.model_fields.items()
+        }
+        sources = [SourceConfig.model_construct(**source) for source in settings["data"]["sources"]]
+        sections["data"] = sections["data"].model_copy(update={"sources": sources})
+        return cls.model_construct(**sections)
 
 
 def load_config(

@@ -71,6 +71,10 @@ def test_a_training_process_that_does_not_come_up_is_an_error_of_ours(
 def test_wrong_settings_are_refused_as_the_command_line_does(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"training\.max_step"):
         savant_ray.train({"training": {"max_step": 3}})
+    config = savant_ray.Config()
+    unvalidated = config.training.model_copy(update={"max_steps": 0})
+    with pytest.raises(SettingsError, match=r"training\.max_steps: 0 has to be at least 1"):
+        savant_ray.train(config.model_copy(update={"training": unvalidated}))
     with pytest.raises(SettingsError, match="not a setting"):
         savant_ray.train({"training": {"max_steps": object()}})
     with pytest.raises(SettingsError, match=r"no\.yaml: no such file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from savant_ray.config import Config, ModelConfig, dump_yaml, ignored_variables, load_config, setting_rows
 from savant_ray.errors import SettingsError
 from savant_ray.settings.table import PREFIX
+from savant_ray.storage.paths import with_absolute_paths
 
 
 def refusal(
@@ -471,6 +473,19 @@ def test_a_plain_dict_is_checked_as_every_other_source() -> None:
         Config.from_dict({"trainig": {}})
     with pytest.raises(SettingsError, match=r"^model\.n_heads: 7 does not divide model\.dim = 512$"):
         Config.from_dict({"model": {"n_heads": 7, "dim": 512}})
+
+
+def test_settings_are_validated_when_they_are_loaded_and_not_again_on_the_way_to_the_workers() -> None:
+    sources = "[{path: [a.jsonl, s3://b/c.jsonl], weight: 1}, {path: d.jsonl, weight: .5, optional: true}]"
+    config = load_config(["--data.sources", sources, "--scaling.num_workers", "[1, 4]"], {})
+    assert Config.from_validated(json.loads(json.dumps(config.to_dict()))) == config
+
+    unvalidated = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 0})})
+    with pytest.raises(SettingsError, match=r"training\.max_steps: 0 has to be at least 1"):
+        Config.from_dict(unvalidated.to_dict())
+    resolved = with_absolute_paths(unvalidated, Path("/in"), Path("/out"))
+    received = Config.from_validated(resolved.to_dict())
+    assert received == resolved and received.training.max_steps == 0
 
 
 def test_an_option_without_a_value_or_a_value_without_an_option_is_refused() -> None:
