@@ -24,7 +24,7 @@ import savant_ray
 from savant_ray import api, config, errors, events
 from savant_ray.cli import INTERRUPTED
 from savant_ray.commands import COMMANDS
-from savant_ray.config import Config, SourceConfig, section_meanings, setting_rows
+from savant_ray.config import Config, SourceConfig, section_descriptions, setting_rows
 from savant_ray.settings.yaml_text import show
 from tests.tracked_files import tracked_files
 
@@ -78,10 +78,15 @@ def settings() -> str:
     for section, group in groupby(setting_rows(), lambda row: row.name.partition(".")[0]):
         properties = schemas[type(getattr(Config(), section)).__name__]["properties"]
         rows = [
-            (f"`{row.name}`", f"`{one_line(row.default)}`", values(properties[row.name.partition(".")[2]]), row.meaning)
+            (
+                f"`{row.name}`",
+                f"`{one_line(row.default)}`",
+                values(properties[row.name.partition(".")[2]]),
+                row.description,
+            )
             for row in group
         ]
-        heading = f"## {section}\n\n{section_meanings()[section]}\n\n"
+        heading = f"## {section}\n\n{section_descriptions()[section]}\n\n"
         parts.append(heading + table(("setting", "default", "values", "meaning"), rows))
         if section == "data":
             parts.append(sources(schemas[SourceConfig.__name__]))

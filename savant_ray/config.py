@@ -179,7 +179,7 @@ class DataConfig(Section):
     quickstart: bool = Field(default=False, description="generate the quickstart's text files if they are missing")
 
     @property
-    def learns_tokenizer(self) -> bool:
+    def trains_tokenizer(self) -> bool:
         """Whether a tokenizer is trained on the training text unless there is a checkpoint with one."""
         return self.tokenizer in ("auto", "train")
 
@@ -420,7 +420,7 @@ def setting_rows() -> list[Setting]:
     return list_settings(Config())
 
 
-def section_meanings() -> dict[str, str]:
+def section_descriptions() -> dict[str, str]:
     """Return the description of each section by its name."""
     return {name: type(section).__doc__ or "" for name, section in Config()}
 

@@ -76,7 +76,7 @@ class UnexpectedError(SavantError):
 
 
 @contextmanager
-def doing(activity: str) -> Iterator[None]:
+def error_context(activity: str) -> Iterator[None]:
     """Name the activity of a `with` block ("saving step_5") for error messages; the innermost activity is used."""
     try:
         yield
@@ -89,8 +89,8 @@ def doing(activity: str) -> Iterator[None]:
 def unexpected_errors_explained(folder: Path | None = None, activity: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Convert exceptions other than `SavantError` into an `UnexpectedError`, and write the traceback to `folder`.
 
-    `activity` returns the current activity for errors outside of a `doing` block. Without a folder, or if writing to it
-    fails, the traceback is written to the system's folder for temporary files.
+    `activity` returns the current activity for errors outside of an `error_context` block. Without a folder, or if writing
+    to it fails, the traceback is written to the system's folder for temporary files.
     """
     try:
         yield

@@ -122,7 +122,7 @@ def test_every_setting_can_be_given_by_every_source(file: Path) -> None:
 
 
 def test_every_setting_says_what_it_means() -> None:
-    assert all(row.meaning and row.name.count(".") == 1 for row in setting_rows())
+    assert all(row.description and row.name.count(".") == 1 for row in setting_rows())
     assert all(row.variable == PREFIX + row.name.upper().replace(".", "__") for row in setting_rows())
 
 

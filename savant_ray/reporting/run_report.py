@@ -71,7 +71,7 @@ class RunReport:
             self._log.write(printable(f"error: {str(error) or type(error).__name__}"))
         self.close()
 
-    def handle(self, event: Event) -> None:
+    def add_event(self, event: Event) -> None:
         """Record an event and print it; a notice with the same text from several workers is handled once."""
         if isinstance(event, Notice):
             if event.text in self._notices:
@@ -87,19 +87,19 @@ class RunReport:
         elif isinstance(event, ValidationDone):
             self._validation(event)
         elif text := describe(event):
-            self.say(text)
+            self.notify(text)
 
-    def fill(self, lines: Iterable[dict[str, Any]]) -> None:
+    def backfill(self, lines: Iterable[dict[str, Any]]) -> None:
         """Add lines to the record that an earlier attempt did not write because its driver was killed."""
         if self._record is not None:
-            self._record.fill(lines)
+            self._record.backfill(lines)
 
     @property
     def activity(self) -> str:
         """Return what the run is doing ("starting Ray", "training"), for the message of an unexpected error."""
         return self._stage
 
-    def stage(self, text: str) -> None:
+    def begin_stage(self, text: str) -> None:
         """Begin a stage before the first step, such as "starting Ray"."""
         self._stage, self._last_line_time = text, self._clock()
         self._print_progress(f"{text} …")
@@ -112,7 +112,7 @@ class RunReport:
         if self._line_is_due():
             self._print_progress(f"{self._stage}: {figures}")
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """Print lines on the console and in the log."""
         text = printable(text)
         if self._log is not None:
@@ -136,7 +136,7 @@ class RunReport:
     def _start(self, event: AttemptStarted) -> None:
         """Reset the record to `event.step`, since later steps are repeated, and the figures of the attempt."""
         if self._record is not None:
-            self._record.go_back_to(event.step, event.validates_first)
+            self._record.rewind(event.step, event.validates_first)
         self._stage = "training"
         self.last_step, self._max_steps, self._limit_gb = event.step, event.max_steps, event.vram_limit_gb
         self._losses, self._skipped = Sparkline(), 0
@@ -157,18 +157,18 @@ class RunReport:
         first_or_last = self._first_step or event.step == self._max_steps
         self._first_step = False
         if event.update_skipped:
-            self.say(skipped_update(event))
+            self.notify(skipped_update(event))
         if self._line_is_due() or first_or_last:
             self._print_newest_step()
 
     def _validation(self, event: ValidationDone) -> None:
         pause, then = self._last_pause
         self._last_pause = ("the last", self._clock())
-        self.say(f"{describe(event)} · {duration(self._clock() - then)} since {pause}")
+        self.notify(f"{describe(event)} · {duration(self._clock() - then)} since {pause}")
 
     def _print_warnings(self, record: Record) -> None:
         for text in record.warnings():
-            self.say(text)
+            self.notify(text)
         if self._log is not None and self._log.error and not self._log_failure_reported:
             self._log_failure_reported = True
             self._console.print(

@@ -79,7 +79,7 @@ def find_runs(folders: Iterable[Path], newest_original: NewestOriginal = lambda 
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
-def summarise(
+def summarize(
     run_folder: Path, is_in_use: Callable[[Path], bool], newest_original: NewestOriginal = lambda path: None
 ) -> RunSummary:
     """Summarise a run; `is_in_use` returns whether some process is training it.

@@ -37,7 +37,7 @@ def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path)
             for number, source in enumerate(config.data.sources)
         ],
     }
-    if not config.data.learns_tokenizer:
+    if not config.data.trains_tokenizer:
         data["tokenizer"] = _absolute_tokenizer(config.data.tokenizer, input_folder)
     return config.model_copy(
         update={"run": config.run.model_copy(update=run), "data": config.data.model_copy(update=data)}

@@ -15,10 +15,10 @@ from savant_ray.reporting.record import METRICS, SAMPLES, JsonLines, Record, rea
 from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
 
 
-def write(folder: Path, *events: Event, after: int | None = None, validates: bool = False) -> None:
+def write(folder: Path, *events: Event, after: int | None = None, repeats_validation: bool = False) -> None:
     record = Record(folder)
     if after is not None:
-        record.go_back_to(after, validates)
+        record.rewind(after, repeats_validation)
     for event in events:
         record.append(event)
     record.close()
@@ -96,7 +96,7 @@ def test_what_happened_at_a_launch_stays_and_what_happened_in_a_lost_step_does_n
 
 def test_a_validation_that_is_made_up_for_is_in_the_record_once(tmp_path: Path) -> None:
     write(tmp_path, step_done(1), checkpoint(1), validation(1), sample(1))
-    write(tmp_path, validation(1), sample(1), step_done(2), after=1, validates=True)
+    write(tmp_path, validation(1), sample(1), step_done(2), after=1, repeats_validation=True)
     assert history(tmp_path) == [("step", 1), ("checkpoint", 1), ("validation", 1), ("sample", 1), ("step", 2)]
     assert history(tmp_path, SAMPLES) == [("sample", 1)]
 
@@ -105,8 +105,8 @@ def test_what_a_dead_driver_did_not_hear_is_filled_in_from_the_checkpoint(tmp_pa
     write(tmp_path, attempt(0), *one_attempt(1, 2))
     kept = [to_line(event) for event in (attempt(0), *one_attempt(2, 3, 4))]
     record = Record(tmp_path)
-    record.fill(kept)
-    record.fill(kept)
+    record.backfill(kept)
+    record.backfill(kept)
     record.close()
     assert history(tmp_path) == [("attempt", 0), *((e.kind, e.step) for e in one_attempt(1, 2, 3, 4))]
     assert history(tmp_path, SAMPLES) == [("sample", step) for step in (1, 2, 3, 4)]

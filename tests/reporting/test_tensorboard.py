@@ -23,7 +23,7 @@ NUMBERS = {
 def launch(folder: Path, first: int, last: int) -> Record:
     """Record an attempt from after `first` to `last` that is killed: nothing is closed."""
     record = Record(folder)
-    record.go_back_to(first, validates=False)
+    record.rewind(first, repeats_validation=False)
     record.append(attempt(first))
     for step in range(first + 1, last + 1):
         record.append(step_done(step, train_loss=10.0 / step))

@@ -15,7 +15,7 @@ from savant_ray.errors import SettingsError
 from savant_ray.events import AttemptEnded
 from savant_ray.reporting import trackers
 from savant_ray.reporting.record import Record
-from savant_ray.reporting.trackers import Tracking, open_trackers, tracking
+from savant_ray.reporting.trackers import TrackerFollower, open_trackers, tracking
 from tests.reporting.events import attempt, checkpoint, sample, score, step_done, validation
 
 SETTINGS = Config.from_dict({"training": {"learning_rate": 1e-3}}).to_dict()
@@ -57,9 +57,9 @@ class Fake:
 
 def launch(folder: Path, first: int, last: int, tracker: Any, finished: bool = False) -> Record:
     """Record an attempt from after `first` to `last`."""
-    record = Record(folder, [Tracking("Fake", tracker)])
+    record = Record(folder, [TrackerFollower("Fake", tracker)])
     record.append(attempt(first, settings=SETTINGS))
-    record.go_back_to(first, validates=False)
+    record.rewind(first, repeats_validation=False)
     for step in range(first + 1, last + 1):
         record.append(step_done(step, train_loss=10.0 / step))
         if step % 5 == 0:
@@ -84,7 +84,7 @@ def test_every_line_is_told_once_over_launches_that_go_back(tmp_path: Path, monk
 def test_workers_that_start_again_within_a_launch_repeat_nothing(tmp_path: Path) -> None:
     fake = Fake()
     record = launch(tmp_path, 0, 12, fake)
-    record.go_back_to(10, validates=False)
+    record.rewind(10, repeats_validation=False)
     for step in (11, 12, 13):
         record.append(step_done(step))
     record.close()

@@ -24,7 +24,7 @@ from savant_ray.events import (
     WorkersLost,
 )
 from savant_ray.reporting.record import METRICS, parsed
-from savant_ray.reporting.runs import RunSummary, summarise
+from savant_ray.reporting.runs import RunSummary, summarize
 
 COLUMNS = (
     "step",
@@ -84,7 +84,7 @@ def read_history(run_folder: Path, is_in_use: Callable[[Path], bool]) -> History
     Raises:
         SettingsError: there is no record in the folder.
     """
-    history = History(summarise(run_folder, is_in_use), steps={})
+    history = History(summarize(run_folder, is_in_use), steps={})
     columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for line in _lines(run_folder / METRICS):
         if line["event"] == StepDone.kind:

@@ -190,7 +190,7 @@ def _settings(histories: Sequence[History]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": setting.name,
-                "meaning": setting.meaning,
+                "description": setting.description,
                 "default": default,
                 "values": [value if settings else "–" for value, settings in zip(values, run_settings, strict=True)],
                 "unusual": any(value != default for value in values),

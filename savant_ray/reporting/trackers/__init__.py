@@ -11,27 +11,27 @@ from importlib.util import find_spec
 
 from savant_ray.config import ReportingConfig
 from savant_ray.errors import SettingsError
-from savant_ray.reporting.trackers.tracking import Tracking
+from savant_ray.reporting.trackers.tracking import TrackerFollower
 
 
-def open_trackers(config: ReportingConfig, run: str) -> list[Tracking]:
+def open_trackers(config: ReportingConfig, run: str) -> list[TrackerFollower]:
     """Return the trackers of the settings, not yet connected.
 
     Raises:
         SettingsError: a tracker's package is not installed.
     """
-    trackings = []
+    followers = []
     if config.mlflow is not None:
         _require("mlflow")
         from savant_ray.reporting.trackers.mlflow import Mlflow
 
-        trackings.append(Tracking("MLflow", Mlflow(config.mlflow, run)))
+        followers.append(TrackerFollower("MLflow", Mlflow(config.mlflow, run)))
     if config.wandb is not None:
         _require("wandb")
         from savant_ray.reporting.trackers.wandb import Wandb
 
-        trackings.append(Tracking("Weights & Biases", Wandb(config.wandb, run)))
-    return trackings
+        followers.append(TrackerFollower("Weights & Biases", Wandb(config.wandb, run)))
+    return followers
 
 
 def _require(package: str) -> None:

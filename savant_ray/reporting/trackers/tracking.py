@@ -35,7 +35,7 @@ class Tracker(Protocol):
         """Close the run at the end of the attempt; `finished` if training is complete."""
 
 
-class Tracking:
+class TrackerFollower:
     """A `Follower` of the record that sends it to one tracker; an error ends the tracking, not the run."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
