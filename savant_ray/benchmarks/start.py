@@ -1,4 +1,4 @@
-"""Start-up time: from the command to the first step, against a script that fits an empty `TorchTrainer`.
+"""Start-up time: from the command to the first step, against a script whose `TorchTrainer` does nothing.
 
 Both commands alternate, once with their own local Ray and once with a running Ray cluster. `savant --help` is compared with
 an empty Python program.

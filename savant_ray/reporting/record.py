@@ -75,7 +75,7 @@ class Record:
         self._append(to_line(event))
 
     def backfill(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Append the lines saved with a checkpoint that are missing because the driver was killed."""
+        """Append those of the lines saved with a checkpoint that are missing because the driver was killed."""
         present = {(line["event"], line.get("step")) for line in read_records(self._metrics.path)}
         for line in lines:
             if line["event"] not in ATTEMPT_KINDS and (line["event"], line["step"]) not in present:
@@ -88,7 +88,7 @@ class Record:
         self._board.write(line)
 
     def rewind(self, step: int, repeats_validation: bool) -> None:
-        """Remove the lines of what is repeated: all after `step`, and its validation if `repeats_validation`."""
+        """Remove the lines of later steps, and of the validation of `step` if it is repeated; start the followers."""
         for file in (self._metrics, self._samples):
             file.keep(lambda line: not _is_repeated(line, step, repeats_validation))
         self._board.begin(step, read_records(self._metrics.path))
@@ -105,7 +105,7 @@ class Record:
             elif file.path not in self._reported:
                 self._reported.add(file.path)
                 texts.append(
-                    f"WARNING: {file.path} cannot be written: {file.error}. Training goes on; {file.consequence}."
+                    f"WARNING: {file.path} cannot be written: {file.error}. Training continues; {file.consequence}."
                 )
         return texts
 

@@ -55,9 +55,9 @@ class RunReport:
         self._losses, self._skipped = Sparkline(), 0  # of this attempt
         self._limit_gb: float | None = None
         self._last_line_time = clock()
-        self._last_pause = ("the start", clock())
+        self._previous_validation = ("the start", clock())  # what to call it in a message, and its time
         self._unprinted_step = ""  # the newest step's line, until it is printed
-        self._first_step = True
+        self._is_first_step = True
         self._notices: set[str] = set()
         self._log_failure_reported = False
         self.last_step = 0
@@ -72,7 +72,7 @@ class RunReport:
         self.close()
 
     def add_event(self, event: Event) -> None:
-        """Record an event and print it; a notice with the same text from several workers is handled once."""
+        """Record an event and print it; of notices with the same text, which several workers may send, only the first."""
         if isinstance(event, Notice):
             if event.text in self._notices:
                 return
@@ -140,8 +140,8 @@ class RunReport:
         self._stage = "training"
         self.last_step, self._max_steps, self._limit_gb = event.step, event.max_steps, event.vram_limit_gb
         self._losses, self._skipped = Sparkline(), 0
-        self._remaining_time, self._first_step, self._unprinted_step = RemainingTime(), True, ""
-        self._last_pause = ("the start", self._clock())
+        self._remaining_time, self._is_first_step, self._unprinted_step = RemainingTime(), True, ""
+        self._previous_validation = ("the start", self._clock())
 
     def _step(self, event: StepDone) -> None:
         self.last_step = event.step
@@ -154,17 +154,18 @@ class RunReport:
         panel = step_panel(event, str(self._losses), self._skipped, self._limit_gb, seconds_left)
         self._console.show(label, event.step, self._max_steps, panel)
         self._unprinted_step = f"{label} · {figures}"
-        first_or_last = self._first_step or event.step == self._max_steps
-        self._first_step = False
+        is_first_or_last = self._is_first_step or event.step == self._max_steps
+        self._is_first_step = False
         if event.update_skipped:
             self.notify(skipped_update(event))
-        if self._line_is_due() or first_or_last:
+        if self._line_is_due() or is_first_or_last:
             self._print_newest_step()
 
     def _validation(self, event: ValidationDone) -> None:
-        pause, then = self._last_pause
-        self._last_pause = ("the last", self._clock())
-        self.notify(f"{describe(event)} · {duration(self._clock() - then)} since {pause}")
+        now = self._clock()
+        previous, previous_time = self._previous_validation
+        self._previous_validation = ("the last", now)
+        self.notify(f"{describe(event)} · {duration(now - previous_time)} since {previous}")
 
     def _print_warnings(self, record: Record) -> None:
         for text in record.warnings():
@@ -172,7 +173,7 @@ class RunReport:
         if self._log is not None and self._log.error and not self._log_failure_reported:
             self._log_failure_reported = True
             self._console.print(
-                f"WARNING: {self._log.path} cannot be written: {self._log.error}. Training goes on; its lines are lost."
+                f"WARNING: {self._log.path} cannot be written: {self._log.error}. Training continues; its lines are lost."
             )
 
     def _print_newest_step(self) -> None:

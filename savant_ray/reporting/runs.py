@@ -84,7 +84,7 @@ def summarize(
 ) -> RunSummary:
     """Summarise a run; `is_in_use` returns whether some process is training it.
 
-    A folder without a record, or where no launch got as far as to train, may hold files of the original.
+    A folder with files of the original is summarized from their names if no attempt has trained or saved in it.
 
     Raises:
         SettingsError: there is neither a record nor a file of the original.
@@ -148,14 +148,18 @@ def _relative(folder: str) -> str:
 
 def status(run: RunSummary) -> str:
     """Return five lines about a run."""
-    last = f", last event {ago(run.last_time)}" if run.last_time else ""
-    of = "" if run.max_steps is None else f" of {run.max_steps:,}"
-    speed = [] if run.tokens_per_second is None else [f"{run.tokens_per_second:,.0f} tokens/s"]
-    left = [] if run.seconds_left is None else [f"{duration(run.seconds_left)} left"]
-    loss = [] if run.train_loss is None else [f"loss {run.train_loss:.4f}"]
+    last_event = f", last event {ago(run.last_time)}" if run.last_time else ""
+    failure = f": {run.failure}" if run.failure else ""
+    progress = [f"step {run.step:,}" if run.max_steps is None else f"step {run.step:,} of {run.max_steps:,}"]
+    if run.train_loss is not None:
+        progress.append(f"loss {run.train_loss:.4f}")
+    if run.tokens_per_second is not None:
+        progress.append(f"{run.tokens_per_second:,.0f} tokens/s")
+    if run.seconds_left is not None:
+        progress.append(f"{duration(run.seconds_left)} left")
     lines = [
-        f"{run.name}: {run.state}{last}" + (f": {run.failure}" if run.failure else ""),
-        " · ".join([f"step {run.step:,}{of}", *loss, *speed, *left]),
+        f"{run.name}: {run.state}{last_event}{failure}",
+        " · ".join(progress),
         _validation(run),
         f"saved {run.checkpoint}, {ago(run.checkpoint_time)}" if run.checkpoint_time else "no checkpoint yet",
         _sample(run),
@@ -214,5 +218,5 @@ def _sample(run: RunSummary) -> str:
     if run.sample is None:
         return "no sample yet"
     text = " ".join(run.sample.split())
-    cut = text if len(text) <= SAMPLE_WIDTH else f"{text[:SAMPLE_WIDTH]}…"
-    return f"answered at step {run.sample_step:,}: {cut}"
+    truncated = text if len(text) <= SAMPLE_WIDTH else f"{text[:SAMPLE_WIDTH]}…"
+    return f"answered at step {run.sample_step:,}: {truncated}"

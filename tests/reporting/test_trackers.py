@@ -130,7 +130,7 @@ def test_the_folder_that_a_tracker_left_behind_is_not_taken_for_its_package(
     (tmp_path / "wandb/run-1").mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(SettingsError, match=f"wandb is not installed .the folder {tmp_path}/wandb is not it"):
+    with pytest.raises(SettingsError, match=f"wandb is not installed .the folder {tmp_path}/wandb is not the package"):
         open_trackers(ReportingConfig(wandb="mine"), "run")
 
 

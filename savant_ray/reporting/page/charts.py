@@ -13,7 +13,7 @@ import pandas as pd
 from savant_ray.reporting.page.history import History
 
 MAX_POINTS = 1200  # about the width of a wide chart in pixels
-SMOOTHING_FRACTION = 50  # the smooth curve averages over 1/50 of the run
+SMOOTHING_SPANS = 50  # the smooth curve averages over 1/50 of the run
 DIGITS = 5  # significant, in the JSON of the page
 
 
@@ -72,7 +72,7 @@ def _figures(histories: Sequence[History], names: Sequence[str], figure: Figure,
         curves.append(Curve(f"{label or 'each step'}", run, "raw", steps, values[kept]))
         if figure.smooth:
             curves.append(Curve(f"{label} smoothed".strip(), run, "smooth", steps, smoothed(values)[kept]))
-        limit = history.attempt.get("vram_limit_gb") if figure.column == "memory_gb" else None
+        limit = history.newest_attempt.get("vram_limit_gb") if figure.column == "memory_gb" else None
         if limit is not None:
             curves.append(Curve(_label(name, "cap"), run, "limit", steps, np.full(len(steps), limit)))
     return curves
@@ -131,7 +131,7 @@ class Curve:
 
 def smooth_span(n: int) -> int:
     """Return the span, in steps, of the moving average over `n` steps."""
-    return max(1, n // SMOOTHING_FRACTION)
+    return max(1, n // SMOOTHING_SPANS)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

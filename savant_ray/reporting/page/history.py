@@ -66,7 +66,7 @@ class History:
     summary: RunSummary
     steps: dict[str, np.ndarray]  # column -> [N], float64, NaN where unknown
     attempts: list[Attempt] = field(default_factory=list)
-    attempt: dict[str, Any] = field(default_factory=dict)  # the newest `attempt` line
+    newest_attempt: dict[str, Any] = field(default_factory=dict)  # the newest `attempt` line
     data: dict[str, Any] = field(default_factory=dict)  # the newest `data` line
     validations: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -113,7 +113,7 @@ def _add(line: dict[str, Any], history: History) -> None:
     if kind == DataPrepared.kind:
         history.data = line
     elif kind == AttemptStarted.kind:
-        history.attempt = line
+        history.newest_attempt = line
         history.attempts.append(Attempt(time, time, line.get("step", 0), line.get("step", 0)))
     elif kind == ValidationDone.kind:
         history.validations.append(line)

@@ -1,6 +1,6 @@
 """Experiment trackers that receive the record during training.
 
-tracking   a thread that sends the lines that a tracker does not have yet
+tracking   the thread that sends new lines of the record to a tracker
 mlflow     MLflow
 wandb      Weights & Biases
 """
@@ -15,7 +15,7 @@ from savant_ray.reporting.trackers.tracking import TrackerFollower
 
 
 def open_trackers(config: ReportingConfig, run: str) -> list[TrackerFollower]:
-    """Return the trackers of the settings, not yet connected.
+    """Return a follower of the record for each tracker in the settings, not yet connected.
 
     Raises:
         SettingsError: a tracker's package is not installed.
@@ -38,9 +38,13 @@ def _require(package: str) -> None:
     spec = find_spec(package)
     if spec is not None and spec.origin is not None:
         return
-    # Python finds a plain folder of that name, such as the one for logs of wandb, as a namespace package.
-    folder = "" if spec is None else f" (the folder {next(iter(spec.submodule_search_locations or ['']))} is not it)"
+    # Python imports a plain folder of that name, such as the one in which wandb writes its logs, as a namespace package.
+    folder = (
+        ""
+        if spec is None
+        else f" (the folder {next(iter(spec.submodule_search_locations or ['']))} is not the package)"
+    )
     raise SettingsError(
-        f"reporting.{package}: the package {package} is not installed{folder}; in the checkout, "
-        f"`pip install -e '.[{package}]'` does that"
+        f"reporting.{package}: the package {package} is not installed{folder}; to install it, run "
+        f"`pip install -e '.[{package}]'` in the checkout"
     )

@@ -1,7 +1,7 @@
 """A thread that sends the record to a tracker in batches, so that a slow server does not slow down training.
 
-At its start an attempt asks the tracker for the last step that it has and sends later lines only. This adds what was missing
-after a server failure or a killed driver, and steps that are repeated do not appear twice.
+Each attempt first asks the tracker for the last step that it has received and sends later lines only. So lines that were not
+sent because the server failed or the driver was killed are sent later, and repeated steps are not sent twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Tracker(Protocol):
     """An experiment tracker."""
 
     def open(self, identity: str, settings: dict[str, Any]) -> dict[str, int]:
-        """Open or create the run of that identity and return the last step that it has of each kind of line."""
+        """Open or create the run of that identity; return the last step that the tracker has of each kind of line."""
 
     def send(self, lines: list[Line]) -> None:
         """Send steps, validations, logic scores, checkpoints and samples."""
@@ -71,7 +71,7 @@ class TrackerFollower:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             self._warning = (
                 f"WARNING: nothing more is sent to {self._name}: {reason}. The record is complete, and the next attempt "
-                "sends what is missing."
+                "sends the missing lines."
             )
 
     def _follow(self, record: Path, last_steps: dict[str, int]) -> None:
@@ -82,7 +82,8 @@ class TrackerFollower:
                 while not (ended or self._reopen):
                     ended = self._ended.is_set()  # read before the file, so that no line is left unsent
                     self._send_new(file, last_steps)
-                    ended or self._ended.wait(SECONDS_BETWEEN)
+                    if not ended:
+                        self._ended.wait(SECONDS_BETWEEN)
 
     def _send_new(self, file: BinaryIO, last_steps: dict[str, int]) -> None:
         lines: list[Line] = []
@@ -102,11 +103,13 @@ class TrackerFollower:
 
 
 def _identity(record: Path) -> tuple[str, dict[str, Any]]:
-    """Return the run's identity (the time of its first event) and its settings by full name."""
-    began, settings = "", {}
+    """Return the run's identity (the time of its first event) and its settings by dotted name."""
+    first_time, settings = "", {}
     for line in read_records(record):
-        began = began or line["time"]
+        first_time = first_time or line["time"]
         if line["event"] == AttemptStarted.kind:
             settings = line["settings"]
-    identity = "".join(character for character in began if character.isalnum())
-    return identity, {f"{part}.{name}": value for part, named in settings.items() for name, value in named.items()}
+    identity = "".join(character for character in first_time if character.isalnum())
+    return identity, {
+        f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()
+    }
