@@ -186,7 +186,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
         weights = [Fraction(str(source.weight)) for source in self.sources]
-        # With `documents` the limit depends on the sizes of the sources: see driver/data_preparation.py.
+        # With `documents` this limit depends on the sizes of the sources, so driver/data_preparation.py checks it.
         if self.mix_by == "sequences" and min(weights) * WEIGHT_RESOLUTION < sum(weights):
             smallest = min(self.sources, key=lambda source: source.weight)
             largest = max(source.weight for source in self.sources)

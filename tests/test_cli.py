@@ -158,7 +158,7 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_that_ver
     calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(config: Config, **options: bool) -> None:
-        with error_context("tokenising train.jsonl"):
+        with error_context("tokenizing train.jsonl"):
             raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -167,13 +167,13 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_that_ver
     said = capsys.readouterr().err
     (file,) = tmp_path.iterdir()
     assert said == (
-        f"error: while tokenising train.jsonl: ZeroDivisionError: division by zero (the full traceback is in {file})\n"
+        f"error: while tokenizing train.jsonl: ZeroDivisionError: division by zero (the full traceback is in {file})\n"
     )
     assert "in fail\n" in file.read_text()
     assert main(["prepare", "--verbose"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback (most recent call last)") and "in fail\n" in said
-    assert "\nerror: while tokenising" in said
+    assert "\nerror: while tokenizing" in said
 
 
 class Panic(BaseException):
