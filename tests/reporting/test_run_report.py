@@ -64,7 +64,7 @@ def tell(report: RunReport, clock: Clock, steps: range, seconds: float = 2.0) ->
         report.add_event(step_done(step, step_seconds=seconds))
 
 
-def test_an_unwatched_run_prints_the_first_and_last_step_and_one_every_30_seconds(
+def test_a_plain_console_prints_the_first_and_last_step_and_one_every_30_seconds(
     tmp_path: Path, clock: Clock, paper: io.StringIO
 ) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
@@ -75,7 +75,7 @@ def test_an_unwatched_run_prints_the_first_and_last_step_and_one_every_30_second
     assert len(list(read_records(tmp_path / METRICS))) == 101
 
 
-def test_the_log_says_what_the_plain_console_says(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
+def test_the_log_has_the_lines_of_the_plain_console(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
         report.begin_stage("starting Ray")
         report.add_event(attempt(notes=("a note",)))
@@ -94,7 +94,7 @@ def test_the_log_is_appended_over_all_attempts(tmp_path: Path) -> None:
     assert log_of(tmp_path) == ["attempt 0", "", "attempt 1"]
 
 
-def test_a_validation_says_the_time_since_the_last_one_and_costs_no_line_for_its_step(
+def test_a_validation_shows_the_time_since_the_last_one_and_prints_no_line_for_its_step(
     tmp_path: Path, clock: Clock, paper: io.StringIO
 ) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
@@ -109,7 +109,7 @@ def test_a_validation_says_the_time_since_the_last_one_and_costs_no_line_for_its
     assert steps == ["step 1/1,000", "step 7/1,000", "step 10/1,000"]  # the first, one after 30 s, the last
 
 
-def test_a_skipped_update_is_told_at_once(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
+def test_a_skipped_update_is_printed_immediately(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
         report.add_event(attempt())
         report.add_event(step_done(1))
@@ -118,7 +118,7 @@ def test_a_skipped_update_is_told_at_once(tmp_path: Path, clock: Clock, paper: i
         assert "step 2/1,000" not in paper.getvalue()
 
 
-def test_the_newest_step_is_told_when_a_run_is_stopped(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
+def test_the_newest_step_is_printed_when_a_run_is_stopped(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
         report.add_event(attempt())
         tell(report, clock, range(1, 4))
@@ -126,7 +126,7 @@ def test_the_newest_step_is_told_when_a_run_is_stopped(tmp_path: Path, clock: Cl
     assert "step 3/1,000" in paper.getvalue()
 
 
-def test_preparation_shows_how_far_it_is(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
+def test_preparation_prints_its_progress(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
         report.begin_stage("preparing data")
         for done in range(101):
@@ -140,7 +140,7 @@ def test_preparation_shows_how_far_it_is(tmp_path: Path, clock: Clock, paper: io
     ]
 
 
-def test_lost_steps_leave_the_record_when_workers_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+def test_lost_steps_are_removed_from_the_record_when_workers_resume_from_a_checkpoint(tmp_path: Path) -> None:
     with RunReport(tmp_path, console=PlainConsole(io.StringIO())) as report:
         for event in (attempt(0), *map(step_done, (1, 2, 3)), attempt(1), *map(step_done, (2, 3, 4))):
             report.add_event(event)
@@ -149,7 +149,7 @@ def test_lost_steps_leave_the_record_when_workers_go_on_from_a_checkpoint(tmp_pa
     assert steps == [1, 2, 3, 4]
 
 
-def test_why_a_run_ended_is_in_its_log_and_left_to_the_command_line_on_the_console(
+def test_an_error_that_ends_a_run_is_in_the_log_and_the_report_does_not_print_it(
     tmp_path: Path, paper: io.StringIO
 ) -> None:
     with pytest.raises(DataError), RunReport(tmp_path, console=PlainConsole(paper)):
@@ -158,20 +158,20 @@ def test_why_a_run_ended_is_in_its_log_and_left_to_the_command_line_on_the_conso
     assert paper.getvalue() == ""
 
 
-def test_an_error_without_a_word_is_named_in_the_log(tmp_path: Path, paper: io.StringIO) -> None:
+def test_an_error_without_a_message_is_named_in_the_log(tmp_path: Path, paper: io.StringIO) -> None:
     with pytest.raises(MemoryError), RunReport(tmp_path, console=PlainConsole(paper)):
         raise MemoryError
     assert log_of(tmp_path) == ["error: MemoryError"]
 
 
-def test_without_a_run_folder_only_the_console_hears(paper: io.StringIO) -> None:
+def test_without_a_run_folder_only_the_console_gets_output(paper: io.StringIO) -> None:
     with RunReport(None, console=PlainConsole(paper)) as report:
         report.begin_stage("preparing data")
         report.add_event(Notice(text="two bad lines"))
     assert paper.getvalue() == "preparing data …\ntwo bad lines\n"
 
 
-def test_a_terminal_shows_a_live_line_and_the_story_above_it(tmp_path: Path, clock: Clock, terminal: Terminal) -> None:
+def test_a_terminal_shows_a_live_display_with_events_above_it(tmp_path: Path, clock: Clock, terminal: Terminal) -> None:
     with RunReport(tmp_path, console=open_console(terminal), clock=clock) as report:
         report.begin_stage("starting Ray")
         report.add_event(attempt(max_steps=10))
@@ -185,7 +185,7 @@ def test_a_terminal_shows_a_live_line_and_the_story_above_it(tmp_path: Path, clo
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor comes back
 
 
-def test_a_terminal_wraps_no_line_that_one_may_want_to_copy(terminal: Terminal) -> None:
+def test_a_long_command_is_not_broken_into_lines(terminal: Terminal) -> None:
     command = f"next: python jobs/generate.py --checkpoint {'x' * 200}"
     open_console(terminal).print(command)
     assert command in terminal.getvalue()
@@ -200,7 +200,7 @@ def test_a_console_is_live_only_on_a_terminal_that_can_move_its_cursor(
     assert isinstance(open_console(terminal), PlainConsole)
 
 
-def test_a_reader_that_went_away_does_not_end_the_training(tmp_path: Path) -> None:
+def test_a_closed_pipe_does_not_end_the_training(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     stream = os.fdopen(write, "w")
@@ -212,7 +212,7 @@ def test_a_reader_that_went_away_does_not_end_the_training(tmp_path: Path) -> No
         stream.close()
 
 
-def test_a_notice_that_every_worker_gives_is_told_and_recorded_once(tmp_path: Path, paper: io.StringIO) -> None:
+def test_a_notice_from_several_workers_is_printed_and_recorded_once(tmp_path: Path, paper: io.StringIO) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper)) as report:
         for text in ("a node goes", "a node goes", "step 3 given up"):
             report.add_event(Notice(text=text))
@@ -220,7 +220,7 @@ def test_a_notice_that_every_worker_gives_is_told_and_recorded_once(tmp_path: Pa
     assert [line["text"] for line in read_records(tmp_path / METRICS)] == ["a node goes", "step 3 given up"]
 
 
-def test_a_watched_run_shows_trend_memory_against_the_cap_and_what_was_skipped(
+def test_a_live_display_shows_sparkline_memory_limit_and_skipped_micro_batches(
     tmp_path: Path, clock: Clock, terminal: Terminal
 ) -> None:
     with RunReport(tmp_path, console=open_console(terminal), clock=clock) as report:
@@ -233,7 +233,7 @@ def test_a_watched_run_shows_trend_memory_against_the_cap_and_what_was_skipped(
     assert "54 % of peak · 3.2 of 10 GiB · 2 skipped" in shown
 
 
-def test_a_full_disk_is_told_once_for_each_file_and_the_record_is_complete_when_there_is_room_again(
+def test_a_full_disk_is_reported_once_per_file_and_the_record_is_complete_when_there_is_room_again(
     tmp_path: Path, paper: io.StringIO
 ) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper)) as report:
@@ -254,7 +254,7 @@ def test_a_full_disk_is_told_once_for_each_file_and_the_record_is_complete_when_
     assert "saved step_4" in paper.getvalue()
 
 
-def test_a_log_that_cannot_be_written_is_told_on_the_console(tmp_path: Path, paper: io.StringIO) -> None:
+def test_a_log_that_cannot_be_written_is_reported_on_the_console(tmp_path: Path, paper: io.StringIO) -> None:
     (tmp_path / LOG).symlink_to("/dev/full")
     with RunReport(tmp_path, console=PlainConsole(paper)) as report:
         report.add_event(checkpoint(1))
@@ -263,7 +263,7 @@ def test_a_log_that_cannot_be_written_is_told_on_the_console(tmp_path: Path, pap
     assert "saved step_2" in paper.getvalue()
 
 
-def test_a_run_without_stdout_or_with_one_that_was_closed_is_silent(
+def test_a_run_without_stdout_or_with_a_closed_one_prints_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = io.StringIO()

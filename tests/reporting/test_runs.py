@@ -31,7 +31,9 @@ FAILED = RunFailed(error="TrainingError", text="it diverged", exit_code=1)
         ((*TRAINED, FAILED, attempt(5), DONE), "finished"),
     ],
 )
-def test_the_state_of_a_run_is_what_was_said_last(events: tuple[Event, ...], state: str, tmp_path: Path) -> None:
+def test_the_state_of_a_run_is_that_of_its_newest_attempt(
+    events: tuple[Event, ...], state: str, tmp_path: Path
+) -> None:
     run = write(tmp_path / "run", *events)
     assert summarize(run, idle).state == state
     with locked(run):
@@ -39,7 +41,7 @@ def test_the_state_of_a_run_is_what_was_said_last(events: tuple[Event, ...], sta
     assert summarize(run, is_in_use).state == state
 
 
-def test_five_lines_say_how_a_run_stands(tmp_path: Path) -> None:
+def test_status_shows_five_lines_about_a_run(tmp_path: Path) -> None:
     run = write(tmp_path / "run", *TRAINED, checkpoint(5), sample(5, text=" fif\nteen\x1b[2J"))
     first, steps, validated, saved, answered = status(summarize(run, lambda _: True)).splitlines()
     assert first.startswith("run: running, last event ")
@@ -50,12 +52,12 @@ def test_five_lines_say_how_a_run_stands(tmp_path: Path) -> None:
     assert answered == r"answered at step 5: fif teen\x1b[2J"
 
 
-def test_a_run_that_has_just_begun_has_five_lines_too(tmp_path: Path) -> None:
+def test_status_shows_five_lines_about_a_run_without_steps(tmp_path: Path) -> None:
     lines = status(summarize(write(tmp_path / "run", attempt()), idle)).splitlines()
     assert lines[1:] == ["step 0 of 1,000", "no validation yet", "no checkpoint yet", "no sample yet"]
 
 
-def test_runs_are_found_here_and_where_jobs_keep_theirs(
+def test_runs_are_found_in_the_working_directory_and_in_the_folder_for_ray_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -78,7 +80,9 @@ def test_runs_are_found_here_and_where_jobs_keep_theirs(
     ]  # fmt: skip
 
 
-def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_an_error_that_names_savant_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SettingsError, match="no run"):
         summarize(tmp_path, idle)
     assert main(["status", str(tmp_path)]) == 2

@@ -69,7 +69,7 @@ def launch(folder: Path, first: int, last: int, tracker: Any, finished: bool = F
     return record
 
 
-def test_every_line_is_told_once_over_launches_that_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_gets_each_line_once_over_resumed_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "MAX_LINES", 3)
     fake = Fake()
     for first, last in ((0, 12), (5, 20), (20, 23)):
@@ -81,7 +81,7 @@ def test_every_line_is_told_once_over_launches_that_go_back(tmp_path: Path, monk
     assert fake.ends == [False, False, True]
 
 
-def test_workers_that_start_again_within_a_launch_repeat_nothing(tmp_path: Path) -> None:
+def test_restarted_workers_send_no_line_twice(tmp_path: Path) -> None:
     fake = Fake()
     record = launch(tmp_path, 0, 12, fake)
     record.rewind(10, repeats_validation=False)
@@ -92,7 +92,9 @@ def test_workers_that_start_again_within_a_launch_repeat_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize("where", ["open", "send", "close"])
-def test_a_server_that_is_away_is_told_of_once_and_gets_all_at_the_next_launch(where: str, tmp_path: Path) -> None:
+def test_a_failing_server_is_reported_once_and_gets_missing_lines_in_the_next_attempt(
+    where: str, tmp_path: Path
+) -> None:
     fake = Fake()
     fake.fails_at = where
     record = launch(tmp_path, 0, 6, fake)
@@ -104,7 +106,7 @@ def test_a_server_that_is_away_is_told_of_once_and_gets_all_at_the_next_launch(w
     assert fake.steps("step") == list(range(1, 9)) and fake.steps("sample") == [5]
 
 
-def test_a_server_that_never_answers_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_never_answers_does_not_delay_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "CLOSE_TIMEOUT", 0.01)
     fake = Fake()
     fake.gate.clear()
@@ -114,7 +116,7 @@ def test_a_server_that_never_answers_holds_nothing_up(tmp_path: Path, monkeypatc
     fake.gate.set()
 
 
-def test_a_tracker_that_is_not_installed_is_a_wrong_setting(
+def test_a_tracker_that_is_not_installed_is_a_settings_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -124,7 +126,7 @@ def test_a_tracker_that_is_not_installed_is_a_wrong_setting(
     assert "reporting.wandb: the package wandb is not installed" in capsys.readouterr().err
 
 
-def test_the_folder_that_a_tracker_left_behind_is_not_taken_for_its_package(
+def test_a_folder_named_like_a_tracker_is_not_mistaken_for_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "wandb/run-1").mkdir(parents=True)
@@ -134,7 +136,7 @@ def test_the_folder_that_a_tracker_left_behind_is_not_taken_for_its_package(
         open_trackers(ReportingConfig(wandb="mine"), "run")
 
 
-def test_mlflow_has_the_numbers_of_the_record_over_all_launches(
+def test_mlflow_has_the_numbers_of_the_record_over_all_attempts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
@@ -161,7 +163,7 @@ def test_mlflow_has_the_numbers_of_the_record_over_all_launches(
     assert len(client.list_artifacts(run.info.run_id, "samples")) == 4
 
 
-def test_weights_and_biases_takes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_stores_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
