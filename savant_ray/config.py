@@ -117,7 +117,7 @@ class ModelConfig(Section):
         return self.dim // self.n_heads
 
     @model_validator(mode="after")
-    def _check_heads(self) -> Self:
+    def _check_shape(self) -> Self:
         if self.dim % self.n_heads:
             raise ValueError(f"model.n_heads: {self.n_heads} does not divide model.dim = {self.dim}")
         if self.positions == "rotary" and self.head_dim % 2:
@@ -376,7 +376,7 @@ def load_config(
     Raises:
         SettingsError: one line per error, with the file, variable or option.
     """
-    reader = SettingsReader(setting_rows(), defaults)
+    reader = SettingsReader(all_settings(), defaults)
     if file is not None:
         reader.read_file(file)
     reader.read_environment(os.environ if environment is None else environment)
@@ -396,7 +396,7 @@ def explicit_settings(arguments: Sequence[str], file: Path | None = None) -> dic
     Raises:
         SettingsError: one line per name that is not a setting, or setting without a value.
     """
-    reader = SettingsReader(setting_rows())
+    reader = SettingsReader(all_settings())
     if file is not None:
         reader.read_file(file)
     reader.read_command_line(arguments)
@@ -407,7 +407,7 @@ def explicit_settings(arguments: Sequence[str], file: Path | None = None) -> dic
 
 def ignored_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return the variables that begin with `SAVANT_` but are neither settings nor similar to one."""
-    return SettingsReader(setting_rows()).read_environment(os.environ if environment is None else environment)
+    return SettingsReader(all_settings()).read_environment(os.environ if environment is None else environment)
 
 
 def dump_yaml(config: Config) -> str:
@@ -415,7 +415,7 @@ def dump_yaml(config: Config) -> str:
     return to_yaml(config.to_dict(), width=120)
 
 
-def setting_rows() -> list[Setting]:
+def all_settings() -> list[Setting]:
     """Return all settings with name, default and description, in the order of the sections."""
     return list_settings(Config())
 
@@ -427,4 +427,4 @@ def section_descriptions() -> dict[str, str]:
 
 def known_names() -> list[str]:
     """Return the names of sections, settings and fields of a source, for suggestions."""
-    return [*Config.model_fields, *(row.name for row in setting_rows()), *SourceConfig.model_fields]
+    return [*Config.model_fields, *(setting.name for setting in all_settings()), *SourceConfig.model_fields]

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from savant_ray.cli import COMMANDS, main
-from savant_ray.config import Config, dump_yaml, load_config, setting_rows
+from savant_ray.config import Config, all_settings, dump_yaml, load_config
 from savant_ray.driver import resolve_paths
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, MemoryCapError, error_context
 
@@ -84,7 +84,7 @@ def test_help_of_a_command_with_settings_lists_each_with_meaning_and_default(
     assert main([command, "--help"]) == 0
     help_text = " ".join(capsys.readouterr().out.split())
     assert "--config FILE.yaml" in help_text
-    for row in setting_rows():
+    for row in all_settings():
         assert f"--{row.name} {row.description} [" in help_text
 
 

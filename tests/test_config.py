@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from savant_ray.config import Config, ModelConfig, dump_yaml, ignored_variables, load_config, setting_rows
+from savant_ray.config import Config, ModelConfig, all_settings, dump_yaml, ignored_variables, load_config
 from savant_ray.errors import SettingsError
 from savant_ray.settings.table import PREFIX
 from savant_ray.storage.paths import with_absolute_paths
@@ -116,14 +116,14 @@ def test_text_that_looks_like_another_type_is_dumped_and_loaded_as_text(name: st
 
 
 def test_every_setting_can_be_given_by_every_source(file: Path) -> None:
-    for row in setting_rows():
+    for row in all_settings():
         text = row.default if isinstance(row.default, str) else yaml.safe_dump(row.default, default_flow_style=True)
         assert load_config([f"--{row.name}", text], {}) == load_config((), {row.variable: text}) == Config()
 
 
 def test_every_setting_has_a_description() -> None:
-    assert all(row.description and row.name.count(".") == 1 for row in setting_rows())
-    assert all(row.variable == PREFIX + row.name.upper().replace(".", "__") for row in setting_rows())
+    assert all(row.description and row.name.count(".") == 1 for row in all_settings())
+    assert all(row.variable == PREFIX + row.name.upper().replace(".", "__") for row in all_settings())
 
 
 def test_an_unknown_name_is_refused_with_a_suggestion_from_every_source(file: Path) -> None:

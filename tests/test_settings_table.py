@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from savant_ray.config import SourceConfig, load_config, setting_rows
+from savant_ray.config import SourceConfig, all_settings, load_config
 from savant_ray.errors import SettingsError
 from savant_ray.settings.table import Setting
 from savant_ray.settings.yaml_text import show
@@ -190,7 +190,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ),
 ]
 
-ROWS = {row.name: row for row in setting_rows()}
+ROWS = {row.name: row for row in all_settings()}
 
 
 def in_yaml(value: Any) -> str:

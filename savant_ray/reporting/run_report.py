@@ -101,7 +101,7 @@ class RunReport:
 
     def begin_stage(self, text: str) -> None:
         """Begin a stage before the first step, such as "starting Ray"."""
-        self._stage, self._last_line_time = text, self._clock()
+        self._stage = text
         self._print_progress(f"{text} …")
         self._console.show(printable(text), 0, None, "")
 
@@ -179,20 +179,17 @@ class RunReport:
     def _print_newest_step(self) -> None:
         if self._unprinted_step:
             self._print_progress(self._unprinted_step)
-            self._unprinted_step, self._last_line_time = "", self._clock()
+            self._unprinted_step = ""
 
     def _print_progress(self, text: str) -> None:
         text = printable(text)
         if self._log is not None:
             self._log.write(text)
         self._console.print_progress(text)
+        self._last_line_time = self._clock()
 
     def _line_is_due(self) -> bool:
-        now = self._clock()
-        if now - self._last_line_time < SECONDS_BETWEEN_LINES:
-            return False
-        self._last_line_time = now
-        return True
+        return self._clock() - self._last_line_time >= SECONDS_BETWEEN_LINES
 
 
 class RemainingTime:

@@ -68,15 +68,15 @@ class RunSummary:
 
 def find_runs(folders: Iterable[Path], newest_original: NewestOriginal = lambda path: None) -> list[Path]:
     """Return run folders, and folders with files of the original, among these, their subfolders, and below `savant_runs`."""
-    found: list[Path] = []
+    runs: list[Path] = []
     for folder in folders:
         if folder.is_file() and newest_original(folder):
-            found.append(folder)
-        for below in ("", "*/", "savant_runs/**/"):
-            found += [record.parent for record in sorted(folder.glob(below + METRICS))]
-            files = sorted(folder.glob(f"{below}step_*.pt"))
-            found += [path for path in dict.fromkeys(file.parent for file in files) if newest_original(path)]
-    return list(dict.fromkeys(path.resolve() for path in found))
+            runs.append(folder)
+        for subfolders in ("", "*/", "savant_runs/**/"):
+            runs += [record.parent for record in sorted(folder.glob(subfolders + METRICS))]
+            files = sorted(folder.glob(f"{subfolders}step_*.pt"))
+            runs += [path for path in dict.fromkeys(file.parent for file in files) if newest_original(path)]
+    return list(dict.fromkeys(path.resolve() for path in runs))
 
 
 def summarize(

@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from savant_ray import __version__
-from savant_ray.config import setting_rows
+from savant_ray.config import all_settings
 from savant_ray.errors import SavantError
 from savant_ray.reporting.page.charts import charts, smooth_span
 from savant_ray.reporting.page.history import Attempt, History, read_history
@@ -183,7 +183,7 @@ def _settings(histories: Sequence[History]) -> list[dict[str, Any]]:
     if not any(run_settings):
         return []
     rows = []
-    for setting in setting_rows():
+    for setting in all_settings():
         section, _, name = setting.name.partition(".")
         default = _as_text(setting.default)
         values = [_as_text(settings.get(section, {}).get(name, setting.default)) for settings in run_settings]
