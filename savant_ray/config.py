@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -415,9 +416,10 @@ def dump_yaml(config: Config) -> str:
     return to_yaml(config.to_dict(), width=120)
 
 
-def all_settings() -> list[Setting]:
+@cache
+def all_settings() -> tuple[Setting, ...]:
     """Return all settings with name, default and description, in the order of the sections."""
-    return list_settings(Config())
+    return tuple(list_settings(Config()))
 
 
 def section_descriptions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Reporting of one attempt: each event goes to the record (metrics.jsonl), the log and the console.
+"""Report of one attempt: each event is written to the record (metrics.jsonl), the log and the console.
 
 A live terminal shows each step. The log and a plain console get a line for the first step, the last step and every 30
 seconds; all other events are printed when they happen.
@@ -52,7 +52,7 @@ class RunReport:
         self._console = open_console() if console is None else console
         self._clock, self._max_steps = clock, max_steps
         self._remaining_time, self._stage = RemainingTime(), "starting"
-        self._losses, self._skipped = Sparkline(), 0  # of this attempt
+        self._loss_sparkline, self._skipped = Sparkline(), 0  # of this attempt
         self._limit_gb: float | None = None
         self._last_line_time = clock()
         self._previous_validation = ("the start", clock())  # what to call it in a message, and its time
@@ -78,14 +78,14 @@ class RunReport:
                 return
             self._notices.add(event.text)
         if isinstance(event, AttemptStarted):
-            self._start(event)
+            self._on_attempt_started(event)
         if self._record is not None:
             self._record.append(event)
             self._print_warnings(self._record)
         if isinstance(event, StepDone):
-            self._step(event)
+            self._on_step(event)
         elif isinstance(event, ValidationDone):
-            self._validation(event)
+            self._on_validation(event)
         elif text := describe(event):
             self.notify(text)
 
@@ -96,7 +96,7 @@ class RunReport:
 
     @property
     def activity(self) -> str:
-        """Return what the run is doing ("starting Ray", "training"), for the message of an unexpected error."""
+        """Current activity of the run, such as "starting Ray" or "training", for the message of an unexpected error."""
         return self._stage
 
     def begin_stage(self, text: str) -> None:
@@ -133,25 +133,25 @@ class RunReport:
         if self._log is not None:
             self._log.close()
 
-    def _start(self, event: AttemptStarted) -> None:
+    def _on_attempt_started(self, event: AttemptStarted) -> None:
         """Reset the record to `event.step`, since later steps are repeated, and the figures of the attempt."""
         if self._record is not None:
             self._record.rewind(event.step, event.validates_first)
         self._stage = "training"
         self.last_step, self._max_steps, self._limit_gb = event.step, event.max_steps, event.vram_limit_gb
-        self._losses, self._skipped = Sparkline(), 0
+        self._loss_sparkline, self._skipped = Sparkline(), 0
         self._remaining_time, self._is_first_step, self._unprinted_step = RemainingTime(), True, ""
         self._previous_validation = ("the start", self._clock())
 
-    def _step(self, event: StepDone) -> None:
+    def _on_step(self, event: StepDone) -> None:
         self.last_step = event.step
         self._remaining_time.observe(event.step_seconds, self._clock())
         label = step_label(event.step, self._max_steps)
         seconds_left = self._remaining_time.seconds(self._max_steps - event.step)
         figures = step_figures(event, seconds_left)
-        self._losses.add(event.train_loss)
+        self._loss_sparkline.add(event.train_loss)
         self._skipped += event.skipped_micro_batches
-        panel = step_panel(event, str(self._losses), self._skipped, self._limit_gb, seconds_left)
+        panel = step_panel(event, str(self._loss_sparkline), self._skipped, self._limit_gb, seconds_left)
         self._console.show(label, event.step, self._max_steps, panel)
         self._unprinted_step = f"{label} · {figures}"
         is_first_or_last = self._is_first_step or event.step == self._max_steps
@@ -161,7 +161,7 @@ class RunReport:
         if self._line_is_due() or is_first_or_last:
             self._print_newest_step()
 
-    def _validation(self, event: ValidationDone) -> None:
+    def _on_validation(self, event: ValidationDone) -> None:
         now = self._clock()
         previous, previous_time = self._previous_validation
         self._previous_validation = ("the last", now)

@@ -31,7 +31,7 @@ from savant_ray.reporting.wording import duration, printable
 STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # lines of steps, the most frequent, are parsed late
 RECENT_STEPS = 100
 SAMPLE_WIDTH = 100  # characters
-PIPE_WIDTH = 300  # columns if standard output is no terminal, so that rows are not wrapped
+PIPE_WIDTH = 300  # columns if standard output is not a terminal, so that rows are not wrapped
 # Returns the step and the path of the newest file of the original program at a path, going by its name.
 NewestOriginal = Callable[[Path], tuple[int, Path] | None]
 
@@ -67,7 +67,10 @@ class RunSummary:
 
 
 def find_runs(folders: Iterable[Path], newest_original: NewestOriginal = lambda path: None) -> list[Path]:
-    """Return run folders, and folders with files of the original, among these, their subfolders, and below `savant_runs`."""
+    """Return the folders with a record or with files of the original.
+
+    Searched are `folders`, their subfolders, and everything below `savant_runs` in them.
+    """
     runs: list[Path] = []
     for folder in folders:
         if folder.is_file() and newest_original(folder):
@@ -82,7 +85,7 @@ def find_runs(folders: Iterable[Path], newest_original: NewestOriginal = lambda 
 def summarize(
     run_folder: Path, is_in_use: Callable[[Path], bool], newest_original: NewestOriginal = lambda path: None
 ) -> RunSummary:
-    """Summarise a run; `is_in_use` returns whether some process is training it.
+    """Summarize a run; `is_in_use` returns whether some process is training it.
 
     A folder with files of the original is summarized from their names if no attempt has trained or saved in it.
 
@@ -91,7 +94,7 @@ def summarize(
     """
     original = newest_original(run_folder)
     if not (run_folder / METRICS).is_file() and original is None:
-        raise SettingsError(f"{run_folder}: no run (it has no {METRICS}); `savant runs` lists those that are here")
+        raise SettingsError(f"{run_folder}: no run (it has no {METRICS}); `savant runs` lists the runs in this folder")
     steps, newest, best = _read(run_folder / METRICS) if (run_folder / METRICS).is_file() else ([], {}, {})
     if original is not None and not {AttemptStarted.kind, CheckpointSaved.kind} & newest.keys():
         return _of_original(run_folder, *original)
@@ -122,7 +125,7 @@ def summarize(
 
 
 def _of_original(path: Path, step: int, newest: Path) -> RunSummary:
-    """Return what the name and the time of a file of the original show; the file is not opened."""
+    """Summarize a file of the original from its name and modification time, without opening it."""
     time = datetime.fromtimestamp(newest.stat().st_mtime, UTC).isoformat()
     unknown: dict[str, Any] = {field.name: None for field in fields(RunSummary)}
     known = dict(name=path.resolve().name, folder=str(path), state="file of the original", step=step, last_time=time)

@@ -79,9 +79,8 @@ def _message(name: str, problems: list[Any], names: Sequence[str]) -> tuple[str,
             text = str(problem["ctx"]["error"])
             setting, _, message = text.partition(": ")
             return (setting, message) if setting in names else (name, text)
-        if not _expected(
-            problem
-        ):  # the value has the type of this member, so errors of the union's others are irrelevant
+        # If the value has the type of one member of a union, errors of the other members are irrelevant.
+        if not _expected(problem):
             return name, _describe(problem, name, names)
     *others, last = [text for problem in problems for text in _expected(problem)]
     expected = f"{', '.join(others)} or {last}" if others else last

@@ -15,7 +15,7 @@ from savant_ray.events import AttemptEnded, AttemptStarted, SampleGenerated
 from savant_ray.reporting.record import parsed, read_records
 from savant_ray.reporting.tensorboard import NUMERIC_KINDS
 
-SECONDS_BETWEEN = 5.0
+SECONDS_BETWEEN_BATCHES = 5.0
 MAX_LINES = 500  # of a batch
 CLOSE_TIMEOUT = 10.0  # seconds for the last lines when an attempt ends
 SENT_KINDS = (*NUMERIC_KINDS, SampleGenerated.kind)
@@ -83,7 +83,7 @@ class TrackerFollower:
                     ended = self._ended.is_set()  # read before the file, so that no line is left unsent
                     self._send_new(file, last_steps)
                     if not ended:
-                        self._ended.wait(SECONDS_BETWEEN)
+                        self._ended.wait(SECONDS_BETWEEN_BATCHES)
 
     def _send_new(self, file: BinaryIO, last_steps: dict[str, int]) -> None:
         lines: list[Line] = []
