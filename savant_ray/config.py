@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -58,6 +58,21 @@ class Section(BaseModel):
     """Group of settings; validated in strict mode, so that `true` is not a number and `"3"` not an integer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def from_validated(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild the section whose `model_dump()` is `values`, without validating the values again."""
+        fields = {name: field.annotation for name, field in cls.model_fields.items() if name in values}
+        return cls.model_construct(**{name: _rebuilt(annotation, values[name]) for name, annotation in fields.items()})
+
+
+def _rebuilt(annotation: Any, value: Any) -> Any:
+    """Return the dumped value of a field of this type with its sections rebuilt, which may be nested in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation.from_validated(value) if isinstance(value, Mapping) else value
+    for member in get_args(annotation):
+        value = [_rebuilt(member, item) for item in value] if isinstance(value, list) else _rebuilt(member, value)
+    return value
 
 
 class RunConfig(Section):
@@ -348,16 +363,6 @@ class Config(Section):
         except ValidationError as error:
             problems = [f"{name}: {message}" for name, message in validation_messages(error, known_names())]
             raise SettingsError("\n".join(problems)) from error
-
-    @classmethod
-    def from_validated(cls, settings: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Rebuild the `Config` whose `to_dict()` is `settings`, without validating the values again."""
-        sections = {
-            name: type(field.default).model_construct(**settings[name]) for name, field in cls.model_fields.items()
-        }
-        sources = [SourceConfig.model_construct(**source) for source in settings["data"]["sources"]]
-        sections["data"] = sections["data"].model_copy(update={"sources": sources})
-        return cls.model_construct(**sections)
 
 
 def load_config(

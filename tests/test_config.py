@@ -482,7 +482,8 @@ def test_a_dict_is_validated_like_every_other_source() -> None:
 def test_settings_are_validated_when_they_are_loaded_and_not_again_on_the_way_to_the_workers() -> None:
     sources = "[{path: [a.jsonl, s3://b/c.jsonl], weight: 1}, {path: d.jsonl, weight: .5, optional: true}]"
     config = load_config(["--data.sources", sources, "--scaling.num_workers", "[1, 4]"], {})
-    assert Config.from_validated(json.loads(json.dumps(config.to_dict()))) == config
+    rebuilt = Config.from_validated(json.loads(json.dumps(config.to_dict())))
+    assert rebuilt == config and rebuilt.data.sources[0].path == ["a.jsonl", "s3://b/c.jsonl"]
 
     unvalidated = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 0})})
     with pytest.raises(SettingsError, match=r"training\.max_steps: 0 has to be at least 1"):

@@ -174,7 +174,9 @@ def reads_back(config: Config) -> bool:
     file = scratch() / "again.yaml"
     file.write_text(dump_yaml(config), encoding="utf-8")
     elsewhere = yaml.safe_load(file.read_text())
-    return load_config((), {}, file) == config == Config.from_dict(config.to_dict()) and elsewhere == config.to_dict()
+    plain = config.to_dict()
+    same = load_config((), {}, file) == config == Config.from_dict(plain) == Config.from_validated(plain)
+    return same and elsewhere == plain
 
 
 @holds_for(
