@@ -116,8 +116,8 @@ def run_child(descriptor: int) -> NoReturn:
 
 
 def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
-    if isinstance(config, Config):
-        return config
+    if isinstance(config, Config):  # `model_copy` may have put values into it that are not validated
+        return Config.from_dict(config.to_dict())
     if not isinstance(config, Mapping):
         return load_config((), {}, Path(config))
     try:
@@ -223,7 +223,7 @@ def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dic
     from savant_ray.cluster.session import ExitWithoutShutdown
     from savant_ray.driver import resolve_paths, train
 
-    config, error, code = Config.from_dict(settings), None, 0
+    config, error, code = Config.from_validated(settings), None, 0
     try:
         config = resolve_paths(config)
         code = train(config, **options)
@@ -242,7 +242,7 @@ def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dic
 
 def _summary(config: Config, finished: bool) -> Result:
     from savant_ray.reporting.record import METRICS
-    from savant_ray.reporting.runs import summarise
+    from savant_ray.reporting.runs import summarize
     from savant_ray.storage.lock import is_in_use
     from savant_ray.storage.protocol import newest_checkpoint_name
     from savant_ray.storage.run_storage import run_storage
@@ -254,7 +254,7 @@ def _summary(config: Config, finished: bool) -> Result:
     checkpoint = storage.locate(newest) if newest else None
     if not (storage.folder / METRICS).exists():  # stopped before the first event
         return Result(storage.location, checkpoint, 0, finished, {})
-    run = summarise(storage.folder, is_in_use)
+    run = summarize(storage.folder, is_in_use)
     names = ("train_loss", "validation_loss", "best_validation_loss", "tokens_per_second")
     metrics = {name: value for name in names if (value := getattr(run, name)) is not None}
     return Result(storage.location, checkpoint, run.step, finished, metrics)

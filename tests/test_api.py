@@ -71,6 +71,10 @@ def test_a_training_process_that_cannot_start_raises_a_training_error(
 def test_invalid_settings_raise_a_settings_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"training\.max_step"):
         savant_ray.train({"training": {"max_step": 3}})
+    config = savant_ray.Config()
+    unvalidated = config.training.model_copy(update={"max_steps": 0})
+    with pytest.raises(SettingsError, match=r"training\.max_steps: 0 has to be at least 1"):
+        savant_ray.train(config.model_copy(update={"training": unvalidated}))
     with pytest.raises(SettingsError, match="not a setting"):
         savant_ray.train({"training": {"max_steps": object()}})
     with pytest.raises(SettingsError, match=r"no\.yaml: no such file"):

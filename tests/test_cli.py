@@ -19,9 +19,9 @@ import torch
 import yaml
 
 from savant_ray.cli import COMMANDS, main
-from savant_ray.config import Config, dump_yaml, load_config, setting_rows
+from savant_ray.config import Config, all_settings, dump_yaml, load_config
 from savant_ray.driver import resolve_paths
-from savant_ray.errors import STOPPED_EARLY, CheckpointError, MemoryCapError, doing
+from savant_ray.errors import STOPPED_EARLY, CheckpointError, MemoryCapError, error_context
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,8 +84,8 @@ def test_help_of_a_command_with_settings_lists_each_with_meaning_and_default(
     assert main([command, "--help"]) == 0
     help_text = " ".join(capsys.readouterr().out.split())
     assert "--config FILE.yaml" in help_text
-    for row in setting_rows():
-        assert f"--{row.name} {row.meaning} [" in help_text
+    for row in all_settings():
+        assert f"--{row.name} {row.description} [" in help_text
 
 
 @pytest.mark.parametrize("command", ["generate", "benchmark"])
@@ -158,7 +158,7 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_and_prin
     calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(config: Config, **options: bool) -> None:
-        with doing("tokenizing train.jsonl"):
+        with error_context("tokenizing train.jsonl"):
             raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -40,7 +40,7 @@ def test_a_setting_that_cannot_be_a_path_is_named(name: str, value: str, reason:
     assert str(error.value).startswith(f"{name}: ") and reason in str(error.value) and str(error.value).isprintable()
 
 
-def test_a_path_within_a_list_is_named_by_its_place() -> None:
+def test_an_invalid_path_in_a_list_is_named_by_its_index() -> None:
     config = load_config(["--data.sources", "[{path: [a, ~nosuchuser/b], weight: 1}]"], environment={})
     with pytest.raises(SettingsError, match=r"data\.sources\[0\]\.path\[1\]: ~nosuchuser/b: there is no user"):
         with_absolute_paths(config, Path("/in"), Path("/out"))

@@ -1,4 +1,4 @@
-"""docs/DESIGN.md, section 1, kept: whatever ends a run, the next start goes on as if nothing had happened."""
+"""Promises 1 and 2 of docs/DESIGN.md: an interrupted run resumes and computes what an uninterrupted one does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHERS: Interruptions = (("job stop", "background write"), ("SIGINT", "handover"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interruptions", [ONE_OF_EACH_KIND, pytest.param(OTHERS, marks=pytest.mark.rare)])
-def test_an_interrupted_run_is_the_run_that_nobody_interrupted(interruptions: Interruptions, tmp_path: Path) -> None:
+def test_an_interrupted_run_equals_an_uninterrupted_one(interruptions: Interruptions, tmp_path: Path) -> None:
     folder = with_text(tmp_path)
     with tortured_head(folder / "windows") as head:
         torture = Torture(head, folder, folder / "windows", sys.executable, max_steps=30)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from savant_ray.errors import doing
+from savant_ray.errors import error_context
 
 CHECKSUM = "sha256"  # key of the checksum in the object
 
@@ -25,7 +25,7 @@ def write_atomically(path: Path, text: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with doing(f"writing {path}"):
+    with error_context(f"writing {path}"):
         try:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)

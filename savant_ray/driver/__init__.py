@@ -45,7 +45,7 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
             inputs = find_inputs(attempt)
             if inputs is None:
                 return 0
-            attempt.report.stage("starting Ray")
+            attempt.report.begin_stage("starting Ray")
             from savant_ray.driver.ray_run import run_under_ray
 
             return run_under_ray(attempt, inputs)

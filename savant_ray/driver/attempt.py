@@ -83,15 +83,15 @@ def open_attempt(
         report = stack.enter_context(RunReport(storage.folder, config.training.max_steps, followers=followers))
         stack.enter_context(unexpected_errors_explained(storage.folder, lambda: report.activity))
         if moved is not None:
-            report.say(f"starting a new run; the previous one was moved to {moved}")
+            report.notify(f"starting a new run; the previous one was moved to {moved}")
         if in_ray_job():
-            report.say(f"this is a Ray job: the run is kept in {storage.location}")
+            report.notify(f"this is a Ray job: the run is kept in {storage.location}")
         attempt = Attempt(config, allow_changes, verbose, storage, report, uploader, phase)
         try:
             yield attempt
         except KeyboardInterrupt:
             storage.expect_late_writes()
-            report.say(
+            report.notify(
                 f"stopped without saving; run the same command again to resume from {attempt.newest_checkpoint()}"
             )
             raise ExitWithoutShutdown(STOPPED_EARLY) from None
@@ -128,17 +128,19 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
     """
     config, storage, report = attempt.config, attempt.storage, attempt.report
     if storage.filesystem is not None:
-        report.stage(f"looking for checkpoints in {storage.location}")
+        report.begin_stage(f"looking for checkpoints in {storage.location}")
     with storage_errors_explained(storage):
         start = find_start(
             storage,
-            report.say,
-            lambda newest: convert_newest(storage, config, newest, report.say, report.handle, attempt.allow_changes),
+            report.notify,
+            lambda newest: convert_newest(
+                storage, config, newest, report.notify, report.add_event, attempt.allow_changes
+            ),
         )
-    report.fill(records_of(storage.folder))
+    report.backfill(records_of(storage.folder))
     if start is not None:
         if message := finished_message(config, storage, start):
-            report.say(message)
+            report.notify(message)
             return None
         _compare_settings(start, attempt)
     check_before_start(config, storage)
@@ -159,6 +161,6 @@ def _compare_settings(start: Path, attempt: Attempt) -> None:
     changes = changes_since(start, attempt.config)
     reported = [text for name, text in changes.items() if not name.startswith(UNREPORTED_CHANGES)]
     if reported:
-        attempt.report.say(f"changed since {start.name}: {'; '.join(reported)}")
+        attempt.report.notify(f"changed since {start.name}: {'; '.join(reported)}")
     if "training.max_steps" in changes:
-        attempt.report.say("from here on the learning rate follows the schedule of the new length")
+        attempt.report.notify("from here on the learning rate follows the schedule of the new length")

@@ -42,9 +42,9 @@ def find_data_files(config: Config, report: RunReport) -> DataFiles:
         _write_missing_quickstart(config, report)
     cache_dir = Path(config.data.cache_dir)
     create_writable_folder(cache_dir, "data.cache_dir")
-    sources = _find_sources(config.data.sources, report.say)
-    validation = _expand(config.data.validation, "data.validation", report.say)
-    return DataFiles(_without_validation(sources, validation, cache_dir, report.say), validation)
+    sources = _find_sources(config.data.sources, report.notify)
+    validation = _expand(config.data.validation, "data.validation", report.notify)
+    return DataFiles(_without_validation(sources, validation, cache_dir, report.notify), validation)
 
 
 def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | None) -> None:
@@ -78,8 +78,8 @@ def _write_missing_quickstart(config: Config, report: RunReport) -> None:
     paths = [path for source in config.data.sources for path in path_list(source.path)]
     if all(os.path.exists(path) for path in paths + path_list(config.data.validation)):  # noqa: PTH110 - Path.exists raises for a name too long
         return
-    report.stage("writing the quickstart's text")
-    write_quickstart(Path(paths[0]).parent, log=report.say)
+    report.begin_stage("writing the quickstart's text")
+    write_quickstart(Path(paths[0]).parent, log=report.notify)
 
 
 def _find_sources(

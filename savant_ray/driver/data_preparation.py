@@ -45,8 +45,8 @@ def prepare_only(config: Config, verbose: bool) -> None:
         tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
         files = find_data_files(config, report)
         refuse_unencodable(config, files, tokenizer)
-        report.stage("starting Ray")
-        with ray_session(verbose, report.say), ray_errors_explained():
+        report.begin_stage("starting Ray")
+        with ray_session(verbose, report.notify), ray_errors_explained():
             prepare_data(config, files, report, tokenizer)
 
 
@@ -61,7 +61,7 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
     """
     cache_dir = Path(config.data.cache_dir)
     if tokenizer is None:
-        report.stage("training the tokenizer")
+        report.begin_stage("training the tokenizer")
         training_files = [file for _, source_files in files.sources for file in source_files]
         tokenizer = learn_tokenizer(training_files, cache_dir, config.model.vocab_size)
         refuse_too_large(tokenizer, config)
@@ -72,18 +72,18 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
     ]
     validation = _tokenize("tokenizing the validation text", files.validation, tokenizer, config, report)
     if overlap := count_held_out_documents(validation, caches):
-        report.say(
+        report.notify(
             f"{overlap:,} of {validation.manifest.documents:,} validation documents are also in the training text, word "
             "for word; the validation loss is lower than it would be for new text"
         )
     plan = StreamPlan(
         folders=tuple(str(cache.folder) for cache in caches),
-        weights=_sequence_weights(config, [source for source, _ in files.sources], caches, report.say),
+        weights=_sequence_weights(config, [source for source, _ in files.sources], caches, report.notify),
         seed=config.run.seed,
         effective_batch=config.training.effective_batch,
     )
     counts = (_counts(short_name(source.path), cache) for (source, _), cache in zip(files.sources, caches, strict=True))
-    report.handle(
+    report.add_event(
         DataPrepared(sources=tuple(counts), validation=_counts(short_name(config.data.validation), validation))
     )
     identity = repr((tokenizer.fingerprint, [cache.fingerprint for cache in caches], plan.weights))
@@ -107,7 +107,7 @@ def _tokenize(
     title: str, files: list[SourceFile], tokenizer: Tokenizer, config: Config, report: RunReport
 ) -> TokenCache:
     """Return the token cache of the files; report skipped lines, empty files and dropped characters."""
-    report.stage(title)
+    report.begin_stage(title)
     cache = prepare_files(
         files,
         tokenizer,
@@ -116,14 +116,14 @@ def _tokenize(
         on_bad_line=config.data.on_bad_line,
         max_line_bytes=int(config.data.max_line_mb * MIB),
         progress=lambda done, total: report.progress(done, total, "bytes"),
-        log=report.say,
+        log=report.notify,
     )
     for message in [
         *bad_line_report(cache.manifest),
         *empty_file_report(cache.manifest),
         *dropped_report(cache.manifest, tokenizer.name),
     ]:
-        report.say(message)
+        report.notify(message)
     return cache
 
 

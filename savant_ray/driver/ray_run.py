@@ -74,24 +74,24 @@ def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
     config, start, report = inputs.config, inputs.start, attempt.report
     outcome = Outcome()
     with (
-        ray_session(attempt.verbose, report.say) as dashboard,
+        ray_session(attempt.verbose, report.notify) as dashboard,
         _exit_without_shutdown_during_fit(outcome),
         ray_errors_explained(),
     ):
         attempt.phase.handle_signals()
         if dashboard:
-            report.say(f"Ray's dashboard: {dashboard}")
+            report.notify(f"Ray's dashboard: {dashboard}")
         bridge = start_bridge()  # its process starts while the data is prepared
         scaling(config)  # refuses what the cluster cannot run before hours of tokenizing
         data = prepare_data(config, inputs.files, report, inputs.tokenizer)
         if start is not None and not attempt.allow_changes:
             refuse_other_data(start, config, data.fingerprint)
         if inputs.origin is not None and (change := tokenizer_change(inputs.origin, data.tokenizer)):
-            report.say(change)
-        report.stage("starting workers")
+            report.notify(change)
+        report.begin_stage("starting workers")
         trainer = make_trainer(config, attempt.storage, data, bridge, attempt.allow_changes, attempt.verbose)
         resources = worker_resources(trainer.scaling_config)  # type: ignore[arg-type]  # annotated with the class of Ray Train v1
-        watch = WorkerWatch(config.scaling.worker_limits[0], resources, report.say)
+        watch = WorkerWatch(config.scaling.worker_limits[0], resources, report.notify)
         outcome.fit = threading.Thread(target=_call_fit, args=(trainer, outcome), name="fit", daemon=True)
         outcome.fit.start()
         attempt.phase.advance(Trigger.FIT_STARTED)
@@ -140,13 +140,13 @@ def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: Wor
         if phase.current is Phase.STOP_REQUESTED:
             ray.get(bridge.request_stop.remote(grace_seconds(attempt.config)))
             phase.advance(Trigger.REQUEST_SENT)
-            report.say("stopping: this step is finished and saved first (press Ctrl+C again to exit without saving)")
+            report.notify("stopping: this step is finished and saved first (press Ctrl+C again to exit without saving)")
 
 
 def _report(event: Event, attempt: Attempt) -> None:
     if isinstance(event, AttemptStarted):
-        attempt.report.fill(records_of(attempt.storage.folder))
-    attempt.report.handle(event)
+        attempt.report.backfill(records_of(attempt.storage.folder))
+    attempt.report.add_event(event)
     if isinstance(event, AttemptStarted | CheckpointSaved):
         attempt.uploader.upload()
 
@@ -168,9 +168,9 @@ def _conclude(attempt: Attempt, outcome: Outcome, max_failures: int) -> int:
         )
     if not end.finished:
         saved = f"stopped and saved as {newest}" if end.step else "stopped before the first step"
-        attempt.report.say(f"{saved}; run the same command again to resume")
+        attempt.report.notify(f"{saved}; run the same command again to resume")
         return STOPPED_EARLY
-    attempt.report.say(f"trained; next: {generate_command(attempt.storage.location)}")
+    attempt.report.notify(f"trained; next: {generate_command(attempt.storage.location)}")
     return 0
 
 

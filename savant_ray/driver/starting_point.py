@@ -71,7 +71,7 @@ def refuse_other_settings(start: Path, config: Config) -> None:
         CheckpointError: they differ; the message lists all differences.
     """
     differences = [text for name, text in changes_since(start, config).items() if name.startswith(MUST_AGREE)]
-    if config.data.learns_tokenizer and TOKENIZER not in read_manifest(start)["files"]:
+    if config.data.trains_tokenizer and TOKENIZER not in read_manifest(start)["files"]:
         differences.append(
             f"data.tokenizer: {config.data.tokenizer} would train a new tokenizer, and {start.name} has none; set it to the "
             "tokenizer that the weights were trained with"

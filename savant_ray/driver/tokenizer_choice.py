@@ -86,9 +86,9 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
         CheckpointError: the same differences from the tokenizer of the run's checkpoint.
     """
     data = config.data
-    if not data.learns_tokenizer:
+    if not data.trains_tokenizer:
         tokenizer = _load(config, origin)
-    elif origin is not None and (data.tokenizer == "auto" or (origin.is_resumed and origin.settings.learns_tokenizer)):
+    elif origin is not None and (data.tokenizer == "auto" or (origin.is_resumed and origin.settings.trains_tokenizer)):
         tokenizer = origin.tokenizer.with_settings(data.end_of_document, data.add_special_tokens)
     elif origin is not None and not allow_changes:
         text = f"{data.tokenizer} would train a new tokenizer, but {origin.name} has one"

@@ -86,7 +86,7 @@ def convert_newest(
         SavantError: another process owns the run.
         OSError: the storage cannot be read or written; no partial checkpoint remains.
     """
-    path = _newest_file(storage, newest, not config.data.learns_tokenizer, log)
+    path = _newest_file(storage, newest, not config.data.trains_tokenizer, log)
     if path is None:
         return None
     started = time.perf_counter()
@@ -246,7 +246,7 @@ def _texts(config: Config, allow_changes: bool = False) -> dict[str, str]:
         DataError: the tokenizer cannot be read.
         SettingsError: it has more entries than the model's vocabulary, unless changes are allowed.
     """
-    if config.data.learns_tokenizer:
+    if config.data.trains_tokenizer:
         return {CONFIG: dump_yaml(config)}
     config, tokenizer = _load_tokenizer(config)
     if not allow_changes and tokenizer.vocab_size > config.model.vocab_size:
@@ -322,7 +322,7 @@ def _refuse_other_settings(path: Path, settings: FileSettings) -> None:
         CheckpointError: some differ, or no tokenizer is named, so that a new one would be trained.
     """
     problems, data = list(settings.problems), settings.config.data
-    if data.learns_tokenizer:
+    if data.trains_tokenizer:
         problem = f"data.tokenizer: {data.tokenizer} would train a new tokenizer, not the one of the file"
         problems.append(f"{problem}; give that one")
     if problems:
@@ -333,7 +333,7 @@ def _refuse_other_settings(path: Path, settings: FileSettings) -> None:
 def _refuse_incomplete(path: Path, settings: FileSettings) -> None:
     """Raise CheckpointError or SettingsError if the file cannot be used with these settings, or no tokenizer is named."""
     problems = list(settings.problems)
-    if settings.config.data.learns_tokenizer:
+    if settings.config.data.trains_tokenizer:
         problems.append(
             "data.tokenizer: a file of the original holds no tokenizer; give --data.tokenizer FILE, FOLDER or NAME"
         )

@@ -13,7 +13,7 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.data.stream import LocalSequences
-from savant_ray.errors import doing
+from savant_ray.errors import error_context
 from savant_ray.training.step import MicroBatch, micro_batches
 
 
@@ -83,7 +83,7 @@ class BatchReader:
 
     def _next(self) -> list[MicroBatch] | None:
         """Return the next local batch in host memory, or None after the last one."""
-        with doing("reading the next step's sequences"):
+        with error_context("reading the next step's sequences"):
             step = next(self._steps, None)
             return None if step is None else micro_batches(step.sequences, step.positions, self._config)
 

@@ -15,7 +15,7 @@ from savant_ray.cluster.bridge import StopListener
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import doing
+from savant_ray.errors import error_context
 from savant_ray.evaluation.validator import Validator
 from savant_ray.events import (
     Event,
@@ -132,7 +132,7 @@ class RayHost:
 
     def validate(self, state: TrainingState) -> bool:
         """Run validation, logic problems and sampling; return whether a stop was requested on some rank."""
-        with doing(f"validating after step {state.step:,}"):
+        with error_context(f"validating after step {state.step:,}"):
             return self.validator(state)
 
     def _report_drain(self) -> None:

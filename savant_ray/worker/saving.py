@@ -16,7 +16,7 @@ from typing import Any
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from savant_ray.errors import doing
+from savant_ray.errors import error_context
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.tolerant_file_system import tolerant_file_system
@@ -97,7 +97,7 @@ class Saver:
         path = None
         try:
             try:
-                with doing(f"saving step_{pending.step}"):
+                with error_context(f"saving step_{pending.step}"):
                     path = self._write(pending)
             finally:  # the other ranks wait in their report
                 self._report(pending, path)

@@ -57,7 +57,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     task = WorkerTask(**settings)
     if ray.get(task.bridge.has_failed.remote()):
         return
-    config = Config.from_dict(task.config)
+    config = Config.from_validated(task.config)
     tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
     storage = run_storage(config, Owner(**task.owner) if task.owner else None)
     stream: StepStream = ray.train.get_dataset_shard("train")

@@ -18,7 +18,7 @@ from savant_ray.reporting.record import (
     saved_a_checkpoint,
     to_line,
 )
-from savant_ray.reporting.runs import status, summarise, to_json
+from savant_ray.reporting.runs import status, summarize, to_json
 from tests.fuzz.drawing import a_text, a_value, drawn, spoilt
 from tests.fuzz.property import holds_for, scratch
 from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation
@@ -52,7 +52,7 @@ def test_whatever_happens_to_a_record_its_whole_lines_stay_and_it_goes_on(conten
     path: Path = folder / METRICS
     path.write_bytes(content)
     if content:
-        told = summarise(folder, idle)  # `savant runs` looks at what a run is writing
+        told = summarize(folder, idle)  # `savant runs` looks at what a run is writing
         assert status(told) and to_json([told])
         assert read_history(folder, idle).summary == told  # as does `savant report`
     file = JsonLines(path)

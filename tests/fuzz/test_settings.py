@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from savant_ray.config import Config, SourceConfig, dump_yaml, load_config, setting_rows
+from savant_ray.config import Config, SourceConfig, all_settings, dump_yaml, load_config
 from savant_ray.errors import SettingsError
 from savant_ray.settings.table import PREFIX, Setting
 from tests.fuzz.drawing import NUMBERS, ODD, a_text, a_value, drawn, spoilt
 from tests.fuzz.property import holds_for, scratch
 
-ROWS = setting_rows()
+ROWS = all_settings()
 NAMES = [row.name for row in ROWS]
 FIELDS = [name.split(".")[1] for name in NAMES]
 WORDS = ["auto", "adamw", "muon", "bf16", "fp32", "rotary", "none", "skip", "train", "data.jsonl", "CPU", "GPU", "a/b"]
@@ -174,7 +174,9 @@ def reads_back(config: Config) -> bool:
     file = scratch() / "again.yaml"
     file.write_text(dump_yaml(config), encoding="utf-8")
     elsewhere = yaml.safe_load(file.read_text())
-    return load_config((), {}, file) == config == Config.from_dict(config.to_dict()) and elsewhere == config.to_dict()
+    plain = config.to_dict()
+    same = load_config((), {}, file) == config == Config.from_dict(plain) == Config.from_validated(plain)
+    return same and elsewhere == plain
 
 
 @holds_for(

@@ -432,7 +432,7 @@ def test_a_file_in_object_storage_is_converted(
 def test_the_record_has_the_converted_checkpoint(run: Path, config: Config) -> None:
     trained(2).save(run)
     with RunReport(run, console=PlainConsole(None)) as report:
-        convert_newest(LocalStorage(run), config, None, report.say, report.handle)
+        convert_newest(LocalStorage(run), config, None, report.notify, report.add_event)
     assert '"event": "checkpoint"' in (run / "metrics.jsonl").read_text()
 
 
