@@ -26,17 +26,24 @@ from savant_ray.data import ray_data
 from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.content import content_hashes, refuse_changed
 from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, documents, plan_ranges
-from savant_ray.data.shard_writer import NAMED_BAD_LINES, RangeSummary, Recipe, shard_name, tokenizer_of, write_shard
+from savant_ray.data.shard_writer import (
+    MAX_NAMED_INVALID_LINES,
+    RangeSummary,
+    Recipe,
+    shard_name,
+    tokenizer_of,
+    write_shard,
+)
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import (
     MANIFEST,
-    BadLine,
     FileSummary,
+    LineProblem,
     Manifest,
     ShardInfo,
     TokenCache,
-    bad_line_report,
     damaged_shards,
+    invalid_line_report,
 )
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.errors import DataError, UnexpectedError, describe
@@ -94,11 +101,11 @@ def prepare(
     _build_once(build.folder, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
     if on_bad_line == "error" and cache.manifest.bad_lines:
-        raise DataError("\n".join(bad_line_report(cache.manifest, verdict="refused")))
+        raise DataError("\n".join(invalid_line_report(cache.manifest, verdict="refused")))
     return cache
 
 
-def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_size: int = 32_000) -> Tokenizer:
+def train_or_load_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_size: int = 32_000) -> Tokenizer:
     """Return a tokenizer that is trained on the files, or load it from `cache_dir`.
 
     At most `MAX_TRAINING_CHARACTERS` of the files are used.
@@ -125,7 +132,7 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
 
 
 def _load_cached_tokenizer(path: Path) -> Tokenizer | None:
-    """Load the tokenizer that `learn_tokenizer` has cached; None if there is none or it is damaged.
+    """Load the tokenizer that `train_or_load_tokenizer` has cached; None if there is none or it is damaged.
 
     Its file is named `path` with a checksum; versions without checksums used `path` itself.
     """
@@ -267,7 +274,7 @@ class _WriteShard:
         except (GeneratorExit, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a Rust panic in `tokenizers` is not an Exception
-            yield _task_row(0, describe(error, f"tokenising {path}"), traceback.format_exc())
+            yield _task_row(0, describe(error, f"tokenizing {path}"), traceback.format_exc())
 
 
 def _task_row(n_bytes: int, error: str = "", details: str = "") -> dict[str, Any]:
@@ -293,12 +300,12 @@ def _merge_summaries(
     before = _lines_before(origins, summaries)
     parts = list(zip(origins, before, summaries, strict=True))
     first_dropped = (
-        BadLine(name, lines_before + summary.first_dropped[0], summary.first_dropped[1])
+        LineProblem(name, lines_before + summary.first_dropped[0], summary.first_dropped[1])
         for name, lines_before, summary in parts
         if summary.first_dropped
     )
     bad_lines = [
-        BadLine(name, lines_before + line, reason)
+        LineProblem(name, lines_before + line, reason)
         for name, lines_before, summary in parts
         for line, reason in summary.first_bad_lines
     ]
@@ -315,7 +322,7 @@ def _merge_summaries(
         target_tokens=sum(summary.tokens - summary.pieces for summary in summaries),
         text_bytes=sum(summary.text_bytes for summary in summaries),
         bad_lines=bad.total(),
-        first_bad_lines=tuple(bad_lines[:NAMED_BAD_LINES]),
+        first_bad_lines=tuple(bad_lines[:MAX_NAMED_INVALID_LINES]),
         characters=sum(summary.characters for summary in summaries),
         dropped_characters=sum(summary.dropped_characters for summary in summaries),
         first_dropped=next(first_dropped, None),
@@ -344,7 +351,8 @@ def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> 
 def empty_file_report(manifest: Manifest) -> list[str]:
     """Return a message for each of the first five files without a document, and one with the number of the others."""
     messages = [
-        f"{file.path}: no document in {file.lines:,} lines" + f", {file.bad_lines:,} of them bad" * bool(file.bad_lines)
+        f"{file.path}: no document in {file.lines:,} lines"
+        + f", {file.bad_lines:,} of them invalid" * bool(file.bad_lines)
         for file in manifest.files
         if not file.documents
     ]
@@ -357,7 +365,9 @@ def empty_file_report(manifest: Manifest) -> list[str]:
 
 def _refuse_empty(manifest: Manifest) -> None:
     if not manifest.documents:
-        raise DataError("\n".join([*empty_file_report(manifest), *bad_line_report(manifest, verdict="refused")[:10]]))
+        raise DataError(
+            "\n".join([*empty_file_report(manifest), *invalid_line_report(manifest, verdict="refused")[:10]])
+        )
 
 
 def _refuse_dropped(manifest: Manifest, recipe: Recipe) -> None:

@@ -89,7 +89,7 @@ class RangeReader:
 
     def __iter__(self) -> Iterator[Line]:
         with self._errors_as_data_error():
-            raw_lines = _split_lines(_owned_blocks(self._stream, self._part), self._max_line_bytes)
+            raw_lines = _split_lines(_range_blocks(self._stream, self._part), self._max_line_bytes)
             for number, raw in enumerate(raw_lines, start=1):
                 yield _parse(number, raw, self._max_line_bytes)
 
@@ -150,7 +150,7 @@ def _divide(file: SourceFile, step: int) -> list[ByteRange]:
     return [ByteRange(file, start, min(start + step, file.size)) for start in range(0, file.size, step)]
 
 
-def _owned_blocks(stream: _ListedBytes | pa.NativeFile, part: ByteRange) -> Iterator[bytes]:
+def _range_blocks(stream: _ListedBytes | pa.NativeFile, part: ByteRange) -> Iterator[bytes]:
     """Yield the bytes of the lines that start in the range: up to the first line start after it.
 
     The stream begins one byte before the range, except at the start of the file.
@@ -206,11 +206,11 @@ def _parse(number: int, raw: bytes | int, max_line_bytes: int) -> Line:
         return Line(number)
     try:
         return Line(number, _text_of(raw))
-    except _BadLineError as bad:
+    except _InvalidLineError as bad:
         return Line(number, problem=str(bad))
 
 
-class _BadLineError(Exception):
+class _InvalidLineError(Exception):
     """A line that is not a document; the message is the reason."""
 
 
@@ -220,10 +220,10 @@ def _text_of(raw: bytes) -> str:
     except orjson.JSONDecodeError:
         value = _loads_leniently(raw)
     if not isinstance(value, dict):
-        raise _BadLineError(f"{_json_type(value)}, not an object")
+        raise _InvalidLineError(f"{_json_type(value)}, not an object")
     text = value.get("text")
     if not isinstance(text, str) or not text or text.isspace():
-        raise _BadLineError(_missing_text(value))
+        raise _InvalidLineError(_missing_text(value))
     return text
 
 
@@ -231,7 +231,7 @@ def _loads_leniently(raw: bytes) -> Any:
     """Parse what orjson rejects but Python accepts: NaN, deep nesting, lone surrogates outside `text`.
 
     Raises:
-        _BadLineError: Python rejects it too.
+        _InvalidLineError: Python rejects it too.
     """
     try:
         value = json.loads(raw.decode())
@@ -244,7 +244,7 @@ def _loads_leniently(raw: bytes) -> Any:
         reason = f'"text" holds half a surrogate pair (\\u{ord(error.object[error.start]):04x})'
     except json.JSONDecodeError as error:
         if raw.rstrip().endswith((b"{", b"[", b",")) and raw.lstrip().startswith((b"{", b"[")):
-            raise _BadLineError(
+            raise _InvalidLineError(
                 "JSON over several lines; write one object per line, without commas between them"
             ) from None
         is_truncated = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip())
@@ -253,7 +253,7 @@ def _loads_leniently(raw: bytes) -> Any:
         reason = "JSON nested too deeply"
     except ValueError:
         reason = f"an integer of more than {sys.get_int_max_str_digits():,} digits"
-    raise _BadLineError(reason)
+    raise _InvalidLineError(reason)
 
 
 def _missing_text(value: dict[str, Any]) -> str:

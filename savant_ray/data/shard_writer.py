@@ -27,8 +27,8 @@ from savant_ray.errors import DataError
 
 BATCH_CHARACTERS = 1 << 18  # tokenized in one call
 CHUNK_TOKENS = 1 << 21  # packed in one call: so many rows that the padding of the last one is negligible
-NAMED_BAD_LINES = 100  # stored with line number and reason
-NAMED_CHARACTERS = 10  # of those that the tokenizer drops
+MAX_NAMED_INVALID_LINES = 100  # stored with line number and reason
+MAX_NAMED_CHARACTERS = 10  # of those that the tokenizer drops
 READ_BYTES = 1 << 20
 
 
@@ -83,14 +83,14 @@ class RangeSummary:
             self.text_bytes += len(line.text) if line.text.isascii() else len(line.text.encode())
         elif line.problem:
             self.bad_lines += 1
-            if self.bad_lines <= NAMED_BAD_LINES:
+            if self.bad_lines <= MAX_NAMED_INVALID_LINES:
                 self.first_bad_lines.append((line.number, line.problem))
 
     def count_dropped(self, line: Line, dropped: int, characters: str) -> None:
         """Count the characters of a line that the tokenizer drops."""
         self.dropped_characters += dropped
         if dropped and self.first_dropped is None:
-            self.first_dropped = (line.number, characters[:NAMED_CHARACTERS])
+            self.first_dropped = (line.number, characters[:MAX_NAMED_CHARACTERS])
 
     @classmethod
     def read(cls, folder: Path, index: int) -> RangeSummary:

@@ -67,7 +67,7 @@ class Sequences:
 
 
 @dataclass(frozen=True)
-class BadLine:
+class LineProblem:
     """A line that is not a document."""
 
     file: str
@@ -111,10 +111,10 @@ class Manifest:
     target_tokens: int  # tokens minus pieces: the last token of a piece has no target
     text_bytes: int  # UTF-8 bytes of the documents
     bad_lines: int
-    first_bad_lines: tuple[BadLine, ...]
+    first_bad_lines: tuple[LineProblem, ...]
     characters: int = 0  # of the documents; 0: written by a version that did not count them
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
-    first_dropped: BadLine | None = None  # the first line with such characters; `reason` lists some of them
+    first_dropped: LineProblem | None = None  # the first line with such characters; `reason` lists some of them
 
     @property
     def padding(self) -> int:
@@ -136,13 +136,13 @@ class Manifest:
         del values["padding"]
         values["files"] = tuple(FileSummary(**entry) for entry in values["files"])
         values["shards"] = tuple(ShardInfo(**entry) for entry in values["shards"])
-        values["first_bad_lines"] = tuple(BadLine(**entry) for entry in values["first_bad_lines"])
+        values["first_bad_lines"] = tuple(LineProblem(**entry) for entry in values["first_bad_lines"])
         if values.get("first_dropped"):
-            values["first_dropped"] = BadLine(**values["first_dropped"])
+            values["first_dropped"] = LineProblem(**values["first_dropped"])
         return cls(**values)
 
 
-def bad_line_report(manifest: Manifest, verdict: str = "skipped") -> list[str]:
+def invalid_line_report(manifest: Manifest, verdict: str = "skipped") -> list[str]:
     """Return a message for each invalid line that the manifest lists, and one with the number of the others."""
     summaries = {file.path: file for file in manifest.files}
     messages = [
@@ -151,7 +151,7 @@ def bad_line_report(manifest: Manifest, verdict: str = "skipped") -> list[str]:
         for bad in manifest.first_bad_lines
     ]
     unnamed = manifest.bad_lines - len(messages)
-    return [*messages, f"… and {unnamed:,} more bad lines"] if unnamed else messages
+    return [*messages, f"… and {unnamed:,} more invalid lines"] if unnamed else messages
 
 
 def dropped_report(manifest: Manifest, tokenizer: str) -> list[str]:

@@ -19,14 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tokenizers
-from bad_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
+from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 from tokenizers import models, processors
 
 from savant_ray.data import cache_builder, content
-from savant_ray.data.cache_builder import empty_file_report, learn_tokenizer, prepare
+from savant_ray.data.cache_builder import empty_file_report, prepare, train_or_load_tokenizer
 from savant_ray.data.overlap import count_held_out_documents
 from savant_ray.data.sources import expand
-from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
+from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError, UnexpectedError
 
@@ -90,7 +90,7 @@ def test_an_error_that_nobody_foresaw_in_a_task_keeps_its_cause_file_and_traceba
     monkeypatch.setattr(unloadable, "to_json", lambda: json.dumps({"version": "of another age"}))
     with pytest.raises(UnexpectedError) as caught:
         prepare(expand(str(path)), unloadable, 32, tmp_path / "cache")
-    assert str(caught.value).startswith(f"while tokenising {path}: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"while tokenizing {path}: ") and "\n" not in str(caught.value)
     assert caught.value.details.startswith("Traceback (most recent call last)")
 
 
@@ -121,13 +121,13 @@ def test_every_kind_of_bad_line_is_reported_with_its_line(
     cache = run("skip")
     good_lines = [line for line, (raw, reason) in enumerate(LINES, 1) if not reason and raw.strip()]
     assert_holds(cache, byte_tokenizer, {(name, line): text for line, text in zip(good_lines, GOOD, strict=True)})
-    assert bad_line_report(cache.manifest) == [
+    assert invalid_line_report(cache.manifest) == [
         f"{name} line {line}: {reason}; skipped, {len(PROBLEMS)} of {len(LINES)} lines"
         for line, reason in PROBLEMS.items()
     ]
     with pytest.raises(DataError) as refused:
         run("error")
-    assert str(refused.value) == "\n".join(bad_line_report(cache.manifest, verdict="refused"))
+    assert str(refused.value) == "\n".join(invalid_line_report(cache.manifest, verdict="refused"))
     assert run("skip").n_sequences == cache.n_sequences
 
 
@@ -142,7 +142,7 @@ def test_the_folder_is_named_by_content(tmp_path: Path, write_jsonl: WriteJsonl,
     path = write_jsonl("two/train.jsonl", ["a" * 20] * 9)
     assert folder() == first
     assert first.startswith("train-")
-    other = learn_tokenizer(expand(str(path)), tmp_path / "cache", vocab_size=260)
+    other = train_or_load_tokenizer(expand(str(path)), tmp_path / "cache", vocab_size=260)
     names = {first, folder(33), folder(tokenizer=other)}
     path = write_jsonl("two/train.jsonl", ["a" * 20] * 8 + ["b" * 20])
     assert len(names | {folder()}) == 4
@@ -217,7 +217,7 @@ def test_files_that_yield_nothing_are_named_and_refused_only_if_there_is_nothing
     (tmp_path / "src/empty.jsonl").touch()
     with pytest.raises(DataError) as error:
         prepare(expand(str(tmp_path / "src")), byte_tokenizer, 32, tmp_path / "cache")
-    without_document = ["bad.jsonl: no document in 2 lines, 1 of them bad", "empty.jsonl: no document in 0 lines"]
+    without_document = ["bad.jsonl: no document in 2 lines, 1 of them invalid", "empty.jsonl: no document in 0 lines"]
     assert str(error.value).splitlines() == [
         *without_document,
         'bad.jsonl line 1: no "text" field (found: body); refused, 1 of 2 lines',
@@ -371,11 +371,11 @@ def test_other_damaged_files_of_the_cache_folder_are_made_again(
 ) -> None:
     monkeypatch.setattr(content, "SETTLED_SECONDS", -60)  # remembers the hash of a file that was written just now
     files = expand(str(write_jsonl("a.jsonl", ["one two three four"] * 50)))
-    first = learn_tokenizer(files, tmp_path / "cache", vocab_size=270)
+    first = train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270)
     (path,) = (tmp_path / "cache").glob(pattern)
     written = path.read_bytes()
     damage(path)
-    assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
+    assert train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
     assert path.read_bytes() == written
 
 
@@ -454,17 +454,17 @@ def test_special_tokens_around_texts_are_another_cache_and_no_tokens_of_the_text
 def test_only_the_first_bad_lines_are_named(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("{}\n" * 1_234 + json.dumps({"text": "good"}))
-    report = bad_line_report(prepare(expand(str(path)), byte_tokenizer, 32, tmp_path, range_bytes=500).manifest)
+    report = invalid_line_report(prepare(expand(str(path)), byte_tokenizer, 32, tmp_path, range_bytes=500).manifest)
     assert len(report) == 101
     assert report[99].startswith("many.jsonl line 100: ")
-    assert report[100] == "… and 1,134 more bad lines"
+    assert report[100] == "… and 1,134 more invalid lines"
 
 
 def test_a_tokenizer_is_learnt_once(tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch) -> None:
     files = expand(str(write_jsonl("a.jsonl", ["one two three four"] * 50)))
-    first = learn_tokenizer(files, tmp_path / "cache", vocab_size=270)
+    first = train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270)
     monkeypatch.setattr(cache_builder, "train_tokenizer", None)
-    assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
+    assert train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
     (path,) = (tmp_path / "cache").glob("tokenizer-*.json")
     path.rename(path.with_name(path.name.rpartition("-")[0] + ".json"))  # as versions without checksums named it
-    assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
+    assert train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from bad_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 
 from savant_ray.data import jsonl
 from savant_ray.data.jsonl import ByteRange, Line, RangeReader, documents, plan_ranges
