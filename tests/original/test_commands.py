@@ -14,12 +14,12 @@ from savant_ray.config import Config
 from savant_ray.original.file import optimizer_of, read_file
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import write_checkpoint
-from tests.cluster.conftest import server, store  # noqa: F401 - fixtures
-from tests.cluster.object_store import ObjectStore
 from tests.original.program import AdamW8bit, OriginalProgram
 from tests.original.test_conversion import config, run, start  # noqa: F401 - fixtures
 from tests.original.test_file import trained
 from tests.original.word_tokenizer import write_tokenizer
+from tests.storage.conftest import server, store  # noqa: F401 - fixtures
+from tests.storage.object_store import ObjectStore
 
 Printed = pytest.CaptureFixture[str]
 

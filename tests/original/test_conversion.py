@@ -30,12 +30,13 @@ from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import read_checkpoint, read_manifest, read_settings, verify
-from tests.cluster.conftest import environment, server, store  # noqa: F401 - fixtures
-from tests.cluster.object_store import ObjectStore
+from tests.cluster.conftest import environment
 from tests.original.fixtures import KINDS, PEAK, batch, expected, file_of, rate
 from tests.original.program import AdamW8bit, OriginalProgram
 from tests.original.test_file import moments, original_config, trained
 from tests.original.word_tokenizer import write_tokenizer
+from tests.storage.conftest import server, store  # noqa: F401 - fixtures
+from tests.storage.object_store import ObjectStore
 from tests.training.tiny import Code, tiny_state
 
 ROOT = Path(__file__).parents[2]

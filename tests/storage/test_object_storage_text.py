@@ -12,7 +12,7 @@ from savant_ray.data.jsonl import documents
 from savant_ray.data.sources import expand
 from savant_ray.errors import DataError
 from savant_ray.storage.object_store import ObjectStorage
-from tests.cluster.object_store import ObjectStore
+from tests.storage.object_store import ObjectStore
 
 TEXT = b'{"text": "x"}\n'
 

@@ -24,10 +24,10 @@ from savant_ray.training.checkpoint import MANIFEST, TOKENIZER, verify
 from savant_ray.worker import saving
 from savant_ray.worker.resume import newest_name
 from savant_ray.worker.saving import Saver
-from tests.cluster.object_store import ObjectStore
-from tests.cluster.test_lease import taken
-from tests.cluster.test_object_storage import record
 from tests.cluster.test_starting_point import write
+from tests.storage.object_store import ObjectStore
+from tests.storage.test_lease import taken
+from tests.storage.test_object_storage import record
 from tests.worker.test_saving import content
 
 

@@ -24,8 +24,8 @@ from savant_ray.storage.ray_snapshot import SNAPSHOT
 from savant_ray.storage.run_storage import local_checkpoint, run_storage, storage_errors_explained
 from savant_ray.training.checkpoint import MANIFEST, read_manifest, verify
 from tests.cluster.conftest import ROOT
-from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.cluster.test_starting_point import write
+from tests.storage.object_store import BUCKET, ObjectStore
 
 
 def keep(storage: ObjectStorage, *steps: int) -> None:

@@ -23,8 +23,8 @@ from savant_ray.storage.conditional_write import VersionConflictError, condition
 from savant_ray.storage.lease import LEASE, leased
 from savant_ray.storage.object_store import ObjectStorage
 from tests.cluster.conftest import wait_for
-from tests.cluster.object_store import BUCKET, ObjectStore
-from tests.cluster.test_object_storage import record
+from tests.storage.object_store import BUCKET, ObjectStore
+from tests.storage.test_object_storage import record
 
 
 @pytest.fixture
