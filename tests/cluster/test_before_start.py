@@ -244,8 +244,8 @@ def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (errno.ENOLCK, "cannot be locked .*: its file system has no locks here; mount it with locks"),
-        (errno.ENOSYS, "cannot be locked .*: its file system has no locks here; mount it with locks"),
+        (errno.ENOLCK, "cannot be locked .*: its file system is mounted without locks; mount it with locks"),
+        (errno.ENOSYS, "cannot be locked .*: its file system is mounted without locks; mount it with locks"),
         (errno.EIO, "cannot be written"),
     ],
 )

@@ -108,7 +108,7 @@ def test_a_command_that_needs_a_tokenizer_names_the_setting(
     monkeypatch.chdir(tmp_path)
     trained(2).save(tmp_path)
     assert main([*command, "step_1.pt", "--model.n_heads", "2"]) == 2
-    assert "data.tokenizer: a file of the original holds no tokenizer" in capsys.readouterr().err
+    assert "data.tokenizer: a file of the original contains no tokenizer" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
@@ -141,7 +141,7 @@ def test_a_tokenizer_with_more_entries_than_the_model_is_refused(
         weights[name] = weights[name][:40]
     torch.save({**content, "model_state_dict": weights}, tmp_path / "step_1.pt")
     assert generate("--checkpoint", tmp_path / "step_1.pt", *settings) == 2
-    assert "has 48 entries, the file's model only 40" in capsys.readouterr().err
+    assert "has 48 entries, but the file's model has only 40" in capsys.readouterr().err
 
 
 def test_a_misspelt_setting_is_refused_with_a_suggestion(tmp_path: Path, capsys: Printed) -> None:

@@ -30,7 +30,9 @@ from tests.training.tiny import MODEL, never, shares, tiny_state
 CONFIG = original_config(max_steps=3)
 OPTIMIZERS = {"adamw": adamw, "adamw8bit": AdamW8bit}
 EXPORTS: dict[str, Any] = {"original": export_original, "safetensors": export_safetensors}
-CONSTANTS = "the original needs this model's constants instead of its own: vocab_size 50 (32000), dim 16 (1024), "
+CONSTANTS = (
+    "set these constants in the original (now: the values in parentheses): vocab_size 50 (32000), dim 16 (1024), "
+)
 
 
 @pytest.fixture
@@ -185,7 +187,7 @@ def changed_run(folder: Path, **model: Any) -> Path:
 def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
     run = changed_run(tmp_path / "run", positions="rotary")
     with pytest.raises(
-        CheckpointError, match=r"trained with model\.positions: rotary, which the original does not have"
+        CheckpointError, match=r"trained with model\.positions: rotary, which the original does not support"
     ):
         export_original(run, tmp_path / "out.pt", "adamw")
     assert not (tmp_path / "out.pt").exists()
@@ -200,11 +202,11 @@ def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
         ({"soft_cap": 30.0}, "model.soft_cap: 30.0, but the original's code has 50.0"),
         (
             {"vocab_size": 60},
-            r"step_0.pt in the run folder is of another model: .*head.weight is [50, 16] instead of [60, 16]",
+            r"step_0.pt in the run folder has another model: .*head.weight is [50, 16] instead of [60, 16]",
         ),
-        ({"dim": 32}, "step_0.pt in the run folder is of another model: "),
-        ({"window_size": 5}, "local_mask is not that of model.max_seq_len 16 and model.window_size 5"),
-        ({"max_seq_len": 32}, "global_mask is not that of model.max_seq_len 32 and model.window_size 4"),
+        ({"dim": 32}, "step_0.pt in the run folder has another model: "),
+        ({"window_size": 5}, "local_mask does not match model.max_seq_len 16 and model.window_size 5"),
+        ({"max_seq_len": 32}, "global_mask does not match model.max_seq_len 32 and model.window_size 4"),
     ],
 )
 def test_a_model_that_the_original_would_compute_differently_is_reported(

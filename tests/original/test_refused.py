@@ -90,7 +90,7 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     [
         ({"step": None}, "its step is None"),
         ({"step": -1}, "its step is -1"),
-        ({"step": 7}, r"holds step 7: rename it to step_7\.pt"),
+        ({"step": 7}, r"contains step 7: rename it to step_7\.pt"),
         ({"model_state_dict": [1]}, "no weights by name"),
         ({"model_state_dict": {"embed.weight": 3}}, "no weights by name"),
         ({"model_state_dict": {"embed.weight": torch.ones(3, dtype=torch.complex64)}}, "no weights by name"),
