@@ -364,7 +364,7 @@ def test_text_is_looked_at_before_ray_starts(tmp_path: Path, capsys: pytest.Capt
 
     assert look("data/*.jsonl") == ["empty.jsonl", "train.jsonl"]
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert "gone.jsonl: a broken link, to nowhere.jsonl; left out" in printed
+    assert "gone.jsonl: a broken link to nowhere.jsonl; skipped" in printed
     assert "because it is the validation text (data.validation)" in printed and "data/copy.jsonl" in printed
     assert look("val.jsonl") == ["val.jsonl"]
     assert "warning: data.sources[0].path: contains only the validation text" in capsys.readouterr().out

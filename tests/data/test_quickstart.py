@@ -105,7 +105,7 @@ def test_files_already_there_are_left_alone_unless_forced(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(DataError, match="taken: the quickstart data cannot be written here"):
+    with pytest.raises(DataError, match="taken: the quickstart data cannot be written"):
         write_quickstart(tmp_path / "taken", log=quiet)
 
 

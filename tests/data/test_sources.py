@@ -144,10 +144,10 @@ def test_a_linked_file_counts_once_and_what_is_left_out_is_named(tmp_path: Path)
     warned: list[str] = []
     assert names(expand(str(tmp_path), warned.append), tmp_path) == ["x.jsonl"]
     assert sorted(line.removeprefix(f"{tmp_path}/") for line in warned) == [
-        "broken.jsonl: a broken link, to ../gone.jsonl; left out",
-        f"link.jsonl: a link to {tmp_path}/x.jsonl, which is read already; left out",
-        "pipe.jsonl: is a pipe, not a file; left out",
-        r"r\xe9sum.jsonl: its name is not UTF-8; rename it; left out",
+        "broken.jsonl: a broken link to ../gone.jsonl; skipped",
+        f"link.jsonl: a link to {tmp_path}/x.jsonl, which is already included; skipped",
+        "pipe.jsonl: is a pipe, not a file; skipped",
+        r"r\xe9sum.jsonl: its name is not UTF-8; rename it; skipped",
     ]
     assert names(expand(str(tmp_path / "link.jsonl"), warned.append), tmp_path) == ["link.jsonl"]
 
@@ -173,13 +173,13 @@ def test_a_thousand_broken_links_are_a_few_lines(tmp_path: Path) -> None:
         ("x" * 300, "File name too long"),
         ("x/" * 5_000, "File name too long"),
         ("x.jsonl/y.jsonl", "no such file or folder"),
-        ("broken.jsonl", "a broken link, to gone"),
+        ("broken.jsonl", "a broken link to gone"),
         ("itself.jsonl", "a link that leads back to itself"),
         ("/dev/zero", "is a device, not a file"),
         ("/dev/stdin", "not the same file in every process"),
         ("pipe", "is a pipe, not a file"),
         ("folders/*", "matches only folders"),
-        ("{a,b}.jsonl", "use a list of both"),
+        ("{a,b}.jsonl", "use a list of two patterns"),
         ("C:\\data\\x.jsonl", "separated by /"),
         ("[z-a", "no such match"),
         ("", "no file, folder, glob or URI is given"),

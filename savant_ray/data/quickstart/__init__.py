@@ -6,7 +6,7 @@ Writes three files with one `{"text": …, "source": …}` object per line, with
     savant_dataset_val.jsonl     held-out prose, and problems with held-out pairs of operands, some in held-out wordings
     genius_dataset.jsonl         problems of all templates
 
-The modules `prose` and `problems` describe what is held out.
+The docstrings of the modules `prose` and `problems` define which documents and pairs are held out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GENIUS_PROBLEMS = 26_000
 _WORD_PROBLEMS = 6_000
 _VALIDATION_PROBLEMS = 400
 _VALIDATION_UNSEEN_WORDINGS = 100
-_HARD = ("product", "product", "difference", "comparison")  # templates that a model learns slowly occur more often
+_HARD = ("product", "product", "difference", "comparison")  # additional problems of templates that are learned slowly
 _SEED = 20240
 
 
@@ -58,7 +58,7 @@ def write_quickstart(folder: Path, force: bool = False, log: Callable[[str], Non
             size = _write(folder / name, files[name])
             log(f"quickstart data: {name} has {len(files[name]):,} documents, {size / 1e6:.1f} MB")
     except OSError as error:
-        raise DataError(f"{folder}: the quickstart data cannot be written here ({error.strerror or error})") from error
+        raise DataError(f"{folder}: the quickstart data cannot be written ({error.strerror or error})") from error
     log(f"quickstart data: ready after {time.monotonic() - started:.0f} s")
 
 
@@ -88,7 +88,7 @@ def _documents(problems: Iterable[Problem]) -> list[Document]:
 
 
 def _shuffled(documents: list[Document]) -> list[Document]:
-    """Return the documents in the order of the hash of their text, which is the same on all machines."""
+    """Return the documents sorted by the hash of their text, an order that is the same on all machines."""
     return sorted(documents, key=lambda d: hashlib.blake2b(d.text.encode()).digest())
 
 
