@@ -38,7 +38,7 @@ def test_every_token_is_in_one_row_and_pieces_stay_in_order(lengths: list[int], 
 
 @pytest.mark.parametrize("sequence_length", [256, 512, 1024])
 @pytest.mark.parametrize("median", [60, 200, 700])
-def test_waste_is_below_two_in_a_thousand_and_few_documents_are_cut(median: int, sequence_length: int) -> None:
+def test_padding_is_below_0_2_percent_and_few_documents_are_cut(median: int, sequence_length: int) -> None:
     lengths = np.random.default_rng(0).lognormal(np.log(median), 0.8, size=20_000).astype(int) + 2
     rows, cut = unpack(lengths.tolist(), sequence_length)
     assert (rows == 0).mean() < 0.002
@@ -46,13 +46,13 @@ def test_waste_is_below_two_in_a_thousand_and_few_documents_are_cut(median: int,
     assert len(cut) <= too_long + 0.01 * len(lengths)
 
 
-def test_documents_of_more_than_half_a_row_are_cut_where_nothing_else_fits() -> None:
+def test_documents_of_more_than_half_a_row_are_cut_to_fill_the_gaps() -> None:
     rows, cut = unpack([150] * 1_000, 256)
     assert (rows == 0).mean() < 0.002
     assert len(cut) <= 420  # 1000 documents in 586 rows: 414 have to be divided
 
 
-def test_the_same_lengths_give_the_same_rows() -> None:
+def test_packing_is_deterministic() -> None:
     lengths = np.random.default_rng(1).integers(1, 900, size=3_000).tolist()
     first, second = pack(lengths, 512), pack(lengths, 512)
     assert all(np.array_equal(getattr(first, key), getattr(second, key)) for key in ("documents", "starts", "row_ends"))

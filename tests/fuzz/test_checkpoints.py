@@ -158,7 +158,7 @@ def lay_out(name: str, files: Files) -> Path:
     one_in=10,
     case=drawn(damaged),
 )
-def test_a_damaged_checkpoint_is_refused_or_read_as_it_was_written(case: tuple[str, Files]) -> None:
+def test_a_damaged_checkpoint_is_refused_or_read_with_its_original_content(case: tuple[str, Files]) -> None:
     name, files = case
     whole = all(files.get(file) == content for file, content in written().items())
     run = lay_out(name, files)
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_refused_or_read_as_it_was_written(case: tuple[s
     one_in=10,
     content=drawn(lambda chance: spoilt(original(), chance)),
 )
-def test_a_damaged_file_of_the_original_is_refused_or_read_as_it_was_written(content: bytes) -> None:
+def test_a_damaged_file_of_the_original_is_refused_or_read_with_its_original_content(content: bytes) -> None:
     expected, path = original_content(), scratch() / "step_0.pt"
     path.write_bytes(content)
     try:

@@ -123,7 +123,7 @@ def check_lines(lines: list[Line], content: bytes, limit: int) -> None:
     limit=st.sampled_from([30, 2_500, 100_000]),
     block=st.sampled_from([1, 3, 16, 100, 1 << 20]),
 )
-def test_any_cut_of_any_bytes_is_every_line_once_a_document_or_named(
+def test_any_ranges_of_any_bytes_yield_each_line_once_as_document_blank_or_problem(
     a_case: tuple[bytes, list[int]], limit: int, block: int
 ) -> None:
     content, cuts = a_case
@@ -133,7 +133,7 @@ def test_any_cut_of_any_bytes_is_every_line_once_a_document_or_named(
 
 
 @holds_for("such files as .gz and .zst, two of three damaged", one_in=5, a_case=drawn(a_packed_file))
-def test_a_compressed_file_is_its_lines_or_a_data_error_that_names_it(a_case: tuple[bytes, bytes, str]) -> None:
+def test_a_compressed_file_yields_its_lines_or_an_error_with_its_name(a_case: tuple[bytes, bytes, str]) -> None:
     content, packed, suffix = a_case
     try:
         lines = read(packed, [0, UNBOUNDED], 100_000, 1 << 20, suffix)

@@ -40,7 +40,7 @@ def pieces_by_row(packing: Packing) -> list[list[tuple[int, int, int]]]:
 @holds_for(
     "up to 60 documents of 0 to 8 rows' length, rows of 1 to 256 tokens", quick=300, a_case=drawn(lengths_and_row)
 )
-def test_every_token_is_once_in_a_row_in_order_and_documents_are_cut_only_for_little_padding(
+def test_every_token_is_packed_once_in_order_and_documents_are_cut_only_to_avoid_padding(
     a_case: tuple[list[int], int],
 ) -> None:
     lengths, row_length = a_case
@@ -73,7 +73,7 @@ def check_cuts(lengths: list[int], row_length: int, seen: dict[int, list[tuple[i
         assert worth_cutting or len(pieces) == -(-lengths[document] // row_length), "cut where it fits"
 
 
-def test_no_documents_are_no_rows() -> None:
+def test_packing_no_documents_gives_no_rows() -> None:
     packing = pack([], 8)
     assert len(packing) == 0
     assert packing.fill(np.zeros(0, dtype=np.uint16), np.zeros(0, dtype=np.int64)).shape == (0, 8)

@@ -152,7 +152,7 @@ def texts_or_refusal(pattern: str) -> Iterator[str]:
     "folders with up to 6 files and 4 links or pipes under odd names, and a path, glob or URI that leads there or anywhere",
     case=drawn(a_case),
 )
-def test_any_pattern_is_files_once_each_or_one_line_for_each_thing_that_is_wrong(
+def test_any_pattern_yields_each_file_once_or_a_one_line_message_per_problem(
     case: tuple[list[tuple[str, bytes | str]], str],
 ) -> None:
     tree, pattern = case
@@ -163,7 +163,7 @@ def test_any_pattern_is_files_once_each_or_one_line_for_each_thing_that_is_wrong
 
 
 @holds_for("the same folders", one_in=2, tree=drawn(a_tree))
-def test_every_file_is_found_under_its_own_name_and_uri_whatever_its_characters(
+def test_a_file_with_any_name_is_found_by_its_path_and_uri(
     tree: list[tuple[str, bytes | str]],
 ) -> None:
     folder, files = plant(tree)
@@ -179,7 +179,7 @@ def test_every_file_is_found_under_its_own_name_and_uri_whatever_its_characters(
 
 
 @holds_for("odd texts as each setting that is a path", case=drawn(a_case))
-def test_any_text_in_a_setting_is_an_absolute_path_a_uri_or_a_refusal_that_names_the_setting(
+def test_any_text_as_a_path_setting_becomes_an_absolute_path_or_uri_or_is_refused(
     case: tuple[list[tuple[str, bytes | str]], str],
 ) -> None:
     settings = Config().to_dict()

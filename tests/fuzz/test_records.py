@@ -47,7 +47,7 @@ def a_record(chance: Random) -> bytes:
     one_in=10,
     content=drawn(a_record),
 )
-def test_whatever_happens_to_a_record_its_whole_lines_stay_and_it_goes_on(content: bytes) -> None:
+def test_a_damaged_record_keeps_its_valid_lines_and_can_be_appended_to(content: bytes) -> None:
     (folder := scratch() / "record").mkdir(exist_ok=True)
     path: Path = folder / METRICS
     path.write_bytes(content)
@@ -87,7 +87,7 @@ def some_questions(chance: Random) -> bytes:
     one_in=5,
     content=drawn(some_questions),
 )
-def test_questions_are_read_or_refused_with_their_line(content: bytes) -> None:
+def test_a_file_of_questions_is_read_or_refused_with_its_name(content: bytes) -> None:
     path = scratch() / "questions.jsonl"
     path.write_bytes(content)
     try:

@@ -183,7 +183,7 @@ def reads_back(config: Config) -> bool:
     one_in=4,
     content=drawn(a_settings_file),
 )
-def test_any_file_is_settings_that_read_back_or_a_refusal(content: bytes) -> None:
+def test_any_file_is_refused_or_gives_settings_that_read_back_unchanged(content: bytes) -> None:
     assert read_back_or_refused([], {}, content)
 
 
@@ -193,14 +193,14 @@ def test_any_file_is_settings_that_read_back_or_a_refusal(content: bytes) -> Non
     one_in=10,
     a_case=drawn(options_and_variables),
 )
-def test_any_options_and_variables_are_settings_that_read_back_or_a_refusal(
+def test_any_options_and_variables_are_refused_or_give_settings_that_read_back_unchanged(
     a_case: tuple[list[str], dict[str, str]],
 ) -> None:
     assert read_back_or_refused(*a_case, None)
 
 
 @holds_for("nested Python values, most with names that exist", quick=100, one_in=2, structure=drawn(a_structure))
-def test_any_structure_is_settings_or_a_refusal(structure: Any) -> None:
+def test_any_nested_values_are_accepted_or_refused_as_settings(structure: Any) -> None:
     if not isinstance(structure, dict):
         return
     try:
@@ -210,7 +210,7 @@ def test_any_structure_is_settings_or_a_refusal(structure: Any) -> None:
 
 
 @holds_for("8 settings with odd values that are allowed", quick=60, one_in=20, settings=drawn(right_settings))
-def test_settings_that_are_allowed_read_back_to_the_same(settings: dict[str, dict[str, Any]]) -> None:
+def test_valid_settings_read_back_unchanged(settings: dict[str, dict[str, Any]]) -> None:
     try:
         config = Config.from_dict(settings)
     except SettingsError as error:

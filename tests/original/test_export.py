@@ -75,7 +75,7 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
 
 
 @pytest.mark.parametrize("named", [".", "step_3", "step_3/step_3.pt"])
-def test_a_checkpoint_is_given_by_its_run_its_folder_or_its_file(named: str, run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_named_by_its_run_its_folder_or_its_file(named: str, run: Path, tmp_path: Path) -> None:
     warnings = export_original(run / named, tmp_path / "step_3.pt")
     assert len(warnings) == 2 and warnings[0] == NO_OPTIMIZER_KNOWN and warnings[1].startswith(CONSTANTS)
     assert read_file(tmp_path / "step_3.pt")["scheduler_state_dict"]["base_lrs"] == [CONFIG.training.learning_rate]
@@ -116,7 +116,7 @@ def test_the_optimizer_is_that_of_the_newest_file_of_the_original(run: Path, tmp
     assert optimizer_of(read_file(tmp_path / "step_3.pt")) == "adamw8bit"
 
 
-def test_a_damaged_file_next_to_the_checkpoint_is_reported_and_not_needed(run: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_beside_the_checkpoint_is_reported_and_ignored(run: Path, tmp_path: Path) -> None:
     (run / "step_1.pt").write_bytes(b"half")
     warnings = export_original(run, tmp_path / "out.pt", "adamw")
     assert len(warnings) == 2 and "step_1.pt: truncated" in warnings[0]
@@ -164,7 +164,7 @@ def test_unreadable_moments_of_a_file_of_the_original_are_left_out_and_reported(
     program.train(batch(3))
 
 
-def test_a_folder_with_only_files_of_the_original_stands_for_the_newest_intact_one(tmp_path: Path) -> None:
+def test_for_a_folder_with_only_files_of_the_original_the_newest_intact_one_is_exported(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     for updates in (2, 3):
@@ -221,9 +221,7 @@ def test_a_model_that_the_original_would_compute_differently_is_reported(
 @pytest.mark.parametrize(
     "model", [{"n_loops": 2, "global_every": 3}, {"global_every": 2, "window_size": 15}], ids=["no global loop", "all"]
 )
-def test_another_global_every_that_makes_no_difference_is_no_reason_to_warn(
-    model: dict[str, Any], tmp_path: Path
-) -> None:
+def test_another_global_every_with_the_same_effect_gives_no_warning(model: dict[str, Any], tmp_path: Path) -> None:
     warnings = export_original(changed_run(tmp_path / "run", **model), tmp_path / "out.pt", "adamw")
     assert len(warnings) == 1 and warnings[0].startswith(CONSTANTS)
 

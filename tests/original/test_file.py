@@ -105,7 +105,7 @@ def test_most_moments_of_an_8_bit_file_are_8_bit_and_the_small_ones_fp32(tmp_pat
 
 
 @pytest.mark.parametrize("block", [256, 2048])
-def test_8_bit_moments_are_value_times_scale_of_their_block_whatever_its_size(block: int, tmp_path: Path) -> None:
+def test_8_bit_moments_are_code_value_times_block_scale_for_both_block_sizes(block: int, tmp_path: Path) -> None:
     path = trained(1, optimizer=FLAT).save(tmp_path)
     content = torch.load(path, weights_only=True)
     number, entry = next((n, e) for n, e in content["optimizer_state_dict"]["state"].items() if "qmap1" in e)
@@ -233,7 +233,7 @@ def test_bf16_weights_and_moments_are_read_as_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_holds_after_loading_what_the_original_held_when_it_wrote_it(kind: str, tmp_path: Path) -> None:
+def test_a_loaded_file_has_the_content_of_the_original_program(kind: str, tmp_path: Path) -> None:
     held = expected()[kind]
     config = original_config()
     state, notes = loaded(file_of(kind), config)
@@ -359,7 +359,7 @@ def test_the_schedule_of_a_file_is_written_as_the_original_writes_it_for_that_st
 
 @pytest.mark.parametrize("resumes", [0, 1, 4])
 @EACH
-def test_the_schedule_of_a_run_that_the_original_resumed_stays_one_ahead_for_each_resume(
+def test_the_schedule_is_one_update_ahead_for_each_resume_of_the_original(
     make: Any, resumes: int, tmp_path: Path
 ) -> None:
     program = trained(3, rate=rate, optimizer=make)
@@ -464,7 +464,7 @@ def test_a_state_for_only_some_of_the_parameters_is_not_used(tmp_path: Path) -> 
         ({"state2": None}, "0 parameter groups"),
     ],
 )
-def test_8_bit_moments_whose_parts_do_not_fit_are_reported_and_not_used(
+def test_8_bit_moments_with_inconsistent_sizes_are_reported_and_not_used(
     changes: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
     program = trained(2, optimizer=AdamW8bit)

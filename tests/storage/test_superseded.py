@@ -86,7 +86,7 @@ def test_a_superseded_worker_saves_nothing_and_names_the_new_owner(
 
 
 @pytest.mark.parametrize("moment", ["config.yaml", "step_500.pt", MANIFEST])
-def test_an_upload_that_was_running_when_the_run_was_taken_over_destroys_nothing(
+def test_an_upload_that_was_running_when_the_run_was_taken_over_does_not_change_new_checkpoints(
     moment: str, worker: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
     """The worker was suspended during a request, after it had checked who owns the run."""
