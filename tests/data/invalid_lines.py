@@ -1,4 +1,4 @@
-"""A file that holds every kind of line, and what must be said about each."""
+"""The content of a file with every kind of line, and the expected problem of each line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepared once, by content; a killed preparation goes on; bad input is named."""
+"""Building token caches: identified by content, resumed after a kill, repaired after damage; invalid input is reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_ray")]
 
 
 def pieces_of(cache: TokenCache) -> dict[tuple[str, int], list[list[int]]]:
-    """The token pieces of each document, by file and line."""
+    """Return the token pieces of each document by file and line."""
     sequences = cache.take(np.arange(cache.n_sequences))
     pieces = defaultdict(list)
     for row, (tokens, ids) in enumerate(zip(sequences.tokens, sequences.document_ids, strict=True)):
@@ -47,7 +47,7 @@ def pieces_of(cache: TokenCache) -> dict[tuple[str, int], list[list[int]]]:
 
 
 def assert_holds(cache: TokenCache, tokenizer: Tokenizer, texts: dict[tuple[str, int], str]) -> None:
-    """Every document is there whole, under its own file and line, and nothing else."""
+    """Assert that the cache contains exactly these documents, each completely and with its file and line."""
     pieces = pieces_of(cache)
     assert pieces.keys() == texts.keys()
     for origin, text in texts.items():
@@ -56,7 +56,7 @@ def assert_holds(cache: TokenCache, tokenizer: Tokenizer, texts: dict[tuple[str,
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """What would change if a file was written again."""
+    """Return inode and modification time of each file, which change if the file is rewritten."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
@@ -294,7 +294,7 @@ def test_a_damaged_compressed_file_is_reported_by_name(tmp_path: Path, byte_toke
 
 
 def flip_a_bit(path: Path) -> None:
-    """Damage a file without changing its size or its time of modification."""
+    """Damage a file without changing its size or modification time."""
     content, status = bytearray(path.read_bytes()), path.stat()
     content[len(content) // 2] ^= 4
     path.write_bytes(content)

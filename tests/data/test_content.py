@@ -1,4 +1,4 @@
-"""A cache is named by what is read, and text that is held out is not trained on."""
+"""Content hashes of source files, detection of changed files and formats, and exclusion of held-out files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAIN = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text i
 
 
 def age(path: Path) -> None:
-    """Waits until a file system's clock tells a change from this moment."""
+    """Wait until the file is older than `SETTLED_SECONDS`."""
     while time.time() - path.stat().st_ctime < 2.1:
         time.sleep(0.1)
 

@@ -1,4 +1,4 @@
-"""Any cut of a file reads the same lines, and every bad line is named."""
+"""Every division of a file into ranges yields the same lines, and every invalid line is reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 
 def read(path: Path, range_bytes: int | None = None, max_line_bytes: int = MAX_LINE_BYTES) -> list[Line]:
-    """All lines of a file, numbered from its start, read range by range."""
+    """Read a file range by range; return all lines, numbered from the start of the file."""
     lines: list[Line] = []
     for part in plan_ranges(expand(str(path)), range_bytes):
         with RangeReader(part, max_line_bytes) as reader:

@@ -1,4 +1,4 @@
-"""The order is a pure function: weights exact in each prefix, each sequence once per epoch, any start at once."""
+"""The global order: weights are met in each prefix, each sequence occurs once per epoch, any position can be located."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from savant_ray.errors import DataError, SettingsError
 
 
 def located(order: GlobalOrder, start: int, stop: int) -> list[tuple[int, int]]:
-    """(source, row) at each position."""
+    """Return (source, row) of each position."""
     return list(zip(*(array.tolist() for array in order.locate(np.arange(start, stop))), strict=True))
 
 
@@ -68,7 +68,7 @@ def test_positions_located_in_slices_equal_those_located_at_once() -> None:
 
 
 def test_a_position_far_from_the_start_can_be_located() -> None:
-    """Counting up to this one would take years."""
+    """It is computed directly; counting up to it would take years."""
     sizes = np.array([10**12, 10**6])
     sources, rows = GlobalOrder(list(sizes), [0.8, 0.2], seed=0).locate(np.arange(10**15, 10**15 + 192))
     assert set(sources) == {0, 1} and (rows < sizes[sources]).all()
@@ -132,7 +132,7 @@ def test_any_positive_weights_are_met_to_within_one_sequence_in_100_000(weights:
     ],
 )
 def test_the_order_of_earlier_runs_never_changes(weights: list[float], digest: str) -> None:
-    """A checkpoint holds only a position, so another order would train a resumed run on the wrong sequences."""
+    """A checkpoint stores only a position, so with another order a resumed run would read the wrong sequences."""
     order = GlobalOrder([97 + i for i in range(len(weights))], weights, seed=11)
     source, row = order.locate(np.arange(5_000, 9_000))
     content = source.astype("<i8").tobytes() + row.astype("<i8").tobytes()

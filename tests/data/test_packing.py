@@ -1,4 +1,4 @@
-"""No token lost, none doubled, hardly any padding."""
+"""Packing: no token is lost or duplicated, and there is little padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from savant_ray.data.packing import pack
 
 
 def unpack(lengths: list[int], sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the tokens 1, 2, 3 …, and how often a document was cut."""
+    """Pack the tokens 1, 2, 3 …; return the rows, and the documents that were cut."""
     tokens = np.arange(1, sum(lengths) + 1, dtype=np.uint32)
     packing = pack(lengths, sequence_length)
     rows = packing.fill(tokens, np.cumsum(lengths) - np.array(lengths, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""The quickstart's data: the same every time, true in every step, and honest about what is held out."""
+"""The quickstart's data: it is reproducible and correct, and training text contains nothing that is held out."""
 
 from __future__ import annotations
 

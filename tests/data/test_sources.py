@@ -1,4 +1,4 @@
-"""Files, folders, globs and URIs name the same files."""
+"""Listing of source files by paths, folders, globs and URIs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Special tokens around a text: those of the tokenizer's own template, and one end for each document."""
+"""Special tokens around a text: those of the tokenizer's template, and one end-of-document token per document."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OPEN_ENDED = ("Llama", "Llama 3", *WITHOUT)  # nothing behind the text
 
 
 def made(post_processor: Any) -> tokenizers.Tokenizer:
-    """Words as tokens, with this post-processor."""
+    """Return a word-level tokenizer with this post-processor."""
     words = ["a", "red", "hen", ",", "and", "cat"]
     inner = tokenizers.Tokenizer(models.WordLevel(IDS | {w: len(IDS) + i for i, w in enumerate(words)}, "<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -61,7 +61,7 @@ def saved(kind: str, folder: Path) -> Path:
 
 
 def plain_fingerprint(tokenizer: Tokenizer) -> str:
-    """What it was before there was a choice."""
+    """Return the fingerprint that versions without `add_special_tokens` computed."""
     canonical = json.dumps(json.loads(tokenizer.to_json()), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""A rank reads its sequences of each step: from any start, with any number of workers, without a CPU of its own."""
+"""A rank reads its sequences of each step from any start, with any number of workers, without reserving a CPU."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_consecutive_portions_have_no_gap(plan: StreamPlan, monkeypatch: pytest.
 
 
 def test_ray_data_runs_nothing_between_portions(plan: StreamPlan) -> None:
-    """Its scheduler thread spins for as long as an execution lasts."""
+    """During an execution, its scheduler thread polls and uses most of a core."""
     stream = StepStream(plan, 0, 1).steps(0, 100)
     next(stream), next(stream)  # the first does not wait for Ray Data
     deadline = time.monotonic() + 30

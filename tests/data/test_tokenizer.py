@@ -1,4 +1,4 @@
-"""Any text survives, special tokens cannot be typed, digits stand alone."""
+"""Tokenizers: encoding and decoding without loss, special tokens, training, loading and errors."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_a_byte_level_continuation_is_decoded_to_its_own_text(trained: Tokenizer
 
 
 def test_byte_tokens_of_two_consecutive_characters_are_decoded_separately() -> None:
-    """As Llama's tokenizer has it: a character without a token is one token per byte."""
+    """In Llama's tokenizer, a character without a token is encoded as one token per byte."""
     vocabulary = [("<unk>", 0.0), ("▁the", -1.0), ("▁", -2.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
     inner = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()

@@ -1,8 +1,7 @@
-"""A stand-in for the original script: the same model, optimizers and files, written anew; nothing is shared with the
-package.
+"""A stand-in for the original script: an independent implementation of its model, optimizers and files.
 
-Its parameters are in another order than the package's. It trains with PyTorch's AdamW, or with `AdamW8bit`, which
-behaves as bitsandbytes' does: 8-bit moments for all but small tensors, and a state dict that is loaded unchecked.
+Its parameters are in another order than savant_ray's. It trains with PyTorch's AdamW, or with `AdamW8bit`, which behaves
+like that of bitsandbytes: 8-bit moments for all but small tensors, and a state dict that is loaded without checks.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ NESTED = "__bnb_optimizer_quant_state__"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model, named like the package's settings, so that a `ModelConfig` can be created from them."""
+    """Sizes of the model, with the names of savant_ray's settings, so that a `ModelConfig` can be created from them."""
 
     dim: int = 16
     n_heads: int = 2
@@ -213,8 +212,8 @@ def adamw(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
 class OriginalProgram:
     """The original script: trains, saves `step_N.pt`, and resumes from such a file.
 
-    Updates are numbered from 0, and a file has the number of the last one. `rate(i)` is the learning rate of update i,
-    relative to `peak`. The update after a resume has the number of the file again.
+    Updates are numbered from 0, and a file is named after the last one. `rate(i)` is the learning rate of update i,
+    relative to `peak`. The first update after a resume repeats the number of the file.
     """
 
     def __init__(

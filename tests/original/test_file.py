@@ -256,8 +256,8 @@ def test_a_loaded_file_has_the_content_of_the_original_program(kind: str, tmp_pa
 # --- optimizers of the original
 
 
-def assert_goes_on(program: OriginalProgram, uninterrupted: OriginalProgram, path: Path) -> None:
-    """Train two more updates from our file, and without interruption from the same step."""
+def assert_continues(program: OriginalProgram, uninterrupted: OriginalProgram, path: Path) -> None:
+    """Train two more updates from our file, and compare them with an uninterrupted program."""
     program.load(path)
     program.next = uninterrupted.next
     for update in (3, 4):
@@ -270,7 +270,7 @@ def test_the_original_with_adamw_continues_from_our_file_as_if_uninterrupted(tmp
     first = uninterrupted.save(tmp_path)
     exported(loaded(first)[0], tmp_path / "out.pt", like=first)
     program = OriginalProgram(PEAK, rate)
-    assert_goes_on(program, uninterrupted, tmp_path / "out.pt")
+    assert_continues(program, uninterrupted, tmp_path / "out.pt")
     assert program.scheduler.state_dict() == uninterrupted.scheduler.state_dict()
     torch.testing.assert_close(program.model.state_dict(), uninterrupted.model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(program.moments(), uninterrupted.moments(), rtol=0, atol=0)
@@ -283,7 +283,7 @@ def test_the_original_with_adamw8bit_continues_from_our_file(nested: bool, tmp_p
     first = uninterrupted.save(tmp_path)
     exported(loaded(first)[0], tmp_path / "out.pt", "adamw8bit", first)
     program = OriginalProgram(PEAK, rate, make)
-    assert_goes_on(program, uninterrupted, tmp_path / "out.pt")
+    assert_continues(program, uninterrupted, tmp_path / "out.pt")
     assert program.scheduler.state_dict() == uninterrupted.scheduler.state_dict()
     torch.testing.assert_close(program.model.state_dict(), uninterrupted.model.state_dict(), rtol=0, atol=1e-3)
 
@@ -323,7 +323,7 @@ def test_bitsandbytes_continues_from_our_file_and_writes_one_that_we_read(tmp_pa
     # and training continues from our export of it
     exported(state, tmp_path / "out.pt", "adamw8bit", first)
     resumed = OriginalProgram(PEAK, rate, make, torch.bfloat16)
-    assert_goes_on(resumed, program, tmp_path / "out.pt")
+    assert_continues(resumed, program, tmp_path / "out.pt")
     for (name, mine), theirs in zip(resumed.model.named_parameters(), program.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0.02, atol=2e-3, msg=name)
     _, notes = loaded(resumed.save(tmp_path))

@@ -1,4 +1,4 @@
-"""Files of the original script that are damaged, of another kind or contain code are refused."""
+"""Files of the original script that are damaged, have another content or contain code are refused."""
 
 from __future__ import annotations
 

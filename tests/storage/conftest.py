@@ -13,7 +13,7 @@ from tests.storage.object_store import BUCKET, CREDENTIALS, ObjectStore, running
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ObjectStore]:
-    """Object storage on loopback."""
+    """An S3 server on the loopback interface."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CREDENTIALS.items():
             patch.setenv(name, value)
@@ -23,7 +23,7 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(server: ObjectStore) -> ObjectStore:
-    """The server without objects, with its defaults."""
+    """The server, reset and without objects."""
     server.filesystem.delete_dir_contents(BUCKET)
     server.conditions, server.before = "enforced", lambda method, path: None
     server.requests.clear()

@@ -1,4 +1,4 @@
-"""A run in object storage: no partial checkpoint counts, nothing is lost, and all machines see the same run."""
+"""A run in object storage: partial checkpoints are not used, nothing is lost, and all machines see the same run."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_missing_bucket_and_a_missing_server_are_reported(
 def test_if_a_replacement_in_object_storage_is_interrupted_anywhere_the_old_or_the_new_checkpoint_is_intact(
     storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
-    """The storage fails from its Nth change on; then it is available again, from another machine."""
+    """The storage fails from its Nth change on; then another machine reads it."""
     changes = 0
     found: list[str] = []
     for allowed in range(100):

@@ -1,4 +1,4 @@
-"""Text in object storage: odd names, globs, and objects of another format than their names say."""
+"""Text in object storage: unusual names, globs, and objects whose format differs from their suffix."""
 
 from __future__ import annotations
 
