@@ -35,7 +35,7 @@ class ConditionsNotSupportedError(OSError):
 
 
 class SharedObject(Protocol):
-    """One object in a storage. All methods raise OSError if the storage is not reached or fails."""
+    """One object in a storage. All methods raise OSError if the storage fails or cannot be reached."""
 
     def read(self) -> tuple[bytes, UpdateVersion | None]:
         """Return content and version; b"" and None if the object does not exist."""

@@ -76,7 +76,7 @@ def refuse_if_superseded(filesystem: pafs.FileSystem, path: str, owner: Owner) -
 
     Raises:
         SavantError: another process has taken the run over.
-        OSError: the storage is not reached.
+        OSError: the storage cannot be read.
     """
     claim = _parse(PlainObject(filesystem, f"{path}/{LEASE}").read()[0])
     if claim and claim.get("token") != owner.token:
@@ -127,11 +127,11 @@ class Lease:
         try:
             written = self._write()
         except ConditionsNotSupportedError as error:
-            self._give_up_conditions(str(error), log)
+            self._continue_without_conditions(str(error), log)
             written = self._write()
         if written and not self._is_enforced():
             if isinstance(self._object, ConditionalObject):
-                self._give_up_conditions("the server ignores their headers", log)
+                self._continue_without_conditions("the server ignores their headers", log)
                 self._write()
             time.sleep(SETTLE_SECONDS)
         holder = self._read()
@@ -161,11 +161,14 @@ class Lease:
         while not self._new_owner and not self._released.wait(RENEWAL_SECONDS):
             self._claim["beat"] += 1
             with suppress(OSError):  # retried at the next renewal
-                if self._is_held() and not self._write():
+                if self._is_held() and not self._write():  # another process has written in between
                     self._is_held()
 
     def _is_held(self) -> bool:
-        """Return whether no other process has taken the lease over. A lease that was deleted by hand is still held."""
+        """Return whether no other process has taken the lease over, and store the claim of one that has.
+
+        A lease that was deleted by hand is still held.
+        """
         holder = self._read()
         if holder and holder.get("token") != self._claim["token"]:
             self._new_owner = holder
@@ -189,8 +192,8 @@ class Lease:
             if candidate is not None:
                 candidate.read()
         except OSError as error:
-            self._read()  # raises if the storage is not reached at all
-            self._give_up_conditions(str(error), log)
+            self._read()  # raises if pyarrow cannot reach the storage either
+            self._continue_without_conditions(str(error), log)
             return None
         return candidate
 
@@ -199,7 +202,8 @@ class Lease:
         claim = _parse(PlainObject(self._filesystem, self._path).read()[0])
         return claim.get("token") == self._claim["token"] and self._object.is_conditional(self._encoded())
 
-    def _give_up_conditions(self, reason: str, log: Callable[[str], None]) -> None:
+    def _continue_without_conditions(self, reason: str, log: Callable[[str], None]) -> None:
+        """Use an object without conditional writes from now on, and log the reason and the risk."""
         log(
             f"{self._run}: no conditional writes ({reason}). Start this run once only: two processes that start it within "
             f"{SETTLE_SECONDS:g} s, or with slow writes, could both train it"

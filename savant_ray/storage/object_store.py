@@ -206,7 +206,8 @@ class ObjectStorage(RunStorage):
         complete = _with_manifest(self._list())
         self._delete_other_folders(keep=complete)
         epoch = 0 if self.owner is None else self.owner.epoch
-        numbers = [number for *stored, number in map(_parts, complete) if stored == [folder.name, epoch]]
+        name_and_epoch = (folder.name, epoch)
+        numbers = [_parts(stored)[2] for stored in complete if _parts(stored)[:2] == name_and_epoch]
         target = folder.name + (f".{epoch}" if epoch else "") + (f"-{max(numbers) + 1}" if numbers else "")
         for file in sorted(folder.iterdir(), key=_upload_order):
             if file.name == MANIFEST:
@@ -230,9 +231,10 @@ class ObjectStorage(RunStorage):
 
     def _delete_stored(self, stored: str) -> None:
         """Delete a stored folder, its manifest first, so that an interrupted deletion leaves no valid checkpoint."""
-        for delete, path in ((self.filesystem.delete_file, f"/{MANIFEST}"), (self.filesystem.delete_dir, "")):
-            with suppress(FileNotFoundError):  # Ray deleted it first
-                delete(f"{self.path}/{stored}{path}")
+        with suppress(FileNotFoundError):  # it is incomplete, or Ray deleted it first
+            self.filesystem.delete_file(f"{self.path}/{stored}/{MANIFEST}")
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_dir(f"{self.path}/{stored}")
 
     def _deletable(self, folders: Iterable[str]) -> list[str]:
         """Return the stored folders that belong to this owner's epoch or an earlier one."""
@@ -240,7 +242,7 @@ class ObjectStorage(RunStorage):
         return [folder for folder in folders if _parts(folder)[1] <= epoch]
 
     def _stored_name(self, name: str) -> str:
-        """Return the current folder of checkpoint `name` (see above); an incomplete one if none is complete.
+        """Return the current folder of checkpoint `name` (see the module's docstring), or an incomplete one if it has none.
 
         A name without a folder, such as that of a file, is returned unchanged.
         """
@@ -268,7 +270,7 @@ class ObjectStorage(RunStorage):
 
     def _download(self, name: str, target: Path) -> None:
         if _STORED.fullmatch(name):
-            target.mkdir()
+            target.mkdir()  # `copy_files` copies the files of a folder, not the folder
         pafs.copy_files(f"{self.path}/{name}", str(target), source_filesystem=self.filesystem, chunk_size=CHUNK_BYTES)
 
     def _upload(self, file: Path, target: str) -> None:
@@ -284,10 +286,12 @@ class ObjectStorage(RunStorage):
         self.check_owner()
         for name in reversed(names):
             self.filesystem.delete_file(f"{source}/{name}")
-        emptied = {name.partition("/")[0] for name in names if "/" in name} if source == self.path else {""}
+        emptied = [source]
+        if source == self.path:  # the run's folder remains, because it contains the lease
+            emptied = [f"{source}/{folder}" for folder in {name.partition("/")[0] for name in names if "/" in name}]
         for folder in emptied:
-            with suppress(OSError):  # removes the markers that some storages keep of empty folders; the lease remains
-                self.filesystem.delete_dir(f"{source}/{folder}".rstrip("/"))
+            with suppress(OSError):  # some storages keep a marker of an empty folder
+                self.filesystem.delete_dir(folder)
 
 
 def step_name(stored: str) -> str | None:
