@@ -78,7 +78,7 @@ def prepare(
         tokenizer: of the documents.
         sequence_length: tokens per row.
         cache_dir: folder of all caches.
-        on_bad_line: whether invalid lines are skipped and counted, or an error.
+        on_bad_line: "skip" skips and counts invalid lines, "error" raises an error that lists them.
         max_line_bytes: longer lines are invalid.
         range_bytes: length of the byte range that one task reads; None: the default of `plan_ranges`.
         progress: receives bytes done and total bytes.

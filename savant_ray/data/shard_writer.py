@@ -58,7 +58,10 @@ class Recipe:
 
 @dataclass
 class RangeSummary:
-    """Counts of one byte range; line numbers start from 1 at the beginning of the range."""
+    """Counts of one byte range; line numbers start from 1 at the beginning of the range.
+
+    The fields are the keys of the summary file. `bad_lines` is the number of invalid lines.
+    """
 
     lines: int = 0
     documents: int = 0

@@ -102,7 +102,10 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a token cache."""
+    """Contents of a token cache; the fields are the keys of `manifest.json`, so their names cannot change.
+
+    `bad_lines` is the number of invalid lines.
+    """
 
     fingerprint: str
     sequence_length: int
@@ -192,7 +195,8 @@ def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, in
     is_intact = dict(zip(names, _verify_checksums(folder, unchecked, progress), strict=True))
     problems += [f"{folder / name}: damaged (its checksum differs)" for name in names if not is_intact[name]]
     if any(is_intact.values()):
-        verified = {name: state for name, state in states.items() if is_intact.get(name, checked.get(name) == state)}
+        unchanged = {name: state for name, state in states.items() if checked.get(name) == state}
+        verified = unchanged | {name: states[name] for name in names if is_intact[name]}
         with suppress(OSError):  # if the cache belongs to another user, the next run verifies the shards again
             write_atomically(folder / CHECKED, dump_with_checksum(verified))
     return problems
@@ -201,6 +205,8 @@ def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, in
 def _verify_checksums(
     folder: Path, shards: Sequence[ShardInfo], progress: Callable[[int, int], None]
 ) -> Iterator[bool]:
+    """Yield for each shard whether its checksum matches; the shards are read in parallel."""
+
     def is_intact(shard: ShardInfo) -> bool:
         try:
             return crc32(folder / shard.name) == shard.crc32

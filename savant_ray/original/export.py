@@ -94,10 +94,14 @@ def _export_checkpoint(folder: Path, output: Path, optimizer: OptimizerName | No
     reference = newest_intact(reversed(original_files(folder.parent)), warnings.append)
     reference_content = read_file(reference) if reference else None
     target = optimizer or (optimizer_of(reference_content) if reference_content else None)
-    original, lost = to_original(content, config.training, config.model, target or "adamw", reference_content)
+    original, warnings_of_conversion = to_original(
+        content, config.training, config.model, target or "adamw", reference_content
+    )
     write_original(output, original)
-    warnings += lost
-    if target is None and not lost:
+    warnings += warnings_of_conversion
+    if (
+        target is None and NO_MOMENTS not in warnings
+    ):  # without moments, any optimizer of the original can load the file
         warnings.append(NO_OPTIMIZER_KNOWN)
     return warnings + _differences(config.model, original["model_state_dict"], reference, reference_content)
 
@@ -178,7 +182,7 @@ def to_original(
     optimizer: OptimizerName = "adamw",
     reference: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Convert the content of a savant_ray checkpoint to the original's four keys; return them and warnings about losses.
+    """Convert the content of a savant_ray checkpoint to the original's four keys; return them and warnings.
 
     `reference` is the content of a file of the original (see `read_file`), whose parameter order and masks are used so
     that the script that wrote it can load the new file. Learning rates are those of the next update.

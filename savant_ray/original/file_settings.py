@@ -54,7 +54,7 @@ def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapp
     if dim is not None and type(heads) is int and heads > 0 and dim % heads:
         advice = "" if "n_heads" in model else "; give model.n_heads"
         contradictions.append(f"model.n_heads: {heads} does not divide the file's model.dim, {dim}{advice}")
-        heads = 1
+        heads = 1  # so that the other settings can be compared
     config = Config.from_dict({**explicit, "model": {**model, **sizes, "n_heads": heads}})
     file_model = _original_settings(config.model, model)
     for name, value in file_model.items():
@@ -79,7 +79,7 @@ def inferred_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
         if visible.dim() == 2 and len(visible) == visible.shape[1] >= 2:
             sizes["max_seq_len"] = len(visible)
             if name == "local_mask" and (n_keys := int(visible[-1].sum())) > 1:
-                sizes["window_size"] = n_keys - 1
+                sizes["window_size"] = n_keys - 1  # the last query attends to itself and to the window before it
     return sizes
 
 
