@@ -1,8 +1,7 @@
 """Lists the source files that paths, folders, globs and URIs refer to.
 
 The rules are the same for local files and for all `pyarrow.fs` file systems (s3://, gs://, hdfs://, hf://). Local folders
-are listed with `os`, because Arrow raises an error for a name that is not UTF-8 and follows a cycle of symbolic links 40
-times.
+are listed with `os`: Arrow raises an error for a name that is not UTF-8, and follows a cycle of symbolic links 40 times.
 """
 
 # ruff: noqa: PTH112, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
@@ -241,7 +240,7 @@ class _NotAFileError(DataError):
 
 
 def _local_file(path: str, name: str) -> SourceFile:
-    """Return a regular file, which messages call `name`; raise `DataError` for anything else, without opening it."""
+    """List a regular file, which messages call `name`; raise `DataError` for anything else, and open no device or pipe."""
     name = printable(name)
     if not _is_utf8(path):
         raise _NotAFileError(f"{name}: its name is not UTF-8; rename it")

@@ -277,7 +277,7 @@ class Tokenizer:
         return self.decode([*context, *ids])[len(self.decode(context)) :]
 
     def decoding_context(self, prompt: Sequence[int]) -> list[int]:
-        """Return the shortest end of `prompt` whose text is not empty and consists of complete characters; [] if none.
+        """Return the shortest suffix of `prompt` whose text is not empty and has only complete characters; [] if none.
 
         Ids that follow the prompt are decoded together with this context, because some decoders (Metaspace, WordPiece)
         drop the space in front of the first token that they decode.
