@@ -391,8 +391,8 @@ def _relative_paths(files: Sequence[SourceFile]) -> list[str]:
         raise DataError("no file to prepare")
     folders = [os.path.dirname(file.path) for file in files]  # noqa: PTH120 - also of URIs
     is_mixed = len({folder.startswith("/") for folder in folders}) > 1  # local files and URIs
-    shared = 0 if is_mixed else len(os.path.commonpath(folders))
-    return [file.path[shared:].lstrip("/") for file in files]
+    common_length = 0 if is_mixed else len(os.path.commonpath(folders))
+    return [file.path[common_length:].lstrip("/") for file in files]
 
 
 def _title(files: Sequence[SourceFile]) -> str:

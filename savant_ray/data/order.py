@@ -26,7 +26,7 @@ Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
 Weight = float | Fraction
 
-MAX_PERIOD = 100_000  # equal to `WEIGHT_RESOLUTION` in config.py, whose import would take too long here
+MAX_PERIOD = 100_000  # equal to `WEIGHT_RESOLUTION` in config.py, which is not imported because that takes too long
 FEISTEL_ROUNDS = 8  # each round changes both halves
 ROUND_KEY = np.uint64(0xD1342543DE82EF95)  # odd, so that no round key repeats
 
@@ -43,7 +43,7 @@ class GlobalOrder:
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[Weight], seed: int) -> None:
         if len(sizes) != len(weights) or not sizes:
-            raise SettingsError(f"{len(sizes)} sources need as many weights, found {len(weights)}")
+            raise SettingsError(f"{len(sizes)} sources, but {len(weights)} weights")
         if min(sizes) < 1:
             raise DataError(f"source {min(range(len(sizes)), key=sizes.__getitem__)} yields no sequence")
         self._sizes = np.asarray(sizes, dtype=np.int64)

@@ -192,7 +192,7 @@ def _errors_as_data_error(pattern: str) -> Iterator[None]:
 
 
 def _local_files(pattern: str, warn: Warn) -> list[SourceFile]:
-    path = _without_dots(absolute_path(pattern, error=DataError))
+    path = _resolve_parent_references(absolute_path(pattern, error=DataError))
     problems: list[str] = []
     with _errors_as_data_error(pattern):
         is_folder = os.path.isdir(path)
@@ -286,7 +286,7 @@ def _kind(mode: int) -> str:
     return next((name for is_one, name in names.items() if is_one(mode)), "device")
 
 
-def _without_dots(path: str) -> str:
+def _resolve_parent_references(path: str) -> str:
     """Resolve `..` as the operating system does, after following links."""
     parts = Path(path).parts
     if ".." in parts:

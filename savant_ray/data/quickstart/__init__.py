@@ -71,13 +71,15 @@ def _generate() -> dict[str, list[Document]]:
             " the prose is taken; use another Python, or your own text (data.quickstart: false, data.sources)"
         )
     genius = problems(_SEED, _GENIUS_PROBLEMS, templates=(*TEMPLATES, *_HARD))
-    known = {problem.prompt for problem in genius}
+    genius_prompts = {problem.prompt for problem in genius}
     word_problems = problems(_SEED + 1, _WORD_PROBLEMS, templates=("word_problem", "two_step"))
     validation = problems(_SEED + 2, _VALIDATION_PROBLEMS, held_out=True) + problems(
         _SEED + 3, _VALIDATION_UNSEEN_WORDINGS, held_out=True, unseen_wordings=True
     )
     return {
-        TRAIN_FILE: _shuffled([*training_prose, *_documents(p for p in word_problems if p.prompt not in known)]),
+        TRAIN_FILE: _shuffled(
+            [*training_prose, *_documents(p for p in word_problems if p.prompt not in genius_prompts)]
+        ),
         VALIDATION_FILE: _shuffled([*held_out_prose, *_documents(validation)]),
         GENIUS_FILE: _shuffled(_documents(genius)),
     }
