@@ -85,7 +85,7 @@ def _best_fit(pieces: list[Piece], sequence_length: int) -> tuple[list[Row], lis
     for piece in pieces:
         fitting = present >> piece.length
         if fitting:
-            gap = piece.length + (fitting & -fitting).bit_length() - 1
+            gap = piece.length + (fitting & -fitting).bit_length() - 1  # the lowest set bit is the smallest fitting gap
             row = rows_with_gap[gap].pop()
             present ^= (not rows_with_gap[gap]) << gap
         else:

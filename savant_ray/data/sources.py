@@ -431,6 +431,7 @@ def _remote_files(pattern: str) -> list[SourceFile]:
 def _remote_matches(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pafs.FileInfo]:
     pattern = re.sub(r"(?:(?<=/)|^)\*\*(?=[^/])", "**/*", pattern)
     parts = pattern.split("/")
+    # Consecutive `**` are equivalent to one.
     pattern_parts = [part for i, part in enumerate(parts) if part != "**" or parts[i - 1 : i] != ["**"]]
     infos = _remote_infos(filesystem, folder, deep=len(pattern_parts) > 1 or pattern_parts == ["**"])
     return [info for info in infos if _matches(info.path[len(folder) :].strip("/").split("/"), pattern_parts)]

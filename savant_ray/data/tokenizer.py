@@ -196,8 +196,9 @@ class Tokenizer:
         template, end = self._template_suffix, self.end_of_document
         if template[-1:] == (end,):
             return template
-        kept = template[: template.index(end)] if end in template else template[:-1]
-        return (*kept, end)
+        # Another token was chosen: it ends the document where it is in the template, or replaces the last token.
+        before_end = template[: template.index(end)] if end in template else template[:-1]
+        return (*before_end, end)
 
     def same_ids(self, other: Tokenizer) -> tuple[int, int]:
         """Return how many ids are the same token in `other` as in this tokenizer, and the number of ids of this one."""
