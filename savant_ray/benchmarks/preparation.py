@@ -27,7 +27,7 @@ import psutil
 import ray
 
 from savant_ray.benchmarks.registry import Figures, figure, log_progress
-from savant_ray.data.cache_builder import learn_tokenizer, prepare
+from savant_ray.data.cache_builder import prepare, train_or_load_tokenizer
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import Manifest
 from savant_ray.data.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def measure(folder: Path, size: int, rounds: int) -> tuple[Figures, float]:
     text, sample = folder / "text.jsonl", folder / "sample.jsonl"
     _write_jsonl(text, size)
     _write_jsonl(sample, SLICE_BYTES)
-    tokenizer = learn_tokenizer(expand(str(sample)), folder, VOCAB_SIZE)
+    tokenizer = train_or_load_tokenizer(expand(str(sample)), folder, VOCAB_SIZE)
     plain, prepared = [_plain_rate(sample, tokenizer)], []
     with _peak_of_largest_process() as peak:
         for number in range(rounds):

@@ -10,7 +10,7 @@ from pathlib import Path
 from savant_ray.config import Config, SourceConfig
 from savant_ray.data.overlap import split_held_out
 from savant_ray.data.quickstart import write_quickstart
-from savant_ray.data.shard_writer import encode_beginning
+from savant_ray.data.shard_writer import check_encodable
 from savant_ray.data.sources import SourceFile, expand, refuse_empty
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.tokenizer_choice import refuse_unencodable_prompts
@@ -59,7 +59,7 @@ def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | 
     if tokenizer is None:
         return
     for source_files in [*(source_files for _, source_files in files.sources), files.validation]:
-        encode_beginning(source_files[0], tokenizer)
+        check_encodable(source_files[0], tokenizer)
     refuse_unencodable_prompts(tokenizer, config)
 
 

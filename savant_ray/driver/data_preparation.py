@@ -10,13 +10,13 @@ from pathlib import Path
 
 from savant_ray.cluster.session import ray_session
 from savant_ray.config import WEIGHT_RESOLUTION, Config, SourceConfig
-from savant_ray.data.cache_builder import empty_file_report, learn_tokenizer
+from savant_ray.data.cache_builder import empty_file_report, train_or_load_tokenizer
 from savant_ray.data.cache_builder import prepare as prepare_files
 from savant_ray.data.order import Weight, weights_by_documents
 from savant_ray.data.overlap import count_held_out_documents
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.stream import StreamPlan
-from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
+from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable, short_name
 from savant_ray.driver.failures import ray_errors_explained
@@ -63,7 +63,7 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
     if tokenizer is None:
         report.begin_stage("training the tokenizer")
         training_files = [file for _, source_files in files.sources for file in source_files]
-        tokenizer = learn_tokenizer(training_files, cache_dir, config.model.vocab_size)
+        tokenizer = train_or_load_tokenizer(training_files, cache_dir, config.model.vocab_size)
         refuse_too_large(tokenizer, config)
     tokenizer_path = _write_tokenizer(tokenizer, cache_dir)
     caches = [
@@ -119,7 +119,7 @@ def _tokenize(
         log=report.notify,
     )
     for message in [
-        *bad_line_report(cache.manifest),
+        *invalid_line_report(cache.manifest),
         *empty_file_report(cache.manifest),
         *dropped_report(cache.manifest, tokenizer.name),
     ]:

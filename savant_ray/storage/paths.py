@@ -1,4 +1,4 @@
-"""The paths of a run's settings as absolute paths, and the folder of a run on this machine."""
+"""Makes the paths in a run's settings absolute, and locates the run folder on this machine."""
 
 from __future__ import annotations
 

@@ -15,17 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from ray._common.utils import reset_ray_address
 from ray._private.utils import get_ray_address_file, write_ray_address
 from ray.cluster_utils import Cluster
-
-from savant_ray.storage.object_store import ObjectStorage
-
-if TYPE_CHECKING:
-    from tests.cluster.object_store import ObjectStore
 
 ROOT = Path(__file__).parents[2]
 WORDS = "red blue green one two three four five six seven eight nine ten cat dog tree sea sun".split()
@@ -219,38 +214,3 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ObjectStore]:
-    """Object storage on loopback."""
-    from tests.cluster.object_store import CREDENTIALS, running_store
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        with running_store() as store:
-            yield store
-
-
-@pytest.fixture
-def store(server: ObjectStore) -> ObjectStore:
-    """The server without objects, with its defaults."""
-    from tests.cluster.object_store import BUCKET
-
-    server.filesystem.delete_dir_contents(BUCKET)
-    server.conditions, server.before = "enforced", lambda method, path: None
-    server.requests.clear()
-    return server
-
-
-@pytest.fixture
-def storage_a(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
-    """A run in object storage, as one machine accesses it."""
-    return ObjectStorage(store.uri("runs/run"), tmp_path / "machine-a")
-
-
-@pytest.fixture
-def storage_b(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
-    """The same run, as another machine accesses it."""
-    return ObjectStorage(store.uri("runs/run"), tmp_path / "machine-b")

@@ -240,8 +240,8 @@ def test_a_run_in_use_is_refused_and_a_killed_process_holds_no_lock(tmp_path: Pa
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (errno.ENOLCK, "cannot be locked .*: its file system has no locks here; mount it with locks"),
-        (errno.ENOSYS, "cannot be locked .*: its file system has no locks here; mount it with locks"),
+        (errno.ENOLCK, "cannot be locked .*: its file system is mounted without locks; mount it with locks"),
+        (errno.ENOSYS, "cannot be locked .*: its file system is mounted without locks; mount it with locks"),
         (errno.EIO, "cannot be written"),
     ],
 )
@@ -360,7 +360,7 @@ def test_text_is_checked_before_ray_starts(tmp_path: Path, capsys: pytest.Captur
 
     assert look("data/*.jsonl") == ["empty.jsonl", "train.jsonl"]
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert "gone.jsonl: a broken link, to nowhere.jsonl; left out" in printed
+    assert "gone.jsonl: a broken link to nowhere.jsonl; skipped" in printed
     assert "because it is the validation text (data.validation)" in printed and "data/copy.jsonl" in printed
     assert look("val.jsonl") == ["val.jsonl"]
     assert "warning: data.sources[0].path: contains only the validation text" in capsys.readouterr().out

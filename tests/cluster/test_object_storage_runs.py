@@ -26,7 +26,7 @@ from tests.cluster.conftest import (
     wait_for,
     with_text,
 )
-from tests.cluster.object_store import CREDENTIALS, ObjectStore, running_store
+from tests.storage.object_store import CREDENTIALS, ObjectStore, running_store
 
 pytestmark = pytest.mark.slow
 

@@ -26,9 +26,10 @@ from savant_ray.driver.tokenizer_choice import (
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import write_checkpoint
-from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.cluster.test_starting_point import changed
 from tests.data.albert_like import FOLDER
+from tests.storage.conftest import server, storage_a, store  # noqa: F401 - fixtures
+from tests.storage.object_store import BUCKET, ObjectStore
 
 BASE = train_tokenizer(iter(["red green blue one two three"] * 9), 280)
 OTHER = train_tokenizer(iter(["zebra quartz vexed jumbling waltz nymph"] * 9), 280)
@@ -76,7 +77,10 @@ def test_a_new_run_uses_the_tokenizer_of_its_initial_weights(path: str, tmp_path
 
 @pytest.mark.parametrize("path", ["runs/run", "runs/run/step_6"])
 def test_the_tokenizer_of_initial_weights_in_object_storage_is_fetched_without_the_weights(
-    path: str, storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
+    path: str,
+    storage_a: ObjectStorage,  # noqa: F811 - the fixture
+    store: ObjectStore,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     shutil.copytree(run_of(tmp_path), storage_a.folder)
     storage_a.commit(storage_a.folder / "step_6")
