@@ -20,7 +20,8 @@ from savant_ray.data.quickstart.problems import problems
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
 from savant_ray.evaluation.answer_matching import is_correct
-from savant_ray.inference.generate import Sampling, generate_many
+from savant_ray.inference.generate import generate_many
+from savant_ray.inference.sampling import Sampling
 from savant_ray.model.transformer import UniversalTransformer
 
 SUITE_SEED = 20_000

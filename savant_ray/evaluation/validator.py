@@ -31,7 +31,8 @@ from savant_ray.evaluation.logic_suite import (
 from savant_ray.evaluation.loop_statistics import LoopStatistics, loop_statistics
 from savant_ray.evaluation.loss import bits_per_byte, loss_sums
 from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
-from savant_ray.inference.generate import Sampling, generate
+from savant_ray.inference.generate import generate
+from savant_ray.inference.sampling import Sampling
 from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, skip_on_oom, uncompiled
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.seeds import derived_seed

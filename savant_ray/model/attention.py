@@ -24,7 +24,7 @@ from savant_ray.model.flex import block_mask, flex, has_flex
 class Mask(NamedTuple):
     """Masked positions in the form that the implementation needs."""
 
-    masked: Tensor | None  # [B, 1, T, S] or [T, S]; True = masked; None = nothing is masked
+    masked: Tensor | None  # [B, 1, T, S], [T, S] or [S]; True = masked; None = nothing is masked
     first_key_N: Tensor | None = None  # first visible key of each chunk of queries, for `cpu_attention`
     blocks: BlockMask | None = None  # for `flex`
 
@@ -75,6 +75,26 @@ def _cached_mask(
         is_padding_BS = torch.arange(n_before - reach, n_before + n_new, device=device) < padding_B[:, None]
         visible = visible & (is_padding_BS[:, None, -n_new:, None] == is_padding_BS[:, None, None, :])
     return Mask(~visible)
+
+
+def ring_mask(position_1: Tensor, n_visible: int, size: int, padding_B: Tensor | None) -> Mask:
+    """Return the mask of one new token over the first slots of a ring buffer that already contains it.
+
+    The token at position p is in slot `p % size`. Shapes and host values do not depend on the position. Padding is masked
+    as in `cached_masks`.
+
+    Args:
+        position_1: position of the new token, `[1]`.
+        n_visible: number of slots to return the mask of.
+        size: number of slots of the buffer.
+        padding_B: number of padding tokens at the beginning of each row.
+    """
+    slots_S = torch.arange(n_visible, device=position_1.device)
+    positions_S = position_1 - (position_1 - slots_S) % size  # of the tokens in the slots; negative in an unused slot
+    if padding_B is None:
+        return Mask(positions_S < 0)
+    first_B = padding_B * (position_1 >= padding_B)  # 0 for a new token that is padding itself
+    return Mask((positions_S < first_B[:, None])[:, None, None, :])
 
 
 def causal_mask(n_queries: int, n_keys: int, window_size: int | None, device: torch.device) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from savant_ray.evaluation.loss import bits_per_byte, loss_sums
-from savant_ray.inference.generate import Sampling, generate, generate_many
+from savant_ray.inference.generate import generate, generate_many
+from savant_ray.inference.sampling import Sampling
 from savant_ray.model.transformer import UniversalTransformer
 from tests.training.tiny import LENGTH, micro_batch, tiny_config, tiny_state
 
