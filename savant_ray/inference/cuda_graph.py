@@ -14,11 +14,14 @@ class StepGraph:
 
     The function must have no arguments and results, always read and write the same tensors, and not wait for the device.
     On other devices, and if the capture fails, it runs eagerly each time.
+
+    Attributes:
+        captures: whether the function is captured.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._captures = device.type == "cuda"
+        self.captures = device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_current = False
 
@@ -26,7 +29,7 @@ class StepGraph:
         """Run the function once."""
         if self._graph is not None and self._is_current:
             self._graph.replay()
-        elif self._captures:
+        elif self.captures:
             self._run_and_capture(function)
         else:
             function()
@@ -54,7 +57,7 @@ class StepGraph:
                     function()
             except RuntimeError as error:  # out of memory, or an operation that cannot be captured
                 warnings.warn(f"generating without a CUDA graph, which is slower: {error}", stacklevel=2)
-                self._captures = False
+                self.captures = False
             else:
                 self._graph, self._is_current = graph, True
         torch.cuda.current_stream(self._device).wait_stream(stream)

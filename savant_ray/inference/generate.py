@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from savant_ray.inference.cuda_graph import StepGraph
-from savant_ray.inference.sampling import Sampling, are_finite, drawn, forbidden_ids, most_likely, uniform_number
+from savant_ray.inference.sampling import Sampling, are_finite, drawn, logit_bias, uniform_number
 from savant_ray.model.transformer import UniversalTransformer
 
 # Attention scores per head. Longer prompts are processed in parts, because scores grow with the square of the length.
@@ -104,13 +104,14 @@ class _Decoder:
         self, model: UniversalTransformer, prompts: Sequence[Sequence[int]], sampling: Sampling, n_loops: int | None
     ) -> None:
         device = model.head.weight.device
-        is_gpu = device.type == "cuda"
-        self.group_size, self.graph = GPU_GROUP if is_gpu else 1, StepGraph(device)
+        self.graph = StepGraph(device)
+        self.group_size = GPU_GROUP if self.graph.captures else 1
         self._model, self._sampling, self._n_loops, self._n_generated = model, sampling, n_loops, 0
         prompts_BT, padding_B = _left_padded(prompts)
         self._prompts_BT: Tensor | None = prompts_BT.to(device)  # None once they are in the cache
-        self._cache = model.new_cache(n_loops, padding_B.to(device) if padding_B.any() else None, static_shapes=is_gpu)
-        self._forbidden_V = forbidden_ids(sampling, model.config.vocab_size).to(device)
+        padding_on_device_B = padding_B.to(device) if padding_B.any() else None
+        self._cache = model.new_cache(n_loops, padding_on_device_B, static_shapes=self.graph.captures)
+        self._bias_V = logit_bias(sampling, model.config.vocab_size).to(device)
         self._temperature = torch.tensor(sampling.temperature, dtype=torch.float64, device=device)
         self._uniform_N = torch.zeros(self.group_size, dtype=torch.float64, device=device)
         self._column_1 = torch.zeros(1, dtype=torch.int64, device=device)  # index of the next token in its group
@@ -120,9 +121,10 @@ class _Decoder:
 
     def next_tokens(self, n_tokens: int) -> list[list[int]]:
         """Return the next tokens of each row; `ENDED` after the end of its answer."""
-        indices = range(self._n_generated, self._n_generated + n_tokens)
-        uniform_N = torch.tensor([uniform_number(self._sampling.seed, index) for index in indices], dtype=torch.float64)
-        self._uniform_N[:n_tokens] = uniform_N.to(self._uniform_N.device)
+        if self._sampling.temperature:
+            indices = range(self._n_generated, self._n_generated + n_tokens)
+            numbers = [uniform_number(self._sampling.seed, index) for index in indices]
+            self._uniform_N[:n_tokens] = torch.tensor(numbers, dtype=torch.float64)
         self._column_1.zero_()
         n_steps = n_tokens
         if self._prompts_BT is not None:
@@ -158,13 +160,13 @@ class _Decoder:
     def _choose(self, logits_BV: Tensor) -> None:
         """Choose the next token of each row and write it to the group."""
         logits_BV = logits_BV.float()
+        is_finite_B = are_finite(logits_BV)
+        logits_BV = logits_BV + self._bias_V
         if self._sampling.temperature == 0:
-            token_B = most_likely(logits_BV, self._forbidden_V)
+            token_B = logits_BV.argmax(dim=-1)
         else:
-            uniform_1 = self._uniform_N[self._column_1]
-            token_B = drawn(logits_BV, self._forbidden_V, self._temperature, uniform_1)
-        has_ended_B = ~are_finite(logits_BV) | (token_B == self._sampling.end_of_document)
-        self._has_ended_B |= has_ended_B
+            token_B = drawn(logits_BV, self._temperature, self._uniform_N[self._column_1])
+        self._has_ended_B |= ~is_finite_B | (token_B == self._sampling.end_of_document)
         token_B1 = token_B[:, None]
         self._last_B1.copy_(token_B1)
         self._group_BN.index_copy_(1, self._column_1, token_B1.masked_fill(self._has_ended_B[:, None], ENDED))

@@ -37,42 +37,37 @@ class Sampling:
         return cls(vocab_size, end, never, max_new_tokens, temperature, seed)
 
 
-def forbidden_ids(sampling: Sampling, vocab_size: int) -> Tensor:
-    """Return a mask `[V]` of the ids that are never sampled."""
-    forbidden_V = torch.arange(vocab_size) >= sampling.vocab_size
-    forbidden_V[[token for token in sampling.never_sampled if token < vocab_size]] = True
-    return forbidden_V
+def logit_bias(sampling: Sampling, vocab_size: int) -> Tensor:
+    """Return `[V]`: minus infinity for ids that are never sampled, 0 for others; to be added to logits."""
+    bias_V = torch.zeros(vocab_size)
+    bias_V[sampling.vocab_size :] = float("-inf")
+    bias_V[[token for token in sampling.never_sampled if token < vocab_size]] = float("-inf")
+    return bias_V
 
 
-def most_likely(logits_BV: Tensor, forbidden_V: Tensor) -> Tensor:
-    """Return the most likely allowed token of each row, `[B]`."""
-    return logits_BV.masked_fill(forbidden_V, float("-inf")).argmax(dim=-1)
-
-
-def drawn(logits_BV: Tensor, forbidden_V: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
-    """Return a random allowed token of each row, `[B]`: the first whose cumulative probability exceeds `uniform`.
+def drawn(logits_BV: Tensor, temperature: Tensor, uniform_1: Tensor) -> Tensor:
+    """Return a random token of each row, `[B]`: the first whose cumulative probability exceeds `uniform_1`.
 
     Computed in fp64 after subtracting the maximum, so that no temperature above 0 overflows.
 
     Args:
-        logits_BV: finite logits.
-        forbidden_V: True for tokens with probability 0.
-        temperature: an fp64 tensor without dimensions on the same device. A GPU replaces division by a Python number by
-            multiplication with its reciprocal, which is infinite for the smallest temperatures.
-        uniform: fp64 tensor in [0, 1) of one element, on the same device.
+        logits_BV: a logit of minus infinity is a probability of 0.
+        temperature: an fp64 tensor without dimensions. A GPU would multiply by the reciprocal of a Python number, which is
+            infinite for the smallest temperatures.
+        uniform_1: in [0, 1), fp64.
     """
-    allowed_BV = logits_BV.double().masked_fill(forbidden_V, float("-inf"))
-    mass_BV = ((allowed_BV - allowed_BV.amax(dim=-1, keepdim=True)) / temperature).exp()
+    logits_BV = logits_BV.double()
+    mass_BV = ((logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature).exp()
     cumulative_BV = mass_BV.cumsum(dim=-1)
-    # A parallel sum may grow by a rounding error at a token of mass 0.
-    exceeds_BV = (cumulative_BV > uniform * cumulative_BV[:, -1:]) & (mass_BV > 0)
+    # A parallel sum may grow by a rounding error where the mass is 0.
+    exceeds_BV = (cumulative_BV > uniform_1 * cumulative_BV[:, -1:]) & (mass_BV > 0)
     return exceeds_BV.byte().argmax(dim=-1)
 
 
 def are_finite(logits_BV: Tensor) -> Tensor:
-    """Return whether all logits of a row are finite, `[B]`; reads them once."""
-    low_B, high_B = logits_BV.aminmax(dim=-1)
-    return low_B * 0 == high_B * 0  # infinity * 0 is NaN, and so is NaN * 0
+    """Return whether all logits of a row are finite, `[B]`."""
+    # Infinity times 0 is NaN. `aminmax` and `isfinite` are 20 times slower on a CPU.
+    return logits_BV.amax(dim=-1) * 0 == logits_BV.amin(dim=-1) * 0
 
 
 def uniform_number(seed: int, index: int) -> float:

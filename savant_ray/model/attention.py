@@ -116,8 +116,19 @@ def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Mask, soft_cap:
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, masked: Tensor | None, soft_cap: float) -> Tensor:
     """Return softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v over the last two dimensions; scores are fp32."""
-    scores = fp32_product(q, k) * (1.0 / (math.sqrt(q.shape[-1]) * soft_cap))
+    scores = _fp32_scores(q, k) * (1.0 / (math.sqrt(q.shape[-1]) * soft_cap))
     capped = soft_cap * torch.tanh(scores)
     if masked is not None:
         capped = capped.masked_fill(masked, float("-inf"))
     return torch.softmax(capped, dim=-1).to(v.dtype) @ v
+
+
+def _fp32_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Return q k^T over the last two dimensions in fp32."""
+    if not q.is_cuda or q.dtype != torch.bfloat16 or torch.is_grad_enabled():
+        return fp32_product(q, k)
+    with torch.autocast(q.device.type, enabled=False):
+        # Without an fp32 copy of all cached keys for each token; `out_dtype` has no gradient.
+        products = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32)
+    scores: Tensor = products.unflatten(0, q.shape[:2])
+    return scores

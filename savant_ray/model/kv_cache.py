@@ -71,7 +71,7 @@ class KeyValueCache:
         device = self.position_1.device
         if n_new > 1:
             return cached_masks(n_new, self.length, self._window_size, self._padding_B, device)
-        self._slots = {kind: self.position_1 % self._size(kind) for kind in (True, False)}
+        self._slots = {True: self.position_1, False: self.position_1 % self._size(False)}
         if self._padding_B is None and not self._static_shapes:
             return Masks(Mask(None), Mask(None))
         return Masks(
