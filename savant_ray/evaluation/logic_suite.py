@@ -28,6 +28,7 @@ SUITE_SEED = 20_000
 HELD_OUT_PAIRS, NEW_WORDINGS = 600, 120  # questions
 NEW_WORDING = ", new wording"  # suffix of the template's name; these questions are scored separately
 BATCH_SIZE = 64  # questions
+GPU_BATCH_SIZE = 256  # questions; in bf16 4 GiB of keys and values for the default model and texts of 512 tokens
 MAX_FILE_BYTES = 256 << 20  # of a file of questions; a device such as /dev/zero never ends
 Z = 1.959964  # 97.5 % quantile of the normal distribution, for a 95 % interval
 

@@ -21,6 +21,7 @@ from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.evaluation.logic_suite import (
     BATCH_SIZE,
+    GPU_BATCH_SIZE,
     Answer,
     Question,
     Score,
@@ -233,7 +234,7 @@ class LogicEvaluator:
     rank: int
     world_size: int
     stop_requested: Callable[[], bool]
-    batch_size: int = BATCH_SIZE  # questions; lowered if a batch does not fit into memory
+    batch_size: int = 0  # questions; set by the first call, lowered if a batch does not fit into memory
 
     def __call__(self, state: TrainingState) -> LogicScored | None:
         """Return the score, the same on every rank, or None if a stop request interrupted the evaluation. Collective.
@@ -269,6 +270,8 @@ class LogicEvaluator:
             )
             return list(answers)
 
+        if not self.batch_size:
+            self.batch_size = GPU_BATCH_SIZE if state.device.type == "cuda" else BATCH_SIZE
         while self.batch_size > 1:
             if (answers := none_on_oom(answer, state.device)) is not None:
                 return answers

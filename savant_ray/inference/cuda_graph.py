@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -50,17 +51,28 @@ class StepGraph:
         with torch.cuda.stream(stream):
             function()  # loads kernels and initializes cuBLAS, which a capture cannot do
             graph = torch.cuda.CUDAGraph()
-            pool = None if self._graph is None else self._graph.pool()
+            pool = torch.cuda.graph_pool_handle() if self._graph is None else self._graph.pool()
             try:
                 # "thread_local": other threads of a worker may copy batches and checkpoints meanwhile.
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     function()
             except RuntimeError as error:  # out of memory, or an operation that cannot be captured
+                _close_pool(self._device, pool)
                 warnings.warn(f"generating without a CUDA graph, which is slower: {error}", stacklevel=2)
                 self.captures = False
             else:
                 self._graph, self._is_current = graph, True
         torch.cuda.current_stream(self._device).wait_stream(stream)
+
+
+def _close_pool(device: torch.device, pool: tuple[int, int]) -> None:
+    """End a failed capture for the allocator, which otherwise raises an error whenever it has to free memory.
+
+    `CUDAGraph::capture_end` of PyTorch 2.11 raises before it does so if the capture has become invalid.
+    """
+    with suppress(RuntimeError):  # it has ended
+        torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+        torch._C._cuda_releasePool(device.index or 0, pool)
 
 
 @functools.cache

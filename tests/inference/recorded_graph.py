@@ -56,6 +56,7 @@ class Recorder(TorchDispatchMode):
         self._calls.append((operator, args, kwargs or {}, result))
         return result
 
+    @torch.autocast("cpu", enabled=False)  # the operators that autocast added are among the recorded ones
     def replay(self) -> None:
         for operator, args, kwargs, recorded in self._calls:
             if operator.is_view:
