@@ -1,4 +1,4 @@
-"""Replays a function as a CUDA graph (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)."""
+"""A function that is replayed as a CUDA graph (docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)."""
 
 from __future__ import annotations
 
