@@ -40,7 +40,7 @@ class StepGraph:
         self._is_current = False  # The old graph stays until then, so that the new one can use its memory.
 
     def release(self) -> None:
-        """Free the memory of the graph; no other allocation could use it."""
+        """Free the graph and the allocator's cache, since no other allocation could use the memory of the graph."""
         if self._graph is not None:
             self._graph = None
             torch.cuda.empty_cache()

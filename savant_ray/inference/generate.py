@@ -91,7 +91,9 @@ def _groups(
                 prompt_of_row = [prompt_of_row[index] for index in running]
                 decoder.select(running)
     finally:
-        decoder.graph.release()
+        graph = decoder.graph
+        del decoder  # and with it the buffers
+        graph.release()
 
 
 class _Decoder:
