@@ -17,7 +17,8 @@ from savant_ray.benchmarks import baseline
 from savant_ray.benchmarks.registry import Figures, alternate, figure, seconds
 from savant_ray.benchmarks.workload import benchmark_device, benchmark_dtype, model_config
 from savant_ray.config import Config
-from savant_ray.inference.generate import Sampling, generate_many
+from savant_ray.inference.generate import generate_many
+from savant_ray.inference.sampling import Sampling
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.loss import cross_entropy_sum
 from savant_ray.model.transformer import UniversalTransformer

@@ -26,7 +26,8 @@ from savant_ray.evaluation.logic_suite import (
 )
 from savant_ray.evaluation.loop_statistics import loop_statistics
 from savant_ray.evaluation.loss import loss_sums
-from savant_ray.inference.generate import Sampling, generate
+from savant_ray.inference.generate import generate
+from savant_ray.inference.sampling import Sampling
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, read_settings, tokenizer_file
 

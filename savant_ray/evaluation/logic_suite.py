@@ -20,13 +20,15 @@ from savant_ray.data.quickstart.problems import problems
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
 from savant_ray.evaluation.answer_matching import is_correct
-from savant_ray.inference.generate import Sampling, generate_many
+from savant_ray.inference.generate import generate_many
+from savant_ray.inference.sampling import Sampling
 from savant_ray.model.transformer import UniversalTransformer
 
 SUITE_SEED = 20_000
 HELD_OUT_PAIRS, NEW_WORDINGS = 600, 120  # questions
 NEW_WORDING = ", new wording"  # suffix of the template's name; these questions are scored separately
 BATCH_SIZE = 64  # questions
+GPU_BATCH_SIZE = 256  # questions; in bf16 4 GiB of keys and values for the default model and texts of 512 tokens
 MAX_FILE_BYTES = 256 << 20  # of a file of questions; a device such as /dev/zero never ends
 Z = 1.959964  # 97.5 % quantile of the normal distribution, for a 95 % interval
 

@@ -21,6 +21,7 @@ from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.evaluation.logic_suite import (
     BATCH_SIZE,
+    GPU_BATCH_SIZE,
     Answer,
     Question,
     Score,
@@ -31,7 +32,8 @@ from savant_ray.evaluation.logic_suite import (
 from savant_ray.evaluation.loop_statistics import LoopStatistics, loop_statistics
 from savant_ray.evaluation.loss import bits_per_byte, loss_sums
 from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
-from savant_ray.inference.generate import Sampling, generate
+from savant_ray.inference.generate import generate
+from savant_ray.inference.sampling import Sampling
 from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, skip_on_oom, uncompiled
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.seeds import derived_seed
@@ -232,7 +234,7 @@ class LogicEvaluator:
     rank: int
     world_size: int
     stop_requested: Callable[[], bool]
-    batch_size: int = BATCH_SIZE  # questions; lowered if a batch does not fit into memory
+    batch_size: int = 0  # questions; set by the first call, lowered if a batch does not fit into memory
 
     def __call__(self, state: TrainingState) -> LogicScored | None:
         """Return the score, the same on every rank, or None if a stop request interrupted the evaluation. Collective.
@@ -268,6 +270,8 @@ class LogicEvaluator:
             )
             return list(answers)
 
+        if not self.batch_size:
+            self.batch_size = GPU_BATCH_SIZE if state.device.type == "cuda" else BATCH_SIZE
         while self.batch_size > 1:
             if (answers := none_on_oom(answer, state.device)) is not None:
                 return answers

@@ -24,7 +24,7 @@ from savant_ray.model.flex import block_mask, flex, has_flex
 class Mask(NamedTuple):
     """Masked positions in the form that the implementation needs."""
 
-    masked: Tensor | None  # [B, 1, T, S] or [T, S]; True = masked; None = nothing is masked
+    masked: Tensor | None  # [B, 1, T, S], [T, S] or [S]; True = masked; None = nothing is masked
     first_key_N: Tensor | None = None  # first visible key of each chunk of queries, for `cpu_attention`
     blocks: BlockMask | None = None  # for `flex`
 
@@ -77,6 +77,26 @@ def _cached_mask(
     return Mask(~visible)
 
 
+def ring_mask(position_1: Tensor, n_visible: int, size: int, padding_B: Tensor | None) -> Mask:
+    """Return the mask of one new token over the first slots of a ring buffer that already contains it.
+
+    The token at position p is in slot `p % size`. Shapes and host values do not depend on the position. Padding is masked
+    as in `cached_masks`.
+
+    Args:
+        position_1: position of the new token, `[1]`.
+        n_visible: number of slots to return the mask of.
+        size: number of slots of the buffer.
+        padding_B: number of padding tokens at the beginning of each row.
+    """
+    slots_S = torch.arange(n_visible, device=position_1.device)
+    positions_S = position_1 - (position_1 - slots_S) % size  # of the tokens in the slots; negative in an unused slot
+    if padding_B is None:
+        return Mask(positions_S < 0)
+    first_B = padding_B * (position_1 >= padding_B)  # 0 for a new token that is padding itself
+    return Mask((positions_S < first_B[:, None])[:, None, None, :])
+
+
 def causal_mask(n_queries: int, n_keys: int, window_size: int | None, device: torch.device) -> Tensor:
     """Return visibility `[T, S]`, with the last query at the last key: each sees itself and `window_size` keys back."""
     query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
@@ -96,8 +116,19 @@ def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Mask, soft_cap:
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, masked: Tensor | None, soft_cap: float) -> Tensor:
     """Return softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v over the last two dimensions; scores are fp32."""
-    scores = fp32_product(q, k) * (1.0 / (math.sqrt(q.shape[-1]) * soft_cap))
+    scores = _fp32_scores(q, k) * (1.0 / (math.sqrt(q.shape[-1]) * soft_cap))
     capped = soft_cap * torch.tanh(scores)
     if masked is not None:
         capped = capped.masked_fill(masked, float("-inf"))
     return torch.softmax(capped, dim=-1).to(v.dtype) @ v
+
+
+def _fp32_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Return q k^T over the last two dimensions in fp32."""
+    if not q.is_cuda or q.dtype != torch.bfloat16 or torch.is_grad_enabled():
+        return fp32_product(q, k)
+    with torch.autocast(q.device.type, enabled=False):
+        # Without an fp32 copy of all cached keys for each token; `out_dtype` has no gradient.
+        products = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32)
+    scores: Tensor = products.unflatten(0, q.shape[:2])
+    return scores

@@ -1,70 +1,145 @@
-"""Key-value cache for generation, one for each loop.
+"""Key-value cache for generation: a ring buffer of keys and one of values for each loop.
 
-All loops share one block, but each has other inputs and therefore its own keys and values. A windowed loop keeps the last
-`window_size` of them. A global loop keeps all in a buffer that doubles when it is full; generation can therefore continue
-past `max_seq_len`, since neither rotary embeddings nor a model without positions have a maximum length.
+All loops share one block, but each has other inputs and therefore its own keys and values. The token at position p is stored
+in slot `p % size`. A windowed loop has at most `window_size + 1` slots, so that a new token overwrites the one that leaves
+the window. The buffers of a global loop double when they are full; generation can therefore continue past `max_seq_len`,
+since neither rotary embeddings nor a model without positions have a maximum length. The order of the slots does not matter,
+because keys are rotated before they are stored and softmax does not depend on the order of its inputs.
 
-Shapes: B batch, H heads, T new tokens, S visible tokens, D head_dim.
+A single new token is added by operations that read the position from a device tensor. With `static_shapes` their shapes and
+addresses also stay the same until `reserve` or `select` replaces the buffers, so that a CUDA graph of them can be replayed.
+Without it, the token attends only to the slots in use, which is less work.
+
+Shapes: B batch, H heads, T new tokens, S visible tokens or slots, D head_dim.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from savant_ray.model.attention import Mask, Masks, cached_masks, ring_mask
+
+MIN_CAPACITY = 256  # slots; growing copies the buffers and, on a GPU, needs a new CUDA graph
 
 
 class KeyValueCache:
     """Keys and values of all loops.
 
     Args:
-        windows: how many tokens back each loop attends, None = to the beginning.
-        padding_B: number of padding tokens at the beginning of each row.
+        is_global: for each loop, whether it attends to all tokens.
+        window_size: how many tokens back the other loops attend.
+        device: the device of the model.
+        padding_B: number of padding tokens at the beginning of each row, on the device.
+        static_shapes: whether a single new token attends to all slots, with those that are not in use masked.
 
     Attributes:
-        length: number of tokens that all loops have cached.
+        length: number of tokens that all loops have cached. Who replays a CUDA graph of `decode` has to count them.
+        position_1: the same number as a device tensor `[1]`.
     """
 
-    def __init__(self, windows: list[int | None], padding_B: Tensor | None = None) -> None:
-        self.length, self.padding_B = 0, padding_B
-        self._loops = [_LoopCache(window) for window in windows]
+    def __init__(
+        self,
+        is_global: list[bool],
+        window_size: int,
+        device: torch.device,
+        padding_B: Tensor | None = None,
+        static_shapes: bool = False,
+    ) -> None:
+        self.length, self.position_1 = 0, torch.zeros(1, dtype=torch.int64, device=device)
+        self._is_global, self._window_size, self._padding_B = is_global, window_size, padding_B
+        self._static_shapes = static_shapes
+        self._capacity = 0  # slots of a global loop
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # loop -> keys, values [B, H, S, D]
+        self._slots: dict[bool, Tensor] = {}  # whether the loop is global -> slot [1] of a single new token
+
+    def reserve(self, n_new: int) -> bool:
+        """Make room for `n_new` more tokens and return whether buffers were replaced."""
+        if self.length + n_new <= self._capacity:
+            return False
+        self._capacity = max(MIN_CAPACITY, 2 * (self.length + n_new))
+        grown = {}
+        for loop, (keys, values) in self._buffers.items():
+            if keys.shape[2] < self._size(self._is_global[loop]):
+                grown[loop] = (self._grown(loop, keys), self._grown(loop, values))
+        self._buffers |= grown
+        return bool(grown)
+
+    def begin(self, n_new: int) -> Masks:
+        """Prepare for `n_new` tokens and return their masks over the keys that `append` returns."""
+        self.reserve(n_new)
+        device = self.position_1.device
+        if n_new > 1:
+            return cached_masks(n_new, self.length, self._window_size, self._padding_B, device)
+        self._slots = {True: self.position_1, False: self.position_1 % self._size(False)}
+        if self._padding_B is None and not self._static_shapes:
+            return Masks(Mask(None), Mask(None))
+        return Masks(
+            *(
+                ring_mask(self.position_1, self._visible(kind), self._size(kind), self._padding_B)
+                for kind in (True, False)
+            )
+        )
 
     def append(self, loop: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values of new tokens and return all that the new tokens can attend to, `[B, H, S, D]`.
+        """Store keys and values of the new tokens and return all that these can attend to, `[B, H, S, D]`.
 
-        S is T plus the number of cached tokens, of which a windowed loop returns at most its window.
+        For one token, S are slots. For several, S are the new tokens after the cached ones, in their order, of which a
+        windowed loop returns at most its window.
         """
-        return self._loops[loop].append(k_BHTD, v_BHTD)
+        if loop not in self._buffers:
+            self._buffers[loop] = (self._empty(loop, k_BHTD), self._empty(loop, v_BHTD))
+        keys, values = self._buffers[loop]
+        if k_BHTD.shape[2] > 1:
+            return self._append_several(loop, keys, k_BHTD), self._append_several(loop, values, v_BHTD)
+        kind = self._is_global[loop]
+        keys.index_copy_(2, self._slots[kind], k_BHTD)
+        values.index_copy_(2, self._slots[kind], v_BHTD)
+        visible = self._visible(kind)
+        return keys[:, :, :visible], values[:, :, :visible]
 
+    def advance(self, n_new: int) -> None:
+        """Count `n_new` tokens that all loops have appended."""
+        self.length += n_new
+        self.position_1 += n_new
 
-class _LoopCache:
-    def __init__(self, window: int | None) -> None:
-        self._window = window
-        self._length = 0
-        self._buffers: tuple[Tensor, ...] | None = None  # keys, values
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch, given by their indices."""
+        self._padding_B = None if self._padding_B is None else self._padding_B[rows]
+        for loop in self._buffers:
+            keys, values = self._buffers[loop]
+            self._buffers[loop] = (keys[rows], values[rows])
 
-    def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        if self._window is not None:
-            self._discard_old(self._window)
-        end = self._length + k_BHTD.shape[2]
-        buffers = self._buffers_of_size(end, k_BHTD, v_BHTD)
-        for buffer, new in zip(buffers, (k_BHTD, v_BHTD), strict=True):
-            buffer[:, :, self._length : end] = new
-        first = 0 if self._window is None else max(0, self._length - self._window)
-        self._length = end
-        return buffers[0][:, :, first:end], buffers[1][:, :, first:end]
+    def _size(self, is_global: bool) -> int:
+        """Return the number of slots of a loop."""
+        return self._capacity if is_global else min(self._capacity, self._window_size + 1)
 
-    def _discard_old(self, window: int) -> None:
-        """Move the last `window` entries to the front once as many old ones precede them (amortized O(1))."""
-        if self._buffers is None or self._length < 2 * window:
-            return
-        for buffer in self._buffers:
-            buffer[:, :, :window] = buffer[:, :, self._length - window : self._length].clone()
-        self._length = window
+    def _visible(self, is_global: bool) -> int:
+        """Return the number of slots that a single new token attends to."""
+        size = self._size(is_global)
+        return size if self._static_shapes else min(size, self.length + 1)
 
-    def _buffers_of_size(self, end: int, *like: Tensor) -> tuple[Tensor, ...]:
-        if self._buffers is None or self._buffers[0].shape[2] < end:
-            capacity = max(64, 2 * end)
-            grown = tuple(x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in like)
-            for new, old in zip(grown, self._buffers or (), strict=False):
-                new[:, :, : self._length] = old[:, :, : self._length]
-            self._buffers = grown
-        return self._buffers
+    def _empty(self, loop: int, like_BHTD: Tensor) -> Tensor:
+        """Return a new buffer; of zeros if unused slots are read, since a NaN times an attention weight of 0 is NaN."""
+        batch, heads, _, head_dim = like_BHTD.shape
+        shape = (batch, heads, self._size(self._is_global[loop]), head_dim)
+        return like_BHTD.new_zeros(shape) if self._static_shapes else like_BHTD.new_empty(shape)
+
+    def _grown(self, loop: int, buffer_BHSD: Tensor) -> Tensor:
+        """Return a larger buffer with the same tokens. One that is below its maximum size has not wrapped around."""
+        grown_BHSD = self._empty(loop, buffer_BHSD)
+        grown_BHSD[:, :, : self.length] = buffer_BHSD[:, :, : self.length]
+        return grown_BHSD
+
+    def _append_several(self, loop: int, buffer_BHSD: Tensor, new_BHTD: Tensor) -> Tensor:
+        size, n_new = buffer_BHSD.shape[2], new_BHTD.shape[2]
+        end = self.length + n_new
+        visible_BHSD = new_BHTD
+        if self.length:
+            first = 0 if self._is_global[loop] else max(0, self.length - self._window_size)
+            cached = torch.arange(first, self.length, device=buffer_BHSD.device) % size
+            visible_BHSD = torch.cat([buffer_BHSD.index_select(2, cached), new_BHTD], dim=2)
+        n_kept = min(n_new, size)
+        kept = torch.arange(end - n_kept, end, device=buffer_BHSD.device) % size
+        buffer_BHSD.index_copy_(2, kept, new_BHTD[:, :, n_new - n_kept :])
+        return visible_BHSD

@@ -22,9 +22,9 @@ class RotaryEmbedding(NamedTuple):
     sin_TF: Tensor
 
 
-def rotary_embedding(first: int, length: int, head_dim: int, device: torch.device) -> RotaryEmbedding:
+def rotary_embedding(first: int | Tensor, length: int, head_dim: int, device: torch.device) -> RotaryEmbedding:
     """Return the embedding of positions `first` … `first + length - 1`, in fp32."""
-    positions_T1 = torch.arange(first, first + length, device=device, dtype=torch.float32)[:, None]
+    positions_T1 = (first + torch.arange(length, device=device))[:, None].float()
     frequencies_F = ROPE_BASE ** -(torch.arange(head_dim // 2, device=device, dtype=torch.float32) / (head_dim // 2))
     angles_TF = positions_T1 * frequencies_F
     return RotaryEmbedding(angles_TF.cos(), angles_TF.sin())

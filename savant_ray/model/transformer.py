@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from savant_ray.config import ModelConfig
-from savant_ray.model.attention import Mask, attend, build_masks, cached_masks
+from savant_ray.model.attention import Mask, attend, build_masks
 from savant_ray.model.kv_cache import KeyValueCache
 from savant_ray.model.rotary import RotaryEmbedding, apply_rotary, rotary_embedding
 
@@ -84,24 +84,30 @@ class UniversalTransformer(nn.Module):
             yield x_BTD
 
     def decode(self, tokens_BT: Tensor, cache: KeyValueCache, n_loops: int | None = None) -> Tensor:
-        """Return logits `[B, V]` after the last of the new tokens `[B, T]`, which follow those in the cache."""
+        """Return logits `[B, V]` after the last of the new tokens `[B, T]`, which follow those in the cache.
+
+        For one new token and a cache of static shapes, a CUDA graph of this call can be replayed at the next positions.
+        """
         n_new = tokens_BT.shape[1]
-        masks = cached_masks(n_new, cache.length, self.config.window_size, cache.padding_B, tokens_BT.device)
-        rope = self.rope(cache.length, tokens_BT)
+        masks = cache.begin(n_new)
+        rope = self.rope(cache.position_1, tokens_BT)
         x_BTD = self.embed(tokens_BT)
         for loop in range(n_loops or self.config.n_loops):
             # `.forward` bypasses a compiled block, which would recompile for each length of the cache.
             reader = functools.partial(cache.append, loop)
             x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), rope, reader)
-        cache.length += n_new
+        cache.advance(n_new)
         logits_BV: Tensor = self.head(self.ln_f(x_BTD[:, -1]))
         return logits_BV
 
-    def new_cache(self, n_loops: int | None = None, padding_B: Tensor | None = None) -> KeyValueCache:
+    def new_cache(
+        self, n_loops: int | None = None, padding_B: Tensor | None = None, static_shapes: bool = False
+    ) -> KeyValueCache:
         """Return an empty cache for `decode`; row b begins with `padding_B[b]` padding tokens."""
-        return KeyValueCache([self.window(loop) for loop in range(n_loops or self.config.n_loops)], padding_B)
+        is_global = [self.is_global(loop) for loop in range(n_loops or self.config.n_loops)]
+        return KeyValueCache(is_global, self.config.window_size, self.head.weight.device, padding_B, static_shapes)
 
-    def rope(self, first: int, tokens_BT: Tensor) -> RotaryEmbedding | None:
+    def rope(self, first: int | Tensor, tokens_BT: Tensor) -> RotaryEmbedding | None:
         """Return the rotary embedding of tokens at positions from `first`, or None for `model.positions: none`.
 
         In packed rows positions count through all documents, since attention depends on distances only.
@@ -113,10 +119,6 @@ class UniversalTransformer(nn.Module):
     def is_global(self, loop: int) -> bool:
         """Return whether the loop attends to the whole document: every `global_every`-th does, others to a window."""
         return (loop + 1) % self.config.global_every == 0
-
-    def window(self, loop: int) -> int | None:
-        """Return how many tokens back the loop attends, None = to the beginning."""
-        return None if self.is_global(loop) else self.config.window_size
 
 
 class RecurrentBlock(nn.Module):
@@ -137,7 +139,7 @@ class RecurrentBlock(nn.Module):
     ) -> Tensor:
         """Apply one loop to whole sequences, or to new tokens whose keys and values `reader` adds to a cache."""
         x_BTD = self.attn(x_BTD, mask, rope, reader)
-        return liquid_update(x_BTD, self.ffn(self.ln_ffn(x_BTD)), self.liquid_gate_ffn)
+        return liquid_update(x_BTD, self.ffn(self.ln_ffn(x_BTD)), self.liquid_gate_ffn, reader is not None)
 
 
 class LiquidAttention(nn.Module):
@@ -163,7 +165,8 @@ class LiquidAttention(nn.Module):
         if reader is not None:
             k, v = reader(k, v)
         out_BHTD = attend(q, k, v, mask, self.soft_cap)
-        return liquid_update(x_BTD, self.o_proj(out_BHTD.transpose(1, 2).flatten(2)), self.liquid_gate)
+        out_BTD = self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
+        return liquid_update(x_BTD, out_BTD, self.liquid_gate, reader is not None)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         heads_BTHD: Tensor = x_BTD.unflatten(2, (self.n_heads, -1))
@@ -179,7 +182,12 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * value
 
 
-def liquid_update(r_BTD: Tensor, out_BTD: Tensor, gate: nn.Linear) -> Tensor:
-    """Return `(1 - a) r + a out` with `a = sigmoid(gate(r))`, `[B, T, D]`."""
+def liquid_update(r_BTD: Tensor, out_BTD: Tensor, gate: nn.Linear, decoding: bool = False) -> Tensor:
+    """Return `(1 - a) r + a out` with `a = sigmoid(gate(r))`, `[B, T, D]`.
+
+    Decoding calls one kernel for it instead of four; launching them is most of its time. Rounding differs.
+    """
     a = torch.sigmoid(gate(r_BTD))
+    if decoding:
+        return torch.lerp(r_BTD, out_BTD.to(r_BTD.dtype), a.to(r_BTD.dtype))
     return (1 - a) * r_BTD + a * out_BTD

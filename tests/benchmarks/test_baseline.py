@@ -7,7 +7,8 @@ import torch
 
 from savant_ray.benchmarks import baseline
 from savant_ray.config import ModelConfig
-from savant_ray.inference.generate import Sampling, generate
+from savant_ray.inference.generate import generate
+from savant_ray.inference.sampling import Sampling
 from savant_ray.model.loss import cross_entropy_sum, next_token_targets
 from savant_ray.model.transformer import UniversalTransformer
 

@@ -18,7 +18,8 @@ from savant_ray.evaluation.from_checkpoint import answers_of, by_depth, stream_a
 from savant_ray.evaluation.logic_suite import Question
 from savant_ray.evaluation.validator import Validator
 from savant_ray.events import Event, SampleGenerated
-from savant_ray.inference.generate import Sampling, generate
+from savant_ray.inference.generate import generate
+from savant_ray.inference.sampling import Sampling
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import read_checkpoint, read_settings, write_checkpoint
 from savant_ray.training.state import new_state

@@ -1,16 +1,32 @@
-"""Generation: greedy equals full recomputation, a seed determines the text, forbidden ids are never sampled."""
+"""Generation: greedy equals full recomputation, a seed determines the text, forbidden ids are never sampled.
+
+Most tests run as on a CPU and as on a GPU, where a recorded decoding step is replayed and tokens arrive in groups.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
+from savant_ray.config import ModelConfig
 from savant_ray.evaluation.loss import bits_per_byte, loss_sums
-from savant_ray.inference.generate import Sampling, generate, generate_many
+from savant_ray.inference import generate as generate_module
+from savant_ray.inference.generate import generate, generate_many
+from savant_ray.inference.sampling import Sampling
 from savant_ray.model.transformer import UniversalTransformer
-from tests.training.tiny import LENGTH, micro_batch, tiny_config, tiny_state
+from tests.inference.recorded_graph import RecordedGraph
+from tests.training.tiny import LENGTH, MODEL, micro_batch, tiny_config, tiny_state
 
 PROMPT = [5, 6, 7]
+
+
+@pytest.fixture(autouse=True, params=["eager", "replayed"])
+def execution(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "replayed":
+        monkeypatch.setattr(generate_module, "StepGraph", RecordedGraph)
+    return request.param
 
 
 @pytest.fixture
@@ -28,15 +44,53 @@ def sampling(**changes: object) -> Sampling:
     return Sampling(**(defaults | changes))
 
 
-def test_greedy_answers_equal_full_recomputation_of_the_prefix(model: UniversalTransformer) -> None:
-    answer = list(generate(model, PROMPT, sampling(temperature=0, end_of_document=-1, max_new_tokens=3 * LENGTH)))
-    text = list(PROMPT)
-    for token in answer:
-        logits = model(torch.tensor([text]))[0, -1]
+def recomputed(model: UniversalTransformer, prompt: list[int], n_tokens: int, n_loops: int | None = None) -> list[int]:
+    """Return the greedy answer, computed from the complete text for each token, without a cache."""
+    text = list(prompt)
+    for _ in range(n_tokens):
+        hidden = model.hidden_states(torch.tensor([text]), n_loops=n_loops)
+        logits = model.head(hidden)[0, -1]
         logits[[0, 2, *range(40, 50)]] = float("-inf")
-        assert token == int(logits.argmax())
-        text.append(token)
-    assert len(answer) == 3 * LENGTH, "on past max_seq_len"
+        text.append(int(logits.argmax()))
+    return text[len(prompt) :]
+
+
+def test_greedy_answers_equal_full_recomputation_of_the_prefix(model: UniversalTransformer) -> None:
+    parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=3 * LENGTH)
+    assert list(generate(model, PROMPT, parameters)) == recomputed(model, PROMPT, 3 * LENGTH), "on past max_seq_len"
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary"])
+@pytest.mark.parametrize("window_size", [1, 4, 100])
+@pytest.mark.parametrize("n_loops", [1, 2, 5])
+def test_greedy_answers_to_prompts_of_different_lengths_equal_full_recomputation(
+    n_loops: int, window_size: int, positions: str
+) -> None:
+    model = model_with(window_size=window_size, positions=positions)
+    prompts = [[5], [3 + i % 30 for i in range(25)], PROMPT]
+    parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=40)
+    expected = [recomputed(model, prompt, 40, n_loops) for prompt in prompts]
+    assert generate_many(model, prompts, parameters, n_loops) == expected
+
+
+@pytest.mark.parametrize("window_size", [4, 300])
+def test_buffers_grow_with_the_text(window_size: int) -> None:
+    model = model_with(window_size=window_size, positions="rotary")
+    prompts = [[3 + i % 30 for i in range(length)] for length in (240, 180)]
+    parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=350)
+    answers = generate_many(model, prompts, parameters)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+        logits[:, [0, 2, *range(40, 50)]] = float("-inf")
+        assert answer == logits.argmax(dim=-1).tolist()
+
+
+def model_with(**changes: Any) -> UniversalTransformer:
+    torch.manual_seed(3)
+    model = UniversalTransformer(ModelConfig(**(MODEL | {"n_loops": 4} | changes)))
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    return model
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -105,6 +159,59 @@ def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight() -> None:
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_model_with_non_finite_logits_generates_nothing(temperature: float, model: UniversalTransformer) -> None:
+    for number in ("nan", "inf", "-inf"):
+        with torch.no_grad():
+            model.head.weight[3, 0] = float(number)
+        assert list(generate(model, PROMPT, sampling(temperature=temperature))) == []
+
+
+def test_non_finite_logits_of_one_prompt_do_not_change_the_others(model: UniversalTransformer) -> None:
     with torch.no_grad():
-        model.head.weight[3, 0] = float("nan")
-    assert list(generate(model, PROMPT, sampling(temperature=temperature))) == []
+        model.embed.weight[45] = float("nan")  # 45 is never sampled
+    prompts = [[45, 5], PROMPT, [7, 45], [8]]
+    parameters = sampling(temperature=0, end_of_document=-1)
+    expected = [[], recomputed(model, PROMPT, 60), [], recomputed(model, [8], 60)]
+    assert generate_many(model, prompts, parameters) == expected
+
+
+def test_ended_answers_are_no_longer_computed(model: UniversalTransformer) -> None:
+    prompts = [[prompt] for prompt in range(3, 11)]
+    endless = generate_many(model, prompts, sampling(end_of_document=-1))
+    count = {token: sum(token in answer for answer in endless) for token in range(3, 40)}
+    end = max((token for token in count if count[token] < 8), key=lambda token: count[token])
+    assert count[end] >= 4, "most answers end, but not all"
+    answers = [answer[: answer.index(end)] if end in answer else answer for answer in endless]
+    rows: list[int] = []
+    model.head.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    assert generate_many(model, prompts, sampling(end_of_document=end)) == answers
+    assert rows[0] == 8 and rows[-1] <= 4
+
+
+def test_a_stop_request_ends_the_answers_early(model: UniversalTransformer, execution: str) -> None:
+    stops = iter([False, True])
+    parameters = sampling(end_of_document=-1, max_new_tokens=1000)
+    answers = generate_many(model, [PROMPT, [5]], parameters, stop_requested=lambda: next(stops))
+    assert [len(answer) for answer in answers] == [1 if execution == "eager" else generate_module.GPU_GROUP] * 2
+
+
+def test_new_weights_are_used_by_the_next_answer(model: UniversalTransformer) -> None:
+    parameters = sampling(temperature=0, end_of_document=-1)
+    before = list(generate(model, PROMPT, parameters))
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight.flip(1))
+    after = list(generate(model, PROMPT, parameters))
+    assert after == recomputed(model, PROMPT, 60) != before
+
+
+def test_one_seed_draws_the_same_tokens_in_a_batch_of_any_size(model: UniversalTransformer) -> None:
+    alone = list(generate(model, PROMPT, sampling(seed=5)))
+    assert generate_many(model, [PROMPT] * 5, sampling(seed=5)) == [alone] * 5
+    assert generate_many(model, [[9, 8], PROMPT, [7] * 20], sampling(seed=5))[1] == alone
+
+
+def test_a_recorded_step_is_replayed(model: UniversalTransformer, execution: str) -> None:
+    """Guard the tests of this file: without it `replayed` could test the eager steps again."""
+    RecordedGraph.n_recorded = RecordedGraph.n_replayed = 0
+    list(generate(model, PROMPT, sampling(end_of_document=-1, max_new_tokens=50)))
+    found = (RecordedGraph.n_recorded, RecordedGraph.n_replayed)
+    assert found == ((0, 0) if execution == "eager" else (1, 48))  # the prompt gives the first token

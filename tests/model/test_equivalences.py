@@ -17,6 +17,7 @@ from savant_ray.model import loss as loss_module
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.cpu_attention import _capped
 from savant_ray.model.flex import block_mask, capped_score
+from savant_ray.model.kv_cache import KeyValueCache
 from savant_ray.model.loss import (
     IGNORED,
     cross_entropy_sum,
@@ -162,28 +163,61 @@ def test_the_soft_cap_of_a_gpu_is_that_of_tanh_within_a_millionth_of_the_cap(sof
     assert (gradients[0] - gradients[1]).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("static_shapes", [False, True])
 @pytest.mark.parametrize("positions", ["none", "rotary"])
-@pytest.mark.parametrize("prefill", [1, 4, 20])
-def test_cached_decoding_gives_the_logits_of_the_full_forward_past_max_seq_len(prefill: int, positions: str) -> None:
+@pytest.mark.parametrize("parts", [[1], [4], [20], [7, 9], [2, 1, 30, 5]])
+def test_cached_decoding_gives_the_logits_of_the_full_forward_past_max_seq_len(
+    parts: list[int], positions: str, static_shapes: bool
+) -> None:
+    """Tokens are decoded in these parts, and then one at a time; max_seq_len is 32."""
     model = make_model(positions=positions)
-    tokens = torch.randint(0, 61, (2, 80))  # max_seq_len is 32, the window 5
-    full = model(tokens)
-    cache = model.new_cache()
-    torch.testing.assert_close(model.decode(tokens[:, :prefill], cache), full[:, prefill - 1], rtol=1e-4, atol=1e-5)
-    for t in range(prefill, 80):
-        torch.testing.assert_close(model.decode(tokens[:, t : t + 1], cache), full[:, t], rtol=1e-4, atol=1e-5)
+    tokens = torch.randint(0, 61, (2, 80))
+    cache = model.new_cache(static_shapes=static_shapes)
+    assert_decoded_like_the_full_forward(model, tokens, cache, parts)
 
 
+@pytest.mark.parametrize("static_shapes", [False, True])
+@pytest.mark.parametrize("window_size", [1, 5, 255, 256, 290, 1000])
+def test_cached_decoding_of_every_window_goes_on_after_its_buffers_have_grown(
+    window_size: int, static_shapes: bool
+) -> None:
+    model = make_model(window_size=window_size)
+    tokens = torch.randint(0, 61, (1, 300))  # the first buffers have 256 slots
+    cache = model.new_cache(static_shapes=static_shapes)
+    assert_decoded_like_the_full_forward(model, tokens, cache, [100, 140])
+
+
+def assert_decoded_like_the_full_forward(
+    model: UniversalTransformer, tokens: Tensor, cache: KeyValueCache, parts: list[int]
+) -> None:
+    full, end = model(tokens), 0
+    for n_new in parts + [1] * (tokens.shape[1] - sum(parts)):
+        logits = model.decode(tokens[:, end : end + n_new], cache)
+        end += n_new
+        torch.testing.assert_close(logits, full[:, end - 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
 @pytest.mark.parametrize("positions", ["none", "rotary"])
-def test_rows_that_begin_with_padding_decode_as_they_would_alone(positions: str) -> None:
+def test_rows_that_begin_with_padding_decode_as_they_would_alone(positions: str, static_shapes: bool) -> None:
+    """The first part is one token, which is padding in two rows. Later the rows are decoded in another order."""
     model = make_model(positions=positions)
     tokens = torch.randint(0, 61, (3, 50))
     padding = torch.tensor([0, 4, 13])
-    cache = model.new_cache(padding_B=padding)
-    steps = [model.decode(tokens[:, :15], cache)] + [model.decode(tokens[:, t : t + 1], cache) for t in range(15, 50)]
+    cache = model.new_cache(padding_B=padding, static_shapes=static_shapes)
+    steps = [
+        model.decode(tokens[:, first:end], cache)
+        for first, end in ((0, 1), (1, 15), *((t, t + 1) for t in range(15, 30)))
+    ]
+    order = torch.tensor([2, 0])
+    cache.select(order)
+    later = [model.decode(tokens[order, t : t + 1], cache) for t in range(30, 50)]
     for row, n_padding in enumerate(padding.tolist()):
         alone = model(tokens[row : row + 1, n_padding:])[0, 14 - n_padding :]
-        torch.testing.assert_close(torch.stack([logits[row] for logits in steps]), alone, rtol=1e-4, atol=1e-5)
+        decoded = [logits[row] for logits in steps[1:]]
+        if row in order:
+            decoded += [logits[order.tolist().index(row)] for logits in later]
+        torch.testing.assert_close(torch.stack(decoded), alone[: len(decoded)], rtol=1e-4, atol=1e-5)
 
 
 def test_recomputed_loops_give_the_same_loss_and_gradients() -> None:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from savant_ray.config import Config
-from savant_ray.inference.generate import Sampling, generate
+from savant_ray.inference.generate import generate
+from savant_ray.inference.sampling import Sampling
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.flex import has_flex
 from savant_ray.model.loss import IGNORED, cross_entropy_sum
