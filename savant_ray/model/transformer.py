@@ -34,8 +34,18 @@ from savant_ray.model.shared_weights import (
 )
 
 NORM_EPS = 1e-6
-# Products of 2,730 columns, the hidden dimension at dim 1024, take twice as long on an H100 as those of 2,752.
-FFN_MULTIPLE = {"cuda": 64}  # of the hidden dimension in whole-sequence passes, by type of device; 1 for others
+
+
+class Packing(NamedTuple):
+    """How whole-sequence passes lay out the weights of the block."""
+
+    ffn_multiple: int = 1  # of which the hidden dimension is one
+    one_qkv: bool = False  # one product for queries, keys and values
+
+
+# On an H100 products with 2,730 columns, the hidden dimension at dim 1024, take twice as long as with 2,752. A CPU gains
+# nothing from either.
+PACKING = {"cuda": Packing(ffn_multiple=64, one_qkv=True)}
 CacheReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (new keys, new values) -> (all visible keys, values)
 
 
@@ -98,11 +108,11 @@ class UniversalTransformer(nn.Module):
         n_new = tokens_BT.shape[1]
         masks = cached_masks(n_new, cache.length, self.config.window_size, cache.padding_B, tokens_BT.device)
         rope = self.rope(cache.length, tokens_BT)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD, weights = self.embed(tokens_BT), self.recurrent_block.plain_weights()
         for loop in range(n_loops or self.config.n_loops):
             # `.forward` bypasses a compiled block, which would recompile for each length of the cache.
             reader = functools.partial(cache.append, loop)
-            x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), rope, reader)
+            x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), rope, reader, weights)
         cache.length += n_new
         logits_BV: Tensor = self.head(self.ln_f(x_BTD[:, -1]))
         return logits_BV
@@ -169,7 +179,7 @@ class RecurrentBlock(nn.Module):
         """
         weights = weights or self.plain_weights()
         x_BTD = self.attn(x_BTD, mask, rope, reader, weights)
-        hidden = self.ffn[1](linear(self.ln_ffn(x_BTD), weights.ffn_in))
+        hidden = swiglu(linear(self.ln_ffn(x_BTD), weights.ffn_in))
         return liquid_update(x_BTD, linear(hidden, weights.ffn_out), weights.ffn_gate, weights.ffn_gate_bias)
 
     def plain_weights(self) -> BlockWeights:
@@ -191,20 +201,21 @@ class RecurrentBlock(nn.Module):
         dtype, device = self.attn.q_proj.weight.dtype, x_BTD.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        layouts = self.layouts(FFN_MULTIPLE.get(device, 1))
-        qkv, *others = weights = shared_weights(layouts, dtype)
-        return with_summed_gradients(x_BTD, layouts, weights), BlockWeights((qkv,), *others)
+        qkv, others = self.layouts(PACKING.get(device, Packing()))
+        layouts = qkv + others
+        weights = shared_weights(layouts, dtype)
+        block_weights = BlockWeights(tuple(weights[: len(qkv)]), *weights[len(qkv) :])
+        return with_summed_gradients(x_BTD, layouts, weights), block_weights
 
-    def layouts(self, ffn_multiple: int) -> list[Layout]:
-        """Return the layouts of `BlockWeights`, with a hidden dimension that is a multiple of `ffn_multiple`."""
+    def layouts(self, packing: Packing) -> tuple[list[Layout], list[Layout]]:
+        """Return the layouts of `BlockWeights.qkv` and of the other weights in their order."""
         attn, (ffn_in, ffn_out) = self.attn, self.ffn.parameters()
         dim, hidden_dim = ffn_out.shape
-        padded_dim = math.ceil(hidden_dim / ffn_multiple) * ffn_multiple
+        padded_dim = math.ceil(hidden_dim / packing.ffn_multiple) * packing.ffn_multiple
         halves = (2, padded_dim)
-        return [
-            Layout(
-                tuple(projection.weight for projection in attn.projections()), (3 * dim, dim), lambda m: m.split(dim)
-            ),
+        qkv = tuple(projection.weight for projection in attn.projections())
+        one_matrix = Layout(qkv, (3 * dim, dim), lambda m: m.split(dim))
+        return [one_matrix] if packing.one_qkv else [plain_layout(weight) for weight in qkv], [
             plain_layout(attn.o_proj.weight),
             plain_layout(attn.liquid_gate.weight),
             plain_layout(attn.liquid_gate.bias),
@@ -252,12 +263,17 @@ class LiquidAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`silu(gate) * value`, where value and gate are the halves of the last dimension (arXiv 2002.05202)."""
+    """`swiglu` as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., 2 h]` to `[..., h]`."""
-        value, gate = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return swiglu(x)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Return `silu(gate) * value`, `[..., h]`, of the halves value and gate of `[..., 2 h]` (arXiv 2002.05202)."""
+    value, gate = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 def liquid_update(r_BTD: Tensor, out_BTD: Tensor, gate: SharedWeight, bias: SharedWeight) -> Tensor:

@@ -15,6 +15,7 @@ from savant_ray.model.loss import cross_entropy_sum, next_token_targets
 from savant_ray.model.shared_weights import (
     Layout,
     add_product,
+    adds_bf16_products_to_fp32,
     linear,
     plain_layout,
     shared_weights,
@@ -28,9 +29,9 @@ SMALL = ModelConfig(
 
 
 @pytest.fixture
-def padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pad the feed-forward network on a CPU as on a GPU, to 128."""
-    monkeypatch.setitem(transformer.FFN_MULTIPLE, "cpu", 64)
+def packed_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lay out the weights on a CPU as on a GPU: one matrix for q, k and v, and a feed-forward network padded to 128."""
+    monkeypatch.setitem(transformer.PACKING, "cpu", transformer.PACKING["cuda"])
 
 
 def new_model(dtype: torch.dtype = torch.float32) -> UniversalTransformer:
@@ -89,20 +90,21 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         )
 
 
-def test_one_product_for_queries_keys_and_values_is_three() -> None:
+def test_shared_weights_give_the_loss_and_gradients_of_the_parameters() -> None:
     model = new_model()
     assert_close(loss_and_gradients(model), from_parameters(model))
 
 
-def test_a_padded_feed_forward_network_is_the_one_without_padding(padded: None) -> None:
+def test_one_product_for_q_k_and_v_and_a_padded_feed_forward_network_give_the_same(packed_as_on_a_gpu: None) -> None:
     model = new_model()
-    assert ffn_dim(SMALL) % 64, "there is something to pad"
+    (qkv,), ffn_in = (getattr(model.recurrent_block.prepare(torch.zeros(1, 1, 32))[1], n) for n in ("qkv", "ffn_in"))
+    assert qkv.value.shape == (3 * 32, 32) and ffn_in.value.shape == (2 * 128, 32) and ffn_dim(SMALL) == 85
     found = loss_and_gradients(model)
     assert_close(found, from_parameters(model))
     assert found["recurrent_block.ffn.0.weight"].shape == (2 * 85, 32)
 
 
-def test_padding_leaves_parameters_and_files_as_they_are(padded: None) -> None:
+def test_padding_leaves_parameters_and_files_as_they_are(packed_as_on_a_gpu: None) -> None:
     model = new_model()
     before = {name: (tensor.shape, tensor.clone()) for name, tensor in model.state_dict().items()}
     loss_and_gradients(model)
@@ -111,7 +113,7 @@ def test_padding_leaves_parameters_and_files_as_they_are(padded: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputed_loops_give_the_same_gradients(dtype: torch.dtype, padded: None) -> None:
+def test_recomputed_loops_give_the_same_gradients(dtype: torch.dtype, packed_as_on_a_gpu: None) -> None:
     model = new_model(dtype)
     kept = loss_and_gradients(model)
     model.recompute_loops = True
@@ -194,6 +196,12 @@ def test_a_product_is_added_in_place(dtype: torch.dtype) -> None:
     torch.testing.assert_close(total, expected)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_device_that_cannot_add_bf16_products_to_fp32_is_named_in_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"cannot add a bf16 product to an fp32 matrix on cpu"):
+        assert not adds_bf16_products_to_fp32.__wrapped__(torch.device("cpu"))
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
@@ -204,7 +212,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_the_compiled_block_adds_the_same_gradients_in_place(recompute: bool, padded: None) -> None:
+def test_the_compiled_block_adds_the_same_gradients_in_place(recompute: bool, packed_as_on_a_gpu: None) -> None:
     """The generated code calls the operator on the six sums themselves, not on copies of them."""
     from torch._inductor.utils import run_and_get_code
 

@@ -21,8 +21,9 @@ from savant_ray.events import StepDone
 from savant_ray.model.loss import next_token_targets
 from savant_ray.training.efficiency import Peak
 from savant_ray.training.loop import train
+from savant_ray.training.state import new_state
 from savant_ray.training.step import MicroBatch, outlasts, take_step
-from tests.training.tiny import RecordingHost, micro_batch, never, share, shares, tiny_config, tiny_state, weights
+from tests.training.tiny import CPU, RecordingHost, micro_batch, never, share, shares, tiny_config, tiny_state, weights
 
 N = 12
 
@@ -41,44 +42,52 @@ def test_the_split_into_micro_batches_does_not_matter(batch_size: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-def _rank(rank: int, world_size: int, folder: str) -> None:
+def _rank(rank: int, world_size: int, folder: str, backend: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
+    device = CPU if backend == "gloo" else torch.device("cuda", rank)
     config = tiny_config()
-    state = tiny_state(config)
+    state = new_state(config, device)
+
+    def local_batch(first: int, batch_size: int) -> list[MicroBatch]:
+        return [each.to(device) for each in share(first, N, rank, world_size, batch_size)]
+
     results = []
     for k in range(3):
         hurry = rank == world_size - 1 and k == 2
-        mine = share(k * N, N, rank, world_size, config.training.batch_size)
+        mine = local_batch(k * N, config.training.batch_size)
         result = step(state, mine, (lambda: 60.0) if hurry else never)
         results.append((result.loss, result.tokens, result.grad_norm, result.stop))
     final = weights(state)
-    abandoned = step(state, share(3 * N, N, rank, world_size, 1), (lambda: 0.0) if rank == world_size - 1 else never)
+    abandoned = step(state, local_batch(3 * N, 1), (lambda: 0.0) if rank == world_size - 1 else never)
     assert abandoned.abandoned and abandoned.stop and not abandoned.updated
     assert all(torch.equal(final[name], w) for name, w in weights(state).items()), "nothing changed on any rank"
-    torch.save((results, final), f"{folder}/{world_size}-{rank}.pt")
+    torch.save((results, {name: w.cpu() for name, w in final.items()}), f"{folder}/{world_size}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def run_ranks(world_size: int, folder: Path) -> list[tuple[list, dict[str, torch.Tensor]]]:
+def run_ranks(world_size: int, folder: Path, backend: str = "gloo") -> list[tuple[list, dict[str, torch.Tensor]]]:
     folder.mkdir()
-    mp.spawn(_rank, (world_size, str(folder)), nprocs=world_size)
+    mp.spawn(_rank, (world_size, str(folder), backend), nprocs=world_size)
     return [torch.load(folder / f"{world_size}-{rank}.pt") for rank in range(world_size)]
+
+
+def assert_ranks_take_the_same_steps(ranks: list, alone: tuple[list, dict[str, torch.Tensor]]) -> None:
+    for results, final in ranks:
+        assert results == ranks[0][0], "every rank has the same figures"
+        assert all(torch.equal(final[name], ranks[0][1][name]) for name in final), "and the same weights"
+    for mine, one in zip(ranks[0][0], alone[0], strict=True):
+        assert mine == pytest.approx(one, rel=1e-5)
+    for name, tensor in ranks[0][1].items():
+        torch.testing.assert_close(tensor, alone[1][name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_one_two_three_and_five_workers_take_the_same_steps(tmp_path: Path) -> None:
     alone = run_ranks(1, tmp_path / "1")[0]
     for world_size in (2, 3, 5):  # 5 does not divide 12
-        ranks = run_ranks(world_size, tmp_path / str(world_size))
-        for results, final in ranks:
-            assert results == ranks[0][0], "every rank has the same figures"
-            assert all(torch.equal(final[name], ranks[0][1][name]) for name in final), "and the same weights"
-        for mine, one in zip(ranks[0][0], alone[0], strict=True):
-            assert mine == pytest.approx(one, rel=1e-5)
-        for name, tensor in ranks[0][1].items():
-            torch.testing.assert_close(tensor, alone[1][name], rtol=1e-3, atol=1e-4)
+        assert_ranks_take_the_same_steps(run_ranks(world_size, tmp_path / str(world_size)), alone)
 
 
 def _rank_with_a_bad_loss(rank: int, folder: str, bad: bool) -> None:
