@@ -187,9 +187,7 @@ def _limit_allocator(device: torch.device, limit_gb: float) -> float:
     """Set the limit of PyTorch's allocator and return it in GiB."""
     total_gb = _total_gb(device)
     fraction = allocator_fraction(limit_gb, total_gb, outside_allocator_gb(device))
-    torch.cuda.set_per_process_memory_fraction(
-        fraction, device.index
-    )  # for "cuda" without an index: the current device
+    torch.cuda.set_per_process_memory_fraction(fraction, device.index)  # an index of None is the current device
     return fraction * total_gb
 
 

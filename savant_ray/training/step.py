@@ -128,9 +128,9 @@ def take_step(
 ) -> StepResult:
     """Accumulate gradients, reduce them over all ranks, and update the weights.
 
-    Collective: every rank calls it once per step, also with an empty local batch. The local batch is on the state's
-    device. A stop request does not interrupt the
-    step unless the rest of the accumulation would outlast the grace period on some rank.
+    Collective: every rank calls it once per step, also with an empty local batch. The tensors of the local batch are on the
+    state's device. A stop request does not interrupt the step unless the rest of the accumulation would outlast the grace
+    period on some rank.
 
     Raises:
         MemoryCapError: the device has no memory for reducing the gradients or updating the weights.

@@ -126,9 +126,9 @@ def with_bad_losses(bad: list[MicroBatch], value: float) -> Callable[..., torch.
     true_loss = module.cross_entropy_sum
     bad_targets = [next_token_targets(b.tokens_BT, b.document_ids_BT) for b in bad]
 
-    def cross_entropy_sum(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def cross_entropy_sum(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *others: Any) -> torch.Tensor:
         is_bad = any(torch.equal(targets, other) for other in bad_targets)
-        return true_loss(x, head, targets) * (value if is_bad else 1.0)
+        return true_loss(x, head, targets, *others) * (value if is_bad else 1.0)
 
     return cross_entropy_sum
 
