@@ -199,7 +199,7 @@ def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
     targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
     with state.gradients.detached(), autocast(state.precision, state.device):
         x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT)
-        loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT)
+        loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT, state.fit.limit_gb)
     loss.backward()
     state.gradients.sums[LOSS] += loss.detach()
     state.gradients.sums[TOKENS] += (targets_BT != IGNORED).sum()
