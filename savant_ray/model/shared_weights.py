@@ -1,8 +1,8 @@
 """Weights that all loops share, laid out for fast products, with gradients that are summed in fp32 inside the products.
 
-A loop uses the weights that the other loops use. Before the first loop each weight is therefore cast to the dtype of the
-products and laid out once: matrices with the same input become one, and rows and columns of zeros bring a dimension to a
-multiple that a GPU's kernels handle fast. The parameters keep their names and shapes.
+All loops use the same weights. Each weight is therefore cast to the dtype of the products and laid out once, before the
+first loop: matrices with the same input can become one matrix, and a dimension can be padded with zeros to a multiple for
+which a GPU has fast kernels. The parameters keep their names and shapes.
 
 Autograd would compute the gradient of a weight for each loop and add it in another pass over memory. Here the backward pass
 of each product adds the gradient to an fp32 sum, in the same matrix product where the device can (as in Megatron-LM's
@@ -45,7 +45,7 @@ def plain_layout(parameter: Tensor) -> Layout:
 
 
 def shared_weights(layouts: Sequence[Layout], dtype: torch.dtype) -> list[SharedWeight]:
-    """Return each layout's weights in `dtype`, if autograd records with zero gradients in fp32 (fp64 for fp64)."""
+    """Return the weight of each layout in `dtype`; if autograd is on, with a zero gradient in fp32 (in fp64 for fp64)."""
     gradient_dtype = torch.promote_types(dtype, torch.float32)
     weights = []
     for layout in layouts:
@@ -70,7 +70,8 @@ def _laid_out(layout: Layout, dtype: torch.dtype) -> Tensor:
 def with_summed_gradients(x: Tensor, layouts: Sequence[Layout], weights: Sequence[SharedWeight]) -> Tensor:
     """Return x, whose backward pass returns the gradients in `weights` as those of the parameters.
 
-    x is the input of everything that uses the weights, so that its gradient comes last.
+    x is the input of everything that uses the weights, so that its gradient comes last. The sums are right for one backward
+    pass through the graph.
     """
     if all(weight.gradient is None for weight in weights):
         return x
@@ -99,7 +100,7 @@ class _SummedGradients(torch.autograd.Function):
 
 def linear(x: Tensor, weight: SharedWeight, bias: SharedWeight | None = None) -> Tensor:
     """Return `x @ weight.T + bias`, `[..., O]`; the backward pass adds to the gradients in `weight` and `bias`."""
-    if weight.gradient is None:
+    if weight.gradient is None and (bias is None or bias.gradient is None):
         return F.linear(x, weight.value, None if bias is None else bias.value)
     inputs = (x.to(weight.value.dtype), *weight, *(bias or (None, None)))
     out: Tensor = _Linear.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -109,7 +110,12 @@ def linear(x: Tensor, weight: SharedWeight, bias: SharedWeight | None = None) ->
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, weight_gradient: Tensor, bias: Tensor | None, bias_gradient: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        weight_gradient: Tensor | None,
+        bias: Tensor | None,
+        bias_gradient: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         # Not saved as the others: autograd refuses saved tensors that have changed, and each loop changes these.
@@ -120,7 +126,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_NO = grad_out.flatten(0, -2)
-        torch.ops.savant.add_product_(ctx.weight_gradient, grad_NO, x.flatten(0, -2))
+        if ctx.weight_gradient is not None:
+            torch.ops.savant.add_product_(ctx.weight_gradient, grad_NO, x.flatten(0, -2))
         if ctx.bias_gradient is not None:
             ctx.bias_gradient.add_(grad_NO.sum(0, dtype=ctx.bias_gradient.dtype))
         return grad_out @ weight, None, None, None, None

@@ -39,7 +39,7 @@ NORM_EPS = 1e-6
 class Packing(NamedTuple):
     """How whole-sequence passes lay out the weights of the block."""
 
-    ffn_multiple: int = 1  # of which the hidden dimension is one
+    ffn_multiple: int = 1  # the hidden dimension of the feed-forward network is padded to a multiple of it
     one_qkv: bool = False  # one product for queries, keys and values
 
 

@@ -166,6 +166,16 @@ def test_twelve_products_with_a_weight_and_a_bias_add_their_gradients_in_fp32(dt
     assert torch.equal(bias.grad, torch.full((4,), expected))
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_weight_or_bias_gets_no_gradient_and_the_other_its_own(frozen: int) -> None:
+    parameters = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4))]
+    parameters[frozen].requires_grad_(False)
+    layouts = [plain_layout(parameter) for parameter in parameters]
+    shared = shared_weights(layouts, torch.float32)
+    linear(with_summed_gradients(torch.ones(2, 3), layouts, shared), *shared).sum().backward()
+    assert parameters[frozen].grad is None and (parameters[1 - frozen].grad == 2).all()
+
+
 def test_parameters_of_a_layout_get_the_gradients_of_their_part() -> None:
     left, right = (nn.Parameter(torch.randn(2, 3)) for _ in range(2))
     layouts = [Layout((left, right), (5, 3), lambda matrix: (matrix[:2], matrix[3:]))]
