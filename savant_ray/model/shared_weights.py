@@ -125,12 +125,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_NO = grad_out.flatten(0, -2)
+        grad_NO = grad_out.flatten(0, -2)  # for both products, since it is a copy if heads were transposed
         if ctx.weight_gradient is not None:
             torch.ops.savant.add_product_(ctx.weight_gradient, grad_NO, x.flatten(0, -2))
         if ctx.bias_gradient is not None:
             ctx.bias_gradient.add_(grad_NO.sum(0, dtype=ctx.bias_gradient.dtype))
-        return grad_out @ weight, None, None, None, None
+        return (grad_NO @ weight).view_as(x), None, None, None, None
 
 
 def add_product(total_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
