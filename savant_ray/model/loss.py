@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from savant_ray.model.flex import MAX_COMPILED_SHAPES, builds_triton_kernels
+from savant_ray.model.shared_weights import add_product, adds_bf16_products_to_fp32
 
 IGNORED = -100  # marks a position without a target, as in torch.nn.functional.cross_entropy
 CPU_CHUNK_ROWS = 512
@@ -118,7 +119,7 @@ def _chunk(x_CD: Tensor, head_VD: Tensor, targets_C: Tensor, grad_x: Tensor | No
         return _loss_and_exp(logits_CV, targets_C)[0]
     loss, grad_logits = _loss_and_gradient(x_CD.device)(logits_CV, targets_C, x_CD.dtype)
     grad_x.copy_(grad_logits @ head_VD)
-    _add_head_gradient(grad_head, grad_logits, x_CD)
+    add_product(grad_head, grad_logits, x_CD)
     return loss
 
 
@@ -128,18 +129,9 @@ def _fp32_logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
     return (x_CD @ head_VD.mT).float()
 
 
-def _add_head_gradient(grad_head: Tensor, grad_logits: Tensor, x_CD: Tensor) -> None:
-    if _has_fp32_output(x_CD):
-        torch.addmm(grad_head, grad_logits.mT, x_CD, out_dtype=torch.float32, out=grad_head)
-    elif grad_logits.dtype == grad_head.dtype:
-        grad_head.addmm_(grad_logits.mT, x_CD)
-    else:
-        grad_head.add_(grad_logits.mT @ x_CD)
-
-
 def _has_fp32_output(x_CD: Tensor) -> bool:
     """Return whether products can be written in fp32 without rounding them to the inputs' dtype first."""
-    return x_CD.is_cuda and x_CD.dtype == torch.bfloat16
+    return x_CD.is_cuda and x_CD.dtype == torch.bfloat16 and adds_bf16_products_to_fp32(x_CD.device)
 
 
 @functools.cache

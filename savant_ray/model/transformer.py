@@ -11,7 +11,9 @@ Shapes: B batch, T time, S visible keys, D dim, H heads, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,28 @@ from savant_ray.config import ModelConfig
 from savant_ray.model.attention import Mask, attend, build_masks
 from savant_ray.model.kv_cache import KeyValueCache
 from savant_ray.model.rotary import RotaryEmbedding, apply_rotary, rotary_embedding
+from savant_ray.model.shared_weights import (
+    Layout,
+    SharedWeight,
+    linear,
+    plain_layout,
+    shared_weights,
+    with_summed_gradients,
+)
 
 NORM_EPS = 1e-6
+
+
+class Packing(NamedTuple):
+    """How whole-sequence passes lay out the weights of the block."""
+
+    ffn_multiple: int = 1  # the hidden dimension of the feed-forward network is padded to a multiple of it
+    one_qkv: bool = False  # one product for queries, keys and values
+
+
+# On an H100 products with 2,730 columns, the hidden dimension at dim 1024, take twice as long as with 2,752. A CPU gains
+# nothing from either.
+PACKING = {"cuda": Packing(ffn_multiple=64, one_qkv=True)}
 CacheReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (new keys, new values) -> (all visible keys, values)
 
 
@@ -71,16 +93,14 @@ class UniversalTransformer(nn.Module):
         """Yield the residual stream `[B, T, D]` before the first loop and after each loop."""
         masks = build_masks(document_ids_BT, self.config.window_size, self.config.head_dim)
         rope = self.rope(0, tokens_BT)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD, weights = self.recurrent_block.prepare(self.embed(tokens_BT))
         yield x_BTD
         for loop in range(n_loops or self.config.n_loops):
-            mask = masks.for_loop(self.is_global(loop))
+            inputs = (x_BTD, masks.for_loop(self.is_global(loop)), rope, None, weights)
             if self.recompute_loops and torch.is_grad_enabled():
-                x_BTD = checkpoint(
-                    self.recurrent_block, x_BTD, mask, rope, use_reentrant=False, preserve_rng_state=False
-                )
+                x_BTD = checkpoint(self.recurrent_block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTD = self.recurrent_block(x_BTD, mask, rope)
+                x_BTD = self.recurrent_block(*inputs)
             yield x_BTD
 
     def decode(self, tokens_BT: Tensor, cache: KeyValueCache, n_loops: int | None = None) -> Tensor:
@@ -91,11 +111,11 @@ class UniversalTransformer(nn.Module):
         n_new = tokens_BT.shape[1]
         masks = cache.begin(n_new)
         rope = self.rope(cache.position_1, tokens_BT)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD, weights = self.embed(tokens_BT), self.recurrent_block.plain_weights()
         for loop in range(n_loops or self.config.n_loops):
             # `.forward` bypasses a compiled block, which would recompile for each length of the cache.
             reader = functools.partial(cache.append, loop)
-            x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), rope, reader)
+            x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), rope, reader, weights)
         cache.advance(n_new)
         logits_BV: Tensor = self.head(self.ln_f(x_BTD[:, -1]))
         return logits_BV
@@ -121,6 +141,19 @@ class UniversalTransformer(nn.Module):
         return (loop + 1) % self.config.global_every == 0
 
 
+class BlockWeights(NamedTuple):
+    """Matrices and biases of the recurrent block as its products use them; norms are used as they are."""
+
+    qkv: tuple[SharedWeight, ...]  # one matrix [3 D, D] or three [D, D]
+    attn_out: SharedWeight
+    attn_gate: SharedWeight
+    attn_gate_bias: SharedWeight
+    ffn_in: SharedWeight  # values above gates; each half may end with rows of zeros
+    ffn_out: SharedWeight  # may end with columns of zeros
+    ffn_gate: SharedWeight
+    ffn_gate_bias: SharedWeight
+
+
 class RecurrentBlock(nn.Module):
     """Attention and feed-forward network, each with a liquid gate; `[B, T, D]` -> `[B, T, D]`."""
 
@@ -135,11 +168,65 @@ class RecurrentBlock(nn.Module):
         self.liquid_gate_ffn = nn.Linear(config.dim, config.dim)
 
     def forward(
-        self, x_BTD: Tensor, mask: Mask, rope: RotaryEmbedding | None = None, reader: CacheReader | None = None
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        rope: RotaryEmbedding | None = None,
+        reader: CacheReader | None = None,
+        weights: BlockWeights | None = None,
     ) -> Tensor:
-        """Apply one loop to whole sequences, or to new tokens whose keys and values `reader` adds to a cache."""
-        x_BTD = self.attn(x_BTD, mask, rope, reader)
-        return liquid_update(x_BTD, self.ffn(self.ln_ffn(x_BTD)), self.liquid_gate_ffn, reader is not None)
+        """Apply one loop to whole sequences, or to new tokens whose keys and values `reader` adds to a cache.
+
+        Whole sequences take the weights of `prepare`; without `weights` the parameters are used as they are.
+        """
+        weights = weights or self.plain_weights()
+        x_BTD = self.attn(x_BTD, mask, rope, reader, weights)
+        hidden = swiglu(linear(self.ln_ffn(x_BTD), weights.ffn_in))
+        out_BTD = linear(hidden, weights.ffn_out)
+        return liquid_update(x_BTD, out_BTD, weights.ffn_gate, weights.ffn_gate_bias, reader is not None)
+
+    def plain_weights(self) -> BlockWeights:
+        """Return the parameters as they are, without a copy."""
+        attn, ffn_gate = self.attn, self.liquid_gate_ffn
+        ffn_in, ffn_out = self.ffn.parameters()
+        qkv = tuple(SharedWeight(projection.weight) for projection in attn.projections())
+        others = (
+            *(attn.o_proj.weight, attn.liquid_gate.weight, attn.liquid_gate.bias),
+            *(ffn_in, ffn_out, ffn_gate.weight, ffn_gate.bias),
+        )
+        return BlockWeights(qkv, *(SharedWeight(parameter) for parameter in others))
+
+    def prepare(self, x_BTD: Tensor) -> tuple[Tensor, BlockWeights]:
+        """Return the input of the first loop and the weights for all loops, in the dtype of products.
+
+        Gradients of the parameters arrive when the backward pass has reached the returned input.
+        """
+        dtype, device = self.attn.q_proj.weight.dtype, x_BTD.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        qkv, others = self.layouts(PACKING.get(device, Packing()))
+        layouts = qkv + others
+        weights = shared_weights(layouts, dtype)
+        block_weights = BlockWeights(tuple(weights[: len(qkv)]), *weights[len(qkv) :])
+        return with_summed_gradients(x_BTD, layouts, weights), block_weights
+
+    def layouts(self, packing: Packing) -> tuple[list[Layout], list[Layout]]:
+        """Return the layouts of `BlockWeights.qkv` and of the other weights in their order."""
+        attn, (ffn_in, ffn_out) = self.attn, self.ffn.parameters()
+        dim, hidden_dim = ffn_out.shape
+        padded_dim = math.ceil(hidden_dim / packing.ffn_multiple) * packing.ffn_multiple
+        halves = (2, padded_dim)
+        qkv = tuple(projection.weight for projection in attn.projections())
+        one_matrix = Layout(qkv, (3 * dim, dim), lambda m: m.split(dim))
+        return [one_matrix] if packing.one_qkv else [plain_layout(weight) for weight in qkv], [
+            plain_layout(attn.o_proj.weight),
+            plain_layout(attn.liquid_gate.weight),
+            plain_layout(attn.liquid_gate.bias),
+            Layout((ffn_in,), (2 * padded_dim, dim), lambda m: (m.unflatten(0, halves)[:, :hidden_dim],)),
+            Layout((ffn_out,), (dim, padded_dim), lambda m: (m[:, :hidden_dim],)),
+            plain_layout(self.liquid_gate_ffn.weight),
+            plain_layout(self.liquid_gate_ffn.bias),
+        ]
 
 
 class LiquidAttention(nn.Module):
@@ -156,17 +243,22 @@ class LiquidAttention(nn.Module):
         self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.liquid_gate = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x_BTD: Tensor, mask: Mask, rope: RotaryEmbedding | None, reader: CacheReader | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, mask: Mask, rope: RotaryEmbedding | None, reader: CacheReader | None, weights: BlockWeights
+    ) -> Tensor:
         """Return the residual stream `[B, T, D]` after attention."""
-        normed = self.ln(x_BTD)
-        q, k, v = (self._heads(projection(normed)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        normed, dim = self.ln(x_BTD), x_BTD.shape[2]
+        q, k, v = (self._heads(out) for matrix in weights.qkv for out in linear(normed, matrix).split(dim, dim=2))
         if rope is not None:
             q, k = apply_rotary(q, rope), apply_rotary(k, rope)
         if reader is not None:
             k, v = reader(k, v)
-        out_BHTD = attend(q, k, v, mask, self.soft_cap)
-        out_BTD = self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
-        return liquid_update(x_BTD, out_BTD, self.liquid_gate, reader is not None)
+        out_BTD = linear(attend(q, k, v, mask, self.soft_cap).transpose(1, 2).flatten(2), weights.attn_out)
+        return liquid_update(x_BTD, out_BTD, weights.attn_gate, weights.attn_gate_bias, reader is not None)
+
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Return the projections to queries, keys and values."""
+        return self.q_proj, self.k_proj, self.v_proj
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         heads_BTHD: Tensor = x_BTD.unflatten(2, (self.n_heads, -1))
@@ -174,20 +266,27 @@ class LiquidAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`silu(gate) * value`, where value and gate are the halves of the last dimension (arXiv 2002.05202)."""
+    """`swiglu` as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., 2 h]` to `[..., h]`."""
-        value, gate = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return swiglu(x)
 
 
-def liquid_update(r_BTD: Tensor, out_BTD: Tensor, gate: nn.Linear, decoding: bool = False) -> Tensor:
+def swiglu(x: Tensor) -> Tensor:
+    """Return `silu(gate) * value`, `[..., h]`, of the halves value and gate of `[..., 2 h]` (arXiv 2002.05202)."""
+    value, gate = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def liquid_update(
+    r_BTD: Tensor, out_BTD: Tensor, gate: SharedWeight, bias: SharedWeight, decoding: bool = False
+) -> Tensor:
     """Return `(1 - a) r + a out` with `a = sigmoid(gate(r))`, `[B, T, D]`.
 
     Decoding calls one kernel for it instead of four; launching them is most of its time. Rounding differs.
     """
-    a = torch.sigmoid(gate(r_BTD))
+    a = torch.sigmoid(linear(r_BTD, gate, bias))
     if decoding:
         return torch.lerp(r_BTD, out_BTD.to(r_BTD.dtype), a.to(r_BTD.dtype))
     return (1 - a) * r_BTD + a * out_BTD

@@ -13,10 +13,12 @@ subtracted.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import resource
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
@@ -33,6 +35,8 @@ Precision = str  # "bf16" | "bf16-mixed" | "fp32", checked by savant_ray.config
 Result = TypeVar("Result")
 
 GIB = 1024**3
+# Micro-batches that a GPU has in its queue at most: one that it computes, and others so that it never waits for the host.
+MAX_IN_FLIGHT = 3
 MARGIN_GB = 0.1  # GiB, for kernels that are loaded later
 # Without NVML the memory of other processes cannot be separated from this one's, so the estimate is limited to what a
 # CUDA context (about 0.5 GiB) and NCCL (0.5 to 1.6 GiB, nccl #864 and #964) take.
@@ -77,6 +81,34 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished its queue, so that its time is measured in the phase that caused it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class LaunchQueue:
+    """The work of a step that has been launched on a device, and how much of it is finished.
+
+    A GPU computes after the call that launches the work has returned. The queue is short, so that the time until a stop is,
+    too, and the time that finished work took says how long the rest will take. A CPU has finished when the call returns.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.finished = 0
+        self._device = device
+        self._unfinished: deque[torch.cuda.Event] = deque()
+
+    def wait_for_room(self) -> None:
+        """Wait until less than `MAX_IN_FLIGHT` launches are unfinished."""
+        while len(self._unfinished) >= MAX_IN_FLIGHT:
+            self._unfinished.popleft().synchronize()
+            self.finished += 1
+
+    def add(self) -> None:
+        """Count what has been launched since the last call as one launch."""
+        if self._device.type != "cuda":
+            self.finished += 1
+            return
+        event = torch.cuda.Event(blocking=True)  # waits without using a processor
+        event.record(torch.cuda.current_stream(self._device))
+        self._unfinished.append(event)
 
 
 def compile_block(
@@ -155,9 +187,7 @@ def _limit_allocator(device: torch.device, limit_gb: float) -> float:
     """Set the limit of PyTorch's allocator and return it in GiB."""
     total_gb = _total_gb(device)
     fraction = allocator_fraction(limit_gb, total_gb, outside_allocator_gb(device))
-    torch.cuda.set_per_process_memory_fraction(
-        fraction, device.index
-    )  # for "cuda" without an index: the current device
+    torch.cuda.set_per_process_memory_fraction(fraction, device.index)  # an index of None is the current device
     return fraction * total_gb
 
 
@@ -199,13 +229,19 @@ def peak_memory_gb(device: torch.device) -> float:
 def _held_by_process(device: torch.device) -> int | None:
     """Return bytes, or None if NVML is missing or does not list this process, as in some containers."""
     try:
-        pynvml.nvmlInit()
+        _initialize_nvml()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:
+        _initialize_nvml.cache_clear()
         return None
     held = {process.pid: process.usedGpuMemory for process in processes}
     return held.get(os.getpid())
+
+
+@functools.cache  # once per process
+def _initialize_nvml() -> None:
+    pynvml.nvmlInit()
 
 
 class DeviceMemoryError(RuntimeError):

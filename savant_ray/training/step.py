@@ -5,6 +5,10 @@ global number of tokens comes last. The result therefore does not depend on how 
 micro-batches, and a skipped micro-batch needs no correction. Nothing of a step is applied before its end, so when one rank
 runs out of device memory, all ranks can discard the step and repeat it with smaller micro-batches.
 
+Nothing between the micro-batches waits for a GPU's results: their losses are read once, after the last one. A rank on which
+one is not finite discards its sums and accumulates its other micro-batches again. A mask could not undo an addition, so it
+would need a second buffer of 4 bytes a weight and a pass over both for each micro-batch.
+
 Shapes: B sequences of a micro-batch, T time, N sequences of a local batch.
 """
 
@@ -25,7 +29,13 @@ from savant_ray.config import Config
 from savant_ray.data.token_cache import Sequences
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.optim.gradients import clip_to_mean
-from savant_ray.training.device import autocast, none_on_oom, raise_memory_cap_error_on_oom, synchronize
+from savant_ray.training.device import (
+    LaunchQueue,
+    autocast,
+    none_on_oom,
+    raise_memory_cap_error_on_oom,
+    synchronize,
+)
 from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.state import LOSS, SKIPPED, TOKENS, TrainingState
 
@@ -118,16 +128,16 @@ def take_step(
 ) -> StepResult:
     """Accumulate gradients, reduce them over all ranks, and update the weights.
 
-    Collective: every rank calls it once per step, also with an empty local batch. The local batch is on the state's
-    device. A stop request does not interrupt the
-    step unless the rest of the accumulation would outlast the grace period on some rank.
+    Collective: every rank calls it once per step, also with an empty local batch. The tensors of the local batch are on the
+    state's device. A stop request does not interrupt the step unless the rest of the accumulation would outlast the grace
+    period on some rank.
 
     Raises:
         MemoryCapError: the device has no memory for reducing the gradients or updating the weights.
     """
     started = time.perf_counter()
-    state.gradients.zero()
-    accumulated = accumulate(state, local_batch, grace_left)
+    parts = [part for micro_batch in local_batch for part in micro_batch.parts(state.fit.rows)]
+    accumulated = accumulate(state, parts, grace_left)
     sums = state.gradients.sums
     flags = [len(accumulated.skipped), grace_left() is not None, accumulated.abandoned, accumulated.out_of_memory]
     sums[SKIPPED:] = torch.tensor(flags, dtype=sums.dtype)
@@ -156,37 +166,44 @@ def take_step(
     )
 
 
-def accumulate(state: TrainingState, local_batch: Sequence[MicroBatch], grace_left: GraceLeft) -> Accumulated:
-    """Add gradients, loss and token count of the local batch to the buffer, in micro-batches of `state.fit.rows`."""
-    parts = [part for micro_batch in local_batch for part in micro_batch.parts(state.fit.rows)]
-    skipped: list[Skipped] = []
-    started = time.perf_counter()
-    for done, micro_batch in enumerate(parts):
-        if outlasts(grace_left(), time.perf_counter() - started, done, len(parts)):
-            return Accumulated(tuple(skipped), abandoned=True)
+def accumulate(
+    state: TrainingState, parts: Sequence[MicroBatch], grace_left: GraceLeft, skipped: tuple[Skipped, ...] = ()
+) -> Accumulated:
+    """Set the buffer to gradients, loss and token count of the micro-batches; leave out those whose loss is not finite.
+
+    `skipped` are micro-batches that have been left out before.
+    """
+    state.gradients.zero()
+    queue, losses, started = LaunchQueue(state.device), [], time.perf_counter()
+    for micro_batch in parts:
+        queue.wait_for_room()
+        if outlasts(grace_left(), time.perf_counter() - started, queue.finished, len(parts)):
+            return Accumulated(skipped, abandoned=True)
         loss = none_on_oom(partial(add_gradients, state, micro_batch), state.device)
         if loss is None:
-            return Accumulated(tuple(skipped), out_of_memory=True)
-        if not math.isfinite(loss):
-            skipped.append(Skipped(micro_batch.positions, loss))
-    return Accumulated(tuple(skipped))
+            return Accumulated(skipped, out_of_memory=True)
+        losses.append(loss)
+        queue.add()
+    values = none_on_oom(lambda: torch.stack(losses).tolist() if losses else [], state.device)
+    if values is None:
+        return Accumulated(skipped, out_of_memory=True)
+    bad = [Skipped(part.positions, loss) for part, loss in zip(parts, values, strict=True) if not math.isfinite(loss)]
+    if not bad:
+        return Accumulated(skipped)
+    finite = [part for part, loss in zip(parts, values, strict=True) if math.isfinite(loss)]
+    return accumulate(state, finite, grace_left, (*skipped, *bad))
 
 
-def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> float:
-    """Run one forward and backward pass into the buffer and return the loss sum in nats.
-
-    A loss that is not finite adds nothing.
-    """
+def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
+    """Launch one forward and backward pass into the buffer and return the loss sum in nats, a 0-d tensor on the device."""
     targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
     with state.gradients.detached(), autocast(state.precision, state.device):
         x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT)
         loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT, state.fit.limit_gb)
-    value = loss.item()
-    if math.isfinite(value):
-        loss.backward()
-        state.gradients.sums[LOSS] += value
-        state.gradients.sums[TOKENS] += (targets_BT != IGNORED).sum()
-    return value
+    loss.backward()
+    state.gradients.sums[LOSS] += loss.detach()
+    state.gradients.sums[TOKENS] += (targets_BT != IGNORED).sum()
+    return loss.detach()
 
 
 def outlasts(grace_left: float | None, elapsed: float, done: int, total: int) -> bool:

@@ -58,7 +58,7 @@ def reference_logits(w: dict[str, Tensor], tokens: Tensor, documents: Tensor, c:
 
 
 @pytest.mark.parametrize("window_size", [1, 6, 64])
-def test_the_model_is_the_designs_model_to_1e_5(window_size: int) -> None:
+def test_the_model_computes_the_reference_to_1e_5(window_size: int) -> None:
     config = ModelConfig(**(SMALL | {"window_size": window_size}))
     torch.manual_seed(0)
     model = UniversalTransformer(config)

@@ -67,7 +67,7 @@ def test_split_bf16_weights_take_the_updates_of_torch_adamw_in_fp32(learning_rat
         assert torch.equal(p, split(full.detach())[0])
 
 
-def test_at_2e_5_split_weights_move_and_plain_bf16_weights_hardly_do() -> None:
+def test_at_2e_5_split_weights_change_and_plain_bf16_weights_hardly_do() -> None:
     optimizer, params = split_optimizer()
     before = [optimizer.master(p).clone() for p in params]
     train(optimizer, params, range(100))
@@ -85,7 +85,7 @@ def test_at_2e_5_split_weights_move_and_plain_bf16_weights_hardly_do() -> None:
     assert max((p != b).float().mean() for p, b in zip(plain, plain_before, strict=True)) < 0.2
 
 
-def test_a_reloaded_optimizer_goes_on_bit_for_bit() -> None:
+def test_a_reloaded_optimizer_continues_bit_for_bit() -> None:
     straight, straight_params = split_optimizer()
     train(straight, straight_params, range(20))
 

@@ -50,7 +50,7 @@ def test_the_singular_values_of_a_direction_are_about_one(shape: tuple[int, ...]
     assert (direction * (u @ vh)).sum() / (direction.norm() * (u @ vh).norm()) > 0.95
 
 
-def test_an_update_has_the_size_of_adamws_and_vectors_are_adamws() -> None:
+def test_an_update_has_the_size_of_adamws_and_vectors_are_updated_by_adamw() -> None:
     optimizer, params = muon()
     before = [p.detach().clone() for p in params]
     adamw_param = nn.Parameter(before[2].clone())
@@ -72,7 +72,7 @@ def test_bf16_weights_take_the_updates_of_fp32_weights() -> None:
         assert q.dtype == torch.bfloat16 and torch.equal(p.data, split.master(q))
 
 
-def test_a_reloaded_optimizer_goes_on_bit_for_bit() -> None:
+def test_a_reloaded_optimizer_continues_bit_for_bit() -> None:
     straight, straight_params = muon(torch.bfloat16)
     train(straight, straight_params, range(6))
     first, first_params = muon(torch.bfloat16)
@@ -96,7 +96,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
         optimizer.load_state_dict(AdamW(params, **SETTINGS).state_dict())
 
 
-def test_rows_that_never_had_a_gradient_are_known() -> None:
+def test_rows_that_never_had_a_gradient_are_reported() -> None:
     optimizer, params = muon()
     for p in params:
         p.grad = torch.ones_like(p)

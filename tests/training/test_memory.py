@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from types import SimpleNamespace
 
 import pynvml
@@ -94,6 +95,26 @@ def test_nvml_that_is_missing_or_does_not_see_the_process_knows_nothing(monkeypa
     other = SimpleNamespace(pid=-1, usedGpuMemory=5)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: [other])
     assert device_module._held_by_process(CUDA) is None
+
+
+def test_nvml_is_initialized_once_and_again_only_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def handle(uuid: str) -> str:
+        calls.append("handle")
+        if len(calls) == 2:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
+        return uuid
+
+    mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=5)
+    device_module._initialize_nvml.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7"))
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: calls.append("init"))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: [mine])
+    assert [device_module._held_by_process(CUDA) for _ in range(3)] == [None, 5, 5]
+    assert calls == ["init", "handle", "init", "handle", "handle"]
+    device_module._initialize_nvml.cache_clear()
 
 
 def test_after_the_first_step_what_libraries_took_is_taken_off_and_the_cache_beyond_it_given_back(

@@ -39,7 +39,7 @@ def fresh() -> TrainingState:
     return tiny_state(tiny_config())
 
 
-def test_everything_of_the_same_model_is_taken_over_without_a_word() -> None:
+def test_a_checkpoint_of_the_same_model_is_restored_completely_without_a_note() -> None:
     state, content = fresh(), trained()
     assert state.load_checkpoint(content) == []
     assert (state.step, state.position) == (3, 36)
@@ -76,7 +76,7 @@ def of_another_shape(content: dict[str, Any]) -> None:
         (of_another_shape, "exp_avg of parameter 0 has another shape"),
     ],
 )
-def test_an_optimizer_state_that_does_not_fit_is_named_and_a_fresh_one_taken(
+def test_an_optimizer_state_that_does_not_fit_is_reported_and_initialized(
     change: Callable[[dict[str, Any]], None], named: str
 ) -> None:
     state, content = fresh(), trained()
@@ -88,7 +88,7 @@ def test_an_optimizer_state_that_does_not_fit_is_named_and_a_fresh_one_taken(
     assert (state.step, state.position) == (3, 36)
 
 
-def test_parts_added_to_or_taken_from_the_model_are_named_and_the_rest_is_kept() -> None:
+def test_added_and_removed_weights_are_reported_and_the_others_restored() -> None:
     state, content = fresh(), trained()
     before = weights(state)[HEAD]
     content["model_state_dict"]["gone.weight"] = content["model_state_dict"].pop(HEAD)
@@ -108,13 +108,15 @@ def test_weights_of_another_shape_are_refused_unless_changes_are_allowed() -> No
     assert all(fact in notes[0] for fact in ("head.weight", "[49, 16]", "[50, 16]"))
 
 
-def test_a_schedule_that_stood_elsewhere_goes_on_at_the_step() -> None:
+def test_a_saved_schedule_at_another_step_continues_at_the_checkpoints_step() -> None:
     state, content = fresh(), trained()
     content["scheduler_state_dict"]["last_epoch"] = 7
     assert state.load_checkpoint(content) == ["the saved schedule is at 7; it continues at step 3"]
 
 
-def test_a_copy_of_bf16_weights_joins_one_at_a_time_and_is_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_of_bf16_weights_joins_one_weight_at_a_time_and_equals_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     state = tiny_state(tiny_config(precision="bf16"))
     take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     expected, master = state.to_checkpoint(), state.optimizer.master
@@ -134,7 +136,7 @@ def test_a_copy_of_bf16_weights_joins_one_at_a_time_and_is_the_checkpoint(monkey
     assert files[0].getvalue() == files[1].getvalue()
 
 
-def test_a_second_copy_takes_the_place_of_the_first_and_is_the_state_as_it_is_then() -> None:
+def test_a_second_copy_reuses_the_memory_of_the_first_and_equals_the_current_state() -> None:
     config = tiny_config()
     state = tiny_state(config)
     copies = HostCopy()
@@ -150,7 +152,7 @@ def test_a_second_copy_takes_the_place_of_the_first_and_is_the_state_as_it_is_th
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_first_copy_into_room_that_was_made_for_it_is_the_state(precision: str) -> None:
+def test_a_first_copy_into_allocated_memory_equals_the_state(precision: str) -> None:
     state = tiny_state(tiny_config(precision=precision))
     copies = HostCopy()
     copies.allocate(state)
@@ -166,7 +168,7 @@ def test_a_first_copy_into_room_that_was_made_for_it_is_the_state(precision: str
     assert counters == {name: copies._content["savant"][name] for name in counters}
 
 
-def test_the_first_step_waits_for_no_compiler_of_symbolic_shapes() -> None:
+def test_the_first_step_does_not_import_the_compiler() -> None:
     """PyTorch imports SymPy for some operators on meta tensors, which would delay the first step by a second."""
     script = (
         "import sys\n"

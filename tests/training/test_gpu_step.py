@@ -1,0 +1,129 @@
+"""What only a GPU does in a step: products that add to fp32 sums, a queue of micro-batches, and collectives by NCCL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import savant_ray.training.step as step_module
+from savant_ray.config import Config
+from savant_ray.model import shared_weights
+from savant_ray.model.shared_weights import add_product, adds_bf16_products_to_fp32
+from savant_ray.training.device import MAX_IN_FLIGHT, LaunchQueue, compile_block
+from savant_ray.training.state import TrainingState, new_state
+from savant_ray.training.step import MicroBatch, add_gradients, take_step
+from tests.training.test_step import assert_ranks_take_the_same_steps, run_ranks, with_bad_losses
+from tests.training.tiny import MODEL, never, share, tiny_config, weights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+CUDA = torch.device("cuda")
+CONFIG = Config.from_dict(tiny_config().to_dict() | {"model": MODEL | {"dim": 128}})  # heads of 64, 341 wide
+
+
+def on_gpu(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    return [micro_batch.to(CUDA) for micro_batch in micro_batches]
+
+
+def test_a_bf16_product_is_added_to_an_fp32_sum_without_being_rounded() -> None:
+    assert adds_bf16_products_to_fp32(CUDA), "otherwise gradients are added in a pass of their own"
+    torch.manual_seed(0)
+    left, right = (torch.randn(4096, n, device=CUDA).bfloat16() for n in (344, 256))
+    total = torch.randn(344, 256, device=CUDA)
+    expected, address = total.double() + left.double().mT @ right.double(), total.data_ptr()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    add_product(total, left, right)
+    assert total.data_ptr() == address
+    error = (total.double() - expected).norm() / expected.norm()
+    assert error < 1e-5, "bf16 alone would round by 2e-3"
+    assert torch.cuda.max_memory_allocated() - before < 344 * 256 * 4, "no temporary of the size of the sum"
+
+
+@pytest.fixture
+def without_mixed_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def missing(*_: object) -> None:
+        raise RuntimeError("not implemented")
+
+    adds_bf16_products_to_fp32.cache_clear()
+    monkeypatch.setattr(shared_weights, "_add_bf16_product", missing)
+    yield
+    adds_bf16_products_to_fp32.cache_clear()
+
+
+@pytest.mark.usefixtures("without_mixed_products")
+def test_without_such_products_a_warning_is_shown_and_the_sum_is_right_to_bf16() -> None:
+    left, right = (torch.randn(64, 32, device=CUDA).bfloat16() for _ in range(2))
+    total = torch.randn(32, 32, device=CUDA)
+    expected = total + (left.mT @ right).float()
+    with pytest.warns(UserWarning, match="cannot add a bf16 product to an fp32 matrix"):
+        add_product(total, left, right)
+    torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_a_compiled_step_has_the_gradients_of_an_uncompiled_one(precision: str, recompute: bool) -> None:
+    gradients = []
+    for compiled in (False, True):
+        state = new_state(CONFIG, CUDA, precision)
+        state.model.recompute_loops = recompute
+        compile_block(state.model, compiled, CUDA, precision)
+        take_step(state, on_gpu(share(0, 12, 0, 1, 4)), 0.0, 1.0, never)
+        gradients.append(state.gradients.gradients.clone())
+    assert (gradients[1] - gradients[0]).norm() < 2e-2 * gradients[0].norm()
+
+
+def test_a_micro_batch_is_launched_without_a_wait_for_the_gpu() -> None:
+    state, (micro_batch, *_) = new_state(CONFIG, CUDA, "bf16"), on_gpu(share(0, 12, 0, 1, 4))
+    compile_block(state.model, "auto", CUDA, "bf16")
+    add_gradients(state, micro_batch)  # compiles, and tries products
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        add_gradients(state, micro_batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_few_micro_batches_are_in_the_queue_and_finished_ones_are_counted() -> None:
+    queue = LaunchQueue(CUDA)
+    for launched in range(8):
+        queue.wait_for_room()
+        assert launched - queue.finished < MAX_IN_FLIGHT
+        torch.cuda._sleep(50_000_000)  # clock cycles, about 30 ms
+        queue.add()
+    assert queue.finished == 8 - MAX_IN_FLIGHT
+
+
+@pytest.mark.parametrize("bad", [(0,), (2,), (0, 1, 2)])
+def test_bad_micro_batches_are_left_out_on_a_gpu_as_well(bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    micro_batches = on_gpu(share(0, 12, 0, 1, 4))
+    states: list[TrainingState] = []
+    results = []
+    for is_bad in (True, False):
+        states.append(new_state(CONFIG, CUDA, "bf16"))
+        chosen = [micro_batches[i] for i in bad]
+        with monkeypatch.context() as patch:
+            if is_bad:
+                patch.setattr(step_module, "cross_entropy_sum", with_bad_losses(chosen, math.nan))
+            batch = micro_batches if is_bad else [b for i, b in enumerate(micro_batches) if i not in bad]
+            results.append(take_step(states[-1], batch, 1e-2, 1.0, never))
+    assert [skipped.positions for skipped in results[0].skipped_locally] == [micro_batches[i].positions for i in bad]
+    assert results[0].updated == results[1].updated == (len(bad) < 3)
+    for found, expected in zip(*(weights(state).values() for state in states), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_with_nccl_take_the_steps_of_one(tmp_path: Path) -> None:
+    alone = run_ranks(1, tmp_path / "1", "nccl")[0]
+    assert_ranks_take_the_same_steps(run_ranks(2, tmp_path / "2", "nccl"), alone)
