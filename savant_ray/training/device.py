@@ -19,11 +19,12 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import pynvml
 import torch
+from torch import Tensor
 
 from savant_ray.errors import MemoryCapError, SavantError
 from savant_ray.model.flex import MAX_COMPILED_SHAPES, has_python_headers
@@ -98,14 +99,28 @@ def compile_block(
     return "compiling the model: the first step takes up to a minute longer"
 
 
-@contextmanager
-def uncompiled(model: UniversalTransformer) -> Iterator[None]:
-    """Run the recurrent block without its compiled graph.
+def runs_compiled(model: UniversalTransformer, device: torch.device) -> bool:
+    """Return whether `torch.compile` produced the kernels of a loop: for the block, or for its attention on a GPU."""
+    return model.recurrent_block._compiled_call_impl is not None or device.type != "cpu"
 
-    Attention stays compiled on a GPU: the stance "force_eager" would compute all scores at once.
+
+@contextmanager
+def training_graph(model: UniversalTransformer) -> Iterator[None]:
+    """Run forward passes without gradients through the graph that is compiled for training.
+
+    A loop without gradients is another graph for the compiler, which takes 14 s for the default model (H100). Here each
+    loop runs as in a training step, and its activations are freed when it returns. Nothing is compiled if inputs have
+    the shape of a training step's, autocast is as in training, and gradients are detached (`GradientBuffer.detached`).
     """
     block = model.recurrent_block
-    compiled, block._compiled_call_impl = block._compiled_call_impl, None
+    compiled = block._compiled_call_impl
+
+    def run(x_BTD: Tensor, *others: Any) -> Tensor:
+        with torch.enable_grad():
+            out_BTD: Tensor = (compiled or block._call_impl)(x_BTD.detach().requires_grad_(), *others)
+        return out_BTD.detach()
+
+    block._compiled_call_impl = run
     try:
         yield
     finally:

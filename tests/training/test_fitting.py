@@ -317,10 +317,10 @@ def validated(state: TrainingState, config: Config) -> list[Event]:
     return events
 
 
-def validator(config: Config, events: list[Event]) -> Validator:
+def validator(config: Config, events: list[Event], step_sequences: int | None = None) -> Validator:
     return Validator(
         config, tiny_tokenizer(), share(0, 12, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
-        stop_requested=lambda: False,
+        stop_requested=lambda: False, step_sequences=step_sequences,
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from savant_ray.config import Config
+from savant_ray.evaluation.loss import loss_sums
+from savant_ray.events import Event, ValidationDone
 from savant_ray.inference.generate import Sampling, generate
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.flex import has_flex
@@ -19,6 +21,7 @@ from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import step_with_oom_retry
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, take_step
+from tests.training.test_fitting import validator
 from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, tiny_config, weights
 
 pytestmark = [
@@ -169,6 +172,31 @@ def test_the_guides_model_takes_a_step_of_twelve_sequences_below_10_gib(compiled
     result = step_with_oom_retry(state, share, 2e-5, 1.0, RecordingHost())
     assert result.updated and memory_used_gb(device) < 10.0
     assert not torch.equal(weights(state)["embed.weight"][:10].cpu(), before)
+
+
+@pytest.mark.skipif(not FLEX, reason="flex_attention needs g++, Python.h and compute capability 8.0")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_validation_compiles_nothing_that_training_does_not(recompute: bool, compiled: bool) -> None:
+    """Neither the block nor, if it is not compiled, its attention; and it has the loss of a forward pass."""
+    config = Config.from_dict(
+        config_with(head_dim=16).to_dict()
+        | {"training": tiny_config(precision="bf16", recompute_loops=recompute).to_dict()["training"]}
+    )
+    torch._dynamo.reset()
+    state = new_state(config, CUDA)
+    compile_block(state.model, compiled, CUDA, state.precision)
+    for first in (0, 12):
+        take_step(state, on(CUDA, share(first, 12, 0, 1, 4)), 1e-2, 1.0, never)
+    before = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    events: list[Event] = []
+    validator(config, events)(state)
+    assert int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == before > 0
+    batches = [(part.tokens_BT, part.document_ids_BT) for part in on(CUDA, share(0, 12, 0, 1, 4))]
+    loss, tokens = loss_sums(state.model, batches).tolist()
+    assert [event.validation_loss for event in events if isinstance(event, ValidationDone)] == pytest.approx(
+        [loss / tokens], rel=1e-2
+    )
 
 
 def test_a_copy_of_bf16_weights_takes_one_joined_tensor_of_device_memory() -> None:
