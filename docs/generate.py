@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from pydantic import BaseModel
+
 import savant_ray
 from savant_ray import api, config, errors, events
 from savant_ray.cli import INTERRUPTED
 from savant_ray.commands import COMMANDS
-from savant_ray.config import Config, SourceConfig, section_meanings, setting_rows
+from savant_ray.config import Config, ProfileConfig, SourceConfig, section_meanings, setting_rows
 from savant_ray.settings.yaml_text import show
 from tests.tracked_files import tracked_files
 
@@ -84,18 +86,25 @@ def settings() -> str:
         heading = f"## {section}\n\n{section_meanings()[section]}\n\n"
         parts.append(heading + table(("setting", "default", "values", "meaning"), rows))
         if section == "data":
-            parts.append(sources(schemas[SourceConfig.__name__]))
+            parts.append(fields("Each entry of `data.sources`", SourceConfig, schemas))
+        if section == "training":
+            parts.append(fields("The fields of `training.profile`", ProfileConfig, schemas))
     return "\n".join(parts)
 
 
-def sources(schema: dict[str, Any]) -> str:
-    """Return the table of the fields of an entry of `data.sources`."""
+def fields(title: str, model: type[BaseModel], schemas: dict[str, Any]) -> str:
+    """Return a table of the fields of a model that is part of a setting."""
+    properties = schemas[model.__name__]["properties"]
     rows = [
-        (f"`{name}`", "required" if field.is_required() else f"`{show(field.default)}`", field.description or "")
-        for name, field in SourceConfig.model_fields.items()
+        (
+            f"`{name}`",
+            "required" if field.is_required() else f"`{show(field.default)}`",
+            values(properties[name]),
+            field.description or "",
+        )
+        for name, field in model.model_fields.items()
     ]
-    filled = [(name, default, values(schema["properties"][name.strip("`")]), text) for name, default, text in rows]
-    return "Each entry of `data.sources`:\n\n" + table(("field", "default", "values", "meaning"), filled)
+    return f"{title}:\n\n" + table(("field", "default", "values", "meaning"), rows)
 
 
 def one_line(value: Any) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import pickle
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,11 +21,11 @@ from savant_ray.model.flex import has_flex
 from savant_ray.model.loss import IGNORED, cross_entropy_sum
 from savant_ray.training.device import GIB, Precision, cap_memory, compile_block, memory_used_gb, update_memory_cap
 from savant_ray.training.host_copies import HostCopy
-from savant_ray.training.loop import step_with_oom_retry
+from savant_ray.training.loop import step_with_oom_retry, train
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, take_step
 from tests.training.test_fitting import validator
-from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, tiny_config, weights
+from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, shares, tiny_config, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -197,6 +200,18 @@ def test_a_validation_compiles_nothing_that_training_does_not(recompute: bool, c
     assert [event.validation_loss for event in events if isinstance(event, ValidationDone)] == pytest.approx(
         [loss / tokens], rel=1e-2
     )
+
+
+def test_a_profile_on_a_gpu_has_its_kernels_and_a_snapshot_of_its_memory() -> None:
+    config = tiny_config(profile={"first_step": 2, "steps": 2})
+    host, state = RecordingHost(), new_state(config, CUDA)
+    train(state, config, (on(CUDA, batch) for batch in shares(state, config)), host)
+    trace, memory = (host.files[f"profile/rank0-step2{end}"] for end in (".pt.trace.json.gz", "-memory.pickle"))
+    events = json.loads(gzip.decompress(trace))["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events)
+    assert sum(event["name"] == "update" and event.get("cat") == "user_annotation" for event in events) == 2
+    snapshot = pickle.loads(memory)
+    assert snapshot["segments"] and any(entry["action"] == "alloc" for entry in snapshot["device_traces"][0])
 
 
 def test_a_copy_of_bf16_weights_takes_one_joined_tensor_of_device_memory() -> None:
