@@ -19,7 +19,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 import pynvml
@@ -80,6 +80,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def wants_compiled(setting: bool | str, device: torch.device, precision: Precision) -> bool:
+    """Return whether `training.compile` asks for a compiled block, if a compiler is installed."""
+    return setting is True or (setting == "auto" and not (device.type == "cpu" and precision == "fp32"))
+
+
 def compile_block(
     model: UniversalTransformer, setting: bool | str, device: torch.device, precision: Precision
 ) -> str | None:
@@ -89,7 +94,7 @@ def compile_block(
     gains 0 to 4 % (docs/LOG.md). Each input shape gets its own graph (`dynamic=False`), so that a run and its
     resumption run the same kernels.
     """
-    if setting is False or (setting == "auto" and device.type == "cpu" and precision == "fp32"):
+    if not wants_compiled(setting, device, precision):
         return None
     missing = _missing_compiler()
     if missing and setting == "auto":
@@ -112,19 +117,20 @@ def training_graph(model: UniversalTransformer) -> Iterator[None]:
     loop runs as in a training step, and its activations are freed when it returns. Nothing is compiled if inputs have
     the shape of a training step's, autocast is as in training, and gradients are detached (`GradientBuffer.detached`).
     """
-    block = model.recurrent_block
-    compiled = block._compiled_call_impl
+    recorded = torch.enable_grad()(model.loop_states)
 
-    def run(x_BTD: Tensor, *others: Any) -> Tensor:
-        with torch.enable_grad():
-            out_BTD: Tensor = (compiled or block._call_impl)(x_BTD.detach().requires_grad_(), *others)
-        return out_BTD.detach()
+    def loop_states(tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None) -> Iterator[Tensor]:
+        states = recorded(tokens_BT, document_ids_BT, n_loops)
+        yield next(states)
+        for x_BTD in states:
+            x_BTD.detach_().requires_grad_()  # in place, so that the next loop does not keep this one's activations
+            yield x_BTD
 
-    block._compiled_call_impl = run
+    model.loop_states = loop_states  # type: ignore[method-assign]
     try:
         yield
     finally:
-        block._compiled_call_impl = compiled
+        del model.loop_states
 
 
 def _missing_compiler() -> str | None:

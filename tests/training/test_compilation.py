@@ -1,11 +1,16 @@
-"""When the block is compiled, and that a validation reuses the graph of training."""
+"""When the block is compiled, where compiled code is kept, and that a validation reuses the graph of training."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +23,7 @@ from savant_ray.events import Event, ValidationDone
 from savant_ray.model import flex
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training import device as device_module
+from savant_ray.training.compiler_cache import VARIABLE, keep_compiled_code
 from savant_ray.training.device import compile_block, training_graph
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
@@ -63,6 +69,81 @@ def test_auto_compiles_where_it_pays(
     note = compile_block(model, setting, device, precision)
     assert (model.recurrent_block._compiled_call_impl is not None) == compiles
     assert (note is not None) == compiles, "the first step takes longer"
+
+
+@pytest.fixture
+def no_compiler_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a user who has chosen no folder; restored afterwards."""
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.delenv(VARIABLE)
+
+
+@pytest.mark.usefixtures("no_compiler_cache")
+def test_compiled_code_is_kept_beside_the_tokenized_text(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert keep_compiled_code(tmp_path) == tmp_path / "compiled"
+        assert os.environ.pop(VARIABLE) == str(tmp_path / "compiled")
+
+
+def test_a_folder_for_compiled_code_that_the_user_has_set_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "/mine")
+    assert keep_compiled_code(tmp_path) is None
+    assert os.environ[VARIABLE] == "/mine" and not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_compiler_cache")
+@pytest.mark.parametrize("problem", ["missing", "a file", "writable by others", "of another user", "remote"])
+def test_pytorchs_own_folder_for_compiled_code_is_used_where_that_of_the_text_is_unsuitable(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_dir = tmp_path / "cache"
+    if problem != "missing":
+        cache_dir.mkdir()
+    if problem == "a file":
+        (cache_dir / "compiled").touch()
+    elif problem == "writable by others":
+        (cache_dir / "compiled").mkdir()
+        (cache_dir / "compiled").chmod(0o777)
+    elif problem == "of another user":
+        monkeypatch.setattr("os.geteuid", lambda: -1)
+    elif problem == "remote":
+        mounts = [
+            SimpleNamespace(mountpoint=str(path), fstype=kind) for path, kind in (("/", "ext4"), (tmp_path, "nfs4"))
+        ]
+        monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    assert keep_compiled_code(cache_dir) is None and VARIABLE not in os.environ
+
+
+ATTEMPT = """
+import sys, torch
+from pathlib import Path
+from savant_ray.training.compiler_cache import keep_compiled_code
+assert keep_compiled_code(Path(sys.argv[1]))
+from savant_ray.training.compiler_cache import VARIABLE, keep_compiled_code
+from savant_ray.training.device import compile_block
+from savant_ray.training.step import take_step
+from tests.training.tiny import CPU, never, share, tiny_config, tiny_state
+state = tiny_state(tiny_config())
+compile_block(state.model, True, CPU, state.precision)
+print(take_step(state, share(0, 4, 0, 1, 4), 1e-2, 1.0, never).loss)
+counters = torch._dynamo.utils.counters["inductor"]
+print(counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_attempt_compiles_nothing_anew(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    first, second = (
+        subprocess.run([sys.executable, "-c", ATTEMPT, str(tmp_path)], env=environment, capture_output=True, text=True)
+        for _ in range(2)
+    )
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    (loss, first_counters), (same_loss, second_counters) = (run.stdout.splitlines() for run in (first, second))
+    assert loss == same_loss
+    assert first_counters == "0 2" and second_counters == "2 0", "forward and backward pass: hits and misses"
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
@@ -222,16 +303,18 @@ def test_activations_of_a_validation_are_freed_after_each_loop(model: UniversalT
 
     tokens_BT, document_ids_BT = (getattr(micro_batch([0, 1]), name) for name in ("tokens_BT", "document_ids_BT"))
     with torch.no_grad(), training_graph(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for _ in model.loop_states(tokens_BT, document_ids_BT):
-            assert not any(tensor() is not None for tensor in saved)
+        for loop, _ in enumerate(model.loop_states(tokens_BT, document_ids_BT)):
+            assert loop == 0 or not any(tensor() is not None for tensor in saved)
     assert len(saved) > 10
 
 
-def test_a_validation_that_fails_leaves_the_block_compiled(model: UniversalTransformer) -> None:
-    model.recurrent_block._compiled_call_impl = compiled = lambda *_: None
+def test_a_validation_that_fails_leaves_the_model_as_it_was(model: UniversalTransformer) -> None:
     with pytest.raises(RuntimeError), training_graph(model):
         raise RuntimeError
-    assert model.recurrent_block._compiled_call_impl is compiled
+    tokens_BT = micro_batch([0]).tokens_BT
+    assert model(tokens_BT).requires_grad
+    with torch.no_grad():
+        assert not any(x_BTD.requires_grad for x_BTD in model.loop_states(tokens_BT, torch.zeros_like(tokens_BT)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
