@@ -80,11 +80,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def wants_compiled(setting: bool | str, device: torch.device, precision: Precision) -> bool:
-    """Return whether `training.compile` asks for a compiled block, if a compiler is installed."""
-    return setting is True or (setting == "auto" and not (device.type == "cpu" and precision == "fp32"))
-
-
 def compile_block(
     model: UniversalTransformer, setting: bool | str, device: torch.device, precision: Precision
 ) -> str | None:
@@ -102,6 +97,11 @@ def compile_block(
     torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
     model.recurrent_block.compile(dynamic=False)
     return "compiling the model: the first step takes up to a minute longer"
+
+
+def wants_compiled(setting: bool | str, device: torch.device, precision: Precision) -> bool:
+    """Return whether `training.compile` asks for a compiled block, if a compiler is installed."""
+    return setting is True or (setting == "auto" and not (device.type == "cpu" and precision == "fp32"))
 
 
 def runs_compiled(model: UniversalTransformer, device: torch.device) -> bool:
