@@ -135,6 +135,35 @@ def model_defaults() -> str:
     )
 
 
+MEMORY_LIMITS = (6, 8, 10, 12, 16, 24)  # GiB
+MODEL_SIZES = (  # dim, loops, tokens per sequence
+    *((512, 12, 1024), (1024, 12, 1024), (1024, 24, 1024), (1024, 12, 2048), (1024, 12, 4096)),
+    *((1536, 12, 1024), (2048, 12, 1024), (2048, 24, 2048), (3072, 12, 1024)),
+)
+
+
+def memory() -> str:
+    """Return the table of micro-batches that fit under each limit, for models of several sizes."""
+    from savant_ray.model.transformer import n_parameters
+    from savant_ray.training.memory import expected_fit
+
+    rows = []
+    for dim, n_loops, length in MODEL_SIZES:
+        model = {"dim": dim, "n_heads": dim // 64, "n_loops": n_loops, "max_seq_len": length}
+        row = [
+            f"{dim:,}",
+            str(n_loops),
+            f"{length:,}",
+            f"{n_parameters(Config.from_dict({'model': model}).model) / 1e6:.0f}",
+        ]
+        for limit_gb in MEMORY_LIMITS:
+            fit = expected_fit(Config.from_dict({"model": model, "training": {"vram_limit_gb": float(limit_gb)}}))
+            row.append("–" if fit is None else f"{fit.rows}{' R' if fit.recompute_loops else ''}")
+        rows.append(row)
+    sizes = ("`dim`", "`n_loops`", "`max_seq_len`", "million parameters")
+    return table((*sizes, *(f"{limit_gb} GiB" for limit_gb in MEMORY_LIMITS)), rows)
+
+
 # Commands and exit codes
 
 
@@ -297,6 +326,7 @@ def first_line(thing: Any) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "model defaults": model_defaults,
+    "memory": memory,
     "commands": commands,
     "exit codes": exit_codes,
     "events": events_of_a_run,

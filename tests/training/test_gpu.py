@@ -19,9 +19,18 @@ from savant_ray.inference.generate import Sampling, generate
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.flex import has_flex
 from savant_ray.model.loss import IGNORED, cross_entropy_sum
-from savant_ray.training.device import GIB, Precision, cap_memory, compile_block, memory_used_gb, update_memory_cap
+from savant_ray.training.device import (
+    GIB,
+    Precision,
+    cap_memory,
+    compile_block,
+    memory_used_gb,
+    peak_memory_gb,
+    update_memory_cap,
+)
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import step_with_oom_retry, train
+from savant_ray.training.memory import estimated_gb, expected_fit
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, take_step
 from tests.training.test_fitting import validator
@@ -199,6 +208,31 @@ def test_a_validation_compiles_nothing_that_training_does_not(recompute: bool, c
     loss, tokens = loss_sums(state.model, batches).tolist()
     assert [event.validation_loss for event in events if isinstance(event, ValidationDone)] == pytest.approx(
         [loss / tokens], rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("limit_gb", [6.0, 8.0, 10.0, 12.0, 16.0, 24.0])
+@pytest.mark.usefixtures("uncapped_afterwards")
+def test_what_is_expected_to_fit_under_a_limit_fits(limit_gb: float) -> None:
+    """Two micro-batches of the default model, of the size and with the recomputation of the table in the guide."""
+    config = Config.from_dict({"training": {"vram_limit_gb": limit_gb}})
+    fit = expected_fit(config)
+    assert fit is not None
+    if torch.cuda.get_device_properties(CUDA).total_memory < limit_gb * GIB:
+        pytest.skip(f"the GPU has less than {limit_gb:g} GiB")
+    torch.cuda.empty_cache()
+    cap_memory(CUDA, limit_gb)
+    state = new_state(config, CUDA)
+    state.set_fit(fit)
+    compile_block(state.model, "auto", CUDA, state.precision)
+    tokens = torch.randint(0, 10, (fit.rows, 1024), device=CUDA)
+    documents = torch.arange(1024, device=CUDA).expand(fit.rows, 1024) // 250
+    for _ in range(2):
+        result = take_step(state, [MicroBatch(tokens, documents, ())] * 2, 2e-5, 1.0, never)
+        assert result.updated and not result.out_of_memory
+    assert memory_used_gb(CUDA) < limit_gb
+    print(
+        f"{limit_gb:g} GiB, {fit}: {peak_memory_gb(CUDA):.2f} GiB of tensors, estimate {estimated_gb(config, fit):.2f}"
     )
 
 

@@ -9,6 +9,7 @@ import pynvml
 import pytest
 import torch
 
+from savant_ray.config import Config
 from savant_ray.events import Notice
 from savant_ray.training import device as device_module
 from savant_ray.training import loop
@@ -21,6 +22,8 @@ from savant_ray.training.device import (
     memory_used_gb,
     update_memory_cap,
 )
+from savant_ray.training.memory import OUTSIDE_GB, estimated_gb, expected_fit
+from savant_ray.training.state import BatchFit
 from tests.training.tiny import CPU, RecordingHost, shares, tiny_config, tiny_state
 
 CUDA = torch.device("cuda")
@@ -109,6 +112,43 @@ def test_after_the_first_step_what_libraries_took_is_taken_off_and_the_cache_bey
     assert gpu.fraction * gpu.total == pytest.approx(9.0, abs=1e-6) and gpu.reserved == 1.0
     assert "libraries hold 0.9 GiB" in note and "leaves 9.0 of training.vram_limit_gb = 10" in note
     assert update_memory_cap(CPU, 10.0) is None
+
+
+def under(limit_gb: float, **model: int) -> Config:
+    return Config.from_dict({"model": model, "training": {"vram_limit_gb": limit_gb}})
+
+
+def test_the_estimate_is_that_of_the_measured_step_and_the_larger_chunks_of_logits_since_then() -> None:
+    config = under(10.0)
+    fit = BatchFit.from_config(config, CUDA)
+    assert 8.35 < estimated_gb(config, fit) < 8.35 + 0.85
+    assert expected_fit(config) == fit, "it ran under 10 GiB without recomputation"
+
+
+@pytest.mark.parametrize("model", [{}, {"n_loops": 24}, {"max_seq_len": 4096}, {"dim": 3072, "n_heads": 48}])
+def test_more_memory_never_fits_less_and_the_estimate_stays_below_the_limit(model: dict[str, int]) -> None:
+    speed = (0, False)
+    for limit_gb in (4.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 80.0):
+        config = under(limit_gb, **model)
+        fit = expected_fit(config)
+        if fit is None:
+            assert speed == (0, False)
+            continue
+        assert estimated_gb(config, fit) < limit_gb - OUTSIDE_GB
+        assert (fit.rows, not fit.recompute_loops) >= speed
+        speed = (fit.rows, not fit.recompute_loops)
+    assert speed == (12, True)
+
+
+def test_recomputation_and_smaller_micro_batches_need_less_and_a_model_of_the_size_of_the_card_fits_nowhere() -> None:
+    config = under(6.0, dim=2048, n_heads=32, max_seq_len=2048)
+    fit = BatchFit.from_config(config, CUDA)
+    estimates = [estimated_gb(config, fit)]
+    while fit.rows > 1:
+        fit = fit.smaller()
+        estimates.append(estimated_gb(config, fit))
+    assert estimates == sorted(estimates, reverse=True) and len(set(estimates)) == len(estimates)
+    assert expected_fit(under(6.0, dim=4096, n_heads=64)) is None
 
 
 def test_what_the_second_cap_has_to_say_reaches_the_user_once(monkeypatch: pytest.MonkeyPatch) -> None:
