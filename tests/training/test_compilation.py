@@ -148,7 +148,7 @@ def test_a_second_attempt_compiles_nothing_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize(("compiler", "headers", "named"), [(False, True, "g++"), (True, False, "Python.h")])
-def test_auto_names_the_tool_that_is_missing_and_goes_on_uncompiled(
+def test_auto_names_the_tool_that_is_missing_and_continues_uncompiled(
     device: torch.device, compiler: bool, headers: bool, named: str,
     model: UniversalTransformer, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

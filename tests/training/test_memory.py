@@ -33,12 +33,14 @@ CUDA = torch.device("cuda")
     ("limit", "total", "outside", "expected"),
     [(10, 80, 0.5, 9.4), (10, 10, 0.4, 9.5), (24, 10, 0.4, 9.5), (1, 10, 2.0, 0.0)],
 )
-def test_what_lies_outside_the_allocator_counts(limit: float, total: float, outside: float, expected: float) -> None:
+def test_memory_outside_the_allocator_counts_towards_the_limit(
+    limit: float, total: float, outside: float, expected: float
+) -> None:
     assert MARGIN_GB == 0.1
     assert allocator_fraction(limit, total, outside) * total == pytest.approx(expected)
 
 
-def test_a_cpu_has_nothing_to_cap_and_tells_its_resident_size() -> None:
+def test_a_cpu_has_no_cap_and_reports_its_resident_size() -> None:
     assert "has no effect" in (cap_memory(CPU, 10.0) or "")
     before = memory_used_gb(CPU)
     with mmap.mmap(-1, 100 << 20) as kept:  # fresh pages: an allocator may have some left over
@@ -73,7 +75,7 @@ class FakeGPU:
         self.reserved = 1.0
 
 
-def test_without_nvml_what_the_device_misses_is_the_processs_but_at_most_two_gib(
+def test_without_nvml_memory_that_is_not_free_counts_up_to_2_gib(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = FakeGPU(monkeypatch)
@@ -99,7 +101,7 @@ def test_nvml_that_is_missing_or_does_not_see_the_process_knows_nothing(monkeypa
     assert device_module._held_by_process(CUDA) is None
 
 
-def test_after_the_first_step_what_libraries_took_is_taken_off_and_the_cache_beyond_it_given_back(
+def test_the_second_cap_subtracts_what_libraries_hold_and_frees_cached_blocks_beyond_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = FakeGPU(monkeypatch)
@@ -140,7 +142,7 @@ def test_more_memory_never_fits_less_and_the_estimate_stays_below_the_limit(mode
     assert speed == (12, True)
 
 
-def test_recomputation_and_smaller_micro_batches_need_less_and_a_model_of_the_size_of_the_card_fits_nowhere() -> None:
+def test_each_smaller_choice_needs_less_memory_and_a_model_larger_than_the_card_fits_nowhere() -> None:
     config = under(6.0, dim=2048, n_heads=32, max_seq_len=2048)
     fit = BatchFit.from_config(config, CUDA)
     estimates = [estimated_gb(config, fit)]
@@ -151,7 +153,7 @@ def test_recomputation_and_smaller_micro_batches_need_less_and_a_model_of_the_si
     assert expected_fit(under(6.0, dim=4096, n_heads=64)) is None
 
 
-def test_what_the_second_cap_has_to_say_reaches_the_user_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_note_of_the_second_cap_is_emitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "update_memory_cap", lambda device, limit_gb: f"{limit_gb:g} are too few")
     config, host = tiny_config(), RecordingHost()
     state = tiny_state(config)
