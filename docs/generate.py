@@ -1,7 +1,7 @@
 """Generates the reference tables of the documentation from the code: `python -m docs.generate`.
 
-A page marks the place of a table with `<!-- generated: NAME -->` and `<!-- end of NAME -->`; whatever stands between the
-two lines is replaced. `tests/test_docs.py` fails if a table is not what this module generates.
+A page marks the place of a table with `<!-- generated: NAME -->` and `<!-- end of NAME -->`; the text between these two
+lines is replaced. `tests/test_docs.py` fails if a table is not what this module generates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import savant_ray
 from savant_ray import api, config, errors, events
 from savant_ray.cli import INTERRUPTED
 from savant_ray.commands import COMMANDS
-from savant_ray.config import Config, ProfileConfig, SourceConfig, section_meanings, setting_rows
+from savant_ray.config import Config, ProfileConfig, SourceConfig, all_settings, section_descriptions
 from savant_ray.settings.yaml_text import show
 from tests.tracked_files import tracked_files
 
@@ -77,13 +77,18 @@ def settings() -> str:
     """Return a section with a table for each group of settings, and one for the entries of `data.sources`."""
     schemas = Config.model_json_schema()["$defs"]
     parts = []
-    for section, group in groupby(setting_rows(), lambda row: row.name.partition(".")[0]):
+    for section, group in groupby(all_settings(), lambda row: row.name.partition(".")[0]):
         properties = schemas[type(getattr(Config(), section)).__name__]["properties"]
         rows = [
-            (f"`{row.name}`", f"`{one_line(row.default)}`", values(properties[row.name.partition(".")[2]]), row.meaning)
+            (
+                f"`{row.name}`",
+                f"`{one_line(row.default)}`",
+                values(properties[row.name.partition(".")[2]]),
+                row.description,
+            )
             for row in group
         ]
-        heading = f"## {section}\n\n{section_meanings()[section]}\n\n"
+        heading = f"## {section}\n\n{section_descriptions()[section]}\n\n"
         parts.append(heading + table(("setting", "default", "values", "meaning"), rows))
         if section == "data":
             parts.append(fields("Each entry of `data.sources`", SourceConfig, schemas))
@@ -228,7 +233,7 @@ def ray_metrics() -> str:
     from savant_ray.worker.metrics import METRICS
 
     kinds = {True: "counter", False: "gauge"}
-    rows = [(f"`{metric.exported}`", kinds[metric.counts], metric.description) for metric in METRICS]
+    rows = [(f"`{metric.exported}`", kinds[metric.is_counter], metric.description) for metric in METRICS]
     return table(("metric", "type", "meaning"), rows)
 
 
@@ -238,9 +243,9 @@ def ray_metrics() -> str:
 def python_api() -> str:
     """Return a section for each public name of the package."""
     documented = {"train": api.train, "Result": api.Result, "Config": config.Config, "SavantError": errors.SavantError}
-    left = set(savant_ray.__all__) - set(documented) - {"__version__"}
-    if left:
-        raise KeyError(f"docs/generate.py does not document {', '.join(sorted(left))}")
+    undocumented = set(savant_ray.__all__) - set(documented) - {"__version__"}
+    if undocumented:
+        raise KeyError(f"docs/generate.py does not document {', '.join(sorted(undocumented))}")
     parts = [f"## {name}\n\n```python\n{signature(thing)}\n```\n\n{prose(thing)}" for name, thing in documented.items()]
     tree = textwrap.dedent((errors.__doc__ or "").split("\n\n")[1])
     return "\n\n".join([*parts, f"```text\n{tree}\n```\n"])

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Remove pages and pictures that git does not track, so that strict checks apply to the project's own alone."""
+    """Remove pages and images that git does not track, so that strict checks apply only to tracked ones."""
     script = [sys.executable, "-P", str(ROOT / "tests/tracked_files.py"), "docs/*"]
     tracked = set(subprocess.run(script, capture_output=True, check=True).stdout.decode().split("\0"))
     for file in list(files):
-        own = file.src_dir == config.docs_dir  # the theme's files lie elsewhere
-        if own and f"docs/{file.src_uri}" not in tracked:
+        is_ours = file.src_dir == config.docs_dir  # and not the theme's
+        if is_ours and f"docs/{file.src_uri}" not in tracked:
             files.remove(file)
     return files

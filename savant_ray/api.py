@@ -116,8 +116,8 @@ def run_child(descriptor: int) -> NoReturn:
 
 
 def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
-    if isinstance(config, Config):
-        return config
+    if isinstance(config, Config):  # `model_copy` may have put values into it that are not validated
+        return Config.from_dict(config.to_dict())
     if not isinstance(config, Mapping):
         return load_config((), {}, Path(config))
     try:
@@ -128,7 +128,7 @@ def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
 
 
 def _plain(value: object) -> object:
-    """Convert a mapping to a dict and a path to a string, for JSON."""
+    """Convert a mapping to a dict and a path to a string; `json.dumps` calls it for values that it cannot serialize."""
     return dict(value) if isinstance(value, Mapping) else os.fspath(value)  # type: ignore[call-overload]
 
 
@@ -205,10 +205,10 @@ def _parse_response(response: dict[str, Any]) -> Result:
     """Return the result, or raise the error, that the child process has sent."""
     if "error" not in response:
         return Result(**response)
-    kinds = {kind.__name__: kind for kind in SavantError.__subclasses__()}
+    error_classes = {error_class.__name__: error_class for error_class in SavantError.__subclasses__()}
     if response["error"] == UnexpectedError.__name__:
         raise UnexpectedError(response["text"], response["details"], is_kept=True)
-    raise kinds.get(response["error"], SavantError)(response["text"])
+    raise error_classes.get(response["error"], SavantError)(response["text"])
 
 
 def _stop_when_caller_exits(caller: socket.socket) -> None:
@@ -220,15 +220,15 @@ def _stop_when_caller_exits(caller: socket.socket) -> None:
 
 def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dict[str, Any]]:
     """Train, and return the exit code and the response for the caller."""
-    from savant_ray.cluster.session import Leave
+    from savant_ray.cluster.session import ExitWithoutShutdown
     from savant_ray.driver import resolve_paths, train
 
-    config, error, code = Config.from_dict(settings), None, 0
+    config, error, code = Config.from_validated(settings), None, 0
     try:
         config = resolve_paths(config)
         code = train(config, **options)
-    except Leave as leave:
-        code, error = leave.code, leave.error
+    except ExitWithoutShutdown as end:
+        code, error = end.code, end.error
     except KeyboardInterrupt:
         code = SavantError.exit_code
     except Exception as unexpected:
@@ -242,7 +242,7 @@ def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dic
 
 def _summary(config: Config, finished: bool) -> Result:
     from savant_ray.reporting.record import METRICS
-    from savant_ray.reporting.runs import summarise
+    from savant_ray.reporting.runs import summarize
     from savant_ray.storage.lock import is_in_use
     from savant_ray.storage.protocol import newest_checkpoint_name
     from savant_ray.storage.run_storage import run_storage
@@ -254,7 +254,7 @@ def _summary(config: Config, finished: bool) -> Result:
     checkpoint = storage.locate(newest) if newest else None
     if not (storage.folder / METRICS).exists():  # stopped before the first event
         return Result(storage.location, checkpoint, 0, finished, {})
-    run = summarise(storage.folder, is_in_use)
-    named = ("train_loss", "validation_loss", "best_validation_loss", "tokens_per_second")
-    metrics = {name: value for name in named if (value := getattr(run, name)) is not None}
+    run = summarize(storage.folder, is_in_use)
+    names = ("train_loss", "validation_loss", "best_validation_loss", "tokens_per_second")
+    metrics = {name: value for name in names if (value := getattr(run, name)) is not None}
     return Result(storage.location, checkpoint, run.step, finished, metrics)

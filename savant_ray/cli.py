@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from savant_ray.commands import COMMANDS
-from savant_ray.errors import SettingsError, doing, print_error, report_thread_error
+from savant_ray.errors import SettingsError, error_context, print_error, report_thread_error
 from savant_ray.streams import Output, open_standard_streams
 
 INTERRUPTED = 130  # exit code of shells for a command that was ended by Ctrl+C
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.tolerant = command is not None and not command.prints_result
     threading.excepthook = report_thread_error
     try:
-        with doing(f"running savant {' '.join(arguments[:1])}"):
+        with error_context(f"running savant {' '.join(arguments[:1])}"):
             code = _run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -50,7 +50,7 @@ def _run(argv: Sequence[str]) -> int:
     name, *arguments = argv
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, list(COMMANDS), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise SettingsError(f"{name}: no such command; {hint}")
     return COMMANDS[name].run(arguments)
 

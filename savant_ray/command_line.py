@@ -33,13 +33,13 @@ class _HelpWithSettings(argparse.Action):
     """`--help` with all settings, which are imported only when it is used."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from savant_ray.config import section_meanings, setting_rows
+        from savant_ray.config import all_settings, section_descriptions
         from savant_ray.settings.table import settings_table
 
         width = shutil.get_terminal_size().columns
         print(parser.format_help())
         print("settings (SAVANT_TRAINING__MAX_STEPS=1000 in the environment is --training.max_steps 1000):\n")
-        print(settings_table(setting_rows(), section_meanings(), width))
+        print(settings_table(all_settings(), section_descriptions(), width))
         parser.exit()
 
 

@@ -48,15 +48,15 @@ def _train(arguments: Sequence[str]) -> int:
         help="resume although model, tokenizer or text differ from the checkpoint, and load the weights that fit",
     )
     options, config = with_settings(parser, arguments)
-    from savant_ray.cluster.session import Leave, exit_without_shutdown
+    from savant_ray.cluster.session import ExitWithoutShutdown, exit_without_shutdown
     from savant_ray.driver import resolve_paths, train
 
     try:
         return train(
             resolve_paths(config), fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose
         )
-    except Leave as leave:
-        return exit_without_shutdown(leave.code if leave.error is None else print_error(leave.error, options.verbose))
+    except ExitWithoutShutdown as end:
+        return exit_without_shutdown(end.code if end.error is None else print_error(end.error, options.verbose))
 
 
 def _prepare(arguments: Sequence[str]) -> int:
@@ -227,14 +227,14 @@ def _runs(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     from savant_ray.locations import home_folder
     from savant_ray.original.names import newest_by_name
-    from savant_ray.reporting.runs import find_runs, print_table, summarise, to_json
+    from savant_ray.reporting.runs import find_runs, print_table, summarize, to_json
     from savant_ray.storage.lock import is_in_use
 
     folders = options.folders or [Path()]
     if not options.folders:
         with suppress(SettingsError):  # a user without a home folder has no runs there
             folders.append(home_folder())
-    runs = [summarise(folder, is_in_use, newest_by_name) for folder in find_runs(folders, newest_by_name)]
+    runs = [summarize(folder, is_in_use, newest_by_name) for folder in find_runs(folders, newest_by_name)]
     if options.json:
         print(to_json(runs))
     elif runs:
@@ -249,10 +249,10 @@ def _status(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=file_path, metavar="RUN", help="run folder, or file of the original")
     options = parser.parse_args(arguments)
     from savant_ray.original.names import newest_by_name
-    from savant_ray.reporting.runs import status, summarise
+    from savant_ray.reporting.runs import status, summarize
     from savant_ray.storage.lock import is_in_use
 
-    print(status(summarise(options.run, is_in_use, newest_by_name)))
+    print(status(summarize(options.run, is_in_use, newest_by_name)))
     return 0
 
 

@@ -11,8 +11,9 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -57,6 +58,21 @@ class Section(BaseModel):
     """Group of settings; validated in strict mode, so that `true` is not a number and `"3"` not an integer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def from_validated(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild the section whose `model_dump()` is `values`, without validating the values again."""
+        fields = {name: field.annotation for name, field in cls.model_fields.items() if name in values}
+        return cls.model_construct(**{name: _rebuilt(annotation, values[name]) for name, annotation in fields.items()})
+
+
+def _rebuilt(annotation: Any, value: Any) -> Any:
+    """Return the dumped value of a field of this type with its sections rebuilt, which may be nested in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation.from_validated(value) if isinstance(value, Mapping) else value
+    for member in get_args(annotation):
+        value = [_rebuilt(member, item) for item in value] if isinstance(value, list) else _rebuilt(member, value)
+    return value
 
 
 class RunConfig(Section):
@@ -117,7 +133,7 @@ class ModelConfig(Section):
         return self.dim // self.n_heads
 
     @model_validator(mode="after")
-    def _check_heads(self) -> Self:
+    def _check_shape(self) -> Self:
         if self.dim % self.n_heads:
             raise ValueError(f"model.n_heads: {self.n_heads} does not divide model.dim = {self.dim}")
         if self.positions == "rotary" and self.head_dim % 2:
@@ -179,14 +195,14 @@ class DataConfig(Section):
     quickstart: bool = Field(default=False, description="generate the quickstart's text files if they are missing")
 
     @property
-    def learns_tokenizer(self) -> bool:
+    def trains_tokenizer(self) -> bool:
         """Whether a tokenizer is trained on the training text unless there is a checkpoint with one."""
         return self.tokenizer in ("auto", "train")
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
         weights = [Fraction(str(source.weight)) for source in self.sources]
-        # With `documents` the limit depends on the sizes of the sources: see driver/data_preparation.py.
+        # With `documents` this limit depends on the sizes of the sources, so driver/data_preparation.py checks it.
         if self.mix_by == "sequences" and min(weights) * WEIGHT_RESOLUTION < sum(weights):
             smallest = min(self.sources, key=lambda source: source.weight)
             largest = max(source.weight for source in self.sources)
@@ -316,7 +332,11 @@ class ReportingConfig(Section):
 
 
 class Config(Section):
-    """All settings of a run; sent to workers as a plain dict."""
+    """All settings of a run.
+
+    They are validated once, when they are loaded (`load_config`) or passed to `savant_ray.train`. Other processes of the run
+    receive them as `to_dict()` and rebuild them by `from_validated`.
+    """
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -374,7 +394,7 @@ def load_config(
     Raises:
         SettingsError: one line per error, with the file, variable or option.
     """
-    reader = SettingsReader(setting_rows(), defaults)
+    reader = SettingsReader(all_settings(), defaults)
     if file is not None:
         reader.read_file(file)
     reader.read_environment(os.environ if environment is None else environment)
@@ -394,7 +414,7 @@ def explicit_settings(arguments: Sequence[str], file: Path | None = None) -> dic
     Raises:
         SettingsError: one line per name that is not a setting, or setting without a value.
     """
-    reader = SettingsReader(setting_rows())
+    reader = SettingsReader(all_settings())
     if file is not None:
         reader.read_file(file)
     reader.read_command_line(arguments)
@@ -405,7 +425,7 @@ def explicit_settings(arguments: Sequence[str], file: Path | None = None) -> dic
 
 def ignored_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return the variables that begin with `SAVANT_` but are neither settings nor similar to one."""
-    return SettingsReader(setting_rows()).read_environment(os.environ if environment is None else environment)
+    return SettingsReader(all_settings()).read_environment(os.environ if environment is None else environment)
 
 
 def dump_yaml(config: Config) -> str:
@@ -413,12 +433,13 @@ def dump_yaml(config: Config) -> str:
     return to_yaml(config.to_dict(), width=120)
 
 
-def setting_rows() -> list[Setting]:
+@cache
+def all_settings() -> tuple[Setting, ...]:
     """Return all settings with name, default and description, in the order of the sections."""
-    return list_settings(Config())
+    return tuple(list_settings(Config()))
 
 
-def section_meanings() -> dict[str, str]:
+def section_descriptions() -> dict[str, str]:
     """Return the description of each section by its name."""
     return {name: type(section).__doc__ or "" for name, section in Config()}
 
@@ -427,7 +448,7 @@ def known_names() -> list[str]:
     """Return the names of sections, settings and fields of a source or a profile, for suggestions."""
     return [
         *Config.model_fields,
-        *(row.name for row in setting_rows()),
+        *(setting.name for setting in all_settings()),
         *SourceConfig.model_fields,
         *ProfileConfig.model_fields,
     ]

@@ -64,7 +64,7 @@ class TrainingError(SavantError):
 
 
 class UnexpectedError(SavantError):
-    """An unexpected error; `details` is its full traceback, `is_kept` whether the message names a file with it."""
+    """An unexpected error; `details` is its full traceback, `is_kept` whether the message says where to find it."""
 
     def __init__(self, message: str, details: str = "", is_kept: bool = False) -> None:
         super().__init__(message, details, is_kept)
@@ -76,8 +76,8 @@ class UnexpectedError(SavantError):
 
 
 @contextmanager
-def doing(activity: str) -> Iterator[None]:
-    """Name the activity of a `with` block ("saving step_5") for error messages; the innermost activity is used."""
+def error_context(activity: str) -> Iterator[None]:
+    """Add the activity of a `with` block, such as "saving step_5", to the message of an error; the innermost one is used."""
     try:
         yield
     except BaseException as error:  # a Rust panic is not an Exception
@@ -89,8 +89,8 @@ def doing(activity: str) -> Iterator[None]:
 def unexpected_errors_explained(folder: Path | None = None, activity: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Convert exceptions other than `SavantError` into an `UnexpectedError`, and write the traceback to `folder`.
 
-    `activity` returns the current activity for errors outside of a `doing` block. Without a folder, or if writing to it
-    fails, the traceback is written to the system's folder for temporary files.
+    `activity` returns the current activity for errors outside of an `error_context` block. Without a folder, or if writing
+    to it fails, the traceback is written to the system's folder for temporary files.
     """
     try:
         yield
@@ -111,13 +111,13 @@ def explain(error: BaseException, folder: Path | None = None, activity: str = ""
     details = details or "".join(traceback.format_exception(error))
     message = str(error) if isinstance(error, UnexpectedError) else describe(error, activity)
     path = _write_traceback(details, folder)
-    where = f"the full traceback is in {path}" if path else "--verbose prints the full traceback"
-    text = f"{message}\n{where[0].upper()}{where[1:]}." if "\n" in message else f"{message} ({where})"
+    hint = f"the full traceback is in {path}" if path else "--verbose prints the full traceback"
+    text = f"{message}\n{hint[0].upper()}{hint[1:]}." if "\n" in message else f"{message} ({hint})"
     return UnexpectedError(text, details, is_kept=True)
 
 
 def describe(error: BaseException, activity: str = "") -> str:
-    """Return one line such as `while tokenising train.jsonl: ZeroDivisionError: division by zero`."""
+    """Return one line such as `while tokenizing train.jsonl: ZeroDivisionError: division by zero`."""
     activity = getattr(error, "activity", activity)
     cause = getattr(error, "cause", None)  # Ray wraps the exception of a task, and its own message is the traceback
     if isinstance(cause, BaseException):

@@ -1,7 +1,7 @@
 """Paths and URIs in settings and options: parse, validate, join.
 
 All settings and options that name a file or folder are parsed here, so a text that cannot be a path is reported with the
-name of the setting. A `file:` URI is a local path; URIs of other schemes are for `pyarrow.fs` (`data/sources.py`).
+name of the setting. A `file:` URI is a local path; URIs of other schemes are opened by `pyarrow.fs` (`data/sources.py`).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def checkpoint_path(text: str) -> Path:
     try:
         path.exists()
     except OSError as error:
-        raise CheckpointError(f"checkpoint: {printable(text)}: cannot be read ({why(error)})") from error
+        raise CheckpointError(f"checkpoint: {printable(text)}: cannot be read ({error_text(error)})") from error
     return path
 
 
@@ -129,7 +129,7 @@ def replace_missing_home() -> None:
         os.environ["HOME"] = tempfile.mkdtemp(prefix=TEMPORARY_HOME)
 
 
-def usable_folder(path: Path, setting: str) -> None:
+def create_writable_folder(path: Path, setting: str) -> None:
     """Create a folder and its parents if necessary, and check that the user may write into it.
 
     Raises:
@@ -138,7 +138,9 @@ def usable_folder(path: Path, setting: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f"{setting}: {printable(str(path))} cannot be used as a folder: {why(error)}") from error
+        raise SettingsError(
+            f"{setting}: {printable(str(path))} cannot be used as a folder: {error_text(error)}"
+        ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise SettingsError(f"{setting}: {printable(str(path))} is not writable by this user")
 
@@ -187,12 +189,12 @@ def encoded_uri(decoded: str) -> str:
 
 
 def is_standard_stream(path: str) -> bool:
-    """Return whether a local path names another file in each process, such as `/dev/stdin`."""
+    """Return whether a local path refers to a different file in each process, such as `/dev/stdin`."""
     return _STANDARD_STREAM.match(path) is not None
 
 
-def why(error: Exception) -> str:
-    """Return the message of an error of the operating system or a library on one line of at most 300 characters."""
+def error_text(error: Exception) -> str:
+    """Return the first line of the message of an operating system's or library's error, at most 300 characters."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return printable(text.strip().splitlines()[0][:300].removesuffix("."))
 

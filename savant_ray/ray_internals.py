@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def started_head() -> Node | None:
     """Return the head node that this process started, None if it is connected to a cluster that was running before.
 
-    Ray has no public way to tell the two apart, to list the head's processes, or to learn which of them have died.
+    Ray has no public way to distinguish the two cases, to list the head's processes, or to find those that have died.
     """
     from ray._private import worker
 
@@ -94,7 +94,7 @@ def draining_nodes() -> set[str]:
 
 
 def preemption_deadline_ms() -> int | None:
-    """Return when the first drained node of this run will be gone, in a training worker.
+    """Return when the first drained node of this run will be shut down, in a training worker.
 
     Returns:
         Milliseconds since the epoch, 0 if the drain has no deadline, None if no node is being drained.

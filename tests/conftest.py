@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 from tests.tracked_files import ROOT, is_tracked, tracked_files
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost tiny models more than they save; PyTorch reads it once
+# Under nohup SIGHUP is ignored, and in a shell's background SIGINT; the programs that tests start would inherit that.
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

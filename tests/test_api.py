@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def settings(**changes: object) -> dict[str, dict[str, object]]:
-    """The tests' tiny run as nested settings."""
+    """Return the settings of the tests' tiny run as nested dictionaries."""
     nested: dict[str, dict[str, object]] = {}
     for name, value in {**SETTINGS, "training.compile": False, **changes}.items():
         section, field = name.replace("__", ".").split(".")
@@ -29,7 +29,7 @@ def settings(**changes: object) -> dict[str, dict[str, object]]:
 
 
 def python(code: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A process that runs `code`, with the package from this checkout."""
+    """Start a process that runs `code`, with the package from this checkout."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=folder,
@@ -42,7 +42,7 @@ def python(code: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_public_names_are_there_and_load_nothing_before_they_are_used() -> None:
+def test_public_names_exist_and_are_imported_on_first_use() -> None:
     assert {"train", "Config", "Result", "SavantError"} <= set(savant_ray.__all__)
     assert all(getattr(savant_ray, name) is not None for name in savant_ray.__all__)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
@@ -60,7 +60,7 @@ def test_the_public_names_are_there_and_load_nothing_before_they_are_used() -> N
         ("", "cannot be started"),
     ],
 )
-def test_a_training_process_that_does_not_come_up_is_an_error_of_ours(
+def test_a_training_process_that_cannot_start_raises_a_training_error(
     executable: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", executable)
@@ -68,16 +68,22 @@ def test_a_training_process_that_does_not_come_up_is_an_error_of_ours(
         savant_ray.train({})
 
 
-def test_wrong_settings_are_refused_as_the_command_line_does(tmp_path: Path) -> None:
+def test_invalid_settings_raise_a_settings_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"training\.max_step"):
         savant_ray.train({"training": {"max_step": 3}})
+    config = savant_ray.Config()
+    unvalidated = config.training.model_copy(update={"max_steps": 0})
+    with pytest.raises(SettingsError, match=r"training\.max_steps: 0 has to be at least 1"):
+        savant_ray.train(config.model_copy(update={"training": unvalidated}))
     with pytest.raises(SettingsError, match="not a setting"):
         savant_ray.train({"training": {"max_steps": object()}})
     with pytest.raises(SettingsError, match=r"no\.yaml: no such file"):
         savant_ray.train(tmp_path / "no.yaml")
 
 
-def test_what_training_refuses_is_raised_in_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_training_process_are_raised_in_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="savant_dataset_train"):
         savant_ray.train(settings(run__storage_path=tmp_path))
@@ -126,7 +132,7 @@ asyncio.run(kernel())
 
 
 @pytest.mark.slow
-def test_a_script_trains_is_interrupted_and_goes_on_and_its_own_child_lives(tmp_path: Path) -> None:
+def test_a_script_is_interrupted_and_resumes_and_its_child_process_survives(tmp_path: Path) -> None:
     workplace = with_text(tmp_path)
     job = python(SCRIPT, workplace, json.dumps(settings(training__max_steps=100_000, validation__every_steps=100_000)))
     wait_for(lambda: steps_done(workplace / "tiny") > 3 or job.poll() is not None)
@@ -143,7 +149,7 @@ def test_a_script_trains_is_interrupted_and_goes_on_and_its_own_child_lives(tmp_
 
 
 @pytest.mark.slow
-def test_a_notebook_that_has_started_ray_trains_twice_and_keeps_it(tmp_path: Path) -> None:
+def test_a_notebook_trains_twice_in_the_ray_that_it_started(tmp_path: Path) -> None:
     job = python(NOTEBOOK, with_text(tmp_path), json.dumps(settings()))
     printed, _ = job.communicate(timeout=240)
     assert job.returncode == 0 and "Traceback" not in printed, printed

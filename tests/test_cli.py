@@ -1,4 +1,4 @@
-"""The commands: what they print, what they call, how they end."""
+"""The commands: what they print, which functions they call, and their exit codes."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ import torch
 import yaml
 
 from savant_ray.cli import COMMANDS, main
-from savant_ray.config import Config, dump_yaml, load_config, setting_rows
+from savant_ray.config import Config, all_settings, dump_yaml, load_config
 from savant_ray.driver import resolve_paths
-from savant_ray.errors import STOPPED_EARLY, CheckpointError, MemoryCapError, doing
+from savant_ray.errors import STOPPED_EARLY, CheckpointError, MemoryCapError, error_context
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
 def hook_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command runs in these tests without a process of its own, and its hook must not outlive it."""
+    """Restore the hook for threads: a command that runs in the process of the tests replaces it."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What a command called in place of training, preparing, generating and measuring."""
+    """Return the calls of training, preparation, generation, export and benchmarks, which are replaced by fakes."""
     made: list[Any] = []
 
     def install(module: str, **functions: Any) -> None:
@@ -68,7 +68,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == help_text
 
 
-def test_help_answers_without_torch_ray_or_pydantic() -> None:
+def test_help_imports_neither_torch_nor_ray_nor_pydantic() -> None:
     script = (
         "import sys; from savant_ray.cli import main; main(['--help'])\n"
         "print({'torch', 'ray', 'pydantic', 'rich'} & set(sys.modules), file=sys.stderr)"
@@ -84,8 +84,8 @@ def test_help_of_a_command_with_settings_lists_each_with_meaning_and_default(
     assert main([command, "--help"]) == 0
     help_text = " ".join(capsys.readouterr().out.split())
     assert "--config FILE.yaml" in help_text
-    for row in setting_rows():
-        assert f"--{row.name} {row.meaning} [" in help_text
+    for row in all_settings():
+        assert f"--{row.name} {row.description} [" in help_text
 
 
 @pytest.mark.parametrize("command", ["generate", "benchmark"])
@@ -99,12 +99,12 @@ def test_an_unknown_command_is_refused_with_a_suggestion(capsys: pytest.CaptureF
     assert capsys.readouterr().err == "error: trian: no such command; did you mean train?\n"
     assert main(["xyzzy"]) == 2
     assert (
-        "there are train, prepare, runs, status, report, generate, evaluate, export, config, benchmark"
+        "the commands are train, prepare, runs, status, report, generate, evaluate, export, config, benchmark"
         in capsys.readouterr().err
     )
 
 
-def test_train_hands_over_the_settings_and_ends_with_the_trainings_exit_code(calls: list[Any]) -> None:
+def test_train_passes_the_settings_and_returns_the_exit_code_of_training(calls: list[Any]) -> None:
     config = ROOT / "configs" / "quickstart.yaml"
     arguments = ["--training.max_steps", "3", "--training.weight_decay=0", "--run.name", "x"]
     assert main(["train", arguments[0], arguments[1], "--config", str(config), *arguments[2:]]) == STOPPED_EARLY
@@ -130,7 +130,7 @@ def test_the_module_of_the_command_line_can_be_run_with_python_m() -> None:
     assert (done.returncode, done.stderr) == (2, "error: trian: no such command; did you mean train?\n")
 
 
-def test_wrong_settings_are_all_told_and_nothing_is_started(
+def test_all_invalid_settings_are_reported_and_nothing_is_started(
     calls: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--training.max_step", "3", "--model.n_heads", "7", "--training.weight_decay", "-1"]) == 2
@@ -143,7 +143,7 @@ def test_wrong_settings_are_all_told_and_nothing_is_started(
 
 
 @pytest.mark.parametrize("error", [CheckpointError("gone"), MemoryCapError("too small")])
-def test_a_failure_is_told_in_a_line_and_has_its_exit_code(
+def test_an_error_is_printed_in_one_line_and_has_its_exit_code(
     error: Any, calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(config: Config, **options: bool) -> int:
@@ -154,11 +154,11 @@ def test_a_failure_is_told_in_a_line_and_has_its_exit_code(
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
-def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_that_verbose_prints(
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_and_printed_by_verbose(
     calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(config: Config, **options: bool) -> None:
-        with doing("tokenising train.jsonl"):
+        with error_context("tokenizing train.jsonl"):
             raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -167,17 +167,17 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_that_ver
     said = capsys.readouterr().err
     (file,) = tmp_path.iterdir()
     assert said == (
-        f"error: while tokenising train.jsonl: ZeroDivisionError: division by zero (the full traceback is in {file})\n"
+        f"error: while tokenizing train.jsonl: ZeroDivisionError: division by zero (the full traceback is in {file})\n"
     )
     assert "in fail\n" in file.read_text()
     assert main(["prepare", "--verbose"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback (most recent call last)") and "in fail\n" in said
-    assert "\nerror: while tokenising" in said
+    assert "\nerror: while tokenizing" in said
 
 
 class Panic(BaseException):
-    """As a Rust library raises it: no Exception."""
+    """An exception of a Rust library, which is not an `Exception`."""
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ class Panic(BaseException):
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
 )
-def test_whatever_is_raised_is_told_in_one_line_of_readable_length(
+def test_any_exception_is_printed_in_one_line_of_limited_length(
     error: BaseException,
     said: str,
     calls: list[Any],
@@ -208,7 +208,7 @@ def test_whatever_is_raised_is_told_in_one_line_of_readable_length(
     assert printed.count("\n") == 1 and len(printed) < 1000
 
 
-def test_an_unexpected_error_is_told_even_if_no_folder_takes_its_traceback(
+def test_an_unexpected_error_is_printed_even_if_its_traceback_cannot_be_written(
     calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(config: Config, **options: bool) -> None:
@@ -220,7 +220,7 @@ def test_an_unexpected_error_is_told_even_if_no_folder_takes_its_traceback(
     assert "division by zero (--verbose prints the full traceback)" in capsys.readouterr().err
 
 
-def test_an_error_in_a_thread_that_nobody_waits_for_is_a_warning_in_one_line(
+def test_an_error_in_a_background_thread_is_a_warning_in_one_line(
     calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start_thread(config: Config, **options: bool) -> None:
@@ -234,7 +234,7 @@ def test_an_error_in_a_thread_that_nobody_waits_for_is_a_warning_in_one_line(
     assert said.startswith("WARNING: the thread reader ended: ZeroDivisionError:") and said.count("\n") == 1
 
 
-def test_ctrl_c_ends_a_command_as_shells_expect(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_a_command_with_exit_code_130(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(config: Config, **options: bool) -> None:
         raise KeyboardInterrupt
 
@@ -242,12 +242,12 @@ def test_ctrl_c_ends_a_command_as_shells_expect(calls: list[Any], monkeypatch: p
     assert main(["prepare"]) == 130
 
 
-def test_prepare_prepares_what_the_settings_name(calls: list[Any]) -> None:
+def test_prepare_passes_the_settings(calls: list[Any]) -> None:
     assert main(["prepare", "--data.tokenizer", "albert-base-v2"]) == 0
     assert calls == [resolve_paths(load_config(["--data.tokenizer", "albert-base-v2"]))]
 
 
-def test_prepare_quickstart_writes_the_text_and_goes_on_only_with_a_config(
+def test_prepare_quickstart_writes_the_text_and_prepares_it_only_with_a_config(
     calls: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["prepare", "--quickstart"]) == 0
@@ -272,7 +272,7 @@ def test_generate_prints_prompt_and_answer_and_writes_json(
     assert calls == [(Path("run"), "X =", expected)]
 
 
-def test_generate_leaves_to_the_checkpoint_what_is_not_given(calls: list[Any]) -> None:
+def test_generate_uses_the_settings_of_the_checkpoint_for_omitted_options(calls: list[Any]) -> None:
     assert main(["generate", "--checkpoint", "run", "--prompt", "-x"[1:]]) == 0
     assert calls[0][2] == {"max_new_tokens": None, "temperature": None, "seed": 0, "n_loops": None}
 
@@ -295,7 +295,7 @@ def test_generate_leaves_to_the_checkpoint_what_is_not_given(calls: list[Any]) -
         ("--seed", "x", "'x' is not a whole number from"),
     ],
 )
-def test_generate_refuses_numbers_that_make_no_sense(
+def test_generate_refuses_numbers_out_of_range(
     option: str, value: str, message: str, calls: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "--checkpoint", "run", "--prompt", "x", f"{option}={value}"]) == 2
@@ -304,13 +304,13 @@ def test_generate_refuses_numbers_that_make_no_sense(
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 1])
-def test_every_seed_that_is_accepted_is_one_that_text_is_drawn_with(seed: int, calls: list[Any]) -> None:
+def test_every_accepted_seed_can_seed_a_generator(seed: int, calls: list[Any]) -> None:
     assert main(["generate", "--checkpoint", "run", "--prompt", "x", "--seed", str(seed)]) == 0
     assert calls[0][2]["seed"] == seed
     torch.Generator().manual_seed(seed)
 
 
-def test_generate_says_where_it_could_not_write(
+def test_generate_names_the_file_that_it_could_not_write(
     calls: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "none" / "answer.json"
@@ -318,9 +318,7 @@ def test_generate_says_where_it_could_not_write(
     assert capsys.readouterr().err == f"error: --json {file}: No such file or directory\n"
 
 
-def test_export_hands_over_what_to_write_where_and_tells_what_was_lost(
-    calls: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_passes_its_options_and_prints_warnings(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "run", "--format", "original", "--output", "step_5.pt"]) == 0
     assert main(["export", "run", "--format", "original", "--output", "x.pt", "--optimizer", "adamw8bit"]) == 0
     assert calls == [
@@ -340,12 +338,12 @@ def test_export_hands_over_what_to_write_where_and_tells_what_was_lost(
         ["run", "--format", "safetensors", "--output", "x", "--optimizer", "adamw"],
     ],
 )
-def test_export_refuses_what_it_cannot_do(arguments: list[str], calls: list[Any]) -> None:
+def test_export_refuses_invalid_options(arguments: list[str], calls: list[Any]) -> None:
     assert main(["export", *arguments]) == 2
     assert calls == []
 
 
-def test_config_prints_the_complete_result(capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_prints_the_complete_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--training.max_steps", "5"]) == 0
     printed = capsys.readouterr().out
     assert printed == dump_yaml(load_config(["--training.max_steps", "5"]))
@@ -367,7 +365,7 @@ def test_config_prints_the_complete_result(capsys: pytest.CaptureFixture[str]) -
         (["–config", "a.yaml"], "–config: no such option; did you mean --config?"),
     ],
 )
-def test_an_option_of_the_command_that_is_not_right_is_told(
+def test_an_invalid_option_is_reported(
     arguments: list[str], message: str, calls: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", *arguments]) == 2
@@ -375,7 +373,7 @@ def test_an_option_of_the_command_that_is_not_right_is_told(
     assert calls == []
 
 
-def test_variables_that_look_like_settings_and_are_none_are_noted(
+def test_environment_variables_that_only_look_like_settings_are_reported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAVANT_LR", "1e-3")
@@ -388,12 +386,12 @@ def test_variables_that_look_like_settings_and_are_none_are_noted(
     )
 
 
-def test_benchmark_runs_the_one_that_is_named(calls: list[Any]) -> None:
+def test_benchmark_runs_the_named_benchmark(calls: list[Any]) -> None:
     assert main(["benchmark", "step", "--json", "x.json"]) == 0
     assert calls == [("step", Path("x.json"))]
 
 
-def test_help_of_benchmark_names_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_benchmark_names_all_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     from savant_ray.benchmarks.registry import BENCHMARKS
 
     main(["benchmark", "--help"])
@@ -402,7 +400,7 @@ def test_help_of_benchmark_names_all_of_them(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("job", ["train", "prepare", "generate", "benchmark"])
-def test_a_job_is_its_command_from_any_folder(job: str, tmp_path: Path) -> None:
+def test_a_script_in_jobs_runs_its_command_from_any_folder(job: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"usage: savant {job} ")
@@ -413,7 +411,7 @@ RESULTS = [["config"], ["runs", "."], ["runs", ".", "--json"], ["--help"], []]
 
 @pytest.mark.parametrize("arguments", RESULTS)
 @pytest.mark.parametrize("redirection", [">&-", "> /dev/full", ">&- <&-"])
-def test_a_command_whose_result_cannot_be_printed_says_so_and_fails(
+def test_a_command_whose_result_cannot_be_printed_fails_with_an_error(
     redirection: str, arguments: list[str], tmp_path: Path
 ) -> None:
     done = in_a_shell(arguments, redirection, tmp_path)
@@ -429,9 +427,7 @@ def test_a_command_needs_neither_stdin_nor_stderr(redirection: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("redirection", [">&-", "> /dev/full", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full 2> /dev/full"])
-def test_a_command_that_does_something_else_than_printing_does_it_without_output(
-    redirection: str, tmp_path: Path
-) -> None:
+def test_a_command_whose_result_is_not_its_output_works_without_stdout(redirection: str, tmp_path: Path) -> None:
     done = in_a_shell(["prepare", "--quickstart"], redirection, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     written = sorted((tmp_path / "dataset").iterdir())
@@ -439,7 +435,7 @@ def test_a_command_that_does_something_else_than_printing_does_it_without_output
 
 
 def in_a_shell(arguments: list[str], redirection: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A command with its streams as the shell makes them, in a folder of its own."""
+    """Run a command whose streams the shell redirects, in a folder of its own."""
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from savant_ray.cli import main; sys.exit(main())"
     command = f'exec "$0" "$@" {redirection}'
     return subprocess.run(
@@ -451,7 +447,7 @@ def in_a_shell(arguments: list[str], redirection: str, folder: Path) -> subproce
     )
 
 
-def test_processes_that_are_started_with_closed_streams_find_them_open(tmp_path: Path) -> None:
+def test_child_processes_have_open_streams_even_if_they_were_closed(tmp_path: Path) -> None:
     script = (
         "import subprocess, sys; from savant_ray.streams import open_standard_streams; open_standard_streams()\n"
         "look = 'import os; [os.fstat(descriptor) for descriptor in range(3)]'\n"
@@ -463,7 +459,7 @@ def test_processes_that_are_started_with_closed_streams_find_them_open(tmp_path:
         assert (done.returncode, done.stderr) == (0, ""), redirection
 
 
-def test_a_pipe_that_does_not_block_gets_all_that_is_printed(tmp_path: Path) -> None:
+def test_a_non_blocking_pipe_receives_the_complete_output(tmp_path: Path) -> None:
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)  # less than is printed
     os.set_blocking(write, False)
@@ -476,7 +472,7 @@ def test_a_pipe_that_does_not_block_gets_all_that_is_printed(tmp_path: Path) -> 
     assert len(printed) > 4096 and "reporting.wandb" in printed
 
 
-def test_bytes_of_the_command_line_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
+def test_arguments_that_are_not_utf_8_are_reported(tmp_path: Path) -> None:
     odd = os.fsdecode(b"dog\xe9")
     for arguments in (
         ["config", "--run.name", odd],
@@ -504,7 +500,7 @@ def test_runs_are_listed_for_a_user_without_a_home_folder(
     assert capsys.readouterr().out.startswith("no runs found")
 
 
-def test_a_reader_that_went_away_gets_no_traceback() -> None:
+def test_writing_to_a_closed_pipe_prints_no_traceback() -> None:
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--help"]
     read, write = os.pipe()
     os.close(read)
@@ -524,7 +520,7 @@ def test_a_reader_that_went_away_gets_no_traceback() -> None:
         ["benchmark", "data"],
     ],
 )
-def test_a_deleted_working_directory_is_named(command: list[str], tmp_path: Path) -> None:
+def test_a_deleted_working_directory_is_reported(command: list[str], tmp_path: Path) -> None:
     script = 'cd "$0" && rmdir "$0" && exec "$@"'
     code = f"import sys; from savant_ray.cli import main; sys.exit(main({command!r}))"
     words = [sys.executable, "-P", "-c", code]

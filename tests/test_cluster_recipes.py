@@ -1,4 +1,4 @@
-"""The manifests in jobs/cluster agree with each other, with the settings and with what Ray takes.
+"""The manifests in jobs/cluster agree with each other, with the settings and with Ray.
 
 `kubectl apply --dry-run=server` compares their fields with the CRDs of a cluster.
 """
@@ -27,20 +27,20 @@ def manifest(name: str) -> dict[str, Any]:
 
 
 def cluster(name: str) -> dict[str, Any]:
-    """The cluster that a manifest describes."""
+    """Return the cluster that a manifest describes."""
     spec = manifest(name)["spec"]
     return spec.get("rayClusterSpec", spec)
 
 
 def pods(name: str) -> list[dict[str, Any]]:
-    """The pods of its head and its workers."""
+    """Return the specifications of the head's pod and of the workers' pods."""
     described = cluster(name)
     groups = [described["headGroupSpec"], *described["workerGroupSpecs"]]
     return [group["template"]["spec"] for group in groups]
 
 
 def before_stop(pod: dict[str, Any]) -> str:
-    """The program that a pod runs before it ends."""
+    """Return the program that a pod runs before it ends."""
     return pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
 
 
@@ -58,20 +58,20 @@ def test_job_and_cluster_describe_the_same_pods() -> None:
 
 
 @both
-def test_only_who_has_the_token_reaches_the_cluster_and_all_nodes_reach_the_storage(name: str) -> None:
+def test_the_cluster_requires_a_token_and_all_nodes_share_the_storage(name: str) -> None:
     assert cluster(name)["authOptions"] == {"mode": "token"}
     assert manifest("storage.yaml")["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
 @both
-def test_the_pods_run_the_version_of_ray_that_is_pinned(name: str) -> None:
+def test_the_pods_run_the_pinned_version_of_ray(name: str) -> None:
     pinned = re.search(r"^ray\S*==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert pinned and cluster(name)["rayVersion"] == pinned[1]
     assert f":{pinned[1]}-py3" in (FOLDER / name).read_text(), "the image that the comment builds upon"
 
 
 @both
-def test_a_pod_that_is_deleted_has_the_time_to_save(name: str) -> None:
+def test_a_deleted_pod_has_enough_time_to_save(name: str) -> None:
     head, worker = pods(name)
     compile(before_stop(head), "preStop", "exec")
     check_ray(shlex.split(before_stop(worker).partition("sleep")[0])[1:])
@@ -82,7 +82,7 @@ def test_a_pod_that_is_deleted_has_the_time_to_save(name: str) -> None:
 
 
 @both
-def test_every_pod_has_the_storage_that_the_settings_name_and_the_variables_of_a_job(name: str) -> None:
+def test_every_pod_mounts_the_storage_of_the_settings_and_has_the_variables_of_a_job(name: str) -> None:
     claim = manifest("storage.yaml")["metadata"]["name"]
     for pod in pods(name):
         (container,) = pod["containers"]
@@ -103,7 +103,7 @@ def test_there_is_a_gpu_for_each_worker_of_the_settings(name: str) -> None:
     assert cluster(name)["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
 
 
-def test_the_job_starts_files_that_there_are_with_settings_that_there_are() -> None:
+def test_the_job_names_files_and_settings_that_exist() -> None:
     spec = manifest("rayjob.yaml")["spec"]
     files = re.findall(r"/savant/(\S+)", spec["entrypoint"])
     assert len(files) == 2 and all((ROOT / file).is_file() for file in files)
@@ -114,7 +114,7 @@ def test_the_job_starts_files_that_there_are_with_settings_that_there_are() -> N
         assert str(path).startswith(f"{SHIPPED.run.storage_path}/")
 
 
-def test_ray_up_takes_the_launcher() -> None:
+def test_ray_up_accepts_the_launcher() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     launcher = manifest("launcher.yaml")
@@ -125,7 +125,7 @@ def test_ray_up_takes_the_launcher() -> None:
         validate_config(config | {"worker_start_commands": []})
 
 
-def test_the_launchers_nodes_share_a_token_and_their_dashboard_stays_on_loopback() -> None:
+def test_the_launchers_nodes_share_a_token_and_their_dashboard_listens_on_loopback() -> None:
     launcher = manifest("launcher.yaml")
     starts = [launcher[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")]
     assert all("RAY_AUTH_MODE=token" in start for start in starts)

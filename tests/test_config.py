@@ -1,22 +1,24 @@
-"""Settings: where they come from, which wins, and what is refused in which words."""
+"""Settings: sources, their precedence, and the messages about invalid ones."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from savant_ray.config import Config, ModelConfig, dump_yaml, ignored_variables, load_config, setting_rows
+from savant_ray.config import Config, ModelConfig, all_settings, dump_yaml, ignored_variables, load_config
 from savant_ray.errors import SettingsError
 from savant_ray.settings.table import PREFIX
+from savant_ray.storage.paths import with_absolute_paths
 
 
 def refusal(
     *arguments: str, environment: dict[str, str] | None = None, file: Path | None = None, yaml: str | None = None
 ) -> list[str]:
-    """What is said about wrong settings, one line each."""
+    """Return the error messages about invalid settings, one per line."""
     if yaml is not None:
         assert file is not None
         file.write_text(yaml, encoding="utf-8")
@@ -31,7 +33,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "settings.yaml"
 
 
-def test_later_sources_win_over_earlier_ones(file: Path) -> None:
+def test_later_sources_override_earlier_ones(file: Path) -> None:
     file.write_text("training: {max_steps: 1, batch_size: 1, accumulation: 1}\n")
     environment = {"SAVANT_TRAINING__BATCH_SIZE": "2", "SAVANT_TRAINING__ACCUMULATION": "2"}
     training = load_config(["--training.accumulation", "3"], environment, file).training
@@ -39,7 +41,7 @@ def test_later_sources_win_over_earlier_ones(file: Path) -> None:
     assert training.learning_rate == 2e-5
 
 
-def test_the_environment_is_the_processs_own_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_that_of_the_process_unless_another_one_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAVANT_RUN__SEED", "5")
     assert load_config().run.seed == 5
     assert load_config(environment={}).run.seed == 1337
@@ -50,12 +52,12 @@ def test_an_option_takes_its_value_after_a_space_or_an_equals_sign() -> None:
     assert spaced == load_config(["--training.max_steps=7", "--training.weight_decay=0"], {})
 
 
-def test_the_last_of_two_equal_options_wins() -> None:
+def test_the_last_of_two_equal_options_is_used() -> None:
     assert load_config(["--run.seed=1", "--run.seed=2"], {}).run.seed == 2
 
 
 @pytest.mark.parametrize("text", ["2e-5", "2.0e-05", "0.00002", ".00002", "2E-5"])
-def test_a_number_reads_the_same_from_every_source(text: str, file: Path) -> None:
+def test_a_number_has_the_same_value_from_every_source(text: str, file: Path) -> None:
     file.write_text(f"training: {{learning_rate: {text}}}\n")
     from_file = load_config((), {}, file)
     assert from_file.training.learning_rate == 2e-5
@@ -63,7 +65,7 @@ def test_a_number_reads_the_same_from_every_source(text: str, file: Path) -> Non
     assert from_file == load_config((), {"SAVANT_TRAINING__LEARNING_RATE": text})
 
 
-def test_text_stays_as_typed_on_the_command_line() -> None:
+def test_text_on_the_command_line_is_not_interpreted_as_yaml() -> None:
     prompt = "Question: {a: 1}, [b] # no comment\n- 012 'x'"
     config = load_config(["--validation.prompt", prompt, "--run.name", "012"], {})
     assert (config.validation.prompt, config.run.name) == (prompt, "012")
@@ -84,18 +86,18 @@ def test_a_switch_is_auto_true_or_false(text: str, value: str | bool) -> None:
     assert load_config(["--training.compile", text], {}).training.compile is value
 
 
-def test_null_takes_an_optional_setting_back(file: Path) -> None:
+def test_null_resets_an_optional_setting(file: Path) -> None:
     file.write_text("run: {init_from: other}\n")
     assert load_config(["--run.init_from", "null"], {}, file).run.init_from is None
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "training:\n", "\ufefftraining:\n  # nothing\n"])
-def test_a_file_that_says_nothing_leaves_the_defaults(text: str, file: Path) -> None:
+def test_an_empty_file_changes_no_default(text: str, file: Path) -> None:
     file.write_text(text, encoding="utf-8")
     assert load_config((), {}, file) == Config()
 
 
-def test_the_complete_settings_read_back_to_the_same(file: Path) -> None:
+def test_dumped_settings_load_to_the_same_values(file: Path) -> None:
     prompt = "Zeile 1\n\n  “U+2028: \u2028” # kein Kommentar\n"
     config = load_config(["--validation.prompt", prompt, "--training.learning_rate", "1e-7"], {})
     file.write_text(dump_yaml(config), encoding="utf-8")
@@ -106,7 +108,7 @@ def test_the_complete_settings_read_back_to_the_same(file: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["2e-5", "1e5", "08", "012", "1:30", "yes", "~", "a\x85b", "a\u2028b", "\ufeffa", "=", "<<"]
 )
-def test_text_that_looks_like_something_else_reads_back_as_text(name: str, file: Path) -> None:
+def test_text_that_looks_like_another_type_is_dumped_and_loaded_as_text(name: str, file: Path) -> None:
     config = Config.from_dict({"run": {"storage_path": name}})
     file.write_text(dump_yaml(config), encoding="utf-8")
     assert load_config((), {}, file) == config
@@ -114,17 +116,17 @@ def test_text_that_looks_like_something_else_reads_back_as_text(name: str, file:
 
 
 def test_every_setting_can_be_given_by_every_source(file: Path) -> None:
-    for row in setting_rows():
+    for row in all_settings():
         text = row.default if isinstance(row.default, str) else yaml.safe_dump(row.default, default_flow_style=True)
         assert load_config([f"--{row.name}", text], {}) == load_config((), {row.variable: text}) == Config()
 
 
-def test_every_setting_says_what_it_means() -> None:
-    assert all(row.meaning and row.name.count(".") == 1 for row in setting_rows())
-    assert all(row.variable == PREFIX + row.name.upper().replace(".", "__") for row in setting_rows())
+def test_every_setting_has_a_description() -> None:
+    assert all(row.description and row.name.count(".") == 1 for row in all_settings())
+    assert all(row.variable == PREFIX + row.name.upper().replace(".", "__") for row in all_settings())
 
 
-def test_an_unknown_name_is_refused_with_a_suggestion_whatever_its_source(file: Path) -> None:
+def test_an_unknown_name_is_refused_with_a_suggestion_from_every_source(file: Path) -> None:
     environment = {"SAVANT_TRAINING__MAX_STEP": "1", "SAVANT_TRAINING_BATCH_SIZE": "1", "HOME": "/"}
     yaml = "trainig: {max_steps: 3}\nmodel: {n_head: 2}\ndata: {sources: [{path: a, weigth: 1, weight: 1}]}\n"
     assert refusal("--training.max_step", "1", "--max_steps=1", environment=environment, file=file, yaml=yaml) == [
@@ -156,7 +158,7 @@ def test_an_unknown_name_is_refused_with_a_suggestion_whatever_its_source(file: 
         ("xyzzy: 5", "xyzzy: no such setting"),
     ],
 )
-def test_a_setting_that_is_not_nested_in_a_file_is_shown_as_it_has_to_stand(
+def test_a_setting_that_is_not_nested_in_a_file_is_refused_with_the_nested_form(
     yaml: str, message: str, file: Path
 ) -> None:
     assert refusal(file=file, yaml=yaml) == [f"{file}: {message}"]
@@ -185,7 +187,7 @@ SERVICES = {
 }
 
 
-def test_variables_that_kubernetes_and_docker_add_for_services_are_no_settings() -> None:
+def test_variables_that_kubernetes_and_docker_add_for_services_are_not_settings() -> None:
     assert load_config((), SERVICES) == Config()
     assert ignored_variables(SERVICES) == []
 
@@ -207,11 +209,11 @@ def test_variables_that_kubernetes_and_docker_add_for_services_are_no_settings()
         ("SAVANT_CHECKPOINT_EVERY_STEPS", "SAVANT_CHECKPOINT__EVERY_STEPS"),
     ],
 )
-def test_a_variable_that_is_nearly_a_setting_is_refused_with_the_right_one(variable: str, meant: str) -> None:
+def test_a_misspelt_variable_is_refused_with_the_right_one(variable: str, meant: str) -> None:
     assert refusal(environment={variable: "5"}) == [f"{variable}: no such setting; did you mean {meant}?"]
 
 
-def test_a_variable_with_a_section_and_a_name_is_refused_even_if_nothing_is_close() -> None:
+def test_a_variable_of_the_form_section_and_name_is_refused_even_if_no_setting_is_similar() -> None:
     assert refusal(environment={"SAVANT_XYZZY__QQQ": "5"}) == ["SAVANT_XYZZY__QQQ: no such setting"]
 
 
@@ -277,7 +279,7 @@ def test_a_variable_or_an_option_that_is_not_utf_8_is_named() -> None:
         ("scaling.num_workers", "", "a value is missing"),
     ],
 )
-def test_a_number_as_people_write_it_is_refused_with_the_way_to_write_it(name: str, text: str, message: str) -> None:
+def test_a_number_in_another_notation_is_refused_with_the_right_one(name: str, text: str, message: str) -> None:
     variable = PREFIX + name.replace(".", "__").upper()
     assert refusal(f"--{name}", text) == [f"--{name}: {message}"]
     assert refusal(environment={variable: text}) == [f"{variable}: {message}"]
@@ -302,15 +304,17 @@ def test_underscores_may_separate_thousands() -> None:
         (["-5"], "-5: expected --section.setting VALUE"),
     ],
 )
-def test_an_option_that_was_pasted_or_guessed_is_refused_with_the_right_one(arguments: list[str], message: str) -> None:
+def test_an_option_with_other_dashes_or_a_guessed_name_is_refused_with_the_right_one(
+    arguments: list[str], message: str
+) -> None:
     assert refusal(*arguments) == [message.format("--training.max_steps")]
 
 
-def test_a_name_like_none_is_refused_without_a_suggestion() -> None:
+def test_a_name_that_resembles_no_setting_is_refused_without_a_suggestion() -> None:
     assert refusal("--xyzzy", "1") == ["--xyzzy: no such setting"]
 
 
-def test_a_key_given_twice_is_refused_with_its_lines(file: Path) -> None:
+def test_a_duplicate_key_is_refused_with_both_lines(file: Path) -> None:
     yaml = "training:\n  max_steps: 1\n  max_steps: 2\nmodel: {}\ntraining: {}\n"
     assert sorted(refusal(file=file, yaml=yaml)) == [
         f"{file} line 3: max_steps was already given in line 2",
@@ -340,7 +344,7 @@ def test_a_key_given_twice_is_refused_with_its_lines(file: Path) -> None:
         ("training: 3\n", ": training: expected settings below it, found 3"),
     ],
 )
-def test_a_file_that_is_no_settings_file_is_refused_with_its_line(yaml: str, message: str, file: Path) -> None:
+def test_an_invalid_settings_file_is_refused_with_the_line(yaml: str, message: str, file: Path) -> None:
     (line,) = refusal(file=file, yaml=yaml)
     assert line.startswith(f"{file}{message}")
 
@@ -361,7 +365,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, file: Path) -> None
     ]
 
 
-def test_a_file_that_is_not_in_the_current_folder_is_named_with_that_folder(
+def test_a_missing_file_is_named_with_the_folder_that_was_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -391,12 +395,12 @@ def test_a_file_in_the_home_folder_can_be_named_with_a_tilde(tmp_path: Path, mon
     ],
     ids=["CRLF", "CR", "BOM", "UTF-16", "JSON", "JSON with tabs", "marks"],
 )
-def test_a_file_reads_the_same_however_an_editor_saved_it(content: bytes, file: Path) -> None:
+def test_encoding_and_line_ends_of_a_file_do_not_matter(content: bytes, file: Path) -> None:
     file.write_bytes(content)
     assert load_config((), {}, file) == load_config(["--training.max_steps=5", "--run.name=x"], {})
 
 
-def test_json_is_read_with_its_escapes_and_its_duplicates_are_refused(file: Path) -> None:
+def test_json_escapes_are_read_and_duplicate_keys_are_refused(file: Path) -> None:
     file.write_text('{"run": {"name": "\\ud83d\\ude00"}, "training": {"learning_rate": 1e-5}}')
     config = load_config((), {}, file)
     assert (config.run.name, config.training.learning_rate) == ("😀", 1e-5)
@@ -436,7 +440,9 @@ def test_json_is_read_with_its_escapes_and_its_duplicates_are_refused(file: Path
         ("scaling.num_workers", "193", "193 is more than the 192 sequences of a step "),
     ],
 )
-def test_a_value_out_of_its_bounds_is_refused_under_the_name_it_was_given(name: str, text: str, message: str) -> None:
+def test_an_invalid_value_is_refused_with_the_option_or_variable_that_set_it(
+    name: str, text: str, message: str
+) -> None:
     variable = PREFIX + name.replace(".", "__").upper()
     (option_line,) = refusal(f"--{name}", text)
     (variable_line,) = refusal(environment={variable: text})
@@ -444,14 +450,14 @@ def test_a_value_out_of_its_bounds_is_refused_under_the_name_it_was_given(name: 
     assert variable_line.startswith(f"{variable}: {message}")
 
 
-def test_text_in_a_file_is_text_and_a_count_is_a_count(file: Path) -> None:
+def test_types_in_a_file_are_not_converted(file: Path) -> None:
     assert refusal(file=file, yaml='run: {name: 7, seed: "7"}\n') == [
         f"{file}: run.name: expected text, found 7",
         f"{file}: run.seed: expected a whole number, found '7'",
     ]
 
 
-def test_a_wrong_item_of_a_list_is_named(file: Path) -> None:
+def test_an_invalid_item_of_a_list_is_named(file: Path) -> None:
     yaml = "data: {validation: [a, 3], sources: [{path: a, weight: -1}, {weight: 1}]}\n"
     assert refusal(file=file, yaml=yaml) == [
         f"{file}: data.sources[0].weight: -1 has to be greater than 0",
@@ -466,11 +472,25 @@ def test_settings_that_contradict_each_other_are_refused(file: Path) -> None:
     assert refusal("--model.dim", "500") == ["model.n_heads: 16 does not divide model.dim = 500 (--model.dim)"]
 
 
-def test_a_plain_dict_is_checked_as_every_other_source() -> None:
+def test_a_dict_is_validated_like_every_other_source() -> None:
     with pytest.raises(SettingsError, match=r"^trainig: no such setting; did you mean training\?$"):
         Config.from_dict({"trainig": {}})
     with pytest.raises(SettingsError, match=r"^model\.n_heads: 7 does not divide model\.dim = 512$"):
         Config.from_dict({"model": {"n_heads": 7, "dim": 512}})
+
+
+def test_settings_are_validated_when_they_are_loaded_and_not_again_on_the_way_to_the_workers() -> None:
+    sources = "[{path: [a.jsonl, s3://b/c.jsonl], weight: 1}, {path: d.jsonl, weight: .5, optional: true}]"
+    config = load_config(["--data.sources", sources, "--scaling.num_workers", "[1, 4]"], {})
+    rebuilt = Config.from_validated(json.loads(json.dumps(config.to_dict())))
+    assert rebuilt == config and rebuilt.data.sources[0].path == ["a.jsonl", "s3://b/c.jsonl"]
+
+    unvalidated = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 0})})
+    with pytest.raises(SettingsError, match=r"training\.max_steps: 0 has to be at least 1"):
+        Config.from_dict(unvalidated.to_dict())
+    resolved = with_absolute_paths(unvalidated, Path("/in"), Path("/out"))
+    received = Config.from_validated(resolved.to_dict())
+    assert received == resolved and received.training.max_steps == 0
 
 
 def test_an_option_without_a_value_or_a_value_without_an_option_is_refused() -> None:
@@ -481,12 +501,12 @@ def test_an_option_without_a_value_or_a_value_without_an_option_is_refused() -> 
     ]
 
 
-def test_settings_do_not_change_once_made() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().run.seed = 3
 
 
-def test_what_follows_from_settings_is_computed_from_them() -> None:
+def test_derived_values_are_computed_from_the_settings() -> None:
     config = Config()
     assert (config.training.effective_batch, config.training.warmup_steps) == (192, 4000)
     assert ModelConfig(dim=64, n_heads=4).head_dim == 16

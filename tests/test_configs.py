@@ -1,4 +1,4 @@
-"""Every shipped settings file loads, and says only what differs from the defaults."""
+"""Every shipped settings file loads, and contains only settings that differ from the defaults."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHIPPED = tracked_files("configs/*.yaml")
 
 
 def stated(path: Path) -> dict[str, Any]:
-    """What the file itself says, by dotted name."""
+    """Return the settings in the file by dotted name."""
     sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
 
 
-def test_the_three_promised_files_are_there() -> None:
+def test_the_three_documented_files_exist() -> None:
     assert {"savant.yaml", "quickstart.yaml", "cluster.yaml"} <= {path.name for path in SHIPPED}
 
 
@@ -34,12 +34,12 @@ def test_a_shipped_file_loads_and_states_only_what_differs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_file_says_for_what_on_what_how_long_and_what_to_expect(path: Path) -> None:
+def test_a_shipped_file_states_purpose_hardware_duration_and_result(path: Path) -> None:
     header = path.read_text(encoding="utf-8")
     assert all(f"# {topic}:" in header for topic in ("Purpose", "Hardware", "Duration", "Result"))
 
 
-def test_savant_yaml_is_the_training_guides_run() -> None:
+def test_savant_yaml_has_the_values_of_the_training_guide() -> None:
     config = load_config((), {}, FOLDER / "savant.yaml")
     training, validation, checkpoint = config.training, config.validation, config.checkpoint
     assert (training.batch_size, training.accumulation, training.effective_batch) == (12, 16, 192)
@@ -58,7 +58,7 @@ def test_savant_yaml_is_the_training_guides_run() -> None:
     ]
 
 
-def test_the_quickstart_reads_the_files_it_makes() -> None:
+def test_the_quickstart_reads_the_files_that_it_generates() -> None:
     config = load_config((), {}, FOLDER / "quickstart.yaml")
     assert config.data.quickstart
     assert [s.path for s in config.data.sources] == [s.path for s in Config().data.sources]

@@ -1,4 +1,4 @@
-"""The documentation is true: its commands can be typed, what it names exists, and its generated parts are current."""
+"""Commands on the pages exist, files and settings that they name exist, and generated parts are current."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def title(page: Path) -> str:
 each_page = pytest.mark.parametrize("page", PAGES, ids=title)
 
 
-# --- what the pages say
+# --- commands on the pages
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -45,7 +45,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands() -> Iterator[list[str]]:
-    """Every command of every page, as words; a command that is handed on to Ray comes apart."""
+    """Yield every command of every page as words; of a command with `--` both sides are commands."""
     for page in PAGES:
         for words in split_commands("".join(blocks(page, "sh")).replace("\\\n", " ")):
             if words[:1] == ["ray"] and "--" in words:
@@ -56,7 +56,7 @@ def commands() -> Iterator[list[str]]:
 
 
 def split_commands(script: str) -> Iterator[list[str]]:
-    """A command a line, or more lines where a quotation spans them."""
+    """Yield the commands of a script, one per line, or over several lines within quotes."""
     begun = ""
     for line in script.splitlines():
         begun += line
@@ -73,7 +73,7 @@ def without_environment(words: list[str]) -> list[str]:
     return words[1:] if re.fullmatch(r"[A-Z_]+=.*", words[0]) else words
 
 
-# --- what there is
+# --- commands, settings and targets that exist
 
 
 @cache
@@ -84,7 +84,7 @@ def savant(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @cache
 def settings() -> frozenset[str]:
-    """The dotted names that `savant config` prints."""
+    """Return the dotted names that `savant config` prints."""
     shown = savant("config")
     assert shown.returncode == 0, shown.stderr
     sections = yaml.safe_load(shown.stdout)
@@ -105,7 +105,7 @@ def check_savant(name: str, options: list[str]) -> None:
 
 
 def check_ray(words: list[str]) -> None:
-    """Ray has the command, with these options."""
+    """Check that Ray has the command with these options."""
     from ray.scripts.scripts import cli
 
     command: Any = cli
@@ -134,7 +134,7 @@ def check(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
-def test_a_command_can_be_typed_as_it_stands(words):
+def test_every_command_on_a_page_exists_with_its_options(words):
     check(words)
     for name in words:
         if name.startswith(("configs/", "jobs/", "tests/", "savant_ray/")):
@@ -153,7 +153,7 @@ def test_files_that_a_page_names_exist(page):
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md"], ids=title)
-def test_links_of_pages_outside_of_the_site_lead_somewhere(page):
+def test_links_on_pages_outside_of_the_site_exist(page):
     links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
     assert [path for path, _ in links if not (page.parent / path).exists()] == []
     for path, anchor in links:
@@ -183,7 +183,7 @@ def test_settings_in_yaml_and_environment_are_known(page):
 
 
 @each_page
-def test_python_on_a_page_can_be_parsed(page):
+def test_python_code_on_a_page_is_valid(page):
     for block in blocks(page, "python"):
         assert ast.parse(block).body
 

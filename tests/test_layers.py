@@ -1,4 +1,4 @@
-"""Who may import whom, and what a module looks like: the directions of the design, enforced.
+"""Directions of imports, allowed packages, and requirements on every module (docs/DESIGN.md, section 2).
 
     cli → driver → worker → {cluster, storage} → {original, evaluation} → {training, inference, reporting}
         → {optim, data, model}
@@ -159,12 +159,12 @@ def part_modules(part: str) -> list[Path]:
     return [path for path in MODULES if part_of(name_of(path)) == part]
 
 
-def test_every_part_of_the_package_has_its_place() -> None:
+def test_every_part_of_the_package_has_a_layer() -> None:
     assert {part_of(name) for name in KNOWN} - {""} <= set(ALLOWED) == set(THIRD_PARTY)
 
 
 @pytest.mark.parametrize("part", ALLOWED)
-def test_a_part_imports_only_what_lies_below_it(part: str) -> None:
+def test_a_part_imports_only_lower_layers(part: str) -> None:
     allowed = ALLOWED[part] | EVERYBODY_MAY | {part, ""}
     for path in part_modules(part):
         wrong = {name for name in own_imports(path) if part_of(name) not in allowed}
@@ -178,7 +178,7 @@ def test_a_part_imports_only_the_packages_in_its_row(part: str) -> None:
         assert not wrong, f"{path.relative_to(ROOT)} may not import {sorted(wrong)}"
 
 
-def test_ray_train_is_used_only_where_processes_of_a_run_are_started_or_kept() -> None:
+def test_ray_train_is_imported_only_by_the_packages_that_run_on_it() -> None:
     for path in MODULES:
         if part_of(name_of(path)) not in KNOW_RAY_TRAIN:
             wrong = {name for name in imports(path) if name.startswith(RAY_TRAIN)}
@@ -186,7 +186,7 @@ def test_ray_train_is_used_only_where_processes_of_a_run_are_started_or_kept() -
 
 
 def private_names_of_ray(path: Path) -> set[str]:
-    """What a file imports of Ray that has a leading underscore somewhere in its name."""
+    """Return the modules and names of Ray that a file imports and that have a part with a leading underscore."""
     return {name for name in imports(path) if name.startswith("ray.") and any(p[:1] == "_" for p in name.split("."))}
 
 
@@ -198,7 +198,7 @@ def test_data_uses_tensors_only_as_arrays() -> None:
     assert all("torch" not in foreign_imports(path) for path in part_modules("data"))
 
 
-def test_no_two_modules_import_each_other_however_indirectly() -> None:
+def test_no_modules_import_each_other_in_a_cycle() -> None:
     graph = {name: own_imports(path) for name, path in KNOWN.items()}
     done: set[str] = set()
 
@@ -213,12 +213,12 @@ def test_no_two_modules_import_each_other_however_indirectly() -> None:
         visit(name, ())
 
 
-def test_no_module_is_named_after_nothing() -> None:
+def test_no_module_has_a_name_without_meaning() -> None:
     assert not [name for name in KNOWN if set(name.split(".")) & NOT_NAMES]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_says_in_its_first_line_what_it_is_and_its_functions_what_they_return(path: Path) -> None:
+def test_every_module_has_a_docstring_and_every_function_a_return_type(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     docstring = ast.get_docstring(tree)
@@ -229,7 +229,7 @@ def test_a_module_says_in_its_first_line_what_it_is_and_its_functions_what_they_
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_uses_no_name_that_it_does_not_have(path: Path) -> None:
+def test_every_name_that_a_module_uses_is_defined(path: Path) -> None:
     """Names of modules that nothing runs in a quick test (those for a GPU) are found as well."""
     whole = symtable.symtable(path.read_text(encoding="utf-8"), str(path), "exec")
     known = {symbol.get_name() for symbol in whole.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
@@ -239,7 +239,7 @@ def test_a_module_uses_no_name_that_it_does_not_have(path: Path) -> None:
 
 
 def scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
-    """The table and all that lie in it."""
+    """Yield the table and all tables below it."""
     yield table
     for child in table.get_children():
         yield from scopes(child)

@@ -11,7 +11,7 @@ from savant_ray.cli import main
 from savant_ray.config import Config, load_config
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
-from savant_ray.locations import printable, usable_folder, working_directory
+from savant_ray.locations import create_writable_folder, printable, working_directory
 from savant_ray.storage.paths import with_absolute_paths
 from savant_ray.storage.run_storage import local_checkpoint, run_storage
 
@@ -40,7 +40,7 @@ def test_a_setting_that_cannot_be_a_path_is_named(name: str, value: str, reason:
     assert str(error.value).startswith(f"{name}: ") and reason in str(error.value) and str(error.value).isprintable()
 
 
-def test_a_path_within_a_list_is_named_by_its_place() -> None:
+def test_an_invalid_path_in_a_list_is_named_by_its_index() -> None:
     config = load_config(["--data.sources", "[{path: [a, ~nosuchuser/b], weight: 1}]"], environment={})
     with pytest.raises(SettingsError, match=r"data\.sources\[0\]\.path\[1\]: ~nosuchuser/b: there is no user"):
         with_absolute_paths(config, Path("/in"), Path("/out"))
@@ -107,8 +107,8 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name, reason in {"file": "File exists", "file/x": "Not a directory", "x" * 300: "File name too long"}.items():
         with pytest.raises(SettingsError, match=f"data.cache_dir: .* cannot be used as a folder: {reason}"):
-            usable_folder(tmp_path / name, "data.cache_dir")
-    usable_folder(tmp_path / "new/er", "data.cache_dir")
+            create_writable_folder(tmp_path / name, "data.cache_dir")
+    create_writable_folder(tmp_path / "new/er", "data.cache_dir")
     assert (tmp_path / "new/er").is_dir()
 
 

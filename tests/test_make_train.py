@@ -1,4 +1,4 @@
-"""`make train` as a new user types it, with few steps."""
+"""`make train` as a new user runs it, with few steps."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import LEAN, environment, losses
+from tests.cluster.conftest import FAST_RAY, environment, losses
 from tests.tracked_files import copy_tracked_files
 
 LENGTH_OF_TIME = len("2026-01-31 17:05:00+00:00")  # in front of each line of the log
 
 
 @pytest.mark.slow
-def test_make_train_ends_with_a_checkpoint_a_sample_and_what_to_do_next(tmp_path: Path) -> None:
+def test_make_train_ends_with_a_checkpoint_a_sample_and_the_next_command(tmp_path: Path) -> None:
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("this environment was not made by `make install`")
     copy = copy_tracked_files(tmp_path / "a stranger's copy", "*")
     few_steps = environment(
         SAVANT_TRAINING__MAX_STEPS="3", SAVANT_VALIDATION__BATCHES="1", SAVANT_VALIDATION__LOGIC_PROBLEMS="0"
     )
-    for name in LEAN:
+    for name in FAST_RAY:
         del few_steps[name]  # Ray as a new user has it
     command = ["make", "train", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]  # never into this environment
     done = subprocess.run(command, cwd=copy, env=few_steps, text=True, capture_output=True, timeout=500)

@@ -1,4 +1,4 @@
-"""The dashboard in jobs/monitoring asks for what the workers export, and the recipes stay on this machine."""
+"""The dashboard in jobs/monitoring queries the metrics that workers export, and all services listen on loopback."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ WIDTH = 24  # of a dashboard, in Grafana's own unit
 
 
 def expressions() -> Iterator[str]:
-    """Every question that a panel asks."""
+    """Yield the PromQL expressions of all panels."""
     for panel in PANELS:
         yield from (target["expr"] for target in panel["targets"])
 
 
 def names(expression: str) -> set[str]:
-    """The metrics in an expression."""
+    """Return the names of the metrics in an expression."""
     bare = re.sub(r'"[^"]*"|\$\w+', "", expression)
     return set(re.findall(r"[a-z_]\w*", bare)) - WORDS_OF_PROMQL
 
@@ -39,12 +39,12 @@ def cells(panel: dict[str, Any]) -> set[tuple[int, int]]:
     return {(x, y) for x in columns for y in range(place["y"], place["y"] + place["h"])}
 
 
-def test_every_panel_asks_for_what_is_exported_and_everything_exported_is_shown() -> None:
+def test_the_panels_query_all_exported_metrics_and_no_others() -> None:
     asked = set.union(*(names(expression) for expression in expressions()))
     assert asked == EXPORTED
 
 
-def test_every_question_is_about_the_chosen_runs() -> None:
+def test_every_query_selects_the_chosen_runs() -> None:
     for expression in expressions():
         assert len(re.findall(r'\{run=~"\$run"\}', expression)) == len(re.findall("ray_savant", expression))
         assert re.findall(r"by \(([\w, ]+)\)", expression)[0] in (LABELS[0], ", ".join(LABELS))
@@ -60,7 +60,7 @@ def test_runs_and_datasource_are_variables() -> None:
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
 
 
-def test_every_panel_has_a_description_a_unit_and_a_place_of_its_own() -> None:
+def test_every_panel_has_a_description_and_a_unit_and_overlaps_no_other() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         assert not taken & cells(panel) and max(x for x, _ in cells(panel)) < WIDTH, panel["title"]
@@ -69,19 +69,19 @@ def test_every_panel_has_a_description_a_unit_and_a_place_of_its_own() -> None:
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_the_rows_are_what_one_watches_a_run_for() -> None:
+def test_the_dashboard_has_one_row_per_topic() -> None:
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
     assert rows == ["Progress", "Reasoning", "Speed", "Memory", "Checkpoints", "Faults"]
 
 
-def test_prometheus_finds_the_nodes_in_the_file_that_ray_keeps() -> None:
+def test_prometheus_finds_the_nodes_in_the_file_that_ray_writes() -> None:
     from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
     (job,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
     assert job["file_sd_configs"] == [{"files": [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}]
 
 
-def test_grafana_is_provisioned_with_this_dashboard_and_rays_own_under_the_name_that_they_ask_for() -> None:
+def test_grafana_is_provisioned_with_this_dashboard_and_the_datasource_of_rays_own() -> None:
     from ray.dashboard.modules.metrics.metrics_head import DEFAULT_PROMETHEUS_NAME
 
     provisioning = FOLDER / "grafana/provisioning"
@@ -92,7 +92,7 @@ def test_grafana_is_provisioned_with_this_dashboard_and_rays_own_under_the_name_
     assert tracked_files("jobs/monitoring/*.json") == [Path(path) / "savant.json"]
 
 
-def test_nothing_in_the_recipes_listens_on_other_addresses_than_loopback() -> None:
+def test_the_recipes_use_only_loopback_addresses() -> None:
     for path in tracked_files("jobs/monitoring/*.yml"):
         addresses = re.findall(r"(?:\d+\.){3}\d+", path.read_text())
         assert set(addresses) <= {"127.0.0.1"}, path.name

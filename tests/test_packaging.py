@@ -1,4 +1,4 @@
-"""Versions stand in one place, and `make install` gets torch without CUDA packages where there is no GPU."""
+"""Versions are pinned in one place, and without a GPU `make install` installs torch without CUDA packages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RANGES = parsed(
 # --- versions
 
 
-def test_every_requirement_is_pinned_to_one_version_and_once():
+def test_every_requirement_is_pinned_once_to_one_version():
     names = [canonicalize_name(pin.name) for pin in PINS]
     assert len(names) == len(set(names))
     assert [str(pin) for pin in PINS if not re.fullmatch(r"==[\w.]+", str(pin.specifier))] == []
@@ -61,7 +61,7 @@ def test_pins_and_ranges_name_the_same_packages_and_agree():
         assert wanted.extras == pin.extras, f"{pin} and {wanted} name different extras"
 
 
-def test_the_documentation_says_of_every_requirement_why_it_is_there() -> None:
+def test_the_documentation_gives_a_reason_for_every_requirement() -> None:
     page = (ROOT / "docs/reference/packages.md").read_text()
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = [canonicalize_name(name) for row in rows for name in re.findall(r"`([^`]+)`", row)]
@@ -91,7 +91,7 @@ def test_this_environment_has_the_pinned_versions():
 def test_every_third_party_import_is_a_requirement():
     known = {IMPORT_NAMES.get(canonicalize_name(pin.name), pin.name) for pin in PINS}
     known |= {"savant_ray", "mlflow", "wandb", *sys.stdlib_module_names}
-    known |= {"tests", "docs", "bad_lines"}
+    known |= {"tests", "docs", "invalid_lines"}
     known |= {"prometheus_client", "werkzeug"}  # which come with ray[default] and Flask
     for path in tracked_files("savant_ray/*.py", "jobs/*.py", "tests/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -208,7 +208,7 @@ def machine(kept_machine: Machine) -> Machine:
 
 
 @pytest.mark.slow
-def test_without_a_gpu_the_cpu_build_is_installed_and_stays(machine: Machine) -> None:
+def test_without_a_gpu_the_cpu_build_is_installed_and_kept(machine: Machine) -> None:
     machine.index("default", **{VERSION: "nvidia-cublas", f"{VERSION}+cpu": ""})
     done = machine.make("install")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -224,7 +224,7 @@ def test_without_a_gpu_the_cpu_build_is_installed_and_stays(machine: Machine) ->
 
 
 @pytest.mark.slow
-def test_without_a_gpu_and_a_cpu_build_nothing_big_is_installed_until_an_index_is_named(machine: Machine) -> None:
+def test_without_a_gpu_and_a_cpu_build_torch_is_not_installed_until_an_index_is_named(machine: Machine) -> None:
     machine.index("default", **{VERSION: "nvidia-cublas"})
     done = machine.make("train")
     assert done.returncode != 0 and "make train TORCH_INDEX=ADDRESS" in done.stderr, done.stderr
@@ -237,7 +237,7 @@ def test_without_a_gpu_and_a_cpu_build_nothing_big_is_installed_until_an_index_i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", [True, False])
-def test_the_plain_build_is_installed_with_a_gpu_or_where_it_is_without_cuda(machine: Machine, gpu: bool) -> None:
+def test_the_default_build_is_installed_with_a_gpu_or_if_it_has_no_cuda_packages(machine: Machine, gpu: bool) -> None:
     machine.has_gpu(gpu)
     machine.index("default", **{VERSION: "nvidia-cublas" if gpu else ""})
     done = machine.make("install")
@@ -246,7 +246,7 @@ def test_the_plain_build_is_installed_with_a_gpu_or_where_it_is_without_cuda(mac
     assert machine.installed() == {"torch": VERSION, **cuda, "savant-ray": "0"}
 
 
-def test_a_machine_without_what_it_takes_is_told_what(tmp_path: Path) -> None:
+def test_a_machine_without_a_usable_python_gets_the_packages_to_install(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     done = machine.make("install", "PYTHON=false")
     assert done.returncode != 0 and "No Python 3.11, 3.12 or 3.13" in done.stderr
@@ -257,7 +257,7 @@ def test_a_machine_without_what_it_takes_is_told_what(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["my conf.yaml", "it's mine.yaml", '"a" (1).yaml', "$HOME & co;#.yaml", "*.yaml"])
-def test_make_hands_the_name_of_a_configuration_and_the_arguments_on_as_they_are(name: str, tmp_path: Path) -> None:
+def test_make_passes_the_settings_file_and_arguments_on_unchanged(name: str, tmp_path: Path) -> None:
     python = tmp_path / "bin/python"
     python.parent.mkdir()
     python.write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")
@@ -276,12 +276,12 @@ def test_make_hands_the_name_of_a_configuration_and_the_arguments_on_as_they_are
     assert done.stdout == f"<jobs/train.py><--config><{name}><--validation.prompt><one two><--run.name><it's>"
 
 
-def test_a_folder_for_the_environment_that_make_cannot_handle_is_refused() -> None:
+def test_an_environment_folder_with_spaces_is_refused() -> None:
     done = subprocess.run(["make", "install", "VENV=my env"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "VENV=my env: make cannot handle spaces in this path" in done.stderr
 
 
-def test_make_alone_lists_the_targets() -> None:
+def test_make_without_a_target_lists_the_targets() -> None:
     outside_make = {"PATH": os.environ["PATH"]}
     said = subprocess.run(["make"], cwd=ROOT, env=outside_make, capture_output=True, text=True).stdout
     targets = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -289,7 +289,7 @@ def test_make_alone_lists_the_targets() -> None:
 
 
 @pytest.mark.parametrize(("train", "test", "fails"), [(0, 0, False), (0, 1, True), (1, 0, True)])
-def test_ci_runs_the_readmes_two_commands_in_order_and_fails_with_either(train, test, fails, tmp_path):
+def test_ci_runs_make_train_then_make_test_and_fails_if_either_does(train, test, fails, tmp_path):
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
     (tmp_path / "Makefile").write_text(

@@ -1,4 +1,4 @@
-"""docs/DESIGN.md, section 1, kept: whatever ends a run, the next start goes on as if nothing had happened."""
+"""Promises 1 and 2 of docs/DESIGN.md: an interrupted run resumes and computes what an uninterrupted one does."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import with_text
-from tests.torture.promises import expect_the_same_run
-from tests.torture.runner import STOPS, Torture, tortured_head
+from tests.torture.promises import assert_same_run
+from tests.torture.runner import STOPS, Torture, head_with_windows
 
 Interruptions = tuple[tuple[str, str], ...]  # pairs of means and window; `make torture N=100` draws all of them
 ONE_OF_EACH_KIND: Interruptions = (
@@ -23,13 +23,13 @@ OTHERS: Interruptions = (("job stop", "background write"), ("SIGINT", "handover"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interruptions", [ONE_OF_EACH_KIND, pytest.param(OTHERS, marks=pytest.mark.rare)])
-def test_an_interrupted_run_is_the_run_that_nobody_interrupted(interruptions: Interruptions, tmp_path: Path) -> None:
+def test_an_interrupted_run_equals_an_uninterrupted_one(interruptions: Interruptions, tmp_path: Path) -> None:
     folder = with_text(tmp_path)
-    with tortured_head(folder / "windows") as head:
+    with head_with_windows(folder / "windows") as head:
         torture = Torture(head, folder, folder / "windows", sys.executable, max_steps=30)
-        straight = torture.train_straight()
-        torture.interrupt(interruptions, random.Random(0), say=print)
+        uninterrupted = torture.train_uninterrupted()
+        torture.interrupt(interruptions, random.Random(0), log=print)
     for run in torture.trained:
-        expect_the_same_run(straight, run)
-    assert [(each.means, each.window) for each in torture.done] == list(interruptions)
-    assert all(each.repeated == 0 for each in torture.done if each.means in STOPS), torture.done
+        assert_same_run(uninterrupted, run)
+    assert [(each.method, each.window) for each in torture.done] == list(interruptions)
+    assert all(each.repeated == 0 for each in torture.done if each.method in STOPS), torture.done

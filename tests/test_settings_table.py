@@ -1,4 +1,4 @@
-"""Every setting, wrong in every way there is, from every source: one line that names it and says what was found."""
+"""Every setting with every kind of invalid value, from every source: one line that names it and what was found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from savant_ray.config import SourceConfig, load_config, setting_rows
+from savant_ray.config import SourceConfig, all_settings, load_config
 from savant_ray.errors import SettingsError
 from savant_ray.settings.table import Setting
 from savant_ray.settings.yaml_text import show
@@ -197,7 +197,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ),
 ]
 
-ROWS = {row.name: row for row in setting_rows()}
+ROWS = {row.name: row for row in all_settings()}
 
 
 def in_yaml(value: Any) -> str:
@@ -238,7 +238,9 @@ def test_the_table_has_every_setting() -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), TABLE.items())
-def test_a_value_of_the_wrong_type_is_one_line_whatever_its_source(name: str, kind: Kind, tmp_path: Path) -> None:
+def test_a_value_of_the_wrong_type_is_reported_in_one_line_from_every_source(
+    name: str, kind: Kind, tmp_path: Path
+) -> None:
     wrong = [value for value in ANY if type(value) not in kind.takes]
     assert wrong
     if float in kind.takes and int not in kind.takes:
@@ -254,7 +256,7 @@ def test_a_value_of_the_wrong_type_is_one_line_whatever_its_source(name: str, ki
 
 
 @pytest.mark.parametrize(("name", "kind"), TABLE.items())
-def test_a_value_out_of_range_is_one_line_whatever_its_source(name: str, kind: Kind, tmp_path: Path) -> None:
+def test_a_value_out_of_range_is_reported_in_one_line_from_every_source(name: str, kind: Kind, tmp_path: Path) -> None:
     for value, message in kind.outside:
         if value == "" and type(None) in kind.takes:  # on a command line nothing is null, as behind a name in a file
             assert load_config([f"--{name}="], {ROWS[name].variable: ""}) == load_config((), {})
@@ -264,7 +266,7 @@ def test_a_value_out_of_range_is_one_line_whatever_its_source(name: str, kind: K
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_misspelt_name_is_one_line_with_the_right_one_whatever_its_source(name: str, tmp_path: Path) -> None:
+def test_a_misspelt_name_is_reported_with_the_right_one_from_every_source(name: str, tmp_path: Path) -> None:
     section, field = name.split(".")
     for typo in (name[:-1], f"{section}.{field[1]}{field[0]}{field[2:]}", f"{section[:-1]}.{field}"):
         for source, called, said in refusals({typo: 1}, tmp_path / "settings.yaml", typo):
@@ -275,7 +277,7 @@ def test_a_misspelt_name_is_one_line_with_the_right_one_whatever_its_source(name
 
 
 @pytest.mark.parametrize(("name", "value", "part", "message"), INSIDE)
-def test_a_wrong_part_of_a_setting_is_one_line_whatever_its_source(
+def test_an_invalid_part_of_a_setting_is_reported_in_one_line_from_every_source(
     name: str, value: Any, part: str, message: str, tmp_path: Path
 ) -> None:
     for source, called, said in refusals({name: value}, tmp_path / "settings.yaml", name):
@@ -283,7 +285,7 @@ def test_a_wrong_part_of_a_setting_is_one_line_whatever_its_source(
 
 
 @pytest.mark.parametrize(("given", "named", "message"), CONTRADICTIONS)
-def test_a_contradiction_is_one_line_whatever_its_source(
+def test_a_contradiction_is_reported_in_one_line_from_every_source(
     given: dict[str, Any], named: str, message: str, tmp_path: Path
 ) -> None:
     for source, called, said in refusals(given, tmp_path / "settings.yaml", named):

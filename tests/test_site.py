@@ -31,7 +31,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_site_is_built_from_our_own_pages_and_loads_nothing_from_other_hosts(checkout: Path) -> None:
+def test_the_site_is_built_from_tracked_pages_and_loads_nothing_from_other_hosts(checkout: Path) -> None:
     subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
     subprocess.run(["git", "add", "--all", "--force"], cwd=checkout, check=True)
     (checkout / "docs/notes.md").write_text("A page that is not in the navigation: [nowhere](nowhere.md)\n")

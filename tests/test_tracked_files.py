@@ -1,4 +1,4 @@
-"""Checks and tests look at what git tracks, whatever else lies in the checkout."""
+"""Checks and tests look only at files that git tracks."""
 
 from __future__ import annotations
 
@@ -87,18 +87,18 @@ def own(*patterns: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in tracked_files(*patterns)]
 
 
-def test_what_git_does_not_track_is_no_file_of_the_project(checkout: Path) -> None:
+def test_files_that_git_does_not_track_are_not_listed(checkout: Path) -> None:
     assert listed(checkout, "*") == own("*")
     assert listed(checkout, "savant_ray/*.py", "jobs/*.py") == own("savant_ray/*.py", "jobs/*.py")
 
 
-def test_a_tracked_file_that_was_deleted_is_left_out(checkout: Path) -> None:
+def test_a_deleted_tracked_file_is_not_listed(checkout: Path) -> None:
     (checkout / "jobs/train.py").unlink()
     assert set(own("*")) - set(listed(checkout, "*")) == {"jobs/train.py"}
 
 
 @pytest.mark.parametrize("why", ["no git", "no repository", "another repository"])
-def test_without_git_the_projects_own_folders_are_looked_at(why: str, tmp_path: Path) -> None:
+def test_without_git_the_folders_of_the_project_are_listed(why: str, tmp_path: Path) -> None:
     archive = copy_tracked_files(tmp_path / "unpacked", "*")
     (archive / "my run").mkdir()
     (archive / "my run/stray.py").write_text(BROKEN)
@@ -110,7 +110,7 @@ def test_without_git_the_projects_own_folders_are_looked_at(why: str, tmp_path: 
     assert found == own("*")
 
 
-def test_the_list_of_folders_for_archives_is_that_of_the_repository() -> None:
+def test_the_folders_listed_without_git_are_those_of_the_repository() -> None:
     tops = {path.relative_to(ROOT).parts[0] for path in tracked_files("*")}
     assert tops == {*FOLDERS, *FILES}
 
@@ -128,7 +128,7 @@ def test_only_tracked_tests_are_run_and_the_others_are_named(checkout: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.rare
-def test_make_check_passes_in_a_checkout_full_of_other_files(checkout: Path) -> None:
+def test_make_check_passes_in_a_checkout_with_untracked_files(checkout: Path) -> None:
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("this environment was not made by `make install`")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}

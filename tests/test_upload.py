@@ -1,4 +1,4 @@
-"""What travels to a cluster with a job: the code and its configuration, not what lies around them."""
+"""A job uploads code and configuration, but no text, runs, environments or caches."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from savant_ray.cluster.upload import WARN_BYTES, files_to_send, size_warning
 
 ROOT = Path(__file__).parents[1]
 EXCLUDES = yaml.safe_load((ROOT / "jobs/runtime_env.yaml").read_text())["excludes"]
-TRAVELS = ("savant_ray/model/loss.py", "jobs/train.py", "configs/mine.yaml", "my experiment.yaml", "tokenizer.json")
-STAYS = (
+UPLOADED = ("savant_ray/model/loss.py", "jobs/train.py", "configs/mine.yaml", "my experiment.yaml", "tokenizer.json")
+NOT_UPLOADED = (
     "my run/step_500/step_500.pt",
     "my run/step_500/manifest.json",
     "my run/metrics.jsonl",
@@ -36,17 +36,17 @@ STAYS = (
 
 
 def checkout(folder: Path) -> Path:
-    for name in (*TRAVELS, *STAYS):
+    for name in (*UPLOADED, *NOT_UPLOADED):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     return folder
 
 
-def test_code_and_configuration_travel_and_text_runs_and_environments_of_any_name_stay(tmp_path: Path) -> None:
-    assert {str(path) for path in files_to_send(checkout(tmp_path), EXCLUDES)} == set(TRAVELS)
+def test_code_and_configuration_are_uploaded_and_text_runs_and_environments_are_not(tmp_path: Path) -> None:
+    assert {str(path) for path in files_to_send(checkout(tmp_path), EXCLUDES)} == set(UPLOADED)
 
 
-def test_all_of_the_package_travels() -> None:
+def test_the_complete_package_is_uploaded() -> None:
     sent = {str(path) for path in files_to_send(ROOT, EXCLUDES)}
     listed = ["git", "ls-files", "savant_ray", "jobs", "configs", "requirements.txt", "pyproject.toml"]
     tracked = subprocess.run(listed, cwd=ROOT, text=True, capture_output=True)
@@ -55,12 +55,12 @@ def test_all_of_the_package_travels() -> None:
     assert set(tracked.stdout.splitlines()) <= sent
 
 
-def test_what_git_ignores_stays() -> None:
+def test_files_that_git_ignores_are_not_uploaded() -> None:
     assert ".gitignore" in {str(path) for path in files_to_send(ROOT, [])}
     assert not [path for path in files_to_send(ROOT, []) if "__pycache__" in path.parts]
 
 
-def test_a_large_folder_is_told_with_what_is_large_in_it(tmp_path: Path) -> None:
+def test_a_large_upload_is_reported_with_its_largest_folders(tmp_path: Path) -> None:
     checkout(tmp_path)
     with (tmp_path / "movies.bin").open("wb") as file:
         file.truncate(2 * WARN_BYTES)

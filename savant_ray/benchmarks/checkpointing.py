@@ -22,11 +22,11 @@ RESULT = "result.json"
 
 def run() -> Figures:
     """Measure the stall relative to the blocking checkpoint."""
-    return stall(MODEL, ROUNDS)
+    return measure_stall(MODEL, ROUNDS)
 
 
-def stall(model: dict[str, int], rounds: int) -> Figures:
-    """Measure for a model of any size; connects to Ray."""
+def measure_stall(model: dict[str, int], rounds: int) -> Figures:
+    """Measure with a model of any size; connects to Ray."""
     with tempfile.TemporaryDirectory(prefix="stall") as folder, ray_session():
         from ray.train import CheckpointConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer

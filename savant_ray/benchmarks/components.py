@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from savant_ray.benchmarks import baseline
 from savant_ray.benchmarks.registry import Figures, alternate, figure, seconds
 from savant_ray.benchmarks.workload import benchmark_device, benchmark_dtype, model_config
+from savant_ray.config import Config
 from savant_ray.inference.generate import Sampling, generate_many
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.loss import cross_entropy_sum
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.training.device import synchronize
+from savant_ray.training.device import GIB, peak_memory_gb, synchronize
 
 ROUNDS = 9
+LOSS_ROWS = 4  # sequences of targets
 DOCUMENT_TOKENS = 250  # of each document in a packed row
 GENERATION_ROUNDS = 2
 PROMPT_TOKENS, NEW_TOKENS = 20, 300
@@ -31,22 +33,35 @@ SEED = 0
 
 
 def run_attention() -> Figures:
-    """Measure a windowed and a global loop, over one long document and over packed documents."""
-    return dict(_attention_figures())
+    """Measure a windowed and a global loop, over one long document and over packed documents.
+
+    In one row a GPU mostly waits for kernels to be launched, so it also measures the rows of a micro-batch.
+    """
+    figures: Figures = {}
+    for n_rows, suffix in _row_counts(1):
+        figures |= {f"{name}{suffix}": values for name, values in _attention_figures(n_rows)}
+    return figures
 
 
-def _attention_figures() -> Iterator[tuple[str, dict[str, object]]]:
+def _row_counts(n_rows: int) -> Iterator[tuple[int, str]]:
+    """Yield `n_rows` and, on a GPU, the rows of a micro-batch, each with a suffix for the names of figures."""
+    yield n_rows, ""
+    if benchmark_device().type == "cuda":
+        yield Config().training.batch_size, "_micro_batch"
+
+
+def _attention_figures(n_rows: int) -> Iterator[tuple[str, dict[str, object]]]:
     device = benchmark_device()
     config, dtype = model_config(device), benchmark_dtype(device)
     torch.manual_seed(SEED)
-    T, shape = config.max_seq_len, (1, config.n_heads, config.max_seq_len, config.head_dim)
+    T, shape = config.max_seq_len, (n_rows, config.n_heads, config.max_seq_len, config.head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
 
     def forward_and_backward(mask: Mask) -> None:
         attend(q, k, v, mask, config.soft_cap).square().sum().backward()
 
     for text, length in (("one_document", T), ("packed", DOCUMENT_TOKENS)):
-        documents = (torch.arange(T, device=device) // length)[None]
+        documents = (torch.arange(T, device=device) // length).repeat(n_rows, 1)
         masks = build_masks(documents, config.window_size, config.head_dim)
         same_document = documents[:, None, :, None] == documents[:, None, None, :]
         for loop, mask, window in (
@@ -59,11 +74,18 @@ def _attention_figures() -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def run_loss() -> Figures:
-    """Measure head and cross entropy over four rows of targets."""
+    """Measure time and, on a GPU, memory of head and cross entropy over rows of targets."""
+    figures: Figures = {}
+    for n_rows, suffix in _row_counts(LOSS_ROWS):
+        figures |= {f"{name}{suffix}": values for name, values in _loss_figures(n_rows).items()}
+    return figures
+
+
+def _loss_figures(n_rows: int) -> Figures:
     device = benchmark_device()
     config, dtype = model_config(device), benchmark_dtype(device)
     torch.manual_seed(SEED)
-    x_BTD = torch.randn(4, config.max_seq_len, config.dim, device=device, dtype=dtype, requires_grad=True)
+    x_BTD = torch.randn(n_rows, config.max_seq_len, config.dim, device=device, dtype=dtype, requires_grad=True)
     head = torch.randn(config.vocab_size, config.dim, device=device).mul_(0.02).to(dtype).requires_grad_()
     targets_BT = torch.randint(0, config.vocab_size, x_BTD.shape[:2], device=device)
 
@@ -74,7 +96,20 @@ def run_loss() -> Figures:
     def ours() -> None:
         cross_entropy_sum(x_BTD, head, targets_BT).backward()
 
-    return {"loss": _compare(reference, ours, device)}
+    figures: Figures = {"loss": _compare(reference, ours, device)}
+    if device.type == "cuda":
+        our_gb, reference_gb = (_added_gb(act, device) for act in (ours, reference))
+        detail = f"{our_gb:.2f} against {reference_gb:.2f} GiB"
+        figures["loss_memory"] = figure([our_gb / reference_gb], detail)
+    return figures
+
+
+def _added_gb(act: Callable[[], object], device: torch.device) -> float:
+    """Return the peak of what `act` allocates on a GPU, GiB."""
+    before = torch.cuda.memory_allocated(device) / GIB
+    torch.cuda.reset_peak_memory_stats(device)
+    act()
+    return peak_memory_gb(device) - before
 
 
 def _compare(reference: Callable[[], object], ours: Callable[[], object], device: torch.device) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """Data preparation against plain processes that only parse and tokenize, and its memory for growing text sizes.
 
-The plain processes do what a script without Ray would do: each core parses its lines with orjson and tokenizes them with
-`encode_batch_fast`; nothing is packed or written. Both alternate on the same cores, because the machine may have other
-work. The text is the Python standard library's source code, repeated.
+The plain processes do what a script without Ray would do: one process per core parses lines with orjson and tokenizes them
+with `encode_batch_fast`; nothing is packed or written. Both alternate on the same cores, because other programs may use them
+too. The text is the Python standard library's source code, repeated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import psutil
 import ray
 
 from savant_ray.benchmarks.registry import Figures, figure, log_progress
-from savant_ray.data.cache_builder import learn_tokenizer, prepare
+from savant_ray.data.cache_builder import prepare, train_or_load_tokenizer
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import Manifest
 from savant_ray.data.tokenizer import Tokenizer
@@ -43,20 +43,21 @@ ROUNDS_OF_SMALLEST = 3
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens per second of wall-clock time (all cores together) and per second of one core's CPU time."""
+    """Tokens per second."""
 
-    clock: float
-    core: float
+    clock: float  # of wall-clock time, all cores together
+    core: float  # of CPU time
 
 
 def run(sizes_gb: Sequence[float] = (0.1, 1, 3), folder: str | None = None) -> Figures:
-    """Measure for each size both rates against the plain processes, and the memory of the largest process.
+    """Measure for each size both rates relative to the plain processes, and the memory of the largest process.
 
-    Memory is relative to the smallest size. `folder` (default: the system's temporary folder) needs twice the largest size.
+    Memory is relative to that of the smallest size. `folder` (default: the system's temporary folder) needs room for twice
+    the largest size.
     """
     figures: Figures = {}
     smallest_peak = 0.0
-    with _ray_session():
+    with _ray_with_all_cores():
         for size in sorted(sizes_gb):
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 rates, peak = measure(Path(temporary), int(size * GB), 1 if figures else ROUNDS_OF_SMALLEST)
@@ -81,7 +82,7 @@ def measure(folder: Path, size: int, rounds: int) -> tuple[Figures, float]:
     text, sample = folder / "text.jsonl", folder / "sample.jsonl"
     _write_jsonl(text, size)
     _write_jsonl(sample, SLICE_BYTES)
-    tokenizer = learn_tokenizer(expand(str(sample)), folder, VOCAB_SIZE)
+    tokenizer = train_or_load_tokenizer(expand(str(sample)), folder, VOCAB_SIZE)
     plain, prepared = [_plain_rate(sample, tokenizer)], []
     with _peak_of_largest_process() as peak:
         for number in range(rounds):
@@ -91,7 +92,7 @@ def measure(folder: Path, size: int, rounds: int) -> tuple[Figures, float]:
     padding = f"padding {manifest.padding / (manifest.tokens + manifest.padding):.3%}"
     figures = {}
     for key in ("clock", "core"):
-        speeds = _describe(rates, plain, key, size / manifest.tokens)
+        speeds = _describe_speeds(rates, plain, key, size / manifest.tokens)
         figures[key] = figure(_ratios(rates, plain, key), f"{speeds}; {padding}")
     return figures, peak[0]
 
@@ -102,9 +103,13 @@ def _ratios(prepared: Sequence[Rate], plain: Sequence[Rate], key: str) -> list[f
     return [getattr(rate, key) / other for rate, other in zip(prepared, around, strict=True)]
 
 
-def _describe(prepared: Sequence[Rate], plain: Sequence[Rate], key: str, bytes_per_token: float) -> str:
-    ours, other = (statistics.median(getattr(rate, key) for rate in rates) / 1e6 for rates in (prepared, plain))
-    return f"{ours:.2f} M tokens/s = {ours * bytes_per_token:.2f} MB/s, plain {other:.2f} M tokens/s, {CORES} cores"
+def _describe_speeds(prepared: Sequence[Rate], plain: Sequence[Rate], key: str, bytes_per_token: float) -> str:
+    medians = (statistics.median(getattr(rate, key) for rate in rates) / 1e6 for rates in (prepared, plain))
+    prepared_rate, plain_rate = medians
+    return (
+        f"{prepared_rate:.2f} M tokens/s = {prepared_rate * bytes_per_token:.2f} MB/s, plain {plain_rate:.2f} M tokens/s, "
+        f"{CORES} cores"
+    )
 
 
 def _prepared_rate(text: Path, tokenizer: Tokenizer, cache_dir: Path) -> tuple[Rate, Manifest]:
@@ -192,7 +197,7 @@ def _zero_if_ended(read: Callable[[psutil.Process], float], process: psutil.Proc
 
 
 @contextmanager
-def _ray_session() -> Iterator[None]:
+def _ray_with_all_cores() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return

@@ -1,8 +1,8 @@
-"""Benchmarks by name, and how they measure and print.
+"""Benchmarks by name, and functions that measure times and print figures.
 
 A benchmark measures two programs alternately and reports the ratio, since other processes disturb absolute times on shared
 machines. It is a function that returns `{figure: {ratio, rounds, spread, share_of_peak?, detail}}`: `ratio` is the median
-over `rounds`, `spread` its minimum and maximum, `share_of_peak` the first program's utilization of the machine.
+over `rounds`, `spread` its minimum and maximum, `share_of_peak` the package's fraction of the peak FLOP/s.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def table(figures: Figures) -> Table:
     return rows
 
 
-def seconds(act: Callable[[], object]) -> float:
-    """Return the wall-clock seconds that `act()` takes."""
+def seconds(function: Callable[[], object]) -> float:
+    """Return the wall-clock seconds that `function()` takes."""
     started = time.perf_counter()
-    act()
+    function()
     return time.perf_counter() - started
 
 
@@ -84,7 +84,7 @@ def alternate(rounds: int, *measures: Callable[[], float], warm_up: int = 1) -> 
     for number in range(1, warm_up + rounds + 1):
         results.append([measure() for measure in measures])
         log_progress(f"round {number} of {warm_up + rounds}: {', '.join(f'{result:.4g}' for result in results[-1])}")
-    return [list(measured) for measured in zip(*results[warm_up:], strict=True)]
+    return [list(measurements) for measurements in zip(*results[warm_up:], strict=True)]
 
 
 def log_progress(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Start-up time: from the command to the first step, against a script that fits an empty `TorchTrainer`.
+"""Start-up time: from the command to the first step, against a script whose `TorchTrainer` does nothing.
 
 Both commands alternate, once with their own local Ray and once with a running Ray cluster. `savant --help` is compared with
 an empty Python program.
@@ -46,7 +46,7 @@ OPTIONS = {
 
 def run() -> Figures:
     """Measure `savant --help`, a start with a local Ray, and a start with a running cluster."""
-    figures: Figures = {"start_help": _help()}
+    figures: Figures = {"start_help": _compare_help()}
     with tempfile.TemporaryDirectory(prefix="start") as folder:
         write_text(Path(folder))
         _first_step(Path(folder), {})  # tokenizes the text, which later starts reuse
@@ -59,7 +59,7 @@ def run() -> Figures:
     return figures
 
 
-def _help() -> dict[str, object]:
+def _compare_help() -> dict[str, object]:
     python, savant = alternate(
         HELP_ROUNDS,
         lambda: seconds(lambda: run_command([sys.executable, "-c", "pass"])),

@@ -73,9 +73,8 @@ def _figures(
     tokens = case.document_tokens * case.n_documents
     flops = useful_flops(model_config(device), [case.document_tokens] * case.n_documents)
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
-    fastest = max(
-        *peak, flops / min(*slow, *fast)
-    )  # other processes may have slowed down every measurement of the peak
+    # Other processes may have slowed down every measurement of the peak.
+    fastest = max(*peak, flops / min(*slow, *fast))
     shares = [[flops / time / fastest for time in times] for times in (slow, fast)]
     speeds = [tokens / statistics.median(times) for times in (fast, slow)]
     detail = (
@@ -86,20 +85,20 @@ def _figures(
 
 
 class StepProcess:
-    """A process that takes a step when called and returns the seconds it took."""
+    """A child process; calling this object runs one step in it and returns the seconds that it took."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def __call__(self) -> float:  # noqa: D102 - see the class
-        return float(self._ask("step"))
+        return float(self._request("step"))
 
     def peak_gb(self) -> float:
         """Return peak GiB: on a GPU of the whole process, on a CPU what the model and its steps added."""
-        return float(self._ask("memory"))
+        return float(self._request("memory"))
 
-    def _ask(self, question: str) -> Any:
-        self._connection.send(question)
+    def _request(self, name: str) -> Any:
+        self._connection.send(name)
         return self._connection.recv()
 
 
@@ -107,7 +106,7 @@ class StepProcess:
 def _process(prepare: Callable[..., Callable[[], object]], case: Case, device: torch.device) -> Iterator[StepProcess]:
     context = multiprocessing.get_context("spawn")
     parent_end, child_end = context.Pipe()
-    process = context.Process(target=_answer, args=(child_end, prepare, case, str(device)), daemon=True)
+    process = context.Process(target=_serve, args=(child_end, prepare, case, str(device)), daemon=True)
     process.start()
     child_end.close()  # otherwise `recv` would not notice that the process has ended
     try:
@@ -117,7 +116,7 @@ def _process(prepare: Callable[..., Callable[[], object]], case: Case, device: t
         process.join()
 
 
-def _answer(connection: Connection, prepare: Callable[..., Callable[[], object]], case: Case, device_name: str) -> None:
+def _serve(connection: Connection, prepare: Callable[..., Callable[[], object]], case: Case, device_name: str) -> None:
     device = torch.device(device_name)
     before = 0.0 if device.type == "cuda" else peak_memory_gb(device)
     memory_gb = memory_used_gb if device.type == "cuda" else peak_memory_gb
@@ -129,8 +128,8 @@ def _answer(connection: Connection, prepare: Callable[..., Callable[[], object]]
         synchronize(device)
 
     while True:
-        question = connection.recv()
-        connection.send(seconds(step_and_synchronize) if question == "step" else memory_gb(device) - before)
+        request = connection.recv()
+        connection.send(seconds(step_and_synchronize) if request == "step" else memory_gb(device) - before)
 
 
 def _documents(case: Case, vocab_size: int) -> list[torch.Tensor]:
@@ -148,7 +147,7 @@ def _baseline(case: Case, device: torch.device) -> Callable[[], object]:
 
 
 def _ours(case: Case, device: torch.device) -> Callable[[], object]:
-    """Prepare a step as a worker does: cap memory first, use smaller micro-batches if the step does not fit."""
+    """Prepare a step as a worker does: with a memory cap, and with smaller micro-batches if the step does not fit."""
     config = Config.from_dict({"model": model_config(device).model_dump()})
     cap_memory(device, config.training.vram_limit_gb)
     state = new_state(config, device, supported_precision("bf16", device)[0])

@@ -47,7 +47,7 @@ SETTINGS = {
     "validation.max_new_tokens": 1,
     "checkpoint.every_steps": 1000,
 }
-BARE = "import sys; from savant_ray.benchmarks.under_ray import bare; bare(sys.argv[1])"
+BARE = "import sys; from savant_ray.benchmarks.under_ray import train_without_ray; train_without_ray(sys.argv[1])"
 
 
 def run() -> Figures:
@@ -130,7 +130,7 @@ class _Host:
         return False
 
 
-def bare(folder: str) -> None:
+def train_without_ray(folder: str) -> None:
     """Train the same steps on the job's token cache in this process."""
     config = load_config(as_options(SETTINGS), environment={})
     (train_cache,) = Path(folder, "cache").glob("savant_dataset_train-*/")

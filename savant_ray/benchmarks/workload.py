@@ -1,4 +1,4 @@
-"""What benchmarks run: the device, a model that fits it, its peak speed, and whole commands on generated text."""
+"""Used by several benchmarks: device, model size, peak FLOP/s, and running commands on generated text."""
 
 from __future__ import annotations
 

@@ -19,15 +19,15 @@ from savant_ray.cluster.session import check_ray_processes
 from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
 STOP_POLL_SECONDS = 30.0
-RAY_CHECK_SECONDS = 0.5  # after a poll should have been answered, Ray's own processes are checked at this interval
+RAY_CHECK_SECONDS = 0.5  # interval at which Ray's own processes are checked while the answer to a poll is overdue
 
-BridgeHandle = Any  # an `ActorHandle`, according to whose types no method returns
+BridgeHandle = Any  # an `ActorHandle`, whose methods Ray annotates as `Never`
 
 
-# Ray's types know neither all of its options nor the class that the decorator returns.
+# Ray's annotations lack some of these options and the class that the decorator returns.
 @ray.remote(num_cpus=0, max_concurrency=10_000, enable_task_events=False)  # type: ignore[call-overload]
 class Bridge:
-    """One per attempt, on the driver's node; Ray ends it with the driver.
+    """The actor; there is one per attempt, on the driver's node, and Ray ends it with the driver.
 
     Task events are disabled because Ray's head would keep 3 KB for each call (measured over 80,000 steps).
     """
@@ -48,7 +48,7 @@ class Bridge:
             case WorkersStarted():
                 self._has_workers = True
             case WorkersLost():
-                if self._failed or not self._has_workers:  # a worker has reported why it ended, or the loss is reported
+                if self._failed or not self._has_workers:  # a worker has sent its error, or the loss was sent before
                     return
                 self._has_workers = False
         self._events.append(event)
@@ -76,7 +76,7 @@ class Bridge:
 
 
 def start_bridge() -> BridgeHandle:
-    """Start the actor on this node; Ray may place an actor without resources on any node, and lose it with that node."""
+    """Start the actor on this node: Ray would place an actor without resources on any node, which may be lost."""
     strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Bridge.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
 

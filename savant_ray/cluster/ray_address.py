@@ -36,13 +36,13 @@ START_OR_UNSET = (
 
 @dataclass(frozen=True)
 class ClusterAddress:
-    """HOST:PORT of a cluster's head.
+    """The address of a cluster's head, HOST:PORT, and where it was found.
 
-    `origin` is where the address comes from: RAY_ADDRESS, or the path of the file that `ray start` writes. An `optional`
-    cluster may be gone, because that file remains after a crash; then Ray is started on this machine.
+    `origin` is RAY_ADDRESS, or the path of the file that `ray start` writes. An `optional` cluster may not exist any more,
+    because that file remains after a crash; then Ray is started on this machine.
     """
 
-    text: str
+    host_port: str
     origin: str
     optional: bool = False
 
@@ -104,9 +104,9 @@ def unreachable_reason(address: str) -> str:
     except (OSError, UnicodeError) as error:
         return str(getattr(error, "strerror", None) or error).lower()
     if answer.startswith(b"HTTP/"):
-        return "a web server answers there, such as Ray's dashboard; the port of a head is 6379 by default"
+        return "a web server listens there, such as Ray's dashboard; the port of a head is 6379 by default"
     if len(answer) < FRAME_HEADER_BYTES or answer[3] != SETTINGS_FRAME:
-        return "what answers there is not a Ray head"
+        return "the server there is not a Ray head"
     return ""
 
 
@@ -116,13 +116,13 @@ def check_cluster_answers(cluster: ClusterAddress) -> None:
     Raises:
         SavantError: it does not answer, or it requires a token and this machine has none.
     """
-    reason = unreachable_reason(cluster.text)
+    reason = unreachable_reason(cluster.host_port)
     if not reason:
         _check_token(cluster)
-        reason = _why_not_a_head(cluster.text)
+        reason = _head_rejection(cluster.host_port)
     if reason:
         raise SavantError(
-            f"Ray's address {cluster.text} (from {cluster.origin}) cannot be used: {reason}.\n{START_OR_UNSET}"
+            f"Ray's address {cluster.host_port} (from {cluster.origin}) cannot be used: {reason}.\n{START_OR_UNSET}"
         )
 
 
@@ -170,25 +170,25 @@ def _check_token(cluster: ClusterAddress) -> None:
         require_token_if_authentication_is_enabled()
     except AuthenticationError as error:
         raise SavantError(
-            f"RAY_AUTH_MODE=token, but this machine has no token for the cluster at {cluster.text} (from "
+            f"RAY_AUTH_MODE=token, but this machine has no token for the cluster at {cluster.host_port} (from "
             f"{cluster.origin}): {str(error).partition('. ')[0]}.\n"
             "Copy ~/.ray/auth_token from the cluster's head (docs/guides/cluster.md), or unset RAY_AUTH_MODE."
         ) from error
 
 
-def _why_not_a_head(address: str) -> str:
-    """Return why no Ray head is at HOST:PORT, or ""; asks in a thread because the call has no timeout."""
+def _head_rejection(address: str) -> str:
+    """Return why a request to the Ray head at HOST:PORT failed, or "" if it was answered."""
     reasons: list[str] = []
 
-    def ask() -> None:
+    def request() -> None:
         try:
             request_cluster_id(address)
             reasons.append("")
         except Exception as error:
             reasons.append(_explain(str(error)))
 
-    thread = threading.Thread(target=ask, name="ask-ray-head", daemon=True)
-    with _standard_error_silenced():  # Ray's client writes its warnings there by itself
+    thread = threading.Thread(target=request, name="request-ray-head", daemon=True)  # the call itself has no timeout
+    with _standard_error_silenced():  # Ray's client writes warnings directly to the file descriptor
         thread.start()
         thread.join(HEAD_SECONDS)
     return reasons[0] if reasons else f"no answer within {HEAD_SECONDS:g} s"
@@ -197,7 +197,7 @@ def _why_not_a_head(address: str) -> str:
 @contextmanager
 def _standard_error_silenced() -> Iterator[None]:
     try:
-        kept = os.dup(2)
+        original = os.dup(2)
     except OSError:  # it is closed
         yield
         return
@@ -207,11 +207,11 @@ def _standard_error_silenced() -> Iterator[None]:
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(original, 2)
+        os.close(original)
 
 
 def _explain(error: str) -> str:
     if "authenti" in error.lower():
         return f"it refuses this machine's token ({error.strip()}); see docs/guides/cluster.md"
-    return f"what answers there is not a Ray head ({error.strip() or 'no reason given'})"
+    return f"the server there is not a Ray head ({error.strip() or 'no reason given'})"

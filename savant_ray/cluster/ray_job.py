@@ -1,7 +1,7 @@
 """What differs when the driver is the entry point of `ray job submit`.
 
 A job runs in a copy of the submitted folder that Ray deletes with the job. Relative output paths are therefore relative
-to a folder below the user's home, and text has to be given by paths that every node reaches.
+to a folder below the user's home, and the paths of text have to be accessible from every node.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def output_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 @contextmanager
 def missing_text_explained(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Add to a `DataError` inside a Ray job that text is not uploaded with a job."""
+    """Add to the message of a `DataError` inside a Ray job that text is not uploaded with a job."""
     try:
         yield
     except DataError as error:
         if not in_ray_job(environment):
             raise
         raise DataError(
-            f"{error}\nThis is a Ray job: code and configuration are uploaded with it, text is not. Give absolute paths or "
-            "URIs that every node reaches."
+            f"{error}\nThis is a Ray job: code and configuration are uploaded with it, text is not. Use absolute paths or "
+            "URIs that every node can access."
         ) from error

@@ -1,6 +1,6 @@
 """Makes Ray's processes import the driver's copy of this package, and refuses nodes that have another version.
 
-Otherwise a worker imports the version that its environment has installed, or one in the folder where the command was typed:
+Otherwise a worker imports the version that is installed in its environment, or one in the working directory of the command:
 with two checkouts on a machine, driver and workers could run different code without any message.
 """
 
@@ -27,10 +27,11 @@ NODE_SECONDS = 60.0  # a node that cannot start a process in this time is checke
 
 
 class _PackageFolder(list[str]):
-    """The list of folders that a worker puts before `sys.path`: always that of this package.
+    """The list of folders that a worker puts before `sys.path`: only the one that contains this package.
 
-    Ray calls `extend` with the folders of the driver's script and shell, in which any `numpy.py` would take precedence over
-    the installed package. It does not call it for a job with a working directory, from which workers import.
+    Ray calls `extend` with the folder of the driver's script and the working directory, in which any `numpy.py` would take
+    precedence over the installed package. It does not call it for a job with a working directory of its own, from which
+    workers import.
     """
 
     def extend(self, _ray_folders: Iterable[str]) -> None:
@@ -74,23 +75,23 @@ def refuse_other_code() -> None:
     ray.cloudpickle.register_pickle_by_value(module)  # so that nodes run the driver's version of `_folder_and_digest`
     try:
         task = ray.remote(_folder_and_digest)
-        nodes = {task.options(**_on(node)).remote(PACKAGE): node for node in ray.nodes() if node["Alive"]}
+        nodes = {task.options(**_run_on(node)).remote(PACKAGE): node for node in ray.nodes() if node["Alive"]}
     finally:
         ray.cloudpickle.unregister_pickle_by_value(module)
-    answers, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODE_SECONDS)
-    for answer in answers:
+    finished, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODE_SECONDS)
+    for reference in finished:
         try:
-            folder, digest = ray.get(answer)
+            folder, digest = ray.get(reference)
         except RuntimeEnvSetupError as error:
             raise SavantError(f"the job's runtime environment cannot be set up: {str(error).strip()}") from error
-        except RayError:  # the node is gone
+        except RayError:  # the node has died
             continue
         if digest != own_digest():
-            raise other_code(str(package_folder()), f"node {nodes[answer]['NodeManagerAddress']}", folder)
+            raise other_code_error(str(package_folder()), f"node {nodes[reference]['NodeManagerAddress']}", folder)
 
 
-def _on(node: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a task that runs on this node."""
+def _run_on(node: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with which a task runs on this node."""
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
 
 
@@ -103,11 +104,11 @@ def _folder_and_digest(package: str) -> tuple[str, str]:
     return str(folder), code_digest(folder)
 
 
-def other_code(driver_folder: str, process: str, folder: str) -> SavantError:
-    """Return the error for a process that imports another version of the package, from `folder`; "" if it has none."""
+def other_code_error(driver_folder: str, process: str, folder: str) -> SavantError:
+    """Return the error for a process that imports another version of the package from `folder`, or none (`folder` is "")."""
     difference = f"has another version of it in {folder}" if folder else "cannot import it"
     return SavantError(
         f"this command runs {PACKAGE} from {driver_folder}, but {process} {difference}.\n"
-        "Install the same version there, keep it in a folder that all nodes share, or submit a job, which "
-        "brings it along (make submit)."
+        "Install the same version there, keep it in a folder that all nodes share, or submit a job, which uploads it "
+        "(make submit)."
     )

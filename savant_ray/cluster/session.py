@@ -35,7 +35,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 STEP_FRACTION = 0.7  # of the time that `ray job stop` waits, for the current step; the rest is for saving and exiting
-REQUIRED_PROCESSES = ("raylet", "gcs_server")  # Ray works without its others, such as the dashboard
+REQUIRED_PROCESSES = ("raylet", "gcs_server")  # Ray continues if other processes die, such as the dashboard
 JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
 
@@ -52,20 +52,20 @@ def prepare_environment() -> ClusterAddress | None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     cluster = cluster_address()
-    if cluster is None or (cluster.optional and unreachable_reason(cluster.text)):
+    if cluster is None or (cluster.optional and unreachable_reason(cluster.host_port)):
         # A Ray that this process starts accepts connections from this machine only, so it needs no token.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     return cluster
 
 
 @contextmanager
-def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> Iterator[str]:
+def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) -> Iterator[str]:
     """Connect to Ray for a `with` block, and yield the URL of the dashboard, "" without one.
 
-    `verbose` prints the output of Ray and of its workers. `say` prints a message about how Ray was started.
+    With `verbose`, the output of Ray and of its workers is printed. `notify` prints notices about how Ray is started.
 
     Raises:
-        SavantError: the cluster does not answer or runs other code, or Ray cannot be started on this machine.
+        SavantError: the cluster does not respond, a node has another version of this package, or Ray cannot be started.
     """
     cluster = prepare_environment()
     import ray
@@ -80,16 +80,16 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
         except SavantError as error:
             if not cluster.optional:
                 raise
-            say(f"starting Ray on this machine: {str(error).splitlines()[0]} (`ray stop` removes that file)")
+            notify(f"starting Ray on this machine: {str(error).splitlines()[0]} (`ray stop` removes that file)")
             cluster = None
     if cluster is None:
-        choose_temp_folder(say)
-    address = "local" if cluster is None else cluster.text
+        choose_temp_folder(notify)
+    address = "local" if cluster is None else cluster.host_port
     with start_errors_explained(cluster), hangups_blocked():
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
         )
-    if owns_ray():  # no node of it is drained, and the watcher is a process that takes 3 s to import
+    if owns_ray():  # its only node is never drained, and the process of Ray's watcher takes 3 s to import its modules
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
@@ -97,7 +97,7 @@ def ray_session(verbose: bool = False, say: Callable[[str], None] = print) -> It
         if cluster is not None:
             refuse_other_code()
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
-    except (KeyboardInterrupt, Leave):  # `exit_without_shutdown` follows
+    except (KeyboardInterrupt, ExitWithoutShutdown):  # `exit_without_shutdown` follows
         raise
     except BaseException:
         ray.shutdown()
@@ -110,7 +110,7 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
     """Turn an error of `ray.init()`, which may be of any type, into a `SavantError` with advice."""
     try:
         yield
-    except SystemExit as end:  # by Ray's handler of SIGTERM, which is active until the caller installs its own again
+    except SystemExit as end:  # by Ray's handler of SIGTERM; the driver installs its own again after `ray.init()`
         raise KeyboardInterrupt from end
     except Exception as error:
         text = str(error).strip() or type(error).__name__
@@ -123,22 +123,22 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
                 "If this machine is very busy or short of memory, run the same command again when it is not. Ray's own "
                 f"logs are in {Path(ray_temp_folder(), 'ray/session_latest/logs')}."
             )
-        action = "started on this machine" if cluster is None else f"reached at {cluster.text}"
+        action = "started on this machine" if cluster is None else f"reached at {cluster.host_port}"
         raise SavantError(f"Ray could not be {action}: {text}\n{advice}") from error
 
 
 @contextmanager
 def hangups_blocked() -> Iterator[None]:
-    """Block SIGHUP for the processes that the block starts, so that closing the terminal does not end them.
+    """Block SIGHUP in the processes that are started in the `with` block, so that closing the terminal does not end them.
 
     They inherit the signal mask; Ray does the same with SIGINT. This process still handles SIGHUP, because its other threads
     receive it.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def owns_ray() -> bool:
@@ -147,7 +147,9 @@ def owns_ray() -> bool:
 
 
 def check_ray_processes() -> None:
-    """Check the processes of a Ray that this process started: seconds after they die Ray ends the driver without a message.
+    """Check the processes of a Ray that this process started.
+
+    Seconds after one of them has died, Ray ends the driver without a message.
 
     Raises:
         TrainingError: the raylet or the head is gone.
@@ -166,17 +168,20 @@ def check_ray_processes() -> None:
 def _own_processes() -> list[psutil.Process]:
     """Return the processes of a Ray that this process started, with their children (workers, agents)."""
     head = started_head()
-    started = [] if head is None else [info.process.pid for infos in head.all_processes.values() for info in infos]
+    pids = [] if head is None else [info.process.pid for infos in head.all_processes.values() for info in infos]
     processes: list[psutil.Process] = []
-    for pid in started:
+    for pid in pids:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             processes += [*process.children(recursive=True), process]
     return processes
 
 
-class Leave(BaseException):
-    """Ends an attempt while `fit()` still runs; the process prints `error` and calls `exit_without_shutdown(code)`."""
+class ExitWithoutShutdown(BaseException):
+    """Raised to end an attempt while `fit()` still runs, so that Ray must not be shut down.
+
+    The process that catches it prints `error` if there is one, and calls `exit_without_shutdown` with the exit code.
+    """
 
     def __init__(self, code: int = 0, error: Exception | None = None) -> None:
         super().__init__(code, error)
@@ -187,7 +192,7 @@ def exit_without_shutdown(code: int) -> int:
     """End this process with `code` if it is connected to Ray, else return it.
 
     A thread may still run `fit()`, and Ray crashes if it is shut down during it (observed: SIGSEGV). A cluster ends the
-    workers of a driver that has exited. If this process started Ray, its processes are killed here, and no others.
+    workers of a driver that has exited. If this process started Ray, this function kills Ray's processes, and no others.
     """
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
@@ -201,9 +206,9 @@ def exit_without_shutdown(code: int) -> int:
 
 
 def grace_seconds(config: Config, environment: Mapping[str, str] = os.environ) -> float:
-    """Return the seconds for finishing the current step in a stop.
+    """Return how many seconds the current step may still take after a stop request.
 
-    That is `run.grace_seconds`, or less in a Ray job, which `ray job stop` kills after a time of its own.
+    That is `run.grace_seconds`, or less in a Ray job, because `ray job stop` kills it after RAY_JOB_STOP_WAIT_TIME_S.
     """
     if not in_ray_job(environment):
         return config.run.grace_seconds

@@ -26,25 +26,26 @@ def ray_temp_folder(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get(VARIABLE) or environment.get("TMPDIR") or DEFAULT
 
 
-def choose_temp_folder(say: Callable[[str], None], environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set RAY_TMPDIR to a folder in which Ray can start: the user's, or /tmp if TMPDIR is not usable.
+def choose_temp_folder(notify: Callable[[str], None], environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RAY_TMPDIR to a folder in which Ray can start: RAY_TMPDIR, else TMPDIR, else /tmp.
 
-    A TMPDIR that is too long for the sockets of Python's own multiprocessing is replaced for this process and its children.
+    If TMPDIR is not usable, /tmp is chosen, and `notify` prints why. A TMPDIR that is too long for the sockets of Python's
+    own multiprocessing is replaced for this process and its children.
 
     Raises:
         SavantError: RAY_TMPDIR, or /tmp, is not usable.
     """
     chosen = ray_temp_folder(environment)
-    reason = why_unusable_for_ray(chosen, create=bool(environment.get(VARIABLE)))
+    reason = unusable_reason(chosen, create=bool(environment.get(VARIABLE)))
     if reason and not environment.get(VARIABLE) and chosen != DEFAULT:
-        say(f"Ray's files go to {DEFAULT}: TMPDIR={chosen} {reason} (set RAY_TMPDIR to choose another folder)")
+        notify(f"Ray's files go to {DEFAULT}: TMPDIR={chosen} {reason} (set RAY_TMPDIR to choose another folder)")
         chosen = DEFAULT
-        reason = why_unusable_for_ray(chosen)
+        reason = unusable_reason(chosen)
     if reason:
         variable = "RAY_TMPDIR=" if environment.get(VARIABLE) else ""
         raise SavantError(
             f"Ray cannot start: {variable}{chosen} {reason}; set RAY_TMPDIR to a folder of your own with a short path, "
-            f"such as {DEFAULT}/ray-of-mine"
+            f"such as {DEFAULT}/my-ray"
         )
     environment[VARIABLE] = chosen
     tmpdir = environment.get("TMPDIR")
@@ -52,8 +53,8 @@ def choose_temp_folder(say: Callable[[str], None], environment: MutableMapping[s
         environment["TMPDIR"] = chosen  # Ray starts its dashboard through a socket in it
 
 
-def why_unusable_for_ray(folder: str, create: bool = False) -> str:
-    """Return why Ray cannot keep its files below the folder, "" if it can; `create`: create the folder if it is missing."""
+def unusable_reason(folder: str, create: bool = False) -> str:
+    """Return why Ray cannot keep its files below the folder, "" if it can; with `create`, create a missing folder first."""
     if not Path(folder).is_absolute():
         return "is not an absolute path"
     if not folder.isascii():

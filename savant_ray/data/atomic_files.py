@@ -1,4 +1,4 @@
-"""Small files that are written atomically, and JSON with a checksum.
+"""Writes small files atomically, and JSON objects with a checksum.
 
 JSON objects without a checksum, as earlier versions wrote them, are accepted.
 """
@@ -12,20 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from savant_ray.errors import doing
+from savant_ray.errors import error_context
 
 CHECKSUM = "sha256"  # key of the checksum in the object
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds either all of it or the previous one; create its folder.
+    """Write a text file so that readers see either its previous or its complete new content; create its folder.
 
     Raises:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with doing(f"writing {path}"):
+    with error_context(f"writing {path}"):
         try:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
@@ -45,7 +45,7 @@ def dump_with_checksum(values: Mapping[str, Any], indent: int | None = None) -> 
 
 
 def load_with_checksum(text: str) -> dict[str, Any]:
-    """Return the object that `dump_with_checksum` has written, without its checksum.
+    """Return the values that were passed to `dump_with_checksum`.
 
     Raises:
         ValueError: the text is not a JSON object, or its checksum does not match.

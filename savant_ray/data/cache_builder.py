@@ -1,7 +1,7 @@
-"""Builds token caches and trained tokenizers from JSONL files, each once.
+"""Builds token caches and trains tokenizers from JSONL files; existing ones are reused.
 
 A Ray Data task tokenizes and packs one byte range of a file: it writes a shard and then its summary. An interrupted build
-therefore continues with the ranges whose summary is missing, and the folder is renamed once all shards are complete.
+therefore continues with the ranges whose summary is missing. The folder gets its final name when all shards are complete.
 """
 
 from __future__ import annotations
@@ -26,17 +26,24 @@ from savant_ray.data import ray_data
 from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.content import content_hashes, refuse_changed
 from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, documents, plan_ranges
-from savant_ray.data.shard_writer import NAMED_BAD_LINES, RangeSummary, Recipe, shard_name, tokenizer_of, write_shard
+from savant_ray.data.shard_writer import (
+    MAX_NAMED_INVALID_LINES,
+    RangeSummary,
+    Recipe,
+    shard_name,
+    tokenizer_of,
+    write_shard,
+)
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import (
     MANIFEST,
-    BadLine,
     FileSummary,
+    LineProblem,
     Manifest,
     ShardInfo,
     TokenCache,
-    bad_line_report,
     damaged_shards,
+    invalid_line_report,
 )
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.errors import DataError, UnexpectedError, describe
@@ -44,9 +51,9 @@ from savant_ray.locations import absolute_path
 
 FORMAT_VERSION = 1
 PROGRESS_BYTES = 2 << 20  # between two progress reports of a task
-MAX_NAMED_EMPTY_FILES = 5  # in messages
-MAX_TITLE_BYTES = 200  # a folder's name has at most 255; a fingerprint and ".unfinished" follow
-MAX_TRAINING_CHARACTERS = 128 << 20  # more text barely changes a tokenizer
+MAX_NAMED_EMPTY_FILES = 5  # in `empty_file_report`
+MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and ".unfinished" follow
+MAX_TRAINING_CHARACTERS = 128 << 20  # for training a tokenizer, which barely changes with more text
 
 Progress = Callable[[int, int], None]  # receives bytes done and total bytes
 
@@ -71,9 +78,9 @@ def prepare(
         tokenizer: of the documents.
         sequence_length: tokens per row.
         cache_dir: folder of all caches.
-        on_bad_line: whether invalid lines are skipped and counted, or an error.
-        max_line_bytes: length from which a line is invalid.
-        range_bytes: length of the part of a file that one task reads; None: as in `plan_ranges`.
+        on_bad_line: "skip" skips and counts invalid lines, "error" raises an error that lists them.
+        max_line_bytes: longer lines are invalid.
+        range_bytes: length of the byte range that one task reads; None: the default of `plan_ranges`.
         progress: receives bytes done and total bytes.
         log: receives a message for each damaged shard.
 
@@ -94,12 +101,12 @@ def prepare(
     _build_once(build.folder, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
     if on_bad_line == "error" and cache.manifest.bad_lines:
-        raise DataError("\n".join(bad_line_report(cache.manifest, verdict="refused")))
+        raise DataError("\n".join(invalid_line_report(cache.manifest, verdict="refused")))
     return cache
 
 
-def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_size: int = 32_000) -> Tokenizer:
-    """Return a tokenizer that is trained on the files, or load it from `cache_dir`.
+def train_or_load_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_size: int = 32_000) -> Tokenizer:
+    """Load the tokenizer that was trained on these files from `cache_dir`; train it if it is not there.
 
     At most `MAX_TRAINING_CHARACTERS` of the files are used.
 
@@ -125,9 +132,9 @@ def learn_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_si
 
 
 def _load_cached_tokenizer(path: Path) -> Tokenizer | None:
-    """Load the tokenizer that `learn_tokenizer` has cached; None if there is none or it is damaged.
+    """Load the tokenizer that `train_or_load_tokenizer` has cached; return None if there is none or it is damaged.
 
-    Its file is named `path` with a checksum; versions without checksums used `path` itself.
+    The name of its file is that of `path` with a checksum added; versions without checksums used `path` itself.
     """
     for candidate in [*path.parent.glob(f"{path.stem}-*.json"), path]:
         try:
@@ -140,6 +147,7 @@ def _load_cached_tokenizer(path: Path) -> Tokenizer | None:
 
 
 def _with_checksum(path: Path, content: str) -> Path:
+    """Return `path` with a checksum of the content added to its stem."""
     return path.with_stem(f"{path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}")
 
 
@@ -165,7 +173,7 @@ class _Build:
         self._damage: list[str] = []
 
     def is_complete(self, progress: Progress) -> bool:
-        """Whether the cache exists and is undamaged; stores a message for each damaged file in `_damage`."""
+        """Return whether the cache exists and is intact; a message for each damaged file is kept in `_damage`."""
         self._damage = []
         if not self.folder.exists():
             return False
@@ -180,7 +188,7 @@ class _Build:
         return not self._damage
 
     def run(self, progress: Progress, log: Callable[[str], None]) -> None:
-        """Write the missing shards and the manifest, then rename the folder.
+        """Write the missing shards and the manifest, then rename the folder; `log` receives the messages of `_damage`.
 
         Raises:
             DataError: a file cannot be read or was changed during the build, or no file contains a document.
@@ -230,7 +238,7 @@ class _Build:
             if error := row["error"].as_py():
                 details = row["traceback"].as_py()
                 raise UnexpectedError(error, details) if details else DataError(error)
-            # Ray retries a task whose worker has died; it then reports the same bytes again.
+            # Ray retries a task whose worker has died, which then reports the same bytes again.
             done = min(done + row["bytes"].as_py(), total)
             progress(done, total)
 
@@ -246,7 +254,7 @@ class _Build:
 
 @dataclass(frozen=True)
 class _WriteShard:
-    """Task of one range; yields rows with the bytes done since the previous row, or with an error."""
+    """Ray Data task that writes the shard of one range; yields rows with the bytes read since the last row, or an error."""
 
     folder: Path
     recipe: Recipe
@@ -267,7 +275,7 @@ class _WriteShard:
         except (GeneratorExit, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a Rust panic in `tokenizers` is not an Exception
-            yield _task_row(0, describe(error, f"tokenising {path}"), traceback.format_exc())
+            yield _task_row(0, describe(error, f"tokenizing {path}"), traceback.format_exc())
 
 
 def _task_row(n_bytes: int, error: str = "", details: str = "") -> dict[str, Any]:
@@ -286,24 +294,24 @@ def _from_row(row: dict[str, Any]) -> ByteRange:
 def _merge_summaries(
     files: Sequence[SourceFile], ranges: Sequence[ByteRange], summaries: Sequence[RangeSummary], **identity: Any
 ) -> Manifest:
-    """Return the manifest of all ranges, with line numbers counted from the start of the file."""
+    """Combine the summaries of all ranges into a manifest, whose line numbers are counted from the start of each file."""
     names = dict(zip([file.path for file in files], _relative_paths(files), strict=True))
     origins = [names[part.file.path] for part in ranges]
-    lines, documents, bad = (_per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines"))
+    lines, documents, invalid = (_per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines"))
     before = _lines_before(origins, summaries)
     parts = list(zip(origins, before, summaries, strict=True))
     first_dropped = (
-        BadLine(name, lines_before + summary.first_dropped[0], summary.first_dropped[1])
+        LineProblem(name, lines_before + summary.first_dropped[0], summary.first_dropped[1])
         for name, lines_before, summary in parts
         if summary.first_dropped
     )
-    bad_lines = [
-        BadLine(name, lines_before + line, reason)
+    invalid_lines = [
+        LineProblem(name, lines_before + line, reason)
         for name, lines_before, summary in parts
         for line, reason in summary.first_bad_lines
     ]
     return Manifest(
-        files=tuple(FileSummary(name, lines[name], documents[name], bad[name]) for name in names.values()),
+        files=tuple(FileSummary(name, lines[name], documents[name], invalid[name]) for name in names.values()),
         shards=tuple(
             ShardInfo(shard_name(index), summary.shard_bytes, summary.rows, name, lines_before, summary.shard_crc32)
             for index, (name, lines_before, summary) in enumerate(parts)
@@ -314,8 +322,8 @@ def _merge_summaries(
         tokens=sum(summary.tokens for summary in summaries),
         target_tokens=sum(summary.tokens - summary.pieces for summary in summaries),
         text_bytes=sum(summary.text_bytes for summary in summaries),
-        bad_lines=bad.total(),
-        first_bad_lines=tuple(bad_lines[:NAMED_BAD_LINES]),
+        bad_lines=invalid.total(),
+        first_bad_lines=tuple(invalid_lines[:MAX_NAMED_INVALID_LINES]),
         characters=sum(summary.characters for summary in summaries),
         dropped_characters=sum(summary.dropped_characters for summary in summaries),
         first_dropped=next(first_dropped, None),
@@ -342,9 +350,10 @@ def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> 
 
 
 def empty_file_report(manifest: Manifest) -> list[str]:
-    """Return a message for each of the first five files without a document, and one with the number of the others."""
+    """Return a message for each of the first files without a document, and one with the number of the others."""
     messages = [
-        f"{file.path}: no document in {file.lines:,} lines" + f", {file.bad_lines:,} of them bad" * bool(file.bad_lines)
+        f"{file.path}: no document in {file.lines:,} lines"
+        + f", {file.bad_lines:,} of them invalid" * bool(file.bad_lines)
         for file in manifest.files
         if not file.documents
     ]
@@ -356,12 +365,15 @@ def empty_file_report(manifest: Manifest) -> list[str]:
 
 
 def _refuse_empty(manifest: Manifest) -> None:
+    """Raise `DataError` if no file contains a document."""
     if not manifest.documents:
-        raise DataError("\n".join([*empty_file_report(manifest), *bad_line_report(manifest, verdict="refused")[:10]]))
+        raise DataError(
+            "\n".join([*empty_file_report(manifest), *invalid_line_report(manifest, verdict="refused")[:10]])
+        )
 
 
 def _refuse_dropped(manifest: Manifest, recipe: Recipe) -> None:
-    """Raise `DataError` if the tokenizer drops the text of all documents."""
+    """Raise `DataError` if the tokenizer drops all characters of all documents."""
     first = manifest.first_dropped
     if first is None:
         return
@@ -374,17 +386,17 @@ def _refuse_dropped(manifest: Manifest, recipe: Recipe) -> None:
 
 
 def _relative_paths(files: Sequence[SourceFile]) -> list[str]:
-    """Return the paths relative to the folder that all files share, so that they stay the same if it is moved."""
+    """Return the paths relative to the deepest common folder, so that moving this folder does not change them."""
     if not files:
         raise DataError("no file to prepare")
     folders = [os.path.dirname(file.path) for file in files]  # noqa: PTH120 - also of URIs
     is_mixed = len({folder.startswith("/") for folder in folders}) > 1  # local files and URIs
-    shared = 0 if is_mixed else len(os.path.commonpath(folders))
-    return [file.path[shared:].lstrip("/") for file in files]
+    common_length = 0 if is_mixed else len(os.path.commonpath(folders))
+    return [file.path[common_length:].lstrip("/") for file in files]
 
 
 def _title(files: Sequence[SourceFile]) -> str:
-    """Return the first file's name, truncated to `MAX_TITLE_BYTES`, as the beginning of the cache folder's name."""
+    """Return the beginning of the cache folder's name: that of the first file, truncated to `MAX_TITLE_BYTES`."""
     name = _relative_paths(files)[0].partition(".")[0].replace("/", "-")
     return name.encode()[:MAX_TITLE_BYTES].decode(errors="ignore")
 
@@ -394,7 +406,7 @@ def _stored_bytes(part: ByteRange) -> int:
 
 
 def _training_texts(files: Sequence[SourceFile]) -> Iterator[str]:
-    """Yield documents from the start of each file, with the number of characters in proportion to its size."""
+    """Yield documents from the start of each file; their number of characters is proportional to the file's size."""
     total = sum(file.size for file in files)
     for file in files:
         remaining = MAX_TRAINING_CHARACTERS * file.size // max(total, 1)
@@ -406,7 +418,7 @@ def _training_texts(files: Sequence[SourceFile]) -> Iterator[str]:
 
 
 def _build_once(path: Path, is_complete: Callable[[], bool], build: Callable[[], None]) -> None:
-    """Call `build` unless `path` is complete; a lock makes other processes wait for the one that builds it."""
+    """Call `build` unless `path` is complete; a file lock makes other processes wait for the one that builds it."""
     if is_complete():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """SHA-256 hashes of source files, cached by path, size, modification time, change time and inode.
 
-Token caches are named after these hashes, and a second run does not read the files again. A local file counts as unchanged
-if path, size, modification time, change time (ctime, which programs cannot set) and inode are the same; in object storage
-if size and modification time are the same. The hash of a file that was changed less than `SETTLED_SECONDS` before it was
-read is not cached, because the clock of a file system may be too coarse to distinguish two changes in quick succession.
+Token caches are named after these hashes; because they are cached, a second run does not read the files again. A local file
+counts as unchanged if path, size, modification time, change time (ctime, which programs cannot set) and inode are the same,
+an object in object storage if URI, size and modification time are the same. The hash of a file that was changed less than
+`SETTLED_SECONDS` before it was read is not cached, because the clock of a file system may be too coarse to distinguish two
+changes in quick succession.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum,
 from savant_ray.data.formats import HEAD_BYTES, format_of
 from savant_ray.data.sources import LISTING_THREADS, SourceFile
 from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import printable, why
+from savant_ray.locations import error_text, printable
 
 HASHES = "content-hashes.json"
 BLOCK_BYTES = 1 << 20
@@ -48,7 +49,7 @@ def content_hashes(files: Sequence[SourceFile], cache_dir: Path) -> list[str]:
 
 
 def refuse_changed(files: Sequence[SourceFile], hashes: Sequence[str]) -> None:
-    """Check that the files are still those that were hashed; a file to which lines were appended is accepted.
+    """Check that the files have not changed since they were hashed; a file to which lines were appended is accepted.
 
     Raises:
         DataError: a file was changed, replaced, truncated or removed.
@@ -67,11 +68,12 @@ def _refuse_changed(file: SourceFile, digest: str) -> None:
 
 
 def _key(file: SourceFile) -> str:
+    """Return the cache key of a file, which changes whenever the file counts as changed."""
     return "|".join((file.path, str(file.size), str(file.mtime_ns), *filter(None, [file.version])))
 
 
 def _changed_at(file: SourceFile) -> float:
-    """Return the later of modification and change time, seconds since the epoch."""
+    """Return the later of modification and change time, in seconds since the epoch."""
     ctime_ns = int(file.version.rpartition("-")[2] or 0)
     return max(file.mtime_ns, ctime_ns) / 1e9
 
@@ -98,7 +100,7 @@ def _hash(file: SourceFile) -> str:
     except SavantError:
         raise
     except Exception as error:  # a file system that is implemented in Python may raise any exception
-        raise DataError(f"{printable(file.path)}: cannot be read ({why(error)})") from error
+        raise DataError(f"{printable(file.path)}: cannot be read ({error_text(error)})") from error
     if remaining:
         raise DataError(
             f"{printable(file.path)}: has {file.size - remaining:,} of the {file.size:,} bytes it had when it was listed"

@@ -1,8 +1,8 @@
 """Reads the lines of a byte range of a JSONL file.
 
-A range contains the lines that start in it, so that every division of a file into ranges yields the same lines, in parallel
-and without an index. `ray.data.read_json` is not used: one invalid line fails the whole file, U+2028 ends a line, and a
-file cannot be divided.
+A range contains the lines that start in it. Ranges can therefore be read in parallel and without an index, and every
+division of a file into ranges yields the same lines. `ray.data.read_json` is not used: it fails a file because of one
+invalid line, treats U+2028 as a line end, and cannot divide a file.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import pyarrow as pa
 from savant_ray.data.formats import ENCODINGS
 from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import printable, why
+from savant_ray.locations import error_text, printable
 
 MIB = 1 << 20
-BLOCK_BYTES = MIB  # read at a time
+BLOCK_BYTES = MIB  # read in one call
 MAX_LINE_BYTES = 64 * MIB
 UNBOUNDED = sys.maxsize
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -42,7 +42,7 @@ class ByteRange:
 class Line(NamedTuple):
     """A line: a document (`text`), an invalid line (`problem`), or a blank line (neither)."""
 
-    number: int  # from 1, counted from the start of the range
+    number: int  # from 1 at the beginning of the range
     text: str = ""
     problem: str = ""
 
@@ -77,7 +77,7 @@ class RangeReader:
         filesystem, path = part.file.resolve()
         with self._errors_as_data_error():
             self._stored = filesystem.open_input_file(path)
-            first = max(part.start - 1, 0)  # the byte before `start` shows whether a line starts at `start`
+            first = max(part.start - 1, 0)  # a line starts at `start` if the byte before is a newline
             self._listed = _ListedBytes(self._stored, first, part.file.size)
             self._stream = _decoded(self._listed, part.file.codec)
 
@@ -89,7 +89,7 @@ class RangeReader:
 
     def __iter__(self) -> Iterator[Line]:
         with self._errors_as_data_error():
-            raw_lines = _split_lines(_owned_blocks(self._stream, self._part), self._max_line_bytes)
+            raw_lines = _split_lines(_range_blocks(self._stream, self._part), self._max_line_bytes)
             for number, raw in enumerate(raw_lines, start=1):
                 yield _parse(number, raw, self._max_line_bytes)
 
@@ -109,11 +109,11 @@ class RangeReader:
                 f"{printable(self._part.file.path)}: not valid {self._part.file.codec} ({error})"
             ) from error
         except Exception as error:  # a file system that is implemented in Python may raise any exception
-            raise DataError(f"{printable(self._part.file.path)}: cannot be read ({why(error)})") from error
+            raise DataError(f"{printable(self._part.file.path)}: cannot be read ({error_text(error)})") from error
 
 
 class _ListedBytes(io.RawIOBase):
-    """Bytes [position, size) of a file, because its hash does not cover what was appended after it was listed."""
+    """Bytes [position, size) of a file; what was appended after it was listed is not read, since it was not hashed."""
 
     def __init__(self, stored: pa.NativeFile, position: int, size: int) -> None:
         self.position = position
@@ -150,20 +150,20 @@ def _divide(file: SourceFile, step: int) -> list[ByteRange]:
     return [ByteRange(file, start, min(start + step, file.size)) for start in range(0, file.size, step)]
 
 
-def _owned_blocks(stream: _ListedBytes | pa.NativeFile, part: ByteRange) -> Iterator[bytes]:
+def _range_blocks(stream: _ListedBytes | pa.NativeFile, part: ByteRange) -> Iterator[bytes]:
     """Yield the bytes of the lines that start in the range: up to the first line start after it.
 
     The stream begins one byte before the range, except at the start of the file.
     """
     position = max(part.start - 1, 0)
-    skipping = part.start > 0
+    is_before_first_line = part.start > 0
     while position < part.stop and (block := stream.read(BLOCK_BYTES)):
-        if skipping:
+        if is_before_first_line:
             begin = block.find(b"\n") + 1
-            skipping = begin == 0
+            is_before_first_line = begin == 0
             position += begin or len(block)
             block = block[begin:]
-            if skipping or position >= part.stop:
+            if is_before_first_line or position >= part.stop:
                 continue
         yield from _until_line_end(stream, block, part.stop - 1 - position)
         position += len(block)
@@ -183,7 +183,7 @@ def _until_line_end(stream: _ListedBytes | pa.NativeFile, block: bytes, last: in
 
 
 def _split_lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[bytes | int]:
-    """Yield each line without its newline, or only its length if it exceeds the limit."""
+    """Yield each line without its newline; of a line over the limit, yield its length."""
     parts: list[bytes] = []
     size = 0
     for block in blocks:
@@ -206,11 +206,11 @@ def _parse(number: int, raw: bytes | int, max_line_bytes: int) -> Line:
         return Line(number)
     try:
         return Line(number, _text_of(raw))
-    except _BadLineError as bad:
-        return Line(number, problem=str(bad))
+    except _InvalidLineError as error:
+        return Line(number, problem=str(error))
 
 
-class _BadLineError(Exception):
+class _InvalidLineError(Exception):
     """A line that is not a document; the message is the reason."""
 
 
@@ -220,18 +220,18 @@ def _text_of(raw: bytes) -> str:
     except orjson.JSONDecodeError:
         value = _loads_leniently(raw)
     if not isinstance(value, dict):
-        raise _BadLineError(f"{_json_type(value)}, not an object")
+        raise _InvalidLineError(f"{_json_type(value)}, not an object")
     text = value.get("text")
     if not isinstance(text, str) or not text or text.isspace():
-        raise _BadLineError(_missing_text(value))
+        raise _InvalidLineError(_missing_text(value))
     return text
 
 
 def _loads_leniently(raw: bytes) -> Any:
-    """Parse what orjson rejects but Python accepts: NaN, deep nesting, lone surrogates outside `text`.
+    """Parse JSON that orjson rejects but Python accepts: NaN, deep nesting, lone surrogates outside `text`.
 
     Raises:
-        _BadLineError: Python rejects it too.
+        _InvalidLineError: Python rejects it as well.
     """
     try:
         value = json.loads(raw.decode())
@@ -239,12 +239,12 @@ def _loads_leniently(raw: bytes) -> Any:
             value["text"].encode()
         return value
     except UnicodeDecodeError as error:
-        reason = f"bad UTF-8 (0x{raw[error.start]:02x} at byte {error.start + 1})"
+        reason = f"invalid UTF-8 (0x{raw[error.start]:02x} at byte {error.start + 1})"
     except UnicodeEncodeError as error:
-        reason = f'"text" holds half a surrogate pair (\\u{ord(error.object[error.start]):04x})'
+        reason = f'"text" contains half a surrogate pair (\\u{ord(error.object[error.start]):04x})'
     except json.JSONDecodeError as error:
         if raw.rstrip().endswith((b"{", b"[", b",")) and raw.lstrip().startswith((b"{", b"[")):
-            raise _BadLineError(
+            raise _InvalidLineError(
                 "JSON over several lines; write one object per line, without commas between them"
             ) from None
         is_truncated = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip())
@@ -253,7 +253,7 @@ def _loads_leniently(raw: bytes) -> Any:
         reason = "JSON nested too deeply"
     except ValueError:
         reason = f"an integer of more than {sys.get_int_max_str_digits():,} digits"
-    raise _BadLineError(reason)
+    raise _InvalidLineError(reason)
 
 
 def _missing_text(value: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Global order of the sequences: the sequence at position p is a pure function of (seed, p).
 
-Positions number the sequences of an infinite order. No state is stored and nothing is replayed, so resuming at any position
-takes the same time, and the sequences of a step do not depend on the number of workers.
+The order is infinite. No state is stored and nothing is replayed, so that resuming at any position takes the same time and
+the sequences of a step do not depend on the number of workers.
 
 Mixing is chairman assignment (R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980) over one
 period of the rational weights: among the first n positions, the number of sequences of each source differs from weight · n
@@ -26,8 +26,8 @@ Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
 Weight = float | Fraction
 
-MAX_PERIOD = 100_000  # equal to `WEIGHT_RESOLUTION` in config.py, whose import would take too long here
-FEISTEL_ROUNDS = 8  # a round changes both halves
+MAX_PERIOD = 100_000  # equal to `WEIGHT_RESOLUTION` in config.py, which is not imported because that takes too long
+FEISTEL_ROUNDS = 8  # each round changes both halves
 ROUND_KEY = np.uint64(0xD1342543DE82EF95)  # odd, so that no round key repeats
 
 
@@ -43,7 +43,7 @@ class GlobalOrder:
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[Weight], seed: int) -> None:
         if len(sizes) != len(weights) or not sizes:
-            raise SettingsError(f"{len(sizes)} sources need as many weights, found {len(weights)}")
+            raise SettingsError(f"{len(sizes)} sources, but {len(weights)} weights")
         if min(sizes) < 1:
             raise DataError(f"source {min(range(len(sizes)), key=sizes.__getitem__)} yields no sequence")
         self._sizes = np.asarray(sizes, dtype=np.int64)
@@ -64,7 +64,7 @@ class GlobalOrder:
 
 
 def rank_slice(effective_batch: int, rank: int, world_size: int) -> range:
-    """Return the sequences of a step that `rank` computes: contiguous, and their number differs by at most 1."""
+    """Return the range of a step's sequences that `rank` computes; its length differs between ranks by at most 1."""
     return range(effective_batch * rank // world_size, effective_batch * (rank + 1) // world_size)
 
 
@@ -73,9 +73,9 @@ def weights_by_documents(
 ) -> tuple[Fraction, ...]:
     """Return the fraction of the sequences that each source needs for `weights` to be fractions of the documents.
 
-    `documents` and `sequences` are the sizes of the sources. A sequence of source i counts as its mean number of
-    documents, `documents[i] / sequences[i]`, and a document in several sequences as one document. After complete epochs
-    of all sources the documents are exactly in proportion to `weights`, before that on average.
+    `documents` and `sequences` are the sizes of the sources. A sequence of source i counts as `documents[i] / sequences[i]`
+    documents, the mean; a document in several sequences counts as one. After complete epochs of all sources, the numbers of
+    documents are exactly in proportion to `weights`, before that on average.
     """
     parts = [
         Fraction(str(weight)) * n_sequences / n_documents  # as written: 0.1 is a tenth
@@ -86,7 +86,7 @@ def weights_by_documents(
 
 
 def permute(slots: Int64s, size: int, keys: UInt64s) -> Int64s:
-    """Apply to each slot the permutation of range(size) that its key selects; `slots` and `keys` have the same shape [N].
+    """Map each slot with the permutation of range(size) that its key selects; `slots` and `keys` have shape [N].
 
     The Feistel network permutes the next power of two; values ≥ `size` are permuted again (cycle walking).
     """
@@ -100,10 +100,10 @@ def permute(slots: Int64s, size: int, keys: UInt64s) -> Int64s:
 
 
 def _counts(weights: Sequence[Weight]) -> list[int]:
-    """Return how often each source occurs in a period.
+    """Return the number of positions of each source in a period.
 
-    The shortest period with exactly these weights if it has at most `MAX_PERIOD` positions; otherwise a period of
-    `MAX_PERIOD` positions with the weights rounded to whole positions (largest remainder method).
+    If a period of at most `MAX_PERIOD` positions has exactly these weights, the shortest one is used; otherwise one of
+    `MAX_PERIOD` positions, with the weights rounded to whole positions (largest remainder method).
 
     Raises:
         SettingsError: a weight is not positive, or less than one position of the longest period.
@@ -133,13 +133,14 @@ def _counts(weights: Sequence[Weight]) -> list[int]:
 def _period(counts: list[int]) -> tuple[Int64s, Int64s]:
     """Return the source at each offset of a period, and the number of its earlier occurrences in the period.
 
-    Tijdeman's rule: an offset goes to the eligible source with the earliest deadline, the first one among equals.
+    Tijdeman's rule: each offset is assigned to the eligible source with the earliest deadline, the first one among equals.
     Occurrence k of source i is eligible from the first offset with slack · (count · (offset + 1) − k · period) ≥ period;
     its deadline is (slack · (k + 1) − 1) · period / (slack · count).
     """
     period, slack = sum(counts), max(2 * len(counts) - 2, 1)
 
     def release(source: int, k: int) -> int:
+        """Return the first offset at which occurrence k of the source is eligible."""
         return -(-(slack * k + 1) * period // (slack * counts[source])) - 1
 
     pattern, occurrence = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
@@ -149,7 +150,7 @@ def _period(counts: list[int]) -> tuple[Int64s, Int64s]:
     for offset in range(period):
         while waiting and waiting[0][0] <= offset:
             _, source, k = heapq.heappop(waiting)
-            # The division is correctly rounded, and different quotients of such small integers differ by more than that.
+            # Floats suffice: different quotients of integers this small differ by more than the rounding of the division.
             heapq.heappush(eligible, ((slack * (k + 1) - 1) / counts[source], source, k))
         _, source, k = heapq.heappop(eligible)
         pattern[offset], occurrence[offset] = source, k

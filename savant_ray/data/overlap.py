@@ -1,7 +1,7 @@
 """Detects validation text in the training text: whole files are excluded, single documents are counted.
 
 Each shard of a token cache has a file with a 64-bit digest of each of its documents, in order. Counting therefore reads no
-text and holds only the digests of the validation text in memory; the result is cached for each combination of caches.
+text and keeps only the digests of the validation text in memory. The count is cached for each combination of caches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Digests = NDArray[np.uint64]
 def split_held_out(
     files: Sequence[SourceFile], held_out: Sequence[SourceFile], cache_dir: Path
 ) -> tuple[list[SourceFile], list[SourceFile]]:
-    """Split `files` into those to train on and those that have the same content as a held-out file.
+    """Split `files` into those for training and those that have the same content as a held-out file.
 
     Raises:
         DataError: a file cannot be read.
@@ -55,7 +55,7 @@ def digests_path(shard: Path) -> Path:
 def count_held_out_documents(validation: TokenCache, sources: Sequence[TokenCache]) -> int | None:
     """Return how many validation documents occur verbatim in the sources.
 
-    None: a cache was written by a version that stored no digests.
+    Returns None if one of the caches was written by a version that stored no digests.
     """
     identity = fingerprint({"validation": validation.fingerprint, "sources": [cache.fingerprint for cache in sources]})
     path = validation.folder.parent / f"overlap-{identity[:16]}.json"
@@ -70,7 +70,7 @@ def count_held_out_documents(validation: TokenCache, sources: Sequence[TokenCach
 
 
 def _cached_count(path: Path) -> int | None:
-    """Load a count; None if the file is missing or damaged."""
+    """Load a count; return None if the file is missing or damaged."""
     try:
         return int(load_with_checksum(path.read_text(encoding="utf-8"))["documents"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -91,7 +91,7 @@ def _count(validation: TokenCache, sources: Sequence[TokenCache]) -> int:
 
 
 def _digests(cache: TokenCache) -> Iterator[Digests]:
-    """Yield the digests of all shards in blocks. Raises FileNotFoundError if the cache has none."""
+    """Yield the digests of all shards in blocks; raise FileNotFoundError if the cache has none."""
     for shard in cache.manifest.shards:
         with digests_path(cache.folder / shard.name).open("rb") as file:
             while len(digests := np.fromfile(file, np.uint64, BLOCK_DIGESTS)):

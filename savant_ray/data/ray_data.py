@@ -1,4 +1,4 @@
-"""Runs Ray Data without console output, with control over when rows are yielded and when execution stops."""
+"""Runs Ray Data without console output; controls when rows are yielded and when an execution stops."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from savant_ray.ray_internals import silence_ray_data_console, stop_execution
 
 @contextmanager
 def settings(block_bytes: int = 1) -> Iterator[None]:
-    """Set Ray Data's context for a `Dataset` that is created in the block; the dataset keeps a copy.
+    """Set Ray Data's context for a `Dataset` that is created within the `with` block; the dataset keeps a copy.
 
-    Nothing is printed, because the caller displays its own progress. A task yields its rows in blocks of `block_bytes`;
-    by default each row is yielded immediately.
+    Ray Data prints nothing, because the caller displays its own progress. A task yields its rows in blocks of about
+    `block_bytes`; with the default, it yields each row immediately.
     """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -31,7 +31,7 @@ def settings(block_bytes: int = 1) -> Iterator[None]:
 
 
 def rows(dataset: ray.data.Dataset) -> Generator[dict[str, Any], None, None]:
-    """Yield the rows of `dataset` as columns by name; closing the iterator stops the execution."""
+    """Yield each row of `dataset` as a dict of its columns; closing the iterator stops the execution."""
     batches: Iterator[pa.Table] = iter(
         dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
     )

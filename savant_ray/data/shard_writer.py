@@ -26,15 +26,15 @@ from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
 
 BATCH_CHARACTERS = 1 << 18  # tokenized in one call
-CHUNK_TOKENS = 1 << 21  # packed in one call: so many rows that the padding of the last one is negligible
-NAMED_BAD_LINES = 100  # stored with line number and reason
-NAMED_CHARACTERS = 10  # of those that the tokenizer drops
+CHUNK_TOKENS = 1 << 21  # packed in one call; large enough for the padding of the last row to be negligible
+MAX_NAMED_INVALID_LINES = 100  # stored with line number and reason, per range and per cache
+MAX_NAMED_CHARACTERS = 10  # stored characters of the first line with dropped characters
 READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Parameters of tokenization and packing; sent to the tasks."""
+    """Parameters of tokenization and packing, as they are sent to the tasks."""
 
     tokenizer_json: str
     tokenizer_name: str
@@ -58,7 +58,10 @@ class Recipe:
 
 @dataclass
 class RangeSummary:
-    """Counts of one range; line numbers are counted from the start of the range."""
+    """Counts of one byte range; line numbers start from 1 at the beginning of the range.
+
+    The fields are the keys of the summary file. `bad_lines` is the number of invalid lines.
+    """
 
     lines: int = 0
     documents: int = 0
@@ -83,14 +86,14 @@ class RangeSummary:
             self.text_bytes += len(line.text) if line.text.isascii() else len(line.text.encode())
         elif line.problem:
             self.bad_lines += 1
-            if self.bad_lines <= NAMED_BAD_LINES:
+            if self.bad_lines <= MAX_NAMED_INVALID_LINES:
                 self.first_bad_lines.append((line.number, line.problem))
 
     def count_dropped(self, line: Line, dropped: int, characters: str) -> None:
         """Count the characters of a line that the tokenizer drops."""
         self.dropped_characters += dropped
         if dropped and self.first_dropped is None:
-            self.first_dropped = (line.number, characters[:NAMED_CHARACTERS])
+            self.first_dropped = (line.number, characters[:MAX_NAMED_CHARACTERS])
 
     @classmethod
     def read(cls, folder: Path, index: int) -> RangeSummary:
@@ -103,7 +106,7 @@ class RangeSummary:
 
     @classmethod
     def is_complete(cls, folder: Path, index: int) -> bool:
-        """Whether summary and shard exist and are undamaged; reads the shard."""
+        """Return whether summary and shard exist and are intact; reads the shard to verify its checksum."""
         shard = folder / shard_name(index)
         try:
             summary = cls.read(folder, index)
@@ -121,7 +124,7 @@ def shard_name(index: int) -> str:
 
 
 def summary_name(index: int) -> str:
-    """Return the name of the file with the summary of a range, which exists once its shard is complete."""
+    """Return the name of the file with the summary of a range; the file is written when the shard is complete."""
     return f"shard-{index:05d}.json"
 
 
@@ -179,8 +182,8 @@ def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line
     yield batch
 
 
-def encode_beginning(file: SourceFile, tokenizer: Tokenizer, characters: int = BATCH_CHARACTERS) -> None:
-    """Check early, on the first `characters` of a file, whether the tokenizer can encode it.
+def check_encodable(file: SourceFile, tokenizer: Tokenizer, characters: int = BATCH_CHARACTERS) -> None:
+    """Check that the tokenizer can encode the first `characters` of a file, so that a wrong one is reported early.
 
     Raises:
         DataError: the tokenizer cannot encode one of the lines, or the file cannot be read.
@@ -198,7 +201,7 @@ def encode_beginning(file: SourceFile, tokenizer: Tokenizer, characters: int = B
 
 
 class _UnencodableLineError(Exception):
-    """A line that the tokenizer cannot encode; `line` is counted from the start of the range."""
+    """A line that the tokenizer cannot encode; `line` is its number, from 1 at the beginning of the range."""
 
     def __init__(self, line: int, reason: str) -> None:
         super().__init__(reason)
@@ -210,7 +213,7 @@ def _lines_before(part: ByteRange) -> int:
     if not part.start:
         return 0
     filesystem, path = part.file.resolve()
-    newlines, remaining = 0, part.start - 1  # the line after a newline at `start` - 1 belongs to this range
+    newlines, remaining = 0, part.start - 1  # a newline at `start` - 1 starts the first line of this range
     with filesystem.open_input_stream(path, compression=None) as stream:
         while remaining and (block := stream.read(min(remaining, READ_BYTES))):
             newlines, remaining = newlines + block.count(b"\n"), remaining - len(block)
@@ -218,7 +221,7 @@ def _lines_before(part: ByteRange) -> int:
 
 
 class _Chunk:
-    """Tokenized documents to be packed together."""
+    """Tokenized documents that are packed together."""
 
     def __init__(self, sequence_length: int, tokenizer: Tokenizer) -> None:
         self.tokens = 0
@@ -266,7 +269,7 @@ class _Chunk:
 
 
 class _ShardFile:
-    """Arrow file that gets its name when it is complete; not created if it would have no rows."""
+    """Arrow file that is written under a temporary name and renamed when it is complete; not created without rows."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.bytes = 0

@@ -1,11 +1,11 @@
 """Lists the source files that paths, folders, globs and URIs refer to.
 
 The rules are the same for local files and for all `pyarrow.fs` file systems (s3://, gs://, hdfs://, hf://). Local folders
-are listed with `os`, because Arrow raises for a name that is not UTF-8 and follows a symbolic link cycle 40 times.
+are listed with `os`: Arrow raises an error for a name that is not UTF-8, and follows a cycle of symbolic links 40 times.
 """
 
 # ruff: noqa: PTH112, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
-# os.path returns a result where Path raises: for names that are not UTF-8, link cycles and missing permissions.
+# For names that are not UTF-8, link cycles and missing permissions, os.path returns a result where Path raises an error.
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from savant_ray.locations import (
     canonical_uri,
     decoded_uri,
     encoded_uri,
+    error_text,
     is_standard_stream,
     is_uri,
     printable,
     split_query,
-    why,
 )
 
 PLAIN_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -50,7 +50,7 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A JSONL file as it was listed, with what identifies its version."""
+    """A JSONL file as it was listed; size, time and `version` identify its content."""
 
     path: str  # absolute, or a URI with `%20` decoded
     size: int  # bytes as stored
@@ -77,7 +77,7 @@ class SourceFile:
         return file_system(encoded_uri(self.path) + self.query, DataError)
 
     def current(self) -> SourceFile:
-        """Return the current state of the file; size or times differ if it was changed.
+        """List the file again; size, time or version of the result differ if it was changed.
 
         Raises:
             DataError: it was removed or cannot be accessed.
@@ -95,12 +95,12 @@ class SourceFile:
 def expand(pattern: str | Sequence[str], warn: Warn | None = None) -> list[SourceFile]:
     """Return the files of a path, folder (recursively), glob or URI, or of a list of them: sorted and without duplicates.
 
-    In a glob `*`, `?` and `[…]` match within a folder and `**` matches across folders. An existing path is not interpreted
-    as a glob, so the folder `[2024-01]` can be used. `warn` (by default the logger) receives a message for everything that
-    is left out: broken links, names that are not UTF-8, folders without read permission, files under a second name.
+    In a glob, `*`, `?` and `[…]` match within a folder and `**` matches across folders. A path that exists is not treated
+    as a glob, so a folder named `[2024-01]` can be used. `warn` (by default the logger) receives a message for everything
+    that is skipped: broken links, names that are not UTF-8, folders without read permission, links to listed files.
 
     Raises:
-        DataError: there is no file, or a file is not readable text; the message names the pattern.
+        DataError: there is no file, or a file cannot be read or is not text; the message names it or the pattern.
     """
     warn = warn or logging.getLogger(__name__).warning
     patterns = [pattern] if isinstance(pattern, str) else pattern
@@ -137,12 +137,12 @@ def file_system(uri: str, error: type[SavantError]) -> tuple[pafs.FileSystem, st
     try:
         filesystem, path = pafs.FileSystem.from_uri(encoded_uri(decoded) + query)
     except Exception as reason:  # ArrowInvalid, OSError, ImportError, or any exception of a file system in Python
-        raise error(f"{printable(decoded + query)}: the file system cannot be used ({why(reason)})") from reason
+        raise error(f"{printable(decoded + query)}: the file system cannot be used ({error_text(reason)})") from reason
     return filesystem, path
 
 
 def with_short_retries(uri: str) -> str:
-    """Return the URI with a time limit for retries if it is in Google Cloud Storage and has no such limit."""
+    """Add a time limit for retries to a URI of Google Cloud Storage that has none; return other URIs unchanged."""
     base, query = split_query(uri)
     if not base.lower().startswith(("gs://", "gcs://")) or "retry_limit_seconds" in query:
         return uri
@@ -150,7 +150,7 @@ def with_short_retries(uri: str) -> str:
 
 
 def _without_links(files: Sequence[SourceFile], warn: Warn) -> list[SourceFile]:
-    """Drop symbolic links to local files that are in the list too."""
+    """Drop symbolic links to local files that are in the list as well."""
     real_folder = cache(os.path.realpath)
 
     def real_path(path: str) -> str:
@@ -166,7 +166,7 @@ def _without_links(files: Sequence[SourceFile], warn: Warn) -> list[SourceFile]:
         first.setdefault(real[path], path)
     duplicates = {path: first[real[path]] for path in real if first[real[path]] != path}
     messages = [
-        f"{printable(path)}: a link to {printable(other)}, which is read already; left out"
+        f"{printable(path)}: a link to {printable(other)}, which is already included; skipped"
         for path, other in duplicates.items()
     ]
     for message in _shortened(messages):
@@ -188,11 +188,11 @@ def _errors_as_data_error(pattern: str) -> Iterator[None]:
     except SavantError:
         raise
     except Exception as error:  # a file system in Python may raise any exception
-        raise DataError(f"{printable(pattern)}: cannot be listed ({why(error)})") from error
+        raise DataError(f"{printable(pattern)}: cannot be listed ({error_text(error)})") from error
 
 
 def _local_files(pattern: str, warn: Warn) -> list[SourceFile]:
-    path = _without_dots(absolute_path(pattern, error=DataError))
+    path = _resolve_parent_references(absolute_path(pattern, error=DataError))
     problems: list[str] = []
     with _errors_as_data_error(pattern):
         is_folder = os.path.isdir(path)
@@ -215,7 +215,7 @@ def _local_files(pattern: str, warn: Warn) -> list[SourceFile]:
 
 
 def _read_heads(paths: Sequence[str], problems: list[str]) -> tuple[list[SourceFile], list[str]]:
-    """Return the files and the errors of unreadable ones; reasons why others are left out are added to `problems`."""
+    """Return the files, and the errors of unreadable ones; messages about skipped files are added to `problems`."""
     files, errors = [], []
 
     def read(path: str) -> SourceFile | DataError:
@@ -229,43 +229,43 @@ def _read_heads(paths: Sequence[str], problems: list[str]) -> tuple[list[SourceF
             if isinstance(file, SourceFile):
                 files.append(file)
             elif isinstance(file, _NotAFileError):
-                problems.append(f"{file}; left out")
+                problems.append(f"{file}; skipped")
             else:
                 errors.append(str(file))
     return files, errors
 
 
 class _NotAFileError(DataError):
-    """Broken link, device, pipe, or name that is not UTF-8; left out when a folder or glob contains it."""
+    """Broken link, device, pipe, or name that is not UTF-8; skipped if a folder or glob contains it."""
 
 
-def _local_file(path: str, named: str) -> SourceFile:
-    """Return a regular file; raise `DataError` for anything else, without opening devices or pipes."""
-    named = printable(named)
+def _local_file(path: str, name: str) -> SourceFile:
+    """List a regular file, which messages call `name`; raise `DataError` for anything else, and open no device or pipe."""
+    name = printable(name)
     if not _is_utf8(path):
-        raise _NotAFileError(f"{named}: its name is not UTF-8; rename it")
+        raise _NotAFileError(f"{name}: its name is not UTF-8; rename it")
     if is_standard_stream(path):
-        raise _NotAFileError(f"{named}: is not the same file in every process; write the text to a file first")
+        raise _NotAFileError(f"{name}: is not the same file in every process; write the text to a file first")
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise _NotAFileError(f"{named}: is a {_kind(status.st_mode)}, not a file")
+            raise _NotAFileError(f"{name}: is a {_kind(status.st_mode)}, not a file")
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
     except FileNotFoundError:
         if os.path.islink(path):
-            raise _NotAFileError(f"{named}: a broken link, to {printable(os.readlink(path))}") from None
-        raise _NotAFileError(f"{named}: was removed after it was listed") from None
+            raise _NotAFileError(f"{name}: a broken link to {printable(os.readlink(path))}") from None
+        raise _NotAFileError(f"{name}: was removed after it was listed") from None
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _NotAFileError(f"{named}: a link that leads back to itself") from error
-        raise DataError(f"{named}: cannot be read ({why(error)})") from error
+            raise _NotAFileError(f"{name}: a link that leads back to itself") from error
+        raise DataError(f"{name}: cannot be read ({error_text(error)})") from error
     version = f"{status.st_ino}-{status.st_ctime_ns}"
-    return SourceFile(path, status.st_size, status.st_mtime_ns, "", version, format_of(head, named))
+    return SourceFile(path, status.st_size, status.st_mtime_ns, "", version, format_of(head, name))
 
 
 def _exists(path: str) -> bool:
-    """Whether the path exists, be it a broken link. Raises OSError if that cannot be determined."""
+    """Return whether the path exists, possibly as a broken link. Raises OSError if that cannot be determined."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -286,8 +286,8 @@ def _kind(mode: int) -> str:
     return next((name for is_one, name in names.items() if is_one(mode)), "device")
 
 
-def _without_dots(path: str) -> str:
-    """Resolve `..` as the operating system does: after following links."""
+def _resolve_parent_references(path: str) -> str:
+    """Resolve `..` as the operating system does, after following links."""
     parts = Path(path).parts
     if ".." in parts:
         end = len(parts) - parts[::-1].index("..")
@@ -331,23 +331,23 @@ def _entries(folder: str, problems: list[str]) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        if (problem := f"{printable(folder)}: cannot be listed ({why(error)}); left out") not in problems:
+        if (problem := f"{printable(folder)}: cannot be listed ({error_text(error)}); skipped") not in problems:
             problems.append(problem)
         return []
 
 
 def _local_matches(path: str, problems: list[str]) -> list[str]:
-    """Return the matches of a glob; if there are none, those of the glob with literal brackets."""
+    """Return the matches of a glob; if there are none, those of the glob with its brackets taken literally."""
     if not _is_glob(path):
         return []
     fixed, rest = _fixed_folder(re.sub(r"(?<=/)\*\*(?=[^/])", "**/*", path))  # `**.jsonl` matches in subfolders too
     if os.path.isdir(fixed) and not os.access(fixed, os.R_OK | os.X_OK):
-        problems.append(f"{printable(fixed)}: may not be read by this user")
+        problems.append(f"{printable(fixed)}: this user has no permission to read it")
     return list(_glob_below(fixed, rest, problems)) or list(_glob_below(fixed, rest.replace("[", "[[]"), problems))
 
 
 def _glob_below(folder: str, pattern: str, problems: list[str]) -> Iterator[str]:
-    """Yield the matches as `glob.glob(recursive=True)` does, but visit each folder once if links form a cycle."""
+    """Yield the same matches as `glob.glob(recursive=True)`, but visit each folder once even if links form a cycle."""
     before, deep, after = _split_at_double_star(pattern)
     if not deep:
         yield from glob.glob(os.path.join(glob.escape(folder), pattern))
@@ -359,6 +359,7 @@ def _glob_below(folder: str, pattern: str, problems: list[str]) -> Iterator[str]
 
 
 def _split_at_double_star(pattern: str) -> tuple[str, bool, str]:
+    """Return the parts before and after the first `**` folder, and between them whether there is one."""
     parts = pattern.split("/")
     if "**" not in parts:
         return pattern, False, ""
@@ -370,7 +371,7 @@ def _split_at_double_star(pattern: str) -> tuple[str, bool, str]:
 
 
 def _fixed_folder(path: str) -> tuple[str, str]:
-    """Split a glob into the deepest folder that exists under its literal name, and the rest."""
+    """Split a glob before its first part with a wildcard; a part that exists under its literal name has none."""
     parts = path.split("/")
     ends = range(1, len(parts))
     at = next((i for i in ends if _is_glob(parts[i]) and not os.path.isdir("/".join(parts[: i + 1]))), len(parts) - 1)
@@ -390,10 +391,12 @@ def _nothing_found(pattern: str, is_folder: bool, only_folders: bool = False) ->
     if is_folder:
         return f"{shown}: the folder contains no {', '.join(PLAIN_SUFFIXES)} …"
     if only_folders:
-        return f"{shown}: no such match; it matches only folders; for their files use {shown.rstrip('/')}/**/*.jsonl"
+        return (
+            f"{shown}: no such match: it matches only folders; for the files in them use {shown.rstrip('/')}/**/*.jsonl"
+        )
     hint = ""
     if "{" in pattern and "," in pattern:
-        hint = "; {a,b} is not supported in a pattern, use a list of both"
+        hint = "; {a,b} is not supported in a pattern; use a list of two patterns"
     elif "\\" in pattern:
         hint = "; folders are separated by /, not by \\"
     return f"{shown}: no such {'match' if _is_glob(pattern) else 'file or folder'}{hint}"
@@ -428,6 +431,7 @@ def _remote_files(pattern: str) -> list[SourceFile]:
 def _remote_matches(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pafs.FileInfo]:
     pattern = re.sub(r"(?:(?<=/)|^)\*\*(?=[^/])", "**/*", pattern)
     parts = pattern.split("/")
+    # Consecutive `**` are equivalent to one.
     pattern_parts = [part for i, part in enumerate(parts) if part != "**" or parts[i - 1 : i] != ["**"]]
     infos = _remote_infos(filesystem, folder, deep=len(pattern_parts) > 1 or pattern_parts == ["**"])
     return [info for info in infos if _matches(info.path[len(folder) :].strip("/").split("/"), pattern_parts)]

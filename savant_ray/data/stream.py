@@ -1,10 +1,10 @@
-"""The sequences of each step for one rank, from any position of the global order, read ahead by Ray Data.
+"""Reads one rank's sequences of each step, from any position of the global order, ahead of training with Ray Data.
 
-A datasource with one read task knows plan, rank and start position, and yields one row per step. The task takes no CPU
-and runs on the worker's node: training holds the CPUs, so any other Ray Data task would never be scheduled.
+A datasource with one read task contains plan, rank and start position, and yields one row per step. The task requests no
+CPU and runs on the worker's node. A task that requests a CPU would never be scheduled, because training reserves them all.
 
-The order has no end. It is read in portions. Each portion is a Ray Data execution of its own, which ends before its
-steps are trained on, while the next portion is read in the background. A single execution for the whole run would be
+The order is infinite and is read in portions. Each portion is a Ray Data execution of its own, which ends before its
+steps are trained on; the next portion is read in the background meanwhile. A single execution for the whole run would be
 simpler, but while its output is not consumed, Ray Data's scheduler thread polls and takes 87 % of a core from training
 (measured, Ray 2.60).
 """
@@ -37,7 +37,7 @@ MAX_PORTION_STEPS = 1024
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Decides which sequence is at which position; plain values, pickled to the workers."""
+    """The sequence at each position, determined by plain values that are pickled to the workers."""
 
     folders: tuple[str, ...]  # token caches, the same path on every node
     weights: tuple[Weight, ...]  # of sequences
@@ -94,10 +94,10 @@ class StepStream:
     def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
         """Return an iterator over this rank's sequences of `n_steps` steps, the first of which begins at `start_position`.
 
-        `read_step` reads every step: the first one in this process when it is requested, because the process of a read
-        task takes 2 to 3 s to start, all others in Ray Data's read task. Reading begins with this call and stays one
-        portion ahead of the portion in use; closing the iterator ends it. A rank without sequences yields empty ones,
-        so that every rank takes the same number of steps.
+        The first step is read in this process when it is requested, because the process of a read task takes 2 to 3 s to
+        start; all others are read in Ray Data's read task. Reading begins with this call, stays one portion ahead of the
+        portion in use, and ends when the iterator is closed. A rank without sequences yields empty arrays, so that all
+        ranks take the same number of steps.
         """
         if not self.sequences_per_step:
             return (self.read_step(start_position) for _ in range(n_steps))
@@ -127,12 +127,12 @@ class StepStream:
     def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
         """Yield (start position, number of steps) of each portion."""
         step_bytes = self.sequences_per_step * (self.plan.sequence_length * 2 * 4 + 8)
-        longest = min(MAX_PORTION_STEPS, max(1, PORTION_BYTES // step_bytes))
-        for first in range(0, n_steps, longest):
-            yield start_position + first * self.plan.effective_batch, min(longest, n_steps - first)
+        portion_steps = min(MAX_PORTION_STEPS, max(1, PORTION_BYTES // step_bytes))
+        for first in range(0, n_steps, portion_steps):
+            yield start_position + first * self.plan.effective_batch, min(portion_steps, n_steps - first)
 
     def _read_portion(self, start_position: int, n_steps: int) -> list[LocalSequences]:
-        """Run one Ray Data execution to its end."""
+        """Read a portion with one Ray Data execution, which has ended when this returns."""
         with ray_data.settings(block_bytes=PORTION_BYTES):
             dataset = ray.data.read_datasource(
                 _StepSource(self, start_position, n_steps),
@@ -164,7 +164,7 @@ class StepStream:
 
 
 class _StepSource(Datasource):
-    """One row per step. Positions, tokens and document ids are columns of bytes, because Ray Data never splits a row."""
+    """Datasource with one row per step: positions, tokens and document ids as bytes. Ray Data never splits a row."""
 
     def __init__(self, stream: StepStream, start_position: int, n_steps: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Ray's
@@ -173,7 +173,7 @@ class _StepSource(Datasource):
         self._starts = range(start_position, start_position + n_steps * step, step)
 
     def estimate_inmemory_data_size(self) -> None:
-        """Return None (unknown), so that Ray Data does not plan with it."""
+        """Return None: the size is unknown."""
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
         """Return the single read task."""

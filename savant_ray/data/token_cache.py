@@ -7,12 +7,12 @@
     ├── manifest.json          totals and list of shards; written last
     └── checked.json           size, inode and times of the shards whose CRC-32 was verified
 
-The fingerprint includes the content hashes of the files, so a cache is never outdated. Shards are memory-mapped: reading a
-row loads only that row. All nodes need the folder under the same path.
+The fingerprint includes the content hashes of the files, so changed files get another cache. Shards are memory-mapped:
+reading a row loads only that row. All nodes need the folder under the same path.
 
 The CRC-32 of a shard is verified once after it was written, and again when its size, inode or times have changed; starting a
-run therefore usually takes one `stat` call per shard. Caches of earlier versions have no checksums, and only the sizes of
-their shards are verified.
+run therefore usually takes one `stat` call per shard. Caches of earlier versions have no checksums; of these, only the
+sizes of the shards are verified.
 """
 
 from __future__ import annotations
@@ -67,8 +67,11 @@ class Sequences:
 
 
 @dataclass(frozen=True)
-class BadLine:
-    """A line that is not a document."""
+class LineProblem:
+    """A line of a source file that a message names.
+
+    `reason` is why the line is invalid or, for a valid line, characters that the tokenizer drops.
+    """
 
     file: str
     line: int
@@ -77,7 +80,7 @@ class BadLine:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """Counts of one file; `path` is relative to the folder that all files share."""
+    """Line counts of one file; `path` is relative to the folder that all files share. Blank lines are only in `lines`."""
 
     path: str
     lines: int
@@ -99,7 +102,10 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a token cache."""
+    """Contents of a token cache; the fields are the keys of `manifest.json`, so their names cannot change.
+
+    `bad_lines` is the number of invalid lines.
+    """
 
     fingerprint: str
     sequence_length: int
@@ -111,10 +117,10 @@ class Manifest:
     target_tokens: int  # tokens minus pieces: the last token of a piece has no target
     text_bytes: int  # UTF-8 bytes of the documents
     bad_lines: int
-    first_bad_lines: tuple[BadLine, ...]
+    first_bad_lines: tuple[LineProblem, ...]
     characters: int = 0  # of the documents; 0: written by a version that did not count them
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
-    first_dropped: BadLine | None = None  # the first line with such characters; `reason` lists some of them
+    first_dropped: LineProblem | None = None  # the first line with such characters
 
     @property
     def padding(self) -> int:
@@ -136,33 +142,33 @@ class Manifest:
         del values["padding"]
         values["files"] = tuple(FileSummary(**entry) for entry in values["files"])
         values["shards"] = tuple(ShardInfo(**entry) for entry in values["shards"])
-        values["first_bad_lines"] = tuple(BadLine(**entry) for entry in values["first_bad_lines"])
+        values["first_bad_lines"] = tuple(LineProblem(**entry) for entry in values["first_bad_lines"])
         if values.get("first_dropped"):
-            values["first_dropped"] = BadLine(**values["first_dropped"])
+            values["first_dropped"] = LineProblem(**values["first_dropped"])
         return cls(**values)
 
 
-def bad_line_report(manifest: Manifest, verdict: str = "skipped") -> list[str]:
+def invalid_line_report(manifest: Manifest, verdict: str = "skipped") -> list[str]:
     """Return a message for each invalid line that the manifest lists, and one with the number of the others."""
     summaries = {file.path: file for file in manifest.files}
     messages = [
-        f"{bad.file} line {bad.line}: {bad.reason}; {verdict}, "
-        f"{summaries[bad.file].bad_lines:,} of {summaries[bad.file].lines:,} lines"
-        for bad in manifest.first_bad_lines
+        f"{invalid.file} line {invalid.line}: {invalid.reason}; {verdict}, "
+        f"{summaries[invalid.file].bad_lines:,} of {summaries[invalid.file].lines:,} lines"
+        for invalid in manifest.first_bad_lines
     ]
     unnamed = manifest.bad_lines - len(messages)
-    return [*messages, f"… and {unnamed:,} more bad lines"] if unnamed else messages
+    return [*messages, f"… and {unnamed:,} more invalid lines"] if unnamed else messages
 
 
 def dropped_report(manifest: Manifest, tokenizer: str) -> list[str]:
-    """Return a message about the characters that the tokenizer drops; empty if it drops none."""
+    """Return one message about the characters that the tokenizer drops; no message if it drops none."""
     first = manifest.first_dropped
     if first is None:
         return []
     return [
         f"{tokenizer} has no token for {manifest.dropped_characters:,} of {manifest.characters:,} characters and drops "
         f"them, first in {first.file} line {first.line:,} ({' '.join(first.reason)}); a tokenizer with an unknown token or "
-        "byte fallback would not"
+        "byte fallback drops none"
     ]
 
 
@@ -177,7 +183,7 @@ def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, in
     unchecked: list[ShardInfo] = []
     for shard in manifest.shards:
         try:
-            states[shard.name] = _state(folder / shard.name)
+            states[shard.name] = _file_state(folder / shard.name)
         except OSError as error:
             problems.append(f"{folder / shard.name}: cannot be read ({error.strerror})")
             continue
@@ -189,8 +195,9 @@ def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, in
     is_intact = dict(zip(names, _verify_checksums(folder, unchecked, progress), strict=True))
     problems += [f"{folder / name}: damaged (its checksum differs)" for name in names if not is_intact[name]]
     if any(is_intact.values()):
-        verified = {name: state for name, state in states.items() if is_intact.get(name, checked.get(name) == state)}
-        with suppress(OSError):  # the cache belongs to another user, so the next run verifies the shards again
+        unchanged = {name: state for name, state in states.items() if checked.get(name) == state}
+        verified = unchanged | {name: states[name] for name in names if is_intact[name]}
+        with suppress(OSError):  # if the cache belongs to another user, the next run verifies the shards again
             write_atomically(folder / CHECKED, dump_with_checksum(verified))
     return problems
 
@@ -198,6 +205,8 @@ def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, in
 def _verify_checksums(
     folder: Path, shards: Sequence[ShardInfo], progress: Callable[[int, int], None]
 ) -> Iterator[bool]:
+    """Yield for each shard whether its checksum matches; the shards are read in parallel."""
+
     def is_intact(shard: ShardInfo) -> bool:
         try:
             return crc32(folder / shard.name) == shard.crc32
@@ -221,8 +230,8 @@ def crc32(path: Path) -> int:
     return checksum
 
 
-def _state(path: Path) -> list[int]:
-    """Return size, inode and times of a file, of which at least one changes when it is written to."""
+def _file_state(path: Path) -> list[int]:
+    """Return size, inode and times of a file; at least one of them changes when the file is written."""
     status = path.stat()
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
@@ -235,7 +244,7 @@ def _read_checked(folder: Path) -> dict[str, Any]:
 
 
 class TokenCache:
-    """Rows of a cache folder, numbered across all shards."""
+    """Random access to the rows of a cache folder, which are numbered across all shards."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -296,7 +305,7 @@ class TokenCache:
         return result
 
     def documents(self, row: int) -> list[tuple[str, int]]:
-        """Return file and line of each document in a row, in order, for messages about a micro-batch."""
+        """Return file and line number of each document in a row, for messages about a micro-batch."""
         index = int(np.searchsorted(self._shard_ends, row, side="right"))
         info = self.manifest.shards[index]
         batch, row_in_batch = self._shard(index).find(row - self._first_row(index))
@@ -306,7 +315,7 @@ class TokenCache:
         return int(self._shard_ends[shard]) - self.manifest.shards[shard].rows
 
     def _shard(self, index: int) -> _Shard:
-        """Return an open shard; of more than `MAX_OPEN_SHARDS` the least recently used one is closed."""
+        """Return the shard, opened if necessary; if more than `MAX_OPEN_SHARDS` are open, close the least recently used."""
         shard = self._open.pop(index, None) or _Shard(self.folder / self.manifest.shards[index].name)
         self._open[index] = shard
         if len(self._open) > MAX_OPEN_SHARDS:
@@ -361,7 +370,7 @@ def shard_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
 def shard_batch(
     schema: pa.Schema, rows: Unsigned, row_ends: NDArray[np.int64], lengths: NDArray[Any], lines: NDArray[Any]
 ) -> pa.RecordBatch:
-    """Build a record batch from rows [N, T] and each piece's length and line; row i ends with piece `row_ends[i] - 1`."""
+    """Build a record batch from rows [N, T] and the length and line of each piece; row i ends before piece `row_ends[i]`."""
     ends = pa.array(np.concatenate(([0], row_ends)), pa.int32())
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), type=schema.field("tokens").type)
     lists = [pa.ListArray.from_arrays(ends, pa.array(values, pa.uint32())) for values in (lengths, lines)]

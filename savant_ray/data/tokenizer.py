@@ -32,12 +32,12 @@ NEVER_SAMPLED_NAMES = (
     *(PAD, "<pad>", "[PAD]", "<|padding|>", "<unk>", "<|unk|>", "[UNK]", "<s>", "<bos>", "[BOS]", "[CLS]"),
     *("<|startoftext|>", "<|begin_of_text|>", "[MASK]", "<mask>"),
 )
-SEGMENT_CHARACTERS = 1 << 20
+SEGMENT_CHARACTERS = 1 << 20  # longer texts are encoded in parts
 BETWEEN_WORDS = re.compile(r"(?<=\w)(?= \w)")
-LONGEST_CHARACTER_BYTES = 4  # UTF-8
+MAX_CHARACTER_BYTES = 4  # UTF-8
 REPLACEMENT = "\ufffd"  # decoders return it for invalid bytes
 MAX_CONTEXT_IDS = 16
-PLACEHOLDER = 2**32 - 1  # largest possible id, so no token of a template has it
+PLACEHOLDER = 2**32 - 1  # the largest id that `tokenizers` supports, which no token of a template has
 
 Choice = bool | Literal["auto"]
 
@@ -63,9 +63,9 @@ class Tokenizer:
         Args:
             inner: the tokenizer; its padding and truncation are disabled.
             name: for messages.
-            end_of_document: token of the vocabulary that replaces the last token of the template; None: the last token
-                of the template, otherwise the token with a common name.
-            add_special_tokens: whether to use the template; `auto`: if there is one.
+            end_of_document: token of the vocabulary that ends each document, in place of the last token of the template.
+                None: the last token of the template; without one, the first of `END_NAMES` in the vocabulary.
+            add_special_tokens: whether to use the template; `auto`: use it if there is one.
 
         Raises:
             SettingsError: `end_of_document` is not in the vocabulary (the message lists similar tokens), or
@@ -128,7 +128,7 @@ class Tokenizer:
         end_of_document: str | None = None,
         add_special_tokens: Choice = "auto",
     ) -> Tokenizer:
-        """Build a tokenizer from the text that `to_json` returned; the text does not include the other arguments."""
+        """Build a tokenizer from the text that `to_json` returned."""
         return cls(tokenizers.Tokenizer.from_str(text), name, end_of_document, add_special_tokens)
 
     def with_settings(self, end_of_document: str | None = None, add_special_tokens: Choice = "auto") -> Tokenizer:
@@ -142,7 +142,7 @@ class Tokenizer:
         return Tokenizer(self._inner, self.name, end, adds)
 
     def to_json(self) -> str:
-        """Return the tokenizer as JSON, for workers and checkpoints."""
+        """Return the tokenizer as JSON, without the arguments `name`, `end_of_document` and `add_special_tokens`."""
         return self._inner.to_str()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -153,7 +153,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON, which does not depend on the layout of the file.
 
-        It includes the use of a template, and an end-of-document token other than the default one.
+        It also depends on whether the template is used, and on an end-of-document token other than the default one.
         """
         canonical = json.dumps(json.loads(self.to_json()), sort_keys=True, separators=(",", ":"))
         if self.adds_special_tokens:
@@ -164,7 +164,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Largest id + 1, the smallest possible vocabulary size of a model."""
+        """Largest id + 1, which is the smallest vocabulary size that a model can have."""
         ids = self._inner.get_vocab(with_added_tokens=True).values()
         return max([*ids, *self.prefix, *self._template_suffix], default=-1) + 1
 
@@ -196,11 +196,12 @@ class Tokenizer:
         template, end = self._template_suffix, self.end_of_document
         if template[-1:] == (end,):
             return template
-        kept = template[: template.index(end)] if end in template else template[:-1]
-        return (*kept, end)
+        # Another token was chosen: it ends the document where it is in the template, or replaces the last token.
+        before_end = template[: template.index(end)] if end in template else template[:-1]
+        return (*before_end, end)
 
     def same_ids(self, other: Tokenizer) -> tuple[int, int]:
-        """Return how many ids stand for the same token in `other`, and the number of ids of this tokenizer."""
+        """Return how many ids are the same token in `other` as in this tokenizer, and the number of ids of this one."""
         vocab, other_vocab = (t._inner.get_vocab(with_added_tokens=True) for t in (self, other))
         return sum(other_vocab.get(token) == number for token, number in vocab.items()), len(vocab)
 
@@ -255,7 +256,7 @@ class Tokenizer:
             ) from error
 
     def dropped_characters(self, text: str) -> tuple[int, str]:
-        """Return the number of characters of `text` that the tokenizer silently drops, and the set of them as a string.
+        """Return the number of characters of `text` that the tokenizer drops, and the distinct ones as a sorted string.
 
         Only a BPE without an unknown token drops characters. White space is not counted: many pre-tokenizers remove it.
         """
@@ -277,10 +278,10 @@ class Tokenizer:
         return self.decode([*context, *ids])[len(self.decode(context)) :]
 
     def decoding_context(self, prompt: Sequence[int]) -> list[int]:
-        """Return the last ids of `prompt` that have a text of complete characters; [] if there are none.
+        """Return the shortest suffix of `prompt` whose text is not empty and has only complete characters; [] if none.
 
-        Ids that follow the prompt are decoded behind them, because some decoders (Metaspace, WordPiece) drop the space
-        in front of the first token that they decode.
+        Ids that follow the prompt are decoded together with this context, because some decoders (Metaspace, WordPiece)
+        drop the space in front of the first token that they decode.
         """
         for n_ids in range(1, min(len(prompt), MAX_CONTEXT_IDS) + 1):
             context = list(prompt[-n_ids:])
@@ -328,8 +329,8 @@ class Tokenizer:
 class IncrementalDecoder:
     """Decoder for text that is generated token by token; it returns complete characters only.
 
-    `prompt` has the ids before the first one that is pushed. `tokenizers.DecodeStream` is not used: it waits forever for the
-    rest of an invalid byte sequence, and an untrained model generates many.
+    `prompt` contains the ids that precede the generated ones. `tokenizers.DecodeStream` is not used, because it waits
+    forever for the rest of an invalid byte sequence, and an untrained model generates many of them.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
@@ -338,10 +339,10 @@ class IncrementalDecoder:
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        """Return the text that `token` completes; "" while a character is incomplete."""
+        """Add an id; return the text of all pending ids, or "" while their last character is incomplete."""
         self._pending.append(token)
         text = self._new_text()
-        if not text or (text.endswith(REPLACEMENT) and len(self._pending) < LONGEST_CHARACTER_BYTES):
+        if not text or (text.endswith(REPLACEMENT) and len(self._pending) < MAX_CHARACTER_BYTES):
             return ""
         self._context, self._pending = self._pending, []
         return text
@@ -356,9 +357,9 @@ class IncrementalDecoder:
 
 
 def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Config:
-    """Return the settings with the tokenizer's end-of-document token and use of special tokens.
+    """Return the settings with `end_of_document` and `add_special_tokens` set to those of the tokenizer.
 
-    None stands for a tokenizer that is not trained yet.
+    `tokenizer` is None if it is yet to be trained; trained tokenizers add no special tokens.
     """
     chosen: dict[str, object] = {"add_special_tokens": tokenizer is not None and tokenizer.adds_special_tokens}
     if tokenizer is not None:
@@ -369,7 +370,8 @@ def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Conf
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 32_000) -> Tokenizer:
     """Train a byte-level BPE on `texts`; it can encode any text.
 
-    Each digit is a token, which helps a model to learn arithmetic; a space before a number belongs to its first digit.
+    Each digit is a token of its own, which makes arithmetic easier to learn; a space before a number is part of the token
+    of its first digit.
     """
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -389,7 +391,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = 32_000) -> Tokenizer
 def _segments(text: str) -> Iterator[str]:
     """Yield a very long text in parts, because encoding takes about a hundred times the memory of the text.
 
-    Parts end before a space between two words, where pre-tokenizers split too, so the ids are not affected.
+    Parts end before a space between two words, where pre-tokenizers split as well, so the ids are the same.
     """
     begin = 0
     while len(text) - begin > SEGMENT_CHARACTERS:
@@ -404,7 +406,7 @@ def _segments(text: str) -> Iterator[str]:
 def _template(inner: tokenizers.Tokenizer, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids that the post-processor adds before and after a single text.
 
-    They are determined by processing a text whose only token is a placeholder, which works for all kinds of processors.
+    They are determined by processing a placeholder token, which works for all types of post-processors.
 
     Raises:
         SettingsError: the result does not contain the text exactly once.
@@ -424,7 +426,7 @@ def _template(inner: tokenizers.Tokenizer, name: str) -> tuple[tuple[int, ...], 
 
 
 def _is_from_tokenizers(error: BaseException) -> bool:
-    """Whether `tokenizers` raised the error: a plain Exception, or a Rust panic, which is not an Exception."""
+    """Return whether `tokenizers` can have raised the error: an Exception, or a Rust panic, which is not an Exception."""
     is_panic = type(error).__name__ == "PanicException"
     return is_panic or (isinstance(error, Exception) and not isinstance(error, MemoryError))
 

@@ -17,7 +17,7 @@ from savant_ray.storage.paths import with_absolute_paths
 
 
 def resolve_paths(config: Config) -> Config:
-    """Return the settings with absolute paths, relative ones taken from the folder in which the command was typed.
+    """Return the settings with absolute paths; relative ones are relative to the working directory of the command.
 
     Raises:
         SettingsError: a setting cannot be a path.
@@ -33,7 +33,7 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
 
     Raises:
         SavantError: with its own exit code; the message is for the user.
-        Leave: `TorchTrainer.fit()` still runs, so the process has to end with `exit_without_shutdown`.
+        ExitWithoutShutdown: `TorchTrainer.fit()` still runs, so the process has to end with `exit_without_shutdown`.
     """
     prepare_environment()
     phase = AttemptPhase()
@@ -45,7 +45,7 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
             inputs = find_inputs(attempt)
             if inputs is None:
                 return 0
-            attempt.report.stage("starting Ray")
+            attempt.report.begin_stage("starting Ray")
             from savant_ray.driver.ray_run import run_under_ray
 
             return run_under_ray(attempt, inputs)
@@ -60,7 +60,8 @@ def prepare(config: Config, verbose: bool = False) -> None:
     `config` comes from `resolve_paths`; `verbose` prints the output of Ray.
 
     Raises:
-        DataError: text is missing or unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
+        DataError: text is missing or unreadable or contains no document, or a line is invalid and `data.on_bad_line` is
+            `error`.
         SettingsError: as `find_data_files` and `choose_tokenizer`.
     """
     prepare_environment()

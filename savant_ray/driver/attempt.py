@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from savant_ray.cluster.ray_job import in_ray_job, missing_text_explained
-from savant_ray.cluster.session import Leave
+from savant_ray.cluster.session import ExitWithoutShutdown
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
@@ -31,7 +31,7 @@ UNREPORTED_CHANGES = ("run.", "data.", "reporting.")  # sections whose changes b
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is open for the duration of an attempt."""
+    """The settings and options of an attempt, and what is open while it lasts."""
 
     config: Config  # as the user wrote it, with absolute paths
     allow_changes: bool
@@ -51,12 +51,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an attempt starts from."""
+    """The checkpoint, the tokenizer and the files that an attempt starts from, and the settings that result."""
 
     config: Config  # with the settings that the tokenizer determines
-    start: Path | None  # checkpoint of this run to resume from
+    start: Path | None  # checkpoint of this run to resume from, None for a new run
     origin: Origin | None  # checkpoint whose weights are loaded: `start`, or that of `run.init_from`
-    tokenizer: Tokenizer | None  # None: to be learnt from the training text
+    tokenizer: Tokenizer | None  # None: to be trained on the training text
     files: DataFiles
 
 
@@ -68,13 +68,13 @@ def open_attempt(
 
     Raises:
         SavantError: the run is in use or its storage cannot be used; or, with `fresh`, the new run could not start.
-        Leave: the block raised it, or was interrupted.
+        ExitWithoutShutdown: the block raised it, or was interrupted.
     """
     storage = run_storage(config)
     with ExitStack() as stack:
         with storage_errors_explained(storage):
             if fresh:
-                _refuse_before_moving(config, storage, allow_changes)
+                _check_before_moving_aside(config, storage, allow_changes)
             moved = storage.move_aside() if fresh else None
             stack.enter_context(storage.in_use())
             storage.fetch_records()
@@ -83,28 +83,28 @@ def open_attempt(
         report = stack.enter_context(RunReport(storage.folder, config.training.max_steps, followers=followers))
         stack.enter_context(unexpected_errors_explained(storage.folder, lambda: report.activity))
         if moved is not None:
-            report.say(f"starting a new run; the previous one was moved to {moved}")
+            report.notify(f"starting a new run; the previous one was moved to {moved}")
         if in_ray_job():
-            report.say(f"this is a Ray job: the run is kept in {storage.location}")
+            report.notify(f"this is a Ray job: the run is kept in {storage.location}")
         attempt = Attempt(config, allow_changes, verbose, storage, report, uploader, phase)
         try:
             yield attempt
         except KeyboardInterrupt:
             storage.expect_late_writes()
-            report.say(
+            report.notify(
                 f"stopped without saving; run the same command again to resume from {attempt.newest_checkpoint()}"
             )
-            raise Leave(STOPPED_EARLY) from None
-        except Leave as leave:
-            phase.advance(Trigger.LEAVE)
-            if leave.error is not None:
+            raise ExitWithoutShutdown(STOPPED_EARLY) from None
+        except ExitWithoutShutdown as end:
+            phase.advance(Trigger.EXIT)
+            if end.error is not None:
                 storage.expect_late_writes()
-                leave.error = explain(leave.error, storage.folder, report.activity)
-                report.log(f"error: {leave.error}")
+                end.error = explain(end.error, storage.folder, report.activity)
+                report.log(f"error: {end.error}")
             raise
 
 
-def _refuse_before_moving(config: Config, storage: RunStorage, allow_changes: bool) -> None:
+def _check_before_moving_aside(config: Config, storage: RunStorage, allow_changes: bool) -> None:
     """Check the inputs of a new run before `--fresh` moves an older one aside for it.
 
     Raises:
@@ -115,9 +115,9 @@ def _refuse_before_moving(config: Config, storage: RunStorage, allow_changes: bo
     choose_tokenizer(config, find_origin(None, config, allow_changes), allow_changes)
     with (
         missing_text_explained(),
-        RunReport(None, console=PlainConsole(None)) as silent,  # the attempt itself prints the same messages again
+        RunReport(None, console=PlainConsole(None)) as silent_report,  # `find_inputs` prints the same messages
     ):
-        find_data_files(config, silent)
+        find_data_files(config, silent_report)
 
 
 def find_inputs(attempt: Attempt) -> Inputs | None:
@@ -128,17 +128,19 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
     """
     config, storage, report = attempt.config, attempt.storage, attempt.report
     if storage.filesystem is not None:
-        report.stage(f"looking for checkpoints in {storage.location}")
+        report.begin_stage(f"looking for checkpoints in {storage.location}")
     with storage_errors_explained(storage):
         start = find_start(
             storage,
-            report.say,
-            lambda newest: convert_newest(storage, config, newest, report.say, report.handle, attempt.allow_changes),
+            report.notify,
+            lambda newest: convert_newest(
+                storage, config, newest, report.notify, report.add_event, attempt.allow_changes
+            ),
         )
-    report.fill(records_of(storage.folder))
+    report.backfill(records_of(storage.folder))
     if start is not None:
         if message := finished_message(config, storage, start):
-            report.say(message)
+            report.notify(message)
             return None
         _compare_settings(start, attempt)
     check_before_start(config, storage)
@@ -159,6 +161,6 @@ def _compare_settings(start: Path, attempt: Attempt) -> None:
     changes = changes_since(start, attempt.config)
     reported = [text for name, text in changes.items() if not name.startswith(UNREPORTED_CHANGES)]
     if reported:
-        attempt.report.say(f"changed since {start.name}: {'; '.join(reported)}")
+        attempt.report.notify(f"changed since {start.name}: {'; '.join(reported)}")
     if "training.max_steps" in changes:
-        attempt.report.say("from here on the learning rate follows the schedule of the new length")
+        attempt.report.notify("from here on the learning rate follows the schedule of the new length")

@@ -1,4 +1,4 @@
-"""Checks that need neither Ray nor a GPU: whether a run is finished, and whether its inputs and its disk suffice."""
+"""Checks without Ray or a GPU: whether a run is finished, its inputs exist, and its disk has enough space."""
 
 from __future__ import annotations
 
@@ -31,16 +31,19 @@ def finished_message(config: Config, storage: RunStorage, newest: Path) -> str |
     if step > config.training.max_steps:
         return (
             f"{folder} is already at step {step:,}, beyond training.max_steps = {config.training.max_steps:,}; "
-            f"raise it above {step:,} to train on, or: {generate_command(folder)}"
+            f"raise it above {step:,} to continue training, or: {generate_command(folder)}"
         )
-    # The last validation writes a sample, unless the prompt leaves no room for one; then the end of the attempt counts.
+    # The last validation writes a sample, unless the prompt fills the whole sequence; then the record of the end decides.
     if not has_sample(storage.folder, step) and not has_finished(storage.folder, step):
         return None
-    return f"{folder} has done its {step:,} steps; raise training.max_steps to train on, or: {generate_command(folder)}"
+    return (
+        f"{folder} has done its {step:,} steps; raise training.max_steps to continue training, "
+        f"or: {generate_command(folder)}"
+    )
 
 
 def check_before_start(config: Config, storage: RunStorage, fresh: bool = False) -> None:
-    """Check `run.init_from` and the free disk space; `fresh`: an older run will be moved aside first.
+    """Check `run.init_from` and the free disk space; with `fresh`, an older run will be moved aside first.
 
     Raises:
         SettingsError: `run.init_from` is no usable URI, or the disk is too small for the checkpoints.
@@ -87,21 +90,21 @@ def checkpoint_bytes(config: Config) -> int:
     return BYTES_PER_PARAMETER * n_parameters(config.model)
 
 
-def check_disk(folder: Path, one_checkpoint: int, keep: int, fresh: bool = False) -> None:
+def check_disk(folder: Path, bytes_per_checkpoint: int, keep: int, fresh: bool = False) -> None:
     """Check the free space for `keep` checkpoints and the one being written, less those that exist already.
 
-    `fresh`: existing checkpoints will be moved aside and continue to occupy the disk.
+    With `fresh`, existing checkpoints will be moved aside and continue to occupy the disk.
 
     Raises:
-        SettingsError: there is not enough.
+        SettingsError: there is not enough space.
     """
     existing = 0 if fresh else sum(f.stat().st_size for f in folder.glob("step_*/*") if f.is_file())
-    needed = max(0, one_checkpoint * (keep + 1) - existing)
-    disk = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(disk).free
+    needed = max(0, bytes_per_checkpoint * (keep + 1) - existing)
+    existing_parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing_parent).free
     if free < needed:
         raise SettingsError(
             f"run.storage_path: {folder} has {byte_size(free)} free, {keep + 1} checkpoints of "
-            f"{byte_size(one_checkpoint)} need {byte_size(needed)} more; free some space, lower checkpoint.keep, "
+            f"{byte_size(bytes_per_checkpoint)} need {byte_size(needed)} more; free some space, lower checkpoint.keep, "
             "or choose another run.storage_path"
         )

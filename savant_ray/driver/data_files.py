@@ -10,12 +10,12 @@ from pathlib import Path
 from savant_ray.config import Config, SourceConfig
 from savant_ray.data.overlap import split_held_out
 from savant_ray.data.quickstart import write_quickstart
-from savant_ray.data.shard_writer import encode_beginning
+from savant_ray.data.shard_writer import check_encodable
 from savant_ray.data.sources import SourceFile, expand, refuse_empty
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.tokenizer_choice import refuse_unencodable_prompts
 from savant_ray.errors import DataError
-from savant_ray.locations import is_uri, parent_and_name, usable_folder
+from savant_ray.locations import create_writable_folder, is_uri, parent_and_name
 from savant_ray.reporting import RunReport
 
 SHOWN_FILES = 5  # in a message
@@ -41,23 +41,25 @@ def find_data_files(config: Config, report: RunReport) -> DataFiles:
     if config.data.quickstart:
         _write_missing_quickstart(config, report)
     cache_dir = Path(config.data.cache_dir)
-    usable_folder(cache_dir, "data.cache_dir")
-    sources = _find_sources(config.data.sources, report.say)
-    validation = _expand(config.data.validation, "data.validation", report.say)
-    return DataFiles(_without_validation(sources, validation, cache_dir, report.say), validation)
+    create_writable_folder(cache_dir, "data.cache_dir")
+    sources = _find_sources(config.data.sources, report.notify)
+    validation = _expand(config.data.validation, "data.validation", report.notify)
+    return DataFiles(_without_validation(sources, validation, cache_dir, report.notify), validation)
 
 
 def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | None) -> None:
-    """Try the tokenizer on the beginning of each source and on the prompts; None (to be learnt) is not checked.
+    """Check that the tokenizer can encode the beginning of each source, and the prompts of the validation.
+
+    A tokenizer that is still to be trained (None) is not checked.
 
     Raises:
-        DataError: it cannot encode the text; names file and line.
-        SettingsError: it cannot encode a prompt of the validation.
+        DataError: it cannot encode the text; the message names file and line.
+        SettingsError: it cannot encode a prompt.
     """
     if tokenizer is None:
         return
     for source_files in [*(source_files for _, source_files in files.sources), files.validation]:
-        encode_beginning(source_files[0], tokenizer)
+        check_encodable(source_files[0], tokenizer)
     refuse_unencodable_prompts(tokenizer, config)
 
 
@@ -76,22 +78,22 @@ def _write_missing_quickstart(config: Config, report: RunReport) -> None:
     paths = [path for source in config.data.sources for path in path_list(source.path)]
     if all(os.path.exists(path) for path in paths + path_list(config.data.validation)):  # noqa: PTH110 - Path.exists raises for a name too long
         return
-    report.stage("writing the quickstart's text")
-    write_quickstart(Path(paths[0]).parent, log=report.say)
+    report.begin_stage("writing the quickstart's text")
+    write_quickstart(Path(paths[0]).parent, log=report.notify)
 
 
 def _find_sources(
-    sources: list[SourceConfig], say: Callable[[str], None]
+    sources: list[SourceConfig], notify: Callable[[str], None]
 ) -> list[tuple[SourceConfig, list[SourceFile]]]:
-    """Return each source with its files; leave out optional ones that are missing, and report them."""
+    """Return each source with its files, except for optional sources that are missing, which `notify` prints."""
     existing = []
     for number, source in enumerate(sources):
         try:
-            existing.append((source, _expand(source.path, f"data.sources[{number}].path", say)))
+            existing.append((source, _expand(source.path, f"data.sources[{number}].path", notify)))
         except DataError as error:
             if not source.optional:
                 raise
-            say(f"continuing without the optional {short_name(source.path)} ({error})")
+            notify(f"continuing without the optional {short_name(source.path)} ({error})")
     if not existing:
         raise DataError("data.sources: none of the optional sources exists, so there is no text to train on")
     return existing
@@ -101,37 +103,37 @@ def _without_validation(
     sources: list[tuple[SourceConfig, list[SourceFile]]],
     validation: list[SourceFile],
     cache_dir: Path,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> list[tuple[SourceConfig, list[SourceFile]]]:
-    """Return each source without the files whose content is that of a validation file, and report which.
+    """Return each source without the files whose content is that of a validation file; `notify` prints their names.
 
-    A source that contains nothing else is kept, with a warning: a user may want to see a model memorize a text.
+    A source that contains no other files is kept, with a warning: a user may want to see a model memorize a text.
     """
-    kept = []
+    remaining = []
     for number, (source, files) in enumerate(sources):
         training, held_out = split_held_out(files, validation, cache_dir)
         names = ", ".join(file.path for file in held_out[:SHOWN_FILES])
         if len(held_out) > SHOWN_FILES:
             names += f" and {len(held_out) - SHOWN_FILES:,} more"
         if not training:
-            say(
+            notify(
                 f"warning: data.sources[{number}].path: contains only the validation text (data.validation): {names}; "
                 "the model trains on it, so the validation loss does not measure new text"
             )
         elif held_out:
-            say(f"left out of the training text, because it is the validation text (data.validation): {names}")
-        kept.append((source, training or files))
-    return kept
+            notify(f"left out of the training text, because it is the validation text (data.validation): {names}")
+        remaining.append((source, training or files))
+    return remaining
 
 
-def _expand(paths: str | list[str], setting: str, say: Callable[[str], None]) -> list[SourceFile]:
-    """Return the files that the patterns of a setting match.
+def _expand(paths: str | list[str], setting: str, notify: Callable[[str], None]) -> list[SourceFile]:
+    """Return the files that match the patterns of a setting; `notify` prints what is left out.
 
     Raises:
-        DataError: there are none, or all are empty; names the setting.
+        DataError: there are none, or all are empty; the message names the setting.
     """
     try:
-        files = expand(paths, say)
+        files = expand(paths, notify)
         refuse_empty(files)
     except DataError as error:
         raise DataError(f"{setting}: {error}") from error

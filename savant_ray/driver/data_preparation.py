@@ -10,13 +10,13 @@ from pathlib import Path
 
 from savant_ray.cluster.session import ray_session
 from savant_ray.config import WEIGHT_RESOLUTION, Config, SourceConfig
-from savant_ray.data.cache_builder import empty_file_report, learn_tokenizer
+from savant_ray.data.cache_builder import empty_file_report, train_or_load_tokenizer
 from savant_ray.data.cache_builder import prepare as prepare_files
 from savant_ray.data.order import Weight, weights_by_documents
 from savant_ray.data.overlap import count_held_out_documents
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.stream import StreamPlan
-from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
+from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable, short_name
 from savant_ray.driver.failures import ray_errors_explained
@@ -45,45 +45,45 @@ def prepare_only(config: Config, verbose: bool) -> None:
         tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
         files = find_data_files(config, report)
         refuse_unencodable(config, files, tokenizer)
-        report.stage("starting Ray")
-        with ray_session(verbose, report.say), ray_errors_explained():
+        report.begin_stage("starting Ray")
+        with ray_session(verbose, report.notify), ray_errors_explained():
             prepare_data(config, files, report, tokenizer)
 
 
 def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer: Tokenizer | None) -> PreparedData:
     """Return the data of a run, and create what is not in the cache folder yet. Ray must be running.
 
-    Without a `tokenizer` one is learnt from the training text.
+    If `tokenizer` is None, one is trained on the training text.
 
     Raises:
-        DataError: text is unreadable, yields nothing, or is bad where `data.on_bad_line` refuses it.
+        DataError: text is unreadable or contains no document, or a line is invalid and `data.on_bad_line` is `error`.
         SettingsError: a source would have less than 1 sequence in 100,000 with `data.mix_by: documents`.
     """
     cache_dir = Path(config.data.cache_dir)
     if tokenizer is None:
-        report.stage("learning the tokenizer")
+        report.begin_stage("training the tokenizer")
         training_files = [file for _, source_files in files.sources for file in source_files]
-        tokenizer = learn_tokenizer(training_files, cache_dir, config.model.vocab_size)
+        tokenizer = train_or_load_tokenizer(training_files, cache_dir, config.model.vocab_size)
         refuse_too_large(tokenizer, config)
-    tokenizer_path = _keep_tokenizer(tokenizer, cache_dir)
+    tokenizer_path = _write_tokenizer(tokenizer, cache_dir)
     caches = [
-        _tokenize(f"tokenising {short_name(source.path)}", source_files, tokenizer, config, report)
+        _tokenize(f"tokenizing {short_name(source.path)}", source_files, tokenizer, config, report)
         for source, source_files in files.sources
     ]
-    validation = _tokenize("tokenising the validation text", files.validation, tokenizer, config, report)
+    validation = _tokenize("tokenizing the validation text", files.validation, tokenizer, config, report)
     if overlap := count_held_out_documents(validation, caches):
-        report.say(
+        report.notify(
             f"{overlap:,} of {validation.manifest.documents:,} validation documents are also in the training text, word "
             "for word; the validation loss is lower than it would be for new text"
         )
     plan = StreamPlan(
         folders=tuple(str(cache.folder) for cache in caches),
-        weights=_sequence_weights(config, [source for source, _ in files.sources], caches, report.say),
+        weights=_sequence_weights(config, [source for source, _ in files.sources], caches, report.notify),
         seed=config.run.seed,
         effective_batch=config.training.effective_batch,
     )
     counts = (_counts(short_name(source.path), cache) for (source, _), cache in zip(files.sources, caches, strict=True))
-    report.handle(
+    report.add_event(
         DataPrepared(sources=tuple(counts), validation=_counts(short_name(config.data.validation), validation))
     )
     identity = repr((tokenizer.fingerprint, [cache.fingerprint for cache in caches], plan.weights))
@@ -91,14 +91,14 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
     return PreparedData(tokenizer, tokenizer_path, plan, validation.folder, fingerprint)
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
-    """Write the tokenizer into the cache folder unless it is there, and return the path of its `tokenizer.json`."""
+def _write_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
+    """Write the tokenizer into the cache folder if it is not there yet, and return the path of its `tokenizer.json`."""
     path = cache_dir / f"tokenizer-used-{tokenizer.fingerprint[:16]}.json"
     try:
-        is_kept = path.read_text(encoding="utf-8") == tokenizer.to_json()
+        is_written = path.read_text(encoding="utf-8") == tokenizer.to_json()
     except (OSError, ValueError):
-        is_kept = False
-    if not is_kept:
+        is_written = False
+    if not is_written:
         tokenizer.save(path)
     return path
 
@@ -107,7 +107,7 @@ def _tokenize(
     title: str, files: list[SourceFile], tokenizer: Tokenizer, config: Config, report: RunReport
 ) -> TokenCache:
     """Return the token cache of the files; report skipped lines, empty files and dropped characters."""
-    report.stage(title)
+    report.begin_stage(title)
     cache = prepare_files(
         files,
         tokenizer,
@@ -116,21 +116,21 @@ def _tokenize(
         on_bad_line=config.data.on_bad_line,
         max_line_bytes=int(config.data.max_line_mb * MIB),
         progress=lambda done, total: report.progress(done, total, "bytes"),
-        log=report.say,
+        log=report.notify,
     )
     for message in [
-        *bad_line_report(cache.manifest),
+        *invalid_line_report(cache.manifest),
         *empty_file_report(cache.manifest),
         *dropped_report(cache.manifest, tokenizer.name),
     ]:
-        report.say(message)
+        report.notify(message)
     return cache
 
 
 def _sequence_weights(
-    config: Config, sources: list[SourceConfig], caches: list[TokenCache], say: Callable[[str], None]
+    config: Config, sources: list[SourceConfig], caches: list[TokenCache], notify: Callable[[str], None]
 ) -> tuple[Weight, ...]:
-    """Return the weights for the global order; with `data.mix_by: documents` report the mixture that results."""
+    """Return the weights for the global order; with `data.mix_by: documents`, print the resulting mixture by `notify`."""
     weights = [source.weight for source in sources]
     if config.data.mix_by == "sequences":
         return tuple(weights)
@@ -145,9 +145,9 @@ def _sequence_weights(
                 f"data.sources: weight {source.weight:g} of {name} with data.mix_by: documents is less than 1 sequence in "
                 f"{WEIGHT_RESOLUTION:,} ({documents:,} documents in {rows:,} sequences); raise it, or leave the source out"
             )
-        by_documents = float(Fraction(source.weight) / total)
-        mixture.append(f"{name} {by_documents:.2%} of the documents, {float(fraction):.2%} of the sequences")
-    say(f"mixed by documents: {'; '.join(mixture)}")
+        of_documents = float(Fraction(source.weight) / total)
+        mixture.append(f"{name} {of_documents:.2%} of the documents, {float(fraction):.2%} of the sequences")
+    notify(f"mixed by documents: {'; '.join(mixture)}")
     return fractions
 
 

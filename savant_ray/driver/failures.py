@@ -34,8 +34,8 @@ def explain_failure(
     An unexpected error in a worker becomes an `UnexpectedError` with the worker's traceback.
     """
     if reported is not None:
-        kinds = {kind.__name__: kind for kind in SavantError.__subclasses__()}
-        return kinds.get(reported.error, TrainingError)(reported.text)
+        error_classes = {error_class.__name__: error_class for error_class in SavantError.__subclasses__()}
+        return error_classes.get(reported.error, TrainingError)(reported.text)
     advice = f"When the cause is fixed, run the same command again to resume from {newest}."
     if not isinstance(error, WorkerGroupError):
         details = "" if error is None else "".join(traceback.format_exception(error))
@@ -99,7 +99,7 @@ def _full_text(failure: BaseException) -> str:
 
 def _explain(failure: BaseException) -> str:
     text = _full_text(failure)
-    if DeviceMemoryError.__name__ in text:  # names what was being done; the text also contains the original error
+    if DeviceMemoryError.__name__ in text:  # its message names the activity; the text also contains the original error
         return _last_line(failure).rpartition(f"{DeviceMemoryError.__name__}: ")[2]
     if "CUDA out of memory" in text:
         return "its GPU memory, training.vram_limit_gb, was not sufficient; lower training.batch_size and raise accumulation"
@@ -108,7 +108,7 @@ def _explain(failure: BaseException) -> str:
             "its node ran out of memory, so Ray ended it; reduce its memory use (a lower training.batch_size or "
             "scaling.num_workers, training.recompute_loops: true), or stop other programs there"
         )
-    if _is_lost_connection(failure):  # Ray detects the death of the other worker only half a minute later
+    if _is_lost_connection(failure):  # to a worker that has died, which Ray detects only half a minute later
         return "it lost its connection to another worker: that one was killed, ran out of memory, or its node is gone"
     if isinstance(failure, RayActorError) or any(part in text for part in DEAD_ACTOR):
         return "it died: it was killed, ran out of memory, or its node is gone"

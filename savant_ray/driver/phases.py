@@ -1,11 +1,12 @@
 """Phases of an attempt, and what Ctrl+C, SIGTERM and SIGHUP do in each of them.
 
 While workers have nothing to save, a signal raises KeyboardInterrupt. Once they train, the first signal requests a stop:
-the current step is finished and saved. A second Ctrl+C or SIGTERM leaves without saving. This may still take seconds, to
-print where the run resumes and to upload its record; a third one ends the process immediately.
+the current step is finished and saved. After a second Ctrl+C or SIGTERM the driver exits without waiting for the save. It
+first prints from which checkpoint the run resumes and uploads the record, which may take seconds; a third signal ends the
+process immediately.
 
 A terminal that closes sends SIGHUP, often twice (from its shell and from the kernel), so a second SIGHUP has no effect.
-Under `nohup` SIGHUP is ignored and stays so.
+Under `nohup` SIGHUP remains ignored.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ class Phase(Enum):
     WAITING_FOR_WORKERS = auto()
     """Ray Train is to start workers, for the first time or after it lost some."""
     LOADING = auto()
-    """Workers run but have not loaded the state of the run, so they have nothing to save."""
+    """Workers run but have not loaded the state of the run yet, so they have nothing to save."""
     TRAINING = auto()
     """Workers train."""
     STOP_REQUESTED = auto()
-    """A signal has arrived that the workers do not know of yet."""
+    """A signal has requested a stop, and the driver has not sent the request to the workers yet."""
     STOPPING = auto()
     """The workers finish their step and save it."""
-    LEAVING = auto()
-    """The process ends without waiting for workers."""
+    EXITING = auto()
+    """The process exits without waiting for workers."""
 
 
 class Trigger(Enum):
@@ -55,7 +56,7 @@ class Trigger(Enum):
     """SIGHUP."""
     REQUEST_SENT = auto()
     """The stop request has reached the bridge."""
-    LEAVE = auto()
+    EXIT = auto()
     """The attempt has ended while `fit()` still runs."""
 
 
@@ -66,22 +67,22 @@ TRANSITIONS = {
     (Phase.LOADING, Trigger.TRAINING_STARTED): Phase.TRAINING,
     (Phase.LOADING, Trigger.WORKERS_LOST): Phase.WAITING_FOR_WORKERS,
     (Phase.TRAINING, Trigger.WORKERS_LOST): Phase.WAITING_FOR_WORKERS,
-    # A signal: nothing can be saved, a stop is requested, or a second one ends the wait for the save.
-    (Phase.PREPARING, Trigger.SIGNAL): Phase.LEAVING,
-    (Phase.PREPARING, Trigger.HANGUP): Phase.LEAVING,
-    (Phase.WAITING_FOR_WORKERS, Trigger.SIGNAL): Phase.LEAVING,
-    (Phase.WAITING_FOR_WORKERS, Trigger.HANGUP): Phase.LEAVING,
-    (Phase.LOADING, Trigger.SIGNAL): Phase.LEAVING,
-    (Phase.LOADING, Trigger.HANGUP): Phase.LEAVING,
+    # A signal exits if there is nothing to save, otherwise requests a stop; a second one ends the wait for the save.
+    (Phase.PREPARING, Trigger.SIGNAL): Phase.EXITING,
+    (Phase.PREPARING, Trigger.HANGUP): Phase.EXITING,
+    (Phase.WAITING_FOR_WORKERS, Trigger.SIGNAL): Phase.EXITING,
+    (Phase.WAITING_FOR_WORKERS, Trigger.HANGUP): Phase.EXITING,
+    (Phase.LOADING, Trigger.SIGNAL): Phase.EXITING,
+    (Phase.LOADING, Trigger.HANGUP): Phase.EXITING,
     (Phase.TRAINING, Trigger.SIGNAL): Phase.STOP_REQUESTED,
     (Phase.TRAINING, Trigger.HANGUP): Phase.STOP_REQUESTED,
-    (Phase.STOP_REQUESTED, Trigger.SIGNAL): Phase.LEAVING,
-    (Phase.STOPPING, Trigger.SIGNAL): Phase.LEAVING,
-    # A stop: it ends early if no workers are left to save.
+    (Phase.STOP_REQUESTED, Trigger.SIGNAL): Phase.EXITING,
+    (Phase.STOPPING, Trigger.SIGNAL): Phase.EXITING,
+    # A stop ends early if all workers that could save were lost.
     (Phase.STOP_REQUESTED, Trigger.REQUEST_SENT): Phase.STOPPING,
-    (Phase.STOP_REQUESTED, Trigger.WORKERS_LOST): Phase.LEAVING,
-    (Phase.STOPPING, Trigger.WORKERS_LOST): Phase.LEAVING,
-} | {(phase, Trigger.LEAVE): Phase.LEAVING for phase in Phase}
+    (Phase.STOP_REQUESTED, Trigger.WORKERS_LOST): Phase.EXITING,
+    (Phase.STOPPING, Trigger.WORKERS_LOST): Phase.EXITING,
+} | {(phase, Trigger.EXIT): Phase.EXITING for phase in Phase}
 """The next phase; a pair that is not listed changes nothing."""
 
 EVENT_TRIGGERS: dict[type[Event], Trigger] = {
@@ -120,12 +121,12 @@ class AttemptPhase:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Advance by a signal; raise KeyboardInterrupt if the attempt is to be left because of it."""
+        """Advance by a signal; raise KeyboardInterrupt if the process has to exit because of it."""
         is_hangup = number == signal.SIGHUP
         if is_hangup:
             silence_closed_terminal()
-        if self.current is not Phase.LEAVING:
-            if self.advance(Trigger.HANGUP if is_hangup else Trigger.SIGNAL) is Phase.LEAVING:
+        if self.current is not Phase.EXITING:
+            if self.advance(Trigger.HANGUP if is_hangup else Trigger.SIGNAL) is Phase.EXITING:
                 raise KeyboardInterrupt
         elif not is_hangup:
             os._exit(STOPPED_EARLY)

@@ -17,7 +17,7 @@ import ray
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from savant_ray.cluster.bridge import BridgeHandle, next_events, start_bridge
-from savant_ray.cluster.session import Leave, grace_seconds, owns_ray, ray_session
+from savant_ray.cluster.session import ExitWithoutShutdown, grace_seconds, owns_ray, ray_session
 from savant_ray.driver.attempt import Attempt, Inputs
 from savant_ray.driver.data_preparation import prepare_data
 from savant_ray.driver.failures import explain_failure, ray_errors_explained
@@ -25,7 +25,7 @@ from savant_ray.driver.phases import Phase, Trigger
 from savant_ray.driver.starting_point import records_of, refuse_other_data
 from savant_ray.driver.tokenizer_choice import tokenizer_change
 from savant_ray.driver.trainer import make_trainer, scaling, worker_resources
-from savant_ray.driver.waiting import WorkerWatch
+from savant_ray.driver.worker_watch import WorkerWatch
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed
 from savant_ray.reporting.wording import generate_command
@@ -69,46 +69,46 @@ def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
 
     Raises:
         SavantError: Ray cannot be started, the data cannot be prepared, or training failed.
-        Leave: as `savant_ray.driver.train`.
+        ExitWithoutShutdown: as `savant_ray.driver.train`.
     """
     config, start, report = inputs.config, inputs.start, attempt.report
     outcome = Outcome()
     with (
-        ray_session(attempt.verbose, report.say) as dashboard,
-        _leave_while_fit_is_running(outcome),
+        ray_session(attempt.verbose, report.notify) as dashboard,
+        _exit_without_shutdown_during_fit(outcome),
         ray_errors_explained(),
     ):
         attempt.phase.handle_signals()
         if dashboard:
-            report.say(f"Ray's dashboard: {dashboard}")
+            report.notify(f"Ray's dashboard: {dashboard}")
         bridge = start_bridge()  # its process starts while the data is prepared
         scaling(config)  # refuses what the cluster cannot run before hours of tokenizing
         data = prepare_data(config, inputs.files, report, inputs.tokenizer)
         if start is not None and not attempt.allow_changes:
             refuse_other_data(start, config, data.fingerprint)
         if inputs.origin is not None and (change := tokenizer_change(inputs.origin, data.tokenizer)):
-            report.say(change)
-        report.stage("starting workers")
+            report.notify(change)
+        report.begin_stage("starting workers")
         trainer = make_trainer(config, attempt.storage, data, bridge, attempt.allow_changes, attempt.verbose)
         resources = worker_resources(trainer.scaling_config)  # type: ignore[arg-type]  # annotated with the class of Ray Train v1
-        watch = WorkerWatch(config.scaling.worker_limits[0], resources, report.say)
+        watch = WorkerWatch(config.scaling.worker_limits[0], resources, report.notify)
         outcome.fit = threading.Thread(target=_call_fit, args=(trainer, outcome), name="fit", daemon=True)
         outcome.fit.start()
         attempt.phase.advance(Trigger.FIT_STARTED)
         _follow(attempt, outcome, bridge, watch)
         if outcome.fit_is_running:
-            raise Leave(_conclude(attempt, outcome, config.scaling.max_failures))
+            raise ExitWithoutShutdown(_conclude(attempt, outcome, config.scaling.max_failures))
     return _conclude(attempt, outcome, config.scaling.max_failures)
 
 
 @contextmanager
-def _leave_while_fit_is_running(outcome: Outcome) -> Iterator[None]:
-    """Turn an error during `fit()` into `Leave`, because Ray crashes when it is shut down under `fit()`."""
+def _exit_without_shutdown_during_fit(outcome: Outcome) -> Iterator[None]:
+    """Turn an error during `fit()` into `ExitWithoutShutdown`: Ray crashes if it is shut down while `fit()` runs."""
     try:
         yield
     except Exception as error:
         if outcome.fit_is_running:
-            raise Leave(error=error) from error
+            raise ExitWithoutShutdown(error=error) from error
         raise
 
 
@@ -120,9 +120,9 @@ def _call_fit(trainer: TorchTrainer, outcome: Outcome) -> None:
 
 
 def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch) -> None:
-    """Report events and pass on a stop request until `fit()` has returned, or is no longer waited for."""
+    """Report events and pass on a stop request until `fit()` has returned or has taken too long after the last event."""
     phase, report = attempt.phase, attempt.report
-    saved_time = math.inf  # when all workers had finished and all was saved, by time.monotonic()
+    saved_time = math.inf  # when the workers had finished and the last step was saved, by time.monotonic()
     while True:
         finished = not outcome.fit_is_running  # read before the events, so that the last ones are not missed
         for event in next_events(bridge, 0 if finished else POLL_SECONDS):
@@ -135,18 +135,18 @@ def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: Wor
             return
         attempt.storage.refuse_if_lost()
         watch.check(phase.current)
-        if phase.current is Phase.LEAVING:  # the workers were lost during a stop, so nothing can be saved
+        if phase.current is Phase.EXITING:  # the workers were lost during a stop, so nothing can be saved
             raise KeyboardInterrupt
         if phase.current is Phase.STOP_REQUESTED:
             ray.get(bridge.request_stop.remote(grace_seconds(attempt.config)))
             phase.advance(Trigger.REQUEST_SENT)
-            report.say("stopping: this step is finished and saved first (press Ctrl+C again to leave without saving)")
+            report.notify("stopping: this step is finished and saved first (press Ctrl+C again to exit without saving)")
 
 
 def _report(event: Event, attempt: Attempt) -> None:
     if isinstance(event, AttemptStarted):
-        attempt.report.fill(records_of(attempt.storage.folder))
-    attempt.report.handle(event)
+        attempt.report.backfill(records_of(attempt.storage.folder))
+    attempt.report.add_event(event)
     if isinstance(event, AttemptStarted | CheckpointSaved):
         attempt.uploader.upload()
 
@@ -168,9 +168,9 @@ def _conclude(attempt: Attempt, outcome: Outcome, max_failures: int) -> int:
         )
     if not end.finished:
         saved = f"stopped and saved as {newest}" if end.step else "stopped before the first step"
-        attempt.report.say(f"{saved}; run the same command again to resume")
+        attempt.report.notify(f"{saved}; run the same command again to resume")
         return STOPPED_EARLY
-    attempt.report.say(f"trained; next: {generate_command(attempt.storage.location)}")
+    attempt.report.notify(f"trained; next: {generate_command(attempt.storage.location)}")
     return 0
 
 

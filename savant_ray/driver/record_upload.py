@@ -12,7 +12,7 @@ from savant_ray.storage.protocol import RunStorage
 
 
 class RecordUploader:
-    """At most one upload runs at a time; the last one is made when the attempt ends."""
+    """Uploads the files in a background thread, at most one upload at a time, and once more when the attempt ends."""
 
     def __init__(self, storage: RunStorage) -> None:
         self._storage = storage
@@ -23,7 +23,7 @@ class RecordUploader:
         return self
 
     def upload(self) -> None:
-        """Start an upload unless one is running; what fails is uploaded with the next one."""
+        """Start an upload unless one is running; if it fails, the next one uploads the same files."""
         if self._running is None or self._running.done():
             self._running = self._pool.submit(self._storage.send_records)
 
@@ -31,5 +31,9 @@ class RecordUploader:
         self._pool.shutdown()
         try:
             self._storage.send_records()
-        except Exception as refusal:  # training has ended: an upload that fails must not change its exit code
-            print(f"WARNING: record and log stay in {self._storage.folder}: {describe(refusal)}", file=sys.stderr)
+        except Exception as upload_error:  # training has ended: an upload that fails must not change its exit code
+            print(
+                f"WARNING: record and log could not be uploaded and remain in {self._storage.folder}: "
+                f"{describe(upload_error)}",
+                file=sys.stderr,
+            )

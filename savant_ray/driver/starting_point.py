@@ -32,20 +32,20 @@ ADVICE = "--allow-changes resumes anyway and keeps what fits; --fresh starts a n
 
 def find_start(
     storage: RunStorage,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
     convert: Callable[[Path | None], Path | None] = lambda newest: None,
 ) -> Path | None:
     """Return the folder of the newest complete checkpoint on this machine, None if the run has none.
 
-    Damaged checkpoints are set aside. Rewrites Ray's list of checkpoints. `convert` is called with the newest complete
-    checkpoint and may return a newer one that it converts from a file of the original program.
+    Sets damaged checkpoints aside, which `notify` prints, and rewrites Ray's list of checkpoints. `convert` is called with
+    the newest complete checkpoint and may return a newer one that it converts from a file of the original program.
 
     Raises:
         CheckpointError: the run had checkpoints, and none of them is complete.
         OSError: the storage cannot be read or written.
     """
     storage.remove_unfinished()
-    start = newest_intact_checkpoint(storage, say)
+    start = newest_intact_checkpoint(storage, notify)
     start = convert(start) or start
     if start is None and (storage.has_damaged() or saved_a_checkpoint(storage.folder)):
         raise CheckpointError(
@@ -65,17 +65,17 @@ def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def refuse_other_settings(start: Path, config: Config) -> None:
-    """Check that model, seed and mixture are those of the checkpoint, and that no new tokenizer has to be trained.
+    """Check that model, seed and `data.mix_by` are those of the checkpoint, and that no new tokenizer would be trained.
 
     Raises:
         CheckpointError: they differ; the message lists all differences.
     """
     differences = [text for name, text in changes_since(start, config).items() if name.startswith(MUST_AGREE)]
-    if config.data.learns_tokenizer and TOKENIZER not in read_manifest(start)["files"]:
-        difference = (
-            f"data.tokenizer: {config.data.tokenizer} would learn another one than the weights were trained with"
+    if config.data.trains_tokenizer and TOKENIZER not in read_manifest(start)["files"]:
+        differences.append(
+            f"data.tokenizer: {config.data.tokenizer} would train a new tokenizer, and {start.name} has none; set it to the "
+            "tokenizer that the weights were trained with"
         )
-        differences.append(f"{difference}; name the one they were trained with")
     _raise_if_different(start, differences)
 
 
@@ -85,16 +85,16 @@ def changes_since(start: Path, config: Config) -> dict[str, str]:
 
 
 def refuse_other_data(start: Path, config: Config, data_fingerprint: str) -> None:
-    """Check that the prepared data are those of the checkpoint.
+    """Check that text, mixture and tokenizer are those that the checkpoint was trained with.
 
     Raises:
         CheckpointError: they differ.
     """
     if read_manifest(start)["data_fingerprint"] in (ANY_TEXT, data_fingerprint):
         return
-    listed = changes_since(start, config).get("data.sources", "data.sources: a file was added, changed or removed")
-    kept = f"the tokenizer stays that of {start.name} (data.tokenizer: {start / TOKENIZER})"
-    _raise_if_different(start, [f"{listed}; so a position in the data order is another sequence", kept])
+    change = changes_since(start, config).get("data.sources", "data.sources: a file was added, changed or removed")
+    tokenizer = f"the tokenizer remains that of {start.name} (data.tokenizer: {start / TOKENIZER})"
+    _raise_if_different(start, [f"{change}; so the same position in the data order is another sequence", tokenizer])
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = "") -> dict[str, str]:

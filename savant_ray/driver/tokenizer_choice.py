@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from savant_ray.config import Config, DataConfig
 from savant_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer
@@ -31,11 +32,21 @@ from savant_ray.training.checkpoint import (
 class Origin:
     """The checkpoint whose weights an attempt starts from, and the tokenizer that they were trained with."""
 
-    name: str  # for messages
+    name: str  # for messages, such as "step_500"
     tokenizer: Tokenizer
     tokenizer_path: str  # what `data.tokenizer` can be set to; "" in object storage
     settings: DataConfig  # with which the weights were trained
     is_resumed: bool  # whether it is a checkpoint of this run; otherwise it is `run.init_from`
+
+
+class Difference(NamedTuple):
+    """A difference between a tokenizer and that of the weights."""
+
+    setting: str  # in which they differ
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.text}"
 
 
 def find_origin(start: Path | None, config: Config, allow_changes: bool = False) -> Origin | None:
@@ -69,32 +80,33 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
 
     Raises:
         DataError: there is no tokenizer of that name, or it cannot be read, or has no end-of-document token.
-        SettingsError: the settings name another tokenizer than that of `run.init_from`, or use it in another way; or the
-            tokenizer has more entries than `model.vocab_size`, or lacks `data.end_of_document`, or the template that
-            `data.add_special_tokens` asks for.
-        CheckpointError: the settings name another tokenizer than that of the run's checkpoint, or use it in another way.
+        SettingsError: the settings name another tokenizer than that of `run.init_from`, or other special tokens around
+            documents; or the tokenizer has more entries than `model.vocab_size`, or lacks `data.end_of_document`, or the
+            template that `data.add_special_tokens: true` requires.
+        CheckpointError: the same differences from the tokenizer of the run's checkpoint.
     """
     data = config.data
-    if not data.learns_tokenizer:
+    if not data.trains_tokenizer:
         tokenizer = _load(config, origin)
-    elif origin is not None and (data.tokenizer == "auto" or (origin.is_resumed and origin.settings.learns_tokenizer)):
+    elif origin is not None and (data.tokenizer == "auto" or (origin.is_resumed and origin.settings.trains_tokenizer)):
         tokenizer = origin.tokenizer.with_settings(data.end_of_document, data.add_special_tokens)
     elif origin is not None and not allow_changes:
-        raise _refusal(origin, f"data.tokenizer: {data.tokenizer} would learn another one than {origin.name} has")
+        text = f"{data.tokenizer} would train a new tokenizer, but {origin.name} has one"
+        raise _change_error(origin, Difference("data.tokenizer", text))
     else:
         if data.end_of_document not in (None, END_OF_DOCUMENT):
             raise SettingsError(
-                f"data.end_of_document: a tokenizer that is learnt ends documents with {END_OF_DOCUMENT}, not with "
-                f"{data.end_of_document}; leave it out, or give data.tokenizer one that has it"
+                f"data.end_of_document: a tokenizer trained on the text ends documents with {END_OF_DOCUMENT}, not with "
+                f"{data.end_of_document}; leave it out, or set data.tokenizer to one that has this token"
             )
         if data.add_special_tokens is True:
             raise SettingsError(
-                "data.add_special_tokens: true, but a tokenizer that is learnt has no template that puts special tokens "
-                "around a text; leave it at auto, or give data.tokenizer one that has one"
+                "data.add_special_tokens: true, but a tokenizer trained on the text has no template that puts special "
+                "tokens around a document; leave it at auto, or set data.tokenizer to one that has a template"
             )
         return None
     if origin is not None and not allow_changes and not _may_replace(tokenizer, origin):
-        raise _refusal(origin, _difference(origin, tokenizer))
+        raise _change_error(origin, _difference(origin, tokenizer))
     refuse_too_large(tokenizer, config)
     _ = tokenizer.end_of_document  # raises DataError if it has none
     return tokenizer
@@ -125,7 +137,7 @@ def refuse_unencodable_prompts(tokenizer: Tokenizer, config: Config) -> None:
         try:
             if all(tokenizer.encode_batch(texts)):
                 continue
-            reason = f"{tokenizer.name} has no token for it"
+            reason = f"{tokenizer.name} has no token for it; set data.tokenizer to one that has"
         except DataError as error:
             reason = str(error)
         advice = "give another prompt" if setting == "validation.prompt" else "set it to 0"
@@ -134,15 +146,16 @@ def refuse_unencodable_prompts(tokenizer: Tokenizer, config: Config) -> None:
 
 def _load(config: Config, origin: Origin | None) -> Tokenizer:
     """Return the tokenizer that the settings name; if it is gone, the copy in the checkpoint that was trained with it."""
-    spec, end, adds = config.data.tokenizer, config.data.end_of_document, config.data.add_special_tokens
-    if adds == "auto" and origin is not None and not origin.tokenizer.adds_special_tokens:
-        adds = False  # the weights were trained without them
+    data = config.data
+    add_special_tokens = data.add_special_tokens
+    if add_special_tokens == "auto" and origin is not None and not origin.tokenizer.adds_special_tokens:
+        add_special_tokens = False  # the weights were trained without them
     try:
-        return Tokenizer.load(spec, end, adds)
+        return Tokenizer.load(data.tokenizer, data.end_of_document, add_special_tokens)
     except DataError as error:
-        if origin is None or not origin.is_resumed or origin.settings.tokenizer != spec:
+        if origin is None or not origin.is_resumed or origin.settings.tokenizer != data.tokenizer:
             raise DataError(f"data.tokenizer: {error}") from error
-        return origin.tokenizer.with_settings(end, adds)
+        return origin.tokenizer.with_settings(data.end_of_document, add_special_tokens)
 
 
 def _may_replace(tokenizer: Tokenizer, origin: Origin) -> bool:
@@ -153,9 +166,11 @@ def _may_replace(tokenizer: Tokenizer, origin: Origin) -> bool:
     """
     if tokenizer.fingerprint == origin.tokenizer.fingerprint:
         return True
-    same, known = origin.tokenizer.same_ids(tokenizer)
+    n_same, n_ids = origin.tokenizer.same_ids(tokenizer)
     return (
-        not origin.is_resumed and same == known and _document_affixes(tokenizer) == _document_affixes(origin.tokenizer)
+        not origin.is_resumed
+        and n_same == n_ids
+        and _document_affixes(tokenizer) == _document_affixes(origin.tokenizer)
     )
 
 
@@ -164,33 +179,35 @@ def _document_affixes(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int,
     return tokenizer.prefix, tokenizer.suffix
 
 
-def _difference(origin: Origin, tokenizer: Tokenizer) -> str:
-    """Return a message that begins with the setting in which the tokenizer differs from that of the weights."""
-    same, known = origin.tokenizer.same_ids(tokenizer)
-    adds, added = tokenizer.adds_special_tokens, origin.tokenizer.adds_special_tokens
-    if same == known and adds != added:
-        return f"data.add_special_tokens: {str(adds).lower()}, but {origin.name} was trained with {str(added).lower()}"
-    if same == known and tokenizer.end_of_document != origin.tokenizer.end_of_document:
-        return f"data.end_of_document: another token than in {origin.name} ends the documents"
-    difference = (
-        f"data.tokenizer: {same:,} of {known:,} token ids of {origin.name} are the same tokens in {tokenizer.name}"
-    )
-    return difference + ", but it encodes text differently" * (same == known)
+def _difference(origin: Origin, tokenizer: Tokenizer) -> Difference:
+    """Return how the tokenizer differs from that of the weights."""
+    n_same, n_ids = origin.tokenizer.same_ids(tokenizer)
+    adds, origin_adds = tokenizer.adds_special_tokens, origin.tokenizer.adds_special_tokens
+    if n_same == n_ids and adds != origin_adds:
+        text = f"{str(adds).lower()}, but {origin.name} was trained with {str(origin_adds).lower()}"
+        return Difference("data.add_special_tokens", text)
+    if n_same == n_ids and tokenizer.end_of_document != origin.tokenizer.end_of_document:
+        return Difference("data.end_of_document", f"another token than in {origin.name} ends the documents")
+    text = f"{n_same:,} of {n_ids:,} token ids of {origin.name} are the same tokens in {tokenizer.name}"
+    return Difference("data.tokenizer", text + ", but it encodes text differently" * (n_same == n_ids))
 
 
-def _refusal(origin: Origin, difference: str) -> SettingsError | CheckpointError:
-    """Return the error for a tokenizer that may not replace that of the weights."""
-    path = f" or set it to {origin.tokenizer_path}" if origin.tokenizer_path else ""
-    advice = f"leave data.tokenizer at auto{path}, to keep the tokenizer that the weights were trained with"
+def _change_error(origin: Origin, difference: Difference) -> SettingsError | CheckpointError:
+    """Return the error for a tokenizer that must not replace that of the weights without `--allow-changes`."""
     consequence = "with weights that were trained with other tokens for these ids"
-    if difference.startswith("data.end_of_document:"):
-        advice = "leave data.end_of_document out, to keep the token that the weights were trained with"
-    if difference.startswith("data.add_special_tokens:"):
-        advice = "leave data.add_special_tokens and data.tokenizer at auto, to keep what the weights were trained with"
-        consequence = "with weights that were not trained on text in this form"
-    allowed = f"--allow-changes continues anyway, {consequence}"
-    kind = CheckpointError if origin.is_resumed else SettingsError
-    return kind(f"{difference}:\n  {advice};\n  {allowed}.")
+    match difference.setting:
+        case "data.end_of_document":
+            advice = "leave data.end_of_document out, to keep the token that the weights were trained with"
+        case "data.add_special_tokens":
+            advice = (
+                "leave data.add_special_tokens and data.tokenizer at auto, to keep what the weights were trained with"
+            )
+            consequence = "with weights that were not trained on text in this form"
+        case _:
+            path = f" or set it to {origin.tokenizer_path}" if origin.tokenizer_path else ""
+            advice = f"leave data.tokenizer at auto{path}, to keep the tokenizer that the weights were trained with"
+    error_class = CheckpointError if origin.is_resumed else SettingsError
+    return error_class(f"{difference}:\n  {advice};\n  --allow-changes continues anyway, {consequence}.")
 
 
 def _origin(folder: Path, name: str, tokenizer_path: str, is_resumed: bool) -> Origin | None:

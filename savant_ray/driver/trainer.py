@@ -1,4 +1,4 @@
-"""Creates the `TorchTrainer` of a run: scaling, failure handling, checkpoints."""
+"""Creates the `TorchTrainer` of a run: scaling, data, failure handling, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import ray.train
+
 # Also exported by `ray.train`, where a type checker sees the classes of Ray Train v1.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from savant_ray.cluster.session import node_resources, owns_ray
 from savant_ray.config import Config
-from savant_ray.driver.data_config import StepDataConfig
+from savant_ray.data.stream import StepStream, StreamPlan
 from savant_ray.driver.data_preparation import PreparedData
 from savant_ray.driver.failures import FailureCallback
 from savant_ray.errors import SettingsError
@@ -66,7 +68,7 @@ def make_trainer(
 
 @dataclass
 class _RunConfig(RunConfig):
-    """Separates the run's folder from `name`, which Ray uses in metrics and requires to be ASCII."""
+    """A `RunConfig` whose folder is not named `name`, because Ray uses `name` in metrics and requires it to be ASCII."""
 
     folder: str = ""  # below `storage_path`
 
@@ -74,6 +76,31 @@ class _RunConfig(RunConfig):
     def storage_context(self) -> Any:
         """Return where Ray Train stores the run, without the name in it."""
         return storage_context(str(self.storage_path), self.folder, self.storage_filesystem)
+
+
+class StepDataConfig(ray.train.DataConfig):
+    """Passes a `StepStream` to each worker, for `TorchTrainer(datasets={name: StreamPlan}, …)`.
+
+    Ray's default `DataConfig` distributes complete blocks. The sequences of a step would then depend on the number of
+    workers, and a resumed run could not start at a position (ray #37633, #48224, #58658). A `StepStream` reads this rank's
+    sequences with Ray Data from any position of the global order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(datasets_to_split=[])
+
+    def configure(  # type: ignore[override]  # Ray annotates `datasets` as Ray Datasets, but passes on any values
+        self,
+        datasets: dict[str, StreamPlan],
+        world_size: int,
+        worker_handles: Any = None,
+        worker_node_ids: Any = None,
+        **_: Any,
+    ) -> list[dict[str, StepStream]]:
+        """Return one stream per rank and dataset."""
+        return [
+            {name: StepStream(plan, rank, world_size) for name, plan in datasets.items()} for rank in range(world_size)
+        ]
 
 
 def scaling(config: Config) -> ScalingConfig:
@@ -90,7 +117,7 @@ def scaling(config: Config) -> ScalingConfig:
     if use_gpu and gpus < fewest:
         raise SettingsError(f"scaling.num_workers: {fewest} GPU workers need {fewest} GPUs, the cluster has {gpus}")
     try:
-        scaling = ScalingConfig(
+        scaling_config = ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=use_gpu,
             resources_per_worker=config.scaling.resources_per_worker or {"CPU": cpus_per_worker(nodes, most, use_gpu)},
@@ -98,31 +125,33 @@ def scaling(config: Config) -> ScalingConfig:
         )
     except ValueError as error:  # such as GPUs in `resources_per_worker` of workers without GPUs
         raise SettingsError(f"scaling.resources_per_worker: {error}") from error
-    if (room := workers_that_fit(nodes, worker_resources(scaling))) < fewest:
-        raise SettingsError(_insufficient_resources(fewest, room, worker_resources(scaling), nodes))
-    return scaling
+    resources = worker_resources(scaling_config)
+    if (n_fitting := workers_that_fit(nodes, resources)) < fewest:
+        raise SettingsError(_insufficient_resources(fewest, n_fitting, resources, nodes))
+    return scaling_config
 
 
 def _insufficient_resources(
-    workers: int, room: int, needed: Mapping[str, float], nodes: Sequence[Mapping[str, float]]
+    workers: int, n_fitting: int, required: Mapping[str, float], nodes: Sequence[Mapping[str, float]]
 ) -> str:
-    subject = "1 worker with" if workers == 1 else f"{workers} workers with"
-    largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needed}
-    where = "this machine has" if owns_ray() else "the cluster's largest node has"
+    resources = _format_resources(required)
+    subject = f"1 worker with {resources}" if workers == 1 else f"{workers} workers with {resources} each"
+    largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in required}
+    owner = "this machine has" if owns_ray() else "the cluster's largest node has"
     return (
-        f"scaling.num_workers: {subject} {_listed(needed)}{'' if workers == 1 else ' each'} cannot run: {where} "
-        f"{_listed(largest)}, room for {room}; lower scaling.num_workers or scaling.resources_per_worker"
+        f"scaling.num_workers: {subject} cannot run: {owner} {_format_resources(largest)}, room for {n_fitting}; "
+        "lower scaling.num_workers or scaling.resources_per_worker"
     )
 
 
-def _listed(resources: Mapping[str, float]) -> str:
+def _format_resources(resources: Mapping[str, float]) -> str:
     return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"
 
 
-def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
+def worker_resources(scaling_config: ScalingConfig) -> dict[str, float]:
     """Return the resources that one worker occupies, by Ray's names."""
-    gpu = {"GPU": 1.0} if scaling.use_gpu else {}
-    return gpu | dict(scaling.resources_per_worker or {})  # type: ignore[arg-type]  # Ray Tune alone passes a search space
+    gpu = {"GPU": 1.0} if scaling_config.use_gpu else {}
+    return gpu | dict(scaling_config.resources_per_worker or {})  # type: ignore[arg-type]  # only Ray Tune sets a search space
 
 
 def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu: bool) -> int:
@@ -134,7 +163,7 @@ def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu:
 
 
 def workers_that_fit(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> int:
-    """Return how many workers that occupy `resources` the nodes can run when nothing else runs."""
+    """Return how many workers with these `resources` each fit on the nodes if nothing else runs there."""
     required = {name: amount for name, amount in resources.items() if amount > 0}
     if not required:
         return sys.maxsize

@@ -15,6 +15,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,21 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 MIN_CAPABILITY = (8, 0)  # compute capability; the first with bf16 tensor cores
 MIN_HEAD_DIM = 16  # PyTorch raises an error below it
-BLOCK = 128  # queries or keys in a block, as many as the kernel handles at a time
+BLOCK = 128  # queries or keys in a block; every tile size that PyTorch chooses divides it, but not 64
+KERNEL_OPTIONS: Any = None  # `FlexKernelOptions`: tile sizes, warps, stages; None = PyTorch's choice for this GPU
+MAX_SIGMOID_CAP = 100.0  # above it the error of a score could exceed 1e-4
 MAX_COMPILED_SHAPES = 64  # PyTorch falls back to eager execution beyond it, which computes all scores at once
 
 
 @functools.cache
 def has_flex(device: torch.device, head_dim: int) -> bool:
-    """Return whether `flex_attention` can be compiled; Triton builds the launchers of its kernels with a C compiler."""
-    if device.type != "cuda" or head_dim < MIN_HEAD_DIM or importlib.util.find_spec("triton") is None:
+    """Return whether `flex_attention` can be compiled for the device and a head dimension."""
+    return head_dim >= MIN_HEAD_DIM and builds_triton_kernels(device)
+
+
+def builds_triton_kernels(device: torch.device) -> bool:
+    """Return whether kernels can be compiled for the device; Triton builds their launchers with a C compiler."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     if not has_python_headers() or not any(shutil.which(compiler) for compiler in ("gcc", "clang", "cc")):
         return False
@@ -55,7 +63,7 @@ def block_mask(document_ids_BT: Tensor, window_size: int | None) -> BlockMask:
     is_causal_NM = begin_N[:, None] >= begin_N[None, :]  # M blocks of keys
     is_needed_BNM = is_causal_NM & (last_N >= first_key_BT[:, begin_N, None])
     is_full_BNM = (begin_N[:, None] > begin_N) & (begin_N >= first_key_BT[:, last_N, None])
-    is_full_BNM &= (begin_N + BLOCK <= length)[:, None]  # as `create_block_mask`, which counts queries beyond the end
+    is_full_BNM &= (begin_N + BLOCK <= length)[:, None]  # a block beyond the end is partial, as in `create_block_mask`
 
     def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= first_key_BT[row, query])
@@ -88,7 +96,7 @@ def _first_keys(document_ids_BT: Tensor, window_size: int | None) -> Tensor:
 
 
 def _listed(blocks_B1NM: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many blocks each row of blocks has, and their columns in ascending order, the others behind; int32."""
+    """Return the number of blocks in each row, and their columns in ascending order followed by the other columns; int32."""
     columns = blocks_B1NM.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks_B1NM.sum(-1, dtype=torch.int32), columns.to(torch.int32, memory_format=torch.contiguous_format)
 
@@ -97,11 +105,24 @@ def flex(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: BlockMask, soft_c
     """Return softmax(soft_cap * tanh(q k^T / sqrt(D) / soft_cap)) v under the mask, `[B, H, T, D]`."""
 
     def capped(score: Tensor, _row: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
-        return soft_cap * torch.tanh(score / soft_cap)
+        return capped_score(score, soft_cap)
 
-    if torch.compiler.is_compiling() or not q_BHTD.is_cuda:
-        return flex_attention(q_BHTD, k_BHTD, v_BHTD, score_mod=capped, block_mask=mask)
-    return _compiled()(q_BHTD, k_BHTD, v_BHTD, score_mod=capped, block_mask=mask)
+    attention: Any = flex_attention if torch.compiler.is_compiling() or not q_BHTD.is_cuda else _compiled()
+    out: Tensor = attention(q_BHTD, k_BHTD, v_BHTD, score_mod=capped, block_mask=mask, kernel_options=KERNEL_OPTIONS)
+    return out
+
+
+def capped_score(score: Tensor, soft_cap: float) -> Tensor:
+    """Return `soft_cap * tanh(score / soft_cap)`, through the sigmoid if `soft_cap` is small enough.
+
+    A GPU has instructions for the exponential and the reciprocal in a sigmoid; its tanh needs a polynomial and a selection
+    as well. Near 0 the difference of two large numbers loses relative accuracy, but the softmax needs absolute accuracy: in
+    fp32 the error is 2.5e-7 of the cap, with a GPU's approximate division 8e-7, so 4e-5 at 50. PTX's `tanh.approx.f32` has
+    an error of 5e-4 of the score (0.025 at 50), which for large scores exceeds the rounding of bf16 several times.
+    """
+    if soft_cap > MAX_SIGMOID_CAP:
+        return soft_cap * torch.tanh(score / soft_cap)
+    return 2 * soft_cap * torch.sigmoid(score * (2 / soft_cap)) - soft_cap
 
 
 @functools.cache

@@ -1,23 +1,35 @@
 """Next-token cross entropy without the full logits.
 
 With a vocabulary of 32,000 the logits of a micro-batch would be the largest tensor of a step (1.5 GB in fp32 at 12 x
-1024). Here rows without a target are dropped, and the others pass through the head in chunks. Each chunk's gradient is
-computed in the forward pass while its logits exist, and the backward pass only scales it (as in Liger Kernel's fused linear
-cross entropy, arXiv 2410.10989). The gradient of the head is accumulated in fp32. Under autocast, rows and head are cast
-once rather than for each chunk.
+1024). Here the rows pass through the head in chunks. Each chunk's gradient is computed in the forward pass while its logits
+exist, and the backward pass only scales it (as in Liger Kernel's fused linear cross entropy, arXiv 2410.10989). The gradient
+of the head is accumulated in fp32. Under autocast, rows and head are cast once rather than for each chunk.
 
-Shapes: B batch, T time, D dim, V vocabulary, N rows with a target, C rows of a chunk.
+A CPU drops the rows without a target. On a GPU their number would be known only after a wait for all queued kernels, so
+these rows are set to zero instead and have zero gradients. There the elementwise part of a chunk is compiled into one
+kernel, and products of bf16 matrices are written and accumulated in fp32.
+
+Shapes: B batch, T time, D dim, V vocabulary, N rows, C rows of a chunk.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from savant_ray.model.flex import MAX_COMPILED_SHAPES, builds_triton_kernels
+
 IGNORED = -100  # marks a position without a target, as in torch.nn.functional.cross_entropy
-CHUNK_ROWS = 512
+CPU_CHUNK_ROWS = 512
+GPU_CHUNK_GIB = 0.5  # fp32 logits of a chunk: 4,096 rows of a vocabulary of 32,000
+GPU_CHUNK_FRACTION = 1 / 20  # of the memory limit, where that is less
+ROW_MULTIPLE = 128  # rows of a chunk on a GPU, for aligned products
 
 
 def next_token_targets(tokens_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
@@ -28,16 +40,49 @@ def next_token_targets(tokens_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
     return targets
 
 
-def cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
-    """Return the cross entropy of logits `x @ head.T` summed over the targets that are not IGNORED: nats, fp32 scalar."""
-    rows_N = (
-        (targets_BT != IGNORED).flatten().nonzero().squeeze(1)
-    )  # synchronizes with a GPU, which has to report their number
-    x_ND, targets_N = x_BTD.flatten(0, 1).index_select(0, rows_N), targets_BT.flatten().index_select(0, rows_N)
+def cross_entropy_sum(
+    x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, memory_limit_gb: float = 10.0, chunk_rows: int | None = None
+) -> Tensor:
+    """Return the cross entropy of logits `x @ head.T` summed over the targets that are not IGNORED: nats, fp32 scalar.
+
+    `memory_limit_gb` (GiB, of the whole process) bounds the rows that a GPU computes at a time; `chunk_rows` sets their
+    number on each device.
+    """
+    x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+    if x_BTD.device.type == "cpu":
+        chunk_rows = chunk_rows or CPU_CHUNK_ROWS
+        x_ND, targets_N = _rows_with_target(x_ND, targets_N)
+    else:
+        chunk_rows = chunk_rows or gpu_chunk_rows(len(targets_N), len(head_VD), memory_limit_gb)
+        x_ND, targets_N = _rows_for_whole_chunks(x_ND, targets_N, chunk_rows)
     needs_gradient = torch.is_grad_enabled() and (x_BTD.requires_grad or head_VD.requires_grad)
     inputs = (x_ND, head_VD, targets_N, chunk_rows, needs_gradient)
     loss: Tensor = _ChunkedCrossEntropy.apply(*inputs)  # type: ignore[no-untyped-call]  # PyTorch's
     return loss
+
+
+def gpu_chunk_rows(n_rows: int, vocab_size: int, memory_limit_gb: float) -> int:
+    """Return how many rows a GPU computes at a time.
+
+    It depends on settings and shapes only, so that a resumed run computes the same bits. The chunks of a micro-batch are
+    equal, since each size is compiled by itself.
+    """
+    limit_bytes = min(GPU_CHUNK_GIB, memory_limit_gb * GPU_CHUNK_FRACTION) * 2**30
+    max_rows = max(1, int(limit_bytes / (4 * vocab_size)) // ROW_MULTIPLE) * ROW_MULTIPLE
+    n_chunks = max(1, math.ceil(n_rows / max_rows))
+    return max(1, math.ceil(n_rows / n_chunks / ROW_MULTIPLE)) * ROW_MULTIPLE
+
+
+def _rows_with_target(x_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    rows = (targets_N != IGNORED).nonzero().squeeze(1)
+    return x_ND.index_select(0, rows), targets_N.index_select(0, rows)
+
+
+def _rows_for_whole_chunks(x_ND: Tensor, targets_N: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
+    """Return all rows, those without a target set to zero, extended by such rows to a multiple of `chunk_rows`."""
+    n_added = -len(targets_N) % chunk_rows
+    x_ND = x_ND.masked_fill((targets_N == IGNORED)[:, None], 0)
+    return F.pad(x_ND, (0, 0, 0, n_added)), F.pad(targets_N, (0, n_added), value=IGNORED)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -68,20 +113,66 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunk(x_CD: Tensor, head_VD: Tensor, targets_C: Tensor, grad_x: Tensor | None, grad_head: Tensor | None) -> Tensor:
     """Return the chunk's loss sum; write its gradient to `grad_x` and add it to `grad_head` unless they are None."""
-    logits_CV = (x_CD @ head_VD.mT).float()
-    target_logits_C = logits_CV.gather(1, targets_C[:, None])
-    max_C = logits_CV.amax(dim=1, keepdim=True)
-    exp_CV = logits_CV.sub_(max_C).exp_()  # computed once for the loss and its gradient
-    total_C = exp_CV.sum(dim=1, keepdim=True)
-    loss = (total_C.log() + max_C - target_logits_C).sum()
+    logits_CV = _fp32_logits(x_CD, head_VD)
     if grad_x is None or grad_head is None:
-        return loss
-    grad_logits = exp_CV.div_(total_C)
-    grad_logits.scatter_add_(1, targets_C[:, None], grad_logits.new_full((len(targets_C), 1), -1.0))
-    grad_logits = grad_logits.to(x_CD.dtype)
+        return _loss_and_exp(logits_CV, targets_C)[0]
+    loss, grad_logits = _loss_and_gradient(x_CD.device)(logits_CV, targets_C, x_CD.dtype)
     grad_x.copy_(grad_logits @ head_VD)
-    if grad_logits.dtype == grad_head.dtype:
+    _add_head_gradient(grad_head, grad_logits, x_CD)
+    return loss
+
+
+def _fp32_logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
+    if _has_fp32_output(x_CD):
+        return torch.mm(x_CD, head_VD.mT, out_dtype=torch.float32)
+    return (x_CD @ head_VD.mT).float()
+
+
+def _add_head_gradient(grad_head: Tensor, grad_logits: Tensor, x_CD: Tensor) -> None:
+    if _has_fp32_output(x_CD):
+        torch.addmm(grad_head, grad_logits.mT, x_CD, out_dtype=torch.float32, out=grad_head)
+    elif grad_logits.dtype == grad_head.dtype:
         grad_head.addmm_(grad_logits.mT, x_CD)
     else:
         grad_head.add_(grad_logits.mT @ x_CD)
-    return loss
+
+
+def _has_fp32_output(x_CD: Tensor) -> bool:
+    """Return whether products can be written in fp32 without rounding them to the inputs' dtype first."""
+    return x_CD.is_cuda and x_CD.dtype == torch.bfloat16
+
+
+@functools.cache
+def _loss_and_gradient(device: torch.device) -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]:
+    """Return `loss_and_gradient`, compiled if the device allows; eager kernels read and write the logits seven times."""
+    if not builds_triton_kernels(device):
+        return loss_and_gradient
+    torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
+    return torch.compile(loss_and_gradient, dynamic=False)
+
+
+def loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the sum of the cross entropies and its gradient `[C, V]` in `dtype`, zero in rows that are IGNORED.
+
+    The logits are fp32, and finite in rows that are IGNORED. Eager code overwrites them.
+    """
+    loss, exp_CV, total_C1 = _loss_and_exp(logits_CV, targets_C)
+    is_target_C1 = (targets_C != IGNORED)[:, None]
+    probabilities_CV = exp_CV.div_(total_C1.masked_fill(~is_target_C1, math.inf))
+    index_C1 = targets_C.clamp(min=0)[:, None]
+    target_gradient_C1 = torch.where(is_target_C1, probabilities_CV.gather(1, index_C1) - 1, 0)
+    grad_logits_CV = probabilities_CV.to(dtype)
+    grad_logits_CV.scatter_(1, index_C1, target_gradient_C1.to(dtype))
+    return loss, grad_logits_CV
+
+
+def _loss_and_exp(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum of the cross entropies, `exp(logits - max)` and its sum over each row."""
+    target_logits_C1 = logits_CV.gather(1, targets_C.clamp(min=0)[:, None])
+    max_C1 = logits_CV.amax(dim=1, keepdim=True)
+    # Eager code reuses the memory of the logits. A compiled kernel would write its changes of an input back to memory.
+    exp_CV = logits_CV - max_C1 if torch.compiler.is_compiling() else logits_CV.sub_(max_C1)
+    exp_CV = exp_CV.exp_()
+    total_C1 = exp_CV.sum(dim=1, keepdim=True)
+    losses_C1 = total_C1.log() + max_C1 - target_logits_C1
+    return torch.where((targets_C != IGNORED)[:, None], losses_C1, 0).sum(), exp_CV, total_C1

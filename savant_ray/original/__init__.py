@@ -1,1 +1,1 @@
-"""Checkpoint files of the original script: converted into checkpoints of ours, and written from them."""
+"""Checkpoint files of the original script: conversion into savant_ray checkpoints, and export from them."""

@@ -6,9 +6,9 @@ The state of a tensor of 4,096 elements or more has both moments as 8-bit codes:
     qmap1, qmap2      [256] fp32: the value of each code
     absmax1, absmax2  [blocks] fp32: the scale of each block of consecutive elements
 
-so that `moment = qmap[code] * absmax[block]`, the fp32 product that bitsandbytes computes itself. A smaller tensor has
-fp32 `state1` and `state2` and no maps. Current versions of bitsandbytes put these keys into a nested dict (`NESTED`),
-older ones next to `step`, which is an int.
+Then `moment = qmap[code] * absmax[block]`, which is the fp32 product that bitsandbytes computes. A smaller tensor has
+fp32 `state1` and `state2` and no maps or scales. `step` is an int. Current versions of bitsandbytes put the other keys
+into a nested dict (`NESTED`), older versions store them beside `step`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ BLOCK_SIZES = (256, 2048)  # elements per scale, in current and in older version
 def from_adamw8bit(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter's state with the keys and fp32 moments of `torch.optim.AdamW`.
 
-    Other states, and states whose codes, maps and scales do not fit each other, are returned flat but unchanged.
+    The states of other optimizers, and states whose codes, maps and scales have inconsistent sizes, are returned without
+    nesting but otherwise unchanged.
     """
     flat = {**entry, **entry.get(NESTED, {})}
     flat.pop(NESTED, None)
@@ -43,19 +44,19 @@ def from_adamw8bit(entry: Mapping[str, Any]) -> dict[str, Any]:
 def to_adamw8bit(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter's AdamW state with the keys of AdamW8bit, in the flat layout that all its versions load.
 
-    The moments stay in fp32, the format that AdamW8bit has for small tensors, so nothing is rounded. AdamW8bit continues
-    with them in fp32 and needs 8 bytes per weight instead of 2.
+    The moments stay in fp32, which AdamW8bit uses for small tensors, so nothing is rounded. AdamW8bit continues in fp32
+    and needs 8 bytes per weight for them instead of 2.
     """
     moments = {f"state{number}": entry[name].float() for number, name in enumerate(MOMENTS, start=1)}
     return {"step": int(entry["step"]), **moments}
 
 
 def _moment(flat: Mapping[str, Any], number: int) -> Tensor:
-    """Dequantise moment 1 or 2.
+    """Dequantize moment 1 or 2.
 
     Raises:
         KeyError: a part of the state is missing.
-        ValueError: the parts have sizes that do not fit each other.
+        ValueError: the sizes of the parts are inconsistent.
     """
     codes: Tensor = flat[f"state{number}"]
     if codes.dtype != torch.uint8:

@@ -1,10 +1,10 @@
-"""Conversion of a file of the original script into a checkpoint `step_N/` of ours.
+"""Conversion of a file of the original script into a savant_ray checkpoint `step_N/`.
 
-Training converts into the run folder, commands into a temporary folder.
+Training writes the checkpoint into the run folder, commands write it into a temporary folder.
 
-Weights and moments are those of the file, in fp32 and in our order. The schedule continues with the learning rate of the
-original's next update. A file does not record which text it was trained on, so the position is step × effective batch and
-the data fingerprint is empty (`ANY_TEXT`).
+Weights and moments are those of the file, in fp32 and in savant_ray's parameter order. The schedule continues with the
+learning rate of the original's next update. A file does not record which text it was trained on, so the position is
+step × effective batch and the data fingerprint is empty (`ANY_TEXT`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from savant_ray.training.checkpoint import (
 
 
 class RunFolder(Protocol):
-    """The part of `storage.protocol.RunStorage` that the conversion needs; `original` may not import `storage`."""
+    """The part of `storage.protocol.RunStorage` that the conversion needs; `original` must not import `storage`."""
 
     folder: Path
     location: str
@@ -71,29 +71,29 @@ def convert_newest(
 ) -> Path | None:
     """Convert the newest intact file of the original into a checkpoint of the run, if its step is after `newest`.
 
-    `newest` is the newest intact checkpoint of ours. If it was converted from a file of the original for other settings
-    and nothing was trained from it, that file is converted again. The files stay in place; damaged ones are passed to
-    `log`.
+    `newest` is the newest intact savant_ray checkpoint of the run. If it was converted from a file of the original with
+    other settings and nothing was trained from it, that file is converted again. The files are not changed; damaged ones
+    are reported to `log`.
 
     Returns:
-        The new checkpoint, None if there is nothing to convert.
+        The new checkpoint; None if there is nothing to convert.
 
     Raises:
-        CheckpointError: there is no checkpoint of ours and all files of the original are damaged, or the file is not of a
-            model with these settings; all differences are listed.
+        CheckpointError: there is no savant_ray checkpoint and all files of the original are damaged, or the file's model
+            has other settings; all differences are listed.
         DataError: the tokenizer of the settings cannot be read.
         SettingsError: it has more entries than the file's model.
         SavantError: another process owns the run.
         OSError: the storage cannot be read or written; no partial checkpoint remains.
     """
-    path = _newest_file(storage, newest, not config.data.learns_tokenizer, log)
+    path = _newest_file(storage, newest, not config.data.trains_tokenizer, log)
     if path is None:
         return None
     started = time.perf_counter()
     content = read_file(path)
     settings = complete_settings(content["model_state_dict"], config.to_dict())
     if newest is not None and content["step"] == step_of(newest):
-        if settings.problems or _is_current(newest, settings.config):  # `newest` is resumed, or refused by the caller
+        if settings.problems or _is_current(newest, settings.config):  # the caller compares `newest` with the settings
             return None
     elif not allow_changes:
         _refuse_other_settings(path, settings)
@@ -108,9 +108,9 @@ def convert_newest(
         CheckpointSaved(
             step=content["step"],
             path=storage.locate(folder.name),
-            reason=f"converted from {path.name} of the original, which records neither all settings of its model nor its "
-            f"text: continues with {', '.join(settings.not_shown)} and with the text at sequence "
-            f"{checkpoint['savant']['position']:,}, step × effective batch",
+            reason=f"converted from {path.name} of the original, which records neither all settings of its model nor the "
+            f"position in its text; training continues with {', '.join(settings.not_shown)} and at sequence "
+            f"{checkpoint['savant']['position']:,} of the text, step × effective batch",
             seconds=time.perf_counter() - started,
             stall_seconds=0.0,
         )
@@ -119,13 +119,13 @@ def convert_newest(
 
 
 def find_original(path: Path, log: Callable[[str], None] = lambda _: None) -> Path | None:
-    """Return the file of the original for `path`: itself, or the newest intact one of a folder.
+    """Return the file of the original at `path`: `path` itself, or the newest intact one in a folder.
 
-    None if the path is or contains a checkpoint of ours, or contains no such file. Damaged newer files are passed to
-    `log`.
+    Returns None if the path is or contains a savant_ray checkpoint, or contains no file of the original. Damaged newer
+    files are reported to `log`.
 
     Raises:
-        CheckpointError: all such files of the folder are damaged.
+        CheckpointError: all files of the original in the folder are damaged.
     """
     if path.is_file():
         return None if (path.parent / MANIFEST).is_file() else path
@@ -134,7 +134,7 @@ def find_original(path: Path, log: Callable[[str], None] = lambda _: None) -> Pa
     files = original_files(path)
     newest = newest_intact(reversed(files), log)
     if newest is None and files:
-        raise CheckpointError(_none_intact(str(path)))
+        raise CheckpointError(none_intact(str(path)))
     return newest
 
 
@@ -147,8 +147,8 @@ def converted(
 ) -> Iterator[Path]:
     """Convert a file of the original into a checkpoint in a temporary folder that exists within the `with` block.
 
-    The checkpoint holds weights, settings and tokenizer, but no moments. `settings` are given by section, as in YAML;
-    defaults that complete them are passed to `log`. With `allow_changes` the settings are not compared with the file,
+    The checkpoint contains weights, settings and tokenizer, but no moments. `settings` are nested by section, as in YAML;
+    defaults that complete them are reported to `log`. With `allow_changes` the settings are not compared with the file,
     and the checkpoint has no tokenizer.
 
     Raises:
@@ -173,12 +173,12 @@ def converted(
 
 
 def to_checkpoint(content: Mapping[str, Any], names: Sequence[str], effective_batch: int) -> dict[str, Any]:
-    """Return a file's content (see `read_file`) in the format of our checkpoints.
+    """Return a file's content (see `read_file`) in the format of savant_ray's checkpoints.
 
-    `names` are the model's parameters in our order, in which weights and moments are returned. The state of an optimizer
-    with several groups does not show which moments belong to which parameter; it is returned unchanged, and
-    `load_checkpoint` reports that it does not fit. A schedule may be behind the step, if the original could not load its
-    optimizer and restarted the schedule; it stays behind, and `load_checkpoint` reports it.
+    `names` are the model's parameters in savant_ray's order, to which weights and moments are sorted. The state of an
+    optimizer with several groups does not show which moments belong to which parameter; it is returned unchanged, and
+    `load_checkpoint` reports that it does not fit. The schedule is behind the step if the original could not load its
+    optimizer and restarted the schedule; this is preserved, and `load_checkpoint` reports it.
     """
     weights = {name: weight for name, weight in content["model_state_dict"].items() if name not in MASKS}
     last_epoch = _last_epoch(content)
@@ -202,9 +202,9 @@ def to_checkpoint(content: Mapping[str, Any], names: Sequence[str], effective_ba
 def _other_hyperparameters(
     path: Path, content: Mapping[str, Any], checkpoint: Mapping[str, Any], training: TrainingConfig
 ) -> Iterator[str]:
-    """Yield a sentence for each hyperparameter that a file holds and that differs from the settings.
+    """Yield a message for each hyperparameter in a file that differs from the settings.
 
-    `content` is the file's, `checkpoint` what it was converted into.
+    `content` is the content of the file, `checkpoint` that of the checkpoint it was converted into.
     """
     scheduler, groups = content.get(SCHEDULER, {}), content["optimizer_state_dict"]["param_groups"]
     offset = checkpoint["savant"]["schedule_offset"]
@@ -214,17 +214,17 @@ def _other_hyperparameters(
     match scheduler:
         case {"_last_lr": [float(file_rate)], "base_lrs": [float(peak)]} if not _is_close(rate, file_rate):
             yield (
-                f"the next update of {path.name} has a learning rate of {file_rate:.3e} in the original, {rate:.3e} with "
-                f"these settings; the original's peak is {peak:g} (training.learning_rate: {training.learning_rate:g}), its "
-                "number of steps is training.max_steps"
+                f"the next update of {path.name} has a learning rate of {file_rate:.3e} in the original, but {rate:.3e} "
+                f"with these settings; the original's peak is {peak:g} (training.learning_rate: "
+                f"{training.learning_rate:g}), and training.max_steps must be its number of steps"
             )
     match groups:
         case [{"weight_decay": float(decay)}] if not _is_close(decay, training.weight_decay):
             yield f"training.weight_decay: {training.weight_decay:g}, but {path.name} was written with {decay:g}"
 
 
-def _is_close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-15)
+def _is_close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-15)
 
 
 def _sort_key(names: Sequence[str]) -> Callable[[str], int]:
@@ -234,31 +234,31 @@ def _sort_key(names: Sequence[str]) -> Callable[[str], int]:
 
 
 def _last_epoch(content: Mapping[str, Any]) -> int:
-    """Return the number of updates that the file's schedule has counted; without a schedule, those up to its step."""
+    """Return the number of updates that the file's schedule has counted; without a schedule, its step + 1."""
     last_epoch = content.get(SCHEDULER, {}).get("last_epoch")
     return last_epoch if type(last_epoch) is int and 0 <= last_epoch < 2**63 else int(content["step"]) + 1
 
 
 def _texts(config: Config, allow_changes: bool = False) -> dict[str, str]:
-    """Return the text files of a checkpoint by name: settings, and the tokenizer that they name, if any.
+    """Return the text files of a checkpoint by name: the settings and, if they name one, the tokenizer.
 
     Raises:
         DataError: the tokenizer cannot be read.
         SettingsError: it has more entries than the model's vocabulary, unless changes are allowed.
     """
-    if config.data.learns_tokenizer:
+    if config.data.trains_tokenizer:
         return {CONFIG: dump_yaml(config)}
     config, tokenizer = _load_tokenizer(config)
     if not allow_changes and tokenizer.vocab_size > config.model.vocab_size:
         raise SettingsError(
-            f"data.tokenizer: {tokenizer.name} has {tokenizer.vocab_size:,} entries, the file's model only "
+            f"data.tokenizer: {tokenizer.name} has {tokenizer.vocab_size:,} entries, but the file's model has only "
             f"{config.model.vocab_size:,}; give the tokenizer that it was trained with"
         )
     return {CONFIG: dump_yaml(config), TOKENIZER: tokenizer.to_json()}
 
 
 def _load_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
-    """Load the tokenizer that the settings name; return it with the settings, completed by what depends on it.
+    """Load the tokenizer that the settings name; return it and the settings with its special tokens.
 
     Raises:
         DataError: it cannot be read.
@@ -271,32 +271,35 @@ def _load_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
     return with_tokenizer_settings(config, tokenizer), tokenizer
 
 
-def _newest_file(storage: RunFolder, newest: Path | None, may_repeat: bool, log: Callable[[str], None]) -> Path | None:
+def _newest_file(
+    storage: RunFolder, newest: Path | None, may_convert_again: bool, log: Callable[[str], None]
+) -> Path | None:
     """Return the newest intact file of the original whose step is after that of `newest`.
 
-    With `may_repeat` it may be of the same step if `newest` was converted from such a file.
+    With `may_convert_again`, a file with the step of `newest` is included if `newest` was converted from such a file.
 
     Raises:
-        CheckpointError: there is no checkpoint of ours, and all files of the original are damaged.
+        CheckpointError: there is no savant_ray checkpoint, and all files of the original are damaged.
     """
     min_step = 0
     if newest is not None:
-        min_step = step_of(newest) if may_repeat and _was_converted(newest) else step_of(newest) + 1
+        min_step = step_of(newest) if may_convert_again and _was_converted(newest) else step_of(newest) + 1
     files = storage.file_names()
     names = [name for name in reversed(original_names(files)) if original_step(name) >= min_step]
     if newest is None and not names and (others := sorted(name for name in files if name.endswith(".pt"))):
         log(
-            f"note: {', '.join(others)}: not used, because files of the original are named step_N.pt, N being their step"
+            f"note: {', '.join(others)}: not used, because files of the original have names of the form step_N.pt, where N "
+            "is the step"
         )
     path = newest_intact(map(storage.fetch, names), log)
     if path is None and names and newest is None:
         advice = "Restore one, or start a new run with --fresh, which renames this folder and deletes nothing."
-        raise CheckpointError(f"{_none_intact(storage.location)}. {advice}")
+        raise CheckpointError(f"{none_intact(storage.location)}. {advice}")
     return path
 
 
 def _was_converted(checkpoint: Path) -> bool:
-    """Return whether a checkpoint of ours was converted from a file of the original."""
+    """Return whether a checkpoint was converted from a file of the original and nothing was trained from it."""
     return bool(read_manifest(checkpoint)["data_fingerprint"] == ANY_TEXT)
 
 
@@ -319,12 +322,13 @@ def _refuse_other_settings(path: Path, settings: FileSettings) -> None:
     """Refuse to continue training with settings that differ from those of the file.
 
     Raises:
-        CheckpointError: some differ, or no tokenizer is named, so that a new one would be trained.
+        CheckpointError: settings differ, or no tokenizer is named, so that a new one would be trained.
     """
     problems, data = list(settings.problems), settings.config.data
-    if data.learns_tokenizer:
-        problem = f"data.tokenizer: {data.tokenizer} would train a new tokenizer, not the one of the file"
-        problems.append(f"{problem}; give that one")
+    if data.trains_tokenizer:
+        problems.append(
+            f"data.tokenizer: {data.tokenizer} would train a new tokenizer; give the one that the file was trained with"
+        )
     if problems:
         advice = "--allow-changes continues anyway and keeps what fits; --fresh starts a new run and renames this one."
         raise CheckpointError(f"{path.name} was trained with other settings:\n  " + "\n  ".join([*problems, advice]))
@@ -333,14 +337,15 @@ def _refuse_other_settings(path: Path, settings: FileSettings) -> None:
 def _refuse_incomplete(path: Path, settings: FileSettings) -> None:
     """Raise CheckpointError or SettingsError if the file cannot be used with these settings, or no tokenizer is named."""
     problems = list(settings.problems)
-    if settings.config.data.learns_tokenizer:
+    if settings.config.data.trains_tokenizer:
         problems.append(
-            "data.tokenizer: a file of the original holds no tokenizer; give --data.tokenizer FILE, FOLDER or NAME"
+            "data.tokenizer: a file of the original contains no tokenizer; give --data.tokenizer FILE, FOLDER or NAME"
         )
     if problems:
         kind = SettingsError if len(problems) > len(settings.mismatches) else CheckpointError
         raise kind(f"{path}, a file of the original, does not match the settings:\n  " + "\n  ".join(problems))
 
 
-def _none_intact(folder: str) -> str:
-    return f"{folder} holds files of the original, but none that is intact"
+def none_intact(folder: str) -> str:
+    """Return the error for a folder or URI whose files of the original are all damaged."""
+    return f"{folder}: contains files of the original, but none that is intact"

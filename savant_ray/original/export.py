@@ -1,4 +1,4 @@
-"""Export of a checkpoint as a file from which the original script can continue training."""
+"""Export of a checkpoint as a file with which the original script can continue training."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ from savant_ray.original.names import original_files
 from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, read_settings
 from savant_ray.training.safetensors_export import new_output
 
-CODE_LITERALS = ("global_every", "soft_cap")  # numbers in the code of the original, which can be edited there
+CODE_LITERALS = ("global_every", "soft_cap")  # literals in the original's code, where a user can edit them
 NO_OPTIMIZER_KNOWN = (
-    "written for PyTorch's AdamW. If the original runs with bitsandbytes, it would fail at its first update "
-    "(KeyError: 'state1'): in that case export with --optimizer adamw8bit"
+    "written for PyTorch's AdamW. If the original uses bitsandbytes, it fails at its first update with this file "
+    "(KeyError: 'state1'); export with --optimizer adamw8bit instead"
 )
-NO_MOMENTS = "the optimizer's state has no AdamW moments, so the file holds none: the original starts a fresh optimizer"
-PARAMETER_ORDER = (  # in files of the original, unless a file shows another one
+NO_MOMENTS = (
+    "the optimizer's state has no AdamW moments, so the file has none and the original starts a fresh optimizer"
+)
+PARAMETER_ORDER = (  # of the original, unless a file of the original in the run folder has another order
     "embed.weight",
     *(f"recurrent_block.attn.{name}_proj.weight" for name in "qkvo"),
     "recurrent_block.attn.ln.weight",
@@ -57,9 +59,9 @@ PARAMETER_ORDER = (  # in files of the original, unless a file shows another one
 def export_original(checkpoint: Path, output: Path, optimizer: OptimizerName | None = None) -> list[str]:
     """Write a checkpoint as a file of the original; return warnings.
 
-    `checkpoint` is a run folder (its newest checkpoint, or if it has none its newest file of the original), a step folder
-    or a file of the original. Parameters are in the order of the files of the original in the run folder, if there are
-    any. `optimizer` is the one that the original will run with; by default that of its newest file.
+    `checkpoint` is a run folder, a step folder or a file of the original. A run folder stands for its newest checkpoint or,
+    if it has none, its newest file of the original. `optimizer` is the one that the original will use. If the run folder
+    contains files of the original, the newest intact one determines the parameter order and the default of `optimizer`.
 
     Raises:
         CheckpointError: there is no intact checkpoint, or its model has a setting without a counterpart in the original.
@@ -73,7 +75,7 @@ def export_original(checkpoint: Path, output: Path, optimizer: OptimizerName | N
 
 
 def _export_file(source: Path, output: Path, optimizer: OptimizerName | None) -> list[str]:
-    """Write a copy of a file of the original, with the state in the format of `optimizer`; return warnings."""
+    """Copy a file of the original, with the optimizer state in the format of `optimizer`; return warnings."""
     content = read_file(source)
     warnings = [] if has_moments(content) else [NO_MOMENTS]
     if warnings:
@@ -84,7 +86,7 @@ def _export_file(source: Path, output: Path, optimizer: OptimizerName | None) ->
 
 
 def _export_checkpoint(folder: Path, output: Path, optimizer: OptimizerName | None) -> list[str]:
-    """Write a checkpoint of ours as a file of the original; return warnings."""
+    """Write a savant_ray checkpoint as a file of the original; return warnings."""
     warnings: list[str] = []
     config = read_settings(folder)
     _refuse_unsupported_model(folder, config.model)
@@ -92,10 +94,14 @@ def _export_checkpoint(folder: Path, output: Path, optimizer: OptimizerName | No
     reference = newest_intact(reversed(original_files(folder.parent)), warnings.append)
     reference_content = read_file(reference) if reference else None
     target = optimizer or (optimizer_of(reference_content) if reference_content else None)
-    original, lost = to_original(content, config.training, config.model, target or "adamw", reference_content)
+    original, warnings_of_conversion = to_original(
+        content, config.training, config.model, target or "adamw", reference_content
+    )
     write_original(output, original)
-    warnings += lost
-    if target is None and not lost:
+    warnings += warnings_of_conversion
+    if (
+        target is None and NO_MOMENTS not in warnings
+    ):  # without moments, any optimizer of the original can load the file
         warnings.append(NO_OPTIMIZER_KNOWN)
     return warnings + _differences(config.model, original["model_state_dict"], reference, reference_content)
 
@@ -114,8 +120,8 @@ def _refuse_unsupported_model(folder: Path, model: ModelConfig) -> None:
     ]
     if unsupported:
         raise CheckpointError(
-            f"{folder}: trained with {', '.join(unsupported)}, which the original does not have; with the same weights it "
-            "would compute something else. --format safetensors can store this model."
+            f"{folder}: trained with {', '.join(unsupported)}, which the original does not support; it would compute "
+            "different results with the same weights. --format safetensors can store this model."
         )
 
 
@@ -125,10 +131,10 @@ def _differences(
     reference: Path | None,
     reference_content: Mapping[str, Any] | None,
 ) -> list[str]:
-    """Return warnings about what to change in the original before it loads the file and computes the same as our model.
+    """Return warnings about constants to change in the original so that it computes the same as `model`.
 
-    Constants are compared with those that `reference` shows, a file of the original in the run folder; without one, with
-    the published constants of the original, which are our defaults.
+    Constants are compared with those of `reference`, a file of the original in the run folder; if there is none, with the
+    published constants of the original, which are the defaults of our settings.
     """
     defaults = ModelConfig()
     warnings = []
@@ -139,8 +145,8 @@ def _differences(
             and global_loops(model.model_dump(), value) == global_loops(model.model_dump(), original_value)
         ):
             warnings.append(
-                f"trained with model.{name}: {value}, but the original's code has {original_value}; unless that is changed, "
-                "it computes something else with these weights"
+                f"trained with model.{name}: {value}, but the original's code has {original_value}; unless it is changed, "
+                "the original computes different results with these weights"
             )
     if reference_content is not None and reference is not None:
         weights = reference_content["model_state_dict"]
@@ -150,12 +156,12 @@ def _differences(
             if name in weights and weights[name].shape != tensor.shape
         ]
         differences += [
-            f"{name} is not that of model.max_seq_len {model.max_seq_len} and model.window_size {model.window_size}"
+            f"{name} does not match model.max_seq_len {model.max_seq_len} and model.window_size {model.window_size}"
             for name, mask in attention_masks(model).items()
             if name in weights and not torch.equal(visible_keys(weights[name]), visible_keys(mask))
         ]
         if differences:
-            warnings.append(f"{reference.name} in the run folder is of another model: {'; '.join(differences)}")
+            warnings.append(f"{reference.name} in the run folder has another model: {'; '.join(differences)}")
         return warnings
     differences = [
         f"{name} {getattr(model, name)} ({getattr(defaults, name)})"
@@ -163,7 +169,9 @@ def _differences(
         if getattr(model, name) != getattr(defaults, name)
     ]
     if differences:
-        warnings.append(f"the original needs this model's constants instead of its own: {', '.join(differences)}")
+        warnings.append(
+            f"set these constants in the original (now: the values in parentheses): {', '.join(differences)}"
+        )
     return warnings
 
 
@@ -174,10 +182,10 @@ def to_original(
     optimizer: OptimizerName = "adamw",
     reference: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the content of our checkpoint as the original's four keys, and warnings about what they cannot hold.
+    """Convert the content of a savant_ray checkpoint to the original's four keys; return them and warnings.
 
-    `reference` is the content of a file of the original (see `read_file`); its parameter order and masks are used, so that
-    the script that wrote it can load the new file. Learning rates are those of the next update.
+    `reference` is the content of a file of the original (see `read_file`), whose parameter order and masks are used so
+    that the script that wrote it can load the new file. Learning rates are those of the next update.
     """
     weights, state = content["model_state_dict"], content["optimizer_state_dict"]
     reference_weights = reference["model_state_dict"] if reference else {}
@@ -204,7 +212,7 @@ def to_original(
 
 
 def _in_order(weights: Mapping[str, Tensor], order: Iterable[str]) -> list[str]:
-    """Return the names of the weights in this order, followed by those that are not in it."""
+    """Return the names of the weights, sorted by `order`; names that are not in it are last."""
     known = [name for name in order if name in weights]
     return known + [name for name in weights if name not in known]
 

@@ -9,9 +9,10 @@
 The schedule's `last_epoch` counts updates, so it is `step + 1`. A resumed script repeats the number of its last update,
 so each resume adds one more. The learning rates in a file are those of the next update.
 
-Parameters are in the order of the names in `model_state_dict`, which may differ from ours. PyTorch assigns moments by
-number alone, so a file has to be written in the parameter order of the model that will load it.
-A file has no manifest, but a CRC-32 for each zip record, which PyTorch ignores; it is verified before a file is loaded.
+Parameters are numbered in the order of the names in `model_state_dict`, which may differ from that of savant_ray. PyTorch
+assigns moments by number alone, so a file has to be written in the parameter order of the model that will load it.
+
+A file has no manifest, but a CRC-32 for each zip record. PyTorch ignores it; here it is verified before a file is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from savant_ray.errors import CheckpointError
-from savant_ray.locations import why
+from savant_ray.locations import error_text
 from savant_ray.optim.adamw import MOMENTS
 from savant_ray.original.adamw8bit import from_adamw8bit, to_adamw8bit
 from savant_ray.original.names import is_original_name, original_step
@@ -40,7 +41,7 @@ MASKS = frozenset({"global_mask", "local_mask", "recurrent_block.attn.mask"})  #
 
 
 def newest_intact(files: Iterable[Path], log: Callable[[str], None]) -> Path | None:
-    """Return the first intact file of `files`, which are given newest first; damaged ones before it go to `log`."""
+    """Return the first intact one of `files` (sorted newest first); damaged ones before it are reported to `log`."""
     for path in files:
         try:
             _load_verified(path)
@@ -54,13 +55,13 @@ def newest_intact(files: Iterable[Path], log: Callable[[str], None]) -> Path | N
 def read_file(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Verify a file and return its four keys: weights and moments in fp32 and in the file's order, and the masks.
 
-    The moments are those of `torch.optim.AdamW`, whichever optimizer wrote the file (see `optimizer_of`). Executes no code
-    from the file. An invalid state of optimizer or scheduler is returned empty, so that the weights remain usable; a
-    missing state of the scheduler is missing in the result too.
+    The moments have the format of `torch.optim.AdamW`, whichever optimizer wrote the file (see `optimizer_of`). Code in the
+    file is not executed. An invalid state of the optimizer or scheduler is returned empty, so that the weights remain
+    usable. If the file has no scheduler state, the result has none either.
 
     Raises:
-        CheckpointError: the file is missing, truncated or altered, lacks a key, contains code, or is named after another
-            step.
+        CheckpointError: the file is missing, truncated or altered, lacks a key or contains code, or its name has another
+            step than its content.
     """
     stored = _load_verified(path, device)
     weights = stored["model_state_dict"]
@@ -76,9 +77,10 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def optimizer_of(content: Mapping[str, Any]) -> OptimizerName | None:
-    """Return the optimizer that wrote a file; None if the file has no group of parameters.
+    """Return the optimizer that wrote a file; None if the file has no parameter group.
 
-    The groups show it, which files without moments have too: `amsgrad` is an option of PyTorch's AdamW only.
+    The optimizer is inferred from the options of the group, because a file may have no moments: only PyTorch's AdamW has
+    the option `amsgrad`.
     """
     groups = content["optimizer_state_dict"]["param_groups"]
     if not groups:
@@ -87,7 +89,7 @@ def optimizer_of(content: Mapping[str, Any]) -> OptimizerName | None:
 
 
 def has_moments(content: Mapping[str, Any]) -> bool:
-    """Return whether a file (see `read_file`) has an optimizer state, with AdamW moments in each parameter's state."""
+    """Return whether the content of a file (see `read_file`) has AdamW moments for each parameter with a state."""
     state = content["optimizer_state_dict"]["state"]
     return bool(state) and all(set(entry) == {"step", *MOMENTS} for entry in state.values())
 
@@ -104,9 +106,9 @@ def for_optimizer(content: Mapping[str, Any], optimizer: OptimizerName) -> dict[
 
 
 def renumbered(optimizer: dict[str, Any], old_order: Sequence[str], new_order: Sequence[str]) -> dict[str, Any]:
-    """Return the optimizer state with parameters numbered in another order, both given as parameter names.
+    """Return the optimizer state with the parameters numbered in a new order; both orders are parameter names.
 
-    A state without a single group of all parameters is returned unchanged.
+    A state whose parameters are not all in a single group is returned unchanged.
     """
     groups = optimizer["param_groups"]
     if len(groups) != 1 or len(groups[0]["params"]) != len(old_order):
@@ -121,7 +123,7 @@ def renumbered(optimizer: dict[str, Any], old_order: Sequence[str], new_order: S
 
 
 def write_original(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the four keys to a file that the original loads; the file is replaced atomically.
+    """Write the four keys to a file that the original can load; an existing file is replaced atomically.
 
     Raises:
         OSError: the storage fails; an existing file is unchanged.
@@ -137,7 +139,7 @@ def write_original(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _load_verified(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Verify and load a file; return its content as it was written.
+    """Verify and load a file; return its content unchanged.
 
     Raises:
         CheckpointError: as `read_file`.
@@ -150,9 +152,9 @@ def _load_verified(path: Path, device: str | torch.device = "cpu") -> dict[str, 
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{path}: not a file of the original: its step is {step!r}")
     if is_original_name(path.name) and original_step(path.name) != step:
-        raise CheckpointError(f"{path} holds step {step}: rename it to step_{step}.pt")
+        raise CheckpointError(f"{path} contains step {step}: rename it to step_{step}.pt")
     if not isinstance(weights, Mapping) or not all(map(_is_real_tensor, weights.values())):
-        raise CheckpointError(f"{path}: not a file of the original: its model_state_dict holds no weights by name")
+        raise CheckpointError(f"{path}: not a file of the original: its model_state_dict contains no weights by name")
     return content
 
 
@@ -168,7 +170,7 @@ def _verify_records(path: Path) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (IsADirectoryError, PermissionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({why(error)})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error_text(error)})") from error
     except Exception as error:  # zipfile raises errors of many types for damaged headers
         raise CheckpointError(
             f"{path}: truncated, altered or not written by torch.save ({error_line(error)})"
@@ -182,12 +184,12 @@ def _is_real_tensor(weight: Any) -> bool:
 
 
 def _folder_record(archive: zipfile.ZipFile) -> str | None:
-    """Return a record with the MS-DOS folder bit: PyTorch does not read such a record and returns uninitialized memory."""
-    return next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)
+    """Return a record that is marked as a folder; PyTorch does not read its content and returns uninitialized memory."""
+    return next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)  # MS-DOS folder bit
 
 
 def _optimizer_state(saved: Any) -> dict[str, Any]:
-    """Return AdamW's state by parameter number, with fp32 tensors, and its groups; both empty if `saved` is invalid."""
+    """Return AdamW's fp32 state by parameter number, and its parameter groups; both are empty if `saved` is invalid."""
     try:
         groups = [dict(group.items(), params=list(group["params"])) for group in saved.get("param_groups")]
         state = {
@@ -200,7 +202,7 @@ def _optimizer_state(saved: Any) -> dict[str, Any]:
 
 
 def _group_options(optimizer: OptimizerName) -> dict[str, Any]:
-    """Return the default options of an optimizer's group, except learning rate, betas, eps and weight decay."""
+    """Return the default options of an optimizer's parameter group, except rate, betas, eps and weight decay."""
     if optimizer == "adamw8bit":
         return {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
     options: dict[str, Any] = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]

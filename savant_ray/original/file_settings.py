@@ -1,4 +1,4 @@
-"""Settings for a file of the original, which stores none: inferred from its weights and masks, and completed."""
+"""Settings for a file of the original, which stores none: inferred from weights and masks, completed by the user's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONSTANTS = ("vocab_size", "dim", "n_heads", "n_loops", "max_seq_len", "window_s
 
 @dataclass(frozen=True)
 class FileSettings:
-    """Complete settings for a file of the original, and messages about them."""
+    """Complete settings for a file of the original, and messages about how they were determined."""
 
     config: Config
     """Settings whose model section matches the file."""
@@ -29,9 +29,9 @@ class FileSettings:
     mismatches: tuple[str, ...]
     """Weights that are missing, unknown or of another shape than in a model of these sizes."""
     not_shown: tuple[str, ...]
-    """Model settings that are explicit or defaults, because the file does not show them: `model.n_heads 16`."""
+    """Model settings that cannot be inferred from the file, with their explicit or default value: `model.n_heads 16`."""
     assumed: tuple[str, ...]
-    """The defaults among them."""
+    """Those of `not_shown` that have the default value because no explicit one was given."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -40,10 +40,10 @@ class FileSettings:
 
 
 def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapping[str, Any]]) -> FileSettings:
-    """Combine the settings that a file shows with explicit ones (by section, as in YAML) and defaults.
+    """Combine the settings inferred from a file with explicit ones (nested by section, as in YAML) and defaults.
 
-    `weights` is the file's `model_state_dict` with its masks. Where explicit settings contradict the file, those of the
-    file are used.
+    `weights` is the file's `model_state_dict` with its masks. If an explicit setting contradicts the file, the value of
+    the file is used.
 
     Raises:
         SettingsError: an explicit setting is invalid.
@@ -54,7 +54,7 @@ def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapp
     if dim is not None and type(heads) is int and heads > 0 and dim % heads:
         advice = "" if "n_heads" in model else "; give model.n_heads"
         contradictions.append(f"model.n_heads: {heads} does not divide the file's model.dim, {dim}{advice}")
-        heads = 1
+        heads = 1  # so that the other settings can be compared
     config = Config.from_dict({**explicit, "model": {**model, **sizes, "n_heads": heads}})
     file_model = _original_settings(config.model, model)
     for name, value in file_model.items():
@@ -69,7 +69,7 @@ def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapp
 
 
 def inferred_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the model settings that the shapes of weights and masks show; without masks, no sequence length."""
+    """Infer model settings from weights and masks; `max_seq_len` and `window_size` are inferred from the masks only."""
     sizes: dict[str, int] = {}
     embedding = weights.get("embed.weight")
     if embedding is not None and embedding.dim() == 2 and embedding.numel():
@@ -79,15 +79,15 @@ def inferred_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
         if visible.dim() == 2 and len(visible) == visible.shape[1] >= 2:
             sizes["max_seq_len"] = len(visible)
             if name == "local_mask" and (n_keys := int(visible[-1].sum())) > 1:
-                sizes["window_size"] = n_keys - 1
+                sizes["window_size"] = n_keys - 1  # the last query attends to itself and to the window before it
     return sizes
 
 
 def _original_settings(completed: ModelConfig, explicit: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model settings, with the original's values for those that are not constants of the script.
 
-    An explicit value with the same effect is kept: a window that is longer than the sequence, or a `global_every` that
-    makes the same loops global.
+    An explicit value that has the same effect is kept: a window longer than the sequence, or a `global_every` with which
+    the same loops are global.
     """
     defaults, model = ModelConfig(), completed.model_dump()
     window = explicit.get("window_size")
@@ -101,8 +101,8 @@ def _original_settings(completed: ModelConfig, explicit: Mapping[str, Any]) -> d
 
 
 def visible_keys(mask: Tensor) -> Tensor:
-    """Return [T, T] bool of a mask of the original: which keys (columns) a query (row) attends to."""
-    return mask.squeeze() == mask.flatten()[:1]  # element [0, 0]: a query always attends to itself
+    """Convert a mask of the original to bool, [T, T]: which keys (columns) each query (row) attends to."""
+    return mask.squeeze() == mask.flatten()[:1]  # masks differ in their values, but query 0 always attends to key 0
 
 
 def global_loops(model: Mapping[str, Any], global_every: int) -> list[bool]:
@@ -119,7 +119,7 @@ def attention_masks(model: ModelConfig) -> dict[str, Tensor]:
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, Tensor]:
-    """Return the parameters of a model by name, in our order, as tensors on the meta device."""
+    """Return the parameters of a model by name, in savant_ray's order, as tensors on the meta device."""
     with torch.device("meta"):
         return dict(UniversalTransformer(model).named_parameters())
 

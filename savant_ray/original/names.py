@@ -36,14 +36,14 @@ def original_names(names: Iterable[str]) -> list[str]:
 def original_files(folder: Path) -> list[Path]:
     """Return the files of the original directly in a folder, intact or not, oldest first.
 
-    A folder with such a name is included, since it will be reported as damaged. `step_5/step_5.pt` and
-    `step_5.damaged/step_5.pt` are not: they belong to a checkpoint of ours.
+    A subfolder with such a name is included, because it is to be reported as damaged. `step_5/step_5.pt` and
+    `step_5.damaged/step_5.pt` are not included: they are the weights of a savant_ray checkpoint.
     """
-    own = f"{folder.absolute().name.partition('.')[0]}.pt"
-    return [folder / name for name in original_names(path.name for path in folder.glob("step_*.pt")) if name != own]
+    weights = f"{folder.absolute().name.partition('.')[0]}.pt"
+    return [folder / name for name in original_names(path.name for path in folder.glob("step_*.pt")) if name != weights]
 
 
 def newest_by_name(path: Path) -> tuple[int, Path] | None:
-    """Return step and path of the newest file of the original at `path`, a file or folder; None without one."""
+    """Return step and path of the newest file of the original at `path`, a file or folder; None if there is none."""
     files = [path] if path.is_file() and is_original_name(path.name) else original_files(path)
     return (original_step(files[-1].name), files[-1]) if files else None

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from savant_ray.errors import doing
+from savant_ray.errors import error_context
 from savant_ray.events import (
     AttemptEnded,
     AttemptStarted,
@@ -74,8 +74,8 @@ class Record:
         """Append the event to `metrics.jsonl`, a sample also to `samples.jsonl`."""
         self._append(to_line(event))
 
-    def fill(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Append the lines saved with a checkpoint that are missing because the driver was killed."""
+    def backfill(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Append those of the lines saved with a checkpoint that are missing because the driver was killed."""
         present = {(line["event"], line.get("step")) for line in read_records(self._metrics.path)}
         for line in lines:
             if line["event"] not in ATTEMPT_KINDS and (line["event"], line["step"]) not in present:
@@ -87,10 +87,10 @@ class Record:
             self._samples.append(line)
         self._board.write(line)
 
-    def go_back_to(self, step: int, validates: bool) -> None:
-        """Remove the lines of what is repeated: all after `step`, and its validation if `validates`."""
+    def rewind(self, step: int, repeats_validation: bool) -> None:
+        """Remove the lines of later steps, and of the validation of `step` if it is repeated; start the followers."""
         for file in (self._metrics, self._samples):
-            file.keep(lambda line: not _is_repeated(line, step, validates))
+            file.keep(lambda line: not _is_repeated(line, step, repeats_validation))
         self._board.begin(step, read_records(self._metrics.path))
         for follower in self._followers:
             follower.begin(self._metrics.path)
@@ -105,7 +105,7 @@ class Record:
             elif file.path not in self._reported:
                 self._reported.add(file.path)
                 texts.append(
-                    f"WARNING: {file.path} cannot be written: {file.error}. Training goes on; {file.consequence}."
+                    f"WARNING: {file.path} cannot be written: {file.error}. Training continues; {file.consequence}."
                 )
         return texts
 
@@ -208,10 +208,10 @@ def has_finished(run_folder: Path, step: int) -> bool:
     return last["event"] == AttemptEnded.kind and bool(last.get("finished")) and last.get("step") == step
 
 
-def _is_repeated(line: dict[str, Any], step: int, validates: bool) -> bool:
+def _is_repeated(line: dict[str, Any], step: int, repeats_validation: bool) -> bool:
     if line["event"] in ATTEMPT_KINDS:
         return False
-    return line["step"] > step or (validates and line["step"] == step and line["event"] in VALIDATION_KINDS)
+    return line["step"] > step or (repeats_validation and line["step"] == step and line["event"] in VALIDATION_KINDS)
 
 
 def _repair(path: Path) -> None:
@@ -254,7 +254,7 @@ def _is_time(text: Any) -> bool:
 
 def _rewrite(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    with doing(f"writing {path}"):
+    with error_context(f"writing {path}"):
         try:
             with temporary.open("wb") as file:
                 file.writelines(_encoded(json.dumps(line, ensure_ascii=False)) for line in lines)

@@ -1,4 +1,4 @@
-"""Reporting of one attempt: each event goes to the record (metrics.jsonl), the log and the console.
+"""Report of one attempt: each event is written to the record (metrics.jsonl), the log and the console.
 
 A live terminal shows each step. The log and a plain console get a line for the first step, the last step and every 30
 seconds; all other events are printed when they happen.
@@ -52,12 +52,12 @@ class RunReport:
         self._console = open_console() if console is None else console
         self._clock, self._max_steps = clock, max_steps
         self._remaining_time, self._stage = RemainingTime(), "starting"
-        self._losses, self._skipped = Sparkline(), 0  # of this attempt
+        self._loss_sparkline, self._skipped = Sparkline(), 0  # of this attempt
         self._limit_gb: float | None = None
         self._last_line_time = clock()
-        self._last_pause = ("the start", clock())
+        self._previous_validation = ("the start", clock())  # what to call it in a message, and its time
         self._unprinted_step = ""  # the newest step's line, until it is printed
-        self._first_step = True
+        self._is_first_step = True
         self._notices: set[str] = set()
         self._log_failure_reported = False
         self.last_step = 0
@@ -71,37 +71,37 @@ class RunReport:
             self._log.write(printable(f"error: {str(error) or type(error).__name__}"))
         self.close()
 
-    def handle(self, event: Event) -> None:
-        """Record an event and print it; a notice with the same text from several workers is handled once."""
+    def add_event(self, event: Event) -> None:
+        """Record an event and print it; of notices with the same text, which several workers may send, only the first."""
         if isinstance(event, Notice):
             if event.text in self._notices:
                 return
             self._notices.add(event.text)
         if isinstance(event, AttemptStarted):
-            self._start(event)
+            self._on_attempt_started(event)
         if self._record is not None:
             self._record.append(event)
             self._print_warnings(self._record)
         if isinstance(event, StepDone):
-            self._step(event)
+            self._on_step(event)
         elif isinstance(event, ValidationDone):
-            self._validation(event)
+            self._on_validation(event)
         elif text := describe(event):
-            self.say(text)
+            self.notify(text)
 
-    def fill(self, lines: Iterable[dict[str, Any]]) -> None:
+    def backfill(self, lines: Iterable[dict[str, Any]]) -> None:
         """Add lines to the record that an earlier attempt did not write because its driver was killed."""
         if self._record is not None:
-            self._record.fill(lines)
+            self._record.backfill(lines)
 
     @property
     def activity(self) -> str:
-        """Return what the run is doing ("starting Ray", "training"), for the message of an unexpected error."""
+        """Current activity of the run, such as "starting Ray" or "training", for the message of an unexpected error."""
         return self._stage
 
-    def stage(self, text: str) -> None:
+    def begin_stage(self, text: str) -> None:
         """Begin a stage before the first step, such as "starting Ray"."""
-        self._stage, self._last_line_time = text, self._clock()
+        self._stage = text
         self._print_progress(f"{text} …")
         self._console.show(printable(text), 0, None, "")
 
@@ -112,7 +112,7 @@ class RunReport:
         if self._line_is_due():
             self._print_progress(f"{self._stage}: {figures}")
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """Print lines on the console and in the log."""
         text = printable(text)
         if self._log is not None:
@@ -133,65 +133,63 @@ class RunReport:
         if self._log is not None:
             self._log.close()
 
-    def _start(self, event: AttemptStarted) -> None:
+    def _on_attempt_started(self, event: AttemptStarted) -> None:
         """Reset the record to `event.step`, since later steps are repeated, and the figures of the attempt."""
         if self._record is not None:
-            self._record.go_back_to(event.step, event.validates_first)
+            self._record.rewind(event.step, event.validates_first)
         self._stage = "training"
         self.last_step, self._max_steps, self._limit_gb = event.step, event.max_steps, event.vram_limit_gb
-        self._losses, self._skipped = Sparkline(), 0
-        self._remaining_time, self._first_step, self._unprinted_step = RemainingTime(), True, ""
-        self._last_pause = ("the start", self._clock())
+        self._loss_sparkline, self._skipped = Sparkline(), 0
+        self._remaining_time, self._is_first_step, self._unprinted_step = RemainingTime(), True, ""
+        self._previous_validation = ("the start", self._clock())
 
-    def _step(self, event: StepDone) -> None:
+    def _on_step(self, event: StepDone) -> None:
         self.last_step = event.step
         self._remaining_time.observe(event.step_seconds, self._clock())
         label = step_label(event.step, self._max_steps)
         seconds_left = self._remaining_time.seconds(self._max_steps - event.step)
         figures = step_figures(event, seconds_left)
-        self._losses.add(event.train_loss)
+        self._loss_sparkline.add(event.train_loss)
         self._skipped += event.skipped_micro_batches
-        panel = step_panel(event, str(self._losses), self._skipped, self._limit_gb, seconds_left)
+        panel = step_panel(event, str(self._loss_sparkline), self._skipped, self._limit_gb, seconds_left)
         self._console.show(label, event.step, self._max_steps, panel)
         self._unprinted_step = f"{label} · {figures}"
-        first_or_last = self._first_step or event.step == self._max_steps
-        self._first_step = False
+        is_first_or_last = self._is_first_step or event.step == self._max_steps
+        self._is_first_step = False
         if event.update_skipped:
-            self.say(skipped_update(event))
-        if self._line_is_due() or first_or_last:
+            self.notify(skipped_update(event))
+        if self._line_is_due() or is_first_or_last:
             self._print_newest_step()
 
-    def _validation(self, event: ValidationDone) -> None:
-        pause, then = self._last_pause
-        self._last_pause = ("the last", self._clock())
-        self.say(f"{describe(event)} · {duration(self._clock() - then)} since {pause}")
+    def _on_validation(self, event: ValidationDone) -> None:
+        now = self._clock()
+        previous, previous_time = self._previous_validation
+        self._previous_validation = ("the last", now)
+        self.notify(f"{describe(event)} · {duration(now - previous_time)} since {previous}")
 
     def _print_warnings(self, record: Record) -> None:
         for text in record.warnings():
-            self.say(text)
+            self.notify(text)
         if self._log is not None and self._log.error and not self._log_failure_reported:
             self._log_failure_reported = True
             self._console.print(
-                f"WARNING: {self._log.path} cannot be written: {self._log.error}. Training goes on; its lines are lost."
+                f"WARNING: {self._log.path} cannot be written: {self._log.error}. Training continues; its lines are lost."
             )
 
     def _print_newest_step(self) -> None:
         if self._unprinted_step:
             self._print_progress(self._unprinted_step)
-            self._unprinted_step, self._last_line_time = "", self._clock()
+            self._unprinted_step = ""
 
     def _print_progress(self, text: str) -> None:
         text = printable(text)
         if self._log is not None:
             self._log.write(text)
         self._console.print_progress(text)
+        self._last_line_time = self._clock()
 
     def _line_is_due(self) -> bool:
-        now = self._clock()
-        if now - self._last_line_time < SECONDS_BETWEEN_LINES:
-            return False
-        self._last_line_time = now
-        return True
+        return self._clock() - self._last_line_time >= SECONDS_BETWEEN_LINES
 
 
 class RemainingTime:

@@ -31,7 +31,7 @@ from savant_ray.reporting.wording import duration, printable
 STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # lines of steps, the most frequent, are parsed late
 RECENT_STEPS = 100
 SAMPLE_WIDTH = 100  # characters
-PIPE_WIDTH = 300  # columns if standard output is no terminal, so that rows are not wrapped
+PIPE_WIDTH = 300  # columns if standard output is not a terminal, so that rows are not wrapped
 # Returns the step and the path of the newest file of the original program at a path, going by its name.
 NewestOriginal = Callable[[Path], tuple[int, Path] | None]
 
@@ -67,31 +67,34 @@ class RunSummary:
 
 
 def find_runs(folders: Iterable[Path], newest_original: NewestOriginal = lambda path: None) -> list[Path]:
-    """Return run folders, and folders with files of the original, among these, their subfolders, and below `savant_runs`."""
-    found: list[Path] = []
+    """Return the folders with a record or with files of the original.
+
+    Searched are `folders`, their subfolders, and everything below `savant_runs` in them.
+    """
+    runs: list[Path] = []
     for folder in folders:
         if folder.is_file() and newest_original(folder):
-            found.append(folder)
-        for below in ("", "*/", "savant_runs/**/"):
-            found += [record.parent for record in sorted(folder.glob(below + METRICS))]
-            files = sorted(folder.glob(f"{below}step_*.pt"))
-            found += [path for path in dict.fromkeys(file.parent for file in files) if newest_original(path)]
-    return list(dict.fromkeys(path.resolve() for path in found))
+            runs.append(folder)
+        for subfolders in ("", "*/", "savant_runs/**/"):
+            runs += [record.parent for record in sorted(folder.glob(subfolders + METRICS))]
+            files = sorted(folder.glob(f"{subfolders}step_*.pt"))
+            runs += [path for path in dict.fromkeys(file.parent for file in files) if newest_original(path)]
+    return list(dict.fromkeys(path.resolve() for path in runs))
 
 
-def summarise(
+def summarize(
     run_folder: Path, is_in_use: Callable[[Path], bool], newest_original: NewestOriginal = lambda path: None
 ) -> RunSummary:
-    """Summarise a run; `is_in_use` returns whether some process is training it.
+    """Summarize a run; `is_in_use` returns whether some process is training it.
 
-    A folder without a record, or where no launch got as far as to train, may hold files of the original.
+    A folder with files of the original is summarized from their names if no attempt has trained or saved in it.
 
     Raises:
         SettingsError: there is neither a record nor a file of the original.
     """
     original = newest_original(run_folder)
     if not (run_folder / METRICS).is_file() and original is None:
-        raise SettingsError(f"{run_folder}: no run (it has no {METRICS}); `savant runs` lists those that are here")
+        raise SettingsError(f"{run_folder}: no run (it has no {METRICS}); `savant runs` lists the runs in this folder")
     steps, newest, best = _read(run_folder / METRICS) if (run_folder / METRICS).is_file() else ([], {}, {})
     if original is not None and not {AttemptStarted.kind, CheckpointSaved.kind} & newest.keys():
         return _of_original(run_folder, *original)
@@ -122,7 +125,7 @@ def summarise(
 
 
 def _of_original(path: Path, step: int, newest: Path) -> RunSummary:
-    """Return what the name and the time of a file of the original show; the file is not opened."""
+    """Summarize a file of the original from its name and modification time, without opening it."""
     time = datetime.fromtimestamp(newest.stat().st_mtime, UTC).isoformat()
     unknown: dict[str, Any] = {field.name: None for field in fields(RunSummary)}
     known = dict(name=path.resolve().name, folder=str(path), state="file of the original", step=step, last_time=time)
@@ -148,14 +151,18 @@ def _relative(folder: str) -> str:
 
 def status(run: RunSummary) -> str:
     """Return five lines about a run."""
-    last = f", last event {ago(run.last_time)}" if run.last_time else ""
-    of = "" if run.max_steps is None else f" of {run.max_steps:,}"
-    speed = [] if run.tokens_per_second is None else [f"{run.tokens_per_second:,.0f} tokens/s"]
-    left = [] if run.seconds_left is None else [f"{duration(run.seconds_left)} left"]
-    loss = [] if run.train_loss is None else [f"loss {run.train_loss:.4f}"]
+    last_event = f", last event {ago(run.last_time)}" if run.last_time else ""
+    failure = f": {run.failure}" if run.failure else ""
+    progress = [f"step {run.step:,}" if run.max_steps is None else f"step {run.step:,} of {run.max_steps:,}"]
+    if run.train_loss is not None:
+        progress.append(f"loss {run.train_loss:.4f}")
+    if run.tokens_per_second is not None:
+        progress.append(f"{run.tokens_per_second:,.0f} tokens/s")
+    if run.seconds_left is not None:
+        progress.append(f"{duration(run.seconds_left)} left")
     lines = [
-        f"{run.name}: {run.state}{last}" + (f": {run.failure}" if run.failure else ""),
-        " · ".join([f"step {run.step:,}{of}", *loss, *speed, *left]),
+        f"{run.name}: {run.state}{last_event}{failure}",
+        " · ".join(progress),
         _validation(run),
         f"saved {run.checkpoint}, {ago(run.checkpoint_time)}" if run.checkpoint_time else "no checkpoint yet",
         _sample(run),
@@ -214,5 +221,5 @@ def _sample(run: RunSummary) -> str:
     if run.sample is None:
         return "no sample yet"
     text = " ".join(run.sample.split())
-    cut = text if len(text) <= SAMPLE_WIDTH else f"{text[:SAMPLE_WIDTH]}…"
-    return f"answered at step {run.sample_step:,}: {cut}"
+    truncated = text if len(text) <= SAMPLE_WIDTH else f"{text[:SAMPLE_WIDTH]}…"
+    return f"answered at step {run.sample_step:,}: {truncated}"

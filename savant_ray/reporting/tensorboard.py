@@ -1,8 +1,8 @@
 """TensorBoard event files, derived from the record: each number of an event as `event/field`.
 
-Each attempt writes its own file. It first invalidates what earlier files contain from some step on (with TensorBoard's
-session log) and writes it again from the record. Therefore no step appears twice, and events that a killed driver did not
-flush are added.
+Each attempt writes its own file. It begins with a session log, which makes TensorBoard ignore the last steps of earlier
+files, and writes these steps again from the record. So no step appears twice, and events that a killed driver did not flush
+are added.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 FOLDER = "tensorboard"
-REWRITTEN_STEPS = 1000  # far more than a driver can have pending
+REWRITTEN_STEPS = 1000  # far more than a killed driver can have left unwritten
 FLUSH_SECONDS = 5
 NUMERIC_KINDS = (StepDone.kind, ValidationDone.kind, LogicScored.kind, CheckpointSaved.kind)
 

@@ -78,9 +78,9 @@ def _(event: ValidationDone) -> str:
 
 @describe.register
 def _(event: LogicScored) -> str:
-    all_ = "all " if event.final else ""
+    which = "all " if event.final else ""
     summary = (
-        f"logic at step {event.step:,}: {percent(event.score)} of {all_}{event.n:,} held-out problems right "
+        f"logic at step {event.step:,}: {percent(event.score)} of {which}{event.n:,} held-out problems right "
         f"({percent(event.low)} – {percent(event.high)}) · {duration(event.seconds)}"
     )
     if not event.final:
@@ -105,7 +105,7 @@ def _(event: CheckpointSaved) -> str:
 @describe.register
 def _(event: CheckpointFailed) -> str:
     return (
-        f"WARNING: step {event.step:,} could not be saved: {event.text}. Training goes on and tries again at the next "
+        f"WARNING: step {event.step:,} could not be saved: {event.text}. Training continues and tries again at the next "
         "checkpoint; older checkpoints are complete. Free some space, or repair the storage."
     )
 
@@ -253,13 +253,8 @@ def printable(text: str) -> str:
     )
 
 
-_ESCAPED_CATEGORIES = {
-    "Cc",
-    "Cf",
-    "Cs",
-    "Zl",
-    "Zp",
-}  # control, format (also right-to-left overrides), surrogate, line breaks
+# Of Unicode: control and format characters (such as right-to-left overrides), surrogates, line and paragraph separators.
+_ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def _escaped(character: str) -> str:

@@ -79,20 +79,21 @@ def _message(name: str, problems: list[Any], names: Sequence[str]) -> tuple[str,
             text = str(problem["ctx"]["error"])
             setting, _, message = text.partition(": ")
             return (setting, message) if setting in names else (name, text)
-        if not _expected(problem):  # the type is right, so the errors of the union's other members are irrelevant
+        # If the value has the type of one member of a union, errors of the other members are irrelevant.
+        if not _expected(problem):
             return name, _describe(problem, name, names)
-    *most, last = [word for problem in problems for word in _expected(problem)]
-    words = f"{', '.join(most)} or {last}" if most else last
+    *others, last = [text for problem in problems for text in _expected(problem)]
+    expected = f"{', '.join(others)} or {last}" if others else last
     value = problems[0]["input"]
-    return name, f"expected {words}, found {show(value)}{_correction(value, words)}"
+    return name, f"expected {expected}, found {show(value)}{_correction(value, expected)}"
 
 
-def _correction(value: Any, words: str) -> str:
+def _correction(value: Any, expected: str) -> str:
     """Return `; write …` if the intended number is clear, such as 8000 for `8,000`, else an empty string."""
-    is_integer = words.startswith("a whole number")
+    is_integer = expected.startswith("a whole number")
     if is_integer and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return f"; write {int(value)}"
-    if not isinstance(value, str) or not (is_integer or words.startswith("a number")):
+    if not isinstance(value, str) or not (is_integer or expected.startswith("a number")):
         return ""
     if any(quote in value for quote in TYPOGRAPHIC_QUOTES):
         return "; typographic quotes do not quote: use ' or \""

@@ -22,7 +22,7 @@ class Setting:
 
     name: str  # dotted: "training.max_steps"
     default: Any
-    meaning: str  # with its unit
+    description: str  # with its unit
     types: tuple[type, ...]  # that a value may have
 
     @property
@@ -57,7 +57,7 @@ def settings_table(settings: Sequence[Setting], sections: Mapping[str, str], wid
 
 def _row(setting: Setting, width: int) -> str:
     option = f"  --{setting.name}".ljust(OPTION_WIDTH - 1)
-    text = f"{setting.meaning} [{show(setting.default)}]"
+    text = f"{setting.description} [{show(setting.default)}]"
     return textwrap.fill(
         text,
         max(width, OPTION_WIDTH + 20),

@@ -127,27 +127,26 @@ class _Dumper(yaml.SafeDumper):
     """Dumper that quotes text which either version of YAML would read as another type."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        style = (
-            '"' if re.search("[\x85\u2028\u2029]", data) else None
-        )  # line breaks in version 1.1, ordinary characters in 1.2
+        # These are line breaks in version 1.1 and ordinary characters in 1.2.
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
         return self.represent_scalar(f"{_STANDARD}str", data, style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 
-# A longer number is read as a float: it would not fit into 64 bits, and Python refuses to convert thousands of digits.
+# An integer with more digits is read as a float: it may not fit into 64 bits, and Python limits the digits that it converts.
 _INT = r"[-+]?[0-9](?:_?[0-9]){0,17}"
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 _BOOL = "(?i:true|false|yes|no|on|off)"
 
 
-def _add_scalar(tag: str, pattern: str, words: str, construct: Callable[[_Loader, yaml.ScalarNode], Any]) -> None:
+def _add_scalar(tag: str, pattern: str, expected: str, construct: Callable[[_Loader, yaml.ScalarNode], Any]) -> None:
     """Register the constructor of a tag such as `!!int`, which accepts only text that matches `pattern`."""
 
     def constructor(loader: _Loader, node: yaml.ScalarNode) -> Any:
         text = loader.construct_scalar(node)
         if not re.fullmatch(pattern, text):
-            raise yaml.constructor.ConstructorError(None, None, f"{show(text)} is not {words}", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{show(text)} is not {expected}", node.start_mark)
         return construct(loader, node)
 
     _Loader.add_constructor(_STANDARD + tag, constructor)

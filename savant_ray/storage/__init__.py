@@ -1,1 +1,1 @@
-"""Where a run is kept: a local folder or object storage, who may write to it, its checkpoints."""
+"""Storage of a run: a local folder or object storage, the lock that protects it, and its checkpoints."""

@@ -1,7 +1,7 @@
 """Compare-and-swap of a small object in object storage: it is replaced only if it still has the version that was read.
 
-`pyarrow.fs` has no conditional writes; `obstore` has them: `If-None-Match: *` and `If-Match` of S3, and generations of
-Google Cloud Storage. Its client is configured with the options of the pyarrow file system, so one URI configures both.
+`pyarrow.fs` has no conditional writes. `obstore` supports them, with `If-None-Match: *` and `If-Match` on S3 and with
+generations on Google Cloud Storage. Its client gets the options of the pyarrow file system, so one URI configures both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ConditionsNotSupportedError(OSError):
 
 
 class SharedObject(Protocol):
-    """One object in a storage. All methods raise OSError if the storage is not reached or fails."""
+    """One object in a storage. All methods raise OSError if the storage fails or cannot be reached."""
 
     def read(self) -> tuple[bytes, UpdateVersion | None]:
         """Return content and version; b"" and None if the object does not exist."""
@@ -49,7 +49,10 @@ class SharedObject(Protocol):
         """
 
     def is_conditional(self, content: bytes) -> bool:
-        """Return whether the storage enforces conditions; `content` is the current content of the object."""
+        """Test whether the storage enforces conditions; `content` is the current content of the object.
+
+        Storage that ignores conditions overwrites the object with `content`, which leaves it unchanged.
+        """
 
 
 class ConditionalObject:
@@ -89,7 +92,7 @@ class ConditionalObject:
             raise kind(_first_line(error)) from error
 
     def is_conditional(self, content: bytes) -> bool:
-        """Return whether two writes that must fail do fail: a server may ignore the headers of conditions."""
+        """Attempt two writes whose conditions do not hold; a server may ignore the headers and accept them."""
         for version in (None, NO_SUCH_VERSION):
             try:
                 self.write(content, version)  # type: ignore[arg-type]  # a plain dict
@@ -102,7 +105,7 @@ class ConditionalObject:
 
 
 class PlainObject:
-    """An object in any storage that `pyarrow.fs` supports, without conditions: the last write counts."""
+    """An object in any storage that `pyarrow.fs` supports, without conditions: the last write wins."""
 
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
         self._filesystem, self._path = filesystem, path
@@ -116,13 +119,13 @@ class PlainObject:
             return b"", None
 
     def write(self, content: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
-        """Write the object whatever its version is."""
+        """Write the object; `version` is ignored."""
         with self._filesystem.open_output_stream(self._path) as file:
             file.write(content)
         return version
 
     def is_conditional(self, content: bytes) -> bool:
-        """Return False."""
+        """Return False: conditions are not supported."""
         del content
         return False
 
@@ -187,8 +190,11 @@ def _profile_keys(environment: Mapping[str, str]) -> dict[str, str]:
     parser.read(Path(path).expanduser(), encoding="utf-8")
     profile = environment.get("AWS_PROFILE") or "default"
     keys = dict(parser[profile]) if parser.has_section(profile) else {}
-    names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
-    names |= {"token": "aws_session_token"}
+    names = {
+        "access_key_id": "aws_access_key_id",
+        "secret_access_key": "aws_secret_access_key",
+        "token": "aws_session_token",
+    }
     return {name: keys[key] for name, key in names.items() if keys.get(key)}
 
 
@@ -208,7 +214,7 @@ def _refuse(options: Mapping[str, Any], *names: str) -> None:
 
 
 def _version(result: Any) -> UpdateVersion | None:
-    """Return the parts of the version that the storage returned; obstore does not accept None for a part."""
+    """Return the version without the parts that are None, which obstore does not accept."""
     version = {name: result[name] for name in ("e_tag", "version") if result.get(name)}
     return version or None  # type: ignore[return-value]
 

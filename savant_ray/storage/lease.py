@@ -1,13 +1,15 @@
 """The lock of a run in object storage: a lease, renewed by the process that trains.
 
-The lease is a small JSON object, `.lock`, with the claim of its holder. Where the storage has conditional writes
-(`conditional_write.py`), it is created, renewed and taken over by compare-and-swap, so that exactly one of any number of
-processes gets it. Elsewhere the last writer gets it: a process continues if it reads its own claim after a moment. Clocks
-are not compared. A claim that changes while another process watches it belongs to a running process; a claim that stays
-the same for `EXPIRY_SECONDS` has expired.
+The lease is a small JSON object, `.lock`, that contains the claim of its holder. If the storage supports conditional
+writes (`conditional_write.py`), the lease is created, renewed and taken over by compare-and-swap, so that exactly one of
+any number of processes acquires it. Otherwise the last writer acquires it: each process writes its claim, waits for
+`SETTLE_SECONDS`, and continues only if it then reads its own claim.
 
-Workers can outlive a driver that lost its connection. `Owner` is their fencing token. Its `epoch` grows whenever workers
-of an earlier owner may still write, and is part of the names of checkpoints (`object_store.py`).
+Clocks of different machines are not compared. A claim that changes while another process watches it belongs to a running
+process; a claim that stays the same for `EXPIRY_SECONDS` has expired.
+
+Workers can outlive a driver that lost its connection. `Owner` is their fencing token. Its `epoch` is incremented whenever
+workers of an earlier owner may still write, and is part of the names of checkpoints (`object_store.py`).
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class Owner:
 def leased(filesystem: pafs.FileSystem, path: str, log: Callable[[str], None], min_epoch: int = 0) -> Iterator[Lease]:
     """Hold the lease of the run at `path` within a `with` block.
 
-    Another process may take it over meanwhile if this one cannot renew it; see `Lease.refuse_if_lost`.
+    If this process cannot renew the lease, another one may take it over; see `Lease.refuse_if_lost`.
 
     Raises:
         SavantError: another process trains this run.
@@ -74,7 +76,7 @@ def refuse_if_superseded(filesystem: pafs.FileSystem, path: str, owner: Owner) -
 
     Raises:
         SavantError: another process has taken the run over.
-        OSError: the storage is not reached.
+        OSError: the storage cannot be read.
     """
     claim = _parse(PlainObject(filesystem, f"{path}/{LEASE}").read()[0])
     if claim and claim.get("token") != owner.token:
@@ -84,7 +86,7 @@ def refuse_if_superseded(filesystem: pafs.FileSystem, path: str, owner: Owner) -
 class Lease:
     """The lease of the run at `path`, and the claim of this process to it.
 
-    `workers_may_live` can be set while the lease is held: workers may write after it is released.
+    The owner sets `workers_may_live` if its workers may still write after the lease is released.
     """
 
     def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
@@ -92,8 +94,14 @@ class Lease:
         self._run, self._filesystem, self._path = path, filesystem, f"{path}/{LEASE}"
         self._object: SharedObject = PlainObject(filesystem, self._path)
         self._version: Any = None  # of the object as it was last read or written
-        self._claim = dict[str, Any](token=uuid.uuid4().hex, process=os.getpid(), host=socket.gethostname(), beat=0)
-        self._claim |= {"machine": _machine(), "epoch": 0}
+        self._claim: dict[str, Any] = {
+            "token": uuid.uuid4().hex,
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "beat": 0,  # incremented by each renewal
+            "machine": _machine(),
+            "epoch": 0,
+        }
         self._new_owner = dict[str, Any]()  # the claim of a process that took the run over
         self._released = threading.Event()
         self._renewal = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -104,7 +112,7 @@ class Lease:
         return Owner(self._claim["token"], self._claim["epoch"])
 
     def acquire(self, log: Callable[[str], None], min_epoch: int = 0) -> None:
-        """Wait until the claim of another holder has expired, if there is one, and replace it.
+        """Write the claim of this process; if there is another holder, wait first until its claim has expired.
 
         Raises:
             SavantError: another process trains this run.
@@ -119,11 +127,11 @@ class Lease:
         try:
             written = self._write()
         except ConditionsNotSupportedError as error:
-            self._give_up_conditions(str(error), log)
+            self._continue_without_conditions(str(error), log)
             written = self._write()
         if written and not self._is_enforced():
             if isinstance(self._object, ConditionalObject):
-                self._give_up_conditions("the server ignores their headers", log)
+                self._continue_without_conditions("the server ignores their headers", log)
                 self._write()
             time.sleep(SETTLE_SECONDS)
         holder = self._read()
@@ -137,7 +145,7 @@ class Lease:
             raise _superseded(self._run, self._new_owner)
 
     def release(self) -> None:
-        """Release the lease if it is still held. The object is kept if it stores an epoch, which never decreases."""
+        """Release the lease if it is still held. The object is kept if its epoch is not 0, so that epochs never decrease."""
         self._released.set()
         self._renewal.join()
         self._claim["released"] = "workers may live" if self.workers_may_live else "clean"
@@ -153,18 +161,21 @@ class Lease:
         while not self._new_owner and not self._released.wait(RENEWAL_SECONDS):
             self._claim["beat"] += 1
             with suppress(OSError):  # retried at the next renewal
-                if self._is_held() and not self._write():
+                if self._is_held() and not self._write():  # another process has written in between
                     self._is_held()
 
     def _is_held(self) -> bool:
-        """Return whether no other process has taken the lease over. A lease that was deleted by hand is still held."""
+        """Return whether no other process has taken the lease over, and store the claim of one that has.
+
+        A lease that was deleted by hand is still held.
+        """
         holder = self._read()
         if holder and holder.get("token") != self._claim["token"]:
             self._new_owner = holder
         return not self._new_owner
 
     def _wait_for_expiry(self, holder: dict[str, Any]) -> dict[str, Any]:
-        """Return the last claim once it is released or has expired; raise SavantError if it is renewed."""
+        """Return the last claim when it is released or has expired; raise SavantError if it is renewed."""
         end = time.monotonic() + EXPIRY_SECONDS
         while time.monotonic() < end:
             time.sleep(RENEWAL_SECONDS / 2)
@@ -175,23 +186,24 @@ class Lease:
         return holder
 
     def _conditional_object(self, log: Callable[[str], None]) -> ConditionalObject | None:
-        """Return the object with conditional writes, None if there is no client for them that reaches the storage."""
+        """Return the object with conditional writes; None if the storage does not have them or its client cannot read."""
         try:
             candidate = conditional_object(self._filesystem, self._path)
             if candidate is not None:
                 candidate.read()
         except OSError as error:
-            self._read()  # raises if the storage is not reached at all
-            self._give_up_conditions(str(error), log)
+            self._read()  # raises if pyarrow cannot reach the storage either
+            self._continue_without_conditions(str(error), log)
             return None
         return candidate
 
     def _is_enforced(self) -> bool:
-        """Return whether the storage enforces conditions, and pyarrow, which the workers use, reads the claim."""
+        """Return whether the storage enforces conditions and pyarrow, which the workers use, reads the written claim."""
         claim = _parse(PlainObject(self._filesystem, self._path).read()[0])
         return claim.get("token") == self._claim["token"] and self._object.is_conditional(self._encoded())
 
-    def _give_up_conditions(self, reason: str, log: Callable[[str], None]) -> None:
+    def _continue_without_conditions(self, reason: str, log: Callable[[str], None]) -> None:
+        """Use an object without conditional writes from now on, and log the reason and the risk."""
         log(
             f"{self._run}: no conditional writes ({reason}). Start this run once only: two processes that start it within "
             f"{SETTLE_SECONDS:g} s, or with slow writes, could both train it"
@@ -199,7 +211,7 @@ class Lease:
         self._object, self._version = PlainObject(self._filesystem, self._path), None
 
     def _read(self) -> dict[str, Any]:
-        """Return the stored claim, {} if there is none."""
+        """Return the stored claim; {} if there is none."""
         content, self._version = self._object.read()
         return _parse(content)
 
@@ -216,7 +228,7 @@ class Lease:
 
 
 def _parse(content: bytes) -> dict[str, Any]:
-    """Return the claim in the content of a lease, {} if it has none."""
+    """Return the claim in the content of a lease; {} if the content is empty or invalid."""
     try:
         claim = json.loads(content)
     except ValueError:
@@ -262,6 +274,6 @@ def _in_use(run: str, holder: dict[str, Any]) -> SavantError:
 
 def _superseded(run: str, new_owner: dict[str, Any]) -> SavantError:
     return SavantError(
-        f"{run} was not reached for {EXPIRY_SECONDS:g} s or more, and {_process(new_owner)} has taken the run over; this "
-        "process has stopped and saves nothing. Continue with the other process, or stop it first."
+        f"{run} could not be reached for {EXPIRY_SECONDS:g} s or more, and {_process(new_owner)} has taken the run over; "
+        "this process has stopped and saves nothing. Continue with the other process, or stop it first."
     )

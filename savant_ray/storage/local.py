@@ -17,7 +17,7 @@ DAMAGED = ".damaged"
 
 
 class LocalStorage(RunStorage):
-    """A run folder. Its lock belongs to the operating system, and its records are written in place."""
+    """A run folder. Its lock is a lock of the operating system, and its records are written in place."""
 
     filesystem = None
 
@@ -83,7 +83,7 @@ class LocalStorage(RunStorage):
             yield
 
     def refuse_if_lost(self) -> None:
-        """Do nothing: nobody can take over a lock of the operating system."""
+        """Do nothing: a lock of the operating system cannot be taken over while this process holds it."""
 
     def check_owner(self) -> None:
         if self.owner is not None and owner_token(self.folder) not in (self.owner.token, None):
@@ -92,10 +92,10 @@ class LocalStorage(RunStorage):
             )
 
     def expect_late_writes(self) -> None:
-        """Do nothing: workers read the owner's token before they write."""
+        """Do nothing: workers compare the owner's token before they write, so late writes of theirs are refused."""
 
     def fetch_records(self) -> None:
-        """Do nothing."""
+        """Do nothing: the records are in the run folder."""
 
     def send_records(self) -> None:
-        """Do nothing."""
+        """Do nothing: the records are in the run folder."""

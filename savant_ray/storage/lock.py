@@ -1,4 +1,4 @@
-"""The lock of a run folder: at most one process trains a run.
+"""The lock of a run folder, which ensures that at most one process trains a run.
 
 It is a lock of the operating system (`flock`), which releases it when the process ends.
 """
@@ -20,7 +20,7 @@ from typing import IO
 from savant_ray.errors import SavantError, SettingsError
 
 LOCK = ".lock"
-PROBE_SECONDS = 0.5  # how long to retry: `is_in_use` of another process holds the lock for an instant
+RETRY_SECONDS = 0.5  # locking is retried for this time, because `is_in_use` of other processes locks the file briefly
 
 
 def move_run_aside(run_folder: Path) -> Path | None:
@@ -53,7 +53,7 @@ def is_in_use(run_folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # it was never locked
+    except OSError:  # there is no lock file
         return False
     return False
 
@@ -97,15 +97,15 @@ def locked(run_folder: Path) -> Iterator[str]:
 
 
 def _acquire(file: IO[bytes]) -> bool:
-    """Lock the file; return False if another process holds the lock for longer than `PROBE_SECONDS`."""
-    end = time.monotonic() + PROBE_SECONDS
+    """Lock the file; return False if another process still holds the lock after `RETRY_SECONDS`."""
+    end = time.monotonic() + RETRY_SECONDS
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > end:
                 return False
-            time.sleep(PROBE_SECONDS / 10)
+            time.sleep(RETRY_SECONDS / 10)
         else:
             return True
 
@@ -114,7 +114,7 @@ def _lock_error(path: Path, error: OSError) -> str:
     match error.errno:
         case errno.ENOLCK | errno.ENOSYS | errno.EOPNOTSUPP:
             return (
-                f"run.storage_path: {path} cannot be locked ({error.strerror}): its file system has no locks here; "
+                f"run.storage_path: {path} cannot be locked ({error.strerror}): its file system is mounted without locks; "
                 "mount it with locks (NFS: a running lockd, without nolock; Lustre: -o flock), or choose another one"
             )
         case errno.EACCES | errno.EPERM:

@@ -1,17 +1,19 @@
 """A run in object storage (`s3://…`, any URI that `pyarrow.fs` supports), which has no rename, no append and no lock.
 
 The run folder on this machine is a mirror: a checkpoint is written into it as into a local run and then uploaded, its
-manifest last; the driver's own files are uploaded too. The storage is authoritative, and a mirror may be deleted.
+manifest last. The driver also uploads its own files (`RECORDS`). The storage is authoritative: a mirror can be deleted
+without loss.
 
 No complete checkpoint is overwritten, because a worker of an earlier owner of the run may still write. The checkpoint
-`step_500` is stored in a folder of one of these names:
+`step_500` is stored in one or more folders with these names:
 
-    step_500      epoch 0
-    step_500.1    epoch 1 of the lease: the run was taken over from a process that may have left workers behind
-    step_500.1-2  the second complete one of that name
+    step_500      written in epoch 0 of the lease
+    step_500.1    written in epoch 1: the run was taken over from a process whose workers may still write
+    step_500.1-2  written in epoch 1 while a complete step_500.1 existed
 
-Of several complete folders the one with the highest epoch and then the highest number counts. A worker writes names of
-its own epoch and deletes names up to its own epoch, so a superseded worker cannot touch files of its successor.
+The current one is the complete folder with the highest epoch and, among these, the highest number. A worker writes only
+names of its own epoch and deletes only names of its own and earlier epochs, so a superseded worker cannot change the
+files of its successor.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from savant_ray.training.checkpoint import (
     verify,
 )
 
-RECORDS = (METRICS, SAMPLES, LOG, CONFIG)
+RECORDS = (METRICS, SAMPLES, LOG, CONFIG)  # files in the run folder that only the driver writes
 CHUNK_BYTES = 64 << 20
 UNSENT = ".unsent"  # suffix of a checkpoint in the mirror that could not be uploaded
 _STORED = re.compile(r"(step_\d+)(?:\.(\d+))?(?:-(\d+))?")  # checkpoint, epoch, number
@@ -65,7 +67,7 @@ class ObjectStorage(RunStorage):
         self._lease: Lease | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for other processes: they get the fencing token, but not the lease."""
+        """Return the state for other processes, which get the fencing token but not the lease."""
         return {**self.__dict__, "_lease": None}
 
     def locate(self, name: str) -> str:
@@ -106,8 +108,8 @@ class ObjectStorage(RunStorage):
         remove_unfinished(self.folder)
         for unfinished in self.folder.glob("fetch-*"):
             shutil.rmtree(unfinished)
-        for stale in {folder.name for folder in step_folders(self.folder)} - set(self.checkpoints()):
-            shutil.rmtree(self.folder / stale)
+        for name in {folder.name for folder in step_folders(self.folder)} - set(self.checkpoints()):
+            shutil.rmtree(self.folder / name)  # the storage no longer has it
 
     def set_aside(self, name: str) -> str:
         shutil.rmtree(self.folder / name)
@@ -181,7 +183,7 @@ class ObjectStorage(RunStorage):
             self._lease.workers_may_live = True
 
     def fetch_records(self) -> None:
-        """Download the records if they are newer than the local ones; set local records of a deleted run aside."""
+        """Download the records if they are newer than the local ones; if there are none, rename the local ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
         stored = [name for name in RECORDS if name in self._list()]
         with TemporaryDirectory(dir=self.folder, prefix="fetch-") as scratch:
@@ -203,12 +205,13 @@ class ObjectStorage(RunStorage):
             self._upload(file, f"{self.path}/{file.name}")
 
     def _upload_checkpoint(self, folder: Path) -> None:
-        """Upload a checkpoint into a folder that is not complete yet, then delete the ones that it replaces."""
+        """Upload a checkpoint into a folder that is not complete yet, then delete the folders that it replaces."""
         self.check_owner()
         complete = _with_manifest(self._list())
         self._delete_other_folders(keep=complete)
         epoch = 0 if self.owner is None else self.owner.epoch
-        numbers = [number for *stored, number in map(_parts, complete) if stored == [folder.name, epoch]]
+        name_and_epoch = (folder.name, epoch)
+        numbers = [_parts(stored)[2] for stored in complete if _parts(stored)[:2] == name_and_epoch]
         target = folder.name + (f".{epoch}" if epoch else "") + (f"-{max(numbers) + 1}" if numbers else "")
         for file in sorted(folder.iterdir(), key=_upload_order):
             if file.name == MANIFEST:
@@ -216,35 +219,36 @@ class ObjectStorage(RunStorage):
             self._upload(file, f"{self.path}/{target}/{file.name}")
         for stored in self._deletable(complete):
             if _parts(stored)[0] == folder.name:
-                with suppress(OSError):  # it is deleted with the checkpoint otherwise
+                with suppress(OSError):  # a remaining folder is deleted together with the checkpoint
                     self._delete_stored(stored)
 
     def _delete_other_mirrored(self, newest: Path) -> None:
-        """Delete the mirror's other checkpoints, also those that could not be uploaded."""
+        """Delete the mirror's other checkpoints, including those that could not be uploaded."""
         for folder in [*step_folders(self.folder), *self.folder.glob(f"step_*{UNSENT}")]:
             if folder != newest:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _delete_other_folders(self, keep: set[str]) -> None:
-        """Delete the stored folders that an interrupted upload or deletion left."""
+        """Delete the stored folders, except `keep`, that an interrupted upload or deletion left behind."""
         for stored in self._deletable(_stored_folders(self._list()) - keep):
             self._delete_stored(stored)
 
     def _delete_stored(self, stored: str) -> None:
-        """Delete a stored folder, its manifest first: what an interrupted deletion leaves is not a checkpoint."""
-        for delete, path in ((self.filesystem.delete_file, f"/{MANIFEST}"), (self.filesystem.delete_dir, "")):
-            with suppress(FileNotFoundError):  # Ray has deleted it meanwhile
-                delete(f"{self.path}/{stored}{path}")
+        """Delete a stored folder, its manifest first, so that an interrupted deletion leaves no valid checkpoint."""
+        with suppress(FileNotFoundError):  # it is incomplete, or Ray deleted it first
+            self.filesystem.delete_file(f"{self.path}/{stored}/{MANIFEST}")
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_dir(f"{self.path}/{stored}")
 
-    def _deletable(self, stored: Iterable[str]) -> list[str]:
-        """Return the folders of this owner's epoch and of earlier ones."""
+    def _deletable(self, folders: Iterable[str]) -> list[str]:
+        """Return the stored folders that belong to this owner's epoch or an earlier one."""
         epoch = 0 if self.owner is None else self.owner.epoch
-        return [folder for folder in stored if _parts(folder)[1] <= epoch]
+        return [folder for folder in folders if _parts(folder)[1] <= epoch]
 
     def _stored_name(self, name: str) -> str:
-        """Return the folder that counts as checkpoint `name`: complete, highest epoch, highest number.
+        """Return the current folder of checkpoint `name` (see the module's docstring), or an incomplete one if it has none.
 
-        A name that no folder belongs to, such as that of a file, is returned unchanged.
+        A name without a folder, such as that of a file, is returned unchanged.
         """
         files = self._list()
         complete = _with_manifest(files)
@@ -252,7 +256,7 @@ class ObjectStorage(RunStorage):
         return max(candidates, key=lambda stored: (stored in complete, *_parts(stored)[1:]), default=name)
 
     def _list(self, path: str | None = None) -> list[str]:
-        """Return all files below the run (or `path`) as paths relative to it, without hidden files."""
+        """Return all files below the run (or `path`) as paths relative to it, except hidden files of the run itself."""
         top = self.path if path is None else path
         infos = self.filesystem.get_file_info(pafs.FileSelector(top, recursive=True, allow_not_found=True))
         names = (info.path[len(top) + 1 :] for info in infos if info.type == pafs.FileType.File)
@@ -270,7 +274,7 @@ class ObjectStorage(RunStorage):
 
     def _download(self, name: str, target: Path) -> None:
         if _STORED.fullmatch(name):
-            target.mkdir()
+            target.mkdir()  # `copy_files` copies the files of a folder, not the folder
         pafs.copy_files(f"{self.path}/{name}", str(target), source_filesystem=self.filesystem, chunk_size=CHUNK_BYTES)
 
     def _upload(self, file: Path, target: str) -> None:
@@ -279,43 +283,45 @@ class ObjectStorage(RunStorage):
         )
 
     def _move(self, source: str, target: str) -> None:
-        """Copy all files and then delete them: object storage has no rename. If interrupted, one side is complete."""
+        """Move all files by copying and then deleting them; if this is interrupted, source or target is complete."""
         names = sorted(self._list(source), key=_is_manifest)
         for name in names:
             self.filesystem.copy_file(f"{source}/{name}", f"{target}/{name}")
         self.check_owner()
         for name in reversed(names):
             self.filesystem.delete_file(f"{source}/{name}")
-        emptied = {name.partition("/")[0] for name in names if "/" in name} if source == self.path else {""}
+        emptied = [source]
+        if source == self.path:  # the run's folder remains, because it contains the lease
+            emptied = [f"{source}/{folder}" for folder in {name.partition("/")[0] for name in names if "/" in name}]
         for folder in emptied:
-            with suppress(OSError):  # some storages keep a marker of an empty folder; the lease stays
-                self.filesystem.delete_dir(f"{source}/{folder}".rstrip("/"))
+            with suppress(OSError):  # some storages keep a marker of an empty folder
+                self.filesystem.delete_dir(folder)
 
 
 def step_name(stored: str) -> str | None:
-    """Return the checkpoint `step_500` of a stored folder (`step_500`, `step_500.1`, `step_500.1-2`), else None."""
+    """Return the checkpoint `step_500` of a stored folder (`step_500`, `step_500.1`, …); None for any other name."""
     return _parts(stored)[0] or None
 
 
-def _in_step_order(stored: Iterable[str]) -> list[str]:
+def _in_step_order(folders: Iterable[str]) -> list[str]:
     """Return the checkpoints that are stored in these folders, oldest first."""
-    return in_step_order({_parts(folder)[0] for folder in stored})
+    return in_step_order({_parts(folder)[0] for folder in folders})
 
 
 def _stored_folders(files: Iterable[str]) -> set[str]:
-    """Return all folders of checkpoints."""
+    """Return all stored folders of checkpoints, complete or not."""
     folders = {path.partition("/")[0] for path in files if "/" in path}
     return {folder for folder in folders if _STORED.fullmatch(folder)}
 
 
 def _with_manifest_or_weights(files: Iterable[str]) -> set[str]:
-    """Return the folders of checkpoints that have a manifest or weights."""
+    """Return the stored folders that have a manifest or weights."""
     files = list(files)
     return _with_manifest(files) | {path.rpartition("/")[0] for path in files if _is_weights(path)}
 
 
 def _with_manifest(files: Iterable[str]) -> set[str]:
-    """Return the folders of checkpoints that have a manifest."""
+    """Return the stored folders that have a manifest, and thus are complete."""
     folders = {path.rpartition("/")[0] for path in files if _is_manifest(path)}
     return {folder for folder in folders if _STORED.fullmatch(folder)}
 
@@ -341,5 +347,5 @@ def _is_weights(path: str) -> bool:
 
 
 def _upload_order(file: Path) -> tuple[bool, bool]:
-    """Return a sort key: the manifest last, the weights before it, so that folders without weights need no recovery."""
+    """Return a sort key: the manifest last, the weights before it, so that a folder without weights can be deleted."""
     return file.name == MANIFEST, file.suffix == ".pt"

@@ -1,9 +1,10 @@
-"""The paths of a run's settings as absolute paths, and the folder of a run on this machine."""
+"""Makes the paths in a run's settings absolute, and locates the run folder on this machine."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from savant_ray.config import Config
 from savant_ray.errors import SettingsError
@@ -25,18 +26,22 @@ def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path)
             f"data.cache_dir: {printable(config.data.cache_dir)} is a URI; give a folder that every node reaches, "
             "such as /mnt/shared"
         )
-    settings = config.to_dict()
-    run, data = settings["run"], settings["data"]
-    run["storage_path"] = _absolute(run["storage_path"], output_folder, "run.storage_path")
-    data["cache_dir"] = _absolute(data["cache_dir"], output_folder, "data.cache_dir")
-    data["validation"] = _absolute(data["validation"], input_folder, "data.validation")
-    for number, source in enumerate(data["sources"]):
-        source["path"] = _absolute(source["path"], input_folder, f"data.sources[{number}].path")
-    if run["init_from"] is not None:
-        run["init_from"] = _absolute(run["init_from"], output_folder, "run.init_from")
-    if not config.data.learns_tokenizer:
-        data["tokenizer"] = _absolute_tokenizer(data["tokenizer"], input_folder)
-    return Config.from_dict(settings)
+    run: dict[str, Any] = {"storage_path": _absolute(config.run.storage_path, output_folder, "run.storage_path")}
+    if config.run.init_from is not None:
+        run["init_from"] = _absolute(config.run.init_from, output_folder, "run.init_from")
+    data: dict[str, Any] = {
+        "cache_dir": _absolute(config.data.cache_dir, output_folder, "data.cache_dir"),
+        "validation": _absolute(config.data.validation, input_folder, "data.validation"),
+        "sources": [
+            source.model_copy(update={"path": _absolute(source.path, input_folder, f"data.sources[{number}].path")})
+            for number, source in enumerate(config.data.sources)
+        ],
+    }
+    if not config.data.trains_tokenizer:
+        data["tokenizer"] = _absolute_tokenizer(config.data.tokenizer, input_folder)
+    return config.model_copy(
+        update={"run": config.run.model_copy(update=run), "data": config.data.model_copy(update=data)}
+    )
 
 
 def run_folder(config: Config) -> Path:

@@ -29,13 +29,13 @@ class RunStorage(Protocol):
     filesystem: pafs.FileSystem | None
     """File system for Ray; None for the machine's own."""
     owner: Owner | None
-    """Fencing token of the process that may write; None if ownership is not checked."""
+    """Fencing token of the process that may write; if None, `check_owner` does nothing."""
 
     def locate(self, name: str) -> str:
         """Return the path or URI of a checkpoint, for messages."""
 
     def step_folders(self) -> list[str]:
-        """Return the names of all checkpoints, oldest first, also of those without a manifest."""
+        """Return the names of all checkpoints, including those without a manifest, oldest first."""
 
     def checkpoints(self) -> list[str]:
         """Return the names of the checkpoints that have a manifest, oldest first."""
@@ -47,13 +47,13 @@ class RunStorage(Protocol):
         """Return the local path of a checkpoint or file, downloading it if necessary."""
 
     def remove_unfinished(self) -> None:
-        """Remove what an interrupted process left half written."""
+        """Remove files and folders that an interrupted process did not finish writing."""
 
     def set_aside(self, name: str) -> str:
         """Rename a damaged checkpoint and return its new name."""
 
     def has_damaged(self) -> bool:
-        """Return whether the run contains checkpoints that were set aside as damaged."""
+        """Return whether the run contains checkpoints that `set_aside` has renamed."""
 
     def commit(self, folder: Path) -> str:
         """Store a checkpoint that was written into `folder`, a subfolder of `self.folder`; return its path for Ray."""
@@ -78,24 +78,24 @@ class RunStorage(Protocol):
         """Rename the run and return its new location; None if there is no run."""
 
     def in_use(self, log: Callable[[str], None] = print) -> AbstractContextManager[None]:
-        """Own the run within a `with` block; `log` receives messages about waiting for another owner.
+        """Lock the run within a `with` block; `log` receives messages about waiting for another owner.
 
         Raises:
             SavantError: another process trains this run.
         """
 
     def refuse_if_lost(self) -> None:
-        """Raise SavantError if another process has taken the run over within `in_use`; reads nothing."""
+        """Raise SavantError if another process has taken the run over within `in_use`; does not access the storage."""
 
     def check_owner(self) -> None:
-        """Read who owns the run. Driver and workers call this before they write or delete what others can see.
+        """Read who owns the run. Driver and workers call this before each write or deletion that others can see.
 
         Raises:
             SavantError: another process owns the run.
         """
 
     def expect_late_writes(self) -> None:
-        """Record that workers may still write after this process has exited, so that the next owner uses other names."""
+        """Record that workers may still write after this process exits, so that the next owner uses other names."""
 
     def fetch_records(self) -> None:
         """Download the driver's own files (record, samples, log, settings)."""
@@ -105,7 +105,7 @@ class RunStorage(Protocol):
 
 
 def newest_checkpoint_name(storage: RunStorage) -> str | None:
-    """Return the name of the newest checkpoint that has a manifest, None without one. Raises OSError.
+    """Return the name of the newest checkpoint that has a manifest; None if there is none. Raises OSError.
 
     Its files are not verified; see `newest_intact_checkpoint`.
     """
@@ -113,14 +113,14 @@ def newest_checkpoint_name(storage: RunStorage) -> str | None:
 
 
 def newest_intact_checkpoint(storage: RunStorage, log: Callable[[str], None]) -> Path | None:
-    """Return the local path of the newest checkpoint whose files are intact, None without one.
+    """Return the local path of the newest checkpoint whose files are intact; None if there is none.
 
-    Damaged newer ones are set aside and passed to `log`.
+    Newer checkpoints that are damaged are set aside, with a message to `log`.
 
     Raises:
         OSError: the storage cannot be read or written.
     """
-    while names := storage.step_folders():  # listed again each time: object storage may have an older copy of a step
+    while names := storage.step_folders():  # object storage may have another copy of a step that was set aside
         folder = storage.fetch(names[-1])
         try:
             verify(folder)

@@ -1,4 +1,4 @@
-"""The storage of a run, and local copies of checkpoints that are given as a path or URI."""
+"""Selects the storage of a run, and provides checkpoints that are named by a path or URI as local folders."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.locations import checkpoint_path, is_uri, join_uri, parent_and_name, why
-from savant_ray.original.conversion import converted, find_original
+from savant_ray.locations import checkpoint_path, error_text, is_uri, join_uri, parent_and_name
+from savant_ray.original.conversion import converted, find_original, none_intact
 from savant_ray.original.file import newest_intact
 from savant_ray.original.names import is_original_name, original_names
 from savant_ray.storage.lease import Owner
@@ -44,9 +44,9 @@ def run_storage(config: Config, owner: Owner | None = None) -> RunStorage:
 
 @contextmanager
 def storage_errors_explained(storage: RunStorage) -> Iterator[None]:
-    """Turn errors of object storage (no network, no such bucket, access denied) into a `SavantError`.
+    """Convert errors of object storage (no network, no such bucket, access denied) into a `SavantError`.
 
-    If the disk of this machine, which holds the mirror, is full, the message names the mirror.
+    If the disk of this machine is full, the message names the mirror instead of the storage.
     """
     try:
         yield
@@ -64,7 +64,7 @@ def storage_errors_explained(storage: RunStorage) -> Iterator[None]:
 
 
 def check_checkpoint_exists(checkpoint: str) -> None:
-    """Check that a path or URI is a checkpoint, a run with one, or a file of the original; a URI is only listed.
+    """Check that a path or URI is a checkpoint, a run with one, or a file of the original; nothing is downloaded.
 
     Raises:
         CheckpointError: there is none, or its storage cannot be read.
@@ -80,15 +80,14 @@ def check_checkpoint_exists(checkpoint: str) -> None:
 def local_checkpoint(
     checkpoint: str, files: Sequence[str] = (), settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Iterator[Path]:
-    """Yield the local path of a checkpoint of ours: what `fetched` yields, or a file of the original, converted.
+    """Yield the local path of a savant_ray checkpoint; a URI is downloaded, and a file of the original is converted.
 
-    `settings` (by section, as in YAML) are those that a user gave for a file of the original; defaults that complete them
-    are printed to stderr.
+    `settings` (by section, as in YAML) complete a file of the original; defaults for the others are printed to stderr.
 
     Raises:
         CheckpointError: there is no checkpoint, it cannot be fetched, or the file is not of the original's model.
         SettingsError: it is not the URI of a storage that pyarrow supports; the settings contradict the file, or name no
-            tokenizer; or settings are given for a checkpoint of ours.
+            tokenizer; or settings are given for a savant_ray checkpoint.
     """
     with fetched(checkpoint, files) as path:
         original = find_original(path, print_note)
@@ -97,7 +96,7 @@ def local_checkpoint(
                 yield folder
             return
         if settings:
-            find_checkpoint(path)  # otherwise there is none at all
+            find_checkpoint(path)  # if there is no checkpoint, its error is more helpful
             names = ", ".join(f"{section}.{name}" for section, values in settings.items() for name in values)
             raise SettingsError(
                 f"{names}: given for {checkpoint}, which has settings of its own; only a file of the original needs them"
@@ -107,7 +106,7 @@ def local_checkpoint(
 
 @contextmanager
 def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes: bool = False) -> Iterator[Path]:
-    """Yield the local path of `run.init_from` as a checkpoint of ours, as `local_checkpoint` does.
+    """Yield the local path of `run.init_from` as a savant_ray checkpoint, as `local_checkpoint` does.
 
     A file of the original is compared with the settings of the run unless changes are allowed; see `converted`.
 
@@ -134,9 +133,10 @@ def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes:
 def fetched(checkpoint: str, files: Sequence[str] = (), with_original: bool = False) -> Iterator[Path]:
     """Yield a local path unchanged; download a URI into a temporary folder within the `with` block.
 
-    The URI of a run stands for its newest checkpoint or, if it has none, the newest intact file of the original. Only
-    `files` of a checkpoint are downloaded if they are given; callers that need no weights do so. `with_original` also
-    downloads the run's newest intact file of the original, if there is one, to its place beside the checkpoint.
+    The URI of a run stands for its newest checkpoint or, if it has none, the newest intact file of the original. If
+    `files` is not empty, only these files of a checkpoint are downloaded, for callers that need no weights. With
+    `with_original`, the run's newest intact file of the original, if any, is downloaded into the same parent
+    folder.
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be fetched.
@@ -158,9 +158,9 @@ def fetched(checkpoint: str, files: Sequence[str] = (), with_original: bool = Fa
         except SavantError:
             raise
         except Exception as error:  # OSError, or any error of a file system that is written in Python (hf://)
-            raise CheckpointError(f"{checkpoint}: cannot be fetched ({why(error)})") from error
+            raise CheckpointError(f"{checkpoint}: cannot be fetched ({error_text(error)})") from error
         if path is None:
-            raise CheckpointError(f"{checkpoint}: holds files of the original, but none that is intact")
+            raise CheckpointError(none_intact(checkpoint))
         yield path
 
 
@@ -170,9 +170,9 @@ def print_note(text: str) -> None:
 
 
 def _find_stored(uri: str, mirror: Path) -> tuple[ObjectStorage, list[str]]:
-    """Return the storage of the run that a URI belongs to, and what the URI stands for.
+    """Return the storage of the run that a URI belongs to, and the names of the candidates that the URI stands for.
 
-    That is one name of a checkpoint, or names of files of the original, the newest first.
+    The candidates are one checkpoint, or files of the original, newest first.
 
     Raises:
         CheckpointError: neither exists, or the storage cannot be read.
@@ -191,7 +191,7 @@ def _find_stored(uri: str, mirror: Path) -> tuple[ObjectStorage, list[str]]:
     except SavantError:
         raise
     except Exception as error:  # as in `fetched`
-        raise CheckpointError(f"{uri}: cannot be read ({why(error)})") from error
+        raise CheckpointError(f"{uri}: cannot be read ({error_text(error)})") from error
     if not names:
         raise CheckpointError(f"{uri}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
     return storage, names

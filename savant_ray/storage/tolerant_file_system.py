@@ -1,11 +1,11 @@
-"""The file system through which Ray Train accesses a run: errors of Ray's own bookkeeping do not end the run.
+"""The file system through which Ray Train accesses a run; errors of Ray's own bookkeeping do not end the run.
 
 After each reported checkpoint, the checkpoint manager in Ray's controller writes a list of checkpoints (`SNAPSHOT`) and
-deletes those beyond `checkpoint.keep`. If the storage fails at that moment (full, read-only, not reached), Ray 2.60 ends
-the run, although all checkpoints are intact. Here a list that cannot be written is skipped, because `ray_snapshot.py`
-rebuilds it at the next start, and a checkpoint that cannot be deleted is deleted with the next one. Errors of writing
-checkpoints are reported elsewhere: workers write them without this file system. Nothing is written or deleted in a run
-that another process has taken over.
+deletes those beyond `checkpoint.keep`. If the storage fails at that moment (full, read-only, unreachable), Ray 2.60 ends
+the run, although all checkpoints are intact. This file system ignores a failure to write the list, because
+`ray_snapshot.py` rebuilds it at the next start, and retries a failed deletion at the next one. Workers write checkpoints
+without this file system, so errors of saving are still reported. Nothing is written or deleted in a run that another
+process has taken over.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from savant_ray.training.checkpoint import is_step_name
 
 
 def tolerant_file_system(filesystem: pafs.FileSystem | None, storage: RunStorage | None = None) -> pafs.FileSystem:
-    """Return `filesystem` (None: the machine's own) with the tolerance that this module describes; it can be pickled.
+    """Wrap `filesystem` (None: the machine's own) in a `TolerantFileSystem`; the result can be pickled.
 
-    With `storage`, checkpoints are deleted by `RunStorage.delete`, which knows under which names they are stored.
+    With `storage`, checkpoints are deleted by `RunStorage.delete`, because their names in `filesystem` may differ.
     """
     return pafs.PyFileSystem(TolerantFileSystem(pafs.LocalFileSystem() if filesystem is None else filesystem, storage))
 
 
-# Deletions that failed, of this process: Ray unpickles a file system object for each checkpoint.
+# Failed deletions; they belong to the process, because Ray unpickles a file system object for each checkpoint.
 _pending_deletions: list[tuple[TolerantFileSystem, str]] = []
 
 
@@ -51,9 +51,9 @@ class TolerantFileSystem(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa:
         return TolerantFileSystem, (self._filesystem, self._storage)
 
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
-        """Return file infos; of a checkpoint always that of a directory.
+        """Return file infos; a checkpoint is always reported as an existing directory.
 
-        Ray asks before it deletes a checkpoint, and fails if the checkpoint is gone or the storage is not reached.
+        Ray requests them before it deletes a checkpoint, and fails if the checkpoint is missing or the storage unreachable.
         """
         return [
             pafs.FileInfo(path, pafs.FileType.Directory)
@@ -63,7 +63,7 @@ class TolerantFileSystem(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa:
         ]
 
     def open_output_stream(self, path: str, metadata: dict[str, str] | None) -> pa.NativeFile:
-        """Open a file; Ray's list of checkpoints is buffered and written on close, ignoring errors."""
+        """Open a file; Ray's list of checkpoints is buffered and written on close, where errors are ignored."""
         if path.endswith(f"/{SNAPSHOT}"):
             return pa.PythonFile(_BufferedSnapshot(self._filesystem, path, self._storage), mode="w")
         return self._filesystem.open_output_stream(path, metadata=metadata)
@@ -81,7 +81,7 @@ class TolerantFileSystem(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa:
         self._filesystem.create_dir(path, recursive=recursive)
 
     def delete_dir(self, path: str) -> None:
-        """Delete a directory and retry the deletions that failed before; raises no OSError."""
+        """Delete a directory and retry earlier deletions that failed; raises no OSError."""
         _pending_deletions.append((self, path))
         for pending in _pending_deletions.copy():
             handler, pending_path = pending
@@ -124,7 +124,7 @@ class TolerantFileSystem(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa:
 
 
 class _BufferedSnapshot(io.BytesIO):
-    """Ray's list of checkpoints in memory until it is closed."""
+    """Ray's list of checkpoints, kept in memory until it is closed."""
 
     def __init__(self, filesystem: pafs.FileSystem, path: str, storage: RunStorage | None) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from savant_ray.config import ProfileConfig, TrainingConfig
 from savant_ray.errors import MemoryCapError
 from savant_ray.events import Event, Notice
-from savant_ray.locations import why
+from savant_ray.locations import error_text
 from savant_ray.training.device import DeviceMemoryError, is_out_of_memory
 from savant_ray.training.state import TrainingState
 
@@ -148,7 +148,7 @@ class StepProfiler:
             act(*arguments)
         except Exception as error:
             self._trace, self._steps = None, range(0)
-            self._notify(f"profiling failed: {why(error)}; training continues without it")
+            self._notify(f"profiling failed: {error_text(error)}; training continues without it")
 
     def _notify(self, text: str) -> None:
         self._host.emit(Notice(text=f"rank {self._host.rank}: {text}"))

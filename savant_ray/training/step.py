@@ -183,7 +183,7 @@ def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> float:
     targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
     with region("forward"), state.gradients.detached(), autocast(state.precision, state.device):
         x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT)
-        loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT)
+        loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT, state.fit.limit_gb)
     value = loss.item()
     if math.isfinite(value):
         with region("backward"):

@@ -13,7 +13,7 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.data.stream import LocalSequences
-from savant_ray.errors import doing
+from savant_ray.errors import error_context
 from savant_ray.training.step import MicroBatch, micro_batches
 
 
@@ -29,7 +29,9 @@ class SequenceStream(Protocol):
 
 
 class BatchReader:
-    """Iterable over this rank's local batches, each the list of a step's micro-batches on `device`; iterated once.
+    """Iterable over this rank's local batches; it can be iterated once.
+
+    A local batch is the list of a step's micro-batches of this rank, with tensors on `device`.
 
     - Order: exactly one local batch per step, in the stream's order; it is empty for a rank without sequences.
     - Source: the stream reads in the background from construction on, one portion ahead (`data/stream.py`).
@@ -81,7 +83,7 @@ class BatchReader:
 
     def _next(self) -> list[MicroBatch] | None:
         """Return the next local batch in host memory, or None after the last one."""
-        with doing("reading the next step's sequences"):
+        with error_context("reading the next step's sequences"):
             step = next(self._steps, None)
             return None if step is None else micro_batches(step.sequences, step.positions, self._config)
 

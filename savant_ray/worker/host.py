@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ import ray
 import ray.train
 
 from savant_ray.cluster.bridge import StopListener
-from savant_ray.cluster.preemption import drain_grace_left
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import doing
+from savant_ray.errors import error_context
 from savant_ray.evaluation.validator import Validator
 from savant_ray.events import (
     Event,
@@ -26,6 +26,7 @@ from savant_ray.events import (
     StepDone,
     ValidationDone,
 )
+from savant_ray.ray_internals import preemption_deadline_ms
 from savant_ray.reporting.record import to_line
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import CONFIG, TOKENIZER
@@ -74,16 +75,16 @@ class RayHost:
             ray.get(sent)
 
     def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
-        """Set this rank's wait for data and its memory among Ray's metrics."""
+        """Set Ray's metrics of this rank: its wait for data and its memory."""
         self._metrics.observe_rank(data_wait_seconds, memory_gb)
 
     def grace_left(self) -> float | None:
-        """Return None until the driver requests a stop or a node of the run is drained, then the seconds left.
+        """Return the seconds that the current step may still take, None if it need not stop.
 
-        The time that the final checkpoint takes is subtracted.
+        A stop is requested by the driver, or by draining a node of the run. The time of the final checkpoint is subtracted.
         """
         left = self._listener.grace_left()
-        if left is None and (left := drain_grace_left(self._config.run.grace_seconds)) is not None:
+        if left is None and (left := _drain_grace_left(self._config.run.grace_seconds)) is not None:
             self._report_drain()
         return None if left is None else left - self._saver.seconds_to_finish()
 
@@ -142,12 +143,11 @@ class RayHost:
 
     def validate(self, state: TrainingState) -> bool:
         """Run validation, logic problems and sampling; return whether a stop was requested on some rank."""
-        with doing(f"validating after step {state.step:,}"):
+        with error_context(f"validating after step {state.step:,}"):
             return self.validator(state)
 
     def _report_drain(self) -> None:
-        # Every rank reports it once, because any rank may be the first to detect it.
-        if not self._drain_reported:
+        if not self._drain_reported:  # every rank reports it once, because any rank may be the first to detect it
             self.emit(Notice(text="a node of this run is being drained: this step is finished and saved"))
         self._drain_reported = True
 
@@ -155,7 +155,7 @@ class RayHost:
         return tuple(f"{file}:{line}" for position in positions for file, line in self._plan.documents(position))
 
     def _record(self, event: Event) -> None:
-        """Keep what the next checkpoint stores of the event: its record line and the latest figures.
+        """Add the event's line to the record of the next checkpoint, and its figures to those reported to Ray Train.
 
         The figures are plain numbers and strings, because Ray Train writes them as JSON.
         """
@@ -171,3 +171,14 @@ class RayHost:
                 }
             case SampleGenerated():
                 self._latest_figures |= {"sample": event.text}
+
+
+def _drain_grace_left(without_deadline: float) -> float | None:
+    """Return the seconds until the first drained node of this run is shut down, None if no node is being drained.
+
+    `without_deadline` is returned for a drain without a deadline.
+    """
+    deadline_ms = preemption_deadline_ms()
+    if deadline_ms is None:
+        return None
+    return deadline_ms / 1000 - time.time() if deadline_ms else without_deadline

@@ -36,18 +36,18 @@ REPEAT_SECONDS = 1.0  # shorter than the interval of Ray's collections, 10 s by 
 
 @dataclass(frozen=True)
 class Metric:
-    """A gauge that is set from a field of an event, or, with `counts`, a counter that the field is added to."""
+    """A metric of Ray: a gauge that is set to a field of an event, or a counter that the field is added to."""
 
     name: str
     event: type[Event]
     field: str  # of the event; a value of None leaves the metric unchanged; "" counts the events
     description: str
-    counts: bool = False
+    is_counter: bool = False
 
     @property
     def exported(self) -> str:
         """Return its name in Prometheus."""
-        return f"ray_{self.name}_total" if self.counts else f"ray_{self.name}"
+        return f"ray_{self.name}_total" if self.is_counter else f"ray_{self.name}"
 
     def value(self, event: Event) -> float | None:
         """Return its value in the event, or None if that is unknown."""
@@ -59,7 +59,7 @@ METRICS = (
     Metric("savant_loss", StepDone, "train_loss", "Training loss of the step, nats per token"),
     Metric("savant_learning_rate", StepDone, "learning_rate", "Learning rate of the step"),
     Metric("savant_grad_norm", StepDone, "grad_norm", "Gradient norm before clipping"),
-    Metric("savant_tokens", StepDone, "tokens", "Target tokens that these workers trained on", counts=True),
+    Metric("savant_tokens", StepDone, "tokens", "Target tokens that these workers trained on", is_counter=True),
     Metric("savant_tokens_per_second", StepDone, "tokens_per_second", "Target tokens per second of the step"),
     Metric("savant_share_of_peak", StepDone, "share_of_peak", "Useful FLOPs as a fraction of the peak of the device"),
     Metric("savant_step_seconds", StepDone, "step_seconds", "Duration of the step"),
@@ -78,14 +78,16 @@ METRICS = (
         "memory_gb",
         "GiB: peak since the last step on a GPU, resident on a CPU",
     ),
-    Metric("savant_skipped_updates", StepDone, "update_skipped", "Steps without a finite gradient", counts=True),
-    Metric("savant_skipped_micro_batches", MicroBatchSkipped, "", "Micro-batches without a finite loss", counts=True),
+    Metric("savant_skipped_updates", StepDone, "update_skipped", "Steps without a finite gradient", is_counter=True),
+    Metric(
+        "savant_skipped_micro_batches", MicroBatchSkipped, "", "Micro-batches without a finite loss", is_counter=True
+    ),
     Metric("savant_validation_loss", ValidationDone, "validation_loss", "Loss on held-out text, nats per token"),
     Metric(
         "savant_last_loop_residual",
         ValidationDone,
         "last_residual",
-        "Relative change of the stream in the last loop",
+        "Relative change of the residual stream in the last loop",
     ),
     Metric(
         "savant_token_cosine",
@@ -101,7 +103,7 @@ METRICS = (
         "stall_seconds",
         "Seconds of that during which training waited",
     ),
-    Metric("savant_failed_checkpoints", CheckpointFailed, "", "Checkpoints that could not be written", counts=True),
+    Metric("savant_failed_checkpoints", CheckpointFailed, "", "Checkpoints that could not be written", is_counter=True),
     Metric("savant_workers", AttemptStarted, "workers", "Workers of this attempt"),
 )
 MEMORY, DATA_WAIT = "savant_memory_gb", "savant_data_wait_seconds"  # set by every rank
@@ -125,7 +127,7 @@ class RunMetrics:
                 self._update(metric.name, metric.value(event))
 
     def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
-        """Set the metrics that every rank has of its own."""
+        """Set the metrics that every rank reports for itself."""
         self._update(DATA_WAIT, data_wait_seconds)
         self._update(MEMORY, memory_gb)
 
@@ -161,6 +163,6 @@ def ascii_name(run: str) -> str:
 
 
 def _meter(metric: Metric, labels: dict[str, str]) -> Gauge | Counter:
-    meter = (Counter if metric.counts else Gauge)(metric.name, metric.description, LABELS)
+    meter = (Counter if metric.is_counter else Gauge)(metric.name, metric.description, LABELS)
     meter.set_default_tags(labels)
     return meter

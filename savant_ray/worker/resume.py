@@ -1,4 +1,4 @@
-"""Load the state that a worker starts from: the run's newest checkpoint, else the weights of `run.init_from`, else new ones.
+"""Loads the state that a worker starts from: the run's newest checkpoint, else the weights of `run.init_from`, if any.
 
 The driver makes the same choice before it starts workers (`driver/starting_point.py`). It is made again here because Ray
 Train restarts workers without the driver.
@@ -61,7 +61,7 @@ def fetch_once_per_node(storage: RunStorage, name: str) -> Path:
 
 @contextmanager
 def on_each_node(checkpoint: AbstractContextManager[Path]) -> Iterator[Path]:
-    """Enter a context manager of a checkpoint's path in the node's first rank, for all ranks of the node. Collective."""
+    """Enter `checkpoint` on the first rank of each node, and yield its path on all ranks of the node. Collective."""
     if not dist.is_initialized():
         with checkpoint as path:
             yield path

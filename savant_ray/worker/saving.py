@@ -16,7 +16,7 @@ from typing import Any
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from savant_ray.errors import doing
+from savant_ray.errors import error_context
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.tolerant_file_system import tolerant_file_system
@@ -30,7 +30,7 @@ class PendingCheckpoint:
     step: int
     reason: str
     content: dict[str, Any] | None  # None on ranks other than 0
-    figures: Mapping[str, float | str]  # shown beside it in Ray's dashboard
+    figures: Mapping[str, float | str]  # reported to Ray Train with it, for Ray's dashboard
     n_lines: int  # record lines that belong to it
     started: float  # by time.perf_counter()
     stall_seconds: float
@@ -75,10 +75,11 @@ class Saver:
         self._thread.start()
 
     def finish(self) -> bool:
-        """Wait for the pending checkpoint and return False if the storage failed. Any other error is raised once.
+        """Wait for the pending checkpoint and return False if the storage failed.
 
         Raises:
             SavantError: another process has taken over the run.
+            Exception: any other error of the thread; a second call does not raise it again.
         """
         if self._thread is not None:
             self._thread.join()
@@ -96,7 +97,7 @@ class Saver:
         path = None
         try:
             try:
-                with doing(f"saving step_{pending.step}"):
+                with error_context(f"saving step_{pending.step}"):
                     path = self._write(pending)
             finally:  # the other ranks wait in their report
                 self._report(pending, path)

@@ -14,7 +14,7 @@ import torch
 from ray.exceptions import RayError
 from ray.train.torch import get_device
 
-from savant_ray.cluster.same_code import other_code, own_digest, package_folder
+from savant_ray.cluster.same_code import other_code_error, own_digest, package_folder
 from savant_ray.config import Config
 from savant_ray.data.stream import StepStream
 from savant_ray.data.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ from savant_ray.worker.resume import load_newest
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """The arguments of the training function: plain values, which Ray's dashboard may show, and the bridge's handle."""
+    """The arguments of the training function: plain values, which Ray's dashboard can show, and the bridge's handle."""
 
     config: dict[str, Any]
     tokenizer: str  # path of a tokenizer.json that every node can read
@@ -60,7 +60,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     task = WorkerTask(**settings)
     if ray.get(task.bridge.has_failed.remote()):
         return
-    config = Config.from_dict(task.config)
+    config = Config.from_validated(task.config)
     tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
     storage = run_storage(config, Owner(**task.owner) if task.owner else None)
     stream: StepStream = ray.train.get_dataset_shard("train")
@@ -69,7 +69,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         host.emit(WorkersStarted())
     try:
         if task.code != own_digest():  # a node that joined after the driver had compared the code of all nodes
-            raise other_code(task.package, f"worker {host.rank}", str(package_folder()))
+            raise other_code_error(task.package, f"worker {host.rank}", str(package_folder()))
         _train(task, config, storage, stream, host)
     except SavantError as error:
         host.finish_saving()
@@ -85,7 +85,7 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives over Python objects allocate on the current device
-    torch.manual_seed(config.run.seed)  # for libraries that draw from it; nothing in this package does
+    torch.manual_seed(config.run.seed)  # for libraries; this package uses no global generator
     settings = config.training
     precision, precision_note = supported_precision(settings.precision, device)
     notes = [cap_memory(device, settings.vram_limit_gb), precision_note]

@@ -40,13 +40,13 @@ def test_loss_and_gradients_of_padded_documents_are_those_of_packed_ones(
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-3, atol=1e-4)
 
 
-def test_both_go_on_alike(models: tuple[baseline.Baseline, UniversalTransformer]) -> None:
+def test_baseline_and_package_generate_the_same_tokens(models: tuple[baseline.Baseline, UniversalTransformer]) -> None:
     theirs, ours = models
     sampling = Sampling(60, end_of_document=99, never_sampled=frozenset(), max_new_tokens=15, temperature=0)
     assert baseline.generate(theirs, [3, 4, 5], 15) == list(generate(ours, [3, 4, 5], sampling))
 
 
-def test_a_step_learns(models: tuple[baseline.Baseline, UniversalTransformer]) -> None:
+def test_steps_of_the_baseline_lower_the_loss(models: tuple[baseline.Baseline, UniversalTransformer]) -> None:
     model, _ = models
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rows = baseline.padded([torch.randint(1, 60, (20,)) for _ in range(3)], 24)

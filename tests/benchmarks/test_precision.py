@@ -7,7 +7,7 @@ import pytest
 from savant_ray.benchmarks.precision import loss_decrease
 
 
-def test_at_the_guides_rate_only_plain_bf16_stands_still() -> None:
+def test_at_the_default_learning_rate_only_plain_bf16_does_not_learn() -> None:
     full, split, mixed, plain = (
         loss_decrease(each, 2e-5, 0, steps=10) for each in ("fp32", "bf16", "bf16-mixed", "plain bf16")
     )

@@ -26,13 +26,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", [Case(10, 4), Case(32, 3)])
-def test_both_take_a_step_on_the_same_documents(case: Case) -> None:
+def test_baseline_and_package_train_on_the_same_documents(case: Case) -> None:
     theirs, ours = training._baseline(case, CPU)(), training._ours(case, CPU)()
     assert ours.tokens == case.n_documents * (case.document_tokens - 1)
     assert theirs == pytest.approx(math.log(60), rel=0.1) and ours.loss == pytest.approx(math.log(60), rel=0.1)
 
 
-def test_what_does_not_fit_under_the_cap_is_taken_with_less_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_does_not_fit_is_repeated_with_smaller_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
 
     def narrow(state: TrainingState, *inputs: Any) -> StepResult:
@@ -44,14 +44,14 @@ def test_what_does_not_fit_under_the_cap_is_taken_with_less_at_once(monkeypatch:
     assert rows == [12, 12, 6, 3], "first the loops are recomputed"
 
 
-def test_a_gpu_takes_the_guides_micro_batches() -> None:
+def test_cases_for_a_gpu_have_the_default_micro_batch_size() -> None:
     guide = Config()
     for case in training.CASES_ON_A_GPU.values():
         per_row = guide.model.max_seq_len // case.document_tokens
         assert case.n_documents == per_row * guide.training.batch_size
 
 
-def test_the_figures_are_ratios_of_neighbouring_rounds() -> None:
+def test_the_figures_are_ratios_within_each_round() -> None:
     figures = training._figures("x", Case(10, 4), CPU, peak=[1e9, 1e9, 1e9], slow=[4.0, 2.0, 6.0], fast=[1.0, 1.0, 2.0])
     figure = figures["train_x"]
     assert figure["ratio"] == 3.0 and figure["spread"] == [2.0, 4.0] and figure["rounds"] == 3
@@ -59,6 +59,6 @@ def test_the_figures_are_ratios_of_neighbouring_rounds() -> None:
     assert table(figures).row_count == 1
 
 
-def test_no_share_of_peak_is_above_one_however_slow_the_peak_was_measured() -> None:
+def test_the_share_of_peak_is_at_most_one_even_if_the_peak_was_measured_too_low() -> None:
     figures = training._figures("x", Case(10, 4), CPU, peak=[1.0, 2.0, 1.0], slow=[4.0, 2.0, 6.0], fast=[1.0, 1.0, 2.0])
     assert figures["train_x"]["share_of_peak"] == 1.0

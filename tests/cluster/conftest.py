@@ -1,4 +1,4 @@
-"""Real jobs on a real local Ray, with a text and a model small enough to wait for."""
+"""Fixtures and functions for tests that run jobs on a local Ray, with a small text and a tiny model."""
 
 from __future__ import annotations
 
@@ -15,17 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from ray._common.utils import reset_ray_address
 from ray._private.utils import get_ray_address_file, write_ray_address
 from ray.cluster_utils import Cluster
-
-from savant_ray.storage.object_store import ObjectStorage
-
-if TYPE_CHECKING:
-    from tests.cluster.object_store import ObjectStore
 
 ROOT = Path(__file__).parents[2]
 WORDS = "red blue green one two three four five six seven eight nine ten cat dog tree sea sun".split()
@@ -53,14 +48,14 @@ SETTINGS = {
 }
 
 
-LEAN = {
+FAST_RAY = {
     "OMP_NUM_THREADS": "1",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # takes a tenth of the start of an attempt, for the dashboard
-    "RAY_worker_niceness": "0",  # at Ray's 15, workers wait for whatever else this machine does
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # only for the dashboard; takes a tenth of an attempt's start
+    "RAY_worker_niceness": "0",  # with Ray's default of 15, workers wait for other processes of this machine
 }
-RUN: dict[str, Any] = {  # long enough for something to happen to it
+RUN: dict[str, Any] = {  # long enough to be interrupted
     "training__max_steps": 100,
-    "training__accumulation": 16,  # a step takes long enough to be hit
+    "training__accumulation": 16,  # a step takes long enough to be interrupted
     "checkpoint__every_steps": 10,
     "validation__every_steps": 100,
     "scaling__num_workers": 2,
@@ -70,11 +65,12 @@ RUN: dict[str, Any] = {  # long enough for something to happen to it
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A folder with training and validation text; the optional logic file is missing."""
+    """Return a folder with training and validation text; the optional logic file is missing."""
     return with_text(tmp_path)
 
 
 def with_text(folder: Path) -> Path:
+    """Write training and validation text into the folder and return it."""
     write_text(folder / "dataset/savant_dataset_train.jsonl", 300, seed=1)
     write_text(folder / "dataset/savant_dataset_val.jsonl", 60, seed=2)
     return folder
@@ -88,21 +84,24 @@ def write_text(path: Path, documents: int, seed: int) -> None:
 
 
 def options(**changes: Any) -> list[str]:
+    """Return `SETTINGS` with these changes as options of the command line; `__` in a name stands for a dot."""
     settings = SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's, without what would send a job elsewhere; `python` is the one that runs the tests.
+    """Return this process's environment variables for a job, with these changes.
 
-    Nor with what `make test ARGS=…` hands on to each `make` below it.
+    Variables of Ray and settings are removed, because they would change the job, and so are those that `make test ARGS=…`
+    passes on to each `make` that it starts. `python` is the one that runs the tests.
     """
-    others = ("RAY_", "SAVANT_", "MAKE", "MFLAGS", "ARGS", "CONFIG", "ADDRESS")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-    return kept | {"PATH": here_first()} | LEAN | changes
+    removed = ("RAY_", "SAVANT_", "MAKE", "MFLAGS", "ARGS", "CONFIG", "ADDRESS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
+    return kept | {"PATH": path_with_this_python()} | FAST_RAY | changes
 
 
-def here_first() -> str:
+def path_with_this_python() -> str:
+    """Return PATH with the folder of this process's Python before all others."""
     return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
@@ -111,7 +110,7 @@ started: list[subprocess.Popen[str]] = []
 
 @pytest.fixture(autouse=True)
 def no_job_is_left_running() -> Iterator[None]:
-    """A job that a failed test left behind would keep its head's CPUs from all later tests."""
+    """Kill jobs that a failed test has left: they would occupy the CPUs of their head in all later tests."""
     yield
     while started:
         job = started.pop()
@@ -129,16 +128,16 @@ class Head:
 
 @pytest.fixture(scope="session")
 def head() -> Iterator[Head]:
-    """One head for all tests that do not need their own: a job on it starts sooner."""
+    """Yield one head for all tests that do not need their own: a job on a running head starts sooner."""
     with running_head() as head:
         yield head
 
 
 @contextmanager
 def running_head() -> Iterator[Head]:
-    """A head with a dashboard, two CPUs and the environment of this process."""
+    """Yield a head with a dashboard, two CPUs and the environment of this process."""
     port = free_port()
-    agent = free_port()  # another Ray of this machine may have the usual one
+    agent = free_port()  # another Ray on this machine may use the default port
     dashboard = {"include_dashboard": True, "dashboard_port": port, "dashboard_agent_listen_port": agent}
     with running_cluster(num_cpus=2, object_store_memory=200 << 20, **dashboard) as cluster:
         yield Head(cluster.address, f"http://127.0.0.1:{port}")
@@ -146,15 +145,15 @@ def running_head() -> Iterator[Head]:
 
 @contextmanager
 def running_cluster(**head: Any) -> Iterator[Cluster]:
-    """A cluster of nothing but a head."""
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: Ray's sockets lie below it
+    """Yield a cluster that consists of a head only."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a short path, because Ray's sockets are below it
     # A submitted job inherits the head's PATH.
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "PATH": here_first(), "RAY_worker_niceness": "0"}
-    # `Cluster` writes there and does not create it.
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "PATH": path_with_this_python(), "RAY_worker_niceness": "0"}
+    # `Cluster` writes into this folder and does not create it.
     Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(initialize_head=True, head_node_args={"temp_dir": folder, **head})
-    reset_ray_address()  # else a run without a cluster takes this one
-    write_ray_address(cluster.address, folder)  # else a job takes any Ray that it finds on this machine
+    reset_ray_address()  # otherwise a run without a cluster would use this one
+    write_ray_address(cluster.address, folder)  # otherwise a job would use any Ray that it finds on this machine
     try:
         yield cluster
     finally:
@@ -163,9 +162,9 @@ def running_cluster(**head: Any) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def straight(head: Head, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of `RUN` when nothing happens to it."""
-    workplace = with_text(tmp_path_factory.mktemp("straight"))
+def uninterrupted_losses(head: Head, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Return the losses of `RUN` without interruptions."""
+    workplace = with_text(tmp_path_factory.mktemp("uninterrupted"))
     code, printed = run_job(head, workplace, **RUN)
     assert code == 0, printed
     return losses(workplace / "tiny")
@@ -178,18 +177,18 @@ def free_port() -> int:
 
 
 def start_job(head: Head, workplace: Path, *flags: str, **changes: Any) -> subprocess.Popen[str]:
-    """Starts `python jobs/train.py` in the workplace, on the running head."""
+    """Start `python jobs/train.py` in the workplace, on the running head."""
     command = [sys.executable, str(ROOT / "jobs/train.py"), *flags, *options(**changes)]
-    there = environment(RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
+    variables = environment(RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
     job = subprocess.Popen(
-        command, cwd=workplace, env=there, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=workplace, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     started.append(job)
     return job
 
 
 def run_job(head: Head, workplace: Path, *flags: str, **changes: Any) -> tuple[int, str]:
-    """Runs a job to its end: exit code and what it printed."""
+    """Run a job to its end; return its exit code and what it printed."""
     job = start_job(head, workplace, *flags, **changes)
     printed, _ = job.communicate(timeout=300)
     return job.returncode, printed
@@ -215,38 +214,3 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ObjectStore]:
-    """Object storage on loopback."""
-    from tests.cluster.object_store import CREDENTIALS, running_store
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        with running_store() as store:
-            yield store
-
-
-@pytest.fixture
-def store(server: ObjectStore) -> ObjectStore:
-    """The server without objects, with its defaults."""
-    from tests.cluster.object_store import BUCKET
-
-    server.filesystem.delete_dir_contents(BUCKET)
-    server.conditions, server.before = "enforced", lambda method, path: None
-    server.requests.clear()
-    return server
-
-
-@pytest.fixture
-def storage_a(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
-    """A run in object storage, as one machine accesses it."""
-    return ObjectStorage(store.uri("runs/run"), tmp_path / "machine-a")
-
-
-@pytest.fixture
-def storage_b(store: ObjectStore, tmp_path: Path) -> ObjectStorage:
-    """The same run, as another machine accesses it."""
-    return ObjectStorage(store.uri("runs/run"), tmp_path / "machine-b")

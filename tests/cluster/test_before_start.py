@@ -1,4 +1,4 @@
-"""What is decided before Ray starts: paths, disk, lock."""
+"""Checks before Ray starts: paths, text, disk space, locks, `--fresh`, and what a finished run prints."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 IN_A_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
 
 
-def test_relative_paths_are_against_the_folder_and_uris_stay(tmp_path: Path) -> None:
+def test_relative_paths_become_absolute_and_uris_are_unchanged(tmp_path: Path) -> None:
     config = load_config(["--data.validation", '["a.jsonl", "s3://b/c.jsonl"]'], environment={})
     resolved = with_absolute_paths(config, tmp_path / "in", tmp_path / "out")
     assert resolved.data.validation == [f"{tmp_path}/in/a.jsonl", "s3://b/c.jsonl"]
@@ -54,7 +54,7 @@ def test_relative_paths_are_against_the_folder_and_uris_stay(tmp_path: Path) -> 
     assert with_absolute_paths(resolved, Path("/elsewhere"), Path("/elsewhere")) == resolved
 
 
-def test_a_run_in_object_storage_has_a_mirror_below_home_and_a_cache_that_has_none() -> None:
+def test_a_run_in_object_storage_has_a_local_mirror_and_the_cache_must_be_local() -> None:
     config = load_config(["--run.storage_path", "s3://bucket/my/runs?region=eu-west-1"], environment={})
     resolved = with_absolute_paths(config, Path("/in"), Path("/out"))
     assert resolved.run.storage_path == config.run.storage_path
@@ -67,9 +67,7 @@ def test_a_run_in_object_storage_has_a_mirror_below_home_and_a_cache_that_has_no
         with_absolute_paths(config, Path("/in"), Path("/out"))
 
 
-def test_the_next_command_calls_the_python_that_has_the_packages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_suggested_commands_use_the_python_of_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.touch(mode=0o755)
@@ -81,13 +79,13 @@ def test_the_next_command_calls_the_python_that_has_the_packages(
     assert python_command(python) == "python"
 
 
-def test_a_job_writes_below_home_because_its_folder_vanishes() -> None:
+def test_a_ray_job_writes_below_the_home_folder() -> None:
     job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
     assert in_ray_job(job) and output_folder(job) == Path.home() / "savant_runs"
     assert not in_ray_job({}) and output_folder({}) == Path.cwd()
 
 
-def test_text_that_is_missing_in_a_job_is_said_not_to_travel_with_it() -> None:
+def test_missing_text_in_a_ray_job_is_explained_as_not_uploaded() -> None:
     with (
         pytest.raises(DataError, match=r"^corpus: no such file\n.*Ray job.*absolute"),
         missing_text_explained(IN_A_JOB),
@@ -97,7 +95,7 @@ def test_text_that_is_missing_in_a_job_is_said_not_to_travel_with_it() -> None:
         raise DataError("corpus: no such file")
 
 
-def test_what_needs_a_home_folder_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_home_folder_is_reported_only_if_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -109,7 +107,7 @@ def test_what_needs_a_home_folder_says_so_where_there_is_none(monkeypatch: pytes
     assert output_folder({}) == Path.cwd()
 
 
-def test_libraries_get_a_home_folder_where_the_user_has_none_but_no_run_goes_there(
+def test_a_missing_home_folder_is_replaced_for_libraries_but_not_for_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("HOME")
@@ -120,20 +118,20 @@ def test_libraries_get_a_home_folder_where_the_user_has_none_but_no_run_goes_the
         run_folder(load_config(["--run.storage_path", "s3://bucket/runs"], environment={}))
 
 
-def test_the_guides_checkpoint_is_about_a_gigabyte() -> None:
+def test_a_checkpoint_of_the_default_model_is_about_a_gigabyte() -> None:
     assert checkpoint_bytes(Config()) == pytest.approx(12 * 80.2e6, rel=0.01)
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path) -> None:
-    check_disk(tmp_path, one_checkpoint=1000, keep=3)
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    check_disk(tmp_path, bytes_per_checkpoint=1000, keep=3)
     with pytest.raises(SettingsError, match=r"run\.storage_path: .* free, 4 checkpoints of 1,000,000 TB need"):
-        check_disk(tmp_path, one_checkpoint=10**18, keep=3)
+        check_disk(tmp_path, bytes_per_checkpoint=10**18, keep=3)
     (tmp_path / "step_4").mkdir()
     (tmp_path / "step_4/weights").touch()
     os.truncate(tmp_path / "step_4/weights", 4 * 10**12)  # of holes
-    check_disk(tmp_path, one_checkpoint=10**12, keep=3)
+    check_disk(tmp_path, bytes_per_checkpoint=10**12, keep=3)
     with pytest.raises(SettingsError, match="4 checkpoints of 1.00 TB need 4.00 TB more"):
-        check_disk(tmp_path, one_checkpoint=10**12, keep=3, fresh=True)
+        check_disk(tmp_path, bytes_per_checkpoint=10**12, keep=3, fresh=True)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +145,11 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path) -> N
         (1.23e9, "1.23 GB"),
     ],
 )
-def test_sizes_are_told_in_units_that_fit(n_bytes: float, shown: str) -> None:
+def test_byte_sizes_are_shown_in_suitable_units(n_bytes: float, shown: str) -> None:
     assert byte_size(n_bytes) == shown
 
 
-def test_fresh_may_take_inputs_of_any_run_but_its_own(tmp_path: Path) -> None:
+def test_fresh_refuses_inputs_in_the_run_that_it_would_move_aside(tmp_path: Path) -> None:
     def refuse(init_from: str, run: str) -> None:
         storage = LocalStorage(tmp_path)
         storage.location = run
@@ -166,7 +164,7 @@ def test_fresh_may_take_inputs_of_any_run_but_its_own(tmp_path: Path) -> None:
 
 
 def run_of(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """`savant train` with the tests' tiny settings, which is refused or done before Ray starts."""
+    """Run `savant train` with the tests' tiny settings; it ends before Ray starts."""
     job = [sys.executable, str(ROOT / "jobs/train.py"), *tiny_options(**{"run.name": ODD}), *options]
     return subprocess.run(job, cwd=folder, env=environment(), capture_output=True, text=True, timeout=100)
 
@@ -186,7 +184,7 @@ ODD = "a b#c?d%20 [1]{x}&;$'"
         (["--data.tokenizer", f"./{ODD}/step_3/tokenizer.json"], "lies in the run that --fresh would move aside"),
     ],
 )
-def test_fresh_leaves_an_older_run_where_it_is_if_the_new_one_cannot_begin(
+def test_fresh_does_not_move_the_old_run_if_the_new_one_cannot_start(
     wrong: list[str], said: str, tmp_path: Path
 ) -> None:
     run = with_text(tmp_path) / ODD
@@ -197,9 +195,7 @@ def test_fresh_leaves_an_older_run_where_it_is_if_the_new_one_cannot_begin(
 
 
 @pytest.mark.parametrize("max_steps", [18, 2])
-def test_a_run_that_is_done_says_how_far_it_is_and_a_next_command_that_a_shell_takes(
-    max_steps: int, tmp_path: Path
-) -> None:
+def test_a_finished_run_prints_its_step_and_a_next_command_quoted_for_the_shell(max_steps: int, tmp_path: Path) -> None:
     run = with_text(tmp_path) / ODD
     write(run, 18)
     (run / "metrics.jsonl").write_text("")
@@ -213,12 +209,12 @@ def test_a_run_that_is_done_says_how_far_it_is_and_a_next_command_that_a_shell_t
     assert words.splitlines()[1:] == ["jobs/generate.py", "--checkpoint", str(run), "--prompt", "x"]
 
 
-def test_a_disk_that_is_not_even_there_is_looked_at_where_it_would_be(tmp_path: Path) -> None:
+def test_free_space_is_checked_for_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
     folder = tmp_path / "not/there"
-    check_disk(folder, one_checkpoint=1000, keep=3)
+    check_disk(folder, bytes_per_checkpoint=1000, keep=3)
     assert not folder.exists()
     with pytest.raises(SettingsError, match="not/there has .* free"):
-        check_disk(folder, one_checkpoint=10**18, keep=3)
+        check_disk(folder, bytes_per_checkpoint=10**18, keep=3)
 
 
 def test_init_from_must_name_a_checkpoint(tmp_path: Path) -> None:
@@ -228,7 +224,7 @@ def test_init_from_must_name_a_checkpoint(tmp_path: Path) -> None:
         check_before_start(Config.from_dict(settings), LocalStorage(tmp_path))
 
 
-def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) -> None:
+def test_a_run_in_use_is_refused_and_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     hold = "import sys, time; from savant_ray.storage.lock import locked\n"
     hold += "with locked(__import__('pathlib').Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -244,12 +240,12 @@ def test_a_run_in_use_is_refused_and_a_dead_one_holds_no_lock(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (errno.ENOLCK, "cannot be locked .*: its file system has no locks here; mount it with locks"),
-        (errno.ENOSYS, "cannot be locked .*: its file system has no locks here; mount it with locks"),
+        (errno.ENOLCK, "cannot be locked .*: its file system is mounted without locks; mount it with locks"),
+        (errno.ENOSYS, "cannot be locked .*: its file system is mounted without locks; mount it with locks"),
         (errno.EIO, "cannot be written"),
     ],
 )
-def test_a_file_system_without_locks_is_told_with_what_to_do(
+def test_a_file_system_without_locks_is_refused_with_advice(
     code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -261,7 +257,7 @@ def test_a_file_system_without_locks_is_told_with_what_to_do(
     assert not is_in_use(tmp_path)
 
 
-def test_a_lock_file_of_another_user_is_told_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unwritable_lock_file_names_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with locked(tmp_path):
         pass
     opened = Path.open
@@ -277,7 +273,7 @@ def test_a_lock_file_of_another_user_is_told_with_its_owner(tmp_path: Path, monk
             pass
 
 
-def test_a_lock_that_cannot_be_written_on_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_a_lock_file_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
     try:
@@ -289,7 +285,7 @@ def test_a_lock_that_cannot_be_written_on_a_full_disk_is_told(tmp_path: Path) ->
         pass
 
 
-def test_who_only_looks_whether_a_run_is_in_use_keeps_nobody_from_starting_it(tmp_path: Path) -> None:
+def test_checking_whether_a_run_is_in_use_does_not_block_its_start(tmp_path: Path) -> None:
     with locked(tmp_path):
         assert is_in_use(tmp_path)
     with (tmp_path / LOCK).open("rb") as looking:
@@ -299,8 +295,8 @@ def test_who_only_looks_whether_a_run_is_in_use_keeps_nobody_from_starting_it(tm
             pass
 
 
-def test_a_run_is_locked_under_every_path_that_leads_to_it(tmp_path: Path) -> None:
-    """As an export that is mounted in two places."""
+def test_a_run_is_locked_under_every_path_to_it(tmp_path: Path) -> None:
+    """The second path stands for an export that is mounted in two places."""
     there, other = tmp_path / "export/run", tmp_path / "mount"
     there.mkdir(parents=True)
     other.symlink_to(there.parent)
@@ -334,12 +330,12 @@ finally:
 """
 
 
-def test_a_third_ctrl_c_ends_a_run_that_is_leaving_on_the_spot() -> None:
+def test_a_third_ctrl_c_exits_immediately() -> None:
     done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (75, "leaving\n", "")
 
 
-def test_a_submitted_job_knows_how_long_its_stop_may_take() -> None:
+def test_a_ray_job_limits_the_last_step_to_the_time_until_ray_kills_it() -> None:
     sent = yaml.safe_load((ROOT / "jobs/runtime_env.yaml").read_text())["env_vars"]
     in_a_job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
     patient = load_config(["--run.grace_seconds", "300"], environment={})
@@ -348,7 +344,7 @@ def test_a_submitted_job_knows_how_long_its_stop_may_take() -> None:
     assert grace_seconds(patient, {}) == 300
 
 
-def test_text_is_looked_at_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_checked_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data").mkdir()
     for name, content in {"train.jsonl": "a", "copy.jsonl": "held out", "empty.jsonl": ""}.items():
         (tmp_path / "data" / name).write_text(content and f'{{"text": "{content}"}}\n')
@@ -364,7 +360,7 @@ def test_text_is_looked_at_before_ray_starts(tmp_path: Path, capsys: pytest.Capt
 
     assert look("data/*.jsonl") == ["empty.jsonl", "train.jsonl"]
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert "gone.jsonl: a broken link, to nowhere.jsonl; left out" in printed
+    assert "gone.jsonl: a broken link to nowhere.jsonl; skipped" in printed
     assert "because it is the validation text (data.validation)" in printed and "data/copy.jsonl" in printed
     assert look("val.jsonl") == ["val.jsonl"]
     assert "warning: data.sources[0].path: contains only the validation text" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""An elastic run goes on with the nodes it has; losing or getting one costs the steps since the last checkpoint."""
+"""An elastic run continues with the nodes that exist; a lost or a new node costs the steps since the last checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RUN: dict[str, Any] = {
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head that only drives, and two nodes with a CPU each."""
+    """Yield a cluster of a head without CPUs and two nodes with one CPU each."""
     with running_cluster(num_cpus=0, object_store_memory=100 << 20, include_dashboard=False) as cluster:
         for _ in range(2):
             cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
@@ -39,7 +39,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.mark.parametrize("comes_back", [False, pytest.param(True, marks=pytest.mark.rare)])
-def test_a_run_goes_on_with_a_node_less_and_with_a_node_more(
+def test_an_elastic_run_continues_when_a_node_is_lost_and_when_one_joins(
     comes_back: bool, cluster: Cluster, workplace: Path
 ) -> None:
     run = workplace / "tiny"

@@ -1,4 +1,4 @@
-"""What goes wrong around a run: it goes on where it can, or ends saying what happened and what to do."""
+"""Faults during a run: it continues if it can, otherwise it ends with the cause and advice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ os.rename = full
 """
 
 
-def test_training_goes_on_when_a_checkpoint_cannot_be_written_and_says_so(workplace: Path) -> None:
+def test_training_continues_with_a_warning_if_a_checkpoint_cannot_be_written(workplace: Path) -> None:
     run, site = workplace / "tiny", workplace / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(FULL_DISK)
@@ -46,7 +46,7 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_written_and_says_so(workpl
         assert [line["step"] for line in records(run, "checkpoint_failure")] == [4, 8] and steps_saved(run) == []
 
 
-def test_a_run_that_diverges_ends_with_what_to_do(head: Head, workplace: Path) -> None:
+def test_a_run_that_diverges_ends_with_advice(head: Head, workplace: Path) -> None:
     hot = {"training__learning_rate": 3e38, "training__weight_decay": 1.0, "training__warmup_fraction": 0.0}
     code, printed = run_job(head, workplace, **hot, training__max_skipped_steps=3)
     assert code == 1 and "3 steps in a row" in printed and "Lower training.learning_rate" in printed, printed
@@ -59,7 +59,9 @@ def test_a_run_that_diverges_ends_with_what_to_do(head: Head, workplace: Path) -
     assert len(records(run, "attempt")) == 1, "what no retry can mend is not tried again"
 
 
-def test_a_worker_that_dies_or_raises_too_often_ends_the_run_with_where_to_go_on(head: Head, workplace: Path) -> None:
+def test_workers_that_fail_too_often_end_the_run_and_the_message_names_the_last_checkpoint(
+    head: Head, workplace: Path
+) -> None:
     never_again = {"training__max_steps": 2000, "scaling__max_failures": 0}
     job = start_job(head, workplace, **never_again)
     run = workplace / "tiny"
@@ -93,7 +95,9 @@ def training_workers() -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("second", [pytest.param(False, marks=pytest.mark.rare), True], ids=["once", "twice"])
-def test_ctrl_c_while_the_model_is_compiled(second: bool, head: Head, workplace: Path) -> None:
+def test_ctrl_c_during_compilation_saves_the_first_step_and_a_second_one_exits(
+    second: bool, head: Head, workplace: Path
+) -> None:
     patient = {"run__grace_seconds": 600}  # compiling may take longer than the usual 30 s, and the step be given up
     job = start_job(head, workplace, training__max_steps=60, training__compile="true", **patient)
     run = workplace / "tiny"
@@ -113,12 +117,12 @@ def test_ctrl_c_while_the_model_is_compiled(second: bool, head: Head, workplace:
     wait_for(lambda: not any(worker.is_running() for worker in workers))
 
 
-def test_ctrl_c_while_the_text_is_prepared(head: Head, workplace: Path) -> None:
+def test_a_signal_during_data_preparation_ends_the_run_before_workers_start(head: Head, workplace: Path) -> None:
     text = workplace / "dataset/savant_dataset_train.jsonl"
     text.write_text(text.read_text() * 100)
     job = start_job(head, workplace)
     log = workplace / "tiny/training_log.txt"
-    wait_for(lambda: log.exists() and "tokenising" in log.read_text())
+    wait_for(lambda: log.exists() and "tokenizing" in log.read_text())
     job.send_signal(signal.SIGTERM)
     printed, _ = job.communicate(timeout=60)
     assert job.returncode == 75 and "resume from the beginning" in printed, printed

@@ -1,4 +1,4 @@
-"""A node without memory left: Ray ends the worker, and the user is told what to do."""
+"""A node runs out of memory: Ray ends the worker, and the message says what to reduce."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HUNGRY = {  # keeps some 20 GB for the backward pass: rows of a micro-batch are 
 }
 
 
-def test_a_worker_that_takes_all_memory_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
+def test_a_worker_that_exhausts_the_memory_of_its_node_ends_the_run_with_advice(tmp_path: Path) -> None:
     workplace = with_text(tmp_path)
     memory = psutil.virtual_memory()
     threshold = (memory.total - memory.available + ROOM_BYTES) / memory.total

@@ -1,4 +1,4 @@
-"""What a running job's workers export is what its record says, found as jobs/monitoring/prometheus.yml finds it."""
+"""The metrics that workers export equal the record of the run; they are found as jobs/monitoring/prometheus.yml does."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ OF_THE_CHECKPOINT = {metric.exported: metric.field for metric in METRICS if metr
 
 @dataclass(frozen=True)
 class Scraped:
-    """A head, and the file in which Ray lists what is to be scraped."""
+    """A head, and the file in which Ray lists the targets to scrape."""
 
     head: Head
     targets: Path
@@ -74,7 +74,7 @@ class Scraped:
 
 @pytest.fixture(scope="module")
 def scraped() -> Iterator[Scraped]:
-    """A head that collects every second."""
+    """Yield a head that collects metrics every second."""
     system = {"metrics_report_interval_ms": 1000}
     ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
     with running_cluster(
@@ -85,7 +85,7 @@ def scraped() -> Iterator[Scraped]:
 
 
 def scrape(targets: Path) -> dict[str, list[Sample]]:
-    """All samples of ours, by name."""
+    """Return all samples of this package by name."""
     found: dict[str, list[Sample]] = {}
     for target in json.loads(targets.read_text())[0]["targets"]:
         try:
@@ -105,7 +105,7 @@ def of_rank(samples: list[Sample], rank: int) -> float:
     return sample.value
 
 
-def test_a_running_jobs_metrics_are_its_record_with_labels_for_run_and_rank(scraped: Scraped, workplace: Path) -> None:
+def test_exported_metrics_equal_the_record_and_have_labels_for_run_and_rank(scraped: Scraped, workplace: Path) -> None:
     run = workplace / "tiny"
     job = start_job(scraped.head, workplace, **RUN, validation__logic_problems=12)
     wait_for(lambda: job.poll() is not None or steps_done(run) >= 60)
@@ -127,7 +127,7 @@ def test_a_running_jobs_metrics_are_its_record_with_labels_for_run_and_rank(scra
 
 
 def check_that_panels_are_fed(found: dict[str, list[Sample]], run: Path) -> None:
-    """All that the dashboard asks for, but what has not happened in this run."""
+    """Check that all metrics of the dashboard are exported, except for faults that did not happen in this run."""
     asked = set.union(*(names(expression) for expression in expressions()))
     faults = {metric.exported for metric in METRICS if "Skipped" in metric.event.__name__}
     faults |= {"ray_savant_failed_checkpoints_total", "ray_savant_skipped_updates_total"}
@@ -135,7 +135,7 @@ def check_that_panels_are_fed(found: dict[str, list[Sample]], run: Path) -> None
 
 
 def check_values(found: dict[str, list[Sample]], run: Path) -> None:
-    """Ray takes the values one after the other while training goes on: each is that of a step close by."""
+    """Check that each value is that of a step nearby: Ray reads the values one after the other while training continues."""
     steps = records(run, "step")
     at = int(of_rank(found["ray_savant_step"], 0))
     near = [step for step in steps if abs(step["step"] - at) <= 3]
@@ -153,7 +153,7 @@ def check_values(found: dict[str, list[Sample]], run: Path) -> None:
 
 
 def check_log(run: Path) -> None:
-    """Every figure in the log is the record's, in as many digits as are shown."""
+    """Check that the figures in the log are those of the record, rounded to the digits shown."""
     log = (run / LOG).read_text()
     steps = {step["step"]: step for step in records(run, "step")}
     told = re.findall(r"step ([\d,]+)/5,000 · (.*)", log)
@@ -175,7 +175,7 @@ def check_log(run: Path) -> None:
 
 
 def check_page(run: Path) -> None:
-    """So are those of the report."""
+    """Check that the figures in the report are those of the record."""
     write_page([run], run / "report.html", lambda _: False)
     raw, _, validated = drawn((run / "report.html").read_text())[0]["series"]
     assert [loss for loss in raw["values"] if loss is not None] == [float(f"{loss:.5g}") for loss in losses(run)]
@@ -183,10 +183,10 @@ def check_page(run: Path) -> None:
     assert [loss for loss in validated["values"] if loss is not None] == expected
 
 
-def test_what_goes_wrong_is_counted_for_the_worker_that_it_befell(scraped: Scraped) -> None:
+def test_faults_are_counted_per_worker(scraped: Scraped) -> None:
     command = [sys.executable, "-c", FAULTS, scraped.head.address]
     worker = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, text=True)
-    counted = {metric.exported for metric in METRICS if metric.counts} - {"ray_savant_tokens_total"}
+    counted = {metric.exported for metric in METRICS if metric.is_counter} - {"ray_savant_tokens_total"}
     wait_for(lambda: counted <= set(scrape(scraped.targets)))
     found = scrape(scraped.targets)
     worker.communicate(timeout=60)

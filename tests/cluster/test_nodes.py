@@ -1,4 +1,4 @@
-"""Nodes that are taken away, die or come: what is saved, what is repeated, what the user is told."""
+"""Nodes that are drained, lost or added: what is saved, what is repeated, and what is printed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 class Nodes:
-    """A head that only drives, and nodes with one CPU, so one worker, each."""
+    """A cluster of a head without CPUs, and nodes with one CPU, thus one worker, each."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -40,11 +40,11 @@ class Nodes:
         return self.cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
 
     def kill(self, node: Any) -> None:
-        """As if its power went: SIGKILL for every process of the node."""
+        """Kill every process of the node, as a power failure does."""
         self.cluster.remove_node(node, allow_graceful=False)
 
     def drain(self, node: Any) -> None:
-        """As a cloud announces that it takes a spot node back."""
+        """Drain the node, as a cloud provider does before it reclaims a spot instance."""
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         accepted, why_not = GcsClient(address=self.cluster.address).drain_node(node.node_id, reason, "reclaimed", 0)
         assert accepted, why_not
@@ -66,8 +66,8 @@ def end(job: subprocess.Popen[str]) -> tuple[int, str]:
     return job.returncode, printed
 
 
-def test_a_drained_node_saves_the_step_and_the_same_command_goes_on(
-    nodes: Nodes, workplace: Path, straight: list[float]
+def test_draining_a_node_saves_the_step_and_the_same_command_resumes(
+    nodes: Nodes, workplace: Path, uninterrupted_losses: list[float]
 ) -> None:
     run = workplace / "tiny"
     _, leaving = nodes.add(), nodes.add()
@@ -84,12 +84,12 @@ def test_a_drained_node_saves_the_step_and_the_same_command_goes_on(
     nodes.add()
     code, printed = run_job(nodes.head, workplace, **RUN)
     assert code == 0 and f"step_{stopped_at}" in printed, printed
-    assert losses(run) == straight
+    assert losses(run) == uninterrupted_losses
 
 
 @pytest.mark.rare
-def test_a_run_recovers_from_a_lost_node_at_once_or_when_another_one_comes_and_can_be_stopped_meanwhile(
-    nodes: Nodes, workplace: Path, straight: list[float]
+def test_a_run_recovers_from_lost_nodes_and_can_be_stopped_while_it_waits_for_new_ones(
+    nodes: Nodes, workplace: Path, uninterrupted_losses: list[float]
 ) -> None:
     run = workplace / "tiny"
     first, second = nodes.add(), nodes.add()
@@ -113,4 +113,4 @@ def test_a_run_recovers_from_a_lost_node_at_once_or_when_another_one_comes_and_c
     job.send_signal(signal.SIGINT)
     code, printed = end(job)
     assert code == 75 and f"resume from {checkpoints(run)[-1].name}" in printed, printed
-    assert len(losses(run)) > went_on_at and losses(run) == straight[: len(losses(run))]
+    assert len(losses(run)) > went_on_at and losses(run) == uninterrupted_losses[: len(losses(run))]

@@ -26,7 +26,7 @@ from tests.cluster.conftest import (
     wait_for,
     with_text,
 )
-from tests.cluster.object_store import CREDENTIALS, ObjectStore, running_store
+from tests.storage.object_store import CREDENTIALS, ObjectStore, running_store
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +76,7 @@ def end(job: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_a_run_in_object_storage_resumes_on_another_machine_and_survives_an_outage(
-    straight: list[float], store: ObjectStore, tmp_path: Path
+    uninterrupted_losses: list[float], store: ObjectStore, tmp_path: Path
 ) -> None:
     for file in (with_text(tmp_path / "text") / "dataset").iterdir():
         store.write(f"text/{file.name}", file.read_bytes())
@@ -101,7 +101,7 @@ def test_a_run_in_object_storage_resumes_on_another_machine_and_survives_an_outa
     store.start()
     code, printed = end(job)
     assert code == 0 and f"step_{stopped_at}" in printed and "could not be saved" in printed, printed
-    assert losses(second.run) == straight, "in a folder or in object storage"
+    assert losses(second.run) == uninterrupted_losses, "in a folder or in object storage"
     kept = {name.partition("/")[0] for name in store.names("runs/tiny") if name.startswith("step_")}
     assert kept == {"step_80", "step_90", "step_100"}
     assert store.read("runs/tiny/metrics.jsonl") == (second.run / "metrics.jsonl").read_bytes()

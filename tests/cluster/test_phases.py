@@ -65,7 +65,7 @@ def test_a_signal_interrupts_an_attempt_whose_workers_have_nothing_to_save(
     observe(phase, *events)
     with pytest.raises(KeyboardInterrupt):
         send(number)
-    assert phase.current is Phase.LEAVING
+    assert phase.current is Phase.EXITING
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -81,7 +81,7 @@ def test_the_first_signal_during_training_requests_a_stop_and_a_second_one_inter
     assert phase.current is Phase.STOPPING, "a closing terminal sends it twice"
     with pytest.raises(KeyboardInterrupt):
         send(signal.SIGTERM)
-    assert phase.current is Phase.LEAVING
+    assert phase.current is Phase.EXITING
 
 
 @pytest.mark.parametrize("trigger", [None, Trigger.REQUEST_SENT])
@@ -90,10 +90,10 @@ def test_a_stop_ends_early_if_no_workers_are_left_to_save(phase: AttemptPhase, t
     phase.advance(Trigger.SIGNAL)
     if trigger is not None:
         phase.advance(trigger)
-    assert observe(phase, LOST) is Phase.LEAVING
+    assert observe(phase, LOST) is Phase.EXITING
 
 
-def test_workers_that_are_replaced_train_on(phase: AttemptPhase) -> None:
+def test_replaced_workers_return_the_attempt_to_training(phase: AttemptPhase) -> None:
     assert observe(phase, STARTED, TRAINING, STARTED, TRAINING) is Phase.TRAINING, "another number of workers"
     assert observe(phase, LOST) is Phase.WAITING_FOR_WORKERS
     assert observe(phase, STARTED) is Phase.LOADING
@@ -114,11 +114,11 @@ def test_a_signal_that_arrives_while_the_phase_changes_is_not_lost(
 
     observe(phase, STARTED, TRAINING)
     monkeypatch.setattr("savant_ray.driver.phases.TRANSITIONS", Interrupted(TRANSITIONS))
-    assert observe(phase, LOST) is Phase.LEAVING
+    assert observe(phase, LOST) is Phase.EXITING
 
 
-def test_an_attempt_that_is_left_stays_so() -> None:
-    assert {TRANSITIONS.get((Phase.LEAVING, trigger), Phase.LEAVING) for trigger in Trigger} == {Phase.LEAVING}
+def test_no_trigger_ends_the_exiting_phase() -> None:
+    assert {TRANSITIONS.get((Phase.EXITING, trigger), Phase.EXITING) for trigger in Trigger} == {Phase.EXITING}
 
 
 def test_other_events_change_nothing(phase: AttemptPhase) -> None:

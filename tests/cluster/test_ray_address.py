@@ -1,4 +1,4 @@
-"""Before Ray is asked for minutes: which cluster is meant, whether it answers, and where a Ray of our own keeps files."""
+"""Before `ray.init()`: which cluster is used, whether it responds, and where a Ray that is started here keeps its files."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from savant_ray.cluster.ray_address import (
     unreachable_reason,
 )
 from savant_ray.cluster.session import prepare_environment, start_errors_explained
-from savant_ray.cluster.temp_folder import choose_temp_folder, why_unusable_for_ray
+from savant_ray.cluster.temp_folder import choose_temp_folder, unusable_reason
 from savant_ray.errors import SavantError
 from tests.cluster.conftest import free_port
 
 
 @contextmanager
 def listening() -> Iterator[str]:
-    """A port that accepts and never answers."""
+    """Yield the address of a server that accepts connections and never responds."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -44,7 +44,7 @@ def listening() -> Iterator[str]:
 
 @contextmanager
 def web_server() -> Iterator[str]:
-    """Something else than Ray, as its dashboard is."""
+    """Yield the address of a web server, such as Ray's dashboard."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -62,13 +62,13 @@ def web_server() -> Iterator[str]:
 
 @contextmanager
 def grpc_server() -> Iterator[str]:
-    """Speaks the head's protocol but is none, as the port of Ray Client is."""
+    """Yield the address of a gRPC server that is not a Ray head, such as Ray Client's port."""
     server = pyarrow.flight.FlightServerBase("grpc://127.0.0.1:0")
     yield f"127.0.0.1:{server.port}"
     server.shutdown()
 
 
-def test_without_an_address_ray_is_started_here(tmp_path: Path) -> None:
+def test_without_an_address_ray_is_started_on_this_machine(tmp_path: Path) -> None:
     for address in ({}, {"RAY_ADDRESS": ""}, {"RAY_ADDRESS": " "}, {"RAY_ADDRESS": "local"}):
         assert cluster_address({"RAY_TMPDIR": str(tmp_path), **address}) is None
 
@@ -87,15 +87,13 @@ def test_without_an_address_ray_is_started_here(tmp_path: Path) -> None:
         ("auto", "ray start --head"),
     ],
 )
-def test_an_address_that_cannot_be_one_is_refused_with_what_it_should_be(
-    address: str, advice: str, tmp_path: Path
-) -> None:
+def test_an_invalid_address_is_refused_with_advice(address: str, advice: str, tmp_path: Path) -> None:
     with pytest.raises(SavantError) as refused:
         cluster_address({"RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": address})
     assert f"RAY_ADDRESS={address}" in str(refused.value) and advice in str(refused.value)
 
 
-def test_host_and_port_are_read_as_ray_writes_them() -> None:
+def test_host_and_port_are_parsed_from_rays_formats() -> None:
     assert split_address("10.0.0.1:6379") == ("10.0.0.1", 6379)
     assert split_address("[2001:db8::1]:6379") == ("2001:db8::1", 6379)
     assert cluster_address({"RAY_ADDRESS": " head:6379 "}) == ClusterAddress("head:6379", "RAY_ADDRESS")
@@ -110,8 +108,8 @@ def test_an_address_where_no_head_answers_is_refused_with_its_origin_and_the_rea
             f"127.0.0.1:{free_port()}": "nothing listens there",
             "no-such-host.invalid:6379": "the name no-such-host.invalid cannot be resolved",
             silent: "no answer",
-            web: "a web server answers there, such as Ray's dashboard",
-            other: "what answers there is not a Ray head",
+            web: "a web server listens there, such as Ray's dashboard",
+            other: "the server there is not a Ray head",
         }
         for address, reason in reasons.items():
             with pytest.raises(SavantError) as refused:
@@ -121,7 +119,7 @@ def test_an_address_where_no_head_answers_is_refused_with_its_origin_and_the_rea
     assert capfd.readouterr().err == "", "the message is all there is"
 
 
-def test_a_cluster_that_wants_a_token_where_there_is_none_is_refused_with_where_to_get_one(tmp_path: Path) -> None:
+def test_a_missing_token_is_reported_with_where_to_get_one(tmp_path: Path) -> None:
     program = """
 import sys
 from savant_ray.cluster.ray_address import ClusterAddress, check_cluster_answers
@@ -145,7 +143,7 @@ except SavantError as error:
     assert f"no token for the cluster at {address} (from RAY_ADDRESS)" in done.stdout and "auth_token" in done.stdout
 
 
-def test_the_file_of_a_cluster_that_is_gone_does_not_keep_ray_from_starting_here(
+def test_an_address_file_left_by_a_crashed_cluster_does_not_prevent_a_local_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "ray/ray_current_cluster"
@@ -155,7 +153,12 @@ def test_the_file_of_a_cluster_that_is_gone_does_not_keep_ray_from_starting_here
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     cluster = prepare_environment()
-    assert cluster is not None and cluster.optional and cluster.origin == str(file) and unreachable_reason(cluster.text)
+    assert (
+        cluster is not None
+        and cluster.optional
+        and cluster.origin == str(file)
+        and unreachable_reason(cluster.host_port)
+    )
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
     monkeypatch.setenv("RAY_ADDRESS", "auto")
@@ -166,14 +169,14 @@ def test_the_file_of_a_cluster_that_is_gone_does_not_keep_ray_from_starting_here
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])
-def test_a_file_that_names_no_cluster_is_none(content: bytes, tmp_path: Path) -> None:
+def test_an_address_file_without_an_address_names_no_cluster(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray/ray_current_cluster").write_bytes(content)
     assert cluster_address({"RAY_TMPDIR": str(tmp_path)}) is None
 
 
 @pytest.mark.parametrize("tmpdir", ["/nonexistent/tmp", "relative", "/dev/null", "long", "/tmp/été"])
-def test_a_tmpdir_that_does_not_serve_is_replaced_and_said(tmpdir: str, tmp_path: Path) -> None:
+def test_an_unusable_tmpdir_is_replaced_with_a_notice(tmpdir: str, tmp_path: Path) -> None:
     if tmpdir == "long":
         tmpdir = str(tmp_path / ("x" * 100))
         Path(tmpdir).mkdir()
@@ -184,7 +187,7 @@ def test_a_tmpdir_that_does_not_serve_is_replaced_and_said(tmpdir: str, tmp_path
     assert not Path("/nonexistent").exists()
 
 
-def test_a_folder_for_rays_files_that_serves_is_taken(tmp_path: Path) -> None:
+def test_a_usable_folder_for_rays_files_is_used(tmp_path: Path) -> None:
     short = f"/tmp/savant-{os.getpid()}"
     for variables in ({}, {"TMPDIR": "/tmp"}, {"RAY_TMPDIR": short, "TMPDIR": "/nonexistent"}):
         environment = dict(variables)
@@ -193,7 +196,7 @@ def test_a_folder_for_rays_files_that_serves_is_taken(tmp_path: Path) -> None:
     Path(short).rmdir()
 
 
-def test_a_chosen_folder_for_rays_files_that_does_not_serve_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_unusable_ray_tmpdir_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (f"/tmp/{'x' * 100}", "relative", "/tmp/été", str(tmp_path / "file"), str(tmp_path / "file/below")):
         with pytest.raises(SavantError, match="RAY_TMPDIR=.*set RAY_TMPDIR to a folder of your own"):
@@ -211,15 +214,15 @@ def test_a_tmpdir_that_is_too_long_for_any_socket_is_replaced_for_rays_processes
     assert environment["TMPDIR"] == environment["RAY_TMPDIR"] == "/tmp"
 
 
-def test_a_full_disk_is_named_before_ray_waits_for_a_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(SavantError, match="/tmp has only 1.0 MB free; set RAY_TMPDIR"):
         choose_temp_folder(lambda _: None, {})
 
 
-def test_a_path_that_just_fits_into_a_socket_is_not_too_long() -> None:
-    assert "too long" not in why_unusable_for_ray("/" + "e" * 37)
-    assert "too long" in why_unusable_for_ray("/" + "e" * 40)
+def test_only_paths_beyond_the_limit_of_sockets_are_too_long() -> None:
+    assert "too long" not in unusable_reason("/" + "e" * 37)
+    assert "too long" in unusable_reason("/" + "e" * 40)
 
 
 @pytest.mark.parametrize(
@@ -231,19 +234,19 @@ def test_a_path_that_just_fits_into_a_socket_is_not_too_long() -> None:
         AssertionError(),
     ],
 )
-def test_whatever_ray_raises_when_it_starts_becomes_one_message(error: Exception) -> None:
+def test_any_error_of_rays_start_becomes_a_savant_error(error: Exception) -> None:
     for cluster, where in ((None, "started on this machine"), (ClusterAddress("h:1", "RAY_ADDRESS"), "reached at h:1")):
         with pytest.raises(SavantError) as raised, start_errors_explained(cluster):
             raise error
         assert where in str(raised.value) and (str(error) or "AssertionError") in str(raised.value)
 
 
-def test_a_signal_that_ray_takes_for_itself_while_it_starts_is_an_interruption() -> None:
+def test_sigterm_during_rays_start_becomes_keyboard_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt), start_errors_explained(None):
         sys.exit(signal.SIGTERM)
 
 
-def test_what_is_started_meanwhile_survives_a_hangup_and_what_is_not_does_not() -> None:
+def test_only_processes_started_with_hangups_blocked_survive_sighup() -> None:
     program = """
 import os, signal, subprocess
 from savant_ray.cluster.session import hangups_blocked
@@ -260,7 +263,7 @@ inside.kill()
     assert done.stdout == f"None {-signal.SIGHUP}\n", done.stderr
 
 
-def test_a_head_whose_answer_comes_in_two_parts_is_a_head() -> None:
+def test_a_head_whose_response_arrives_in_two_parts_is_recognized() -> None:
     def answer(listener: socket.socket) -> None:
         connection, _ = listener.accept()
         with connection:

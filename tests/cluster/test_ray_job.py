@@ -23,7 +23,7 @@ SMALLER = (
 
 
 def copy_repository(folder: Path) -> Path:
-    """What a job needs of the project."""
+    """Copy the files of the project that a job needs."""
     needed = ("savant_ray/*", "jobs/*", "configs/*", "Makefile", "requirements.txt", "pyproject.toml")
     return copy_tracked_files(folder, *needed)
 
@@ -37,7 +37,7 @@ def submit(head: Head, folder: Path, home: Path, command: str) -> subprocess.Com
 
 
 @pytest.mark.rare
-def test_a_submitted_quickstart_succeeds_and_its_run_outlives_the_job(head: Head, tmp_path: Path) -> None:
+def test_a_submitted_quickstart_succeeds_and_its_run_folder_remains(head: Head, tmp_path: Path) -> None:
     folder, home = copy_repository(tmp_path / "repository"), tmp_path / "home"
     home.mkdir()
     command = f"python jobs/train.py --config configs/quickstart.yaml {SMALLER}"
@@ -54,7 +54,7 @@ def test_a_job_that_cannot_start_is_reported_as_failed(head: Head, tmp_path: Pat
 
 
 @pytest.mark.rare
-def test_ray_job_stop_saves_the_step_and_the_next_submission_goes_on_there(head: Head, workplace: Path) -> None:
+def test_ray_job_stop_saves_the_step_and_the_next_submission_resumes_from_it(head: Head, workplace: Path) -> None:
     folder, run = copy_repository(workplace / "repository"), workplace / "tiny"
     write_config(folder / "configs/own.yaml", workplace, max_steps=10_000)
     job = make_submit(head, folder, "configs/own.yaml")
@@ -81,7 +81,7 @@ def test_ray_job_stop_saves_the_step_and_the_next_submission_goes_on_there(head:
 
 
 def write_config(path: Path, workplace: Path, max_steps: int) -> None:
-    """The tests' small run, with the absolute paths that a job needs."""
+    """Write the settings of the tests' small run, with the absolute paths that a job needs."""
     text = f"{workplace}/dataset/savant_dataset_"
     settings = SETTINGS | {
         "run.storage_path": str(workplace),
@@ -102,7 +102,7 @@ def write_config(path: Path, workplace: Path, max_steps: int) -> None:
 
 
 def make_submit(head: Head, folder: Path, config: str) -> subprocess.Popen[str]:
-    """Types `make submit` where the environment is installed already."""
+    """Start `make submit` in an environment that is installed already."""
     venv = Path(sys.executable).parent.parent
     installed = ["--old-file", f"{venv}/.installed", f"VENV={venv}"]
     command = ["make", "submit", *installed, f"ADDRESS={head.dashboard}", f"CONFIG={config}"]
@@ -111,7 +111,7 @@ def make_submit(head: Head, folder: Path, config: str) -> subprocess.Popen[str]:
 
 
 def submission(job: subprocess.Popen[str]) -> str:
-    """The name that Ray gave the job; reads what it printed up to there."""
+    """Read the output up to the name that Ray gave the job, and return the name."""
     assert job.stdout is not None
     for line in job.stdout:
         if found := re.search(r"Job '(\w+)' submitted successfully", line):

@@ -1,4 +1,4 @@
-"""`python jobs/train.py`: from text to a checkpoint that answers, stopped and resumed on the way."""
+"""`python jobs/train.py` from text to a checkpoint that generates, stopped and resumed in between."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 
 class Finished(NamedTuple):
-    """A run of eight steps that went through, and what it printed."""
+    """A completed run of eight steps, and what it printed."""
 
     workplace: Path
     run: Path
@@ -57,7 +57,7 @@ def copied(finished: Finished, target: Path) -> Path:
     return target
 
 
-def test_a_run_leaves_what_the_design_says(finished: Finished) -> None:
+def test_a_finished_run_has_all_its_files_and_records(finished: Finished) -> None:
     run = finished.run
     assert {p.name for p in run.iterdir()} >= {
         "step_4", "step_8", "config.yaml", "metrics.jsonl", "samples.jsonl", "training_log.txt",
@@ -74,12 +74,12 @@ def test_a_run_leaves_what_the_design_says(finished: Finished) -> None:
     assert all(f"validation at step {step}" in log for step in (4, 8)) and samples[0]["prompt"].split("\n")[1] in log
 
 
-def test_a_run_says_what_is_missing_and_what_to_do_next(finished: Finished) -> None:
+def test_a_run_prints_missing_optional_sources_and_the_next_command(finished: Finished) -> None:
     assert "optional genius_dataset.jsonl" in finished.printed
     assert f"jobs/generate.py --checkpoint {finished.run}" in finished.printed
 
 
-def test_a_checkpoint_answers_a_prompt_on_the_command_line(finished: Finished) -> None:
+def test_generate_completes_a_prompt_with_a_checkpoint(finished: Finished) -> None:
     command = [sys.executable, str(ROOT / "jobs/generate.py"), "--checkpoint", "tiny", "--prompt", "one two"]
     command += ["--max-new-tokens", "100", "--json", "answer.json"]  # past max_seq_len = 64
     done = subprocess.run(command, cwd=finished.workplace, env=environment(), text=True, capture_output=True)
@@ -88,7 +88,7 @@ def test_a_checkpoint_answers_a_prompt_on_the_command_line(finished: Finished) -
     assert done.stdout.strip() == "one two" + answer["text"].rstrip() and answer["prompt"] == "one two"
 
 
-def test_a_finished_run_says_so_and_a_longer_one_goes_on_as_it_does_from_a_file_of_the_original(
+def test_a_finished_run_can_be_extended_and_equals_a_run_from_a_file_of_the_original(
     head: Head, finished: Finished, tmp_path: Path
 ) -> None:
     workplace = copied(finished, tmp_path)
@@ -116,7 +116,7 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on_as_it_does_from_a_file_
     assert [c["step"] for c in records(workplace / "flat", "checkpoint")] == [8, 10], "converted, then its own"
 
 
-def test_a_run_goes_on_with_other_text_where_changes_are_allowed(
+def test_allow_changes_resumes_with_other_text_and_keeps_the_tokenizer(
     head: Head, finished: Finished, tmp_path: Path
 ) -> None:
     workplace = copied(finished, tmp_path)
@@ -128,7 +128,7 @@ def test_a_run_goes_on_with_other_text_where_changes_are_allowed(
 
 
 def add_other_words(path: Path) -> None:
-    """Adds text from which another tokenizer would be learnt."""
+    """Append text on which another tokenizer would be trained."""
     with path.open("a") as text:
         text.write((json.dumps({"text": "zebra quartz vexed jumbling waltz nymph " * 9}) + "\n") * 3)
 
@@ -150,7 +150,7 @@ def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, 
     assert records(tmp_path / "tiny", "attempt")[0]["workers"] == 2
 
 
-def test_a_new_run_may_start_from_the_weights_of_another_and_takes_its_tokenizer(
+def test_a_new_run_starts_from_the_weights_and_tokenizer_of_another(
     head: Head, finished: Finished, tmp_path: Path
 ) -> None:
     workplace = copied(finished, tmp_path)
@@ -161,7 +161,7 @@ def test_a_new_run_may_start_from_the_weights_of_another_and_takes_its_tokenizer
     assert tokenizer_of(workplace / "second/step_2") == tokenizer_of(workplace / "tiny/step_8")
 
 
-def test_a_run_keeps_the_special_tokens_of_its_tokenizer_around_each_text(head: Head, workplace: Path) -> None:
+def test_a_run_keeps_the_special_tokens_of_its_tokenizer_around_each_document(head: Head, workplace: Path) -> None:
     albert = {"data__tokenizer": FOLDER}
     code, printed = run_job(head, workplace, **albert, training__max_steps=2)
     assert code == 0, printed
@@ -199,7 +199,7 @@ def test_without_a_cluster_a_run_starts_its_own_ray_and_ctrl_c_in_its_terminal_s
 
 
 def check_that_the_dashboard_has(run: str, address: str) -> None:
-    """Its attempt and worker, alive, as Ray Train tells them."""
+    """Check that the dashboard's API lists the run's attempt and its worker as alive."""
 
     def told() -> dict[str, Any]:
         with urlopen(f"{address}/api/train/v2/runs/v1", timeout=30) as answer:
@@ -213,7 +213,7 @@ def check_that_the_dashboard_has(run: str, address: str) -> None:
     assert (worker["world_rank"], worker["status"]) == (0, "ALIVE") and psutil.pid_exists(worker["pid"])
 
 
-def test_wrong_settings_and_missing_text_are_told_before_ray_starts(head: Head, workplace: Path) -> None:
+def test_invalid_settings_and_missing_text_are_reported_before_ray_starts(head: Head, workplace: Path) -> None:
     code, printed = run_job(head, workplace, model__n_heads=7)
     assert code == 2 and "model.n_heads: 7 does not divide model.dim = 32" in printed
     code, printed = run_job(head, workplace, data__validation="nowhere.jsonl")

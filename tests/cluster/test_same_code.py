@@ -1,4 +1,4 @@
-"""Driver and workers run one and the same copy of the package."""
+"""Driver and workers run the same copy of the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from savant_ray.cluster.same_code import code_digest, job_config, other_code, own_digest, package_folder
+from savant_ray.cluster.same_code import code_digest, job_config, other_code_error, own_digest, package_folder
 from savant_ray.errors import SavantError
 from savant_ray.events import RunFailed
 from tests.cluster.conftest import ROOT, Head, environment
@@ -24,7 +24,7 @@ def package(folder: Path, **files: str) -> Path:
     return folder
 
 
-def test_two_copies_of_the_same_code_are_the_same_wherever_they_lie(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_code_and_not_on_its_folder(tmp_path: Path) -> None:
     one, other = (package(tmp_path / name, a_py="1", sub__b_py="2") for name in ("one", "other"))
     (other / "notes.txt").write_text("of nobody's interest")
     assert code_digest(one) == code_digest(other)
@@ -32,22 +32,22 @@ def test_two_copies_of_the_same_code_are_the_same_wherever_they_lie(tmp_path: Pa
         assert code_digest(package(other, **change)) != code_digest(one)
 
 
-def test_code_that_moves_between_files_is_other_code(tmp_path: Path) -> None:
+def test_moving_code_between_files_changes_the_digest(tmp_path: Path) -> None:
     one, other = package(tmp_path / "one", a_py="12", b_py=""), package(tmp_path / "other", a_py="1", b_py="2")
     assert code_digest(one) != code_digest(other)
 
 
-def test_workers_look_for_modules_where_the_driver_found_them_and_nowhere_else() -> None:
+def test_workers_import_the_package_only_from_the_drivers_folder() -> None:
     config = job_config()
     config._py_driver_sys_path.extend(["/where/the/script/is", "/where/the/command/was/typed"])
     assert config._py_driver_sys_path == [str(package_folder().parent)]
     assert own_digest() == code_digest(package_folder())
 
 
-def test_the_message_about_other_code_names_both_folders_and_what_to_do() -> None:
-    said = str(other_code("/mine", "node 10.0.0.2", "/theirs"))
+def test_the_error_for_other_code_names_both_folders_and_what_to_do() -> None:
+    said = str(other_code_error("/mine", "node 10.0.0.2", "/theirs"))
     assert "/mine" in said and "/theirs" in said and "10.0.0.2" in said and "make submit" in said
-    assert "cannot import it" in str(other_code("/mine", "node 10.0.0.2", ""))
+    assert "cannot import it" in str(other_code_error("/mine", "node 10.0.0.2", ""))
 
 
 def test_a_worker_of_a_node_that_joined_later_with_other_code_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +73,8 @@ for config in (job_config(), None):
 
 
 @pytest.mark.slow
-def test_the_nodes_of_a_cluster_run_the_drivers_copy_or_are_refused(head: Head, tmp_path: Path) -> None:
-    """The second job is Ray's own, whose workers import what is installed."""
+def test_nodes_that_import_other_code_than_the_driver_are_refused(head: Head, tmp_path: Path) -> None:
+    """The second job has Ray's own configuration, so its workers import the installed package."""
     shutil.copytree(ROOT / "savant_ray", tmp_path / "savant_ray", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "savant_ray/events.py").open("a") as file:
         file.write("# another version\n")

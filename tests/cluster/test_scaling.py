@@ -1,4 +1,4 @@
-"""What a worker takes of a cluster, and what is said when there is no room."""
+"""The resources of a worker, and the messages if the cluster has too few."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from savant_ray.config import load_config
 from savant_ray.driver import trainer
 from savant_ray.driver.phases import Phase
 from savant_ray.driver.trainer import cpus_per_worker, workers_that_fit
-from savant_ray.driver.waiting import SECONDS_UNTIL_REPORT, WorkerWatch, waiting_for
+from savant_ray.driver.worker_watch import SECONDS_UNTIL_REPORT, WorkerWatch, waiting_message
 from savant_ray.errors import SettingsError
 
 
@@ -26,7 +26,7 @@ def test_a_worker_takes_no_more_cores_than_one_node_has() -> None:
     assert cpus_per_worker([], 1, False) == 1
 
 
-def test_room_is_counted_node_by_node() -> None:
+def test_workers_that_fit_are_counted_node_by_node() -> None:
     nodes = [{"CPU": 3.0}, {"CPU": 3.0, "GPU": 1.0}]
     assert workers_that_fit(nodes, {"CPU": 2}) == 2
     assert workers_that_fit(nodes, {"CPU": 0.5, "GPU": 1}) == 1
@@ -46,7 +46,7 @@ def test_room_is_counted_node_by_node() -> None:
         (True, ["--scaling.use_gpu", "true"], "1 GPU workers need 1 GPUs, the cluster has 0"),
     ],
 )
-def test_more_than_there_is_is_refused_with_numbers(
+def test_insufficient_resources_are_refused_with_numbers(
     own: bool, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "node_resources", lambda: [{"CPU": 2.0}, {"CPU": 1.0}])
@@ -86,5 +86,5 @@ def test_missing_resources_are_reported_once_each_time_that_workers_do_not_start
 
 
 def test_a_missing_resource_is_named() -> None:
-    text = waiting_for(1, {"GPU": 1.0, "CPU": 4.0}, {"CPU": 8.0}, {"CPU": 8.0})
+    text = waiting_message(1, {"GPU": 1.0, "CPU": 4.0}, {"CPU": 8.0}, {"CPU": 8.0})
     assert "1 worker needs {GPU: 1, CPU: 4};" in text and "0 of 0 GPU free, 8 of 8 CPU free" in text

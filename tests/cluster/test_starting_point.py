@@ -1,4 +1,4 @@
-"""Where a launch goes on: the newest whole checkpoint of this very run, or a refusal that says why."""
+"""An attempt resumes from the newest complete checkpoint of its run, or is refused with the reason."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def changed(**sections: dict[str, Any]) -> Config:
     return Config.from_dict(settings)
 
 
-def test_a_new_folder_starts_from_scratch(tmp_path: Path) -> None:
+def test_a_new_folder_has_no_checkpoint_to_resume_from(tmp_path: Path) -> None:
     assert find_start(LocalStorage(tmp_path), print) is None
 
 
@@ -64,7 +64,7 @@ def unmanifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "words"), [(cut, "has 200 of"), (flip, "SHA-256"), (unmanifest, "never completed")])
-def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_taken(
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(
     damage: Any, words: str, tmp_path: Path
 ) -> None:
     write(tmp_path, 9900, 10000)
@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_taken(
     ) == tmp_path / "step_9900" and "step_10000.damaged-2" in names(tmp_path)
 
 
-def test_with_no_whole_checkpoint_left_a_run_is_not_begun_anew_in_silence(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 1, 2)
     for folder in checkpoints(tmp_path):
         cut(folder)
@@ -89,13 +89,13 @@ def test_with_no_whole_checkpoint_left_a_run_is_not_begun_anew_in_silence(tmp_pa
             find_start(LocalStorage(tmp_path), lambda _: None)
 
 
-def test_nor_in_a_folder_whose_checkpoints_somebody_deleted(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_were_deleted_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "checkpoint", "step": 5}) + "\n")
     with pytest.raises(CheckpointError, match="holds a run"):
         find_start(LocalStorage(tmp_path), print)
 
 
-def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "step", "step": 5}) + "\n")
     (tmp_path / "step_6.tmp").mkdir()
     assert find_start(LocalStorage(tmp_path), print) is None and names(tmp_path) == []
@@ -127,13 +127,13 @@ def test_another_model_or_seed_is_refused_with_every_difference(tmp_path: Path) 
     assert all(text in str(refusal.value) for text in expected)
 
 
-def test_another_meaning_of_the_weights_is_refused(tmp_path: Path) -> None:
+def test_another_value_of_mix_by_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 5)
     with pytest.raises(CheckpointError, match=r"data\.mix_by: sequences, now documents"):
         refuse_other_settings(tmp_path / "step_5", changed(data={"mix_by": "documents"}))
 
 
-def test_other_text_is_refused_with_what_goes_on(tmp_path: Path) -> None:
+def test_other_text_is_refused_and_the_message_names_the_tokenizer_that_is_kept(tmp_path: Path) -> None:
     write(tmp_path, 5, data="abc")
     start = tmp_path / "step_5"
     refuse_other_data(start, Config(), "abc")
@@ -154,7 +154,7 @@ def test_changed_settings_are_named_by_their_dotted_names() -> None:
     }
 
 
-def test_a_finished_run_is_finished_once_its_last_sample_is_there(tmp_path: Path) -> None:
+def test_a_run_is_finished_when_its_last_sample_is_written(tmp_path: Path) -> None:
     config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
     write(tmp_path / "run", 5)
     assert finished_message(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") is None, (
@@ -168,7 +168,7 @@ def test_a_finished_run_is_finished_once_its_last_sample_is_there(tmp_path: Path
     assert finished_message(longer, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") is None
 
 
-def test_a_run_whose_last_sample_found_no_room_is_finished_too(tmp_path: Path) -> None:
+def test_a_run_without_room_for_a_last_sample_is_finished_when_its_end_is_recorded(tmp_path: Path) -> None:
     config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
     write(tmp_path / "run", 5)
     lines = [{"event": "attempt", "step": 0}, {"event": "validation", "step": 5}]

@@ -1,4 +1,4 @@
-"""A run in a terminal, started in a folder that is full of traps, under a name that is not ASCII."""
+"""A run in a terminal that closes, with a name that is not ASCII, in a folder whose modules shadow installed packages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ print(phase.current.name)
 
 
 def start_in_terminal(command: list[str], folder: Path, variables: dict[str, str]) -> tuple[int, int]:
-    """Process id, and the terminal's other end."""
+    """Start a command in a pseudo-terminal; return its process id and the terminal's file descriptor."""
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(folder)
@@ -57,7 +57,7 @@ def start_in_terminal(command: list[str], folder: Path, variables: dict[str, str
 
 
 def read_until(terminal: int, words: str, seconds: float) -> str:
-    """What the terminal shows up to these words."""
+    """Return what the terminal shows up to these words."""
     shown, deadline = b"", time.monotonic() + seconds
     while words not in shown.decode(errors="replace"):
         assert time.monotonic() < deadline, shown.decode(errors="replace")
@@ -83,14 +83,14 @@ def test_several_hangups_of_one_closing_terminal_are_one_request_to_stop() -> No
     assert (done.returncode, done.stdout, done.stderr) == (0, "STOP_REQUESTED\n", "")
 
 
-def test_under_nohup_a_hangup_changes_nothing() -> None:
+def test_under_nohup_a_hangup_has_no_effect() -> None:
     command = f"trap '' HUP; exec {sys.executable} -c '{TWICE}'"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (0, "TRAINING\n", "")
 
 
 def folder_of_traps(workplace: Path) -> Path:
-    """Modules that would win over the real ones if workers looked for them where the command is typed."""
+    """Write modules that would shadow the installed ones if workers searched the working directory."""
     shutil.copytree(ROOT / "savant_ray", workplace / "savant_ray", ignore=shutil.ignore_patterns("__pycache__"))
     for module in ("savant_ray/__init__.py", "tokenizers.py", "orjson.py"):
         (workplace / module).write_text(f"raise ImportError('the wrong {module}')\n")
@@ -98,7 +98,7 @@ def folder_of_traps(workplace: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_saves_the_step_and_a_cluster_goes_on_with_the_run_of_any_name(
+def test_closing_the_terminal_saves_the_step_and_a_cluster_resumes_a_run_with_a_non_ascii_name(
     head: Head, workplace: Path
 ) -> None:
     folder = folder_of_traps(workplace)

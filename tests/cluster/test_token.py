@@ -1,4 +1,4 @@
-"""The documentation's way to a cluster, typed as it stands, against a head that wants a token."""
+"""The commands of docs/guides/cluster.md, executed against a head that requires a token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DASHBOARD = "http://127.0.0.1:8265"  # in the documentation
 
 
 def typed(beginning: str) -> list[str]:
-    """The documented command that begins so."""
+    """Return the words of the documented command that begins with this text."""
     text = (ROOT / "docs/guides/cluster.md").read_text().split(f"## {SECTION}\n")[1].split("\n## ")[0]
     script = "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     (found,) = (words for words in split_commands(script) if " ".join(words).startswith(beginning))
@@ -36,7 +36,7 @@ def typed(beginning: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A head that wants a token, and where whoever has it submits."""
+    """A head that requires a token, and the home folder and variables of a user who has it."""
 
     address: str
     dashboard: str
@@ -44,21 +44,21 @@ class Cluster:
     variables: Mapping[str, str]
 
     def run(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        """Types a documented command, with this cluster's address."""
+        """Run a documented command with this cluster's address."""
         there = {**self.variables, **changes}
         return subprocess.run(self.here(words), cwd=ROOT, env=there, text=True, capture_output=True, timeout=400)
 
     def start(self, *words: str, folder: Path) -> subprocess.Popen[str]:
-        """The same, and does not wait."""
+        """Start a documented command with this cluster's address."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(self.here(words), cwd=folder, env=dict(self.variables), text=True, **pipes)
 
     def here(self, words: Sequence[str]) -> list[str]:
-        """With this cluster's address instead of the documented one."""
+        """Replace the documented address by that of this cluster."""
         return [word.replace(DASHBOARD, self.dashboard) for word in words]
 
     def nodes(self) -> list[str]:
-        """The states of its nodes; none while it starts, which Ray says in words even where JSON is asked for."""
+        """Return the states of the nodes; none while the cluster starts, when Ray prints text instead of JSON."""
         listed = self.run("ray", "list", "nodes", "--format", "json", "--address", self.dashboard)
         starting = listed.returncode != 0 or listed.stdout.startswith("No resource in the cluster")
         return [] if starting else [node["state"] for node in json.loads(listed.stdout)]
@@ -66,7 +66,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Begun as the README says, but with ports and folders of its own."""
+    """Yield a cluster that is started by the documented commands, with its own ports and folders."""
     home, folder = tmp_path_factory.mktemp("home"), tempfile.mkdtemp(prefix="ray", dir="/tmp")
     port, dashboard, agent, client = (free_port() for _ in range(4))
     there = environment(HOME=str(home), RAY_AUTH_MODE="token")
@@ -82,7 +82,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @contextmanager
 def node(start: Sequence[str], variables: Mapping[str, str]) -> Iterator[None]:
-    """A node of a cluster, for the time of a `with` block."""
+    """Run a node of a cluster during a `with` block."""
     own = f"--block --object-store-memory {200 << 20} --node-ip-address 127.0.0.1".split()
     process = subprocess.Popen([*start, *own], env=variables, stdout=subprocess.DEVNULL)
     try:
@@ -102,7 +102,7 @@ def end_with_all_below(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
-def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without(cluster: Cluster, workplace: Path) -> None:
+def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without_one(cluster: Cluster, workplace: Path) -> None:
     token = cluster.home / ".ray/auth_token"
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) >= 32
     jobs = typed("ray job list")

@@ -1,7 +1,7 @@
-"""A small tokenizer with ALBERT's normaliser, special tokens, ids and template, in `albert_like/tokenizer.json`.
+"""A small tokenizer with ALBERT's normalizer, special tokens, ids and template, in `albert_like/tokenizer.json`.
 
-`python -m tests.data.albert_like` writes it anew. Its 50 entries are as many as the model of
-`tests/original/program.py` has.
+`python -m tests.data.albert_like` rewrites it. It has 50 entries, the vocabulary size of the model in
+`tests/original/program.py`.
 """
 
 from __future__ import annotations

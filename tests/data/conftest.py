@@ -1,4 +1,4 @@
-"""Real Ray, and a tokenizer that makes a token of each byte."""
+"""Fixtures: a local Ray, a byte-level tokenizer without merges, JSONL files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(autouse=True)
 def default_recursion_limit() -> Iterator[None]:
-    """Python's own, which decides how deep JSON may be nested; PyTorch's compiler raises it in a process that compiles."""
+    """Set Python's default recursion limit, which limits how deep JSON can be nested; PyTorch's compiler increases it."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(1000)
     yield
@@ -27,7 +27,7 @@ def default_recursion_limit() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Tokenizer:
-    """Text of n ASCII characters → n tokens, and one that ends the document."""
+    """A tokenizer with one token per byte, and one at the end of each document."""
     return train_tokenizer(iter(()), vocab_size=258)
 
 
@@ -44,7 +44,7 @@ def real_ray() -> Iterator[None]:
 
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[[str, Iterable[str]], Path]:
-    """Writes texts as a JSONL file below the test's folder."""
+    """A function that writes texts as a JSONL file in the folder of the test."""
 
     def write(name: str, texts: Iterable[str]) -> Path:
         path = tmp_path / name

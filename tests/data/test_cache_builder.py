@@ -1,4 +1,4 @@
-"""Prepared once, by content; a killed preparation goes on; bad input is named."""
+"""Building token caches: identified by content, resumed after a kill, repaired after damage; invalid input is reported."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tokenizers
-from bad_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
+from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 from tokenizers import models, processors
 
 from savant_ray.data import cache_builder, content
-from savant_ray.data.cache_builder import empty_file_report, learn_tokenizer, prepare
+from savant_ray.data.cache_builder import empty_file_report, prepare, train_or_load_tokenizer
 from savant_ray.data.overlap import count_held_out_documents
 from savant_ray.data.sources import expand
-from savant_ray.data.token_cache import TokenCache, bad_line_report, dropped_report
+from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError, UnexpectedError
 
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_ray")]
 
 
 def pieces_of(cache: TokenCache) -> dict[tuple[str, int], list[list[int]]]:
-    """The token pieces of each document, by file and line."""
+    """Return the token pieces of each document by file and line."""
     sequences = cache.take(np.arange(cache.n_sequences))
     pieces = defaultdict(list)
     for row, (tokens, ids) in enumerate(zip(sequences.tokens, sequences.document_ids, strict=True)):
@@ -47,7 +47,7 @@ def pieces_of(cache: TokenCache) -> dict[tuple[str, int], list[list[int]]]:
 
 
 def assert_holds(cache: TokenCache, tokenizer: Tokenizer, texts: dict[tuple[str, int], str]) -> None:
-    """Every document is there whole, under its own file and line, and nothing else."""
+    """Assert that the cache contains exactly these documents, each completely and with its file and line."""
     pieces = pieces_of(cache)
     assert pieces.keys() == texts.keys()
     for origin, text in texts.items():
@@ -56,11 +56,11 @@ def assert_holds(cache: TokenCache, tokenizer: Tokenizer, texts: dict[tuple[str,
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """What would change if a file was written again."""
+    """Return inode and modification time of each file, which change if the file is rewritten."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
-def test_documents_come_back_and_a_second_run_starts_at_once(
+def test_documents_are_read_back_and_a_second_call_reuses_the_cache(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [f"{'déjà 漢字 ' * (i % 5)}document {i}" for i in range(300)]
@@ -82,7 +82,7 @@ def test_documents_come_back_and_a_second_run_starts_at_once(
     assert again.fingerprint == cache.fingerprint
 
 
-def test_an_error_that_nobody_foresaw_in_a_task_keeps_its_cause_file_and_traceback(
+def test_an_unexpected_error_in_a_task_has_file_cause_and_traceback(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl("train.jsonl", ["a text"])
@@ -90,11 +90,13 @@ def test_an_error_that_nobody_foresaw_in_a_task_keeps_its_cause_file_and_traceba
     monkeypatch.setattr(unloadable, "to_json", lambda: json.dumps({"version": "of another age"}))
     with pytest.raises(UnexpectedError) as caught:
         prepare(expand(str(path)), unloadable, 32, tmp_path / "cache")
-    assert str(caught.value).startswith(f"while tokenising {path}: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"while tokenizing {path}: ") and "\n" not in str(caught.value)
     assert caught.value.details.startswith("Traceback (most recent call last)")
 
 
-def test_the_manifest_counts_what_there_is(tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer) -> None:
+def test_the_manifest_has_the_counts_of_documents_bytes_tokens_and_rows(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
+) -> None:
     path = write_jsonl("train.jsonl", ["é" * 10, "a" * 40, "b" * 20])
     manifest = prepare(expand(str(path)), byte_tokenizer, 32, tmp_path / "cache").manifest
     assert (manifest.documents, manifest.text_bytes, manifest.tokens) == (3, 80, 83)
@@ -108,7 +110,7 @@ def test_the_manifest_counts_what_there_is(tmp_path: Path, write_jsonl: WriteJso
     [("all.jsonl", None), ("all.jsonl", 64), ("all.jsonl.gz", None), ("all.jsonl.zst", None)],
     ids=["plain", "many ranges", "gz", "zst"],
 )
-def test_every_kind_of_bad_line_is_reported_with_its_line(
+def test_every_kind_of_invalid_line_is_reported_with_its_line_number(
     tmp_path: Path, byte_tokenizer: Tokenizer, name: str, range_bytes: int | None
 ) -> None:
     with pa.output_stream(str(tmp_path / name), compression="detect") as stream:
@@ -121,17 +123,19 @@ def test_every_kind_of_bad_line_is_reported_with_its_line(
     cache = run("skip")
     good_lines = [line for line, (raw, reason) in enumerate(LINES, 1) if not reason and raw.strip()]
     assert_holds(cache, byte_tokenizer, {(name, line): text for line, text in zip(good_lines, GOOD, strict=True)})
-    assert bad_line_report(cache.manifest) == [
+    assert invalid_line_report(cache.manifest) == [
         f"{name} line {line}: {reason}; skipped, {len(PROBLEMS)} of {len(LINES)} lines"
         for line, reason in PROBLEMS.items()
     ]
     with pytest.raises(DataError) as refused:
         run("error")
-    assert str(refused.value) == "\n".join(bad_line_report(cache.manifest, verdict="refused"))
+    assert str(refused.value) == "\n".join(invalid_line_report(cache.manifest, verdict="refused"))
     assert run("skip").n_sequences == cache.n_sequences
 
 
-def test_the_folder_is_named_by_content(tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer) -> None:
+def test_the_name_of_a_cache_folder_depends_on_the_content_of_the_files(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
+) -> None:
     def folder(length: int = 32, tokenizer: Tokenizer = byte_tokenizer) -> str:
         return prepare(expand(str(path)), tokenizer, length, tmp_path / "cache").folder.name
 
@@ -142,13 +146,13 @@ def test_the_folder_is_named_by_content(tmp_path: Path, write_jsonl: WriteJsonl,
     path = write_jsonl("two/train.jsonl", ["a" * 20] * 9)
     assert folder() == first
     assert first.startswith("train-")
-    other = learn_tokenizer(expand(str(path)), tmp_path / "cache", vocab_size=260)
+    other = train_or_load_tokenizer(expand(str(path)), tmp_path / "cache", vocab_size=260)
     names = {first, folder(33), folder(tokenizer=other)}
     path = write_jsonl("two/train.jsonl", ["a" * 20] * 8 + ["b" * 20])
     assert len(names | {folder()}) == 4
 
 
-def test_what_is_there_of_a_killed_preparation_is_kept(
+def test_intact_shards_of_an_unfinished_build_are_kept_and_damaged_ones_rebuilt(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
     path = write_jsonl("train.jsonl", [f"document {i} {'x' * (i % 50)}" for i in range(400)])
@@ -184,7 +188,7 @@ prepare(expand(sys.argv[2]), Tokenizer.load(sys.argv[3]), 64, sys.argv[4], range
 """
 
 
-def test_a_preparation_that_was_killed_goes_on(
+def test_a_killed_preparation_resumes_with_its_complete_shards(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
     import ray
@@ -209,7 +213,7 @@ def test_a_preparation_that_was_killed_goes_on(
     assert cache.manifest.documents == 12_000
 
 
-def test_files_that_yield_nothing_are_named_and_refused_only_if_there_is_nothing_else(
+def test_files_without_a_document_are_named_and_refused_only_if_no_file_has_one(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
     (tmp_path / "src").mkdir()
@@ -217,7 +221,7 @@ def test_files_that_yield_nothing_are_named_and_refused_only_if_there_is_nothing
     (tmp_path / "src/empty.jsonl").touch()
     with pytest.raises(DataError) as error:
         prepare(expand(str(tmp_path / "src")), byte_tokenizer, 32, tmp_path / "cache")
-    without_document = ["bad.jsonl: no document in 2 lines, 1 of them bad", "empty.jsonl: no document in 0 lines"]
+    without_document = ["bad.jsonl: no document in 2 lines, 1 of them invalid", "empty.jsonl: no document in 0 lines"]
     assert str(error.value).splitlines() == [
         *without_document,
         'bad.jsonl line 1: no "text" field (found: body); refused, 1 of 2 lines',
@@ -227,7 +231,7 @@ def test_files_that_yield_nothing_are_named_and_refused_only_if_there_is_nothing
     assert manifest.documents == 1 and empty_file_report(manifest) == without_document
 
 
-def test_a_file_that_is_changed_while_it_is_read_leaves_no_cache_under_the_name_of_its_old_content(
+def test_a_file_that_changes_while_it_is_read_leaves_no_cache_under_the_name_of_its_old_content(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
     path = write_jsonl("train.jsonl", ["first"] * 9)
@@ -255,7 +259,7 @@ def test_a_file_that_is_changed_while_it_is_read_leaves_no_cache_under_the_name_
     assert prepare_while(lambda: None).manifest.documents == 10
 
 
-def test_validation_documents_in_the_training_text_are_counted_once_for_all(
+def test_validation_documents_in_the_training_text_are_counted_and_the_count_is_cached(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
     def cache(name: str, texts: list[str], range_bytes: int | None = None) -> TokenCache:
@@ -283,14 +287,14 @@ def test_a_file_of_any_name_can_be_prepared(tmp_path: Path, write_jsonl: WriteJs
         assert prepare(files, byte_tokenizer, 32, tmp_path / "cache").manifest.documents == 2
 
 
-def test_a_damaged_archive_is_named(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+def test_a_damaged_compressed_file_is_reported_by_name(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
     (tmp_path / "broken.jsonl.gz").write_bytes(b"\x1f\x8b\x08no archive")
     with pytest.raises(DataError, match=r"broken\.jsonl\.gz: cannot be read"):
         prepare(expand(str(tmp_path / "broken.jsonl.gz")), byte_tokenizer, 32, tmp_path / "cache")
 
 
 def flip_a_bit(path: Path) -> None:
-    """Damage a file without changing its size or its time of modification."""
+    """Damage a file without changing its size or modification time."""
     content, status = bytearray(path.read_bytes()), path.stat()
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
@@ -316,7 +320,7 @@ def alter_a_number(path: Path) -> None:
         ("manifest.json", Path.unlink, "cannot be used"),
     ],
 )
-def test_a_damaged_cache_is_repaired_where_it_is_damaged(
+def test_only_the_damaged_files_of_a_cache_are_rebuilt(
     name: str,
     damage: Callable[[Path], None],
     words: str,
@@ -343,7 +347,7 @@ def test_a_damaged_cache_is_repaired_where_it_is_damaged(
     assert len(said) == 1
 
 
-def test_a_cache_of_an_earlier_version_is_used_as_it_is(
+def test_a_cache_of_an_earlier_version_is_used_without_rebuilding(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = expand(str(write_jsonl("a.jsonl", ["x" * 99] * 9)))
@@ -362,7 +366,7 @@ def test_a_cache_of_an_earlier_version_is_used_as_it_is(
 
 @pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("pattern", ["content-hashes.json", "tokenizer-*.json"])
-def test_other_damaged_files_of_the_cache_folder_are_made_again(
+def test_damaged_hash_and_tokenizer_files_in_the_cache_folder_are_rebuilt(
     pattern: str,
     damage: Callable[[Path], None],
     tmp_path: Path,
@@ -371,15 +375,15 @@ def test_other_damaged_files_of_the_cache_folder_are_made_again(
 ) -> None:
     monkeypatch.setattr(content, "SETTLED_SECONDS", -60)  # remembers the hash of a file that was written just now
     files = expand(str(write_jsonl("a.jsonl", ["one two three four"] * 50)))
-    first = learn_tokenizer(files, tmp_path / "cache", vocab_size=270)
+    first = train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270)
     (path,) = (tmp_path / "cache").glob(pattern)
     written = path.read_bytes()
     damage(path)
-    assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
+    assert train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
     assert path.read_bytes() == written
 
 
-def test_a_cache_that_is_damaged_while_it_is_used_is_named(
+def test_opening_a_damaged_cache_reports_the_damaged_file(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
     folder = prepare(expand(str(write_jsonl("a.jsonl", ["x" * 99] * 9))), byte_tokenizer, 32, tmp_path / "cache").folder
@@ -394,7 +398,7 @@ def test_a_cache_that_is_damaged_while_it_is_used_is_named(
         TokenCache.open(folder)
 
 
-def test_a_text_that_the_tokenizer_cannot_encode_is_named_with_its_line(
+def test_a_text_that_the_tokenizer_cannot_encode_is_reported_with_file_and_line(
     tmp_path: Path, write_jsonl: WriteJsonl
 ) -> None:
     inner = tokenizers.Tokenizer(models.Unigram([("</s>", 0.0), *((letter, -5.0) for letter in "abc ")]))
@@ -406,7 +410,7 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_named_with_its_line(
     assert "set data.tokenizer to one with an unknown token" in str(refused.value)
 
 
-def test_characters_that_a_tokenizer_leaves_out_are_counted(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
+def test_characters_that_a_tokenizer_drops_are_counted(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
     vocabulary = {letter: i for i, letter in enumerate("abc")} | {"</s>": 3}
     tokenizer = Tokenizer(tokenizers.Tokenizer(models.BPE(vocabulary, [])), "the tokenizer bpe.json")
     path = write_jsonl("train.jsonl", ["abc"] * 300 + ["a漢b é é", "é"] + ["cab"] * 300)
@@ -418,7 +422,7 @@ def test_characters_that_a_tokenizer_leaves_out_are_counted(tmp_path: Path, writ
         prepare(expand(str(path)), tokenizer, 32, tmp_path / "cache")
 
 
-def test_another_end_of_document_is_another_cache(
+def test_another_end_of_document_token_gives_another_cache(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
     files = expand(str(write_jsonl("a.jsonl", ["ab"])))
@@ -432,9 +436,7 @@ def test_another_end_of_document_is_another_cache(
     assert again.take(np.array([0])).document_ids[0].tolist() == [0, 0, 0, *[-1] * 5]
 
 
-def test_special_tokens_around_texts_are_another_cache_and_no_tokens_of_the_text(
-    tmp_path: Path, write_jsonl: WriteJsonl
-) -> None:
+def test_special_tokens_give_another_cache_and_do_not_count_as_text(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
     inner = tokenizers.Tokenizer(models.BPE({"[CLS]": 0, "[SEP]": 1, "a": 2, "b": 3}, []))
     inner.post_processor = processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
     tokenizer = Tokenizer(inner, "the tokenizer mine.json")
@@ -451,20 +453,20 @@ def test_special_tokens_around_texts_are_another_cache_and_no_tokens_of_the_text
         prepare(expand(str(path)), tokenizer, 32, tmp_path / "cache")
 
 
-def test_only_the_first_bad_lines_are_named(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+def test_only_the_first_invalid_lines_are_named(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("{}\n" * 1_234 + json.dumps({"text": "good"}))
-    report = bad_line_report(prepare(expand(str(path)), byte_tokenizer, 32, tmp_path, range_bytes=500).manifest)
+    report = invalid_line_report(prepare(expand(str(path)), byte_tokenizer, 32, tmp_path, range_bytes=500).manifest)
     assert len(report) == 101
     assert report[99].startswith("many.jsonl line 100: ")
-    assert report[100] == "… and 1,134 more bad lines"
+    assert report[100] == "… and 1,134 more invalid lines"
 
 
-def test_a_tokenizer_is_learnt_once(tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_is_trained_once(tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch) -> None:
     files = expand(str(write_jsonl("a.jsonl", ["one two three four"] * 50)))
-    first = learn_tokenizer(files, tmp_path / "cache", vocab_size=270)
+    first = train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270)
     monkeypatch.setattr(cache_builder, "train_tokenizer", None)
-    assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
+    assert train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
     (path,) = (tmp_path / "cache").glob("tokenizer-*.json")
     path.rename(path.with_name(path.name.rpartition("-")[0] + ".json"))  # as versions without checksums named it
-    assert learn_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
+    assert train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint

@@ -1,4 +1,4 @@
-"""A cache is named by what is read, and text that is held out is not trained on."""
+"""Content hashes of source files, detection of changed files and formats, and exclusion of held-out files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PLAIN = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text i
 
 
 def age(path: Path) -> None:
-    """Waits until a file system's clock tells a change from this moment."""
+    """Wait until the file is older than `SETTLED_SECONDS`."""
     while time.time() - path.stat().st_ctime < 2.1:
         time.sleep(0.1)
 
 
-def test_what_is_hashed_is_what_is_read_of_a_file_that_grows(tmp_path: Path) -> None:
+def test_of_a_growing_file_the_same_bytes_are_hashed_and_read(tmp_path: Path) -> None:
     path = tmp_path / "grows.jsonl"
     path.write_bytes(PLAIN)
     (tmp_path / "whole.jsonl").write_bytes(PLAIN[:-1])
@@ -43,7 +43,7 @@ def test_what_is_hashed_is_what_is_read_of_a_file_that_grows(tmp_path: Path) -> 
     assert hashes != content_hashes(expand(str(path)), tmp_path / "cache")
 
 
-def test_a_line_that_was_half_written_when_it_was_listed_stays_half(tmp_path: Path) -> None:
+def test_of_a_growing_file_nothing_is_read_beyond_its_size_at_listing(tmp_path: Path) -> None:
     path = tmp_path / "grows.jsonl"
     path.write_bytes(PLAIN[:20])
     listed = expand(str(path))
@@ -75,7 +75,7 @@ def test_a_file_that_was_changed_while_it_was_read_is_refused(tmp_path: Path, ch
 
 
 @pytest.mark.parametrize("settled", [False, True])
-def test_a_change_that_keeps_size_and_time_is_noticed(tmp_path: Path, settled: bool) -> None:
+def test_a_change_that_keeps_size_and_modification_time_is_detected(tmp_path: Path, settled: bool) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(PLAIN)
     before = path.stat()
@@ -116,7 +116,7 @@ def test_a_file_that_did_not_change_is_not_read_again(tmp_path: Path) -> None:
         ("no suffix", gzip.compress(PLAIN, mtime=0)),
     ],
 )
-def test_a_file_is_read_as_what_it_is_whatever_its_name(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_file_is_read_in_its_actual_format_whatever_its_name(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     files = expand(str(tmp_path / name))
     content_hashes(files, tmp_path / "cache")
@@ -145,7 +145,7 @@ def test_a_file_is_read_as_what_it_is_whatever_its_name(tmp_path: Path, name: st
         ("x.json", b'{\n  "text": "a"\n}\n', r"is one JSON object over several lines"),
     ],
 )
-def test_what_cannot_be_read_says_what_it_is(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_an_unsupported_format_is_named_in_the_error(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / "good.jsonl").write_bytes(PLAIN)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=reason) as error:
@@ -153,14 +153,14 @@ def test_what_cannot_be_read_says_what_it_is(tmp_path: Path, name: str, content:
     assert str(error.value).startswith(f"{tmp_path / name}: ") and str(error.value).isprintable()
 
 
-def test_bad_utf16_is_named(tmp_path: Path) -> None:
+def test_invalid_utf16_is_reported_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(PLAIN.decode().encode("utf-16") + b"\x00\xd8")
     with pytest.raises(DataError, match=r"x\.jsonl: not valid utf-16"):
         list(documents(expand(str(path))))
 
 
-def test_only_a_source_without_any_text_is_empty(tmp_path: Path) -> None:
+def test_a_source_is_refused_as_empty_only_if_all_its_files_are_empty(tmp_path: Path) -> None:
     for number in range(1_500):
         (tmp_path / f"{number}.jsonl").touch()
     with pytest.raises(DataError, match="is empty, as are all 1,500 files"):
@@ -169,7 +169,7 @@ def test_only_a_source_without_any_text_is_empty(tmp_path: Path) -> None:
     refuse_empty(expand(str(tmp_path)))
 
 
-def test_held_out_files_are_known_by_their_content(tmp_path: Path) -> None:
+def test_held_out_files_are_identified_by_their_content(tmp_path: Path) -> None:
     for name, content in {
         "val.jsonl": PLAIN,
         "data/copy.jsonl": PLAIN,

@@ -1,4 +1,4 @@
-"""Any cut of a file reads the same lines, and every bad line is named."""
+"""Every division of a file into ranges yields the same lines, and every invalid line is reported."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from bad_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 
 from savant_ray.data import jsonl
 from savant_ray.data.jsonl import ByteRange, Line, RangeReader, documents, plan_ranges
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 
 def read(path: Path, range_bytes: int | None = None, max_line_bytes: int = MAX_LINE_BYTES) -> list[Line]:
-    """All lines of a file, numbered from its start, read range by range."""
+    """Read a file range by range; return all lines, numbered from the start of the file."""
     lines: list[Line] = []
     for part in plan_ranges(expand(str(path)), range_bytes):
         with RangeReader(part, max_line_bytes) as reader:
@@ -32,7 +32,7 @@ def read(path: Path, range_bytes: int | None = None, max_line_bytes: int = MAX_L
 
 
 @pytest.mark.parametrize("range_bytes", [1, 7, 64, 1_000, 2_013, 8 * MIB, None])
-def test_every_kind_of_line_is_told_right_whatever_the_ranges(tmp_path: Path, range_bytes: int | None) -> None:
+def test_every_kind_of_line_is_classified_correctly_for_any_ranges(tmp_path: Path, range_bytes: int | None) -> None:
     path = tmp_path / "all.jsonl"
     path.write_bytes(CONTENT)
     lines = read(path, range_bytes)
@@ -42,7 +42,7 @@ def test_every_kind_of_line_is_told_right_whatever_the_ranges(tmp_path: Path, ra
 
 
 @pytest.mark.parametrize("name", ["all.jsonl.gz", "all.jsonl.zst"])
-def test_a_compressed_file_reads_like_the_plain_one(tmp_path: Path, name: str) -> None:
+def test_a_compressed_file_yields_the_same_lines_as_the_plain_one(tmp_path: Path, name: str) -> None:
     (tmp_path / "all.jsonl").write_bytes(CONTENT)
     with pa.output_stream(str(tmp_path / name), compression="detect") as stream:
         stream.write(CONTENT)
@@ -50,14 +50,14 @@ def test_a_compressed_file_reads_like_the_plain_one(tmp_path: Path, name: str) -
     assert read(tmp_path / name) == read(tmp_path / "all.jsonl")
 
 
-def test_a_gzip_file_of_several_members_is_read_to_its_end(tmp_path: Path) -> None:
+def test_all_members_of_a_gzip_file_are_read(tmp_path: Path) -> None:
     path = tmp_path / "joined.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n') + gzip.compress(b'{"text": "b"}\n'))
     assert [line.text for line in read(path)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("cut", [1, 12, 30])
-def test_a_compressed_file_cut_short_is_named(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_compressed_file_is_reported_by_name(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(gzip.compress(CONTENT)[:-cut])
     with pytest.raises(DataError, match=r"cut\.jsonl\.gz: cannot be read"):
@@ -72,7 +72,7 @@ def test_a_compressed_file_cut_short_is_named(tmp_path: Path, cut: int) -> None:
     range_bytes=st.integers(1, 200),
     block_bytes=st.sampled_from([1, 3, 16, MIB]),
 )
-def test_any_texts_survive_any_ranges_and_blocks(
+def test_any_texts_are_read_back_with_any_ranges_and_blocks(
     tmp_path_factory: pytest.TempPathFactory,
     texts: list[str],
     end: bytes,
@@ -88,19 +88,19 @@ def test_any_texts_survive_any_ranges_and_blocks(
         assert [line.text for line in read(path, range_bytes) if line.text] == texts
 
 
-def test_an_empty_file_has_no_line(tmp_path: Path) -> None:
+def test_an_empty_file_has_no_ranges(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     assert plan_ranges(expand(str(tmp_path / "empty.jsonl"))) == []
 
 
-def test_a_line_of_50_mb_is_read_whole(tmp_path: Path) -> None:
+def test_a_line_of_50_mb_is_read_completely(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_bytes(b'{"text": "' + b"y" * (50 * MIB) + b'"}\n{"text": "after"}\n')
     lines = read(path, 4 * MIB, 64 * MIB)
     assert [len(line.text) for line in lines] == [50 * MIB, 5]
 
 
-def test_a_line_over_the_limit_is_never_held(tmp_path: Path) -> None:
+def test_a_line_over_the_limit_is_not_kept_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_bytes(b'{"text": "' + b"y" * (50 * MIB) + b'"}\n{"text": "after"}\n')
     tracemalloc.start()
@@ -112,7 +112,7 @@ def test_a_line_over_the_limit_is_never_held(tmp_path: Path) -> None:
     assert peak < 8 * MIB
 
 
-def test_a_reader_tells_how_far_it_is(tmp_path: Path) -> None:
+def test_a_reader_reports_the_bytes_read(tmp_path: Path) -> None:
     path = tmp_path / "all.jsonl"
     path.write_bytes(CONTENT)
     (file,) = expand(str(path))
@@ -127,21 +127,21 @@ def test_documents_are_the_texts_of_all_files(tmp_path: Path) -> None:
     assert list(documents(expand(str(tmp_path)), MAX_LINE_BYTES)) == GOOD * 2
 
 
-def test_names_that_cannot_be_written_are_told_as_escapes(tmp_path: Path) -> None:
+def test_field_names_that_cannot_be_printed_are_escaped(tmp_path: Path) -> None:
     path = tmp_path / "names.jsonl"
     path.write_text(r'{"\ud83d": 1, "a\nb": 2, "\u001b[31m": 3, "é": 4}' + "\n")
     (line,) = read(path)
     assert line.problem == r'no "text" field (found: \x1b[31m, a\nb, é, \ud83d)'
 
 
-def test_a_line_with_an_integer_that_python_does_not_read_is_named(tmp_path: Path) -> None:
+def test_an_integer_with_too_many_digits_for_python_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "number.jsonl"
     path.write_text(f'{{"text": "a", "id": {"9" * 5000}}}\n')
     (line,) = read(path, max_line_bytes=10_000)
     assert line.problem == "an integer of more than 4,300 digits"
 
 
-def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_by_name(tmp_path: Path) -> None:
     gone = SourceFile(str(tmp_path / "gone.jsonl"), 10, 0)
     with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read"):
         RangeReader(ByteRange(gone, 0, 10))

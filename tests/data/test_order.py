@@ -1,4 +1,4 @@
-"""The order is a pure function: weights exact in each prefix, each sequence once per epoch, any start at once."""
+"""The global order: weights are met in each prefix, each sequence occurs once per epoch, any position can be located."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from savant_ray.errors import DataError, SettingsError
 
 
 def located(order: GlobalOrder, start: int, stop: int) -> list[tuple[int, int]]:
-    """(source, row) at each position."""
+    """Return (source, row) of each position."""
     return list(zip(*(array.tolist() for array in order.locate(np.arange(start, stop))), strict=True))
 
 
 @settings(max_examples=200, deadline=None)
 @given(weights=st.lists(st.integers(1, 40), min_size=1, max_size=8))
-def test_in_every_prefix_each_source_is_within_one_of_its_weight(weights: list[int]) -> None:
+def test_in_every_prefix_each_source_is_within_one_sequence_of_its_weight(weights: list[int]) -> None:
     sources, _ = GlobalOrder([5] * len(weights), weights, seed=1).locate(np.arange(2 * sum(weights) + 3))
     prefix = np.arange(1, len(sources) + 1)
     for source, weight in enumerate(weights):
@@ -38,12 +38,12 @@ def test_the_default_mixture_is_four_to_one() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(size=st.integers(1, 400), seed=st.integers(-5, 2**63), epoch=st.integers(0, 10**9))
-def test_every_sequence_comes_once_in_every_epoch(size: int, seed: int, epoch: int) -> None:
+def test_every_sequence_occurs_once_in_every_epoch(size: int, seed: int, epoch: int) -> None:
     rows = [row for _, row in located(GlobalOrder([size], [1.0], seed), epoch * size, (epoch + 1) * size)]
     assert sorted(rows) == list(range(size))
 
 
-def test_every_source_is_reshuffled_every_epoch_and_by_seed() -> None:
+def test_the_order_differs_between_sources_epochs_and_seeds() -> None:
     def epoch(seed: int, source: int, number: int) -> list[int]:
         order = GlobalOrder([50, 50], [1, 1], seed)
         return [row for s, row in located(order, number * 100, (number + 1) * 100) if s == source]
@@ -61,14 +61,14 @@ def test_all_permutations_of_four_are_equally_likely() -> None:
     assert ((counts - 1_000) ** 2 / 1_000).sum() < 60  # chi-square with 23 degrees of freedom
 
 
-def test_any_slice_is_the_slice_of_the_whole() -> None:
+def test_positions_located_in_slices_equal_those_located_at_once() -> None:
     order = GlobalOrder([117, 30, 1], [0.7, 0.2, 0.1], seed=9)
     whole = located(order, 0, 1_000)
     assert [pair for start in range(0, 1_000, 7) for pair in located(order, start, min(start + 7, 1_000))] == whole
 
 
-def test_a_far_start_costs_what_the_first_does() -> None:
-    """Counting up to this one would take years."""
+def test_a_position_far_from_the_start_can_be_located() -> None:
+    """It is computed directly; counting up to it would take years."""
     sizes = np.array([10**12, 10**6])
     sources, rows = GlobalOrder(list(sizes), [0.8, 0.2], seed=0).locate(np.arange(10**15, 10**15 + 192))
     assert set(sources) == {0, 1} and (rows < sizes[sources]).all()
@@ -76,7 +76,7 @@ def test_a_far_start_costs_what_the_first_does() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
 @pytest.mark.parametrize("effective_batch", [192, 7, 1])
-def test_the_shares_of_all_ranks_are_the_step(world_size: int, effective_batch: int) -> None:
+def test_the_slices_of_all_ranks_together_are_the_step(world_size: int, effective_batch: int) -> None:
     shares = [rank_slice(effective_batch, rank, world_size) for rank in range(world_size)]
     assert [position for part in shares for position in part] == list(range(effective_batch))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -84,13 +84,13 @@ def test_the_shares_of_all_ranks_are_the_step(world_size: int, effective_batch: 
 
 @settings(max_examples=50, deadline=None)
 @given(size=st.integers(1, 5_000), key=st.integers(0, 2**64 - 1))
-def test_a_key_permutes(size: int, key: int) -> None:
+def test_each_key_selects_a_permutation(size: int, key: int) -> None:
     images = permute(np.arange(size), size, np.full(size, key, dtype=np.uint64))
     assert sorted(images.tolist()) == list(range(size))
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.0], [1.0, -1.0], [float("nan"), 1.0], [1, 1e6], [1.0]])
-def test_silly_weights_are_refused(weights: list[float]) -> None:
+def test_weights_that_are_not_positive_or_too_small_are_refused(weights: list[float]) -> None:
     with pytest.raises(SettingsError, match="weight"):
         GlobalOrder([3, 3], weights, seed=0)
 
@@ -108,7 +108,7 @@ def test_silly_weights_are_refused(weights: list[float]) -> None:
     ],
     ids=["token counts", "rounded sevenths", "many digits", "huge", "subnormal", "fractions", "199 sources"],
 )
-def test_any_positive_weights_are_kept_to_one_sequence_in_100_000(weights: list[float]) -> None:
+def test_any_positive_weights_are_met_to_within_one_sequence_in_100_000(weights: list[float]) -> None:
     n = 200_000
     sources, _ = GlobalOrder([5] * len(weights), weights, seed=1).locate(np.arange(n))
     total = sum(map(Fraction, weights))
@@ -132,7 +132,7 @@ def test_any_positive_weights_are_kept_to_one_sequence_in_100_000(weights: list[
     ],
 )
 def test_the_order_of_earlier_runs_never_changes(weights: list[float], digest: str) -> None:
-    """A checkpoint holds only a position, so another order would train a resumed run on the wrong sequences."""
+    """A checkpoint stores only a position, so with another order a resumed run would read the wrong sequences."""
     order = GlobalOrder([97 + i for i in range(len(weights))], weights, seed=11)
     source, row = order.locate(np.arange(5_000, 9_000))
     content = source.astype("<i8").tobytes() + row.astype("<i8").tobytes()
@@ -191,7 +191,7 @@ def test_after_whole_epochs_the_documents_are_in_proportion_to_the_weights(sourc
 
 @given(sources=SOURCES, per_sequence=st.fractions(Fraction(1, 50), 50, max_denominator=50), start=st.integers(0, 10**9))
 @settings(max_examples=50, deadline=None)
-def test_with_equally_many_documents_a_sequence_the_order_is_the_same(
+def test_mixing_by_documents_changes_nothing_if_sequences_of_all_sources_have_equally_many(
     sources: list[tuple[int, int, int]], per_sequence: Fraction, start: int
 ) -> None:
     weights, _, sizes = zip(*sources, strict=True)
@@ -202,7 +202,7 @@ def test_with_equally_many_documents_a_sequence_the_order_is_the_same(
     assert located(order, start, start + 500) == located(expected, start, start + 500)
 
 
-def test_a_fifth_of_the_documents_that_are_ten_times_shorter_is_a_fortieth_of_the_sequences() -> None:
+def test_a_weight_of_documents_is_converted_to_a_weight_of_sequences() -> None:
     stories, logic = 0.8, 0.2
     assert weights_by_documents([stories, logic], [400, 4_000], [100, 100]) == (Fraction(40, 41), Fraction(1, 41))
     assert weights_by_documents([stories], [7], [100]) == (1,)
@@ -212,7 +212,7 @@ def test_documents_that_fill_many_sequences_count_as_one_each() -> None:
     assert weights_by_documents([1, 1], [10, 100], [1_000, 100]) == (Fraction(100, 101), Fraction(1, 101))
 
 
-def test_sizes_of_millions_are_kept_to_one_sequence_in_100_000() -> None:
+def test_weights_of_sources_with_millions_of_sequences_are_met_to_within_one_in_100_000() -> None:
     documents, sequences = [1_234_567, 7_654_321, 999_983], [3_456_789, 1_234_577, 77_773]
     fractions = weights_by_documents([0.7, 0.2, 0.1], documents, sequences)
     taken, _ = GlobalOrder(sequences, fractions, seed=1).locate(np.arange(200_000))
@@ -231,7 +231,7 @@ def test_an_empty_source_is_refused() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_rows_lie_in_their_source(data: st.DataObject) -> None:
+def test_located_rows_exist_in_their_source(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 10**9), min_size=1, max_size=5))
     weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
     start = data.draw(st.integers(0, 10**15))

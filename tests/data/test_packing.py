@@ -1,4 +1,4 @@
-"""No token lost, none doubled, hardly any padding."""
+"""Packing: no token is lost or duplicated, and there is little padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from savant_ray.data.packing import pack
 
 
 def unpack(lengths: list[int], sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the tokens 1, 2, 3 …, and how often a document was cut."""
+    """Pack the tokens 1, 2, 3 …; return the rows, and the documents that were cut."""
     tokens = np.arange(1, sum(lengths) + 1, dtype=np.uint32)
     packing = pack(lengths, sequence_length)
     rows = packing.fill(tokens, np.cumsum(lengths) - np.array(lengths, dtype=np.int64))
@@ -38,7 +38,7 @@ def test_every_token_is_in_one_row_and_pieces_stay_in_order(lengths: list[int], 
 
 @pytest.mark.parametrize("sequence_length", [256, 512, 1024])
 @pytest.mark.parametrize("median", [60, 200, 700])
-def test_waste_is_below_two_in_a_thousand_and_few_documents_are_cut(median: int, sequence_length: int) -> None:
+def test_padding_is_below_0_2_percent_and_few_documents_are_cut(median: int, sequence_length: int) -> None:
     lengths = np.random.default_rng(0).lognormal(np.log(median), 0.8, size=20_000).astype(int) + 2
     rows, cut = unpack(lengths.tolist(), sequence_length)
     assert (rows == 0).mean() < 0.002
@@ -46,13 +46,13 @@ def test_waste_is_below_two_in_a_thousand_and_few_documents_are_cut(median: int,
     assert len(cut) <= too_long + 0.01 * len(lengths)
 
 
-def test_documents_of_more_than_half_a_row_are_cut_where_nothing_else_fits() -> None:
+def test_documents_of_more_than_half_a_row_are_cut_to_fill_the_gaps() -> None:
     rows, cut = unpack([150] * 1_000, 256)
     assert (rows == 0).mean() < 0.002
     assert len(cut) <= 420  # 1000 documents in 586 rows: 414 have to be divided
 
 
-def test_the_same_lengths_give_the_same_rows() -> None:
+def test_packing_is_deterministic() -> None:
     lengths = np.random.default_rng(1).integers(1, 900, size=3_000).tolist()
     first, second = pack(lengths, 512), pack(lengths, 512)
     assert all(np.array_equal(getattr(first, key), getattr(second, key)) for key in ("documents", "starts", "row_ends"))

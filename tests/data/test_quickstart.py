@@ -1,4 +1,4 @@
-"""The quickstart's data: the same every time, true in every step, and honest about what is held out."""
+"""The quickstart's data: it is reproducible and correct, and training text contains nothing that is held out."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def numbers(text: str) -> list[int]:
 # --- the files
 
 
-def test_there_is_a_megabyte_of_prose_and_twenty_six_thousand_problems(rows):
+def test_the_files_have_more_than_1_5_mb_of_prose_and_26_000_problems(rows):
     prose = [row["text"] for row in rows[TRAIN_FILE] if not row["text"].startswith("Question: ")]
     assert sum(map(len, prose)) > 1_500_000
     assert len(problem_texts(rows[TRAIN_FILE])) > 5000
     assert len(problem_texts(rows[GENIUS_FILE])) == len(rows[GENIUS_FILE]) == 26_000
 
 
-def test_validation_mixes_both_kinds_from_its_first_rows_on(rows):
+def test_prose_and_problems_are_mixed_in_the_validation_file(rows):
     kinds = Counter(row["source"].split(":")[0] == "problem" for row in rows[VALIDATION_FILE])
     assert kinds[True] == 500 and kinds[False] >= 20
     first = [len(row["text"]) for row in rows[VALIDATION_FILE][:100]]
@@ -69,7 +69,7 @@ def test_validation_mixes_both_kinds_from_its_first_rows_on(rows):
     assert 0.1 < sum(prose) / sum(first) < 0.9
 
 
-def test_no_document_comes_twice_in_any_of_the_files(rows):
+def test_no_document_occurs_twice_in_the_files(rows):
     texts = [row["text"] for name in FILES for row in rows[name]]
     assert len(texts) == len(set(texts)) and all(text.strip() for text in texts)
 
@@ -82,7 +82,7 @@ def test_held_out_prose_shares_no_paragraph_with_training_prose(rows):
     assert not paragraphs(TRAIN_FILE) & paragraphs(VALIDATION_FILE)
 
 
-def test_another_process_writes_the_same_bytes_and_leaves_nothing_aside(folder, tmp_path):
+def test_another_process_writes_the_same_bytes_and_no_other_files(folder, tmp_path):
     code = "import sys, pathlib; from savant_ray.data.quickstart import write_quickstart as w; w(pathlib.Path(sys.argv[1]))"
     subprocess.run(
         [sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
@@ -92,7 +92,7 @@ def test_another_process_writes_the_same_bytes_and_leaves_nothing_aside(folder, 
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_files_already_there_are_left_alone_unless_forced(tmp_path):
+def test_existing_files_are_kept_unless_force_is_set(tmp_path):
     (tmp_path / TRAIN_FILE).write_text("mine\n")
     said: list[str] = []
     write_quickstart(tmp_path, log=said.append)
@@ -103,23 +103,23 @@ def test_files_already_there_are_left_alone_unless_forced(tmp_path):
     assert (tmp_path / TRAIN_FILE).read_text() != "mine\n"
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(DataError, match="taken: the quickstart data cannot be written here"):
+    with pytest.raises(DataError, match="taken: the quickstart data cannot be written"):
         write_quickstart(tmp_path / "taken", log=quiet)
 
 
 # --- what is held out
 
 
-def test_the_guides_pair_is_held_out_and_about_a_tenth_of_the_others():
+def test_the_pair_5_and_10_and_about_a_tenth_of_the_others_are_held_out():
     assert is_held_out(5, 10) and is_held_out(10, 5)
     pairs = [(x, y) for x in range(100) for y in range(x, 100)]
     assert 0.08 < sum(is_held_out(*pair) for pair in pairs) / len(pairs) < 0.12
     assert all(is_held_out(x, y) == is_held_out(y, x) for x, y in pairs)
 
 
-def test_the_table_that_worked_steps_are_made_of_is_never_held_out():
+def test_pairs_of_round_numbers_are_never_held_out():
     table = [*range(10), *range(10, 100, 10)]
     assert [pair for pair in combinations(table, 2) if is_held_out(*pair)] == [(5, 10)]
 
@@ -133,13 +133,13 @@ def test_no_training_text_combines_a_held_out_pair(rows, name):
         assert not any(is_held_out(*pair) for pair in combinations(numbers(question), 2)), text
 
 
-def test_every_validation_problem_asks_for_a_held_out_pair(rows):
+def test_every_validation_problem_combines_a_held_out_pair(rows):
     for text in problem_texts(rows[VALIDATION_FILE]):
         asked = numbers(text.split("\nAnswer:")[0])
         assert any(is_held_out(*pair) for pair in combinations(asked, 2)), text
 
 
-def test_validation_has_wordings_that_no_training_text_has(rows):
+def test_the_validation_file_has_wordings_that_are_in_no_training_file(rows):
     def wordings(name: str) -> set[str]:
         return {row["source"] for row in rows[name] if row["source"].startswith("problem:")}
 
@@ -150,7 +150,7 @@ def test_validation_has_wordings_that_no_training_text_has(rows):
 # --- the problems
 
 
-def test_every_worked_step_is_true(rows):
+def test_every_worked_step_is_correct(rows):
     equations = comparisons = 0
     for text in (text for name in FILES for text in problem_texts(rows[name])):
         for x, sign, y, result in EQUATION.findall(text):
@@ -163,7 +163,7 @@ def test_every_worked_step_is_true(rows):
     assert equations > 40_000 and comparisons > 3000
 
 
-def test_every_answer_ends_in_the_right_number():
+def test_every_answer_ends_with_the_correct_number():
     for problem in problems(1, 3000) + problems(2, 1000, held_out=True) + problems(3, 500, True, unseen_wordings=True):
         assert problem.answer_text.endswith(f" So {problem.answer}. The answer is {problem.answer}.")
         assert is_correct(problem.text, str(problem.answer))
@@ -171,7 +171,7 @@ def test_every_answer_ends_in_the_right_number():
     assert sums and all(p.answer == sum(p.operands) for p in sums)
 
 
-def test_places_are_joined_to_the_right_result():
+def test_the_results_of_ones_and_tens_add_up_to_the_result():
     joined = re.compile(
         r"(\d+) ([-+*]) (\d+)\. \S+ \S \S+ = (-?\d+)\. \S+ \S \S+ = (\d+)\. (?:\S+ \+ \S+ = \S+\. )*So (\d+)\."
     )
@@ -180,19 +180,19 @@ def test_places_are_joined_to_the_right_result():
             assert int(ones) + int(tens) == int(result) == OPERATORS[sign](int(x), int(y))
 
 
-def test_the_guides_prompt_is_one_of_the_problems():
+def test_the_prompt_of_the_training_guide_is_a_held_out_problem():
     prompt = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
     found = {p.prompt: p for p in problems(0, 20_000, held_out=True, templates=["sum"])}
     assert found[prompt].answer_text == "X + Y = 5 + 10. 5 + 0 = 5. 0 + 10 = 10. So 15. The answer is 15."
 
 
-def test_templates_take_turns_and_the_same_seed_gives_the_same_problems():
+def test_templates_alternate_and_the_same_seed_gives_the_same_problems():
     assert problems(7, 60) == problems(7, 60) != problems(8, 60)
     assert Counter(p.template for p in problems(7, 60)) == dict.fromkeys(TEMPLATES, 10)
     assert len({p.prompt for p in problems(7, 600)}) == 600
     assert {p.template for p in problems(7, 5, templates=["product"])} == {"product"}
 
 
-def test_a_template_without_more_problems_ends_early_instead_of_for_ever():
+def test_generation_ends_when_a_template_has_no_more_problems():
     few = problems(1, 100_000, held_out=True, templates=["product"], unseen_wordings=True)
     assert 100 < len(few) < 1000

@@ -1,4 +1,4 @@
-"""Files, folders, globs and URIs name the same files."""
+"""Listing of source files by paths, folders, globs and URIs."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ def folder(tmp_path: Path) -> Path:
         ("*/c.json", ["deep/c.json"]),
     ],
 )
-def test_a_pattern_names_its_files(folder: Path, scheme: str, pattern: str, expected: list[str]) -> None:
+def test_a_pattern_selects_its_files(folder: Path, scheme: str, pattern: str, expected: list[str]) -> None:
     found = [file.path.removeprefix(f"{folder}/") for file in expand(f"{scheme}{folder}/{pattern}")]
     assert found == expected
 
 
-def test_a_local_name_may_look_like_a_pattern(folder: Path) -> None:
+def test_an_existing_file_whose_name_is_a_pattern_is_selected_literally(folder: Path) -> None:
     assert [Path(file.path).name for file in expand(str(folder / "e[1].jsonl"))] == ["e[1].jsonl"]
     assert [Path(file.path).name for file in expand(str(folder / "?.jsonl"))] == ["a.jsonl"]
 
 
-def test_the_options_of_a_uri_stay_with_its_files() -> None:
+def test_a_file_keeps_the_options_of_its_uri() -> None:
     file = SourceFile("s3://bucket/a.jsonl.gz", 1, 0, "?region=eu-central-1&scheme=http")
     filesystem, path = file.resolve()
     assert (filesystem.type_name, filesystem.region, path) == ("s3", "eu-central-1", "bucket/a.jsonl.gz")
     assert file.codec == "gzip"
 
 
-def test_several_patterns_name_each_file_once(folder: Path) -> None:
+def test_a_file_that_matches_several_patterns_is_returned_once(folder: Path) -> None:
     files = expand([str(folder / "a.jsonl"), str(folder / "*.jsonl")])
     assert [Path(file.path).name for file in files] == ["a.jsonl", "e[1].jsonl"]
     assert files[0].size == 14
@@ -75,13 +75,13 @@ def test_a_relative_path_becomes_absolute(folder: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("pattern", ["missing.jsonl", "missing/*.jsonl", "*.parquet", "deep/deeper/x"])
-def test_what_is_not_there_is_named(folder: Path, pattern: str) -> None:
+def test_a_missing_file_or_folder_is_reported_by_name(folder: Path, pattern: str) -> None:
     with pytest.raises(DataError, match=r"no such (file or folder|match)") as error:
         expand(str(folder / pattern))
     assert str(folder / pattern) in str(error.value)
 
 
-def test_a_folder_without_jsonl_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_jsonl_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the folder contains no \.jsonl"):
         expand(str(tmp_path))
 
@@ -113,7 +113,9 @@ def write(path: Path, content: bytes = b'{"text": "x"}\n') -> Path:
         ("UP", "UP/X.JSONL"),
     ],
 )
-def test_an_odd_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, expected: str) -> None:
+def test_a_file_with_an_unusual_name_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, expected: str
+) -> None:
     for name in ("[2024-01]", "[2024-0/deep/er", "a b#c?%20", "{a}"):
         write(tmp_path / name / "x.jsonl")
     write(tmp_path / "[2024-0/up.jsonl")
@@ -125,7 +127,7 @@ def test_an_odd_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     assert expected in found and len(found) == 1 + pattern.startswith("[2024-0/**") and not warned
 
 
-def test_a_folder_that_links_lead_back_to_is_read_once(tmp_path: Path) -> None:
+def test_a_folder_with_cyclic_links_is_read_once(tmp_path: Path) -> None:
     write(tmp_path / "a/x.jsonl")
     (tmp_path / "b").mkdir()
     for name, target in {"current": ".", "again": ".", "more": ".", "a/to_b": "../b", "b/to_a": "../a"}.items():
@@ -135,7 +137,7 @@ def test_a_folder_that_links_lead_back_to_is_read_once(tmp_path: Path) -> None:
         assert names(expand(str(tmp_path / pattern), lambda _: None), tmp_path) == ["a/x.jsonl"]
 
 
-def test_a_linked_file_counts_once_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+def test_a_linked_file_is_read_once_and_skipped_entries_are_reported(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl")
     (tmp_path / "link.jsonl").symlink_to("x.jsonl")
     (tmp_path / "broken.jsonl").symlink_to("../gone.jsonl")
@@ -144,15 +146,15 @@ def test_a_linked_file_counts_once_and_what_is_left_out_is_named(tmp_path: Path)
     warned: list[str] = []
     assert names(expand(str(tmp_path), warned.append), tmp_path) == ["x.jsonl"]
     assert sorted(line.removeprefix(f"{tmp_path}/") for line in warned) == [
-        "broken.jsonl: a broken link, to ../gone.jsonl; left out",
-        f"link.jsonl: a link to {tmp_path}/x.jsonl, which is read already; left out",
-        "pipe.jsonl: is a pipe, not a file; left out",
-        r"r\xe9sum.jsonl: its name is not UTF-8; rename it; left out",
+        "broken.jsonl: a broken link to ../gone.jsonl; skipped",
+        f"link.jsonl: a link to {tmp_path}/x.jsonl, which is already included; skipped",
+        "pipe.jsonl: is a pipe, not a file; skipped",
+        r"r\xe9sum.jsonl: its name is not UTF-8; rename it; skipped",
     ]
     assert names(expand(str(tmp_path / "link.jsonl"), warned.append), tmp_path) == ["link.jsonl"]
 
 
-def test_a_thousand_broken_links_are_a_few_lines(tmp_path: Path) -> None:
+def test_a_thousand_broken_links_give_a_few_messages(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl")
     for number in range(1_000):
         (tmp_path / f"{number}.jsonl").symlink_to("gone")
@@ -173,13 +175,13 @@ def test_a_thousand_broken_links_are_a_few_lines(tmp_path: Path) -> None:
         ("x" * 300, "File name too long"),
         ("x/" * 5_000, "File name too long"),
         ("x.jsonl/y.jsonl", "no such file or folder"),
-        ("broken.jsonl", "a broken link, to gone"),
+        ("broken.jsonl", "a broken link to gone"),
         ("itself.jsonl", "a link that leads back to itself"),
         ("/dev/zero", "is a device, not a file"),
         ("/dev/stdin", "not the same file in every process"),
         ("pipe", "is a pipe, not a file"),
         ("folders/*", "matches only folders"),
-        ("{a,b}.jsonl", "use a list of both"),
+        ("{a,b}.jsonl", "use a list of two patterns"),
         ("C:\\data\\x.jsonl", "separated by /"),
         ("[z-a", "no such match"),
         ("", "no file, folder, glob or URI is given"),
@@ -190,7 +192,7 @@ def test_a_thousand_broken_links_are_a_few_lines(tmp_path: Path) -> None:
         ("hdfs://[/", "the file system cannot be used"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(
+def test_a_pattern_that_cannot_be_read_gives_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str | list[str], reason: str
 ) -> None:
     write(tmp_path / "x.jsonl")
@@ -204,7 +206,7 @@ def test_what_cannot_be_read_is_one_line(
     assert reason in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 1_000
 
 
-def test_a_deleted_working_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deleted_working_directory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -213,7 +215,7 @@ def test_a_deleted_working_directory_is_named(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take on another user's rights")
-def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_missing_read_permission_is_reported(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents):
         if not folder.stat().st_mode & 0o001:
             folder.chmod(0o755)

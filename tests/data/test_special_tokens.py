@@ -1,4 +1,4 @@
-"""Special tokens around a text: those of the tokenizer's own template, and one end for each document."""
+"""Special tokens around a text: those of the tokenizer's template, and one end-of-document token per document."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OPEN_ENDED = ("Llama", "Llama 3", *WITHOUT)  # nothing behind the text
 
 
 def made(post_processor: Any) -> tokenizers.Tokenizer:
-    """Words as tokens, with this post-processor."""
+    """Return a word-level tokenizer with this post-processor."""
     words = ["a", "red", "hen", ",", "and", "cat"]
     inner = tokenizers.Tokenizer(models.WordLevel(IDS | {w: len(IDS) + i for i, w in enumerate(words)}, "<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -61,7 +61,7 @@ def saved(kind: str, folder: Path) -> Path:
 
 
 def plain_fingerprint(tokenizer: Tokenizer) -> str:
-    """What it was before there was a choice."""
+    """Return the fingerprint that versions without `add_special_tokens` computed."""
     canonical = json.dumps(json.loads(tokenizer.to_json()), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -77,7 +77,7 @@ def prompt(tokenizer: Tokenizer, text: str = TEXT) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_document_is_what_the_template_makes_of_its_text_and_ends_once(kind: str, tmp_path: Path) -> None:
+def test_a_document_has_the_tokens_of_the_template_and_one_end_of_document(kind: str, tmp_path: Path) -> None:
     path = saved(kind, tmp_path)
     whole = tokenizers.Tokenizer.from_file(str(path)).encode(TEXT).ids
     ids = document(Tokenizer.load(path))
@@ -86,11 +86,11 @@ def test_a_document_is_what_the_template_makes_of_its_text_and_ends_once(kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_document_has_the_tokens_of_transformers_tokenizer(kind: str, tmp_path: Path) -> None:
+def test_a_document_has_the_same_tokens_as_in_transformers(kind: str, tmp_path: Path) -> None:
     assert_as_transformers(saved(kind, tmp_path), [END] * (kind in OPEN_ENDED))
 
 
-def test_a_tokenizer_like_alberts_has_the_tokens_of_transformers() -> None:
+def test_a_tokenizer_like_alberts_gives_the_same_tokens_as_transformers() -> None:
     assert_as_transformers(FOLDER / "tokenizer.json", [])
 
 
@@ -102,14 +102,14 @@ def assert_as_transformers(path: Path, behind: Sequence[int]) -> None:
         assert document(tokenizer, text) == [*theirs(text).input_ids, *behind]
 
 
-def test_alberts_template_is_found() -> None:
+def test_alberts_template_is_detected() -> None:
     tokenizer = Tokenizer.load(FOLDER)
     assert (tokenizer.prefix, tokenizer.suffix) == ((CLS,), (SEP,))
     assert document(tokenizer) == [CLS, *tokenizer.encode(TEXT), SEP]
     assert tokenizer.decode(document(tokenizer)) == TEXT
 
 
-def test_another_end_of_document_takes_the_place_of_the_templates() -> None:
+def test_another_end_of_document_replaces_the_last_token_of_the_template() -> None:
     words = Tokenizer(made(KINDS["template"]))
     assert document(words.with_settings("<eos>")) == [CLS, *words.encode(TEXT), EOS]
     assert words.with_settings("<eos>").fingerprint != words.fingerprint
@@ -119,7 +119,7 @@ def test_another_end_of_document_takes_the_place_of_the_templates() -> None:
     assert document(two_behind) == [*words.encode(TEXT), EOS], "not <eos> <eos>"
 
 
-def test_without_special_tokens_a_document_is_what_it_was_before_there_was_a_choice() -> None:
+def test_without_special_tokens_documents_and_fingerprint_are_those_of_earlier_versions() -> None:
     for kind, post_processor in KINDS.items():
         tokenizer = Tokenizer(made(post_processor), add_special_tokens=False)
         assert document(tokenizer) == [*tokenizer.encode(TEXT), END]
@@ -130,14 +130,14 @@ def test_without_special_tokens_a_document_is_what_it_was_before_there_was_a_cho
         assert (with_them.fingerprint == tokenizer.fingerprint) == (kind in WITHOUT), "another cache, or the same"
 
 
-def test_a_learnt_tokenizer_is_what_it_was_before_there_was_a_choice() -> None:
+def test_documents_and_fingerprint_of_a_trained_tokenizer_are_those_of_earlier_versions() -> None:
     learnt = train_tokenizer(iter([TEXT]), 300)
     assert not learnt.adds_special_tokens and learnt.fingerprint == plain_fingerprint(learnt)
     assert document(learnt) == [*learnt.encode(TEXT), learnt.end_of_document]
     assert learnt.with_settings(add_special_tokens=False).fingerprint == learnt.fingerprint
 
 
-def test_the_choice_goes_along() -> None:
+def test_copies_of_a_tokenizer_keep_the_choice_of_special_tokens() -> None:
     albert = Tokenizer.load(FOLDER)
     for chosen in (True, False):
         tokenizer = albert.with_settings(add_special_tokens=chosen)
@@ -152,13 +152,13 @@ def test_the_choice_goes_along() -> None:
 
 
 @pytest.mark.parametrize("kind", WITHOUT)
-def test_special_tokens_that_a_tokenizer_has_no_template_for_are_refused(kind: str, tmp_path: Path) -> None:
+def test_special_tokens_are_refused_for_a_tokenizer_without_a_template(kind: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"data\.add_special_tokens: true, but the tokenizer .* has no template"):
         Tokenizer.load(saved(kind, tmp_path), add_special_tokens=True)
 
 
 @pytest.mark.parametrize("single", ["$A </s> $A", "</s>"])
-def test_a_template_that_is_not_one_text_between_tokens_is_refused(single: str) -> None:
+def test_a_template_that_does_not_contain_the_text_once_is_refused(single: str) -> None:
     with pytest.raises(
         SettingsError, match=r"data\.add_special_tokens: mine\.json has a .*template .* set it to false"
     ):
@@ -166,13 +166,13 @@ def test_a_template_that_is_not_one_text_between_tokens_is_refused(single: str) 
     assert document(Tokenizer(made(template(single)), add_special_tokens=False))[-1] == END
 
 
-def test_a_template_whose_tokens_are_not_in_the_vocabulary_counts_for_the_models() -> None:
+def test_the_vocabulary_size_includes_tokens_that_only_the_template_has() -> None:
     beyond = processors.TemplateProcessing(single="<new> $A", special_tokens=[("<new>", 90)])
     assert Tokenizer(made(beyond)).vocab_size == 91
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_is_the_beginning_of_the_document_that_it_would_become(kind: str) -> None:
+def test_a_prompt_has_the_first_tokens_of_its_document(kind: str) -> None:
     tokenizer = Tokenizer(made(KINDS[kind]))
     start = prompt(tokenizer, "a red")
     assert start == document(tokenizer, "a red hen")[: len(start)]
@@ -180,7 +180,7 @@ def test_a_prompt_is_the_beginning_of_the_document_that_it_would_become(kind: st
     assert prompt(tokenizer, " ") == [], "nothing to go on with"
 
 
-def test_what_begins_a_document_is_never_sampled_and_what_ends_it_can_be() -> None:
+def test_tokens_before_a_document_are_never_sampled_and_those_at_its_end_can_be() -> None:
     for kind, begin, end in [("Bert", [CLS], SEP), ("Roberta", [S], END), ("Llama", [S], END), ("T5", [], END)]:
         tokenizer = Tokenizer(made(KINDS[kind]))
         assert tokenizer.end_of_document == end
@@ -192,7 +192,7 @@ def test_what_begins_a_document_is_never_sampled_and_what_ends_it_can_be() -> No
     assert not last.never_sampled & {EOS, CLS} and last.end_of_document == CLS
 
 
-def test_a_very_long_text_has_special_tokens_at_its_two_ends_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_encoded_in_parts_has_special_tokens_only_at_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.load(FOLDER)
     text = "a red hen and a cat " * 20
     whole = document(tokenizer, text)
@@ -201,7 +201,7 @@ def test_a_very_long_text_has_special_tokens_at_its_two_ends_only(monkeypatch: p
     assert whole[0] == CLS and whole[-1] == SEP and not {CLS, SEP} & set(whole[1:-1])
 
 
-def test_special_tokens_do_not_hide_characters_that_are_dropped() -> None:
+def test_dropped_characters_are_counted_for_a_tokenizer_with_special_tokens() -> None:
     vocabulary = {"[CLS]": 0, "[SEP]": 1, "a": 2}
     inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     inner.post_processor = processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))

@@ -1,4 +1,4 @@
-"""A rank reads its sequences of each step: from any start, with any number of workers, without a CPU of its own."""
+"""A rank reads its sequences of each step from any start, with any number of workers, without reserving a CPU."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def test_a_plan_can_be_pickled_before_and_after_reading(plan: StreamPlan) -> Non
     assert copy.sizes == (DOCUMENTS, 40)
 
 
-def test_the_plan_reads_the_sequences_at_the_positions_of_the_order(
-    plan: StreamPlan, byte_tokenizer: Tokenizer
-) -> None:
+def test_a_plan_reads_the_sequences_that_the_order_locates(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
     positions = np.array([0, 3, 10**12, 7])
     sequences = plan.read(positions)
     sources, rows = GlobalOrder(plan.sizes, plan.weights, plan.seed).locate(positions)
@@ -76,7 +74,7 @@ def test_the_plan_reads_the_sequences_at_the_positions_of_the_order(
 
 
 @pytest.mark.parametrize("start", [0, 1_001])
-def test_the_stream_is_the_order_from_any_start(plan: StreamPlan, start: int) -> None:
+def test_a_stream_yields_the_sequences_of_the_order_from_any_start(plan: StreamPlan, start: int) -> None:
     steps_read = list(StepStream(plan, 1, 3).steps(start, 5))
     expected = [start + 192 * step + offset for step in range(5) for offset in range(64, 128)]
     assert [position for local in steps_read for position in local.positions.tolist()] == expected
@@ -92,14 +90,14 @@ def test_the_positions_of_a_step_do_not_depend_on_the_number_of_workers(plan: St
         assert positions.tolist() == list(range(50 + 192 * step, 50 + 192 * (step + 1)))
 
 
-def test_three_workers_read_what_one_reads(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
+def test_three_workers_together_read_the_sequences_of_one(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
     alone = [read_texts(plan, byte_tokenizer, [local]) for local in StepStream(plan, 0, 1).steps(11, 2)]
     ranks = [list(StepStream(plan, rank, 3).steps(11, 2)) for rank in range(3)]
     for step in range(2):
         assert read_texts(plan, byte_tokenizer, [of_rank[step] for of_rank in ranks]) == alone[step]
 
 
-def test_every_rank_makes_every_step_even_without_a_share(plan: StreamPlan) -> None:
+def test_a_rank_without_sequences_yields_all_steps_empty(plan: StreamPlan) -> None:
     small = one_source(plan, effective_batch=1)
     ranks = [list(StepStream(small, rank, 2).steps(4, 3)) for rank in range(2)]
     assert [[len(local.positions) for local in of_rank] for of_rank in ranks] == [[0, 0, 0], [1, 1, 1]]
@@ -123,7 +121,9 @@ def test_stopping_after_every_step_neither_skips_nor_repeats_a_sequence(
         assert set(counts.values()) == {1}
 
 
-def test_stopped_and_resumed_streams_are_the_uninterrupted_one(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
+def test_stopped_and_resumed_streams_yield_the_same_as_an_uninterrupted_one(
+    plan: StreamPlan, byte_tokenizer: Tokenizer
+) -> None:
     small = one_source(plan, effective_batch=7)
     uninterrupted = read_texts(small, byte_tokenizer, list(StepStream(small, 0, 1).steps(0, 34)))
     resumed: list[str] = []
@@ -135,7 +135,7 @@ def test_stopped_and_resumed_streams_are_the_uninterrupted_one(plan: StreamPlan,
     assert set(Counter(uninterrupted[:DOCUMENTS]).values()) == {1}
 
 
-def test_reading_works_while_workers_hold_every_cpu(plan: StreamPlan) -> None:
+def test_reading_works_while_workers_reserve_all_cpus(plan: StreamPlan) -> None:
     import ray
 
     @ray.remote(num_cpus=2)
@@ -149,7 +149,7 @@ def test_reading_works_while_workers_hold_every_cpu(plan: StreamPlan) -> None:
     ray.kill(holder)
 
 
-def test_reading_is_one_portion_ahead_from_the_start_and_no_more(
+def test_reading_stays_exactly_one_portion_ahead_from_the_start(
     plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     portion = 4
@@ -225,14 +225,14 @@ def test_closing_after_any_step_leaves_no_thread(
         time.sleep(0.05)
 
 
-def test_portions_join_without_a_gap(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_portions_have_no_gap(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("savant_ray.data.stream.MAX_PORTION_STEPS", 4)
     positions = np.concatenate([local.positions for local in StepStream(plan, 0, 1).steps(77, 10)])
     assert np.array_equal(positions, 77 + np.arange(10 * 192))
 
 
 def test_ray_data_runs_nothing_between_portions(plan: StreamPlan) -> None:
-    """Its scheduler thread spins for as long as an execution lasts."""
+    """During an execution, its scheduler thread polls and uses most of a core."""
     stream = StepStream(plan, 0, 1).steps(0, 100)
     next(stream), next(stream)  # the first does not wait for Ray Data
     deadline = time.monotonic() + 30

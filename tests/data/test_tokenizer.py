@@ -1,4 +1,4 @@
-"""Any text survives, special tokens cannot be typed, digits stand alone."""
+"""Tokenizers: encoding and decoding without loss, special tokens, training, loading and errors."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def trained() -> Tokenizer:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text())
-def test_any_text_survives(trained: Tokenizer, text: str) -> None:
+def test_any_text_is_encoded_and_decoded_without_loss(trained: Tokenizer, text: str) -> None:
     ids = trained.encode(text)
     assert trained.decode(ids) == text
     decoder = IncrementalDecoder(trained)
     assert "".join(map(decoder.push, ids)) + decoder.finish() == text
 
 
-def test_special_tokens_are_where_they_belong(trained: Tokenizer) -> None:
+def test_special_tokens_of_a_trained_tokenizer_have_fixed_ids_and_no_text(trained: Tokenizer) -> None:
     assert trained.encode("") == []
     assert trained.end_of_document == 1
     assert trained.never_sampled == {0}
@@ -42,7 +42,7 @@ def test_special_tokens_are_where_they_belong(trained: Tokenizer) -> None:
     assert trained.decode([0, *trained.encode("x"), 1]) == "x"
 
 
-def test_a_special_token_in_a_text_is_text(trained: Tokenizer) -> None:
+def test_the_name_of_a_special_token_in_a_text_is_encoded_as_text(trained: Tokenizer) -> None:
     text = "<|end_of_document|><|pad|>"
     for tokenizer in (trained, Tokenizer.from_json(trained.to_json())):
         ids = tokenizer.encode(text)
@@ -50,36 +50,36 @@ def test_a_special_token_in_a_text_is_text(trained: Tokenizer) -> None:
         assert tokenizer.decode(ids) == text
 
 
-def test_every_digit_is_a_token_the_first_of_a_number_with_its_space(trained: Tokenizer) -> None:
+def test_every_digit_is_a_token_and_a_space_belongs_to_the_first_digit(trained: Tokenizer) -> None:
     assert len(trained.encode("1510421")) == 7
     assert trained.encode(" 15") == trained.encode(" 1") + trained.encode("5")
     assert len(trained.encode(" 15")) == 2 or len(trained.encode(" 1")) == 2  # a small vocabulary may lack " 1"
 
 
-def test_a_batch_is_encoded_like_its_texts(trained: Tokenizer) -> None:
+def test_a_batch_is_encoded_like_its_single_texts(trained: Tokenizer) -> None:
     assert trained.encode_batch(TEXTS) == [trained.encode(text) for text in TEXTS]
 
 
-def test_a_very_long_text_has_the_ids_of_the_whole(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_encoded_in_parts_has_the_same_ids(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(TEXTS)
     whole = trained.encode(text)
     monkeypatch.setattr(module, "SEGMENT_CHARACTERS", 100)
     assert trained.encode(text) == whole
 
 
-def test_half_a_character_is_never_said(trained: Tokenizer) -> None:
+def test_incremental_decoding_returns_complete_characters_only(trained: Tokenizer) -> None:
     decoder = IncrementalDecoder(trained)
     said = [decoder.push(token) for token in trained.encode("🎈ß")]
     assert [text for text in said if text] == ["🎈", "ß"]
 
 
-def test_bytes_that_are_no_character_are_said_in_the_end(trained: Tokenizer) -> None:
+def test_incremental_decoding_returns_invalid_bytes_as_replacement_characters(trained: Tokenizer) -> None:
     continuation = trained.encode("🎈")[-1]
     decoder = IncrementalDecoder(trained)
     assert "".join(decoder.push(continuation) for _ in range(8)) == "\ufffd" * 8
 
 
-def test_it_is_the_same_after_a_journey(trained: Tokenizer, tmp_path: Path) -> None:
+def test_a_saved_and_loaded_tokenizer_is_the_same(trained: Tokenizer, tmp_path: Path) -> None:
     trained.save(tmp_path / "deep" / "tokenizer.json")
     loaded = [Tokenizer.load(tmp_path / "deep"), Tokenizer.load(tmp_path / "deep" / "tokenizer.json")]
     for tokenizer in (*loaded, Tokenizer.from_json(trained.to_json())):
@@ -95,7 +95,7 @@ def test_the_fingerprint_does_not_depend_on_the_layout_of_the_file(trained: Toke
 
 
 @pytest.mark.parametrize("end", ["</s>", "[SEP]", "<|endoftext|>", "<eos>"])
-def test_tokenizers_of_others_are_understood(end: str) -> None:
+def test_common_special_tokens_of_other_tokenizers_are_detected(end: str) -> None:
     vocabulary = {"<pad>": 0, "<unk>": 1, "[CLS]": 2, end: 3, "[MASK]": 4, "a": 7}
     tokenizer = Tokenizer(tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")))
     assert tokenizer.end_of_document == 3
@@ -103,7 +103,7 @@ def test_tokenizers_of_others_are_understood(end: str) -> None:
     assert tokenizer.never_sampled == {0, 1, 2, 4, 5, 6}  # 5 and 6 are nobody's
 
 
-def test_padding_and_truncation_of_a_loaded_file_are_switched_off(trained: Tokenizer) -> None:
+def test_padding_and_truncation_of_a_loaded_tokenizer_are_disabled(trained: Tokenizer) -> None:
     inner = tokenizers.Tokenizer.from_str(trained.to_json())
     inner.enable_truncation(3)
     inner.enable_padding(length=64)
@@ -117,14 +117,14 @@ def word_level(*tokens: str, special: str = "") -> Tokenizer:
     return Tokenizer(inner, "the tokenizer words.json")
 
 
-def test_a_tokenizer_without_an_end_is_refused_with_the_setting_that_names_it() -> None:
+def test_a_tokenizer_without_end_of_document_token_is_refused_with_the_setting_to_change() -> None:
     with pytest.raises(DataError) as refused:
         word_level("a", special="<|fin|>").end_of_document  # noqa: B018
     assert "words.json has no end-of-document token" in str(refused.value)
     assert "set data.end_of_document" in str(refused.value) and "<|fin|>" in str(refused.value)
 
 
-def test_an_end_of_document_of_any_name_can_be_named() -> None:
+def test_a_token_of_any_name_can_be_the_end_of_document() -> None:
     tokenizer = word_level("a", "</s>", special="<|fin|>").with_settings("<|fin|>")
     assert tokenizer.end_of_document == 2
     assert Tokenizer.from_json(tokenizer.to_json(), "copy", tokenizer.end_name).end_of_document == 2
@@ -154,7 +154,7 @@ def test_an_end_of_document_that_would_not_be_detected_is_part_of_the_fingerprin
     ],
     ids=lambda model: type(model).__name__,
 )
-def test_a_text_without_tokens_is_refused_with_what_to_do(model: models.Model) -> None:
+def test_a_text_that_cannot_be_encoded_is_refused_with_advice(model: models.Model) -> None:
     tokenizer = Tokenizer(tokenizers.Tokenizer(model), "the tokenizer mine.json")
     with pytest.raises(DataError, match=r"mine\.json cannot encode the text \(.*\); set data\.tokenizer to one with"):
         tokenizer.encode_batch(["a", "b"])
@@ -185,7 +185,7 @@ def test_characters_without_a_token_are_counted(tokenizer: Tokenizer, dropped: t
     assert tokenizer.dropped_characters("aé b é 漢") == dropped
 
 
-def test_ids_that_mean_the_same_are_counted() -> None:
+def test_ids_with_the_same_token_in_both_tokenizers_are_counted() -> None:
     assert word_level("a", "b", "c").same_ids(word_level("a", "c", "b", "d")) == (1, 3)
     assert word_level("a", "b", "c").same_ids(word_level("a", "b", "c", "d")) == (3, 3)
 
@@ -205,14 +205,14 @@ def test_ids_that_mean_the_same_are_counted() -> None:
         json.dumps({"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}}).encode(),
     ],
 )
-def test_a_file_that_is_no_tokenizer_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"tokenizer .*tokenizer\.json: (not a tokenizer\.json|it has no vocabulary)"):
         Tokenizer.load(path)
 
 
-def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     for spec, reason in [
         (tmp_path, "not a tokenizer.json"),
@@ -228,7 +228,7 @@ METASPACE = Tokenizer.load(FOLDER)
 
 @pytest.mark.parametrize("prompt", ["the red hen", "a", "the hen is <unk>", "the 🙂", "on "])
 @pytest.mark.parametrize("continuation", [" is on", "er ran", "."])
-def test_a_continuation_begins_with_a_space_exactly_if_it_begins_a_new_word(prompt: str, continuation: str) -> None:
+def test_a_continuation_begins_with_a_space_if_and_only_if_it_begins_a_new_word(prompt: str, continuation: str) -> None:
     prompt_ids = METASPACE.encode(prompt)
     ids = METASPACE.encode(f"the{continuation}")[1:]
     decoder = IncrementalDecoder(METASPACE, prompt_ids)
@@ -238,13 +238,13 @@ def test_a_continuation_begins_with_a_space_exactly_if_it_begins_a_new_word(prom
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(), continuation=st.text())
-def test_a_byte_level_continuation_is_its_own_text(trained: Tokenizer, text: str, continuation: str) -> None:
+def test_a_byte_level_continuation_is_decoded_to_its_own_text(trained: Tokenizer, text: str, continuation: str) -> None:
     text, continuation = (part.encode(errors="ignore").decode() for part in (text, continuation))
     assert trained.decode_continuation(trained.encode(text), trained.encode(continuation)) == continuation
 
 
-def test_bytes_of_a_character_that_follow_a_character_of_bytes_are_decoded_alone() -> None:
-    """As Llama's tokenizer has it: a character without a token is one token per byte."""
+def test_byte_tokens_of_two_consecutive_characters_are_decoded_separately() -> None:
+    """In Llama's tokenizer, a character without a token is encoded as one token per byte."""
     vocabulary = [("<unk>", 0.0), ("▁the", -1.0), ("▁", -2.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
     inner = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()

@@ -1,1 +1,1 @@
-"""Properties that hold for any input: a few hundred cases in the quick tests, as many as wanted with `make fuzz`."""
+"""Properties that hold for any input: tested with a few hundred cases by pytest, with any number by `make fuzz`."""

@@ -1,4 +1,4 @@
-"""A check of many generated cases, the same for pytest and for `make fuzz`."""
+"""Checks that are run with many generated cases, by pytest and by `make fuzz`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-AT_ONCE = 1_000  # cases of one seed: hypothesis remembers all that it has tried
+CASES_PER_SEED = 1_000  # limits memory, because hypothesis keeps all cases of a run
 Check = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Property:
-    """What holds, for what is generated; of N cases asked for it takes one in `one_in`, as they differ in cost."""
+    """A check that holds for all generated input; of N requested cases, one in `one_in` is run, because costs differ."""
 
     check: Check
     generated: str
@@ -28,11 +28,11 @@ class Property:
 
     @property
     def name(self) -> str:
-        """The check's name as a sentence."""
+        """Return the name of the check as a sentence."""
         return self.check.__name__.removeprefix("test_").replace("_", " ")
 
     def run(self, cases: int) -> Iterator[int]:
-        """Tries `cases` cases, the same each time, and yields the number of those done; raises what the first raises."""
+        """Run `cases` cases, always the same ones; yield the number done so far. Raises the error of the first failure."""
         done = 0
 
         def counted(**values: Any) -> None:
@@ -40,8 +40,8 @@ class Property:
             done += 1
             self.check(**values)
 
-        for start in range(0, cases, AT_ONCE):
-            trial = _configured(min(AT_ONCE, cases - start))(given(**self.strategies)(counted))
+        for start in range(0, cases, CASES_PER_SEED):
+            trial = _configured(min(CASES_PER_SEED, cases - start))(given(**self.strategies)(counted))
             seed(start)(trial)()
             yield done
 
@@ -52,7 +52,7 @@ PROPERTIES: list[Property] = []
 def holds_for(
     generated: str, quick: int = 100, one_in: int = 1, **strategies: SearchStrategy[Any]
 ) -> Callable[[Check], Check]:
-    """Makes a test with `quick` cases of a check, and registers it for `make fuzz`."""
+    """Turn a check into a test with `quick` cases, and register it for `make fuzz`."""
 
     def decorate(check: Check) -> Check:
         PROPERTIES.append(Property(check, generated, one_in, strategies))
@@ -63,7 +63,7 @@ def holds_for(
 
 @cache
 def scratch() -> Path:
-    """A folder of this process, removed at its end; in memory where there is such a disk."""
+    """Return a temporary folder of this process, in /dev/shm if it exists; it is removed when the process exits."""
     memory = Path("/dev/shm")
     folder = tempfile.TemporaryDirectory(prefix="fuzz", dir=memory if memory.is_dir() else None)
     atexit.register(folder.cleanup)

@@ -17,7 +17,7 @@ from savant_ray.errors import CheckpointError, SettingsError
 from savant_ray.original.conversion import converted
 from savant_ray.original.file import read_file
 from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
-from tests.fuzz.drawing import a_text, a_value, drawn, spoilt
+from tests.fuzz.drawing import damaged, from_seed, random_text, random_value
 from tests.fuzz.property import holds_for, scratch
 from tests.original.program import OriginalProgram
 from tests.training.tiny import Code, tiny_config, tiny_state
@@ -64,36 +64,36 @@ def with_code() -> bytes:
     return path.read_bytes()
 
 
-def damaged(chance: Random) -> tuple[str, Files]:
+def damaged_checkpoint(rng: Random) -> tuple[str, Files]:
     """Return the folder's name and its files after one to three random changes."""
     name, files = STEP, Files(written())
-    for _ in range(chance.choice((1, 1, 1, 2, 3))):
-        name = "step_600" if chance.random() < 0.03 else name
-        an_accident(files, chance)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        name = "step_600" if rng.random() < 0.03 else name
+        damage(files, rng)
     return name, files
 
 
-def an_accident(files: Files, chance: Random) -> None:
+def damage(files: Files, rng: Random) -> None:
     """Change a file, the set of files, or the manifest, with or without updating its hashes."""
-    one, other = chance.choice(sorted(written())), chance.choice(sorted(written()))
-    kind = chance.randrange(16)
+    one, other = rng.choice(sorted(written())), rng.choice(sorted(written()))
+    kind = rng.randrange(16)
     if kind < 7:
-        files[one] = spoilt(files.get(one) or b"", chance)
+        files[one] = damaged(files.get(one) or b"", rng)
     elif kind == 7:
         files.pop(one, None)
     elif kind == 8:
         files[one], files[other] = files.get(other), files.get(one)
     elif kind == 9:
-        files[chance.choice(("extra", "step_600.pt", "step_500.pt.tmp", one))] = chance.choice((b"", b"x", None))
+        files[rng.choice(("extra", "step_600.pt", "step_500.pt.tmp", one))] = rng.choice((b"", b"x", None))
     elif kind == 10:
         files[WEIGHTS] = with_code()
         sign(files, listed(files))
     elif kind < 13 and isinstance(manifest := listed(files), dict):
-        edit(manifest, chance)
+        edit(manifest, rng)
         sign(files, manifest)
     else:
         manifest = listed(files)
-        edit(manifest, chance)
+        edit(manifest, rng)
         files[MANIFEST] = json.dumps(manifest).encode(errors="surrogatepass")
 
 
@@ -105,20 +105,20 @@ def listed(files: Files) -> Any:
         return json.loads(written()[MANIFEST])
 
 
-def edit(manifest: Any, chance: Random) -> None:
+def edit(manifest: Any, rng: Random) -> None:
     """Change, remove or add a value in the manifest."""
     files = manifest.get("files") if isinstance(manifest, dict) else {}
     places = [manifest, files, *(files.values() if isinstance(files, dict) else ())]
-    place = chance.choice([each for each in places if isinstance(each, dict)] or [{}])
-    key = chance.choice((*place, "files", a_text(chance)))
-    if chance.random() < 0.4:
+    place = rng.choice([each for each in places if isinstance(each, dict)] or [{}])
+    key = rng.choice((*place, "files", random_text(rng)))
+    if rng.random() < 0.4:
         place.pop(key, None)
     else:
-        place[key] = chance.choice((a_value(chance), 0, place.get(chance.choice((*place, "")))))
+        place[key] = rng.choice((random_value(rng), 0, place.get(rng.choice((*place, "")))))
 
 
 def sign(files: Files, manifest: Any) -> None:
-    """Return the manifest with its own hash and those of the listed files updated."""
+    """Write the manifest with correct hashes: its own, and that of the weights if they are `with_code`."""
     if not isinstance(manifest, dict):
         return
     listed_files = manifest.get("files")
@@ -152,13 +152,13 @@ def lay_out(name: str, files: Files) -> Path:
 
 
 @holds_for(
-    "a real checkpoint after 1 to 3 accidents: files cut, spoilt, swapped, missing, added, with code; "
-    "manifest edited, also with right sums",
+    "a real checkpoint after 1 to 3 changes: files truncated, damaged, swapped, missing, added, with code; "
+    "manifest edited, also with correct checksums",
     quick=100,
     one_in=10,
-    case=drawn(damaged),
+    case=from_seed(damaged_checkpoint),
 )
-def test_a_damaged_checkpoint_is_refused_or_read_as_it_was_written(case: tuple[str, Files]) -> None:
+def test_a_damaged_checkpoint_is_refused_or_read_with_its_original_content(case: tuple[str, Files]) -> None:
     name, files = case
     whole = all(files.get(file) == content for file, content in written().items())
     run = lay_out(name, files)
@@ -175,12 +175,12 @@ def test_a_damaged_checkpoint_is_refused_or_read_as_it_was_written(case: tuple[s
 
 
 @holds_for(
-    "a file of the original program, cut or spoilt",
+    "a file of the original program, truncated or damaged",
     quick=60,
     one_in=10,
-    content=drawn(lambda chance: spoilt(original(), chance)),
+    content=from_seed(lambda rng: damaged(original(), rng)),
 )
-def test_a_damaged_file_of_the_original_is_refused_or_read_as_it_was_written(content: bytes) -> None:
+def test_a_damaged_file_of_the_original_is_refused_or_read_with_its_original_content(content: bytes) -> None:
     expected, path = original_content(), scratch() / "step_0.pt"
     path.write_bytes(content)
     try:
@@ -191,29 +191,29 @@ def test_a_damaged_file_of_the_original_is_refused_or_read_as_it_was_written(con
         assert same(found, expected)
 
 
-def foreign(chance: Random) -> dict[Any, Any]:
+def foreign(rng: Random) -> dict[Any, Any]:
     """Return the four keys, one or two of them with other values."""
     original_content()
     content: dict[Any, Any] = torch.load(scratch() / "whole.pt", weights_only=True)
-    for _ in range(chance.randrange(1, 3)):
+    for _ in range(rng.randrange(1, 3)):
         place: Any = content
-        while isinstance(place, dict) and place and chance.random() < 0.7:
-            parent, key = place, chance.choice(list(place))
+        while isinstance(place, dict) and place and rng.random() < 0.7:
+            parent, key = place, rng.choice(list(place))
             place = place[key]
-            place = place[0] if isinstance(place, list) and place and chance.random() < 0.8 else place
-            parent[key] = chance.choice((parent[key], a_value(chance), a_tensor(chance)))
+            place = place[0] if isinstance(place, list) and place and rng.random() < 0.8 else place
+            parent[key] = rng.choice((parent[key], random_value(rng), random_tensor(rng)))
         if isinstance(place, dict):
-            place[chance.choice((*KEYS, "params", "state", 0, a_text(chance)))] = a_value(chance)
+            place[rng.choice((*KEYS, "params", "state", 0, random_text(rng)))] = random_value(rng)
     return content
 
 
-def a_tensor(chance: Random) -> torch.Tensor:
-    kind = chance.choice((torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8))
-    return torch.ones(chance.choice(((), (0,), (3,), (16, 16))), dtype=kind)
+def random_tensor(rng: Random) -> torch.Tensor:
+    kind = rng.choice((torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8))
+    return torch.ones(rng.choice(((), (0,), (3,), (16, 16))), dtype=kind)
 
 
 @holds_for(
-    "four keys with other values, tensors or names anywhere below them", quick=60, one_in=40, content=drawn(foreign)
+    "four keys with other values, tensors or names anywhere in them", quick=60, one_in=40, content=from_seed(foreign)
 )
 def test_a_foreign_file_is_refused_or_read_as_a_checkpoint(content: dict[Any, Any]) -> None:
     path = scratch() / "step_0.pt"

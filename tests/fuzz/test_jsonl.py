@@ -1,4 +1,4 @@
-"""The JSONL reader: any bytes, cut anywhere, are the same lines, each a document or named for what it is."""
+"""The JSONL reader: any division of any bytes into ranges yields the same lines: documents, blank lines or problems."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from savant_ray.data import jsonl
 from savant_ray.data.jsonl import BYTE_ORDER_MARK, UNBOUNDED, ByteRange, Line, RangeReader
 from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError
-from tests.fuzz.drawing import a_text, a_value, drawn, spoilt
+from tests.fuzz.drawing import damaged, from_seed, random_text, random_value
 from tests.fuzz.property import holds_for, scratch
 
 DEPTHS = (1, 5, 20, 100, 900, 1022, 1023, 1024, 1025, 1100, 3_000)
@@ -24,51 +24,51 @@ LENGTHS = (1, 5, 18, 19, 20, 30, 100, 308, 309, 4_299, 4_300, 4_301, 6_000)
 ALONE = (b"", b" \t ", b"\x00", b"\x00" * 50, BYTE_ORDER_MARK, b"\xff\xfe", b"\x1e", b"\xc2\xa0", b"NaN", b"{}", b"[]")
 
 
-def a_document(chance: Random) -> bytes:
-    """An object with a text, which may hold half a surrogate pair."""
-    more = {a_text(chance): a_value(chance) for _ in range(chance.randrange(3))}
-    return _line({**more, "text": a_text(chance, 12)}, chance.random() < 0.5)
+def random_document(rng: Random) -> bytes:
+    """Return an object with a text, which may contain half a surrogate pair."""
+    more = {random_text(rng): random_value(rng) for _ in range(rng.randrange(3))}
+    return _line({**more, "text": random_text(rng, 12)}, rng.random() < 0.5)
 
 
-def a_line(chance: Random) -> bytes:
-    """A document, or what stands in its place."""
-    kind = chance.randrange(16)
+def random_line(rng: Random) -> bytes:
+    """Return a document, a damaged one, or another line."""
+    kind = rng.randrange(16)
     if kind < 6:
-        return a_document(chance)
+        return random_document(rng)
     if kind < 9:
-        return spoilt(a_document(chance), chance).replace(b"\n", b"")
-    depth, length = chance.choice(DEPTHS), chance.choice(LENGTHS)
+        return damaged(random_document(rng), rng).replace(b"\n", b"")
+    depth, length = rng.choice(DEPTHS), rng.choice(LENGTHS)
     return (
-        BYTE_ORDER_MARK + a_document(chance),
+        BYTE_ORDER_MARK + random_document(rng),
         b'{"text": "deep", "x": ' + b"[" * depth + b"]" * depth + b"}",
         b"[" * depth,
         b'{"text": "n", "x": ' + b"8" * length + b"}",
         b'{"text": "' + b"y" * length + b'"}',
-        b'{"text": 1, "text": "' + chance.randbytes(2).replace(b"\n", b"") + b'", "text": "twice"}',
-        _line(chance.choice((a_value(chance), {"text": a_value(chance)}))),
-        chance.choice(ALONE),
+        b'{"text": 1, "text": "' + rng.randbytes(2).replace(b"\n", b"") + b'", "text": "twice"}',
+        _line(rng.choice((random_value(rng), {"text": random_value(rng)}))),
+        rng.choice(ALONE),
     )[kind - 9]
 
 
-def a_file(chance: Random) -> bytes:
-    """Up to 12 lines, or any bytes."""
-    if chance.random() < 0.1:
-        return bytes(chance.choices(b'\n\n\r{}"\xff\xefa:[text', k=chance.randrange(200)))
-    end = chance.choice((b"\n", b"\n", b"\r\n", b"\n\n"))
-    return end.join(a_line(chance) for _ in range(chance.randrange(12))) + end * chance.randrange(2)
+def random_file(rng: Random) -> bytes:
+    """Return up to 12 lines, or any bytes."""
+    if rng.random() < 0.1:
+        return bytes(rng.choices(b'\n\n\r{}"\xff\xefa:[text', k=rng.randrange(200)))
+    end = rng.choice((b"\n", b"\n", b"\r\n", b"\n\n"))
+    return end.join(random_line(rng) for _ in range(rng.randrange(12))) + end * rng.randrange(2)
 
 
-def a_cut_file(chance: Random) -> tuple[bytes, list[int]]:
-    """With the places where it is cut."""
-    content = a_file(chance)
-    return content, sorted({0, len(content), *(chance.randrange(len(content) + 1) for _ in range(chance.randrange(6)))})
+def file_with_cuts(rng: Random) -> tuple[bytes, list[int]]:
+    """Return a file and the positions at which it is divided into ranges."""
+    content = random_file(rng)
+    return content, sorted({0, len(content), *(rng.randrange(len(content) + 1) for _ in range(rng.randrange(6)))})
 
 
-def a_packed_file(chance: Random) -> tuple[bytes, bytes, str]:
-    """What was compressed, the file, which may be damaged, and the suffix."""
-    content, suffix = a_file(chance), chance.choice((".gz", ".zst"))
+def compressed_file(rng: Random) -> tuple[bytes, bytes, str]:
+    """Return uncompressed content, the compressed file, which may be damaged, and its suffix."""
+    content, suffix = random_file(rng), rng.choice((".gz", ".zst"))
     packed = gzip.compress(content, 1, mtime=0) if suffix == ".gz" else pa.compress(content, "zstd", asbytes=True)
-    return content, spoilt(packed, chance) if chance.random() < 0.7 else packed, suffix
+    return content, damaged(packed, rng) if rng.random() < 0.7 else packed, suffix
 
 
 def _line(value: Any, ascii_only: bool = True) -> bytes:
@@ -76,12 +76,12 @@ def _line(value: Any, ascii_only: bool = True) -> bytes:
 
 
 def read(content: bytes, cuts: list[int], limit: int, block: int, suffix: str = "") -> list[Line]:
-    """The lines of the ranges between the cuts, numbered through."""
+    """Return the lines of the ranges between the cuts, numbered from the start of the file."""
     path = scratch() / f"any.jsonl{suffix}"
     path.write_bytes(content)
     file = SourceFile(str(path), len(content), 0)
     lines: list[Line] = []
-    with patch.object(jsonl, "BLOCK_BYTES", max(block, len(content) // 100)):  # not a million blocks of one byte
+    with patch.object(jsonl, "BLOCK_BYTES", max(block, len(content) // 100)):  # at most about 100 blocks
         for start, stop in pairwise(cuts):
             before = len(lines)
             with RangeReader(ByteRange(file, start, stop), limit) as reader:
@@ -90,7 +90,7 @@ def read(content: bytes, cuts: list[int], limit: int, block: int, suffix: str = 
 
 
 def expected(raw: bytes) -> str | None:
-    """The text that Python's own reader finds; "" if there is none, None if it gives up."""
+    """Return the text that Python's json module reads; "" if there is none, None if the line is nested too deeply."""
     try:
         value = json.loads(raw.decode())
         text = value["text"] if isinstance(value, dict) else ""
@@ -104,7 +104,7 @@ def expected(raw: bytes) -> str | None:
 def check_lines(lines: list[Line], content: bytes, limit: int) -> None:
     raws = content.split(b"\n")
     raws = raws if raws[-1] else raws[:-1]
-    assert [line.number for line in lines] == list(range(1, len(raws) + 1)), "lost or doubled"
+    assert [line.number for line in lines] == list(range(1, len(raws) + 1)), "lost or duplicated"
     for (_, text, problem), raw in zip(lines, raws, strict=True):
         bare = raw.removeprefix(BYTE_ORDER_MARK)
         if len(raw) > limit:
@@ -118,23 +118,23 @@ def check_lines(lines: list[Line], content: bytes, limit: int) -> None:
 
 
 @holds_for(
-    "files of up to 12 lines, good, spoilt or strange in 17 ways, or of any bytes; up to 5 cuts, blocks of 1 byte to 1 MiB",
-    a_case=drawn(a_cut_file),
+    "files of up to 12 lines, valid, damaged or unusual in 17 ways, or of any bytes; up to 5 cuts, blocks of 1 B to 1 MiB",
+    case=from_seed(file_with_cuts),
     limit=st.sampled_from([30, 2_500, 100_000]),
     block=st.sampled_from([1, 3, 16, 100, 1 << 20]),
 )
-def test_any_cut_of_any_bytes_is_every_line_once_a_document_or_named(
-    a_case: tuple[bytes, list[int]], limit: int, block: int
+def test_any_ranges_of_any_bytes_yield_each_line_once_as_document_blank_or_problem(
+    case: tuple[bytes, list[int]], limit: int, block: int
 ) -> None:
-    content, cuts = a_case
+    content, cuts = case
     lines = read(content, cuts, limit, block)
     check_lines(lines, content, limit)
     assert lines == read(content, [0, len(content)], limit, 1 << 20)
 
 
-@holds_for("such files as .gz and .zst, two of three damaged", one_in=5, a_case=drawn(a_packed_file))
-def test_a_compressed_file_is_its_lines_or_a_data_error_that_names_it(a_case: tuple[bytes, bytes, str]) -> None:
-    content, packed, suffix = a_case
+@holds_for("such files as .gz and .zst, two of three damaged", one_in=5, case=from_seed(compressed_file))
+def test_a_compressed_file_yields_its_lines_or_an_error_with_its_name(case: tuple[bytes, bytes, str]) -> None:
+    content, packed, suffix = case
     try:
         lines = read(packed, [0, UNBOUNDED], 100_000, 1 << 20, suffix)
     except DataError as error:

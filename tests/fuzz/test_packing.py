@@ -1,4 +1,4 @@
-"""Packing: every token once and in order, documents whole where they fit, padding only at the end of a row."""
+"""Packing: every token once and in order, documents uncut where they fit, padding only at the end of a row."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from random import Random
 import numpy as np
 
 from savant_ray.data.packing import MAX_PADDING, Packing, pack
-from tests.fuzz.drawing import drawn
+from tests.fuzz.drawing import from_seed
 from tests.fuzz.property import holds_for
 
 
-def lengths_and_row(chance: Random) -> tuple[list[int], int]:
-    """Documents of several kinds of length, and a length of the rows."""
-    row = chance.choice((1, 2, 3, 7, 16, 64, 256))
-    most = chance.choice((1, 2, row, row // 2 + 1, row + 1, 3 * row, 8 * row))
-    fewest = chance.choice((0, 1, most // 2, most))
-    return [chance.randint(min(fewest, most), most) for _ in range(chance.choice((0, 1, 2, 5, 20, 60)))], row
+def lengths_and_row(rng: Random) -> tuple[list[int], int]:
+    """Return lengths of documents, and the length of a row."""
+    row = rng.choice((1, 2, 3, 7, 16, 64, 256))
+    most = rng.choice((1, 2, row, row // 2 + 1, row + 1, 3 * row, 8 * row))
+    fewest = rng.choice((0, 1, most // 2, most))
+    return [rng.randint(min(fewest, most), most) for _ in range(rng.choice((0, 1, 2, 5, 20, 60)))], row
 
 
 def waste_uncut(lengths: list[int], row: int) -> tuple[int, int]:
-    """Rows and padding of best-fit decreasing, done the plain way: documents are cut only where longer than a row."""
+    """Return rows and padding of best-fit decreasing, computed simply; only documents longer than a row are cut."""
     gaps: list[int] = []
     for length in sorted((n % row for n in lengths if n % row), reverse=True):
         fitting = [gap for gap in gaps if gap >= length]
@@ -31,19 +31,19 @@ def waste_uncut(lengths: list[int], row: int) -> tuple[int, int]:
 
 
 def pieces_by_row(packing: Packing) -> list[list[tuple[int, int, int]]]:
-    """(document, start, length) of each row's pieces."""
+    """Return (document, start, length) of the pieces of each row."""
     pieces = list(zip(packing.documents.tolist(), packing.starts.tolist(), packing.lengths.tolist(), strict=True))
     ends = packing.row_ends.tolist()
     return [pieces[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 @holds_for(
-    "up to 60 documents of 0 to 8 rows' length, rows of 1 to 256 tokens", quick=300, a_case=drawn(lengths_and_row)
+    "up to 60 documents of 0 to 8 rows' length, rows of 1 to 256 tokens", quick=300, case=from_seed(lengths_and_row)
 )
-def test_every_token_is_once_in_a_row_in_order_and_documents_are_cut_only_for_little_padding(
-    a_case: tuple[list[int], int],
+def test_every_token_is_packed_once_in_order_and_documents_are_cut_only_to_avoid_padding(
+    case: tuple[list[int], int],
 ) -> None:
-    lengths, row_length = a_case
+    lengths, row_length = case
     packing = pack(lengths, row_length)
     starts = np.cumsum([0, *lengths], dtype=np.int64)[:-1]
     rows = packing.fill(np.arange(1, sum(lengths) + 1, dtype=np.uint32), starts)
@@ -59,7 +59,7 @@ def test_every_token_is_once_in_a_row_in_order_and_documents_are_cut_only_for_li
     for document, length in enumerate(lengths):
         at = 0
         for start, size in sorted(seen.get(document, [])):
-            assert start == at, "lost or doubled"
+            assert start == at, "lost or duplicated"
             at += size
         assert at == length
     check_cuts(lengths, row_length, seen, rows.size - sum(lengths))
@@ -73,7 +73,7 @@ def check_cuts(lengths: list[int], row_length: int, seen: dict[int, list[tuple[i
         assert worth_cutting or len(pieces) == -(-lengths[document] // row_length), "cut where it fits"
 
 
-def test_no_documents_are_no_rows() -> None:
+def test_packing_no_documents_gives_no_rows() -> None:
     packing = pack([], 8)
     assert len(packing) == 0
     assert packing.fill(np.zeros(0, dtype=np.uint16), np.zeros(0, dtype=np.int64)).shape == (0, 8)

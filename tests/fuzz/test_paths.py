@@ -1,4 +1,4 @@
-"""Paths, globs and URIs: whatever is written and whatever lies there, files or one line for each thing that is wrong."""
+"""Paths, globs and URIs: for any text and any folder, files are found or each problem is reported in one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from savant_ray.data.sources import expand
 from savant_ray.errors import DataError, SavantError, SettingsError
 from savant_ray.locations import is_uri
 from savant_ray.storage.paths import with_absolute_paths
-from tests.fuzz.drawing import a_text, drawn, spoilt
+from tests.fuzz.drawing import damaged, from_seed, random_text
 from tests.fuzz.property import holds_for, scratch
 
 TEXT = b'{"text": "x"}\n'
@@ -66,48 +66,59 @@ CONTENTS = (
 PREFIXES = (
     *("", "", "", "", "./", "../", "~/nowhere/", "~root/nowhere", "~nobody_of_that_name/", "TREE/", "TREE/", "TREE/"),
     *("/nowhere", "//nowhere/", "file:TREE/", "file://TREE/", "FILE://localhost/TREE/", "file://host/", "file:"),
-    *("mock://", "mock:///", "MOCK://a/", "foo://", "s3://b?odd=", "hdfs://[", "://", "hf://", "/dev/", "/dev/fd/0/"),
+    *(
+        "mock://",
+        "mock:///",
+        "MOCK://a/",
+        "foo://",
+        "s3://b?unusual=",
+        "hdfs://[",
+        "://",
+        "hf://",
+        "/dev/",
+        "/dev/fd/0/",
+    ),
 )
 
 
-def a_name(chance: Random) -> str:
-    """Of a file or folder; neither `.` nor `..`."""
-    parts = (*chance.choices(PARTS, k=chance.randrange(1, 3)), chance.choice(SUFFIXES))
+def random_name(rng: Random) -> str:
+    """Return a name for a file or folder, except `.` and `..`."""
+    parts = (*rng.choices(PARTS, k=rng.randrange(1, 3)), rng.choice(SUFFIXES))
     name = "".join(parts).replace("\0", "").replace("\ud83d", "")
     return name[:200] if name.strip(".") else "a"
 
 
-def a_tree(chance: Random) -> list[tuple[str, bytes | str]]:
-    """Relative paths, and each a file's content or a link's target; the last may be a pipe: the target ''."""
+def random_tree(rng: Random) -> list[tuple[str, bytes | str]]:
+    """Return relative paths, each with the content of a file, the target of a link or, for a pipe, an empty target."""
     tree: list[tuple[str, bytes | str]] = []
-    for _ in range(chance.randrange(1, 6)):
-        path = "/".join(a_name(chance) for _ in range(chance.choice((1, 1, 2, 3))))
-        content = chance.choice(CONTENTS)
-        tree.append((path, spoilt(content, chance) if chance.random() < 0.1 else content))
-    for _ in range(chance.randrange(4)):
-        target = chance.choice((".", "..", "gone", "/dev/zero", tree[0][0], tree[-1][0], a_name(chance)))
-        tree.append((a_name(chance), target))
-    return [*tree, (a_name(chance), "")] if chance.random() < 0.2 else tree
+    for _ in range(rng.randrange(1, 6)):
+        path = "/".join(random_name(rng) for _ in range(rng.choice((1, 1, 2, 3))))
+        content = rng.choice(CONTENTS)
+        tree.append((path, damaged(content, rng) if rng.random() < 0.1 else content))
+    for _ in range(rng.randrange(4)):
+        target = rng.choice((".", "..", "gone", "/dev/zero", tree[0][0], tree[-1][0], random_name(rng)))
+        tree.append((random_name(rng), target))
+    return [*tree, (random_name(rng), "")] if rng.random() < 0.2 else tree
 
 
-def a_pattern(chance: Random, tree: list[tuple[str, bytes | str]]) -> str:
-    """A path that is there, changed or not, or pieces of paths, globs and URIs."""
-    parts = list(chance.choice(tree)[0].split("/")) if chance.random() < 0.6 else []
-    for _ in range(chance.randrange(3)):
-        at = chance.randrange(len(parts) + 1)
-        piece = chance.choice((*PARTS, "**", "*", "?", a_text(chance)))
-        parts[at : at + chance.randrange(2)] = [piece]
-    return chance.choice(PREFIXES) + "/".join(parts)
+def random_pattern(rng: Random, tree: list[tuple[str, bytes | str]]) -> str:
+    """Return an existing path, possibly modified, or a path, glob or URI of random parts."""
+    parts = list(rng.choice(tree)[0].split("/")) if rng.random() < 0.6 else []
+    for _ in range(rng.randrange(3)):
+        at = rng.randrange(len(parts) + 1)
+        piece = rng.choice((*PARTS, "**", "*", "?", random_text(rng)))
+        parts[at : at + rng.randrange(2)] = [piece]
+    return rng.choice(PREFIXES) + "/".join(parts)
 
 
-def a_case(chance: Random) -> tuple[list[tuple[str, bytes | str]], str]:
-    """What lies in the folder, and what is asked for."""
-    tree = a_tree(chance)
-    return tree, a_pattern(chance, tree)
+def tree_and_pattern(rng: Random) -> tuple[list[tuple[str, bytes | str]], str]:
+    """Return the content of a folder, and a pattern."""
+    tree = random_tree(rng)
+    return tree, random_pattern(rng, tree)
 
 
 def plant(tree: list[tuple[str, bytes | str]]) -> tuple[Path, list[Path]]:
-    """A folder with that tree in it, as far as the file system takes it, and the regular files."""
+    """Create a folder with that tree, as far as the file system supports it; return it and its regular files."""
     folder = scratch() / "deep/down/below/tree"  # so that no `..` leads out of it
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -132,7 +143,7 @@ def check_message(text: str) -> None:
 
 
 def texts_or_refusal(pattern: str) -> Iterator[str]:
-    """The documents behind the pattern, checked on the way; "" for a refusal."""
+    """Yield the documents of the files that match, or "" if the pattern is refused; check files and messages."""
     warned: list[str] = []
     try:
         files = expand(pattern, warned.append)
@@ -149,10 +160,10 @@ def texts_or_refusal(pattern: str) -> Iterator[str]:
 
 
 @holds_for(
-    "folders with up to 6 files and 4 links or pipes under odd names, and a path, glob or URI that leads there or anywhere",
-    case=drawn(a_case),
+    "folders with up to 6 files and 4 links or pipes under unusual names, and a path, glob or URI in them or elsewhere",
+    case=from_seed(tree_and_pattern),
 )
-def test_any_pattern_is_files_once_each_or_one_line_for_each_thing_that_is_wrong(
+def test_any_pattern_yields_each_file_once_or_a_one_line_message_per_problem(
     case: tuple[list[tuple[str, bytes | str]], str],
 ) -> None:
     tree, pattern = case
@@ -162,8 +173,8 @@ def test_any_pattern_is_files_once_each_or_one_line_for_each_thing_that_is_wrong
     assert len(found) <= sum(isinstance(content, bytes) for _, content in tree) * 3 + 1
 
 
-@holds_for("the same folders", one_in=2, tree=drawn(a_tree))
-def test_every_file_is_found_under_its_own_name_and_uri_whatever_its_characters(
+@holds_for("the same folders", one_in=2, tree=from_seed(random_tree))
+def test_a_file_with_any_name_is_found_by_its_path_and_uri(
     tree: list[tuple[str, bytes | str]],
 ) -> None:
     folder, files = plant(tree)
@@ -178,8 +189,8 @@ def test_every_file_is_found_under_its_own_name_and_uri_whatever_its_characters(
                     assert "no such" not in str(error) and "no user" not in str(error)
 
 
-@holds_for("odd texts as each setting that is a path", case=drawn(a_case))
-def test_any_text_in_a_setting_is_an_absolute_path_a_uri_or_a_refusal_that_names_the_setting(
+@holds_for("unusual texts as each setting that is a path", case=from_seed(tree_and_pattern))
+def test_any_text_as_a_path_setting_becomes_an_absolute_path_or_uri_or_is_refused(
     case: tuple[list[tuple[str, bytes | str]], str],
 ) -> None:
     settings = Config().to_dict()

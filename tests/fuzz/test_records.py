@@ -1,4 +1,4 @@
-"""What is read beside text: a run's record after any damage, and a file of questions."""
+"""The record of a run and a file of questions can be read after any damage."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from savant_ray.reporting.record import (
     saved_a_checkpoint,
     to_line,
 )
-from savant_ray.reporting.runs import status, summarise, to_json
-from tests.fuzz.drawing import a_text, a_value, drawn, spoilt
+from savant_ray.reporting.runs import status, summarize, to_json
+from tests.fuzz.drawing import damaged, from_seed, random_text, random_value
 from tests.fuzz.property import holds_for, scratch
 from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation
 
@@ -29,30 +29,30 @@ LINES = [
 ]
 
 
-def a_record(chance: Random) -> bytes:
-    """The lines of a run, some of them doubled, missing, spoilt, or of anything else."""
-    lines = [line for line in LINES for _ in range(chance.choice((0, 1, 1, 1, 1, 2)))]
-    for _ in range(chance.randrange(3)):
-        junk = chance.choice(
-            (json.dumps(a_value(chance)).encode(), b"[" * 3000, b"\x00" * 40, chance.randbytes(5), b'{"event": 1}')
+def random_record(rng: Random) -> bytes:
+    """Return the lines of a run's record, some of them duplicated, missing, damaged or replaced."""
+    lines = [line for line in LINES for _ in range(rng.choice((0, 1, 1, 1, 1, 2)))]
+    for _ in range(rng.randrange(3)):
+        junk = rng.choice(
+            (json.dumps(random_value(rng)).encode(), b"[" * 3000, b"\x00" * 40, rng.randbytes(5), b'{"event": 1}')
         )
-        lines.insert(chance.randrange(len(lines) + 1), junk + b"\n")
+        lines.insert(rng.randrange(len(lines) + 1), junk + b"\n")
     content = b"".join(lines)
-    return spoilt(content, chance) if chance.random() < 0.7 else content
+    return damaged(content, rng) if rng.random() < 0.7 else content
 
 
 @holds_for(
-    "a run's metrics.jsonl with lines doubled, missing, spoilt or of anything else",
+    "a run's metrics.jsonl with lines duplicated, missing, damaged or of anything else",
     quick=100,
     one_in=10,
-    content=drawn(a_record),
+    content=from_seed(random_record),
 )
-def test_whatever_happens_to_a_record_its_whole_lines_stay_and_it_goes_on(content: bytes) -> None:
+def test_a_damaged_record_keeps_its_valid_lines_and_can_be_appended_to(content: bytes) -> None:
     (folder := scratch() / "record").mkdir(exist_ok=True)
     path: Path = folder / METRICS
     path.write_bytes(content)
     if content:
-        told = summarise(folder, idle)  # `savant runs` looks at what a run is writing
+        told = summarize(folder, idle)  # `savant runs` looks at what a run is writing
         assert status(told) and to_json([told])
         assert read_history(folder, idle).summary == told  # as does `savant report`
     file = JsonLines(path)
@@ -65,29 +65,29 @@ def test_whatever_happens_to_a_record_its_whole_lines_stay_and_it_goes_on(conten
     last_time(path), saved_a_checkpoint(folder), has_finished(folder, 5)
 
 
-def some_questions(chance: Random) -> bytes:
-    """Lines with prompt and answer, wrong ones, spoilt ones, or any bytes."""
+def random_questions(rng: Random) -> bytes:
+    """Return lines with prompt and answer, some with wrong fields or damaged."""
     fields = ("prompt", "answer", "template", "text")
     lines = [
         {
-            name: chance.choice((a_text(chance), "5", 5, a_value(chance)))
-            for name in chance.sample(fields, chance.randrange(2, 4))
+            name: rng.choice((random_text(rng), "5", 5, random_value(rng)))
+            for name in rng.sample(fields, rng.randrange(2, 4))
         }
-        for _ in range(chance.randrange(4))
+        for _ in range(rng.randrange(4))
     ]
     content = b"\n".join(
-        json.dumps(line, ensure_ascii=chance.random() < 0.5).encode(errors="surrogatepass") for line in lines
+        json.dumps(line, ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass") for line in lines
     )
-    return spoilt(content, chance) if chance.random() < 0.5 else content
+    return damaged(content, rng) if rng.random() < 0.5 else content
 
 
 @holds_for(
-    "up to 3 questions for `savant evaluate`, with fields of any kind, half of them spoilt",
+    "up to 3 questions for `savant evaluate`, with fields of any kind, half of them damaged",
     quick=100,
     one_in=5,
-    content=drawn(some_questions),
+    content=from_seed(random_questions),
 )
-def test_questions_are_read_or_refused_with_their_line(content: bytes) -> None:
+def test_a_file_of_questions_is_read_or_refused_with_its_name(content: bytes) -> None:
     path = scratch() / "questions.jsonl"
     path.write_bytes(content)
     try:

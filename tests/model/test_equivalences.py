@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from savant_ray.config import ModelConfig
 from savant_ray.model import loss as loss_module
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.cpu_attention import _capped
-from savant_ray.model.flex import block_mask
-from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
+from savant_ray.model.flex import block_mask, capped_score
+from savant_ray.model.loss import (
+    IGNORED,
+    cross_entropy_sum,
+    gpu_chunk_rows,
+    loss_and_gradient,
+    next_token_targets,
+)
 from savant_ray.model.transformer import UniversalTransformer, n_parameters
 
 SMALL = dict(vocab_size=61, dim=32, n_heads=2, n_loops=4, max_seq_len=32, window_size=5, global_every=2, soft_cap=50.0)
@@ -55,7 +66,7 @@ def test_padding_gives_finite_outputs_and_gradients() -> None:
 @pytest.mark.parametrize("window_size", [1, 2, 5, 8, 31])
 @pytest.mark.parametrize("sequence_length", [1, 7, 8, 32])
 @pytest.mark.parametrize("chunk", [1, 8, 128])
-def test_chunks_of_queries_give_what_all_scores_at_once_give(
+def test_attention_in_chunks_of_queries_equals_dense_attention(
     window_size: int, sequence_length: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(window_size)
@@ -64,15 +75,15 @@ def test_chunks_of_queries_give_what_all_scores_at_once_give(
     documents = torch.randint(0, 3, (2, sequence_length)).sort(dim=1).values
     same = documents[:, None, :, None] == documents[:, None, None, :]
     dense = Mask(~(same & causal_mask(sequence_length, sequence_length, window_size, q.device)))
-    ways = [attend(q, k, v, mask, 50.0) for mask in (dense, build_masks(documents, window_size, 8).windowed)]
-    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in ways]
-    torch.testing.assert_close(ways[1], ways[0], rtol=1e-5, atol=1e-6)  # the cap works in fp32
+    outputs = [attend(q, k, v, mask, 50.0) for mask in (dense, build_masks(documents, window_size, 8).windowed)]
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in outputs]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)  # the cap works in fp32
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("under_autocast", [False, True])
 @pytest.mark.parametrize("window_size", [None, 40])
-def test_attention_in_bf16_is_off_by_its_outputs_rounding_only_as_scores_are_fp32(
+def test_attention_in_bf16_has_fp32_scores_and_the_error_of_rounded_outputs(
     window_size: int | None, under_autocast: bool
 ) -> None:
     """Compare with fp64 for equal bf16 inputs; scores rounded to bf16 would have errors of 1.2 % and 2.4 %."""
@@ -88,19 +99,21 @@ def test_attention_in_bf16_is_off_by_its_outputs_rounding_only_as_scores_are_fp3
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=under_autocast, cache_enabled=False):
             out = attend(q, k, v, mask, 50.0)
         assert relative_error(out, expected) < 0.004
-        for mine, other in zip(torch.autograd.grad(out.float().square().sum(), (q, k, v)), gradients, strict=True):
-            assert relative_error(mine, other) < 0.012
+        for found, exact_gradient in zip(
+            torch.autograd.grad(out.float().square().sum(), (q, k, v)), gradients, strict=True
+        ):
+            assert relative_error(found, exact_gradient) < 0.012
     capped = 50 * _capped(q.detach(), k.detach(), 50.0)
     assert (capped - scores).abs().max() < 1e-4, "0.06 to 0.10 where the product is rounded to bf16"
 
 
-def relative_error(mine: Tensor, exact: Tensor) -> float:
-    return ((mine.double() - exact).norm() / exact.norm()).item()
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("window_size", [None, 0, 5, 127, 128, 300, 2000])
 @pytest.mark.parametrize("length", [1, 128, 129, 300, 1024])
-def test_the_blocks_of_a_gpus_mask_are_those_of_all_pairs(window_size: int | None, length: int) -> None:
+def test_block_masks_equal_those_of_create_block_mask(window_size: int | None, length: int) -> None:
     torch.manual_seed(length)
     for mean_length in (1, 30, 128, 500):
         is_last = torch.rand(3, length) < 1 / mean_length
@@ -126,16 +139,27 @@ def listed(mask: BlockMask, blocks: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window_size", [None, 1, 5, 300])
 @pytest.mark.parametrize("sequence_length", [7, 200])
-def test_the_masks_and_the_cap_of_a_gpu_give_what_all_scores_at_once_give(
-    window_size: int | None, sequence_length: int
-) -> None:
+def test_flex_attention_equals_dense_attention(window_size: int | None, sequence_length: int) -> None:
     torch.manual_seed(3)
     q, k, v = (torch.randn(2, 3, sequence_length, 16) for _ in range(3))
     documents = torch.randint(0, 3, (2, sequence_length)).sort(dim=1).values
     same = documents[:, None, :, None] == documents[:, None, None, :]
     dense = Mask(~(same & causal_mask(sequence_length, sequence_length, window_size, q.device)))
-    here = Mask(None, blocks=block_mask(documents, window_size))  # forward only: on a CPU it has no backward pass
-    torch.testing.assert_close(attend(q, k, v, here, 2.0), attend(q, k, v, dense, 2.0), rtol=1e-5, atol=1e-6)
+    blocks = Mask(None, blocks=block_mask(documents, window_size))  # forward only: on a CPU it has no backward pass
+    torch.testing.assert_close(attend(q, k, v, blocks, 2.0), attend(q, k, v, dense, 2.0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("soft_cap", [2.0, 50.0, 100.0, 1e9])
+def test_the_soft_cap_of_a_gpu_is_that_of_tanh_within_a_millionth_of_the_cap(soft_cap: float) -> None:
+    """Compare with fp64; above a cap of 100 a GPU computes tanh as well."""
+    sizes = torch.logspace(-6, 3, 10_001)
+    scores = torch.cat([sizes, -sizes, torch.linspace(-8 * 50.0, 8 * 50.0, 100_001)]).requires_grad_()
+    exact = scores.detach().double().requires_grad_()
+    capped, expected = capped_score(scores, soft_cap), soft_cap * torch.tanh(exact / soft_cap)
+    error = (capped - expected).abs()
+    assert error.max() < 3e-7 * soft_cap if soft_cap <= 100 else (error <= 3e-7 * scores.abs()).all()
+    gradients = [torch.autograd.grad(each.sum(), x)[0] for each, x in ((capped, scores), (expected, exact))]
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("positions", ["none", "rotary"])
@@ -176,24 +200,100 @@ def test_recomputed_loops_give_the_same_loss_and_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
+@pytest.fixture(params=["cpu", "gpu"])
+def row_selection(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Rows without a target are dropped on a CPU, and set to zero in chunks of one size on a GPU, here of 8 rows."""
+    if request.param == "gpu":
+        monkeypatch.setattr(loss_module, "_rows_with_target", partial(loss_module._rows_for_whole_chunks, chunk_rows=8))
+    return str(request.param)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 8, 1000])
+@pytest.mark.usefixtures("row_selection")
 def test_the_loss_in_chunks_is_the_cross_entropy_of_the_full_logits(chunk_rows: int) -> None:
     torch.manual_seed(2)
-    x = torch.randn(2, 16, 24, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 17, 24, dtype=torch.float64, requires_grad=True)
     head = torch.randn(61, 24, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 61, (2, 16))
-    targets[0, 3:9] = IGNORED
+    targets = torch.randint(0, 61, (2, 17))
+    targets[0, 7:17] = IGNORED  # all targets of a chunk of 8
     expected = torch.nn.functional.cross_entropy((x @ head.T).flatten(0, 1), targets.flatten(), reduction="sum")
-    loss = cross_entropy_sum(x, head, targets, chunk_rows)
+    loss = cross_entropy_sum(x, head, targets, chunk_rows=chunk_rows)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    for mine, full in zip(
+    for found, exact in zip(
         torch.autograd.grad(3 * loss, (x, head)), torch.autograd.grad(3 * expected, (x, head)), strict=True
     ):
-        torch.testing.assert_close(mine.double(), full, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("row_selection")
+def test_rows_without_a_target_do_not_affect_the_loss_and_have_zero_gradients() -> None:
+    x, head = torch.randn(1, 12, 8), torch.randn(5, 8, requires_grad=True)
+    targets = torch.tensor([[1, 2, IGNORED, 0, IGNORED, IGNORED, 4, 3, 2, IGNORED, IGNORED, IGNORED]])
+    results = []
+    for value in (0.0, 1e30, float("nan")):
+        values = x.masked_fill((targets == IGNORED)[..., None], value).requires_grad_()
+        loss = cross_entropy_sum(values, head, targets)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (values, head))])
+        assert not results[-1][1][targets == IGNORED].any()
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_elementwise_part_of_the_loss_compiles_into_one_graph_that_leaves_the_logits_as_they_are(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    logits, targets = 5 * torch.randn(16, 61), torch.randint(0, 61, (16,))
+    targets[3:9] = IGNORED
+    before = logits.clone()
+    compiled = torch.compile(loss_and_gradient, backend="aot_eager", fullgraph=True, dynamic=False)
+    found = compiled(logits, targets, dtype)
+    assert torch.equal(logits, before)
+    expected = loss_and_gradient(logits, targets, dtype)
+    assert found[1].dtype == dtype and not found[1][3:9].any()
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_loss_holds_no_more_logits_than_those_of_a_chunk() -> None:
+    """512 rows on a CPU; a tensor with all logits would have 20 times as many elements as the largest here."""
+
+    class LargestTensor(TorchDispatchMode):
+        n_elements = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
+            self.n_elements = max(self.n_elements, *sizes, 0)
+            return result
+
+    x, head = torch.randn(10, 1024, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+    with LargestTensor() as largest:
+        cross_entropy_sum(x, head, torch.randint(0, 300, (10, 1024))).backward()
+    assert largest.n_elements == 512 * 300
+
+
+@pytest.mark.parametrize("n_rows", [1, 100, 128, 1024, 7 * 1024, 11 * 1024, 12 * 1024, 16 * 2048])
+@pytest.mark.parametrize("vocab_size", [61, 2048, 32_000, 128_000, 1_000_000])
+@pytest.mark.parametrize("limit_gb", [1.0, 6.0, 10.0, 80.0])
+def test_a_gpus_chunks_have_one_aligned_size_that_fits_their_share_of_the_memory(
+    n_rows: int, vocab_size: int, limit_gb: float
+) -> None:
+    rows = gpu_chunk_rows(n_rows, vocab_size, limit_gb)
+    n_chunks = -(-n_rows // rows)
+    assert rows % 128 == 0
+    assert rows == 128 or rows * vocab_size * 4 <= min(0.5, limit_gb / 20) * 2**30
+    assert n_chunks * rows - n_rows < 128 * n_chunks, "less than 128 added rows in each chunk"
+
+
+def test_a_gpu_computes_a_third_of_the_guides_micro_batch_at_a_time() -> None:
+    assert gpu_chunk_rows(12 * 1024, 32_000, 10.0) == gpu_chunk_rows(12 * 1024, 32_000, 80.0) == 4096
+    assert gpu_chunk_rows(12 * 1024, 32_000, 6.0) == 2048
 
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("row_selection")
 def test_the_loss_under_autocast_is_within_a_thousandth_of_full_fp32_logits_and_two_percent_of_their_gradients(
     stream: torch.dtype, weights: torch.dtype
 ) -> None:
@@ -209,8 +309,8 @@ def test_the_loss_under_autocast_is_within_a_thousandth_of_full_fp32_logits_and_
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, full, rtol=1e-3, atol=0)
     gradients = (torch.autograd.grad(each, (x, head)) for each in (loss, full))
-    for mine, other in zip(*gradients, strict=True):
-        assert mine.dtype == other.dtype and (mine - other).float().norm() < 0.02 * other.float().norm()
+    for found, exact in zip(*gradients, strict=True):
+        assert found.dtype == exact.dtype and (found - exact).float().norm() < 0.02 * exact.float().norm()
 
 
 def test_the_gradient_of_an_fp32_head_adds_up_in_fp32_under_autocast() -> None:
@@ -222,17 +322,20 @@ def test_the_gradient_of_an_fp32_head_adds_up_in_fp32_under_autocast() -> None:
     assert torch.equal(head.grad, torch.tensor([[-512.0] * 4, [512.0] * 4]))
 
 
-def test_a_loss_without_gradients_computes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_autograd_the_loss_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head is a parameter that requires a gradient."""
-    asked, honest = [], loss_module._chunk
-    monkeypatch.setattr(loss_module, "_chunk", lambda *inputs: asked.append(inputs[3:]) or honest(*inputs))
+    gradients_asked_for, original = [], loss_module._chunk
+    monkeypatch.setattr(
+        loss_module, "_chunk", lambda *inputs: gradients_asked_for.append(inputs[3:]) or original(*inputs)
+    )
     x, head = torch.randn(1, 4, 8), torch.nn.Parameter(torch.randn(5, 8))
     with torch.no_grad():
-        quiet = cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64))
-    assert asked == [(None, None)] and not quiet.requires_grad
-    assert torch.equal(quiet, cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64)))
+        loss = cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64))
+    assert gradients_asked_for == [(None, None)] and not loss.requires_grad
+    assert torch.equal(loss, cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64)))
 
 
+@pytest.mark.usefixtures("row_selection")
 def test_a_batch_without_any_target_has_loss_zero_and_zero_gradients() -> None:
     x = torch.randn(1, 4, 8, requires_grad=True)
     head = torch.randn(5, 8, requires_grad=True)

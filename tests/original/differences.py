@@ -1,7 +1,8 @@
 """Deliberate differences of savant_ray from the original, applied one by one, and their effect on the loss.
 
-`python -m tests.original.differences [SEEDS]` prints the figures of docs/from_the_original.md. It trains the
-same small model, from the same weights, on the quickstart's text; each of the SEEDS (3) is a process of five minutes.
+`python -m tests.original.differences [SEEDS]` prints the figures of docs/from_the_original.md. It trains the same small
+model, from the same weights, on the quickstart's text, with SEEDS seeds (default 3) in one process each; a process takes
+about five minutes.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def quickstart_text() -> Text:
 
 
 def drawn(text: Text, seed: int) -> Documents:
-    """Return one epoch of the original's documents: from the bulk with probability 0.8, until one source is exhausted."""
+    """Draw the original's documents: from the bulk with probability 0.8, until one source is exhausted."""
     random = Random(seed)
     sources = [random.sample(documents, len(documents)) for documents in (text.bulk, text.logic)]
     documents: Documents = []
@@ -112,7 +113,7 @@ def packed(documents: Documents) -> Sequences:
 
 
 def original_batches(documents: Documents, restart_every: int = UPDATES) -> Steps:
-    """Yield the original's batches: documents in order, from the first one again after `restart_every` updates."""
+    """Yield the original's batches: documents in order, restarting with the first one every `restart_every` updates."""
     for update in range(UPDATES):
         first = update % restart_every * EFFECTIVE_BATCH
         chosen = [documents[i % len(documents)] for i in range(first, first + EFFECTIVE_BATCH)]

@@ -1,7 +1,7 @@
 """Small files of the original in `fixtures/`, and their expected content.
 
-`python -m tests.original.fixtures` writes them anew: by `OriginalProgram`, with bf16 weights, in both layouts
-of 8-bit moments, with PyTorch's AdamW, without a schedule, and after several resumes.
+`python -m tests.original.fixtures` rewrites them with `OriginalProgram`: with bf16 weights, in both layouts of 8-bit
+moments, with PyTorch's AdamW, without a schedule, and after several resumes.
 """
 
 from __future__ import annotations

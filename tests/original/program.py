@@ -1,8 +1,7 @@
-"""A stand-in for the original script: the same model, optimizers and files, written anew; nothing is shared with the
-package.
+"""A stand-in for the original script: an independent implementation of its model, optimizers and files.
 
-Its parameters are in another order than the package's. It trains with PyTorch's AdamW, or with `AdamW8bit`, which
-behaves as bitsandbytes' does: 8-bit moments for all but small tensors, and a state dict that is loaded unchecked.
+Its parameters are in another order than savant_ray's. It trains with PyTorch's AdamW, or with `AdamW8bit`, which behaves
+like that of bitsandbytes: 8-bit moments for all but small tensors, and a state dict that is loaded without checks.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from torch import Tensor, nn
 EVERY, CAP = 4, 50.0
 LENGTH, VOCABULARY = 16, 50
 PADDING = 0
-BLOCK, MIN_8BIT_SIZE = 256, 512  # elements; bitsandbytes quantises tensors of 4,096 and more
+BLOCK, MIN_8BIT_SIZE = 256, 512  # elements; bitsandbytes quantizes tensors of 4,096 and more
 NESTED = "__bnb_optimizer_quant_state__"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model, named like the package's settings, so that a `ModelConfig` can be created from them."""
+    """Sizes of the model, with the names of savant_ray's settings, so that a `ModelConfig` can be created from them."""
 
     dim: int = 16
     n_heads: int = 2
@@ -112,7 +111,7 @@ class AdamW8bit(torch.optim.Optimizer):
     """An optimizer that behaves like that of bitsandbytes; `nested` is the layout of its current versions."""
 
     MOMENTS = ("state1", "state2")
-    QUANTISED = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
+    QUANTIZED = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
     positive = torch.logspace(-7, 0, 127)
     MAPS = (
         torch.cat([-positive.flip(0), torch.zeros(2), positive]),
@@ -184,8 +183,8 @@ class AdamW8bit(torch.optim.Optimizer):
         return saved
 
     def wrapped(self, entry: dict[str, Any]) -> dict[str, Any]:
-        inner = {name: value for name, value in entry.items() if name in self.QUANTISED}
-        return {name: value for name, value in entry.items() if name not in self.QUANTISED} | {NESTED: inner}
+        inner = {name: value for name, value in entry.items() if name in self.QUANTIZED}
+        return {name: value for name, value in entry.items() if name not in self.QUANTIZED} | {NESTED: inner}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state with any keys; tensors that are not its own are cast to the weight's dtype."""
@@ -202,7 +201,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def cast(self, parameter: nn.Parameter, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.clone() if name in self.QUANTISED else value.to(parameter.dtype)
+        return value.clone() if name in self.QUANTIZED else value.to(parameter.dtype)
 
 
 def adamw(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -213,8 +212,8 @@ def adamw(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
 class OriginalProgram:
     """The original script: trains, saves `step_N.pt`, and resumes from such a file.
 
-    Updates are numbered from 0, and a file has the number of the last one. `rate(i)` is the learning rate of update i,
-    relative to `peak`. The update after a resume has the number of the file again.
+    Updates are numbered from 0, and a file is named after the last one. `rate(i)` is the learning rate of update i,
+    relative to `peak`. The first update after a resume repeats the number of the file.
     """
 
     def __init__(
@@ -272,7 +271,7 @@ class OriginalProgram:
             self.scheduler.load_state_dict(content["scheduler_state_dict"])
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """Return the dequantised moments by parameter, with AdamW's names."""
+        """Return the dequantized moments by parameter, with AdamW's names."""
         return {name: self.state_of(parameter) for name, parameter in self.model.named_parameters()}
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Comparison of the original with savant_ray, update by update: from the same weights, on the same batches.
 
 `python -m tests.original.side_by_side` prints the tables of docs/from_the_original.md. The original is its stand-in
-(`program.py`); its batches are padded, and its weights fp32, so that both do the same arithmetic.
+(`program.py`). Batches are padded and weights are fp32, so that both programs compute the same.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ class _Observer(RecordingHost):
 
 
 def fresh(schedule: Callable[[int], float] = rate) -> list[Update]:
-    """Start both with the same weights and without moments; `schedule` is the original's, by updates done."""
+    """Start both with the same weights and without moments; `schedule` is the original's, a function of updates done."""
     program, state = OriginalProgram(PEAK, schedule), new_state(settings(), CPU)
     state.load_weights({name: p.detach().clone() for name, p in program.model.named_parameters()})
     return side_by_side(program, state, first=0)
 
 
 def taken_over(optimizer: OptimizerOf, updates_before: int = 4) -> list[Update]:
-    """Train with the original and write a file; then continue the original, and savant_ray from the file."""
+    """Train with the original and write a file; then continue both the original and, from the file, savant_ray."""
     program, state = OriginalProgram(PEAK, rate, optimizer), new_state(settings(), CPU)
     for update in range(updates_before):
         program.train(padded_batch(update))

@@ -14,12 +14,12 @@ from savant_ray.config import Config
 from savant_ray.original.file import optimizer_of, read_file
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import write_checkpoint
-from tests.cluster.conftest import server, store  # noqa: F401 - fixtures
-from tests.cluster.object_store import ObjectStore
 from tests.original.program import AdamW8bit, OriginalProgram
 from tests.original.test_conversion import config, run, start  # noqa: F401 - fixtures
 from tests.original.test_file import trained
 from tests.original.word_tokenizer import write_tokenizer
+from tests.storage.conftest import server, store  # noqa: F401 - fixtures
+from tests.storage.object_store import ObjectStore
 
 Printed = pytest.CaptureFixture[str]
 
@@ -64,7 +64,7 @@ def test_generate_answers_as_the_original_does(
     assert [path.name for path in folder.iterdir()] == ["step_3.pt"]
 
 
-def test_settings_may_come_from_a_file_and_be_given_in_any_order(settings: list[str], tmp_path: Path) -> None:
+def test_settings_can_come_from_a_file_and_options_in_any_order(settings: list[str], tmp_path: Path) -> None:
     path = trained(2).save(tmp_path)
     (tmp_path / "their.yaml").write_text(
         f"data: {{tokenizer: {tmp_path}/tokenizer}}\nmodel: {{n_heads: 2, n_loops: 4}}\n"
@@ -108,11 +108,11 @@ def test_a_command_that_needs_a_tokenizer_names_the_setting(
     monkeypatch.chdir(tmp_path)
     trained(2).save(tmp_path)
     assert main([*command, "step_1.pt", "--model.n_heads", "2"]) == 2
-    assert "data.tokenizer: a file of the original holds no tokenizer" in capsys.readouterr().err
+    assert "data.tokenizer: a file of the original contains no tokenizer" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
-def test_settings_for_a_checkpoint_of_ours_are_refused_not_ignored(
+def test_settings_for_a_savant_ray_checkpoint_are_refused(
     run: Path,  # noqa: F811 - the fixture
     config,  # noqa: F811
     settings: list[str],
@@ -127,7 +127,7 @@ def test_settings_for_a_checkpoint_of_ours_are_refused_not_ignored(
     assert "data.tokenizer, model.n_heads, model.n_loops: given for" in told and "settings of its own" in told
 
 
-def test_settings_for_a_path_that_is_not_there_do_not_hide_that(settings: list[str], capsys: Printed) -> None:
+def test_a_missing_path_is_reported_even_if_settings_are_given(settings: list[str], capsys: Printed) -> None:
     assert generate("--checkpoint", "nowhere/step_3.pt", *settings) == 4
     assert "nowhere/step_3.pt: no checkpoint there" in capsys.readouterr().err
 
@@ -141,7 +141,7 @@ def test_a_tokenizer_with_more_entries_than_the_model_is_refused(
         weights[name] = weights[name][:40]
     torch.save({**content, "model_state_dict": weights}, tmp_path / "step_1.pt")
     assert generate("--checkpoint", tmp_path / "step_1.pt", *settings) == 2
-    assert "has 48 entries, the file's model only 40" in capsys.readouterr().err
+    assert "has 48 entries, but the file's model has only 40" in capsys.readouterr().err
 
 
 def test_a_misspelt_setting_is_refused_with_a_suggestion(tmp_path: Path, capsys: Printed) -> None:
@@ -250,7 +250,7 @@ def test_status_and_runs_list_files_of_the_original_by_their_names(
     assert main(["status", "unfinished/step_5"]) == 2
 
 
-def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path: Path, capsys: Printed) -> None:
+def test_a_missing_tokenizer_in_a_checkpoint_is_reported(tmp_path: Path, capsys: Printed) -> None:
     from savant_ray.config import dump_yaml
     from tests.original.test_file import original_config
     from tests.training.tiny import tiny_state

@@ -30,12 +30,13 @@ from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import read_checkpoint, read_manifest, read_settings, verify
-from tests.cluster.conftest import environment, server, store  # noqa: F401 - fixtures
-from tests.cluster.object_store import ObjectStore
+from tests.cluster.conftest import environment
 from tests.original.fixtures import KINDS, PEAK, batch, expected, file_of, rate
 from tests.original.program import AdamW8bit, OriginalProgram
 from tests.original.test_file import moments, original_config, trained
 from tests.original.word_tokenizer import write_tokenizer
+from tests.storage.conftest import server, store  # noqa: F401 - fixtures
+from tests.storage.object_store import ObjectStore
 from tests.training.tiny import Code, tiny_state
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +86,7 @@ def test_a_file_is_converted_into_a_checkpoint_and_is_unchanged(run: Path, confi
     assert folder == run / "step_3" and names(run) == ["step_3", "step_3.pt"] and path.read_bytes() == before
     assert len(said) == 1 and said[0].startswith("saved 3: converted from step_3.pt of the original")
     assert "continues with model.n_heads 2, model.n_loops 4" in said[0]
-    assert "text at sequence 36, step × effective batch" in said[0]
+    assert "at sequence 36 of the text, step × effective batch" in said[0]
     verify(folder)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     assert read_settings(folder) == with_tokenizer_settings(config, tokenizer)
@@ -138,7 +139,7 @@ def moments_by_name(path: Path) -> dict[str, Any]:
     return {name: content["optimizer_state_dict"]["state"][number] for number, name in enumerate(parameters)}
 
 
-def test_hyperparameters_that_differ_from_those_in_the_file_are_told(run: Path, config: Config) -> None:
+def test_hyperparameters_that_differ_from_those_in_the_file_are_reported(run: Path, config: Config) -> None:
     program = trained(4, rate=rate)
     program.optimizer.param_groups[0]["weight_decay"] = 0.1
     program.save(run)
@@ -146,13 +147,13 @@ def test_hyperparameters_that_differ_from_those_in_the_file_are_told(run: Path, 
     folder, said = start(run, changed(config, training=other))
     assert folder is not None
     first, second, _ = said
-    assert "step_3.pt has a learning rate of 9.698e-03 in the original, 9.698e-04 with these settings" in first
+    assert "step_3.pt has a learning rate of 9.698e-03 in the original, but 9.698e-04 with these settings" in first
     assert "peak is 0.01 (training.learning_rate: 0.001)" in first
     assert second == "note: training.weight_decay: 0.02, but step_3.pt was written with 0.1"
 
 
 @pytest.mark.parametrize("last_epoch", [4, 9, 25])
-def test_the_rate_of_a_file_that_was_resumed_or_is_at_its_end_is_no_difference(
+def test_the_rate_of_a_resumed_or_finished_file_is_not_reported_as_different(
     last_epoch: int, run: Path, config: Config
 ) -> None:
     content = trained(4, rate=rate).content()
@@ -171,14 +172,14 @@ def test_a_tokenizer_that_is_too_large_for_the_file_is_refused_before_anything_i
         weights[name] = weights[name][:40]
     torch.save({**content, "model_state_dict": weights}, run / "step_1.pt")
     smaller = changed(config, model={"vocab_size": 40})
-    with pytest.raises(SettingsError, match=r"data\.tokenizer: .* has 48 entries, the file's model only 40"):
+    with pytest.raises(SettingsError, match=r"data\.tokenizer: .* has 48 entries, but the file's model has only 40"):
         start(run, smaller)
     assert names(run) == ["step_1.pt"]
     folder, _ = start(run, changed(config, model={"vocab_size": 50}), allow_changes=True)
     assert folder is not None
 
 
-def test_everything_after_the_conversion_is_an_ordinary_resume(run: Path, config: Config) -> None:
+def test_after_the_conversion_a_run_resumes_like_any_other(run: Path, config: Config) -> None:
     trained(4).save(run)
     folder, _ = start(run, config)
     assert folder is not None
@@ -225,11 +226,11 @@ def test_a_damaged_newer_file_is_reported_and_the_newest_intact_one_used(run: Pa
     assert "step_3.pt: truncated" in said[0] and "left in place" in said[0]
 
 
-def test_a_file_of_another_name_is_told_to_be_left_out(run: Path, config: Config) -> None:
+def test_a_file_of_another_name_is_reported_as_not_used(run: Path, config: Config) -> None:
     trained(2).save(run).rename(run / "final.pt")
-    assert start(run, config) == (
-        None,
-        ["note: final.pt: not used, because files of the original are named step_N.pt, N being their step"],
+    folder, said = start(run, config)
+    assert (
+        folder is None and len(said) == 1 and said[0].startswith("note: final.pt: not used") and "step_N.pt" in said[0]
     )
 
 
@@ -330,13 +331,13 @@ def test_weights_of_another_network_are_refused(
         start(run, config)
 
 
-def test_settings_with_the_same_effect_are_no_contradiction(run: Path, config: Config) -> None:
+def test_settings_with_the_same_effect_are_not_a_contradiction(run: Path, config: Config) -> None:
     trained(2).save(run)
     folder, _ = start(run, changed(config, model={"n_loops": 3, "global_every": 5}))  # none of the loops is global
     assert folder is not None
 
 
-def test_a_window_beyond_the_sequence_may_have_any_length(run: Path, config: Config) -> None:
+def test_a_window_longer_than_the_sequence_is_accepted_with_any_length(run: Path, config: Config) -> None:
     content = trained(2).content()
     content["model_state_dict"] = content["model_state_dict"] | {
         "local_mask": content["model_state_dict"]["global_mask"]
@@ -348,7 +349,7 @@ def test_a_window_beyond_the_sequence_may_have_any_length(run: Path, config: Con
     assert folder is not None and read_settings(folder).model.window_size == 256
 
 
-def test_for_a_file_without_masks_the_settings_give_length_and_window(run: Path, config: Config) -> None:
+def test_sequence_length_and_window_come_from_the_settings_if_a_file_has_no_masks(run: Path, config: Config) -> None:
     content = trained(2).content()
     weights = {name: w for name, w in content["model_state_dict"].items() if "mask" not in name}
     torch.save({**content, "model_state_dict": weights}, run / "step_1.pt")
@@ -356,7 +357,7 @@ def test_for_a_file_without_masks_the_settings_give_length_and_window(run: Path,
     assert folder is not None and read_settings(folder).model.window_size == 9
 
 
-def test_with_allowed_changes_the_checkpoint_has_the_settings_of_the_file(run: Path, config: Config) -> None:
+def test_with_allow_changes_the_checkpoint_has_the_settings_of_the_file(run: Path, config: Config) -> None:
     trained(2).save(run)
     other = changed(config, model={"dim": 32, "window_size": 9}, data={"tokenizer": "auto"})
     folder, _ = start(run, other, allow_changes=True)
@@ -364,7 +365,9 @@ def test_with_allowed_changes_the_checkpoint_has_the_settings_of_the_file(run: P
     model = read_settings(folder).model
     assert (model.dim, model.window_size) == (16, 4)
     assert "tokenizer.json" not in read_manifest(folder)["files"] and find_origin(folder, other) is None
-    with pytest.raises(CheckpointError, match=r"(?s)model\.dim: 16, now 32.*data\.tokenizer: auto would learn"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)model\.dim: 16, now 32.*data\.tokenizer: auto would train a new tokenizer"
+    ):
         refuse_other_settings(folder, other)
     again, _ = start(run, config)
     assert again is not None and "tokenizer.json" in read_manifest(again)["files"], "named before training"
@@ -394,9 +397,7 @@ convert_newest(Dying(Path(sys.argv[1])), config, None, print, print)
 """
 
 
-def test_a_conversion_that_is_killed_leaves_no_checkpoint_and_is_done_again(
-    run: Path, config: Config, tmp_path: Path
-) -> None:
+def test_a_killed_conversion_leaves_no_checkpoint_and_is_repeated(run: Path, config: Config, tmp_path: Path) -> None:
     from savant_ray.config import dump_yaml
 
     trained(2).save(run)
@@ -430,14 +431,14 @@ def test_a_file_in_object_storage_is_converted(
 def test_the_record_has_the_converted_checkpoint(run: Path, config: Config) -> None:
     trained(2).save(run)
     with RunReport(run, console=PlainConsole(None)) as report:
-        convert_newest(LocalStorage(run), config, None, report.say, report.handle)
+        convert_newest(LocalStorage(run), config, None, report.notify, report.add_event)
     assert '"event": "checkpoint"' in (run / "metrics.jsonl").read_text()
 
 
 # --- run.init_from
 
 
-def test_a_new_run_may_start_from_a_files_weights_with_the_tokenizer_of_the_settings(
+def test_a_new_run_can_start_from_the_weights_of_a_file_with_the_tokenizer_of_the_settings(
     config: Config, tmp_path: Path
 ) -> None:
     path = trained(2).save(tmp_path)

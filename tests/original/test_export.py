@@ -30,7 +30,9 @@ from tests.training.tiny import MODEL, never, shares, tiny_state
 CONFIG = original_config(max_steps=3)
 OPTIMIZERS = {"adamw": adamw, "adamw8bit": AdamW8bit}
 EXPORTS: dict[str, Any] = {"original": export_original, "safetensors": export_safetensors}
-CONSTANTS = "the original needs this model's constants instead of its own: vocab_size 50 (32000), dim 16 (1024), "
+CONSTANTS = (
+    "set these constants in the original (now: the values in parentheses): vocab_size 50 (32000), dim 16 (1024), "
+)
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
 
 
 @pytest.mark.parametrize("named", [".", "step_3", "step_3/step_3.pt"])
-def test_a_checkpoint_is_given_by_its_run_its_folder_or_its_file(named: str, run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_named_by_its_run_its_folder_or_its_file(named: str, run: Path, tmp_path: Path) -> None:
     warnings = export_original(run / named, tmp_path / "step_3.pt")
     assert len(warnings) == 2 and warnings[0] == NO_OPTIMIZER_KNOWN and warnings[1].startswith(CONSTANTS)
     assert read_file(tmp_path / "step_3.pt")["scheduler_state_dict"]["base_lrs"] == [CONFIG.training.learning_rate]
@@ -114,7 +116,7 @@ def test_the_optimizer_is_that_of_the_newest_file_of_the_original(run: Path, tmp
     assert optimizer_of(read_file(tmp_path / "step_3.pt")) == "adamw8bit"
 
 
-def test_a_damaged_file_next_to_the_checkpoint_is_reported_and_not_needed(run: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_beside_the_checkpoint_is_reported_and_ignored(run: Path, tmp_path: Path) -> None:
     (run / "step_1.pt").write_bytes(b"half")
     warnings = export_original(run, tmp_path / "out.pt", "adamw")
     assert len(warnings) == 2 and "step_1.pt: truncated" in warnings[0]
@@ -162,7 +164,7 @@ def test_unreadable_moments_of_a_file_of_the_original_are_left_out_and_reported(
     program.train(batch(3))
 
 
-def test_a_folder_with_only_files_of_the_original_stands_for_the_newest_intact_one(tmp_path: Path) -> None:
+def test_for_a_folder_with_only_files_of_the_original_the_newest_intact_one_is_exported(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     for updates in (2, 3):
@@ -185,7 +187,7 @@ def changed_run(folder: Path, **model: Any) -> Path:
 def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
     run = changed_run(tmp_path / "run", positions="rotary")
     with pytest.raises(
-        CheckpointError, match=r"trained with model\.positions: rotary, which the original does not have"
+        CheckpointError, match=r"trained with model\.positions: rotary, which the original does not support"
     ):
         export_original(run, tmp_path / "out.pt", "adamw")
     assert not (tmp_path / "out.pt").exists()
@@ -200,11 +202,11 @@ def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
         ({"soft_cap": 30.0}, "model.soft_cap: 30.0, but the original's code has 50.0"),
         (
             {"vocab_size": 60},
-            r"step_0.pt in the run folder is of another model: .*head.weight is [50, 16] instead of [60, 16]",
+            r"step_0.pt in the run folder has another model: .*head.weight is [50, 16] instead of [60, 16]",
         ),
-        ({"dim": 32}, "step_0.pt in the run folder is of another model: "),
-        ({"window_size": 5}, "local_mask is not that of model.max_seq_len 16 and model.window_size 5"),
-        ({"max_seq_len": 32}, "global_mask is not that of model.max_seq_len 32 and model.window_size 4"),
+        ({"dim": 32}, "step_0.pt in the run folder has another model: "),
+        ({"window_size": 5}, "local_mask does not match model.max_seq_len 16 and model.window_size 5"),
+        ({"max_seq_len": 32}, "global_mask does not match model.max_seq_len 32 and model.window_size 4"),
     ],
 )
 def test_a_model_that_the_original_would_compute_differently_is_reported(
@@ -219,9 +221,7 @@ def test_a_model_that_the_original_would_compute_differently_is_reported(
 @pytest.mark.parametrize(
     "model", [{"n_loops": 2, "global_every": 3}, {"global_every": 2, "window_size": 15}], ids=["no global loop", "all"]
 )
-def test_another_global_every_that_makes_no_difference_is_no_reason_to_warn(
-    model: dict[str, Any], tmp_path: Path
-) -> None:
+def test_another_global_every_with_the_same_effect_gives_no_warning(model: dict[str, Any], tmp_path: Path) -> None:
     warnings = export_original(changed_run(tmp_path / "run", **model), tmp_path / "out.pt", "adamw")
     assert len(warnings) == 1 and warnings[0].startswith(CONSTANTS)
 

@@ -105,7 +105,7 @@ def test_most_moments_of_an_8_bit_file_are_8_bit_and_the_small_ones_fp32(tmp_pat
 
 
 @pytest.mark.parametrize("block", [256, 2048])
-def test_8_bit_moments_are_value_times_scale_of_their_block_whatever_its_size(block: int, tmp_path: Path) -> None:
+def test_8_bit_moments_are_code_value_times_block_scale_for_both_block_sizes(block: int, tmp_path: Path) -> None:
     path = trained(1, optimizer=FLAT).save(tmp_path)
     content = torch.load(path, weights_only=True)
     number, entry = next((n, e) for n, e in content["optimizer_state_dict"]["state"].items() if "qmap1" in e)
@@ -233,7 +233,7 @@ def test_bf16_weights_and_moments_are_read_as_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_holds_after_loading_what_the_original_held_when_it_wrote_it(kind: str, tmp_path: Path) -> None:
+def test_a_loaded_file_has_the_content_of_the_original_program(kind: str, tmp_path: Path) -> None:
     held = expected()[kind]
     config = original_config()
     state, notes = loaded(file_of(kind), config)
@@ -256,8 +256,8 @@ def test_a_file_holds_after_loading_what_the_original_held_when_it_wrote_it(kind
 # --- optimizers of the original
 
 
-def assert_goes_on(program: OriginalProgram, uninterrupted: OriginalProgram, path: Path) -> None:
-    """Train two more updates from our file, and without interruption from the same step."""
+def assert_continues(program: OriginalProgram, uninterrupted: OriginalProgram, path: Path) -> None:
+    """Train two more updates from our file, and compare them with an uninterrupted program."""
     program.load(path)
     program.next = uninterrupted.next
     for update in (3, 4):
@@ -270,7 +270,7 @@ def test_the_original_with_adamw_continues_from_our_file_as_if_uninterrupted(tmp
     first = uninterrupted.save(tmp_path)
     exported(loaded(first)[0], tmp_path / "out.pt", like=first)
     program = OriginalProgram(PEAK, rate)
-    assert_goes_on(program, uninterrupted, tmp_path / "out.pt")
+    assert_continues(program, uninterrupted, tmp_path / "out.pt")
     assert program.scheduler.state_dict() == uninterrupted.scheduler.state_dict()
     torch.testing.assert_close(program.model.state_dict(), uninterrupted.model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(program.moments(), uninterrupted.moments(), rtol=0, atol=0)
@@ -283,7 +283,7 @@ def test_the_original_with_adamw8bit_continues_from_our_file(nested: bool, tmp_p
     first = uninterrupted.save(tmp_path)
     exported(loaded(first)[0], tmp_path / "out.pt", "adamw8bit", first)
     program = OriginalProgram(PEAK, rate, make)
-    assert_goes_on(program, uninterrupted, tmp_path / "out.pt")
+    assert_continues(program, uninterrupted, tmp_path / "out.pt")
     assert program.scheduler.state_dict() == uninterrupted.scheduler.state_dict()
     torch.testing.assert_close(program.model.state_dict(), uninterrupted.model.state_dict(), rtol=0, atol=1e-3)
 
@@ -323,7 +323,7 @@ def test_bitsandbytes_continues_from_our_file_and_writes_one_that_we_read(tmp_pa
     # and training continues from our export of it
     exported(state, tmp_path / "out.pt", "adamw8bit", first)
     resumed = OriginalProgram(PEAK, rate, make, torch.bfloat16)
-    assert_goes_on(resumed, program, tmp_path / "out.pt")
+    assert_continues(resumed, program, tmp_path / "out.pt")
     for (name, mine), theirs in zip(resumed.model.named_parameters(), program.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0.02, atol=2e-3, msg=name)
     _, notes = loaded(resumed.save(tmp_path))
@@ -359,7 +359,7 @@ def test_the_schedule_of_a_file_is_written_as_the_original_writes_it_for_that_st
 
 @pytest.mark.parametrize("resumes", [0, 1, 4])
 @EACH
-def test_the_schedule_of_a_run_that_the_original_resumed_stays_one_ahead_for_each_resume(
+def test_the_schedule_is_one_update_ahead_for_each_resume_of_the_original(
     make: Any, resumes: int, tmp_path: Path
 ) -> None:
     program = trained(3, rate=rate, optimizer=make)
@@ -464,7 +464,7 @@ def test_a_state_for_only_some_of_the_parameters_is_not_used(tmp_path: Path) -> 
         ({"state2": None}, "0 parameter groups"),
     ],
 )
-def test_8_bit_moments_whose_parts_do_not_fit_are_reported_and_not_used(
+def test_8_bit_moments_with_inconsistent_sizes_are_reported_and_not_used(
     changes: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
     program = trained(2, optimizer=AdamW8bit)

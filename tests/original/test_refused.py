@@ -1,4 +1,4 @@
-"""Files of the original script that are damaged, of another kind or contain code are refused."""
+"""Files of the original script that are damaged, have another content or contain code are refused."""
 
 from __future__ import annotations
 
@@ -90,13 +90,15 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     [
         ({"step": None}, "its step is None"),
         ({"step": -1}, "its step is -1"),
-        ({"step": 7}, r"holds step 7: rename it to step_7\.pt"),
+        ({"step": 7}, r"contains step 7: rename it to step_7\.pt"),
         ({"model_state_dict": [1]}, "no weights by name"),
         ({"model_state_dict": {"embed.weight": 3}}, "no weights by name"),
         ({"model_state_dict": {"embed.weight": torch.ones(3, dtype=torch.complex64)}}, "no weights by name"),
     ],
 )
-def test_a_file_that_is_not_the_originals_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_file_that_was_not_written_by_the_original_is_refused(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     torch.save(trained(2).content() | changes, tmp_path / "step_1.pt")
     with pytest.raises(CheckpointError, match=said):
         read_file(tmp_path / "step_1.pt")
@@ -114,7 +116,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
         read_file(tmp_path / "step_2.pt")
 
 
-def test_other_shapes_are_refused_as_for_our_own_checkpoints(tmp_path: Path) -> None:
+def test_other_weight_shapes_are_refused_as_in_savant_ray_checkpoints(tmp_path: Path) -> None:
     content = trained(2).content()
     content["model_state_dict"]["embed.weight"] = torch.zeros(60, 16)
     torch.save(content, tmp_path / "step_1.pt")
@@ -130,7 +132,7 @@ def write_step(folder: Path, step: int) -> Path:
     return folder / f"step_{step}.pt"
 
 
-def test_files_of_the_original_are_found_by_number_and_only_directly_in_the_folder(tmp_path: Path) -> None:
+def test_files_of_the_original_are_sorted_by_number_and_found_only_directly_in_the_folder(tmp_path: Path) -> None:
     files = [write_step(tmp_path, step) for step in (9900, 10000, 500)]
     (tmp_path / "step_7").mkdir()
     write_step(tmp_path / "step_7", 7)

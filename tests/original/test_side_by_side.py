@@ -16,21 +16,21 @@ def assert_agree(ours: Figures, original: Figures, loss: float, moments: float) 
     assert ours.second_moment == pytest.approx(original.second_moment, rel=moments)
 
 
-def test_a_run_taken_over_has_the_losses_rates_and_moments_of_the_original() -> None:
+def test_a_continued_run_has_the_losses_rates_and_moments_of_the_original() -> None:
     updates = taken_over(adamw)
     assert [update.number for update in updates] == list(range(5, 5 + UPDATES))
     for update in updates:
         assert_agree(update.ours, update.original, loss=1e-6, moments=1e-5)
 
 
-def test_a_run_taken_over_from_8_bit_moments_differs_by_their_rounding() -> None:
+def test_a_run_continued_from_8_bit_moments_differs_only_by_their_rounding() -> None:
     first, *others = taken_over(AdamW8bit)
     assert first.ours.loss == pytest.approx(first.original.loss, rel=1e-6)
     for update in (first, *others):
         assert_agree(update.ours, update.original, loss=1e-3, moments=1e-2)
 
 
-def test_a_fresh_run_differs_from_the_originals_by_one_update_of_the_schedule_alone() -> None:
+def test_a_fresh_run_differs_from_the_original_only_by_one_update_of_the_schedule() -> None:
     updates = fresh()
     assert updates[0].original.rate == 0
     assert [update.ours.rate for update in updates[:-1]] == pytest.approx([u.original.rate for u in updates[1:]])

@@ -62,7 +62,7 @@ def seen(html: str) -> str:
 # --- the page
 
 
-def test_the_page_tells_what_the_record_tells(tmp_path: Path) -> None:
+def test_the_page_shows_the_contents_of_the_record(tmp_path: Path) -> None:
     html = html_of(write(tmp_path / "run", *RUN), output=tmp_path / "report.html")
     text = seen(html)
     for told in (
@@ -79,18 +79,18 @@ def test_the_page_tells_what_the_record_tells(tmp_path: Path) -> None:
     assert validated["steps"] == [5] and validated["series"][0]["values"] == [2.1]
 
 
-def test_what_a_model_answers_is_text_and_nothing_else(tmp_path: Path) -> None:
+def test_markup_and_control_characters_in_answers_are_escaped(tmp_path: Path) -> None:
     html = html_of(write(tmp_path / "</script><i>", *RUN, FAILED), output=tmp_path / "report.html")
     assert "<b>bold" not in html and "<i>&" not in html and "</script><i>" not in html
     assert r"</script><b>bold</b> \x1b[2J" in seen(html) and "it <diverged>" in seen(html)
 
 
-def test_nothing_is_loaded_from_anywhere(tmp_path: Path) -> None:
+def test_the_page_loads_no_other_file(tmp_path: Path) -> None:
     html = html_of(write(tmp_path / "run", *RUN), output=tmp_path / "report.html")
     assert re.findall(r"""(?:src|href)=["'](?!data:)""", html) == [] and "@import" not in html and "url(" not in html
 
 
-def test_runs_are_compared_and_told_apart(tmp_path: Path) -> None:
+def test_several_runs_are_compared_and_runs_of_the_same_name_are_shown_by_folder(tmp_path: Path) -> None:
     other = Config.from_dict({"training": {"learning_rate": 1e-4}}).to_dict()
     one, two = write(tmp_path / "a/run", *RUN), write(tmp_path / "b/run", attempt(settings=other), step_done(1))
     three = write(tmp_path / "three", *RUN[:2])
@@ -102,7 +102,7 @@ def test_runs_are_compared_and_told_apart(tmp_path: Path) -> None:
     assert f"{two} training" in {series["label"] for series in drawn(html)[0]["series"]}
 
 
-def test_an_output_that_is_a_link_or_a_pipe_is_written_into_and_not_replaced(tmp_path: Path) -> None:
+def test_an_output_that_is_a_link_or_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     run, page, link, pipe = write(tmp_path / "run", *RUN), tmp_path / "page", tmp_path / "link", tmp_path / "pipe"
     link.symlink_to(page)
     os.mkfifo(pipe)
@@ -115,7 +115,7 @@ def test_an_output_that_is_a_link_or_a_pipe_is_written_into_and_not_replaced(tmp
         write_page([run], Path(), idle)
 
 
-def test_a_run_that_did_not_have_all_settings_of_today_has_a_page(tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_with_fewer_settings_has_a_page(tmp_path: Path) -> None:
     older = {section: dict(values) for section, values in SETTINGS.items()}
     del older["data"]["end_of_document"], older["scaling"]
     run = write(tmp_path / "run", attempt(settings=older), step_done(1))
@@ -126,12 +126,12 @@ def test_a_run_that_did_not_have_all_settings_of_today_has_a_page(tmp_path: Path
 @pytest.mark.parametrize(
     "events", [(), RUN[:1], RUN[:2], (*RUN[:2], step_done(1, share_of_peak=None, grad_norm=float("nan")))]
 )
-def test_a_run_that_has_hardly_begun_has_a_page(events: tuple[Event, ...], tmp_path: Path) -> None:
+def test_a_run_with_few_events_has_a_page(events: tuple[Event, ...], tmp_path: Path) -> None:
     run = write(tmp_path / "run", *events)
     assert "Savant report" in seen(html_of(run, output=tmp_path / "report.html"))
 
 
-def test_the_command_writes_into_the_run_or_here(
+def test_the_command_writes_to_the_run_folder_or_to_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -164,7 +164,7 @@ def scored(run: Path, step: int, score: float, final: bool, **templates: float) 
     return run
 
 
-def test_logic_scores_are_a_curve_and_the_final_ones_a_table_run_beside_run(tmp_path: Path) -> None:
+def test_logic_scores_are_a_curve_and_final_scores_are_a_table_with_a_column_per_run(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one", *RUN), write(tmp_path / "two", *RUN)
     three = write(tmp_path / "three", *RUN)
     scored(one, 5, 0.2, False, add=0.9), scored(one, 7, 0.3, True, add=0.1)
@@ -179,7 +179,7 @@ def test_logic_scores_are_a_curve_and_the_final_ones_a_table_run_beside_run(tmp_
     assert "all 42 % of 100 60 % of 100 – 95 % interval of all 32 % – 52 % 50 % – 70 % – at step 10 5 – " in text
 
 
-def test_without_scores_there_is_no_table_and_before_the_end_only_the_curve(tmp_path: Path) -> None:
+def test_without_scores_there_is_no_table_and_without_final_scores_only_the_curve(tmp_path: Path) -> None:
     run = write(tmp_path / "run", *RUN)
     assert "Logic score" not in html_of(run, output=tmp_path / "report.html")
     html = html_of(scored(run, 5, 0.2, False, add=0.9), output=tmp_path / "report.html")
@@ -208,10 +208,10 @@ def test_the_page_of_80000_steps_is_not_much_larger_than_that_of_8000(tmp_path: 
     assert len(long) < min(1.5e6, 1.5 * len(short))
 
 
-# --- launches
+# --- attempts
 
 
-def test_launches_end_as_they_were_told_to(tmp_path: Path) -> None:
+def test_an_attempt_has_the_ending_that_the_record_shows(tmp_path: Path) -> None:
     run = write(
         tmp_path / "run",
         *(attempt(), step_done(1), checkpoint(1), AttemptEnded(step=1, finished=False, saved_step=1)),
@@ -238,7 +238,7 @@ times = st.floats(0, 1e6)
 
 
 @given(st.lists(st.tuples(times, times), min_size=1, max_size=8))
-def test_the_strip_holds_all_launches_in_order(pairs: list[tuple[float, float]]) -> None:
+def test_the_timeline_shows_all_attempts_in_order_without_overlap(pairs: list[tuple[float, float]]) -> None:
     moments = sorted(time for pair in pairs for time in pair)
     attempts = [
         Attempt(start, end, 0, 1, checkpoints=[((start + end) / 2, 1)])
@@ -256,18 +256,18 @@ def test_the_strip_holds_all_launches_in_order(pairs: list[tuple[float, float]])
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**32 - 1))
-def test_no_spike_is_lost_and_few_points_are_drawn(n: int, seed: int) -> None:
+def test_downsampling_keeps_minimum_and_maximum_with_few_points(n: int, seed: int) -> None:
     values = np.random.default_rng(seed).normal(size=n)
     kept = downsampled(values, points=200)
     assert len(kept) <= max(200, 1) + 2 and (np.diff(kept) > 0).all() and kept[-1] == n - 1
     assert {values.argmin(), values.argmax()} <= set(kept.tolist())
 
 
-def test_a_logarithmic_axis_has_its_first_steps() -> None:
+def test_downsampling_keeps_the_first_steps_for_a_logarithmic_axis() -> None:
     assert set(range(20)) <= set(downsampled(np.arange(80_000.0)).tolist())
 
 
-def test_the_smooth_curve_is_an_average_that_what_is_not_finite_leaves_alone() -> None:
+def test_the_smooth_curve_is_an_average_of_the_finite_values() -> None:
     values = np.full(500, 3.0)
     values[5::7], values[3] = np.nan, np.inf
     assert smoothed(values) == pytest.approx(3.0)
@@ -275,7 +275,7 @@ def test_the_smooth_curve_is_an_average_that_what_is_not_finite_leaves_alone() -
     assert np.std(smoothed(noisy)) < 0.2 * np.std(noisy)
 
 
-def test_curves_of_other_lengths_share_an_axis() -> None:
+def test_curves_of_different_lengths_share_an_axis() -> None:
     one = Curve("one", 0, "raw", np.array([1, 2, 3]), np.array([1.0, np.nan, 3.0]))
     two = Curve("two", 1, "points", np.array([2, 10]), np.array([0.123456789, 5.0]))
     assert aligned([one, two]) == {

@@ -1,4 +1,4 @@
-"""The report in a real browser: drawn, quiet, readable on a phone and at night."""
+"""The report in a real browser: drawn without errors, on a wide and a narrow screen, light and dark."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("screen", SCREENS)
-def test_a_page_is_drawn_without_a_network_and_without_complaints(
+def test_a_page_is_drawn_without_a_network_and_without_errors(
     page: Page, report: Path, screen: str, dark: bool
 ) -> None:
     page.complaints.clear(), page.requests.clear()
@@ -64,7 +64,7 @@ def test_a_page_is_drawn_without_a_network_and_without_complaints(
 
 
 @pytest.mark.parametrize(("screen", "dark"), [("wide", False), ("phone", False), ("wide", True)])
-def test_a_screenshot_shows_a_page_and_not_a_blank_sheet(
+def test_a_screenshot_shows_letters_and_curves(
     page: Page, report: Path, tmp_path: Path, screen: str, dark: bool
 ) -> None:
     page.open(report, *SCREENS[screen], dark=dark)
@@ -75,7 +75,7 @@ def test_a_screenshot_shows_a_page_and_not_a_blank_sheet(
     assert colours > 100 and of_the_commonest < 0.95, "letters and curves"
 
 
-def test_curves_are_the_numbers_of_the_record(page: Page, report: Path) -> None:
+def test_the_drawn_curves_have_the_numbers_of_the_record(page: Page, report: Path) -> None:
     page.open(report)
     steps, loss, _smooth, _other, _other_smooth, validated, _other_validated = page.evaluate("plots[0].data")
     assert steps == [0, *STEPS] and loss == [None, *(float(f"{2 + 6 / step:.5g}") for step in STEPS)]
@@ -93,7 +93,7 @@ def test_the_switch_makes_steps_logarithmic(page: Page, report: Path) -> None:
     assert page.complaints == []
 
 
-def test_colours_follow_the_readers_wish_while_the_page_is_open(page: Page, report: Path) -> None:
+def test_colors_change_when_the_reader_switches_to_a_dark_scheme(page: Page, report: Path) -> None:
     page.open(report, dark=False)
     light = page.evaluate("plots[0].series[1].stroke()")
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])

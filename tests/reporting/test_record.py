@@ -1,4 +1,4 @@
-"""The record: complete lines, each step once, whatever happened to the run."""
+"""The record has complete lines and each step once, also after a kill, a power failure or a full disk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from savant_ray.reporting.record import METRICS, SAMPLES, JsonLines, Record, rea
 from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
 
 
-def write(folder: Path, *events: Event, after: int | None = None, validates: bool = False) -> None:
+def write(folder: Path, *events: Event, after: int | None = None, repeats_validation: bool = False) -> None:
     record = Record(folder)
     if after is not None:
-        record.go_back_to(after, validates)
+        record.rewind(after, repeats_validation)
     for event in events:
         record.append(event)
     record.close()
@@ -32,7 +32,7 @@ def one_attempt(*steps: int) -> list[Event]:
     return [event for step in steps for event in (step_done(step), validation(step), sample(step), checkpoint(step))]
 
 
-def test_an_event_is_one_line_with_its_name_and_time_first(tmp_path: Path) -> None:
+def test_an_event_is_one_line_that_begins_with_its_name_and_time(tmp_path: Path) -> None:
     write(tmp_path, step_done(3), RunResumed(step=2, path="/runs/x/step_2"))
     step, resume = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
     assert list(step)[:4] == ["event", "time", "step", "train_loss"]
@@ -42,14 +42,14 @@ def test_an_event_is_one_line_with_its_name_and_time_first(tmp_path: Path) -> No
     assert datetime.fromisoformat(step["time"]).utcoffset() == timedelta(0)
 
 
-def test_a_line_is_there_as_soon_as_its_event_is_handled(tmp_path: Path) -> None:
+def test_an_event_is_written_as_soon_as_it_is_appended(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.append(step_done(1))
     assert history(tmp_path) == [("step", 1)]
     record.close()
 
 
-def test_samples_have_a_file_of_their_own_too(tmp_path: Path) -> None:
+def test_samples_are_also_written_to_a_separate_file(tmp_path: Path) -> None:
     text = 'ünïcode \u2028 "quotes"\n\x1b[31m'
     write(tmp_path, step_done(1), sample(1, text))
     (line,) = read_records(tmp_path / SAMPLES)
@@ -58,14 +58,14 @@ def test_samples_have_a_file_of_their_own_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_a_number_json_does_not_have_becomes_null(number: float, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_become_null(number: float, tmp_path: Path) -> None:
     write(tmp_path, step_done(1, train_loss=number))
     (line,) = read_records(tmp_path / METRICS)
     assert line["train_loss"] is None
 
 
 @pytest.mark.parametrize("torn", ['{"event": "st', "{", '{"event": "step", "step": 9}', "\x00\x00"])
-def test_half_a_line_of_a_killed_run_is_cut_off(torn: str, tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored_and_removed(torn: str, tmp_path: Path) -> None:
     write(tmp_path, *one_attempt(1, 2))
     whole = history(tmp_path)
     with (tmp_path / METRICS).open("a") as file:
@@ -76,7 +76,7 @@ def test_half_a_line_of_a_killed_run_is_cut_off(torn: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("resumed_at", range(5))
-def test_a_resumed_run_has_the_steps_of_an_uninterrupted_one_each_once(resumed_at: int, tmp_path: Path) -> None:
+def test_a_resumed_run_has_each_step_of_an_uninterrupted_run_once(resumed_at: int, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     whole.mkdir()
     resumed.mkdir()
@@ -87,32 +87,32 @@ def test_a_resumed_run_has_the_steps_of_an_uninterrupted_one_each_once(resumed_a
     assert history(resumed, SAMPLES) == history(whole, SAMPLES)
 
 
-def test_what_happened_at_a_launch_stays_and_what_happened_in_a_lost_step_does_not(tmp_path: Path) -> None:
+def test_rewinding_keeps_events_of_attempts_and_removes_those_of_lost_steps(tmp_path: Path) -> None:
     skip = MicroBatchSkipped(step=8, rank=0, loss="nan", positions=(1, 2))
     write(tmp_path, attempt(0), step_done(7), skip, step_done(8))
     write(tmp_path, attempt(5), after=5)
     assert history(tmp_path) == [("attempt", 0), ("attempt", 5)]
 
 
-def test_a_validation_that_is_made_up_for_is_in_the_record_once(tmp_path: Path) -> None:
+def test_a_repeated_validation_is_in_the_record_once(tmp_path: Path) -> None:
     write(tmp_path, step_done(1), checkpoint(1), validation(1), sample(1))
-    write(tmp_path, validation(1), sample(1), step_done(2), after=1, validates=True)
+    write(tmp_path, validation(1), sample(1), step_done(2), after=1, repeats_validation=True)
     assert history(tmp_path) == [("step", 1), ("checkpoint", 1), ("validation", 1), ("sample", 1), ("step", 2)]
     assert history(tmp_path, SAMPLES) == [("sample", 1)]
 
 
-def test_what_a_dead_driver_did_not_hear_is_filled_in_from_the_checkpoint(tmp_path: Path) -> None:
+def test_events_that_a_killed_driver_did_not_receive_are_added_from_the_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, attempt(0), *one_attempt(1, 2))
     kept = [to_line(event) for event in (attempt(0), *one_attempt(2, 3, 4))]
     record = Record(tmp_path)
-    record.fill(kept)
-    record.fill(kept)
+    record.backfill(kept)
+    record.backfill(kept)
     record.close()
     assert history(tmp_path) == [("attempt", 0), *((e.kind, e.step) for e in one_attempt(1, 2, 3, 4))]
     assert history(tmp_path, SAMPLES) == [("sample", step) for step in (1, 2, 3, 4)]
 
 
-def test_nothing_is_rewritten_when_nothing_was_lost(tmp_path: Path) -> None:
+def test_a_record_without_lost_steps_is_not_rewritten(tmp_path: Path) -> None:
     write(tmp_path, *one_attempt(1, 2))
     inode = (tmp_path / METRICS).stat().st_ino
     write(tmp_path, step_done(3), after=2)
@@ -132,7 +132,7 @@ def test_nothing_is_rewritten_when_nothing_was_lost(tmp_path: Path) -> None:
         b'{"event": "end", "step": null}',
     ],
 )
-def test_a_line_that_is_no_event_of_ours_goes_and_the_run_goes_on(line: bytes, tmp_path: Path) -> None:
+def test_a_line_that_is_not_an_event_is_removed(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"event": "step", "step": 1}\n' + line + b"\n")
     file = JsonLines(path)
@@ -141,7 +141,7 @@ def test_a_line_that_is_no_event_of_ours_goes_and_the_run_goes_on(line: bytes, t
     assert list(read_records(path)) == [{"event": "step", "step": 1}]
 
 
-def test_half_a_surrogate_pair_stays_what_it_was(tmp_path: Path) -> None:
+def test_an_unpaired_surrogate_is_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"event": "notice", "text": "\\ud83d"}\n' + bytes(20) + b"\n")
     file = JsonLines(path)
@@ -151,7 +151,7 @@ def test_half_a_surrogate_pair_stays_what_it_was(tmp_path: Path) -> None:
     assert "é" in path.read_text(encoding="utf-8")
 
 
-def test_what_a_power_cut_left_goes_and_a_copy_of_it_stays(tmp_path: Path) -> None:
+def test_damaged_lines_are_removed_and_a_copy_of_the_file_is_kept(tmp_path: Path) -> None:
     write(tmp_path, step_done(1), step_done(2))
     with (tmp_path / METRICS).open("ab") as file:
         file.write(b"\0\0\0\n[1]\n" + json.dumps({"event": "step", "step": 3}).encode() + b'\n{"event": "st')
@@ -160,7 +160,7 @@ def test_what_a_power_cut_left_goes_and_a_copy_of_it_stays(tmp_path: Path) -> No
     assert b"\0\0\0" in (tmp_path / f"{METRICS}.damaged").read_bytes()
 
 
-def test_what_a_full_disk_refuses_is_written_when_there_is_room_again(tmp_path: Path) -> None:
+def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room_again(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.append(step_done(1))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

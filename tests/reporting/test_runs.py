@@ -10,7 +10,7 @@ import pytest
 from savant_ray.cli import main
 from savant_ray.errors import SettingsError
 from savant_ray.events import AttemptEnded, Event, RunFailed
-from savant_ray.reporting.runs import find_runs, status, summarise
+from savant_ray.reporting.runs import find_runs, status, summarize
 from savant_ray.storage.lock import is_in_use, locked
 from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation, write
 
@@ -31,17 +31,19 @@ FAILED = RunFailed(error="TrainingError", text="it diverged", exit_code=1)
         ((*TRAINED, FAILED, attempt(5), DONE), "finished"),
     ],
 )
-def test_the_state_of_a_run_is_what_was_said_last(events: tuple[Event, ...], state: str, tmp_path: Path) -> None:
+def test_the_state_of_a_run_is_that_of_its_newest_attempt(
+    events: tuple[Event, ...], state: str, tmp_path: Path
+) -> None:
     run = write(tmp_path / "run", *events)
-    assert summarise(run, idle).state == state
+    assert summarize(run, idle).state == state
     with locked(run):
-        assert summarise(run, is_in_use).state == "running"
-    assert summarise(run, is_in_use).state == state
+        assert summarize(run, is_in_use).state == "running"
+    assert summarize(run, is_in_use).state == state
 
 
-def test_five_lines_say_how_a_run_stands(tmp_path: Path) -> None:
+def test_status_shows_five_lines_about_a_run(tmp_path: Path) -> None:
     run = write(tmp_path / "run", *TRAINED, checkpoint(5), sample(5, text=" fif\nteen\x1b[2J"))
-    first, steps, validated, saved, answered = status(summarise(run, lambda _: True)).splitlines()
+    first, steps, validated, saved, answered = status(summarize(run, lambda _: True)).splitlines()
     assert first.startswith("run: running, last event ")
     assert all(fact in steps for fact in ("step 5 of 20", "4.0000", "12,346 tokens/s"))
     assert "30 s left" in steps, "15 steps at 2 s"
@@ -50,12 +52,12 @@ def test_five_lines_say_how_a_run_stands(tmp_path: Path) -> None:
     assert answered == r"answered at step 5: fif teen\x1b[2J"
 
 
-def test_a_run_that_has_just_begun_has_five_lines_too(tmp_path: Path) -> None:
-    lines = status(summarise(write(tmp_path / "run", attempt()), idle)).splitlines()
+def test_status_shows_five_lines_about_a_run_without_steps(tmp_path: Path) -> None:
+    lines = status(summarize(write(tmp_path / "run", attempt()), idle)).splitlines()
     assert lines[1:] == ["step 0 of 1,000", "no validation yet", "no checkpoint yet", "no sample yet"]
 
 
-def test_runs_are_found_here_and_where_jobs_keep_theirs(
+def test_runs_are_found_in_the_working_directory_and_in_the_folder_for_ray_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -78,8 +80,10 @@ def test_runs_are_found_here_and_where_jobs_keep_theirs(
     ]  # fmt: skip
 
 
-def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_an_error_that_names_savant_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SettingsError, match="no run"):
-        summarise(tmp_path, idle)
+        summarize(tmp_path, idle)
     assert main(["status", str(tmp_path)]) == 2
     assert "savant runs" in capsys.readouterr().err

@@ -23,7 +23,7 @@ NUMBERS = {
 def launch(folder: Path, first: int, last: int) -> Record:
     """Record an attempt from after `first` to `last` that is killed: nothing is closed."""
     record = Record(folder)
-    record.go_back_to(first, validates=False)
+    record.rewind(first, repeats_validation=False)
     record.append(attempt(first))
     for step in range(first + 1, last + 1):
         record.append(step_done(step, train_loss=10.0 / step))
@@ -70,7 +70,7 @@ def test_tensorboard_shows_the_numbers_of_the_record_and_the_samples(tmp_path: P
 
 
 @pytest.mark.parametrize("told_again", [0, 2, 1000])
-def test_a_run_that_goes_back_has_each_step_once(
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(
     told_again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorboard, "REWRITTEN_STEPS", told_again)
@@ -79,7 +79,7 @@ def test_a_run_that_goes_back_has_each_step_once(
     assert steps_shown(tmp_path) == list(range(1, 41))
 
 
-def test_what_a_killed_driver_had_not_written_is_filled_in(tmp_path: Path) -> None:
+def test_events_that_a_killed_driver_did_not_flush_are_added(tmp_path: Path) -> None:
     abandoned = launch(tmp_path, 0, 20)
     for file in (tmp_path / tensorboard.FOLDER).iterdir():
         file.write_bytes(file.read_bytes()[:-70])
@@ -88,7 +88,7 @@ def test_what_a_killed_driver_had_not_written_is_filled_in(tmp_path: Path) -> No
     abandoned.close()
 
 
-def test_a_run_that_came_to_another_machine_without_these_files_has_them_whole(tmp_path: Path) -> None:
+def test_missing_tensorboard_files_are_written_again_from_the_record(tmp_path: Path) -> None:
     launch(tmp_path, 0, 1500).close()
     for file in (tmp_path / tensorboard.FOLDER).iterdir():
         file.unlink()
@@ -96,7 +96,7 @@ def test_a_run_that_came_to_another_machine_without_these_files_has_them_whole(t
     assert steps_shown(tmp_path) == list(range(1, 1502))
 
 
-def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+def test_an_unwritable_tensorboard_folder_does_not_end_the_run(tmp_path: Path) -> None:
     (tmp_path / tensorboard.FOLDER).write_text("in the way")
     launch(tmp_path, 0, 3).close()
     assert len(list(read_records(tmp_path / METRICS))) == 4

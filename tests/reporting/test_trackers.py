@@ -15,7 +15,7 @@ from savant_ray.errors import SettingsError
 from savant_ray.events import AttemptEnded
 from savant_ray.reporting import trackers
 from savant_ray.reporting.record import Record
-from savant_ray.reporting.trackers import Tracking, open_trackers, tracking
+from savant_ray.reporting.trackers import TrackerFollower, open_trackers, tracking
 from tests.reporting.events import attempt, checkpoint, sample, score, step_done, validation
 
 SETTINGS = Config.from_dict({"training": {"learning_rate": 1e-3}}).to_dict()
@@ -57,9 +57,9 @@ class Fake:
 
 def launch(folder: Path, first: int, last: int, tracker: Any, finished: bool = False) -> Record:
     """Record an attempt from after `first` to `last`."""
-    record = Record(folder, [Tracking("Fake", tracker)])
+    record = Record(folder, [TrackerFollower("Fake", tracker)])
     record.append(attempt(first, settings=SETTINGS))
-    record.go_back_to(first, validates=False)
+    record.rewind(first, repeats_validation=False)
     for step in range(first + 1, last + 1):
         record.append(step_done(step, train_loss=10.0 / step))
         if step % 5 == 0:
@@ -69,7 +69,7 @@ def launch(folder: Path, first: int, last: int, tracker: Any, finished: bool = F
     return record
 
 
-def test_every_line_is_told_once_over_launches_that_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_gets_each_line_once_over_resumed_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "MAX_LINES", 3)
     fake = Fake()
     for first, last in ((0, 12), (5, 20), (20, 23)):
@@ -81,10 +81,10 @@ def test_every_line_is_told_once_over_launches_that_go_back(tmp_path: Path, monk
     assert fake.ends == [False, False, True]
 
 
-def test_workers_that_start_again_within_a_launch_repeat_nothing(tmp_path: Path) -> None:
+def test_restarted_workers_send_no_line_twice(tmp_path: Path) -> None:
     fake = Fake()
     record = launch(tmp_path, 0, 12, fake)
-    record.go_back_to(10, validates=False)
+    record.rewind(10, repeats_validation=False)
     for step in (11, 12, 13):
         record.append(step_done(step))
     record.close()
@@ -92,7 +92,9 @@ def test_workers_that_start_again_within_a_launch_repeat_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize("where", ["open", "send", "close"])
-def test_a_server_that_is_away_is_told_of_once_and_gets_all_at_the_next_launch(where: str, tmp_path: Path) -> None:
+def test_a_failing_server_is_reported_once_and_gets_missing_lines_in_the_next_attempt(
+    where: str, tmp_path: Path
+) -> None:
     fake = Fake()
     fake.fails_at = where
     record = launch(tmp_path, 0, 6, fake)
@@ -104,7 +106,7 @@ def test_a_server_that_is_away_is_told_of_once_and_gets_all_at_the_next_launch(w
     assert fake.steps("step") == list(range(1, 9)) and fake.steps("sample") == [5]
 
 
-def test_a_server_that_never_answers_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_never_answers_does_not_delay_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "CLOSE_TIMEOUT", 0.01)
     fake = Fake()
     fake.gate.clear()
@@ -114,7 +116,7 @@ def test_a_server_that_never_answers_holds_nothing_up(tmp_path: Path, monkeypatc
     fake.gate.set()
 
 
-def test_a_tracker_that_is_not_installed_is_a_wrong_setting(
+def test_a_tracker_that_is_not_installed_is_a_settings_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -124,17 +126,17 @@ def test_a_tracker_that_is_not_installed_is_a_wrong_setting(
     assert "reporting.wandb: the package wandb is not installed" in capsys.readouterr().err
 
 
-def test_the_folder_that_a_tracker_left_behind_is_not_taken_for_its_package(
+def test_a_folder_named_like_a_tracker_is_not_mistaken_for_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "wandb/run-1").mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(SettingsError, match=f"wandb is not installed .the folder {tmp_path}/wandb is not it"):
+    with pytest.raises(SettingsError, match=f"wandb is not installed .the folder {tmp_path}/wandb is not the package"):
         open_trackers(ReportingConfig(wandb="mine"), "run")
 
 
-def test_mlflow_has_the_numbers_of_the_record_over_all_launches(
+def test_mlflow_has_the_numbers_of_the_record_over_all_attempts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
@@ -161,7 +163,7 @@ def test_mlflow_has_the_numbers_of_the_record_over_all_launches(
     assert len(client.list_artifacts(run.info.run_id, "samples")) == 4
 
 
-def test_weights_and_biases_takes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_stores_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")

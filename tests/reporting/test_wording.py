@@ -28,16 +28,16 @@ from tests.reporting.events import attempt, checkpoint, sample, step_done, valid
         (Notice(text="read this"), "read this"),
     ],
 )
-def test_an_event_in_words_has_all_that_matters_about_it(event: Event, facts: str) -> None:
+def test_the_text_of_an_event_has_its_important_facts(event: Event, facts: str) -> None:
     text = describe(event)
     assert [fact for fact in facts.split("|") if fact not in text] == []
 
 
-def test_a_failure_is_not_told_twice() -> None:
+def test_a_failure_has_no_text_because_the_command_prints_it() -> None:
     assert describe(RunFailed(error="DataError", text="told on the way out", exit_code=3)) == ""
 
 
-def test_a_steps_figures_mention_trouble_only_where_there_is_some() -> None:
+def test_waiting_and_skipped_micro_batches_are_shown_only_if_there_are_any() -> None:
     healthy = step_figures(step_done(1), 125)
     assert all(fact in healthy for fact in ("6.3915", "2.00e-05", "12,346 tokens/s", "3.2 GiB", "2 min 5 s left"))
     assert "waiting" not in healthy and "skipped" not in healthy
@@ -54,23 +54,23 @@ def test_a_steps_figures_mention_trouble_only_where_there_is_some() -> None:
         *[(3600, "1 h"), (12_000, "3 h 20 min"), (200_000, "2 d 7 h"), (float("inf"), "unknown time")],
     ],
 )
-def test_a_duration_has_two_units_at_most(seconds: float, text: str) -> None:
+def test_a_duration_has_at_most_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_shares_and_amounts_are_rounded_to_what_matters() -> None:
+def test_percentages_and_progress_are_rounded() -> None:
     assert [percent(share) for share in (0, 0.012, 0.5, 0.971, 1)] == ["0 %", "1.2 %", "50 %", "97.1 %", "100 %"]
     assert progress_figures(3 << 20, 12 << 20, "bytes") == "25 %, 3.0 of 12.0 MiB"
     assert progress_figures(1000, 2000, "documents") == "50 %, 1,000 of 2,000 documents"
     assert progress_figures(0, 0, "files") == "0 of 0 files"
 
 
-def test_control_characters_are_spelt_out_and_all_else_is_left_alone() -> None:
+def test_control_characters_are_escaped_and_other_text_is_unchanged() -> None:
     assert printable("\x1b[2J\r\x07\x9b\u202e\u2028\ud800") == r"\x1b[2J\r\x07\x9b\u202e\u2028\ud800"
     assert printable("Zeile 1\n\tüber → 漢字 🙂 [bold]") == "Zeile 1\n\tüber → 漢字 🙂 [bold]"
 
 
-def test_the_time_left_is_not_swayed_by_one_slow_step() -> None:
+def test_one_slow_step_does_not_change_the_remaining_time() -> None:
     remaining, now = RemainingTime(), 0.0
     assert remaining.seconds(10) is None
     for seconds in [60.0, *[2.0] * 20, 30.0, *[2.0] * 19]:  # the first compiles, one in the middle stalls
@@ -79,7 +79,7 @@ def test_the_time_left_is_not_swayed_by_one_slow_step() -> None:
     assert remaining.seconds(100) == pytest.approx(200)
 
 
-def test_the_time_left_counts_pauses_at_their_average_share() -> None:
+def test_the_remaining_time_includes_the_average_time_between_steps() -> None:
     remaining, now = RemainingTime(), 0.0
     for step in range(101):
         now += 2.0 + (50.0 if step and step % 50 == 0 else 0.0)

@@ -1,1 +1,1 @@
-"""Interrupting runs at every moment, and proving that nothing is lost."""
+"""Interrupts runs in every phase of training and checks that nothing is lost."""

@@ -1,4 +1,4 @@
-"""What two runs must have in common to be the same run."""
+"""Comparison of two runs that must be equal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from savant_ray.training.checkpoint import newest_checkpoint, read_checkpoint
 from tests.cluster.conftest import losses, records
 
 
-def expect_the_same_run(straight: Path, other: Path) -> None:
-    """Every loss, every validation, every sample, every weight and moment, and the position: bit for bit."""
-    assert losses(other) == losses(straight)
+def assert_same_run(uninterrupted: Path, interrupted: Path) -> None:
+    """Compare losses, validations, samples, weights, moments and position bit for bit."""
+    assert losses(interrupted) == losses(uninterrupted)
     for event, figure in (("step", "grad_norm"), ("validation", "validation_loss"), ("sample", "text")):
-        assert figures(other, event, figure) == figures(straight, event, figure), f"{figure} of {event}"
-    expect_equal(final_state(straight), final_state(other), "checkpoint")
+        assert figures(interrupted, event, figure) == figures(uninterrupted, event, figure), f"{figure} of {event}"
+    assert_equal(final_state(uninterrupted), final_state(interrupted), "checkpoint")
 
 
 def figures(run: Path, event: str, figure: str) -> list[tuple[int, Any]]:
@@ -30,12 +30,12 @@ def final_state(run: Path) -> dict[str, Any]:
     return read_checkpoint(newest)
 
 
-def expect_equal(a: Any, b: Any, where: str) -> None:
-    """Nested dicts and lists of tensors and plain values."""
+def assert_equal(a: Any, b: Any, where: str) -> None:
+    """Compare nested dicts of tensors and plain values; NaN equals NaN."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
-            expect_equal(a[key], b[key], f"{where}.{key}")
+            assert_equal(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     else:

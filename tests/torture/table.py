@@ -1,4 +1,4 @@
-"""What a torture has shown: how often each window was hit by what, and what it cost."""
+"""Tables of interruptions: how often each method hit each window, and what the interruptions cost."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from tests.torture.runner import MEANS, WINDOWS, Interruption
+from tests.torture.runner import METHODS, WINDOWS, Interruption
 
 
-def hits(done: Sequence[Interruption]) -> Table:
-    """A row per window, a column per means."""
-    counted = Counter((each.window, each.means) for each in done)
-    table = Table("window", *MEANS, "all")
+def hit_table(done: Sequence[Interruption]) -> Table:
+    """Return the number of interruptions, with a row for each window and a column for each method."""
+    counts = Counter((interruption.window, interruption.method) for interruption in done)
+    table = Table("window", *METHODS, "all")
     for window in WINDOWS:
-        row = [counted[window, means] for means in MEANS]
+        row = [counts[window, method] for method in METHODS]
         table.add_row(window, *map(str, row), str(sum(row)))
     return table
 
 
-def costs(done: Sequence[Interruption]) -> Table:
-    """A row per means."""
-    table = Table("means", "times", "steps repeated", "s to saved", "s to exit", caption="median (most)")
-    for means in MEANS:
-        mine = [each for each in done if each.means == means]
+def cost_table(done: Sequence[Interruption]) -> Table:
+    """Return repeated steps and times, with a row for each method."""
+    table = Table("method", "times", "steps repeated", "s to saved", "s to exit", caption="median (maximum)")
+    for method in METHODS:
+        interruptions = [interruption for interruption in done if interruption.method == method]
         table.add_row(
-            means,
-            str(len(mine)),
-            _median_and_most(each.repeated for each in mine),
-            _median_and_most(each.seconds_to_saved for each in mine),
-            _median_and_most(each.seconds_to_exit for each in mine),
+            method,
+            str(len(interruptions)),
+            _median_and_maximum(interruption.repeated for interruption in interruptions),
+            _median_and_maximum(interruption.seconds_to_saved for interruption in interruptions),
+            _median_and_maximum(interruption.seconds_to_exit for interruption in interruptions),
         )
     return table
 
 
-def _median_and_most(values: Iterable[float | None]) -> str:
+def _median_and_maximum(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{statistics.median(known):.3g} ({max(known):.3g})" if known else ""

@@ -1,4 +1,4 @@
-"""A rank's local batches: complete, in order, the same with and without prefetching, and nothing is left running."""
+"""A rank's local batches: complete, in order, and the same with and without prefetching."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def reader(state: TrainingState, config: Config, stream: TinyStream | None = Non
     return BatchReader(stream or TinyStream(), state.position, n_steps, config, state.device)
 
 
-def shares_of_step(step: int) -> list[MicroBatch]:
+def local_batch_of_step(step: int) -> list[MicroBatch]:
     return share(12 * step, 12, 0, 1, 4)
 
 
@@ -73,7 +73,7 @@ def content(batches: list[MicroBatch]) -> list[tuple[list[list[int]], list[list[
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n_steps", [0, 1, 5])
-def test_every_step_comes_once_in_order_on_the_device(device: str, n_steps: int) -> None:
+def test_every_step_is_read_once_in_order_onto_the_device(device: str, n_steps: int) -> None:
     config, stream = tiny_config(), TinyStream()
     batches = BatchReader(stream, 7, n_steps, config, torch.device(device))
     positions = []
@@ -94,7 +94,7 @@ def test_a_rank_without_sequences_has_an_empty_local_batch_for_each_step(device:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_error_is_raised_where_the_local_batch_would_have_come_and_names_the_activity(device: str) -> None:
+def test_a_read_error_is_raised_instead_of_the_local_batch_and_names_the_activity(device: str) -> None:
     batches = iter(BatchReader(TinyStream(fails_at=1), 0, 3, tiny_config(), torch.device(device)))
     assert next(batches)
     with pytest.raises(OSError, match="the disk is gone") as error:
@@ -154,12 +154,12 @@ def test_the_next_local_batch_is_copied_while_the_step_still_computes() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         following = content(next(batches))
     assert not step_done.query(), "the copy did not wait for the step"
-    assert following == content(shares_of_step(1))
+    assert following == content(local_batch_of_step(1))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_input_takes_no_device_memory_after_the_construction() -> None:
+def test_a_batch_reader_allocates_no_device_memory_after_its_construction() -> None:
     batches = BatchReader(TinyStream(), 0, 5, tiny_config(), CUDA)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -76,7 +76,7 @@ def test_a_name_that_ray_accepts_is_the_label(name: str) -> None:
     assert ascii_name(name) == name
 
 
-def test_other_names_get_accepted_labels_that_remain_different() -> None:
+def test_other_run_names_get_different_labels_that_ray_accepts() -> None:
     names = [
         "modèle",
         "modele\u0300",

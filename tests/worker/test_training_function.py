@@ -1,4 +1,4 @@
-"""How a worker ends when its device is too small for the model; everything around it is a fake."""
+"""How a worker ends if its device is too small for the model; everything else is a fake."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def no_room(*_: Any) -> None:
 def run_worker(
     monkeypatch: pytest.MonkeyPatch,
     expected: type[Exception],
-    task: dict[str, str] | None = None,
+    task: dict[str, Any] | None = None,
     **fakes_of_test: Any,
 ) -> list[Event]:
     """Return the events of a worker that ends with the `expected` error; `task` replaces fields of the driver's."""
@@ -65,7 +65,7 @@ def run_worker(
     return events
 
 
-def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_what_to_lower(
+def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_advice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     events = run_worker(monkeypatch, MemoryCapError, new_state=no_room)
@@ -78,3 +78,11 @@ def test_running_out_of_memory_elsewhere_is_not_reported_as_a_model_that_does_no
 ) -> None:
     events = run_worker(monkeypatch, UnexpectedError, load_newest=no_room)
     assert not any(isinstance(event, RunFailed) for event in events), "Ray Train restarts the worker"
+
+
+def test_workers_do_not_validate_again_the_settings_that_the_driver_has_validated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = tiny_config().to_dict()
+    settings["training"]["max_steps"] = 0  # refused by a validation
+    run_worker(monkeypatch, MemoryCapError, task={"config": settings}, new_state=no_room)

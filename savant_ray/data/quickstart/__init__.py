@@ -6,7 +6,7 @@ Writes three files with one `{"text": …, "source": …}` object per line, with
     savant_dataset_val.jsonl     held-out prose, and problems with held-out pairs of operands, some in held-out wordings
     genius_dataset.jsonl         problems of all templates
 
-The modules `prose` and `problems` describe what is held out.
+The docstrings of the modules `prose` and `problems` define which documents and pairs are held out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GENIUS_PROBLEMS = 26_000
 _WORD_PROBLEMS = 6_000
 _VALIDATION_PROBLEMS = 400
 _VALIDATION_UNSEEN_WORDINGS = 100
-_HARD = ("product", "product", "difference", "comparison")  # templates that a model learns slowly occur more often
+_HARD = ("product", "product", "difference", "comparison")  # additional problems of templates that are learned slowly
 _SEED = 20240
 
 
@@ -58,7 +58,7 @@ def write_quickstart(folder: Path, force: bool = False, log: Callable[[str], Non
             size = _write(folder / name, files[name])
             log(f"quickstart data: {name} has {len(files[name]):,} documents, {size / 1e6:.1f} MB")
     except OSError as error:
-        raise DataError(f"{folder}: the quickstart data cannot be written here ({error.strerror or error})") from error
+        raise DataError(f"{folder}: the quickstart data cannot be written ({error.strerror or error})") from error
     log(f"quickstart data: ready after {time.monotonic() - started:.0f} s")
 
 
@@ -71,13 +71,15 @@ def _generate() -> dict[str, list[Document]]:
             " the prose is taken; use another Python, or your own text (data.quickstart: false, data.sources)"
         )
     genius = problems(_SEED, _GENIUS_PROBLEMS, templates=(*TEMPLATES, *_HARD))
-    known = {problem.prompt for problem in genius}
+    genius_prompts = {problem.prompt for problem in genius}
     word_problems = problems(_SEED + 1, _WORD_PROBLEMS, templates=("word_problem", "two_step"))
     validation = problems(_SEED + 2, _VALIDATION_PROBLEMS, held_out=True) + problems(
         _SEED + 3, _VALIDATION_UNSEEN_WORDINGS, held_out=True, unseen_wordings=True
     )
     return {
-        TRAIN_FILE: _shuffled([*training_prose, *_documents(p for p in word_problems if p.prompt not in known)]),
+        TRAIN_FILE: _shuffled(
+            [*training_prose, *_documents(p for p in word_problems if p.prompt not in genius_prompts)]
+        ),
         VALIDATION_FILE: _shuffled([*held_out_prose, *_documents(validation)]),
         GENIUS_FILE: _shuffled(_documents(genius)),
     }
@@ -88,7 +90,7 @@ def _documents(problems: Iterable[Problem]) -> list[Document]:
 
 
 def _shuffled(documents: list[Document]) -> list[Document]:
-    """Return the documents in the order of the hash of their text, which is the same on all machines."""
+    """Return the documents sorted by the hash of their text, an order that is the same on all machines."""
     return sorted(documents, key=lambda d: hashlib.blake2b(d.text.encode()).digest())
 
 

@@ -12,9 +12,9 @@ Held out are some wordings, and some unordered pairs of operands for all operati
 
 - {5, 10}, the pair in the training guide's prompt, and about one in ten of the other pairs of 0 … 99, selected by hash.
 - Except for {5, 10}, pairs of round numbers (one digit, or multiples of ten) are never held out, because the worked steps
-  consist of them: 27 + 34 cannot be computed without having seen 7 + 4.
-- A training problem combines no held-out pair: neither in its question (any two of three operands), nor with an
-  intermediate result (27 + 34 - 5 combines 61 and 5), nor in a worked step (17 * 5 contains 10 * 5).
+  consist of them: a model that has not seen 7 + 4 cannot compute 27 + 34.
+- A training problem combines no held-out pair: not in its question (any two of three operands), not with an intermediate
+  result (27 + 34 - 5 combines 61 and 5), and not in a worked step (17 * 5 contains 10 * 5).
 - The first two operands of a held-out problem are a held-out pair.
 
 All functions are pure: the same seed gives the same problems.
@@ -37,8 +37,8 @@ LARGEST_OPERAND = 99
 HELD_OUT_FRACTION = 0.1
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, ">": max, "<": min}
-_MAX_DRAWS = 200  # consecutive draws without a new problem, after which a template is exhausted
-_SMALL_FRACTION = 0.25  # operands drawn from 0 … 19, so that one-digit numbers are not too rare
+_MAX_DRAWS = 200  # a template is exhausted after this many consecutive draws without a new problem
+_SMALL_FRACTION = 0.25  # fraction of operands drawn from 0 … 19, so that one-digit numbers are not too rare
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """The training document: prompt and answer."""
+        """Return the training document: prompt and answer."""
         return f"{self.prompt} {self.answer_text}"
 
 
 def is_held_out(x: int, y: int) -> bool:
-    """Whether the pair of x and y, in either order, is held out from the training text."""
+    """Return whether the pair of x and y, in either order, is held out from the training text."""
     low, high = sorted((x, y))
     if (low, high) == (5, 10):
         return True
@@ -95,7 +95,7 @@ def problems(
 
 
 def combined_pairs(operands: Sequence[int], operations: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield all pairs that a problem combines: in its question, with intermediate results, and in its worked steps."""
+    """Yield all pairs of numbers that a problem combines: in its question, its intermediate results and worked steps."""
     yield from combinations(operands, 2)
     left = operands[0]
     for operation, right in zip(operations, operands[1:], strict=True):
@@ -124,7 +124,7 @@ def _new_problem(
 
 
 def _draw_operands(rng: Random, operations: Sequence[str], held_out: bool) -> tuple[int, ...] | None:
-    """Draw operands; None if the drawn ones do not fit the operations, or combine a held-out pair in training text."""
+    """Draw operands; return None if they do not fit the operations, or combine a held-out pair in training text."""
     pair = rng.choice(_held_out_pairs()) if held_out else (_draw_number(rng), _draw_number(rng))
     operands = rng.sample(pair, 2) + [_draw_number(rng) for _ in operations[1:]]
     if operations[0] == "-":
@@ -151,7 +151,11 @@ def _held_out_pairs() -> tuple[tuple[int, int], ...]:
 
 
 def _fits(operands: Sequence[int], operations: Sequence[str]) -> bool:
-    """Whether results are not negative, intermediate ones at most 99, factors have one digit and compared numbers differ."""
+    """Return whether operands are allowed for these operations.
+
+    No result may be negative, intermediate results are at most 99, second factors have one digit, and compared numbers
+    differ.
+    """
     left = operands[0]
     for i, (operation, right) in enumerate(zip(operations, operands[1:], strict=True)):
         if i > 0 and left > LARGEST_OPERAND:
@@ -195,7 +199,7 @@ def _work_out(operands: Sequence[int], operations: Sequence[str]) -> tuple[list[
 
 
 def _places(left: int, operation: str, right: int) -> list[tuple[int, int]]:
-    """Return the pairs of the worked steps: ones, then tens; for a comparison tens, then ones if the tens are equal."""
+    """Return the pairs of the worked steps: ones, then tens; for a comparison tens and, if they are equal, ones."""
     ones, tens = (left % 10, right % 10), (left - left % 10, right - right % 10)
     if operation in "<>":
         return [tens, ones] if tens[0] == tens[1] else [tens]
@@ -205,7 +209,7 @@ def _places(left: int, operation: str, right: int) -> list[tuple[int, int]]:
 
 
 def _carry(left: int, right: int) -> list[str]:
-    """Return the sentences that add the two parts of a product: the tens, then the hundreds."""
+    """Return the sentences that add the two partial products: tens first, then hundreds."""
     ones, rest = left % 10 * right, (left - left % 10) * right
     tens = ones - ones % 10 + rest % 100
     return [_step(ones - ones % 10, "+", rest % 100), _step(rest - rest % 100, "+", tens)]

@@ -1,10 +1,10 @@
-"""English prose from the Python installation: the language reference and the documentation of the standard library.
+"""Extracts English prose from the Python installation: the language reference and the documentation of the library.
 
 Sources are `pydoc_data.topics` and the docstrings and longer comments of the standard library, read from the source
 files without importing them. The documents depend only on the version of Python.
 
-No paragraph occurs twice. Held-out documents are whole modules and topics, selected by a hash of their name; those that
-share more than a few passages with the training documents are dropped.
+No paragraph occurs twice. Documents of whole packages and topics are held out, selected by a hash of their name; held-out
+documents that share more than a few passages with the training documents are dropped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Document:
 
 @cache
 def prose() -> tuple[list[Document], list[Document]]:
-    """Return training documents and held-out documents; both are empty if Python was installed without its sources."""
+    """Return training and held-out documents; both lists are empty if Python was installed without its sources."""
     seen: set[str] = set()
     documents = [
         Document(source, text)
@@ -89,7 +89,7 @@ def _source_files(folder: Path) -> Iterator[Path]:
 
 
 def _passages(path: Path) -> list[str]:
-    """Return the docstrings, each after its signature, and the comments of a source file in their order."""
+    """Return the docstrings, each after its signature, and the comments of a source file, in the order of the file."""
     try:
         with tokenize.open(path) as file:
             code = file.read()
@@ -109,7 +109,7 @@ def _docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield all statements below a node; expressions, about 90 % of the tree, contain no docstrings and are skipped."""
+    """Yield all statements below a node; expressions, about 90 % of the nodes, contain no docstrings and are skipped."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt | ast.ExceptHandler):
             yield child
@@ -142,12 +142,12 @@ def _new_paragraphs(passages: Iterable[str], seen: set[str]) -> Iterator[str]:
 
 
 def _combines_held_out(text: str) -> bool:
-    """Whether the text combines a held-out pair of numbers by an operator or a word."""
+    """Return whether the text combines a held-out pair of numbers with an operator or a word such as `plus`."""
     return any(is_held_out(int(x), int(y)) for x, y in _COMBINATION.findall(text))
 
 
 def _join(source: str, paragraphs: Iterable[str]) -> Iterator[str]:
-    """Yield documents of about `DOCUMENT_CHARACTERS` from the paragraphs of a source, each with its name as a title."""
+    """Join paragraphs to documents of about `DOCUMENT_CHARACTERS`, each with the name of the source as its title."""
     title = source.replace(":", " ").capitalize()
     parts: list[str] = []
     for paragraph in paragraphs:
@@ -160,7 +160,7 @@ def _join(source: str, paragraphs: Iterable[str]) -> Iterator[str]:
 
 
 def _is_held_out_source(source: str) -> bool:
-    """Whether a source is held out, by the hash of its topic or package: modules of a package have similar documentation."""
+    """Return whether a source is held out: a topic, or all modules of a package, whose documentation is similar."""
     name = source.partition(".")[0]
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < HELD_OUT_FRACTION * 2**64

@@ -1,7 +1,7 @@
 """`report.html`: the report of one run or several side by side in one file that needs no network.
 
 history   a run's record as columns, attempts and samples
-charts    curves, reduced to the points that a screen can show
+charts    its curves, reduced to the points that a screen can show
 page      the HTML file, with the timeline of attempts
 """
 

@@ -1,4 +1,4 @@
-"""Charts of the report: which curves they show, and thousands of steps reduced to the points that a screen can show."""
+"""Charts of the report: their curves, reduced to the points that a screen can show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 from savant_ray.reporting.page.history import History
 
 MAX_POINTS = 1200  # about the width of a wide chart in pixels
-SMOOTHING_FRACTION = 50  # the smooth curve averages over 1/50 of the run
+SMOOTHING_SPANS = 50  # the smooth curve averages over 1/50 of the run
 DIGITS = 5  # significant, in the JSON of the page
 
 
@@ -42,12 +42,12 @@ FIGURES = (
 def charts(histories: Sequence[History], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return all charts that have data, the loss first."""
     all_charts = [
-        _chart("Loss", "nats per token", _losses(histories, names)),
-        _chart("Validation", "bits per byte", _validations(histories, names, "bits_per_byte")),
-        _chart("Logic score", "% right", _scores(histories, names)),
-        _chart("Residual of each loop", "|s′ − s| / |s|", _loops(histories, names, "residuals"), True),
-        _chart("Similarity of tokens", "mean cosine after each loop", _loops(histories, names, "cosines")),
-        *(_chart(f.title, f.unit, _figures(histories, names, f), f.logarithmic) for f in FIGURES),
+        _chart("Loss", "nats per token", _loss_curves(histories, names)),
+        _chart("Validation", "bits per byte", _validation_curves(histories, names, "bits_per_byte")),
+        _chart("Logic score", "% right", _score_curves(histories, names)),
+        _chart("Residual of each loop", "|s′ − s| / |s|", _loop_curves(histories, names, "residuals"), True),
+        _chart("Similarity of tokens", "mean cosine after each loop", _loop_curves(histories, names, "cosines")),
+        *(_chart(f.title, f.unit, _step_curves(histories, names, f), f.logarithmic) for f in FIGURES),
     ]
     return [chart for chart in all_charts if chart["steps"]]
 
@@ -56,12 +56,12 @@ def _chart(title: str, unit: str, curves: Sequence[Curve], logarithmic: bool = F
     return {"title": title, "unit": unit, "logarithmic": logarithmic, **aligned(curves)}
 
 
-def _losses(histories: Sequence[History], names: Sequence[str]) -> list[Curve]:
+def _loss_curves(histories: Sequence[History], names: Sequence[str]) -> list[Curve]:
     figure = Figure("Loss", "", "train_loss")
-    return _figures(histories, names, figure, "training") + _validations(histories, names, "validation_loss")
+    return _step_curves(histories, names, figure, "training") + _validation_curves(histories, names, "validation_loss")
 
 
-def _figures(histories: Sequence[History], names: Sequence[str], figure: Figure, series: str = "") -> list[Curve]:
+def _step_curves(histories: Sequence[History], names: Sequence[str], figure: Figure, series: str = "") -> list[Curve]:
     curves = []
     for run, (history, name) in enumerate(zip(histories, names, strict=True)):
         values = history.steps[figure.column] * figure.scale
@@ -72,17 +72,17 @@ def _figures(histories: Sequence[History], names: Sequence[str], figure: Figure,
         curves.append(Curve(f"{label or 'each step'}", run, "raw", steps, values[kept]))
         if figure.smooth:
             curves.append(Curve(f"{label} smoothed".strip(), run, "smooth", steps, smoothed(values)[kept]))
-        limit = history.attempt.get("vram_limit_gb") if figure.column == "memory_gb" else None
+        limit = history.newest_attempt.get("vram_limit_gb") if figure.column == "memory_gb" else None
         if limit is not None:
             curves.append(Curve(_label(name, "cap"), run, "limit", steps, np.full(len(steps), limit)))
     return curves
 
 
-def _validations(histories: Sequence[History], names: Sequence[str], field: str) -> list[Curve]:
-    return _points([history.validations for history in histories], names, "validation", field)
+def _validation_curves(histories: Sequence[History], names: Sequence[str], field: str) -> list[Curve]:
+    return _point_curves([history.validations for history in histories], names, "validation", field)
 
 
-def _loops(histories: Sequence[History], names: Sequence[str], field: str) -> list[Curve]:
+def _loop_curves(histories: Sequence[History], names: Sequence[str], field: str) -> list[Curve]:
     """Return one curve for each loop of each run."""
     curves = []
     for run, (history, name) in enumerate(zip(histories, names, strict=True)):
@@ -95,11 +95,11 @@ def _loops(histories: Sequence[History], names: Sequence[str], field: str) -> li
     return curves
 
 
-def _scores(histories: Sequence[History], names: Sequence[str]) -> list[Curve]:
-    return _points([history.scores for history in histories], names, "logic", "score", scale=100)
+def _score_curves(histories: Sequence[History], names: Sequence[str]) -> list[Curve]:
+    return _point_curves([history.scores for history in histories], names, "logic", "score", scale=100)
 
 
-def _points(
+def _point_curves(
     run_lines: Sequence[Sequence[dict[str, Any]]], names: Sequence[str], label: str, field: str, scale: float = 1.0
 ) -> list[Curve]:
     """Return one curve of a field for each run; the later of two lines of a step counts."""
@@ -131,7 +131,7 @@ class Curve:
 
 def smooth_span(n: int) -> int:
     """Return the span, in steps, of the moving average over `n` steps."""
-    return max(1, n // SMOOTHING_FRACTION)
+    return max(1, n // SMOOTHING_SPANS)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from savant_ray.events import (
     WorkersLost,
 )
 from savant_ray.reporting.record import METRICS, parsed
-from savant_ray.reporting.runs import RunSummary, summarise
+from savant_ray.reporting.runs import RunSummary, summarize
 
 COLUMNS = (
     "step",
@@ -66,7 +66,7 @@ class History:
     summary: RunSummary
     steps: dict[str, np.ndarray]  # column -> [N], float64, NaN where unknown
     attempts: list[Attempt] = field(default_factory=list)
-    attempt: dict[str, Any] = field(default_factory=dict)  # the newest `attempt` line
+    newest_attempt: dict[str, Any] = field(default_factory=dict)  # the newest `attempt` line
     data: dict[str, Any] = field(default_factory=dict)  # the newest `data` line
     validations: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -84,7 +84,7 @@ def read_history(run_folder: Path, is_in_use: Callable[[Path], bool]) -> History
     Raises:
         SettingsError: there is no record in the folder.
     """
-    history = History(summarise(run_folder, is_in_use), steps={})
+    history = History(summarize(run_folder, is_in_use), steps={})
     columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for line in _lines(run_folder / METRICS):
         if line["event"] == StepDone.kind:
@@ -113,7 +113,7 @@ def _add(line: dict[str, Any], history: History) -> None:
     if kind == DataPrepared.kind:
         history.data = line
     elif kind == AttemptStarted.kind:
-        history.attempt = line
+        history.newest_attempt = line
         history.attempts.append(Attempt(time, time, line.get("step", 0), line.get("step", 0)))
     elif kind == ValidationDone.kind:
         history.validations.append(line)

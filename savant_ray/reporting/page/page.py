@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from savant_ray import __version__
-from savant_ray.config import setting_rows
+from savant_ray.config import all_settings
 from savant_ray.errors import SavantError
 from savant_ray.reporting.page.charts import charts, smooth_span
 from savant_ray.reporting.page.history import Attempt, History, read_history
@@ -26,7 +26,7 @@ from savant_ray.reporting.wording import duration, percent, printable
 
 MAX_SAMPLES = 30  # steps with a sample on the page
 MAX_PAUSE = 0.03  # between attempts on the timeline, as a fraction of the training time
-MIN_BAR = 0.004  # of the timeline, so that short attempts are visible
+MIN_BAR = 0.004  # width as a fraction of the training time, so that short attempts are visible
 
 
 def write_page(run_folders: Sequence[Path], path: Path, is_in_use: Callable[[Path], bool]) -> None:
@@ -69,7 +69,7 @@ def render(histories: Sequence[History]) -> str:
         .render(
             names=names,
             histories=histories,
-            figures=[dict(_figures(history)) for history in histories],
+            overviews=[dict(_overview(history)) for history in histories],
             timelines=[timeline(history.attempts) for history in histories],
             settings=_settings(histories),
             samples=_samples(histories),
@@ -143,7 +143,7 @@ def _names(histories: Sequence[History]) -> list[str]:
     return [run.name if counts[run.name] == 1 else run.folder for run in runs]
 
 
-def _figures(history: History) -> Iterator[tuple[str, str]]:
+def _overview(history: History) -> Iterator[tuple[str, str]]:
     """Yield the names and values of a run's overview."""
     run, steps = history.summary, history.steps
     yield "step", f"{run.step:,}" + ("" if run.max_steps is None else f" of {run.max_steps:,}")
@@ -179,21 +179,21 @@ def _settings(histories: Sequence[History]) -> list[dict[str, Any]]:
 
     A setting that did not exist in an older version has its default.
     """
-    run_settings = [history.attempt.get("settings", {}) for history in histories]
+    run_settings = [history.newest_attempt.get("settings", {}) for history in histories]
     if not any(run_settings):
         return []
     rows = []
-    for setting in setting_rows():
+    for setting in all_settings():
         section, _, name = setting.name.partition(".")
         default = _as_text(setting.default)
         values = [_as_text(settings.get(section, {}).get(name, setting.default)) for settings in run_settings]
         rows.append(
             {
                 "name": setting.name,
-                "meaning": setting.meaning,
+                "description": setting.description,
                 "default": default,
                 "values": [value if settings else "–" for value, settings in zip(values, run_settings, strict=True)],
-                "unusual": any(value != default for value in values),
+                "changed": any(value != default for value in values),
                 "differs": len(set(values)) > 1,
             }
         )
@@ -205,7 +205,7 @@ def _as_text(value: Any) -> str:
 
 
 def _samples(histories: Sequence[History]) -> dict[str, Any]:
-    """Return the prompts, and for a few steps `rows` of the step and each run's sample and validation loss, or None."""
+    """Return the prompts, and for up to `MAX_SAMPLES` steps a row with the step and each run's (sample, validation loss)."""
     by_step = [{line["step"]: line for line in history.samples} for history in histories]
     steps = sorted({step for samples in by_step for step in samples})
     indices = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_SAMPLES)).round().astype(int))
@@ -218,7 +218,7 @@ def _samples(histories: Sequence[History]) -> dict[str, Any]:
 
 
 def _scores(histories: Sequence[History]) -> dict[str, Any]:
-    """Return each run's newest final score or None, and `rows` of a template and each run's score; empty without any."""
+    """Return each run's newest final score or None, and rows of a template with each run's score; empty without any."""
     newest = [next((line for line in reversed(history.scores) if line.get("final")), None) for history in histories]
     if not any(newest):
         return {}

@@ -1,6 +1,6 @@
 """Experiment trackers that receive the record during training.
 
-tracking   a thread that sends the lines that a tracker does not have yet
+tracking   the thread that sends new lines of the record to a tracker
 mlflow     MLflow
 wandb      Weights & Biases
 """
@@ -11,36 +11,40 @@ from importlib.util import find_spec
 
 from savant_ray.config import ReportingConfig
 from savant_ray.errors import SettingsError
-from savant_ray.reporting.trackers.tracking import Tracking
+from savant_ray.reporting.trackers.tracking import TrackerFollower
 
 
-def open_trackers(config: ReportingConfig, run: str) -> list[Tracking]:
-    """Return the trackers of the settings, not yet connected.
+def open_trackers(config: ReportingConfig, run: str) -> list[TrackerFollower]:
+    """Return a follower of the record for each tracker in the settings, not yet connected.
 
     Raises:
         SettingsError: a tracker's package is not installed.
     """
-    trackings = []
+    followers = []
     if config.mlflow is not None:
         _require("mlflow")
         from savant_ray.reporting.trackers.mlflow import Mlflow
 
-        trackings.append(Tracking("MLflow", Mlflow(config.mlflow, run)))
+        followers.append(TrackerFollower("MLflow", Mlflow(config.mlflow, run)))
     if config.wandb is not None:
         _require("wandb")
         from savant_ray.reporting.trackers.wandb import Wandb
 
-        trackings.append(Tracking("Weights & Biases", Wandb(config.wandb, run)))
-    return trackings
+        followers.append(TrackerFollower("Weights & Biases", Wandb(config.wandb, run)))
+    return followers
 
 
 def _require(package: str) -> None:
     spec = find_spec(package)
     if spec is not None and spec.origin is not None:
         return
-    # Python finds a plain folder of that name, such as the one for logs of wandb, as a namespace package.
-    folder = "" if spec is None else f" (the folder {next(iter(spec.submodule_search_locations or ['']))} is not it)"
+    # Python imports a plain folder of that name, such as the one in which wandb writes its logs, as a namespace package.
+    folder = (
+        ""
+        if spec is None
+        else f" (the folder {next(iter(spec.submodule_search_locations or ['']))} is not the package)"
+    )
     raise SettingsError(
-        f"reporting.{package}: the package {package} is not installed{folder}; in the checkout, "
-        f"`pip install -e '.[{package}]'` does that"
+        f"reporting.{package}: the package {package} is not installed{folder}; to install it, run "
+        f"`pip install -e '.[{package}]'` in the checkout"
     )

@@ -13,7 +13,7 @@ from savant_ray.reporting.trackers.tracking import Line
 
 EXPERIMENT = "savant_ray"
 IDENTITY = "savant_ray.identity"
-LAST_STEP = {  # a metric that every line of the kind has
+LAST_STEP_METRICS = {  # by kind of line: a metric that each of them has
     "step": "step/learning_rate",
     "validation": "validation/seconds",
     "score": "score/score",
@@ -38,13 +38,13 @@ class Mlflow:
 
         self._client = MlflowClient(tracking_uri=self._address)
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
-        number = self._client.create_experiment(EXPERIMENT) if experiment is None else experiment.experiment_id
-        existing = self._client.search_runs([number], f"tags.`{IDENTITY}` = '{identity}'", max_results=1)
+        experiment_id = self._client.create_experiment(EXPERIMENT) if experiment is None else experiment.experiment_id
+        existing = self._client.search_runs([experiment_id], f"tags.`{IDENTITY}` = '{identity}'", max_results=1)
         if existing:
             self._id = existing[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
             return self._last_steps()
-        self._id = self._client.create_run(number, run_name=self._name, tags={IDENTITY: identity}).info.run_id
+        self._id = self._client.create_run(experiment_id, run_name=self._name, tags={IDENTITY: identity}).info.run_id
         self._client.log_batch(self._id, params=[Param(name, str(value)) for name, value in settings.items()])
         return {}
 
@@ -70,7 +70,7 @@ class Mlflow:
     def _last_steps(self) -> dict[str, int]:
         samples = [file.path for file in self._client.list_artifacts(self._id, "samples")]
         last_steps = {SampleGenerated.kind: max((int(path[-12:-4]) for path in samples), default=-1)}
-        for kind, metric in LAST_STEP.items():
+        for kind, metric in LAST_STEP_METRICS.items():
             steps = [value.step for value in self._client.get_metric_history(self._id, metric)]
             last_steps[kind] = max(steps, default=-1)
         return last_steps

@@ -1,7 +1,7 @@
 """A thread that sends the record to a tracker in batches, so that a slow server does not slow down training.
 
-At its start an attempt asks the tracker for the last step that it has and sends later lines only. This adds what was missing
-after a server failure or a killed driver, and steps that are repeated do not appear twice.
+Each attempt first asks the tracker for the last step that it has received and sends later lines only. So lines that were not
+sent because the server failed or the driver was killed are sent later, and repeated steps are not sent twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from savant_ray.events import AttemptEnded, AttemptStarted, SampleGenerated
 from savant_ray.reporting.record import parsed, read_records
 from savant_ray.reporting.tensorboard import NUMERIC_KINDS
 
-SECONDS_BETWEEN = 5.0
+SECONDS_BETWEEN_BATCHES = 5.0
 MAX_LINES = 500  # of a batch
 CLOSE_TIMEOUT = 10.0  # seconds for the last lines when an attempt ends
 SENT_KINDS = (*NUMERIC_KINDS, SampleGenerated.kind)
@@ -26,7 +26,7 @@ class Tracker(Protocol):
     """An experiment tracker."""
 
     def open(self, identity: str, settings: dict[str, Any]) -> dict[str, int]:
-        """Open or create the run of that identity and return the last step that it has of each kind of line."""
+        """Open or create the run of that identity; return the last step that the tracker has of each kind of line."""
 
     def send(self, lines: list[Line]) -> None:
         """Send steps, validations, logic scores, checkpoints and samples."""
@@ -35,7 +35,7 @@ class Tracker(Protocol):
         """Close the run at the end of the attempt; `finished` if training is complete."""
 
 
-class Tracking:
+class TrackerFollower:
     """A `Follower` of the record that sends it to one tracker; an error ends the tracking, not the run."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
@@ -71,7 +71,7 @@ class Tracking:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             self._warning = (
                 f"WARNING: nothing more is sent to {self._name}: {reason}. The record is complete, and the next attempt "
-                "sends what is missing."
+                "sends the missing lines."
             )
 
     def _follow(self, record: Path, last_steps: dict[str, int]) -> None:
@@ -82,7 +82,8 @@ class Tracking:
                 while not (ended or self._reopen):
                     ended = self._ended.is_set()  # read before the file, so that no line is left unsent
                     self._send_new(file, last_steps)
-                    ended or self._ended.wait(SECONDS_BETWEEN)
+                    if not ended:
+                        self._ended.wait(SECONDS_BETWEEN_BATCHES)
 
     def _send_new(self, file: BinaryIO, last_steps: dict[str, int]) -> None:
         lines: list[Line] = []
@@ -102,11 +103,13 @@ class Tracking:
 
 
 def _identity(record: Path) -> tuple[str, dict[str, Any]]:
-    """Return the run's identity (the time of its first event) and its settings by full name."""
-    began, settings = "", {}
+    """Return the run's identity (the time of its first event) and its settings by dotted name."""
+    first_time, settings = "", {}
     for line in read_records(record):
-        began = began or line["time"]
+        first_time = first_time or line["time"]
         if line["event"] == AttemptStarted.kind:
             settings = line["settings"]
-    identity = "".join(character for character in began if character.isalnum())
-    return identity, {f"{part}.{name}": value for part, named in settings.items() for name, value in named.items()}
+    identity = "".join(character for character in first_time if character.isalnum())
+    return identity, {
+        f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()
+    }

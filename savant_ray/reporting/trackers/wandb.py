@@ -1,4 +1,4 @@
-"""Weights & Biases: one run in the project for each run; its own variables decide where it is kept (`WANDB_MODE`)."""
+"""Weights & Biases: one run in the project for each run; its environment variables such as `WANDB_MODE` apply."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Wandb:
         self._project, self._name = project, run
 
     def open(self, identity: str, settings: dict[str, Any]) -> dict[str, int]:
-        """See `Tracker`. W&B accepts a step only once, so an attempt sends what follows the last step that it has."""
+        """See `Tracker`. W&B accepts a step only once, so only lines after its last step are sent."""
         import wandb
 
         quiet = wandb.Settings(silent=True, console="off", x_disable_stats=True)
@@ -26,7 +26,7 @@ class Wandb:
         return dict.fromkeys(SENT_KINDS, self._last_step)
 
     def send(self, lines: list[Line]) -> None:
-        """See `Tracker`. W&B rejects steps out of order, so a checkpoint that took long is sent with a later step."""
+        """See `Tracker`. W&B rejects earlier steps, so the line of a slow checkpoint is sent with a later step."""
         for line in lines:
             values: dict[str, Any] = numbers(line)
             if line["event"] == SampleGenerated.kind:

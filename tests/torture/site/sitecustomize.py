@@ -1,7 +1,7 @@
-"""Slows a run's windows down and says which one a process is in, so that each can be hit; for torture tests only.
+"""Slows down the windows of a run and publishes which ones a process is in, so that each can be hit by an interruption.
 
-Python imports this file at its start when its folder is on PYTHONPATH. With TORTURE_WINDOWS=FOLDER, each process that
-trains keeps the name of its present window in FOLDER/<pid>.
+A window is a phase of training. Python imports this file at startup if its folder is on PYTHONPATH. With
+TORTURE_WINDOWS=FOLDER, each process that trains writes the names of its current windows into FOLDER/<pid>.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-SECONDS = 0.15
-# module -> function -> window; slept at its beginning, or at its end where the moment after it is the delicate one
+SECONDS = 0.15  # sleep in each window, at its beginning, or at its end if it is in `AT_THE_END`
+# module -> function -> window
 WINDOWS = {
     "savant_ray.training.step": {"accumulate": "accumulation", "update": "update"},
     "savant_ray.evaluation.validator": {"Validator._validate": "validation", "Validator._sample": "generation"},
@@ -31,25 +31,25 @@ AT_THE_END = ("save", "background write", "handover")
 
 
 class Windows:
-    """Which this process is in: more than one, as checkpoints are written beside training."""
+    """The windows that this process is in; there can be several, because checkpoints are written during training."""
 
     def __init__(self, folder: Path) -> None:
-        self._place, self._open, self._lock = folder / str(os.getpid()), [], threading.Lock()
+        self._file, self._open, self._lock = folder / str(os.getpid()), [], threading.Lock()
 
     def enter(self, name: str) -> None:
         with self._lock:
             self._open.append(name)
-            self._tell()
+            self._write()
 
     def leave(self, name: str) -> None:
         with self._lock:
             self._open.remove(name)
-            self._tell()
+            self._write()
 
-    def _tell(self) -> None:
-        aside = self._place.with_name(f".{self._place.name}")
-        aside.write_text("\n".join(self._open))
-        aside.replace(self._place)
+    def _write(self) -> None:
+        temporary = self._file.with_name(f".{self._file.name}")
+        temporary.write_text("\n".join(self._open))
+        temporary.replace(self._file)
 
 
 def in_window(name: str, function: Callable[..., Any], windows: Windows) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ const logX = document.getElementById("log-x");
 const shared = uPlot.sync("steps");
 let plots = [];
 
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const axisFont = "12px system-ui, sans-serif";
 const exact = (value) => value == null ? "–" : value.toLocaleString("en", {maximumSignificantDigits: 5});
 const short = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
@@ -21,20 +21,20 @@ const STYLES = {
 };
 
 // Each run has a color; in a report of one run its validations have the next color.
-function series({label, run, style}, all) {
-  const alone = all.every((each) => each.run === run);
-  const stroke = colour(`--run-${(run + (alone && style === "points" ? 1 : 0)) % 6}`);
-  const beside = all.some((each) => each.run === run && each.style === "smooth");
+function series({label, run, style}, curves) {
+  const isOnlyRun = curves.every((curve) => curve.run === run);
+  const stroke = color(`--run-${(run + (isOnlyRun && style === "points" ? 1 : 0)) % 6}`);
+  const hasSmooth = curves.some((curve) => curve.run === run && curve.style === "smooth");
   const {points, ...look} = STYLES[style];
   return {label, stroke, spanGaps: true, points: {...points, fill: stroke}, value: (_, value) => exact(value), ...look,
-          alpha: style === "raw" && beside ? 0.35 : 1};
+          alpha: style === "raw" && hasSmooth ? 0.35 : 1};
 }
 
 function columns(chart) {
-  const positive = logX.checked ? chart.steps.findIndex((step) => step > 0) : 0;
-  const from = positive < 0 ? chart.steps.length : positive;
-  const values = chart.series.map((each) => each.values.slice(from));
-  return [chart.steps.slice(from), ...values.map((each) => chart.logarithmic ? each.map((v) => v > 0 ? v : null) : each)];
+  const positive = logX.checked ? chart.steps.findIndex((step) => step > 0) : 0;  // a logarithmic axis has no step 0
+  const first = positive < 0 ? chart.steps.length : positive;
+  const values = chart.series.map((curve) => curve.values.slice(first));
+  return [chart.steps.slice(first), ...values.map((column) => chart.logarithmic ? column.map((v) => v > 0 ? v : null) : column)];
 }
 
 function size(figure) {
@@ -44,7 +44,7 @@ function size(figure) {
 
 function draw(figure) {
   const chart = charts[figure.dataset.chart];
-  const axis = {stroke: colour("--quiet"), font: axisFont, grid: {stroke: colour("--grid"), width: 1}, ticks: {stroke: colour("--grid"), width: 1}};
+  const axis = {stroke: color("--quiet"), font: axisFont, grid: {stroke: color("--grid"), width: 1}, ticks: {stroke: color("--grid"), width: 1}};
   figure.querySelector("figcaption").textContent = chart.unit ? `${chart.title}, ${chart.unit}` : chart.title;
   return new uPlot({
     ...size(figure),
@@ -54,7 +54,7 @@ function draw(figure) {
       {...axis, size: 58, values: (_, values) => values.map((value) => value == null ? "" : tick(value))},
     ],
     cursor: {sync: {key: shared.key}, drag: {x: true, y: false}, points: {size: 6}},
-    series: [{label: "step", value: (_, value) => exact(value)}, ...chart.series.map((each) => series(each, chart.series))],
+    series: [{label: "step", value: (_, value) => exact(value)}, ...chart.series.map((curve) => series(curve, chart.series))],
   }, columns(chart), figure);
 }
 

@@ -1,4 +1,4 @@
-"""Weights go on with the tokenizer that they were trained with, unless the user asks for another one and allows it."""
+"""Weights keep the tokenizer that they were trained with, unless the settings name another one and changes are allowed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from savant_ray.driver.tokenizer_choice import (
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import write_checkpoint
-from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.cluster.test_starting_point import changed
 from tests.data.albert_like import FOLDER
+from tests.storage.conftest import server, storage_a, store  # noqa: F401 - fixtures
+from tests.storage.object_store import BUCKET, ObjectStore
 
 BASE = train_tokenizer(iter(["red green blue one two three"] * 9), 280)
 OTHER = train_tokenizer(iter(["zebra quartz vexed jumbling waltz nymph"] * 9), 280)
@@ -39,7 +40,7 @@ AGREE, KNOWN = BASE.same_ids(OTHER)
 
 
 def run_of(tmp_path: Path, step: int = 6, kept: Tokenizer = BASE, **data: Any) -> Path:
-    """A run folder with one checkpoint, trained with these settings of `data`."""
+    """Return a run folder with one checkpoint, trained with these settings of `data`."""
     content = {"step": step, "weights": torch.ones(5), "savant": {"data_fingerprint": "abc", "format_version": 1}}
     texts = {"config.yaml": dump_yaml(changed(data=data)), "tokenizer.json": kept.to_json(), "records.jsonl": ""}
     write_checkpoint(tmp_path / "A", content, texts)
@@ -60,14 +61,14 @@ def saved(tokenizer: Tokenizer, path: Path) -> str:
     return str(path)
 
 
-def test_without_a_checkpoint_a_tokenizer_is_learnt() -> None:
+def test_without_a_checkpoint_a_tokenizer_is_trained() -> None:
     assert find_origin(None, Config()) is None
     for name in ("auto", "train"):
         assert choose_tokenizer(changed(data={"tokenizer": name}), None, allow_changes=False) is None
 
 
 @pytest.mark.parametrize("path", ["A", "A/step_6"])
-def test_a_new_run_takes_the_tokenizer_of_the_weights_that_it_starts_from(path: str, tmp_path: Path) -> None:
+def test_a_new_run_uses_the_tokenizer_of_its_initial_weights(path: str, tmp_path: Path) -> None:
     run_of(tmp_path)
     config, origin = started_from(tmp_path / path)
     chosen = choose_tokenizer(config, origin, allow_changes=False)
@@ -75,8 +76,11 @@ def test_a_new_run_takes_the_tokenizer_of_the_weights_that_it_starts_from(path: 
 
 
 @pytest.mark.parametrize("path", ["runs/run", "runs/run/step_6"])
-def test_of_a_run_in_object_storage_the_tokenizer_is_fetched_without_the_weights(
-    path: str, storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
+def test_the_tokenizer_of_initial_weights_in_object_storage_is_fetched_without_the_weights(
+    path: str,
+    storage_a: ObjectStorage,  # noqa: F811 - the fixture
+    store: ObjectStore,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     shutil.copytree(run_of(tmp_path), storage_a.folder)
     storage_a.commit(storage_a.folder / "step_6")
@@ -92,10 +96,10 @@ def test_of_a_run_in_object_storage_the_tokenizer_is_fetched_without_the_weights
         started_from(store.uri(path))
 
 
-def test_a_new_run_does_not_learn_another_one_unless_changes_are_allowed(tmp_path: Path) -> None:
+def test_training_a_new_tokenizer_for_initial_weights_requires_allow_changes(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     config, origin = started_from(run, tokenizer="train")
-    with pytest.raises(SettingsError, match=r"data\.tokenizer: train would learn another one") as refusal:
+    with pytest.raises(SettingsError, match=r"data\.tokenizer: train would train a new tokenizer") as refusal:
         choose_tokenizer(config, origin, allow_changes=False)
     for advice in ("leave data.tokenizer at auto", f"{run}/step_6/tokenizer.json", "--allow-changes"):
         assert advice in str(refusal.value)
@@ -106,7 +110,7 @@ def test_a_new_run_does_not_learn_another_one_unless_changes_are_allowed(tmp_pat
     assert tokenizer_change(origin, BASE) is None
 
 
-def test_a_new_run_takes_a_named_tokenizer_only_if_all_ids_mean_the_same(tmp_path: Path) -> None:
+def test_a_named_tokenizer_for_initial_weights_must_have_the_same_token_for_every_id(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     extended = saved(Tokenizer(EXTENDED), tmp_path / "extended.json")
     config, origin = started_from(run, tokenizer=extended)
@@ -122,7 +126,7 @@ def test_a_new_run_takes_a_named_tokenizer_only_if_all_ids_mean_the_same(tmp_pat
 @pytest.mark.parametrize("before", ["auto", "train"])
 @pytest.mark.parametrize("now", ["auto", "train"])
 @pytest.mark.parametrize("allow_changes", [False, True])
-def test_a_resumed_run_keeps_the_tokenizer_that_it_learnt(
+def test_a_resumed_run_keeps_the_tokenizer_that_it_trained(
     before: str, now: str, allow_changes: bool, tmp_path: Path
 ) -> None:
     config = changed(data={"tokenizer": now})
@@ -131,7 +135,7 @@ def test_a_resumed_run_keeps_the_tokenizer_that_it_learnt(
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
 
 
-def test_a_resumed_run_goes_on_with_another_tokenizer_only_where_changes_are_allowed(tmp_path: Path) -> None:
+def test_resuming_with_another_tokenizer_requires_allow_changes(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     origin = resumed(run)
     for tokenizer, agree in [(OTHER, AGREE), (Tokenizer(EXTENDED), KNOWN)]:
@@ -145,15 +149,15 @@ def test_a_resumed_run_goes_on_with_another_tokenizer_only_where_changes_are_all
     assert choose_tokenizer(same, origin, allow_changes=False) is not None
 
 
-def test_a_run_that_was_given_its_tokenizer_does_not_learn_one_when_it_goes_on(tmp_path: Path) -> None:
+def test_a_resumed_run_with_a_named_tokenizer_does_not_train_one(tmp_path: Path) -> None:
     origin = resumed(run_of(tmp_path, tokenizer="albert-base-v2"))
     chosen = choose_tokenizer(Config(), origin, allow_changes=False)
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
-    with pytest.raises(CheckpointError, match="train would learn another one"):
+    with pytest.raises(CheckpointError, match="train would train a new tokenizer"):
         choose_tokenizer(changed(data={"tokenizer": "train"}), origin, allow_changes=False)
 
 
-def test_a_resumed_run_does_not_need_the_file_that_its_tokenizer_came_from(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_need_the_file_that_its_tokenizer_was_loaded_from(tmp_path: Path) -> None:
     gone = str(tmp_path / "run/step_3/tokenizer.json")
     origin = resumed(run_of(tmp_path, tokenizer=gone))
     chosen = choose_tokenizer(changed(data={"tokenizer": gone}), origin, allow_changes=False)
@@ -162,7 +166,7 @@ def test_a_resumed_run_does_not_need_the_file_that_its_tokenizer_came_from(tmp_p
         choose_tokenizer(changed(data={"tokenizer": f"{gone}.json"}), origin, allow_changes=False)
 
 
-def test_the_end_of_document_goes_along_with_the_tokenizer(tmp_path: Path) -> None:
+def test_the_end_of_document_token_is_kept_with_the_tokenizer(tmp_path: Path) -> None:
     run = run_of(tmp_path, kept=Tokenizer(EXTENDED), end_of_document="<|user|>")
     for config, origin in [(Config(), resumed(run)), started_from(run)]:
         chosen = choose_tokenizer(config, origin, allow_changes=False)
@@ -175,12 +179,12 @@ def test_the_end_of_document_goes_along_with_the_tokenizer(tmp_path: Path) -> No
         choose_tokenizer(config, origin, allow_changes=False)
 
 
-def test_a_learnt_tokenizer_ends_documents_with_its_own_token() -> None:
+def test_a_trained_tokenizer_ends_documents_only_with_its_own_token() -> None:
     with pytest.raises(SettingsError, match=r"data\.end_of_document: .* not with </s>"):
         choose_tokenizer(changed(data={"end_of_document": "</s>"}), None, allow_changes=False)
 
 
-def test_preparing_takes_the_tokenizer_that_training_will_take(tmp_path: Path) -> None:
+def test_prepare_and_train_choose_the_same_tokenizer(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     for settings in (
         {"storage_path": str(tmp_path), "name": "A"},
@@ -210,7 +214,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_before_ray_starts(tmp_path: 
             "good",
             {"prompt": "123"},
             SettingsError,
-            r"validation\.prompt: .*bpe\.json has no token for it; or give",
+            r"validation\.prompt: .*bpe\.json has no token for it; .*; or give",
         ),
         (paths[1], "good", {}, SettingsError, r"validation\.prompt: .*uni\.json cannot encode the text"),
         (
@@ -233,7 +237,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_before_ray_starts(tmp_path: 
 
 
 def albert_run(tmp_path: Path, adds_special_tokens: bool | None) -> Path:
-    """A run that was trained with this choice; None: by a version that did not have it."""
+    """Return a run that was trained with this setting; None: by a version that did not have the setting."""
     run = run_of(tmp_path, kept=ALBERT, tokenizer=str(FOLDER), add_special_tokens=bool(adds_special_tokens))
     if adds_special_tokens is None:
         config = run / "step_6/config.yaml"
@@ -245,7 +249,7 @@ def albert_run(tmp_path: Path, adds_special_tokens: bool | None) -> Path:
 
 @pytest.mark.parametrize("spec", ["auto", str(FOLDER)])
 @pytest.mark.parametrize("trained", [True, False, None])
-def test_weights_go_on_with_the_special_tokens_that_they_were_trained_with(
+def test_weights_keep_the_special_tokens_that_they_were_trained_with(
     trained: bool | None, spec: str, tmp_path: Path
 ) -> None:
     run = albert_run(tmp_path, trained)
@@ -259,7 +263,7 @@ def test_weights_go_on_with_the_special_tokens_that_they_were_trained_with(
 
 @pytest.mark.parametrize("spec", ["auto", str(FOLDER)])
 @pytest.mark.parametrize("trained", [True, False, None])
-def test_the_other_choice_about_special_tokens_is_refused_unless_changes_are_allowed(
+def test_changing_the_special_tokens_of_weights_requires_allow_changes(
     trained: bool | None, spec: str, tmp_path: Path
 ) -> None:
     run = albert_run(tmp_path, trained)
@@ -307,7 +311,7 @@ def test_special_tokens_that_a_tokenizer_does_not_have_are_refused(spec: str, tm
         choose_tokenizer(config, resumed(run_of(tmp_path), config), allow_changes=True)
 
 
-def test_a_tokenizer_without_a_template_replaces_one_that_has_one_only_where_changes_are_allowed(
+def test_replacing_a_tokenizer_by_one_without_a_template_requires_allow_changes(
     tmp_path: Path,
 ) -> None:
     run = albert_run(tmp_path, True)

@@ -1,4 +1,4 @@
-"""A run in object storage: no partial checkpoint counts, nothing is lost, and all machines see the same run."""
+"""A run in object storage: partial checkpoints are not used, nothing is lost, and all machines see the same run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from savant_ray.storage.ray_snapshot import SNAPSHOT
 from savant_ray.storage.run_storage import local_checkpoint, run_storage, storage_errors_explained
 from savant_ray.training.checkpoint import MANIFEST, read_manifest, verify
 from tests.cluster.conftest import ROOT
-from tests.cluster.object_store import BUCKET, ObjectStore
 from tests.cluster.test_starting_point import write
+from tests.storage.object_store import BUCKET, ObjectStore
 
 
 def keep(storage: ObjectStorage, *steps: int) -> None:
@@ -45,7 +45,7 @@ def test_an_uploaded_checkpoint_is_intact_on_another_machine(
     assert storage_a.checkpoints() == ["step_9900", "step_10000"]
 
 
-def test_a_run_may_have_any_name_that_a_folder_may_have(
+def test_a_run_in_object_storage_can_have_any_name_that_is_valid_for_a_folder(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -64,7 +64,7 @@ def test_a_run_may_have_any_name_that_a_folder_may_have(
         assert folder.name == "step_5"
 
 
-def test_the_manifest_is_uploaded_last_and_an_interrupted_upload_is_no_checkpoint(
+def test_the_manifest_is_uploaded_last_so_that_an_interrupted_upload_is_not_a_checkpoint(
     storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep(storage_a, 1)
@@ -128,7 +128,7 @@ def test_a_damaged_mirror_is_downloaded_again_and_a_stale_one_deleted(
     assert not (storage_a.folder / "step_7").exists()
 
 
-def test_rays_list_names_the_stored_checkpoints(storage_a: ObjectStorage, store: ObjectStore) -> None:
+def test_rays_list_contains_the_stored_checkpoints(storage_a: ObjectStorage, store: ObjectStore) -> None:
     find_start(storage_a, print)
     assert SNAPSHOT not in store.names("runs/run")
     keep(storage_a, 5, 9900, 10000)
@@ -149,7 +149,7 @@ def log_of(storage: ObjectStorage) -> str:
     return (storage.folder / "training_log.txt").read_text()
 
 
-def test_the_later_record_is_used_wherever_it_was_written(storage_a: ObjectStorage, storage_b: ObjectStorage) -> None:
+def test_the_newer_record_is_used_wherever_it_was_written(storage_a: ObjectStorage, storage_b: ObjectStorage) -> None:
     record(storage_a, "10:00")
     with RecordUploader(storage_a):
         pass
@@ -229,7 +229,7 @@ class DyingAfter:
         return getattr(self._filesystem, name)
 
 
-def test_a_checkpoint_in_object_storage_is_given_by_its_uri(storage_a: ObjectStorage, store: ObjectStore) -> None:
+def test_a_checkpoint_in_object_storage_can_be_named_by_its_uri(storage_a: ObjectStorage, store: ObjectStore) -> None:
     keep(storage_a, 1, 2)
     for uri, step in {store.uri("runs/run"): "step_2", store.uri("runs/run/step_1"): "step_1"}.items():
         with local_checkpoint(uri) as folder:
@@ -264,10 +264,10 @@ def test_a_missing_bucket_and_a_missing_server_are_reported(
         store.start()
 
 
-def test_wherever_a_replacement_in_object_storage_is_interrupted_the_old_or_the_new_checkpoint_is_intact(
+def test_if_a_replacement_in_object_storage_is_interrupted_anywhere_the_old_or_the_new_checkpoint_is_intact(
     storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
-    """The storage fails from its Nth change on; then it is available again, from another machine."""
+    """The storage fails from its Nth change on; then another machine reads it."""
     changes = 0
     found: list[str] = []
     for allowed in range(100):
@@ -319,7 +319,7 @@ def refuse_all(method: str, path: str) -> None:
     raise PermissionError
 
 
-def test_whether_a_checkpoint_exists_is_decided_without_downloading(
+def test_checking_that_a_checkpoint_exists_downloads_nothing(
     storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
     keep(storage_a, 1, 2)

@@ -18,13 +18,13 @@ BUCKET = "bucket"
 
 
 class ObjectStore:
-    """The server; it keeps its objects while it is stopped, which simulates a network outage."""
+    """The server. It keeps its objects while it is stopped, so stopping it simulates a network outage."""
 
     def __init__(self) -> None:
         self.port = free_port()
         self.query = f"?endpoint_override=127.0.0.1:{self.port}&scheme=http"
         self.conditions = "enforced"  # or "ignored", or "refused"
-        # Called in the server before each request; PermissionError makes it respond 403, which clients do not retry.
+        # Called in the server before each request. PermissionError makes it respond 403, which clients do not retry.
         self.before: Callable[[str, str], None] = lambda method, path: None
         self.requests: list[tuple[str, str]] = []
         self._app = DomainDispatcherApplication(create_backend_app)

@@ -19,11 +19,11 @@ class WorkerWatch:
         self,
         workers: int,
         resources: Mapping[str, float],
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._workers, self._resources = workers, resources
-        self._say, self._clock = say, clock
+        self._notify, self._clock = notify, clock
         self._waiting_since: float | None = None
         self._is_reported = False
 
@@ -37,17 +37,19 @@ class WorkerWatch:
         if self._is_reported or self._clock() - self._waiting_since < SECONDS_UNTIL_REPORT:
             return
         self._is_reported = True
-        self._say(waiting_for(self._workers, self._resources, ray.available_resources(), ray.cluster_resources()))
+        self._notify(
+            waiting_message(self._workers, self._resources, ray.available_resources(), ray.cluster_resources())
+        )
 
 
-def waiting_for(
+def waiting_message(
     workers: int, resources: Mapping[str, float], free: Mapping[str, float], total: Mapping[str, float]
 ) -> str:
     """Return a message with the resources that the workers need and those that the cluster has."""
-    subject, each = ("1 worker needs", "") if workers == 1 else (f"{workers} workers need", " each")
-    needed = ", ".join(f"{name}: {amount:g}" for name, amount in resources.items())
+    required = "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"
+    need = f"1 worker needs {required}" if workers == 1 else f"{workers} workers need {required} each"
     available = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in resources)
     return (
-        f"no workers have started yet. {subject} {{{needed}}}{each}; the cluster has {available}. "
+        f"no workers have started yet. {need}; the cluster has {available}. "
         "Training starts as soon as the resources are available; `ray status` shows the nodes."
     )

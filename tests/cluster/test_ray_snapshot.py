@@ -66,7 +66,7 @@ def test_a_later_attempt_deletes_the_checkpoints_of_earlier_ones_in_step_order(t
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_list_that_cannot_be_written_and_a_checkpoint_that_is_gone_do_not_end_a_run(tmp_path: Path) -> None:
+def test_an_unwritable_list_and_a_missing_checkpoint_do_not_end_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     manager = rays_manager(run, keep=1)
     assert save(manager, run, 1) == ["step_1"]
@@ -107,7 +107,7 @@ class FailingFileSystem:
         self.deleted.append(path)
 
 
-def test_a_checkpoint_that_could_not_be_deleted_is_deleted_with_the_next() -> None:
+def test_a_checkpoint_that_could_not_be_deleted_is_deleted_with_the_next_one() -> None:
     filesystem = FailingFileSystem()
     tolerant_file_system(filesystem).delete_dir("run/step_1")
     filesystem.fails = False

@@ -1,4 +1,4 @@
-"""A file that holds every kind of line, and what must be said about each."""
+"""The content of a file with every kind of line, and the expected problem of each line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _object(text: object) -> bytes:
 LINES: list[tuple[bytes, str | None]] = [
     (b"\xef\xbb\xbf" + _object(GOOD[0]), None),
     (b'{"text": "cut off in the mid', "truncated JSON"),
-    (b'{"text": "bad \xff byte"}', "bad UTF-8 (0xff at byte 15)"),
+    (b'{"text": "bad \xff byte"}', "invalid UTF-8 (0xff at byte 15)"),
     (b"", None),
     (_object(GOOD[1]) + b"\r", None),
     (b'["text"]', "an array, not an object"),
@@ -36,7 +36,7 @@ LINES: list[tuple[bytes, str | None]] = [
     (_object(" \n"), '"text" is empty'),
     (_object(GOOD[2]), None),
     (_object("x" * MAX_LINE_BYTES), "line of 2,012 bytes, over the limit of 2,000"),
-    (b'{"text": "\\ud83d alone"}', '"text" holds half a surrogate pair (\\ud83d)'),
+    (b'{"text": "\\ud83d alone"}', '"text" contains half a surrogate pair (\\ud83d)'),
     (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data at character 15"),
     (b"not json at all", "not JSON: Expecting value at character 1"),
     (b"{ \r", "JSON over several lines; write one object per line, without commas between them"),

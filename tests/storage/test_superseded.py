@@ -24,10 +24,10 @@ from savant_ray.training.checkpoint import MANIFEST, TOKENIZER, verify
 from savant_ray.worker import saving
 from savant_ray.worker.resume import newest_name
 from savant_ray.worker.saving import Saver
-from tests.cluster.object_store import ObjectStore
-from tests.cluster.test_lease import taken
-from tests.cluster.test_object_storage import record
 from tests.cluster.test_starting_point import write
+from tests.storage.object_store import ObjectStore
+from tests.storage.test_lease import taken
+from tests.storage.test_object_storage import record
 from tests.worker.test_saving import content
 
 
@@ -86,7 +86,7 @@ def test_a_superseded_worker_saves_nothing_and_names_the_new_owner(
 
 
 @pytest.mark.parametrize("moment", ["config.yaml", "step_500.pt", MANIFEST])
-def test_an_upload_that_was_running_when_the_run_was_taken_over_destroys_nothing(
+def test_an_upload_that_was_running_when_the_run_was_taken_over_does_not_change_new_checkpoints(
     moment: str, worker: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
     """The worker was suspended during a request, after it had checked who owns the run."""

@@ -23,8 +23,8 @@ from savant_ray.storage.conditional_write import VersionConflictError, condition
 from savant_ray.storage.lease import LEASE, leased
 from savant_ray.storage.object_store import ObjectStorage
 from tests.cluster.conftest import wait_for
-from tests.cluster.object_store import BUCKET, ObjectStore
-from tests.cluster.test_object_storage import record
+from tests.storage.object_store import BUCKET, ObjectStore
+from tests.storage.test_object_storage import record
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def starters(store: ObjectStore, folder: Path, number: int) -> list[str]:
 
 
 @pytest.mark.parametrize("left_behind", [None, {"token": "x", "process": 7, "host": "another-machine", "beat": 3}])
-def test_of_processes_that_start_a_run_simultaneously_exactly_one_trains_however_slow_their_writes(
+def test_if_processes_start_a_run_simultaneously_exactly_one_trains_even_with_slow_writes(
     left_behind: dict[str, object] | None, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "EXPIRY_SECONDS", 0.2)
@@ -159,7 +159,7 @@ def test_a_storage_without_conditional_writes_is_reported_and_a_run_in_use_is_re
 
 
 @pytest.mark.usefixtures("short_lease_times")
-def test_a_storage_of_another_kind_gives_the_lease_to_the_last_writer(tmp_path: Path) -> None:
+def test_without_conditional_writes_the_last_writer_acquires_the_lease(tmp_path: Path) -> None:
     filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
     filesystem.create_dir("run")
     with leased(filesystem, "run", pytest.fail) as first:
@@ -187,7 +187,7 @@ def test_a_holder_that_continues_after_its_lease_was_taken_over_stops(
     assert json.loads(store.read(f"runs/run/{LEASE}"))["released"] == "clean", "the first process does not change it"
 
 
-def test_the_epoch_grows_where_workers_may_still_write_and_never_shrinks(
+def test_the_epoch_is_incremented_if_workers_may_still_write_and_never_decreases(
     storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
     def epoch(storage: ObjectStorage) -> int:

@@ -1,4 +1,4 @@
-"""A run that started a Ray of its own: whatever of it dies, nothing stays behind and the same command goes on."""
+"""A run that started Ray itself: if one of Ray's processes is killed, none is left behind and the same command resumes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def start(workplace: Path, **changes: Any) -> subprocess.Popen[str]:
 
 
 def killed(workplace: Path, victim: str) -> tuple[int, str, list[psutil.Process]]:
-    """Exit code and output of a run in which that process was killed after its first checkpoint, and all its processes.
+    """Return exit code and output of a run whose `victim` was killed after its first checkpoint, and all its processes.
 
-    None is left but for Ray's agents, which try for a minute to tell their dead head that it is dead.
+    All have exited except for Ray's agents, which try for a minute to reach their head.
     """
     run = workplace / "tiny"
     before = newest_checkpoint(run)
@@ -63,7 +63,7 @@ exit_without_shutdown(7)
 """
 
 
-def test_a_process_that_leaves_at_once_takes_its_own_ray_along_and_nothing_else(workplace: Path) -> None:
+def test_exit_without_shutdown_kills_the_processes_of_its_own_ray_and_no_others(workplace: Path) -> None:
     path = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
         [sys.executable, "-c", LEAVING], cwd=workplace, env=environment(**path), stdout=subprocess.PIPE, text=True
@@ -77,7 +77,7 @@ def test_a_process_that_leaves_at_once_takes_its_own_ray_along_and_nothing_else(
 @pytest.mark.parametrize(
     "victims", [("raylet",), pytest.param(("Bridge", "driver"), marks=pytest.mark.rare)], ids="then ".join
 )
-def test_whatever_of_its_own_ray_is_killed_the_run_says_so_and_the_same_command_goes_on(
+def test_a_killed_process_of_its_own_ray_is_reported_and_the_same_command_resumes(
     victims: tuple[str, ...], workplace: Path
 ) -> None:
     processes: list[psutil.Process] = []

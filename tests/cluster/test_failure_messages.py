@@ -1,4 +1,4 @@
-"""What Ray says of a lost worker becomes what the user can do about it."""
+"""Ray's errors about failed workers become messages with the cause and advice."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from savant_ray.training.device import retry_on_oom
         "The actor died because its node has died. Node Id: 13ab",
     ],
 )
-def test_a_worker_that_cannot_be_reached_is_lost_with_its_node_or_killed(said: str) -> None:
+def test_an_unreachable_worker_is_reported_with_its_possible_causes(said: str) -> None:
     assert all(cause in _explain(RuntimeError(said)) for cause in ("killed", "out of memory", "node"))
 
 
-def test_a_save_that_ran_out_of_gpu_memory_is_named_and_not_the_batch_size() -> None:
+def test_running_out_of_gpu_memory_during_a_save_names_the_save() -> None:
     def no_room() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -44,7 +44,7 @@ def as_a_worker_raises_it(error: Exception, activity: str = "training") -> Unexp
         return UnexpectedError(describe(error, activity), traceback.format_exc())
 
 
-def test_what_nobody_foresaw_in_a_worker_is_told_with_what_it_was_doing_and_its_traceback() -> None:
+def test_an_unexpected_error_in_a_worker_is_reported_with_activity_and_traceback() -> None:
     failures: dict[int, Exception] = {0: as_a_worker_raises_it(RuntimeError("broken\nConnection closed by peer"))}
     failures[1] = as_a_worker_raises_it(ValueError("invalid literal"), "saving step_5")
     told = explain_failure(WorkerGroupError("workers failed", failures), None, "step_4", max_failures=3)
@@ -54,6 +54,6 @@ def test_what_nobody_foresaw_in_a_worker_is_told_with_what_it_was_doing_and_its_
     assert isinstance(told, UnexpectedError) and "raise error\n" in told.details
 
 
-def test_what_our_own_code_raised_in_a_task_of_ray_keeps_its_cause() -> None:
+def test_an_error_of_our_code_in_a_ray_task_keeps_its_cause() -> None:
     with pytest.raises(RayTaskError), ray_errors_explained():
         raise RayTaskError("tokenise", "Traceback …", ZeroDivisionError("division by zero"))

@@ -1,4 +1,4 @@
-"""Text in object storage: odd names, globs, and objects of another format than their names say."""
+"""Text in object storage: unusual names, globs, and objects whose format differs from their suffix."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from savant_ray.data.jsonl import documents
 from savant_ray.data.sources import expand
 from savant_ray.errors import DataError
 from savant_ray.storage.object_store import ObjectStorage
-from tests.cluster.object_store import ObjectStore
+from tests.storage.object_store import ObjectStore
 
 TEXT = b'{"text": "x"}\n'
 
 
-def test_objects_with_odd_names_are_found_and_read(store: ObjectStore) -> None:
+def test_objects_with_unusual_names_are_found_and_read(store: ObjectStore) -> None:
     for name in ("a b/x%20#1é.jsonl", "a b/deep/[1]/y.JSONL", "a b/notes.txt", "a b/.hidden/z.jsonl"):
         store.write(name, TEXT)
     both = ["s3://bucket/a b/deep/[1]/y.JSONL", "s3://bucket/a b/x%20#1é.jsonl"]
@@ -35,7 +35,7 @@ def test_objects_with_odd_names_are_found_and_read(store: ObjectStore) -> None:
         expand(store.uri("a b/*.parquet"))
 
 
-def test_an_object_of_another_format_than_its_name_says_is_reported(store: ObjectStore, tmp_path: Path) -> None:
+def test_an_object_whose_format_differs_from_its_suffix_is_reported(store: ObjectStore, tmp_path: Path) -> None:
     for name, content in {
         "gz.jsonl": gzip.compress(TEXT),
         "pdf.jsonl": b"%PDF-1.4",
