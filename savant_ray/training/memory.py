@@ -11,6 +11,7 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.errors import MemoryCapError
+from savant_ray.model.loss import gpu_chunk_rows
 from savant_ray.model.transformer import ffn_dim, n_parameters
 from savant_ray.training.device import GIB, MARGIN_GB
 from savant_ray.training.state import BatchFit
@@ -23,8 +24,7 @@ BYTES_PER_BLOCK_WEIGHT = 6  # the block's weights as its products use them, and 
 KEPT_VECTORS = 13
 # The measured 8.35 GiB over the count: copies to aligned widths, temporaries, rounding of allocations.
 OVERHEAD = 1.15
-# fp32 logits of a chunk (model/loss.py), and half of that for their gradients in bf16.
-LOGITS_GB, LOGITS_FRACTION = 0.5, 1 / 20
+BYTES_PER_LOGIT = 6  # of a chunk: fp32, and their gradients in bf16
 
 
 def estimated_gb(config: Config, fit: BatchFit) -> float:
@@ -36,9 +36,9 @@ def estimated_gb(config: Config, fit: BatchFit) -> float:
     activations = loop + model.n_loops * inputs if fit.recompute_loops else model.n_loops * loop
     embeddings = 2 * model.vocab_size * model.dim
     weights = BYTES_PER_PARAMETER * n_parameters(model) + BYTES_PER_BLOCK_WEIGHT * (n_parameters(model) - embeddings)
-    logits = min(4 * tokens * model.vocab_size, GIB * min(LOGITS_GB, fit.limit_gb * LOGITS_FRACTION))
+    logits = BYTES_PER_LOGIT * model.vocab_size * gpu_chunk_rows(tokens, model.vocab_size, fit.limit_gb)
     head_gradients = 4 * embeddings  # of the loss, once summed over chunks and once scaled: 2 x 4 bytes x V x D
-    return (weights + activations + 1.5 * logits + head_gradients) / GIB
+    return (weights + activations + logits + head_gradients) / GIB
 
 
 def expected_fit(config: Config) -> BatchFit | None:

@@ -190,5 +190,5 @@ def test_a_local_run_has_its_profile_in_its_folder(tmp_path: Path) -> None:
 def test_a_profile_is_set_with_a_mapping() -> None:
     config = load_config(["--training.profile", "{first_step: 3, steps: 2, ranks: all}"], environment={})
     assert config.training.profile == ProfileConfig(first_step=3, steps=2, ranks="all")
-    assert Config.from_dict(config.to_dict()) == config
+    assert Config.from_dict(config.to_dict()) == config == Config.from_validated(config.to_dict())
     assert load_config([], environment={}).training.profile is None
