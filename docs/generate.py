@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from pydantic import BaseModel
+
 import savant_ray
 from savant_ray import api, config, errors, events
 from savant_ray.cli import INTERRUPTED
 from savant_ray.commands import COMMANDS
-from savant_ray.config import Config, SourceConfig, all_settings, section_descriptions
+from savant_ray.config import Config, ProfileConfig, SourceConfig, all_settings, section_descriptions
 from savant_ray.settings.yaml_text import show
 from tests.tracked_files import tracked_files
 
@@ -89,18 +91,25 @@ def settings() -> str:
         heading = f"## {section}\n\n{section_descriptions()[section]}\n\n"
         parts.append(heading + table(("setting", "default", "values", "meaning"), rows))
         if section == "data":
-            parts.append(sources(schemas[SourceConfig.__name__]))
+            parts.append(fields("Each entry of `data.sources`", SourceConfig, schemas))
+        if section == "training":
+            parts.append(fields("The fields of `training.profile`", ProfileConfig, schemas))
     return "\n".join(parts)
 
 
-def sources(schema: dict[str, Any]) -> str:
-    """Return the table of the fields of an entry of `data.sources`."""
+def fields(title: str, model: type[BaseModel], schemas: dict[str, Any]) -> str:
+    """Return a table of the fields of a model that is part of a setting."""
+    properties = schemas[model.__name__]["properties"]
     rows = [
-        (f"`{name}`", "required" if field.is_required() else f"`{show(field.default)}`", field.description or "")
-        for name, field in SourceConfig.model_fields.items()
+        (
+            f"`{name}`",
+            "required" if field.is_required() else f"`{show(field.default)}`",
+            values(properties[name]),
+            field.description or "",
+        )
+        for name, field in model.model_fields.items()
     ]
-    filled = [(name, default, values(schema["properties"][name.strip("`")]), text) for name, default, text in rows]
-    return "Each entry of `data.sources`:\n\n" + table(("field", "default", "values", "meaning"), filled)
+    return f"{title}:\n\n" + table(("field", "default", "values", "meaning"), rows)
 
 
 def one_line(value: Any) -> str:
@@ -129,6 +138,35 @@ def model_defaults() -> str:
     return " · ".join(
         f"`{name}` {show(value) if isinstance(value, str) else format(value, ',')}" for name, value in shape.items()
     )
+
+
+MEMORY_LIMITS = (6, 8, 10, 12, 16, 24)  # GiB
+MODEL_SIZES = (  # dim, loops, tokens per sequence
+    *((512, 12, 1024), (1024, 12, 1024), (1024, 24, 1024), (1024, 12, 2048), (1024, 12, 4096)),
+    *((1536, 12, 1024), (2048, 12, 1024), (2048, 24, 2048), (3072, 12, 1024)),
+)
+
+
+def memory() -> str:
+    """Return the table of micro-batches that fit under each limit, for models of several sizes."""
+    from savant_ray.model.transformer import n_parameters
+    from savant_ray.training.memory import expected_fit
+
+    rows = []
+    for dim, n_loops, length in MODEL_SIZES:
+        model = {"dim": dim, "n_heads": dim // 64, "n_loops": n_loops, "max_seq_len": length}
+        row = [
+            f"{dim:,}",
+            str(n_loops),
+            f"{length:,}",
+            f"{n_parameters(Config.from_dict({'model': model}).model) / 1e6:.0f}",
+        ]
+        for limit_gb in MEMORY_LIMITS:
+            fit = expected_fit(Config.from_dict({"model": model, "training": {"vram_limit_gb": float(limit_gb)}}))
+            row.append("–" if fit is None else f"{fit.rows}{' R' if fit.recompute_loops else ''}")
+        rows.append(row)
+    sizes = ("`dim`", "`n_loops`", "`max_seq_len`", "million parameters")
+    return table((*sizes, *(f"{limit_gb} GiB" for limit_gb in MEMORY_LIMITS)), rows)
 
 
 # Commands and exit codes
@@ -293,6 +331,7 @@ def first_line(thing: Any) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "model defaults": model_defaults,
+    "memory": memory,
     "commands": commands,
     "exit codes": exit_codes,
     "events": events_of_a_run,

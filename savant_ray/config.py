@@ -213,6 +213,14 @@ class DataConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    """Steps and ranks of a profile."""
+
+    first_step: Count = Field(description="first step of the profile")
+    steps: Count = Field(default=1, description="number of steps")
+    ranks: Literal[0, "all"] = Field(default=0, description="workers that are profiled: 0 (the first) or all")
+
+
 class TrainingConfig(Section):
     """Optimization, precision and memory."""
 
@@ -253,6 +261,10 @@ class TrainingConfig(Section):
         "less memory; auto: once a micro-batch does not fit into vram_limit_gb",
     )
     max_skipped_steps: Count = Field(default=10, description="abort after this many consecutive skipped steps")
+    profile: ProfileConfig | None = Field(
+        default=None,
+        description="write a trace of some steps, on a GPU also of its memory: {first_step: 3, steps: 2}; null: none",
+    )
 
     @property
     def effective_batch(self) -> int:
@@ -433,5 +445,10 @@ def section_descriptions() -> dict[str, str]:
 
 
 def known_names() -> list[str]:
-    """Return the names of sections, settings and fields of a source, for suggestions."""
-    return [*Config.model_fields, *(setting.name for setting in all_settings()), *SourceConfig.model_fields]
+    """Return the names of sections, settings and fields of a source or a profile, for suggestions."""
+    return [
+        *Config.model_fields,
+        *(setting.name for setting in all_settings()),
+        *SourceConfig.model_fields,
+        *ProfileConfig.model_fields,
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from savant_ray.config import Config
@@ -34,7 +35,7 @@ from savant_ray.evaluation.loss import bits_per_byte, loss_sums
 from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
-from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, skip_on_oom, uncompiled
+from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, runs_compiled, skip_on_oom, training_graph
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.seeds import derived_seed
 from savant_ray.training.state import TrainingState
@@ -62,7 +63,8 @@ class Validator:
     emit: Callable[[Event], None]
     stop_requested: Callable[[], bool]
     logic_evaluator: LogicEvaluator | None = None
-    rows: int = 0  # most sequences of a forward pass; 0 = `training.batch_size`
+    step_sequences: int | None = None  # of this rank in a training step; None: more than a micro-batch
+    max_rows: int | None = None  # sequences that fit into a forward pass; None: no limit is known
     weight_changes: WeightChanges = field(default_factory=WeightChanges)
 
     @classmethod
@@ -98,6 +100,7 @@ class Validator:
             rank=rank,
             emit=emit,
             stop_requested=stop_requested,
+            step_sequences=len(rank_slice(config.training.effective_batch, rank, world_size)),
             logic_evaluator=LogicEvaluator(config, tokenizer, rank, world_size, stop_requested) if with_logic else None,
         )
 
@@ -125,11 +128,12 @@ class Validator:
 
     def _validate(self, state: TrainingState) -> None:
         started = time.perf_counter()
-        sums = self._loss_sums(state)
-        stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
-        loss, tokens, stops = all_reduce_sum(torch.cat([sums, stopped]).to(state.device)).tolist()
-        if self.rank == 0 and not stops:
-            self._emit_validation(state, loss / tokens, time.perf_counter() - started)
+        with training_graph(state.model) if runs_compiled(state.model, state.device) else nullcontext():
+            sums = self._loss_sums(state)
+            stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
+            loss, tokens, stops = all_reduce_sum(torch.cat([sums, stopped]).to(state.device)).tolist()
+            if self.rank == 0 and not stops:
+                self._emit_validation(state, loss / tokens, time.perf_counter() - started)
 
     def _loss_sums(self, state: TrainingState) -> Tensor:
         """Return the sums over this rank's sequences; while they do not fit into memory, halve the forward passes.
@@ -140,24 +144,34 @@ class Validator:
             DeviceMemoryError: one sequence does not fit.
         """
         while True:
-            rows = self.rows or self.config.training.batch_size
+            rows = self._rows(state)
             sum_losses = functools.partial(self._loss_sums_by, rows, state)
             if rows == 1:
                 return retry_on_oom(sum_losses, state.device, f"the validation after step {state.step:,}")
             sums = none_on_oom(sum_losses, state.device)
             if sums is not None:
                 return sums
-            self.rows = (rows + 1) // 2
-            self.emit(
-                Notice(
-                    text=f"validation did not fit into memory: from now on at most {self.rows} sequences per forward pass"
-                )
-            )
+            self.max_rows = (rows + 1) // 2
+            limit = f"at most {self.max_rows} sequences per forward pass"
+            self.emit(Notice(text=f"validation did not fit into memory: from now on {limit}"))
 
     def _loss_sums_by(self, rows: int, state: TrainingState) -> Tensor:
-        parts = (part.to(state.device) for batch in self.micro_batches for part in batch.parts(rows))
-        batches = self._until_stopped((part.tokens_BT, part.document_ids_BT) for part in parts)
-        return loss_sums(state.model, batches)
+        parts = (self._on_device(part, state) for batch in self.micro_batches for part in batch.parts(rows))
+        return loss_sums(state.model, self._until_stopped(parts))
+
+    def _rows(self, state: TrainingState) -> int:
+        """Return the number of sequences of a forward pass: compiled, that of training, so that nothing is compiled."""
+        rows = self.config.training.batch_size
+        if runs_compiled(state.model, state.device):
+            rows = min(state.fit.rows, self.step_sequences or rows)
+        return min(rows, self.max_rows or rows)
+
+    def _on_device(self, part: MicroBatch, state: TrainingState) -> tuple[Tensor, Tensor]:
+        """Return tokens and document ids `[B, T]`; for a compiled model with rows of padding up to `_rows`."""
+        n_missing = self._rows(state) - len(part.tokens_BT) if runs_compiled(state.model, state.device) else 0
+        tokens_BT = F.pad(part.tokens_BT, (0, 0, 0, n_missing))
+        document_ids_BT = F.pad(part.document_ids_BT, (0, 0, 0, n_missing), value=-1)
+        return tokens_BT.to(state.device), document_ids_BT.to(state.device)
 
     def _emit_validation(self, state: TrainingState, loss: float, seconds: float) -> None:
         statistics = self._skip_on_oom(state, "loop statistics", functools.partial(self._loop_statistics, state))
@@ -183,8 +197,8 @@ class Validator:
         """Return the statistics over a few sequences; empty if this rank has none (more workers than sequences)."""
         if not self.micro_batches:
             return LoopStatistics((), ())
-        rows = next(self.micro_batches[0].parts(STATISTICS_ROWS)).to(state.device)
-        return loop_statistics(state.model, rows.tokens_BT, rows.document_ids_BT)
+        part = next(self.micro_batches[0].parts(min(STATISTICS_ROWS, self._rows(state))))
+        return loop_statistics(state.model, *self._on_device(part, state))
 
     def _sample(self, state: TrainingState, logic: LogicScored | None) -> None:
         started = time.perf_counter()
@@ -220,8 +234,8 @@ class Validator:
 
 @contextmanager
 def _evaluating(state: TrainingState) -> Iterator[None]:
-    """Run forward passes in training's precision, uncompiled: compiling a graph without gradients takes longer."""
-    with uncompiled(state.model), autocast(state.precision, state.device):
+    """Run forward passes in training's precision; detached gradients are a condition of its compiled graph."""
+    with state.gradients.detached(), autocast(state.precision, state.device):
         yield
 
 

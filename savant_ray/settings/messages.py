@@ -109,14 +109,15 @@ def _correction(value: Any, expected: str) -> str:
 def _expected(problem: Any) -> list[str]:
     """Return the accepted types or values; empty unless the error is about the type."""
     if problem["type"] == "literal_error":
-        return re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return re.findall(r"(?<=')\w[^']*(?=')|\d+", problem["ctx"]["expected"])
     return _EXPECTED.get(problem["type"], [])
 
 
 def _describe(problem: Any, name: str, names: Sequence[str]) -> str:
     """Return the message of an error that is not about the type."""
     if problem["type"] == "extra_forbidden":
-        word = name.rpartition(".")[2] if "[" in name else name
+        is_inside = "[" in name or name.count(".") > 1  # the field of a source or a profile
+        word = name.rpartition(".")[2] if is_inside else name
         return f"no such setting{did_you_mean(word, names)}"
     if problem["type"] == "missing":
         return "is missing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,14 @@ class LocalStorage(RunStorage):
         temporary = self.folder / f"{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.folder / name)
+
+    def store_file(self, file: Path, name: str) -> str:
+        target = self.folder / name
+        target.parent.mkdir(exist_ok=True)
+        temporary = target.with_name(f"{target.name}.tmp")
+        shutil.copyfile(file, temporary)
+        temporary.replace(target)
+        return str(target)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)

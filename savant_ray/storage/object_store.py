@@ -144,6 +144,10 @@ class ObjectStorage(RunStorage):
         with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
             file.write(text.encode())
 
+    def store_file(self, file: Path, name: str) -> str:
+        self._upload(file, f"{self.path}/{name}")
+        return self.locate(name)
+
     def remove(self, name: str) -> None:
         if name in self._list():
             self.filesystem.delete_file(f"{self.path}/{name}")

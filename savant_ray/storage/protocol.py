@@ -68,6 +68,9 @@ class RunStorage(Protocol):
     def write(self, name: str, text: str) -> None:
         """Write a small file atomically."""
 
+    def store_file(self, file: Path, name: str) -> str:
+        """Copy a file of this machine into the run as `name`, such as `profile/rank0`; return its path or URI."""
+
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
 

@@ -26,6 +26,7 @@ from typing import TypeVar
 import psutil
 import pynvml
 import torch
+from torch import Tensor
 
 from savant_ray.errors import MemoryCapError, SavantError
 from savant_ray.model.flex import MAX_COMPILED_SHAPES, has_python_headers
@@ -120,7 +121,7 @@ def compile_block(
     gains 0 to 4 % (docs/LOG.md). Each input shape gets its own graph (`dynamic=False`), so that a run and its
     resumption run the same kernels.
     """
-    if setting is False or (setting == "auto" and device.type == "cpu" and precision == "fp32"):
+    if not wants_compiled(setting, device, precision):
         return None
     missing = _missing_compiler()
     if missing and setting == "auto":
@@ -130,18 +131,38 @@ def compile_block(
     return "compiling the model: the first step takes up to a minute longer"
 
 
-@contextmanager
-def uncompiled(model: UniversalTransformer) -> Iterator[None]:
-    """Run the recurrent block without its compiled graph.
+def wants_compiled(setting: bool | str, device: torch.device, precision: Precision) -> bool:
+    """Return whether `training.compile` asks for a compiled block, if a compiler is installed."""
+    return setting is True or (setting == "auto" and not (device.type == "cpu" and precision == "fp32"))
 
-    Attention stays compiled on a GPU: the stance "force_eager" would compute all scores at once.
+
+def runs_compiled(model: UniversalTransformer, device: torch.device) -> bool:
+    """Return whether `torch.compile` produced the kernels of a loop: for the block, or for its attention on a GPU."""
+    return model.recurrent_block._compiled_call_impl is not None or device.type != "cpu"
+
+
+@contextmanager
+def training_graph(model: UniversalTransformer) -> Iterator[None]:
+    """Run forward passes without gradients through the graph that is compiled for training.
+
+    A loop without gradients is another graph for the compiler, which takes 14 s for the default model (H100). Here each
+    loop runs as in a training step, and its activations are freed when it returns. Nothing is compiled if inputs have
+    the shape of a training step's, autocast is as in training, and gradients are detached (`GradientBuffer.detached`).
     """
-    block = model.recurrent_block
-    compiled, block._compiled_call_impl = block._compiled_call_impl, None
+    recorded = torch.enable_grad()(model.loop_states)
+
+    def loop_states(tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None) -> Iterator[Tensor]:
+        states = recorded(tokens_BT, document_ids_BT, n_loops)
+        yield next(states)
+        for x_BTD in states:
+            x_BTD.detach_().requires_grad_()  # in place, so that the next loop does not keep this one's activations
+            yield x_BTD
+
+    model.loop_states = loop_states  # type: ignore[method-assign]
     try:
         yield
     finally:
-        block._compiled_call_impl = compiled
+        del model.loop_states
 
 
 def _missing_compiler() -> str | None:

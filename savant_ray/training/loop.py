@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from savant_ray.events import Event, MicroBatchSkipped, Notice, StepDone
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.device import memory_used_gb, skip_on_oom, update_memory_cap
 from savant_ray.training.efficiency import Peak
+from savant_ray.training.profiling import StepProfiler, region
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch, StepResult, any_rank, take_step
 
@@ -47,6 +49,13 @@ class Host(Protocol):
             DeviceMemoryError: the device has no memory for copying the state.
         """
 
+    def store_file(self, file: Path, name: str) -> str:
+        """Copy a file into the run folder as `name` and return where it is; called on any rank.
+
+        Raises:
+            SavantError, OSError: it cannot be stored.
+        """
+
     def finish_saving(self) -> bool:
         """Wait until the pending checkpoint is written; called on all ranks. Return False if this rank's storage failed."""
 
@@ -70,12 +79,24 @@ def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence
         MemoryCapError: one sequence, or the model with its gradients and optimizer state, does not fit.
         DeviceMemoryError: a save or a validation does not fit.
     """
+    with StepProfiler(config.training, state, host) as profiler:
+        return _train(state, config, local_batches, host, profiler)
+
+
+def _train(
+    state: TrainingState,
+    config: Config,
+    local_batches: Iterable[Sequence[MicroBatch]],
+    host: Host,
+    profiler: StepProfiler,
+) -> bool:
     settings = config.training
     first_step = state.step + 1
     saved_step = state.step
     if validation_is_due(state.step, config) and host.validate(state):
         return False
     stop, peak = False, Peak(state.precision, state.device)
+    profiler.before_step(first_step)
     for local_batch, data_wait in timed(local_batches):
         rate = learning_rate(state.next_in_schedule, settings.learning_rate, settings.warmup_steps, settings.max_steps)
         started = time.perf_counter()
@@ -93,6 +114,7 @@ def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence
                 if flops:
                     measure_peak(peak, host, state.device)
             emit_step(host, state, result, rate, seconds, data_wait, peak.utilization(flops, seconds))
+            profiler.after_step(state.step)
             raise_if_updates_fail(state, settings.max_skipped_steps)
 
         stop = result.stop
@@ -107,6 +129,7 @@ def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence
             if state.step > saved_step or any_rank(not host.finish_saving(), state.device):
                 host.save(state, "stop")
             break
+        profiler.before_step(state.step + 1)
     host.finish_saving()
     return not stop
 
@@ -216,7 +239,8 @@ def timed(items: Iterable[Item]) -> Iterator[tuple[Item, float]]:
     while True:
         started = time.perf_counter()
         try:
-            item = next(iterator)
+            with region("data wait"):
+                item = next(iterator)
         except StopIteration:
             return
         yield item, time.perf_counter() - started

@@ -37,6 +37,7 @@ from savant_ray.training.device import (
     synchronize,
 )
 from savant_ray.training.efficiency import document_lengths, useful_flops
+from savant_ray.training.profiling import region
 from savant_ray.training.state import LOSS, SKIPPED, TOKENS, TrainingState
 
 GraceLeft = Callable[[], float | None]  # None until a stop is requested, then the seconds left of the grace period
@@ -144,14 +145,16 @@ def take_step(
     synchronize(state.device)
     computed = time.perf_counter()
     with raise_memory_cap_error_on_oom(state.fit.limit_gb):
-        all_reduce_sum(state.gradients.flat)
+        with region("all-reduce"):
+            all_reduce_sum(state.gradients.flat)
         loss, tokens, n_skipped, stops, abandoned, out_of_memory = sums.tolist()
         reduced = time.perf_counter()
         is_complete = tokens and not abandoned and not out_of_memory
         norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if is_complete else math.nan
         updated = math.isfinite(norm)
         if updated:
-            update(state, learning_rate)
+            with region("update"):
+                update(state, learning_rate)
     return StepResult(
         loss=loss / tokens if tokens else math.nan,
         tokens=int(tokens),
@@ -197,10 +200,11 @@ def accumulate(
 def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
     """Launch one forward and backward pass into the buffer and return the loss sum in nats, a 0-d tensor on the device."""
     targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
-    with state.gradients.detached(), autocast(state.precision, state.device):
+    with region("forward"), state.gradients.detached(), autocast(state.precision, state.device):
         x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT)
         loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT, state.fit.limit_gb)
-    loss.backward()
+    with region("backward"):
+        loss.backward()
     state.gradients.sums[LOSS] += loss.detach()
     state.gradients.sums[TOKENS] += (targets_BT != IGNORED).sum()
     return loss.detach()

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -50,7 +51,7 @@ class RayHost:
     ) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._bridge = bridge
+        self._bridge, self._storage = bridge, storage
         self._config = config
         self._tokenizer = tokenizer
         self._plan = plan
@@ -111,6 +112,16 @@ class RayHost:
     def finish_saving(self) -> bool:
         """Wait until the pending checkpoint is written; return False if the storage failed."""
         return self._saver.finish()
+
+    def store_file(self, file: Path, name: str) -> str:
+        """Copy a file into the run's storage as `name` and return its path or URI.
+
+        Raises:
+            SavantError: another process has taken over the run.
+            OSError: the storage failed.
+        """
+        self._storage.check_owner()
+        return self._storage.store_file(file, name)
 
     @property
     def saved_step(self) -> int:

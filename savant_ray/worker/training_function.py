@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,12 +23,14 @@ from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, WorkersSt
 from savant_ray.storage.lease import Owner
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.run_storage import run_storage
+from savant_ray.training.compiler_cache import keep_compiled_code
 from savant_ray.training.device import (
     cap_memory,
     compile_block,
     raise_memory_cap_error_on_oom,
     supported_precision,
     update_memory_cap,
+    wants_compiled,
 )
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.state import TrainingState, new_state
@@ -89,6 +92,8 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
     with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
         state = new_state(config, device, precision)
     state.data_fingerprint = task.data_fingerprint
+    if device.type == "cuda" or wants_compiled(settings.compile, device, precision):
+        keep_compiled_code(Path(config.data.cache_dir))
     notes.append(compile_block(state.model, settings.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
     first_step = state.step

@@ -137,9 +137,16 @@ def tokenizer_of(checkpoint: Path) -> str:
     return (checkpoint / "tokenizer.json").read_text()
 
 
-def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, tmp_path: Path) -> None:
+def test_two_workers_take_the_same_steps_as_one_and_each_writes_its_profile(
+    head: Head, finished: Finished, tmp_path: Path
+) -> None:
     code, printed = run_job(
-        head, with_text(tmp_path), "--verbose", scaling__num_workers=2, validation__logic_problems=12
+        head,
+        with_text(tmp_path),
+        "--verbose",
+        scaling__num_workers=2,
+        validation__logic_problems=12,
+        training__profile="{first_step: 3, steps: 2, ranks: all}",
     )
     assert code == 0, printed
     assert [s["n"] for s in records(tmp_path / "tiny", "score")] == [12, 600], "shared by the two"
@@ -148,6 +155,8 @@ def test_two_workers_take_the_same_steps_as_one(head: Head, finished: Finished, 
     assert losses(tmp_path / "tiny") == pytest.approx(losses(finished.run), rel=1e-3)
     assert losses(tmp_path / "tiny")[0] == pytest.approx(losses(finished.run)[0], rel=1e-6)
     assert records(tmp_path / "tiny", "attempt")[0]["workers"] == 2
+    traces = {path.name for path in (tmp_path / "tiny/profile").iterdir()}
+    assert traces == {f"rank{rank}-step3.pt.trace.json.gz" for rank in range(2)}
 
 
 def test_a_new_run_starts_from_the_weights_and_tokenizer_of_another(

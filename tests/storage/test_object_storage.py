@@ -164,6 +164,19 @@ def test_the_newer_record_is_used_wherever_it_was_written(storage_a: ObjectStora
     assert log_of(storage_a) == "log until 10:06", "a killed driver had not uploaded it"
 
 
+def test_a_profile_is_stored_beside_the_checkpoints_and_moved_with_them(
+    storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
+) -> None:
+    keep(storage_a, 1)
+    trace = tmp_path / "trace"
+    trace.write_bytes(b"trace")
+    assert storage_a.store_file(trace, "profile/rank0") == store.uri("runs/run/profile/rank0")
+    storage_a.remove_unfinished()
+    assert "profile/rank0" in store.names("runs/run") and storage_a.checkpoints() == ["step_1"]
+    assert storage_a.move_aside() == store.uri("runs/run.old")
+    assert "profile/rank0" in store.names("runs/run.old")
+
+
 def test_the_record_of_a_deleted_run_is_set_aside(storage_a: ObjectStorage) -> None:
     record(storage_a, "10:00")
     storage_a.fetch_records()

@@ -1,20 +1,34 @@
-"""When the block is compiled, and when it runs uncompiled."""
+"""When the block is compiled, where compiled code is kept, and that a validation reuses the graph of training."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from savant_ray.config import Config
+from savant_ray.evaluation.validator import LogicEvaluator, Validator
+from savant_ray.events import Event, ValidationDone
 from savant_ray.model import flex
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training import device as device_module
-from savant_ray.training.device import compile_block, uncompiled
+from savant_ray.training.compiler_cache import VARIABLE, keep_compiled_code
+from savant_ray.training.device import compile_block, training_graph
+from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
-from tests.training.test_fitting import validated
-from tests.training.tiny import CPU, never, share, tiny_config, tiny_state
+from tests.training.test_fitting import validated, validator
+from tests.training.tiny import CPU, micro_batch, never, share, tiny_config, tiny_state, tiny_tokenizer
 
 CUDA = torch.device("cuda")
 
@@ -57,9 +71,84 @@ def test_auto_compiles_where_it_pays(
     assert (note is not None) == compiles, "the first step takes longer"
 
 
+@pytest.fixture
+def no_compiler_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a user who has chosen no folder; restored afterwards."""
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.delenv(VARIABLE)
+
+
+@pytest.mark.usefixtures("no_compiler_cache")
+def test_compiled_code_is_kept_beside_the_tokenized_text(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert keep_compiled_code(tmp_path) == tmp_path / "compiled"
+        assert os.environ.pop(VARIABLE) == str(tmp_path / "compiled")
+
+
+def test_a_folder_for_compiled_code_that_the_user_has_set_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "/mine")
+    assert keep_compiled_code(tmp_path) is None
+    assert os.environ[VARIABLE] == "/mine" and not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_compiler_cache")
+@pytest.mark.parametrize("problem", ["missing", "a file", "writable by others", "of another user", "remote"])
+def test_pytorchs_own_folder_for_compiled_code_is_used_where_that_of_the_text_is_unsuitable(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_dir = tmp_path / "cache"
+    if problem != "missing":
+        cache_dir.mkdir()
+    if problem == "a file":
+        (cache_dir / "compiled").touch()
+    elif problem == "writable by others":
+        (cache_dir / "compiled").mkdir()
+        (cache_dir / "compiled").chmod(0o777)
+    elif problem == "of another user":
+        monkeypatch.setattr("os.geteuid", lambda: -1)
+    elif problem == "remote":
+        mounts = [
+            SimpleNamespace(mountpoint=str(path), fstype=kind) for path, kind in (("/", "ext4"), (tmp_path, "nfs4"))
+        ]
+        monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    assert keep_compiled_code(cache_dir) is None and VARIABLE not in os.environ
+
+
+ATTEMPT = """
+import sys, torch
+from pathlib import Path
+from savant_ray.training.compiler_cache import keep_compiled_code
+assert keep_compiled_code(Path(sys.argv[1]))
+from savant_ray.training.compiler_cache import VARIABLE, keep_compiled_code
+from savant_ray.training.device import compile_block
+from savant_ray.training.step import take_step
+from tests.training.tiny import CPU, never, share, tiny_config, tiny_state
+state = tiny_state(tiny_config())
+compile_block(state.model, True, CPU, state.precision)
+print(take_step(state, share(0, 4, 0, 1, 4), 1e-2, 1.0, never).loss)
+counters = torch._dynamo.utils.counters["inductor"]
+print(counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_attempt_compiles_nothing_anew(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    first, second = (
+        subprocess.run([sys.executable, "-c", ATTEMPT, str(tmp_path)], env=environment, capture_output=True, text=True)
+        for _ in range(2)
+    )
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    (loss, first_counters), (same_loss, second_counters) = (run.stdout.splitlines() for run in (first, second))
+    assert loss == same_loss
+    assert first_counters == "0 2" and second_counters == "2 0", "forward and backward pass: hits and misses"
+
+
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize(("compiler", "headers", "named"), [(False, True, "g++"), (True, False, "Python.h")])
-def test_auto_names_the_tool_that_is_missing_and_goes_on_uncompiled(
+def test_auto_names_the_tool_that_is_missing_and_continues_uncompiled(
     device: torch.device, compiler: bool, headers: bool, named: str,
     model: UniversalTransformer, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -89,40 +178,149 @@ def test_attention_by_itself_may_be_compiled_for_as_many_shapes_as_the_block(mon
     assert torch._dynamo.config.recompile_limit == flex.MAX_COMPILED_SHAPES == 64
 
 
-def test_training_runs_the_compiled_block_and_validation_the_one_that_is_written() -> None:
-    config, compiled_calls = tiny_config(), []
+def compiled_state(config: Config, backend: Any = "aot_eager") -> TrainingState:
+    """Return a new state whose block is compiled, with the compiler's counters at zero."""
     state = tiny_state(config)
-    block = state.model.recurrent_block
+    state.model.recurrent_block.compile(dynamic=False, backend=backend)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return state
 
-    def compiled(x_BTD: Tensor, *others: object) -> Tensor:
-        compiled_calls.append(len(x_BTD))
-        return block._call_impl(x_BTD, *others)
 
-    block._compiled_call_impl = compiled
+def short_validation(config: Config) -> Config:
+    settings = config.to_dict()
+    settings["validation"] |= {"logic_problems": 4, "max_new_tokens": 3}
+    return Config.from_dict(settings)
+
+
+def n_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def validation(state: TrainingState, config: Config) -> ValidationDone:
+    """Return the result of a validation of 4 + 4 + 3 sequences."""
+    events: list[Event] = []
+    Validator(
+        config, tiny_tokenizer(), share(0, 11, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
+        stop_requested=lambda: False, logic_evaluator=LogicEvaluator(config, LogicTokenizer(), 0, 1, lambda: False),
+    )(state)  # fmt: skip
+    return next(event for event in events if isinstance(event, ValidationDone))
+
+
+class LogicTokenizer:
+    """Encodes each prompt as its length, so that prompts of different lengths are answered."""
+
+    vocab_size, end_of_document, never_sampled = 50, 1, frozenset({0})
+
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        return [[3] * (1 + len(text) % 5) for text in texts]
+
+    def decode_continuation(self, prompt: list[int], ids: list[int]) -> str:
+        return str(ids)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("validates_first", [False, True])
+def test_a_validation_compiles_nothing_that_training_does_not(
+    validates_first: bool, recompute: bool, precision: str
+) -> None:
+    config = short_validation(tiny_config(precision=precision, recompute_loops=recompute))
+    state = compiled_state(config)
+    if validates_first:  # as in a run that resumes at a step with a due validation
+        validation(state, config)
     take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
-    n_training = len(compiled_calls)
-    assert n_training == 3 * config.model.n_loops
-    validated(state, config)
-    assert len(compiled_calls) == n_training
+    in_training = n_graphs()
+    assert in_training >= 1
+    compiled = validation(state, config)
     take_step(state, share(12, 12, 0, 1, 4), 1e-2, 1.0, never)
-    assert len(compiled_calls) == 2 * n_training, "and then the compiled one again"
+    assert n_graphs() == in_training
+    other = tiny_state(config)
+    take_step(other, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    uncompiled = validation(other, config)
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    assert compiled.validation_loss == pytest.approx(uncompiled.validation_loss, rel=tolerance)
+    assert compiled.residuals == pytest.approx(uncompiled.residuals, rel=10 * tolerance)
+    assert compiled.cosines == pytest.approx(uncompiled.cosines, rel=10 * tolerance)
 
 
-def test_a_validation_that_fails_leaves_the_block_compiled(model: UniversalTransformer) -> None:
-    model.recurrent_block._compiled_call_impl = compiled = lambda *_: None
-    with pytest.raises(RuntimeError), uncompiled(model):
-        assert model.recurrent_block._compiled_call_impl is None
+@pytest.mark.parametrize(("fit_rows", "step_sequences"), [(2, 12), (4, 3)])
+def test_a_validation_has_the_micro_batches_of_training(fit_rows: int, step_sequences: int) -> None:
+    """They are smaller than `training.batch_size` if memory is short, or if a rank has fewer sequences of a step."""
+    runs: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> Any:
+        def run(*inputs: Any) -> Any:
+            runs.append(1)
+            return graph(*inputs)
+
+        return run
+
+    config = tiny_config()
+    state, expected = compiled_state(config, counting), tiny_state(config)
+    state.set_fit(dataclasses.replace(state.fit, rows=fit_rows))
+    for each in (state, expected):
+        take_step(each, share(0, step_sequences, 0, 1, 4), 1e-2, 1.0, never)
+    in_training = n_graphs()
+    runs.clear()
+    events: list[Event] = []
+    validator(config, events, step_sequences)(state)
+    assert n_graphs() == in_training
+    n_micro_batches = 3 * math.ceil(4 / min(fit_rows, step_sequences))
+    assert len(runs) == config.model.n_loops * (n_micro_batches + 1), "and one for the statistics of the loops"
+    events += validated(expected, config)
+    losses = [event.validation_loss for event in events if isinstance(event, ValidationDone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_uncompiled_validation_keeps_nothing_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, rows = tiny_config(), []
+    state = tiny_state(config)
+    forward = state.model.recurrent_block.forward
+
+    def recorded(x_BTD: Tensor, *others: Any) -> Tensor:
+        rows.append(len(x_BTD))
+        assert not torch.is_grad_enabled()
+        return forward(x_BTD, *others)
+
+    monkeypatch.setattr(state.model.recurrent_block, "forward", recorded)
+    events: list[Event] = []
+    Validator(
+        config, tiny_tokenizer(), share(0, 11, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
+        stop_requested=lambda: len(events) > 0,
+    )(state)  # fmt: skip
+    assert rows == [4] * 4 + [3] * 2 + [2] * 2, "no padding either: two loops of each micro-batch and of the statistics"
+
+
+def test_activations_of_a_validation_are_freed_after_each_loop(model: UniversalTransformer) -> None:
+    saved: list[weakref.ref[Tensor]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and not isinstance(tensor, torch.nn.Parameter):
+            saved.append(weakref.ref(kept := tensor.detach()))
+            return kept
+        return tensor
+
+    tokens_BT, document_ids_BT = (getattr(micro_batch([0, 1]), name) for name in ("tokens_BT", "document_ids_BT"))
+    with torch.no_grad(), training_graph(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for _ in model.loop_states(tokens_BT, document_ids_BT):
+            assert not any(tensor() is not None for tensor in saved)
+    assert len(saved) > 10
+
+
+def test_a_validation_that_fails_leaves_the_model_as_it_was(model: UniversalTransformer) -> None:
+    with pytest.raises(RuntimeError), training_graph(model):
         raise RuntimeError
-    assert model.recurrent_block._compiled_call_impl is compiled
+    tokens_BT = micro_batch([0]).tokens_BT
+    assert model(tokens_BT).requires_grad
+    with torch.no_grad():
+        assert not any(x_BTD.requires_grad for x_BTD in model.loop_states(tokens_BT, torch.zeros_like(tokens_BT)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_block_is_one_graph_in_training(precision: str, recompute: bool) -> None:
-    state = tiny_state(tiny_config(precision=precision, recompute_loops=recompute))
-    state.model.recurrent_block.compile(dynamic=False, backend="aot_eager")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+    state = compiled_state(tiny_config(precision=precision, recompute_loops=recompute))
     take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"], counters["graph_break"]

@@ -126,7 +126,7 @@ def test_what_fits_is_remembered_in_the_checkpoint_for_the_same_settings() -> No
         assert other.fit == BatchFit.from_config(tiny_config(**change), CPU), "found for other settings"
 
 
-def test_loops_are_recomputed_from_where_the_user_asks_for_it() -> None:
+def test_a_resumed_run_recomputes_loops_if_the_setting_now_asks_for_it() -> None:
     checkpoint = tiny_state(tiny_config()).to_checkpoint()
     asked = tiny_state(tiny_config(recompute_loops=True))
     asked.load_checkpoint(checkpoint)
@@ -141,7 +141,9 @@ def test_loops_are_recomputed_from_where_the_user_asks_for_it() -> None:
         (False, [(12, False), (6, False), (3, False), (2, False), (1, False)]),
     ],
 )
-def test_what_gives_way_in_turn(setting: bool | str, expected: list[tuple[int, bool]]) -> None:
+def test_recomputation_comes_first_and_then_micro_batches_are_halved(
+    setting: bool | str, expected: list[tuple[int, bool]]
+) -> None:
     config = Config.from_dict({"training": {"recompute_loops": setting}})
     fit, seen = BatchFit.from_config(config, torch.device("cuda")), []
     with pytest.raises(MemoryCapError):
@@ -154,7 +156,7 @@ def test_what_gives_way_in_turn(setting: bool | str, expected: list[tuple[int, b
 @pytest.mark.parametrize(
     ("dim", "max_seq_len", "rows"), [(1024, 1024, 1), (512, 1024, 1), (128, 256, 12), (256, 512, 4)]
 )
-def test_a_cpu_takes_no_more_at_once_than_is_of_use(dim: int, max_seq_len: int, rows: int) -> None:
+def test_micro_batches_on_a_cpu_are_limited_to_the_size_that_is_fastest(dim: int, max_seq_len: int, rows: int) -> None:
     config = Config.from_dict({"model": {"dim": dim, "max_seq_len": max_seq_len}})
     assert BatchFit.from_config(config, CPU).rows == rows
     assert BatchFit.from_config(config, torch.device("cuda")).rows == 12
@@ -181,12 +183,12 @@ Cuda failure %s"""
         ("CUDA error: device-side assert triggered", False),
     ],
 )
-def test_want_of_memory_is_known_by_what_libraries_say_of_it(text: str, expected: bool) -> None:
+def test_out_of_memory_errors_of_libraries_are_recognized_by_their_message(text: str, expected: bool) -> None:
     assert is_out_of_memory(RuntimeError(text)) == expected
     assert not is_out_of_memory(ValueError(text))
 
 
-def test_want_of_memory_is_known_by_its_type_and_inside_of_what_the_compiler_and_others_make_of_it() -> None:
+def test_out_of_memory_errors_are_recognized_by_type_also_as_the_cause_of_another_error() -> None:
     cause = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert is_out_of_memory(cause)
     assert is_out_of_memory(BackendCompilerFailed("inductor", cause, None))
@@ -197,7 +199,7 @@ def test_want_of_memory_is_known_by_its_type_and_inside_of_what_the_compiler_and
     assert is_out_of_memory(wrapped)
 
 
-def test_other_errors_are_not_taken_for_want_of_memory() -> None:
+def test_other_errors_are_not_treated_as_out_of_memory() -> None:
     def fail() -> None:
         raise RuntimeError("shapes do not fit")
 
@@ -297,7 +299,7 @@ def test_a_validation_of_which_not_even_one_sequence_fits_fails_as_any_worker_do
         validated(with_room_for(tiny_state(config), 0), config)
 
 
-def test_a_validation_of_one_sequence_that_fits_the_second_time_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_of_one_sequence_is_retried_once_and_then_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(batch_size=1, accumulation=12)
     expected, state = validated(tiny_state(config), config), tiny_state(config)
     monkeypatch.setattr(state.model, "hidden_states", NoRoom(state.model.hidden_states, times=1))
@@ -317,10 +319,10 @@ def validated(state: TrainingState, config: Config) -> list[Event]:
     return events
 
 
-def validator(config: Config, events: list[Event]) -> Validator:
+def validator(config: Config, events: list[Event], step_sequences: int | None = None) -> Validator:
     return Validator(
         config, tiny_tokenizer(), share(0, 12, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
-        stop_requested=lambda: False,
+        stop_requested=lambda: False, step_sequences=step_sequences,
     )  # fmt: skip
 
 

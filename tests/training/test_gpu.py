@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import pickle
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,17 +13,29 @@ import torch
 import torch.nn.functional as F
 
 from savant_ray.config import Config
+from savant_ray.evaluation.loss import loss_sums
+from savant_ray.events import Event, ValidationDone
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.flex import has_flex
 from savant_ray.model.loss import IGNORED, cross_entropy_sum
-from savant_ray.training.device import GIB, Precision, cap_memory, compile_block, memory_used_gb, update_memory_cap
+from savant_ray.training.device import (
+    GIB,
+    Precision,
+    cap_memory,
+    compile_block,
+    memory_used_gb,
+    peak_memory_gb,
+    update_memory_cap,
+)
 from savant_ray.training.host_copies import HostCopy
-from savant_ray.training.loop import step_with_oom_retry
+from savant_ray.training.loop import step_with_oom_retry, train
+from savant_ray.training.memory import estimated_gb, expected_fit
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, take_step
-from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, tiny_config, weights
+from tests.training.test_fitting import validator
+from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, shares, tiny_config, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -170,6 +185,68 @@ def test_the_guides_model_takes_a_step_of_twelve_sequences_below_10_gib(compiled
     result = step_with_oom_retry(state, share, 2e-5, 1.0, RecordingHost())
     assert result.updated and memory_used_gb(device) < 10.0
     assert not torch.equal(weights(state)["embed.weight"][:10].cpu(), before)
+
+
+@pytest.mark.skipif(not FLEX, reason="flex_attention needs g++, Python.h and compute capability 8.0")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_validation_compiles_nothing_that_training_does_not(recompute: bool, compiled: bool) -> None:
+    """Neither the block nor, if it is not compiled, its attention; and it has the loss of a forward pass."""
+    config = Config.from_dict(
+        config_with(head_dim=16).to_dict()
+        | {"training": tiny_config(precision="bf16", recompute_loops=recompute).to_dict()["training"]}
+    )
+    torch._dynamo.reset()
+    state = new_state(config, CUDA)
+    compile_block(state.model, compiled, CUDA, state.precision)
+    for first in (0, 12):
+        take_step(state, on(CUDA, share(first, 12, 0, 1, 4)), 1e-2, 1.0, never)
+    before = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    events: list[Event] = []
+    validator(config, events)(state)
+    assert int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == before > 0
+    batches = [(part.tokens_BT, part.document_ids_BT) for part in on(CUDA, share(0, 12, 0, 1, 4))]
+    loss, tokens = loss_sums(state.model, batches).tolist()
+    assert [event.validation_loss for event in events if isinstance(event, ValidationDone)] == pytest.approx(
+        [loss / tokens], rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("limit_gb", [6.0, 8.0, 10.0, 12.0, 16.0, 24.0])
+@pytest.mark.usefixtures("uncapped_afterwards")
+def test_what_is_expected_to_fit_under_a_limit_fits(limit_gb: float) -> None:
+    """Two micro-batches of the default model, of the size and with the recomputation of the table in the guide."""
+    config = Config.from_dict({"training": {"vram_limit_gb": limit_gb}})
+    fit = expected_fit(config)
+    assert fit is not None
+    if torch.cuda.get_device_properties(CUDA).total_memory < limit_gb * GIB:
+        pytest.skip(f"the GPU has less than {limit_gb:g} GiB")
+    torch.cuda.empty_cache()
+    cap_memory(CUDA, limit_gb)
+    state = new_state(config, CUDA)
+    state.set_fit(fit)
+    compile_block(state.model, "auto", CUDA, state.precision)
+    tokens = torch.randint(0, 10, (fit.rows, 1024), device=CUDA)
+    documents = torch.arange(1024, device=CUDA).expand(fit.rows, 1024) // 250
+    for _ in range(2):
+        result = take_step(state, [MicroBatch(tokens, documents, ())] * 2, 2e-5, 1.0, never)
+        assert result.updated and not result.out_of_memory
+    assert memory_used_gb(CUDA) < limit_gb
+    print(
+        f"{limit_gb:g} GiB, {fit}: {peak_memory_gb(CUDA):.2f} GiB of tensors, estimate {estimated_gb(config, fit):.2f}"
+    )
+
+
+def test_a_profile_on_a_gpu_has_its_kernels_and_a_snapshot_of_its_memory() -> None:
+    config = tiny_config(profile={"first_step": 2, "steps": 2})
+    host, state = RecordingHost(), new_state(config, CUDA)
+    train(state, config, (on(CUDA, batch) for batch in shares(state, config)), host)
+    trace, memory = (host.files[f"profile/rank0-step2{end}"] for end in (".pt.trace.json.gz", "-memory.pickle"))
+    events = json.loads(gzip.decompress(trace))["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events)
+    assert sum(event["name"] == "update" and event.get("cat") == "user_annotation" for event in events) == 2
+    snapshot = pickle.loads(memory)
+    assert snapshot["segments"] and any(entry["action"] == "alloc" for entry in snapshot["device_traces"][0])
 
 
 def test_a_copy_of_bf16_weights_takes_one_joined_tensor_of_device_memory() -> None:

@@ -26,7 +26,7 @@ def losses(host: RecordingHost) -> dict[int, float]:
     return {event.step: event.train_loss for event in host.events if isinstance(event, StepDone)}
 
 
-def test_checkpoints_and_validations_fall_on_their_steps_and_on_the_last() -> None:
+def test_checkpoints_and_validations_follow_their_interval_and_the_last_step() -> None:
     config = with_cadence(tiny_config(max_steps=7), checkpoint=2, validation=3)
     host, state = RecordingHost(), tiny_state(config)
     assert train(state, config, shares(state, config), host)
@@ -44,7 +44,7 @@ def test_training_learns() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
 @pytest.mark.parametrize("stop_at", [1, 3, 5])
-def test_a_stopped_run_goes_on_bit_for_bit(precision: str, stop_at: int) -> None:
+def test_a_stopped_run_resumes_bit_for_bit(precision: str, stop_at: int) -> None:
     config = tiny_config(precision=precision)
     straight_host, straight = RecordingHost(), tiny_state(config)
     train(straight, config, shares(straight, config), straight_host)
@@ -96,7 +96,7 @@ def test_a_step_that_would_outlast_the_grace_period_is_given_up_and_the_one_befo
     assert "step 4 would outlast" in next(event.text for event in host.events if isinstance(event, Notice))
 
 
-def test_training_goes_on_when_the_storage_refuses_and_tries_again() -> None:
+def test_training_continues_when_a_checkpoint_fails_and_a_later_one_is_written() -> None:
     config = with_cadence(tiny_config(), checkpoint=2, validation=1000)
     host, state = RecordingHost(), tiny_state(config)
     host.storage_refuses = True
@@ -133,7 +133,7 @@ def test_a_run_that_no_longer_learns_ends_with_an_error() -> None:
     assert state.step == 3 and host.saved == []
 
 
-def test_the_share_of_weights_that_moved_is_near_one_in_bf16_at_the_guides_rate() -> None:
+def test_nearly_all_bf16_weights_change_at_the_default_learning_rate() -> None:
     config = tiny_config(precision="bf16", learning_rate=2e-5, warmup_fraction=0.0, max_steps=10_000)
     host, state = RecordingHost(), tiny_state(config)
     changes = WeightChanges()

@@ -10,6 +10,7 @@ import pynvml
 import pytest
 import torch
 
+from savant_ray.config import Config
 from savant_ray.events import Notice
 from savant_ray.training import device as device_module
 from savant_ray.training import loop
@@ -22,6 +23,8 @@ from savant_ray.training.device import (
     memory_used_gb,
     update_memory_cap,
 )
+from savant_ray.training.memory import OUTSIDE_GB, estimated_gb, expected_fit
+from savant_ray.training.state import BatchFit
 from tests.training.tiny import CPU, RecordingHost, shares, tiny_config, tiny_state
 
 CUDA = torch.device("cuda")
@@ -31,12 +34,14 @@ CUDA = torch.device("cuda")
     ("limit", "total", "outside", "expected"),
     [(10, 80, 0.5, 9.4), (10, 10, 0.4, 9.5), (24, 10, 0.4, 9.5), (1, 10, 2.0, 0.0)],
 )
-def test_what_lies_outside_the_allocator_counts(limit: float, total: float, outside: float, expected: float) -> None:
+def test_memory_outside_the_allocator_counts_towards_the_limit(
+    limit: float, total: float, outside: float, expected: float
+) -> None:
     assert MARGIN_GB == 0.1
     assert allocator_fraction(limit, total, outside) * total == pytest.approx(expected)
 
 
-def test_a_cpu_has_nothing_to_cap_and_tells_its_resident_size() -> None:
+def test_a_cpu_has_no_cap_and_reports_its_resident_size() -> None:
     assert "has no effect" in (cap_memory(CPU, 10.0) or "")
     before = memory_used_gb(CPU)
     with mmap.mmap(-1, 100 << 20) as kept:  # fresh pages: an allocator may have some left over
@@ -71,7 +76,7 @@ class FakeGPU:
         self.reserved = 1.0
 
 
-def test_without_nvml_what_the_device_misses_is_the_processs_but_at_most_two_gib(
+def test_without_nvml_memory_that_is_not_free_counts_up_to_2_gib(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = FakeGPU(monkeypatch)
@@ -117,7 +122,7 @@ def test_nvml_is_initialized_once_and_again_only_after_a_failure(monkeypatch: py
     device_module._initialize_nvml.cache_clear()
 
 
-def test_after_the_first_step_what_libraries_took_is_taken_off_and_the_cache_beyond_it_given_back(
+def test_the_second_cap_subtracts_what_libraries_hold_and_frees_cached_blocks_beyond_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = FakeGPU(monkeypatch)
@@ -132,7 +137,44 @@ def test_after_the_first_step_what_libraries_took_is_taken_off_and_the_cache_bey
     assert update_memory_cap(CPU, 10.0) is None
 
 
-def test_what_the_second_cap_has_to_say_reaches_the_user_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def under(limit_gb: float, **model: int) -> Config:
+    return Config.from_dict({"model": model, "training": {"vram_limit_gb": limit_gb}})
+
+
+def test_the_estimate_is_that_of_the_measured_step_and_the_larger_chunks_of_logits_since_then() -> None:
+    config = under(10.0)
+    fit = BatchFit.from_config(config, CUDA)
+    assert 8.35 < estimated_gb(config, fit) < 8.35 + 0.85
+    assert expected_fit(config) == fit, "it ran under 10 GiB without recomputation"
+
+
+@pytest.mark.parametrize("model", [{}, {"n_loops": 24}, {"max_seq_len": 4096}, {"dim": 3072, "n_heads": 48}])
+def test_more_memory_never_fits_less_and_the_estimate_stays_below_the_limit(model: dict[str, int]) -> None:
+    speed = (0, False)
+    for limit_gb in (4.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 80.0):
+        config = under(limit_gb, **model)
+        fit = expected_fit(config)
+        if fit is None:
+            assert speed == (0, False)
+            continue
+        assert estimated_gb(config, fit) < limit_gb - OUTSIDE_GB
+        assert (fit.rows, not fit.recompute_loops) >= speed
+        speed = (fit.rows, not fit.recompute_loops)
+    assert speed == (12, True)
+
+
+def test_each_smaller_choice_needs_less_memory_and_a_model_larger_than_the_card_fits_nowhere() -> None:
+    config = under(6.0, dim=2048, n_heads=32, max_seq_len=2048)
+    fit = BatchFit.from_config(config, CUDA)
+    estimates = [estimated_gb(config, fit)]
+    while fit.rows > 1:
+        fit = fit.smaller()
+        estimates.append(estimated_gb(config, fit))
+    assert estimates == sorted(estimates, reverse=True) and len(set(estimates)) == len(estimates)
+    assert expected_fit(under(6.0, dim=4096, n_heads=64)) is None
+
+
+def test_the_note_of_the_second_cap_is_emitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "update_memory_cap", lambda device, limit_gb: f"{limit_gb:g} are too few")
     config, host = tiny_config(), RecordingHost()
     state = tiny_state(config)

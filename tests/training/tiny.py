@@ -103,6 +103,7 @@ class RecordingHost:
         self.saved: list[tuple[int, str]] = []
         self.validated: list[int] = []
         self.rank_figures: list[tuple[float, float]] = []
+        self.files: dict[str, bytes] = {}
         self.checkpoint: dict[str, Any] = {}
         self._host_copy = HostCopy()
         self._begun: tuple[int, str, dict[str, Any]] | None = None
@@ -130,6 +131,10 @@ class RecordingHost:
             self.saved.append((step, reason))
         self._begun = None
         return kept
+
+    def store_file(self, file: Path, name: str) -> str:
+        self.files[name] = file.read_bytes()
+        return name
 
     def validate(self, state: TrainingState) -> bool:
         stop = self.in_validation and state.step == self.stop_at
