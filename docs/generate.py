@@ -233,7 +233,7 @@ def ray_metrics() -> str:
     from savant_ray.worker.metrics import METRICS
 
     kinds = {True: "counter", False: "gauge"}
-    rows = [(f"`{metric.exported}`", kinds[metric.is_counter], metric.description) for metric in METRICS]
+    rows = [(f"`{metric.prometheus_name}`", kinds[metric.is_counter], metric.description) for metric in METRICS]
     return table(("metric", "type", "meaning"), rows)
 
 

@@ -27,8 +27,10 @@ from savant_ray.streams import open_standard_streams
 
 POLL_SECONDS = 0.5
 BLOCK_BYTES = 1 << 16
-MAX_DETAILS = 50_000  # characters of a traceback; the response has to fit into the buffer of a socket
-CHILD = """
+# Characters of a traceback. The caller reads the response only after the child has exited, so the response has to fit into
+# the buffer of the socket.
+MAX_DETAILS = 50_000
+CHILD_CODE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save before the driver installs its handler
 sys.path[:] = {path!r}
@@ -121,13 +123,13 @@ def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
     if not isinstance(config, Mapping):
         return load_config((), {}, Path(config))
     try:
-        settings = json.loads(json.dumps(config, default=_plain))
+        settings = json.loads(json.dumps(config, default=_to_json_value))
     except (TypeError, ValueError) as error:
         raise SettingsError(f"config: contains a value that is not a setting: {error}") from error
     return Config.from_dict(settings)
 
 
-def _plain(value: object) -> object:
+def _to_json_value(value: object) -> object:
     """Convert a mapping to a dict and a path to a string; `json.dumps` calls it for values that it cannot serialize."""
     return dict(value) if isinstance(value, Mapping) else os.fspath(value)  # type: ignore[call-overload]
 
@@ -138,7 +140,7 @@ def _start_child(connection: socket.socket) -> subprocess.Popen[bytes]:
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if replaced else {}
     try:
         return subprocess.Popen(
-            [sys.executable or "", "-c", CHILD.format(path=sys.path, descriptor=connection.fileno())],
+            [sys.executable or "", "-c", CHILD_CODE.format(path=sys.path, descriptor=connection.fileno())],
             env=os.environ | _ray_address(),
             stdin=subprocess.DEVNULL,
             pass_fds=[connection.fileno()],
@@ -229,18 +231,19 @@ def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dic
         code = train(config, **options)
     except ExitWithoutShutdown as end:
         code, error = end.code, end.error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # Ctrl+C just before or after `train`, which handles it itself
         code = SavantError.exit_code
     except Exception as unexpected:
         error = unexpected
     if error is None:
-        return code, asdict(_summary(config, finished=code == 0))
+        return code, asdict(_result(config, finished=code == 0))
     explained = explain(error)
     details = explained.details[-MAX_DETAILS:] if isinstance(explained, UnexpectedError) else ""
     return explained.exit_code, {"error": type(explained).__name__, "text": str(explained), "details": details}
 
 
-def _summary(config: Config, finished: bool) -> Result:
+def _result(config: Config, finished: bool) -> Result:
+    """Return the state of the run from its storage and its record."""
     from savant_ray.reporting.record import METRICS
     from savant_ray.reporting.runs import summarize
     from savant_ray.storage.lock import is_in_use

@@ -86,7 +86,7 @@ def new_parser(
     return parser
 
 
-def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """Parse the options of a command, and load the settings from --config, environment and the remaining arguments.
 
     Raises:
@@ -113,7 +113,7 @@ def with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     return options, config
 
 
-def with_settings_for_original(
+def parse_with_original_settings(
     parser: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> tuple[argparse.Namespace, dict[str, dict[str, Any]]]:
     """Parse the options of a command, and the settings of --config and `--section.setting VALUE` by section.
@@ -161,7 +161,8 @@ def refuse_undecodable(text: str, option: str = "") -> None:
         text.encode()
     except UnicodeEncodeError:
         shown = os.fsencode(text).decode(errors="backslashreplace")
-        raise SettingsError(f"{option}{': ' * bool(option)}{shown} is not UTF-8 text") from None
+        named = f"{option}: {shown}" if option else shown
+        raise SettingsError(f"{named} is not UTF-8 text") from None
 
 
 def utf8_text(text: str) -> str:

@@ -19,12 +19,12 @@ from savant_ray.command_line import (
     loops,
     new_parser,
     new_tokens,
+    parse_with_original_settings,
+    parse_with_settings,
     refuse_deleted_folder,
     seed,
     temperature,
     utf8_text,
-    with_settings,
-    with_settings_for_original,
 )
 from savant_ray.errors import SavantError, SettingsError, print_error
 
@@ -47,7 +47,7 @@ def _train(arguments: Sequence[str]) -> int:
         action="store_true",
         help="resume although model, tokenizer or text differ from the checkpoint, and load the weights that fit",
     )
-    options, config = with_settings(parser, arguments)
+    options, config = parse_with_settings(parser, arguments)
     from savant_ray.cluster.session import ExitWithoutShutdown, exit_without_shutdown
     from savant_ray.driver import resolve_paths, train
 
@@ -63,7 +63,7 @@ def _prepare(arguments: Sequence[str]) -> int:
     parser = _parser("prepare", settings=True)
     parser.add_argument("--quickstart", action="store_true", help="generate the quickstart's text files in dataset/")
     parser.add_argument("--force", action="store_true", help="with --quickstart: replace existing files")
-    options, config = with_settings(parser, arguments)
+    options, config = parse_with_settings(parser, arguments)
     if options.force and not options.quickstart:
         parser.error("--force requires --quickstart")
     if options.quickstart:
@@ -99,7 +99,7 @@ def _generate(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=file_path, metavar="FILE", help="also write prompt, text and checkpoint to this file"
     )
-    options, settings = with_settings_for_original(parser, arguments)
+    options, settings = parse_with_original_settings(parser, arguments)
     refuse_deleted_folder()
     from savant_ray.evaluation.from_checkpoint import stream_answer
     from savant_ray.storage.run_storage import local_checkpoint
@@ -154,7 +154,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
         help="score and loss for each of these numbers of loops instead, such as 1,2,4,8,16,32",
     )
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
-    options, settings = with_settings_for_original(parser, arguments)
+    options, settings = parse_with_original_settings(parser, arguments)
     refuse_deleted_folder()
     from savant_ray.evaluation.from_checkpoint import answers_of, by_depth, result
     from savant_ray.evaluation.logic_suite import logic_suite, read_questions
@@ -193,7 +193,7 @@ def _export(arguments: Sequence[str]) -> int:
         help="with --format original: optimizer of the original, PyTorch's AdamW or bitsandbytes' AdamW8bit "
         "[as in the newest of its files in the run folder]",
     )
-    options, settings = with_settings_for_original(parser, arguments)
+    options, settings = parse_with_original_settings(parser, arguments)
     if options.optimizer and options.format != "original":
         parser.error("--optimizer requires --format original")
     if settings and options.format == "original":
@@ -233,7 +233,7 @@ def _runs(arguments: Sequence[str]) -> int:
     folders = options.folders or [Path()]
     if not options.folders:
         with suppress(SettingsError):  # a user without a home folder has no runs there
-            folders.append(home_folder())
+            folders.append(home_folder())  # `find_runs` also searches `savant_runs` in it, where Ray jobs store runs
     runs = [summarize(folder, is_in_use, newest_by_name) for folder in find_runs(folders, newest_by_name)]
     if options.json:
         print(to_json(runs))
@@ -276,7 +276,7 @@ def _report(arguments: Sequence[str]) -> int:
 
 
 def _config(arguments: Sequence[str]) -> int:
-    _, config = with_settings(_parser("config", settings=True), arguments)
+    _, config = parse_with_settings(_parser("config", settings=True), arguments)
     from savant_ray.config import dump_yaml
 
     print(dump_yaml(config), end="")
@@ -317,7 +317,10 @@ def _parser(command: str, settings: bool = False, takes_original: bool = False) 
 
 
 def _print_answer(prompt: str, pieces: Iterator[str]) -> str:
-    """Print prompt and answer while it is generated, in a terminal without control characters; return the answer."""
+    """Print the prompt, then the answer while it is generated; return the answer.
+
+    Control characters are escaped if standard output is a terminal.
+    """
     from savant_ray.reporting.wording import printable
 
     show = printable if sys.stdout.isatty() else str

@@ -41,13 +41,13 @@ def local_path(text: str, setting: str = "", error: type[SavantError] = Settings
     if _FILE_URI.match(text):
         text = _path_of_file_uri(text, named, error)
     if not text.startswith("~"):
-        return _in_utf8(Path(text), named, error)
+        return _require_utf8(Path(text), named, error)
     expanded = os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises RuntimeError for an unknown user
     if expanded.startswith("~"):
         user = text[1:].partition("/")[0]
         reason = f"there is no user {printable(user)}" if user else "this user has no home folder; set HOME"
         raise error(f"{named}: {reason} (write ./~… for a folder whose name begins with ~)")
-    return _in_utf8(Path(expanded), named, error)
+    return _require_utf8(Path(expanded), named, error)
 
 
 def absolute_path(
@@ -66,7 +66,7 @@ def absolute_path(
     path = local_path(text, setting, error)
     if not path.is_absolute():
         path = (folder or working_directory()) / path
-    return str(_in_utf8(path, _named(setting, str(path)), error))
+    return str(_require_utf8(path, _named(setting, str(path)), error))
 
 
 def checkpoint_path(text: str) -> Path:
@@ -113,7 +113,7 @@ def home_folder() -> Path:
 
 
 def runs_below_home() -> Path:
-    """Return the folder of run folders that are not in the working directory: those of Ray jobs, and mirrors.
+    """Return the folder of run folders that are not in the working directory: of Ray jobs, and mirrors of object storage.
 
     Raises:
         SettingsError: the user has no home folder.
@@ -202,7 +202,8 @@ def error_text(error: Exception) -> str:
 def printable(text: str) -> str:
     r"""Return `text` on one line, with control characters and invalid UTF-8 bytes escaped, as in `r\xe9sum`.
 
-    The middle of a text that is longer than `MAX_SHOWN` characters is omitted.
+    The middle of a text that is longer than `MAX_SHOWN` characters is omitted. It is for paths and settings in messages;
+    `reporting.wording.printable` keeps the lines and the length of longer text.
     """
     if text.isprintable() and len(text) <= MAX_SHOWN:
         return text
@@ -238,7 +239,7 @@ def _path_of_file_uri(text: str, named: str, error: type[SavantError]) -> str:
     return decoded
 
 
-def _in_utf8(path: Path, named: str, error: type[SavantError]) -> Path:
+def _require_utf8(path: Path, named: str, error: type[SavantError]) -> Path:
     """Return `path` if its name is UTF-8: Arrow, Ray and JSON support no other file names."""
     try:
         str(path).encode()
@@ -248,6 +249,7 @@ def _in_utf8(path: Path, named: str, error: type[SavantError]) -> Path:
 
 
 def _split_authority(uri: str) -> tuple[str, str, str]:
+    """Split a URI into scheme and authority (`s3://bucket`), the `/` after them, and the path."""
     scheme, mark, rest = uri.partition("://")
     authority, slash, path = rest.partition("/")
     return scheme + mark + authority, slash, path

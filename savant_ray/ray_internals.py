@@ -35,7 +35,11 @@ def started_head() -> Node | None:
 
 
 def enable_token_authentication_if_token_exists() -> None:
-    """Use a token that is on this machine, as `ray.init()` does for a cluster that was started on it."""
+    """Enable token authentication if this machine has an authentication token.
+
+    Ray does this only inside `ray.init()`, for a cluster that was started on this machine; the check of the address before
+    `ray.init()` needs the token earlier.
+    """
     from ray._private.authentication import authentication_token_setup
 
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
@@ -66,7 +70,10 @@ def request_cluster_id(address: str) -> None:
 
 
 def set_driver_import_path(config: JobConfig, path: list[str]) -> None:
-    """Set the list that workers of this job put before `sys.path`, which Ray fills from the driver's script and folder."""
+    """Set the list of folders that workers of this job put before `sys.path`.
+
+    Ray offers no setting for it and appends the folder of the driver's script and its working directory to the list.
+    """
     config._py_driver_sys_path = path
 
 
@@ -111,7 +118,10 @@ def preemption_deadline_ms() -> int | None:
 
 
 def storage_context(storage_path: str, folder: str, filesystem: Any) -> StorageContext:
-    """Return where Ray Train stores a run; its `RunConfig` derives the folder from the run's name, which must be ASCII."""
+    """Return where Ray Train stores a run.
+
+    Ray's `RunConfig` has no setting for the folder: it uses the run's name, which Ray restricts to ASCII.
+    """
     from ray.train.v2._internal.execution.storage import StorageContext
 
     return StorageContext(storage_path, folder, filesystem)
@@ -146,7 +156,7 @@ def checkpoint_manager_snapshot(steps: Sequence[tuple[str, int]]) -> str:
 
 
 def silence_ray_data_console() -> None:
-    """Keep Ray Data's log messages in its log file only; it prints some even when progress bars are disabled."""
+    """Print only Ray Data's errors; without this it prints messages even when progress bars are disabled."""
     from ray._private.log import PlainRayHandler
 
     for handler in logging.getLogger("ray.data").handlers:

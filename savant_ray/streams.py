@@ -60,8 +60,8 @@ def open_standard_streams() -> Output:
             os.set_inheritable(descriptor, True)  # otherwise it would be closed in Ray's processes
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - stays open, like Python's own
-    sys.stderr, _ = _usable(sys.stderr, sys.__stderr__, 2, tolerant=True)
-    sys.stdout, output = _usable(sys.stdout, sys.__stdout__, 1, tolerant=False)
+    sys.stderr, _ = _with_output(sys.stderr, sys.__stderr__, 2, tolerant=True)
+    sys.stdout, output = _with_output(sys.stdout, sys.__stdout__, 1, tolerant=False)
     return output
 
 
@@ -73,17 +73,23 @@ def _is_open(descriptor: int) -> bool:
     return True
 
 
-def _usable(stream: TextIO | None, original: TextIO | None, descriptor: int, tolerant: bool) -> tuple[TextIO, Output]:
-    """Return a stream with its `Output`; characters outside its encoding are written as escape sequences."""
+def _with_output(
+    stream: TextIO | None, original: TextIO | None, descriptor: int, tolerant: bool
+) -> tuple[TextIO, Output]:
+    """Return a stream that writes to an `Output`, and this `Output`; a stream that was replaced is returned itself.
+
+    `stream` is the current `sys.stdout` or `sys.stderr`, `original` the one that Python opened; both are None if the
+    descriptor was closed. Characters outside the stream's encoding are written as escape sequences.
+    """
     if isinstance(stream, io.TextIOWrapper) and isinstance(raw := getattr(stream.buffer, "raw", None), Output):
         return stream, raw  # from an earlier call
     if stream is not None and (stream is not original or not isinstance(stream, io.TextIOWrapper)):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-        return stream, Output(descriptor)
-    closed = OSError(errno.EBADF, "it is closed") if stream is None else None
-    output = Output(descriptor, closed, tolerant)
-    by_line = stream is not None and (stream.line_buffering or stream.write_through)
+        return stream, Output(descriptor)  # replaced in a notebook or a test; nothing writes to this `Output`
+    error = OSError(errno.EBADF, "it is closed") if stream is None else None
+    output = Output(descriptor, error, tolerant)
+    line_buffering = stream is not None and (stream.line_buffering or stream.write_through)
     encoding = "utf-8" if stream is None else stream.encoding
-    text = io.TextIOWrapper(io.BufferedWriter(output), encoding, "backslashreplace", line_buffering=by_line)
+    text = io.TextIOWrapper(io.BufferedWriter(output), encoding, "backslashreplace", line_buffering=line_buffering)
     return text, output

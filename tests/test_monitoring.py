@@ -16,7 +16,7 @@ from tests.tracked_files import tracked_files
 FOLDER = Path(__file__).parents[1] / "jobs/monitoring"
 DASHBOARD = json.loads((FOLDER / "grafana/dashboards/savant.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
-EXPORTED = {metric.exported for metric in METRICS}
+EXPORTED = {metric.prometheus_name for metric in METRICS}
 WORDS_OF_PROMQL = {"by", "max", "sum", "rate", "count", "last_over_time", "run", "rank"}
 WIDTH = 24  # of a dashboard, in Grafana's own unit
 

@@ -70,13 +70,13 @@ class Bridge:
         self._grace_seconds = grace_seconds
         self._stop.set()
 
-    async def stop_requested(self, seconds: float) -> float | None:
-        """Return within how many seconds to stop, None if no stop is requested; wait up to `seconds` for a request."""
+    async def wait_for_stop_request(self, seconds: float) -> float | None:
+        """Wait up to `seconds` for a stop request; return within how many seconds to stop, None if there is none."""
         return self._grace_seconds if await _wait(self._stop, seconds) else None
 
 
 def start_bridge() -> BridgeHandle:
-    """Start the actor on this node: Ray would place an actor without resources on any node, which may be lost."""
+    """Start the actor on this node. Ray would place an actor without resources on any node, even on one that may be lost."""
     strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Bridge.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
 
@@ -107,7 +107,7 @@ class StopListener:
         return None if self._deadline is None else self._deadline - time.monotonic()
 
     def _listen(self) -> None:
-        while (grace_seconds := ray.get(self._bridge.stop_requested.remote(STOP_POLL_SECONDS))) is None:
+        while (grace_seconds := ray.get(self._bridge.wait_for_stop_request.remote(STOP_POLL_SECONDS))) is None:
             pass
         self._deadline = time.monotonic() + grace_seconds
 

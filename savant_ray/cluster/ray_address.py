@@ -1,7 +1,7 @@
 """Finds the Ray cluster that RAY_ADDRESS or `ray start` names, and checks that it answers.
 
-`ray.init()` waits for minutes for an address where nothing answers, and then raises an error of its internals. Here a
-connection is tried first: TCP, then HTTP/2, then Ray's head itself.
+`ray.init()` waits for minutes for an address where nothing answers, and then raises an internal error. This module
+tries the connection first: TCP, then HTTP/2, then a request to Ray's head.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class _PackageFolder(list[str]):
     """The list of folders that a worker puts before `sys.path`: only the one that contains this package.
 
     Ray calls `extend` with the folder of the driver's script and the working directory, in which any `numpy.py` would take
-    precedence over the installed package. It does not call it for a job with a working directory of its own, from which
-    workers import.
+    precedence over the installed package. Ray does not call it for a job that was submitted with a working directory:
+    workers then import the package from the job's copy of that directory.
     """
 
     def extend(self, _ray_folders: Iterable[str]) -> None:

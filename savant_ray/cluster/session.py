@@ -20,7 +20,7 @@ from savant_ray.errors import SavantError, TrainingError
 from savant_ray.locations import replace_missing_home
 from savant_ray.ray_internals import draining_nodes, started_head
 
-# Ray reads these when it is imported or started, so they are set before that. Variables that the user has set are kept.
+# Ray reads these when it is imported or started, so they are set earlier. Variables that the user has set are kept.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the shortest time between two report() calls; 2 s by default
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # how long an elastic run waits for a lost node; 60 by default
@@ -28,11 +28,11 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise each print of a worker appears twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # attempts and workers at the dashboard's /api/train/v2/runs/v1
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the working directory of the driver
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # processes without GPUs in Ray keep CUDA_VISIBLE_DEVICES, as by default
     "RAY_task_events_max_num_tasks_in_gcs": "10000",  # the default of 100,000 takes 0.3 GB on a head that runs for days
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_DEDUP_LOGS": "0",  # print lines of all workers, even if they are the same
     "RAY_USAGE_STATS_ENABLED": "0",
-    "TOKENIZERS_PARALLELISM": "false",
+    "TOKENIZERS_PARALLELISM": "false",  # of the package tokenizers, not of Ray: one core per process
 }
 STEP_FRACTION = 0.7  # of the time that `ray job stop` waits, for the current step; the rest is for saving and exiting
 REQUIRED_PROCESSES = ("raylet", "gcs_server")  # Ray continues if other processes die, such as the dashboard
@@ -89,7 +89,7 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
         )
-    if owns_ray():  # its only node is never drained, and the process of Ray's watcher takes 3 s to import its modules
+    if owns_ray():  # the only node is never drained, and the process of Ray's preemption watcher takes 3 s to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
@@ -131,8 +131,8 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
 def hangups_blocked() -> Iterator[None]:
     """Block SIGHUP in the processes that are started in the `with` block, so that closing the terminal does not end them.
 
-    They inherit the signal mask; Ray does the same with SIGINT. This process still handles SIGHUP, because its other threads
-    receive it.
+    Child processes inherit the signal mask of the thread that starts them; Ray uses the same method for SIGINT. Only the
+    calling thread blocks SIGHUP, so this process still handles it, in another of its threads.
     """
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -178,7 +178,7 @@ def _own_processes() -> list[psutil.Process]:
 
 
 class ExitWithoutShutdown(BaseException):
-    """Raised to end an attempt while `fit()` still runs, so that Ray must not be shut down.
+    """Raised to end an attempt while `fit()` may still run; Ray must not be shut down then.
 
     The process that catches it prints `error` if there is one, and calls `exit_without_shutdown` with the exit code.
     """

@@ -1,7 +1,7 @@
 """Warns of a large upload by `ray job submit --working-dir .`: python -m savant_ray.cluster.upload jobs/runtime_env.yaml
 
-`make submit` runs it first. Ray uploads every file that neither git nor `excludes` ignores, warns above 250 MiB, and refuses
-above 500 MiB.
+`make submit` runs it first. Ray uploads every file that neither git nor `excludes` ignores, warns above 256 MiB, and refuses
+512 MiB or more.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
 
     Raises:
         SavantError: with its own exit code; the message is for the user.
-        ExitWithoutShutdown: `TorchTrainer.fit()` still runs, so the process has to end with `exit_without_shutdown`.
+        ExitWithoutShutdown: after Ctrl+C, or because `TorchTrainer.fit()` still runs; the process has to end with
+            `exit_without_shutdown`.
     """
     prepare_environment()
     phase = AttemptPhase()

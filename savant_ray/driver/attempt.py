@@ -121,7 +121,10 @@ def _check_before_moving_aside(config: Config, storage: RunStorage, allow_change
 
 
 def find_inputs(attempt: Attempt) -> Inputs | None:
-    """Return what the attempt starts from, None if the run is finished already.
+    """Find and check what the attempt starts from; return None if the run is finished already.
+
+    This may also rename damaged checkpoints, convert a file of the original program, write the quickstart's text, and
+    update the run's record and its file of settings.
 
     Raises:
         SavantError: a setting, a checkpoint, the tokenizer or the text cannot be used.

@@ -33,7 +33,8 @@ def finished_message(config: Config, storage: RunStorage, newest: Path) -> str |
             f"{folder} is already at step {step:,}, beyond training.max_steps = {config.training.max_steps:,}; "
             f"raise it above {step:,} to continue training, or: {generate_command(folder)}"
         )
-    # The last validation writes a sample, unless the prompt fills the whole sequence; then the record of the end decides.
+    # The last validation ends with a sample. If the prompt fills the whole sequence, there is none; then the record has to
+    # contain the `end` event of this step.
     if not has_sample(storage.folder, step) and not has_finished(storage.folder, step):
         return None
     return (
@@ -43,7 +44,7 @@ def finished_message(config: Config, storage: RunStorage, newest: Path) -> str |
 
 
 def check_before_start(config: Config, storage: RunStorage, fresh: bool = False) -> None:
-    """Check `run.init_from` and the free disk space; with `fresh`, an older run will be moved aside first.
+    """Check `run.init_from` and the free disk space; with `fresh`, an older run will be moved aside afterwards.
 
     Raises:
         SettingsError: `run.init_from` is no usable URI, or the disk is too small for the checkpoints.
@@ -54,6 +55,7 @@ def check_before_start(config: Config, storage: RunStorage, fresh: bool = False)
             check_checkpoint_exists(config.run.init_from)
         except SavantError as error:
             raise type(error)(f"run.init_from: {error}") from error
+    # Of a run in object storage, this machine keeps only the newest checkpoint.
     keep = config.checkpoint.keep if storage.filesystem is None else 1
     check_disk(storage.folder, checkpoint_bytes(config), keep, fresh)
 

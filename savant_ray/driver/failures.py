@@ -76,7 +76,10 @@ class FailureCallback(UserCallback):
 
 
 def _root_failure(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
-    """Return rank and error of the worker whose failure made the others fail."""
+    """Return rank and error of the worker whose failure made the others fail.
+
+    That is the first whose error is not a lost connection to another worker; if all are, the first.
+    """
     return min(failures.items(), key=lambda item: _is_lost_connection(item[1]))
 
 

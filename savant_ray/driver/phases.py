@@ -103,7 +103,7 @@ class AttemptPhase:
         while True:
             before = self.current
             after = TRANSITIONS.get((before, trigger), before)
-            # Python runs signal handlers between calls only, so never between this comparison and this assignment.
+            # Python runs signal handlers only at calls and when a loop repeats, so not between these two lines.
             if self.current is before:
                 self.current = after
                 return after

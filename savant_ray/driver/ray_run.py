@@ -31,8 +31,9 @@ from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Eve
 from savant_ray.reporting.wording import generate_command
 
 POLL_SECONDS = 0.5
-# How long `fit()` may take to return after the workers have finished. A terminal's Ctrl+C also kills parts of the dashboard,
-# and Ray Train then waits 8 s for its answer (Ray 2.60); a Ray that this process started ends with it anyway.
+# How long `fit()` may take to return after the workers have finished, if this process started Ray. A terminal's Ctrl+C also
+# kills parts of Ray's dashboard, and Ray Train then waits 8 s for an answer from it (Ray 2.60). The driver need not wait,
+# because it kills Ray's processes when it exits.
 FIT_RETURN_SECONDS = 2.0
 
 
@@ -82,7 +83,7 @@ def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
         if dashboard:
             report.notify(f"Ray's dashboard: {dashboard}")
         bridge = start_bridge()  # its process starts while the data is prepared
-        scaling(config)  # refuses what the cluster cannot run before hours of tokenizing
+        scaling(config)  # too few resources are an error now, not after hours of tokenizing
         data = prepare_data(config, inputs.files, report, inputs.tokenizer)
         if start is not None and not attempt.allow_changes:
             refuse_other_data(start, config, data.fingerprint)

@@ -26,7 +26,7 @@ from savant_ray.training.checkpoint import (
     verify,
 )
 
-MUST_AGREE = ("model.", "run.seed", "data.mix_by")
+MUST_AGREE = ("model.", "run.seed", "data.mix_by")  # sections and settings that must be those of the checkpoint
 ADVICE = "--allow-changes resumes anyway and keeps what fits; --fresh starts a new run and moves this one aside."
 
 
@@ -93,8 +93,9 @@ def refuse_other_data(start: Path, config: Config, data_fingerprint: str) -> Non
     if read_manifest(start)["data_fingerprint"] in (ANY_TEXT, data_fingerprint):
         return
     change = changes_since(start, config).get("data.sources", "data.sources: a file was added, changed or removed")
-    tokenizer = f"the tokenizer remains that of {start.name} (data.tokenizer: {start / TOKENIZER})"
-    _raise_if_different(start, [f"{change}; so the same position in the data order is another sequence", tokenizer])
+    # Not a difference: `choose_tokenizer` kept the checkpoint's tokenizer, which the user may not expect with other text.
+    note = f"the tokenizer remains that of {start.name} (data.tokenizer: {start / TOKENIZER})"
+    _raise_if_different(start, [f"{change}; so the same position in the data order is another sequence", note])
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = "") -> dict[str, str]:

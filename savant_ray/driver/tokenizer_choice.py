@@ -86,14 +86,15 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
         CheckpointError: the same differences from the tokenizer of the run's checkpoint.
     """
     data = config.data
-    if not data.trains_tokenizer:
+    if not data.trains_tokenizer:  # the settings name one
         tokenizer = _load(config, origin)
+    # A resumed run with the setting `train` keeps the tokenizer that it trained when it was new.
     elif origin is not None and (data.tokenizer == "auto" or (origin.is_resumed and origin.settings.trains_tokenizer)):
         tokenizer = origin.tokenizer.with_settings(data.end_of_document, data.add_special_tokens)
     elif origin is not None and not allow_changes:
         text = f"{data.tokenizer} would train a new tokenizer, but {origin.name} has one"
         raise _change_error(origin, Difference("data.tokenizer", text))
-    else:
+    else:  # to be trained
         if data.end_of_document not in (None, END_OF_DOCUMENT):
             raise SettingsError(
                 f"data.end_of_document: a tokenizer trained on the text ends documents with {END_OF_DOCUMENT}, not with "
@@ -162,7 +163,7 @@ def _may_replace(tokenizer: Tokenizer, origin: Origin) -> bool:
     """Return whether the weights can be trained with this tokenizer without `--allow-changes`.
 
     A resumed run needs the same tokenizer, because the same text has to yield the same sequences. A new run may use any in
-    which all ids are the same tokens.
+    which all ids are the same tokens and documents have the same special tokens around them.
     """
     if tokenizer.fingerprint == origin.tokenizer.fingerprint:
         return True
@@ -189,7 +190,9 @@ def _difference(origin: Origin, tokenizer: Tokenizer) -> Difference:
     if n_same == n_ids and tokenizer.end_of_document != origin.tokenizer.end_of_document:
         return Difference("data.end_of_document", f"another token than in {origin.name} ends the documents")
     text = f"{n_same:,} of {n_ids:,} token ids of {origin.name} are the same tokens in {tokenizer.name}"
-    return Difference("data.tokenizer", text + ", but it encodes text differently" * (n_same == n_ids))
+    if n_same == n_ids:
+        text += ", but it encodes text differently"
+    return Difference("data.tokenizer", text)
 
 
 def _change_error(origin: Origin, difference: Difference) -> SettingsError | CheckpointError:

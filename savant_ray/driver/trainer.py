@@ -106,7 +106,8 @@ class StepDataConfig(ray.train.DataConfig):
 def scaling(config: Config) -> ScalingConfig:
     """Return number and resources of the workers for the cluster that this process is connected to.
 
-    `use_gpu: auto` uses GPUs if there is one for each worker. On CPUs the workers share all cores.
+    `use_gpu: auto` uses GPUs if there are enough for the smallest number of workers. Unless `resources_per_worker` is set,
+    the cores are divided among the largest number of workers.
 
     Raises:
         SettingsError: the cluster cannot run the smallest number of workers.

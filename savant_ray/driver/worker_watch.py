@@ -13,7 +13,7 @@ SECONDS_UNTIL_REPORT = 30.0
 
 
 class WorkerWatch:
-    """Reports once if no workers start for `SECONDS_UNTIL_REPORT`, and again each time that workers are lost."""
+    """Reports once if no workers start for `SECONDS_UNTIL_REPORT`; a loss of workers begins a new wait."""
 
     def __init__(
         self,

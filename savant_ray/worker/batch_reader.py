@@ -94,7 +94,10 @@ class BatchReader:
 
 
 class _Buffer:
-    """Pinned host memory and device memory for the tokens and document ids of one local batch, `[2, N, T]` int32."""
+    """Pinned host memory and device memory for the tokens and document ids of one local batch.
+
+    Both are `[2, N, T]` int32, for N sequences of T tokens.
+    """
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self._host = torch.empty((2, *shape), dtype=torch.int32, pin_memory=True)

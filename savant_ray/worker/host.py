@@ -93,7 +93,10 @@ class RayHost:
         return self.grace_left() is not None
 
     def prepare(self, state: TrainingState) -> None:
-        """Load the validation sequences; on rank 0 also allocate memory for copies, in the background.
+        """Load the validation sequences before training.
+
+        Rank 0 also starts to allocate the host memory for copies of the state, in the background. It copies the weights that
+        the next validation compares with, unless a validation is due now, which copies them itself.
 
         Raises:
             DataError: the validation sequences cannot be read.
@@ -173,12 +176,12 @@ class RayHost:
                 self._latest_figures |= {"sample": event.text}
 
 
-def _drain_grace_left(without_deadline: float) -> float | None:
+def _drain_grace_left(default_seconds: float) -> float | None:
     """Return the seconds until the first drained node of this run is shut down, None if no node is being drained.
 
-    `without_deadline` is returned for a drain without a deadline.
+    `default_seconds` is returned for a drain without a deadline.
     """
     deadline_ms = preemption_deadline_ms()
     if deadline_ms is None:
         return None
-    return deadline_ms / 1000 - time.time() if deadline_ms else without_deadline
+    return deadline_ms / 1000 - time.time() if deadline_ms else default_seconds

@@ -45,7 +45,7 @@ class Metric:
     is_counter: bool = False
 
     @property
-    def exported(self) -> str:
+    def prometheus_name(self) -> str:
         """Return its name in Prometheus."""
         return f"ray_{self.name}_total" if self.is_counter else f"ray_{self.name}"
 
@@ -76,7 +76,7 @@ METRICS = (
         "savant_memory_gb",
         StepDone,
         "memory_gb",
-        "GiB: peak since the last step on a GPU, resident on a CPU",
+        "Memory in GiB: on a GPU the peak since the last step, on a CPU the resident size",
     ),
     Metric("savant_skipped_updates", StepDone, "update_skipped", "Steps without a finite gradient", is_counter=True),
     Metric(
@@ -93,7 +93,7 @@ METRICS = (
         "savant_token_cosine",
         ValidationDone,
         "last_cosine",
-        "Mean cosine between tokens; near 1: collapsed",
+        "Mean cosine similarity of two tokens' states after the last loop; near 1 all states are alike",
     ),
     Metric("savant_logic_score", LogicScored, "score", "Fraction of logic problems answered correctly"),
     Metric("savant_checkpoint_seconds", CheckpointSaved, "seconds", "Seconds until the checkpoint was complete"),
@@ -101,7 +101,7 @@ METRICS = (
         "savant_checkpoint_stall_seconds",
         CheckpointSaved,
         "stall_seconds",
-        "Seconds of that during which training waited",
+        "Seconds for which training waited for the checkpoint",
     ),
     Metric("savant_failed_checkpoints", CheckpointFailed, "", "Checkpoints that could not be written", is_counter=True),
     Metric("savant_workers", AttemptStarted, "workers", "Workers of this attempt"),
@@ -113,7 +113,7 @@ class RunMetrics:
     """Sets the metrics of one worker. An error disables the metrics and does not affect training."""
 
     def __init__(self, run: str, rank: int) -> None:
-        self._meters: dict[str, Gauge | Counter] = {}
+        self._meters: dict[str, Gauge | Counter] = {}  # Ray's objects by the metric's name
         self._latest: dict[str, float] = {}  # values of the gauges
         with suppress(Exception):
             labels = {"run": ascii_name(run), "rank": str(rank)}
@@ -163,6 +163,7 @@ def ascii_name(run: str) -> str:
 
 
 def _meter(metric: Metric, labels: dict[str, str]) -> Gauge | Counter:
+    """Register the metric with Ray and return the object that sets it."""
     meter = (Counter if metric.is_counter else Gauge)(metric.name, metric.description, LABELS)
     meter.set_default_tags(labels)
     return meter

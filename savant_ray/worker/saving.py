@@ -47,7 +47,7 @@ class Saver:
         self.saved_step = 0  # of the newest checkpoint, 0 without one
         self.seconds = 0.0  # duration of the newest save
         self._storage, self._files, self._emit = storage, files, emit
-        self._storage_failed = False  # in the newest save; known on rank 0
+        self._storage_failed = False  # in the newest save; set only on rank 0, which writes
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -75,7 +75,7 @@ class Saver:
         self._thread.start()
 
     def finish(self) -> bool:
-        """Wait for the pending checkpoint and return False if the storage failed.
+        """Wait for the pending checkpoint; return False on rank 0 if the storage failed.
 
         Raises:
             SavantError: another process has taken over the run.

@@ -58,7 +58,7 @@ class WorkerTask:
 def train_worker(settings: dict[str, Any]) -> None:
     """Train in a worker process; `settings` are the fields of a `WorkerTask`."""
     task = WorkerTask(**settings)
-    if ray.get(task.bridge.has_failed.remote()):
+    if ray.get(task.bridge.has_failed.remote()):  # restarted by Ray Train after an error that would occur again
         return
     config = Config.from_validated(task.config)
     tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
@@ -96,10 +96,11 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
         keep_compiled_code(Path(config.data.cache_dir))
     notes.append(compile_block(state.model, settings.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
-    first_step = state.step
+    resumed_step = state.step
     with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
         batches = BatchReader(stream, state.position, settings.max_steps - state.step, config, device)
-    if device.type == "cuda":  # NCCL allocates memory at its first collective of a size, which the cap has to include
+    if device.type == "cuda":
+        # NCCL allocates memory at the first collective of a given size, and the cap has to include this memory.
         with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
             all_reduce_sum(state.gradients.flat)
         notes.append(update_memory_cap(device, settings.vram_limit_gb))
@@ -110,7 +111,7 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
     host.prepare(state)
     finished = train(state, config, batches, host)
     if host.rank == 0:
-        saved_step = max(host.saved_step, first_step)
+        saved_step = max(host.saved_step, resumed_step)
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=saved_step), wait=True)
 
 

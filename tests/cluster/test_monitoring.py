@@ -60,8 +60,8 @@ for event in (skipped, skipped, step_done(1, update_skipped=True), CheckpointFai
     metrics.observe(event)
 sys.stdin.read()
 """
-OF_THE_STEP = {metric.exported: metric.field for metric in METRICS if metric.event.kind == "step"}
-OF_THE_CHECKPOINT = {metric.exported: metric.field for metric in METRICS if metric.event.kind == "checkpoint"}
+OF_THE_STEP = {metric.prometheus_name: metric.field for metric in METRICS if metric.event.kind == "step"}
+OF_THE_CHECKPOINT = {metric.prometheus_name: metric.field for metric in METRICS if metric.event.kind == "checkpoint"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def test_exported_metrics_equal_the_record_and_have_labels_for_run_and_rank(scra
 def check_that_panels_are_fed(found: dict[str, list[Sample]], run: Path) -> None:
     """Check that all metrics of the dashboard are exported, except for faults that did not happen in this run."""
     asked = set.union(*(names(expression) for expression in expressions()))
-    faults = {metric.exported for metric in METRICS if "Skipped" in metric.event.__name__}
+    faults = {metric.prometheus_name for metric in METRICS if "Skipped" in metric.event.__name__}
     faults |= {"ray_savant_failed_checkpoints_total", "ray_savant_skipped_updates_total"}
     assert asked - faults <= set(found), "asked for by a panel, exported by nobody"
 
@@ -186,7 +186,7 @@ def check_page(run: Path) -> None:
 def test_faults_are_counted_per_worker(scraped: Scraped) -> None:
     command = [sys.executable, "-c", FAULTS, scraped.head.address]
     worker = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, text=True)
-    counted = {metric.exported for metric in METRICS if metric.is_counter} - {"ray_savant_tokens_total"}
+    counted = {metric.prometheus_name for metric in METRICS if metric.is_counter} - {"ray_savant_tokens_total"}
     wait_for(lambda: counted <= set(scrape(scraped.targets)))
     found = scrape(scraped.targets)
     worker.communicate(timeout=60)
