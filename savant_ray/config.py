@@ -1,8 +1,8 @@
 """All settings with default, unit, description and validation, and their loading.
 
 Later sources override earlier ones: defaults < YAML file < environment (`SAVANT_TRAINING__MAX_STEPS`) < command line
-(`--training.max_steps`). Defaults are the values of the original script's
-constants, where it has such a constant (docs/from_the_original.md).
+(`--training.max_steps`). Settings that are constants in the original script (docs/from_the_original.md) have these constants
+as defaults.
 """
 
 from __future__ import annotations
@@ -304,7 +304,8 @@ class ScalingConfig(Section):
     use_gpu: bool | Auto = Field(default="auto", description="use one GPU per worker; auto: if there are enough GPUs")
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
         default=None,
-        description="Ray resources of a worker, such as {CPU: 4}; null: the largest number of cores with which all workers fit",
+        description="Ray resources of a worker, such as {CPU: 4}; null: the largest number of cores "
+        "with which all workers fit",
     )
     max_failures: int = Field(default=3, ge=0, description="number of times that workers are restarted after a failure")
 
