@@ -1,6 +1,6 @@
-"""Attention, loss and generation by themselves, against the straightforward way to compute each.
+"""Attention, loss and generation measured separately, each against the straightforward way to compute it.
 
-Attention and loss: forward and backward pass against whole score matrices and whole logits. Generation: a key-value cache
+Attention and loss: forward and backward pass against full score matrices and full logits. Generation: a key-value cache
 against recomputing the whole text for each token, for one prompt and for a batch.
 """
 

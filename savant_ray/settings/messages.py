@@ -76,7 +76,7 @@ def validation_messages(error: ValidationError, names: Sequence[str]) -> Iterato
 def _message(name: str, problems: list[Any], names: Sequence[str]) -> tuple[str, str]:
     """Return name and message for the errors of one value."""
     for problem in problems:
-        if problem["type"] == "value_error":  # a validator of several settings begins its message with the setting
+        if problem["type"] == "value_error":  # from our validators; most begin the message with the name of the setting
             text = str(problem["ctx"]["error"])
             setting, _, message = text.partition(": ")
             return (setting, message) if setting in names else (name, text)

@@ -60,6 +60,11 @@ def show(value: Any) -> str:
 
 
 def _dict_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dict.
+
+    Raises:
+        YamlError: a key is repeated.
+    """
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:

@@ -38,9 +38,8 @@ def write_page(run_folders: Sequence[Path], path: Path, is_in_use: Callable[[Pat
     """
     page = render([read_history(folder, is_in_use) for folder in run_folders])
     try:
-        if path.is_symlink() or (
-            path.exists() and not path.is_file()
-        ):  # such as /dev/stdout, which must not be replaced
+        is_special = path.is_symlink() or (path.exists() and not path.is_file())  # such as /dev/stdout
+        if is_special:  # must not be replaced by a file
             path.write_text(page, encoding="utf-8")
         else:
             _replace(path, page)
