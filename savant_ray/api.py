@@ -209,7 +209,7 @@ def _parse_response(response: dict[str, Any]) -> Result:
         return Result(**response)
     error_classes = {error_class.__name__: error_class for error_class in SavantError.__subclasses__()}
     if response["error"] == UnexpectedError.__name__:
-        raise UnexpectedError(response["text"], response["details"], is_kept=True)
+        raise UnexpectedError(response["text"], response["details"], is_explained=True)
     raise error_classes.get(response["error"], SavantError)(response["text"])
 
 

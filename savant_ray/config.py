@@ -1,7 +1,8 @@
 """All settings with default, unit, description and validation, and their loading.
 
 Later sources override earlier ones: defaults < YAML file < environment (`SAVANT_TRAINING__MAX_STEPS`) < command line
-(`--training.max_steps`). The defaults are the values of the training guide where it gives one.
+(`--training.max_steps`). Settings that are constants in the original script (docs/from_the_original.md) have these constants
+as defaults.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class Section(BaseModel):
 
 
 def _rebuilt(annotation: Any, value: Any) -> Any:
-    """Return the dumped value of a field of this type with its sections rebuilt, which may be nested in a list."""
+    """Return a dumped value with each dict that stands for a section replaced by the section, also in lists.
+
+    `annotation` is the type of the field that holds the value.
+    """
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation.from_validated(value) if isinstance(value, Mapping) else value
     for member in get_args(annotation):
@@ -89,7 +93,8 @@ class RunConfig(Section):
     )
     init_from: Text | None = Field(
         default=None,
-        description="start a new run from the weights of this run, checkpoint folder or file of the original; also s3://…",
+        description="start a new run from the weights in this run folder, checkpoint folder or file of the original script; "
+        "also s3://…",
     )
 
     @field_validator("seed", mode="before")
@@ -177,8 +182,8 @@ class DataConfig(Section):
     )
     end_of_document: Text | None = Field(
         default=None,
-        description="token that ends a document; null: the last one that add_special_tokens appends to a text, otherwise "
-        "the one with a common name such as </s>",
+        description="token that ends a document; null: the last one that the tokenizer's template for special tokens adds "
+        "to a text, otherwise the token with a common name such as </s>",
     )
     add_special_tokens: bool | Auto = Field(
         default="auto",
@@ -227,7 +232,8 @@ class TrainingConfig(Section):
     max_steps: Count = Field(default=80_000, description="optimizer steps of the run")
     batch_size: Count = Field(
         default=12,
-        description="sequences per micro-batch (one forward and backward pass); on a CPU fewer where more are no faster",
+        description="sequences per micro-batch (one forward and backward pass); on a CPU fewer if a larger micro-batch is "
+        "not faster",
     )
     accumulation: Count = Field(
         default=16, description="micro-batches per step; the effective batch is batch_size × accumulation"
@@ -253,7 +259,7 @@ class TrainingConfig(Section):
     vram_limit_gb: Positive = Field(default=10.0, description="hard limit of a worker's GPU memory, GiB")
     compile: bool | Auto = Field(
         default="auto",
-        description="compile the model with torch.compile; auto: if a compiler is installed and it is faster",
+        description="compile the model with torch.compile; auto: if a compiler is installed, except in fp32 on a CPU",
     )
     recompute_loops: bool | Auto = Field(
         default="auto",
@@ -304,12 +310,14 @@ class ScalingConfig(Section):
 
     num_workers: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] = Field(
         default=1,
-        description="number of training processes, which divide the sequences of a step; [1, 4]: as many as the cluster has "
-        "room for",
+        description="number of training processes, which divide the sequences of a step; [1, 4]: between 1 and 4, as many "
+        "as the cluster has room for",
     )
     use_gpu: bool | Auto = Field(default="auto", description="use one GPU per worker; auto: if there are enough GPUs")
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
-        default=None, description="Ray resources of a worker, such as {CPU: 4}; null: an equal part of the machine's"
+        default=None,
+        description="Ray resources of a worker, such as {CPU: 4}; null: the largest number of cores "
+        "with which all workers fit",
     )
     max_failures: int = Field(default=3, ge=0, description="number of times that workers are restarted after a failure")
 

@@ -64,11 +64,11 @@ class TrainingError(SavantError):
 
 
 class UnexpectedError(SavantError):
-    """An unexpected error; `details` is its full traceback, `is_kept` whether the message says where to find it."""
+    """An unexpected error; `details` is its full traceback, `is_explained` whether the message says how to see it."""
 
-    def __init__(self, message: str, details: str = "", is_kept: bool = False) -> None:
-        super().__init__(message, details, is_kept)
-        self.message, self.details, self.is_kept = message, details, is_kept
+    def __init__(self, message: str, details: str = "", is_explained: bool = False) -> None:
+        super().__init__(message, details, is_explained)
+        self.message, self.details, self.is_explained = message, details, is_explained
 
     def __str__(self) -> str:
         """Return the message without the details."""
@@ -103,7 +103,7 @@ def unexpected_errors_explained(folder: Path | None = None, activity: Callable[[
 
 def explain(error: BaseException, folder: Path | None = None, activity: str = "") -> SavantError:
     """Return the error for the user; write the traceback of an unexpected one to a file, which the message names."""
-    if isinstance(error, SavantError) and not (isinstance(error, UnexpectedError) and not error.is_kept):
+    if isinstance(error, SavantError) and not (isinstance(error, UnexpectedError) and not error.is_explained):
         return error
     if isinstance(error, OSError) and (error.filename is not None or is_disk_full(error)):
         return SavantError(describe(error, activity))  # the user can act on the file or folder that it names
@@ -113,7 +113,7 @@ def explain(error: BaseException, folder: Path | None = None, activity: str = ""
     path = _write_traceback(details, folder)
     hint = f"the full traceback is in {path}" if path else "--verbose prints the full traceback"
     text = f"{message}\n{hint[0].upper()}{hint[1:]}." if "\n" in message else f"{message} ({hint})"
-    return UnexpectedError(text, details, is_kept=True)
+    return UnexpectedError(text, details, is_explained=True)
 
 
 def describe(error: BaseException, activity: str = "") -> str:
@@ -128,7 +128,7 @@ def describe(error: BaseException, activity: str = "") -> str:
         reason = f"{reason[:MAX_REASON]}…"
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-        reason = text if isinstance(error.filename, str | bytes | None) else reason
+        reason = text if isinstance(error.filename, str | bytes | None) else reason  # an int is a file descriptor
     else:
         reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"while {activity}: {reason}" if activity else reason
@@ -154,7 +154,7 @@ def report_thread_error(failure: threading.ExceptHookArgs) -> None:
     """Print the error that ended a thread; used as `threading.excepthook`."""
     error, thread = failure.exc_value, failure.thread
     if error is None or isinstance(error, SystemExit) or type(thread).__module__.startswith("tensorboard."):
-        return  # TensorBoard's writer raises its error again in the next call
+        return  # TensorBoard's writer raises the same error in the next call, where it is handled
     name = "a thread" if thread is None else f"the thread {thread.name}"
     print(f"WARNING: {name} ended: {explain(error)}", file=sys.stderr)
 

@@ -124,7 +124,7 @@ class StepDone(Event):
     reduce_seconds: float  # all-reduce, including the wait for the slowest rank
     update_seconds: float  # clipping and optimizer update
     step_seconds: float  # duration of the step, including the wait for data and excluding checkpoints
-    share_of_peak: float | None = None  # useful FLOPs of rank 0 / (seconds * its matmul peak); None = unknown
+    share_of_peak: float | None = None  # useful FLOP/s of rank 0 in this step / peak of its matmuls; None = unknown
     update_skipped: bool = False  # whether the update was skipped because the gradient norm was not finite
 
 
@@ -136,7 +136,7 @@ class ValidationDone(Event):
     step: int
     validation_loss: float  # nats per target token
     bits_per_byte: float  # of the held-out text
-    weights_moved: float | None  # fraction of weights (in rows with a gradient) changed since the last validation
+    weights_moved: float | None  # fraction changed since the last validation, without rows that never had a gradient
     seconds: float  # duration
     residuals: tuple[float, ...] = ()  # of each loop: relative change of the residual stream, |s_k+1 - s_k| / |s_k|
     cosines: tuple[float, ...] = ()  # after each loop: mean cosine similarity of two tokens; near 1 = collapsed
@@ -186,7 +186,7 @@ class CheckpointSaved(Event):
     kind = "checkpoint"
     step: int
     path: str  # of its folder
-    reason: str  # "periodic", "final", "stop" or "taken over"
+    reason: str  # "periodic", "final", "stop" or "converted from …" (a file of the original script)
     seconds: float  # from the start of the save until it was complete
     stall_seconds: float = 0.0  # part of it during which training was paused
 

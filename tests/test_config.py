@@ -272,7 +272,7 @@ def test_a_variable_or_an_option_that_is_not_utf_8_is_named() -> None:
         (
             "training.max_steps",
             "“5”",
-            "expected a whole number, found “5”; typographic quotes do not quote: use ' or \"",
+            "expected a whole number, found “5”; use ' or \" instead of typographic quotes",
         ),
         ("training.max_steps", "", "a value is missing"),
         ("data.quickstart", "", "a value is missing"),
@@ -296,7 +296,7 @@ def test_underscores_may_separate_thousands() -> None:
         (["—training.max_steps=5"], "—training.max_steps: an option begins with two plain hyphens; write {}"),
         (["−−training.max_steps", "5"], "−−training.max_steps: an option begins with two plain hyphens; write {}"),
         (["-training.max_steps", "5"], "-training.max_steps: an option begins with two plain hyphens; write {}"),
-        (["five”"], "five”: expected --section.setting VALUE; typographic quotes do not quote: use ' or \""),
+        (["five”"], "five”: expected --section.setting VALUE; use ' or \" instead of typographic quotes"),
         (["--no-data.quickstart"], "--no-data.quickstart: no such setting; did you mean --data.quickstart false?"),
         (["--no-training.compile"], "--no-training.compile: no such setting; did you mean --training.compile false?"),
         (["--Training.Max-Steps", "5"], "--Training.Max-Steps: no such setting; did you mean training.max_steps?"),

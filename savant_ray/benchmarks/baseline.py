@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from savant_ray.config import ModelConfig
 
-PADDING = 0  # token id, as in the original's format
+PADDING = 0  # token id, as in the original script
 
 
 class Baseline(nn.Module):

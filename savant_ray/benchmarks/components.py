@@ -1,6 +1,6 @@
-"""Attention, loss and generation by themselves, against the straightforward way to compute each.
+"""Attention, loss and generation measured separately, each against the straightforward way to compute it.
 
-Attention and loss: forward and backward pass against whole score matrices and whole logits. Generation: a key-value cache
+Attention and loss: forward and backward pass against full score matrices and full logits. Generation: a key-value cache
 against recomputing the whole text for each token, for one prompt and for a batch.
 """
 
@@ -36,7 +36,7 @@ SEED = 0
 def run_attention() -> Figures:
     """Measure a windowed and a global loop, over one long document and over packed documents.
 
-    In one row a GPU mostly waits for kernels to be launched, so it also measures the rows of a micro-batch.
+    With a single row a GPU mostly waits for kernels to be launched, so on a GPU the rows of a micro-batch are measured too.
     """
     figures: Figures = {}
     for n_rows, suffix in _row_counts(1):
@@ -99,27 +99,27 @@ def _loss_figures(n_rows: int) -> Figures:
 
     figures: Figures = {"loss": _compare(reference, ours, device)}
     if device.type == "cuda":
-        our_gb, reference_gb = (_added_gb(act, device) for act in (ours, reference))
+        our_gb, reference_gb = (_added_gb(function, device) for function in (ours, reference))
         detail = f"{our_gb:.2f} against {reference_gb:.2f} GiB"
         figures["loss_memory"] = figure([our_gb / reference_gb], detail)
     return figures
 
 
-def _added_gb(act: Callable[[], object], device: torch.device) -> float:
-    """Return the peak of what `act` allocates on a GPU, GiB."""
+def _added_gb(function: Callable[[], object], device: torch.device) -> float:
+    """Return the peak of what `function` allocates on a GPU, GiB."""
     before = torch.cuda.memory_allocated(device) / GIB
     torch.cuda.reset_peak_memory_stats(device)
-    act()
+    function()
     return peak_memory_gb(device) - before
 
 
 def _compare(reference: Callable[[], object], ours: Callable[[], object], device: torch.device) -> dict[str, object]:
-    def timed(act: Callable[[], object]) -> float:
-        def act_and_synchronize() -> None:
-            act()
+    def timed(function: Callable[[], object]) -> float:
+        def call_and_synchronize() -> None:
+            function()
             synchronize(device)
 
-        return seconds(act_and_synchronize)
+        return seconds(call_and_synchronize)
 
     reference_times, our_times = alternate(ROUNDS, lambda: timed(reference), lambda: timed(ours))
     detail = f"{1000 * statistics.median(our_times):.1f} against {1000 * statistics.median(reference_times):.1f} ms"

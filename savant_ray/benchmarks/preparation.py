@@ -35,7 +35,7 @@ from savant_ray.data.tokenizer import Tokenizer
 GB, MIB = 10**9, 1 << 20
 CORES = os.cpu_count() or 1
 RAY_NICENESS = 15  # of Ray's workers; the plain processes use the same priority
-SLICE_BYTES = 16_000_000  # for each core, in each measurement of the plain processes
+SAMPLE_BYTES = 16_000_000  # of text that each plain process tokenizes in a measurement
 DOCUMENT_CHARACTERS = 3_000
 SEQUENCE_LENGTH, VOCAB_SIZE = 1024, 32_000
 ROUNDS_OF_SMALLEST = 3
@@ -45,8 +45,8 @@ ROUNDS_OF_SMALLEST = 3
 class Rate:
     """Tokens per second."""
 
-    clock: float  # of wall-clock time, all cores together
-    core: float  # of CPU time
+    clock: float  # per second of wall-clock time, on all cores together
+    core: float  # per second of CPU time
 
 
 def run(sizes_gb: Sequence[float] = (0.1, 1, 3), folder: str | None = None) -> Figures:
@@ -81,7 +81,7 @@ def measure(folder: Path, size: int, rounds: int) -> tuple[Figures, float]:
     """Return the figures `clock` and `core` for `size` bytes of text, and the peak of the largest process in MiB."""
     text, sample = folder / "text.jsonl", folder / "sample.jsonl"
     _write_jsonl(text, size)
-    _write_jsonl(sample, SLICE_BYTES)
+    _write_jsonl(sample, SAMPLE_BYTES)
     tokenizer = train_or_load_tokenizer(expand(str(sample)), folder, VOCAB_SIZE)
     plain, prepared = [_plain_rate(sample, tokenizer)], []
     with _peak_of_largest_process() as peak:
@@ -99,8 +99,8 @@ def measure(folder: Path, size: int, rounds: int) -> tuple[Figures, float]:
 
 def _ratios(prepared: Sequence[Rate], plain: Sequence[Rate], key: str) -> list[float]:
     """Return each preparation's rate relative to the mean of the plain measurements before and after it."""
-    around = [statistics.mean(getattr(rate, key) for rate in plain[n : n + 2]) for n in range(len(prepared))]
-    return [getattr(rate, key) / other for rate, other in zip(prepared, around, strict=True)]
+    plain_means = [statistics.mean(getattr(rate, key) for rate in plain[n : n + 2]) for n in range(len(prepared))]
+    return [getattr(rate, key) / mean for rate, mean in zip(prepared, plain_means, strict=True)]
 
 
 def _describe_speeds(prepared: Sequence[Rate], plain: Sequence[Rate], key: str, bytes_per_token: float) -> str:

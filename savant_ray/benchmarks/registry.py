@@ -62,13 +62,13 @@ def run(name: str | None, json_path: Path | None = None) -> None:
 
 def table(figures: Figures) -> Table:
     """Return a table with one row per figure."""
-    rows = Table("figure", "ratio", "rounds", "spread", "of peak", "detail")
+    result = Table("figure", "ratio", "rounds", "spread", "of peak", "detail")
     for name, figure in figures.items():
         low, high = figure["spread"]
-        share = f"{figure['share_of_peak']:.1%}" if "share_of_peak" in figure else ""
+        share_of_peak = f"{figure['share_of_peak']:.1%}" if "share_of_peak" in figure else ""
         ratio, rounds, spread = f"{figure['ratio']:.2f}", str(figure["rounds"]), f"{low:.2f}–{high:.2f}"
-        rows.add_row(name, ratio, rounds, spread, share, figure["detail"])
-    return rows
+        result.add_row(name, ratio, rounds, spread, share_of_peak, figure["detail"])
+    return result
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -68,14 +68,14 @@ def _compare_help() -> dict[str, object]:
     return _figure(python, savant)
 
 
-def _compare_with_empty_job(folder: Path, changes: dict[str, str]) -> dict[str, object]:
+def _compare_with_empty_job(folder: Path, variables: dict[str, str]) -> dict[str, object]:
     script = folder / "empty.py"
     script.write_text(EMPTY_JOB.replace("FOLDER", repr(str(folder))))
 
     def empty() -> float:
-        return seconds(lambda: run_command([sys.executable, str(script)], folder, changes))
+        return seconds(lambda: run_command([sys.executable, str(script)], folder, variables))
 
-    return _figure(*alternate(ROUNDS, empty, lambda: _first_step(folder, changes), warm_up=0))
+    return _figure(*alternate(ROUNDS, empty, lambda: _first_step(folder, variables), warm_up=0))
 
 
 def _figure(plain: list[float], ours: list[float]) -> dict[str, object]:
@@ -83,10 +83,10 @@ def _figure(plain: list[float], ours: list[float]) -> dict[str, object]:
     return figure(ratios, f"{statistics.median(ours):.2f} against {statistics.median(plain):.2f} s")
 
 
-def _first_step(folder: Path, changes: dict[str, str]) -> float:
+def _first_step(folder: Path, variables: dict[str, str]) -> float:
     """Return the seconds from the command to the first step in `metrics.jsonl`."""
     started = time.time()
-    run_command([sys.executable, str(ROOT / "jobs/train.py"), "--fresh", *as_options(OPTIONS)], folder, changes)
+    run_command([sys.executable, str(ROOT / "jobs/train.py"), "--fresh", *as_options(OPTIONS)], folder, variables)
     lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
     first = next(line["time"] for line in lines if line["event"] == "step")
     return datetime.fromisoformat(first).timestamp() - started

@@ -64,15 +64,15 @@ def run() -> Figures:
 
 
 def _compare_with_bare_loop(folder: Path, waits: list[float], threads: int) -> dict[str, Any]:
-    changes = {"OMP_NUM_THREADS": str(threads), "SAVANT_SCALING__RESOURCES_PER_WORKER": f"{{CPU: {threads}}}"}
-    times = alternate(ROUNDS, lambda: _bare(folder, changes), lambda: _under_ray(folder, waits, changes), warm_up=0)
+    variables = {"OMP_NUM_THREADS": str(threads), "SAVANT_SCALING__RESOURCES_PER_WORKER": f"{{CPU: {threads}}}"}
+    times = alternate(ROUNDS, lambda: _bare(folder, variables), lambda: _under_ray(folder, waits, variables), warm_up=0)
     bare, job = (1000 * statistics.median(measured) for measured in times)
     detail = f"{bare:.0f} ms a step bare, {job:.0f} in a job, threads: {threads}"
     return figure([bare / job for bare, job in zip(*times, strict=True)], detail)
 
 
-def _under_ray(folder: Path, waits: list[float], changes: dict[str, str]) -> float:
-    run_command([sys.executable, str(ROOT / "jobs/train.py"), "--fresh", *as_options(SETTINGS)], folder, changes)
+def _under_ray(folder: Path, waits: list[float], variables: dict[str, str]) -> float:
+    run_command([sys.executable, str(ROOT / "jobs/train.py"), "--fresh", *as_options(SETTINGS)], folder, variables)
     lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if line["event"] == "step"]
     waits.append(
@@ -82,10 +82,10 @@ def _under_ray(folder: Path, waits: list[float], changes: dict[str, str]) -> flo
     return _median_step([datetime.fromisoformat(step["time"]).timestamp() for step in steps])
 
 
-def _bare(folder: Path, changes: dict[str, str]) -> float:
+def _bare(folder: Path, variables: dict[str, str]) -> float:
     if not (folder / "cache").exists():  # the first job creates it
-        _under_ray(folder, [], changes)
-    run_command([sys.executable, "-c", BARE, str(folder)], folder, changes)
+        _under_ray(folder, [], variables)
+    run_command([sys.executable, "-c", BARE, str(folder)], folder, variables)
     return _median_step(json.loads((folder / "bare.json").read_text()))
 
 

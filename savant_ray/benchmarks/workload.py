@@ -46,15 +46,15 @@ def as_options(settings: Mapping[str, object]) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name}", str(value).lower())]
 
 
-def run_command(command: list[str], folder: Path | None = None, changes: dict[str, str] | None = None) -> None:
-    """Run a command in `folder` (default: the checkout) with `changes` to the environment.
+def run_command(command: list[str], folder: Path | None = None, variables: dict[str, str] | None = None) -> None:
+    """Run a command in `folder` (default: the checkout) with `variables` added to the environment.
 
     Raises:
         RuntimeError: the command failed; the message contains its output.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(  # noqa: PLW1510 - the error below contains the output
-        command, cwd=folder or ROOT, env=inherited | {"RAY_AUTH_MODE": "disabled"} | (changes or {}), text=True,
+        command, cwd=folder or ROOT, env=inherited | {"RAY_AUTH_MODE": "disabled"} | (variables or {}), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     if done.returncode:

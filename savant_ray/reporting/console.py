@@ -32,7 +32,7 @@ class Console(Protocol):
         """Show the current progress on a live display."""
 
     def print_progress(self, text: str) -> None:
-        """Print the current progress, called from time to time, where there is no live display."""
+        """Print the current progress if there is no live display."""
 
     def close(self) -> None:
         """Restore the terminal."""
@@ -77,7 +77,7 @@ class PlainConsole:
 
 
 class LiveConsole:
-    """A progress bar with figures below it; together they would not fit into 80 columns.
+    """A progress bar with figures below it, because one line of 80 columns has no room for both.
 
     `Text` is never parsed as markup. Errors of a closed terminal are ignored, because they must not end the training.
     """
@@ -94,7 +94,7 @@ class LiveConsole:
             self._rich.print(Text(text), soft_wrap=True)
 
     def show(self, label: str, done: float, total: float | None, figures: str) -> None:
-        """Update the progress bar and the figures; without a total the bar only moves."""
+        """Update the progress bar and the figures; without a total the bar is animated but shows no fraction."""
         with suppress(OSError, ValueError):
             if self._task is not None and total is not None:
                 self._progress.update(self._task, description=label, total=total, completed=done, figures=figures)

@@ -119,7 +119,7 @@ class Record:
 class JsonLines:
     """A file of JSON objects, one per complete line; `error` is the reason if lines cannot be written now."""
 
-    consequence = "the lines are kept in memory and written when there is room"
+    consequence = "the lines are kept in memory and written when there is room"  # of an `error`, for its warning
 
     def __init__(self, path: Path) -> None:
         self.path, self.error = path, ""

@@ -55,7 +55,8 @@ class RunReport:
         self._loss_sparkline, self._skipped = Sparkline(), 0  # of this attempt
         self._limit_gb: float | None = None
         self._last_line_time = clock()
-        self._previous_validation = ("the start", clock())  # what to call it in a message, and its time
+        # Name in messages and time of the previous validation, or of the start of the attempt if there is none yet.
+        self._previous_validation = ("the start", clock())
         self._unprinted_step = ""  # the newest step's line, until it is printed
         self._is_first_step = True
         self._notices: set[str] = set()

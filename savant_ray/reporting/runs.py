@@ -28,11 +28,12 @@ from savant_ray.events import (
 from savant_ray.reporting.record import METRICS, parsed
 from savant_ray.reporting.wording import duration, printable
 
-STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # lines of steps, the most frequent, are parsed late
+STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # most lines are steps; only the last ones are parsed
 RECENT_STEPS = 100
 SAMPLE_WIDTH = 100  # characters
 PIPE_WIDTH = 300  # columns if standard output is not a terminal, so that rows are not wrapped
-# Returns the step and the path of the newest file of the original program at a path, going by its name.
+# Returns step and path of the newest file of the original script at a path: of those in a folder, the one with the highest
+# step in its name; None if there is none.
 NewestOriginal = Callable[[Path], tuple[int, Path] | None]
 
 
@@ -67,9 +68,9 @@ class RunSummary:
 
 
 def find_runs(folders: Iterable[Path], newest_original: NewestOriginal = lambda path: None) -> list[Path]:
-    """Return the folders with a record or with files of the original.
+    """Return the folders with a record or with files of the original script.
 
-    Searched are `folders`, their subfolders, and everything below `savant_runs` in them.
+    The search covers `folders`, their subfolders, and all levels below `savant_runs` in them.
     """
     runs: list[Path] = []
     for folder in folders:
@@ -87,17 +88,17 @@ def summarize(
 ) -> RunSummary:
     """Summarize a run; `is_in_use` returns whether some process is training it.
 
-    A folder with files of the original is summarized from their names if no attempt has trained or saved in it.
+    A folder with files of the original script is summarized from their names if no attempt has trained or saved in it.
 
     Raises:
-        SettingsError: there is neither a record nor a file of the original.
+        SettingsError: there is neither a record nor a file of the original script.
     """
     original = newest_original(run_folder)
     if not (run_folder / METRICS).is_file() and original is None:
         raise SettingsError(f"{run_folder}: no run (it has no {METRICS}); `savant runs` lists the runs in this folder")
     steps, newest, best = _read(run_folder / METRICS) if (run_folder / METRICS).is_file() else ([], {}, {})
     if original is not None and not {AttemptStarted.kind, CheckpointSaved.kind} & newest.keys():
-        return _of_original(run_folder, *original)
+        return _summarize_original(run_folder, *original)
     step = steps[-1] if steps else {}
     attempt, ended, validated = (newest.get(event.kind, {}) for event in (AttemptStarted, AttemptEnded, ValidationDone))
     saved, sample = newest.get(CheckpointSaved.kind, {}), newest.get(SampleGenerated.kind, {})
@@ -124,8 +125,8 @@ def summarize(
     )
 
 
-def _of_original(path: Path, step: int, newest: Path) -> RunSummary:
-    """Summarize a file of the original from its name and modification time, without opening it."""
+def _summarize_original(path: Path, step: int, newest: Path) -> RunSummary:
+    """Summarize a file of the original script from its name and modification time, without opening it."""
     time = datetime.fromtimestamp(newest.stat().st_mtime, UTC).isoformat()
     unknown: dict[str, Any] = {field.name: None for field in fields(RunSummary)}
     known = dict(name=path.resolve().name, folder=str(path), state="file of the original", step=step, last_time=time)

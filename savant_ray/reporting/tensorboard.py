@@ -28,6 +28,7 @@ NUMERIC_KINDS = (StepDone.kind, ValidationDone.kind, LogicScored.kind, Checkpoin
 class TensorBoard:
     """The event files of one run; `error` is the reason if they cannot be written, which never ends the run."""
 
+    # Of an `error`, for its warning.
     consequence = "its curves stop until the next attempt, which adds what is missing from metrics.jsonl"
 
     def __init__(self, run_folder: Path) -> None:

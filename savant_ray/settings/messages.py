@@ -16,7 +16,7 @@ _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?P<mark>[,'’ \u00a0\u2009\u202f])\d{
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+(?:[eE][-+]?\d+)?")
 _MULTIPLES = {"k": 1_000, "m": 1_000_000}
 
-# By pydantic's error type: the types or values that would be accepted, or what is wrong with the value.
+# By pydantic's error type: the types or values that would be accepted.
 _EXPECTED = {
     "int_type": ["a whole number"],
     "float_type": ["a number"],
@@ -27,7 +27,8 @@ _EXPECTED = {
     "dict_type": ["names with values"],
     "model_type": ["names with values"],
 }
-_OUT_OF_RANGE = {
+# By pydantic's error type: what is wrong with a value of an accepted type.
+_INVALID_VALUE = {
     "greater_than": "has to be greater than {gt:g}",
     "greater_than_equal": "has to be at least {ge:g}",
     "less_than": "has to be less than {lt:g}",
@@ -40,7 +41,7 @@ _OUT_OF_RANGE = {
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most similar to `word`, None if none is; the section of a setting may be missing."""
+    """Return the known name that is most similar to `word`, or None. `word` may lack the section of a setting."""
     by_folded = {_folded(name): name for name in known}
     folded = _folded(word)
     same_field = [name for name in by_folded if name.rpartition(".")[2] == folded.rpartition(".")[2]]
@@ -75,7 +76,7 @@ def validation_messages(error: ValidationError, names: Sequence[str]) -> Iterato
 def _message(name: str, problems: list[Any], names: Sequence[str]) -> tuple[str, str]:
     """Return name and message for the errors of one value."""
     for problem in problems:
-        if problem["type"] == "value_error":  # a validator of several settings begins its message with the setting
+        if problem["type"] == "value_error":  # from our validators; most begin the message with the name of the setting
             text = str(problem["ctx"]["error"])
             setting, _, message = text.partition(": ")
             return (setting, message) if setting in names else (name, text)
@@ -96,7 +97,7 @@ def _correction(value: Any, expected: str) -> str:
     if not isinstance(value, str) or not (is_integer or expected.startswith("a number")):
         return ""
     if any(quote in value for quote in TYPOGRAPHIC_QUOTES):
-        return "; typographic quotes do not quote: use ' or \""
+        return "; use ' or \" instead of typographic quotes"
     if _THOUSANDS.fullmatch(value):
         return f"; write {re.sub(r'[^-+0-9]', '', value)}"
     if not is_integer and _DECIMAL_COMMA.fullmatch(value):
@@ -121,7 +122,7 @@ def _describe(problem: Any, name: str, names: Sequence[str]) -> str:
         return f"no such setting{did_you_mean(word, names)}"
     if problem["type"] == "missing":
         return "is missing"
-    phrase = _OUT_OF_RANGE.get(problem["type"], problem["msg"])
+    phrase = _INVALID_VALUE.get(problem["type"], problem["msg"])
     return f"{show(problem['input'])} {phrase.format(**problem.get('ctx', {}))}"
 
 

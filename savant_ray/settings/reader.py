@@ -23,7 +23,8 @@ from savant_ray.settings.table import PREFIX, Setting
 from savant_ray.settings.yaml_text import YamlError, load_yaml, show
 
 MAX_FILE_BYTES = 1 << 20  # a larger file, such as the training text, is refused without being parsed
-DASHES = re.compile(r"[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[^\W\d])")  # at the start of an option's name
+# Dashes before the name of an option. A number such as -5 does not match: it is a value.
+DASHES = re.compile(r"[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[^\W\d])")
 
 # Kubernetes adds these variables to every pod for each service of its namespace, and Docker for each linked container:
 # https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
@@ -113,7 +114,7 @@ class SettingsReader:
             setting = ".".join(re.split(r"[.\[]", name)[:2])
             if setting in self.values:
                 self.problems.append(f"{self.values[setting].origin}{name.removeprefix(setting)}: {message}")
-            else:  # a default that is incompatible with a value that was set
+            else:  # the setting has its default, which is incompatible with another setting, named in the message
                 origins = [value.origin for other, value in self.values.items() if other in message]
                 self.problems.append(f"{name}: {message}{f' ({origins[0]})' if origins else ''}")
 
@@ -174,10 +175,10 @@ class SettingsReader:
                 corrected = f"--{option.removeprefix(dashes[0])}"
                 self.problems.append(f"{option}: an option begins with two plain hyphens; write {corrected}")
                 if not equals and remaining and not DASHES.match(remaining[-1]):
-                    remaining.pop()
+                    remaining.pop()  # the option's value, which must not be reported as a second error
             elif not option.startswith("--"):
                 has_quotes = any(quote in f"{option}{text}" for quote in TYPOGRAPHIC_QUOTES)
-                hint = "; typographic quotes do not quote: use ' or \"" if has_quotes else ""
+                hint = "; use ' or \" instead of typographic quotes" if has_quotes else ""
                 self.problems.append(f"{option}{equals}{text}: expected --section.setting VALUE{hint}")
             elif equals:
                 yield option, text

@@ -31,7 +31,7 @@ def load_yaml(text: str) -> Any:
     """
     if "\t" in text or "\\u" in text:
         with suppress(ValueError, RecursionError):  # raised for text that is not JSON, which may still be YAML
-            return json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_parse_int)
+            return json.loads(text, object_pairs_hook=_dict_of_unique_keys, parse_int=_parse_int)
     try:
         loader = _Loader(text)
         content = loader.get_single_data()
@@ -59,7 +59,12 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _dict_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dict.
+
+    Raises:
+        YamlError: a key is repeated.
+    """
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:

@@ -55,7 +55,7 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """Return its duration."""
+        """Return the duration of the attempt."""
         return self.ended - self.started
 
 

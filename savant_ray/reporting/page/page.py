@@ -38,9 +38,8 @@ def write_page(run_folders: Sequence[Path], path: Path, is_in_use: Callable[[Pat
     """
     page = render([read_history(folder, is_in_use) for folder in run_folders])
     try:
-        if path.is_symlink() or (
-            path.exists() and not path.is_file()
-        ):  # such as /dev/stdout, which must not be replaced
+        is_special = path.is_symlink() or (path.exists() and not path.is_file())  # such as /dev/stdout
+        if is_special:  # must not be replaced by a file
             path.write_text(page, encoding="utf-8")
         else:
             _replace(path, page)
@@ -214,11 +213,14 @@ def _samples(histories: Sequence[History]) -> dict[str, Any]:
     runs = list(zip(by_step, losses, strict=True))
     rows = [(step, [(samples.get(step), loss.get(step)) for samples, loss in runs]) for step in shown]
     prompts = list(dict.fromkeys(line["prompt"] for history in histories for line in history.samples))
-    return {"prompts": prompts, "rows": rows, "of": len(steps)}
+    return {"prompts": prompts, "rows": rows, "n_steps": len(steps)}
 
 
 def _scores(histories: Sequence[History]) -> dict[str, Any]:
-    """Return each run's newest final score or None, and rows of a template with each run's score; empty without any."""
+    """Return the scores after the last step: `newest` of each run, and `rows` of (template, score of each run).
+
+    A missing score is None; the result is empty if no run has one.
+    """
     newest = [next((line for line in reversed(history.scores) if line.get("final")), None) for history in histories]
     if not any(newest):
         return {}

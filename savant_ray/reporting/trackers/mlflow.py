@@ -1,10 +1,11 @@
-"""MLflow: one run in the experiment `savant_ray` for each run; samples are artifacts."""
+"""MLflow: each run is one MLflow run in the experiment `savant_ray`; samples are artifacts."""
 
 from __future__ import annotations
 
 import logging
 import os
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 from savant_ray.events import SampleGenerated
@@ -13,7 +14,7 @@ from savant_ray.reporting.trackers.tracking import Line
 
 EXPERIMENT = "savant_ray"
 IDENTITY = "savant_ray.identity"
-LAST_STEP_METRICS = {  # by kind of line: a metric that each of them has
+LAST_STEP_METRICS = {  # by kind of line: a metric that all lines of this kind have
     "step": "step/learning_rate",
     "validation": "validation/seconds",
     "score": "score/score",
@@ -69,7 +70,8 @@ class Mlflow:
 
     def _last_steps(self) -> dict[str, int]:
         samples = [file.path for file in self._client.list_artifacts(self._id, "samples")]
-        last_steps = {SampleGenerated.kind: max((int(path[-12:-4]) for path in samples), default=-1)}
+        sample_steps = (int(PurePosixPath(path).stem.removeprefix("step_")) for path in samples)  # see `_artifact`
+        last_steps = {SampleGenerated.kind: max(sample_steps, default=-1)}
         for kind, metric in LAST_STEP_METRICS.items():
             steps = [value.step for value in self._client.get_metric_history(self._id, metric)]
             last_steps[kind] = max(steps, default=-1)

@@ -80,7 +80,7 @@ class TrackerFollower:
             self._reopen = False
             with record.open("rb") as file:
                 while not (ended or self._reopen):
-                    ended = self._ended.is_set()  # read before the file, so that no line is left unsent
+                    ended = self._ended.is_set()  # checked before reading, so that the lines before the end are sent
                     self._send_new(file, last_steps)
                     if not ended:
                         self._ended.wait(SECONDS_BETWEEN_BATCHES)

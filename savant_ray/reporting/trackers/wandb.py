@@ -1,4 +1,4 @@
-"""Weights & Biases: one run in the project for each run; its environment variables such as `WANDB_MODE` apply."""
+"""Weights & Biases: each run is one W&B run in the project; W&B's environment variables such as `WANDB_MODE` apply."""
 
 from __future__ import annotations
 
