@@ -152,7 +152,7 @@ def _with_checksum(path: Path, content: str) -> Path:
 
 
 class _Build:
-    """Build of one token cache, in a folder named `.unfinished` until it is complete."""
+    """Build of one token cache, in a folder with the suffix `.unfinished` until it is complete."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class _Build:
             sequence_length=self._recipe.sequence_length,
         )
         _refuse_empty(manifest)
-        _refuse_dropped(manifest, self._recipe)
+        _refuse_if_all_dropped(manifest, self._recipe)
         for abandoned in folder.glob("*.tmp"):
             abandoned.unlink(missing_ok=True)
         write_atomically(folder / MANIFEST, manifest.to_json())
@@ -372,7 +372,7 @@ def _refuse_empty(manifest: Manifest) -> None:
         )
 
 
-def _refuse_dropped(manifest: Manifest, recipe: Recipe) -> None:
+def _refuse_if_all_dropped(manifest: Manifest, recipe: Recipe) -> None:
     """Raise `DataError` if the tokenizer drops all characters of all documents."""
     first = manifest.first_dropped
     if first is None:
@@ -402,6 +402,7 @@ def _title(files: Sequence[SourceFile]) -> str:
 
 
 def _stored_bytes(part: ByteRange) -> int:
+    """Return the number of bytes of a range in its file, before decompression."""
     return min(part.stop, part.file.size) - part.start
 
 

@@ -1,10 +1,10 @@
 """SHA-256 hashes of source files, cached by path, size, modification time, change time and inode.
 
-Token caches are named after these hashes; because they are cached, a second run does not read the files again. A local file
-counts as unchanged if path, size, modification time, change time (ctime, which programs cannot set) and inode are the same,
-an object in object storage if URI, size and modification time are the same. The hash of a file that was changed less than
-`SETTLED_SECONDS` before it was read is not cached, because the clock of a file system may be too coarse to distinguish two
-changes in quick succession.
+Token caches are named after these hashes. Because the hashes are cached, a second run does not read the files again. A local
+file counts as unchanged if path, size, modification time, change time (ctime, which programs cannot set) and inode are the
+same, an object in object storage if URI, size and modification time are the same. The hash of a file that was changed less
+than `SETTLED_SECONDS` before it was read is not cached, because the clock of a file system may be too coarse to distinguish
+two changes in quick succession.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
-from savant_ray.data.formats import HEAD_BYTES, format_of
+from savant_ray.data.formats import ENCODINGS, HEAD_BYTES, format_of
 from savant_ray.data.sources import LISTING_THREADS, SourceFile
 from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import error_text, printable
@@ -109,9 +109,13 @@ def _hash(file: SourceFile) -> str:
 
 
 def _check_format(file: SourceFile, head: bytes) -> None:
-    """Check that the first bytes match the suffix: files in object storage are listed without being opened."""
+    """Check that the first bytes match the suffix: files in object storage are listed without being opened.
+
+    UTF-16 and UTF-32 are therefore supported for local files only.
+    """
     detected = format_of(head, printable(file.path))
     if detected != (file.codec or "text"):
+        advice = "convert it to UTF-8" if detected in ENCODINGS else "rename it"
         raise DataError(
-            f"{printable(file.path)}: its name says {file.codec or 'plain text'}, but it is {detected}; rename it"
+            f"{printable(file.path)}: its name says {file.codec or 'plain text'}, but it is {detected}; {advice}"
         )

@@ -1,7 +1,7 @@
 """Detects the format of a file from its first bytes, because the suffix may be wrong.
 
-Examples are gzip files named .jsonl, UTF-16 from Windows, and Git LFS pointers. Compressed, UTF-16 and UTF-32 files are
-supported; for other formats the error names the format and what to do.
+Examples are gzip files named .jsonl, UTF-16 from Windows, and Git LFS pointers. Compressed files, and local files in UTF-16
+or UTF-32, are supported; for other formats the error names the format and what to do.
 """
 
 from __future__ import annotations

@@ -170,7 +170,10 @@ def _range_blocks(stream: _ListedBytes | pa.NativeFile, part: ByteRange) -> Iter
 
 
 def _until_line_end(stream: _ListedBytes | pa.NativeFile, block: bytes, last: int) -> Iterator[bytes]:
-    """Yield `block`, truncated or continued to the end of the line that contains its byte `last`."""
+    """Yield the bytes up to the end of the line that contains byte `last`, counted from the start of `block`.
+
+    If `last` is after the block, only the block is yielded; if its line continues after the block, more is read.
+    """
     if last >= len(block):
         yield block
         return
@@ -258,13 +261,13 @@ def _loads_leniently(raw: bytes) -> Any:
 
 def _missing_text(value: dict[str, Any]) -> str:
     if "text" not in value:
-        names = [_printable(name[:40]) for name in sorted(value)[:8]]
+        names = [_escaped(name[:40]) for name in sorted(value)[:8]]
         return f'no "text" field (found: {", ".join(names) or "nothing"})'
     text = value["text"]
     return '"text" is empty' if isinstance(text, str) else f'"text" is {_json_type(text)}, not a string'
 
 
-def _printable(name: str) -> str:
+def _escaped(name: str) -> str:
     """Return `name` with control characters and lone surrogates as escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 

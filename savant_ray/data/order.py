@@ -55,6 +55,7 @@ class GlobalOrder:
         """Return source and row of each position, two arrays of the shape of `positions` (all ≥ 0)."""
         period, offset = np.divmod(positions, len(self._pattern))
         source = self._pattern[offset]
+        # The dividend is the number of earlier sequences of the same source.
         epoch, slot = np.divmod(period * self._per_period[source] + self._occurrence[offset], self._sizes[source])
         row = np.empty_like(slot)
         for index, size in enumerate(self._sizes):
@@ -150,7 +151,8 @@ def _period(counts: list[int]) -> tuple[Int64s, Int64s]:
     for offset in range(period):
         while waiting and waiting[0][0] <= offset:
             _, source, k = heapq.heappop(waiting)
-            # Floats suffice: different quotients of integers this small differ by more than the rounding of the division.
+            # The heap contains deadlines without their common factor, period / slack. Floats suffice: different quotients
+            # of integers this small differ by more than the rounding of the division.
             heapq.heappush(eligible, ((slack * (k + 1) - 1) / counts[source], source, k))
         _, source, k = heapq.heappop(eligible)
         pattern[offset], occurrence[offset] = source, k

@@ -32,6 +32,7 @@ def split_held_out(
     Raises:
         DataError: a file cannot be read.
     """
+    # Only files with equal sizes can have the same content; the others are not hashed.
     sizes = {file.size for file in held_out if file.size} & {file.size for file in files}
     if not sizes:
         return list(files), []
@@ -52,7 +53,7 @@ def digests_path(shard: Path) -> Path:
     return shard.with_suffix(".documents")
 
 
-def count_held_out_documents(validation: TokenCache, sources: Sequence[TokenCache]) -> int | None:
+def count_overlapping_documents(validation: TokenCache, sources: Sequence[TokenCache]) -> int | None:
     """Return how many validation documents occur verbatim in the sources.
 
     Returns None if one of the caches was written by a version that stored no digests.

@@ -46,11 +46,11 @@ class Packing:
     def fill(self, tokens: NDArray[Any], document_starts: NDArray[np.int64]) -> NDArray[Any]:
         """Return the rows [N, sequence_length]; document d begins at `tokens[document_starts[d]]`, and padding is 0."""
         rows = np.zeros((len(self), self.sequence_length), dtype=tokens.dtype)
-        first_of_piece = np.cumsum(self.lengths) - self.lengths
-        origin = document_starts[self.documents] + self.starts - first_of_piece
+        packed_starts = np.cumsum(self.lengths) - self.lengths  # of the pieces in all rows, without padding
+        offsets = document_starts[self.documents] + self.starts - packed_starts  # from there to the piece in `tokens`
         filled = np.diff(np.concatenate(([0], np.cumsum(self.lengths)[self.row_ends - 1])))
         rows[np.arange(self.sequence_length) < filled[:, None]] = tokens[
-            np.repeat(origin, self.lengths) + np.arange(self.lengths.sum())
+            np.repeat(offsets, self.lengths) + np.arange(self.lengths.sum())
         ]
         return rows
 
@@ -87,7 +87,7 @@ def _best_fit(pieces: list[Piece], sequence_length: int) -> tuple[list[Row], lis
         if fitting:
             gap = piece.length + (fitting & -fitting).bit_length() - 1  # the lowest set bit is the smallest fitting gap
             row = rows_with_gap[gap].pop()
-            present ^= (not rows_with_gap[gap]) << gap
+            present ^= (not rows_with_gap[gap]) << gap  # clear the bit if this was the last row with the gap
         else:
             gap, row = sequence_length, len(rows)
             rows.append([])

@@ -150,10 +150,10 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
                 raise DataError(f"{where}: {error}") from error
             digests_file.write(document_digests(line.text for line in batch))
             if chunk.tokens >= CHUNK_TOKENS:
-                shard.write(chunk.pack_into(summary))
+                shard.write(chunk.pack_rows(summary))
             yield lines.bytes_read
         if chunk.tokens:
-            shard.write(chunk.pack_into(summary))
+            shard.write(chunk.pack_rows(summary))
     temporary_digests.replace(digests)
     summary.shard_bytes, summary.shard_crc32 = shard.bytes, shard.crc32
     write_atomically(folder / summary_name(index), dump_with_checksum(dataclasses.asdict(summary)))
@@ -255,7 +255,7 @@ class _Chunk:
                     raise _UnencodableLineError(line.number, str(error)) from error
             raise
 
-    def pack_into(self, summary: RangeSummary) -> pa.RecordBatch:
+    def pack_rows(self, summary: RangeSummary) -> pa.RecordBatch:
         """Pack the documents into rows, add their counts to `summary`, and clear the chunk."""
         lengths = np.array([len(document) for document in self._documents], dtype=np.int64)
         packing = pack(lengths.tolist(), self._sequence_length)

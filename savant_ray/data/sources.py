@@ -100,7 +100,8 @@ def expand(pattern: str | Sequence[str], warn: Warn | None = None) -> list[Sourc
     that is skipped: broken links, names that are not UTF-8, folders without read permission, links to listed files.
 
     Raises:
-        DataError: there is no file, or a file cannot be read or is not text; the message names it or the pattern.
+        DataError: there is no file, or a file cannot be read or has an unsupported format; the message names it or the
+            pattern.
     """
     warn = warn or logging.getLogger(__name__).warning
     patterns = [pattern] if isinstance(pattern, str) else pattern
@@ -359,7 +360,7 @@ def _glob_below(folder: str, pattern: str, problems: list[str]) -> Iterator[str]
 
 
 def _split_at_double_star(pattern: str) -> tuple[str, bool, str]:
-    """Return the parts before and after the first `**` folder, and between them whether there is one."""
+    """Return the part before the first `**`, whether there is a `**`, and the part after it."""
     parts = pattern.split("/")
     if "**" not in parts:
         return pattern, False, ""
@@ -371,7 +372,7 @@ def _split_at_double_star(pattern: str) -> tuple[str, bool, str]:
 
 
 def _fixed_folder(path: str) -> tuple[str, str]:
-    """Split a glob before its first part with a wildcard; a part that exists under its literal name has none."""
+    """Split a glob before its first part with a wildcard. A folder that exists under its literal name counts as none."""
     parts = path.split("/")
     ends = range(1, len(parts))
     at = next((i for i in ends if _is_glob(parts[i]) and not os.path.isdir("/".join(parts[: i + 1]))), len(parts) - 1)
@@ -417,7 +418,8 @@ def _remote_files(pattern: str) -> list[SourceFile]:
         elif _is_glob(path):
             wildcards = re.search(r"[^/]*[*?\[].*", path)
             rest = wildcards[0] if wildcards else ""
-            uri, path = (text.removesuffix(rest).rstrip("/") for text in (uri, path))
+            uri = uri.removesuffix(rest).rstrip("/")
+            path = path.removesuffix(rest).rstrip("/")
             infos = _remote_matches(filesystem, path, rest)
             if not infos and "[" in rest:  # as in `_local_matches`
                 infos = _remote_matches(filesystem, path, rest.replace("[", "[[]"))

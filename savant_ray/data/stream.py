@@ -37,7 +37,7 @@ MAX_PORTION_STEPS = 1024
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """The sequence at each position, determined by plain values that are pickled to the workers."""
+    """Plain values that determine the sequence at each position; pickled to the workers."""
 
     folders: tuple[str, ...]  # token caches, the same path on every node
     weights: tuple[Weight, ...]  # of sequences
@@ -126,7 +126,8 @@ class StepStream:
 
     def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
         """Yield (start position, number of steps) of each portion."""
-        step_bytes = self.sequences_per_step * (self.plan.sequence_length * 2 * 4 + 8)
+        bytes_per_sequence = self.plan.sequence_length * 2 * 4 + 8  # int32 tokens and document ids, int64 position
+        step_bytes = self.sequences_per_step * bytes_per_sequence
         portion_steps = min(MAX_PORTION_STEPS, max(1, PORTION_BYTES // step_bytes))
         for first in range(0, n_steps, portion_steps):
             yield start_position + first * self.plan.effective_batch, min(portion_steps, n_steps - first)

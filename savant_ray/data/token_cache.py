@@ -80,7 +80,7 @@ class LineProblem:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """Line counts of one file; `path` is relative to the folder that all files share. Blank lines are only in `lines`."""
+    """Line counts of one file; `path` is relative to the folder that all files share. `lines` includes blank lines."""
 
     path: str
     lines: int

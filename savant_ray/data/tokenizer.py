@@ -63,8 +63,9 @@ class Tokenizer:
         Args:
             inner: the tokenizer; its padding and truncation are disabled.
             name: for messages.
-            end_of_document: token of the vocabulary that ends each document, in place of the last token of the template.
-                None: the last token of the template; without one, the first of `END_NAMES` in the vocabulary.
+            end_of_document: token of the vocabulary that ends each document, in place of the last token of the template; the
+                property of the same name is its id. None: the last token of the template; without one, the first of
+                `END_NAMES` in the vocabulary.
             add_special_tokens: whether to use the template; `auto`: use it if there is one.
 
         Raises:
@@ -200,7 +201,7 @@ class Tokenizer:
         before_end = template[: template.index(end)] if end in template else template[:-1]
         return (*before_end, end)
 
-    def same_ids(self, other: Tokenizer) -> tuple[int, int]:
+    def count_same_ids(self, other: Tokenizer) -> tuple[int, int]:
         """Return how many ids are the same token in `other` as in this tokenizer, and the number of ids of this one."""
         vocab, other_vocab = (t._inner.get_vocab(with_added_tokens=True) for t in (self, other))
         return sum(other_vocab.get(token) == number for token, number in vocab.items()), len(vocab)

@@ -13,7 +13,7 @@ from savant_ray.config import WEIGHT_RESOLUTION, Config, SourceConfig
 from savant_ray.data.cache_builder import empty_file_report, train_or_load_tokenizer
 from savant_ray.data.cache_builder import prepare as prepare_files
 from savant_ray.data.order import Weight, weights_by_documents
-from savant_ray.data.overlap import count_held_out_documents
+from savant_ray.data.overlap import count_overlapping_documents
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
@@ -71,7 +71,7 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
         for source, source_files in files.sources
     ]
     validation = _tokenize("tokenizing the validation text", files.validation, tokenizer, config, report)
-    if overlap := count_held_out_documents(validation, caches):
+    if overlap := count_overlapping_documents(validation, caches):
         report.notify(
             f"{overlap:,} of {validation.manifest.documents:,} validation documents are also in the training text, word "
             "for word; the validation loss is lower than it would be for new text"

@@ -167,7 +167,7 @@ def _may_replace(tokenizer: Tokenizer, origin: Origin) -> bool:
     """
     if tokenizer.fingerprint == origin.tokenizer.fingerprint:
         return True
-    n_same, n_ids = origin.tokenizer.same_ids(tokenizer)
+    n_same, n_ids = origin.tokenizer.count_same_ids(tokenizer)
     return (
         not origin.is_resumed
         and n_same == n_ids
@@ -182,7 +182,7 @@ def _document_affixes(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int,
 
 def _difference(origin: Origin, tokenizer: Tokenizer) -> Difference:
     """Return how the tokenizer differs from that of the weights."""
-    n_same, n_ids = origin.tokenizer.same_ids(tokenizer)
+    n_same, n_ids = origin.tokenizer.count_same_ids(tokenizer)
     adds, origin_adds = tokenizer.adds_special_tokens, origin.tokenizer.adds_special_tokens
     if n_same == n_ids and adds != origin_adds:
         text = f"{str(adds).lower()}, but {origin.name} was trained with {str(origin_adds).lower()}"

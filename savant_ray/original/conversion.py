@@ -69,11 +69,11 @@ def convert_newest(
     emit: Callable[[Event], None],
     allow_changes: bool = False,
 ) -> Path | None:
-    """Convert the newest intact file of the original into a checkpoint of the run, if its step is after `newest`.
+    """Convert the newest intact file of the original into a checkpoint of the run, if its step is after that of `newest`.
 
     `newest` is the newest intact savant_ray checkpoint of the run. If it was converted from a file of the original with
     other settings and nothing was trained from it, that file is converted again. The files are not changed; damaged ones
-    are reported to `log`.
+    are reported to `log`. With `allow_changes` the settings may differ from those of the file.
 
     Returns:
         The new checkpoint; None if there is nothing to convert.
@@ -93,8 +93,8 @@ def convert_newest(
     content = read_file(path)
     settings = complete_settings(content["model_state_dict"], config.to_dict())
     if newest is not None and content["step"] == step_of(newest):
-        if settings.problems or _is_current(newest, settings.config):  # the caller compares `newest` with the settings
-            return None
+        if settings.problems or _is_current(newest, settings.config):
+            return None  # if there are problems, the caller reports how the settings of `newest` differ
     elif not allow_changes:
         _refuse_other_settings(path, settings)
     names = list(parameter_shapes(settings.config.model))
@@ -102,14 +102,14 @@ def convert_newest(
     storage.check_owner()
     folder = write_checkpoint(storage.folder, checkpoint, _texts(settings.config, allow_changes), storage.check_owner)
     storage.commit(folder)
-    for difference in _other_hyperparameters(path, content, checkpoint, settings.config.training):
+    for difference in _hyperparameter_differences(path, content, checkpoint, settings.config.training):
         log(f"note: {difference}")
     emit(
         CheckpointSaved(
             step=content["step"],
             path=storage.locate(folder.name),
             reason=f"converted from {path.name} of the original, which records neither all settings of its model nor the "
-            f"position in its text; training continues with {', '.join(settings.not_shown)} and at sequence "
+            f"position in its text; training continues with {', '.join(settings.not_inferred)} and at sequence "
             f"{checkpoint['savant']['position']:,} of the text, step × effective batch",
             seconds=time.perf_counter() - started,
             stall_seconds=0.0,
@@ -134,7 +134,7 @@ def find_original(path: Path, log: Callable[[str], None] = lambda _: None) -> Pa
     files = original_files(path)
     newest = newest_intact(reversed(files), log)
     if newest is None and files:
-        raise CheckpointError(none_intact(str(path)))
+        raise CheckpointError(no_intact_file_message(str(path)))
     return newest
 
 
@@ -152,7 +152,7 @@ def converted(
     and the checkpoint has no tokenizer.
 
     Raises:
-        CheckpointError: the file is damaged, or not of the original's model.
+        CheckpointError: the file is damaged, or its weights are not those of the original's model.
         SettingsError: settings contradict the file, or name no tokenizer, or one with more entries than the file's model;
             all problems are listed.
         DataError: the tokenizer cannot be read.
@@ -177,8 +177,8 @@ def to_checkpoint(content: Mapping[str, Any], names: Sequence[str], effective_ba
 
     `names` are the model's parameters in savant_ray's order, to which weights and moments are sorted. The state of an
     optimizer with several groups does not show which moments belong to which parameter; it is returned unchanged, and
-    `load_checkpoint` reports that it does not fit. The schedule is behind the step if the original could not load its
-    optimizer and restarted the schedule; this is preserved, and `load_checkpoint` reports it.
+    `load_checkpoint` reports that it does not fit. If the original could not load its optimizer, it restarted the schedule,
+    which then has counted fewer updates than the step. The result has this smaller count, and `load_checkpoint` reports it.
     """
     weights = {name: weight for name, weight in content["model_state_dict"].items() if name not in MASKS}
     last_epoch = _last_epoch(content)
@@ -199,7 +199,7 @@ def to_checkpoint(content: Mapping[str, Any], names: Sequence[str], effective_ba
     }
 
 
-def _other_hyperparameters(
+def _hyperparameter_differences(
     path: Path, content: Mapping[str, Any], checkpoint: Mapping[str, Any], training: TrainingConfig
 ) -> Iterator[str]:
     """Yield a message for each hyperparameter in a file that differs from the settings.
@@ -258,7 +258,7 @@ def _texts(config: Config, allow_changes: bool = False) -> dict[str, str]:
 
 
 def _load_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
-    """Load the tokenizer that the settings name; return it and the settings with its special tokens.
+    """Load the tokenizer that the settings name; return the settings with its special tokens, and the tokenizer.
 
     Raises:
         DataError: it cannot be read.
@@ -294,7 +294,7 @@ def _newest_file(
     path = newest_intact(map(storage.fetch, names), log)
     if path is None and names and newest is None:
         advice = "Restore one, or start a new run with --fresh, which renames this folder and deletes nothing."
-        raise CheckpointError(f"{none_intact(storage.location)}. {advice}")
+        raise CheckpointError(f"{no_intact_file_message(storage.location)}. {advice}")
     return path
 
 
@@ -337,15 +337,16 @@ def _refuse_other_settings(path: Path, settings: FileSettings) -> None:
 def _refuse_incomplete(path: Path, settings: FileSettings) -> None:
     """Raise CheckpointError or SettingsError if the file cannot be used with these settings, or no tokenizer is named."""
     problems = list(settings.problems)
+    is_settings_error = bool(settings.contradictions) or settings.config.data.trains_tokenizer
     if settings.config.data.trains_tokenizer:
         problems.append(
             "data.tokenizer: a file of the original contains no tokenizer; give --data.tokenizer FILE, FOLDER or NAME"
         )
     if problems:
-        kind = SettingsError if len(problems) > len(settings.mismatches) else CheckpointError
+        kind = SettingsError if is_settings_error else CheckpointError
         raise kind(f"{path}, a file of the original, does not match the settings:\n  " + "\n  ".join(problems))
 
 
-def none_intact(folder: str) -> str:
+def no_intact_file_message(folder: str) -> str:
     """Return the error for a folder or URI whose files of the original are all damaged."""
     return f"{folder}: contains files of the original, but none that is intact"

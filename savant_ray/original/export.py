@@ -99,9 +99,7 @@ def _export_checkpoint(folder: Path, output: Path, optimizer: OptimizerName | No
     )
     write_original(output, original)
     warnings += warnings_of_conversion
-    if (
-        target is None and NO_MOMENTS not in warnings
-    ):  # without moments, any optimizer of the original can load the file
+    if target is None and NO_MOMENTS not in warnings:  # any optimizer of the original can load a file without moments
         warnings.append(NO_OPTIMIZER_KNOWN)
     return warnings + _differences(config.model, original["model_state_dict"], reference, reference_content)
 
@@ -228,7 +226,10 @@ def _is_adamw(optimizer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bo
 
 
 def _new_schedule() -> dict[str, Any]:
-    """Return the state dict of a LambdaLR whose function is an object, as in the original."""
+    """Return the state dict of a LambdaLR whose function is a callable object, as in the original.
+
+    PyTorch stores an entry of attributes for such an object and None for a plain function. Which function is irrelevant.
+    """
     optimizer = torch.optim.AdamW([torch.zeros(1)])
     state: dict[str, Any] = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(max, 1.0)).state_dict()
     return state

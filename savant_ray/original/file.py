@@ -6,8 +6,9 @@
                            if the script ran without bitsandbytes
     scheduler_state_dict   that of torch.optim.lr_scheduler.LambdaLR; absent in files of an older script
 
-The schedule's `last_epoch` counts updates, so it is `step + 1`. A resumed script repeats the number of its last update,
-so each resume adds one more. The learning rates in a file are those of the next update.
+The schedule's `last_epoch` counts updates, so it is `step + 1`. The first update after a resume has the same number as the
+last one before it, so after r resumes `last_epoch` is `step + 1 + r`. The learning rates in a file are those of the next
+update.
 
 Parameters are numbered in the order of the names in `model_state_dict`, which may differ from that of savant_ray. PyTorch
 assigns moments by number alone, so a file has to be written in the parameter order of the model that will load it.
@@ -53,11 +54,12 @@ def newest_intact(files: Iterable[Path], log: Callable[[str], None]) -> Path | N
 
 
 def read_file(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Verify a file and return its four keys: weights and moments in fp32 and in the file's order, and the masks.
+    """Verify a file and return its content under the same keys; weights and moments are converted to fp32.
 
-    The moments have the format of `torch.optim.AdamW`, whichever optimizer wrote the file (see `optimizer_of`). Code in the
-    file is not executed. An invalid state of the optimizer or scheduler is returned empty, so that the weights remain
-    usable. If the file has no scheduler state, the result has none either.
+    Their order is that of the file, and the masks are unchanged. The moments have the format of `torch.optim.AdamW`,
+    whichever optimizer wrote the file (see `optimizer_of`). Code in the file is not executed. An invalid state of the
+    optimizer or scheduler is returned empty, so that the weights remain usable. If the file has no scheduler state, the
+    result has none either.
 
     Raises:
         CheckpointError: the file is missing, truncated or altered, lacks a key or contains code, or its name has another
@@ -162,11 +164,11 @@ def _verify_records(path: Path) -> None:
     """Verify the CRC-32 of all records of the zip archive.
 
     Raises:
-        CheckpointError: a record is damaged, or the file is not a zip archive.
+        CheckpointError: a record is damaged or marked as a folder, or the file is not a zip archive.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() or _folder_record(archive)
+            damaged, folder = archive.testzip(), _folder_record(archive)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (IsADirectoryError, PermissionError) as error:
@@ -177,6 +179,8 @@ def _verify_records(path: Path) -> None:
         ) from error
     if damaged is not None:
         raise CheckpointError(f"{path}: altered since it was written (checksum of record {damaged} differs)")
+    if folder is not None:
+        raise CheckpointError(f"{path}: altered since it was written (record {folder} is marked as a folder)")
 
 
 def _is_real_tensor(weight: Any) -> bool:
@@ -184,7 +188,7 @@ def _is_real_tensor(weight: Any) -> bool:
 
 
 def _folder_record(archive: zipfile.ZipFile) -> str | None:
-    """Return a record that is marked as a folder; PyTorch does not read its content and returns uninitialized memory."""
+    """Return the name of a record that is marked as a folder, for which PyTorch would return uninitialized memory."""
     return next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)  # MS-DOS folder bit
 
 

@@ -1,4 +1,4 @@
-"""Settings for a file of the original, which stores none: inferred from weights and masks, completed by the user's."""
+"""Settings for a file of the original, which stores none: inferred from weights and masks, or given by the user."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class FileSettings:
     """Explicit settings that contradict the file."""
     mismatches: tuple[str, ...]
     """Weights that are missing, unknown or of another shape than in a model of these sizes."""
-    not_shown: tuple[str, ...]
+    not_inferred: tuple[str, ...]
     """Model settings that cannot be inferred from the file, with their explicit or default value: `model.n_heads 16`."""
     assumed: tuple[str, ...]
-    """Those of `not_shown` that have the default value because no explicit one was given."""
+    """Those of `not_inferred` that have the default value because no explicit one was given."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -48,24 +48,24 @@ def complete_settings(weights: Mapping[str, Tensor], explicit: Mapping[str, Mapp
     Raises:
         SettingsError: an explicit setting is invalid.
     """
-    model, sizes = dict(explicit.get("model", {})), inferred_sizes(weights)
-    heads, dim = model.get("n_heads", ModelConfig().n_heads), sizes.get("dim")
+    explicit_model, sizes = dict(explicit.get("model", {})), inferred_sizes(weights)
+    heads, dim = explicit_model.get("n_heads", ModelConfig().n_heads), sizes.get("dim")
     contradictions = []
     if dim is not None and type(heads) is int and heads > 0 and dim % heads:
-        advice = "" if "n_heads" in model else "; give model.n_heads"
+        advice = "" if "n_heads" in explicit_model else "; give model.n_heads"
         contradictions.append(f"model.n_heads: {heads} does not divide the file's model.dim, {dim}{advice}")
         heads = 1  # so that the other settings can be compared
-    config = Config.from_dict({**explicit, "model": {**model, **sizes, "n_heads": heads}})
-    file_model = _original_settings(config.model, model)
+    config = Config.from_dict({**explicit, "model": {**explicit_model, **sizes, "n_heads": heads}})
+    file_model = _original_settings(config.model, explicit_model)
     for name, value in file_model.items():
-        if name in model and name != "n_heads" and model[name] != value:
+        if name in explicit_model and name != "n_heads" and explicit_model[name] != value:
             source = "the file" if name in CONSTANTS else "the original"
-            contradictions.append(f"model.{name}: {model[name]}, but {source} has {value}")
+            contradictions.append(f"model.{name}: {explicit_model[name]}, but {source} has {value}")
     config = Config.from_dict({**config.to_dict(), "model": file_model})
-    not_shown = {name: f"model.{name} {file_model[name]}" for name in CONSTANTS if name not in sizes}
-    assumed = tuple(text for name, text in not_shown.items() if name not in model)
+    not_inferred = {name: f"model.{name} {file_model[name]}" for name in CONSTANTS if name not in sizes}
+    assumed = tuple(text for name, text in not_inferred.items() if name not in explicit_model)
     mismatches = tuple(_mismatches(weights, config.model))
-    return FileSettings(config, tuple(contradictions), mismatches, tuple(not_shown.values()), assumed)
+    return FileSettings(config, tuple(contradictions), mismatches, tuple(not_inferred.values()), assumed)
 
 
 def inferred_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
@@ -91,6 +91,7 @@ def _original_settings(completed: ModelConfig, explicit: Mapping[str, Any]) -> d
     """
     defaults, model = ModelConfig(), completed.model_dump()
     window = explicit.get("window_size")
+    # The mask of a window that covers the whole sequence does not show how much longer than the sequence the window is.
     if type(window) is int and window > model["window_size"] == model["max_seq_len"] - 1:
         model["window_size"] = window
     global_every = defaults.global_every

@@ -39,8 +39,9 @@ def original_files(folder: Path) -> list[Path]:
     A subfolder with such a name is included, because it is to be reported as damaged. `step_5/step_5.pt` and
     `step_5.damaged/step_5.pt` are not included: they are the weights of a savant_ray checkpoint.
     """
-    weights = f"{folder.absolute().name.partition('.')[0]}.pt"
-    return [folder / name for name in original_names(path.name for path in folder.glob("step_*.pt")) if name != weights]
+    weights_name = f"{folder.absolute().name.partition('.')[0]}.pt"
+    names = original_names(path.name for path in folder.glob("step_*.pt"))
+    return [folder / name for name in names if name != weights_name]
 
 
 def newest_by_name(path: Path) -> tuple[int, Path] | None:

@@ -134,7 +134,7 @@ def conditional_object(filesystem: pafs.FileSystem, path: str) -> ConditionalObj
     """Return the object with conditional writes; None if its storage is neither S3 nor Google Cloud Storage.
 
     Raises:
-        OSError: `obstore` has no counterpart of an option of the file system.
+        OSError: the file system has an option that `obstore` does not support.
     """
     bucket, _, key = path.partition("/")
     try:
@@ -150,7 +150,7 @@ def conditional_object(filesystem: pafs.FileSystem, path: str) -> ConditionalObj
 
 
 def _options(filesystem: pafs.FileSystem) -> Mapping[str, Any]:
-    """Return the file system's constructor arguments, which pyarrow shows only for pickling."""
+    """Return the file system's constructor arguments, which pyarrow exposes only through pickling."""
     _, arguments = filesystem.__reduce__()
     return dict(arguments[0])
 
@@ -158,7 +158,7 @@ def _options(filesystem: pafs.FileSystem) -> Mapping[str, Any]:
 def _s3(bucket: str, options: Mapping[str, Any]) -> S3Store:
     from obstore.store import S3Store
 
-    _refuse(options, "role_arn", "tls_ca_file_path", "anonymous")
+    _raise_if_set(options, "role_arn", "tls_ca_file_path", "anonymous")
     if (options.get("proxy_options") or {}).get("host"):
         raise ValueError("a proxy is configured")
     names = {
@@ -201,12 +201,12 @@ def _profile_keys(environment: Mapping[str, str]) -> dict[str, str]:
 def _gcs(bucket: str, options: Mapping[str, Any]) -> GCSStore:
     from obstore.store import GCSStore
 
-    _refuse(options, "anonymous", "access_token", "target_service_account", "endpoint_override")
+    _raise_if_set(options, "anonymous", "access_token", "target_service_account", "endpoint_override")
     client: Any = {**TIMEOUTS, "allow_http": True}
     return GCSStore(bucket, client_options=client, retry_config=RETRIES)  # type: ignore[arg-type]
 
 
-def _refuse(options: Mapping[str, Any], *names: str) -> None:
+def _raise_if_set(options: Mapping[str, Any], *names: str) -> None:
     """Raise ValueError if one of these options is set."""
     for name in names:
         if options.get(name):

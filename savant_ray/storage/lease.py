@@ -8,8 +8,8 @@ any number of processes acquires it. Otherwise the last writer acquires it: each
 Clocks of different machines are not compared. A claim that changes while another process watches it belongs to a running
 process; a claim that stays the same for `EXPIRY_SECONDS` has expired.
 
-Workers can outlive a driver that lost its connection. `Owner` is their fencing token. Its `epoch` is incremented whenever
-workers of an earlier owner may still write, and is part of the names of checkpoints (`object_store.py`).
+Workers can outlive a driver that lost its connection. `Owner` is their fencing token. The `epoch` in it is incremented
+whenever workers of an earlier owner may still write, and is part of the names of checkpoints (`object_store.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SETTLE_SECONDS = 1.0  # without conditional writes: time between writing a claim
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that may write a run; workers get it as plain values."""
+    """Fencing token of the process that may write a run: a random ID and an epoch. Workers get it as plain values."""
 
     token: str
     epoch: int = 0
@@ -57,7 +57,8 @@ class Owner:
 def leased(filesystem: pafs.FileSystem, path: str, log: Callable[[str], None], min_epoch: int = 0) -> Iterator[Lease]:
     """Hold the lease of the run at `path` within a `with` block.
 
-    If this process cannot renew the lease, another one may take it over; see `Lease.refuse_if_lost`.
+    The epoch is at least `min_epoch`. If this process cannot renew the lease, another one may take it over; see
+    `Lease.refuse_if_lost`.
 
     Raises:
         SavantError: another process trains this run.
@@ -80,7 +81,7 @@ def refuse_if_superseded(filesystem: pafs.FileSystem, path: str, owner: Owner) -
     """
     claim = _parse(PlainObject(filesystem, f"{path}/{LEASE}").read()[0])
     if claim and claim.get("token") != owner.token:
-        raise _superseded(path, claim)
+        raise _superseded_error(path, claim)
 
 
 class Lease:
@@ -114,6 +115,8 @@ class Lease:
     def acquire(self, log: Callable[[str], None], min_epoch: int = 0) -> None:
         """Write the claim of this process; if there is another holder, wait first until its claim has expired.
 
+        The epoch of the claim is at least `min_epoch`.
+
         Raises:
             SavantError: another process trains this run.
             OSError: the storage cannot be written.
@@ -129,23 +132,26 @@ class Lease:
         except ConditionsNotSupportedError as error:
             self._continue_without_conditions(str(error), log)
             written = self._write()
-        if written and not self._is_enforced():
+        if written and not self._conditions_work():  # the last process that writes a claim acquires the lease
             if isinstance(self._object, ConditionalObject):
                 self._continue_without_conditions("the server ignores their headers", log)
                 self._write()
             time.sleep(SETTLE_SECONDS)
         holder = self._read()
         if holder.get("token") != self._claim["token"]:
-            raise _in_use(self._run, holder)
+            raise _in_use_error(self._run, holder)
         self._renewal.start()
 
     def refuse_if_lost(self) -> None:
         """Raise SavantError if another process has taken the run over; does not read the storage."""
         if self._new_owner:
-            raise _superseded(self._run, self._new_owner)
+            raise _superseded_error(self._run, self._new_owner)
 
     def release(self) -> None:
-        """Release the lease if it is still held. The object is kept if its epoch is not 0, so that epochs never decrease."""
+        """Release the lease if it is still held.
+
+        The object is deleted only if the next owner's epoch is 0, so that epochs never decrease.
+        """
         self._released.set()
         self._renewal.join()
         self._claim["released"] = "workers may live" if self.workers_may_live else "clean"
@@ -161,8 +167,8 @@ class Lease:
         while not self._new_owner and not self._released.wait(RENEWAL_SECONDS):
             self._claim["beat"] += 1
             with suppress(OSError):  # retried at the next renewal
-                if self._is_held() and not self._write():  # another process has written in between
-                    self._is_held()
+                if self._is_held() and not self._write():
+                    self._is_held()  # another process has written in between: store its claim in `_new_owner`
 
     def _is_held(self) -> bool:
         """Return whether no other process has taken the lease over, and store the claim of one that has.
@@ -181,7 +187,7 @@ class Lease:
             time.sleep(RENEWAL_SECONDS / 2)
             if (claim := self._read()) != holder:
                 if claim and not _is_released(claim):
-                    raise _in_use(self._run, claim)
+                    raise _in_use_error(self._run, claim)
                 return claim or holder
         return holder
 
@@ -197,7 +203,7 @@ class Lease:
             return None
         return candidate
 
-    def _is_enforced(self) -> bool:
+    def _conditions_work(self) -> bool:
         """Return whether the storage enforces conditions and pyarrow, which the workers use, reads the written claim."""
         claim = _parse(PlainObject(self._filesystem, self._path).read()[0])
         return claim.get("token") == self._claim["token"] and self._object.is_conditional(self._encoded())
@@ -241,7 +247,10 @@ def _is_released(claim: dict[str, Any]) -> bool:
 
 
 def _next_epoch(claim: dict[str, Any]) -> int:
-    """Return the epoch of the next owner: one more than the claim's if workers of its process may still write."""
+    """Return the epoch of the next owner: one more than the claim's if workers of its process may still write.
+
+    That is the case unless the process has released its claim as "clean".
+    """
     epoch = claim.get("epoch", 0)
     epoch = epoch if isinstance(epoch, int) else 0
     return epoch + 1 if claim and claim.get("released") != "clean" else epoch
@@ -256,7 +265,7 @@ def _is_dead_local_process(claim: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """Return an ID that differs between machines of one host name and between PID namespaces; "" if unknown."""
+    """Return an ID that differs between machines with the same host name and between PID namespaces; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -268,11 +277,11 @@ def _process(claim: dict[str, Any]) -> str:
     return f"process {claim.get('process', '?')} on {claim.get('host', 'another machine')}"
 
 
-def _in_use(run: str, holder: dict[str, Any]) -> SavantError:
+def _in_use_error(run: str, holder: dict[str, Any]) -> SavantError:
     return SavantError(f"{run} is in use by {_process(holder)}; stop that run first, or give this one another run.name")
 
 
-def _superseded(run: str, new_owner: dict[str, Any]) -> SavantError:
+def _superseded_error(run: str, new_owner: dict[str, Any]) -> SavantError:
     return SavantError(
         f"{run} could not be reached for {EXPIRY_SECONDS:g} s or more, and {_process(new_owner)} has taken the run over; "
         "this process has stopped and saves nothing. Continue with the other process, or stop it first."

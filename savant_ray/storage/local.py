@@ -1,4 +1,4 @@
-"""A run in a folder that every node reaches under the same path: a local disk, NFS."""
+"""A run in a folder that every node reaches under the same path, such as NFS or, on a single node, a local disk."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class ObjectStorage(RunStorage):
             replace_folder(folder, unsent)
             self._delete_other_mirrored(unsent)
             raise type(error)(
-                f"{str(error).rstrip('.')}. The checkpoint is complete in {unsent} of this node"
+                f"{str(error).rstrip('.')}. The checkpoint is complete in {unsent} on this node"
             ) from error
         self._delete_other_mirrored(folder)
         return f"{self.path}/{folder.name}"
@@ -165,6 +165,7 @@ class ObjectStorage(RunStorage):
     @contextmanager
     def in_use(self, log: Callable[[str], None] = print) -> Iterator[None]:
         with locked(self.folder):
+            # Epochs never decrease, even if the lease was deleted.
             min_epoch = max((_parts(stored)[1] for stored in _stored_folders(self._list())), default=0)
             with leased(self.filesystem, self.path, log, min_epoch) as self._lease:
                 self.owner = self._lease.owner
@@ -183,7 +184,7 @@ class ObjectStorage(RunStorage):
             self._lease.workers_may_live = True
 
     def fetch_records(self) -> None:
-        """Download the records if they are newer than the local ones; if there are none, rename the local ones."""
+        """Download the records if they are newer than the local ones; if the storage has none, rename the local ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
         stored = [name for name in RECORDS if name in self._list()]
         with TemporaryDirectory(dir=self.folder, prefix="fetch-") as scratch:
@@ -347,5 +348,8 @@ def _is_weights(path: str) -> bool:
 
 
 def _upload_order(file: Path) -> tuple[bool, bool]:
-    """Return a sort key: the manifest last, the weights before it, so that a folder without weights can be deleted."""
+    """Return a sort key: the manifest last, the weights before it.
+
+    A folder without weights and manifest is therefore an interrupted upload, which `remove_unfinished` deletes.
+    """
     return file.name == MANIFEST, file.suffix == ".pt"

@@ -15,7 +15,7 @@ def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path)
     """Return settings whose paths are absolute; `file:` URIs become paths, other URIs are unchanged.
 
     Text and tokenizer are relative to `input_folder`; run folder, token cache and `run.init_from` to `output_folder`.
-    Absolute settings are returned unchanged.
+    Absolute paths are unchanged.
 
     Raises:
         SettingsError: a setting cannot be a path (`~` of an unknown user, NUL, not UTF-8), or `data.cache_dir` is a URI;
@@ -45,9 +45,9 @@ def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path)
 
 
 def run_folder(config: Config) -> Path:
-    """Return `<run.storage_path>/<run.name>`; of a URI its mirror on this machine.
+    """Return `<run.storage_path>/<run.name>`; for a URI, the folder on this machine that mirrors the run.
 
-    The mirror of `s3://bucket/runs` is `~/savant_runs/s3/bucket/runs/<run.name>`.
+    The mirror of a run in `s3://bucket/runs` is `~/savant_runs/s3/bucket/runs/<run.name>`.
 
     Raises:
         SettingsError: the mirror needs a home folder, and the user has none.
@@ -65,7 +65,10 @@ def _absolute(path: str | list[str], folder: Path, setting: str) -> str | list[s
 
 
 def _absolute_tokenizer(tokenizer: str, folder: Path) -> str:
-    """Return the absolute path of `data.tokenizer`; a URI, or a name without a file of that name, is unchanged."""
+    """Return the absolute path of `data.tokenizer`; a URI, or a relative path that does not exist, is unchanged.
+
+    The latter is the name of a Hugging Face model.
+    """
     if is_uri(tokenizer):
         return tokenizer
     path = local_path(tokenizer, "data.tokenizer")

@@ -35,13 +35,13 @@ class RunStorage(Protocol):
         """Return the path or URI of a checkpoint, for messages."""
 
     def step_folders(self) -> list[str]:
-        """Return the names of all checkpoints, including those without a manifest, oldest first."""
+        """Return the names of all checkpoint folders, including incomplete ones without a manifest, oldest first."""
 
     def checkpoints(self) -> list[str]:
         """Return the names of the checkpoints that have a manifest, oldest first."""
 
     def file_names(self) -> list[str]:
-        """Return the names of the files directly in the run folder; of a local run, also those of subfolders."""
+        """Return the names of the files directly in the run folder; for a local run also the names of its subfolders."""
 
     def fetch(self, name: str) -> Path:
         """Return the local path of a checkpoint or file, downloading it if necessary."""
@@ -95,7 +95,7 @@ class RunStorage(Protocol):
         """
 
     def expect_late_writes(self) -> None:
-        """Record that workers may still write after this process exits, so that the next owner uses other names."""
+        """Record that workers may still write after this process exits, so that the next owner writes other folders."""
 
     def fetch_records(self) -> None:
         """Download the driver's own files (record, samples, log, settings)."""
@@ -120,7 +120,8 @@ def newest_intact_checkpoint(storage: RunStorage, log: Callable[[str], None]) ->
     Raises:
         OSError: the storage cannot be read or written.
     """
-    while names := storage.step_folders():  # object storage may have another copy of a step that was set aside
+    # Listed again after each damaged one: object storage may have an older folder of the same step (object_store.py).
+    while names := storage.step_folders():
         folder = storage.fetch(names[-1])
         try:
             verify(folder)

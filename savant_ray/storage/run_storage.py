@@ -1,4 +1,8 @@
-"""Selects the storage of a run, and provides checkpoints that are named by a path or URI as local folders."""
+"""Selects the storage of a run, and provides checkpoints that are named by a path or URI as local folders.
+
+Such a path or URI may also name a file of the original: a checkpoint `step_N.pt` of the training script that savant_ray
+reimplements as a Ray Train job (see `savant_ray/original`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from urllib.parse import quote
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.locations import checkpoint_path, error_text, is_uri, join_uri, parent_and_name
-from savant_ray.original.conversion import converted, find_original, none_intact
+from savant_ray.original.conversion import converted, find_original, no_intact_file_message
 from savant_ray.original.file import newest_intact
 from savant_ray.original.names import is_original_name, original_names
 from savant_ray.storage.lease import Owner
@@ -51,11 +55,12 @@ def storage_errors_explained(storage: RunStorage) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_in_python = storage.filesystem is not None and storage.filesystem.type_name.startswith("py::")  # hf://
+        # A file system that is written in Python (hf://) may raise errors of any type.
+        is_python_file_system = storage.filesystem is not None and storage.filesystem.type_name.startswith("py::")
         if (
             isinstance(error, SavantError)
             or storage.filesystem is None
-            or not (isinstance(error, OSError) or is_in_python)
+            or not (isinstance(error, OSError) or is_python_file_system)
         ):
             raise
         if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -64,7 +69,7 @@ def storage_errors_explained(storage: RunStorage) -> Iterator[None]:
 
 
 def check_checkpoint_exists(checkpoint: str) -> None:
-    """Check that a path or URI is a checkpoint, a run with one, or a file of the original; nothing is downloaded.
+    """Check that a path or URI is a checkpoint or file of the original, or a run with one; nothing is downloaded.
 
     Raises:
         CheckpointError: there is none, or its storage cannot be read.
@@ -82,10 +87,12 @@ def local_checkpoint(
 ) -> Iterator[Path]:
     """Yield the local path of a savant_ray checkpoint; a URI is downloaded, and a file of the original is converted.
 
-    `settings` (by section, as in YAML) complete a file of the original; defaults for the others are printed to stderr.
+    `settings` (by section, as in YAML) are those that a file of the original does not contain. Defaults that are used for
+    missing ones are printed to stderr.
 
     Raises:
-        CheckpointError: there is no checkpoint, it cannot be fetched, or the file is not of the original's model.
+        CheckpointError: there is no checkpoint, it cannot be fetched, or the file's weights are not those of the original's
+            model.
         SettingsError: it is not the URI of a storage that pyarrow supports; the settings contradict the file, or name no
             tokenizer; or settings are given for a savant_ray checkpoint.
     """
@@ -111,7 +118,8 @@ def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes:
     A file of the original is compared with the settings of the run unless changes are allowed; see `converted`.
 
     Raises:
-        CheckpointError: there is no checkpoint, it cannot be fetched, or the file is not of the original's model.
+        CheckpointError: there is no checkpoint, it cannot be fetched, or the file's weights are not those of the original's
+            model.
         SettingsError: `run.init_from` is not set; or the settings contradict the file, or name no tokenizer.
     """
     if config.run.init_from is None:
@@ -136,7 +144,7 @@ def fetched(checkpoint: str, files: Sequence[str] = (), with_original: bool = Fa
     The URI of a run stands for its newest checkpoint or, if it has none, the newest intact file of the original. If
     `files` is not empty, only these files of a checkpoint are downloaded, for callers that need no weights. With
     `with_original`, the run's newest intact file of the original, if any, is downloaded into the same parent
-    folder.
+    folder, where `export_original` looks for it.
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be fetched.
@@ -160,7 +168,7 @@ def fetched(checkpoint: str, files: Sequence[str] = (), with_original: bool = Fa
         except Exception as error:  # OSError, or any error of a file system that is written in Python (hf://)
             raise CheckpointError(f"{checkpoint}: cannot be fetched ({error_text(error)})") from error
         if path is None:
-            raise CheckpointError(none_intact(checkpoint))
+            raise CheckpointError(no_intact_file_message(checkpoint))
         yield path
 
 

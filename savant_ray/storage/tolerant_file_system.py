@@ -31,7 +31,7 @@ def tolerant_file_system(filesystem: pafs.FileSystem | None, storage: RunStorage
     return pafs.PyFileSystem(TolerantFileSystem(pafs.LocalFileSystem() if filesystem is None else filesystem, storage))
 
 
-# Failed deletions; they belong to the process, because Ray unpickles a file system object for each checkpoint.
+# Deletions that have failed. A variable of the module, because Ray unpickles a new handler for each checkpoint.
 _pending_deletions: list[tuple[TolerantFileSystem, str]] = []
 
 

@@ -36,7 +36,7 @@ OTHER = train_tokenizer(iter(["zebra quartz vexed jumbling waltz nymph"] * 9), 2
 EXTENDED = tokenizers.Tokenizer.from_str(BASE.to_json())
 EXTENDED.add_special_tokens(["<|user|>"])
 ALBERT = Tokenizer.load(FOLDER)
-AGREE, KNOWN = BASE.same_ids(OTHER)
+AGREE, KNOWN = BASE.count_same_ids(OTHER)
 
 
 def run_of(tmp_path: Path, step: int = 6, kept: Tokenizer = BASE, **data: Any) -> Path:

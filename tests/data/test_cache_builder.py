@@ -24,7 +24,7 @@ from tokenizers import models, processors
 
 from savant_ray.data import cache_builder, content
 from savant_ray.data.cache_builder import empty_file_report, prepare, train_or_load_tokenizer
-from savant_ray.data.overlap import count_held_out_documents
+from savant_ray.data.overlap import count_overlapping_documents
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
 from savant_ray.data.tokenizer import Tokenizer
@@ -268,15 +268,15 @@ def test_validation_documents_in_the_training_text_are_counted_and_the_count_is_
 
     sources = [cache("a.jsonl", [f"text {i}" for i in range(200)], 500), cache("b.jsonl", ["böse", "gut"])]
     validation = cache("val.jsonl", ["text 7", "text 7", "new", "böse", "text", "text 199"])
-    assert count_held_out_documents(validation, sources) == 4
-    assert count_held_out_documents(cache("new.jsonl", ["new"]), sources) == 0
+    assert count_overlapping_documents(validation, sources) == 4
+    assert count_overlapping_documents(cache("new.jsonl", ["new"]), sources) == 0
     for digests in (tmp_path / "cache").glob("*/*.documents"):
         digests.unlink()
-    assert count_held_out_documents(validation, sources) == 4, "remembered"
+    assert count_overlapping_documents(validation, sources) == 4, "remembered"
     for remembered in (tmp_path / "cache").glob("overlap-*.json"):
         remembered.write_text(remembered.read_text().replace("4", "3"))
-    assert count_held_out_documents(validation, sources) is None, "what was altered is not believed"
-    assert count_held_out_documents(validation, sources[:1]) is None, "a cache of an older version"
+    assert count_overlapping_documents(validation, sources) is None, "what was altered is not believed"
+    assert count_overlapping_documents(validation, sources[:1]) is None, "a cache of an older version"
 
 
 def test_a_file_of_any_name_can_be_prepared(tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer) -> None:

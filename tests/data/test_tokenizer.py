@@ -186,8 +186,8 @@ def test_characters_without_a_token_are_counted(tokenizer: Tokenizer, dropped: t
 
 
 def test_ids_with_the_same_token_in_both_tokenizers_are_counted() -> None:
-    assert word_level("a", "b", "c").same_ids(word_level("a", "c", "b", "d")) == (1, 3)
-    assert word_level("a", "b", "c").same_ids(word_level("a", "b", "c", "d")) == (3, 3)
+    assert word_level("a", "b", "c").count_same_ids(word_level("a", "c", "b", "d")) == (1, 3)
+    assert word_level("a", "b", "c").count_same_ids(word_level("a", "b", "c", "d")) == (3, 3)
 
 
 @pytest.mark.parametrize(

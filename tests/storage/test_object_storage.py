@@ -80,7 +80,7 @@ def test_the_manifest_is_uploaded_last_so_that_an_interrupted_upload_is_not_a_ch
     monkeypatch.setattr(ObjectStorage, "_upload", dying)
     write(storage_a.folder, 2)
     files = {file.name for file in (storage_a.folder / "step_2").iterdir()}
-    with pytest.raises(OSError, match=r"power.* complete in .*step_2\.unsent of this node"):
+    with pytest.raises(OSError, match=r"power.* complete in .*step_2\.unsent on this node"):
         storage_a.commit(storage_a.folder / "step_2")
     assert {file.name for file in (storage_a.folder / "step_2.unsent").iterdir()} == files
     assert (

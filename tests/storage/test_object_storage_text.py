@@ -44,6 +44,9 @@ def test_an_object_whose_format_differs_from_its_suffix_is_reported(store: Objec
         store.write(f"odd/{name}", content)
         with pytest.raises(DataError, match=rf"s3://bucket/odd/{name}: (its name says plain text, but it is gzip|is )"):
             content_hashes(expand(store.uri(f"odd/{name}")), tmp_path)
+    store.write("odd/utf16.jsonl", TEXT.decode().encode("utf-16"))
+    with pytest.raises(DataError, match=r"its name says plain text, but it is utf-16; convert it to UTF-8"):
+        content_hashes(expand(store.uri("odd/utf16.jsonl")), tmp_path)
 
 
 def test_google_cloud_storage_is_not_retried_for_minutes_unless_configured() -> None:

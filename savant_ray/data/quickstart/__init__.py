@@ -39,7 +39,7 @@ _SEED = 20240
 def write_quickstart(folder: Path, force: bool = False, log: Callable[[str], None] = print) -> None:
     """Write the three files into `folder`; existing files are replaced only with `force`.
 
-    The content depends only on the version of Python. `log` receives progress messages.
+    The content depends only on the Python installation (see `prose`). `log` receives progress messages.
 
     Raises:
         DataError: the folder cannot be written to, or Python was installed without the sources of its library.

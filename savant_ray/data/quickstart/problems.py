@@ -10,7 +10,8 @@ digit by digit from the ones, and ends with `The answer is 61.`:
 
 Held out are some wordings, and some unordered pairs of operands for all operations:
 
-- {5, 10}, the pair in the training guide's prompt, and about one in ten of the other pairs of 0 … 99, selected by hash.
+- {5, 10}, the pair in the default of `validation.prompt`, and about one in ten of the other pairs of 0 … 99, selected by
+  hash.
 - Except for {5, 10}, pairs of round numbers (one digit, or multiples of ten) are never held out, because the worked steps
   consist of them: a model that has not seen 7 + 4 cannot compute 27 + 34.
 - A training problem combines no held-out pair: not in its question (any two of three operands), not with an intermediate
@@ -83,12 +84,12 @@ def problems(
     """
     rng = Random(f"{seed} {held_out} {unseen_wordings}")
     by_prompt: dict[str, Problem] = {}
-    turns = list(templates)
-    while turns and len(by_prompt) < n:
-        for template in tuple(turns):
+    remaining_templates = list(templates)
+    while remaining_templates and len(by_prompt) < n:
+        for template in tuple(remaining_templates):
             problem = _new_problem(rng, template, held_out, unseen_wordings, by_prompt)
             if problem is None:
-                turns.remove(template)
+                remaining_templates.remove(template)
             elif len(by_prompt) < n:
                 by_prompt[problem.prompt] = problem
     return list(by_prompt.values())

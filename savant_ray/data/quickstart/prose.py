@@ -1,7 +1,8 @@
 """Extracts English prose from the Python installation: the language reference and the documentation of the library.
 
 Sources are `pydoc_data.topics` and the docstrings and longer comments of the standard library, read from the source
-files without importing them. The documents depend only on the version of Python.
+files without importing them. The documents depend only on the version of Python and on the modules that its distribution
+includes.
 
 No paragraph occurs twice. Documents of whole packages and topics are held out, selected by a hash of their name; held-out
 documents that share more than a few passages with the training documents are dropped.
