@@ -108,7 +108,7 @@ def prepare(
 def train_or_load_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_size: int = 32_000) -> Tokenizer:
     """Load the tokenizer that was trained on these files from `cache_dir`; train it if it is not there.
 
-    At most `MAX_TRAINING_CHARACTERS` of the files are used.
+    At most about `MAX_TRAINING_CHARACTERS` are used, in whole documents.
 
     Raises:
         DataError: a file cannot be read.
@@ -396,7 +396,7 @@ def _relative_paths(files: Sequence[SourceFile]) -> list[str]:
 
 
 def _title(files: Sequence[SourceFile]) -> str:
-    """Return the beginning of the cache folder's name: that of the first file, truncated to `MAX_TITLE_BYTES`."""
+    """Return what the cache folder's name begins with: the first file's name, truncated to `MAX_TITLE_BYTES`."""
     name = _relative_paths(files)[0].partition(".")[0].replace("/", "-")
     return name.encode()[:MAX_TITLE_BYTES].decode(errors="ignore")
 

@@ -109,9 +109,10 @@ def _hash(file: SourceFile) -> str:
 
 
 def _check_format(file: SourceFile, head: bytes) -> None:
-    """Check that the first bytes match the suffix: files in object storage are listed without being opened.
+    """Check that the first bytes match the format with which the file was listed.
 
-    UTF-16 and UTF-32 are therefore supported for local files only.
+    A file in object storage is not opened for the listing, so its suffix determines the format. No suffix stands for UTF-16
+    or UTF-32, which are therefore supported for local files only.
     """
     detected = format_of(head, printable(file.path))
     if detected != (file.codec or "text"):

@@ -50,7 +50,8 @@ class Line(NamedTuple):
 def plan_ranges(files: Sequence[SourceFile], range_bytes: int | None = None) -> list[ByteRange]:
     """Divide `files` into ranges of `range_bytes`; a compressed or UTF-16 file is one range, an empty file none.
 
-    By default there are about 64 ranges of 4 to 32 MiB: enough tasks for all cores, few shards, and little padding.
+    By default `range_bytes` is a 64th of the total, at least 4 and at most 32 MiB: enough tasks for all cores, few shards,
+    and little padding.
     """
     total = sum(file.size for file in files)
     step = range_bytes or min(max(total // 64, 4 * MIB), 32 * MIB)

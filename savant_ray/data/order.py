@@ -135,8 +135,8 @@ def _period(counts: list[int]) -> tuple[Int64s, Int64s]:
     """Return the source at each offset of a period, and the number of its earlier occurrences in the period.
 
     Tijdeman's rule: each offset is assigned to the eligible source with the earliest deadline, the first one among equals.
-    Occurrence k of source i is eligible from the first offset with slack · (count · (offset + 1) − k · period) ≥ period;
-    its deadline is (slack · (k + 1) − 1) · period / (slack · count).
+    With slack = 2 · (number of sources) − 2, at least 1, occurrence k of a source is eligible from the first offset with
+    slack · (count · (offset + 1) − k · period) ≥ period; its deadline is (slack · (k + 1) − 1) · period / (slack · count).
     """
     period, slack = sum(counts), max(2 * len(counts) - 2, 1)
 

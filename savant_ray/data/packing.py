@@ -2,8 +2,8 @@
 
 In measurements, one document per row left 19 to 55 % of the positions as padding, and concatenating and splitting cut 44 to
 88 % of the documents. Best-fit decreasing cuts only documents that are longer than a row. If more than `MAX_PADDING` of the
-positions are padding after that, the documents of the emptiest rows are moved into the largest gaps of the other rows,
-which cuts few additional documents.
+positions are padding after that (not counting rows that a long document fills), the documents of the emptiest rows are
+moved into the largest gaps of the other rows, which cuts few additional documents.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Packing:
     def fill(self, tokens: NDArray[Any], document_starts: NDArray[np.int64]) -> NDArray[Any]:
         """Return the rows [N, sequence_length]; document d begins at `tokens[document_starts[d]]`, and padding is 0."""
         rows = np.zeros((len(self), self.sequence_length), dtype=tokens.dtype)
-        packed_starts = np.cumsum(self.lengths) - self.lengths  # of the pieces in all rows, without padding
-        offsets = document_starts[self.documents] + self.starts - packed_starts  # from there to the piece in `tokens`
+        # Where each piece begins if all rows are concatenated without padding, and how far from there it is in `tokens`.
+        packed_starts = np.cumsum(self.lengths) - self.lengths
+        offsets = document_starts[self.documents] + self.starts - packed_starts
         filled = np.diff(np.concatenate(([0], np.cumsum(self.lengths)[self.row_ends - 1])))
         rows[np.arange(self.sequence_length) < filled[:, None]] = tokens[
             np.repeat(offsets, self.lengths) + np.arange(self.lengths.sum())
@@ -103,7 +104,7 @@ def _best_fit(pieces: list[Piece], sequence_length: int) -> tuple[list[Row], lis
 def _fill_gaps(rows: list[Row], gaps: list[int], sequence_length: int) -> list[Row]:
     """Move the pieces of the emptiest row into the largest gaps of the others, repeatedly.
 
-    Stops when the padding is at most `MAX_PADDING` of the positions, or less than a row.
+    Stops when the padding is at most `MAX_PADDING` of the positions in `rows`, or less than a row.
     """
     largest = [(-gap, row) for row, gap in enumerate(gaps) if gap]
     heapq.heapify(largest)

@@ -28,7 +28,7 @@ from savant_ray.errors import DataError
 BATCH_CHARACTERS = 1 << 18  # tokenized in one call
 CHUNK_TOKENS = 1 << 21  # packed in one call; large enough for the padding of the last row to be negligible
 MAX_NAMED_INVALID_LINES = 100  # stored with line number and reason, per range and per cache
-MAX_NAMED_CHARACTERS = 10  # stored characters of the first line with dropped characters
+MAX_NAMED_CHARACTERS = 10  # at most this many dropped characters are stored, from the first line that has any
 READ_BYTES = 1 << 20
 
 
@@ -60,7 +60,8 @@ class Recipe:
 class RangeSummary:
     """Counts of one byte range; line numbers start from 1 at the beginning of the range.
 
-    The fields are the keys of the summary file. `bad_lines` is the number of invalid lines.
+    The fields are the keys of the summary file. `bad_lines` is the number of invalid lines, `pieces` that of the documents
+    and parts of documents that the rows contain.
     """
 
     lines: int = 0
@@ -132,7 +133,7 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
     """Write shard and summary of a range; yield the number of its bytes that have been read so far.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or the tokenizer cannot encode one of the lines.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one CPU
     tokenizer = tokenizer_of(recipe)

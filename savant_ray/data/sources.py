@@ -372,7 +372,7 @@ def _split_at_double_star(pattern: str) -> tuple[str, bool, str]:
 
 
 def _fixed_folder(path: str) -> tuple[str, str]:
-    """Split a glob before its first part with a wildcard. A folder that exists under its literal name counts as none."""
+    """Split a glob before its first part with a wildcard; a part such as `[2024]` has none if a folder has this name."""
     parts = path.split("/")
     ends = range(1, len(parts))
     at = next((i for i in ends if _is_glob(parts[i]) and not os.path.isdir("/".join(parts[: i + 1]))), len(parts) - 1)

@@ -7,11 +7,13 @@
     ├── manifest.json          totals and list of shards; written last
     └── checked.json           size, inode and times of the shards whose CRC-32 was verified
 
+A piece is a document, or the part of one that a row contains (see packing.py).
+
 The fingerprint includes the content hashes of the files, so changed files get another cache. Shards are memory-mapped:
 reading a row loads only that row. All nodes need the folder under the same path.
 
-The CRC-32 of a shard is verified once after it was written, and again when its size, inode or times have changed; starting a
-run therefore usually takes one `stat` call per shard. Caches of earlier versions have no checksums; of these, only the
+The CRC-32 of a shard is verified once after it was written, and again when its inode or times have changed; starting a run
+therefore usually takes one `stat` call per shard. Caches of earlier versions have no checksums; of these, only the
 sizes of the shards are verified.
 """
 
@@ -343,17 +345,17 @@ class _Batch:
     def __init__(self, batch: pa.RecordBatch) -> None:
         tokens, lengths, lines = batch.columns
         self.tokens: Unsigned = tokens.values.to_numpy(zero_copy_only=True).reshape(-1, tokens.type.list_size)
-        self._ends = lengths.offsets.to_numpy(zero_copy_only=True)
+        self._offsets = lengths.offsets.to_numpy(zero_copy_only=True)
         self._lengths: Unsigned = lengths.values.to_numpy(zero_copy_only=True)
         self._lines: Unsigned = lines.values.to_numpy(zero_copy_only=True)
 
     def lengths(self, row: int) -> Unsigned:
         """Return the lengths of the pieces of a row."""
-        return self._lengths[self._ends[row] : self._ends[row + 1]]
+        return self._lengths[self._offsets[row] : self._offsets[row + 1]]
 
     def lines(self, row: int) -> Unsigned:
         """Return the line numbers of the pieces of a row, counted from the start of the range."""
-        return self._lines[self._ends[row] : self._ends[row + 1]]
+        return self._lines[self._offsets[row] : self._offsets[row + 1]]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -371,7 +373,7 @@ def shard_batch(
     schema: pa.Schema, rows: Unsigned, row_ends: NDArray[np.int64], lengths: NDArray[Any], lines: NDArray[Any]
 ) -> pa.RecordBatch:
     """Build a record batch from rows [N, T] and the length and line of each piece; row i ends before piece `row_ends[i]`."""
-    ends = pa.array(np.concatenate(([0], row_ends)), pa.int32())
+    offsets = pa.array(np.concatenate(([0], row_ends)), pa.int32())
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), type=schema.field("tokens").type)
-    lists = [pa.ListArray.from_arrays(ends, pa.array(values, pa.uint32())) for values in (lengths, lines)]
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values, pa.uint32())) for values in (lengths, lines)]
     return pa.RecordBatch.from_arrays([tokens, *lists], schema=schema)

@@ -197,7 +197,7 @@ class Tokenizer:
         template, end = self._template_suffix, self.end_of_document
         if template[-1:] == (end,):
             return template
-        # Another token was chosen: it ends the document where it is in the template, or replaces the last token.
+        # `end` is not the template's last token: keep what is before `end`, or replace the last token if it has no `end`.
         before_end = template[: template.index(end)] if end in template else template[:-1]
         return (*before_end, end)
 
@@ -392,7 +392,8 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = 32_000) -> Tokenizer
 def _segments(text: str) -> Iterator[str]:
     """Yield a very long text in parts, because encoding takes about a hundred times the memory of the text.
 
-    Parts end before a space between two words, where pre-tokenizers split as well, so the ids are the same.
+    Parts end before a space between two words, where pre-tokenizers split as well, so the ids are the same. In a text
+    without such spaces, parts end anywhere, and the ids at the cuts may differ.
     """
     begin = 0
     while len(text) - begin > SEGMENT_CHARACTERS:

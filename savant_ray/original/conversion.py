@@ -72,8 +72,9 @@ def convert_newest(
     """Convert the newest intact file of the original into a checkpoint of the run, if its step is after that of `newest`.
 
     `newest` is the newest intact savant_ray checkpoint of the run. If it was converted from a file of the original with
-    other settings and nothing was trained from it, that file is converted again. The files are not changed; damaged ones
-    are reported to `log`. With `allow_changes` the settings may differ from those of the file.
+    other settings and nothing was trained from it, that file is converted again, unless the settings name no tokenizer to
+    compare. The files are not changed; damaged ones are reported to `log`. With `allow_changes` the settings may differ
+    from those of the file.
 
     Returns:
         The new checkpoint; None if there is nothing to convert.
@@ -186,7 +187,7 @@ def to_checkpoint(content: Mapping[str, Any], names: Sequence[str], effective_ba
         "step": content["step"],
         "model_state_dict": {name: weights[name] for name in sorted(weights, key=_sort_key(names))},
         "optimizer_state_dict": renumbered(content["optimizer_state_dict"], list(weights), names),
-        SCHEDULER: {"last_epoch": min(last_epoch, content["step"])},
+        SCHEDULER: {"last_epoch": min(last_epoch, content["step"])},  # savant_ray writes the step, not step + 1
         "savant": {
             "format_version": FORMAT_VERSION,
             "position": content["step"] * effective_batch,

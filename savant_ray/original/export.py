@@ -228,7 +228,8 @@ def _is_adamw(optimizer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bo
 def _new_schedule() -> dict[str, Any]:
     """Return the state dict of a LambdaLR whose function is a callable object, as in the original.
 
-    PyTorch stores an entry of attributes for such an object and None for a plain function. Which function is irrelevant.
+    PyTorch stores an entry of attributes for such an object and None for a plain function. The function itself is
+    not stored, so any callable object can be used here.
     """
     optimizer = torch.optim.AdamW([torch.zeros(1)])
     state: dict[str, Any] = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(max, 1.0)).state_dict()

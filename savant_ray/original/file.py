@@ -6,9 +6,9 @@
                            if the script ran without bitsandbytes
     scheduler_state_dict   that of torch.optim.lr_scheduler.LambdaLR; absent in files of an older script
 
-The schedule's `last_epoch` counts updates, so it is `step + 1`. The first update after a resume has the same number as the
-last one before it, so after r resumes `last_epoch` is `step + 1 + r`. The learning rates in a file are those of the next
-update.
+The schedule's `last_epoch` is the number of updates, so it is `step + 1`. After a resume, the script's first update repeats
+the `step` of the last update before the resume, so after r resumes `last_epoch` is `step + 1 + r`. The learning rates in a
+file are those of the next update.
 
 Parameters are numbered in the order of the names in `model_state_dict`, which may differ from that of savant_ray. PyTorch
 assigns moments by number alone, so a file has to be written in the parameter order of the model that will load it.
@@ -81,8 +81,8 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
 def optimizer_of(content: Mapping[str, Any]) -> OptimizerName | None:
     """Return the optimizer that wrote a file; None if the file has no parameter group.
 
-    The optimizer is inferred from the options of the group, because a file may have no moments: only PyTorch's AdamW has
-    the option `amsgrad`.
+    The optimizer is inferred from the options of the group: only PyTorch's AdamW has the option `amsgrad`. The moments are
+    not used for this, because a file may have none.
     """
     groups = content["optimizer_state_dict"]["param_groups"]
     if not groups:
@@ -125,7 +125,7 @@ def renumbered(optimizer: dict[str, Any], old_order: Sequence[str], new_order: S
 
 
 def write_original(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the four keys to a file that the original can load; an existing file is replaced atomically.
+    """Write `KEYS` and, if `content` has it, the schedule to a file for the original; replace an existing file atomically.
 
     Raises:
         OSError: the storage fails; an existing file is unchanged.

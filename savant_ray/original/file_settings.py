@@ -103,7 +103,8 @@ def _original_settings(completed: ModelConfig, explicit: Mapping[str, Any]) -> d
 
 def visible_keys(mask: Tensor) -> Tensor:
     """Convert a mask of the original to bool, [T, T]: which keys (columns) each query (row) attends to."""
-    return mask.squeeze() == mask.flatten()[:1]  # masks differ in their values, but query 0 always attends to key 0
+    # A visible key has the value 0 or, in older files, 1. The first entry shows which: query 0 always attends to key 0.
+    return mask.squeeze() == mask.flatten()[:1]
 
 
 def global_loops(model: Mapping[str, Any], global_every: int) -> list[bool]:

@@ -132,11 +132,11 @@ class Lease:
         except ConditionsNotSupportedError as error:
             self._continue_without_conditions(str(error), log)
             written = self._write()
-        if written and not self._conditions_work():  # the last process that writes a claim acquires the lease
+        if written and not self._conditions_work():
             if isinstance(self._object, ConditionalObject):
                 self._continue_without_conditions("the server ignores their headers", log)
                 self._write()
-            time.sleep(SETTLE_SECONDS)
+            time.sleep(SETTLE_SECONDS)  # without conditions, the process that writes last acquires the lease
         holder = self._read()
         if holder.get("token") != self._claim["token"]:
             raise _in_use_error(self._run, holder)
@@ -150,7 +150,8 @@ class Lease:
     def release(self) -> None:
         """Release the lease if it is still held.
 
-        The object is deleted only if the next owner's epoch is 0, so that epochs never decrease.
+        Epochs must never decrease, and an owner that finds no lease begins at epoch 0. The object is therefore deleted only
+        if the next owner's epoch is 0.
         """
         self._released.set()
         self._renewal.join()
@@ -204,7 +205,7 @@ class Lease:
         return candidate
 
     def _conditions_work(self) -> bool:
-        """Return whether the storage enforces conditions and pyarrow, which the workers use, reads the written claim."""
+        """Return whether the storage enforces conditions, and the claim is also read by pyarrow, which the workers use."""
         claim = _parse(PlainObject(self._filesystem, self._path).read()[0])
         return claim.get("token") == self._claim["token"] and self._object.is_conditional(self._encoded())
 

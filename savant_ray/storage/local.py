@@ -17,7 +17,7 @@ DAMAGED = ".damaged"
 
 
 class LocalStorage(RunStorage):
-    """A run folder. Its lock is a lock of the operating system, and its records are written in place."""
+    """A run folder. Its lock is a lock of the operating system; its records need no upload."""
 
     filesystem = None
 

@@ -53,7 +53,7 @@ def is_in_use(run_folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # there is no lock file
+    except OSError:  # there is no lock file, or this user may not read it
         return False
     return False
 

@@ -18,8 +18,8 @@ def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path)
     Absolute paths are unchanged.
 
     Raises:
-        SettingsError: a setting cannot be a path (`~` of an unknown user, NUL, not UTF-8), or `data.cache_dir` is a URI;
-            its files are memory-mapped.
+        SettingsError: a setting cannot be a path (`~` of an unknown user, NUL, not UTF-8), or `data.cache_dir` is a URI,
+            whose files cannot be memory-mapped.
     """
     if is_uri(config.data.cache_dir):
         raise SettingsError(

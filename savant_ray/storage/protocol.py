@@ -35,7 +35,10 @@ class RunStorage(Protocol):
         """Return the path or URI of a checkpoint, for messages."""
 
     def step_folders(self) -> list[str]:
-        """Return the names of all checkpoint folders, including incomplete ones without a manifest, oldest first."""
+        """Return the names of the checkpoints, oldest first, including incomplete ones without a manifest.
+
+        Object storage omits those that have neither manifest nor weights.
+        """
 
     def checkpoints(self) -> list[str]:
         """Return the names of the checkpoints that have a manifest, oldest first."""
@@ -85,10 +88,12 @@ class RunStorage(Protocol):
         """
 
     def refuse_if_lost(self) -> None:
-        """Raise SavantError if another process has taken the run over within `in_use`; does not access the storage."""
+        """Raise SavantError if the run was taken over after `in_use` locked it; does not access the storage."""
 
     def check_owner(self) -> None:
-        """Read who owns the run. Driver and workers call this before each write or deletion that others can see.
+        """Read who owns the run.
+
+        Workers call this before they write; `delete` and uploads of checkpoints and records include it.
 
         Raises:
             SavantError: another process owns the run.

@@ -95,6 +95,7 @@ def local_checkpoint(
             model.
         SettingsError: it is not the URI of a storage that pyarrow supports; the settings contradict the file, or name no
             tokenizer; or settings are given for a savant_ray checkpoint.
+        DataError: the tokenizer that the settings name cannot be read.
     """
     with fetched(checkpoint, files) as path:
         original = find_original(path, print_note)
@@ -121,6 +122,7 @@ def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes:
         CheckpointError: there is no checkpoint, it cannot be fetched, or the file's weights are not those of the original's
             model.
         SettingsError: `run.init_from` is not set; or the settings contradict the file, or name no tokenizer.
+        DataError: the tokenizer that the settings name cannot be read.
     """
     if config.run.init_from is None:
         raise SettingsError("run.init_from: is not set")
@@ -139,7 +141,7 @@ def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes:
 
 @contextmanager
 def fetched(checkpoint: str, files: Sequence[str] = (), with_original: bool = False) -> Iterator[Path]:
-    """Yield a local path unchanged; download a URI into a temporary folder within the `with` block.
+    """Yield the local path of a checkpoint or run; a URI is downloaded into a temporary folder within the `with` block.
 
     The URI of a run stands for its newest checkpoint or, if it has none, the newest intact file of the original. If
     `files` is not empty, only these files of a checkpoint are downloaded, for callers that need no weights. With

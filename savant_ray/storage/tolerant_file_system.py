@@ -3,9 +3,9 @@
 After each reported checkpoint, the checkpoint manager in Ray's controller writes a list of checkpoints (`SNAPSHOT`) and
 deletes those beyond `checkpoint.keep`. If the storage fails at that moment (full, read-only, unreachable), Ray 2.60 ends
 the run, although all checkpoints are intact. This file system ignores a failure to write the list, because
-`ray_snapshot.py` rebuilds it at the next start, and retries a failed deletion at the next one. Workers write checkpoints
-without this file system, so errors of saving are still reported. Nothing is written or deleted in a run that another
-process has taken over.
+`ray_snapshot.py` rebuilds it at the next start. A deletion that fails is retried when Ray deletes the next checkpoint.
+Workers write checkpoints without this file system, so errors of saving are still reported. Nothing is written or deleted
+in a run that another process has taken over.
 """
 
 from __future__ import annotations

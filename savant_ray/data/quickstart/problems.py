@@ -1,7 +1,7 @@
 r"""Arithmetic and logic problems with worked answers, and the rule for which of them are held out.
 
 A problem has the form `Question: …\nAnswer: Let's think step by step: …`. Its answer repeats the expression, computes
-digit by digit from the ones, and ends with `The answer is 61.`:
+digit by digit from the ones (comparisons: from the tens), and ends with `The answer is 61.`:
 
     27 + 34. 7 + 4 = 11. 20 + 30 = 50. So 61. The answer is 61.
     61 - 27. 1 - 7 = -6. 60 - 20 = 40. So 34. The answer is 34.

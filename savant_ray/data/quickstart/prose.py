@@ -4,8 +4,9 @@ Sources are `pydoc_data.topics` and the docstrings and longer comments of the st
 files without importing them. The documents depend only on the version of Python and on the modules that its distribution
 includes.
 
-No paragraph occurs twice. Documents of whole packages and topics are held out, selected by a hash of their name; held-out
-documents that share more than a few passages with the training documents are dropped.
+No paragraph occurs twice, and none combines a held-out pair of numbers. Documents of whole packages and topics are held
+out, selected by a hash of their name; held-out documents that share more than a few passages with the training documents
+are dropped.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _comments(code: str) -> Iterator[tuple[int, str]]:
 
 
 def _new_paragraphs(passages: Iterable[str], seen: set[str]) -> Iterator[str]:
-    """Yield the paragraphs that are not in `seen`, and add them to it."""
+    """Yield the paragraphs that are not in `seen` and combine no held-out pair of numbers; add them to `seen`."""
     for passage in passages:
         for paragraph in re.split(r"\n[ \t]*\n", _RULER.sub("", passage.expandtabs())):
             key = " ".join(paragraph.lower().split())
@@ -161,7 +162,7 @@ def _join(source: str, paragraphs: Iterable[str]) -> Iterator[str]:
 
 
 def _is_held_out_source(source: str) -> bool:
-    """Return whether a source is held out: a topic, or all modules of a package, whose documentation is similar."""
+    """Return whether a source is held out; modules of a package are held out together, because their texts are similar."""
     name = source.partition(".")[0]
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < HELD_OUT_FRACTION * 2**64
