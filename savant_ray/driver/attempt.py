@@ -16,7 +16,7 @@ from savant_ray.driver.checks import check_before_start, finished_message, refus
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable
 from savant_ray.driver.phases import AttemptPhase, Trigger
 from savant_ray.driver.record_upload import RecordUploader
-from savant_ray.driver.starting_point import changes_since, find_start, records_of, refuse_other_settings
+from savant_ray.driver.starting_point import compare_settings, find_start, records_of
 from savant_ray.driver.tokenizer_choice import Origin, choose_tokenizer, find_origin
 from savant_ray.errors import STOPPED_EARLY, explain, unexpected_errors_explained
 from savant_ray.original.conversion import convert_newest
@@ -25,8 +25,6 @@ from savant_ray.reporting.console import PlainConsole
 from savant_ray.storage.protocol import RunStorage, newest_checkpoint_name
 from savant_ray.storage.run_storage import run_storage, storage_errors_explained
 from savant_ray.training.checkpoint import CONFIG
-
-UNREPORTED_CHANGES = ("run.", "data.", "reporting.")  # sections whose changes between attempts are not printed
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
         if message := finished_message(config, storage, start):
             report.notify(message)
             return None
-        _compare_settings(start, attempt)
+        compare_settings(start, config, attempt.allow_changes, report.notify)
     check_before_start(config, storage)
     origin = find_origin(start, config, attempt.allow_changes)
     tokenizer = choose_tokenizer(config, origin, attempt.allow_changes)
@@ -155,15 +153,3 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
         files = find_data_files(config, report)
     refuse_unencodable(config, files, tokenizer)
     return Inputs(config, start, origin, tokenizer, files)
-
-
-def _compare_settings(start: Path, attempt: Attempt) -> None:
-    """Refuse settings that do not fit the checkpoint, and report other changes."""
-    if not attempt.allow_changes:
-        refuse_other_settings(start, attempt.config)
-    changes = changes_since(start, attempt.config)
-    reported = [text for name, text in changes.items() if not name.startswith(UNREPORTED_CHANGES)]
-    if reported:
-        attempt.report.notify(f"changed since {start.name}: {'; '.join(reported)}")
-    if "training.max_steps" in changes:
-        attempt.report.notify("from here on the learning rate follows the schedule of the new length")

@@ -123,6 +123,7 @@ def _call_fit(trainer: TorchTrainer, outcome: Outcome) -> None:
 def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch) -> None:
     """Report events and pass on a stop request until `fit()` has returned or has taken too long after the last event."""
     phase, report = attempt.phase, attempt.report
+    is_own_ray = owns_ray()
     saved_time = math.inf  # when the workers had finished and the last step was saved, by time.monotonic()
     while True:
         finished = not outcome.fit_is_running  # read before the events, so that the last ones are not missed
@@ -132,7 +133,7 @@ def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: Wor
             _report(event, attempt)
         if outcome.is_saved:
             saved_time = min(saved_time, time.monotonic())
-        if finished or (time.monotonic() > saved_time + FIT_RETURN_SECONDS and owns_ray()):
+        if finished or (time.monotonic() > saved_time + FIT_RETURN_SECONDS and is_own_ray):
             return
         attempt.storage.refuse_if_lost()
         watch.check(phase.current)

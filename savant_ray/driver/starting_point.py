@@ -26,6 +26,7 @@ from savant_ray.training.checkpoint import (
     verify,
 )
 
+UNREPORTED_CHANGES = ("run.", "data.", "reporting.")  # sections whose changes between attempts are not printed
 MUST_AGREE = ("model.", "run.seed", "data.mix_by")  # sections and settings that must be those of the checkpoint
 ADVICE = "--allow-changes resumes anyway and keeps what fits; --fresh starts a new run and moves this one aside."
 
@@ -64,13 +65,25 @@ def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
             yield from read_records(folder / RECORDS)
 
 
-def refuse_other_settings(start: Path, config: Config) -> None:
-    """Check that model, seed and `data.mix_by` are those of the checkpoint, and that no new tokenizer would be trained.
+def compare_settings(start: Path, config: Config, allow_changes: bool, notify: Callable[[str], None]) -> None:
+    """Report the settings that changed since the checkpoint was written.
 
     Raises:
-        CheckpointError: they differ; the message lists all differences.
+        CheckpointError: model, seed or `data.mix_by` are not those of the checkpoint, or a new tokenizer would be trained,
+            and `allow_changes` is False; the message lists all differences.
     """
-    differences = [text for name, text in changes_since(start, config).items() if name.startswith(MUST_AGREE)]
+    changes = changes_since(start, config)
+    if not allow_changes:
+        _refuse_other_settings(start, config, changes)
+    reported = [text for name, text in changes.items() if not name.startswith(UNREPORTED_CHANGES)]
+    if reported:
+        notify(f"changed since {start.name}: {'; '.join(reported)}")
+    if "training.max_steps" in changes:
+        notify("from here on the learning rate follows the schedule of the new length")
+
+
+def _refuse_other_settings(start: Path, config: Config, changes: dict[str, str]) -> None:
+    differences = [text for name, text in changes.items() if name.startswith(MUST_AGREE)]
     if config.data.trains_tokenizer and TOKENIZER not in read_manifest(start)["files"]:
         differences.append(
             f"data.tokenizer: {config.data.tokenizer} would train a new tokenizer, and {start.name} has none; set it to the "

@@ -199,9 +199,9 @@ def accumulate(
 
 def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
     """Launch one forward and backward pass into the buffer and return the loss sum in nats, a 0-d tensor on the device."""
-    targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
     with region("forward"), state.gradients.detached(), autocast(state.precision, state.device):
         x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT)
+        targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
         loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT, state.fit.limit_gb)
     with region("backward"):
         loss.backward()

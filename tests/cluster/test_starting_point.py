@@ -12,7 +12,7 @@ import torch
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.driver.checks import finished_message
-from savant_ray.driver.starting_point import changed_settings, find_start, refuse_other_data, refuse_other_settings
+from savant_ray.driver.starting_point import changed_settings, compare_settings, find_start, refuse_other_data
 from savant_ray.errors import CheckpointError
 from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.lock import locked, move_run_aside
@@ -114,10 +114,10 @@ def test_fresh_moves_the_old_run_aside_and_loses_nothing(tmp_path: Path) -> None
 
 def test_another_model_or_seed_is_refused_with_every_difference(tmp_path: Path) -> None:
     write(tmp_path, 5)
-    refuse_other_settings(tmp_path / "step_5", changed(training={"batch_size": 6, "learning_rate": 1e-3}))
+    compare_settings(tmp_path / "step_5", changed(training={"batch_size": 6, "learning_rate": 1e-3}), False, print)
     other = changed(model={"n_loops": 6, "soft_cap": 30.0}, run={"seed": 1})
     with pytest.raises(CheckpointError) as refusal:
-        refuse_other_settings(tmp_path / "step_5", other)
+        compare_settings(tmp_path / "step_5", other, False, print)
     expected = (
         "model.n_loops: 12, now 6",
         "model.soft_cap: 50.0, now 30.0",
@@ -130,7 +130,7 @@ def test_another_model_or_seed_is_refused_with_every_difference(tmp_path: Path) 
 def test_another_value_of_mix_by_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 5)
     with pytest.raises(CheckpointError, match=r"data\.mix_by: sequences, now documents"):
-        refuse_other_settings(tmp_path / "step_5", changed(data={"mix_by": "documents"}))
+        compare_settings(tmp_path / "step_5", changed(data={"mix_by": "documents"}), False, print)
 
 
 def test_other_text_is_refused_and_the_message_names_the_tokenizer_that_is_kept(tmp_path: Path) -> None:

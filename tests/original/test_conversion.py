@@ -16,7 +16,7 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
-from savant_ray.driver.starting_point import find_start, refuse_other_data, refuse_other_settings
+from savant_ray.driver.starting_point import compare_settings, find_start, refuse_other_data
 from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_origin
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.events import CheckpointSaved, Event
@@ -186,7 +186,7 @@ def test_after_the_conversion_a_run_resumes_like_any_other(run: Path, config: Co
     assert start(run, config) == (folder, []), "converted once"
     automatic = changed(config, data={"tokenizer": "auto"})
     assert start(run, automatic) == (folder, [])
-    refuse_other_settings(folder, automatic)
+    compare_settings(folder, automatic, False, print)
     refuse_other_data(folder, config, "any text")
     origin = find_origin(folder, automatic)
     chosen = choose_tokenizer(automatic, origin, allow_changes=False)
@@ -368,7 +368,7 @@ def test_with_allow_changes_the_checkpoint_has_the_settings_of_the_file(run: Pat
     with pytest.raises(
         CheckpointError, match=r"(?s)model\.dim: 16, now 32.*data\.tokenizer: auto would train a new tokenizer"
     ):
-        refuse_other_settings(folder, other)
+        compare_settings(folder, other, False, print)
     again, _ = start(run, config)
     assert again is not None and "tokenizer.json" in read_manifest(again)["files"], "named before training"
 
