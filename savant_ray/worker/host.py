@@ -96,7 +96,8 @@ class RayHost:
         """Load the validation sequences before training.
 
         Rank 0 also starts to allocate the host memory for copies of the state, in the background. It also copies the
-        weights, because the next validation reports how many have changed; a validation that is due now makes this copy itself.
+        weights, because the next validation reports how many have changed. A validation that is due now makes this copy
+        itself.
 
         Raises:
             DataError: the validation sequences cannot be read.
