@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# Import the package in this checkout, even if another version is installed: a Ray job runs in a copy of the folder.
+# Import the package from this checkout (in a Ray job, from its uploaded copy), even if another version is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from savant_ray.cli import main

@@ -68,13 +68,15 @@ def train(
     environment variables are ignored. `fresh` starts a new run and renames an existing one of that name, `allow_changes`
     resumes although settings or data differ from the checkpoint, `verbose` prints the output of Ray.
 
-    If the caller is connected to a Ray cluster, training runs in that cluster; otherwise a local Ray is started and shut
-    down. Progress is printed to `sys.stdout`. The call blocks and works in any thread; in an asyncio program use
+    If the caller is connected to a Ray cluster, training runs in that cluster, otherwise in the one that RAY_ADDRESS names
+    or that `ray start` started on this machine. If there is none, a local Ray is started and shut down.
+
+    Progress is printed to `sys.stdout`. The call blocks and works in any thread; in an asyncio program use
     `await asyncio.to_thread(savant_ray.train, config)`. If the caller's process dies, the run saves a checkpoint and stops.
 
     Raises:
         SavantError: with a message for the user; see `savant_ray.errors` for its subclasses.
-        KeyboardInterrupt: after Ctrl+C in the main thread, after a checkpoint was saved; a second Ctrl+C exits immediately.
+        KeyboardInterrupt: after Ctrl+C in the main thread, and a save if training has begun; a second one skips the save.
     """
     settings = _config(config).to_dict()
     options = {"fresh": fresh, "allow_changes": allow_changes, "verbose": verbose}

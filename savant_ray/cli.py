@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:  # a Rust panic is not an Exception
         if error is not output.error:
             return print_error(error, verbose="--verbose" in arguments)
-        code = 1
+        code = 1  # standard output failed; the last line prints why
     return code if output.tolerant or output.error is None else _report_output_error(output, code)
 
 

@@ -23,8 +23,8 @@ HELP_FOR_ORIGINAL = (
     "VALUE, for instance --data.tokenizer FOLDER --model.n_heads 16 --model.n_loops 12. Widths are derived from the "
     "weights. `savant config --help` lists all settings."
 )
-MAX_NEW_TOKENS = 1_000_000  # a token takes milliseconds, and memory in loops with global attention
-MAX_LOOPS = 1024  # a loop has its own keys and values
+MAX_NEW_TOKENS = 1_000_000  # a token takes milliseconds, and memory in the cache of each loop with global attention
+MAX_LOOPS = 1024  # each loop caches keys and values of its own
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # of torch.Generator
 _SETTING = re.compile(r"--\w+\.[\w.]+(=.*)?", re.DOTALL)
 
@@ -189,7 +189,7 @@ def _local_path(text: str) -> Path:
         raise SettingsError(f"{text} is a URI; this has to be a path on this machine")
     path = local_path(text)
     if not path.is_absolute():
-        working_directory()
+        working_directory()  # raises SettingsError if it was deleted
     return path
 
 

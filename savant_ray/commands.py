@@ -191,7 +191,7 @@ def _export(arguments: Sequence[str]) -> int:
         "--optimizer",
         choices=("adamw", "adamw8bit"),
         help="with --format original: optimizer of the original, PyTorch's AdamW or bitsandbytes' AdamW8bit "
-        "[as in the newest of its files in the run folder]",
+        "[that of the newest step_X.pt in the run folder]",
     )
     options, settings = parse_with_original_settings(parser, arguments)
     if options.optimizer and options.format != "original":

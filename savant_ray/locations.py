@@ -113,7 +113,7 @@ def home_folder() -> Path:
 
 
 def runs_below_home() -> Path:
-    """Return the folder of run folders that are not in the working directory: of Ray jobs, and mirrors of object storage.
+    """Return the folder that contains the runs of Ray jobs, and the local mirrors of runs in object storage.
 
     Raises:
         SettingsError: the user has no home folder.

@@ -101,7 +101,7 @@ def draining_nodes() -> set[str]:
 
 
 def preemption_deadline_ms() -> int | None:
-    """Return when the first drained node of this run will be shut down, in a training worker.
+    """Return when the first drained node of this run will be shut down; to be called in a training worker.
 
     Returns:
         Milliseconds since the epoch, 0 if the drain has no deadline, None if no node is being drained.

@@ -51,8 +51,8 @@ def open_standard_streams() -> Output:
     """Make stdin, stdout and stderr usable even if they were closed; return the output of stdout.
 
     Closed descriptors are opened on the null device; otherwise another file could get their numbers, and the output of
-    libraries would be written into it. Streams that were replaced (in a notebook or a test) are kept; the returned output
-    then never has an error.
+    libraries would be written into it. If a notebook or a test has replaced a stream, its replacement stays in use; the
+    returned output then never has an error.
     """
     for descriptor in range(3):
         if not _is_open(descriptor):
@@ -76,17 +76,18 @@ def _is_open(descriptor: int) -> bool:
 def _with_output(
     stream: TextIO | None, original: TextIO | None, descriptor: int, tolerant: bool
 ) -> tuple[TextIO, Output]:
-    """Return a stream that writes to an `Output`, and this `Output`; a stream that was replaced is returned itself.
+    """Return a stream that writes to an `Output`, and this `Output`.
 
     `stream` is the current `sys.stdout` or `sys.stderr`, `original` the one that Python opened; both are None if the
-    descriptor was closed. Characters outside the stream's encoding are written as escape sequences.
+    descriptor was closed. If `stream` is a replacement of `original`, it is returned itself. Characters outside the
+    stream's encoding are written as escape sequences.
     """
     if isinstance(stream, io.TextIOWrapper) and isinstance(raw := getattr(stream.buffer, "raw", None), Output):
         return stream, raw  # from an earlier call
     if stream is not None and (stream is not original or not isinstance(stream, io.TextIOWrapper)):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-        return stream, Output(descriptor)  # replaced in a notebook or a test; nothing writes to this `Output`
+        return stream, Output(descriptor)  # a notebook or a test has replaced it; nothing writes to this `Output`
     error = OSError(errno.EBADF, "it is closed") if stream is None else None
     output = Output(descriptor, error, tolerant)
     line_buffering = stream is not None and (stream.line_buffering or stream.write_through)

@@ -19,7 +19,7 @@ from savant_ray.cluster.session import check_ray_processes
 from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
 STOP_POLL_SECONDS = 30.0
-RAY_CHECK_SECONDS = 0.5  # interval at which Ray's own processes are checked while the answer to a poll is overdue
+RAY_CHECK_SECONDS = 0.5  # if the answer to a poll is overdue by this, Ray's own processes are checked
 
 BridgeHandle = Any  # an `ActorHandle`, whose methods Ray annotates as `Never`
 
@@ -41,7 +41,7 @@ class Bridge:
         self._has_workers = False
 
     async def send(self, event: Event) -> None:
-        """Add an event of a worker, or of Ray Train about its workers."""
+        """Add an event that a worker, or `FailureCallback` in Ray Train's controller, has sent."""
         match event:
             case RunFailed():
                 self._failed = True

@@ -82,7 +82,10 @@ def address_file(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def unreachable_reason(address: str) -> str:
-    """Return why no Ray head can be at HOST:PORT, or "" if something there speaks its protocol (HTTP/2)."""
+    """Return why no Ray head can be at HOST:PORT, or "" if something there speaks its protocol (HTTP/2).
+
+    If Ray uses TLS, only the TCP connection is tried.
+    """
     try:
         host, port = split_address(address)
     except ValueError as error:

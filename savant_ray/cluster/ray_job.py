@@ -31,7 +31,7 @@ def output_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 @contextmanager
 def missing_text_explained(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Add to the message of a `DataError` inside a Ray job that text is not uploaded with a job."""
+    """In a Ray job, extend the message of a `DataError`: text is not uploaded with the job."""
     try:
         yield
     except DataError as error:

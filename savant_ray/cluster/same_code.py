@@ -29,9 +29,10 @@ NODE_SECONDS = 60.0  # a node that cannot start a process in this time is checke
 class _PackageFolder(list[str]):
     """The list of folders that a worker puts before `sys.path`: only the one that contains this package.
 
-    Ray calls `extend` with the folder of the driver's script and the working directory, in which any `numpy.py` would take
-    precedence over the installed package. Ray does not call it for a job that was submitted with a working directory:
-    workers then import the package from the job's copy of that directory.
+    It is empty until Ray calls `extend` to append the folder of the driver's script and the working directory. `extend`
+    ignores these two, because any `numpy.py` in them would take precedence over the installed package, and appends the
+    package's folder. For a job that was submitted with a working directory Ray does not call it: workers then import the
+    package from the job's copy of that directory.
     """
 
     def extend(self, _ray_folders: Iterable[str]) -> None:

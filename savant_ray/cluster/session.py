@@ -28,13 +28,13 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise each print of a worker appears twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # attempts and workers at the dashboard's /api/train/v2/runs/v1
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the working directory of the driver
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # processes without GPUs in Ray keep CUDA_VISIBLE_DEVICES, as by default
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # processes without GPUs in Ray keep CUDA_VISIBLE_DEVICES; Ray 2.60's default
     "RAY_task_events_max_num_tasks_in_gcs": "10000",  # the default of 100,000 takes 0.3 GB on a head that runs for days
     "RAY_DEDUP_LOGS": "0",  # print lines of all workers, even if they are the same
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",  # of the package tokenizers, not of Ray: one core per process
 }
-STEP_FRACTION = 0.7  # of the time that `ray job stop` waits, for the current step; the rest is for saving and exiting
+STEP_FRACTION = 0.7  # of the time that `ray job stop` waits: for finishing and saving the step; the rest is for exiting
 REQUIRED_PROCESSES = ("raylet", "gcs_server")  # Ray continues if other processes die, such as the dashboard
 JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
@@ -43,7 +43,8 @@ def prepare_environment() -> ClusterAddress | None:
     """Set the environment variables that Ray reads; to be called before `import ray`.
 
     Returns:
-        the cluster to connect to, None if Ray is to be started on this machine.
+        the cluster to connect to, None if Ray is to be started on this machine. An `optional` cluster may not answer; Ray is
+        started on this machine then, too.
 
     Raises:
         SavantError: RAY_ADDRESS is not an address to connect to.
@@ -206,7 +207,7 @@ def exit_without_shutdown(code: int) -> int:
 
 
 def grace_seconds(config: Config, environment: Mapping[str, str] = os.environ) -> float:
-    """Return how many seconds the current step may still take after a stop request.
+    """Return within how many seconds of a stop request the workers have to finish their step and save it.
 
     That is `run.grace_seconds`, or less in a Ray job, because `ray job stop` kills it after RAY_JOB_STOP_WAIT_TIME_S.
     """

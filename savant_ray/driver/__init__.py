@@ -1,8 +1,8 @@
 """One attempt at a run in the driver process: checks, data, Ray Train, signals, exit code.
 
 `train` and `prepare` are the entry points. torch and Ray take seconds to import, and Ray reads environment variables when
-it is imported. So these functions set the environment and the signal handlers first, then import what the checks need
-(torch), and import Ray only after the checks have passed. The other modules of this package import at the top.
+it is imported. Both functions therefore set the environment before they import the modules that do the work. `train` also
+installs the signal handlers first, and imports the modules that connect to Ray only after the checks have passed.
 """
 
 from __future__ import annotations

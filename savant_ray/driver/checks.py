@@ -17,7 +17,7 @@ from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.run_storage import check_checkpoint_exists
 from savant_ray.training.checkpoint import step_of
 
-BYTES_PER_PARAMETER = 12  # of a checkpoint: an fp32 weight and two fp32 moments
+BYTES_PER_PARAMETER = 12  # of a checkpoint: an fp32 weight and two fp32 moments (Muon has one, so this is enough)
 
 
 def finished_message(config: Config, storage: RunStorage, newest: Path) -> str | None:

@@ -36,7 +36,7 @@ class PreparedData:
     tokenizer_path: Path  # a tokenizer.json that every node can read
     plan: StreamPlan
     validation: Path  # a token cache
-    fingerprint: str  # of tokenizer, sources and weights
+    fingerprint: str  # of tokenizer and sources, and of the weights with which the sources are mixed
 
 
 def prepare_only(config: Config, verbose: bool) -> None:

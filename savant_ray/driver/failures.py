@@ -102,7 +102,7 @@ def _full_text(failure: BaseException) -> str:
 
 def _explain(failure: BaseException) -> str:
     text = _full_text(failure)
-    if DeviceMemoryError.__name__ in text:  # its message names the activity; the text also contains the original error
+    if DeviceMemoryError.__name__ in text:  # checked before CUDA's error, which the text also contains
         return _last_line(failure).rpartition(f"{DeviceMemoryError.__name__}: ")[2]
     if "CUDA out of memory" in text:
         return "its GPU memory, training.vram_limit_gb, was not sufficient; lower training.batch_size and raise accumulation"

@@ -97,7 +97,7 @@ def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
         outcome.fit.start()
         attempt.phase.advance(Trigger.FIT_STARTED)
         _follow(attempt, outcome, bridge, watch)
-        if outcome.fit_is_running:
+        if outcome.fit_is_running:  # Ray must not be shut down, as the end of this block would
             raise ExitWithoutShutdown(_conclude(attempt, outcome, config.scaling.max_failures))
     return _conclude(attempt, outcome, config.scaling.max_failures)
 
@@ -121,7 +121,7 @@ def _call_fit(trainer: TorchTrainer, outcome: Outcome) -> None:
 
 
 def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch) -> None:
-    """Report events and pass on a stop request until `fit()` has returned or has taken too long after the last event."""
+    """Report events and pass on a stop request until `fit()` has returned, or is overdue after the last save."""
     phase, report = attempt.phase, attempt.report
     is_own_ray = owns_ray()
     saved_time = math.inf  # when the workers had finished and the last step was saved, by time.monotonic()

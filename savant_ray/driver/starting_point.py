@@ -36,7 +36,7 @@ def find_start(
     notify: Callable[[str], None],
     convert: Callable[[Path | None], Path | None] = lambda newest: None,
 ) -> Path | None:
-    """Return the folder of the newest complete checkpoint on this machine, None if the run has none.
+    """Return the local folder of the newest complete checkpoint, downloaded if necessary; None if the run has none.
 
     Sets damaged checkpoints aside, which `notify` prints, and rewrites Ray's list of checkpoints. `convert` is called with
     the newest complete checkpoint and may return a newer one that it converts from a file of the original program.

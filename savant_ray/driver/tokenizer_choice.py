@@ -197,10 +197,11 @@ def _difference(origin: Origin, tokenizer: Tokenizer) -> Difference:
 
 def _change_error(origin: Origin, difference: Difference) -> SettingsError | CheckpointError:
     """Return the error for a tokenizer that must not replace that of the weights without `--allow-changes`."""
-    consequence = "with weights that were trained with other tokens for these ids"
+    consequence = "with weights that were trained with another tokenizer"
     match difference.setting:
         case "data.end_of_document":
             advice = "leave data.end_of_document out, to keep the token that the weights were trained with"
+            consequence = "with weights that were trained with another end-of-document token"
         case "data.add_special_tokens":
             advice = (
                 "leave data.add_special_tokens and data.tokenizer at auto, to keep what the weights were trained with"

@@ -68,13 +68,16 @@ def make_trainer(
 
 @dataclass
 class _RunConfig(RunConfig):
-    """A `RunConfig` whose folder is not named `name`, because Ray uses `name` in metrics and requires it to be ASCII."""
+    """A `RunConfig` with a setting for the run's folder.
+
+    Ray would call the folder `name`, but also uses `name` in metrics and requires it to be ASCII.
+    """
 
     folder: str = ""  # below `storage_path`
 
     @cached_property
     def storage_context(self) -> Any:
-        """Return where Ray Train stores the run, without the name in it."""
+        """Return where Ray Train stores the run: in `folder` instead of `name`."""
         return storage_context(str(self.storage_path), self.folder, self.storage_filesystem)
 
 

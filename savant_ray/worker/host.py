@@ -95,8 +95,9 @@ class RayHost:
     def prepare(self, state: TrainingState) -> None:
         """Load the validation sequences before training.
 
-        Rank 0 also starts to allocate the host memory for copies of the state, in the background. It copies the weights that
-        the next validation compares with, unless a validation is due now, which copies them itself.
+        Rank 0 also starts to allocate the host memory for copies of the state, in the background. It also copies the
+        weights, because the next validation reports how many have changed. A validation that is due now makes this copy
+        itself.
 
         Raises:
             DataError: the validation sequences cannot be read.

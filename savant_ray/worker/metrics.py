@@ -1,6 +1,6 @@
 """Metrics of a run in Ray's metrics system, from each worker's events, with the labels `run` and `rank`.
 
-Ray collects them from the worker process every few seconds in a thread of its own and exports them to Prometheus on
+Ray collects them from the worker process, every 10 s by default, in a thread of its own and exports them to Prometheus on
 each node as `ray_savant_…`. It drops a gauge that was not set between two collections (Ray 2.60), so all gauges are set
 again periodically; a validation loss therefore stays until the next one. Metrics of a step come from rank 0, which emits
 its event; every rank has its own memory, wait for data and skipped micro-batches.
