@@ -196,10 +196,11 @@ def help_text(command: str) -> str:
 def exit_codes() -> str:
     """Return the table of exit codes, with the exception that `savant_ray.train` raises for each."""
     kinds = sorted(errors.SavantError.__subclasses__(), key=lambda kind: kind.exit_code)
+    stopped = "Training was stopped, normally after its current step was saved; the same command resumes it."
     rows = [
         ("0", "", "The command succeeded."),
         *((str(kind.exit_code), f"`{kind.__name__}`", first_line(kind)) for kind in kinds),
-        (str(errors.STOPPED_EARLY), "", "Training was stopped and saved; the same command resumes it."),
+        (str(errors.STOPPED_EARLY), "", stopped),
         (str(INTERRUPTED), "`KeyboardInterrupt`", "Ctrl+C in any other command."),
     ]
     return table(("code", "exception", "meaning"), rows)

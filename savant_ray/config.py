@@ -32,8 +32,8 @@ LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's thi
 _PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")  # as in scheme://user:password@host
 
 
-def _without_password(text: str) -> str:
-    """Return `text` unchanged.
+def _refuse_password(text: str) -> str:
+    """Return `text` unchanged if it contains no password.
 
     Settings are stored in the run folder and in checkpoints, and Ray's dashboard shows them.
 
@@ -50,7 +50,7 @@ def _without_password(text: str) -> str:
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_refuse_password)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
 Auto = Literal["auto"]
 
@@ -70,7 +70,8 @@ class Section(BaseModel):
 def _rebuilt(annotation: Any, value: Any) -> Any:
     """Return a dumped value with each dict that stands for a section replaced by the section, also in lists.
 
-    `annotation` is the type of the field that holds the value.
+    `annotation` is the type of the field that holds the value. All members of a union are tried, because those that are not
+    sections leave the value as it is.
     """
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation.from_validated(value) if isinstance(value, Mapping) else value
@@ -182,7 +183,7 @@ class DataConfig(Section):
     )
     end_of_document: Text | None = Field(
         default=None,
-        description="token that ends a document; null: the last one that the tokenizer's template for special tokens adds "
+        description="token that ends a document; null: the last token that the tokenizer's template for special tokens adds "
         "to a text, otherwise the token with a common name such as </s>",
     )
     add_special_tokens: bool | Auto = Field(

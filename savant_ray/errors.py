@@ -4,12 +4,12 @@
     ├── SettingsError           2   a setting is unknown, of the wrong type, out of range or contradictory
     ├── DataError               3   training text is missing, unreadable, or contains no document
     ├── CheckpointError         4   a checkpoint is missing, damaged or does not fit
-    ├── MemoryCapError          5   one sequence does not fit under `training.vram_limit_gb`
+    ├── MemoryCapError          5   one sequence, or the model's state, does not fit under `training.vram_limit_gb`
     ├── TrainingError           1   training failed: too many steps were skipped, or a worker died too often
     └── UnexpectedError         1   any other error, with the current activity; the full traceback is stored in a file
 
 Messages name the place, what was found, and what to do. `STOPPED_EARLY` (75, EX_TEMPFAIL of sysexits.h) is not an error: the
-run was stopped and saved, and the same command resumes it.
+run was stopped, normally after its current step was saved, and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CheckpointError(SavantError):
 
 
 class MemoryCapError(SavantError):
-    """One sequence does not fit under `training.vram_limit_gb`."""
+    """One sequence, or the model with gradients and optimizer state, does not fit under `training.vram_limit_gb`."""
 
     exit_code = 5
 
@@ -64,7 +64,7 @@ class TrainingError(SavantError):
 
 
 class UnexpectedError(SavantError):
-    """An unexpected error; `details` is its full traceback, `is_explained` whether the message says how to see it."""
+    """An unexpected error; `details` is its full traceback; with `is_explained` the message says how to see it."""
 
     def __init__(self, message: str, details: str = "", is_explained: bool = False) -> None:
         super().__init__(message, details, is_explained)

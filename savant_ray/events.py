@@ -1,7 +1,7 @@
 """Events of a run, which workers send to the driver.
 
-Console output, `training_log.txt`, `metrics.jsonl` and `samples.jsonl` are derived from events only. Fields are numbers,
-strings, and tuples and dicts of them, so that events can be converted to JSON.
+`metrics.jsonl` and `samples.jsonl` contain events only; the console and `training_log.txt` also show messages of the driver.
+Fields are numbers, strings, and tuples and dicts of them, so that events can be converted to JSON.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class WorkersLost(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Event):
-    """The workers of an attempt have started and built the model."""
+    """The workers of an attempt have started, or were restarted after a failure, and have built the model."""
 
     kind = "attempt"
     step: int  # optimizer steps done before; 0 = a new run
@@ -136,7 +136,7 @@ class ValidationDone(Event):
     step: int
     validation_loss: float  # nats per target token
     bits_per_byte: float  # of the held-out text
-    weights_moved: float | None  # fraction changed since the last validation, without rows that never had a gradient
+    weights_moved: float | None  # fraction changed since the last validation; embeddings of unused tokens are left out
     seconds: float  # duration
     residuals: tuple[float, ...] = ()  # of each loop: relative change of the residual stream, |s_k+1 - s_k| / |s_k|
     cosines: tuple[float, ...] = ()  # after each loop: mean cosine similarity of two tokens; near 1 = collapsed
@@ -162,7 +162,7 @@ class LogicScored(Event):
     n: int  # number of problems
     low: float  # lower end of the interval
     high: float  # upper end of the interval
-    templates: dict[str, dict[str, float]]  # name -> {"score": …, "n": …}; held-out wordings are not part of `score`
+    templates: dict[str, dict[str, float]]  # name -> {"score": …, "n": …}; problems in new wordings count here only
     final: bool  # whether this is the full suite after the last step
     seconds: float  # duration
 

@@ -89,9 +89,11 @@ TABLE: dict[str, Kind] = {
     "model.global_every": COUNT,
     "model.positions": choice("none or rotary"),
     "model.soft_cap": POSITIVE,
-    "data.sources": Kind("a list", (list,), (([], "[] needs at least 1"),)),
+    "data.sources": Kind("a list", (list,), (([], "[] needs a length of at least 1"),)),
     "data.mix_by": choice("sequences or documents"),
-    "data.validation": Kind("text or a list", (str, list), (EMPTY, ([], "[] needs at least 1")), takes_any_text=True),
+    "data.validation": Kind(
+        "text or a list", (str, list), (EMPTY, ([], "[] needs a length of at least 1")), takes_any_text=True
+    ),
     "data.tokenizer": TEXT,
     "data.end_of_document": OPTIONAL_TEXT,
     "data.add_special_tokens": SWITCH,
@@ -126,8 +128,8 @@ TABLE: dict[str, Kind] = {
         (int, list),
         (
             (0, "0 has to be at least 1"),
-            ([1], "[1] needs at least 2"),
-            ([1, 2, 3], "[1, 2, 3] needs at most 2"),
+            ([1], "[1] needs a length of at least 2"),
+            ([1, 2, 3], "[1, 2, 3] needs a length of at most 2"),
         ),
     ),
     "scaling.use_gpu": SWITCH,
@@ -145,7 +147,7 @@ INSIDE: list[tuple[str, Any, str, str]] = [
     ("data.sources", [{"path": "a", "weight": "x"}], "[0].weight", "expected a number, found x"),
     ("data.sources", [{"path": "a", "weight": True}], "[0].weight", "expected a number, found true"),
     ("data.sources", [{"path": "", "weight": 1}], "[0].path", "'' must not be empty"),
-    ("data.sources", [{"path": [], "weight": 1}], "[0].path", "[] needs at least 1"),
+    ("data.sources", [{"path": [], "weight": 1}], "[0].path", "[] needs a length of at least 1"),
     ("data.sources", [{"path": 3, "weight": 1}], "[0].path", "expected text or a list, found 3"),
     ("data.sources", [{"path": ["a", None], "weight": 1}], "[0].path[1]", "expected text, found null"),
     ("data.sources", [{"path": "a", "weight": 1, "optional": "x"}], "[0].optional", "expected true or false, found x"),

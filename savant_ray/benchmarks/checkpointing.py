@@ -40,7 +40,8 @@ def measure_stall(model: dict[str, int], rounds: int) -> Figures:
             run_config=RunConfig(
                 name="run",
                 storage_path=folder,
-                storage_filesystem=tolerant_file_system(None),  # the saver writes checkpoints where Ray expects them
+                # Ray requires it to be equal to the file system of a reported checkpoint, which the saver wraps like this.
+                storage_filesystem=tolerant_file_system(None),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
         ).fit()

@@ -34,7 +34,7 @@ SEED = 0
 
 
 def run_attention() -> Figures:
-    """Measure a windowed and a global loop, over one long document and over packed documents.
+    """Measure windowed and global attention, over one long document and over packed documents.
 
     With a single row a GPU mostly waits for kernels to be launched, so on a GPU the rows of a micro-batch are measured too.
     """
@@ -143,7 +143,13 @@ def measure_generation(device: torch.device, dtype: torch.dtype) -> Figures:
     reference = baseline.Baseline(config).to(device, dtype)
     reference.load_state_dict(model.state_dict(), strict=False)
     prompts = torch.randint(3, config.vocab_size, (BATCH_SIZE, PROMPT_TOKENS)).tolist()
-    greedy = Sampling(config.vocab_size, -1, frozenset(), max_new_tokens=NEW_TOKENS, temperature=0)
+    greedy = Sampling(
+        vocab_size=config.vocab_size,
+        end_of_document=-1,  # no token, so that every answer has `NEW_TOKENS` tokens
+        never_sampled=frozenset(),
+        max_new_tokens=NEW_TOKENS,
+        temperature=0,
+    )
 
     def generate(n_prompts: int) -> float:
         synchronize(device)

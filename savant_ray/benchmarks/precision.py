@@ -76,6 +76,7 @@ def loss_decrease(precision: str, rate: float, seed: int, steps: int = STEPS) ->
     }
     config = Config.from_dict({"run": {"seed": seed}, "model": MODEL, "training": {**settings, "accumulation": 1}})
     rows = _rows()
+    # Each seed trains on other rows, not only from other weights.
     batches = itertools.islice(itertools.cycle(rows.training), seed * steps, (seed + 1) * steps)
     if precision == "plain bf16":
         model = new_state(config, device, "fp32").model.to(torch.bfloat16)
@@ -91,7 +92,7 @@ def loss_decrease(precision: str, rate: float, seed: int, steps: int = STEPS) ->
 
 def _train_plain_bf16(model: UniversalTransformer, batches: Iterator[MicroBatch], rate: float) -> None:
     for parameter in model.parameters():
-        parameter.grad_dtype, parameter.grad = torch.bfloat16, None
+        parameter.grad_dtype, parameter.grad = torch.bfloat16, None  # instead of the fp32 gradients of `new_state`
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     for batch in batches:
         optimizer.zero_grad()

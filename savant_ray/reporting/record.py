@@ -42,8 +42,14 @@ VALIDATION_KINDS = {event.kind for event in (ValidationDone, LogicScored, Sample
 ATTEMPT_KINDS = {  # kept when the record is reset to an earlier step
     event.kind
     for event in (
-        *(DataPrepared, WorkersStarted, WorkersLost, AttemptStarted, AttemptEnded),
-        *(RunResumed, Notice, RunFailed),
+        DataPrepared,
+        WorkersStarted,
+        WorkersLost,
+        AttemptStarted,
+        AttemptEnded,
+        RunResumed,
+        Notice,
+        RunFailed,
     )
 }
 
@@ -75,7 +81,11 @@ class Record:
         self._append(to_line(event))
 
     def backfill(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Append those of the lines saved with a checkpoint that are missing because the driver was killed."""
+        """Append those of `lines` that the record lacks.
+
+        `lines` are what a checkpoint stores: the record since the checkpoint before it. They are missing if the driver was
+        killed before it wrote them.
+        """
         present = {(line["event"], line.get("step")) for line in read_records(self._metrics.path)}
         for line in lines:
             if line["event"] not in ATTEMPT_KINDS and (line["event"], line["step"]) not in present:
@@ -119,7 +129,8 @@ class Record:
 class JsonLines:
     """A file of JSON objects, one per complete line; `error` is the reason if lines cannot be written now."""
 
-    consequence = "the lines are kept in memory and written when there is room"  # of an `error`, for its warning
+    # What happens while there is an `error`; part of the warning about it.
+    consequence = "the lines are kept in memory and written when there is room"
 
     def __init__(self, path: Path) -> None:
         self.path, self.error = path, ""

@@ -1,7 +1,7 @@
 """Report of one attempt: each event is written to the record (metrics.jsonl), the log and the console.
 
 A live terminal shows each step. The log and a plain console get a line for the first step, the last step and every 30
-seconds; all other events are printed when they happen.
+seconds; of the other events, those with a text (`describe`) are printed when they happen.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class RunReport:
         self._console = open_console() if console is None else console
         self._clock, self._max_steps = clock, max_steps
         self._remaining_time, self._stage = RemainingTime(), "starting"
-        self._loss_sparkline, self._skipped = Sparkline(), 0  # of this attempt
+        self._loss_sparkline, self._skipped = Sparkline(), 0  # since the workers have started
         self._limit_gb: float | None = None
         self._last_line_time = clock()
-        # Name in messages and time of the previous validation, or of the start of the attempt if there is none yet.
+        # The previous validation, or the start of the workers: its name in "5 min since …", and its time.
         self._previous_validation = ("the start", clock())
         self._unprinted_step = ""  # the newest step's line, until it is printed
         self._is_first_step = True
@@ -135,7 +135,7 @@ class RunReport:
             self._log.close()
 
     def _on_attempt_started(self, event: AttemptStarted) -> None:
-        """Reset the record to `event.step`, since later steps are repeated, and the figures of the attempt."""
+        """Reset the record to `event.step`, since later steps are repeated; reset the figures of the live display."""
         if self._record is not None:
             self._record.rewind(event.step, event.validates_first)
         self._stage = "training"

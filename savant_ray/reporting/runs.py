@@ -32,8 +32,8 @@ STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # most lines a
 RECENT_STEPS = 100
 SAMPLE_WIDTH = 100  # characters
 PIPE_WIDTH = 300  # columns if standard output is not a terminal, so that rows are not wrapped
-# Returns step and path of the newest file of the original script at a path: of those in a folder, the one with the highest
-# step in its name; None if there is none.
+# Takes the path of a file of the original script, or of a folder with such files, of which the one with the highest step in
+# its name is used. Returns the step and the path of the file, or None if there is none.
 NewestOriginal = Callable[[Path], tuple[int, Path] | None]
 
 
@@ -68,7 +68,7 @@ class RunSummary:
 
 
 def find_runs(folders: Iterable[Path], newest_original: NewestOriginal = lambda path: None) -> list[Path]:
-    """Return the folders with a record or with files of the original script.
+    """Return the folders with a record or with files of the original script, and those of `folders` that are such a file.
 
     The search covers `folders`, their subfolders, and all levels below `savant_runs` in them.
     """

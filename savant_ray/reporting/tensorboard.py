@@ -1,8 +1,8 @@
 """TensorBoard event files, derived from the record: each number of an event as `event/field`.
 
-Each attempt writes its own file. It begins with a session log, which makes TensorBoard ignore the last steps of earlier
-files, and writes these steps again from the record. So no step appears twice, and events that a killed driver did not flush
-are added.
+Each start of the workers begins a new file. The file starts with a session log, which makes TensorBoard ignore all steps of
+earlier files from a certain step on, and these steps are written again from the record. So no step appears twice, and events
+that a killed driver did not flush are added.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUMERIC_KINDS = (StepDone.kind, ValidationDone.kind, LogicScored.kind, Checkpoin
 class TensorBoard:
     """The event files of one run; `error` is the reason if they cannot be written, which never ends the run."""
 
-    # Of an `error`, for its warning.
+    # What happens after an `error`; part of the warning about it.
     consequence = "its curves stop until the next attempt, which adds what is missing from metrics.jsonl"
 
     def __init__(self, run_folder: Path) -> None:

@@ -167,7 +167,10 @@ def skipped_update(event: StepDone) -> str:
 def step_panel(
     event: StepDone, sparkline: str, skipped: int, limit_gb: float | None, seconds_left: float | None
 ) -> str:
-    """Return a step's figures in two lines for a live display; `skipped` counts micro-batches of this attempt."""
+    """Return a step's figures in two lines for a live display.
+
+    `skipped` is the number of micro-batches that were skipped since the workers have started.
+    """
     learning = [
         f"loss {event.train_loss:.4f}" + (f" {sparkline}" if sparkline else ""),
         f"rate {event.learning_rate:.2e}",

@@ -33,8 +33,8 @@ _INVALID_VALUE = {
     "greater_than_equal": "has to be at least {ge:g}",
     "less_than": "has to be less than {lt:g}",
     "less_than_equal": "has to be at most {le:g}",
-    "too_short": "needs at least {min_length}",
-    "too_long": "needs at most {max_length}",
+    "too_short": "needs a length of at least {min_length}",
+    "too_long": "needs a length of at most {max_length}",
     "string_too_short": "must not be empty",
     "string_unicode": "is not text that UTF-8 can hold",
 }

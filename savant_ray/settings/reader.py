@@ -218,7 +218,10 @@ def _read_text(path: Path) -> str:
 
 
 def _convert(text: str, types: tuple[type, ...]) -> Any:
-    """Convert a value of the environment or the command line; it stays a string where the setting accepts strings."""
+    """Convert a value of the environment or the command line as YAML.
+
+    It stays a string if the setting accepts strings, but not the type that the value has in YAML.
+    """
     try:
         value = load_yaml(text)
     except YamlError:
@@ -236,8 +239,9 @@ def _unquote(text: str) -> str:
     inner = stripped[1:-1]
     try:
         value = load_yaml(stripped)
-    except YamlError:  # two quoted words, or an invalid escape sequence
-        return text if stripped[0] in inner else inner
+    except YamlError:
+        is_two_words = stripped[0] in inner  # such as "a" "b", which keeps its quotes; else an invalid escape sequence
+        return text if is_two_words else inner
     return value if isinstance(value, str) else text
 
 
@@ -254,13 +258,15 @@ def _suggest_variable(variable: str, known: Iterable[str]) -> str | None:
     """
     known = list(known)
     words = _words(variable)
+    # The less of a setting's name is compared, the more similar it must be: other programs may use the prefix, too.
     section = next((s for s in {_section(name) for name in known} if words.startswith(f"{s}_")), None)
     if section is not None:
         fields = {_field(name): name for name in known if _section(name) == section}
         suggestion = _most_similar(words.removeprefix(f"{section}_"), fields, 0.8)
     else:
         suggestion = _most_similar(words, {_words(name): name for name in known}, 0.85)
-        suggestion = suggestion or _most_similar(words, {_field(name): name for name in reversed(known)}, 0.9)
+        first_with_field = {_field(name): name for name in reversed(known)}  # of settings with the same field the first
+        suggestion = suggestion or _most_similar(words, first_with_field, 0.9)
     if suggestion is not None:
         return f"; did you mean {suggestion}?"
     return did_you_mean(variable, known) if re.search(r"__|\.", variable) else None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from savant_ray.benchmarks import training
-from savant_ray.benchmarks.registry import table
+from savant_ray.benchmarks.registry import Figures, table
 from savant_ray.benchmarks.training import Case
 from savant_ray.config import Config, ModelConfig
 from savant_ray.training.state import TrainingState
@@ -51,8 +51,12 @@ def test_cases_for_a_gpu_have_the_default_micro_batch_size() -> None:
         assert case.n_documents == per_row * guide.training.batch_size
 
 
+def _figures(peaks: list[float]) -> Figures:
+    return training._figures("x", Case(10, 4), CPU, peaks, reference_times=[4.0, 2.0, 6.0], our_times=[1.0, 1.0, 2.0])
+
+
 def test_the_figures_are_ratios_within_each_round() -> None:
-    figures = training._figures("x", Case(10, 4), CPU, peak=[1e9, 1e9, 1e9], slow=[4.0, 2.0, 6.0], fast=[1.0, 1.0, 2.0])
+    figures = _figures(peaks=[1e9, 1e9, 1e9])
     figure = figures["train_x"]
     assert figure["ratio"] == 3.0 and figure["spread"] == [2.0, 4.0] and figure["rounds"] == 3
     assert 0 < figure["share_of_peak"] < 1 and "40 against 10 useful tokens/s" in figure["detail"]
@@ -60,5 +64,5 @@ def test_the_figures_are_ratios_within_each_round() -> None:
 
 
 def test_the_share_of_peak_is_at_most_one_even_if_the_peak_was_measured_too_low() -> None:
-    figures = training._figures("x", Case(10, 4), CPU, peak=[1.0, 2.0, 1.0], slow=[4.0, 2.0, 6.0], fast=[1.0, 1.0, 2.0])
+    figures = _figures(peaks=[1.0, 2.0, 1.0])
     assert figures["train_x"]["share_of_peak"] == 1.0

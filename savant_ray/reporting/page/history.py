@@ -43,7 +43,7 @@ COLUMNS = (
 
 @dataclass
 class Attempt:
-    """One attempt, from the moment its workers have built the model."""
+    """One start of the workers, from the moment they have built the model to their end; a restart by Ray is another one."""
 
     started: float  # seconds since the epoch, like all times here
     ended: float  # time of its last event

@@ -16,7 +16,7 @@ class Wandb:
         self._project, self._name = project, run
 
     def open(self, identity: str, settings: dict[str, Any]) -> dict[str, int]:
-        """See `Tracker`. W&B accepts a step only once, so only lines after its last step are sent."""
+        """See `Tracker`. W&B rejects steps before its last one, so only lines after that step are sent."""
         import wandb
 
         quiet = wandb.Settings(silent=True, console="off", x_disable_stats=True)
