@@ -71,8 +71,8 @@ def of_another_shape(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (without_state, "it is for 0 parameters"),
-        (of_another_optimizer, "it holds momentum_buffer where AdamW needs exp_avg, exp_avg_sq, step"),
+        (without_state, "the saved state is for 0 parameters"),
+        (of_another_optimizer, "the saved state holds momentum_buffer where AdamW needs exp_avg, exp_avg_sq, step"),
         (of_another_shape, "exp_avg of parameter 0 has another shape"),
     ],
 )
