@@ -463,8 +463,8 @@ def test_a_state_for_only_some_of_the_parameters_is_not_used(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"absmax1": torch.ones(3)}, "it holds absmax1, absmax2, "),
-        ({"qmap2": torch.ones(16)}, "it holds absmax1, absmax2, "),
+        ({"absmax1": torch.ones(3)}, "the saved state holds absmax1, absmax2, "),
+        ({"qmap2": torch.ones(16)}, "the saved state holds absmax1, absmax2, "),
         ({"state1": torch.zeros(5)}, "has another shape"),
         ({"state2": None}, "0 parameter groups"),
     ],
