@@ -17,7 +17,7 @@ from savant_ray.reporting.record import read_records, saved_a_checkpoint
 from savant_ray.storage.protocol import RunStorage, newest_intact_checkpoint
 from savant_ray.storage.ray_snapshot import rebuild_snapshot
 from savant_ray.training.checkpoint import (
-    ANY_TEXT,
+    NO_FINGERPRINT,
     RECORDS,
     TOKENIZER,
     checkpoints,
@@ -103,7 +103,7 @@ def refuse_other_data(start: Path, config: Config, data_fingerprint: str) -> Non
     Raises:
         CheckpointError: they differ.
     """
-    if read_manifest(start)["data_fingerprint"] in (ANY_TEXT, data_fingerprint):
+    if read_manifest(start)["data_fingerprint"] in (NO_FINGERPRINT, data_fingerprint):
         return
     change = changes_since(start, config).get("data.sources", "data.sources: a file was added, changed or removed")
     # Not a difference: `choose_tokenizer` kept the checkpoint's tokenizer, which the user may not expect with other text.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import islice
 
+# The text after the phrase, if its first line has any character other than points and spaces.
 CONCLUSION = re.compile(r"The answer is:?\s+(?=[^\n]*[^\n.\s])(\S.*)", re.DOTALL)
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|(?<=\d)\.(?!\d)|(?<=[a-z])\.(?=[A-Z])")  # but not the points in 3.14 and U.S.
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
@@ -36,9 +37,9 @@ Quantity = tuple[Fraction, str]  # value and unit
 def is_correct(text: str, expected: str) -> bool:
     """Return whether a model's text states the expected answer.
 
-    The answer is the complete text, or the text after the first "The answer is" up to the end of a sentence, of the line
-    or of the text. Without that phrase it is also the last line, the last sentence or, if a number is expected, the last
-    number.
+    The text is correct if any of these equals the expected answer: the complete text, or what follows the first "The answer
+    is" up to the end of a sentence, of the line or of the text. In a text without that phrase, the last line, the last
+    sentence and, if a number is expected, the last number count as well.
     """
     normalized_expected = normalized(expected)
     if any(normalized(candidate) == normalized_expected for candidate in _candidates(text)):
@@ -81,7 +82,11 @@ def _ends_in(text: str, expected: Quantity) -> bool:
     value, unit = expected
     for candidate in (numbers[-1][0], text[start:]):
         quantity = normalized(candidate)
-        if isinstance(quantity, tuple) and quantity[0] == value and f"{quantity[1]} ".startswith(unit and f"{unit} "):
+        if (
+            isinstance(quantity, tuple)
+            and quantity[0] == value
+            and (not unit or f"{quantity[1]} ".startswith(f"{unit} "))
+        ):
             return True
     return False
 

@@ -35,7 +35,9 @@ LOSS_DOCUMENTS = 100  # held-out documents for the loss at each depth
 
 
 def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Config]:
-    """Load the fp32 model of a checkpoint, or of a run's newest one, onto the GPU if there is one; with its tokenizer.
+    """Return the fp32 model of a checkpoint, on the GPU if there is one, with its tokenizer and settings.
+
+    `checkpoint` may be the folder of a run, which means its newest checkpoint.
 
     Raises:
         CheckpointError: there is none, it is damaged, has no tokenizer, or its weights do not fit its settings.
@@ -93,14 +95,19 @@ def answers_of(
         CheckpointError: there is no readable checkpoint.
         DataError: a question's prompt has no tokens.
     """
-    model, tokenizer, _, limit = _load_for(checkpoint, questions, max_new_tokens)
+    model, tokenizer, _, limit = _load_for_questions(checkpoint, questions, max_new_tokens)
     yield from answer_questions(model, tokenizer, questions, limit, n_loops)
 
 
-def _load_for(
+def _load_for_questions(
     checkpoint: Path, questions: Sequence[Question], max_new_tokens: int | None
 ) -> tuple[UniversalTransformer, Tokenizer, Config, int]:
-    """Load a checkpoint that can answer the questions, and the maximum length of an answer in tokens."""
+    """Return model, tokenizer and settings of a checkpoint, and the maximum length of an answer in tokens.
+
+    Raises:
+        CheckpointError: there is no readable checkpoint.
+        DataError: a question's prompt has no tokens.
+    """
     model, tokenizer, config = load_model(checkpoint)
     refuse_empty_prompts(tokenizer, questions)
     return model, tokenizer, config, config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -135,13 +142,14 @@ def by_depth(
 ) -> Iterator[dict[str, Any]]:
     """Yield score, loss, residual and cosine for each number of loops.
 
-    The loss is that of the run's held-out text, None without the file; residual and cosine are those of the last loop.
+    The loss is that of the first `LOSS_DOCUMENTS` documents of the run's held-out text; residual and cosine are those of the
+    last loop on the first document. If the text cannot be read, the loss is None, and residual and cosine are absent.
 
     Raises:
         CheckpointError: there is no readable checkpoint.
         DataError: a question's prompt has no tokens.
     """
-    model, tokenizer, config, limit = _load_for(checkpoint, questions, max_new_tokens)
+    model, tokenizer, config, limit = _load_for_questions(checkpoint, questions, max_new_tokens)
     device = model.head.weight.device
     rows = [(tokens.to(device), ids.to(device)) for tokens, ids in held_out_rows(config, tokenizer)]
     for n_loops in depths:
@@ -155,7 +163,7 @@ def by_depth(
 
 
 def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (tokens, document ids) `[1, T]` for each of the first validation documents; none if the file is missing."""
+    """Yield (tokens, document ids) `[1, T]` for each of the first validation documents; nothing if they cannot be read."""
     try:
         texts = list(islice(documents(expand(config.data.validation)), LOSS_DOCUMENTS))
     except DataError:

@@ -25,8 +25,8 @@ from savant_ray.inference.sampling import Sampling
 from savant_ray.model.transformer import UniversalTransformer
 
 SUITE_SEED = 20_000
-HELD_OUT_PAIRS, NEW_WORDINGS = 600, 120  # questions
-NEW_WORDING = ", new wording"  # suffix of the template's name; these questions are scored separately
+N_TRAINED_WORDINGS, N_NEW_WORDINGS = 600, 120  # questions in wordings of the training text, and in others
+NEW_WORDING_SUFFIX = ", new wording"  # of the template's name; these questions are scored separately
 BATCH_SIZE = 64  # questions
 GPU_BATCH_SIZE = 256  # questions; in bf16 4 GiB of keys and values for the default model and texts of 512 tokens
 MAX_FILE_BYTES = 256 << 20  # of a file of questions; a device such as /dev/zero never ends
@@ -82,11 +82,11 @@ class Score:
 
 def logic_suite() -> list[Question]:
     """Return the questions, always the same: held-out pairs in trained wordings, then some in held-out wordings."""
-    trained = problems(SUITE_SEED, HELD_OUT_PAIRS, held_out=True)
-    new = problems(SUITE_SEED, NEW_WORDINGS, held_out=True, unseen_wordings=True)
+    trained = problems(SUITE_SEED, N_TRAINED_WORDINGS, held_out=True)
+    new = problems(SUITE_SEED, N_NEW_WORDINGS, held_out=True, unseen_wordings=True)
     return [
         *(Question(problem.template, problem.prompt, str(problem.answer)) for problem in trained),
-        *(Question(f"{problem.template}{NEW_WORDING}", problem.prompt, str(problem.answer)) for problem in new),
+        *(Question(f"{problem.template}{NEW_WORDING_SUFFIX}", problem.prompt, str(problem.answer)) for problem in new),
     ]
 
 
@@ -94,7 +94,8 @@ def read_questions(path: Path) -> list[Question]:
     """Return the questions of a JSONL file with the fields `prompt`, `answer` and, to group them by, `template`.
 
     Raises:
-        DataError: the file cannot be read, is too large or has no questions, or a line has other fields; names the line.
+        DataError: the file cannot be read, is too large or has no questions, or a line has no valid prompt and answer; the
+            message names the line.
     """
     try:
         with path.open("rb") as file:
@@ -161,7 +162,7 @@ def scores(answers: Iterable[Answer]) -> dict[str, Score]:
 
 def total(templates: dict[str, Score], new_wordings: bool = False) -> Score:
     """Return the sum over the templates with trained wordings, or with `new_wordings` over the others."""
-    selected = [score for name, score in templates.items() if name.endswith(NEW_WORDING) == new_wordings]
+    selected = [score for name, score in templates.items() if name.endswith(NEW_WORDING_SUFFIX) == new_wordings]
     return Score(sum(score.n for score in selected), sum(score.correct for score in selected))
 
 

@@ -52,7 +52,7 @@ COLLAPSE = (
 
 @dataclass
 class Validator:
-    """Evaluates the current state; every rank has one and calls it. Only rank 0 emits events."""
+    """Evaluates the current state; every rank has one and calls it. Rank 0 emits the results; any rank emits notices."""
 
     config: Config
     tokenizer: Tokenizer
@@ -63,7 +63,7 @@ class Validator:
     emit: Callable[[Event], None]
     stop_requested: Callable[[], bool]
     logic_evaluator: LogicEvaluator | None = None
-    step_sequences: int | None = None  # of this rank in a training step; None: more than a micro-batch
+    step_sequences: int | None = None  # of this rank in a training step; None: at least one full micro-batch
     max_rows: int | None = None  # sequences that fit into a forward pass; None: no limit is known
     weight_changes: WeightChanges = field(default_factory=WeightChanges)
 
@@ -145,7 +145,7 @@ class Validator:
         """
         while True:
             rows = self._rows(state)
-            sum_losses = functools.partial(self._loss_sums_by, rows, state)
+            sum_losses = functools.partial(self._loss_sums_in_parts, rows, state)
             if rows == 1:
                 return retry_on_oom(sum_losses, state.device, f"the validation after step {state.step:,}")
             sums = none_on_oom(sum_losses, state.device)
@@ -155,12 +155,16 @@ class Validator:
             limit = f"at most {self.max_rows} sequences per forward pass"
             self.emit(Notice(text=f"validation did not fit into memory: from now on {limit}"))
 
-    def _loss_sums_by(self, rows: int, state: TrainingState) -> Tensor:
+    def _loss_sums_in_parts(self, rows: int, state: TrainingState) -> Tensor:
+        """Return the sums over this rank's sequences, with at most `rows` sequences in a forward pass."""
         parts = (self._on_device(part, state) for batch in self.micro_batches for part in batch.parts(rows))
         return loss_sums(state.model, self._until_stopped(parts))
 
     def _rows(self, state: TrainingState) -> int:
-        """Return the number of sequences of a forward pass: compiled, that of training, so that nothing is compiled."""
+        """Return the number of sequences of a forward pass.
+
+        A compiled model gets as many as in a training step if they fit, so that it is not compiled for another shape.
+        """
         rows = self.config.training.batch_size
         if runs_compiled(state.model, state.device):
             rows = min(state.fit.rows, self.step_sequences or rows)
@@ -234,7 +238,7 @@ class Validator:
 
 @contextmanager
 def _evaluating(state: TrainingState) -> Iterator[None]:
-    """Run forward passes in training's precision; detached gradients are a condition of its compiled graph."""
+    """Run forward passes in the precision of training, with detached gradients, which `training_graph` requires."""
     with state.gradients.detached(), autocast(state.precision, state.device):
         yield
 

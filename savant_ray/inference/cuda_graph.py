@@ -14,7 +14,7 @@ class StepGraph:
     """Runs a function eagerly once, captures it as a CUDA graph, and replays the graph from the second call on.
 
     The function must have no arguments and results, always read and write the same tensors, and not wait for the device.
-    On other devices, and if the capture fails, it runs eagerly each time.
+    On a device without CUDA, and if the capture fails, it runs eagerly each time.
 
     Attributes:
         captures: whether the function is captured.
@@ -68,9 +68,9 @@ class StepGraph:
 def _close_pool(device: torch.device, pool: tuple[int, int]) -> None:
     """End a failed capture for the allocator, which otherwise raises an error whenever it has to free memory.
 
-    `CUDAGraph::capture_end` of PyTorch 2.11 raises before it does so if the capture has become invalid.
+    PyTorch 2.11's `CUDAGraph::capture_end` ends it, but for an invalid capture it raises an error before it does so.
     """
-    with suppress(RuntimeError):  # it has ended
+    with suppress(RuntimeError):  # raised if the capture has already been ended for the allocator
         torch._C._cuda_endAllocateToPool(device.index or 0, pool)
         torch._C._cuda_releasePool(device.index or 0, pool)
 

@@ -21,7 +21,7 @@ from savant_ray.model.transformer import UniversalTransformer
 
 # Attention scores per head. Longer prompts are processed in parts, because scores grow with the square of the length.
 MAX_PROMPT_SCORES = 1 << 22
-GPU_GROUP = 16  # tokens between two looks of the host at the results; a stop request waits as long
+GPU_GROUP = 16  # tokens that are generated before the host reads them and checks for a stop request
 ENDED = -1  # in place of a token after the end of an answer
 
 
@@ -30,8 +30,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield new token ids until the end of the document (not yielded) or `max_new_tokens`.
 
-    The ids depend on weights, prompt and sampling parameters only. On a GPU they arrive in groups of `GPU_GROUP`. Memory
-    grows with the number of tokens in global loops only. Generation also ends when the logits are not finite.
+    The ids depend on weights, prompt and sampling parameters only. On a GPU they arrive in groups of `GPU_GROUP`. Only
+    the memory of global loops grows with the number of tokens. Generation also ends when the logits are not finite.
 
     Raises:
         ValueError: the prompt has no tokens.
@@ -137,7 +137,7 @@ class _Decoder:
             self.graph.invalidate()
         for length in range(self._cache.length, self._cache.length + n_steps):
             self.graph.run(self._step)
-            self._cache.length = length + 1  # which neither a capture nor a replay counts correctly
+            self._cache.length = length + 1  # `_step` counts twice in the call that captures it, never in a replay
         self._n_generated += n_tokens
         return self._group_BN[:, :n_tokens].tolist()
 

@@ -1,4 +1,4 @@
-"""The choice of the next token, on the device and without waiting for it.
+"""The choice of the next token, computed on the device without waiting for a result.
 
 Random numbers are a function of the seed and of the index of the new token, computed in integers. The same seed therefore
 draws the same tokens on every device and in a batch of any size, as long as the logits agree.

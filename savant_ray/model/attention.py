@@ -69,10 +69,10 @@ def _cached_mask(
 ) -> Mask:
     if n_new == 1 and padding_B is None:
         return Mask(None)
-    reach = n_before if window_size is None else min(n_before, window_size)
-    visible = causal_mask(n_new, reach + n_new, window_size, device)
+    n_cached = n_before if window_size is None else min(n_before, window_size)
+    visible = causal_mask(n_new, n_cached + n_new, window_size, device)
     if padding_B is not None:
-        is_padding_BS = torch.arange(n_before - reach, n_before + n_new, device=device) < padding_B[:, None]
+        is_padding_BS = torch.arange(n_before - n_cached, n_before + n_new, device=device) < padding_B[:, None]
         visible = visible & (is_padding_BS[:, None, -n_new:, None] == is_padding_BS[:, None, None, :])
     return Mask(~visible)
 
@@ -128,7 +128,7 @@ def _fp32_scores(q: Tensor, k: Tensor) -> Tensor:
     if not q.is_cuda or q.dtype != torch.bfloat16 or torch.is_grad_enabled():
         return fp32_product(q, k)
     with torch.autocast(q.device.type, enabled=False):
-        # Without an fp32 copy of all cached keys for each token; `out_dtype` has no gradient.
+        # This avoids an fp32 copy of all cached keys for each token. PyTorch has no gradient for `out_dtype`.
         products = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32)
     scores: Tensor = products.unflatten(0, q.shape[:2])
     return scores

@@ -48,7 +48,7 @@ def _forward(
     """Return the output and the logsumexp of each query's scores, `[B, H, T, 1]`."""
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _empty_per_query(q)
     for rows, keys in _chunks(q.shape[2], first_key_N):
-        scores = _capped(q[:, :, rows], k[:, :, keys], soft_cap).mul_(soft_cap)
+        scores = _tanh_scores(q[:, :, rows], k[:, :, keys], soft_cap).mul_(soft_cap)
         scores.masked_fill_(masked_B1TS[:, :, rows, keys], float("-inf"))
         row_max = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(row_max).exp_()
@@ -68,13 +68,13 @@ def _backward(
     grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
     delta = (grad_out.float() * out.float()).sum(dim=-1, keepdim=True)
     for rows, keys in _chunks(q.shape[2], first_key_N):
-        capped = _capped(q[:, :, rows], k[:, :, keys], soft_cap)
-        probabilities = (capped * soft_cap).sub_(lse[:, :, rows]).exp_()
+        tanh_scores = _tanh_scores(q[:, :, rows], k[:, :, keys], soft_cap)
+        probabilities = (tanh_scores * soft_cap).sub_(lse[:, :, rows]).exp_()
         probabilities.masked_fill_(masked_B1TS[:, :, rows, keys], 0.0)
         grad_v[:, :, keys] += probabilities.to(v.dtype).mT @ grad_out[:, :, rows]
         grad_scores = fp32_product(grad_out[:, :, rows], v[:, :, keys])
         grad_scores.sub_(delta[:, :, rows]).mul_(probabilities)
-        grad_scores.addcmul_(grad_scores, capped.square_(), value=-1)  # the derivative of tanh is 1 - tanh²
+        grad_scores.addcmul_(grad_scores, tanh_scores.square_(), value=-1)  # the derivative of tanh is 1 - tanh²
         grad_product = grad_scores.mul_(scale).to(q.dtype)
         grad_q[:, :, rows] = grad_product @ k[:, :, keys]
         grad_k[:, :, keys] += grad_product.mT @ q[:, :, rows]
@@ -88,8 +88,8 @@ def _chunks(n_queries: int, first_key_N: Tensor) -> Iterator[tuple[slice, slice]
         yield slice(chunk * CHUNK, end), slice(first, end)
 
 
-def _capped(q: Tensor, k: Tensor, soft_cap: float) -> Tensor:
-    """Return tanh(q k^T / sqrt(D) / soft_cap) in fp32."""
+def _tanh_scores(q: Tensor, k: Tensor, soft_cap: float) -> Tensor:
+    """Return tanh(q k^T / sqrt(D) / soft_cap) in fp32, the soft-capped scores in units of `soft_cap`."""
     return fp32_product(q, k).mul_(1.0 / (math.sqrt(q.shape[-1]) * soft_cap)).tanh_()
 
 

@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 MIN_CAPABILITY = (8, 0)  # compute capability; the first with bf16 tensor cores
 MIN_HEAD_DIM = 16  # PyTorch raises an error below it
-BLOCK = 128  # queries or keys in a block; every tile size that PyTorch chooses divides it, but not 64
+BLOCK = 128  # queries or keys in a block; a multiple of every tile size that PyTorch chooses, which 64 is not
 KERNEL_OPTIONS: Any = None  # `FlexKernelOptions`: tile sizes, warps, stages; None = PyTorch's choice for this GPU
 MAX_SIGMOID_CAP = 100.0  # above it the error of a score could exceed 1e-4
 MAX_COMPILED_SHAPES = 64  # PyTorch falls back to eager execution beyond it, which computes all scores at once
@@ -117,8 +117,9 @@ def capped_score(score: Tensor, soft_cap: float) -> Tensor:
 
     A GPU has instructions for the exponential and the reciprocal in a sigmoid; its tanh needs a polynomial and a selection
     as well. Near 0 the difference of two large numbers loses relative accuracy, but the softmax needs absolute accuracy: in
-    fp32 the error is 2.5e-7 of the cap, with a GPU's approximate division 8e-7, so 4e-5 at 50. PTX's `tanh.approx.f32` has
-    an error of 5e-4 of the score (0.025 at 50), which for large scores exceeds the rounding of bf16 several times.
+    fp32 the error is 2.5e-7 of the cap, with a GPU's approximate division 8e-7 (4e-5 at a cap of 50). PTX's
+    `tanh.approx.f32` has an error of 5e-4 of the score (0.025 at a score of 50), which for large scores exceeds the rounding
+    of bf16 several times.
     """
     if soft_cap > MAX_SIGMOID_CAP:
         return soft_cap * torch.tanh(score / soft_cap)
@@ -127,6 +128,6 @@ def capped_score(score: Tensor, soft_cap: float) -> Tensor:
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """Return `flex_attention` compiled, for a model that is not: uncompiled, it would compute all scores at once."""
+    """Return compiled `flex_attention` for an uncompiled model: eager `flex_attention` computes all scores at once."""
     torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
     return torch.compile(flex_attention, dynamic=False)

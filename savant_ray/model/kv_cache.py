@@ -1,10 +1,10 @@
 """Key-value cache for generation: a ring buffer of keys and one of values for each loop.
 
-All loops share one block, but each has other inputs and therefore its own keys and values. The token at position p is stored
-in slot `p % size`. A windowed loop has at most `window_size + 1` slots, so that a new token overwrites the one that leaves
-the window. The buffers of a global loop double when they are full; generation can therefore continue past `max_seq_len`,
-since neither rotary embeddings nor a model without positions have a maximum length. The order of the slots does not matter,
-because keys are rotated before they are stored and softmax does not depend on the order of its inputs.
+All loops share one block, but each has different inputs and therefore its own keys and values. The token at position p is
+stored in slot `p % size`. A windowed loop has at most `window_size + 1` slots, so that a new token overwrites the one that
+leaves the window. The buffers of a global loop double when they are full; generation can therefore continue past
+`max_seq_len`, since neither rotary embeddings nor a model without positions have a maximum length. The order of the slots
+does not matter, because keys are rotated before they are stored and softmax does not depend on the order of its inputs.
 
 A single new token is added by operations that read the position from a device tensor. With `static_shapes` their shapes and
 addresses also stay the same until `reserve` or `select` replaces the buffers, so that a CUDA graph of them can be replayed.
@@ -34,7 +34,7 @@ class KeyValueCache:
         static_shapes: whether a single new token attends to all slots, with those that are not in use masked.
 
     Attributes:
-        length: number of tokens that all loops have cached. Who replays a CUDA graph of `decode` has to count them.
+        length: number of tokens that all loops have cached. Code that replays a CUDA graph of `decode` has to set it.
         position_1: the same number as a device tensor `[1]`.
     """
 
@@ -76,27 +76,27 @@ class KeyValueCache:
             return Masks(Mask(None), Mask(None))
         return Masks(
             *(
-                ring_mask(self.position_1, self._visible(kind), self._size(kind), self._padding_B)
-                for kind in (True, False)
+                ring_mask(self.position_1, self._n_visible(is_global), self._size(is_global), self._padding_B)
+                for is_global in (True, False)
             )
         )
 
     def append(self, loop: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values of the new tokens and return all that these can attend to, `[B, H, S, D]`.
 
-        For one token, S are slots. For several, S are the new tokens after the cached ones, in their order, of which a
-        windowed loop returns at most its window.
+        For one token, S are slots. For several, S are the cached tokens followed by the new ones, in order; a windowed loop
+        returns at most the last `window_size` of the cached ones.
         """
         if loop not in self._buffers:
             self._buffers[loop] = (self._empty(loop, k_BHTD), self._empty(loop, v_BHTD))
         keys, values = self._buffers[loop]
         if k_BHTD.shape[2] > 1:
             return self._append_several(loop, keys, k_BHTD), self._append_several(loop, values, v_BHTD)
-        kind = self._is_global[loop]
-        keys.index_copy_(2, self._slots[kind], k_BHTD)
-        values.index_copy_(2, self._slots[kind], v_BHTD)
-        visible = self._visible(kind)
-        return keys[:, :, :visible], values[:, :, :visible]
+        is_global = self._is_global[loop]
+        keys.index_copy_(2, self._slots[is_global], k_BHTD)
+        values.index_copy_(2, self._slots[is_global], v_BHTD)
+        n_visible = self._n_visible(is_global)
+        return keys[:, :, :n_visible], values[:, :, :n_visible]
 
     def advance(self, n_new: int) -> None:
         """Count `n_new` tokens that all loops have appended."""
@@ -114,7 +114,7 @@ class KeyValueCache:
         """Return the number of slots of a loop."""
         return self._capacity if is_global else min(self._capacity, self._window_size + 1)
 
-    def _visible(self, is_global: bool) -> int:
+    def _n_visible(self, is_global: bool) -> int:
         """Return the number of slots that a single new token attends to."""
         size = self._size(is_global)
         return size if self._static_shapes else min(size, self.length + 1)

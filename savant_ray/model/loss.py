@@ -46,8 +46,8 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Return the cross entropy of logits `x @ head.T` summed over the targets that are not IGNORED: nats, fp32 scalar.
 
-    `memory_limit_gb` (GiB, of the whole process) bounds the rows that a GPU computes at a time; `chunk_rows` sets their
-    number on each device.
+    `memory_limit_gb` (GiB, of the whole process) bounds the rows that a GPU computes at a time. `chunk_rows` replaces the
+    number of rows that is chosen for the device, CPU or GPU.
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
     if x_BTD.device.type == "cpu":
@@ -65,8 +65,8 @@ def cross_entropy_sum(
 def gpu_chunk_rows(n_rows: int, vocab_size: int, memory_limit_gb: float) -> int:
     """Return how many rows a GPU computes at a time.
 
-    It depends on settings and shapes only, so that a resumed run computes the same bits. The chunks of a micro-batch are
-    equal, since each size is compiled by itself.
+    It depends on settings and shapes only, so that a resumed run computes the same bits. The chunks of a micro-batch have
+    the same size, since each size is compiled by itself.
     """
     limit_bytes = min(GPU_CHUNK_GIB, memory_limit_gb * GPU_CHUNK_FRACTION) * 2**30
     max_rows = max(1, int(limit_bytes / (4 * vocab_size)) // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -117,7 +117,7 @@ def _chunk(x_CD: Tensor, head_VD: Tensor, targets_C: Tensor, grad_x: Tensor | No
     logits_CV = _fp32_logits(x_CD, head_VD)
     if grad_x is None or grad_head is None:
         return _loss_and_exp(logits_CV, targets_C)[0]
-    loss, grad_logits = _loss_and_gradient(x_CD.device)(logits_CV, targets_C, x_CD.dtype)
+    loss, grad_logits = _loss_and_gradient_function(x_CD.device)(logits_CV, targets_C, x_CD.dtype)
     grad_x.copy_(grad_logits @ head_VD)
     add_product(grad_head, grad_logits, x_CD)
     return loss
@@ -135,7 +135,7 @@ def _has_fp32_output(x_CD: Tensor) -> bool:
 
 
 @functools.cache
-def _loss_and_gradient(device: torch.device) -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]:
+def _loss_and_gradient_function(device: torch.device) -> Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]:
     """Return `loss_and_gradient`, compiled if the device allows; eager kernels read and write the logits seven times."""
     if not builds_triton_kernels(device):
         return loss_and_gradient

@@ -36,7 +36,9 @@ class Layout(NamedTuple):
 
     parameters: tuple[Tensor, ...]
     shape: tuple[int, ...]
-    views: Callable[[Tensor], Sequence[Tensor]]  # matrix -> for each parameter a view with its elements in their order
+    views: Callable[
+        [Tensor], Sequence[Tensor]
+    ]  # matrix -> for each parameter, the view that holds its elements, in order
 
 
 def plain_layout(parameter: Tensor) -> Layout:
@@ -70,8 +72,8 @@ def _laid_out(layout: Layout, dtype: torch.dtype) -> Tensor:
 def with_summed_gradients(x: Tensor, layouts: Sequence[Layout], weights: Sequence[SharedWeight]) -> Tensor:
     """Return x, whose backward pass returns the gradients in `weights` as those of the parameters.
 
-    x is the input of everything that uses the weights, so that its gradient comes last. The sums are right for one backward
-    pass through the graph.
+    Everything that uses the weights depends on x, so its gradient comes last. The gradients are correct for one backward
+    pass through the graph only: a second one would add to the sums of the first.
     """
     if all(weight.gradient is None for weight in weights):
         return x
@@ -118,14 +120,15 @@ class _Linear(torch.autograd.Function):
         bias_gradient: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        # Not saved as the others: autograd refuses saved tensors that have changed, and each loop changes these.
+        # Not by `save_for_backward`: autograd raises an error for saved tensors that have changed since, and the backward
+        # pass of each loop changes the gradients.
         ctx.weight_gradient, ctx.bias_gradient = weight_gradient, bias_gradient
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_NO = grad_out.flatten(0, -2)  # for both products, since it is a copy if heads were transposed
+        grad_NO = grad_out.flatten(0, -2)  # once, since it copies a gradient whose heads are transposed
         if ctx.weight_gradient is not None:
             torch.ops.savant.add_product_(ctx.weight_gradient, grad_NO, x.flatten(0, -2))
         if ctx.bias_gradient is not None:
@@ -157,7 +160,7 @@ def adds_bf16_products_to_fp32(device: torch.device) -> bool:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError):
-        total.zero_()
+        total.zero_()  # not supported: the check below fails
     if bool((total == 16 + 2.0**-9).all()):
         return True
     warnings.warn(

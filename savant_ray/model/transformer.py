@@ -1,9 +1,9 @@
 """UniversalTransformer: embedding, recurrent block with liquid gates, head.
 
 One block is applied `n_loops` times with the same weights (Universal Transformer, arXiv 1807.03819). Its attention and its
-feed-forward network each update the residual stream by a learned convex combination, `x = (1 - a) r + a out` with
-`a = sigmoid(W r + b)` (liquid gates). By default there is no positional encoding, and the model infers order from the causal
-mask and the attention windows; `model.positions: rotary` adds rotary embeddings.
+feed-forward network each update the residual stream r with their output by a learned convex combination,
+`(1 - a) r + a output` with `a = sigmoid(W r + b)` (liquid gates). By default there is no positional encoding, and the model
+infers order from the causal mask and the attention windows; `model.positions: rotary` adds rotary embeddings.
 
 Shapes: B batch, T time, S visible keys, D dim, H heads, V vocabulary.
 """
@@ -36,8 +36,8 @@ from savant_ray.model.shared_weights import (
 NORM_EPS = 1e-6
 
 
-class Packing(NamedTuple):
-    """How whole-sequence passes lay out the weights of the block."""
+class WeightPacking(NamedTuple):
+    """How the weights of the block are joined and padded for forward passes over whole sequences."""
 
     ffn_multiple: int = 1  # the hidden dimension of the feed-forward network is padded to a multiple of it
     one_qkv: bool = False  # one product for queries, keys and values
@@ -45,7 +45,7 @@ class Packing(NamedTuple):
 
 # On an H100 products with 2,730 columns, the hidden dimension at dim 1024, take twice as long as with 2,752. A CPU gains
 # nothing from either.
-PACKING = {"cuda": Packing(ffn_multiple=64, one_qkv=True)}
+WEIGHT_PACKING = {"cuda": WeightPacking(ffn_multiple=64, one_qkv=True)}
 CacheReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (new keys, new values) -> (all visible keys, values)
 
 
@@ -197,28 +197,31 @@ class RecurrentBlock(nn.Module):
         return BlockWeights(qkv, *(SharedWeight(parameter) for parameter in others))
 
     def prepare(self, x_BTD: Tensor) -> tuple[Tensor, BlockWeights]:
-        """Return the input of the first loop and the weights for all loops, in the dtype of products.
+        """Return `x_BTD` as the input of the first loop, and the weights for all loops in the dtype of the matrix products.
 
-        Gradients of the parameters arrive when the backward pass has reached the returned input.
+        The parameters get their gradients when the backward pass has reached the returned input.
         """
         dtype, device = self.attn.q_proj.weight.dtype, x_BTD.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        qkv, others = self.layouts(PACKING.get(device, Packing()))
+        qkv, others = self.layouts(WEIGHT_PACKING.get(device, WeightPacking()))
         layouts = qkv + others
         weights = shared_weights(layouts, dtype)
         block_weights = BlockWeights(tuple(weights[: len(qkv)]), *weights[len(qkv) :])
         return with_summed_gradients(x_BTD, layouts, weights), block_weights
 
-    def layouts(self, packing: Packing) -> tuple[list[Layout], list[Layout]]:
+    def layouts(self, packing: WeightPacking) -> tuple[list[Layout], list[Layout]]:
         """Return the layouts of `BlockWeights.qkv` and of the other weights in their order."""
         attn, (ffn_in, ffn_out) = self.attn, self.ffn.parameters()
         dim, hidden_dim = ffn_out.shape
         padded_dim = math.ceil(hidden_dim / packing.ffn_multiple) * packing.ffn_multiple
         halves = (2, padded_dim)
-        qkv = tuple(projection.weight for projection in attn.projections())
-        one_matrix = Layout(qkv, (3 * dim, dim), lambda m: m.split(dim))
-        return [one_matrix] if packing.one_qkv else [plain_layout(weight) for weight in qkv], [
+        qkv_weights = tuple(projection.weight for projection in attn.projections())
+        if packing.one_qkv:
+            qkv = [Layout(qkv_weights, (3 * dim, dim), lambda m: m.split(dim))]
+        else:
+            qkv = [plain_layout(weight) for weight in qkv_weights]
+        others = [
             plain_layout(attn.o_proj.weight),
             plain_layout(attn.liquid_gate.weight),
             plain_layout(attn.liquid_gate.bias),
@@ -227,6 +230,7 @@ class RecurrentBlock(nn.Module):
             plain_layout(self.liquid_gate_ffn.weight),
             plain_layout(self.liquid_gate_ffn.bias),
         ]
+        return qkv, others
 
 
 class LiquidAttention(nn.Module):
@@ -284,7 +288,8 @@ def liquid_update(
 ) -> Tensor:
     """Return `(1 - a) r + a out` with `a = sigmoid(gate(r))`, `[B, T, D]`.
 
-    Decoding calls one kernel for it instead of four; launching them is most of its time. Rounding differs.
+    Decoding computes the combination with one kernel instead of four, since launching kernels takes most of the time of
+    decoding. The two results differ by rounding.
     """
     a = torch.sigmoid(linear(r_BTD, gate, bias))
     if decoding:

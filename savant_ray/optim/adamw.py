@@ -100,17 +100,17 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
         """Describe why saved state cannot be loaded, or return None."""
         saved = state_dict["state"]
         if (n_groups := len(state_dict["param_groups"])) != len(self.param_groups):
-            return f"it has {n_groups} parameter groups, this optimizer has {len(self.param_groups)}"
+            return f"the saved state has {n_groups} parameter groups, this optimizer has {len(self.param_groups)}"
         if len(saved) != len(self._rules):
-            return f"it is for {len(saved)} parameters, the model has {len(self._rules)}"
+            return f"the saved state is for {len(saved)} parameters, the model has {len(self._rules)}"
         for index, parameter in enumerate(self._rules):
             current, loaded = self.state[parameter], saved.get(index, {})
             if set(loaded) != set(current):
                 has, needs = (", ".join(sorted(names)) or "nothing" for names in (loaded, current))
-                return f"it holds {has} where {type(self).__name__} needs {needs}"
+                return f"the saved state holds {has} where {type(self).__name__} needs {needs}"
             for name, tensor in current.items():
                 if torch.as_tensor(loaded[name]).shape != tensor.shape:
-                    return f"{name} of parameter {index} has another shape"
+                    return f"the saved {name} of parameter {index} has another shape"
         return None
 
 
@@ -153,7 +153,7 @@ def adamw_group(params: Iterable[nn.Parameter], lr: float, weight_decay: float) 
 
 
 def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Split an fp32 tensor into the nearest bf16 tensor (ties away from zero) and the int16 remainder, of one shape.
+    """Split an fp32 tensor into the nearest bf16 tensor (ties away from zero) and the int16 remainder, both of its shape.
 
     The upper half is rounded to nearest, so the lower half is signed.
     """

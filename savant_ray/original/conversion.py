@@ -4,7 +4,7 @@ Training writes the checkpoint into the run folder, commands write it into a tem
 
 Weights and moments are those of the file, in fp32 and in savant_ray's parameter order. The schedule continues with the
 learning rate of the original's next update. A file does not record which text it was trained on, so the position is
-step × effective batch and the data fingerprint is empty (`ANY_TEXT`).
+step × effective batch and the data fingerprint is empty (`NO_FINGERPRINT`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from savant_ray.original.file import MASKS, SCHEDULER, newest_intact, read_file,
 from savant_ray.original.file_settings import FileSettings, complete_settings, parameter_shapes
 from savant_ray.original.names import original_files, original_names, original_step
 from savant_ray.training.checkpoint import (
-    ANY_TEXT,
     CONFIG,
     FORMAT_VERSION,
     MANIFEST,
+    NO_FINGERPRINT,
     TOKENIZER,
     newest_checkpoint,
     read_manifest,
@@ -195,7 +195,7 @@ def to_checkpoint(content: Mapping[str, Any], names: Sequence[str], effective_ba
             "skipped_micro_batches": 0,
             "skipped_in_a_row": 0,
             "schedule_offset": max(0, last_epoch - content["step"] - 1),
-            "data_fingerprint": ANY_TEXT,
+            "data_fingerprint": NO_FINGERPRINT,
         },
     }
 
@@ -301,7 +301,7 @@ def _newest_file(
 
 def _was_converted(checkpoint: Path) -> bool:
     """Return whether a checkpoint was converted from a file of the original and nothing was trained from it."""
-    return bool(read_manifest(checkpoint)["data_fingerprint"] == ANY_TEXT)
+    return bool(read_manifest(checkpoint)["data_fingerprint"] == NO_FINGERPRINT)
 
 
 def _is_current(checkpoint: Path, config: Config) -> bool:

@@ -1,1 +1,1 @@
-"""Training without Ray, on one process or on `torch.distributed`: loop, step, state, device, checkpoint, validation."""
+"""Training without Ray, on one process or on `torch.distributed`: loop, step, state, device, checkpoint, profile."""

@@ -3,7 +3,7 @@
     step_500/step_500.pt      weights, optimizer, position (see training/state.py)
     step_500/config.yaml      the settings it was trained with
     step_500/tokenizer.json   the tokenizer it was trained with
-    step_500/records.jsonl    lines of the record since the previous checkpoint, in case the driver lost them
+    step_500/records.jsonl    lines of metrics.jsonl since the previous checkpoint, in case the driver lost them
     step_500/manifest.json    sizes and SHA-256 of the other files; written last
 
 A checkpoint is complete or absent: it is written as `step_500.<random>.tmp`, synced, and renamed. If it replaces an older
@@ -34,7 +34,7 @@ CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 RECORDS = "records.jsonl"
 FORMAT_VERSION = 1
-ANY_TEXT = ""  # data fingerprint of a checkpoint that does not record its training text
+NO_FINGERPRINT = ""  # data fingerprint of a checkpoint whose training text is unknown
 REPLACED = ".replaced"
 SYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # for folders, on some network file systems
 OLDER_SETTINGS = {"data.add_special_tokens": False}  # of checkpoints that were written before this setting existed
@@ -221,7 +221,7 @@ def tokenizer_file(folder: Path) -> Path:
     """Return the path of a checkpoint's tokenizer.
 
     Raises:
-        CheckpointError: it has none, since it was converted from a file of the original, which holds none.
+        CheckpointError: it has none, since it was converted from a file of the original script, which holds none.
     """
     if TOKENIZER not in read_manifest(folder)["files"]:
         raise CheckpointError(f"checkpoint {folder.name}: has no tokenizer; it was converted from a file without one")
@@ -275,7 +275,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-        if manifest.pop("sha256") != _sha256_of(manifest) or not _lists_files(manifest):
+        if manifest.pop("sha256") != _sha256_of(manifest) or not _is_valid(manifest):
             raise ValueError
     except (FileNotFoundError, IsADirectoryError):
         raise CheckpointError(f"checkpoint {folder.name}: no {MANIFEST}, so it was never completed") from None
@@ -303,8 +303,8 @@ def _manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     return {**manifest, "sha256": _sha256_of(manifest)}
 
 
-def _lists_files(manifest: dict[str, Any]) -> bool:
-    """Return whether the manifest has the fields that `_manifest` writes."""
+def _is_valid(manifest: dict[str, Any]) -> bool:
+    """Return whether the manifest has a data fingerprint, and a name, size and hash for each file."""
     files = manifest["files"].items()
     return "data_fingerprint" in manifest and all(
         Path(name).name == name and type(file["bytes"]) is int and type(file["sha256"]) is str for name, file in files

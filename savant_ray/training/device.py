@@ -70,8 +70,8 @@ def weights_dtype(precision: Precision) -> torch.dtype:
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """Return the context manager for a forward pass.
 
-    The cache of autocast is off: with it all loops would share one bf16 copy of an fp32 weight, whose gradients would be
-    accumulated in bf16 (measured error over 12 loops: 0.3 % against 6e-10).
+    The cache of autocast is off: training casts each weight once by itself (`RecurrentBlock.prepare`), and PyTorch does not
+    support the cache in CUDA graphs (`torch.cuda.make_graphed_callables` raises an error), as generation uses them.
     """
     if precision == "fp32":
         return nullcontext()
@@ -87,8 +87,9 @@ def synchronize(device: torch.device) -> None:
 class LaunchQueue:
     """The work of a step that has been launched on a device, and how much of it is finished.
 
-    A GPU computes after the call that launches the work has returned. The queue is short, so that the time until a stop is,
-    too, and the time that finished work took says how long the rest will take. A CPU has finished when the call returns.
+    A GPU computes after the call that launches the work has returned; a CPU has finished when the call returns. A short
+    queue has two purposes: a stop waits only for few launches, and the time that the finished work took predicts the time
+    that the rest will take.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -117,9 +118,9 @@ def compile_block(
 ) -> str | None:
     """Compile the recurrent block as `training.compile` says; return a note for the user or None.
 
-    "auto" compiles if a C++ compiler is installed, except in fp32 on a CPU, where compiling takes half a minute and
-    gains 0 to 4 % (docs/LOG.md). Each input shape gets its own graph (`dynamic=False`), so that a run and its
-    resumption run the same kernels.
+    "auto" compiles if a C++ compiler and the headers of Python are installed, except in fp32 on a CPU, where compiling takes
+    half a minute and gains 0 to 4 % (docs/LOG.md). Each input shape gets its own graph (`dynamic=False`), so that a run and
+    its resumption run the same kernels.
     """
     if not wants_compiled(setting, device, precision):
         return None
@@ -132,12 +133,12 @@ def compile_block(
 
 
 def wants_compiled(setting: bool | str, device: torch.device, precision: Precision) -> bool:
-    """Return whether `training.compile` asks for a compiled block, if a compiler is installed."""
+    """Return whether `training.compile` asks for a compiled block; whether a compiler is installed is not checked."""
     return setting is True or (setting == "auto" and not (device.type == "cpu" and precision == "fp32"))
 
 
 def runs_compiled(model: UniversalTransformer, device: torch.device) -> bool:
-    """Return whether `torch.compile` produced the kernels of a loop: for the block, or for its attention on a GPU."""
+    """Return whether `torch.compile` may produce kernels of a loop: of the block, or on a GPU of its attention."""
     return model.recurrent_block._compiled_call_impl is not None or device.type != "cpu"
 
 
@@ -149,10 +150,10 @@ def training_graph(model: UniversalTransformer) -> Iterator[None]:
     loop runs as in a training step, and its activations are freed when it returns. Nothing is compiled if inputs have
     the shape of a training step's, autocast is as in training, and gradients are detached (`GradientBuffer.detached`).
     """
-    recorded = torch.enable_grad()(model.loop_states)
+    loop_states_with_grad = torch.enable_grad()(model.loop_states)
 
     def loop_states(tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None) -> Iterator[Tensor]:
-        states = recorded(tokens_BT, document_ids_BT, n_loops)
+        states = loop_states_with_grad(tokens_BT, document_ids_BT, n_loops)
         yield next(states)
         for x_BTD in states:
             x_BTD.detach_().requires_grad_()  # in place, so that the next loop does not keep this one's activations
@@ -284,10 +285,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return is_out_of_memory(getattr(error, "inner_exception", None)) or is_out_of_memory(error.__cause__)
 
 
-def none_on_oom(act: Callable[[], Result], device: torch.device) -> Result | None:
-    """Return `act()`; if the device runs out of memory, free cached blocks and return None."""
+def none_on_oom(function: Callable[[], Result], device: torch.device) -> Result | None:
+    """Return `function()`; if the device runs out of memory, free cached blocks and return None."""
     try:
-        return act()
+        return function()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -297,30 +298,30 @@ def none_on_oom(act: Callable[[], Result], device: torch.device) -> Result | Non
 
 
 def skip_on_oom(
-    act: Callable[[], Result], device: torch.device, work: str, notify: Callable[[str], None]
+    function: Callable[[], Result], device: torch.device, work: str, notify: Callable[[str], None]
 ) -> Result | None:
-    """Return `act()`; if the device runs out of memory, notify the user that `work` was skipped and return None.
+    """Return `function()`; if the device runs out of memory, notify the user that `work` was skipped and return None.
 
     For figures that training does not depend on.
     """
-    result = none_on_oom(lambda: (act(),), device)  # in a tuple, since `act` may return None
+    result = none_on_oom(lambda: (function(),), device)  # in a tuple, since `function` may return None
     if result is None:
         notify(f"{work} was skipped: the device ran out of memory")
         return None
     return result[0]
 
 
-def retry_on_oom(act: Callable[[], Result], device: torch.device, work: str) -> Result:
-    """Return `act()`; if the device runs out of memory, free cached blocks and call it once more.
+def retry_on_oom(function: Callable[[], Result], device: torch.device, work: str) -> Result:
+    """Return `function()`; if the device runs out of memory, free cached blocks and call it once more.
 
     Raises:
         DeviceMemoryError: the second call ran out of memory as well; `work` says what was being done.
     """
-    result = none_on_oom(act, device)
+    result = none_on_oom(function, device)
     if result is not None:
         return result
     try:
-        return act()
+        return function()
     except Exception as error:
         if not is_out_of_memory(error):
             raise

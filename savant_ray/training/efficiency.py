@@ -1,6 +1,6 @@
 """Model FLOPs utilization (MFU): the useful FLOPs of training relative to the speed of a large matrix product.
 
-Useful are the floating-point operations of the matrix products without padding, recomputation and masked keys (PaLM, arXiv
+The useful operations are those of the matrix products without padding, recomputation and masked keys (PaLM, arXiv
 2204.02311, appendix B). The peak is the fastest of several large matrix products in the dtype of training with the same
 number of threads, measured in the training process after the first step and at each validation. Other processes may disturb
 one measurement, so the fastest one counts, and a training step that is faster raises the peak to its own speed.
@@ -36,10 +36,10 @@ class Peak:
     def measure(self, max_seconds: float = MAX_SECONDS) -> None:
         """Measure again and keep the higher value; sizes whose product would take longer than `max_seconds` are left out.
 
-        Out of memory, the largest sizes are left out; the largest takes 0.4 GiB in bf16.
+        Out of memory, the largest sizes are left out; the largest takes 0.5 GiB in bf16.
         """
         for side in SIDES:
-            if 2 * side**3 > max_seconds * self.flops_per_second > 0:
+            if self.flops_per_second and 2 * side**3 / self.flops_per_second > max_seconds:
                 break
             measured = none_on_oom(
                 functools.partial(matmul_flops_per_second, self._dtype, self._device, side), self._device
@@ -62,7 +62,7 @@ class Peak:
 
 
 def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, side: int) -> float:
-    """Return FLOP/s of square matrix products, the fastest of `ROUNDS` after one to warm up.
+    """Return FLOP/s of square matrix products: the fastest of `ROUNDS` and one before them, which also warms up.
 
     A CPU computes one product in a round. A GPU gets `PRODUCTS_IN_FLIGHT` at a time and is timed by its own events.
     """
@@ -73,17 +73,17 @@ def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, side: int)
     return 2 * side**3 / min(seconds(functools.partial(torch.mm, a, b, out=product)) for _ in range(1 + ROUNDS))
 
 
-def _seconds_on_cpu(act: Callable[[], object]) -> float:
+def _seconds_on_cpu(function: Callable[[], object]) -> float:
     started = time.perf_counter()
-    act()
+    function()
     return time.perf_counter() - started
 
 
-def _seconds_on_gpu(act: Callable[[], object]) -> float:
+def _seconds_on_gpu(function: Callable[[], object]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(PRODUCTS_IN_FLIGHT):
-        act()
+        function()
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1000 / PRODUCTS_IN_FLIGHT
@@ -98,9 +98,9 @@ def useful_flops(config: ModelConfig, document_lengths: Sequence[int] | np.ndarr
     dim, loops = config.dim, config.n_loops
     n_global = loops // config.global_every
     weights = 6 * dim**2 + 3 * dim * ffn_dim(config)
-    keys = n_global * visible_pairs(lengths, lengths)
-    keys += (loops - n_global) * visible_pairs(lengths, config.window_size)
-    forward = 2 * int(lengths.sum()) * (loops * weights + dim * config.vocab_size) + 4 * dim * keys
+    pairs = n_global * visible_pairs(lengths, lengths)
+    pairs += (loops - n_global) * visible_pairs(lengths, config.window_size)
+    forward = 2 * int(lengths.sum()) * (loops * weights + dim * config.vocab_size) + 4 * dim * pairs
     return 3.0 * forward
 
 

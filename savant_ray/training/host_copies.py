@@ -108,5 +108,5 @@ def _allocated(layout: Any, pin_memory: bool) -> Any:
         return None
     # Not `empty_like`: for a meta tensor it imports SymPy, which takes a second of CPU time (torch 2.13).
     buffer = torch.empty(layout.shape, dtype=layout.dtype, pin_memory=pin_memory)
-    buffer.numpy().fill(0)  # by one thread, beside training
+    buffer.numpy().fill(0)  # one thread; PyTorch's `fill_` would use those of training, too
     return buffer

@@ -1,8 +1,9 @@
 """Estimate of a worker's GPU memory: which micro-batch fits under which limit.
 
 Computed, not measured, except for two figures of an H100 (torch 2.11, bf16, 12 sequences of 1,024 tokens, `dim` 1,024, 12
-loops without recomputation): the process held 0.5 to 0.6 GiB outside PyTorch's allocator, and tensors 8.35 GiB. Training
-itself does not use the estimate: it takes what fits (`BatchFit`).
+loops without recomputation, chunks of logits smaller than today's): the process held 0.5 to 0.6 GiB outside PyTorch's
+allocator, and 8.35 GiB of tensors. Training itself does not use the estimate: it tries, and continues with what fits
+(`BatchFit`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ BYTES_PER_BLOCK_WEIGHT = 6  # the block's weights as its products use them, and 
 # What a compiled loop keeps for its backward pass, counted in its graph: in units of `dim` values a token, besides three
 # times the width of the feed-forward network.
 KEPT_VECTORS = 13
-# The measured 8.35 GiB over the count: copies to aligned widths, temporaries, rounding of allocations.
+# Factor of this count with which the estimate gave the measured 8.35 GiB: copies to aligned widths, temporaries, rounding of
+# allocations.
 OVERHEAD = 1.15
 BYTES_PER_LOGIT = 6  # of a chunk: fp32, and their gradients in bf16
 
@@ -34,10 +36,10 @@ def estimated_gb(config: Config, fit: BatchFit) -> float:
     loop = OVERHEAD * tokens * value_bytes * (KEPT_VECTORS * model.dim + 3 * ffn_dim(model))
     inputs = tokens * value_bytes * model.dim
     activations = loop + model.n_loops * inputs if fit.recompute_loops else model.n_loops * loop
-    embeddings = 2 * model.vocab_size * model.dim
-    weights = BYTES_PER_PARAMETER * n_parameters(model) + BYTES_PER_BLOCK_WEIGHT * (n_parameters(model) - embeddings)
+    head = model.vocab_size * model.dim  # as large as the embedding
+    weights = BYTES_PER_PARAMETER * n_parameters(model) + BYTES_PER_BLOCK_WEIGHT * (n_parameters(model) - 2 * head)
     logits = BYTES_PER_LOGIT * model.vocab_size * gpu_chunk_rows(tokens, model.vocab_size, fit.limit_gb)
-    head_gradients = 4 * embeddings  # of the loss, once summed over chunks and once scaled: 2 x 4 bytes x V x D
+    head_gradients = 2 * 4 * head  # fp32, of the loss: once summed over the chunks and once scaled
     return (weights + activations + logits + head_gradients) / GIB
 
 

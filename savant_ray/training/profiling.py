@@ -48,17 +48,17 @@ class ProfileHost(Protocol):
 class StepProfiler:
     """Context manager around the steps of an attempt; does nothing if this rank is not profiled.
 
-    The trace begins before the first profiled step waits for its data and ends after the last one, or at the end of the
-    attempt if that comes first. An attempt that resumes between the two profiles the remaining steps. On CUDA allocations
-    are recorded from the start of the attempt to the end of the trace. If the device runs out of memory meanwhile and that
-    ends the run, a snapshot is written as well.
+    The trace begins before the first profiled step waits for its data and ends after the last profiled step, or at the end
+    of the attempt if that comes first. If an attempt resumes after the first of these steps, it profiles the remaining
+    ones. On CUDA, allocations are recorded during the whole attempt. A snapshot of them is written together with the trace,
+    and also if the device runs out of memory before or after the trace and the attempt therefore ends.
     """
 
     def __init__(self, settings: TrainingConfig, state: TrainingState, host: ProfileHost) -> None:
-        self._steps = range(0)  # that are still to be profiled
+        self._steps = range(0)  # steps that are still to be profiled
         self._device, self._host = state.device, host
         self._trace: profile | None = None
-        self._first = 0  # step of the trace
+        self._first = 0  # first step of the trace
         self._current = self._done = 0  # the step that has begun and the newest finished one
         self._records_memory = False
         if settings.profile is not None and (settings.profile.ranks == "all" or host.rank == 0):
@@ -70,37 +70,37 @@ class StepProfiler:
         self._steps = range(max(requested.start, first), min(requested.stop, last + 1))
         if not self._steps and first <= last:
             self._notify(
-                f"training.profile: this attempt takes {_named(first, last)} and not "
-                f"{_named(requested.start, requested[-1])}, so nothing is profiled"
+                f"training.profile: this attempt takes {_steps_text(first, last)} and not "
+                f"{_steps_text(requested.start, requested[-1])}, so nothing is profiled"
             )
 
     def __enter__(self) -> Self:
         if self._steps and self._device.type == "cuda":
-            self._attempt(self._record_memory)
+            self._report_errors(self._record_memory)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and not isinstance(error, Exception):
             return  # a second signal: leave at once
         if self._trace is not None:
-            self._attempt(self._finish)
+            self._report_errors(self._finish)
         elif self._records_memory and _is_memory_error(error):
-            self._attempt(self._write_memory, "out-of-memory")
+            self._report_errors(self._write_memory, "out-of-memory")
         if self._records_memory:
-            self._attempt(self._stop_recording_memory)
+            self._report_errors(self._stop_recording_memory)
 
     def before_step(self, step: int) -> None:
         """Start the trace if `step`, the next one, is the first that is profiled."""
         self._current = step
         if self._trace is None and step in self._steps:
             self._first = step
-            self._attempt(self._start)
+            self._report_errors(self._start)
 
     def after_step(self, step: int) -> None:
         """Write the trace if `step` was the last that is profiled."""
         self._done = step
         if self._trace is not None and step >= self._steps[-1]:
-            self._attempt(self._finish)
+            self._report_errors(self._finish)
 
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU]
@@ -117,7 +117,7 @@ class StepProfiler:
             return
         trace.stop()
         written = self._write(TRACE, trace.export_chrome_trace)
-        steps = _named(self._first, self._done)
+        steps = _steps_text(self._first, self._done)
         self._notify(f"the profile of {steps} is in {written}; open it at ui.perfetto.dev or with TensorBoard")
         if self._records_memory:
             self._write_memory("memory")
@@ -143,9 +143,10 @@ class StepProfiler:
             export(str(Path(folder, name)))
             return self._host.store_file(Path(folder, name), f"{FOLDER}/{name}")
 
-    def _attempt(self, act: Callable[..., None], *arguments: str) -> None:
+    def _report_errors(self, function: Callable[..., None], *arguments: str) -> None:
+        """Call `function`; if it fails, emit a notice and end profiling."""
         try:
-            act(*arguments)
+            function(*arguments)
         except Exception as error:
             self._trace, self._steps = None, range(0)
             self._notify(f"profiling failed: {error_text(error)}; training continues without it")
@@ -154,7 +155,7 @@ class StepProfiler:
         self._host.emit(Notice(text=f"rank {self._host.rank}: {text}"))
 
 
-def _named(first: int, last: int) -> str:
+def _steps_text(first: int, last: int) -> str:
     return f"steps {first:,} to {last:,}" if last > first else f"step {first:,}"
 
 

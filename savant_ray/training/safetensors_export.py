@@ -29,12 +29,12 @@ ARCHITECTURE = "UniversalTransformer"
 
 
 def export_safetensors(checkpoint: Path, output: Path) -> None:
-    """Write a run's newest checkpoint, or that of a step folder, as a folder.
+    """Write a checkpoint as the folder `output`; for the folder of a run, its newest checkpoint.
 
-    It holds `model.safetensors` (fp32), `config.json` and `tokenizer.json`.
+    The output holds `model.safetensors` (fp32), `config.json` and `tokenizer.json`.
 
     Raises:
-        CheckpointError: there is no whole checkpoint.
+        CheckpointError: there is no complete checkpoint.
         SavantError: `output` exists already, or cannot be written.
     """
     with new_output(output):
@@ -43,7 +43,7 @@ def export_safetensors(checkpoint: Path, output: Path) -> None:
 
 @contextmanager
 def new_output(output: Path) -> Iterator[None]:
-    """Check that nothing is overwritten, make the folder around it, and name the output in errors of the storage.
+    """Check that `output` does not exist, create its parent folder, and name `output` in errors of the storage.
 
     Raises:
         SettingsError: `output` exists already.
@@ -60,25 +60,25 @@ def new_output(output: Path) -> Iterator[None]:
 
 def _write(folder: Path, output: Path) -> None:
     content = read_checkpoint(folder)
-    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        aside.mkdir()
-        save_file(content["model_state_dict"], aside / WEIGHTS, metadata={"format": "pt"})
+        temporary.mkdir()
+        save_file(content["model_state_dict"], temporary / WEIGHTS, metadata={"format": "pt"})
         description = json.dumps(_description(read_settings(folder), content["step"]), indent=2)
-        (aside / "config.json").write_text(description + "\n", encoding="utf-8")
-        shutil.copyfile(tokenizer_file(folder), aside / TOKENIZER)
-        for path in [*aside.iterdir(), aside]:
+        (temporary / "config.json").write_text(description + "\n", encoding="utf-8")
+        shutil.copyfile(tokenizer_file(folder), temporary / TOKENIZER)
+        for path in [*temporary.iterdir(), temporary]:
             sync(path)
-        aside.rename(output)
-    except SafetensorError as error:  # what its writer makes of a full disk
+        temporary.rename(output)
+    except SafetensorError as error:  # raised by its writer if the disk is full
         raise OSError(str(error)) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     sync(output.parent)
 
 
 def _description(config: Config, step: int) -> dict[str, Any]:
-    """Return the model's settings under their names here, and whether `tokenizer.json`'s template is used."""
+    """Return the model's settings under their names in savant_ray, and whether special tokens are added to a text."""
     return {
         "architectures": [ARCHITECTURE],
         "torch_dtype": "float32",

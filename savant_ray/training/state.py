@@ -139,7 +139,7 @@ class TrainingState:
             self.optimizer.set_master(parameter, weights[name].to(self.device, torch.float32))
 
     def to_checkpoint(self, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """Return the checkpoint: the four keys of the original's format, and `savant` with what resuming needs besides.
+        """Return the checkpoint: the four keys of the original script's, and `savant` with what else resuming needs.
 
         The tensors are the state's own, except for joined bf16 weights: fp32 copies on the device, 4 bytes a weight.
         `HostCopy` joins one weight at a time instead and passes its own `weights`.
@@ -165,9 +165,9 @@ class TrainingState:
     def load_checkpoint(self, content: dict[str, Any], allow_changes: bool = False) -> list[str]:
         """Restore the state of `to_checkpoint`; return one sentence for each part that was not restored.
 
-        Weights that only the model or only the checkpoint has are left as they are; with `allow_changes` also weights of
-        another shape. If any weight was left out, or the optimizer's state does not fit, the optimizer keeps its initial
-        state.
+        Weights that only the model has keep their initial values; weights that only the checkpoint has are ignored. With
+        `allow_changes`, the same applies to weights whose shapes differ. If any weight was not restored or was ignored, or
+        the optimizer's state does not fit, the optimizer keeps its initial state.
 
         Raises:
             CheckpointError: weights have other shapes than the model's; all are listed.

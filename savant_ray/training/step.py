@@ -5,9 +5,10 @@ global number of tokens comes last. The result therefore does not depend on how 
 micro-batches, and a skipped micro-batch needs no correction. Nothing of a step is applied before its end, so when one rank
 runs out of device memory, all ranks can discard the step and repeat it with smaller micro-batches.
 
-Nothing between the micro-batches waits for a GPU's results: their losses are read once, after the last one. A rank on which
-one is not finite discards its sums and accumulates its other micro-batches again. A mask could not undo an addition, so it
-would need a second buffer of 4 bytes a weight and a pass over both for each micro-batch.
+Nothing between the micro-batches waits for a GPU's results: their losses are read once, after the last one. If the loss of
+a micro-batch is not finite, its rank discards the sums and accumulates the other micro-batches again. To mask its gradients
+instead, each micro-batch would need a buffer of its own (4 bytes a weight) and another pass over memory, since gradients
+that have been added to the sums cannot be removed.
 
 Shapes: B sequences of a micro-batch, T time, N sequences of a local batch.
 """
@@ -53,7 +54,7 @@ class MicroBatch:
     useful_flops: float = 0.0  # of the forward and backward pass
 
     def parts(self, rows: int) -> Iterator[MicroBatch]:
-        """Yield the same sequences in micro-batches of at most `rows`."""
+        """Yield the same sequences in micro-batches of at most `rows`, whose `useful_flops` are not set."""
         for start in range(0, len(self.tokens_BT), rows):
             part = slice(start, start + rows)
             yield MicroBatch(self.tokens_BT[part], self.document_ids_BT[part], self.positions[part])

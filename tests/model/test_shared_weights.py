@@ -31,7 +31,7 @@ SMALL = ModelConfig(
 @pytest.fixture
 def packed_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lay out the weights on a CPU as on a GPU: one matrix for q, k and v, and a feed-forward network padded to 128."""
-    monkeypatch.setitem(transformer.PACKING, "cpu", transformer.PACKING["cuda"])
+    monkeypatch.setitem(transformer.WEIGHT_PACKING, "cpu", transformer.WEIGHT_PACKING["cuda"])
 
 
 def new_model(dtype: torch.dtype = torch.float32) -> UniversalTransformer:

@@ -185,7 +185,9 @@ def test_an_optimizer_without_adamw_moments_is_left_out_and_reported(optimizer: 
     program.optimizer.load_state_dict(original["optimizer_state_dict"])
     program.train(batch(0))
     _, notes = loaded(tmp_path / "step_0.pt")
-    assert notes == ["the optimizer starts from its initial state: it is for 0 parameters, the model has 15"]
+    assert notes == [
+        "the optimizer starts from its initial state: the saved state is for 0 parameters, the model has 15"
+    ]
 
 
 def test_masks_are_dropped_on_reading_and_written_as_the_original_writes_them(tmp_path: Path) -> None:
@@ -419,7 +421,8 @@ def test_an_optimizer_of_several_groups_is_reported_and_the_weights_are_kept(tmp
     program.scheduler = torch.optim.lr_scheduler.LambdaLR(program.optimizer, lambda _: 1.0)
     program.train(batch(0))
     state, notes = loaded(program.save(tmp_path))
-    assert notes == ["the optimizer starts from its initial state: it has 2 parameter groups, this optimizer has 1"]
+    problem = "the saved state has 2 parameter groups, this optimizer has 1"
+    assert notes == [f"the optimizer starts from its initial state: {problem}"]
     assert_weights_of(program, state)
     assert all(not entry["exp_avg"].any() for entry in moments(state).values())
 
@@ -452,14 +455,16 @@ def test_a_state_for_only_some_of_the_parameters_is_not_used(tmp_path: Path) -> 
     del content["optimizer_state_dict"]["state"][4]
     torch.save(content, tmp_path / "step_1.pt")
     _, notes = loaded(tmp_path / "step_1.pt")
-    assert notes == ["the optimizer starts from its initial state: it is for 14 parameters, the model has 15"]
+    assert notes == [
+        "the optimizer starts from its initial state: the saved state is for 14 parameters, the model has 15"
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"absmax1": torch.ones(3)}, "it holds absmax1, absmax2, "),
-        ({"qmap2": torch.ones(16)}, "it holds absmax1, absmax2, "),
+        ({"absmax1": torch.ones(3)}, "the saved state holds absmax1, absmax2, "),
+        ({"qmap2": torch.ones(16)}, "the saved state holds absmax1, absmax2, "),
         ({"state1": torch.zeros(5)}, "has another shape"),
         ({"state2": None}, "0 parameter groups"),
     ],

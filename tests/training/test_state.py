@@ -71,9 +71,9 @@ def of_another_shape(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (without_state, "it is for 0 parameters"),
-        (of_another_optimizer, "it holds momentum_buffer where AdamW needs exp_avg, exp_avg_sq, step"),
-        (of_another_shape, "exp_avg of parameter 0 has another shape"),
+        (without_state, "the saved state is for 0 parameters"),
+        (of_another_optimizer, "the saved state holds momentum_buffer where AdamW needs exp_avg, exp_avg_sq, step"),
+        (of_another_shape, "the saved exp_avg of parameter 0 has another shape"),
     ],
 )
 def test_an_optimizer_state_that_does_not_fit_is_reported_and_initialized(
