@@ -174,3 +174,19 @@ def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room_again(tmp
     record.append(step_done(4))
     record.close()
     assert history(tmp_path) == [("step", step) for step in (1, 2, 3, 4)]
+
+
+def test_lines_that_wait_for_room_on_the_disk_are_removed_when_their_steps_are_repeated(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.append(step_done(1))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS).stat().st_size + 10, limit[1]))
+    try:
+        for step in (2, 3):
+            record.append(step_done(step))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    record.rewind(2, repeats_validation=False)
+    record.append(step_done(3))
+    record.close()
+    assert history(tmp_path) == [("step", step) for step in (1, 2, 3)]
