@@ -83,7 +83,9 @@ def _rows_for_whole_chunks(x_ND: Tensor, targets_N: Tensor, chunk_rows: int) -> 
     """Return all rows, those without a target set to zero, extended by such rows to a multiple of `chunk_rows`."""
     n_added = -len(targets_N) % chunk_rows
     x_ND = x_ND.masked_fill((targets_N == IGNORED)[:, None], 0)
-    return F.pad(x_ND, (0, 0, 0, n_added)), F.pad(targets_N, (0, n_added), value=IGNORED)
+    if n_added:  # `pad` copies also if it adds nothing
+        x_ND, targets_N = F.pad(x_ND, (0, 0, 0, n_added)), F.pad(targets_N, (0, n_added), value=IGNORED)
+    return x_ND, targets_N
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -30,6 +30,14 @@ class SharedWeight(NamedTuple):
     value: Tensor
     gradient: Tensor | None = None  # sum over the loops, of the value's shape; None: autograd computes the gradient
 
+    def for_loop(self) -> SharedWeight:
+        """Return the weight for one loop: the same memory, but the gradient has a version counter of its own.
+
+        A compiled loop may save the gradient as autograd saves tensors (PyTorch before pytorch/pytorch#171353), and
+        autograd refuses saved tensors whose version has changed; each loop changes the gradient.
+        """
+        return self if self.gradient is None else SharedWeight(self.value, self.gradient.data)
+
 
 class Layout(NamedTuple):
     """Where parameters are in one matrix; the rest of it is zero."""
@@ -157,9 +165,9 @@ def adds_bf16_products_to_fp32(device: torch.device) -> bool:
     total = torch.full((16, 16), 2.0**-9, device=device)  # lost if the sum is rounded to bf16
     try:
         _add_bf16_product(total, factor, factor)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):  # says nothing about the device
+            raise
         total.zero_()  # not supported: the check below fails
     if bool((total == 16 + 2.0**-9).all()):
         return True

@@ -96,7 +96,7 @@ class UniversalTransformer(nn.Module):
         x_BTD, weights = self.recurrent_block.prepare(self.embed(tokens_BT))
         yield x_BTD
         for loop in range(n_loops or self.config.n_loops):
-            inputs = (x_BTD, masks.for_loop(self.is_global(loop)), rope, None, weights)
+            inputs = (x_BTD, masks.for_loop(self.is_global(loop)), rope, None, weights.for_loop())
             if self.recompute_loops and torch.is_grad_enabled():
                 x_BTD = checkpoint(self.recurrent_block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -152,6 +152,11 @@ class BlockWeights(NamedTuple):
     ffn_out: SharedWeight  # may end with columns of zeros
     ffn_gate: SharedWeight
     ffn_gate_bias: SharedWeight
+
+    def for_loop(self) -> BlockWeights:
+        """Return the weights for one loop (`SharedWeight.for_loop`)."""
+        qkv, *others = self
+        return BlockWeights(tuple(weight.for_loop() for weight in qkv), *(weight.for_loop() for weight in others))
 
 
 class RecurrentBlock(nn.Module):

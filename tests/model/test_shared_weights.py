@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from savant_ray.config import ModelConfig
 from savant_ray.model import transformer
-from savant_ray.model.attention import build_masks
+from savant_ray.model.attention import Mask, build_masks
 from savant_ray.model.loss import cross_entropy_sum, next_token_targets
 from savant_ray.model.shared_weights import (
     Layout,
@@ -21,7 +21,7 @@ from savant_ray.model.shared_weights import (
     shared_weights,
     with_summed_gradients,
 )
-from savant_ray.model.transformer import UniversalTransformer, ffn_dim
+from savant_ray.model.transformer import BlockWeights, UniversalTransformer, ffn_dim
 
 SMALL = ModelConfig(
     vocab_size=97, dim=32, n_heads=4, n_loops=5, max_seq_len=40, window_size=6, global_every=3, soft_cap=5.0
@@ -129,6 +129,26 @@ def test_micro_batches_add_up_in_the_gradients_of_the_parameters() -> None:
     assert all(torch.equal(twice[name], 2 * once[name]) for name in twice)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_loops_gradients_may_be_saved_by_autograd_although_other_loops_change_them(
+    recompute: bool, packed_as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled loop may save them (PyTorch before pytorch/pytorch#171353): no loop changes the version of another's."""
+    model, passed = new_model(), []
+    model.recompute_loops = recompute
+    forward = model.recurrent_block.forward
+
+    def recorded(x: Tensor, mask: Mask, rope: None, reader: None, weights: BlockWeights) -> Tensor:
+        passed.append(weights.ffn_out.gradient)
+        return forward(x, mask, rope, reader, weights)
+
+    monkeypatch.setattr(model.recurrent_block, "forward", recorded)
+    assert_close(loss_and_gradients(model), from_parameters(new_model()))
+    gradients = [gradient for gradient in passed if gradient is not None]
+    assert len(gradients) >= SMALL.n_loops and len({gradient.data_ptr() for gradient in gradients}) == 1
+    assert all(gradient._version == 1 for gradient in gradients)
+
+
 def test_autograd_of_a_single_parameter_gets_its_gradient() -> None:
     model = new_model()
     expected = loss_and_gradients(model)["recurrent_block.attn.k_proj.weight"]
@@ -210,6 +230,19 @@ def test_a_product_is_added_in_place(dtype: torch.dtype) -> None:
 def test_a_device_that_cannot_add_bf16_products_to_fp32_is_named_in_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"cannot add a bf16 product to an fp32 matrix on cpu"):
         assert not adds_bf16_products_to_fp32.__wrapped__(torch.device("cpu"))
+
+
+def test_a_device_without_memory_for_the_first_product_is_not_taken_for_one_that_cannot_add(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answer is kept, and the other way of adding rounds differently: a resumed run would compute other bits."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(torch, "addmm", fail)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        adds_bf16_products_to_fp32.__wrapped__(torch.device("cpu"))
 
 
 @pytest.fixture
