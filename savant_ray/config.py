@@ -90,7 +90,7 @@ class RunConfig(Section):
     seed: int = Field(default=1337, ge=0, description="seed of all random numbers")
     grace_seconds: Positive = Field(
         default=30.0,
-        description="time after a stop request to finish the current step, seconds; a longer step is abandoned",
+        description="time after a stop request to finish and save the current step, seconds; a longer step is abandoned",
     )
     init_from: Text | None = Field(
         default=None,

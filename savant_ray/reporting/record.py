@@ -144,7 +144,9 @@ class JsonLines:
         self._write()
 
     def keep(self, predicate: Callable[[dict[str, Any]], bool]) -> None:
-        """Remove all lines that do not satisfy the predicate, atomically."""
+        """Remove all lines that do not satisfy the predicate, atomically; also those that wait for room on the disk."""
+        waiting = self._unwritten.splitlines(keepends=True)
+        self._unwritten = b"".join(line for line in waiting if predicate(json.loads(line)))
         lines = list(read_records(self.path))
         kept = [line for line in lines if predicate(line)]
         if len(kept) == len(lines):
