@@ -1,4 +1,4 @@
-"""The logic suite: arithmetic and comparison problems that no training text contains, and the score of a model on them.
+"""The logic suite: arithmetic and comparison problems with held-out operands, and the score of a model on them.
 
 The pairs of operands are held out from every generated training text, whatever the operation; in one part of the suite
 the wordings are held out too (see `savant_ray/data/quickstart/problems.py`). Answers are decoded greedily.
@@ -35,7 +35,7 @@ Z = 1.959964  # 97.5 % quantile of the normal distribution, for a 95 % interval
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the number or text that its answer must contain."""
+    """A prompt and the expected answer, a number or a text."""
 
     template: str
     prompt: str
@@ -52,7 +52,7 @@ class Answer:
 
     @property
     def correct(self) -> bool:
-        """Return whether the text contains the expected answer; `answer_matching.py` defines the rule."""
+        """Return whether the text states the expected answer; `answer_matching.py` defines the rule."""
         return is_correct(self.text, self.question.answer)
 
 
@@ -125,9 +125,8 @@ def answer_questions(
     The answer to a prompt without tokens is ""; `refuse_empty_prompts` detects them beforehand.
     """
     sampling = Sampling.for_tokenizer(tokenizer, max_new_tokens, temperature=0.0)
-    by_length = sorted(
-        questions, key=lambda question: len(question.prompt)
-    )  # so that short prompts need little padding
+    # Sorted so that short prompts need little padding.
+    by_length = sorted(questions, key=lambda question: len(question.prompt))
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
         prompts = tokenizer.encode_prompts([question.prompt for question in batch])

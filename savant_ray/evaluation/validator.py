@@ -257,7 +257,8 @@ class LogicEvaluator:
     def __call__(self, state: TrainingState) -> LogicScored | None:
         """Return the score, the same on every rank, or None if a stop request interrupted the evaluation. Collective.
 
-        The score covers `validation.logic_problems` questions; after the last step, the complete suite.
+        The model answers `validation.logic_problems` questions; after the last step, the complete suite. Questions in new
+        wordings count in `templates` only, not in the score.
 
         Raises:
             DeviceMemoryError: one question does not fit.

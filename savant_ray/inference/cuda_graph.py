@@ -40,7 +40,7 @@ class StepGraph:
         self._is_current = False  # The old graph stays until then, so that the new one can use its memory.
 
     def release(self) -> None:
-        """Free the graph and the allocator's cache, since no other allocation could use the memory of the graph."""
+        """Free the graph, and empty the allocator's cache: it would keep the graph's memory, which nothing else can use."""
         if self._graph is not None:
             self._graph = None
             torch.cuda.empty_cache()
@@ -68,7 +68,7 @@ class StepGraph:
 def _close_pool(device: torch.device, pool: tuple[int, int]) -> None:
     """End a failed capture for the allocator, which otherwise raises an error whenever it has to free memory.
 
-    PyTorch 2.11's `CUDAGraph::capture_end` ends it, but for an invalid capture it raises an error before it does so.
+    PyTorch 2.11's `CUDAGraph::capture_end` does this too, but not if the capture is invalid: it raises an error earlier.
     """
     with suppress(RuntimeError):  # raised if the capture has already been ended for the allocator
         torch._C._cuda_endAllocateToPool(device.index or 0, pool)

@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 MIN_CAPABILITY = (8, 0)  # compute capability; the first with bf16 tensor cores
 MIN_HEAD_DIM = 16  # PyTorch raises an error below it
-BLOCK = 128  # queries or keys in a block; a multiple of every tile size that PyTorch chooses, which 64 is not
+BLOCK = 128  # queries or keys in a block; every tile size that PyTorch may choose divides 128; some do not divide 64
 KERNEL_OPTIONS: Any = None  # `FlexKernelOptions`: tile sizes, warps, stages; None = PyTorch's choice for this GPU
 MAX_SIGMOID_CAP = 100.0  # above it the error of a score could exceed 1e-4
 MAX_COMPILED_SHAPES = 64  # PyTorch falls back to eager execution beyond it, which computes all scores at once

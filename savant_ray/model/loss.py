@@ -1,6 +1,6 @@
 """Next-token cross entropy without the full logits.
 
-With a vocabulary of 32,000 the logits of a micro-batch would be the largest tensor of a step (1.5 GB in fp32 at 12 x
+With a vocabulary of 32,000 the logits of a micro-batch would be the largest tensor of a step (1.5 GiB in fp32 at 12 x
 1024). Here the rows pass through the head in chunks. Each chunk's gradient is computed in the forward pass while its logits
 exist, and the backward pass only scales it (as in Liger Kernel's fused linear cross entropy, arXiv 2410.10989). The gradient
 of the head is accumulated in fp32. Under autocast, rows and head are cast once rather than for each chunk.

@@ -44,9 +44,8 @@ class Layout(NamedTuple):
 
     parameters: tuple[Tensor, ...]
     shape: tuple[int, ...]
-    views: Callable[
-        [Tensor], Sequence[Tensor]
-    ]  # matrix -> for each parameter, the view that holds its elements, in order
+    # Takes the matrix and returns, for each parameter in order, the view that holds its elements.
+    views: Callable[[Tensor], Sequence[Tensor]]
 
 
 def plain_layout(parameter: Tensor) -> Layout:
@@ -80,8 +79,8 @@ def _laid_out(layout: Layout, dtype: torch.dtype) -> Tensor:
 def with_summed_gradients(x: Tensor, layouts: Sequence[Layout], weights: Sequence[SharedWeight]) -> Tensor:
     """Return x, whose backward pass returns the gradients in `weights` as those of the parameters.
 
-    Everything that uses the weights depends on x, so its gradient comes last. The gradients are correct for one backward
-    pass through the graph only: a second one would add to the sums of the first.
+    Everything that uses the weights depends on x, so autograd computes the gradient of x after all of them. The gradients
+    are correct for one backward pass through the graph only: a second one would add to the sums of the first.
     """
     if all(weight.gradient is None for weight in weights):
         return x
@@ -145,7 +144,10 @@ class _Linear(torch.autograd.Function):
 
 
 def add_product(total_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
-    """Add `left.T @ right` to an fp32 matrix in place, for bf16 factors on a GPU without rounding the product to bf16."""
+    """Add `left.T @ right` to an fp32 matrix in place.
+
+    The product of bf16 factors is rounded to bf16 first unless `adds_bf16_products_to_fp32` is true for the GPU.
+    """
     if left_NO.dtype == total_OI.dtype:
         total_OI.addmm_(left_NO.mT, right_NI)
     elif left_NO.is_cuda and adds_bf16_products_to_fp32(left_NO.device):

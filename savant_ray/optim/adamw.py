@@ -1,10 +1,10 @@
 """AdamW over fp32 or bf16 weights, and the base class of optimizers that keep fp32 precision for bf16 weights.
 
-At learning rate 2e-5 an AdamW update is smaller than half the distance between neighbouring bf16 numbers, so plain bf16
-weights round it away. Kahan compensation and stochastic rounding correct this approximately. Here each bf16 weight is the
-upper half of an fp32 number whose lower half the optimizer keeps as int16 (Split-SGD-BF16, arXiv 2005.04680). That costs
-the same memory as Kahan compensation (2 + 2 bytes) and is exact: the optimizer joins the halves, updates in fp32, and
-splits again, one parameter at a time.
+At learning rate 2e-5 an AdamW update of most weights is smaller than half the distance between neighbouring bf16 numbers,
+so plain bf16 weights round it away. Kahan compensation and stochastic rounding correct this approximately. Here each bf16
+weight is the upper half of an fp32 number whose lower half the optimizer keeps as int16 (Split-SGD-BF16, arXiv 2005.04680).
+That costs the same memory as Kahan compensation (2 + 2 bytes) and is exact: the optimizer joins the halves, updates in
+fp32, and splits again, one parameter at a time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class UpdateRule(Protocol):
 class MasterWeightOptimizer(torch.optim.Optimizer):
     """Optimizer of fp32 master weights, each stored as an fp32 parameter or as a bf16 parameter and its lower half.
 
-    State exists before the first step, so that the first update needs no memory that later ones do not need.
+    State is allocated before the first step, so that the first update needs no more memory than later ones.
     `load_state_dict` keeps fp32 state in fp32; `torch.optim.Optimizer` would round it to the dtype of a bf16 weight.
     """
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from savant_ray.optim.adamw import AdamWRule, MasterWeightOptimizer, adamw_group
 
 MOMENTUM = 0.95
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: every singular value ends between 0.7 and 1.2
+# Of the quintic. Singular values above 0.0015 of the Frobenius norm end between 0.68 and 1.21, smaller ones lower.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 ADAMW_RMS = 0.2  # root mean square of AdamW's updates, in multiples of the learning rate
 BUFFER = "momentum_buffer"

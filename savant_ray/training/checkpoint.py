@@ -53,7 +53,7 @@ def write_checkpoint(
     checkpoint is written.
 
     Raises:
-        OSError: the storage fails; an older checkpoint of this step is unchanged.
+        OSError: the storage fails. An older checkpoint of this step is unchanged, unless only the last sync failed.
     """
     folder = run_folder / f"step_{content['step']}"
     temporary = _temporary(folder)
@@ -75,7 +75,7 @@ def replace_folder(new: Path, folder: Path) -> None:
     If the process is killed between the renames, `remove_unfinished` restores the existing folder.
 
     Raises:
-        OSError: the storage fails; the existing folder is unchanged.
+        OSError: the storage fails. The existing folder is unchanged, unless only the sync after the renames failed.
     """
     replaced = folder.with_name(folder.name + REPLACED)
     if folder.exists():

@@ -138,7 +138,7 @@ def wants_compiled(setting: bool | str, device: torch.device, precision: Precisi
 
 
 def runs_compiled(model: UniversalTransformer, device: torch.device) -> bool:
-    """Return whether `torch.compile` may produce kernels of a loop: of the block, or on a GPU of its attention."""
+    """Return whether a loop may run code from `torch.compile`: a compiled block, or on a GPU compiled attention."""
     return model.recurrent_block._compiled_call_impl is not None or device.type != "cpu"
 
 
@@ -146,7 +146,7 @@ def runs_compiled(model: UniversalTransformer, device: torch.device) -> bool:
 def training_graph(model: UniversalTransformer) -> Iterator[None]:
     """Run forward passes without gradients through the graph that is compiled for training.
 
-    A loop without gradients is another graph for the compiler, which takes 14 s for the default model (H100). Here each
+    For loops without gradients the compiler would compile another graph, in 14 s for the default model (H100). Here each
     loop runs as in a training step, and its activations are freed when it returns. Nothing is compiled if inputs have
     the shape of a training step's, autocast is as in training, and gradients are detached (`GradientBuffer.detached`).
     """

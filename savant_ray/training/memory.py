@@ -20,11 +20,11 @@ from savant_ray.training.state import BatchFit
 OUTSIDE_GB = 0.55  # CUDA context, kernels and workspaces of libraries
 BYTES_PER_PARAMETER = 16  # weight and lower half (or fp32 weight) 4, two moments 8, gradient 4
 BYTES_PER_BLOCK_WEIGHT = 6  # the block's weights as its products use them, and their gradients in fp32
-# What a compiled loop keeps for its backward pass, counted in its graph: in units of `dim` values a token, besides three
-# times the width of the feed-forward network.
+# For each token, a compiled loop keeps 13 vectors of size `dim` and 3 of size `ffn_dim` for its backward pass (counted in
+# its graph).
 KEPT_VECTORS = 13
-# Factor of this count with which the estimate gave the measured 8.35 GiB: copies to aligned widths, temporaries, rounding of
-# allocations.
+# The estimate multiplies these vectors by a factor for copies to aligned widths, temporaries and rounding of allocations.
+# The factor was chosen so that the estimate gave the measured 8.35 GiB.
 OVERHEAD = 1.15
 BYTES_PER_LOGIT = 6  # of a chunk: fp32, and their gradients in bf16
 

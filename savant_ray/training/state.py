@@ -63,7 +63,7 @@ class BatchFit:
         """Return the next choice, which needs less memory.
 
         Raises:
-            MemoryCapError: one sequence, recomputed if the settings allow it, is the smallest.
+            MemoryCapError: there is none: this is one sequence, with recomputation if the settings allow it.
         """
         if self.may_recompute and not self.recompute_loops:
             return dataclasses.replace(self, recompute_loops=True)
@@ -107,7 +107,7 @@ class TrainingState:
     tokens_seen: int = 0
     skipped_micro_batches: int = 0
     skipped_in_a_row: int = 0  # consecutive steps without an update
-    schedule_offset: int = 0  # updates that the schedule is ahead of `step`
+    schedule_offset: int = 0  # number of updates by which the schedule is ahead of `step`
     data_fingerprint: str = ""
 
     def master_weights(self) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ class TrainingState:
             self.optimizer.set_master(parameter, weights[name].to(self.device, torch.float32))
 
     def to_checkpoint(self, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """Return the checkpoint: the four keys of the original script's, and `savant` with what else resuming needs.
+        """Return the checkpoint: the four keys of the original script's files, and `savant` with what else resuming needs.
 
         The tensors are the state's own, except for joined bf16 weights: fp32 copies on the device, 4 bytes a weight.
         `HostCopy` joins one weight at a time instead and passes its own `weights`.
