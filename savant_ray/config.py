@@ -233,8 +233,8 @@ class TrainingConfig(Section):
     max_steps: Count = Field(default=80_000, description="optimizer steps of the run")
     batch_size: Count = Field(
         default=12,
-        description="sequences per micro-batch (one forward and backward pass); on a CPU fewer if a larger micro-batch is "
-        "not faster",
+        description="sequences per micro-batch (one forward and backward pass); on a CPU micro-batches may be smaller, "
+        "because large ones are no faster there",
     )
     accumulation: Count = Field(
         default=16, description="micro-batches per step; the effective batch is batch_size × accumulation"
@@ -324,7 +324,7 @@ class ScalingConfig(Section):
 
     @property
     def worker_limits(self) -> tuple[int, int]:
-        """Minimum number of workers, for which training waits, and maximum number."""
+        """Minimum and maximum number of workers; training waits for the minimum."""
         if isinstance(self.num_workers, int):
             return self.num_workers, self.num_workers
         minimum, maximum = self.num_workers
@@ -398,7 +398,7 @@ def load_config(
         arguments: such as `["--training.max_steps", "1000"]`.
         environment: variables; None: `os.environ`.
         file: a YAML file.
-        defaults: by dotted name, in place of the defaults of these settings.
+        defaults: values by dotted name, which replace the defaults of the settings that they name.
 
     Raises:
         SettingsError: one line per error, with the file, variable or option.
@@ -421,7 +421,7 @@ def explicit_settings(arguments: Sequence[str], file: Path | None = None) -> dic
     """Return the settings of `file` and `arguments` by section, without defaults and without validating the values.
 
     Raises:
-        SettingsError: one line per name that is not a setting, or setting without a value.
+        SettingsError: one line for each unknown setting and each option without a value.
     """
     reader = SettingsReader(all_settings())
     if file is not None:

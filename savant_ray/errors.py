@@ -26,7 +26,7 @@ from pathlib import Path
 
 STOPPED_EARLY = 75
 TRACEBACK = "error_traceback.txt"  # in the run folder
-MAX_REASON = 500  # characters of the text of another library's exception in a message
+MAX_REASON = 500  # characters that a message quotes from another library's exception
 
 
 class SavantError(Exception):
@@ -140,7 +140,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def print_error(error: BaseException, verbose: bool = False) -> int:
-    """Print the error that ended a command to stderr, with `verbose` also its traceback; return the exit code."""
+    """Print the error that ended a command to stderr and return the exit code.
+
+    With `verbose` its traceback is printed too, except that of a `SavantError` other than `UnexpectedError`.
+    """
     explained = explain(error)
     if verbose and isinstance(explained, UnexpectedError):
         print(explained.details, file=sys.stderr)

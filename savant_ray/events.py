@@ -1,4 +1,4 @@
-"""Events of a run, which workers send to the driver.
+"""Events of a run; most are sent by workers to the driver.
 
 `metrics.jsonl` and `samples.jsonl` contain events only; the console and `training_log.txt` also show messages of the driver.
 Fields are numbers, strings, and tuples and dicts of them, so that events can be converted to JSON.

@@ -40,7 +40,7 @@ def measure_stall(model: dict[str, int], rounds: int) -> Figures:
             run_config=RunConfig(
                 name="run",
                 storage_path=folder,
-                # Ray requires it to be equal to the file system of a reported checkpoint, which the saver wraps like this.
+                # The saver wraps the file system of its checkpoints like this, and Ray requires both to be equal.
                 storage_filesystem=tolerant_file_system(None),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),

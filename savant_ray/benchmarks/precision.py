@@ -1,7 +1,7 @@
 """The effect of precision on learning: the decrease of the validation loss in each precision relative to fp32.
 
 All precisions start from the same weights and are emulated on CPUs without bf16 instructions, which is slow, so the model is
-tiny. Plain bf16 AdamW, PyTorch's own over bf16 weights, shows the problem: at the default learning rate it does not learn.
+tiny. `plain bf16` is PyTorch's AdamW on bf16 weights. It shows the problem: at the default learning rate it does not learn.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def loss_decrease(precision: str, rate: float, seed: int, steps: int = STEPS) ->
     }
     config = Config.from_dict({"run": {"seed": seed}, "model": MODEL, "training": {**settings, "accumulation": 1}})
     rows = _rows()
-    # Each seed trains on other rows, not only from other weights.
+    # Seeds differ in their training rows as well as in their initial weights.
     batches = itertools.islice(itertools.cycle(rows.training), seed * steps, (seed + 1) * steps)
     if precision == "plain bf16":
         model = new_state(config, device, "fp32").model.to(torch.bfloat16)

@@ -4,8 +4,9 @@ A benchmark measures two programs alternately and reports the ratio, since other
 machines. It is a function that returns `{figure: {ratio, rounds, spread, share_of_peak?, detail}}`: `ratio` is the median
 over `rounds`, `spread` its minimum and maximum, `share_of_peak` the package's fraction of the peak FLOP/s.
 
-The ratio is the package's figure divided by that of the other program. The figures are speeds, so that 2 is twice as fast,
-except in `checkpoint` and `start`, which compare times, in figures of memory, and where a benchmark says otherwise.
+The ratio is the package's value divided by that of the other program. Most values are speeds, so that 2 is twice as fast.
+Those of `checkpoint` and `start` are times, and some are sizes of memory, so that less is better. The docstring of a
+benchmark says if its ratio is another one.
 """
 
 from __future__ import annotations

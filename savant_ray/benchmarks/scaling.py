@@ -1,4 +1,4 @@
-"""Data-parallel scaling: tokens per second of two single-threaded workers against one on the same steps."""
+"""Data-parallel scaling: tokens per second of two single-threaded workers against one, on steps of the same size."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def _figures(
     tokens = case.document_tokens * case.n_documents
     flops = useful_flops(model_config(device), [case.document_tokens] * case.n_documents)
     ratios = [a / b for a, b in zip(reference_times, our_times, strict=True)]
-    # A step that is faster counts as the peak: other processes have then slowed down every measurement of it.
+    # If a step is faster than the measured peak, other processes disturbed all measurements; its speed is then the peak.
     peak = max(*peaks, flops / min(*reference_times, *our_times))
     shares = [[flops / time / peak for time in times] for times in (reference_times, our_times)]
     speeds = [tokens / statistics.median(times) for times in (our_times, reference_times)]

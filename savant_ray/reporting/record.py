@@ -1,4 +1,6 @@
-"""`metrics.jsonl` and `samples.jsonl`: each event as one JSON line. All other reports are derived from them.
+"""`metrics.jsonl` and `samples.jsonl`: each event as one JSON line.
+
+TensorBoard files, trackers, `savant status` and the HTML report are derived from them.
 
 A killed run may leave half a line, a power failure a range of zero bytes. Such lines are removed when the file is next
 opened; damaged files are first copied to `metrics.jsonl.damaged`. A run resumed from an earlier step removes the lines of
@@ -144,7 +146,7 @@ class JsonLines:
         self._write()
 
     def keep(self, predicate: Callable[[dict[str, Any]], bool]) -> None:
-        """Remove all lines that do not satisfy the predicate, atomically; also those that wait for room on the disk."""
+        """Keep only lines that satisfy the predicate: in the file, atomically, and among those that wait for disk space."""
         waiting = self._unwritten.splitlines(keepends=True)
         self._unwritten = b"".join(line for line in waiting if predicate(json.loads(line)))
         lines = list(read_records(self.path))

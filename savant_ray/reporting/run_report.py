@@ -207,7 +207,7 @@ class RemainingTime:
     def observe(self, step_seconds: float, now: float) -> None:
         """Add a step that took `step_seconds` and ended at time `now`, in seconds."""
         self._recent.append(step_seconds)
-        if self._first_end is None:  # the first step also compiles and warms up, so only its end counts
+        if self._first_end is None:  # the first step also compiles, so the average begins at its end
             self._first_end = now
             return
         self._steps += 1

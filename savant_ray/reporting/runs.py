@@ -68,9 +68,10 @@ class RunSummary:
 
 
 def find_runs(folders: Iterable[Path], newest_original: NewestOriginal = lambda path: None) -> list[Path]:
-    """Return the folders with a record or with files of the original script, and those of `folders` that are such a file.
+    """Return the folders with a record or with files of the original script.
 
-    The search covers `folders`, their subfolders, and all levels below `savant_runs` in them.
+    The search covers `folders`, their subfolders, and all levels below `savant_runs` in them. A path in `folders` may also
+    be a file of the original script, which is then returned itself.
     """
     runs: list[Path] = []
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Text of events and numbers, used by the terminal and the log."""
+"""Text of events and numbers for the terminal and the log; the HTML report uses that of numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from savant_ray.events import (
 
 MIB = 1 << 20
 MAX_DOCUMENTS = 3  # named in the message about a skipped micro-batch
-MIN_WAITING = 0.01  # fraction of a step spent waiting for data that is shown
+MIN_WAITING = 0.01  # of a step's time; a smaller fraction spent waiting for data is not shown
 
 
 @singledispatch

@@ -80,7 +80,7 @@ def _message(name: str, problems: list[Any], names: Sequence[str]) -> tuple[str,
             text = str(problem["ctx"]["error"])
             setting, _, message = text.partition(": ")
             return (setting, message) if setting in names else (name, text)
-        # If the value has the type of one member of a union, errors of the other members are irrelevant.
+        # The value has the right type for this member of a union, so the errors of the other members are irrelevant.
         if not _expected(problem):
             return name, _describe(problem, name, names)
     *others, last = [text for problem in problems for text in _expected(problem)]

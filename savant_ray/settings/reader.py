@@ -2,7 +2,7 @@
 
 Each value is stored with its origin, so that an error message names the file, variable or option to change. This module
 knows no particular setting: `config.py` passes their names and types. Text from all three sources is converted by the
-same rules (YAML 1.2 scalars, so `2e-5` is a number) and then validated in strict mode.
+same rules (those of `yaml_text.py`, so `2e-5` is a number) and then validated in strict mode.
 """
 
 from __future__ import annotations
@@ -240,8 +240,8 @@ def _unquote(text: str) -> str:
     try:
         value = load_yaml(stripped)
     except YamlError:
-        is_two_words = stripped[0] in inner  # such as "a" "b", which keeps its quotes; else an invalid escape sequence
-        return text if is_two_words else inner
+        # Quotes inside belong to several words, such as "a" "b". Otherwise the text has an invalid escape sequence.
+        return text if stripped[0] in inner else inner
     return value if isinstance(value, str) else text
 
 
@@ -258,14 +258,14 @@ def _suggest_variable(variable: str, known: Iterable[str]) -> str | None:
     """
     known = list(known)
     words = _words(variable)
-    # The less of a setting's name is compared, the more similar it must be: other programs may use the prefix, too.
+    # Other programs may use the prefix, too. A shorter part of a setting's name therefore needs a closer match.
     section = next((s for s in {_section(name) for name in known} if words.startswith(f"{s}_")), None)
     if section is not None:
         fields = {_field(name): name for name in known if _section(name) == section}
         suggestion = _most_similar(words.removeprefix(f"{section}_"), fields, 0.8)
     else:
         suggestion = _most_similar(words, {_words(name): name for name in known}, 0.85)
-        first_with_field = {_field(name): name for name in reversed(known)}  # of settings with the same field the first
+        first_with_field = {_field(name): name for name in reversed(known)}  # the first setting with that field
         suggestion = suggestion or _most_similar(words, first_with_field, 0.9)
     if suggestion is not None:
         return f"; did you mean {suggestion}?"

@@ -1,7 +1,8 @@
-"""Reading and writing of YAML with the numbers of version 1.2; duplicate keys are an error.
+"""Reading and writing of YAML with the decimal numbers of version 1.2; duplicate keys are an error.
 
 PyYAML implements version 1.1, in which `2e-5` is text, `012` is ten, `1:30` is ninety, and of two equal keys the last one
-is used. What `to_yaml` writes has the same meaning in both versions.
+is used. Kept from version 1.1 are `_` between digits (`80_000`) and `yes`, `no`, `on` and `off` as booleans; hexadecimal and
+octal numbers are text. What `to_yaml` writes has the same meaning in both versions.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 
-# An integer with more digits is read as a float: it may not fit into 64 bits, and Python limits the digits that it converts.
+# An integer of more than 18 digits is read as a float: it may not fit into 64 bits, and Python converts a limited number of
+# digits.
 _INT = r"[-+]?[0-9](?:_?[0-9]){0,17}"
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 _BOOL = "(?i:true|false|yes|no|on|off)"

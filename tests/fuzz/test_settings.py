@@ -133,9 +133,9 @@ def valid_settings(rng: Random) -> dict[str, dict[str, Any]]:
 def valid_value(rng: Random, row: Setting) -> Any:
     default = row.default
     if default is None or isinstance(default, dict):
-        return (
-            rng.choice((None, {random_name(rng): 0.5})) if dict in row.types else rng.choice((None, random_name(rng)))
-        )
+        if row.name == "training.profile":
+            return rng.choice((None, {"first_step": 7, "steps": 3, "ranks": "all"}))
+        return rng.choice((None, {random_name(rng): 0.5} if dict in row.types else random_name(rng)))
     if isinstance(default, list):
         return [{"path": rng.choice((random_name(rng), [random_name(rng)])), "weight": 1e-300}]
     if isinstance(default, str):

@@ -157,22 +157,6 @@ def test_damaged_lines_are_removed_and_a_copy_of_the_file_is_kept(tmp_path: Path
         file.write(b"\0\0\0\n[1]\n" + json.dumps({"event": "step", "step": 3}).encode() + b'\n{"event": "st')
     write(tmp_path, step_done(4))
     assert history(tmp_path) == [("step", step) for step in (1, 2, 3, 4)]
-
-
-def test_lines_that_wait_for_room_on_the_disk_are_removed_when_their_steps_are_repeated(tmp_path: Path) -> None:
-    record = Record(tmp_path)
-    record.append(step_done(1))
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS).stat().st_size + 10, limit[1]))
-    try:
-        for step in (2, 3):
-            record.append(step_done(step))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    record.rewind(2, repeats_validation=False)
-    record.append(step_done(3))
-    record.close()
-    assert history(tmp_path) == [("step", step) for step in (1, 2, 3)]
     assert b"\0\0\0" in (tmp_path / f"{METRICS}.damaged").read_bytes()
 
 

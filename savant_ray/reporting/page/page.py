@@ -116,7 +116,7 @@ class TimelineBar:
 
 
 def timeline(attempts: Sequence[Attempt]) -> list[TimelineBar]:
-    """Return the bars of all attempts; lengths are proportional to time, except that pauses are short."""
+    """Return the bars of all attempts, proportional to time; long pauses are shortened, very short attempts lengthened."""
     trained = sum(attempt.seconds for attempt in attempts) or 1.0
     widths = [max(attempt.seconds / trained, MIN_BAR) for attempt in attempts]
     pauses = [min(max(after.started - before.ended, 0.0) / trained, MAX_PAUSE) for before, after in pairwise(attempts)]
