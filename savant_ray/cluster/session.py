@@ -90,14 +90,15 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
         )
-    if owns_ray():  # the only node is never drained, and the process of Ray's preemption watcher takes 3 s to start
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(level)
     try:
-        if cluster is not None:
-            refuse_other_code()
-        yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
+        with rays_sigterm_interrupts():
+            if owns_ray():  # the only node is never drained, and Ray's preemption watcher takes 3 s to start
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            for name in ("ray", "ray.data", "ray.train"):
+                logging.getLogger(name).setLevel(level)
+            if cluster is not None:
+                refuse_other_code()
+            yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     except (KeyboardInterrupt, ExitWithoutShutdown):  # `exit_without_shutdown` follows
         raise
     except BaseException:
@@ -110,9 +111,8 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
 def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
     """Turn an error of `ray.init()`, which may be of any type, into a `SavantError` with advice."""
     try:
-        yield
-    except SystemExit as end:  # by Ray's handler of SIGTERM; the driver installs its own again after `ray.init()`
-        raise KeyboardInterrupt from end
+        with rays_sigterm_interrupts():
+            yield
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         if cluster is not None:
@@ -140,6 +140,20 @@ def hangups_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+
+
+@contextmanager
+def rays_sigterm_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt for a SIGTERM that Ray's own handler receives, as `AttemptPhase` does.
+
+    `ray.init()` installs a handler that raises SystemExit, and the driver installs its own again only after it.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def owns_ray() -> bool:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pyarrow.flight
 import pytest
+import ray
 
 from savant_ray.cluster import ray_address
 from savant_ray.cluster.ray_address import (
@@ -27,7 +28,7 @@ from savant_ray.cluster.ray_address import (
     split_address,
     unreachable_reason,
 )
-from savant_ray.cluster.session import prepare_environment, start_errors_explained
+from savant_ray.cluster.session import prepare_environment, ray_session, start_errors_explained
 from savant_ray.cluster.temp_folder import choose_temp_folder, unusable_reason
 from savant_ray.errors import SavantError
 from tests.cluster.conftest import free_port
@@ -244,6 +245,15 @@ def test_any_error_of_rays_start_becomes_a_savant_error(error: Exception) -> Non
 def test_sigterm_during_rays_start_becomes_keyboard_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt), start_errors_explained(None):
         sys.exit(signal.SIGTERM)
+
+
+def test_sigterm_between_rays_start_and_our_own_handler_becomes_keyboard_interrupt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(ray, "init", lambda *_, **__: SimpleNamespace(dashboard_url=""))
+    with pytest.raises(KeyboardInterrupt), ray_session():
+        sys.exit(signal.SIGTERM)  # as Ray's handler does
 
 
 def test_only_processes_started_with_hangups_blocked_survive_sighup() -> None:
