@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -160,17 +162,24 @@ def test_damaged_lines_are_removed_and_a_copy_of_the_file_is_kept(tmp_path: Path
     assert b"\0\0\0" in (tmp_path / f"{METRICS}.damaged").read_bytes()
 
 
+@contextmanager
+def nearly_full_disk(path: Path) -> Iterator[None]:
+    """Let files grow to the size of `path` and 10 bytes more."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
 def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room_again(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.append(step_done(1))
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS).stat().st_size + 10, limit[1]))
-    try:
+    with nearly_full_disk(tmp_path / METRICS):
         for step in (2, 3):
             record.append(step_done(step))
             assert history(tmp_path) == [("step", 1)] and (tmp_path / METRICS).read_bytes().endswith(b"}\n")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     record.append(step_done(4))
     record.close()
     assert history(tmp_path) == [("step", step) for step in (1, 2, 3, 4)]
@@ -179,13 +188,9 @@ def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room_again(tmp
 def test_lines_that_wait_for_room_on_the_disk_are_removed_when_their_steps_are_repeated(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.append(step_done(1))
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS).stat().st_size + 10, limit[1]))
-    try:
+    with nearly_full_disk(tmp_path / METRICS):
         for step in (2, 3):
             record.append(step_done(step))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     record.rewind(2, repeats_validation=False)
     record.append(step_done(3))
     record.close()
