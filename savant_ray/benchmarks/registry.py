@@ -6,7 +6,7 @@ over `rounds`, `spread` its minimum and maximum, `share_of_peak` the package's f
 
 The ratio is the package's value divided by that of the other program. Most values are speeds, so that 2 is twice as fast.
 Those of `checkpoint` and `start` are times, and some are sizes of memory, so that less is better. The docstring of a
-benchmark says if its ratio is another one.
+benchmark says how its ratio is defined if it differs from this.
 """
 
 from __future__ import annotations

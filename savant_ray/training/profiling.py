@@ -81,7 +81,7 @@ class StepProfiler:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and not isinstance(error, Exception):
-            return  # a second signal: leave at once
+            return  # a second signal: exit immediately
         if self._trace is not None:
             self._report_errors(self._finish)
         elif self._records_memory and _is_memory_error(error):

@@ -110,12 +110,14 @@ def test_the_loss_and_its_gradients_wait_for_no_kernel(dtype: torch.dtype) -> No
     x = torch.randn(4, 512, 64, device=CUDA, dtype=dtype, requires_grad=True)
     head = torch.randn(1000, 64, device=CUDA, dtype=dtype, requires_grad=True)
 
-    def forward_and_backward() -> None:
-        cross_entropy_sum(x, head, next_token_targets(tokens, documents)).backward()
+    def loss_and_gradients() -> tuple[Tensor, ...]:
+        loss = cross_entropy_sum(x, head, next_token_targets(tokens, documents))
+        return loss.detach(), *torch.autograd.grad(loss, (x, head))
 
-    forward_and_backward()  # compiles
-    with no_waits():
-        forward_and_backward()
+    first = loss_and_gradients()  # compiles
+    with no_waits():  # in which a wait for a kernel is an error
+        second = loss_and_gradients()
+    assert all(torch.equal(before, after) for before, after in zip(first, second, strict=True))
 
 
 @needs_flex
@@ -123,17 +125,21 @@ def test_masks_and_attention_wait_for_no_kernel() -> None:
     documents = packed_documents(4, 512)
     q, k, v = (torch.randn(4, 2, 512, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 
-    def forward_and_backward() -> None:
-        masks = build_masks(documents, 100, 64)
-        for mask in masks:
-            attend(q, k, v, mask, 50.0).float().square().sum().backward()
+    def outputs_and_gradients() -> list[Tensor]:
+        tensors = []
+        for mask in build_masks(documents, 100, 64):
+            out = attend(q, k, v, mask, 50.0)
+            tensors += [out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
+        return tensors
 
-    forward_and_backward()  # compiles
-    with no_waits():
-        forward_and_backward()
+    first = outputs_and_gradients()  # compiles
+    with no_waits():  # in which a wait for a kernel is an error
+        second = outputs_and_gradients()
+    for before, after in zip(first, second, strict=True):
+        torch.testing.assert_close(after, before)
 
 
-def test_the_loss_takes_a_quarter_of_the_memory_of_all_logits_at_once() -> None:
+def test_the_loss_takes_a_quarter_of_the_memory_of_all_logits() -> None:
     """For the guide's micro-batch of 12 x 1024 tokens with a vocabulary of 32,000."""
     x = torch.randn(12, 1024, 1024, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     head = torch.randn(32_000, 1024, device=CUDA, dtype=torch.bfloat16).mul_(0.02).requires_grad_()

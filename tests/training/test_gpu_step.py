@@ -84,13 +84,14 @@ def test_a_compiled_step_has_the_gradients_of_an_uncompiled_one(precision: str, 
 def test_a_micro_batch_is_launched_without_a_wait_for_the_gpu() -> None:
     state, (micro_batch, *_) = new_state(CONFIG, CUDA, "bf16"), on_gpu(share(0, 12, 0, 1, 4))
     compile_block(state.model, "auto", CUDA, "bf16")
-    add_gradients(state, micro_batch)  # compiles, and tries products
+    first_loss = add_gradients(state, micro_batch)  # compiles, and tries products
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises RuntimeError
     try:
-        add_gradients(state, micro_batch)
+        second_loss = add_gradients(state, micro_batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(second_loss, first_loss)
 
 
 def test_few_micro_batches_are_in_the_queue_and_finished_ones_are_counted() -> None:

@@ -85,4 +85,5 @@ def test_workers_do_not_validate_again_the_settings_that_the_driver_has_validate
 ) -> None:
     settings = tiny_config().to_dict()
     settings["training"]["max_steps"] = 0  # refused by a validation
-    run_worker(monkeypatch, MemoryCapError, task={"config": settings}, new_state=no_room)
+    events = run_worker(monkeypatch, MemoryCapError, task={"config": settings}, new_state=no_room)
+    assert any(isinstance(event, RunFailed) for event in events), "the worker got as far as building the model"
