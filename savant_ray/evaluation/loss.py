@@ -14,18 +14,21 @@ from savant_ray.model.transformer import UniversalTransformer
 
 @torch.no_grad()
 def loss_sums(
-    model: UniversalTransformer, micro_batches: Iterable[tuple[Tensor, Tensor]], n_loops: int | None = None
+    model: UniversalTransformer,
+    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    n_loops: int | None = None,
+    memory_limit_gb: float = 10.0,
 ) -> Tensor:
     """Return [sum of token losses in nats, number of target tokens] in fp64.
 
-    `micro_batches` yields (tokens, document ids) `[B, T]` on the model's device.
+    `micro_batches` yields (tokens, document ids) `[B, T]` on the model's device. `memory_limit_gb` is that of
+    `cross_entropy_sum`, GiB.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for tokens_BT, document_ids_BT in micro_batches:
         targets_BT = next_token_targets(tokens_BT, document_ids_BT)
-        loss = cross_entropy_sum(
-            model.hidden_states(tokens_BT, document_ids_BT, n_loops), model.head.weight, targets_BT
-        )
+        hidden_BTD = model.hidden_states(tokens_BT, document_ids_BT, n_loops)
+        loss = cross_entropy_sum(hidden_BTD, model.head.weight, targets_BT, memory_limit_gb)
         sums += torch.tensor([loss.item(), (targets_BT != IGNORED).sum().item()], dtype=torch.float64)
     return sums
 

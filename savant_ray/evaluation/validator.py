@@ -158,7 +158,7 @@ class Validator:
     def _loss_sums_in_parts(self, rows: int, state: TrainingState) -> Tensor:
         """Return the sums over this rank's sequences, with at most `rows` sequences in a forward pass."""
         parts = (self._on_device(part, state) for batch in self.micro_batches for part in batch.parts(rows))
-        return loss_sums(state.model, self._until_stopped(parts))
+        return loss_sums(state.model, self._until_stopped(parts), memory_limit_gb=state.fit.limit_gb)
 
     def _rows(self, state: TrainingState) -> int:
         """Return the number of sequences of a forward pass.
