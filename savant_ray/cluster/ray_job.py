@@ -11,8 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from savant_ray.config import Config
 from savant_ray.errors import DataError
 from savant_ray.locations import runs_below_home, working_directory
+
+STEP_FRACTION = 0.7  # of the time that `ray job stop` waits: for finishing and saving the step; the rest is for exiting
+JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
 
 def in_ray_job(environment: Mapping[str, str] = os.environ) -> bool:
@@ -27,6 +31,17 @@ def output_folder(environment: Mapping[str, str] = os.environ) -> Path:
         SettingsError: the user of a Ray job has no home folder, or the working directory was deleted.
     """
     return runs_below_home() if in_ray_job(environment) else working_directory()
+
+
+def grace_seconds(config: Config, environment: Mapping[str, str] = os.environ) -> float:
+    """Return within how many seconds of a stop request the workers have to finish their step and save it.
+
+    That is `run.grace_seconds`, or less in a Ray job, because `ray job stop` kills it after RAY_JOB_STOP_WAIT_TIME_S.
+    """
+    if not in_ray_job(environment):
+        return config.run.grace_seconds
+    wait = float(environment.get(JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT))
+    return min(config.run.grace_seconds, STEP_FRACTION * wait)
 
 
 @contextmanager

@@ -6,16 +6,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from savant_ray.cluster.ray_address import ClusterAddress, check_cluster_answers, cluster_address, unreachable_reason
-from savant_ray.cluster.ray_job import in_ray_job
 from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
-from savant_ray.config import Config
 from savant_ray.errors import SavantError, TrainingError
 from savant_ray.locations import replace_missing_home
 from savant_ray.ray_internals import draining_nodes, started_head
@@ -30,13 +28,14 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the working directory of the driver
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # processes without GPUs in Ray keep CUDA_VISIBLE_DEVICES; Ray 2.60's default
     "RAY_task_events_max_num_tasks_in_gcs": "10000",  # the default of 100,000 takes 0.3 GB on a head that runs for days
+    # Ray ends idle workers as soon as there are more processes than cores, which a run has on 2 cores without any. Each read
+    # of Ray Data then starts a Python process (about 1 s of processor time) and leaves an open socket in Ray's gcs_server.
+    "RAY_num_workers_soft_limit": str(max(16, os.cpu_count() or 1)),
     "RAY_DEDUP_LOGS": "0",  # print lines of all workers, even if they are the same
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",  # of the package tokenizers, not of Ray: one core per process
 }
-STEP_FRACTION = 0.7  # of the time that `ray job stop` waits: for finishing and saving the step; the rest is for exiting
 REQUIRED_PROCESSES = ("raylet", "gcs_server")  # Ray continues if other processes die, such as the dashboard
-JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT = "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 
 
 def prepare_environment() -> ClusterAddress | None:
@@ -218,17 +217,6 @@ def exit_without_shutdown(code: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def grace_seconds(config: Config, environment: Mapping[str, str] = os.environ) -> float:
-    """Return within how many seconds of a stop request the workers have to finish their step and save it.
-
-    That is `run.grace_seconds`, or less in a Ray job, because `ray job stop` kills it after RAY_JOB_STOP_WAIT_TIME_S.
-    """
-    if not in_ray_job(environment):
-        return config.run.grace_seconds
-    wait = float(environment.get(JOB_STOP_WAIT, JOB_STOP_WAIT_DEFAULT))
-    return min(config.run.grace_seconds, STEP_FRACTION * wait)
 
 
 def node_resources() -> list[dict[str, float]]:

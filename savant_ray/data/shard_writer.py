@@ -21,7 +21,7 @@ from savant_ray.data.jsonl import ByteRange, Line, RangeReader, plan_ranges
 from savant_ray.data.overlap import digests_path, document_digests
 from savant_ray.data.packing import pack
 from savant_ray.data.sources import SourceFile
-from savant_ray.data.token_cache import crc32, shard_batch, shard_schema, token_dtype
+from savant_ray.data.token_cache import ShardFile, crc32, shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
 
@@ -139,7 +139,7 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
     tokenizer = tokenizer_of(recipe)
     summary = RangeSummary()
     chunk = _Chunk(recipe.sequence_length, tokenizer)
-    shard = _ShardFile(folder / shard_name(index), chunk.schema)
+    shard = ShardFile(folder / shard_name(index), chunk.schema)
     digests = digests_path(folder / shard_name(index))
     temporary_digests = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
     with RangeReader(part, recipe.max_line_bytes) as lines, shard, temporary_digests.open("wb") as digests_file:
@@ -267,34 +267,3 @@ class _Chunk:
         summary.tokens += self.tokens
         self._documents, self._lines, self.tokens = [], [], 0
         return shard_batch(self.schema, rows, packing.row_ends, packing.lengths, lines)
-
-
-class _ShardFile:
-    """Arrow file that is written under a temporary name and renamed when it is complete; not created without rows."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.bytes = 0
-        self.crc32: int | None = None
-        self._path = path
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._schema = schema
-        self._writer: pa.ipc.RecordBatchFileWriter | None = None
-
-    def __enter__(self) -> _ShardFile:
-        return self
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Append rows."""
-        if self._writer is None:
-            self._writer = pa.ipc.new_file(str(self._temporary), self._schema)
-        self._writer.write_batch(batch)
-
-    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        if self._writer is None:
-            return
-        self._writer.close()
-        if failed:
-            self._temporary.unlink()
-        else:
-            self.bytes, self.crc32 = self._temporary.stat().st_size, crc32(self._temporary)
-            self._temporary.replace(self._path)

@@ -377,3 +377,34 @@ def shard_batch(
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), type=schema.field("tokens").type)
     lists = [pa.ListArray.from_arrays(offsets, pa.array(values, pa.uint32())) for values in (lengths, lines)]
     return pa.RecordBatch.from_arrays([tokens, *lists], schema=schema)
+
+
+class ShardFile:
+    """Arrow file that is written under a temporary name and renamed when it is complete; not created without rows."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.bytes = 0
+        self.crc32: int | None = None
+        self._path = path
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._schema = schema
+        self._writer: pa.ipc.RecordBatchFileWriter | None = None
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append rows."""
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(str(self._temporary), self._schema)
+        self._writer.write_batch(batch)
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        if failed:
+            self._temporary.unlink()
+        else:
+            self.bytes, self.crc32 = self._temporary.stat().st_size, crc32(self._temporary)
+            self._temporary.replace(self._path)

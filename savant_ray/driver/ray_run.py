@@ -17,7 +17,8 @@ import ray
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from savant_ray.cluster.bridge import BridgeHandle, next_events, start_bridge
-from savant_ray.cluster.session import ExitWithoutShutdown, grace_seconds, owns_ray, ray_session
+from savant_ray.cluster.ray_job import grace_seconds
+from savant_ray.cluster.session import ExitWithoutShutdown, owns_ray, ray_session
 from savant_ray.driver.attempt import Attempt, Inputs
 from savant_ray.driver.data_preparation import prepare_data
 from savant_ray.driver.failures import explain_failure, ray_errors_explained

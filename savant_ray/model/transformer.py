@@ -91,9 +91,9 @@ class UniversalTransformer(nn.Module):
 
     def loop_states(self, tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None) -> Iterator[Tensor]:
         """Yield the residual stream `[B, T, D]` before the first loop and after each loop."""
+        x_BTD, weights = self.recurrent_block.prepare(self.embed(tokens_BT))
         masks = build_masks(document_ids_BT, self.config.window_size, self.config.head_dim)
         rope = self.rope(0, tokens_BT)
-        x_BTD, weights = self.recurrent_block.prepare(self.embed(tokens_BT))
         yield x_BTD
         for loop in range(n_loops or self.config.n_loops):
             inputs = (x_BTD, masks.for_loop(self.is_global(loop)), rope, None, weights.for_loop())

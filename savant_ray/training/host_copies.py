@@ -52,11 +52,12 @@ class HostCopy:
         return self._content
 
     def _copy(self, state: TrainingState) -> dict[str, Any]:
+        content = _copied(state.to_checkpoint({}), self._content)
         buffers = self._content.get("model_state_dict", {})
         weights = {
             name: _copied(state.optimizer.master(p), buffers.get(name)) for name, p in state.model.named_parameters()
         }
-        return {**_copied(state.to_checkpoint({}), self._content), "model_state_dict": weights}
+        return {**content, "model_state_dict": weights}
 
 
 class WeightChanges:

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from savant_ray.cluster.ray_job import in_ray_job, missing_text_explained, output_folder
-from savant_ray.cluster.session import grace_seconds
+from savant_ray.cluster.ray_job import grace_seconds, in_ray_job, missing_text_explained, output_folder
 from savant_ray.config import Config, load_config
 from savant_ray.driver.checks import (
     check_before_start,
