@@ -103,7 +103,7 @@ THIRD_PARTY = {
     "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},
     "inference": {"torch"},
     "optim": {"torch"},
-    "data": {"numpy", "orjson", "pandas", "pyarrow", "ray", "tokenizers"},
+    "data": {"fsspec", "huggingface_hub", "numpy", "orjson", "pandas", "pyarrow", "ray", "tokenizers", "yaml"},
     "model": {"torch"},
     "ray_internals": {"ray"},
     "config": {"pydantic", "yaml"},

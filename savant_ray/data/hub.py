@@ -1,0 +1,291 @@
+"""Downloads data sets of the Hugging Face Hub, named `hf://datasets/OWNER/NAME[/CONFIG][@REVISION]`.
+
+The files of a config and a split are those that the data set's card (README.md) lists, otherwise those whose names contain
+them, otherwise those of the Parquet copy that the Hub makes of each data set. They are stored in the cache folder, which all
+nodes can read, under the commit to which the revision refers. What was downloaded once can be used without a network.
+Importing this module takes half a second, because it imports an HTTP client.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import huggingface_hub
+import yaml
+from fsspec.utils import glob_translate
+from huggingface_hub import errors
+
+from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
+from savant_ray.data.sources import SUFFIXES
+from savant_ray.errors import DataError, SavantError
+from savant_ray.locations import error_text
+
+SCHEME = "hf://datasets/"
+CARD = "README.md"
+PARQUET_COPY = "refs/convert/parquet"
+DEFAULT_REVISION = "main"
+DEFAULT_CONFIG = "default"
+MAX_NAMED = 10  # configs or splits that an error names
+
+_REFERENCE = re.compile(r"(?P<repository>[^/@]+/[^/@]+)(@(?P<early>[^/]+))?(/(?P<config>[^/@*?]+))?(@(?P<late>.+))?")
+# The split in the name of a file or folder: train, train-00000-of-00012, train_sft-00000-of-00002, partial-train.
+_SPLIT = re.compile(
+    r"(partial-)?(?P<split>(train|training|validation|valid|val|dev|test|testing|eval)(_[A-Za-z]+)?)([-_.]?[0-9].*)?"
+)
+_FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set of the Hub; without a revision, the newest commit of the branch main."""
+
+    repository: str  # OWNER/NAME
+    config: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, uri: str) -> HubDataset | None:
+        """Return the data set that a URI names; None if it names files of the Hub, or is another kind of path."""
+        if not uri.startswith(SCHEME) or not (match := _REFERENCE.fullmatch(uri.removeprefix(SCHEME).rstrip("/"))):
+            return None
+        config, revision = match["config"], match["late"] or match["early"]
+        if config is not None and config.lower().endswith(SUFFIXES):
+            return None
+        return cls(match["repository"], config, revision)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a revision: names relative to the repository, with their sizes in bytes."""
+
+    commit: str
+    sizes: Mapping[str, int]
+
+
+def download(
+    dataset: HubDataset, split: str, cache_dir: Path, notify: Callable[[str], None], progress: Progress
+) -> list[Path]:
+    """Download the files of a split that are not in `cache_dir` yet, and return their paths, sorted.
+
+    `progress` receives the bytes that are there and the total. An interrupted download is continued. `HF_TOKEN` or
+    `hf auth login` gives access to private data sets, `HF_ENDPOINT` names another Hub.
+
+    Raises:
+        DataError: the data set, revision, config or split does not exist, is not accessible, or cannot be downloaded.
+    """
+    folder = cache_dir / "hub"
+    with _errors_explained(dataset):
+        commit, files = _find_files(dataset, split, folder, notify)
+        total, done = sum(files.values()), 0
+        paths = []
+        for name, size in sorted(files.items()):
+            progress(done, total)
+            paths.append(_download_file(dataset, name, commit, folder))
+            done += size
+        progress(done, total)
+    return paths
+
+
+def files_of_split(names: Sequence[str], card: str, config: str | None, split: str) -> tuple[list[str], list[str]]:
+    """Return the files of a config and a split; if there are none, also the configs and splits that there are.
+
+    `names` are the files of the repository, `card` is its README. Without a config, the default one is used: the one that
+    the card marks or calls "default", or the only one.
+    """
+    data_files = [name for name in names if _is_data(name)]
+    splits = _splits_of_card(data_files, card) or _splits_of_names(data_files)
+    configs = list(dict.fromkeys(name for name, _ in splits))
+    if config is None:
+        marked = [_config_name(listed) for listed in _card_configs(card) if listed.get("default")]
+        candidates = [*marked, DEFAULT_CONFIG, *(configs if len(configs) == 1 else [])]
+        config = next((name for name in candidates if name in configs), None)
+    files = splits.get((config or "", split), [])
+    return files, [] if files else [f"{name} ({of_split})" for name, of_split in splits]
+
+
+def _find_files(
+    dataset: HubDataset, split: str, folder: Path, notify: Callable[[str], None]
+) -> tuple[str, Mapping[str, int]]:
+    """Return the commit and the files of the split with their sizes.
+
+    Raises:
+        DataError: there are none.
+    """
+    listing = _listing(dataset, dataset.revision or DEFAULT_REVISION, folder, notify)
+    card = ""
+    if CARD in listing.sizes:
+        card = _download_file(dataset, CARD, listing.commit, folder).read_text(encoding="utf-8", errors="replace")
+    files, available = files_of_split(list(listing.sizes), card, dataset.config, split)
+    if not files and dataset.revision is None and (copy := _parquet_copy(dataset, folder, notify)):
+        files, available_in_copy = files_of_split(list(copy.sizes), "", dataset.config, split)
+        listing, available = copy, available or available_in_copy
+    if files:
+        return listing.commit, {name: listing.sizes[name] for name in files}
+    if not available:
+        raise DataError("contains no file in a supported format")
+    wanted = (
+        f"config {dataset.config} with a split {split}" if dataset.config else f"default config with a split {split}"
+    )
+    more = f" and {len(available) - MAX_NAMED:,} more" if len(available) > MAX_NAMED else ""
+    raise DataError(
+        f"has no {wanted}; its configs (and splits): {', '.join(available[:MAX_NAMED])}{more}. A config is named as in "
+        f"{SCHEME}{dataset.repository}/CONFIG"
+    )
+
+
+def _parquet_copy(dataset: HubDataset, folder: Path, notify: Callable[[str], None]) -> _Listing | None:
+    try:
+        return _listing(dataset, PARQUET_COPY, folder, notify)
+    except errors.RevisionNotFoundError:
+        return None
+
+
+def _listing(dataset: HubDataset, revision: str, folder: Path, notify: Callable[[str], None]) -> _Listing:
+    """List a revision; without a network, as it was listed the last time."""
+    path = folder / f"{dataset.repository.replace('/', '--')}-{revision.replace('/', '--')}.json"
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision) is not None
+    if is_commit and (listed := _load_listing(path)):
+        return listed
+    try:
+        info = huggingface_hub.HfApi(endpoint=_endpoint()).dataset_info(
+            dataset.repository, revision=revision, files_metadata=True
+        )
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code < 500:  # an answer: no such data set, no access
+            raise
+        reason: Exception = error
+    except Exception as error:  # the library's HTTP client differs between versions
+        reason = error
+    else:
+        listing = _Listing(info.sha or revision, {file.rfilename: file.size or 0 for file in info.siblings or ()})
+        write_atomically(path, dump_with_checksum({"commit": listing.commit, "sizes": dict(listing.sizes)}))
+        return listing
+    if listed := _load_listing(path):
+        notify(
+            f"{SCHEME}{dataset.repository}: the Hub cannot be reached ({error_text(reason)}); using commit "
+            f"{listed.commit[:12]}, which was {revision} when it was downloaded"
+        )
+        return listed
+    raise reason
+
+
+def _load_listing(path: Path) -> _Listing | None:
+    try:
+        return _Listing(**load_with_checksum(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _download_file(dataset: HubDataset, name: str, commit: str, folder: Path) -> Path:
+    return Path(
+        huggingface_hub.hf_hub_download(
+            dataset.repository,
+            name,
+            repo_type="dataset",
+            revision=commit,
+            cache_dir=folder,
+            endpoint=_endpoint(),
+        )
+    )
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+@contextmanager
+def _errors_explained(dataset: HubDataset) -> Iterator[None]:
+    """Turn errors into a `DataError` that names the data set and says what to do."""
+    uri = f"{SCHEME}{dataset.repository}"
+    try:
+        yield
+    except SavantError as error:
+        raise DataError(f"{uri}: {error}") from error
+    except errors.GatedRepoError as error:
+        raise DataError(
+            f"{uri}: access has to be requested on its page; then set HF_TOKEN, or run `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DataError(f"{uri}: does not exist, or is private (then set HF_TOKEN, or run `hf auth login`)") from error
+    except errors.RevisionNotFoundError as error:
+        raise DataError(f"{uri}: has no revision {dataset.revision or DEFAULT_REVISION}") from error
+    except errors.HFValidationError as error:
+        raise DataError(f"{uri}: is not the name of a data set, which is OWNER/NAME") from error
+    except Exception as error:  # the library's HTTP client differs between versions; a full disk is an OSError
+        raise DataError(
+            f"{uri}: cannot be downloaded ({error_text(error)}); without a network, only what was downloaded before "
+            "into data.cache_dir can be used"
+        ) from error
+
+
+def _is_data(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in PurePosixPath(name).parts)
+
+
+def _card_configs(card: str) -> list[dict[str, Any]]:
+    """Return the configs in the front matter of a card; none if it has none or cannot be parsed."""
+    match = _FRONT_MATTER.match(card.lstrip("\ufeff"))
+    try:
+        values = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return []
+    configs = values.get("configs") if isinstance(values, dict) else None
+    return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+
+
+def _splits_of_card(names: Sequence[str], card: str) -> dict[tuple[str, str], list[str]]:
+    """Return the files of each config and split that the card lists."""
+    splits: dict[tuple[str, str], list[str]] = {}
+    for config in _card_configs(card):
+        name, folder = _config_name(config), str(config.get("data_dir") or "")
+        data_files = config.get("data_files", f"{folder}/**" if folder else None)
+        for entry in data_files if isinstance(data_files, list) else [data_files]:
+            listed = entry if isinstance(entry, dict) else {"path": entry}
+            patterns = listed.get("path")
+            for pattern in patterns if isinstance(patterns, list) else [patterns]:
+                is_match = re.compile(glob_translate(str(PurePosixPath(folder, str(pattern))))).match
+                files = [file for file in names if is_match(file)]
+                by_split = {str(listed["split"]): files} if "split" in listed else _by_split(files)
+                for split, of_split in by_split.items():
+                    known = splits.setdefault((name, split), [])
+                    known += [file for file in of_split if file not in known]
+    return {key: files for key, files in splits.items() if files}
+
+
+def _config_name(config: Mapping[str, Any]) -> str:
+    return str(config.get("config_name", DEFAULT_CONFIG))
+
+
+def _splits_of_names(names: Sequence[str]) -> dict[tuple[str, str], list[str]]:
+    """Return the files of each config and split by their paths; of a data set in several formats, its Parquet files.
+
+    A config is a folder, possibly in the folder "data": `[data/][CONFIG/]SPLIT-00000-of-00012.parquet`.
+    """
+    parquet = [name for name in names if name.lower().endswith(".parquet")]
+    configs: dict[str, list[str]] = {}
+    for name in sorted(parquet or names):
+        folders = [part for part in PurePosixPath(name).parts[:-1] if part != "data" and _SPLIT.fullmatch(part) is None]
+        configs.setdefault("/".join(folders) or DEFAULT_CONFIG, []).append(name)
+    return {
+        (config, split): files for config, of_config in configs.items() for split, files in _by_split(of_config).items()
+    }
+
+
+def _by_split(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the files of each split by their names, or those of their folders; files that name none are for training."""
+    splits: dict[str, list[str]] = {}
+    for name in names:
+        *folders, file = PurePosixPath(name).parts
+        match = _SPLIT.fullmatch(file.partition(".")[0]) or next(
+            filter(None, map(_SPLIT.fullmatch, folders[::-1])), None
+        )
+        splits.setdefault(match["split"] if match else "train", []).append(name)
+    return splits
