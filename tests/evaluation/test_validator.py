@@ -54,7 +54,7 @@ def validator(config: Config, emit: Callable[[Event], None], stop_requested: Cal
         tiny_tokenizer(),
         batches,
         target_tokens=9,
-        text_bytes=9,
+        trained_bytes=9,
         rank=0,
         emit=emit,
         stop_requested=stop_requested,
@@ -83,7 +83,7 @@ def test_with_special_tokens_the_loss_is_that_of_the_original_on_the_same_text(t
         events: list[Event] = []
         sequences = packed(texts, tokenizer, tmp_path)
         batches = micro_batches(sequences, np.arange(len(sequences.tokens)), config)
-        counts = dict(target_tokens=1, text_bytes=1)
+        counts = dict(target_tokens=1, trained_bytes=1)
         Validator(config, tokenizer, batches, **counts, rank=0, emit=events.append, stop_requested=lambda: False)(state)
         return next(event.validation_loss for event in events if isinstance(event, ValidationDone))
 
