@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -225,6 +226,15 @@ class Tokenizer:
         never = {*self._ids_of(NEVER_SAMPLED_NAMES), *self.prefix, *unused}
         return frozenset(never.difference(self._template_suffix, end))
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens, which `decode` skips."""
+        return frozenset(id_ for id_, token in self._inner.get_added_tokens_decoder().items() if token.special)
+
+    def token_name(self, token: int) -> str:
+        """Return the entry of an id in the vocabulary; "" if it has none."""
+        return self._inner.id_to_token(token) or ""
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text as a document: `prefix`, text, `suffix`.
 
@@ -417,6 +427,29 @@ class IncrementalDecoder:
     def _new_text(self) -> str:
         before = self._tokenizer.decode(self._context)
         return self._tokenizer.decode(self._context + self._pending)[len(before) :]
+
+
+def text_pieces(tokenizer: Tokenizer, document: MaskedDocument) -> list[tuple[str, bool]]:
+    """Return the text of a document in pieces, and for each whether it is trained on.
+
+    Neighboring pieces differ in that. Special tokens appear by name. A character of several tokens is trained on if one of
+    them is.
+    """
+    special = {*tokenizer.special_ids, *tokenizer.prefix, *tokenizer.suffix}
+    pieces: list[tuple[str, bool]] = []
+    decoder, is_any_trained = IncrementalDecoder(tokenizer), False
+    for token, is_trained in zip(document.ids, document.is_trained.tolist(), strict=True):
+        if token in special:
+            pieces += [(decoder.finish(), is_any_trained), (tokenizer.token_name(token), is_trained)]
+            decoder, is_any_trained = IncrementalDecoder(tokenizer), False
+            continue
+        is_any_trained |= is_trained
+        if text := decoder.push(token):
+            pieces.append((text, is_any_trained))
+            is_any_trained = False
+    pieces.append((decoder.finish(), is_any_trained))
+    runs = itertools.groupby((piece for piece in pieces if piece[0]), key=lambda piece: piece[1])
+    return [("".join(text for text, _ in run), is_trained) for is_trained, run in runs]
 
 
 def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Config:
