@@ -422,6 +422,19 @@ def test_characters_that_a_tokenizer_drops_are_counted(tmp_path: Path, write_jso
         prepare(expand(str(path)), tokenizer, 32, tmp_path / "cache")
 
 
+def test_a_cache_of_an_earlier_format_is_built_again_and_its_runs_can_be_resumed(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = expand(str(write_jsonl("a.jsonl", ["ab", "cd"])))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_builder, "FORMAT_VERSION", cache_builder.FORMAT_VERSION - 1)
+        earlier = prepare(files, byte_tokenizer, 8, tmp_path / "cache")
+    before = snapshot(earlier.folder)
+    cache = prepare(files, byte_tokenizer, 8, tmp_path / "cache")
+    assert cache.folder != earlier.folder and snapshot(earlier.folder) == before
+    assert cache.fingerprint == earlier.fingerprint, "the same data, which a checkpoint is compared with"
+
+
 def test_another_end_of_document_token_gives_another_cache(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
