@@ -125,9 +125,7 @@ class StepDone(Event):
     update_seconds: float  # clipping and optimizer update
     step_seconds: float  # duration of the step, including the wait for data and excluding checkpoints
     share_of_peak: float | None = None  # useful FLOP/s of rank 0 in this step / peak of its matmuls; None = unknown
-    update_skipped: bool = (
-        False  # whether the update was skipped: the gradient norm is not finite, or all tokens are masked
-    )
+    update_skipped: bool = False  # true: the gradient norm was not finite, or all tokens were masked
 
 
 @dataclass(frozen=True, kw_only=True)

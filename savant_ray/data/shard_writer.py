@@ -73,7 +73,7 @@ class RangeSummary:
     text_bytes: int = 0
     trained_bytes: int = 0
     shard_bytes: int = 0
-    shard_crc32: int | None = None  # None: written by a version without checksums
+    shard_crc32: int = 0
     bad_lines: int = 0
     first_bad_lines: list[tuple[int, str]] = field(default_factory=list)
     characters: int = 0  # of the documents
@@ -120,7 +120,7 @@ class RangeSummary:
             if not summary.rows:
                 return True
             has_size = shard.stat().st_size == summary.shard_bytes
-            return has_size and (summary.shard_crc32 is None or crc32(shard) == summary.shard_crc32)
+            return has_size and crc32(shard) == summary.shard_crc32
         except (OSError, ValueError, TypeError):
             return False
 

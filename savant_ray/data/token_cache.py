@@ -15,8 +15,7 @@ The fingerprint includes the content hashes of the files, so changed files get a
 reading a row loads only that row. All nodes need the folder under the same path.
 
 The CRC-32 of a shard is verified once after it was written, and again when its inode or times have changed; starting a run
-therefore usually takes one `stat` call per shard. Caches of earlier versions have no checksums; of these, only the
-sizes of the shards are verified.
+therefore usually takes one `stat` call per shard.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class ShardInfo:
     rows: int
     file: str
     lines_before: int
-    crc32: int | None = None  # None: written by a version without checksums
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Manifest:
     trained_bytes: int  # of these, without masked text
     bad_lines: int
     first_bad_lines: tuple[LineProblem, ...]
-    characters: int = 0  # of the documents; 0: written by a version that did not count them
+    characters: int = 0  # of the documents
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: LineProblem | None = None  # the first line with such characters
 
@@ -196,7 +195,7 @@ def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, in
             continue
         if states[shard.name][0] != shard.bytes:
             problems.append(f"{folder / shard.name}: has {states[shard.name][0]:,} of {shard.bytes:,} bytes")
-        elif shard.crc32 is not None and checked.get(shard.name) != states[shard.name]:
+        elif checked.get(shard.name) != states[shard.name]:
             unchecked.append(shard)
     names = [shard.name for shard in unchecked]
     is_intact = dict(zip(names, _verify_checksums(folder, unchecked, progress), strict=True))
@@ -410,7 +409,7 @@ class ShardFile:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.bytes = 0
-        self.crc32: int | None = None
+        self.crc32 = 0
         self._path = path
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._schema = schema
