@@ -49,7 +49,8 @@ def batches(config: Config) -> Iterator[list[MicroBatch]]:
     shape = (config.training.batch_size, config.model.max_seq_len)
     for _ in range(config.training.max_steps):
         tokens = [torch.randint(3, config.model.vocab_size, shape) for _ in range(config.training.accumulation)]
-        yield [MicroBatch(rows, torch.zeros_like(rows), (0,) * len(rows)) for rows in tokens]
+        is_trained = torch.ones(shape, dtype=torch.bool)
+        yield [MicroBatch(rows, torch.zeros_like(rows), is_trained, (0,) * len(rows)) for rows in tokens]
 
 
 def drawn(events: Sequence[dict[str, Any]]) -> str:

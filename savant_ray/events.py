@@ -114,7 +114,7 @@ class StepDone(Event):
     train_loss: float  # nats per target token over the whole effective batch
     learning_rate: float  # of this step
     grad_norm: float  # before clipping
-    tokens: int  # target tokens of this step, all workers
+    tokens: int  # target tokens of this step, all workers; not those that the loss mask excludes
     tokens_per_second: float  # target tokens of all workers per second of the step
     skipped_micro_batches: int  # over all workers, because their loss was not finite
     micro_batch_size: int  # sequences per forward and backward pass
@@ -125,7 +125,7 @@ class StepDone(Event):
     update_seconds: float  # clipping and optimizer update
     step_seconds: float  # duration of the step, including the wait for data and excluding checkpoints
     share_of_peak: float | None = None  # useful FLOP/s of rank 0 in this step / peak of its matmuls; None = unknown
-    update_skipped: bool = False  # whether the update was skipped because the gradient norm was not finite
+    update_skipped: bool = False  # true: the gradient norm was not finite, or all tokens were masked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class ValidationDone(Event):
     kind = "validation"
     step: int
     validation_loss: float  # nats per target token
-    bits_per_byte: float  # of the held-out text
+    bits_per_byte: float  # of the held-out text, without the text that the loss mask excludes
     weights_moved: float | None  # fraction changed since the last validation; embeddings of unused tokens are left out
     seconds: float  # duration
     residuals: tuple[float, ...] = ()  # of each loop: relative change of the residual stream, |s_k+1 - s_k| / |s_k|

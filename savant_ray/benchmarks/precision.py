@@ -13,7 +13,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from savant_ray.benchmarks.registry import Figures, figure, log_progress
 from savant_ray.benchmarks.workload import benchmark_device
@@ -22,7 +21,7 @@ from savant_ray.data.packing import pack
 from savant_ray.data.quickstart.problems import problems
 from savant_ray.data.tokenizer import train_tokenizer
 from savant_ray.evaluation.loss import loss_sums
-from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
+from savant_ray.model.loss import IGNORED, cross_entropy_sum
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.device import autocast
 from savant_ray.training.state import new_state
@@ -40,7 +39,7 @@ class Rows(NamedTuple):
     """Packed rows of training and validation text, on the device."""
 
     training: list[MicroBatch]
-    validation: list[tuple[Tensor, Tensor]]
+    validation: list[MicroBatch]
 
 
 def run() -> Figures:
@@ -96,7 +95,7 @@ def _train_plain_bf16(model: UniversalTransformer, batches: Iterator[MicroBatch]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     for batch in batches:
         optimizer.zero_grad()
-        targets_BT = next_token_targets(batch.tokens_BT, batch.document_ids_BT)
+        targets_BT = batch.targets()
         x_BTD = model.hidden_states(batch.tokens_BT, batch.document_ids_BT)
         loss = cross_entropy_sum(x_BTD, model.head.weight, targets_BT) / (targets_BT != IGNORED).sum()
         loss.backward()
@@ -116,17 +115,13 @@ def _rows() -> Rows:
     device = benchmark_device()
     training, held_out = problems(0, 6000), problems(1, 600, held_out=True)
     tokenizer = train_tokenizer((problem.text for problem in training), MODEL["vocab_size"])
-    tokens, documents = _packed(tokenizer.encode_documents([p.text for p in training]), device)
-    batches = [
-        MicroBatch(tokens[start : start + ROWS], documents[start : start + ROWS], tuple(range(start, start + ROWS)))
-        for start in range(0, len(tokens) - ROWS, ROWS)
-    ]
+    batches = list(_packed(tokenizer.encode_documents([p.text for p in training]), device).parts(ROWS))[:-1]
     validation = _packed(tokenizer.encode_documents([p.text for p in held_out]), device)
-    return Rows(batches, [(validation[0][:VALIDATION_ROWS], validation[1][:VALIDATION_ROWS])])
+    return Rows(batches, list(validation.parts(VALIDATION_ROWS))[:1])
 
 
-def _packed(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return shuffled (tokens, document ids) `[N, T]`; each document is in one row if it fits."""
+def _packed(texts: list[list[int]], device: torch.device) -> MicroBatch:
+    """Return all documents in shuffled rows; each document is in one row if it fits."""
     packing = pack([len(text) for text in texts], MODEL["max_seq_len"])
     tokens = torch.zeros(len(packing), MODEL["max_seq_len"], dtype=torch.int64)
     documents = torch.full_like(tokens, -1)
@@ -141,4 +136,5 @@ def _packed(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
         documents[row, columns] = piece
         column += int(length)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
-    return tokens[order].to(device), documents[order].to(device)
+    is_trained = torch.ones_like(tokens, dtype=torch.bool)
+    return MicroBatch(tokens[order], documents[order], is_trained, tuple(range(len(tokens)))).to(device)

@@ -71,6 +71,7 @@ def _worker(connection: Connection, rank: int, world_size: int, rendezvous: str)
     local_batch = []
     for position in range(SEQUENCES // world_size):
         tokens = torch.randint(config.model.vocab_size, (1, config.model.max_seq_len), generator=generator)
-        local_batch.append(MicroBatch(tokens, torch.zeros_like(tokens), (position,)))
+        is_trained = torch.ones_like(tokens, dtype=torch.bool)
+        local_batch.append(MicroBatch(tokens, torch.zeros_like(tokens), is_trained, (position,)))
     while connection.recv() == "step":
         connection.send(seconds(lambda: take_step(state, local_batch, 2e-5, 1.0, lambda: None)))

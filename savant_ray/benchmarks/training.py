@@ -182,4 +182,5 @@ def _packed(case: Case, config: ModelConfig, device: torch.device) -> list[Micro
         row, start = index // per_row, index % per_row * case.document_tokens
         tokens[row, start : start + len(document)] = document
         ids[row, start : start + len(document)] = index
-    return [MicroBatch(torch.from_numpy(tokens).to(device), torch.from_numpy(ids).to(device), tuple(range(n_rows)))]
+    tokens_NT, ids_NT = torch.from_numpy(tokens), torch.from_numpy(ids)
+    return [MicroBatch(tokens_NT, ids_NT, torch.ones_like(ids_NT, dtype=torch.bool), tuple(range(n_rows))).to(device)]

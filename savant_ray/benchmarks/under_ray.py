@@ -151,5 +151,6 @@ def _local_batches(cache: TokenCache, config: Config) -> Iterator[list[MicroBatc
             sequences = cache.take(rows)
             tokens = torch.from_numpy(sequences.tokens.copy())
             ids = torch.from_numpy(sequences.document_ids.copy())
-            local_batch.append(MicroBatch(tokens, ids, tuple(rows.tolist())))
+            is_trained = torch.from_numpy(sequences.is_trained.copy())
+            local_batch.append(MicroBatch(tokens, ids, is_trained, tuple(rows.tolist())))
         yield local_batch

@@ -49,7 +49,8 @@ from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.errors import DataError, UnexpectedError, describe
 from savant_ray.locations import absolute_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of token caches; 1 had no loss mask. Those of other versions are built again
+DATA_VERSION = 1  # of the rows: two caches with the same data fingerprint have the same rows, whatever their format is
 PROGRESS_BYTES = 2 << 20  # between two progress reports of a task
 MAX_NAMED_EMPTY_FILES = 5  # in `empty_file_report`
 MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and ".unfinished" follow
@@ -92,7 +93,7 @@ def prepare(
     recipe = Recipe.of(tokenizer, sequence_length, max_line_bytes)
     hashes = content_hashes(files, cache_dir)
     identity = {
-        "version": FORMAT_VERSION,
+        "version": DATA_VERSION,
         "files": list(zip(_relative_paths(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
     }
@@ -115,7 +116,7 @@ def train_or_load_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, 
     """
     cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     hashes = content_hashes(files, cache_dir)
-    identity = {"version": FORMAT_VERSION, "files": hashes, "vocab_size": vocab_size}
+    identity = {"version": DATA_VERSION, "files": hashes, "vocab_size": vocab_size}
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
 
     def train() -> None:
@@ -168,7 +169,8 @@ class _Build:
         self._ranges = ranges
         self._recipe = recipe
         self._identity = identity
-        self.folder = cache_dir / f"{_title(files)}-{identity[:16]}"
+        name = fingerprint({"format": FORMAT_VERSION, "data": identity})
+        self.folder = cache_dir / f"{_title(files)}-{name[:16]}"
         self._unfinished = self.folder.with_suffix(".unfinished")
         self._damage: list[str] = []
 
@@ -208,6 +210,7 @@ class _Build:
         )
         _refuse_empty(manifest)
         _refuse_if_all_dropped(manifest, self._recipe)
+        _refuse_if_all_masked(manifest)
         for abandoned in folder.glob("*.tmp"):
             abandoned.unlink(missing_ok=True)
         write_atomically(folder / MANIFEST, manifest.to_json())
@@ -320,8 +323,9 @@ def _merge_summaries(
         rows=sum(summary.rows for summary in summaries),
         documents=documents.total(),
         tokens=sum(summary.tokens for summary in summaries),
-        target_tokens=sum(summary.tokens - summary.pieces for summary in summaries),
+        target_tokens=sum(summary.target_tokens for summary in summaries),
         text_bytes=sum(summary.text_bytes for summary in summaries),
+        trained_bytes=sum(summary.trained_bytes for summary in summaries),
         bad_lines=invalid.total(),
         first_bad_lines=tuple(invalid_lines[:MAX_NAMED_INVALID_LINES]),
         characters=sum(summary.characters for summary in summaries),
@@ -382,6 +386,16 @@ def _refuse_if_all_dropped(manifest: Manifest, recipe: Recipe) -> None:
         raise DataError(
             f"{tokenizer.name} has no token for any character of {first.file} (line {first.line:,}: "
             f"{' '.join(first.reason)}); set data.tokenizer to one for this text, or to auto to train one on it"
+        )
+
+
+def _refuse_if_all_masked(manifest: Manifest) -> None:
+    """Raise `DataError` if the loss mask leaves no token to train on."""
+    if not manifest.target_tokens and manifest.trained_bytes < manifest.text_bytes:
+        names = manifest.files[0].path + f" and {len(manifest.files) - 1:,} more files" * (len(manifest.files) > 1)
+        raise DataError(
+            f"{names}: none of the {manifest.documents:,} documents has a token that is trained on; the loss mask excludes "
+            "all of them"
         )
 
 

@@ -17,12 +17,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
-from savant_ray.data.jsonl import ByteRange, Line, RangeReader, plan_ranges
+from savant_ray.data.documents import Document
+from savant_ray.data.jsonl import ByteRange, RangeReader, plan_ranges
 from savant_ray.data.overlap import digests_path, document_digests
 from savant_ray.data.packing import pack
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import ShardFile, crc32, shard_batch, shard_schema, token_dtype
-from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
 from savant_ray.errors import DataError
 
 BATCH_CHARACTERS = 1 << 18  # tokenized in one call
@@ -60,41 +61,46 @@ class Recipe:
 class RangeSummary:
     """Counts of one byte range; line numbers start from 1 at the beginning of the range.
 
-    The fields are the keys of the summary file. `bad_lines` is the number of invalid lines, `pieces` that of the documents
-    and parts of documents that the rows contain.
+    The fields are the keys of the summary file. `bad_lines` is the number of invalid lines; `target_tokens`, `text_bytes`
+    and `trained_bytes` are those of `Manifest`.
     """
 
     lines: int = 0
     documents: int = 0
     tokens: int = 0
-    pieces: int = 0
+    target_tokens: int = 0
     rows: int = 0
     text_bytes: int = 0
+    trained_bytes: int = 0
     shard_bytes: int = 0
-    shard_crc32: int | None = None  # None: written by a version without checksums
+    shard_crc32: int = 0
     bad_lines: int = 0
     first_bad_lines: list[tuple[int, str]] = field(default_factory=list)
     characters: int = 0  # of the documents
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: tuple[int, str] | None = None  # line number and its dropped characters
 
-    def count(self, line: Line) -> None:
-        """Count a line of any kind."""
-        self.lines = line.number
-        if line.text:
+    def count(self, document: Document) -> None:
+        """Count a document, an invalid line or a blank line."""
+        self.lines = document.number
+        text = document.text
+        if text:
+            n_bytes = _utf8_bytes(text)
+            ranges = document.trained
             self.documents += 1
-            self.characters += len(line.text)
-            self.text_bytes += len(line.text) if line.text.isascii() else len(line.text.encode())
-        elif line.problem:
+            self.characters += len(text)
+            self.text_bytes += n_bytes
+            self.trained_bytes += n_bytes if ranges is None else sum(_utf8_bytes(text[slice(*pair)]) for pair in ranges)
+        elif document.problem:
             self.bad_lines += 1
             if self.bad_lines <= MAX_NAMED_INVALID_LINES:
-                self.first_bad_lines.append((line.number, line.problem))
+                self.first_bad_lines.append((document.number, document.problem))
 
-    def count_dropped(self, line: Line, dropped: int, characters: str) -> None:
-        """Count the characters of a line that the tokenizer drops."""
+    def count_dropped(self, document: Document, dropped: int, characters: str) -> None:
+        """Count the characters of a document that the tokenizer drops."""
         self.dropped_characters += dropped
         if dropped and self.first_dropped is None:
-            self.first_dropped = (line.number, characters[:MAX_NAMED_CHARACTERS])
+            self.first_dropped = (document.number, characters[:MAX_NAMED_CHARACTERS])
 
     @classmethod
     def read(cls, folder: Path, index: int) -> RangeSummary:
@@ -114,7 +120,7 @@ class RangeSummary:
             if not summary.rows:
                 return True
             has_size = shard.stat().st_size == summary.shard_bytes
-            return has_size and (summary.shard_crc32 is None or crc32(shard) == summary.shard_crc32)
+            return has_size and crc32(shard) == summary.shard_crc32
         except (OSError, ValueError, TypeError):
             return False
 
@@ -135,6 +141,21 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
     Raises:
         DataError: the file cannot be read, or the tokenizer cannot encode one of the lines.
     """
+    with RangeReader(part, recipe.max_line_bytes) as lines:
+        try:
+            for _ in write_documents(folder, index, (Document(*line) for line in lines), recipe):
+                yield lines.bytes_read
+        except UnencodableDocumentError as error:
+            where = f"{part.file.path} line {_lines_before(part) + error.number:,}"
+            raise DataError(f"{where}: {error}") from error
+
+
+def write_documents(folder: Path, index: int, documents: Iterable[Document], recipe: Recipe) -> Iterator[None]:
+    """Write shard and summary of these documents; yield after each batch of them.
+
+    Raises:
+        UnencodableDocumentError: the tokenizer cannot encode one of them.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one CPU
     tokenizer = tokenizer_of(recipe)
     summary = RangeSummary()
@@ -142,17 +163,13 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
     shard = ShardFile(folder / shard_name(index), chunk.schema)
     digests = digests_path(folder / shard_name(index))
     temporary_digests = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
-    with RangeReader(part, recipe.max_line_bytes) as lines, shard, temporary_digests.open("wb") as digests_file:
-        for batch in _batches(lines, summary):
-            try:
-                chunk.add(batch, summary)
-            except _UnencodableLineError as error:
-                where = f"{part.file.path} line {_lines_before(part) + error.line:,}"
-                raise DataError(f"{where}: {error}") from error
-            digests_file.write(document_digests(line.text for line in batch))
+    with shard, temporary_digests.open("wb") as digests_file:
+        for batch in _batches(documents, summary):
+            chunk.add(batch, summary)
+            digests_file.write(document_digests(document.text for document in batch))
             if chunk.tokens >= CHUNK_TOKENS:
                 shard.write(chunk.pack_rows(summary))
-            yield lines.bytes_read
+            yield
         if chunk.tokens:
             shard.write(chunk.pack_rows(summary))
     temporary_digests.replace(digests)
@@ -168,15 +185,15 @@ def tokenizer_of(recipe: Recipe) -> Tokenizer:
     )
 
 
-def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line]]:
-    """Yield the lines that are documents in batches of about BATCH_CHARACTERS."""
-    batch: list[Line] = []
+def _batches(documents: Iterable[Document], summary: RangeSummary) -> Iterator[list[Document]]:
+    """Yield the documents that have a text in batches of about BATCH_CHARACTERS."""
+    batch: list[Document] = []
     characters = 0
-    for line in lines:
-        summary.count(line)
-        if line.text:
-            batch.append(line)
-            characters += len(line.text)
+    for document in documents:
+        summary.count(document)
+        if document.text:
+            batch.append(document)
+            characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -201,12 +218,16 @@ def check_encodable(file: SourceFile, tokenizer: Tokenizer, characters: int = BA
                     break
 
 
-class _UnencodableLineError(Exception):
-    """A line that the tokenizer cannot encode; `line` is its number, from 1 at the beginning of the range."""
+class UnencodableDocumentError(Exception):
+    """A document that the tokenizer cannot encode; `number` is its number in the range."""
 
-    def __init__(self, line: int, reason: str) -> None:
+    def __init__(self, number: int, reason: str) -> None:
         super().__init__(reason)
-        self.line = line
+        self.number = number
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _lines_before(part: ByteRange) -> int:
@@ -231,39 +252,45 @@ class _Chunk:
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._documents: list[NDArray[np.unsignedinteger]] = []
+        self._masked: list[NDArray[np.bool_]] = []
         self._lines: list[int] = []
 
-    def add(self, batch: Sequence[Line], summary: RangeSummary) -> None:
-        """Tokenize the texts of the lines as documents.
+    def add(self, batch: Sequence[Document], summary: RangeSummary) -> None:
+        """Tokenize the documents.
 
         Raises:
-            _UnencodableLineError: the tokenizer cannot encode one of them.
+            UnencodableDocumentError: the tokenizer cannot encode one of them.
         """
-        for line, ids in zip(batch, self._encode(batch), strict=True):
-            summary.count_dropped(line, *self._tokenizer.dropped_characters(line.text))
+        for document, (ids, is_trained) in zip(batch, self._encode(batch), strict=True):
+            summary.count_dropped(document, *self._tokenizer.dropped_characters(document.text))
             self._documents.append(np.array(ids, dtype=self._dtype))
-            self._lines.append(line.number)
+            self._masked.append(~is_trained)
+            self._lines.append(document.number)
             self.tokens += len(ids)
 
-    def _encode(self, batch: Sequence[Line]) -> list[list[int]]:
+    def _encode(self, batch: Sequence[Document]) -> list[MaskedDocument]:
+        texts = [document.text for document in batch]
         try:
-            return self._tokenizer.encode_documents([line.text for line in batch])
+            return self._tokenizer.encode_masked_documents(texts, [document.trained for document in batch])
         except DataError:
-            for line in batch:
+            for document in batch:
                 try:
-                    self._tokenizer.encode(line.text)
+                    self._tokenizer.encode(document.text)
                 except DataError as error:
-                    raise _UnencodableLineError(line.number, str(error)) from error
+                    raise UnencodableDocumentError(document.number, str(error)) from error
             raise
 
     def pack_rows(self, summary: RangeSummary) -> pa.RecordBatch:
         """Pack the documents into rows, add their counts to `summary`, and clear the chunk."""
         lengths = np.array([len(document) for document in self._documents], dtype=np.int64)
         packing = pack(lengths.tolist(), self._sequence_length)
-        rows = packing.fill(np.concatenate(self._documents), np.cumsum(lengths) - lengths)
+        starts = np.cumsum(lengths) - lengths
+        is_masked = np.concatenate(self._masked)
+        rows, masked = (packing.fill(values, starts) for values in (np.concatenate(self._documents), is_masked))
+        is_first_masked = is_masked[starts[packing.documents] + packing.starts]  # the first token of each piece
         lines = np.array(self._lines, dtype=np.uint32)[packing.documents]
         summary.rows += len(packing)
-        summary.pieces += len(packing.lengths)
+        summary.target_tokens += int((~is_masked).sum() - (~is_first_masked).sum())
         summary.tokens += self.tokens
-        self._documents, self._lines, self.tokens = [], [], 0
-        return shard_batch(self.schema, rows, packing.row_ends, packing.lengths, lines)
+        self._documents, self._masked, self._lines, self.tokens = [], [], [], 0
+        return shard_batch(self.schema, rows, masked, packing.row_ends, packing.lengths, lines)

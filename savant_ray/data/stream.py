@@ -67,6 +67,7 @@ class StreamPlan:
             from_source = sources == source
             taken = _cache(self.folders[source]).take(rows[from_source])
             result.tokens[from_source], result.document_ids[from_source] = taken.tokens, taken.document_ids
+            result.is_trained[from_source] = taken.is_trained
         return result
 
     def documents(self, position: int) -> list[tuple[str, int]]:
@@ -126,7 +127,8 @@ class StepStream:
 
     def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
         """Yield (start position, number of steps) of each portion."""
-        bytes_per_sequence = self.plan.sequence_length * 2 * 4 + 8  # int32 tokens and document ids, int64 position
+        # int32 tokens and document ids, bool mask, int64 position
+        bytes_per_sequence = self.plan.sequence_length * (4 + 4 + 1) + 8
         step_bytes = self.sequences_per_step * bytes_per_sequence
         portion_steps = min(MAX_PORTION_STEPS, max(1, PORTION_BYTES // step_bytes))
         for first in range(0, n_steps, portion_steps):
@@ -165,7 +167,7 @@ class StepStream:
 
 
 class _StepSource(Datasource):
-    """Datasource with one row per step: positions, tokens and document ids as bytes. Ray Data never splits a row."""
+    """Datasource with one row per step: positions and sequences as bytes. Ray Data never splits a row."""
 
     def __init__(self, stream: StepStream, start_position: int, n_steps: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Ray's
@@ -188,6 +190,7 @@ def _to_row(step: LocalSequences) -> pa.Table:
         "positions": step.positions,
         "tokens": step.sequences.tokens,
         "document_ids": step.sequences.document_ids,
+        "is_trained": step.sequences.is_trained,
     }
     return pa.table({name: pa.array([array.tobytes()], pa.large_binary()) for name, array in arrays.items()})
 
@@ -199,7 +202,8 @@ def _from_row(row: dict[str, Any], sequence_length: int) -> LocalSequences:
     tokens, document_ids = (
         np.frombuffer(row[name].as_buffer(), dtype=np.int32).reshape(shape) for name in ("tokens", "document_ids")
     )
-    return LocalSequences(positions, Sequences(tokens, document_ids))
+    is_trained = np.frombuffer(row["is_trained"].as_buffer(), dtype=bool).reshape(shape)
+    return LocalSequences(positions, Sequences(tokens, document_ids, is_trained))
 
 
 @lru_cache(maxsize=64)

@@ -1,20 +1,21 @@
 """Token cache: packed sequences on disk with random access by row number.
 
     <name>-<fingerprint>/
-    ├── shard-00000.arrow      Arrow IPC: tokens [rows, sequence_length], piece lengths and line numbers of each row
+    ├── shard-00000.arrow      Arrow IPC: tokens [rows, sequence_length]; of each row the lengths and line numbers of its
+    │                          pieces, and a bit for each token that is masked (null: none is)
     ├── shard-00000.documents  64-bit digest of each document (see overlap.py)
     ├── shard-00000.json       counts of the range and CRC-32 of the shard; written after the shard
     ├── manifest.json          totals and list of shards; written last
     └── checked.json           size, inode and times of the shards whose CRC-32 was verified
 
-A piece is a document, or the part of one that a row contains (see packing.py).
+A piece is a document, or the part of one that a row contains (see packing.py). A masked token is input of the model, but
+its prediction is not trained on.
 
 The fingerprint includes the content hashes of the files, so changed files get another cache. Shards are memory-mapped:
 reading a row loads only that row. All nodes need the folder under the same path.
 
 The CRC-32 of a shard is verified once after it was written, and again when its inode or times have changed; starting a run
-therefore usually takes one `stat` call per shard. Caches of earlier versions have no checksums; of these, only the
-sizes of the shards are verified.
+therefore usually takes one `stat` call per shard.
 """
 
 from __future__ import annotations
@@ -47,25 +48,27 @@ BLOCK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Sequences:
-    """Rows of tokens: `tokens` [N, T] int32, `document_ids` [N, T] int32.
+    """Rows of tokens: `tokens` [N, T] int32, `document_ids` [N, T] int32, `is_trained` [N, T] bool.
 
-    Document ids are 0, 1, 2 … within a row; padding has document id -1 and token 0.
+    Document ids are 0, 1, 2 … within a row; padding has document id -1 and token 0. `is_trained` is false for masked tokens
+    only, so padding has true.
     """
 
     tokens: NDArray[np.int32]
     document_ids: NDArray[np.int32]
+    is_trained: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> Sequences:
-        return Sequences(self.tokens[rows], self.document_ids[rows])
+        return Sequences(self.tokens[rows], self.document_ids[rows], self.is_trained[rows])
 
     @classmethod
     def empty(cls, n: int, sequence_length: int) -> Sequences:
         """Return `n` rows of padding."""
         shape = (n, sequence_length)
-        return cls(np.zeros(shape, dtype=np.int32), np.full(shape, -1, dtype=np.int32))
+        return cls(np.zeros(shape, dtype=np.int32), np.full(shape, -1, dtype=np.int32), np.ones(shape, dtype=bool))
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class ShardInfo:
     rows: int
     file: str
     lines_before: int
-    crc32: int | None = None  # None: written by a version without checksums
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,12 @@ class Manifest:
     rows: int
     documents: int
     tokens: int
-    target_tokens: int  # tokens minus pieces: the last token of a piece has no target
+    target_tokens: int  # tokens that are predicted: neither masked nor the first of a piece
     text_bytes: int  # UTF-8 bytes of the documents
+    trained_bytes: int  # of these, without masked text
     bad_lines: int
     first_bad_lines: tuple[LineProblem, ...]
-    characters: int = 0  # of the documents; 0: written by a version that did not count them
+    characters: int = 0  # of the documents
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: LineProblem | None = None  # the first line with such characters
 
@@ -191,7 +195,7 @@ def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, in
             continue
         if states[shard.name][0] != shard.bytes:
             problems.append(f"{folder / shard.name}: has {states[shard.name][0]:,} of {shard.bytes:,} bytes")
-        elif shard.crc32 is not None and checked.get(shard.name) != states[shard.name]:
+        elif checked.get(shard.name) != states[shard.name]:
             unchecked.append(shard)
     names = [shard.name for shard in unchecked]
     is_intact = dict(zip(names, _verify_checksums(folder, unchecked, progress), strict=True))
@@ -304,6 +308,7 @@ class TokenCache:
                 lengths = batch.lengths(row_in_batch)
                 result.tokens[position] = batch.tokens[row_in_batch]
                 result.document_ids[position, : lengths.sum()] = np.repeat(np.arange(len(lengths)), lengths)
+                result.is_trained[position] = ~batch.masked(row_in_batch)
         return result
 
     def documents(self, row: int) -> list[tuple[str, int]]:
@@ -343,7 +348,7 @@ class _Batch:
     """Record batch as NumPy arrays that are backed by the mapped file."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        tokens, lengths, lines = batch.columns
+        tokens, lengths, lines, self._masked = batch.columns
         self.tokens: Unsigned = tokens.values.to_numpy(zero_copy_only=True).reshape(-1, tokens.type.list_size)
         self._offsets = lengths.offsets.to_numpy(zero_copy_only=True)
         self._lengths: Unsigned = lengths.values.to_numpy(zero_copy_only=True)
@@ -352,6 +357,14 @@ class _Batch:
     def lengths(self, row: int) -> Unsigned:
         """Return the lengths of the pieces of a row."""
         return self._lengths[self._offsets[row] : self._offsets[row + 1]]
+
+    def masked(self, row: int) -> NDArray[np.bool_]:
+        """Return for each position of a row whether its token is masked."""
+        length = self.tokens.shape[1]
+        bits = self._masked[row].as_buffer()
+        if bits is None:
+            return np.zeros(length, dtype=bool)
+        return np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=length).view(bool)
 
     def lines(self, row: int) -> Unsigned:
         """Return the line numbers of the pieces of a row, counted from the start of the range."""
@@ -366,17 +379,29 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
 def shard_schema(sequence_length: int, vocab_size: int) -> pa.Schema:
     """Return the Arrow schema of a shard."""
     tokens = pa.list_(pa.from_numpy_dtype(token_dtype(vocab_size)), sequence_length)
-    return pa.schema({"tokens": tokens, "lengths": pa.list_(pa.uint32()), "lines": pa.list_(pa.uint32())})
+    numbers = pa.list_(pa.uint32())
+    return pa.schema({"tokens": tokens, "lengths": numbers, "lines": numbers, "masked": pa.binary()})
 
 
 def shard_batch(
-    schema: pa.Schema, rows: Unsigned, row_ends: NDArray[np.int64], lengths: NDArray[Any], lines: NDArray[Any]
+    schema: pa.Schema,
+    rows: Unsigned,
+    masked: NDArray[np.bool_],
+    row_ends: NDArray[np.int64],
+    lengths: NDArray[Any],
+    lines: NDArray[Any],
 ) -> pa.RecordBatch:
-    """Build a record batch from rows [N, T] and the length and line of each piece; row i ends before piece `row_ends[i]`."""
+    """Build a record batch from rows [N, T], their masked tokens [N, T], and the length and line of each piece.
+
+    Row i ends before piece `row_ends[i]`.
+    """
     offsets = pa.array(np.concatenate(([0], row_ends)), pa.int32())
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), type=schema.field("tokens").type)
     lists = [pa.ListArray.from_arrays(offsets, pa.array(values, pa.uint32())) for values in (lengths, lines)]
-    return pa.RecordBatch.from_arrays([tokens, *lists], schema=schema)
+    bits = np.packbits(masked, axis=1)
+    has_mask = np.any(masked, axis=1).tolist()
+    masks = [row.tobytes() if has_any else None for row, has_any in zip(bits, has_mask, strict=True)]
+    return pa.RecordBatch.from_arrays([tokens, *lists, pa.array(masks, pa.binary())], schema=schema)
 
 
 class ShardFile:
@@ -384,7 +409,7 @@ class ShardFile:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.bytes = 0
-        self.crc32: int | None = None
+        self.crc32 = 0
         self._path = path
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._schema = schema

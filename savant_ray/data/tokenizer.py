@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from savant_ray.config import Config
@@ -40,6 +44,14 @@ MAX_CONTEXT_IDS = 16
 PLACEHOLDER = 2**32 - 1  # the largest id that `tokenizers` supports, which no token of a template has
 
 Choice = bool | Literal["auto"]
+CharacterRanges = Sequence[tuple[int, int]]  # [start, stop)
+
+
+class MaskedDocument(NamedTuple):
+    """Ids of a document, and for each whether it is trained on."""
+
+    ids: list[int]
+    is_trained: NDArray[np.bool_]
 
 
 class Tokenizer:
@@ -214,6 +226,15 @@ class Tokenizer:
         never = {*self._ids_of(NEVER_SAMPLED_NAMES), *self.prefix, *unused}
         return frozenset(never.difference(self._template_suffix, end))
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens, which `decode` skips."""
+        return frozenset(id_ for id_, token in self._inner.get_added_tokens_decoder().items() if token.special)
+
+    def token_name(self, token: int) -> str:
+        """Return the entry of an id in the vocabulary; "" if it has none."""
+        return self._inner.id_to_token(token) or ""
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text as a document: `prefix`, text, `suffix`.
 
@@ -221,6 +242,23 @@ class Tokenizer:
             DataError: as `encode_batch`, or the tokenizer has no end-of-document token.
         """
         return [[*self.prefix, *ids, *self.suffix] for ids in self.encode_batch(texts)]
+
+    def encode_masked_documents(
+        self, texts: Sequence[str], trained: Sequence[CharacterRanges | None]
+    ) -> list[MaskedDocument]:
+        """Return the ids of each text as a document, and which of them are trained on.
+
+        `trained` has the character ranges of each text that are trained on; None: all of its ids are. An id is trained on
+        if at least one of its characters is. The prefix is not, and the suffix is if a range reaches the end of the text.
+
+        Raises:
+            DataError: as `encode_documents`.
+        """
+        pairs = list(zip(texts, trained, strict=True))
+        plain = iter(self.encode_documents([text for text, ranges in pairs if ranges is None]))
+        return [
+            _all_trained(next(plain)) if ranges is None else self._encode_masked(text, ranges) for text, ranges in pairs
+        ]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text as a prompt: `prefix`, text; empty for a text without tokens.
@@ -246,15 +284,8 @@ class Tokenizer:
         """
         if any(len(text) > SEGMENT_CHARACTERS for text in texts):
             return [self._encode_long(text) for text in texts]
-        try:
+        with self._errors_as_data_error():
             return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
-        except BaseException as error:
-            if not _is_from_tokenizers(error):
-                raise
-            raise DataError(
-                f"{self.name} cannot encode the text ({error}); set data.tokenizer to one with an unknown token or "
-                "byte fallback, or to auto to train one on the text"
-            ) from error
 
     def dropped_characters(self, text: str) -> tuple[int, str]:
         """Return the number of characters of `text` that the tokenizer drops, and the distinct ones as a sorted string.
@@ -290,6 +321,47 @@ class Tokenizer:
             if text and REPLACEMENT not in text:
                 return context
         return []
+
+    @contextmanager
+    def _errors_as_data_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not _is_from_tokenizers(error):
+                raise
+            raise DataError(
+                f"{self.name} cannot encode the text ({error}); set data.tokenizer to one with an unknown token or "
+                "byte fallback, or to auto to train one on the text"
+            ) from error
+
+    def _encode_masked(self, text: str, trained: CharacterRanges) -> MaskedDocument:
+        characters = np.zeros(len(text) + 1, dtype=bool)
+        for start, stop in trained:
+            characters[start:stop] = True
+        n_trained_before = np.concatenate(([0], np.cumsum(characters)))
+        ids, is_trained = list(self.prefix), [np.zeros(len(self.prefix), dtype=bool)]
+        begin = 0
+        for segment in _segments(text):
+            with self._errors_as_data_error():
+                encoding = self._with_offsets.encode(segment, add_special_tokens=False)
+            starts, stops = begin + np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+            stops = np.maximum(stops, starts + 1)  # a token that a normalizer has inserted has no characters of its own
+            ids += encoding.ids
+            is_trained.append(n_trained_before[stops] > n_trained_before[starts])
+            begin += len(segment)
+        reaches_end = max((stop for _, stop in trained), default=-1) >= len(text)
+        is_trained.append(np.full(len(self.suffix), reaches_end))
+        return MaskedDocument([*ids, *self.suffix], np.concatenate(is_trained))
+
+    @cached_property
+    def _with_offsets(self) -> tokenizers.Tokenizer:
+        """The tokenizer without a post-processor, which may exclude spaces from the offsets of their tokens."""
+        if self._inner.post_processor is None:
+            return self._inner
+        copy = tokenizers.Tokenizer.from_str(self.to_json())
+        copy.encode_special_tokens = True
+        copy.post_processor = None
+        return copy
 
     def _encode_long(self, text: str) -> list[int]:
         return [token for part in _segments(text) for token in self.encode_batch([part])[0]]
@@ -357,6 +429,29 @@ class IncrementalDecoder:
         return self._tokenizer.decode(self._context + self._pending)[len(before) :]
 
 
+def text_pieces(tokenizer: Tokenizer, document: MaskedDocument) -> list[tuple[str, bool]]:
+    """Return the text of a document in pieces, and for each whether it is trained on.
+
+    Neighboring pieces differ in that. Special tokens appear by name. A character of several tokens is trained on if one of
+    them is.
+    """
+    special = {*tokenizer.special_ids, *tokenizer.prefix, *tokenizer.suffix}
+    pieces: list[tuple[str, bool]] = []
+    decoder, is_any_trained = IncrementalDecoder(tokenizer), False
+    for token, is_trained in zip(document.ids, document.is_trained.tolist(), strict=True):
+        if token in special:
+            pieces += [(decoder.finish(), is_any_trained), (tokenizer.token_name(token), is_trained)]
+            decoder, is_any_trained = IncrementalDecoder(tokenizer), False
+            continue
+        is_any_trained |= is_trained
+        if text := decoder.push(token):
+            pieces.append((text, is_any_trained))
+            is_any_trained = False
+    pieces.append((decoder.finish(), is_any_trained))
+    runs = itertools.groupby((piece for piece in pieces if piece[0]), key=lambda piece: piece[1])
+    return [("".join(text for text, _ in run), is_trained) for is_trained, run in runs]
+
+
 def with_tokenizer_settings(config: Config, tokenizer: Tokenizer | None) -> Config:
     """Return the settings with `end_of_document` and `add_special_tokens` set to those of the tokenizer.
 
@@ -387,6 +482,10 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = 32_000) -> Tokenizer
     )
     inner.train_from_iterator(texts, trainer)
     return Tokenizer(inner)
+
+
+def _all_trained(ids: list[int]) -> MaskedDocument:
+    return MaskedDocument(ids, np.ones(len(ids), dtype=bool))
 
 
 def _segments(text: str) -> Iterator[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from savant_ray.config import Config
 from savant_ray.data.jsonl import documents
@@ -30,6 +29,7 @@ from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, read_settings, tokenizer_file
+from savant_ray.training.step import MicroBatch
 
 LOSS_DOCUMENTS = 100  # held-out documents for the loss at each depth
 
@@ -151,23 +151,24 @@ def by_depth(
     """
     model, tokenizer, config, limit = _load_for_questions(checkpoint, questions, max_new_tokens)
     device = model.head.weight.device
-    rows = [(tokens.to(device), ids.to(device)) for tokens, ids in held_out_rows(config, tokenizer)]
+    rows = [row.to(device) for row in held_out_rows(config, tokenizer)]
     for n_loops in depths:
         score = total(scores(answer_questions(model, tokenizer, questions, limit, n_loops)))
         loss, tokens = loss_sums(model, rows, n_loops).tolist()
         row = {"loops": n_loops, **_score_record(score), "loss": loss / tokens if tokens else None}
         if rows:
-            statistics = loop_statistics(model, *rows[0], n_loops)
+            statistics = loop_statistics(model, rows[0].tokens_BT, rows[0].document_ids_BT, n_loops)
             row |= {"residual": statistics.residuals[-1], "cosine": statistics.cosines[-1]}
         yield row
 
 
-def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (tokens, document ids) `[1, T]` for each of the first validation documents; nothing if they cannot be read."""
+def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[MicroBatch]:
+    """Yield one sequence for each of the first validation documents; nothing if they cannot be read."""
     try:
         texts = list(islice(documents(expand(config.data.validation)), LOSS_DOCUMENTS))
     except DataError:
         return
-    for ids in tokenizer.encode_documents(texts):
-        tokens_T = torch.tensor(ids[: config.model.max_seq_len])
-        yield tokens_T[None], torch.zeros_like(tokens_T)[None]
+    for ids, is_trained in tokenizer.encode_masked_documents(texts, [None] * len(texts)):
+        tokens_1T = torch.tensor([ids[: config.model.max_seq_len]])
+        is_trained_1T = torch.from_numpy(is_trained[None, : tokens_1T.shape[1]])
+        yield MicroBatch(tokens_1T, torch.zeros_like(tokens_1T), is_trained_1T, positions=())

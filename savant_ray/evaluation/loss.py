@@ -8,34 +8,34 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
+from savant_ray.model.loss import IGNORED, cross_entropy_sum
 from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.training.step import MicroBatch
 
 
 @torch.no_grad()
 def loss_sums(
     model: UniversalTransformer,
-    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    micro_batches: Iterable[MicroBatch],
     n_loops: int | None = None,
     memory_limit_gb: float = 10.0,
 ) -> Tensor:
     """Return [sum of token losses in nats, number of target tokens] in fp64.
 
-    `micro_batches` yields (tokens, document ids) `[B, T]` on the model's device. `memory_limit_gb` is that of
-    `cross_entropy_sum`, GiB.
+    The tensors of `micro_batches` are on the model's device. `memory_limit_gb` is that of `cross_entropy_sum`, GiB.
     """
     sums = torch.zeros(2, dtype=torch.float64)
-    for tokens_BT, document_ids_BT in micro_batches:
-        targets_BT = next_token_targets(tokens_BT, document_ids_BT)
-        hidden_BTD = model.hidden_states(tokens_BT, document_ids_BT, n_loops)
+    for micro_batch in micro_batches:
+        targets_BT = micro_batch.targets()
+        hidden_BTD = model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT, n_loops)
         loss = cross_entropy_sum(hidden_BTD, model.head.weight, targets_BT, memory_limit_gb)
         sums += torch.tensor([loss.item(), (targets_BT != IGNORED).sum().item()], dtype=torch.float64)
     return sums
 
 
-def bits_per_byte(nats_per_token: float, target_tokens: int, text_bytes: int) -> float:
+def bits_per_byte(nats_per_token: float, target_tokens: int, trained_bytes: int) -> float:
     """Convert a loss per token to bits per UTF-8 byte, which can be compared across tokenizers.
 
-    `target_tokens` and `text_bytes` are those of the complete text.
+    `target_tokens` and `trained_bytes` are those of the complete text without what is masked; NaN if it has no bytes.
     """
-    return nats_per_token / math.log(2) * target_tokens / text_bytes
+    return nats_per_token / math.log(2) * target_tokens / trained_bytes if trained_bytes else math.nan

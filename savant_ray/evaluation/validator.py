@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Self, TypeVar
@@ -58,7 +59,7 @@ class Validator:
     tokenizer: Tokenizer
     micro_batches: list[MicroBatch]  # this rank's validation sequences, the same every time, in host memory
     target_tokens: int  # of the complete validation text
-    text_bytes: int  # of the complete validation text, UTF-8
+    trained_bytes: int  # of the complete validation text without what is masked, UTF-8
     rank: int
     emit: Callable[[Event], None]
     stop_requested: Callable[[], bool]
@@ -96,7 +97,7 @@ class Validator:
             tokenizer=tokenizer,
             micro_batches=micro_batches(cache.take(rows), rows, config),
             target_tokens=cache.manifest.target_tokens,
-            text_bytes=cache.manifest.text_bytes,
+            trained_bytes=cache.manifest.trained_bytes,
             rank=rank,
             emit=emit,
             stop_requested=stop_requested,
@@ -133,7 +134,8 @@ class Validator:
             stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
             loss, tokens, stops = all_reduce_sum(torch.cat([sums, stopped]).to(state.device)).tolist()
             if self.rank == 0 and not stops:
-                self._emit_validation(state, loss / tokens, time.perf_counter() - started)
+                mean_loss = loss / tokens if tokens else math.nan  # all tokens of these sequences may be masked
+                self._emit_validation(state, mean_loss, time.perf_counter() - started)
 
     def _loss_sums(self, state: TrainingState) -> Tensor:
         """Return the sums over this rank's sequences; while they do not fit into memory, halve the forward passes.
@@ -170,12 +172,16 @@ class Validator:
             rows = min(state.fit.rows, self.step_sequences or rows)
         return min(rows, self.max_rows or rows)
 
-    def _on_device(self, part: MicroBatch, state: TrainingState) -> tuple[Tensor, Tensor]:
-        """Return tokens and document ids `[B, T]`; for a compiled model with rows of padding up to `_rows`."""
+    def _on_device(self, part: MicroBatch, state: TrainingState) -> MicroBatch:
+        """Return the sequences on the state's device; for a compiled model with rows of padding up to `_rows`."""
         n_missing = self._rows(state) - len(part.tokens_BT) if runs_compiled(state.model, state.device) else 0
-        tokens_BT = F.pad(part.tokens_BT, (0, 0, 0, n_missing))
-        document_ids_BT = F.pad(part.document_ids_BT, (0, 0, 0, n_missing), value=-1)
-        return tokens_BT.to(state.device), document_ids_BT.to(state.device)
+        padded = replace(
+            part,
+            tokens_BT=F.pad(part.tokens_BT, (0, 0, 0, n_missing)),
+            document_ids_BT=F.pad(part.document_ids_BT, (0, 0, 0, n_missing), value=-1),
+            is_trained_BT=F.pad(part.is_trained_BT, (0, 0, 0, n_missing), value=True),
+        )
+        return padded.to(state.device)
 
     def _emit_validation(self, state: TrainingState, loss: float, seconds: float) -> None:
         statistics = self._skip_on_oom(state, "loop statistics", functools.partial(self._loop_statistics, state))
@@ -186,7 +192,7 @@ class Validator:
             ValidationDone(
                 step=state.step,
                 validation_loss=loss,
-                bits_per_byte=bits_per_byte(loss, self.target_tokens, self.text_bytes),
+                bits_per_byte=bits_per_byte(loss, self.target_tokens, self.trained_bytes),
                 weights_moved=self._weights_moved(state),
                 seconds=seconds,
                 residuals=statistics.residuals,
@@ -202,7 +208,8 @@ class Validator:
         if not self.micro_batches:
             return LoopStatistics((), ())
         part = next(self.micro_batches[0].parts(min(STATISTICS_ROWS, self._rows(state))))
-        return loop_statistics(state.model, *self._on_device(part, state))
+        part = self._on_device(part, state)
+        return loop_statistics(state.model, part.tokens_BT, part.document_ids_BT)
 
     def _sample(self, state: TrainingState, logic: LogicScored | None) -> None:
         started = time.perf_counter()

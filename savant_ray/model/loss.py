@@ -33,11 +33,17 @@ GPU_CHUNK_FRACTION = 1 / 20  # of the memory limit, where that is less
 ROW_MULTIPLE = 128  # rows of a chunk on a GPU, for aligned products
 
 
-def next_token_targets(tokens_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
-    """Return `[B, T]` int64: the next token of the same document; IGNORED at its last token and in padding (-1)."""
+def next_token_targets(tokens_BT: Tensor, document_ids_BT: Tensor, is_trained_BT: Tensor | None = None) -> Tensor:
+    """Return `[B, T]` int64: the next token of the same document if it is trained on.
+
+    IGNORED before a token that is not trained on (`is_trained_BT` is false; None: all are trained on), at the last token of
+    a document, and in padding (-1).
+    """
     targets = torch.full_like(tokens_BT, IGNORED, dtype=torch.int64)
-    follows = (document_ids_BT[:, 1:] == document_ids_BT[:, :-1]) & (document_ids_BT[:, :-1] >= 0)
-    targets[:, :-1] = torch.where(follows, tokens_BT[:, 1:].long(), IGNORED)
+    is_target = (document_ids_BT[:, 1:] == document_ids_BT[:, :-1]) & (document_ids_BT[:, :-1] >= 0)
+    if is_trained_BT is not None:
+        is_target &= is_trained_BT[:, 1:]
+    targets[:, :-1] = torch.where(is_target, tokens_BT[:, 1:].long(), IGNORED)
     return targets
 
 

@@ -161,6 +161,8 @@ def step_figures(event: StepDone, seconds_left: float | None) -> str:
 
 def skipped_update(event: StepDone) -> str:
     """Return a warning about a step without an update."""
+    if not event.tokens and not event.skipped_micro_batches:
+        return f"WARNING: step {event.step:,} did not change the weights: all of its tokens are masked"
     return f"WARNING: step {event.step:,} did not change the weights: its gradient norm was {event.grad_norm}"
 
 

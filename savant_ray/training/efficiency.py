@@ -89,10 +89,11 @@ def _seconds_on_gpu(function: Callable[[], object]) -> float:
     return float(begin.elapsed_time(end)) / 1000 / PRODUCTS_IN_FLIGHT
 
 
-def useful_flops(config: ModelConfig, document_lengths: Sequence[int] | np.ndarray) -> float:
+def useful_flops(config: ModelConfig, document_lengths: Sequence[int] | np.ndarray, masked_tokens: int = 0) -> float:
     """Return the FLOPs of the matrix products of a forward and backward pass over documents of these token counts.
 
-    The backward pass of a product takes twice the FLOPs of its forward pass.
+    `masked_tokens` of them are not predicted, so the head is not useful for them. The backward pass of a product takes
+    twice the FLOPs of its forward pass.
     """
     lengths = np.asarray(document_lengths, dtype=np.int64)
     dim, loops = config.dim, config.n_loops
@@ -100,7 +101,8 @@ def useful_flops(config: ModelConfig, document_lengths: Sequence[int] | np.ndarr
     weights = 6 * dim**2 + 3 * dim * ffn_dim(config)
     pairs = n_global * visible_pairs(lengths, lengths)
     pairs += (loops - n_global) * visible_pairs(lengths, config.window_size)
-    forward = 2 * int(lengths.sum()) * (loops * weights + dim * config.vocab_size) + 4 * dim * pairs
+    tokens = int(lengths.sum())
+    forward = 2 * (tokens * loops * weights + (tokens - masked_tokens) * dim * config.vocab_size) + 4 * dim * pairs
     return 3.0 * forward
 
 

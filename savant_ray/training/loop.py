@@ -115,7 +115,7 @@ def _train(
                     measure_peak(peak, host, state.device)
             emit_step(host, state, result, rate, seconds, data_wait, peak.utilization(flops, seconds))
             profiler.after_step(state.step)
-            raise_if_updates_fail(state, settings.max_skipped_steps)
+            raise_if_updates_fail(state, result, settings.max_skipped_steps)
 
         stop = result.stop
         if not stop and (reason := save_reason(state.step, config)):
@@ -223,14 +223,25 @@ def emit_step(
     )
 
 
-def raise_if_updates_fail(state: TrainingState, limit: int) -> None:
-    """Raise TrainingError after `limit` consecutive steps without an update; the last checkpoints stay as they are."""
-    if state.skipped_in_a_row >= limit:
+def raise_if_updates_fail(state: TrainingState, result: StepResult, limit: int) -> None:
+    """Raise TrainingError after `limit` consecutive steps without an update; the last checkpoints stay as they are.
+
+    `result` is that of the last of these steps.
+    """
+    if state.skipped_in_a_row < limit:
+        return
+    steps = f"{state.skipped_in_a_row} steps in a row (up to step {state.step})"
+    if not result.tokens and not result.skipped:
         raise TrainingError(
-            f"{state.skipped_in_a_row} steps in a row (up to step {state.step}) gave no finite gradient, so the weights "
-            "did not change; the last checkpoints are kept. Lower training.learning_rate, or look at the skipped "
-            "positions in metrics.jsonl. (training.max_skipped_steps sets this limit.)"
+            f"{steps} did not change the weights; the last one had no token to train on, because all were masked. The last "
+            "checkpoints are kept. Train on more of the text, or on more sequences per step (training.batch_size, "
+            "training.accumulation)."
         )
+    raise TrainingError(
+        f"{steps} gave no finite gradient, so the weights did not change; the last checkpoints are kept. Lower "
+        "training.learning_rate, or look at the skipped positions in metrics.jsonl. (training.max_skipped_steps sets this "
+        "limit.)"
+    )
 
 
 def timed(items: Iterable[Item]) -> Iterator[tuple[Item, float]]:

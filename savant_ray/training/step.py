@@ -50,6 +50,7 @@ class MicroBatch:
 
     tokens_BT: Tensor
     document_ids_BT: Tensor
+    is_trained_BT: Tensor  # bool: the loss includes the prediction of this token
     positions: tuple[int, ...]  # in the global order
     useful_flops: float = 0.0  # of the forward and backward pass
 
@@ -57,11 +58,22 @@ class MicroBatch:
         """Yield the same sequences in micro-batches of at most `rows`, whose `useful_flops` are not set."""
         for start in range(0, len(self.tokens_BT), rows):
             part = slice(start, start + rows)
-            yield MicroBatch(self.tokens_BT[part], self.document_ids_BT[part], self.positions[part])
+            yield MicroBatch(
+                self.tokens_BT[part], self.document_ids_BT[part], self.is_trained_BT[part], self.positions[part]
+            )
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the micro-batch on `device`."""
-        return replace(self, tokens_BT=self.tokens_BT.to(device), document_ids_BT=self.document_ids_BT.to(device))
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT.to(device),
+            document_ids_BT=self.document_ids_BT.to(device),
+            is_trained_BT=self.is_trained_BT.to(device),
+        )
+
+    def targets(self) -> Tensor:
+        """Return the targets of the loss `[B, T]`, as `next_token_targets` does."""
+        return next_token_targets(self.tokens_BT, self.document_ids_BT, self.is_trained_BT)
 
 
 def micro_batches(sequences: Sequences, positions: np.ndarray, config: Config) -> list[MicroBatch]:
@@ -72,8 +84,13 @@ def micro_batches(sequences: Sequences, positions: np.ndarray, config: Config) -
         MicroBatch(
             tokens_BT=torch.from_numpy(sequences.tokens[part].copy()),
             document_ids_BT=torch.from_numpy(sequences.document_ids[part].copy()),
+            is_trained_BT=torch.from_numpy(sequences.is_trained[part].copy()),
             positions=tuple(int(p) for p in positions[part]),
-            useful_flops=useful_flops(config.model, document_lengths(sequences.document_ids[part])),
+            useful_flops=useful_flops(
+                config.model,
+                document_lengths(sequences.document_ids[part]),
+                masked_tokens=int((~sequences.is_trained[part]).sum()),
+            ),
         )
         for part in parts
     ]
@@ -202,7 +219,7 @@ def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
     """Launch one forward and backward pass into the buffer and return the loss sum in nats, a 0-d tensor on the device."""
     with region("forward"), state.gradients.detached(), autocast(state.precision, state.device):
         x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT)
-        targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT)
+        targets_BT = micro_batch.targets()
         loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT, state.fit.limit_gb)
     with region("backward"):
         loss.backward()

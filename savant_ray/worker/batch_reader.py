@@ -10,11 +10,14 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from savant_ray.config import Config
 from savant_ray.data.stream import LocalSequences
 from savant_ray.errors import error_context
 from savant_ray.training.step import MicroBatch, micro_batches
+
+BYTES_PER_TOKEN = 4 + 4 + 1  # token and document id int32, loss mask bool
 
 
 class SequenceStream(Protocol):
@@ -94,14 +97,16 @@ class BatchReader:
 
 
 class _Buffer:
-    """Pinned host memory and device memory for the tokens and document ids of one local batch.
+    """Pinned host memory and device memory for the tensors of one local batch, which one copy moves to the device.
 
-    Both are `[2, N, T]` int32, for N sequences of T tokens.
+    Both have `BYTES_PER_TOKEN` for each of N x T tokens: all tokens, then all document ids, then the loss mask.
     """
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        self._host = torch.empty((2, *shape), dtype=torch.int32, pin_memory=True)
-        self._on_device = torch.empty((2, *shape), dtype=torch.int32, device=device)
+        n_bytes = shape[0] * shape[1] * BYTES_PER_TOKEN
+        self._host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+        self._on_device = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+        self._shape = shape
         self._copy_stream = torch.cuda.Stream(device)
         self._on_device.record_stream(self._copy_stream)  # freed memory is not reused before a pending copy is done
         self._copied, self._released = torch.cuda.Event(), torch.cuda.Event()
@@ -110,16 +115,20 @@ class _Buffer:
     def copy(self, local_batch: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Start copying a local batch and return it with tensors on the device; called in the prefetching thread."""
         self._copied.synchronize()  # the host memory is free once its last copy is done
-        torch.cat([batch.tokens_BT for batch in local_batch], out=self._host[0])
-        torch.cat([batch.document_ids_BT for batch in local_batch], out=self._host[1])
+        tokens_NT, document_ids_NT, is_trained_NT = tensors_in(self._host, self._shape)
+        torch.cat([batch.tokens_BT for batch in local_batch], out=tokens_NT)
+        torch.cat([batch.document_ids_BT for batch in local_batch], out=document_ids_NT)
+        torch.cat([batch.is_trained_BT for batch in local_batch], out=is_trained_NT)
         with torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(self._released)
             self._on_device.copy_(self._host, non_blocking=True)
             self._copied.record(self._copy_stream)
-        tokens_NT, document_ids_NT = self._on_device
         sizes = [len(batch.positions) for batch in local_batch]
-        parts = zip(local_batch, tokens_NT.split(sizes), document_ids_NT.split(sizes), strict=True)
-        return [replace(batch, tokens_BT=tokens, document_ids_BT=ids) for batch, tokens, ids in parts]
+        parts = zip(*(tensor.split(sizes) for tensor in tensors_in(self._on_device, self._shape)), strict=True)
+        return [
+            replace(batch, tokens_BT=tokens, document_ids_BT=ids, is_trained_BT=is_trained)
+            for batch, (tokens, ids, is_trained) in zip(local_batch, parts, strict=True)
+        ]
 
     def acquire(self) -> None:
         """Make the current stream wait for the copy."""
@@ -128,3 +137,10 @@ class _Buffer:
     def release(self) -> None:
         """Let the next copy overwrite the device memory once the work queued on the current stream is done."""
         self._released.record(torch.cuda.current_stream(self._on_device.device))
+
+
+def tensors_in(buffer: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views `[N, T]` of a buffer of `BYTES_PER_TOKEN` per token: tokens, document ids, loss mask."""
+    n_tokens = shape[0] * shape[1]
+    integers_2NT = buffer[: 8 * n_tokens].view(torch.int32).view(2, *shape)
+    return integers_2NT[0], integers_2NT[1], buffer[8 * n_tokens :].view(torch.bool).view(shape)

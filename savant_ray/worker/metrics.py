@@ -78,7 +78,9 @@ METRICS = (
         "memory_gb",
         "Memory in GiB: on a GPU the peak since the last step, on a CPU the resident size",
     ),
-    Metric("savant_skipped_updates", StepDone, "update_skipped", "Steps without a finite gradient", is_counter=True),
+    Metric(
+        "savant_skipped_updates", StepDone, "update_skipped", "Steps that did not change the weights", is_counter=True
+    ),
     Metric(
         "savant_skipped_micro_batches", MicroBatchSkipped, "", "Micro-batches without a finite loss", is_counter=True
     ),

@@ -347,23 +347,6 @@ def test_only_the_damaged_files_of_a_cache_are_rebuilt(
     assert len(said) == 1
 
 
-def test_a_cache_of_an_earlier_version_is_used_without_rebuilding(
-    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = expand(str(write_jsonl("a.jsonl", ["x" * 99] * 9)))
-    cache = prepare(files, byte_tokenizer, 32, tmp_path / "cache")
-    manifest = json.loads((cache.folder / "manifest.json").read_text())
-    for key in ("sha256", "characters", "dropped_characters", "first_dropped"):
-        del manifest[key]
-    for shard in manifest["shards"]:
-        del shard["crc32"]
-    (cache.folder / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(cache_builder.ray.data, "from_items", None)
-    again = prepare(files, byte_tokenizer, 32, tmp_path / "cache", log=pytest.fail)
-    assert again.fingerprint == cache.fingerprint
-    assert np.array_equal(again.take(np.arange(9)).tokens, cache.take(np.arange(9)).tokens)
-
-
 @pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("pattern", ["content-hashes.json", "tokenizer-*.json"])
 def test_damaged_hash_and_tokenizer_files_in_the_cache_folder_are_rebuilt(
@@ -420,6 +403,19 @@ def test_characters_that_a_tokenizer_drops_are_counted(tmp_path: Path, write_jso
     path = write_jsonl("other.jsonl", ["漢字", "é"])
     with pytest.raises(DataError, match=r"bpe\.json has no token for any character of other\.jsonl \(line 1: 字 漢\)"):
         prepare(expand(str(path)), tokenizer, 32, tmp_path / "cache")
+
+
+def test_a_cache_of_an_earlier_format_is_built_again_and_its_runs_can_be_resumed(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = expand(str(write_jsonl("a.jsonl", ["ab", "cd"])))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_builder, "FORMAT_VERSION", cache_builder.FORMAT_VERSION - 1)
+        earlier = prepare(files, byte_tokenizer, 8, tmp_path / "cache")
+    before = snapshot(earlier.folder)
+    cache = prepare(files, byte_tokenizer, 8, tmp_path / "cache")
+    assert cache.folder != earlier.folder and snapshot(earlier.folder) == before
+    assert cache.fingerprint == earlier.fingerprint, "the same data, which a checkpoint is compared with"
 
 
 def test_another_end_of_document_token_gives_another_cache(

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from savant_ray.data.cache_builder import prepare
+from savant_ray.data.documents import Document
 from savant_ray.data.order import GlobalOrder
 from savant_ray.data.sources import expand
 from savant_ray.data.stream import LocalSequences, StepStream, StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
+from tests.data.without_ray import cache_of
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +49,7 @@ def assert_same(local: LocalSequences, plan: StreamPlan) -> None:
     expected = plan.read(local.positions)
     assert np.array_equal(local.sequences.tokens, expected.tokens)
     assert np.array_equal(local.sequences.document_ids, expected.document_ids)
+    assert np.array_equal(local.sequences.is_trained, expected.is_trained)
 
 
 def read_texts(plan: StreamPlan, tokenizer: Tokenizer, steps_read: list[LocalSequences]) -> list[str]:
@@ -71,6 +74,19 @@ def test_a_plan_reads_the_sequences_that_the_order_locates(plan: StreamPlan, byt
         assert file == ("train.jsonl", "logic.jsonl")[sources[at]]
         assert text.startswith(f"{file.removesuffix('.jsonl')} {line - 1:03d}.")
     assert rows[0] < DOCUMENTS
+
+
+@pytest.mark.usefixtures("real_ray")
+def test_a_stream_carries_the_loss_mask(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    documents = [Document(number, f"{number:07d}", "", ((number % 7, 7),)) for number in range(1, 30)]
+    cache = cache_of(documents, byte_tokenizer, 8, tmp_path)
+    plan = StreamPlan((str(cache.folder),), (1.0,), seed=1, effective_batch=6)
+    steps_read = list(StepStream(plan, 1, 2).steps(0, 4))
+    assert len(steps_read) == 4
+    for local in steps_read:
+        assert_same(local, plan)
+        numbers = [int(byte_tokenizer.decode(tokens.tolist())) for tokens in local.sequences.tokens]
+        assert (~local.sequences.is_trained).sum(axis=1).tolist() == [number % 7 for number in numbers]
 
 
 @pytest.mark.parametrize("start", [0, 1_001])

@@ -95,7 +95,7 @@ def sample_of(checkpoint: Path, prompt: str) -> str:
     state.load_weights(read_checkpoint(checkpoint)["model_state_dict"])
     events: list[Event] = []
     batches = share(0, 4, 0, 1, 4)
-    counts = dict(target_tokens=1, text_bytes=1)
+    counts = dict(target_tokens=1, trained_bytes=1)
     Validator(config, ALBERT, batches, **counts, rank=0, emit=events.append, stop_requested=lambda: False)(state)
     return next(event.text for event in events if isinstance(event, SampleGenerated))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from savant_ray.data.token_cache import Sequences
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.evaluation.validator import Validator
 from savant_ray.events import Event, SampleGenerated, ValidationDone
+from savant_ray.model.loss import IGNORED, next_token_targets
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
@@ -54,11 +57,44 @@ def validator(config: Config, emit: Callable[[Event], None], stop_requested: Cal
         tiny_tokenizer(),
         batches,
         target_tokens=9,
-        text_bytes=9,
+        trained_bytes=9,
         rank=0,
         emit=emit,
         stop_requested=stop_requested,
     )
+
+
+def test_the_loss_is_the_mean_over_the_tokens_that_are_trained_on() -> None:
+    config, events = config_of(), list[Event]()
+    state, evaluated = tiny_state(config), validator(config, events.append, lambda: False)
+    evaluated.micro_batches = [
+        replace(batch, is_trained_BT=batch.tokens_BT % 3 > 0) for batch in evaluated.micro_batches
+    ]
+    evaluated(state)
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in evaluated.micro_batches:
+            logits = state.model(batch.tokens_BT, batch.document_ids_BT).flatten(0, 1)
+            targets = next_token_targets(batch.tokens_BT, batch.document_ids_BT).flatten()
+            targets[targets % 3 == 0] = IGNORED
+            loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+            sums += torch.stack([loss, (targets != IGNORED).sum()])
+    assert validation_of(events).validation_loss == pytest.approx((sums[0] / sums[1]).item(), rel=1e-6)
+
+
+def test_a_validation_without_a_token_that_is_trained_on_has_no_loss() -> None:
+    config, events = config_of(), list[Event]()
+    evaluated = validator(config, events.append, lambda: False)
+    evaluated.micro_batches = [
+        replace(batch, is_trained_BT=torch.zeros_like(batch.is_trained_BT)) for batch in evaluated.micro_batches
+    ]
+    assert not evaluated(tiny_state(config))
+    assert math.isnan(validation_of(events).validation_loss) and math.isnan(validation_of(events).bits_per_byte)
+
+
+def validation_of(events: list[Event]) -> ValidationDone:
+    (event,) = (event for event in events if isinstance(event, ValidationDone))
+    return event
 
 
 def test_with_special_tokens_the_loss_is_that_of_the_original_on_the_same_text(tmp_path: Path) -> None:
@@ -83,7 +119,7 @@ def test_with_special_tokens_the_loss_is_that_of_the_original_on_the_same_text(t
         events: list[Event] = []
         sequences = packed(texts, tokenizer, tmp_path)
         batches = micro_batches(sequences, np.arange(len(sequences.tokens)), config)
-        counts = dict(target_tokens=1, text_bytes=1)
+        counts = dict(target_tokens=1, trained_bytes=1)
         Validator(config, tokenizer, batches, **counts, rank=0, emit=events.append, stop_requested=lambda: False)(state)
         return next(event.validation_loss for event in events if isinstance(event, ValidationDone))
 

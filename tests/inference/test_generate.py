@@ -149,12 +149,12 @@ def test_an_empty_prompt_is_refused(model: UniversalTransformer) -> None:
 
 def test_the_validation_loss_does_not_depend_on_micro_batches(model: UniversalTransformer) -> None:
     batches = [micro_batch(range(8)), micro_batch(range(3)), micro_batch(range(3, 8))]
-    complete, first, second = (loss_sums(model, [(b.tokens_BT, b.document_ids_BT)]) for b in batches)
+    complete, first, second = (loss_sums(model, [batch]) for batch in batches)
     torch.testing.assert_close(first + second, complete)
 
 
 def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight() -> None:
-    assert bits_per_byte(5.545177444479562, target_tokens=100, text_bytes=100) == pytest.approx(8)
+    assert bits_per_byte(5.545177444479562, target_tokens=100, trained_bytes=100) == pytest.approx(8)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

@@ -384,6 +384,31 @@ def test_targets_end_with_their_document_and_padding_has_none() -> None:
     assert next_token_targets(tokens, documents).tolist() == [[6, IGNORED, 8, 9, IGNORED, IGNORED]]
 
 
+def test_a_token_that_is_not_trained_on_is_no_target_of_the_token_before_it() -> None:
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 0]])
+    documents = torch.tensor([[0, 0, 1, 1, 1, -1]])
+    is_trained = torch.tensor([[False, True, True, False, True, True]])
+    assert next_token_targets(tokens, documents, is_trained).tolist() == [[6, IGNORED, IGNORED, 9, IGNORED, IGNORED]]
+    nothing = next_token_targets(tokens, documents, torch.zeros_like(is_trained))
+    assert (nothing == IGNORED).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("row_selection")
+def test_hidden_states_before_a_masked_token_have_exactly_zero_gradient(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 20, 8, dtype=dtype, requires_grad=True)
+    head = torch.randn(61, 8, dtype=dtype, requires_grad=True)
+    tokens, documents = torch.randint(0, 61, (2, 20)), torch.zeros(2, 20, dtype=torch.int64)
+    is_trained = torch.rand(2, 20) < 0.4
+    results = []
+    for replacement in (tokens, torch.where(is_trained, tokens, 7)):
+        loss = cross_entropy_sum(x, head, next_token_targets(replacement, documents, is_trained))
+        results.append((loss, *torch.autograd.grad(loss, (x, head))))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+    has_target = torch.nn.functional.pad(is_trained[:, 1:], (0, 1))
+    assert torch.equal(results[0][1].any(dim=-1), has_target)
+
+
 def test_bf16_stays_within_two_percent_of_the_fp32_loss_and_five_of_its_gradients() -> None:
     tokens = torch.randint(0, 61, (4, 32))
     documents = torch.zeros_like(tokens)

@@ -193,7 +193,7 @@ def state_with_weights_of(program: OriginalProgram) -> TrainingState:
 def outcome(state: TrainingState, tokens: int, seconds: float) -> Outcome:
     def loss(documents: Documents) -> float:
         parts = micro_batches(padded(documents), np.arange(len(documents)), TRAINING)
-        total, targets = loss_sums(state.model, [(part.tokens_BT, part.document_ids_BT) for part in parts]).tolist()
+        total, targets = loss_sums(state.model, parts).tolist()
         return total / targets
 
     text = quickstart_text()

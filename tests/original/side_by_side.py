@@ -24,7 +24,7 @@ from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch
 from tests.original.fixtures import MAX_STEPS, PEAK, WARMUP_STEPS, rate
 from tests.original.program import EVERY, LENGTH, TINY, VOCABULARY, AdamW8bit, OriginalProgram, Shape, adamw
-from tests.training.tiny import CPU, RecordingHost
+from tests.training.tiny import CPU, RecordingHost, unmasked
 
 ROWS = 12  # documents in a batch
 UPDATES = 8
@@ -60,7 +60,7 @@ def padded_batch(step: int) -> Tensor:
 
 def as_documents(batch: Tensor) -> MicroBatch:
     """Return the same rows for savant_ray: each is one document, and padding belongs to none."""
-    return MicroBatch(batch, torch.where(batch == 0, -1, 0), tuple(range(len(batch))))
+    return unmasked(batch, torch.where(batch == 0, -1, 0), tuple(range(len(batch))))
 
 
 def settings(shape: Shape = TINY, **training: object) -> Config:

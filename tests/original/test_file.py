@@ -17,10 +17,10 @@ from savant_ray.original.export import NO_MOMENTS, to_original
 from savant_ray.original.file import OptimizerName, optimizer_of, read_file, write_original
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import MicroBatch, take_step
+from savant_ray.training.step import take_step
 from tests.original.fixtures import KINDS, PEAK, batch, expected, file_of, rate
 from tests.original.program import AdamW8bit, OriginalProgram, adamw
-from tests.training.tiny import LENGTH, MODEL, RecordingHost, never, shares, tiny_config, tiny_state, weights
+from tests.training.tiny import LENGTH, MODEL, RecordingHost, never, shares, tiny_config, tiny_state, unmasked, weights
 
 MASKS = {"global_mask", "local_mask"}
 FLAT = functools.partial(AdamW8bit, nested=False)
@@ -123,7 +123,7 @@ def test_training_from_the_originals_file_continues_as_the_original_would(make: 
     state, _ = loaded(program.save(tmp_path))
     for update in range(3, 7 if make is adamw else 4):  # its 8-bit moments are rounded after each update
         tokens = batch(update)
-        share = [MicroBatch(rows, torch.zeros_like(rows), ()) for rows in tokens.split(5)]
+        share = [unmasked(rows, torch.zeros_like(rows)) for rows in tokens.split(5)]
         result = take_step(state, share, learning_rate(update, PEAK, 2, 20), 1.0, never)
         assert result.loss == pytest.approx(program.train(tokens), rel=1e-5)
     assert_weights_of(program, state, rtol=1e-3, atol=2e-5)

@@ -6,7 +6,15 @@ import pytest
 
 from savant_ray.events import Event, MicroBatchSkipped, Notice, RunFailed, RunResumed
 from savant_ray.reporting.run_report import RemainingTime
-from savant_ray.reporting.wording import describe, duration, percent, printable, progress_figures, step_figures
+from savant_ray.reporting.wording import (
+    describe,
+    duration,
+    percent,
+    printable,
+    progress_figures,
+    skipped_update,
+    step_figures,
+)
 from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
 
 
@@ -35,6 +43,13 @@ def test_the_text_of_an_event_has_its_important_facts(event: Event, facts: str) 
 
 def test_a_failure_has_no_text_because_the_command_prints_it() -> None:
     assert describe(RunFailed(error="DataError", text="told on the way out", exit_code=3)) == ""
+
+
+def test_a_step_without_an_update_has_its_reason() -> None:
+    failed = {"update_skipped": True, "grad_norm": float("nan")}
+    assert "gradient norm was nan" in skipped_update(step_done(1, **failed))
+    assert "all of its tokens are masked" in skipped_update(step_done(1, **failed, tokens=0))
+    assert "gradient norm was nan" in skipped_update(step_done(1, **failed, tokens=0, skipped_micro_batches=3))
 
 
 def test_waiting_and_skipped_micro_batches_are_shown_only_if_there_are_any() -> None:

@@ -201,7 +201,7 @@ def validation(state: TrainingState, config: Config) -> ValidationDone:
     """Return the result of a validation of 4 + 4 + 3 sequences."""
     events: list[Event] = []
     Validator(
-        config, tiny_tokenizer(), share(0, 11, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
+        config, tiny_tokenizer(), share(0, 11, 0, 1, 4), target_tokens=9, trained_bytes=9, rank=0, emit=events.append,
         stop_requested=lambda: False, logic_evaluator=LogicEvaluator(config, LogicTokenizer(), 0, 1, lambda: False),
     )(state)  # fmt: skip
     return next(event for event in events if isinstance(event, ValidationDone))
@@ -286,7 +286,7 @@ def test_an_uncompiled_validation_keeps_nothing_for_a_backward_pass(monkeypatch:
     monkeypatch.setattr(state.model.recurrent_block, "forward", recorded)
     events: list[Event] = []
     Validator(
-        config, tiny_tokenizer(), share(0, 11, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
+        config, tiny_tokenizer(), share(0, 11, 0, 1, 4), target_tokens=9, trained_bytes=9, rank=0, emit=events.append,
         stop_requested=lambda: len(events) > 0,
     )(state)  # fmt: skip
     assert rows == [4] * 4 + [3] * 2 + [2] * 2, "no padding either: two loops of each micro-batch and of the statistics"

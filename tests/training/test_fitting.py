@@ -321,7 +321,7 @@ def validated(state: TrainingState, config: Config) -> list[Event]:
 
 def validator(config: Config, events: list[Event], step_sequences: int | None = None) -> Validator:
     return Validator(
-        config, tiny_tokenizer(), share(0, 12, 0, 1, 4), target_tokens=9, text_bytes=9, rank=0, emit=events.append,
+        config, tiny_tokenizer(), share(0, 12, 0, 1, 4), target_tokens=9, trained_bytes=9, rank=0, emit=events.append,
         stop_requested=lambda: False, step_sequences=step_sequences,
     )  # fmt: skip
 

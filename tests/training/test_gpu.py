@@ -35,7 +35,7 @@ from savant_ray.training.memory import estimated_gb, expected_fit
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, take_step
 from tests.training.test_fitting import validator
-from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, shares, tiny_config, weights
+from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, shares, tiny_config, unmasked, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -181,7 +181,7 @@ def test_the_guides_model_takes_a_step_of_twelve_sequences_below_10_gib(compiled
     compile_block(state.model, compiled, device, state.precision)
     before = weights(state)["embed.weight"][:10].cpu()
     tokens = torch.randint(0, 10, (12, 1024), device=device)
-    share = [MicroBatch(tokens, torch.zeros_like(tokens), ())] * 2
+    share = [unmasked(tokens, torch.zeros_like(tokens))] * 2
     result = step_with_oom_retry(state, share, 2e-5, 1.0, RecordingHost())
     assert result.updated and memory_used_gb(device) < 10.0
     assert not torch.equal(weights(state)["embed.weight"][:10].cpu(), before)
@@ -205,8 +205,7 @@ def test_a_validation_compiles_nothing_that_training_does_not(recompute: bool, c
     events: list[Event] = []
     validator(config, events)(state)
     assert int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == before > 0
-    batches = [(part.tokens_BT, part.document_ids_BT) for part in on(CUDA, share(0, 12, 0, 1, 4))]
-    loss, tokens = loss_sums(state.model, batches).tolist()
+    loss, tokens = loss_sums(state.model, on(CUDA, share(0, 12, 0, 1, 4))).tolist()
     assert [event.validation_loss for event in events if isinstance(event, ValidationDone)] == pytest.approx(
         [loss / tokens], rel=1e-2
     )
@@ -229,7 +228,7 @@ def test_what_is_expected_to_fit_under_a_limit_fits(limit_gb: float) -> None:
     tokens = torch.randint(0, 10, (fit.rows, 1024), device=CUDA)
     documents = torch.arange(1024, device=CUDA).expand(fit.rows, 1024) // 250
     for _ in range(2):
-        result = take_step(state, [MicroBatch(tokens, documents, ())] * 2, 2e-5, 1.0, never)
+        result = take_step(state, [unmasked(tokens, documents)] * 2, 2e-5, 1.0, never)
         assert result.updated and not result.out_of_memory
     assert memory_used_gb(CUDA) < limit_gb
     print(

@@ -57,7 +57,12 @@ def tiny_state(config: Config) -> TrainingState:
 
 def micro_batch(positions: np.ndarray | list[int]) -> MicroBatch:
     tokens, documents = zip(*(_sequence(int(p)) for p in positions), strict=True)
-    return MicroBatch(torch.stack(tokens), torch.stack(documents), tuple(int(p) for p in positions))
+    return unmasked(torch.stack(tokens), torch.stack(documents), tuple(int(p) for p in positions))
+
+
+def unmasked(tokens: torch.Tensor, documents: torch.Tensor, positions: tuple[int, ...] = ()) -> MicroBatch:
+    """Return a micro-batch that trains on all tokens."""
+    return MicroBatch(tokens, documents, torch.ones_like(tokens, dtype=torch.bool), positions)
 
 
 def share(first: int, effective_batch: int, rank: int, world_size: int, batch_size: int) -> list[MicroBatch]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,10 +34,20 @@ TIMEOUT_SECONDS = 60
 
 
 class TinyStream:
-    """Reads the sequences of `tests.training.tiny` without Ray; `fails_at` is a step that cannot be read."""
+    """Reads the sequences of `tests.training.tiny` without Ray; `fails_at` is a step that cannot be read.
 
-    def __init__(self, effective_batch: int = 12, sequences_per_step: int = 12, fails_at: int | None = None) -> None:
+    If `is_masked`, tokens whose id is a multiple of 3 are masked.
+    """
+
+    def __init__(
+        self,
+        effective_batch: int = 12,
+        sequences_per_step: int = 12,
+        fails_at: int | None = None,
+        is_masked: bool = False,
+    ) -> None:
         self.effective_batch, self.sequences_per_step, self.fails_at = effective_batch, sequences_per_step, fails_at
+        self.is_masked = is_masked
         self.closed = threading.Event()
         self.n_read = 0
 
@@ -55,7 +67,12 @@ class TinyStream:
         if len(positions):
             batch = micro_batch(positions)
             sequences.tokens[:], sequences.document_ids[:] = batch.tokens_BT.numpy(), batch.document_ids_BT.numpy()
+            sequences.is_trained[:] = masked(batch).is_trained_BT.numpy() if self.is_masked else True
         return LocalSequences(positions, sequences)
+
+
+def masked(batch: MicroBatch) -> MicroBatch:
+    return replace(batch, is_trained_BT=batch.tokens_BT % 3 > 0)
 
 
 def reader(state: TrainingState, config: Config, stream: TinyStream | None = None) -> BatchReader:
@@ -67,8 +84,9 @@ def local_batch_of_step(step: int) -> list[MicroBatch]:
     return share(12 * step, 12, 0, 1, 4)
 
 
-def content(batches: list[MicroBatch]) -> list[tuple[list[list[int]], list[list[int]], tuple[int, ...]]]:
-    return [(batch.tokens_BT.tolist(), batch.document_ids_BT.tolist(), batch.positions) for batch in batches]
+def content(batches: list[MicroBatch]) -> list[tuple[Any, ...]]:
+    names = ("tokens_BT", "document_ids_BT", "is_trained_BT")
+    return [(*(getattr(batch, name).tolist() for name in names), batch.positions) for batch in batches]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -85,6 +103,17 @@ def test_every_step_is_read_once_in_order_onto_the_device(device: str, n_steps: 
             positions += batch.positions
     assert positions == list(range(7, 7 + 12 * n_steps)) and stream.n_read == n_steps
     assert stream.closed.wait(TIMEOUT_SECONDS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sequences_per_step", [1, 7, 12])
+def test_local_batches_carry_the_loss_mask(device: str, sequences_per_step: int) -> None:
+    stream = TinyStream(sequences_per_step=sequences_per_step, is_masked=True)
+    for step, local_batch in enumerate(BatchReader(stream, 0, 3, tiny_config(), torch.device(device))):
+        expected = [masked(batch) for batch in share(12 * step, sequences_per_step, 0, 1, 4)]
+        assert content(local_batch) == content(expected)
+        assert all(batch.is_trained_BT.dtype == torch.bool for batch in local_batch)
+        assert not all(batch.is_trained_BT.all() for batch in local_batch)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -136,11 +165,16 @@ def test_a_local_batch_is_complete_when_it_is_used_and_not_overwritten_before_th
     used = []
     for local_batch in BatchReader(TinyStream(), 0, 4, tiny_config(), CUDA):
         torch.cuda._sleep(LONG_KERNEL)  # the step is queued, and the device uses its batch later
-        used += [(batch.tokens_BT.clone(), batch.document_ids_BT.clone(), batch.positions) for batch in local_batch]
-    for tokens_BT, document_ids_BT, positions in used:
-        expected = micro_batch(positions)
-        assert torch.equal(tokens_BT.cpu(), expected.tokens_BT.to(torch.int32))
-        assert torch.equal(document_ids_BT.cpu(), expected.document_ids_BT.to(torch.int32))
+        used += [
+            replace(
+                batch,
+                tokens_BT=batch.tokens_BT.clone(),
+                document_ids_BT=batch.document_ids_BT.clone(),
+                is_trained_BT=batch.is_trained_BT.clone(),
+            )
+            for batch in local_batch
+        ]
+    assert content(used) == content([micro_batch(batch.positions) for batch in used])
 
 
 @pytest.mark.gpu

@@ -1,0 +1,34 @@
+"""Token caches that are written without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from savant_ray.data.documents import Document
+from savant_ray.data.shard_writer import RangeSummary, Recipe, shard_name, write_documents
+from savant_ray.data.token_cache import MANIFEST, Manifest, ShardInfo, TokenCache
+from savant_ray.data.tokenizer import Tokenizer
+
+
+def cache_of(documents: Sequence[Document], tokenizer: Tokenizer, sequence_length: int, folder: Path) -> TokenCache:
+    """Return a token cache of one shard with these documents, each of which has its number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    list(write_documents(folder, 0, documents, Recipe.of(tokenizer, sequence_length, 1 << 20)))
+    counts = RangeSummary.read(folder, 0)
+    manifest = Manifest(
+        fingerprint="",
+        sequence_length=sequence_length,
+        files=(),
+        shards=(ShardInfo(shard_name(0), counts.shard_bytes, counts.rows, "made.jsonl", 0, counts.shard_crc32),),
+        rows=counts.rows,
+        documents=counts.documents,
+        tokens=counts.tokens,
+        target_tokens=counts.target_tokens,
+        text_bytes=counts.text_bytes,
+        trained_bytes=counts.trained_bytes,
+        bad_lines=counts.bad_lines,
+        first_bad_lines=(),
+    )
+    (folder / MANIFEST).write_text(manifest.to_json())
+    return TokenCache.open(folder)
