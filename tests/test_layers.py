@@ -103,7 +103,7 @@ THIRD_PARTY = {
     "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},
     "inference": {"torch"},
     "optim": {"torch"},
-    "data": {"numpy", "orjson", "pandas", "pyarrow", "ray", "tokenizers"},
+    "data": {"huggingface_hub", "jinja2", "numpy", "orjson", "pandas", "pyarrow", "ray", "tokenizers"},
     "model": {"torch"},
     "ray_internals": {"ray"},
     "config": {"pydantic", "yaml"},

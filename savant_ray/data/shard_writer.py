@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
-from savant_ray.data.jsonl import ByteRange, Line, RangeReader, plan_ranges
+from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule
+from savant_ray.data.jsonl import ByteRange, RangeReader, plan_ranges
 from savant_ray.data.overlap import digests_path, document_digests
 from savant_ray.data.packing import pack
 from savant_ray.data.sources import SourceFile
@@ -77,24 +79,27 @@ class RangeSummary:
     characters: int = 0  # of the documents
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: tuple[int, str] | None = None  # line number and its dropped characters
+    filtered: int = 0  # lines that were left out by a filter or by sampling
 
-    def count(self, line: Line) -> None:
-        """Count a line of any kind."""
-        self.lines = line.number
-        if line.text:
+    def count(self, document: Document) -> None:
+        """Count a document, or the line that is none."""
+        self.lines = document.number
+        text = document.text
+        if text:
             self.documents += 1
-            self.characters += len(line.text)
-            self.text_bytes += len(line.text) if line.text.isascii() else len(line.text.encode())
-        elif line.problem:
+            self.characters += len(text)
+            self.text_bytes += len(text) if text.isascii() else len(text.encode())
+        elif document.problem:
             self.bad_lines += 1
             if self.bad_lines <= MAX_NAMED_INVALID_LINES:
-                self.first_bad_lines.append((line.number, line.problem))
+                self.first_bad_lines.append((document.number, document.problem))
+        self.filtered += document.filtered
 
-    def count_dropped(self, line: Line, dropped: int, characters: str) -> None:
-        """Count the characters of a line that the tokenizer drops."""
+    def count_dropped(self, document: Document, dropped: int, characters: str) -> None:
+        """Count the characters of a document that the tokenizer drops."""
         self.dropped_characters += dropped
         if dropped and self.first_dropped is None:
-            self.first_dropped = (line.number, characters[:MAX_NAMED_CHARACTERS])
+            self.first_dropped = (document.number, characters[:MAX_NAMED_CHARACTERS])
 
     @classmethod
     def read(cls, folder: Path, index: int) -> RangeSummary:
@@ -129,7 +134,9 @@ def summary_name(index: int) -> str:
     return f"shard-{index:05d}.json"
 
 
-def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> Iterator[int]:
+def write_shard(
+    folder: Path, index: int, part: ByteRange, recipe: Recipe, rule: DocumentRule = TEXT_RULE
+) -> Iterator[int]:
     """Write shard and summary of a range; yield the number of its bytes that have been read so far.
 
     Raises:
@@ -142,17 +149,17 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
     shard = ShardFile(folder / shard_name(index), chunk.schema)
     digests = digests_path(folder / shard_name(index))
     temporary_digests = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
-    with RangeReader(part, recipe.max_line_bytes) as lines, shard, temporary_digests.open("wb") as digests_file:
-        for batch in _batches(lines, summary):
+    with RangeReader(part, recipe.max_line_bytes) as records, shard, temporary_digests.open("wb") as digests_file:
+        for batch in _batches(rule.documents(records), summary):
             try:
                 chunk.add(batch, summary)
             except _UnencodableLineError as error:
                 where = f"{part.file.path} line {_lines_before(part) + error.line:,}"
                 raise DataError(f"{where}: {error}") from error
-            digests_file.write(document_digests(line.text for line in batch))
+            digests_file.write(document_digests(document.text for document in batch))
             if chunk.tokens >= CHUNK_TOKENS:
                 shard.write(chunk.pack_rows(summary))
-            yield lines.bytes_read
+            yield records.bytes_read
         if chunk.tokens:
             shard.write(chunk.pack_rows(summary))
     temporary_digests.replace(digests)
@@ -168,35 +175,37 @@ def tokenizer_of(recipe: Recipe) -> Tokenizer:
     )
 
 
-def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line]]:
-    """Yield the lines that are documents in batches of about BATCH_CHARACTERS."""
-    batch: list[Line] = []
+def _batches(documents: Iterable[Document], summary: RangeSummary) -> Iterator[list[Document]]:
+    """Yield the documents with a text in batches of about BATCH_CHARACTERS."""
+    batch: list[Document] = []
     characters = 0
-    for line in lines:
-        summary.count(line)
-        if line.text:
-            batch.append(line)
-            characters += len(line.text)
+    for document in documents:
+        summary.count(document)
+        if document.text:
+            batch.append(document)
+            characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     yield batch
 
 
-def check_encodable(file: SourceFile, tokenizer: Tokenizer, characters: int = BATCH_CHARACTERS) -> None:
+def check_encodable(
+    file: SourceFile, tokenizer: Tokenizer, rule: DocumentRule = TEXT_RULE, characters: int = BATCH_CHARACTERS
+) -> None:
     """Check that the tokenizer can encode the first `characters` of a file, so that a wrong one is reported early.
 
     Raises:
         DataError: the tokenizer cannot encode one of the lines, or the file cannot be read.
     """
     for part in plan_ranges([file])[:1]:
-        with RangeReader(part) as lines:
-            for line in lines:
+        with RangeReader(part) as records:
+            for document in rule.documents(records):
                 try:
-                    tokenizer.encode(line.text[:characters])
+                    tokenizer.encode(document.text[:characters])
                 except DataError as error:
-                    raise DataError(f"{file.path} line {line.number:,}: {error}") from error
-                characters -= len(line.text) + 1
+                    raise DataError(f"{file.path} line {document.number:,}: {error}") from error
+                characters -= len(document.text) + 1
                 if characters <= 0:
                     break
 
@@ -233,27 +242,31 @@ class _Chunk:
         self._documents: list[NDArray[np.unsignedinteger]] = []
         self._lines: list[int] = []
 
-    def add(self, batch: Sequence[Line], summary: RangeSummary) -> None:
-        """Tokenize the texts of the lines as documents.
+    def add(self, batch: Sequence[Document], summary: RangeSummary) -> None:
+        """Tokenize the documents.
 
         Raises:
             _UnencodableLineError: the tokenizer cannot encode one of them.
         """
-        for line, ids in zip(batch, self._encode(batch), strict=True):
-            summary.count_dropped(line, *self._tokenizer.dropped_characters(line.text))
+        for document, ids in zip(batch, self._encode(batch), strict=True):
+            summary.count_dropped(document, *self._tokenizer.dropped_characters(document.text))
             self._documents.append(np.array(ids, dtype=self._dtype))
-            self._lines.append(line.number)
+            self._lines.append(document.number)
             self.tokens += len(ids)
 
-    def _encode(self, batch: Sequence[Line]) -> list[list[int]]:
+    def _encode(self, batch: Sequence[Document]) -> list[list[int]]:
         try:
-            return self._tokenizer.encode_documents([line.text for line in batch])
+            return [
+                ids
+                for special_tokens, documents in groupby(batch, key=lambda document: document.special_tokens)
+                for ids in self._tokenizer.encode_documents([document.text for document in documents], special_tokens)
+            ]
         except DataError:
-            for line in batch:
+            for document in batch:
                 try:
-                    self._tokenizer.encode(line.text)
+                    self._tokenizer.encode(document.text)
                 except DataError as error:
-                    raise _UnencodableLineError(line.number, str(error)) from error
+                    raise _UnencodableLineError(document.number, str(error)) from error
             raise
 
     def pack_rows(self, summary: RangeSummary) -> pa.RecordBatch:

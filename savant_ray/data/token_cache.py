@@ -88,6 +88,7 @@ class FileSummary:
     lines: int
     documents: int
     bad_lines: int
+    filtered: int = 0  # lines left out by a filter or by sampling
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Manifest:
     characters: int = 0  # of the documents; 0: written by a version that did not count them
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: LineProblem | None = None  # the first line with such characters
+    filtered: int = 0  # lines left out by a filter or by sampling
 
     @property
     def padding(self) -> int:
