@@ -17,7 +17,17 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from savant_ray.errors import SettingsError
 from savant_ray.settings.messages import validation_messages
@@ -176,6 +186,9 @@ def parse_template(template: str) -> list[TemplatePart]:
     return [(literal, name) for literal, name, _, _ in parts]
 
 
+_REQUIRED = object()  # instead of the default of a field that has none
+
+
 class TextConfig(Section):
     """Files, and how a record of them becomes a document."""
 
@@ -200,6 +213,13 @@ class TextConfig(Section):
         description="tokens of a conversation that are trained on: those of the assistant or all; null: assistant; all "
         "tokens of other documents are",
     )
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the fields that have their default, of which there are many."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items() if not field.is_required()}
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if getattr(self, name) != defaults.get(name, _REQUIRED)}
 
     @field_validator("template")
     @classmethod

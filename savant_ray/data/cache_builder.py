@@ -291,11 +291,11 @@ class _Build:
     def _run_tasks(self, folder: Path, parts: Mapping[int, SourcePart]) -> Iterator[dict[str, Any]]:
         if not parts:
             return iter(())
-        rules = list(dict.fromkeys(part.rule for part in parts.values()))
-        items = [{"index": i, "rule": rules.index(part.rule), **_as_row(part.range)} for i, part in parts.items()]
+        rules = {repr(part.rule): part.rule for part in parts.values()}
+        items = [{"index": i, "rule": repr(part.rule), **_as_row(part.range)} for i, part in parts.items()]
         with ray_data.settings():
             ranges = ray.data.from_items(items, override_num_blocks=len(items))
-            written = ranges.flat_map(_WriteShard(folder, self._recipe, tuple(rules)), num_cpus=1)
+            written = ranges.flat_map(_WriteShard(folder, self._recipe, rules), num_cpus=1)
         return ray_data.rows(written)
 
 
@@ -305,7 +305,7 @@ class _WriteShard:
 
     folder: Path
     recipe: Recipe
-    rules: tuple[DocumentRule, ...]  # a row has the index of its rule
+    rules: Mapping[str, DocumentRule]  # by their repr, which a row contains
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         index, rule, path = row.pop("index"), self.rules[row.pop("rule")], row["path"]
@@ -446,7 +446,7 @@ def filter_report(manifest: Manifest) -> list[str]:
     if not manifest.filtered:
         return []
     total = manifest.filtered + manifest.documents
-    first = manifest.files[0].path + f" and {len(manifest.files) - 1:,} more files" * (len(manifest.files) > 1)
+    first = manifest.files[0].path + f" and {len(manifest.files) - 1:,} more" * (len(manifest.files) > 1)
     return [f"{first}: {manifest.filtered:,} of {total:,} documents left out by filter or sample"]
 
 

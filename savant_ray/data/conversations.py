@@ -175,7 +175,7 @@ def plain_form(messages: Sequence[Message]) -> Rendered:
         if role not in labels:
             raise ConversationError(
                 f'the role {json.dumps(role)} of message {number} has no place in "Question: …, Answer: …"; it needs '
-                "a tokenizer with a chat template"
+                "a chat template"
             )
         is_last = number == len(messages)
         content = message["content"].strip()

@@ -55,7 +55,7 @@ class _InvalidRecordError(Exception):
 class DocumentRule:
     """How a source's records become documents; by default the text is the field `text`, or a conversation.
 
-    At most one of `text`, `template` and `messages` is set. Equal rules have equal `repr` and give the same documents.
+    At most one of `text`, `template` and `messages` is set. Rules with the same `repr` give the same documents.
     """
 
     text: str | None = None  # name of a field; a.b is the field b of the object a
