@@ -26,7 +26,15 @@ import savant_ray
 from savant_ray import api, config, errors, events
 from savant_ray.cli import INTERRUPTED
 from savant_ray.commands import COMMANDS
-from savant_ray.config import Config, ProfileConfig, SourceConfig, all_settings, section_descriptions
+from savant_ray.config import (
+    Config,
+    FilterConfig,
+    HeldOutConfig,
+    ProfileConfig,
+    SourceConfig,
+    all_settings,
+    section_descriptions,
+)
 from savant_ray.settings.yaml_text import show
 from tests.tracked_files import tracked_files
 
@@ -92,6 +100,8 @@ def settings() -> str:
         parts.append(heading + table(("setting", "default", "values", "meaning"), rows))
         if section == "data":
             parts.append(fields("Each entry of `data.sources`", SourceConfig, schemas))
+            parts.append(fields("The fields of `filter` of a source", FilterConfig, schemas))
+            parts.append(fields("The fields of `data.validation` in its long form", HeldOutConfig, schemas))
         if section == "training":
             parts.append(fields("The fields of `training.profile`", ProfileConfig, schemas))
     return "\n".join(parts)
@@ -103,13 +113,18 @@ def fields(title: str, model: type[BaseModel], schemas: dict[str, Any]) -> str:
     rows = [
         (
             f"`{name}`",
-            "required" if field.is_required() else f"`{show(field.default)}`",
+            "required" if field.is_required() else default_of(field.default),
             values(properties[name]),
             field.description or "",
         )
         for name, field in model.model_fields.items()
     ]
     return f"{title}:\n\n" + table(("field", "default", "values", "meaning"), rows)
+
+
+def default_of(value: Any) -> str:
+    """Return the default of a field; a section has none of its own."""
+    return "" if isinstance(value, BaseModel) else f"`{show(value)}`"
 
 
 def one_line(value: Any) -> str:

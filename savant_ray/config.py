@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import string
 import unicodedata
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -16,7 +17,17 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from savant_ray.errors import SettingsError
 from savant_ray.settings.messages import validation_messages
@@ -147,7 +158,105 @@ class ModelConfig(Section):
         return self
 
 
-class SourceConfig(Section):
+Scalar = bool | int | float | str
+TrainOn = Literal["assistant", "all"]
+TemplatePart = tuple[str, str | None]  # literal text, and the name of the field after it
+
+
+def parse_template(template: str) -> list[TemplatePart]:
+    """Return the parts of a template such as `Question: {question}`; `{{` and `}}` stand for braces.
+
+    Raises:
+        ValueError: a brace has no counterpart, or there is something else than the name of a field between two.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(
+            f"{show(template)} has a brace without its counterpart; write {{{{ or }}}} for a brace"
+        ) from error
+    for _, name, format_spec, conversion in parts:
+        if name is not None and (not name.strip() or format_spec or conversion or set("{}") & set(name)):
+            between = f"{name}{f'!{conversion}' if conversion else ''}{f':{format_spec}' if format_spec else ''}"
+            raise ValueError(
+                f"{show(template)} has {{{between}}}, which is not the name of a field; write {{{{ or }}}} for a brace"
+            )
+    if all(name is None for _, name, _, _ in parts):
+        raise ValueError(f"{show(template)} contains no field, such as {{question}}")
+    return [(literal, name) for literal, name, _, _ in parts]
+
+
+_REQUIRED = object()  # instead of the default of a field that has none
+
+
+class TextConfig(Section):
+    """Files, and how a record of them becomes a document."""
+
+    path: Texts | None = None
+    text: Text | None = Field(
+        default=None,
+        description="name of the field with the text; a.b is the field b of the object a; null: the field text if it is a "
+        "string, otherwise a conversation as in messages: auto",
+    )
+    template: Text | None = Field(
+        default=None,
+        description='text with the names of fields, such as "Question: {question}\\nAnswer: {answer}"; {{ and }} are braces',
+    )
+    messages: Text | None = Field(
+        default=None,
+        description="name of the field with a conversation, a list of {role, content} or {from, value}; auto: that in "
+        "messages or conversations, or instruction, input and output; rendered by the tokenizer's chat template, otherwise "
+        "as Question: … and Answer: …",
+    )
+    train_on: TrainOn | None = Field(
+        default=None,
+        description="tokens of a conversation that are trained on: those of the assistant or all; null: assistant; all "
+        "tokens of other documents are",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the fields that have their default, of which there are many."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items() if not field.is_required()}
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if getattr(self, name) != defaults.get(name, _REQUIRED)}
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, template: str | None) -> str | None:
+        if template is not None:
+            parse_template(template)
+        return template
+
+    @model_validator(mode="after")
+    def _check_text(self) -> Self:
+        chosen = [name for name in ("text", "template", "messages") if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other; keep one of them")
+        if self.train_on == "assistant" and chosen and chosen != ["messages"]:
+            raise ValueError(
+                f"train_on, assistant, is for conversations (messages), but there is {chosen[0]}; remove one"
+            )
+        return self
+
+
+class FilterConfig(Section):
+    """Conditions on the documents of a source; other documents are left out."""
+
+    min_chars: Count | None = Field(default=None, description="minimum number of characters of a document")
+    max_chars: Count | None = Field(default=None, description="maximum number of characters of a document")
+    equals: dict[str, Scalar] | None = Field(
+        default=None, description="values of fields, such as {lang: en}; a field that is missing has no value"
+    )
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if self.min_chars and self.max_chars and self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars, {self.min_chars}, is greater than max_chars, {self.max_chars}")
+        return self
+
+
+class SourceConfig(TextConfig):
     """Training text and its weight in the mixture."""
 
     path: Texts = Field(description="JSONL file, folder, glob or URI, or a list of them; also .gz and .zst")
@@ -156,6 +265,42 @@ class SourceConfig(Section):
         "least 1 in 100,000 sequences"
     )
     optional: bool = Field(default=False, description="continue without this source if it is missing")
+    filter: FilterConfig = Field(
+        default=FilterConfig(), description="documents to use: {min_chars: 50, max_chars: 10000, equals: {lang: en}}"
+    )
+    sample: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="fraction of the documents to use, chosen by a hash of their text, so the same documents are chosen in "
+        "any order and in any file",
+    )
+    limit: Count | None = Field(
+        default=None,
+        description="number of documents to use, after filter and sample: the first ones in the order of the files' names",
+    )
+
+
+class HeldOutConfig(TextConfig):
+    """Validation text: files, or a fraction of the documents of the sources."""
+
+    path: Texts | None = Field(default=None, description="held-out text; same forms as the path of a source")
+    fraction: float | None = Field(
+        default=None,
+        gt=0,
+        le=0.5,
+        description="fraction of the documents of all sources that is not trained on, chosen by a hash of their text",
+    )
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        if (self.path is None) == (self.fraction is None):
+            raise ValueError("needs either a path or a fraction of the sources' documents")
+        if self.fraction is not None and self.model_fields_set - {"fraction", "path"}:
+            others = sorted(name for name in self.model_fields_set - {"fraction", "path"} if getattr(self, name))
+            if others:
+                raise ValueError(f"{others[0]} has no effect with fraction; set it in data.sources")
+        return self
 
 
 DEFAULT_SOURCES = [
@@ -168,13 +313,15 @@ class DataConfig(Section):
     """Training and validation text."""
 
     sources: list[SourceConfig] = Field(
-        default=DEFAULT_SOURCES, min_length=1, description="training text: [{path, weight, optional}, …]"
+        default=DEFAULT_SOURCES, min_length=1, description="training text: [{path, weight, …}, …]"
     )
     mix_by: Literal["sequences", "documents"] = Field(
         default="sequences", description="whether the weights are fractions of the sequences or of the documents"
     )
-    validation: Texts = Field(
-        default="dataset/savant_dataset_val.jsonl", description="held-out text; same forms as the path of a source"
+    validation: Texts | HeldOutConfig = Field(
+        default="dataset/savant_dataset_val.jsonl",
+        description="held-out text; same forms as the path of a source, or {path, text, …}, or {fraction: 0.01} of the "
+        "documents of the sources",
     )
     tokenizer: Text = Field(
         default="auto",
@@ -199,6 +346,11 @@ class DataConfig(Section):
         default=64.0, description="maximum length of a line, MiB; a longer line counts as invalid"
     )
     quickstart: bool = Field(default=False, description="generate the quickstart's text files if they are missing")
+
+    @property
+    def held_out(self) -> HeldOutConfig:
+        """The validation text in its long form."""
+        return self.validation if isinstance(self.validation, HeldOutConfig) else HeldOutConfig(path=self.validation)
 
     @property
     def trains_tokenizer(self) -> bool:
@@ -454,10 +606,10 @@ def section_descriptions() -> dict[str, str]:
 
 
 def known_names() -> list[str]:
-    """Return the names of sections, settings and fields of a source or a profile, for suggestions."""
+    """Return the names of sections, settings and fields of nested settings, for suggestions."""
+    nested = (SourceConfig, FilterConfig, HeldOutConfig, ProfileConfig)
     return [
         *Config.model_fields,
         *(setting.name for setting in all_settings()),
-        *SourceConfig.model_fields,
-        *ProfileConfig.model_fields,
+        *dict.fromkeys(name for section in nested for name in section.model_fields),
     ]

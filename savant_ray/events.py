@@ -32,6 +32,7 @@ class TextCounts:
     sequences: int
     padding: int  # tokens
     bad_lines: int  # skipped lines
+    filtered: int = 0  # documents left out by `filter` and `sample`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,14 @@ import pytest
 import yaml
 
 from savant_ray.config import LOGIC_PROMPT, Config, load_config
+from savant_ray.data.documents import rule_of
+from savant_ray.data.records import Record
 from tests.tracked_files import tracked_files
 
+ORIGINAL_RECORD = {
+    "text": "Once upon a time",
+    **{"question": "1 + 1?", "answer": "2", "prompt": "Add.", "response": "a + b", "idx": 1},
+}
 FOLDER = Path(__file__).parents[1] / "configs"
 SHIPPED = tracked_files("configs/*.yaml")
 
@@ -21,8 +27,9 @@ def stated(path: Path) -> dict[str, Any]:
     return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
 
 
-def test_the_three_documented_files_exist() -> None:
-    assert {"savant.yaml", "quickstart.yaml", "cluster.yaml"} <= {path.name for path in SHIPPED}
+def test_the_documented_files_exist() -> None:
+    names = {"savant.yaml", "quickstart.yaml", "cluster.yaml", "original_data.yaml", "chat.yaml"}
+    assert names <= {path.name for path in SHIPPED}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -56,6 +63,26 @@ def test_savant_yaml_has_the_values_of_the_training_guide() -> None:
         ("dataset/savant_dataset_train.jsonl", 0.8, False),
         ("dataset/genius_dataset.jsonl", 0.2, True),
     ]
+
+
+def test_original_data_yaml_has_the_texts_and_proportions_of_the_original() -> None:
+    data = load_config((), {}, FOLDER / "original_data.yaml").data
+    rules = [rule_of(source, held_out=data.held_out.fraction) for source in data.sources]
+    stories, problems, code, logic = (list(rule.documents([Record(1, ORIGINAL_RECORD)])) for rule in rules)
+    assert stories[0].text == "Once upon a time"
+    assert problems[0].text == logic[0].text == "Question: 1 + 1?\nAnswer: 2"
+    assert code[0].text == "Programming Task:\nAdd.\n\nSolution:\na + b"
+    weights = [source.weight for source in data.sources]
+    assert sum(weights) == pytest.approx(1) and weights[-1] == 0.2
+    assert weights[1] / weights[0] == pytest.approx(200_035 / 333_333, abs=0.001)
+    assert [source.limit for source in data.sources] == [333_333, 333_333, 333_333, 5_000]
+    assert (data.mix_by, data.held_out.fraction) == ("documents", 0.05)
+
+
+def test_chat_yaml_continues_the_model_of_the_quickstart_with_conversations() -> None:
+    chat, quickstart = (load_config((), {}, FOLDER / f"{name}.yaml") for name in ("chat", "quickstart"))
+    assert (chat.run.init_from, chat.model) == (quickstart.run.name, quickstart.model)
+    assert rule_of(chat.data.sources[0], held_out=chat.data.held_out.fraction).train_on == "assistant"
 
 
 def test_the_quickstart_reads_the_files_that_it_generates() -> None:

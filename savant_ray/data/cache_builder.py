@@ -13,19 +13,20 @@ import os
 import shutil
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ray.data
 
 from savant_ray.data import ray_data
 from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.content import content_hashes, refuse_changed
-from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, documents, plan_ranges
+from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
+from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, RangeReader, documents, plan_ranges
 from savant_ray.data.shard_writer import (
     MAX_NAMED_INVALID_LINES,
     RangeSummary,
@@ -60,7 +61,7 @@ Progress = Callable[[int, int], None]  # receives bytes done and total bytes
 
 
 def prepare(
-    files: Sequence[SourceFile],
+    texts: Sequence[SourceFile] | Sequence[SourceText],
     tokenizer: Tokenizer,
     sequence_length: int,
     cache_dir: str | Path,
@@ -70,12 +71,12 @@ def prepare(
     progress: Progress | None = None,
     log: Callable[[str], None] = print,
 ) -> TokenCache:
-    """Return the token cache of `files` in `cache_dir`, and build it if it does not exist.
+    """Return the token cache of `texts` in `cache_dir`, and build it if it does not exist.
 
     Building needs an initialized Ray. In a damaged cache only the damaged shards are rebuilt.
 
     Args:
-        files: to tokenize.
+        texts: to tokenize: files, or files with rules.
         tokenizer: of the documents.
         sequence_length: tokens per row.
         cache_dir: folder of all caches.
@@ -91,13 +92,16 @@ def prepare(
     """
     cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     recipe = Recipe.of(tokenizer, sequence_length, max_line_bytes)
+    sources = _with_rules(texts)
+    files = [file for source in sources for file in source.files]
     hashes = content_hashes(files, cache_dir)
     identity = {
         "version": DATA_VERSION,
         "files": list(zip(_relative_paths(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
+        **_rules_identity(sources),
     }
-    build = _Build(plan_ranges(files, range_bytes), files, hashes, recipe, fingerprint(identity), cache_dir)
+    build = _Build(plan_source_parts(sources, range_bytes), files, hashes, recipe, fingerprint(identity), cache_dir)
     progress = progress or (lambda done, total: None)
     _build_once(build.folder, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
@@ -106,8 +110,10 @@ def prepare(
     return cache
 
 
-def train_or_load_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, vocab_size: int = 32_000) -> Tokenizer:
-    """Load the tokenizer that was trained on these files from `cache_dir`; train it if it is not there.
+def train_or_load_tokenizer(
+    texts: Sequence[SourceFile] | Sequence[SourceText], cache_dir: str | Path, vocab_size: int = 32_000
+) -> Tokenizer:
+    """Load the tokenizer that was trained on these texts from `cache_dir`; train it if it is not there.
 
     At most about `MAX_TRAINING_CHARACTERS` are used, in whole documents.
 
@@ -115,12 +121,14 @@ def train_or_load_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, 
         DataError: a file cannot be read.
     """
     cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
+    sources = _with_rules(texts)
+    files = [file for source in sources for file in source.files]
     hashes = content_hashes(files, cache_dir)
-    identity = {"version": DATA_VERSION, "files": hashes, "vocab_size": vocab_size}
+    identity = {"version": DATA_VERSION, "files": hashes, "vocab_size": vocab_size, **_rules_identity(sources)}
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
 
     def train() -> None:
-        content = train_tokenizer(_training_texts(files), vocab_size).to_json()
+        content = train_tokenizer(_training_texts(sources), vocab_size).to_json()
         refuse_changed(files, hashes)
         write_atomically(_with_checksum(path, content), content)
 
@@ -152,12 +160,46 @@ def _with_checksum(path: Path, content: str) -> Path:
     return path.with_stem(f"{path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}")
 
 
+class SourcePart(NamedTuple):
+    """A byte range, the number of its file and of its source, and the rule of the source."""
+
+    range: ByteRange
+    file: int
+    source: int
+    rule: DocumentRule
+
+
+def _with_rules(texts: Sequence[SourceFile] | Sequence[SourceText]) -> list[SourceText]:
+    """Return the texts as sources; files without a rule are one source with the default rule."""
+    files = [text for text in texts if isinstance(text, SourceFile)]
+    return [*([SourceText(files)] if files else []), *(text for text in texts if isinstance(text, SourceText))]
+
+
+def _rules_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
+    """Return what the rules add to an identity: nothing for plain text, whose identity is that of earlier versions."""
+    if all(source.rule == TEXT_RULE for source in sources):
+        return {}
+    return {"rules": [(len(source.files), repr(source.rule)) for source in sources]}
+
+
+def plan_source_parts(sources: Sequence[SourceText], range_bytes: int | None) -> list[SourcePart]:
+    """Divide the files of all sources into ranges."""
+    parts: list[SourcePart] = []
+    n_files = 0
+    for number, source in enumerate(sources):
+        numbers = {file: n_files + index for index, file in enumerate(source.files)}
+        ranges = plan_ranges(source.files, range_bytes)
+        parts += [SourcePart(part, numbers[part.file], number, source.rule) for part in ranges]
+        n_files += len(source.files)
+    return parts
+
+
 class _Build:
     """Build of one token cache, in a folder with the suffix `.unfinished` until it is complete."""
 
     def __init__(
         self,
-        ranges: Sequence[ByteRange],
+        parts: Sequence[SourcePart],
         files: Sequence[SourceFile],
         hashes: Sequence[str],
         recipe: Recipe,
@@ -166,7 +208,7 @@ class _Build:
     ) -> None:
         self._files = files
         self._hashes = hashes
-        self._ranges = ranges
+        self._parts = parts
         self._recipe = recipe
         self._identity = identity
         name = fingerprint({"format": FORMAT_VERSION, "data": identity})
@@ -199,16 +241,18 @@ class _Build:
             log(f"{problem}; rebuilding it")
         folder = self.folder if self.folder.exists() else self._unfinished
         folder.mkdir(parents=True, exist_ok=True)
-        self._write_missing(folder, progress)
+        parts = within_limits(self._parts, self._recipe.max_line_bytes)
+        self._write_missing(folder, parts, progress)
         self._refuse_changed(folder)
+        unread = {part.file for part in self._parts} - {part.file for part in parts}
         manifest = _merge_summaries(
-            self._files,
-            self._ranges,
-            [RangeSummary.read(folder, index) for index in range(len(self._ranges))],
+            {index: name for index, name in enumerate(_relative_paths(self._files)) if index not in unread},
+            parts,
+            [RangeSummary.read(folder, index) for index in range(len(parts))],
             fingerprint=self._identity,
             sequence_length=self._recipe.sequence_length,
         )
-        _refuse_empty(manifest)
+        _refuse_empty(manifest, [part.rule for part in parts])
         _refuse_if_all_dropped(manifest, self._recipe)
         _refuse_if_all_masked(manifest)
         for abandoned in folder.glob("*.tmp"):
@@ -224,7 +268,7 @@ class _Build:
             shutil.rmtree(folder)  # its shards may contain the new content under the fingerprint of the old one
             raise
 
-    def _write_missing(self, folder: Path, progress: Progress) -> None:
+    def _write_missing(self, folder: Path, parts: Sequence[SourcePart], progress: Progress) -> None:
         """Write the shards that are missing, with one Ray Data task per range.
 
         Raises:
@@ -232,12 +276,12 @@ class _Build:
             UnexpectedError: a task raised any other exception; contains its traceback.
         """
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(self._ranges))))
+            complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(parts))))
         missing = [index for index, is_complete in enumerate(complete) if not is_complete]
-        total = sum(file.size for file in self._files)
-        done = total - sum(_stored_bytes(self._ranges[index]) for index in missing)
+        total = sum(_stored_bytes(part.range) for part in parts)
+        done = total - sum(_stored_bytes(parts[index].range) for index in missing)
         progress(done, total)
-        for row in self._run_tasks(folder, missing):
+        for row in self._run_tasks(folder, {index: parts[index] for index in missing}):
             if error := row["error"].as_py():
                 details = row["traceback"].as_py()
                 raise UnexpectedError(error, details) if details else DataError(error)
@@ -245,13 +289,14 @@ class _Build:
             done = min(done + row["bytes"].as_py(), total)
             progress(done, total)
 
-    def _run_tasks(self, folder: Path, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-        if not indices:
+    def _run_tasks(self, folder: Path, parts: Mapping[int, SourcePart]) -> Iterator[dict[str, Any]]:
+        if not parts:
             return iter(())
-        items = [{"index": index, **_as_row(self._ranges[index])} for index in indices]
+        rules = {repr(part.rule): part.rule for part in parts.values()}
+        items = [{"index": i, "rule": repr(part.rule), **_as_row(part.range)} for i, part in parts.items()]
         with ray_data.settings():
             ranges = ray.data.from_items(items, override_num_blocks=len(items))
-            written = ranges.flat_map(_WriteShard(folder, self._recipe), num_cpus=1)
+            written = ranges.flat_map(_WriteShard(folder, self._recipe, rules), num_cpus=1)
         return ray_data.rows(written)
 
 
@@ -261,12 +306,13 @@ class _WriteShard:
 
     folder: Path
     recipe: Recipe
+    rules: Mapping[str, DocumentRule]  # by their repr, which a row contains
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        index, path = row.pop("index"), row["path"]
+        index, rule, path = row.pop("index"), self.rules[row.pop("rule")], row["path"]
         reported, done = 0, 0
         try:
-            for done in write_shard(self.folder, index, _from_row(row), self.recipe):
+            for done in write_shard(self.folder, index, _from_row(row), self.recipe, rule):
                 if done - reported >= PROGRESS_BYTES:
                     yield _task_row(done - reported)
                     reported = done
@@ -294,15 +340,42 @@ def _from_row(row: dict[str, Any]) -> ByteRange:
     return ByteRange(SourceFile(**row), start, stop)
 
 
+def within_limits(parts: Sequence[SourcePart], max_line_bytes: int) -> list[SourcePart]:
+    """Return the parts up to the limit of each source; the rule of its last one has what is left of the limit.
+
+    The documents are counted in order and without tokenizing them, up to the limit. Tasks, which know their own part only,
+    could not stop at the same document, and packed shards cannot be cut.
+    """
+    counted: Counter[int] = Counter()
+    kept: list[SourcePart] = []
+    for part in parts:
+        rule, limit = part.rule, part.rule.limit
+        if limit is not None:
+            remaining = limit - counted[part.source]
+            if not remaining:
+                continue
+            rule = dataclasses.replace(rule, limit=remaining)
+            with RangeReader(part.range, max_line_bytes) as records:
+                n_documents = rule.count(records)
+            counted[part.source] += n_documents
+            if n_documents < remaining:
+                rule = dataclasses.replace(rule, limit=None)
+        kept.append(part._replace(rule=rule))
+    return kept
+
+
 def _merge_summaries(
-    files: Sequence[SourceFile], ranges: Sequence[ByteRange], summaries: Sequence[RangeSummary], **identity: Any
+    names: Mapping[int, str], ranges: Sequence[SourcePart], summaries: Sequence[RangeSummary], **identity: Any
 ) -> Manifest:
-    """Combine the summaries of all ranges into a manifest, whose line numbers are counted from the start of each file."""
-    names = dict(zip([file.path for file in files], _relative_paths(files), strict=True))
-    origins = [names[part.file.path] for part in ranges]
-    lines, documents, invalid = (_per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines"))
+    """Combine the summaries of all ranges into a manifest, whose line numbers are counted from the start of each file.
+
+    `names` are the names of the files by their number.
+    """
+    origins = [part.file for part in ranges]
+    counts = [_per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines", "filtered")]
+    _, documents, invalid, filtered = counts
     before = _lines_before(origins, summaries)
-    parts = list(zip(origins, before, summaries, strict=True))
+    parts = [(names[file], lines, summary) for file, lines, summary in zip(origins, before, summaries, strict=True)]
     first_dropped = (
         LineProblem(name, lines_before + summary.first_dropped[0], summary.first_dropped[1])
         for name, lines_before, summary in parts
@@ -314,7 +387,7 @@ def _merge_summaries(
         for line, reason in summary.first_bad_lines
     ]
     return Manifest(
-        files=tuple(FileSummary(name, lines[name], documents[name], invalid[name]) for name in names.values()),
+        files=tuple(FileSummary(name, *(count[file] for count in counts)) for file, name in names.items()),
         shards=tuple(
             ShardInfo(shard_name(index), summary.shard_bytes, summary.rows, name, lines_before, summary.shard_crc32)
             for index, (name, lines_before, summary) in enumerate(parts)
@@ -331,21 +404,22 @@ def _merge_summaries(
         characters=sum(summary.characters for summary in summaries),
         dropped_characters=sum(summary.dropped_characters for summary in summaries),
         first_dropped=next(first_dropped, None),
+        filtered=filtered.total(),
         **identity,
     )
 
 
-def _per_file(origins: Sequence[str], summaries: Sequence[RangeSummary], key: str) -> Counter[str]:
+def _per_file(origins: Sequence[int], summaries: Sequence[RangeSummary], key: str) -> Counter[int]:
     """Return the sum of one count over the ranges of each file; `origins` are the files of the ranges."""
-    totals: Counter[str] = Counter()
+    totals: Counter[int] = Counter()
     for origin, summary in zip(origins, summaries, strict=True):
         totals[origin] += getattr(summary, key)
     return totals
 
 
-def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> list[int]:
+def _lines_before(origins: Sequence[int], summaries: Sequence[RangeSummary]) -> list[int]:
     """Return for each range the number of lines of its file before it."""
-    seen: Counter[str] = Counter()
+    seen: Counter[int] = Counter()
     before = []
     for origin, summary in zip(origins, summaries, strict=True):
         before.append(seen[origin])
@@ -358,6 +432,7 @@ def empty_file_report(manifest: Manifest) -> list[str]:
     messages = [
         f"{file.path}: no document in {file.lines:,} lines"
         + f", {file.bad_lines:,} of them invalid" * bool(file.bad_lines)
+        + f", {file.filtered:,} left out by filter or sample" * bool(file.filtered)
         for file in manifest.files
         if not file.documents
     ]
@@ -368,9 +443,23 @@ def empty_file_report(manifest: Manifest) -> list[str]:
     ]
 
 
-def _refuse_empty(manifest: Manifest) -> None:
+def filter_report(manifest: Manifest) -> list[str]:
+    """Return one message about the documents that `filter` and `sample` leave out; no message if there are none."""
+    if not manifest.filtered:
+        return []
+    total = manifest.filtered + manifest.documents
+    first = manifest.files[0].path + f" and {len(manifest.files) - 1:,} more" * (len(manifest.files) > 1)
+    return [f"{first}: {manifest.filtered:,} of {total:,} documents left out by filter or sample"]
+
+
+def _refuse_empty(manifest: Manifest, rules: Sequence[DocumentRule]) -> None:
     """Raise `DataError` if no file contains a document."""
     if not manifest.documents:
+        if any(rule.split == "validation" for rule in rules):
+            raise DataError(
+                f"data.validation: no document of the sources is in the fraction {max(rule.held_out for rule in rules):g}; "
+                "raise it, or name a file"
+            )
         raise DataError(
             "\n".join([*empty_file_report(manifest), *invalid_line_report(manifest, verdict="refused")[:10]])
         )
@@ -420,16 +509,20 @@ def _stored_bytes(part: ByteRange) -> int:
     return min(part.stop, part.file.size) - part.start
 
 
-def _training_texts(files: Sequence[SourceFile]) -> Iterator[str]:
-    """Yield documents from the start of each file; their number of characters is proportional to the file's size."""
-    total = sum(file.size for file in files)
-    for file in files:
-        remaining = MAX_TRAINING_CHARACTERS * file.size // max(total, 1)
-        for text in documents([file]):
-            if remaining <= 0:
-                break
-            remaining -= len(text)
-            yield text
+def _training_texts(sources: Sequence[SourceText]) -> Iterator[str]:
+    """Yield documents from the start of each file, or of each source with a limit, which is counted over all of its files.
+
+    Their number of characters is proportional to the size of the file or source.
+    """
+    total = sum(file.size for source in sources for file in source.files)
+    for source in sources:
+        for files in [[file] for file in source.files] if source.rule.limit is None else [source.files]:
+            remaining = MAX_TRAINING_CHARACTERS * sum(file.size for file in files) // max(total, 1)
+            for text in documents(files, rule=source.rule):
+                if remaining <= 0:
+                    break
+                remaining -= len(text)
+                yield text
 
 
 def _build_once(path: Path, is_complete: Callable[[], bool], build: Callable[[], None]) -> None:

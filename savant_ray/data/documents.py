@@ -1,8 +1,30 @@
-"""Documents: the texts that a model is trained on, and which parts of them."""
+"""Makes documents of records: fields, templates, conversations, filters, and the split into training and validation text.
+
+A `DocumentRule` is a pure function of a record, except for `limit`, which counts documents. It is built from the settings of
+a source (`rule_of`) and is part of the identity of a token cache.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+from savant_ray.config import HeldOutConfig, Scalar, SourceConfig, TextConfig, TrainOn, parse_template
+from savant_ray.data.conversations import AUTO, ChatTemplate, ConversationError, Message, find_messages, plain_form
+from savant_ray.data.records import Record, json_type
+from savant_ray.data.sources import SourceFile
+
+DEFAULT_FIELD = "text"
+LIKELY_FIELDS = ("content", "body", "document", "raw_content")  # what other data sets call the text
+MAX_NAMED_FIELDS = 8  # in a message
+MAX_NAME_CHARACTERS = 40
+
+_MISSING = object()
 
 
 class Document(NamedTuple):
@@ -11,4 +33,274 @@ class Document(NamedTuple):
     number: int
     text: str = ""
     problem: str = ""
-    trained: tuple[tuple[int, int], ...] | None = None  # character ranges [start, stop) that are trained on; None: all
+    trained: tuple[tuple[int, int], ...] | None = None  # character ranges whose tokens are trained on; None: all
+    filtered: bool = False  # left out by `filter` or `sample`
+    special_tokens: bool = False  # names of special tokens in the text stand for these tokens: a chat template wrote it
+
+
+class _Text(NamedTuple):
+    text: str
+    trained: tuple[tuple[int, int], ...] | None = None
+    special_tokens: bool = False
+
+
+_TextFunction = Callable[[dict[str, Any]], _Text]
+
+
+class _InvalidRecordError(Exception):
+    """A record that is not a document; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class DocumentRule:
+    """How a source's records become documents; by default the text is the field `text`, or a conversation.
+
+    At most one of `text`, `template` and `messages` is set. Rules with the same `repr` give the same documents.
+    """
+
+    text: str | None = None  # name of a field; a.b is the field b of the object a
+    template: str | None = None  # "Question: {question}"
+    messages: str | None = None  # name of a field, or "auto"
+    train_on: TrainOn = "assistant"  # of conversations
+    chat_template: ChatTemplate | None = None  # None: conversations are written in the plain form
+    min_chars: int = 0
+    max_chars: int | None = None
+    equals: tuple[tuple[str, Scalar], ...] = ()  # names of fields and their values
+    sample: float = 1.0  # fraction of the documents
+    limit: int | None = None  # number of documents; None: all
+    held_out: float = 0.0  # fraction of the documents that is validation text
+    split: Literal["training", "validation"] = "training"  # which of the two to take
+
+    def documents(self, records: Iterable[Record]) -> Iterator[Document]:
+        """Yield the document of each record; stop after `limit` documents, counted before the split."""
+        remaining = self.limit
+        if remaining == 0:
+            return
+        text_of = self._text_function()
+        for record in records:
+            document = self._document(record, text_of)
+            if document.text and remaining is not None:
+                remaining -= 1
+            yield document if not document.text or self._takes(document.text) else Document(record.number)
+            if remaining == 0:
+                return
+
+    def count(self, records: Iterable[Record]) -> int:
+        """Return the number of documents that count towards `limit`, at most `limit`."""
+        text_of = self._text_function()
+        with_text = (record for record in records if self._document(record, text_of).text)
+        return sum(1 for _ in islice(with_text, self.limit))
+
+    def _document(self, record: Record, text_of: _TextFunction) -> Document:
+        """Return the document of a record, before the split."""
+        if record.value is None:
+            return Document(record.number, problem=record.problem)
+        if not all(_is_equal(_look_up(record.value, name), expected) for name, expected in self.equals):
+            return Document(record.number, filtered=True)
+        try:
+            text, trained, special_tokens = text_of(record.value)
+        except (_InvalidRecordError, ConversationError) as error:
+            return Document(record.number, problem=_printable(str(error)))
+        if len(text) < self.min_chars or (self.max_chars is not None and len(text) > self.max_chars):
+            return Document(record.number, filtered=True)
+        if self.sample < 1 and not _is_chosen(text, self.sample, purpose=b"sample"):
+            return Document(record.number, filtered=True)
+        return Document(record.number, text, trained=trained, special_tokens=special_tokens)
+
+    def _takes(self, text: str) -> bool:
+        """Return whether the text belongs to the side of the split that the rule takes."""
+        if not self.held_out:
+            return True
+        return _is_chosen(text, self.held_out, purpose=b"validation") == (self.split == "validation")
+
+    def _text_function(self) -> _TextFunction:
+        """Return the function that returns the text of a record or raises an error with the reason why there is none."""
+        if self.template is not None:
+            return _from_template(self.template)
+        if self.messages is not None:
+            return self._conversation
+        if self.text is not None:
+            return _from_field(self.text)
+        return self._text_or_conversation
+
+    def _text_or_conversation(self, value: dict[str, Any]) -> _Text:
+        if not isinstance(value.get(DEFAULT_FIELD), str) and (messages := find_messages(value)) is not None:
+            return self._rendered(messages)
+        return _Text(_field_text(value, DEFAULT_FIELD))
+
+    def _conversation(self, value: dict[str, Any]) -> _Text:
+        field = self.messages or AUTO
+        if (messages := find_messages(value, field)) is not None:
+            return self._rendered(messages)
+        if field != AUTO:
+            raise _InvalidRecordError(_missing(value, field))
+        raise _InvalidRecordError(
+            f'no conversation in "messages", "conversations" or "instruction" and "output" (found: {_names(value)})'
+        )
+
+    def _rendered(self, messages: Sequence[Message]) -> _Text:
+        for number, message in enumerate(messages, start=1):
+            _refuse_surrogates(f"message {number}", message["content"])
+        rendered = plain_form(messages) if self.chat_template is None else self.chat_template.render(messages)
+        if not rendered.text or rendered.text.isspace():
+            raise _InvalidRecordError("the chat template gives an empty text")
+        _refuse_surrogates("the conversation", rendered.text)
+        trained = rendered.answers if self.train_on == "assistant" else None
+        return _Text(rendered.text, trained, special_tokens=self.chat_template is not None)
+
+
+TEXT_RULE = DocumentRule()
+
+
+class SourceText(NamedTuple):
+    """Files, and the rule by which their records become documents."""
+
+    files: Sequence[SourceFile]
+    rule: DocumentRule = TEXT_RULE
+
+
+def rule_of(
+    settings: SourceConfig | HeldOutConfig,
+    chat_template: ChatTemplate | None = None,
+    held_out: float | None = None,
+    split: Literal["training", "validation"] = "training",
+) -> DocumentRule:
+    """Return the rule for a source or for validation text in files.
+
+    `held_out` is the fraction of the documents of all sources that is validation text; None: it is in other files.
+    """
+    conversion = _conversion(settings, chat_template)
+    if not isinstance(settings, SourceConfig):
+        return DocumentRule(**conversion)
+    conditions = settings.filter
+    return DocumentRule(
+        **conversion,
+        min_chars=conditions.min_chars or 0,
+        max_chars=conditions.max_chars,
+        equals=tuple(sorted((conditions.equals or {}).items())),
+        sample=settings.sample,
+        limit=settings.limit,
+        held_out=held_out or 0.0,
+        split=split,
+    )
+
+
+def _conversion(settings: TextConfig, chat_template: ChatTemplate | None) -> dict[str, Any]:
+    """Return the fields of a rule that determine the text of a record."""
+    is_text = settings.text is not None or settings.template is not None
+    return {
+        "text": settings.text,
+        "template": settings.template,
+        "messages": settings.messages,
+        # What no record is affected by must not change the identity of a token cache.
+        "train_on": "assistant" if is_text else settings.train_on or "assistant",
+        "chat_template": None if is_text else chat_template,
+    }
+
+
+def _from_field(name: str) -> _TextFunction:
+    return lambda value: _Text(_field_text(value, name))
+
+
+def _from_template(template: str) -> _TextFunction:
+    parts = parse_template(template)
+
+    def fill(value: dict[str, Any]) -> _Text:
+        texts: list[str] = []
+        for literal, name in parts:
+            texts.append(literal)
+            if name is not None:
+                texts.append(_template_value(value, name))
+        text = "".join(texts)
+        if text.isspace():
+            raise _InvalidRecordError("all fields of the template are empty")
+        return _Text(text)
+
+    return fill
+
+
+def _field_text(value: dict[str, Any], name: str) -> str:
+    """Return the text in a field.
+
+    Raises:
+        _InvalidRecordError: there is no such field, or it is not a string or blank, or not valid Unicode.
+    """
+    text = _look_up(value, name)
+    if not isinstance(text, str) or not text or text.isspace():
+        if text is _MISSING:
+            raise _InvalidRecordError(_missing(value, name) + _advice(value))
+        state = "empty" if isinstance(text, str) else f"{json_type(text)}, not a string"
+        raise _InvalidRecordError(f'"{name}" is {state}')
+    _refuse_surrogates(f'"{name}"', text)
+    return text
+
+
+def _template_value(value: dict[str, Any], name: str) -> str:
+    """Return the text of a field in a template; numbers and booleans are written as in JSON."""
+    found = _look_up(value, name)
+    if isinstance(found, str):
+        _refuse_surrogates(f'"{name}"', found)
+        return found
+    if found is _MISSING:
+        raise _InvalidRecordError(_missing(value, name))
+    if isinstance(found, float) and not math.isfinite(found):
+        raise _InvalidRecordError(f'"{name}" is not a finite number')
+    if not isinstance(found, bool | int | float):
+        raise _InvalidRecordError(f'"{name}" is {json_type(found)}, not a string, number or boolean')
+    try:
+        return json.dumps(found)
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise _InvalidRecordError(f'"{name}" is an integer with too many digits') from error
+
+
+def _look_up(value: dict[str, Any], name: str) -> Any:
+    """Return the value of a field; dots lead into objects, unless a field has the name with the dots."""
+    if name in value:
+        return value[name]
+    inner: Any = value
+    for part in name.split("."):
+        if not isinstance(inner, dict) or part not in inner:
+            return _MISSING
+        inner = inner[part]
+    return inner
+
+
+def _is_equal(found: Any, expected: Scalar) -> bool:
+    """Return whether values are equal as in JSON, where true is not 1."""
+    return isinstance(found, bool) == isinstance(expected, bool) and bool(found == expected)
+
+
+def _missing(value: dict[str, Any], name: str) -> str:
+    return f'no "{name}" field (found: {_names(value)})'
+
+
+def _advice(value: dict[str, Any]) -> str:
+    """Return what to set if another field obviously has the text."""
+    likely = [name for name in LIKELY_FIELDS if isinstance(value.get(name), str) and not value[name].isspace()]
+    return f"; if {likely[0]} has the text, set text: {likely[0]}" if len(likely) == 1 and value[likely[0]] else ""
+
+
+def _names(value: dict[str, Any]) -> str:
+    return ", ".join(name[:MAX_NAME_CHARACTERS] for name in sorted(value)[:MAX_NAMED_FIELDS]) or "nothing"
+
+
+def _printable(text: str) -> str:
+    """Return `text` with control characters and lone surrogates as escape sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _refuse_surrogates(name: str, text: str) -> None:
+    """Raise `_InvalidRecordError` if UTF-8 cannot hold the text."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise _InvalidRecordError(f"{name} contains half a surrogate pair ({half})") from None
+
+
+def _is_chosen(text: str, fraction: float, purpose: bytes) -> bool:
+    """Return whether the hash of a text is among the first `fraction` of all hashes, which differ by `purpose`."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=purpose).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 import pyarrow as pa
 
+from savant_ray.data.documents import TEXT_RULE, DocumentRule
 from savant_ray.data.formats import ENCODINGS
+from savant_ray.data.records import Record, json_type
 from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import error_text, printable
@@ -39,14 +41,6 @@ class ByteRange:
     stop: int
 
 
-class Line(NamedTuple):
-    """A line: a document (`text`), an invalid line (`problem`), or a blank line (neither)."""
-
-    number: int  # from 1 at the beginning of the range
-    text: str = ""
-    problem: str = ""
-
-
 def plan_ranges(files: Sequence[SourceFile], range_bytes: int | None = None) -> list[ByteRange]:
     """Divide `files` into ranges of `range_bytes`; a compressed or UTF-16 file is one range, an empty file none.
 
@@ -58,15 +52,21 @@ def plan_ranges(files: Sequence[SourceFile], range_bytes: int | None = None) -> 
     return [part for file in files for part in _divide(file, step)]
 
 
-def documents(files: Sequence[SourceFile], max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[str]:
-    """Yield the texts of the files in order; invalid lines are skipped."""
-    for part in plan_ranges(files):
-        with RangeReader(part, max_line_bytes) as lines:
-            yield from (line.text for line in lines if line.text)
+def documents(
+    files: Sequence[SourceFile], max_line_bytes: int = MAX_LINE_BYTES, rule: DocumentRule = TEXT_RULE
+) -> Iterator[str]:
+    """Yield the texts of the documents in the files in order; invalid lines are skipped."""
+
+    def records() -> Iterator[Record]:
+        for part in plan_ranges(files):
+            with RangeReader(part, max_line_bytes) as part_records:
+                yield from part_records
+
+    yield from (document.text for document in rule.documents(records()) if document.text)
 
 
 class RangeReader:
-    """Iterable of all lines of a range; holds one block and one line of at most `max_line_bytes` in memory.
+    """Iterable of the records of all lines of a range; holds one block and one line of at most `max_line_bytes` in memory.
 
     Raises:
         DataError: the file cannot be opened, read or decompressed.
@@ -88,7 +88,7 @@ class RangeReader:
     def __exit__(self, *_: object) -> None:
         self._stored.close()
 
-    def __iter__(self) -> Iterator[Line]:
+    def __iter__(self) -> Iterator[Record]:
         with self._errors_as_data_error():
             raw_lines = _split_lines(_range_blocks(self._stream, self._part), self._max_line_bytes)
             for number, raw in enumerate(raw_lines, start=1):
@@ -202,50 +202,42 @@ def _split_lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[bytes
         yield b"".join(parts) if size <= max_line_bytes else size
 
 
-def _parse(number: int, raw: bytes | int, max_line_bytes: int) -> Line:
+def _parse(number: int, raw: bytes | int, max_line_bytes: int) -> Record:
     if isinstance(raw, int):
-        return Line(number, problem=f"line of {raw:,} bytes, over the limit of {max_line_bytes:,}")
+        return Record(number, problem=f"line of {raw:,} bytes, over the limit of {max_line_bytes:,}")
     raw = raw.removeprefix(BYTE_ORDER_MARK)  # on any line, because files with a mark may have been concatenated
     if not raw or raw.isspace():
-        return Line(number)
+        return Record(number)
     try:
-        return Line(number, _text_of(raw))
+        return Record(number, _object_of(raw))
     except _InvalidLineError as error:
-        return Line(number, problem=str(error))
+        return Record(number, problem=str(error))
 
 
 class _InvalidLineError(Exception):
-    """A line that is not a document; the message is the reason."""
+    """A line that is not a JSON object; the message is the reason."""
 
 
-def _text_of(raw: bytes) -> str:
+def _object_of(raw: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
         value = _loads_leniently(raw)
     if not isinstance(value, dict):
-        raise _InvalidLineError(f"{_json_type(value)}, not an object")
-    text = value.get("text")
-    if not isinstance(text, str) or not text or text.isspace():
-        raise _InvalidLineError(_missing_text(value))
-    return text
+        raise _InvalidLineError(f"{json_type(value)}, not an object")
+    return value
 
 
 def _loads_leniently(raw: bytes) -> Any:
-    """Parse JSON that orjson rejects but Python accepts: NaN, deep nesting, lone surrogates outside `text`.
+    """Parse JSON that orjson rejects but Python accepts: NaN, deep nesting, lone surrogates.
 
     Raises:
         _InvalidLineError: Python rejects it as well.
     """
     try:
-        value = json.loads(raw.decode())
-        if isinstance(value, dict) and isinstance(value.get("text"), str):
-            value["text"].encode()
-        return value
+        return json.loads(raw.decode())
     except UnicodeDecodeError as error:
         reason = f"invalid UTF-8 (0x{raw[error.start]:02x} at byte {error.start + 1})"
-    except UnicodeEncodeError as error:
-        reason = f'"text" contains half a surrogate pair (\\u{ord(error.object[error.start]):04x})'
     except json.JSONDecodeError as error:
         if raw.rstrip().endswith((b"{", b"[", b",")) and raw.lstrip().startswith((b"{", b"[")):
             raise _InvalidLineError(
@@ -258,23 +250,3 @@ def _loads_leniently(raw: bytes) -> Any:
     except ValueError:
         reason = f"an integer of more than {sys.get_int_max_str_digits():,} digits"
     raise _InvalidLineError(reason)
-
-
-def _missing_text(value: dict[str, Any]) -> str:
-    if "text" not in value:
-        names = [_escaped(name[:40]) for name in sorted(value)[:8]]
-        return f'no "text" field (found: {", ".join(names) or "nothing"})'
-    text = value["text"]
-    return '"text" is empty' if isinstance(text, str) else f'"text" is {_json_type(text)}, not a string'
-
-
-def _escaped(name: str) -> str:
-    """Return `name` with control characters and lone surrogates as escape sequences."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
-def _json_type(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    names: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
-    return names.get(type(value), "a number")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
-from savant_ray.data.documents import Document
+from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule
 from savant_ray.data.jsonl import ByteRange, RangeReader, plan_ranges
 from savant_ray.data.overlap import digests_path, document_digests
 from savant_ray.data.packing import pack
@@ -79,9 +80,10 @@ class RangeSummary:
     characters: int = 0  # of the documents
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: tuple[int, str] | None = None  # line number and its dropped characters
+    filtered: int = 0  # lines that were left out by a filter or by sampling
 
     def count(self, document: Document) -> None:
-        """Count a document, an invalid line or a blank line."""
+        """Count a document, or the line that is none."""
         self.lines = document.number
         text = document.text
         if text:
@@ -95,6 +97,7 @@ class RangeSummary:
             self.bad_lines += 1
             if self.bad_lines <= MAX_NAMED_INVALID_LINES:
                 self.first_bad_lines.append((document.number, document.problem))
+        self.filtered += document.filtered
 
     def count_dropped(self, document: Document, dropped: int, characters: str) -> None:
         """Count the characters of a document that the tokenizer drops."""
@@ -135,16 +138,18 @@ def summary_name(index: int) -> str:
     return f"shard-{index:05d}.json"
 
 
-def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> Iterator[int]:
+def write_shard(
+    folder: Path, index: int, part: ByteRange, recipe: Recipe, rule: DocumentRule = TEXT_RULE
+) -> Iterator[int]:
     """Write shard and summary of a range; yield the number of its bytes that have been read so far.
 
     Raises:
         DataError: the file cannot be read, or the tokenizer cannot encode one of the lines.
     """
-    with RangeReader(part, recipe.max_line_bytes) as lines:
+    with RangeReader(part, recipe.max_line_bytes) as records:
         try:
-            for _ in write_documents(folder, index, (Document(*line) for line in lines), recipe):
-                yield lines.bytes_read
+            for _ in write_documents(folder, index, rule.documents(records), recipe):
+                yield records.bytes_read
         except UnencodableDocumentError as error:
             where = f"{part.file.path} line {_lines_before(part) + error.number:,}"
             raise DataError(f"{where}: {error}") from error
@@ -200,20 +205,22 @@ def _batches(documents: Iterable[Document], summary: RangeSummary) -> Iterator[l
     yield batch
 
 
-def check_encodable(file: SourceFile, tokenizer: Tokenizer, characters: int = BATCH_CHARACTERS) -> None:
+def check_encodable(
+    file: SourceFile, tokenizer: Tokenizer, rule: DocumentRule = TEXT_RULE, characters: int = BATCH_CHARACTERS
+) -> None:
     """Check that the tokenizer can encode the first `characters` of a file, so that a wrong one is reported early.
 
     Raises:
         DataError: the tokenizer cannot encode one of the lines, or the file cannot be read.
     """
     for part in plan_ranges([file])[:1]:
-        with RangeReader(part) as lines:
-            for line in lines:
+        with RangeReader(part) as records:
+            for document in rule.documents(records):
                 try:
-                    tokenizer.encode(line.text[:characters])
+                    tokenizer.encode(document.text[:characters])
                 except DataError as error:
-                    raise DataError(f"{file.path} line {line.number:,}: {error}") from error
-                characters -= len(line.text) + 1
+                    raise DataError(f"{file.path} line {document.number:,}: {error}") from error
+                characters -= len(document.text) + 1
                 if characters <= 0:
                     break
 
@@ -269,9 +276,12 @@ class _Chunk:
             self.tokens += len(ids)
 
     def _encode(self, batch: Sequence[Document]) -> list[MaskedDocument]:
-        texts = [document.text for document in batch]
         try:
-            return self._tokenizer.encode_masked_documents(texts, [document.trained for document in batch])
+            return [
+                document
+                for special_tokens, group in groupby(batch, key=lambda document: document.special_tokens)
+                for document in self._encode_alike(list(group), special_tokens)
+            ]
         except DataError:
             for document in batch:
                 try:
@@ -279,6 +289,10 @@ class _Chunk:
                 except DataError as error:
                     raise UnencodableDocumentError(document.number, str(error)) from error
             raise
+
+    def _encode_alike(self, documents: Sequence[Document], special_tokens: bool) -> list[MaskedDocument]:
+        texts, trained = [document.text for document in documents], [document.trained for document in documents]
+        return self._tokenizer.encode_masked_documents(texts, trained, special_tokens)
 
     def pack_rows(self, summary: RangeSummary) -> pa.RecordBatch:
         """Pack the documents into rows, add their counts to `summary`, and clear the chunk."""

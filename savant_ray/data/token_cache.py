@@ -91,6 +91,7 @@ class FileSummary:
     lines: int
     documents: int
     bad_lines: int
+    filtered: int = 0  # lines left out by a filter or by sampling
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Manifest:
     characters: int = 0  # of the documents
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: LineProblem | None = None  # the first line with such characters
+    filtered: int = 0  # lines left out by a filter or by sampling
 
     @property
     def padding(self) -> int:

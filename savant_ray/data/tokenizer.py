@@ -5,6 +5,7 @@ Wraps Hugging Face's `tokenizers`, so that no other module depends on the names 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import itertools
@@ -24,6 +25,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from savant_ray.config import Config
 from savant_ray.data.atomic_files import write_atomically
+from savant_ray.data.chat_template import load_chat_template
+from savant_ray.data.conversations import ChatTemplate
 from savant_ray.errors import DataError, SettingsError
 from savant_ray.locations import local_path
 
@@ -90,6 +93,7 @@ class Tokenizer:
         self.name = name
         self.end_name = end_of_document
         self._inner = inner
+        self._chat: ChatTemplate | None = None
         self._dropped: dict[str, bool] = {}  # character -> whether the vocabulary lacks it
         self.prefix, self._template_suffix = ((), ()) if add_special_tokens is False else _template(inner, name)
         self.adds_special_tokens = bool(self.prefix or self._template_suffix)
@@ -110,14 +114,17 @@ class Tokenizer:
     ) -> Tokenizer:
         """Load a tokenizer.json, a folder that contains one, or a Hugging Face model such as `albert-base-v2`.
 
+        A chat template is taken from `chat_template.jinja` or `tokenizer_config.json` beside it.
+
         Raises:
             DataError: it does not exist, cannot be read, or has no vocabulary.
             SettingsError: the vocabulary lacks `end_of_document`, or the tokenizer has no template that can be used.
         """
         path = local_path(str(spec), "tokenizer", DataError)
         path = path / "tokenizer.json" if os.path.isdir(path) else path  # noqa: PTH112 - Path.is_dir raises for a name too long
+        is_file = os.path.isfile(path)  # noqa: PTH113
         try:
-            if os.path.isfile(path):  # noqa: PTH113
+            if is_file:
                 inner = tokenizers.Tokenizer.from_file(str(path))
             elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(spec)) or path.suffix == ".json":
                 raise DataError(f"tokenizer {spec}: no such tokenizer.json, nor a folder that contains one")
@@ -131,7 +138,9 @@ class Tokenizer:
             raise DataError(_load_error(spec, path, error)) from error
         if not inner.get_vocab_size(with_added_tokens=False):
             raise DataError(f"tokenizer {spec}: it has no vocabulary, so it cannot encode any text")
-        return cls(inner, f"the tokenizer {spec}", end_of_document, add_special_tokens)
+        tokenizer = cls(inner, f"the tokenizer {spec}", end_of_document, add_special_tokens)
+        tokenizer._chat = load_chat_template(path.parent if is_file else str(spec))
+        return tokenizer
 
     @classmethod
     def from_json(
@@ -152,7 +161,9 @@ class Tokenizer:
         """
         end = self.end_name if end_of_document is None else end_of_document
         adds = self.adds_special_tokens if add_special_tokens == "auto" else add_special_tokens
-        return Tokenizer(self._inner, self.name, end, adds)
+        tokenizer = Tokenizer(self._inner, self.name, end, adds)
+        tokenizer._chat = self._chat
+        return tokenizer
 
     def to_json(self) -> str:
         """Return the tokenizer as JSON, without the arguments `name`, `end_of_document` and `add_special_tokens`."""
@@ -235,30 +246,60 @@ class Tokenizer:
         """Return the entry of an id in the vocabulary; "" if it has none."""
         return self._inner.id_to_token(token) or ""
 
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_documents(self, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
         """Return the ids of each text as a document: `prefix`, text, `suffix`.
+
+        With `special_tokens`, names of special tokens in the texts stand for these tokens, as a chat template writes them.
 
         Raises:
             DataError: as `encode_batch`, or the tokenizer has no end-of-document token.
         """
-        return [[*self.prefix, *ids, *self.suffix] for ids in self.encode_batch(texts)]
+        with self._names_as_special_tokens(special_tokens):
+            return [[*self.prefix, *ids, *self.suffix] for ids in self.encode_batch(texts)]
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template that was found beside the file of the tokenizer; None if there is none.
+
+        Raises:
+            DataError: the tokenizer has no end-of-document token.
+        """
+        if self._chat is None:
+            return None
+        prefix, suffix = (
+            "".join(self._inner.id_to_token(number) or "" for number in ids) for ids in (self.prefix, self.suffix)
+        )
+        special_tokens = tuple(_special_tokens(self._inner))
+        return dataclasses.replace(self._chat, special_tokens=special_tokens, prefix=prefix, suffix=suffix)
 
     def encode_masked_documents(
-        self, texts: Sequence[str], trained: Sequence[CharacterRanges | None]
+        self, texts: Sequence[str], trained: Sequence[CharacterRanges | None], special_tokens: bool = False
     ) -> list[MaskedDocument]:
         """Return the ids of each text as a document, and which of them are trained on.
 
         `trained` has the character ranges of each text that are trained on; None: all of its ids are. An id is trained on
         if at least one of its characters is. The prefix is not, and the suffix is if a range reaches the end of the text.
+        `special_tokens` is that of `encode_documents`.
 
         Raises:
             DataError: as `encode_documents`.
         """
         pairs = list(zip(texts, trained, strict=True))
-        plain = iter(self.encode_documents([text for text, ranges in pairs if ranges is None]))
-        return [
-            _all_trained(next(plain)) if ranges is None else self._encode_masked(text, ranges) for text, ranges in pairs
-        ]
+        plain = iter(self.encode_documents([text for text, ranges in pairs if ranges is None], special_tokens))
+        with self._names_as_special_tokens(special_tokens):
+            return [
+                _all_trained(next(plain)) if ranges is None else self._encode_masked(text, ranges)
+                for text, ranges in pairs
+            ]
+
+    @contextmanager
+    def _names_as_special_tokens(self, enabled: bool) -> Iterator[None]:
+        """Encode names of special tokens in a text as these tokens, instead of as text; not thread-safe."""
+        self._inner.encode_special_tokens = not enabled
+        try:
+            yield
+        finally:
+            self._inner.encode_special_tokens = True
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text as a prompt: `prefix`, text; empty for a text without tokens.
@@ -342,6 +383,7 @@ class Tokenizer:
         ids, is_trained = list(self.prefix), [np.zeros(len(self.prefix), dtype=bool)]
         begin = 0
         for segment in _segments(text):
+            self._with_offsets.encode_special_tokens = self._inner.encode_special_tokens
             with self._errors_as_data_error():
                 encoding = self._with_offsets.encode(segment, add_special_tokens=False)
             starts, stops = begin + np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
@@ -359,7 +401,6 @@ class Tokenizer:
         if self._inner.post_processor is None:
             return self._inner
         copy = tokenizers.Tokenizer.from_str(self.to_json())
-        copy.encode_special_tokens = True
         copy.post_processor = None
         return copy
 

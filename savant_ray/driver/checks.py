@@ -67,7 +67,7 @@ def refuse_inputs_in_the_run(config: Config, storage: RunStorage) -> None:
         SettingsError: `run.init_from`, the tokenizer or text lies in the folder of the run.
     """
     inputs = [("run.init_from", config.run.init_from), ("data.tokenizer", config.data.tokenizer)]
-    inputs += [("data.validation", path) for path in path_list(config.data.validation)]
+    inputs += [("data.validation", path) for path in path_list(config.data.held_out.path)]
     for number, source in enumerate(config.data.sources):
         inputs += [(f"data.sources[{number}].path", path) for path in path_list(source.path)]
     for setting, path in inputs:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from savant_ray.config import Config, SourceConfig
+from savant_ray.data.conversations import ChatTemplate
+from savant_ray.data.documents import SourceText, rule_of
 from savant_ray.data.overlap import split_held_out
 from savant_ray.data.quickstart import write_quickstart
 from savant_ray.data.shard_writer import check_encodable
@@ -23,10 +25,25 @@ SHOWN_FILES = 5  # in a message
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of each training source, and those of the validation text."""
+    """The files of each training source, and those of the validation text; none if it is a fraction of the sources."""
 
     sources: list[tuple[SourceConfig, list[SourceFile]]]
     validation: list[SourceFile]
+
+    def training_texts(self, config: Config, chat_template: ChatTemplate | None) -> list[SourceText]:
+        """Return the training text of each source, with the rule by which records become documents."""
+        fraction = config.data.held_out.fraction
+        return [SourceText(files, rule_of(source, chat_template, fraction)) for source, files in self.sources]
+
+    def validation_texts(self, config: Config, chat_template: ChatTemplate | None) -> list[SourceText]:
+        """Return the validation text: one text, or the held-out documents of each source."""
+        held_out = config.data.held_out
+        if held_out.fraction is None:
+            return [SourceText(self.validation, rule_of(held_out, chat_template))]
+        return [
+            SourceText(files, rule_of(source, chat_template, held_out.fraction, "validation"))
+            for source, files in self.sources
+        ]
 
 
 def find_data_files(config: Config, report: RunReport) -> DataFiles:
@@ -43,7 +60,8 @@ def find_data_files(config: Config, report: RunReport) -> DataFiles:
     cache_dir = Path(config.data.cache_dir)
     create_writable_folder(cache_dir, "data.cache_dir")
     sources = _find_sources(config.data.sources, report.notify)
-    validation = _expand(config.data.validation, "data.validation", report.notify)
+    path = config.data.held_out.path
+    validation = _expand(path, "data.validation", report.notify) if path is not None else []
     return DataFiles(_without_validation(sources, validation, cache_dir, report.notify), validation)
 
 
@@ -58,17 +76,21 @@ def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | 
     """
     if tokenizer is None:
         return
-    for source_files in [*(source_files for _, source_files in files.sources), files.validation]:
-        check_encodable(source_files[0], tokenizer)
+    template = tokenizer.chat_template
+    texts = files.training_texts(config, template)
+    if files.validation:
+        texts += files.validation_texts(config, template)
+    for text in texts:
+        check_encodable(text.files[0], tokenizer, text.rule)
     refuse_unencodable_prompts(tokenizer, config)
 
 
-def path_list(paths: str | list[str]) -> list[str]:
+def path_list(paths: str | list[str] | None) -> list[str]:
     """Return the paths of a setting that takes one or several."""
-    return [paths] if isinstance(paths, str) else list(paths)
+    return [paths] if isinstance(paths, str) else list(paths or ())
 
 
-def short_name(paths: str | list[str]) -> str:
+def short_name(paths: str | list[str] | None) -> str:
     """Return the last parts of the paths, for messages."""
     return ", ".join(parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in path_list(paths))
 
@@ -76,7 +98,7 @@ def short_name(paths: str | list[str]) -> str:
 def _write_missing_quickstart(config: Config, report: RunReport) -> None:
     """Write the quickstart's files into the folder of the first source if one of the configured files is missing."""
     paths = [path for source in config.data.sources for path in path_list(source.path)]
-    if all(os.path.exists(path) for path in paths + path_list(config.data.validation)):  # noqa: PTH110 - Path.exists raises for a name too long
+    if all(os.path.exists(path) for path in paths + path_list(config.data.held_out.path)):  # noqa: PTH110 - Path.exists raises for a name too long
         return
     report.begin_stage("writing the quickstart's text")
     write_quickstart(Path(paths[0]).parent, log=report.notify)

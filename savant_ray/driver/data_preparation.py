@@ -10,11 +10,11 @@ from pathlib import Path
 
 from savant_ray.cluster.session import ray_session
 from savant_ray.config import WEIGHT_RESOLUTION, Config, SourceConfig
-from savant_ray.data.cache_builder import empty_file_report, train_or_load_tokenizer
+from savant_ray.data.cache_builder import empty_file_report, filter_report, train_or_load_tokenizer
 from savant_ray.data.cache_builder import prepare as prepare_files
+from savant_ray.data.documents import SourceText
 from savant_ray.data.order import Weight, weights_by_documents
 from savant_ray.data.overlap import count_overlapping_documents
-from savant_ray.data.sources import SourceFile
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
 from savant_ray.data.tokenizer import Tokenizer
@@ -62,15 +62,18 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
     cache_dir = Path(config.data.cache_dir)
     if tokenizer is None:
         report.begin_stage("training the tokenizer")
-        training_files = [file for _, source_files in files.sources for file in source_files]
-        tokenizer = train_or_load_tokenizer(training_files, cache_dir, config.model.vocab_size)
+        training_texts = files.training_texts(config, chat_template=None)
+        tokenizer = train_or_load_tokenizer(training_texts, cache_dir, config.model.vocab_size)
         refuse_too_large(tokenizer, config)
     tokenizer_path = _write_tokenizer(tokenizer, cache_dir)
+    names = [short_name(source.path) for source, _ in files.sources]
+    training_texts = files.training_texts(config, tokenizer.chat_template)
     caches = [
-        _tokenize(f"tokenizing {short_name(source.path)}", source_files, tokenizer, config, report)
-        for source, source_files in files.sources
+        _tokenize(f"tokenizing {name}", [text], tokenizer, config, report)
+        for name, text in zip(names, training_texts, strict=True)
     ]
-    validation = _tokenize("tokenizing the validation text", files.validation, tokenizer, config, report)
+    validation_texts = files.validation_texts(config, tokenizer.chat_template)
+    validation = _tokenize("tokenizing the validation text", validation_texts, tokenizer, config, report)
     if overlap := count_overlapping_documents(validation, caches):
         report.notify(
             f"{overlap:,} of {validation.manifest.documents:,} validation documents are also in the training text, word "
@@ -82,10 +85,10 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
         seed=config.run.seed,
         effective_batch=config.training.effective_batch,
     )
-    counts = (_counts(short_name(source.path), cache) for (source, _), cache in zip(files.sources, caches, strict=True))
-    report.add_event(
-        DataPrepared(sources=tuple(counts), validation=_counts(short_name(config.data.validation), validation))
-    )
+    held_out = config.data.held_out
+    held_out_name = f"{held_out.fraction:.2%} of the sources" if held_out.fraction else short_name(held_out.path)
+    counts = tuple(_counts(name, cache) for name, cache in zip(names, caches, strict=True))
+    report.add_event(DataPrepared(sources=counts, validation=_counts(held_out_name, validation)))
     identity = repr((tokenizer.fingerprint, [cache.fingerprint for cache in caches], plan.weights))
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return PreparedData(tokenizer, tokenizer_path, plan, validation.folder, fingerprint)
@@ -104,12 +107,12 @@ def _write_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
 
 
 def _tokenize(
-    title: str, files: list[SourceFile], tokenizer: Tokenizer, config: Config, report: RunReport
+    title: str, texts: list[SourceText], tokenizer: Tokenizer, config: Config, report: RunReport
 ) -> TokenCache:
-    """Return the token cache of the files; report skipped lines, empty files and dropped characters."""
+    """Return the token cache of the texts; report skipped and filtered lines, empty files and dropped characters."""
     report.begin_stage(title)
     cache = prepare_files(
-        files,
+        texts,
         tokenizer,
         config.model.max_seq_len,
         config.data.cache_dir,
@@ -118,8 +121,11 @@ def _tokenize(
         progress=lambda done, total: report.progress(done, total, "bytes"),
         log=report.notify,
     )
+    if any(text.rule.split == "validation" for text in texts):
+        return cache  # its lines were reported with the training text of the same files
     for message in [
         *invalid_line_report(cache.manifest),
+        *filter_report(cache.manifest),
         *empty_file_report(cache.manifest),
         *dropped_report(cache.manifest, tokenizer.name),
     ]:
@@ -153,4 +159,5 @@ def _sequence_weights(
 
 def _counts(name: str, cache: TokenCache) -> TextCounts:
     manifest = cache.manifest
-    return TextCounts(name, manifest.documents, manifest.tokens, manifest.rows, manifest.padding, manifest.bad_lines)
+    counts = (manifest.documents, manifest.tokens, manifest.rows, manifest.padding, manifest.bad_lines)
+    return TextCounts(name, *counts, filtered=manifest.filtered)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from savant_ray.config import Config
+from savant_ray.data.documents import rule_of
 from savant_ray.data.jsonl import documents
 from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
@@ -165,10 +166,31 @@ def by_depth(
 def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[MicroBatch]:
     """Yield one sequence for each of the first validation documents; nothing if they cannot be read."""
     try:
-        texts = list(islice(documents(expand(config.data.validation)), LOSS_DOCUMENTS))
+        texts = list(islice(_held_out_texts(config, tokenizer), LOSS_DOCUMENTS))
     except DataError:
         return
     for ids, is_trained in tokenizer.encode_masked_documents(texts, [None] * len(texts)):
         tokens_1T = torch.tensor([ids[: config.model.max_seq_len]])
         is_trained_1T = torch.from_numpy(is_trained[None, : tokens_1T.shape[1]])
         yield MicroBatch(tokens_1T, torch.zeros_like(tokens_1T), is_trained_1T, positions=())
+
+
+def _held_out_texts(config: Config, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the validation documents: those of files, or the held-out fraction of each source.
+
+    Raises:
+        DataError: the text cannot be read.
+    """
+    held_out = config.data.held_out
+    if held_out.path is not None:
+        yield from documents(expand(held_out.path), rule=rule_of(held_out, tokenizer.chat_template))
+        return
+    for source in config.data.sources:
+        rule = rule_of(source, tokenizer.chat_template, held_out.fraction, "validation")
+        try:
+            files = expand(source.path)
+        except DataError:
+            if not source.optional:
+                raise
+        else:
+            yield from documents(files, rule=rule)

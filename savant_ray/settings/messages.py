@@ -68,8 +68,8 @@ def validation_messages(error: ValidationError, names: Sequence[str]) -> Iterato
     for problem in error.errors():
         by_name.setdefault(_dotted(problem["loc"]), []).append(problem)
     for name, problems in by_name.items():
-        if any(other.startswith(f"{name}[") for other in by_name):
-            continue  # the error is reported for an item of this list
+        if any(other.startswith((f"{name}[", f"{name}.")) for other in by_name):
+            continue  # the error is reported for an item of this list or a field of this section
         yield _message(name, problems, names)
 
 
@@ -127,11 +127,11 @@ def _describe(problem: Any, name: str, names: Sequence[str]) -> str:
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    """Return a pydantic location as `data.sources[0].path`, without the names of a union's members."""
+    """Return a pydantic location as `data.sources[0].path`, without the names of a union's members (types and classes)."""
     parts = [
         p
         for p in location
         if isinstance(p, int)
-        or not re.match(r"(bool|str|list|literal|constrained-str|constrained-int|function-after)(\[|$)", p)
+        or not re.match(r"(bool|int|float|str|list|literal|constrained-\w+|function-after)(\[|$)|[A-Z]\w*Config$", p)
     ]
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")

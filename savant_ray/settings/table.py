@@ -71,7 +71,7 @@ def _plain_types(annotation: Any) -> tuple[type, ...]:
     """Return the types that an annotation accepts, with unions and `Annotated` resolved."""
     origin = get_origin(annotation)
     if isinstance(annotation, type) and origin is None:
-        return (annotation,)
+        return (dict,) if issubclass(annotation, BaseModel) else (annotation,)
     if origin in (list, dict):
         return (origin,)
     members = get_args(annotation)[:1] if origin is Annotated else get_args(annotation)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from savant_ray.config import Config
+from savant_ray.config import Config, HeldOutConfig
 from savant_ray.errors import SettingsError
 from savant_ray.locations import absolute_path, is_uri, local_path, printable, runs_below_home, split_query
 
@@ -31,7 +31,7 @@ def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path)
         run["init_from"] = _absolute(config.run.init_from, output_folder, "run.init_from")
     data: dict[str, Any] = {
         "cache_dir": _absolute(config.data.cache_dir, output_folder, "data.cache_dir"),
-        "validation": _absolute(config.data.validation, input_folder, "data.validation"),
+        "validation": _absolute_validation(config.data.validation, input_folder),
         "sources": [
             source.model_copy(update={"path": _absolute(source.path, input_folder, f"data.sources[{number}].path")})
             for number, source in enumerate(config.data.sources)
@@ -62,6 +62,14 @@ def _absolute(path: str | list[str], folder: Path, setting: str) -> str | list[s
     if isinstance(path, list):
         return [absolute_path(item, folder, f"{setting}[{number}]") for number, item in enumerate(path)]
     return absolute_path(path, folder, setting)
+
+
+def _absolute_validation(validation: str | list[str] | HeldOutConfig, folder: Path) -> str | list[str] | HeldOutConfig:
+    if not isinstance(validation, HeldOutConfig):
+        return _absolute(validation, folder, "data.validation")
+    if validation.path is None:
+        return validation
+    return validation.model_copy(update={"path": _absolute(validation.path, folder, "data.validation.path")})
 
 
 def _absolute_tokenizer(tokenizer: str, folder: Path) -> str:

@@ -24,7 +24,7 @@ LINES: list[tuple[bytes, str | None]] = [
     (b'"text"', "a string, not an object"),
     (b"17", "a number, not an object"),
     (b"null", "null, not an object"),
-    (b'{"id": 7, "body": "x"}', 'no "text" field (found: body, id)'),
+    (b'{"id": 7, "body": "x"}', 'no "text" field (found: body, id); if body has the text, set text: body'),
     (b"{}", 'no "text" field (found: nothing)'),
     (b"   \t \r", None),
     (_object(None), '"text" is null, not a string'),

@@ -14,20 +14,21 @@ from hypothesis import strategies as st
 from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 
 from savant_ray.data import jsonl
-from savant_ray.data.jsonl import ByteRange, Line, RangeReader, documents, plan_ranges
+from savant_ray.data.documents import Document, DocumentRule
+from savant_ray.data.jsonl import ByteRange, RangeReader, documents, plan_ranges
 from savant_ray.data.sources import SourceFile, expand
 from savant_ray.errors import DataError
 
 MIB = 1 << 20
 
 
-def read(path: Path, range_bytes: int | None = None, max_line_bytes: int = MAX_LINE_BYTES) -> list[Line]:
+def read(path: Path, range_bytes: int | None = None, max_line_bytes: int = MAX_LINE_BYTES) -> list[Document]:
     """Read a file range by range; return all lines, numbered from the start of the file."""
-    lines: list[Line] = []
+    lines: list[Document] = []
     for part in plan_ranges(expand(str(path)), range_bytes):
         with RangeReader(part, max_line_bytes) as reader:
             before = len(lines)
-            lines += [line._replace(number=line.number + before) for line in reader]
+            lines += [line._replace(number=line.number + before) for line in DocumentRule().documents(reader)]
     return lines
 
 

@@ -1,0 +1,320 @@
+"""Renders conversations as text: by the chat template of a tokenizer, or in a plain form.
+
+Three shapes of records are conversations: `messages: [{role, content}, …]`, ShareGPT's `conversations: [{from, value}, …]`,
+and `instruction` with `output` and optionally `input`. The plain form is the one of the validation prompt:
+
+    Text of the system message
+
+    Question: …
+    Answer: …
+
+    Question: …
+    Answer: …
+
+Besides the text, the character ranges that the assistant writes are returned: the content of its messages and what ends
+its turn, so that the model learns to stop.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from savant_ray.data.records import json_type
+
+Message = dict[str, Any]  # at least "role" and "content", both strings
+Ranges = tuple[tuple[int, int], ...]  # of characters, [start, stop)
+
+AUTO = "auto"  # instead of the name of a field: any of the three shapes
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # mark a range while a template is rendered; Unicode reserves them for internal use
+# Templates that write the current date get this one, so that the same conversations always give the same token cache.
+FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"}
+SHOWN_CHARACTERS = 200  # of the message of a template
+
+
+class ConversationError(Exception):
+    """A record that cannot be rendered as a conversation; the message is the reason."""
+
+
+class Rendered(NamedTuple):
+    """Text of a conversation, and the ranges that the assistant writes."""
+
+    text: str
+    answers: Ranges
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja template as `tokenizer_config.json` or `chat_template.jinja` contains it.
+
+    `prefix` and `suffix` are the special tokens that the tokenizer adds to each document. A rendered text that begins or
+    ends with them loses them, so that they are not there twice.
+    """
+
+    source: str
+    variables: tuple[tuple[str, str], ...] = ()  # names and values: bos_token, eos_token, …
+    special_tokens: tuple[str, ...] = ()  # of the vocabulary; contents must not contain them
+    prefix: str = ""
+    suffix: str = ""
+    problem: str = ""  # why there is no template that could be rendered; then `source` is empty
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """Render a conversation.
+
+        The ranges are those of the template's `{% generation %}` blocks. A template without such blocks is rendered a second
+        time with marks around the contents of the assistant, and once for the messages up to each of them: what follows the
+        content in the latter ends the turn.
+
+        Raises:
+            ConversationError: the template refuses the conversation or alters the assistant's contents.
+        """
+        if self.problem:
+            raise ConversationError(self.problem)
+        for number, message in enumerate(messages):
+            for forbidden in (OPEN, CLOSE, *self.special_tokens):
+                if forbidden in message["content"]:
+                    token = "a reserved character" if forbidden in (OPEN, CLOSE) else f"the special token {forbidden}"
+                    raise ConversationError(f"message {number + 1} contains {token}")
+        marked = self._render(messages)
+        text, blocks = _without_marks(marked)
+        answers = blocks if blocks else self._contents(messages, text)
+        if blocks is None or answers is None:
+            raise ConversationError("the chat template changes the contents of the assistant, so they cannot be found")
+        return self._without_affixes(text, answers)
+
+    def _contents(self, messages: Sequence[Message], text: str) -> Ranges | None:
+        """Return the range of each message of the assistant, None if the rendered contents cannot be found."""
+        indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        contents = self._marked_contents(messages, text)
+        if contents is None or len(contents) != len(indices):
+            return None
+        turn_end = self._turn_end()
+        answers = []
+        for index, (start, stop) in zip(indices, contents, strict=True):
+            until_here = text if index == len(messages) - 1 else self._prefix(messages[: index + 1])
+            if text.startswith(until_here) and len(until_here) >= stop:
+                answers.append((start, len(until_here)))
+            else:  # the template writes earlier turns in another way than the last one
+                answers.append((start, stop + len(turn_end) * text.startswith(turn_end, stop)))
+        return tuple(answers)
+
+    def _marked_contents(self, messages: Sequence[Message], text: str) -> Ranges | None:
+        """Return the ranges of the contents, with the white space around them if the template keeps it."""
+        for mark in (_mark_all, _mark_inside_space):
+            marked = [{**m, "content": mark(m["content"])} if m["role"] == "assistant" else m for m in messages]
+            try:
+                unmarked, contents = _without_marks(self._render(marked))
+            except ConversationError:
+                continue
+            if unmarked == text and contents is not None:
+                return contents
+        return None
+
+    def _prefix(self, messages: Sequence[Message]) -> str:
+        """Return the text of the first messages; a template that refuses them has none."""
+        try:
+            return self._render(messages)
+        except ConversationError:
+            return OPEN  # begins no text
+
+    def _turn_end(self) -> str:
+        """Return what the template writes after the last content of the assistant."""
+        probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": f"{OPEN}Answer{CLOSE}"}]
+        try:
+            return self._render(probe).rpartition(CLOSE)[2]
+        except ConversationError:
+            return ""
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        try:
+            return _compiled(self.source).render(
+                messages=list(messages), tools=None, documents=None, **dict(self.variables)
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ConversationError(f"the chat template is invalid (line {error.lineno}: {error.message})") from error
+        except Exception as error:  # a template may compute anything, and raises what Python raises
+            reason = " ".join(str(error).split())[:SHOWN_CHARACTERS] or type(error).__name__
+            raise ConversationError(f"the chat template refuses the conversation ({reason})") from error
+
+    def _without_affixes(self, text: str, answers: Ranges) -> Rendered:
+        begin = len(self.prefix) if self.prefix and text.startswith(self.prefix) else 0
+        end = len(text)
+        if self.suffix and (stripped := text.rstrip()).endswith(self.suffix):
+            end = max(len(stripped) - len(self.suffix), begin)
+        clipped = ((min(max(start, begin), end) - begin, min(max(stop, begin), end) - begin) for start, stop in answers)
+        return Rendered(text[begin:end], tuple(clipped))
+
+
+def plain_form(messages: Sequence[Message]) -> Rendered:
+    """Render a conversation in the plain form.
+
+    A prompt for the model ends with `Answer:`, so the space after it belongs to the answer, and so does the blank line that
+    separates it from the next question.
+
+    Raises:
+        ConversationError: a role is none of system, user and assistant.
+    """
+    parts: list[str] = []
+    answers: list[tuple[int, int]] = []
+    length = 0
+    labels = {"system": "", "developer": "", "user": "Question:", "assistant": "Answer:"}
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role not in labels:
+            raise ConversationError(
+                f'the role {json.dumps(role)} of message {number} has no place in "Question: …, Answer: …"; it needs '
+                "a chat template"
+            )
+        is_last = number == len(messages)
+        content = message["content"].strip()
+        before = f"{labels[role]} " if labels[role] else ""
+        after = "" if is_last else "\n" if role == "user" else "\n\n"
+        if role == "assistant":
+            answers.append((length + len(labels[role]), length + len(before) + len(content) + len(after)))
+        parts.append(before + content + after)
+        length += len(parts[-1])
+    return Rendered("".join(parts), tuple(answers))
+
+
+def find_messages(value: dict[str, Any], field: str = AUTO) -> list[Message] | None:
+    """Return the messages of a record; None if it has no conversation.
+
+    `field` is the name of the list of messages, or `AUTO` for the three known shapes.
+
+    Raises:
+        ConversationError: a message has no role or no content, or the assistant writes nothing.
+    """
+    if field != AUTO:
+        messages = value.get(field)
+        return None if messages is None else _messages_of(field, messages)
+    for name in ("messages", "conversations"):
+        if isinstance(value.get(name), list):
+            return _messages_of(name, value[name])
+    if isinstance(value.get("instruction"), str) and isinstance(value.get("output"), str):
+        return _of_instruction(value)
+    return None
+
+
+def _of_instruction(value: dict[str, Any]) -> list[Message]:
+    instruction, addition, output = value["instruction"], value.get("input"), value["output"]
+    for name in ("instruction", "output"):
+        if _is_blank(value[name]):
+            raise ConversationError(f'"{name}" is empty')
+    if addition is not None and not isinstance(addition, str):
+        raise ConversationError(f'"input" is {json_type(addition)}, not a string')
+    question = instruction if _is_blank(addition or "") else f"{instruction}\n\n{addition}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+
+
+def _messages_of(field: str, messages: Any) -> list[Message]:
+    if not isinstance(messages, list):
+        raise ConversationError(f'"{field}" is {json_type(messages)}, not an array')
+    normalized = [_message(f'"{field}"', number, message) for number, message in enumerate(messages, start=1)]
+    # Data sets that have a field for the system message leave it empty where there is none.
+    present = [message for message in normalized if not (message["role"] == "system" and _is_blank(message["content"]))]
+    for number, message in enumerate(present, start=1):
+        if _is_blank(message["content"]):
+            raise ConversationError(f'message {number} of "{field}" is empty')
+    if not any(message["role"] == "assistant" for message in present):
+        raise ConversationError(f'"{field}" contains no message of the assistant')
+    return present
+
+
+def _message(field: str, number: int, message: Any) -> Message:
+    if not isinstance(message, dict):
+        raise ConversationError(f"message {number} of {field} is {json_type(message)}, not an object")
+    keys = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+    role, content = (message.get(key) for key in keys)
+    if isinstance(content, list):
+        content = _text_of_parts(content)
+    for key, text in zip(keys, (role, content), strict=True):
+        if not isinstance(text, str):
+            state = f"is {json_type(text)}, not a string" if key in message else "is missing"
+            raise ConversationError(f'"{key}" of message {number} of {field} {state}')
+    others = {key: item for key, item in message.items() if key not in keys}
+    return {**others, "role": ROLES.get(str(role), role), "content": content}
+
+
+def _text_of_parts(parts: list[Any]) -> Any:
+    """Return the text of a content in parts, `[{"type": "text", "text": …}]`; other contents are returned as they are."""
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    strings = [text for text in texts if isinstance(text, str)]
+    return "".join(strings) if parts and len(strings) == len(parts) else parts
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
+def _mark_all(content: str) -> str:
+    return f"{OPEN}{content}{CLOSE}"
+
+
+def _mark_inside_space(content: str) -> str:
+    """Mark the content without the white space around it, which some templates remove."""
+    stripped = content.strip()
+    return content.replace(stripped, f"{OPEN}{stripped}{CLOSE}", 1)
+
+
+def _without_marks(marked: str) -> tuple[str, Ranges | None]:
+    """Return the text without marks and the ranges that they enclosed; None if they are not balanced."""
+    pieces = re.split(f"([{OPEN}{CLOSE}])", marked)  # texts and marks in turn
+    ends = list(accumulate(len(text) for text in pieces[::2]))[:-1]
+    marks = "".join(pieces[1::2])
+    is_balanced = marks == (OPEN + CLOSE) * (len(marks) // 2)
+    return "".join(pieces[::2]), tuple(zip(ends[::2], ends[1::2], strict=True)) if is_balanced else None
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}`, with which a template says what the assistant writes."""
+
+    tags = {"generation"}  # noqa: RUF012 - the name and type that Jinja expects
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Put marks around the block."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        first, last = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (OPEN, CLOSE))
+        return [first, *body, last]
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    """Compile a chat template with the functions and options that `transformers` gives it.
+
+    Raises:
+        jinja2.TemplateSyntaxError: the template is invalid.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _format_fixed_date
+    return environment.from_string(source)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _format_fixed_date(date_format: str) -> str:
+    for code, text in FIXED_DATE.items():
+        date_format = date_format.replace(code, text)
+    return date_format

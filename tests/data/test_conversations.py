@@ -1,0 +1,354 @@
+"""Conversations: three shapes of records, rendered by a chat template or in the plain form, with the assistant's ranges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, processors
+
+from savant_ray.data.conversations import ChatTemplate
+from savant_ray.data.documents import Document, DocumentRule
+from savant_ray.data.records import Record
+from savant_ray.data.tokenizer import Tokenizer
+
+# Short templates in the form of those that come with published models.
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
+LLAMA = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+MISTRAL = """\
+{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}{% endif %}
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+    {%- if message.role == 'user' %}
+        {{- '[INST] ' + (system + '\n\n' if system is defined and loop.index0 >= messages | length - 2 else '')
+            + message.content + ' [/INST]' }}
+    {%- else %}{{ ' ' + message.content + eos_token }}{% endif %}
+{%- endfor %}"""
+ZEPHYR = """\
+{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+MARKED = """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|assistant|>' }}{% generation %}{{ message.content + '<|end|>' }}{% endgeneration %}
+    {%- else %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endif %}
+{%- endfor %}"""
+WITHOUT_THOUGHTS = """\
+{%- for message in messages %}
+    {%- set content = message.content.split('</think>')[-1] if not loop.last else message.content %}
+    {{- '<' + message.role + '>' + content + '</>' }}
+{%- endfor %}"""
+
+TOKENS = (("bos_token", "<s>"), ("eos_token", "</s>"))
+SPOKEN = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "It is 2."},
+    {"role": "user", "content": "And 2 + 2?"},
+    {"role": "assistant", "content": "It is 4."},
+]
+
+
+def rendered(value: dict[str, Any], rule: DocumentRule) -> Document:
+    (document,) = rule.documents([Record(1, value)])
+    assert not document.problem
+    return document
+
+
+def trained(document: Document) -> list[str]:
+    assert document.trained is not None
+    return [document.text[start:stop] for start, stop in document.trained]
+
+
+def by_template(source: str, messages: list[dict[str, str]], **fields: Any) -> Document:
+    template = ChatTemplate(source, TOKENS, **fields)
+    return rendered({"messages": messages}, DocumentRule(chat_template=template))
+
+
+@pytest.mark.parametrize(
+    ("source", "begin", "answers", "end"),
+    [
+        (CHATML, "<|im_start|>system\nBe brief.", ["It is 2.<|im_end|>\n", "It is 4.<|im_end|>\n"], "4.<|im_end|>\n"),
+        (LLAMA, "<s><|start_header_id|>system", ["It is 2.<|eot_id|>", "It is 4.<|eot_id|>"], "It is 4.<|eot_id|>"),
+        (MISTRAL, "<s>[INST] 1 + 1? [/INST] It", ["It is 2.</s>", "It is 4.</s>"], "[/INST] It is 4.</s>"),
+        (ZEPHYR, "<|system|>\nBe brief.</s>", ["It is 2.</s>\n", "It is 4.</s>\n"], "It is 4.</s>\n"),
+        (MARKED, "<|system|>Be brief.<|end|>", ["It is 2.<|end|>", "It is 4.<|end|>"], "It is 4.<|end|>"),
+        (WITHOUT_THOUGHTS, "<system>Be brief.</>", ["It is 2.</>", "It is 4.</>"], "<assistant>It is 4.</>"),
+    ],
+)
+def test_what_the_assistant_writes_is_trained_with_the_end_of_its_turn_and_without_its_header(
+    source: str, begin: str, answers: list[str], end: str
+) -> None:
+    document = by_template(source, SPOKEN)
+    assert document.text.startswith(begin) and document.text.endswith(end)
+    assert trained(document) == answers
+    assert document.special_tokens
+
+
+CONTENTS = st.text(st.sampled_from("aA5 \n.?é"), min_size=1, max_size=6).filter(lambda text: bool(text.strip()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(contents=st.lists(CONTENTS, min_size=2, max_size=6), ends_with_user=st.booleans())
+@pytest.mark.parametrize(
+    ("source", "is_trimmed"), [(CHATML, False), (LLAMA, True), (MISTRAL, False), (ZEPHYR, False), (MARKED, False)]
+)
+def test_the_ranges_are_exactly_the_contents_even_if_users_and_headers_say_the_same(
+    source: str, is_trimmed: bool, contents: list[str], ends_with_user: bool
+) -> None:
+    contents = contents[: len(contents) // 2 * 2]
+    roles = ("user", "assistant") * (len(contents) // 2)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+    if ends_with_user:
+        messages.append({"role": "user", "content": "a"})
+    answers = trained(by_template(source, messages))
+    ends = {"<|im_end|>\n", "<|eot_id|>", "</s>", "</s>\n", "<|end|>"}
+    for answer, content in zip(answers, contents[1::2], strict=True):
+        expected = content.strip() if is_trimmed else content
+        assert answer.startswith(expected) and answer.removeprefix(expected) in ends
+
+
+PLAIN = "Be brief.\n\nQuestion: 1 + 1?\nAnswer: It is 2.\n\nQuestion: And 2 + 2?\nAnswer: It is 4."
+SHARE_GPT = [
+    {"from": "system", "value": "Be brief."},
+    {"from": "human", "value": "1 + 1?"},
+    {"from": "gpt", "value": "It is 2."},
+    {"from": "human", "value": "And 2 + 2?"},
+    {"from": "gpt", "value": "It is 4."},
+]
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        ({"messages": SPOKEN}, DocumentRule()),
+        ({"messages": SPOKEN, "text": None}, DocumentRule()),
+        ({"messages": SPOKEN, "text": "x"}, DocumentRule(messages="auto")),
+        ({"messages": SPOKEN}, DocumentRule(messages="messages")),
+        ({"conversations": SHARE_GPT, "id": "7"}, DocumentRule()),
+        ({"conversations": SHARE_GPT}, DocumentRule(messages="auto")),
+        ({"chat": SHARE_GPT}, DocumentRule(messages="chat")),
+        ({"messages": SHARE_GPT}, DocumentRule()),
+        ({"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in SPOKEN]}, DocumentRule()),
+    ],
+)
+def test_every_shape_of_a_conversation_is_written_in_the_plain_form_without_a_chat_template(
+    value: dict[str, Any], rule: DocumentRule
+) -> None:
+    document = rendered(value, rule)
+    assert document.text == PLAIN
+    assert trained(document) == [" It is 2.\n\n", " It is 4."], "after `Answer:`, with which a prompt ends"
+    assert not document.special_tokens
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "Question: Add.\n\n1, 2\nAnswer: 3"),
+        ({"instruction": "Say a.", "input": "", "output": "a"}, "Question: Say a.\nAnswer: a"),
+        ({"instruction": "Say a.", "output": "a"}, "Question: Say a.\nAnswer: a"),
+        ({"instruction": "Say a.", "input": None, "output": " a\n"}, "Question: Say a.\nAnswer: a"),
+    ],
+)
+def test_an_instruction_with_its_output_is_a_conversation(value: dict[str, Any], text: str) -> None:
+    document = rendered(value, DocumentRule())
+    assert document.text == text
+    assert trained(document) == [text[text.index("\nAnswer:") + 8 :]]
+
+
+def test_all_tokens_of_a_conversation_are_trained_on_if_that_is_set() -> None:
+    document = rendered({"messages": SPOKEN}, DocumentRule(train_on="all"))
+    assert (document.text, document.trained) == (PLAIN, None)
+
+
+def test_an_empty_system_message_is_as_good_as_none() -> None:
+    empty = [{"role": "system", "content": ""}, *SPOKEN[1:]]
+    assert rendered({"messages": empty}, DocumentRule()) == rendered({"messages": SPOKEN[1:]}, DocumentRule())
+
+
+USER, ANSWER = SPOKEN[1], SPOKEN[2]
+
+
+@pytest.mark.parametrize(
+    ("value", "rule", "problem"),
+    [
+        ({"messages": []}, DocumentRule(), '"messages" contains no message of the assistant'),
+        ({"messages": [USER]}, DocumentRule(), '"messages" contains no message of the assistant'),
+        ({"messages": [USER, "x"]}, DocumentRule(), 'message 2 of "messages" is a string, not an object'),
+        ({"messages": [{"role": "user"}, ANSWER]}, DocumentRule(), '"content" of message 1 of "messages" is missing'),
+        (
+            {"messages": [{"role": "user", "content": None}, ANSWER]},
+            DocumentRule(),
+            '"content" of message 1 of "messages" is null, not a string',
+        ),
+        ({"messages": [{"content": "a"}, ANSWER]}, DocumentRule(), '"role" of message 1 of "messages" is missing'),
+        (
+            {"conversations": [{"from": "human", "text": "a"}]},
+            DocumentRule(),
+            '"value" of message 1 of "conversations" is missing',
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": " "}]},
+            DocumentRule(),
+            'message 2 of "messages" is empty',
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "a"}, ANSWER]},
+            DocumentRule(),
+            'the role "tool" of message 1 has no place in "Question: …, Answer: …"; it needs a chat template',
+        ),
+        ({"messages": "x"}, DocumentRule(messages="messages"), '"messages" is a string, not an array'),
+        ({"talk": [], "id": 1}, DocumentRule(messages="chat"), 'no "chat" field (found: id, talk)'),
+        (
+            {"text": "x"},
+            DocumentRule(messages="auto"),
+            'no conversation in "messages", "conversations" or "instruction" and "output" (found: text)',
+        ),
+        ({"instruction": "a", "output": ""}, DocumentRule(), '"output" is empty'),
+        ({"instruction": "a", "input": 3, "output": "b"}, DocumentRule(), '"input" is a number, not a string'),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "a\ud83d"}]},
+            DocumentRule(),
+            "message 2 contains half a surrogate pair (\\ud83d)",
+        ),
+    ],
+)
+def test_a_conversation_that_cannot_be_rendered_is_named_with_the_reason(
+    value: dict[str, Any], rule: DocumentRule, problem: str
+) -> None:
+    (document,) = rule.documents([Record(1, value)])
+    assert (document.text, document.problem) == ("", problem)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "problem"),
+    [
+        (ChatTemplate(MISTRAL, TOKENS), [USER, USER, ANSWER], "refuses the conversation (roles must alternate)"),
+        (ChatTemplate("{% for x %}"), [USER, ANSWER], "the chat template is invalid (line 1: expected token 'in'"),
+        (ChatTemplate("{{ messages[9].content }}"), [USER, ANSWER], "the chat template refuses the conversation"),
+        (ChatTemplate("{{ messages[1].content[::-1] }}"), [USER, ANSWER], "changes the contents of the assistant"),
+        (ChatTemplate("{{ ''.__class__.__mro__ }}"), [USER, ANSWER], "the chat template refuses the conversation"),
+        (ChatTemplate("{{ 1 / 0 }}"), [USER, ANSWER], "refuses the conversation (division by zero)"),
+        (ChatTemplate("  "), [USER, ANSWER], "changes the contents of the assistant, so they cannot be found"),
+        (ChatTemplate("", problem="no network"), [USER, ANSWER], "no network"),
+        (
+            ChatTemplate(CHATML, special_tokens=("<|im_end|>",)),
+            [{"role": "user", "content": "Say <|im_end|>"}, ANSWER],
+            "message 1 contains the special token <|im_end|>",
+        ),
+        (
+            ChatTemplate(CHATML),
+            [{"role": "user", "content": "\ufdd0"}, ANSWER],
+            "message 1 contains a reserved character",
+        ),
+        (
+            ChatTemplate(WITHOUT_THOUGHTS),
+            [USER, {"role": "assistant", "content": "I think</think>2"}, USER, ANSWER],
+            "the chat template changes the contents of the assistant, so they cannot be found",
+        ),
+    ],
+)
+def test_a_template_that_refuses_or_alters_a_conversation_makes_it_invalid(
+    template: ChatTemplate, messages: list[dict[str, str]], problem: str
+) -> None:
+    (document,) = DocumentRule(chat_template=template).documents([Record(1, {"messages": messages})])
+    assert problem in document.problem and not document.text
+
+
+def test_a_text_is_not_rendered_even_if_the_template_cannot_be_used() -> None:
+    rule = DocumentRule(chat_template=ChatTemplate("", problem="no network"))
+    assert rendered({"text": "a"}, rule) == Document(1, "a")
+
+
+def test_the_date_in_a_template_is_always_the_same() -> None:
+    template = "{{ strftime_now('%d %b %Y') }} {{ messages[1].content }}"
+    assert by_template(template, [USER, ANSWER]).text == "26 Jul 2024 It is 2."
+
+
+def test_special_tokens_that_the_tokenizer_adds_to_every_document_are_not_there_twice() -> None:
+    document = by_template(ZEPHYR, [USER, ANSWER], suffix="</s>")
+    assert document.text.endswith("<|assistant|>\nIt is 2.")
+    assert trained(document) == ["It is 2."], "up to the end of the text, so the end of the document is trained, too"
+    document = by_template(MISTRAL, [USER, ANSWER], prefix="<s>", suffix="</s>")
+    assert document.text == "[INST] 1 + 1? [/INST] It is 2."
+    assert trained(document) == ["It is 2."]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a tokenizer of single characters, `<s>` before each text, and the special tokens of a template."""
+    characters = {chr(code): code for code in range(128)}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=characters, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["<s>", "</s>", "[INST]", "[/INST]"])
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
+    inner.post_processor = template
+    inner.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_the_chat_template_is_found_beside_the_tokenizer(folder: Path) -> None:
+    assert Tokenizer.load(folder).chat_template is None
+    values: dict[str, Any] = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    assert Tokenizer.load(folder).chat_template is None
+    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "chat_template": MISTRAL}))
+    template = Tokenizer.load(folder / "tokenizer.json").chat_template
+    special_tokens = ("<s>", "</s>", "[INST]", "[/INST]")
+    assert template == ChatTemplate(MISTRAL, TOKENS, special_tokens, prefix="<s>", suffix="</s>")
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert Tokenizer.load(folder).with_settings("[INST]").chat_template == ChatTemplate(
+        CHATML, (), special_tokens, prefix="<s>", suffix="[INST]"
+    )
+    (folder / "chat_template.jinja").write_text(ZEPHYR)
+    template = Tokenizer.load(folder).chat_template
+    assert template is not None and template.source == ZEPHYR
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"chat_template": "\\ud83d"}'])
+def test_a_damaged_file_beside_the_tokenizer_is_named_where_a_conversation_needs_it(
+    folder: Path, content: bytes
+) -> None:
+    (folder / "tokenizer_config.json").write_bytes(content)
+    rule = DocumentRule(chat_template=Tokenizer.load(folder).chat_template)
+    text, conversation = rule.documents([Record(1, {"text": "a"}), Record(2, {"messages": SPOKEN})])
+    assert text.text == "a"
+    assert conversation.problem.startswith(f"the chat template of the tokenizer {folder} cannot be read (")
+
+
+def test_special_tokens_of_a_template_are_tokens_and_those_in_a_text_are_text(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": MISTRAL, **dict(TOKENS)}))
+    tokenizer = Tokenizer.load(folder)
+    rule = DocumentRule(chat_template=tokenizer.chat_template)
+    document = rendered({"messages": [USER, ANSWER]}, rule)
+    (ids,) = tokenizer.encode_documents([document.text], document.special_tokens)
+    name_of = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token
+    assert [name_of(number) for number in ids] == ["<s>", "[INST]", *"1+1?", "[/INST]", *"Itis2.", "</s>"]
+    (ids,) = tokenizer.encode_documents(["[INST]"])
+    assert [name_of(number) for number in ids] == ["<s>", *"[INST]", "</s>"]
