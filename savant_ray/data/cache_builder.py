@@ -254,7 +254,7 @@ class _Build:
         )
         _refuse_empty(manifest, [part.rule for part in parts])
         _refuse_if_all_dropped(manifest, self._recipe)
-        _refuse_if_all_masked(manifest)
+        refuse_if_all_masked(manifest)
         for abandoned in folder.glob("*.tmp"):
             abandoned.unlink(missing_ok=True)
         write_atomically(folder / MANIFEST, manifest.to_json())
@@ -478,8 +478,12 @@ def _refuse_if_all_dropped(manifest: Manifest, recipe: Recipe) -> None:
         )
 
 
-def _refuse_if_all_masked(manifest: Manifest) -> None:
-    """Raise `DataError` if the loss mask leaves no token to train on."""
+def refuse_if_all_masked(manifest: Manifest) -> None:
+    """Check that the loss mask leaves tokens to train on.
+
+    Raises:
+        DataError: all tokens are masked.
+    """
     if not manifest.target_tokens and manifest.trained_bytes < manifest.text_bytes:
         names = manifest.files[0].path + f" and {len(manifest.files) - 1:,} more files" * (len(manifest.files) > 1)
         raise DataError(

@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from savant_ray.data import tokenizer as module
+from savant_ray.data.cache_builder import refuse_if_all_masked
 from savant_ray.data.documents import Document
 from savant_ray.data.packing import pack
 from savant_ray.data.shard_writer import shard_name
 from savant_ray.data.stream import StepStream, StreamPlan
+from savant_ray.data.token_cache import Manifest
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer, text_pieces, train_tokenizer
+from savant_ray.errors import DataError
 from savant_ray.model.loss import IGNORED, next_token_targets
 from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.data.without_ray import cache_of
@@ -52,6 +55,7 @@ def word_level() -> tokenizers.Tokenizer:
     ids = {word: number for number, word in enumerate(words)}
     inner = tokenizers.Tokenizer(models.WordLevel(ids, "<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens(words[:5])
     special = [(name, ids[name]) for name in ("[CLS]", "<s>", "[SEP]", "</s>")]
     inner.post_processor = processors.TemplateProcessing(single="[CLS] <s> $A [SEP] </s>", special_tokens=special)
     return inner
@@ -134,6 +138,12 @@ def test_the_end_of_a_document_is_trained_on_if_the_end_of_the_text_is(kind: str
     if kind == "ALBERT":
         assert encode(kind, TEXT, ((start, len(TEXT)),)).ids[0] == CLS
         assert encode(kind, TEXT, ((start, len(TEXT)),)).ids[-1] == SEP
+
+
+@pytest.mark.parametrize("kind", ["words", "trimmed offsets", "ALBERT"])
+def test_names_of_special_tokens_in_a_text_are_text_with_a_mask_as_well(kind: str) -> None:
+    text = "Question [SEP] <|end_of_document|>[CLS]"
+    assert [encode(kind, text, ((0, 8),)).ids] == made(kind).encode_documents([text])
 
 
 @pytest.mark.parametrize("kind", ["byte-level BPE", "trimmed offsets", "byte fallback"])
@@ -226,6 +236,17 @@ def test_documents_that_are_trained_on_completely_are_stored_as_plain_text(tmp_p
         shards.append((cached.folder / shard_name(0)).read_bytes())
     assert shards[0] == shards[1] != shards[2]
     assert len(shards[2]) < 1.1 * len(shards[0]), "a bit per token of 16 bits"
+
+
+def test_files_without_a_token_to_train_on_are_refused_by_name(tmp_path: Path) -> None:
+    def manifest(name: str, *ranges: Ranges | None) -> Manifest:
+        documents = [Document(number, TEXT, "", each) for number, each in enumerate(ranges, start=1)]
+        return cache_of(documents, made("bytes"), 128, tmp_path / name).manifest
+
+    with pytest.raises(DataError, match=r"^made\.jsonl: none of the 2 documents has a token that is trained on"):
+        refuse_if_all_masked(manifest("nothing", (), ((0, 1),)))  # the first token of a row is not predicted
+    refuse_if_all_masked(manifest("some", (), ((5, 6),)))
+    refuse_if_all_masked(manifest("plain", None))
 
 
 def test_a_rank_reads_the_mask_of_its_sequences_from_all_sources(tmp_path: Path) -> None:

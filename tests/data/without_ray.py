@@ -7,7 +7,7 @@ from pathlib import Path
 
 from savant_ray.data.documents import Document
 from savant_ray.data.shard_writer import RangeSummary, Recipe, shard_name, write_documents
-from savant_ray.data.token_cache import MANIFEST, Manifest, ShardInfo, TokenCache
+from savant_ray.data.token_cache import MANIFEST, FileSummary, Manifest, ShardInfo, TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 
 
@@ -19,7 +19,7 @@ def cache_of(documents: Sequence[Document], tokenizer: Tokenizer, sequence_lengt
     manifest = Manifest(
         fingerprint="",
         sequence_length=sequence_length,
-        files=(),
+        files=(FileSummary("made.jsonl", counts.lines, counts.documents, counts.bad_lines),),
         shards=(ShardInfo(shard_name(0), counts.shard_bytes, counts.rows, "made.jsonl", 0, counts.shard_crc32),),
         rows=counts.rows,
         documents=counts.documents,
