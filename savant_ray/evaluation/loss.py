@@ -18,16 +18,17 @@ def loss_sums(
     micro_batches: Iterable[tuple[Tensor, Tensor]],
     n_loops: int | None = None,
     memory_limit_gb: float = 10.0,
+    training_graph: bool = False,
 ) -> Tensor:
     """Return [sum of token losses in nats, number of target tokens] in fp64.
 
     `micro_batches` yields (tokens, document ids) `[B, T]` on the model's device. `memory_limit_gb` is that of
-    `cross_entropy_sum`, GiB.
+    `cross_entropy_sum`, GiB; `training_graph` is that of `UniversalTransformer.loop_states`.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for tokens_BT, document_ids_BT in micro_batches:
         targets_BT = next_token_targets(tokens_BT, document_ids_BT)
-        hidden_BTD = model.hidden_states(tokens_BT, document_ids_BT, n_loops)
+        hidden_BTD = model.hidden_states(tokens_BT, document_ids_BT, n_loops, training_graph)
         loss = cross_entropy_sum(hidden_BTD, model.head.weight, targets_BT, memory_limit_gb)
         sums += torch.tensor([loss.item(), (targets_BT != IGNORED).sum().item()], dtype=torch.float64)
     return sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -35,7 +35,7 @@ from savant_ray.evaluation.loss import bits_per_byte, loss_sums
 from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
-from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, runs_compiled, skip_on_oom, training_graph
+from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, runs_compiled, skip_on_oom
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.seeds import derived_seed
 from savant_ray.training.state import TrainingState
@@ -128,12 +128,11 @@ class Validator:
 
     def _validate(self, state: TrainingState) -> None:
         started = time.perf_counter()
-        with training_graph(state.model) if runs_compiled(state.model, state.device) else nullcontext():
-            sums = self._loss_sums(state)
-            stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
-            loss, tokens, stops = all_reduce_sum(torch.cat([sums, stopped]).to(state.device)).tolist()
-            if self.rank == 0 and not stops:
-                self._emit_validation(state, loss / tokens, time.perf_counter() - started)
+        sums = self._loss_sums(state)
+        stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
+        loss, tokens, stops = all_reduce_sum(torch.cat([sums, stopped]).to(state.device)).tolist()
+        if self.rank == 0 and not stops:
+            self._emit_validation(state, loss / tokens, time.perf_counter() - started)
 
     def _loss_sums(self, state: TrainingState) -> Tensor:
         """Return the sums over this rank's sequences; while they do not fit into memory, halve the forward passes.
@@ -158,7 +157,12 @@ class Validator:
     def _loss_sums_in_parts(self, rows: int, state: TrainingState) -> Tensor:
         """Return the sums over this rank's sequences, with at most `rows` sequences in a forward pass."""
         parts = (self._on_device(part, state) for batch in self.micro_batches for part in batch.parts(rows))
-        return loss_sums(state.model, self._until_stopped(parts), memory_limit_gb=state.fit.limit_gb)
+        return loss_sums(
+            state.model,
+            self._until_stopped(parts),
+            memory_limit_gb=state.fit.limit_gb,
+            training_graph=runs_compiled(state.model, state.device),
+        )
 
     def _rows(self, state: TrainingState) -> int:
         """Return the number of sequences of a forward pass.
@@ -202,7 +206,8 @@ class Validator:
         if not self.micro_batches:
             return LoopStatistics((), ())
         part = next(self.micro_batches[0].parts(min(STATISTICS_ROWS, self._rows(state))))
-        return loop_statistics(state.model, *self._on_device(part, state))
+        training_graph = runs_compiled(state.model, state.device)
+        return loop_statistics(state.model, *self._on_device(part, state), training_graph=training_graph)
 
     def _sample(self, state: TrainingState, logic: LogicScored | None) -> None:
         started = time.perf_counter()
@@ -238,7 +243,7 @@ class Validator:
 
 @contextmanager
 def _evaluating(state: TrainingState) -> Iterator[None]:
-    """Run forward passes in the precision of training, with detached gradients, which `training_graph` requires."""
+    """Run forward passes in the precision of training, with detached gradients, as `loop_states` requires."""
     with state.gradients.detached(), autocast(state.precision, state.device):
         yield
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -79,28 +80,48 @@ class UniversalTransformer(nn.Module):
         return logits_BTV
 
     def hidden_states(
-        self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None, n_loops: int | None = None
+        self,
+        tokens_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        n_loops: int | None = None,
+        training_graph: bool = False,
     ) -> Tensor:
-        """Return the normalized hidden states `[B, T, D]` that the head reads; padding has document id -1."""
+        """Return the normalized hidden states `[B, T, D]` that the head reads; padding has document id -1.
+
+        `training_graph` is that of `loop_states`.
+        """
         if document_ids_BT is None:
             document_ids_BT = torch.zeros_like(tokens_BT)
-        for x_BTD in self.loop_states(tokens_BT, document_ids_BT, n_loops):  # noqa: B007 - the last one is used below
+        for x_BTD in self.loop_states(tokens_BT, document_ids_BT, n_loops, training_graph):  # noqa: B007 - used below
             pass
         normed_BTD: Tensor = self.ln_f(x_BTD)
         return normed_BTD
 
-    def loop_states(self, tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None) -> Iterator[Tensor]:
-        """Yield the residual stream `[B, T, D]` before the first loop and after each loop."""
-        x_BTD, weights = self.recurrent_block.prepare(self.embed(tokens_BT))
+    def loop_states(
+        self, tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None, training_graph: bool = False
+    ) -> Iterator[Tensor]:
+        """Yield the residual stream `[B, T, D]` before the first loop and after each loop.
+
+        With `training_graph` a forward pass without gradients runs through the graph that is compiled for training, because
+        for loops without gradients the compiler would compile another one, in 14 s for the default model (H100). Each loop
+        then runs as in a training step, and its activations are freed when it returns. Nothing is compiled if inputs have
+        the shape of a training step's, autocast is as in training, and gradients are detached (`GradientBuffer.detached`).
+        """
+        grad_mode = torch.enable_grad if training_graph else nullcontext
+        with grad_mode():
+            x_BTD, weights = self.recurrent_block.prepare(self.embed(tokens_BT))
         masks = build_masks(document_ids_BT, self.config.window_size, self.config.head_dim)
         rope = self.rope(0, tokens_BT)
         yield x_BTD
         for loop in range(n_loops or self.config.n_loops):
             inputs = (x_BTD, masks.for_loop(self.is_global(loop)), rope, None, weights.for_loop())
-            if self.recompute_loops and torch.is_grad_enabled():
-                x_BTD = checkpoint(self.recurrent_block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BTD = self.recurrent_block(*inputs)
+            with grad_mode():
+                if self.recompute_loops and torch.is_grad_enabled():
+                    x_BTD = checkpoint(self.recurrent_block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x_BTD = self.recurrent_block(*inputs)
+            if training_graph:
+                x_BTD = x_BTD.detach().requires_grad_()
             yield x_BTD
 
     def decode(self, tokens_BT: Tensor, cache: KeyValueCache, n_loops: int | None = None) -> Tensor:

@@ -50,9 +50,9 @@ class StepProfiler:
 
     The trace begins before the first profiled step waits for its data and ends after the last profiled step, or at the end
     of the attempt if that comes first. If an attempt resumes after the first of these steps, it profiles the remaining
-    ones. On CUDA, allocations are recorded from the beginning of the attempt until the trace is written, and a snapshot of them
-    is written together with it. If the device runs out of memory before and the attempt therefore ends, the snapshot is
-    written then.
+    ones. On CUDA, allocations are recorded from the beginning of the attempt until the trace is written, and a snapshot of
+    them is written together with it. If the device runs out of memory before and the attempt therefore ends, the snapshot
+    is written then.
     """
 
     def __init__(self, settings: TrainingConfig, state: TrainingState, host: ProfileHost) -> None:
