@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from savant_ray.config import Config
@@ -32,6 +33,7 @@ from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, read_settings, tokenizer_file
 
 LOSS_DOCUMENTS = 100  # held-out documents for the loss at each depth
+MIN_ROW = 128  # tokens in a row for the loss at each depth
 
 
 def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Config]:
@@ -163,11 +165,17 @@ def by_depth(
 
 
 def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (tokens, document ids) `[1, T]` for each of the first validation documents; nothing if they cannot be read."""
+    """Yield (tokens, document ids) `[1, T]` for each of the first validation documents; nothing if they cannot be read.
+
+    T is a power of two from `MIN_ROW` on, or `model.max_seq_len` where that is less, so that there are few lengths. A GPU
+    compiles attention for each length, and computes all T x T scores at once after too many of them.
+    """
     try:
         texts = list(islice(documents(expand(config.data.validation)), LOSS_DOCUMENTS))
     except DataError:
         return
     for ids in tokenizer.encode_documents(texts):
         tokens_T = torch.tensor(ids[: config.model.max_seq_len])
-        yield tokens_T[None], torch.zeros_like(tokens_T)[None]
+        length = max(MIN_ROW, 1 << (len(tokens_T) - 1).bit_length())
+        padding = (0, min(length, config.model.max_seq_len) - len(tokens_T))
+        yield F.pad(tokens_T, padding)[None], F.pad(torch.zeros_like(tokens_T), padding, value=-1)[None]
