@@ -69,7 +69,7 @@ def weights_dtype(precision: Precision) -> torch.dtype:
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """Return the context manager for a forward pass.
 
-    The cache of autocast is off: training casts each weight once by itself (`RecurrentBlock.prepare`), and PyTorch does not
+    The cache of autocast is off: each weight is cast once anyway (`RecurrentBlock.prepare_weights`), and PyTorch does not
     support the cache in CUDA graphs (`torch.cuda.make_graphed_callables` raises an error), as generation uses them.
     """
     if precision == "fp32":
