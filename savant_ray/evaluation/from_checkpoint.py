@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from savant_ray.config import Config
 from savant_ray.data.documents import rule_of
@@ -33,6 +34,7 @@ from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, rea
 from savant_ray.training.step import MicroBatch
 
 LOSS_DOCUMENTS = 100  # held-out documents for the loss at each depth
+MIN_ROW = 128  # tokens in a row for the loss at each depth
 
 
 def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Config]:
@@ -164,15 +166,26 @@ def by_depth(
 
 
 def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[MicroBatch]:
-    """Yield one sequence for each of the first validation documents; nothing if they cannot be read."""
+    """Yield one sequence `[1, T]` for each of the first validation documents; nothing if they cannot be read.
+
+    T is a power of two from `MIN_ROW` on, or `model.max_seq_len` where that is less, so that there are few lengths. A GPU
+    compiles attention for each length, and computes all T x T scores at once after too many of them.
+    """
     try:
         texts = list(islice(_held_out_texts(config, tokenizer), LOSS_DOCUMENTS))
     except DataError:
         return
-    for ids, is_trained in tokenizer.encode_masked_documents(texts, [None] * len(texts)):
-        tokens_1T = torch.tensor([ids[: config.model.max_seq_len]])
-        is_trained_1T = torch.from_numpy(is_trained[None, : tokens_1T.shape[1]])
-        yield MicroBatch(tokens_1T, torch.zeros_like(tokens_1T), is_trained_1T, positions=())
+    encoded = tokenizer.encode_masked_documents(texts, [None] * len(texts))
+    for ids, is_trained in encoded:
+        tokens_T = torch.tensor(ids[: config.model.max_seq_len])
+        length = max(MIN_ROW, 1 << (len(tokens_T) - 1).bit_length())
+        padding = (0, min(length, config.model.max_seq_len) - len(tokens_T))
+        yield MicroBatch(
+            F.pad(tokens_T, padding)[None],
+            F.pad(torch.zeros_like(tokens_T), padding, value=-1)[None],
+            F.pad(torch.from_numpy(is_trained[: len(tokens_T)]), padding, value=True)[None],
+            positions=(),
+        )
 
 
 def _held_out_texts(config: Config, tokenizer: Tokenizer) -> Iterator[str]:

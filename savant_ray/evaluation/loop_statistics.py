@@ -33,13 +33,20 @@ class LoopStatistics:
 
 @torch.no_grad()
 def loop_statistics(
-    model: UniversalTransformer, tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None
+    model: UniversalTransformer,
+    tokens_BT: Tensor,
+    document_ids_BT: Tensor,
+    n_loops: int | None = None,
+    training_graph: bool = False,
 ) -> LoopStatistics:
-    """Return the statistics of one forward pass over tokens `[B, T]`; padding (document id -1) is left out."""
+    """Return the statistics of one forward pass over tokens `[B, T]`; padding (document id -1) is left out.
+
+    `training_graph` is that of `UniversalTransformer.loop_states`.
+    """
     residuals, cosines = [], []
     is_token_BT = document_ids_BT >= 0
     previous_BTD: Tensor | None = None
-    for x_BTD in map(Tensor.float, model.loop_states(tokens_BT, document_ids_BT, n_loops)):
+    for x_BTD in map(Tensor.float, model.loop_states(tokens_BT, document_ids_BT, n_loops, training_graph)):
         if previous_BTD is not None:
             residual_BT = (x_BTD - previous_BTD).norm(dim=-1) / previous_BTD.norm(dim=-1)
             residuals.append(residual_BT[is_token_BT].mean().item())

@@ -19,15 +19,17 @@ def loss_sums(
     micro_batches: Iterable[MicroBatch],
     n_loops: int | None = None,
     memory_limit_gb: float = 10.0,
+    training_graph: bool = False,
 ) -> Tensor:
     """Return [sum of token losses in nats, number of target tokens] in fp64.
 
-    The tensors of `micro_batches` are on the model's device. `memory_limit_gb` is that of `cross_entropy_sum`, GiB.
+    The tensors of `micro_batches` are on the model's device. `memory_limit_gb` is that of `cross_entropy_sum`, GiB;
+    `training_graph` is that of `UniversalTransformer.loop_states`.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for micro_batch in micro_batches:
         targets_BT = micro_batch.targets()
-        hidden_BTD = model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT, n_loops)
+        hidden_BTD = model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT, n_loops, training_graph)
         loss = cross_entropy_sum(hidden_BTD, model.head.weight, targets_BT, memory_limit_gb)
         sums += torch.tensor([loss.item(), (targets_BT != IGNORED).sum().item()], dtype=torch.float64)
     return sums

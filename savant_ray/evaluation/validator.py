@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -36,7 +36,7 @@ from savant_ray.evaluation.loss import bits_per_byte, loss_sums
 from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
-from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, runs_compiled, skip_on_oom, training_graph
+from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, runs_compiled, skip_on_oom
 from savant_ray.training.host_copies import WeightChanges
 from savant_ray.training.seeds import derived_seed
 from savant_ray.training.state import TrainingState
@@ -129,13 +129,12 @@ class Validator:
 
     def _validate(self, state: TrainingState) -> None:
         started = time.perf_counter()
-        with training_graph(state.model) if runs_compiled(state.model, state.device) else nullcontext():
-            sums = self._loss_sums(state)
-            stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
-            loss, tokens, stops = all_reduce_sum(torch.cat([sums, stopped]).to(state.device)).tolist()
-            if self.rank == 0 and not stops:
-                mean_loss = loss / tokens if tokens else math.nan  # all tokens of these sequences may be masked
-                self._emit_validation(state, mean_loss, time.perf_counter() - started)
+        sums = self._loss_sums(state)
+        stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
+        loss, tokens, stops = all_reduce_sum(torch.cat([sums, stopped]).to(state.device)).tolist()
+        if self.rank == 0 and not stops:
+            mean_loss = loss / tokens if tokens else math.nan  # all tokens of these sequences may be masked
+            self._emit_validation(state, mean_loss, time.perf_counter() - started)
 
     def _loss_sums(self, state: TrainingState) -> Tensor:
         """Return the sums over this rank's sequences; while they do not fit into memory, halve the forward passes.
@@ -160,7 +159,12 @@ class Validator:
     def _loss_sums_in_parts(self, rows: int, state: TrainingState) -> Tensor:
         """Return the sums over this rank's sequences, with at most `rows` sequences in a forward pass."""
         parts = (self._on_device(part, state) for batch in self.micro_batches for part in batch.parts(rows))
-        return loss_sums(state.model, self._until_stopped(parts), memory_limit_gb=state.fit.limit_gb)
+        return loss_sums(
+            state.model,
+            self._until_stopped(parts),
+            memory_limit_gb=state.fit.limit_gb,
+            training_graph=runs_compiled(state.model, state.device),
+        )
 
     def _rows(self, state: TrainingState) -> int:
         """Return the number of sequences of a forward pass.
@@ -209,7 +213,8 @@ class Validator:
             return LoopStatistics((), ())
         part = next(self.micro_batches[0].parts(min(STATISTICS_ROWS, self._rows(state))))
         part = self._on_device(part, state)
-        return loop_statistics(state.model, part.tokens_BT, part.document_ids_BT)
+        training_graph = runs_compiled(state.model, state.device)
+        return loop_statistics(state.model, part.tokens_BT, part.document_ids_BT, training_graph=training_graph)
 
     def _sample(self, state: TrainingState, logic: LogicScored | None) -> None:
         started = time.perf_counter()
@@ -245,7 +250,7 @@ class Validator:
 
 @contextmanager
 def _evaluating(state: TrainingState) -> Iterator[None]:
-    """Run forward passes in the precision of training, with detached gradients, which `training_graph` requires."""
+    """Run forward passes in the precision of training, with detached gradients, as `loop_states` requires."""
     with state.gradients.detached(), autocast(state.precision, state.device):
         yield
 

@@ -30,8 +30,9 @@ def generate(
 ) -> Iterator[int]:
     """Yield new token ids until the end of the document (not yielded) or `max_new_tokens`.
 
-    The ids depend on weights, prompt and sampling parameters only. On a GPU they arrive in groups of `GPU_GROUP`. Only
-    the memory of global loops grows with the number of tokens. Generation also ends when the logits are not finite.
+    The ids depend on weights, prompt and sampling parameters only; the weights must not change until the end. On a GPU
+    the ids arrive in groups of `GPU_GROUP`. Only the memory of global loops grows with the number of tokens. Generation
+    also ends when the logits are not finite.
 
     Raises:
         ValueError: the prompt has no tokens.
@@ -100,7 +101,7 @@ class _Decoder:
     """Generates the answers to a batch of prompts, in groups of at most `group_size` tokens.
 
     Attributes:
-        graph: the decoding step. It reads the weights of this model at their addresses, so it sees changes of them.
+        graph: the decoding step. It reads weights that are laid out once, when the decoder is created.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class _Decoder:
         self.graph = StepGraph(device)
         self.group_size = GPU_GROUP if self.graph.captures else 1
         self._model, self._sampling, self._n_loops, self._n_generated = model, sampling, n_loops, 0
+        self._weights = model.recurrent_block.prepare_weights()
         prompts_BT, padding_B = _left_padded(prompts)
         self._prompts_BT: Tensor | None = prompts_BT.to(device)  # None once they are in the cache
         padding_on_device_B = padding_B.to(device) if padding_B.any() else None
@@ -167,7 +169,7 @@ class _Decoder:
         """
         is_bf16 = self._model.head.weight.dtype == torch.bfloat16
         with torch.autocast(tokens_BT.device.type, enabled=False) if is_bf16 else nullcontext():
-            return self._model.decode(tokens_BT, self._cache, self._n_loops)
+            return self._model.decode(tokens_BT, self._cache, self._n_loops, self._weights)
 
     def _choose(self, logits_BV: Tensor) -> None:
         """Choose the next token of each row and write it to the group."""

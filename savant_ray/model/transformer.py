@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ NORM_EPS = 1e-6
 
 
 class WeightPacking(NamedTuple):
-    """How the weights of the block are joined and padded for forward passes over whole sequences."""
+    """How the weights of the block are joined and padded for its matrix products."""
 
     ffn_multiple: int = 1  # the hidden dimension of the feed-forward network is padded to a multiple of it
     one_qkv: bool = False  # one product for queries, keys and values
@@ -79,39 +80,68 @@ class UniversalTransformer(nn.Module):
         return logits_BTV
 
     def hidden_states(
-        self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None, n_loops: int | None = None
+        self,
+        tokens_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        n_loops: int | None = None,
+        training_graph: bool = False,
     ) -> Tensor:
-        """Return the normalized hidden states `[B, T, D]` that the head reads; padding has document id -1."""
+        """Return the normalized hidden states `[B, T, D]` that the head reads; padding has document id -1.
+
+        `training_graph` is that of `loop_states`.
+        """
         if document_ids_BT is None:
             document_ids_BT = torch.zeros_like(tokens_BT)
-        for x_BTD in self.loop_states(tokens_BT, document_ids_BT, n_loops):  # noqa: B007 - the last one is used below
+        for x_BTD in self.loop_states(tokens_BT, document_ids_BT, n_loops, training_graph):  # noqa: B007 - used below
             pass
         normed_BTD: Tensor = self.ln_f(x_BTD)
         return normed_BTD
 
-    def loop_states(self, tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None) -> Iterator[Tensor]:
-        """Yield the residual stream `[B, T, D]` before the first loop and after each loop."""
-        x_BTD, weights = self.recurrent_block.prepare(self.embed(tokens_BT))
+    def loop_states(
+        self, tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None, training_graph: bool = False
+    ) -> Iterator[Tensor]:
+        """Yield the residual stream `[B, T, D]` before the first loop and after each loop.
+
+        With `training_graph` a forward pass without gradients runs through the graph that is compiled for training, because
+        for loops without gradients the compiler would compile another one, in 14 s for the default model (H100). Each loop
+        then runs as in a training step, and its activations are freed when it returns. Nothing is compiled if inputs have
+        the shape of a training step's, autocast is as in training, and gradients are detached (`GradientBuffer.detached`).
+        """
+        grad_mode = torch.enable_grad if training_graph else nullcontext
+        with grad_mode():
+            weights = self.recurrent_block.prepare_weights()
+            x_BTD = self.recurrent_block.with_summed_gradients(self.embed(tokens_BT), weights)
         masks = build_masks(document_ids_BT, self.config.window_size, self.config.head_dim)
         rope = self.rope(0, tokens_BT)
         yield x_BTD
         for loop in range(n_loops or self.config.n_loops):
             inputs = (x_BTD, masks.for_loop(self.is_global(loop)), rope, None, weights.for_loop())
-            if self.recompute_loops and torch.is_grad_enabled():
-                x_BTD = checkpoint(self.recurrent_block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BTD = self.recurrent_block(*inputs)
+            with grad_mode():
+                if self.recompute_loops and torch.is_grad_enabled():
+                    x_BTD = checkpoint(self.recurrent_block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x_BTD = self.recurrent_block(*inputs)
+            if training_graph:
+                x_BTD = x_BTD.detach().requires_grad_()
             yield x_BTD
 
-    def decode(self, tokens_BT: Tensor, cache: KeyValueCache, n_loops: int | None = None) -> Tensor:
+    def decode(
+        self,
+        tokens_BT: Tensor,
+        cache: KeyValueCache,
+        n_loops: int | None = None,
+        weights: BlockWeights | None = None,
+    ) -> Tensor:
         """Return logits `[B, V]` after the last of the new tokens `[B, T]`, which follow those in the cache.
 
         For one new token and a cache of static shapes, a CUDA graph of this call can be replayed at the next positions.
+        `weights` are those of `RecurrentBlock.prepare_weights`; without them they are prepared for this call only.
         """
         n_new = tokens_BT.shape[1]
         masks = cache.begin(n_new)
         rope = self.rope(cache.position_1, tokens_BT)
-        x_BTD, weights = self.embed(tokens_BT), self.recurrent_block.plain_weights()
+        weights = weights or self.recurrent_block.prepare_weights()
+        x_BTD = self.embed(tokens_BT)
         for loop in range(n_loops or self.config.n_loops):
             # `.forward` bypasses a compiled block, which would recompile for each length of the cache.
             reader = functools.partial(cache.append, loop)
@@ -176,47 +206,44 @@ class RecurrentBlock(nn.Module):
         self,
         x_BTD: Tensor,
         mask: Mask,
-        rope: RotaryEmbedding | None = None,
-        reader: CacheReader | None = None,
-        weights: BlockWeights | None = None,
+        rope: RotaryEmbedding | None,
+        reader: CacheReader | None,
+        weights: BlockWeights,
     ) -> Tensor:
         """Apply one loop to whole sequences, or to new tokens whose keys and values `reader` adds to a cache.
 
-        Whole sequences take the weights of `prepare`; without `weights` the parameters are used as they are.
+        `weights` are those of `prepare_weights`.
         """
-        weights = weights or self.plain_weights()
         x_BTD = self.attn(x_BTD, mask, rope, reader, weights)
         hidden = swiglu(linear(self.ln_ffn(x_BTD), weights.ffn_in))
         out_BTD = linear(hidden, weights.ffn_out)
         return liquid_update(x_BTD, out_BTD, weights.ffn_gate, weights.ffn_gate_bias, reader is not None)
 
-    def plain_weights(self) -> BlockWeights:
-        """Return the parameters as they are, without a copy."""
-        attn, ffn_gate = self.attn, self.liquid_gate_ffn
-        ffn_in, ffn_out = self.ffn.parameters()
-        qkv = tuple(SharedWeight(projection.weight) for projection in attn.projections())
-        others = (
-            *(attn.o_proj.weight, attn.liquid_gate.weight, attn.liquid_gate.bias),
-            *(ffn_in, ffn_out, ffn_gate.weight, ffn_gate.bias),
-        )
-        return BlockWeights(qkv, *(SharedWeight(parameter) for parameter in others))
+    def prepare_weights(self) -> BlockWeights:
+        """Return the weights in the dtype of the matrix products, laid out for the device; for any number of loops.
 
-    def prepare(self, x_BTD: Tensor) -> tuple[Tensor, BlockWeights]:
-        """Return `x_BTD` as the input of the first loop, and the weights for all loops in the dtype of the matrix products.
-
-        The parameters get their gradients when the backward pass has reached the returned input.
+        If autograd is on, they have sums for gradients, which `with_summed_gradients` has to return to it. On a CPU weights
+        in the dtype of the products are not copied. On a GPU the copies of the default model take 22 MiB in bf16, 28 MiB if
+        its parameters are fp32, and 44 MiB in fp32.
         """
-        dtype, device = self.attn.q_proj.weight.dtype, x_BTD.device.type
+        weight = self.attn.q_proj.weight
+        device, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        qkv, others = self.layouts(WEIGHT_PACKING.get(device, WeightPacking()))
-        layouts = qkv + others
-        weights = shared_weights(layouts, dtype)
-        block_weights = BlockWeights(tuple(weights[: len(qkv)]), *weights[len(qkv) :])
-        return with_summed_gradients(x_BTD, layouts, weights), block_weights
+        qkv, others = self.layouts()
+        return BlockWeights(tuple(shared_weights(qkv, dtype)), *shared_weights(others, dtype))
 
-    def layouts(self, packing: WeightPacking) -> tuple[list[Layout], list[Layout]]:
+    def with_summed_gradients(self, x_BTD: Tensor, weights: BlockWeights) -> Tensor:
+        """Return the embedded tokens as the input of the first loop.
+
+        When the backward pass has reached it, the parameters get the sums of gradients in `weights`.
+        """
+        qkv, others = self.layouts()
+        return with_summed_gradients(x_BTD, qkv + others, [*weights.qkv, *weights[1:]])
+
+    def layouts(self) -> tuple[list[Layout], list[Layout]]:
         """Return the layouts of `BlockWeights.qkv` and of the other weights in their order."""
+        packing = WEIGHT_PACKING.get(self.attn.q_proj.weight.device.type, WeightPacking())
         attn, (ffn_in, ffn_out) = self.attn, self.ffn.parameters()
         dim, hidden_dim = ffn_out.shape
         padded_dim = math.ceil(hidden_dim / packing.ffn_multiple) * packing.ffn_multiple

@@ -26,7 +26,6 @@ from typing import TypeVar
 import psutil
 import pynvml
 import torch
-from torch import Tensor
 
 from savant_ray.errors import MemoryCapError, SavantError
 from savant_ray.model.flex import MAX_COMPILED_SHAPES, has_python_headers
@@ -70,7 +69,7 @@ def weights_dtype(precision: Precision) -> torch.dtype:
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """Return the context manager for a forward pass.
 
-    The cache of autocast is off: training casts each weight once by itself (`RecurrentBlock.prepare`), and PyTorch does not
+    The cache of autocast is off: each weight is cast once anyway (`RecurrentBlock.prepare_weights`), and PyTorch does not
     support the cache in CUDA graphs (`torch.cuda.make_graphed_callables` raises an error), as generation uses them.
     """
     if precision == "fp32":
@@ -140,30 +139,6 @@ def wants_compiled(setting: bool | str, device: torch.device, precision: Precisi
 def runs_compiled(model: UniversalTransformer, device: torch.device) -> bool:
     """Return whether a loop may run code from `torch.compile`: a compiled block, or on a GPU compiled attention."""
     return model.recurrent_block._compiled_call_impl is not None or device.type != "cpu"
-
-
-@contextmanager
-def training_graph(model: UniversalTransformer) -> Iterator[None]:
-    """Run forward passes without gradients through the graph that is compiled for training.
-
-    For loops without gradients the compiler would compile another graph, in 14 s for the default model (H100). Here each
-    loop runs as in a training step, and its activations are freed when it returns. Nothing is compiled if inputs have
-    the shape of a training step's, autocast is as in training, and gradients are detached (`GradientBuffer.detached`).
-    """
-    loop_states_with_grad = torch.enable_grad()(model.loop_states)
-
-    def loop_states(tokens_BT: Tensor, document_ids_BT: Tensor, n_loops: int | None = None) -> Iterator[Tensor]:
-        states = loop_states_with_grad(tokens_BT, document_ids_BT, n_loops)
-        yield next(states)
-        for x_BTD in states:
-            x_BTD.detach_().requires_grad_()  # in place, so that the next loop does not keep this one's activations
-            yield x_BTD
-
-    model.loop_states = loop_states  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.loop_states
 
 
 def _missing_compiler() -> str | None:

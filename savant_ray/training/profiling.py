@@ -50,8 +50,9 @@ class StepProfiler:
 
     The trace begins before the first profiled step waits for its data and ends after the last profiled step, or at the end
     of the attempt if that comes first. If an attempt resumes after the first of these steps, it profiles the remaining
-    ones. On CUDA, allocations are recorded during the whole attempt. A snapshot of them is written together with the trace,
-    and also if the device runs out of memory before or after the trace and the attempt therefore ends.
+    ones. On CUDA, allocations are recorded from the beginning of the attempt until the trace is written, and a snapshot of
+    them is written together with it. If the device runs out of memory before and the attempt therefore ends, the snapshot
+    is written then.
     """
 
     def __init__(self, settings: TrainingConfig, state: TrainingState, host: ProfileHost) -> None:
@@ -121,6 +122,7 @@ class StepProfiler:
         self._notify(f"the profile of {steps} is in {written}; open it at ui.perfetto.dev or with TensorBoard")
         if self._records_memory:
             self._write_memory("memory")
+            self._stop_recording_memory()
 
     def _record_memory(self) -> None:
         torch.cuda.memory._record_memory_history("all", stacks="python", max_entries=MEMORY_EVENTS)
@@ -133,8 +135,8 @@ class StepProfiler:
         )
 
     def _stop_recording_memory(self) -> None:
-        torch.cuda.memory._record_memory_history(None)
         self._records_memory = False
+        torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, suffix: str, export: Callable[[str], None]) -> str:
         """Store what `export` writes in the run folder and return where it is."""
@@ -150,6 +152,8 @@ class StepProfiler:
         except Exception as error:
             self._trace, self._steps = None, range(0)
             self._notify(f"profiling failed: {error_text(error)}; training continues without it")
+            if self._records_memory:
+                self._report_errors(self._stop_recording_memory)
 
     def _notify(self, text: str) -> None:
         self._host.emit(Notice(text=f"rank {self._host.rank}: {text}"))

@@ -11,8 +11,10 @@ import torch
 from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import train_tokenizer
-from savant_ray.evaluation.from_checkpoint import by_depth
+from savant_ray.evaluation.from_checkpoint import by_depth, held_out_rows
 from savant_ray.evaluation.logic_suite import logic_suite
+from savant_ray.evaluation.loss import loss_sums
+from savant_ray.model.flex import has_flex
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import write_checkpoint
 from savant_ray.training.state import new_state
@@ -95,6 +97,37 @@ def test_the_loss_at_the_trained_depth_is_the_models(run: Path) -> None:
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:])
     assert scored["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def held_out_of_many_lengths(folder: Path, **model: int) -> Config:
+    """Return settings with 50 held-out documents of 1 to 391 tokens."""
+    texts = ["a" * n for n in range(1, 401, 10)] + ["b"] * 10
+    held_out = folder / "many.jsonl"
+    held_out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shape = MODEL | {"vocab_size": 300, "max_seq_len": 300} | model
+    return Config.from_dict({"model": shape, "data": {"validation": str(held_out)}})
+
+
+def test_rows_for_the_loss_have_few_lengths_and_the_loss_of_the_documents(tmp_path: Path) -> None:
+    config = held_out_of_many_lengths(tmp_path)
+    rows = list(held_out_rows(config, train_tokenizer(iter([TEXT] * 9), 300)))
+    assert {len(tokens[0]) for tokens, _ in rows} == {128, 256, 300}
+    documents = [(tokens[ids >= 0][None], ids[ids >= 0][None]) for tokens, ids in rows]
+    assert len({len(tokens[0]) for tokens, _ in documents}) > 20
+    model = UniversalTransformer(config.model)
+    torch.testing.assert_close(loss_sums(model, rows), loss_sums(model, documents), rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or not has_flex(torch.device("cuda"), 64), reason="needs flex")
+def test_a_gpu_compiles_attention_for_few_lengths(tmp_path: Path) -> None:
+    config = held_out_of_many_lengths(tmp_path, dim=128)
+    tokenizer = train_tokenizer(iter([TEXT] * 9), 300)
+    rows = [(tokens.cuda(), ids.cuda()) for tokens, ids in held_out_rows(config, tokenizer)]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    loss_sums(UniversalTransformer(config.model).cuda(), rows)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # at most two masks of three lengths
 
 
 def test_without_the_held_out_text_there_is_a_score_and_no_loss(run: Path, tmp_path: Path) -> None:

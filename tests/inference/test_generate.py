@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from savant_ray.config import ModelConfig
 from savant_ray.evaluation.loss import bits_per_byte, loss_sums
 from savant_ray.inference import generate as generate_module
 from savant_ray.inference.generate import generate, generate_many
 from savant_ray.inference.sampling import Sampling
+from savant_ray.model import transformer
 from savant_ray.model.transformer import UniversalTransformer
 from tests.inference.recorded_graph import RecordedGraph
 from tests.training.tiny import LENGTH, MODEL, micro_batch, tiny_config, tiny_state
@@ -71,6 +73,41 @@ def test_greedy_answers_to_prompts_of_different_lengths_equal_full_recomputation
     parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=40)
     expected = [recomputed(model, prompt, 40, n_loops) for prompt in prompts]
     assert generate_many(model, prompts, parameters, n_loops) == expected
+
+
+class RecordedShapes(TorchDispatchMode):
+    """Records the shapes of the weights of matrix products and of the tensors that are cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[tuple[int, ...]] = []
+        self.casts: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.aten.mm.default:
+            self.weights.append(tuple(args[1].shape))
+        elif operator is torch.ops.aten._to_copy.default:
+            self.casts.append(tuple(args[0].shape))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary"])
+def test_weights_laid_out_as_on_a_gpu_give_the_same_tokens(positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with(positions=positions)
+    prompts = [[5], [3 + i % 30 for i in range(25)], PROMPT]
+    parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=40)
+    expected = [recomputed(model, prompt, 40) for prompt in prompts]
+    monkeypatch.setitem(transformer.WEIGHT_PACKING, "cpu", transformer.WEIGHT_PACKING["cuda"])
+    with RecordedShapes() as recorded:
+        assert generate_many(model, prompts, parameters) == expected
+    dim, vocab_size = model.config.dim, model.config.vocab_size
+    assert set(recorded.weights) == {(dim, 3 * dim), (dim, dim), (dim, 2 * 64), (64, dim), (dim, vocab_size)}
+
+
+def test_under_autocast_the_weights_are_cast_once_for_an_answer(model: UniversalTransformer) -> None:
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), RecordedShapes() as recorded:
+        assert len(list(generate(model, PROMPT, sampling(end_of_document=-1, max_new_tokens=9)))) == 9
+    assert recorded.casts.count(tuple(model.recurrent_block.ffn[0].weight.shape)) == 1
 
 
 @pytest.mark.parametrize("window_size", [4, 300])

@@ -14,6 +14,7 @@ from savant_ray.model.attention import Mask, build_masks
 from savant_ray.model.loss import cross_entropy_sum, next_token_targets
 from savant_ray.model.shared_weights import (
     Layout,
+    SharedWeight,
     add_product,
     adds_bf16_products_to_fp32,
     linear,
@@ -72,9 +73,14 @@ def from_parameters(model: UniversalTransformer) -> dict[str, Tensor]:
     model.zero_grad()
     tokens, documents = batch()
     masks = build_masks(documents, SMALL.window_size, SMALL.head_dim)
-    x = model.embed(tokens)
+    x, block = model.embed(tokens), model.recurrent_block
+    _, others = block.layouts()
+    weights = BlockWeights(
+        tuple(SharedWeight(projection.weight) for projection in block.attn.projections()),
+        *(SharedWeight(layout.parameters[0]) for layout in others),
+    )
     for loop in range(SMALL.n_loops):
-        x = model.recurrent_block(x, masks.for_loop(model.is_global(loop)), model.rope(0, tokens))
+        x = block(x, masks.for_loop(model.is_global(loop)), model.rope(0, tokens), None, weights)
     loss = loss_of(model, model.ln_f(x))
     loss.backward()
     return {"loss": loss.detach(), **gradients(model)}
@@ -97,7 +103,8 @@ def test_shared_weights_give_the_loss_and_gradients_of_the_parameters() -> None:
 
 def test_one_product_for_q_k_and_v_and_a_padded_feed_forward_network_give_the_same(packed_as_on_a_gpu: None) -> None:
     model = new_model()
-    (qkv,), ffn_in = (getattr(model.recurrent_block.prepare(torch.zeros(1, 1, 32))[1], n) for n in ("qkv", "ffn_in"))
+    weights = model.recurrent_block.prepare_weights()
+    (qkv,), ffn_in = weights.qkv, weights.ffn_in
     assert qkv.value.shape == (3 * 32, 32) and ffn_in.value.shape == (2 * 128, 32) and ffn_dim(SMALL) == 85
     found = loss_and_gradients(model)
     assert_close(found, from_parameters(model))
@@ -160,10 +167,7 @@ def test_under_autocast_a_weight_is_cast_once_and_its_gradient_is_close_to_fp32(
     model = new_model()
     exact = loss_and_gradients(model)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        assert all(
-            weight.value.dtype == torch.bfloat16
-            for weight in model.recurrent_block.prepare(torch.zeros(1, 1, 32))[1].qkv
-        )
+        assert all(weight.value.dtype == torch.bfloat16 for weight in model.recurrent_block.prepare_weights().qkv)
         loss = loss_of(model, model.hidden_states(*batch()))
     model.zero_grad()
     loss.backward()
@@ -211,7 +215,7 @@ def test_parameters_of_a_layout_get_the_gradients_of_their_part() -> None:
 def test_without_gradients_no_memory_is_taken_for_them() -> None:
     model = new_model()
     with torch.no_grad():
-        _, weights = model.recurrent_block.prepare(torch.zeros(1, 1, 32))
+        weights = model.recurrent_block.prepare_weights()
     assert weights.ffn_in.gradient is None
     assert weights.ffn_in.value.data_ptr() == model.recurrent_block.ffn[0].weight.data_ptr()
 

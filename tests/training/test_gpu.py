@@ -32,6 +32,7 @@ from savant_ray.training.device import (
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import step_with_oom_retry, train
 from savant_ray.training.memory import estimated_gb, expected_fit
+from savant_ray.training.profiling import StepProfiler
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, take_step
 from tests.training.test_fitting import validator
@@ -246,6 +247,17 @@ def test_a_profile_on_a_gpu_has_its_kernels_and_a_snapshot_of_its_memory() -> No
     assert sum(event["name"] == "update" and event.get("cat") == "user_annotation" for event in events) == 2
     snapshot = pickle.loads(memory)
     assert snapshot["segments"] and any(entry["action"] == "alloc" for entry in snapshot["device_traces"][0])
+
+
+def test_allocations_after_a_profile_are_not_recorded() -> None:
+    config, host = tiny_config(profile={"first_step": 1}), RecordingHost()
+    with StepProfiler(config.training, new_state(config, CUDA), host) as profiler:
+        profiler.before_step(1)
+        profiler.after_step(1)
+        torch.ones(123_457, device=CUDA)
+        entries = torch.cuda.memory._snapshot()["device_traces"][0]
+        assert not any(entry["action"] == "alloc" and entry["size"] >= 4 * 123_457 for entry in entries)
+    assert "profile/rank0-step1-memory.pickle" in host.files
 
 
 def test_a_copy_of_bf16_weights_takes_one_joined_tensor_of_device_memory() -> None:

@@ -167,6 +167,33 @@ def test_out_of_memory_that_ends_the_run_leaves_a_memory_snapshot(recordings: li
     assert recordings == ["all", None], "and it is no longer recorded"
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_memory_is_recorded_until_the_profile_is_written(recordings: list[Any]) -> None:
+    host = RecordingHost()
+    with profiler_on_cuda(with_profile(first_step=2), host) as profiler:
+        for step in (1, 2):
+            profiler.before_step(step)
+            assert recordings == ["all"]
+            profiler.after_step(step)
+        assert host.files["profile/rank0-step2-memory.pickle"] == b"snapshot"
+        assert recordings == ["all", None]
+    assert recordings == ["all", None]
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_memory_is_no_longer_recorded_if_the_profile_cannot_be_stored(recordings: list[Any]) -> None:
+    def refuse(file: Path, name: str) -> str:
+        raise OSError(28, "No space left on device")
+
+    host = RecordingHost()
+    host.store_file = refuse  # type: ignore[method-assign]
+    with profiler_on_cuda(with_profile(first_step=2), host) as profiler:
+        profiler.before_step(2)
+        profiler.after_step(2)
+        assert recordings == ["all", None]
+    assert notices(host) == ["rank 0: profiling failed: No space left on device; training continues without it"]
+
+
 @pytest.mark.parametrize("config", [tiny_config(), with_profile(first_step=5, ranks=0), with_profile(first_step=7)])
 def test_memory_is_recorded_for_a_profile_only(config: Config, recordings: list[Any]) -> None:
     host = RecordingHost(rank=1)
