@@ -318,6 +318,11 @@ class DataConfig(Section):
     mix_by: Literal["sequences", "documents"] = Field(
         default="sequences", description="whether the weights are fractions of the sequences or of the documents"
     )
+    deduplicate: bool = Field(
+        default=False,
+        description="leave out documents whose text has occurred before, in the order of the sources, their files and "
+        "lines; the text is read twice",
+    )
     validation: Texts | HeldOutConfig = Field(
         default="dataset/savant_dataset_val.jsonl",
         description="held-out text; same forms as the path of a source, or {path, text, …}, or {fraction: 0.01} of the "

@@ -33,6 +33,7 @@ class TextCounts:
     padding: int  # tokens
     bad_lines: int  # skipped lines
     filtered: int = 0  # documents left out by `filter` and `sample`
+    duplicates: int = 0  # documents left out by `data.deduplicate`
 
 
 @dataclass(frozen=True, kw_only=True)

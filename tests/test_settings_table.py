@@ -91,6 +91,7 @@ TABLE: dict[str, Kind] = {
     "model.soft_cap": POSITIVE,
     "data.sources": Kind("a list", (list,), (([], "[] needs a length of at least 1"),)),
     "data.mix_by": choice("sequences or documents"),
+    "data.deduplicate": YES_OR_NO,
     "data.validation": Kind(
         "text, a list or names with values",
         (str, list, dict),

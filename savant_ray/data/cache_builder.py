@@ -25,8 +25,10 @@ import ray.data
 from savant_ray.data import ray_data
 from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.content import content_hashes, refuse_changed
+from savant_ray.data.deduplication import mark_duplicates, scan_path, write_scan
 from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
 from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, RangeReader, documents, plan_ranges
+from savant_ray.data.overlap import stored_digests
 from savant_ray.data.shard_writer import (
     MAX_NAMED_INVALID_LINES,
     RangeSummary,
@@ -68,6 +70,7 @@ def prepare(
     on_bad_line: Literal["skip", "error"] = "skip",
     max_line_bytes: int = MAX_LINE_BYTES,
     range_bytes: int | None = None,
+    deduplicate_after: Sequence[TokenCache] | None = None,
     progress: Progress | None = None,
     log: Callable[[str], None] = print,
 ) -> TokenCache:
@@ -83,6 +86,8 @@ def prepare(
         on_bad_line: "skip" skips and counts invalid lines, "error" raises an error that lists them.
         max_line_bytes: longer lines are invalid.
         range_bytes: length of the byte range that one task reads; None: the default of `plan_ranges`.
+        deduplicate_after: leave out documents that have occurred before in these texts, or are in these caches; None: keep
+            all documents.
         progress: receives bytes done and total bytes.
         log: receives a message for each damaged shard.
 
@@ -95,13 +100,16 @@ def prepare(
     sources = _with_rules(texts)
     files = [file for source in sources for file in source.files]
     hashes = content_hashes(files, cache_dir)
-    identity = {
+    identity: dict[str, Any] = {
         "version": DATA_VERSION,
         "files": list(zip(_relative_paths(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
         **_rules_identity(sources),
     }
-    build = _Build(plan_source_parts(sources, range_bytes), files, hashes, recipe, fingerprint(identity), cache_dir)
+    if deduplicate_after is not None:
+        identity["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
+    parts = plan_source_parts(sources, range_bytes)
+    build = _Build(parts, files, hashes, recipe, fingerprint(identity), cache_dir, deduplicate_after)
     progress = progress or (lambda done, total: None)
     _build_once(build.folder, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
@@ -205,7 +213,9 @@ class _Build:
         recipe: Recipe,
         identity: str,
         cache_dir: Path,
+        deduplicate_after: Sequence[TokenCache] | None,
     ) -> None:
+        self._deduplicate_after = deduplicate_after
         self._files = files
         self._hashes = hashes
         self._parts = parts
@@ -242,6 +252,11 @@ class _Build:
         folder = self.folder if self.folder.exists() else self._unfinished
         folder.mkdir(parents=True, exist_ok=True)
         parts = within_limits(self._parts, self._recipe.max_line_bytes)
+        if self._deduplicate_after is not None:
+            unscanned = {i: part for i, part in enumerate(parts) if not scan_path(folder, i).exists()}
+            self._run_tasks(folder, unscanned, "scan", progress)
+            earlier = (digests for cache in self._deduplicate_after for digests in stored_digests(cache))
+            mark_duplicates(folder, len(parts), earlier)
         self._write_missing(folder, parts, progress)
         self._refuse_changed(folder)
         unread = {part.file for part in self._parts} - {part.file for part in parts}
@@ -255,8 +270,8 @@ class _Build:
         _refuse_empty(manifest, [part.rule for part in parts])
         _refuse_if_all_dropped(manifest, self._recipe)
         refuse_if_all_masked(manifest)
-        for abandoned in folder.glob("*.tmp"):
-            abandoned.unlink(missing_ok=True)
+        for needless in [*folder.glob("*.tmp"), *folder.glob("duplicates-*.npy")]:
+            needless.unlink(missing_ok=True)
         write_atomically(folder / MANIFEST, manifest.to_json())
         if folder != self.folder:
             folder.rename(self.folder)
@@ -269,19 +284,25 @@ class _Build:
             raise
 
     def _write_missing(self, folder: Path, parts: Sequence[SourcePart], progress: Progress) -> None:
-        """Write the shards that are missing, with one Ray Data task per range.
+        """Write the shards that are missing. Raises errors as `_run_tasks`."""
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(parts))))
+        missing = {index: parts[index] for index, is_complete in enumerate(complete) if not is_complete}
+        total, remaining = (sum(_stored_bytes(part.range) for part in some) for some in (parts, missing.values()))
+        self._run_tasks(folder, missing, "write", lambda done, _: progress(total - remaining + done, total))
+
+    def _run_tasks(
+        self, folder: Path, parts: Mapping[int, SourcePart], work: Literal["scan", "write"], progress: Progress
+    ) -> None:
+        """Run one Ray Data task per range.
 
         Raises:
             DataError: a file cannot be read or written.
             UnexpectedError: a task raised any other exception; contains its traceback.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(parts))))
-        missing = [index for index, is_complete in enumerate(complete) if not is_complete]
-        total = sum(_stored_bytes(part.range) for part in parts)
-        done = total - sum(_stored_bytes(parts[index].range) for index in missing)
+        done, total = 0, sum(_stored_bytes(part.range) for part in parts.values())
         progress(done, total)
-        for row in self._run_tasks(folder, {index: parts[index] for index in missing}):
+        for row in self._task_rows(folder, parts, work):
             if error := row["error"].as_py():
                 details = row["traceback"].as_py()
                 raise UnexpectedError(error, details) if details else DataError(error)
@@ -289,30 +310,36 @@ class _Build:
             done = min(done + row["bytes"].as_py(), total)
             progress(done, total)
 
-    def _run_tasks(self, folder: Path, parts: Mapping[int, SourcePart]) -> Iterator[dict[str, Any]]:
+    def _task_rows(
+        self, folder: Path, parts: Mapping[int, SourcePart], work: Literal["scan", "write"]
+    ) -> Iterator[dict[str, Any]]:
         if not parts:
             return iter(())
         rules = {repr(part.rule): part.rule for part in parts.values()}
         items = [{"index": i, "rule": repr(part.rule), **_as_row(part.range)} for i, part in parts.items()]
         with ray_data.settings():
             ranges = ray.data.from_items(items, override_num_blocks=len(items))
-            written = ranges.flat_map(_WriteShard(folder, self._recipe, rules), num_cpus=1)
-        return ray_data.rows(written)
+            rows = ranges.flat_map(_PartTask(folder, self._recipe, rules, work), num_cpus=1)
+        return ray_data.rows(rows)
 
 
 @dataclass(frozen=True)
-class _WriteShard:
-    """Ray Data task that writes the shard of one range; yields rows with the bytes read since the last row, or an error."""
+class _PartTask:
+    """Ray Data task that writes the shard of one range, or the scan that finds duplicates.
+
+    It yields rows with the bytes read since the last row, or an error.
+    """
 
     folder: Path
     recipe: Recipe
     rules: Mapping[str, DocumentRule]  # by their repr, which a row contains
+    work: Literal["scan", "write"]
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         index, rule, path = row.pop("index"), self.rules[row.pop("rule")], row["path"]
         reported, done = 0, 0
         try:
-            for done in write_shard(self.folder, index, _from_row(row), self.recipe, rule):
+            for done in self._run(index, _from_row(row), rule):
                 if done - reported >= PROGRESS_BYTES:
                     yield _task_row(done - reported)
                     reported = done
@@ -325,6 +352,11 @@ class _WriteShard:
             raise
         except BaseException as error:  # a Rust panic in `tokenizers` is not an Exception
             yield _task_row(0, describe(error, f"tokenizing {path}"), traceback.format_exc())
+
+    def _run(self, index: int, part: ByteRange, rule: DocumentRule) -> Iterator[int]:
+        if self.work == "scan":
+            return write_scan(self.folder, index, part, self.recipe.max_line_bytes, rule)
+        return write_shard(self.folder, index, part, self.recipe, rule)
 
 
 def _task_row(n_bytes: int, error: str = "", details: str = "") -> dict[str, Any]:
@@ -372,8 +404,10 @@ def _merge_summaries(
     `names` are the names of the files by their number.
     """
     origins = [part.file for part in ranges]
-    counts = [_per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines", "filtered")]
-    _, documents, invalid, filtered = counts
+    counts = [
+        _per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines", "filtered", "duplicates")
+    ]
+    _, documents, invalid, filtered, duplicates = counts
     before = _lines_before(origins, summaries)
     parts = [(names[file], lines, summary) for file, lines, summary in zip(origins, before, summaries, strict=True)]
     first_dropped = (
@@ -405,6 +439,7 @@ def _merge_summaries(
         dropped_characters=sum(summary.dropped_characters for summary in summaries),
         first_dropped=next(first_dropped, None),
         filtered=filtered.total(),
+        duplicates=duplicates.total(),
         **identity,
     )
 
@@ -433,6 +468,7 @@ def empty_file_report(manifest: Manifest) -> list[str]:
         f"{file.path}: no document in {file.lines:,} lines"
         + f", {file.bad_lines:,} of them invalid" * bool(file.bad_lines)
         + f", {file.filtered:,} left out by filter or sample" * bool(file.filtered)
+        + f", {file.duplicates:,} duplicates" * bool(file.duplicates)
         for file in manifest.files
         if not file.documents
     ]
@@ -444,12 +480,11 @@ def empty_file_report(manifest: Manifest) -> list[str]:
 
 
 def filter_report(manifest: Manifest) -> list[str]:
-    """Return one message about the documents that `filter` and `sample` leave out; no message if there are none."""
-    if not manifest.filtered:
-        return []
-    total = manifest.filtered + manifest.documents
+    """Return messages about the documents that `filter`, `sample` and `data.deduplicate` leave out, if there are any."""
+    total = manifest.filtered + manifest.duplicates + manifest.documents
     first = manifest.files[0].path + f" and {len(manifest.files) - 1:,} more" * (len(manifest.files) > 1)
-    return [f"{first}: {manifest.filtered:,} of {total:,} documents left out by filter or sample"]
+    reasons = (("by filter or sample", manifest.filtered), ("as duplicates", manifest.duplicates))
+    return [f"{first}: {count:,} of {total:,} documents left out {reason}" for reason, count in reasons if count]
 
 
 def _refuse_empty(manifest: Manifest, rules: Sequence[DocumentRule]) -> None:

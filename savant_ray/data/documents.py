@@ -36,6 +36,7 @@ class Document(NamedTuple):
     trained: tuple[tuple[int, int], ...] | None = None  # character ranges whose tokens are trained on; None: all
     filtered: bool = False  # left out by `filter` or `sample`
     special_tokens: bool = False  # names of special tokens in the text stand for these tokens: a chat template wrote it
+    is_duplicate: bool = False  # left out because its text has occurred before
 
 
 class _Text(NamedTuple):

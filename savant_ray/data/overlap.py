@@ -79,19 +79,19 @@ def _cached_count(path: Path) -> int | None:
 
 
 def _count(validation: TokenCache, sources: Sequence[TokenCache]) -> int:
-    held_out = np.concatenate([np.empty(0, np.uint64), *_digests(validation)])
+    held_out = np.concatenate([np.empty(0, np.uint64), *stored_digests(validation)])
     unique, counts = np.unique(held_out, return_counts=True)
     if not len(unique):
         return 0
     occurs = np.zeros(len(unique), dtype=bool)
     for source in sources:
-        for digests in _digests(source):
+        for digests in stored_digests(source):
             index = np.minimum(np.searchsorted(unique, digests), len(unique) - 1)
             occurs[index[unique[index] == digests]] = True
     return int(counts[occurs].sum())
 
 
-def _digests(cache: TokenCache) -> Iterator[Digests]:
+def stored_digests(cache: TokenCache) -> Iterator[Digests]:
     """Yield the digests of all shards in blocks; raise FileNotFoundError if the cache has none."""
     for shard in cache.manifest.shards:
         with digests_path(cache.folder / shard.name).open("rb") as file:

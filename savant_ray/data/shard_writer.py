@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
+from savant_ray.data.deduplication import without_duplicates
 from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule
 from savant_ray.data.jsonl import ByteRange, RangeReader, plan_ranges
 from savant_ray.data.overlap import digests_path, document_digests
@@ -81,6 +82,7 @@ class RangeSummary:
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: tuple[int, str] | None = None  # line number and its dropped characters
     filtered: int = 0  # lines that were left out by a filter or by sampling
+    duplicates: int = 0  # lines that were left out because the same text has occurred before
 
     def count(self, document: Document) -> None:
         """Count a document, or the line that is none."""
@@ -98,6 +100,7 @@ class RangeSummary:
             if self.bad_lines <= MAX_NAMED_INVALID_LINES:
                 self.first_bad_lines.append((document.number, document.problem))
         self.filtered += document.filtered
+        self.duplicates += document.is_duplicate
 
     def count_dropped(self, document: Document, dropped: int, characters: str) -> None:
         """Count the characters of a document that the tokenizer drops."""
@@ -148,7 +151,8 @@ def write_shard(
     """
     with RangeReader(part, recipe.max_line_bytes) as records:
         try:
-            for _ in write_documents(folder, index, rule.documents(records), recipe):
+            documents = without_duplicates(rule.documents(records), folder, index)
+            for _ in write_documents(folder, index, documents, recipe):
                 yield records.bytes_read
         except UnencodableDocumentError as error:
             where = f"{part.file.path} line {_lines_before(part) + error.number:,}"

@@ -92,6 +92,7 @@ class FileSummary:
     documents: int
     bad_lines: int
     filtered: int = 0  # lines left out by a filter or by sampling
+    duplicates: int = 0  # lines left out because the same text has occurred before
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Manifest:
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: LineProblem | None = None  # the first line with such characters
     filtered: int = 0  # lines left out by a filter or by sampling
+    duplicates: int = 0  # lines left out because the same text has occurred before
 
     @property
     def padding(self) -> int:

@@ -68,12 +68,14 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
     tokenizer_path = _write_tokenizer(tokenizer, cache_dir)
     names = [short_name(source.path) for source, _ in files.sources]
     training_texts = files.training_texts(config, tokenizer.chat_template)
-    caches = [
-        _tokenize(f"tokenizing {name}", [text], tokenizer, config, report)
-        for name, text in zip(names, training_texts, strict=True)
-    ]
+    caches: list[TokenCache] = []
+    for name, text in zip(names, training_texts, strict=True):
+        earlier = list(caches) if config.data.deduplicate else None
+        caches.append(_tokenize(f"tokenizing {name}", [text], tokenizer, config, report, earlier))
     validation_texts = files.validation_texts(config, tokenizer.chat_template)
-    validation = _tokenize("tokenizing the validation text", validation_texts, tokenizer, config, report)
+    # Text in files of its own is evaluated as it is.
+    earlier = [] if config.data.deduplicate and config.data.held_out.fraction else None
+    validation = _tokenize("tokenizing the validation text", validation_texts, tokenizer, config, report, earlier)
     if overlap := count_overlapping_documents(validation, caches):
         report.notify(
             f"{overlap:,} of {validation.manifest.documents:,} validation documents are also in the training text, word "
@@ -107,7 +109,12 @@ def _write_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
 
 
 def _tokenize(
-    title: str, texts: list[SourceText], tokenizer: Tokenizer, config: Config, report: RunReport
+    title: str,
+    texts: list[SourceText],
+    tokenizer: Tokenizer,
+    config: Config,
+    report: RunReport,
+    deduplicate_after: list[TokenCache] | None,
 ) -> TokenCache:
     """Return the token cache of the texts; report skipped and filtered lines, empty files and dropped characters."""
     report.begin_stage(title)
@@ -118,6 +125,7 @@ def _tokenize(
         config.data.cache_dir,
         on_bad_line=config.data.on_bad_line,
         max_line_bytes=int(config.data.max_line_mb * MIB),
+        deduplicate_after=deduplicate_after,
         progress=lambda done, total: report.progress(done, total, "bytes"),
         log=report.notify,
     )
@@ -160,4 +168,4 @@ def _sequence_weights(
 def _counts(name: str, cache: TokenCache) -> TextCounts:
     manifest = cache.manifest
     counts = (manifest.documents, manifest.tokens, manifest.rows, manifest.padding, manifest.bad_lines)
-    return TextCounts(name, *counts, filtered=manifest.filtered)
+    return TextCounts(name, *counts, filtered=manifest.filtered, duplicates=manifest.duplicates)

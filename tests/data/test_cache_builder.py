@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from tokenizers import models, processors
 
 from savant_ray.data import cache_builder, content
 from savant_ray.data.cache_builder import empty_file_report, prepare, train_or_load_tokenizer
-from savant_ray.data.overlap import count_overlapping_documents
+from savant_ray.data.documents import DocumentRule, SourceText
+from savant_ray.data.overlap import count_overlapping_documents, stored_digests
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
 from savant_ray.data.tokenizer import Tokenizer
@@ -466,3 +468,36 @@ def test_a_tokenizer_is_trained_once(tmp_path: Path, write_jsonl: WriteJsonl, mo
     (path,) = (tmp_path / "cache").glob("tokenizer-*.json")
     path.rename(path.with_name(path.name.rpartition("-")[0] + ".json"))  # as versions without checksums named it
     assert train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
+
+
+def test_a_cache_has_the_documents_that_the_rules_of_its_sources_take(
+    tmp_path: Path, byte_tokenizer: Tokenizer
+) -> None:
+    for name in ("a", "b"):
+        rows = [{"body": f"{name} {i // 2}", "lang": "en" if i % 4 else "de"} for i in range(400)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = expand(str(tmp_path / "*.jsonl"))
+
+    def cache(*sources: SourceText, after: list[TokenCache] | None = None) -> TokenCache:
+        return prepare(sources, byte_tokenizer, 64, tmp_path / "cache", range_bytes=900, deduplicate_after=after)
+
+    def digests(cache: TokenCache) -> list[int]:
+        return [digest for block in stored_digests(cache) for digest in block.tolist()]
+
+    rule = DocumentRule(text="body", equals=(("lang", "en"),))
+    everything = cache(SourceText(files, rule))
+    assert (everything.manifest.documents, everything.manifest.filtered) == (600, 200)
+    limited = cache(SourceText(files, dataclasses.replace(rule, limit=333)))
+    assert digests(limited) == digests(everything)[:333]
+    assert [file.documents for file in limited.manifest.files] == [300, 33]
+    split = dataclasses.replace(rule, held_out=0.1)
+    training = cache(SourceText(files, split))
+    held_out = cache(*(SourceText([file], dataclasses.replace(split, split="validation")) for file in files))
+    assert not set(digests(training)) & set(digests(held_out))
+    assert sorted(digests(training) + digests(held_out)) == sorted(digests(everything))
+    first = cache(SourceText(files[:1], rule), after=[])
+    rest = cache(SourceText(files, rule), after=[first])
+    assert digests(first) + digests(rest) == list(dict.fromkeys(digests(everything)))
+    assert (first.manifest.duplicates, rest.manifest.duplicates) == (100, 400)
+    assert len({found.fingerprint for found in (everything, limited, training, held_out, first, rest)}) == 6
+    assert cache(SourceText(files, rule)).fingerprint == everything.fingerprint

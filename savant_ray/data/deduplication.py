@@ -1,0 +1,101 @@
+"""Finds exact duplicates among the documents of a source before its shards are written.
+
+A task per range writes a scan: the 64-bit digest and the record number of each document. The first document with a digest
+stays, in the order of sources, files and records; the record numbers of the others are written into a file that the task
+which writes the shard reads. Digests of earlier sources are in their token caches, so each source is scanned once. The
+driver needs about 40 bytes of memory per document of the source that is scanned.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from savant_ray.data.documents import Document, DocumentRule
+from savant_ray.data.jsonl import ByteRange, RangeReader
+from savant_ray.data.overlap import Digests, document_digests
+
+DOCUMENTS_PER_REPORT = 1 << 10
+
+
+def scan_path(folder: Path, index: int) -> Path:
+    """Return the path of the scan of a range."""
+    return folder / f"scan-{index:05d}.npz"
+
+
+def duplicates_path(folder: Path, index: int) -> Path:
+    """Return the path of the file with the record numbers of the duplicates in a range; there is none without duplicates."""
+    return folder / f"duplicates-{index:05d}.npy"
+
+
+def write_scan(folder: Path, index: int, part: ByteRange, max_line_bytes: int, rule: DocumentRule) -> Iterator[int]:
+    """Write the scan of a range; yield the number of its bytes that have been read so far.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    digests, numbers = bytearray(), array("L")
+    with RangeReader(part, max_line_bytes) as records:
+        for document in rule.documents(records):
+            if document.text:
+                digests += document_digests([document.text])
+                numbers.append(document.number)
+                if not len(numbers) % DOCUMENTS_PER_REPORT:
+                    yield records.bytes_read
+        path = scan_path(folder, index)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, digests=np.frombuffer(digests, np.uint64), numbers=np.array(numbers, dtype=np.uint32))
+        temporary.replace(path)
+        yield records.bytes_read
+
+
+def mark_duplicates(folder: Path, n_ranges: int, earlier: Iterable[Digests]) -> None:
+    """Write the record numbers of the duplicates in each range, and delete the scans.
+
+    `earlier` are digests of documents that come before those of the scans.
+    """
+    scans = [_load(scan_path(folder, index)) for index in range(n_ranges)]
+    digests = np.concatenate([np.empty(0, np.uint64), *(digests for digests, _ in scans)])
+    unique, first = np.unique(digests, return_index=True)
+    occurred = np.zeros(len(unique), dtype=bool)
+    for block in earlier:
+        if len(unique):
+            nearest = np.minimum(np.searchsorted(unique, block), len(unique) - 1)
+            occurred[nearest[unique[nearest] == block]] = True
+    is_kept = np.zeros(len(digests), dtype=bool)
+    is_kept[first[~occurred]] = True
+    ends = np.cumsum([len(numbers) for _, numbers in scans], dtype=np.int64)
+    for index, ((_, numbers), end) in enumerate(zip(scans, ends.tolist(), strict=True)):
+        duplicates = numbers[~is_kept[end - len(numbers) : end]]
+        if len(duplicates):
+            with duplicates_path(folder, index).open("wb") as file:
+                np.save(file, duplicates)
+    for index in range(n_ranges):
+        scan_path(folder, index).unlink()
+
+
+def without_duplicates(documents: Iterable[Document], folder: Path, index: int) -> Iterator[Document]:
+    """Yield the documents of a range with a mark in place of each duplicate."""
+    path = duplicates_path(folder, index)
+    if not path.exists():
+        yield from documents
+        return
+    numbers = iter(np.load(path))
+    duplicate = next(numbers, None)
+    for document in documents:
+        if document.number == duplicate:
+            duplicate = next(numbers, None)
+            yield Document(document.number, is_duplicate=True)
+        else:
+            yield document
+
+
+def _load(path: Path) -> tuple[Digests, NDArray[np.uint32]]:
+    with np.load(path) as scan:
+        return scan["digests"], scan["numbers"]
