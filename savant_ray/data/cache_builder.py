@@ -1,7 +1,7 @@
-"""Builds token caches and trains tokenizers from JSONL files; existing ones are reused.
+"""Builds token caches and trains tokenizers from source files; existing ones are reused.
 
-A Ray Data task tokenizes and packs one byte range of a file: it writes a shard and then its summary. An interrupted build
-therefore continues with the ranges whose summary is missing. The folder gets its final name when all shards are complete.
+A Ray Data task tokenizes and packs one part of a file: it writes a shard and then its summary. An interrupted build
+therefore continues with the parts whose summary is missing. The folder gets its final name when all shards are complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import ray.data
 from savant_ray.data import ray_data
 from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.content import content_hashes, refuse_changed
-from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, documents, plan_ranges
+from savant_ray.data.record_reader import documents, plan_parts
+from savant_ray.data.records import MAX_RECORD_BYTES, Part
 from savant_ray.data.shard_writer import (
     MAX_NAMED_INVALID_LINES,
     RangeSummary,
@@ -64,7 +65,7 @@ def prepare(
     sequence_length: int,
     cache_dir: str | Path,
     on_bad_line: Literal["skip", "error"] = "skip",
-    max_line_bytes: int = MAX_LINE_BYTES,
+    max_line_bytes: int = MAX_RECORD_BYTES,
     range_bytes: int | None = None,
     progress: Progress | None = None,
     log: Callable[[str], None] = print,
@@ -80,7 +81,7 @@ def prepare(
         cache_dir: folder of all caches.
         on_bad_line: "skip" skips and counts invalid lines, "error" raises an error that lists them.
         max_line_bytes: longer lines are invalid.
-        range_bytes: length of the byte range that one task reads; None: the default of `plan_ranges`.
+        range_bytes: length of the part that one task reads; None: the default of `plan_parts`.
         progress: receives bytes done and total bytes.
         log: receives a message for each damaged shard.
 
@@ -94,9 +95,11 @@ def prepare(
     identity = {
         "version": FORMAT_VERSION,
         "files": list(zip(_relative_paths(files), hashes, strict=True)),
+        "formats": [file.reading for file in files],
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
     }
-    build = _Build(plan_ranges(files, range_bytes), files, hashes, recipe, fingerprint(identity), cache_dir)
+    plan = partial(plan_parts, files, range_bytes)
+    build = _Build(plan, files, hashes, recipe, fingerprint(identity), cache_dir)
     progress = progress or (lambda done, total: None)
     _build_once(build.folder, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
@@ -115,7 +118,8 @@ def train_or_load_tokenizer(files: Sequence[SourceFile], cache_dir: str | Path, 
     """
     cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     hashes = content_hashes(files, cache_dir)
-    identity = {"version": FORMAT_VERSION, "files": hashes, "vocab_size": vocab_size}
+    formats = [file.reading for file in files]
+    identity = {"version": FORMAT_VERSION, "files": hashes, "formats": formats, "vocab_size": vocab_size}
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
 
     def train() -> None:
@@ -156,7 +160,7 @@ class _Build:
 
     def __init__(
         self,
-        ranges: Sequence[ByteRange],
+        plan: Callable[[], list[Part]],
         files: Sequence[SourceFile],
         hashes: Sequence[str],
         recipe: Recipe,
@@ -165,7 +169,8 @@ class _Build:
     ) -> None:
         self._files = files
         self._hashes = hashes
-        self._ranges = ranges
+        self._plan = plan  # called only for a build, because it reads the footers of tables
+        self._parts: list[Part] = []
         self._recipe = recipe
         self._identity = identity
         self.folder = cache_dir / f"{_title(files)}-{identity[:16]}"
@@ -197,12 +202,13 @@ class _Build:
             log(f"{problem}; rebuilding it")
         folder = self.folder if self.folder.exists() else self._unfinished
         folder.mkdir(parents=True, exist_ok=True)
+        self._parts = self._plan()
         self._write_missing(folder, progress)
         self._refuse_changed(folder)
         manifest = _merge_summaries(
             self._files,
-            self._ranges,
-            [RangeSummary.read(folder, index) for index in range(len(self._ranges))],
+            self._parts,
+            [RangeSummary.read(folder, index) for index in range(len(self._parts))],
             fingerprint=self._identity,
             sequence_length=self._recipe.sequence_length,
         )
@@ -222,17 +228,17 @@ class _Build:
             raise
 
     def _write_missing(self, folder: Path, progress: Progress) -> None:
-        """Write the shards that are missing, with one Ray Data task per range.
+        """Write the shards that are missing, with one Ray Data task per part.
 
         Raises:
             DataError: a file cannot be read or written.
             UnexpectedError: a task raised any other exception; contains its traceback.
         """
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(self._ranges))))
+            complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(self._parts))))
         missing = [index for index, is_complete in enumerate(complete) if not is_complete]
         total = sum(file.size for file in self._files)
-        done = total - sum(_stored_bytes(self._ranges[index]) for index in missing)
+        done = total - sum(self._parts[index].stored_bytes for index in missing)
         progress(done, total)
         for row in self._run_tasks(folder, missing):
             if error := row["error"].as_py():
@@ -245,16 +251,16 @@ class _Build:
     def _run_tasks(self, folder: Path, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         if not indices:
             return iter(())
-        items = [{"index": index, **_as_row(self._ranges[index])} for index in indices]
+        items = [{"index": index, **_as_row(self._parts[index])} for index in indices]
         with ray_data.settings():
-            ranges = ray.data.from_items(items, override_num_blocks=len(items))
-            written = ranges.flat_map(_WriteShard(folder, self._recipe), num_cpus=1)
+            parts = ray.data.from_items(items, override_num_blocks=len(items))
+            written = parts.flat_map(_WriteShard(folder, self._recipe), num_cpus=1)
         return ray_data.rows(written)
 
 
 @dataclass(frozen=True)
 class _WriteShard:
-    """Ray Data task that writes the shard of one range; yields rows with the bytes read since the last row, or an error."""
+    """Ray Data task that writes the shard of one part; yields rows with the bytes read since the last row, or an error."""
 
     folder: Path
     recipe: Recipe
@@ -282,39 +288,43 @@ def _task_row(n_bytes: int, error: str = "", details: str = "") -> dict[str, Any
     return {"bytes": n_bytes, "error": error, "traceback": details}
 
 
-def _as_row(part: ByteRange) -> dict[str, Any]:
-    return {**dataclasses.asdict(part.file), "start": part.start, "stop": part.stop}
+def _as_row(part: Part) -> dict[str, Any]:
+    bounds = {"start": part.start, "stop": part.stop, "stored_bytes": part.stored_bytes}
+    return {**dataclasses.asdict(part.file), **bounds}
 
 
-def _from_row(row: dict[str, Any]) -> ByteRange:
-    start, stop = row.pop("start"), row.pop("stop")
-    return ByteRange(SourceFile(**row), start, stop)
+def _from_row(row: dict[str, Any]) -> Part:
+    bounds = {name: row.pop(name) for name in ("start", "stop", "stored_bytes")}
+    return Part(SourceFile(**row), **bounds)
 
 
 def _merge_summaries(
-    files: Sequence[SourceFile], ranges: Sequence[ByteRange], summaries: Sequence[RangeSummary], **identity: Any
+    files: Sequence[SourceFile], parts: Sequence[Part], summaries: Sequence[RangeSummary], **identity: Any
 ) -> Manifest:
-    """Combine the summaries of all ranges into a manifest, whose line numbers are counted from the start of each file."""
+    """Combine the summaries of all parts into a manifest, whose line numbers are counted from the start of each file."""
     names = dict(zip([file.path for file in files], _relative_paths(files), strict=True))
-    origins = [names[part.file.path] for part in ranges]
+    origins = [names[part.file.path] for part in parts]
+    units = {names[file.path]: file.record_name for file in [*files, *(part.file for part in parts)]}
     lines, documents, invalid = (_per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines"))
     before = _lines_before(origins, summaries)
-    parts = list(zip(origins, before, summaries, strict=True))
+    counted = list(zip(origins, before, summaries, strict=True))
     first_dropped = (
         LineProblem(name, lines_before + summary.first_dropped[0], summary.first_dropped[1])
-        for name, lines_before, summary in parts
+        for name, lines_before, summary in counted
         if summary.first_dropped
     )
     invalid_lines = [
         LineProblem(name, lines_before + line, reason)
-        for name, lines_before, summary in parts
+        for name, lines_before, summary in counted
         for line, reason in summary.first_bad_lines
     ]
     return Manifest(
-        files=tuple(FileSummary(name, lines[name], documents[name], invalid[name]) for name in names.values()),
+        files=tuple(
+            FileSummary(name, lines[name], documents[name], invalid[name], units[name]) for name in names.values()
+        ),
         shards=tuple(
             ShardInfo(shard_name(index), summary.shard_bytes, summary.rows, name, lines_before, summary.shard_crc32)
-            for index, (name, lines_before, summary) in enumerate(parts)
+            for index, (name, lines_before, summary) in enumerate(counted)
             if summary.rows
         ),
         rows=sum(summary.rows for summary in summaries),
@@ -332,7 +342,7 @@ def _merge_summaries(
 
 
 def _per_file(origins: Sequence[str], summaries: Sequence[RangeSummary], key: str) -> Counter[str]:
-    """Return the sum of one count over the ranges of each file; `origins` are the files of the ranges."""
+    """Return the sum of one count over the parts of each file; `origins` are the files of the parts."""
     totals: Counter[str] = Counter()
     for origin, summary in zip(origins, summaries, strict=True):
         totals[origin] += getattr(summary, key)
@@ -340,7 +350,7 @@ def _per_file(origins: Sequence[str], summaries: Sequence[RangeSummary], key: st
 
 
 def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> list[int]:
-    """Return for each range the number of lines of its file before it."""
+    """Return for each part the number of lines of its file before it."""
     seen: Counter[str] = Counter()
     before = []
     for origin, summary in zip(origins, summaries, strict=True):
@@ -352,7 +362,7 @@ def _lines_before(origins: Sequence[str], summaries: Sequence[RangeSummary]) -> 
 def empty_file_report(manifest: Manifest) -> list[str]:
     """Return a message for each of the first files without a document, and one with the number of the others."""
     messages = [
-        f"{file.path}: no document in {file.lines:,} lines"
+        f"{file.path}: no document in {file.lines:,} {file.unit}s"
         + f", {file.bad_lines:,} of them invalid" * bool(file.bad_lines)
         for file in manifest.files
         if not file.documents
@@ -380,7 +390,7 @@ def _refuse_if_all_dropped(manifest: Manifest, recipe: Recipe) -> None:
     tokenizer = tokenizer_of(recipe)
     if manifest.tokens == manifest.documents * (len(tokenizer.prefix) + len(tokenizer.suffix)):
         raise DataError(
-            f"{tokenizer.name} has no token for any character of {first.file} (line {first.line:,}: "
+            f"{tokenizer.name} has no token for any character of {first.file} ({manifest.unit(first.file)} {first.line:,}: "
             f"{' '.join(first.reason)}); set data.tokenizer to one for this text, or to auto to train one on it"
         )
 
@@ -399,11 +409,6 @@ def _title(files: Sequence[SourceFile]) -> str:
     """Return what the cache folder's name begins with: the first file's name, truncated to `MAX_TITLE_BYTES`."""
     name = _relative_paths(files)[0].partition(".")[0].replace("/", "-")
     return name.encode()[:MAX_TITLE_BYTES].decode(errors="ignore")
-
-
-def _stored_bytes(part: ByteRange) -> int:
-    """Return the number of bytes of a range in its file, before decompression."""
-    return min(part.stop, part.file.size) - part.start
 
 
 def _training_texts(files: Sequence[SourceFile]) -> Iterator[str]:

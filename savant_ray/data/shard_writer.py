@@ -1,6 +1,6 @@
-"""Writes the shard of one byte range: reads the lines, tokenizes and packs the documents.
+"""Writes the shard of one part of a file: reads the records, tokenizes and packs the documents.
 
-Memory is bounded by `CHUNK_TOKENS`, not by the length of the range, because a compressed file is a single range.
+Memory is bounded by `CHUNK_TOKENS`, not by the length of the part, because a compressed file is a single part.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
-from savant_ray.data.jsonl import ByteRange, Line, RangeReader, plan_ranges
+from savant_ray.data.documents import Document, DocumentRule
 from savant_ray.data.overlap import digests_path, document_digests
 from savant_ray.data.packing import pack
+from savant_ray.data.record_reader import open_records, plan_parts, records_before
+from savant_ray.data.records import Part
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import ShardFile, crc32, shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import Tokenizer
@@ -29,7 +31,6 @@ BATCH_CHARACTERS = 1 << 18  # tokenized in one call
 CHUNK_TOKENS = 1 << 21  # packed in one call; large enough for the padding of the last row to be negligible
 MAX_NAMED_INVALID_LINES = 100  # stored with line number and reason, per range and per cache
 MAX_NAMED_CHARACTERS = 10  # at most this many dropped characters are stored, from the first line that has any
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Recipe:
 
 @dataclass
 class RangeSummary:
-    """Counts of one byte range; line numbers start from 1 at the beginning of the range.
+    """Counts of one part; numbers of lines (rows, blocks) start from 1 at the beginning of the part.
 
     The fields are the keys of the summary file. `bad_lines` is the number of invalid lines, `pieces` that of the documents
     and parts of documents that the rows contain.
@@ -78,7 +79,7 @@ class RangeSummary:
     dropped_characters: int = 0  # those for which the tokenizer has neither a token nor an unknown token
     first_dropped: tuple[int, str] | None = None  # line number and its dropped characters
 
-    def count(self, line: Line) -> None:
+    def count(self, line: Document) -> None:
         """Count a line of any kind."""
         self.lines = line.number
         if line.text:
@@ -90,7 +91,7 @@ class RangeSummary:
             if self.bad_lines <= MAX_NAMED_INVALID_LINES:
                 self.first_bad_lines.append((line.number, line.problem))
 
-    def count_dropped(self, line: Line, dropped: int, characters: str) -> None:
+    def count_dropped(self, line: Document, dropped: int, characters: str) -> None:
         """Count the characters of a line that the tokenizer drops."""
         self.dropped_characters += dropped
         if dropped and self.first_dropped is None:
@@ -129,7 +130,7 @@ def summary_name(index: int) -> str:
     return f"shard-{index:05d}.json"
 
 
-def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> Iterator[int]:
+def write_shard(folder: Path, index: int, part: Part, recipe: Recipe) -> Iterator[int]:
     """Write shard and summary of a range; yield the number of its bytes that have been read so far.
 
     Raises:
@@ -142,17 +143,18 @@ def write_shard(folder: Path, index: int, part: ByteRange, recipe: Recipe) -> It
     shard = ShardFile(folder / shard_name(index), chunk.schema)
     digests = digests_path(folder / shard_name(index))
     temporary_digests = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
-    with RangeReader(part, recipe.max_line_bytes) as lines, shard, temporary_digests.open("wb") as digests_file:
-        for batch in _batches(lines, summary):
+    with open_records(part, recipe.max_line_bytes) as records, shard, temporary_digests.open("wb") as digests_file:
+        for batch in _batches(DocumentRule().documents(records), summary):
             try:
                 chunk.add(batch, summary)
             except _UnencodableLineError as error:
-                where = f"{part.file.path} line {_lines_before(part) + error.line:,}"
+                number = records_before(part, recipe.max_line_bytes) + error.line
+                where = f"{part.file.path} {part.file.record_name} {number:,}"
                 raise DataError(f"{where}: {error}") from error
             digests_file.write(document_digests(line.text for line in batch))
             if chunk.tokens >= CHUNK_TOKENS:
                 shard.write(chunk.pack_rows(summary))
-            yield lines.bytes_read
+            yield records.bytes_read
         if chunk.tokens:
             shard.write(chunk.pack_rows(summary))
     temporary_digests.replace(digests)
@@ -168,9 +170,9 @@ def tokenizer_of(recipe: Recipe) -> Tokenizer:
     )
 
 
-def _batches(lines: Iterable[Line], summary: RangeSummary) -> Iterator[list[Line]]:
+def _batches(lines: Iterable[Document], summary: RangeSummary) -> Iterator[list[Document]]:
     """Yield the lines that are documents in batches of about BATCH_CHARACTERS."""
-    batch: list[Line] = []
+    batch: list[Document] = []
     characters = 0
     for line in lines:
         summary.count(line)
@@ -189,13 +191,13 @@ def check_encodable(file: SourceFile, tokenizer: Tokenizer, characters: int = BA
     Raises:
         DataError: the tokenizer cannot encode one of the lines, or the file cannot be read.
     """
-    for part in plan_ranges([file])[:1]:
-        with RangeReader(part) as lines:
-            for line in lines:
+    for part in plan_parts([file])[:1]:
+        with open_records(part) as records:
+            for line in DocumentRule().documents(records):
                 try:
                     tokenizer.encode(line.text[:characters])
                 except DataError as error:
-                    raise DataError(f"{file.path} line {line.number:,}: {error}") from error
+                    raise DataError(f"{file.path} {part.file.record_name} {line.number:,}: {error}") from error
                 characters -= len(line.text) + 1
                 if characters <= 0:
                     break
@@ -207,18 +209,6 @@ class _UnencodableLineError(Exception):
     def __init__(self, line: int, reason: str) -> None:
         super().__init__(reason)
         self.line = line
-
-
-def _lines_before(part: ByteRange) -> int:
-    """Count the lines of the file that start before the range, by reading the file up to the range."""
-    if not part.start:
-        return 0
-    filesystem, path = part.file.resolve()
-    newlines, remaining = 0, part.start - 1  # a newline at `start` - 1 starts the first line of this range
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        while remaining and (block := stream.read(min(remaining, READ_BYTES))):
-            newlines, remaining = newlines + block.count(b"\n"), remaining - len(block)
-    return newlines + 1
 
 
 class _Chunk:
@@ -233,7 +223,7 @@ class _Chunk:
         self._documents: list[NDArray[np.unsignedinteger]] = []
         self._lines: list[int] = []
 
-    def add(self, batch: Sequence[Line], summary: RangeSummary) -> None:
+    def add(self, batch: Sequence[Document], summary: RangeSummary) -> None:
         """Tokenize the texts of the lines as documents.
 
         Raises:
@@ -245,7 +235,7 @@ class _Chunk:
             self._lines.append(line.number)
             self.tokens += len(ids)
 
-    def _encode(self, batch: Sequence[Line]) -> list[list[int]]:
+    def _encode(self, batch: Sequence[Document]) -> list[list[int]]:
         try:
             return self._tokenizer.encode_documents([line.text for line in batch])
         except DataError:

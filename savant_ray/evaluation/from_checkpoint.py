@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from savant_ray.config import Config
-from savant_ray.data.jsonl import documents
+from savant_ray.data.record_reader import documents
 from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError

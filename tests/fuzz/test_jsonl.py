@@ -12,8 +12,11 @@ from unittest.mock import patch
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from savant_ray.data import jsonl
-from savant_ray.data.jsonl import BYTE_ORDER_MARK, UNBOUNDED, ByteRange, Line, RangeReader
+from savant_ray.data import streams
+from savant_ray.data.documents import Document, DocumentRule
+from savant_ray.data.formats import BYTE_ORDER_MARK, CODECS
+from savant_ray.data.record_reader import open_records
+from savant_ray.data.records import UNBOUNDED, Part
 from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError
 from tests.fuzz.drawing import damaged, from_seed, random_text, random_value
@@ -75,17 +78,17 @@ def _line(value: Any, ascii_only: bool = True) -> bytes:
     return json.dumps(value, ensure_ascii=ascii_only).encode(errors="surrogatepass")
 
 
-def read(content: bytes, cuts: list[int], limit: int, block: int, suffix: str = "") -> list[Line]:
+def read(content: bytes, cuts: list[int], limit: int, block: int, suffix: str = "") -> list[Document]:
     """Return the lines of the ranges between the cuts, numbered from the start of the file."""
     path = scratch() / f"any.jsonl{suffix}"
     path.write_bytes(content)
-    file = SourceFile(str(path), len(content), 0)
-    lines: list[Line] = []
-    with patch.object(jsonl, "BLOCK_BYTES", max(block, len(content) // 100)):  # at most about 100 blocks
+    file = SourceFile(str(path), len(content), 0, encoding=CODECS.get(suffix, ""), format="jsonl")
+    lines: list[Document] = []
+    with patch.object(streams, "BLOCK_BYTES", max(block, len(content) // 100)):  # at most about 100 blocks
         for start, stop in pairwise(cuts):
             before = len(lines)
-            with RangeReader(ByteRange(file, start, stop), limit) as reader:
-                lines += [line._replace(number=line.number + before) for line in reader]
+            with open_records(Part(file, start, stop, stop - start), limit) as reader:
+                lines += [line._replace(number=line.number + before) for line in DocumentRule().documents(reader)]
     return lines
 
 
@@ -101,11 +104,11 @@ def expected(raw: bytes) -> str | None:
         return ""
 
 
-def check_lines(lines: list[Line], content: bytes, limit: int) -> None:
+def check_lines(lines: list[Document], content: bytes, limit: int) -> None:
     raws = content.split(b"\n")
     raws = raws if raws[-1] else raws[:-1]
     assert [line.number for line in lines] == list(range(1, len(raws) + 1)), "lost or duplicated"
-    for (_, text, problem), raw in zip(lines, raws, strict=True):
+    for (_, text, problem, _), raw in zip(lines, raws, strict=True):
         bare = raw.removeprefix(BYTE_ORDER_MARK)
         if len(raw) > limit:
             assert problem == f"line of {len(raw):,} bytes, over the limit of {limit:,}" and not text

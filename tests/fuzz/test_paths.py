@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from savant_ray.config import Config
 from savant_ray.data.content import content_hashes
-from savant_ray.data.jsonl import documents
+from savant_ray.data.record_reader import documents
 from savant_ray.data.sources import expand
 from savant_ray.errors import DataError, SavantError, SettingsError
 from savant_ray.locations import is_uri

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from savant_ray.data.content import content_hashes
-from savant_ray.data.jsonl import documents
+from savant_ray.data.record_reader import documents
 from savant_ray.data.sources import expand
 from savant_ray.errors import DataError
 from savant_ray.storage.object_store import ObjectStorage

@@ -1,0 +1,46 @@
+"""What the readers of all formats produce: records, and the parts of files in which they are read."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from savant_ray.data.sources import SourceFile
+
+UNBOUNDED = sys.maxsize
+MAX_RECORD_BYTES = 64 << 20
+
+
+class Record(NamedTuple):
+    """A row, line or block of a source: a value, a problem (an invalid record), or neither (a blank line)."""
+
+    number: int  # from 1 at the beginning of the part
+    value: dict[str, Any] | None = None  # JSON-like Python values; plain text is {"text": …}
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The records of `file` that start at positions [start, stop).
+
+    A position is a byte of JSON lines and of text in blocks, a row group of Parquet, a record batch of Arrow. A file in
+    another format, and a compressed file, is one part.
+    """
+
+    file: SourceFile
+    start: int
+    stop: int
+    stored_bytes: int  # that the part counts of the file's; those of all parts of a file add up to its size
+
+
+class InvalidRecordError(Exception):
+    """A record that has no value; the message is the reason."""
+
+
+def json_type(value: Any) -> str:
+    """Return the JSON type of a value, as a message names it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    names: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
+    return names.get(type(value), "a number")
