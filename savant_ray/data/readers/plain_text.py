@@ -22,7 +22,7 @@ def text_document(stream: DecodedStream, part: Part, max_record_bytes: int) -> I
 def text_blocks(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterator[Record]:
     """Yield the blocks that start in the byte range of `part`; a block starts at a line after a blank line."""
     position = _end_of_text_before(stream, part.start)
-    if position:
+    if part.start:
         stream.seek(position)
     belongs = position == 0  # whether the block starts in the range
     is_cut = position > 0  # reading begins within a line of the block before
