@@ -36,7 +36,7 @@ def csv_rows(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterat
         except StopIteration:
             return
         except (csv.Error, InvalidRecordError) as error:
-            problem = lines.problem() or str(error)
+            problem = lines.problem() or printable(str(error))
         else:
             problem = lines.problem()
             if row and len(row) != len(header):
@@ -53,7 +53,7 @@ def _header(rows: Iterator[list[str]], lines: _Lines, path: str) -> list[str]:
         header = next((row for row in rows if row), [])
         problem = lines.problem()
     except (csv.Error, InvalidRecordError) as error:
-        problem = str(error)
+        problem = printable(str(error))
     if problem:
         raise DataError(f"{printable(path)}: the header cannot be read ({problem})")
     name, count = next(iter(Counter(header).most_common(1)), ("", 0))
