@@ -388,6 +388,14 @@ def test_a_damaged_file_is_reported_by_name(tmp_path: Path, name: str, content: 
     assert str(error.value).startswith(f"{tmp_path / name}: ") and str(error.value).isprintable()
 
 
+def test_an_arrow_stream_without_an_end_marker_is_read_and_reported(tmp_path: Path) -> None:
+    (tmp_path / "x.arrow").write_bytes(FILES["stream.arrow"][:-8])
+    for part_bytes in (1, None):
+        records = read(tmp_path / "x.arrow", part_bytes)
+        assert [record.value for record in records if record.value] == ROWS
+        assert problems(records) == {5: "the Arrow stream has no end marker; the file is truncated"}
+
+
 def test_a_text_that_is_not_text_is_reported(tmp_path: Path) -> None:
     for content, problem in {
         b"a\xff": "invalid UTF-8 (0xff at byte 2)",

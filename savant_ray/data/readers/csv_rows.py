@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -22,7 +23,7 @@ def csv_rows(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterat
     Raises:
         DataError: the header cannot be read, or two columns have the same name.
     """
-    csv.field_size_limit(max_record_bytes)
+    csv.field_size_limit(min(max_record_bytes, sys.maxsize))
     lines = _Lines(split_lines(stream.blocks(), max_record_bytes), max_record_bytes)
     rows = csv.reader(lines, delimiter=_delimiter(lines.first, part.file.path), strict=True)
     header = _header(rows, lines, part.file.path)

@@ -24,7 +24,10 @@ from savant_ray.locations import error_text, is_uri, printable
 
 BATCH_BYTES = 4 << 20  # of the rows that are converted in one call
 BATCH_ROWS = 512
-BUFFER_BYTES = 1 << 20  # of the buffers in which the pages of all columns of a Parquet file are read
+BUFFER_BYTES = 64 << 20  # of the buffers in which the pages of all columns of a Parquet file are read, at most
+COLUMN_BUFFER_BYTES = 1 << 20
+END_OF_STREAM = ARROW_STREAM_MAGIC + bytes(4)
+UNENDED = "the Arrow stream has no end marker; the file is truncated"
 
 Batches = Iterator[tuple[pa.RecordBatch, float]]  # and the fraction of the part that has then been read
 
@@ -90,6 +93,8 @@ class TableReader:
                 yield from self._records(batch.slice(start, step), number, is_valid)
                 number += min(step, n_rows - start)
             self._read = fraction
+        if self._table.is_truncated:
+            yield Record(number + 1, problem=UNENDED)
 
     def _records(self, batch: pa.RecordBatch, before: int, is_valid: bool) -> Iterator[Record]:
         """Yield the records of a few rows; if their values cannot be converted together, one by one."""
@@ -144,6 +149,7 @@ def _is_valid(batch: pa.RecordBatch) -> bool:
 
 class _Table(Protocol):
     schema: pa.Schema
+    is_truncated: bool  # known when all its batches have been read
 
     def weights(self) -> list[int]:
         """Return the relative size of each row group or record batch."""
@@ -175,7 +181,8 @@ class _Parquet:
             raise DataError(f"{printable(file.path)}: was changed after it was listed; run the same command again")
         self._stored = stored
         self._metadata = pq.read_metadata(stored)
-        buffer_bytes = max(BUFFER_BYTES // max(self._metadata.num_columns, 1), 4096)
+        buffer_bytes = max(min(COLUMN_BUFFER_BYTES, BUFFER_BYTES // max(self._metadata.num_columns, 1)), 4096)
+        self.is_truncated = False  # such a file cannot be opened
         self._file = pq.ParquetFile(stored, metadata=self._metadata, buffer_size=buffer_bytes, pre_buffer=False)
         self.schema = self._file.schema_arrow
 
@@ -193,6 +200,8 @@ class _Parquet:
         for batch in self._file.iter_batches(batch_rows, list(groups), columns, use_threads=False):
             rows_read += batch.num_rows
             yield batch, min(rows_read / max(n_rows, 1), 1)
+        if rows_read != n_rows:
+            raise ValueError(f"it has {rows_read:,} of the {n_rows:,} rows that its footer lists")
 
     def _group(self, index: int) -> pq.RowGroupMetaData:
         return self._metadata.row_group(index)
@@ -204,6 +213,7 @@ class _Parquet:
 class _ArrowFile:
     def __init__(self, stored: pa.NativeFile) -> None:
         self._stored = stored
+        self.is_truncated = False  # such a file cannot be opened
         self._reader = pa.ipc.open_file(stored, options=pa.ipc.IpcReadOptions(use_threads=False))
         self.schema = self._reader.schema
 
@@ -229,6 +239,7 @@ class _ArrowStream:
     def __init__(self, file: SourceFile, stored: pa.NativeFile) -> None:
         self._file = file
         self._stored = stored
+        self.is_truncated = False
         self._reader = pa.ipc.open_stream(stored, options=pa.ipc.IpcReadOptions(use_threads=False))
         self.schema = self._reader.schema
 
@@ -249,6 +260,8 @@ class _ArrowStream:
                 if stop == UNBOUNDED:
                     fraction = min(self._stored.tell() / max(self._file.size, 1), 1)
                 yield batch if columns is None else batch.select(columns), fraction
+        self._stored.seek(max(self._file.size - len(END_OF_STREAM), 0))
+        self.is_truncated = self._stored.read(len(END_OF_STREAM)) != END_OF_STREAM
 
     def close(self) -> None:
         self._stored.close()
