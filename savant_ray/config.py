@@ -150,7 +150,9 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """Training text and its weight in the mixture."""
 
-    path: Texts = Field(description="file, folder, glob or URI, or a list of them: JSON lines, JSON, Parquet, Arrow, CSV or text")
+    path: Texts = Field(
+        description="file, folder, glob or URI, or a list of them; JSON lines, Parquet, Arrow, CSV or text"
+    )
     weight: Positive = Field(
         description="fraction of the sequences or documents (data.mix_by), relative to the weights of the other sources; at "
         "least 1 in 100,000 sequences"

@@ -29,10 +29,24 @@ class DocumentRule:
                 yield Document(number, problem=problem)
                 continue
             text = value.get("text")
-            if isinstance(text, str) and text and not text.isspace():
-                yield Document(number, text)
-            else:
+            if not isinstance(text, str) or not text or text.isspace():
                 yield Document(number, problem=_missing_text(value))
+            elif half := _half_surrogate_pair(text):
+                yield Document(number, problem=f'"text" contains half a surrogate pair ({half})')
+            else:
+                yield Document(number, text)
+
+
+TEXT_RULE = DocumentRule()
+
+
+def _half_surrogate_pair(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"\\u{ord(text[error.start]):04x}"
+    return ""
 
 
 def _missing_text(value: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 
-from savant_ray.data.documents import DocumentRule
+from savant_ray.data.documents import TEXT_RULE, DocumentRule
 from savant_ray.data.formats import TABLES
 from savant_ray.data.jsonl import json_lines
 from savant_ray.data.readers.csv_rows import csv_rows
@@ -41,17 +41,20 @@ def plan_parts(files: Sequence[SourceFile], part_bytes: int | None = None) -> li
 
 
 def documents(
-    files: Sequence[SourceFile], max_record_bytes: int = MAX_RECORD_BYTES, rule: DocumentRule | None = None
+    files: Sequence[SourceFile], max_record_bytes: int = MAX_RECORD_BYTES, rule: DocumentRule = TEXT_RULE
 ) -> Iterator[str]:
     """Yield the texts of the files in order; invalid records are skipped.
 
     Raises:
         DataError: as `plan_parts` and `open_records`.
     """
-    rule = rule or DocumentRule()
-    for part in plan_parts(files):
-        with open_records(part, max_record_bytes) as records:
-            yield from (document.text for document in rule.documents(records) if document.text)
+
+    def records() -> Iterator[Record]:
+        for part in plan_parts(files):
+            with open_records(part, max_record_bytes) as part_records:
+                yield from part_records
+
+    yield from (document.text for document in rule.documents(records()) if document.text)
 
 
 def records_before(part: Part, max_record_bytes: int = MAX_RECORD_BYTES) -> int:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
-from savant_ray.data.documents import Document, DocumentRule
+from savant_ray.data.documents import TEXT_RULE, Document
 from savant_ray.data.overlap import digests_path, document_digests
 from savant_ray.data.packing import pack
 from savant_ray.data.record_reader import open_records, plan_parts, records_before
@@ -144,7 +144,7 @@ def write_shard(folder: Path, index: int, part: Part, recipe: Recipe) -> Iterato
     digests = digests_path(folder / shard_name(index))
     temporary_digests = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
     with open_records(part, recipe.max_line_bytes) as records, shard, temporary_digests.open("wb") as digests_file:
-        for batch in _batches(DocumentRule().documents(records), summary):
+        for batch in _batches(TEXT_RULE.documents(records), summary):
             try:
                 chunk.add(batch, summary)
             except _UnencodableLineError as error:
@@ -193,7 +193,7 @@ def check_encodable(file: SourceFile, tokenizer: Tokenizer, characters: int = BA
     """
     for part in plan_parts([file])[:1]:
         with open_records(part) as records:
-            for line in DocumentRule().documents(records):
+            for line in TEXT_RULE.documents(records):
                 try:
                     tokenizer.encode(line.text[:characters])
                 except DataError as error:

@@ -18,7 +18,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -58,8 +58,9 @@ class SourceFile:
     mtime_ns: int
     query: str = ""  # options of a URI: "?endpoint_override=…"
     version: str = ""  # of a local file: inode and ctime
-    encoding: str = ""  # compression or encoding of the bytes, as `formats.inspect` returns it
-    format: str = ""  # one of `formats.FORMATS`; "": not known yet, because a listing opens no file in object storage
+    # What `formats.inspect` returns; format "": not known yet, because a listing opens no file in object storage.
+    encoding: str = field(default="", compare=False)
+    format: str = field(default="", compare=False)
     format_setting: str = "auto"  # what the user has set: "auto", or one of `formats.FORMATS`
     text_blocks: bool = False  # of plain text: each block of lines between blank lines is a document
 

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from savant_ray.data import streams
 from savant_ray.data.content import content_hashes
+from savant_ray.data.documents import TEXT_RULE
 from savant_ray.data.readers import tables
 from savant_ray.data.record_reader import documents, open_records, plan_parts, records_before
 from savant_ray.data.records import Record
@@ -285,12 +286,10 @@ def test_a_table_without_rows_has_no_records(tmp_path: Path, name: str) -> None:
 
 
 def test_a_row_without_a_text_is_reported_with_its_columns(tmp_path: Path) -> None:
-    from savant_ray.data.documents import DocumentRule
-
     pq.write_table(pa.table({"text": ["a", None], "id": [1, 2]}), tmp_path / "x.parquet")
     (part,) = plan_parts(expand(str(tmp_path / "x.parquet")))
     with open_records(part) as records:
-        (good, bad) = DocumentRule().documents(records)
+        (good, bad) = TEXT_RULE.documents(records)
     assert (good.text, bad.problem) == ("a", '"text" is null, not a string')
     assert part.file.record_name == "row"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 
 from savant_ray.data import streams
-from savant_ray.data.documents import Document, DocumentRule
+from savant_ray.data.documents import TEXT_RULE, Document
 from savant_ray.data.record_reader import documents, open_records, plan_parts
 from savant_ray.data.records import Part
 from savant_ray.data.sources import SourceFile, expand
@@ -29,7 +29,7 @@ def read(path: Path, range_bytes: int | None = None, max_line_bytes: int = MAX_L
     for part in plan_parts(expand(str(path)), range_bytes):
         with open_records(part, max_line_bytes) as reader:
             before = len(lines)
-            lines += [line._replace(number=line.number + before) for line in DocumentRule().documents(reader)]
+            lines += [line._replace(number=line.number + before) for line in TEXT_RULE.documents(reader)]
     return lines
 
 

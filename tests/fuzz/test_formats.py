@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from savant_ray.data import streams
-from savant_ray.data.documents import DocumentRule
+from savant_ray.data.documents import TEXT_RULE
 from savant_ray.data.record_reader import open_records, plan_parts
 from savant_ray.data.records import Record
 from savant_ray.data.sources import SourceFile
@@ -141,7 +141,7 @@ def check(records: list[Record]) -> None:
         assert record.value is None or not record.problem
         assert record.problem.isprintable() and len(record.problem) < 500
         json.dumps(record.value)
-    assert len(list(DocumentRule().documents(records))) == len(records)
+    assert len(list(TEXT_RULE.documents(records))) == len(records)
 
 
 PART_BYTES = st.sampled_from([1, 30, 300, 1 << 20])

@@ -13,7 +13,7 @@ import pyarrow as pa
 from hypothesis import strategies as st
 
 from savant_ray.data import streams
-from savant_ray.data.documents import Document, DocumentRule
+from savant_ray.data.documents import TEXT_RULE, Document
 from savant_ray.data.formats import BYTE_ORDER_MARK, CODECS
 from savant_ray.data.record_reader import open_records
 from savant_ray.data.records import UNBOUNDED, Part
@@ -88,7 +88,7 @@ def read(content: bytes, cuts: list[int], limit: int, block: int, suffix: str = 
         for start, stop in pairwise(cuts):
             before = len(lines)
             with open_records(Part(file, start, stop, stop - start), limit) as reader:
-                lines += [line._replace(number=line.number + before) for line in DocumentRule().documents(reader)]
+                lines += [line._replace(number=line.number + before) for line in TEXT_RULE.documents(reader)]
     return lines
 
 
