@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -131,7 +132,8 @@ def expand(
 
     Of a folder, the files with a suffix of a supported format are listed, or of `file_format` unless it is "auto". Plain
     text (.txt, .text, .md) is listed only if the folder contains no other files, because a README.md or requirements.txt is
-    not training text; the same holds for plain text that a glob matches. A file that is named, or `file_format="text"`, is
+    not training text; the same holds for plain text that a glob matches. Files in several formats are all listed, with a
+    warning, because they may have the same documents. A file that is named, or `file_format="text"`, is
     always used. Of a folder that `datasets.save_to_disk` has written, the Arrow files with the data are listed.
 
     Raises:
@@ -245,6 +247,7 @@ def _local_files(pattern: str, file_format: str, warn: Warn) -> list[SourceFile]
         folders = {match for match in paths if os.path.isdir(match)}
     files, errors = _read_heads(sorted(paths - folders), file_format, problems)
     files = files if is_folder else _without_plain_text(files, file_format, warn)
+    _warn_of_several_formats(pattern, files, file_format, warn)
     if errors:
         raise DataError("\n".join(_shortened(errors)))
     if not files:
@@ -478,6 +481,17 @@ def _without_plain_text(files: list[SourceFile], file_format: str, warn: Warn) -
     return [file for file in files if not is_text(file)]
 
 
+def _warn_of_several_formats(pattern: str, files: Sequence[SourceFile], file_format: str, warn: Warn) -> None:
+    """Warn of files in several formats, which may have the same documents, unless the user has chosen a format."""
+    formats = Counter(file.format or _format_by_suffix(file.path) or "jsonl" for file in files)
+    formats["jsonl"] += formats.pop("json", 0)
+    counts = [f"{number:,} {name}" for name, number in sorted(formats.items()) if number]
+    if file_format == "auto" and len(counts) > 1:
+        warn(
+            f"{printable(pattern)}: has files in several formats ({', '.join(counts)}); all are used (set format to choose)"
+        )
+
+
 def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders: bool = False) -> str:
     shown = printable(pattern)
     if is_folder:
@@ -527,7 +541,9 @@ def _remote_files(pattern: str, file_format: str, warn: Warn) -> list[SourceFile
         SourceFile(uri + info.path[len(path) :], info.size, info.mtime_ns or 0, query, format_setting=file_format)
         for info in infos
     ]
-    return files if is_folder else _without_plain_text(files, file_format, warn)
+    files = files if is_folder else _without_plain_text(files, file_format, warn)
+    _warn_of_several_formats(pattern, files, file_format, warn)
+    return files
 
 
 def _remote_matches(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pafs.FileInfo]:

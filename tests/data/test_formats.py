@@ -438,13 +438,15 @@ def test_plain_text_of_a_folder_is_used_only_if_it_has_no_data_files(tmp_path: P
     folder = f"{scheme}{tmp_path}"
     warned: list[str] = []
     assert names(expand(f"{folder}/data", warned.append), tmp_path) == ["data/a.csv", "data/b.parquet"]
-    assert not warned
+    several = "has files in several formats (1 csv, 1 parquet); all are used (set format to choose)"
+    assert warned == [f"{folder}/data: {several}"]
     assert names(expand(f"{folder}/data/[!c]*", warned.append), tmp_path) == ["data/a.csv", "data/b.parquet"]
-    assert len(warned) == 2 and "README.md: plain text beside data files; skipped" in warned[0]
+    assert len(warned) == 4 and "README.md: plain text beside data files; skipped" in warned[1]
     assert names(expand(f"{folder}/data/*.md"), tmp_path) == ["data/README.md"]
     assert names(expand(f"{folder}/data/README.md"), tmp_path) == ["data/README.md"]
     assert names(expand(f"{folder}/books"), tmp_path) == ["books/a.txt"]
-    text = expand(f"{folder}/data", file_format="text")
+    text = expand(f"{folder}/data", warned.append, file_format="text")
+    assert len(warned) == 4
     assert names(text, tmp_path) == ["data/README.md", "data/requirements.txt"]
     assert names(expand(f"{folder}/data", file_format="csv"), tmp_path) == ["data/a.csv"]
 
