@@ -259,7 +259,9 @@ class FilterConfig(Section):
 class SourceConfig(TextConfig):
     """Training text and its weight in the mixture."""
 
-    path: Texts = Field(description="JSONL file, folder, glob or URI, or a list of them; also .gz and .zst")
+    path: Texts = Field(
+        description="file, folder, glob or URI, or a list of them; JSON lines, Parquet, Arrow, CSV or text"
+    )
     weight: Positive = Field(
         description="fraction of the sequences or documents (data.mix_by), relative to the weights of the other sources; at "
         "least 1 in 100,000 sequences"

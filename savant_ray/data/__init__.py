@@ -1,1 +1,1 @@
-"""Training data: reading JSONL, tokenizing and packing it into a token cache, and the global order of the sequences."""
+"""Training data: reading text, tokenizing and packing it into a token cache, and the global order of the sequences."""

@@ -1,7 +1,7 @@
-"""Builds token caches and trains tokenizers from JSONL files; existing ones are reused.
+"""Builds token caches and trains tokenizers from source files; existing ones are reused.
 
-A Ray Data task tokenizes and packs one byte range of a file: it writes a shard and then its summary. An interrupted build
-therefore continues with the ranges whose summary is missing. The folder gets its final name when all shards are complete.
+A Ray Data task tokenizes and packs one part of a file: it writes a shard and then its summary. An interrupted build
+therefore continues with the parts whose summary is missing. The folder gets its final name when all shards are complete.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.content import content_hashes, refuse_changed
 from savant_ray.data.deduplication import mark_duplicates, scan_path, write_scan
 from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
-from savant_ray.data.jsonl import MAX_LINE_BYTES, ByteRange, RangeReader, documents, plan_ranges
 from savant_ray.data.overlap import stored_digests
+from savant_ray.data.record_reader import documents, open_records, plan_parts
+from savant_ray.data.records import MAX_RECORD_BYTES, Part
 from savant_ray.data.shard_writer import (
     MAX_NAMED_INVALID_LINES,
     RangeSummary,
@@ -68,7 +69,7 @@ def prepare(
     sequence_length: int,
     cache_dir: str | Path,
     on_bad_line: Literal["skip", "error"] = "skip",
-    max_line_bytes: int = MAX_LINE_BYTES,
+    max_line_bytes: int = MAX_RECORD_BYTES,
     range_bytes: int | None = None,
     deduplicate_after: Sequence[TokenCache] | None = None,
     progress: Progress | None = None,
@@ -85,7 +86,7 @@ def prepare(
         cache_dir: folder of all caches.
         on_bad_line: "skip" skips and counts invalid lines, "error" raises an error that lists them.
         max_line_bytes: longer lines are invalid.
-        range_bytes: length of the byte range that one task reads; None: the default of `plan_ranges`.
+        range_bytes: length of the part that one task reads; None: the default of `plan_parts`.
         deduplicate_after: leave out documents that have occurred before in these texts, or are in these caches; None: keep
             all documents.
         progress: receives bytes done and total bytes.
@@ -104,12 +105,12 @@ def prepare(
         "version": DATA_VERSION,
         "files": list(zip(_relative_paths(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
-        **_rules_identity(sources),
+        **_reading_identity(sources),
     }
     if deduplicate_after is not None:
         identity["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
-    parts = plan_source_parts(sources, range_bytes)
-    build = _Build(parts, files, hashes, recipe, fingerprint(identity), cache_dir, deduplicate_after)
+    plan = partial(plan_source_parts, sources, range_bytes)
+    build = _Build(plan, files, hashes, recipe, fingerprint(identity), cache_dir, deduplicate_after)
     progress = progress or (lambda done, total: None)
     _build_once(build.folder, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
@@ -132,7 +133,7 @@ def train_or_load_tokenizer(
     sources = _with_rules(texts)
     files = [file for source in sources for file in source.files]
     hashes = content_hashes(files, cache_dir)
-    identity = {"version": DATA_VERSION, "files": hashes, "vocab_size": vocab_size, **_rules_identity(sources)}
+    identity = {"version": DATA_VERSION, "files": hashes, "vocab_size": vocab_size, **_reading_identity(sources)}
     path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
 
     def train() -> None:
@@ -169,9 +170,9 @@ def _with_checksum(path: Path, content: str) -> Path:
 
 
 class SourcePart(NamedTuple):
-    """A byte range, the number of its file and of its source, and the rule of the source."""
+    """A part of a file, the number of its file and of its source, and the rule of the source."""
 
-    range: ByteRange
+    part: Part
     file: int
     source: int
     rule: DocumentRule
@@ -183,21 +184,24 @@ def _with_rules(texts: Sequence[SourceFile] | Sequence[SourceText]) -> list[Sour
     return [*([SourceText(files)] if files else []), *(text for text in texts if isinstance(text, SourceText))]
 
 
-def _rules_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
-    """Return what the rules add to an identity: nothing for plain text, whose identity is that of earlier versions."""
-    if all(source.rule == TEXT_RULE for source in sources):
-        return {}
-    return {"rules": [(len(source.files), repr(source.rule)) for source in sources]}
+def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
+    """Return what formats and rules add to an identity: nothing for JSON lines with texts, as in earlier versions."""
+    files = [file for source in sources for file in source.files]
+    is_default = all(file.reading[:2] == ("auto", False) and file.format == "jsonl" for file in files)
+    identity: dict[str, Any] = {} if is_default else {"formats": [file.reading for file in files]}
+    if any(source.rule != TEXT_RULE for source in sources):
+        identity["rules"] = [(len(source.files), repr(source.rule)) for source in sources]
+    return identity
 
 
 def plan_source_parts(sources: Sequence[SourceText], range_bytes: int | None) -> list[SourcePart]:
-    """Divide the files of all sources into ranges."""
+    """Divide the files of all sources into parts."""
     parts: list[SourcePart] = []
     n_files = 0
     for number, source in enumerate(sources):
-        numbers = {file: n_files + index for index, file in enumerate(source.files)}
-        ranges = plan_ranges(source.files, range_bytes)
-        parts += [SourcePart(part, numbers[part.file], number, source.rule) for part in ranges]
+        numbers = {file.path: n_files + index for index, file in enumerate(source.files)}
+        planned = plan_parts(source.files, range_bytes)
+        parts += [SourcePart(part, numbers[part.file.path], number, source.rule) for part in planned]
         n_files += len(source.files)
     return parts
 
@@ -207,7 +211,7 @@ class _Build:
 
     def __init__(
         self,
-        parts: Sequence[SourcePart],
+        plan: Callable[[], list[SourcePart]],
         files: Sequence[SourceFile],
         hashes: Sequence[str],
         recipe: Recipe,
@@ -218,7 +222,7 @@ class _Build:
         self._deduplicate_after = deduplicate_after
         self._files = files
         self._hashes = hashes
-        self._parts = parts
+        self._plan = plan  # called only for a build, because it reads the footers of tables
         self._recipe = recipe
         self._identity = identity
         name = fingerprint({"format": FORMAT_VERSION, "data": identity})
@@ -251,7 +255,8 @@ class _Build:
             log(f"{problem}; rebuilding it")
         folder = self.folder if self.folder.exists() else self._unfinished
         folder.mkdir(parents=True, exist_ok=True)
-        parts = within_limits(self._parts, self._recipe.max_line_bytes)
+        planned = self._plan()
+        parts = within_limits(planned, self._recipe.max_line_bytes)
         if self._deduplicate_after is not None:
             unscanned = {i: part for i, part in enumerate(parts) if not scan_path(folder, i).exists()}
             self._run_tasks(folder, unscanned, "scan", progress)
@@ -259,7 +264,7 @@ class _Build:
             mark_duplicates(folder, len(parts), earlier)
         self._write_missing(folder, parts, progress)
         self._refuse_changed(folder)
-        unread = {part.file for part in self._parts} - {part.file for part in parts}
+        unread = {part.file for part in planned} - {part.file for part in parts}
         manifest = _merge_summaries(
             {index: name for index, name in enumerate(_relative_paths(self._files)) if index not in unread},
             parts,
@@ -288,7 +293,7 @@ class _Build:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(parts))))
         missing = {index: parts[index] for index, is_complete in enumerate(complete) if not is_complete}
-        total, remaining = (sum(_stored_bytes(part.range) for part in some) for some in (parts, missing.values()))
+        total, remaining = (sum(part.part.stored_bytes for part in some) for some in (parts, missing.values()))
         self._run_tasks(folder, missing, "write", lambda done, _: progress(total - remaining + done, total))
 
     def _run_tasks(
@@ -300,7 +305,7 @@ class _Build:
             DataError: a file cannot be read or written.
             UnexpectedError: a task raised any other exception; contains its traceback.
         """
-        done, total = 0, sum(_stored_bytes(part.range) for part in parts.values())
+        done, total = 0, sum(part.part.stored_bytes for part in parts.values())
         progress(done, total)
         for row in self._task_rows(folder, parts, work):
             if error := row["error"].as_py():
@@ -316,16 +321,16 @@ class _Build:
         if not parts:
             return iter(())
         rules = {repr(part.rule): part.rule for part in parts.values()}
-        items = [{"index": i, "rule": repr(part.rule), **_as_row(part.range)} for i, part in parts.items()]
+        items = [{"index": i, "rule": repr(part.rule), **_as_row(part.part)} for i, part in parts.items()]
         with ray_data.settings():
-            ranges = ray.data.from_items(items, override_num_blocks=len(items))
-            rows = ranges.flat_map(_PartTask(folder, self._recipe, rules, work), num_cpus=1)
+            tasks = ray.data.from_items(items, override_num_blocks=len(items))
+            rows = tasks.flat_map(_PartTask(folder, self._recipe, rules, work), num_cpus=1)
         return ray_data.rows(rows)
 
 
 @dataclass(frozen=True)
 class _PartTask:
-    """Ray Data task that writes the shard of one range, or the scan that finds duplicates.
+    """Ray Data task that writes the shard of one part, or the scan that finds duplicates.
 
     It yields rows with the bytes read since the last row, or an error.
     """
@@ -353,7 +358,7 @@ class _PartTask:
         except BaseException as error:  # a Rust panic in `tokenizers` is not an Exception
             yield _task_row(0, describe(error, f"tokenizing {path}"), traceback.format_exc())
 
-    def _run(self, index: int, part: ByteRange, rule: DocumentRule) -> Iterator[int]:
+    def _run(self, index: int, part: Part, rule: DocumentRule) -> Iterator[int]:
         if self.work == "scan":
             return write_scan(self.folder, index, part, self.recipe.max_line_bytes, rule)
         return write_shard(self.folder, index, part, self.recipe, rule)
@@ -363,13 +368,14 @@ def _task_row(n_bytes: int, error: str = "", details: str = "") -> dict[str, Any
     return {"bytes": n_bytes, "error": error, "traceback": details}
 
 
-def _as_row(part: ByteRange) -> dict[str, Any]:
-    return {**dataclasses.asdict(part.file), "start": part.start, "stop": part.stop}
+def _as_row(part: Part) -> dict[str, Any]:
+    bounds = {"start": part.start, "stop": part.stop, "stored_bytes": part.stored_bytes}
+    return {**dataclasses.asdict(part.file), **bounds}
 
 
-def _from_row(row: dict[str, Any]) -> ByteRange:
-    start, stop = row.pop("start"), row.pop("stop")
-    return ByteRange(SourceFile(**row), start, stop)
+def _from_row(row: dict[str, Any]) -> Part:
+    bounds = {name: row.pop(name) for name in ("start", "stop", "stored_bytes")}
+    return Part(SourceFile(**row), **bounds)
 
 
 def within_limits(parts: Sequence[SourcePart], max_line_bytes: int) -> list[SourcePart]:
@@ -387,7 +393,7 @@ def within_limits(parts: Sequence[SourcePart], max_line_bytes: int) -> list[Sour
             if not remaining:
                 continue
             rule = dataclasses.replace(rule, limit=remaining)
-            with RangeReader(part.range, max_line_bytes) as records:
+            with open_records(part.part, max_line_bytes) as records:
                 n_documents = rule.count(records)
             counted[part.source] += n_documents
             if n_documents < remaining:
@@ -397,34 +403,47 @@ def within_limits(parts: Sequence[SourcePart], max_line_bytes: int) -> list[Sour
 
 
 def _merge_summaries(
-    names: Mapping[int, str], ranges: Sequence[SourcePart], summaries: Sequence[RangeSummary], **identity: Any
+    names: Mapping[int, str], parts: Sequence[SourcePart], summaries: Sequence[RangeSummary], **identity: Any
 ) -> Manifest:
-    """Combine the summaries of all ranges into a manifest, whose line numbers are counted from the start of each file.
+    """Combine the summaries of all parts into a manifest, whose line numbers are counted from the start of each file.
 
     `names` are the names of the files by their number.
     """
-    origins = [part.file for part in ranges]
-    counts = [
+    origins = [part.file for part in parts]
+    units = {part.file: part.part.file.record_name for part in parts}
+    lines, documents, invalid, filtered, duplicates = (
         _per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines", "filtered", "duplicates")
-    ]
-    _, documents, invalid, filtered, duplicates = counts
+    )
     before = _lines_before(origins, summaries)
-    parts = [(names[file], lines, summary) for file, lines, summary in zip(origins, before, summaries, strict=True)]
+    counted = [
+        (names[file], n_before, summary) for file, n_before, summary in zip(origins, before, summaries, strict=True)
+    ]
     first_dropped = (
         LineProblem(name, lines_before + summary.first_dropped[0], summary.first_dropped[1])
-        for name, lines_before, summary in parts
+        for name, lines_before, summary in counted
         if summary.first_dropped
     )
     invalid_lines = [
         LineProblem(name, lines_before + line, reason)
-        for name, lines_before, summary in parts
+        for name, lines_before, summary in counted
         for line, reason in summary.first_bad_lines
     ]
     return Manifest(
-        files=tuple(FileSummary(name, *(count[file] for count in counts)) for file, name in names.items()),
+        files=tuple(
+            FileSummary(
+                name,
+                lines[file],
+                documents[file],
+                invalid[file],
+                filtered[file],
+                duplicates[file],
+                units.get(file, "line"),
+            )
+            for file, name in names.items()
+        ),
         shards=tuple(
             ShardInfo(shard_name(index), summary.shard_bytes, summary.rows, name, lines_before, summary.shard_crc32)
-            for index, (name, lines_before, summary) in enumerate(parts)
+            for index, (name, lines_before, summary) in enumerate(counted)
             if summary.rows
         ),
         rows=sum(summary.rows for summary in summaries),
@@ -465,7 +484,7 @@ def _lines_before(origins: Sequence[int], summaries: Sequence[RangeSummary]) -> 
 def empty_file_report(manifest: Manifest) -> list[str]:
     """Return a message for each of the first files without a document, and one with the number of the others."""
     messages = [
-        f"{file.path}: no document in {file.lines:,} lines"
+        f"{file.path}: no document in {file.lines:,} {file.unit}s"
         + f", {file.bad_lines:,} of them invalid" * bool(file.bad_lines)
         + f", {file.filtered:,} left out by filter or sample" * bool(file.filtered)
         + f", {file.duplicates:,} duplicates" * bool(file.duplicates)
@@ -508,7 +527,7 @@ def _refuse_if_all_dropped(manifest: Manifest, recipe: Recipe) -> None:
     tokenizer = tokenizer_of(recipe)
     if manifest.tokens == manifest.documents * (len(tokenizer.prefix) + len(tokenizer.suffix)):
         raise DataError(
-            f"{tokenizer.name} has no token for any character of {first.file} (line {first.line:,}: "
+            f"{tokenizer.name} has no token for any character of {first.file} ({manifest.unit(first.file)} {first.line:,}: "
             f"{' '.join(first.reason)}); set data.tokenizer to one for this text, or to auto to train one on it"
         )
 
@@ -543,11 +562,6 @@ def _title(files: Sequence[SourceFile]) -> str:
     return name.encode()[:MAX_TITLE_BYTES].decode(errors="ignore")
 
 
-def _stored_bytes(part: ByteRange) -> int:
-    """Return the number of bytes of a range in its file, before decompression."""
-    return min(part.stop, part.file.size) - part.start
-
-
 def _training_texts(sources: Sequence[SourceText]) -> Iterator[str]:
     """Yield documents from the start of each file, or of each source with a limit, which is counted over all of its files.
 
@@ -557,11 +571,11 @@ def _training_texts(sources: Sequence[SourceText]) -> Iterator[str]:
     for source in sources:
         for files in [[file] for file in source.files] if source.rule.limit is None else [source.files]:
             remaining = MAX_TRAINING_CHARACTERS * sum(file.size for file in files) // max(total, 1)
-            for text in documents(files, rule=source.rule):
+            for document in documents(files, rule=source.rule):
                 if remaining <= 0:
                     break
-                remaining -= len(text)
-                yield text
+                remaining -= len(document.text)
+                yield document.text
 
 
 def _build_once(path: Path, is_complete: Callable[[], bool], build: Callable[[], None]) -> None:

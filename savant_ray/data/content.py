@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
-from savant_ray.data.formats import ENCODINGS, HEAD_BYTES, format_of
+from savant_ray.data.formats import HEAD_BYTES, encoding_of, format_of
 from savant_ray.data.sources import LISTING_THREADS, SourceFile
 from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import error_text, printable
@@ -31,7 +31,7 @@ def content_hashes(files: Sequence[SourceFile], cache_dir: Path) -> list[str]:
     """Return the SHA-256 of each file's bytes up to its listed size; computed hashes are cached in `cache_dir`.
 
     Raises:
-        DataError: a file cannot be read, has become shorter, or its content does not match its suffix.
+        DataError: a file cannot be read, has become shorter, or has an unsupported format.
     """
     hashes = _load_hashes(cache_dir / HASHES)
     unknown = [file for file in files if _key(file) not in hashes]
@@ -93,8 +93,8 @@ def _hash(file: SourceFile) -> str:
     try:
         with filesystem.open_input_stream(path, compression=None) as stream:
             while remaining and (block := stream.read(min(BLOCK_BYTES, remaining))):
-                if remaining == file.size:
-                    _check_format(file, block[:HEAD_BYTES])
+                if remaining == file.size and not file.format and not encoding_of(block):
+                    format_of(block[:HEAD_BYTES], printable(file.path), setting=file.format_setting)  # raises early
                 digest.update(block)
                 remaining -= len(block)
     except SavantError:
@@ -106,17 +106,3 @@ def _hash(file: SourceFile) -> str:
             f"{printable(file.path)}: has {file.size - remaining:,} of the {file.size:,} bytes it had when it was listed"
         )
     return digest.hexdigest()
-
-
-def _check_format(file: SourceFile, head: bytes) -> None:
-    """Check that the first bytes match the format with which the file was listed.
-
-    A file in object storage is not opened for the listing, so its suffix determines the format. No suffix stands for UTF-16
-    or UTF-32, which are therefore supported for local files only.
-    """
-    detected = format_of(head, printable(file.path))
-    if detected != (file.codec or "text"):
-        advice = "convert it to UTF-8" if detected in ENCODINGS else "rename it"
-        raise DataError(
-            f"{printable(file.path)}: its name says {file.codec or 'plain text'}, but it is {detected}; {advice}"
-        )

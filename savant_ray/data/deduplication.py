@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from savant_ray.data.documents import Document, DocumentRule
-from savant_ray.data.jsonl import ByteRange, RangeReader
 from savant_ray.data.overlap import Digests, document_digests
+from savant_ray.data.record_reader import open_records
+from savant_ray.data.records import Part
 
 DOCUMENTS_PER_REPORT = 1 << 10
 
@@ -33,14 +34,14 @@ def duplicates_path(folder: Path, index: int) -> Path:
     return folder / f"duplicates-{index:05d}.npy"
 
 
-def write_scan(folder: Path, index: int, part: ByteRange, max_line_bytes: int, rule: DocumentRule) -> Iterator[int]:
+def write_scan(folder: Path, index: int, part: Part, max_line_bytes: int, rule: DocumentRule) -> Iterator[int]:
     """Write the scan of a range; yield the number of its bytes that have been read so far.
 
     Raises:
         DataError: the file cannot be read.
     """
     digests, numbers = bytearray(), array("L")
-    with RangeReader(part, max_line_bytes) as records:
+    with open_records(part, max_line_bytes) as records:
         for document in rule.documents(records):
             if document.text:
                 digests += document_digests([document.text])

@@ -11,13 +11,14 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
 
 from savant_ray.config import HeldOutConfig, Scalar, SourceConfig, TextConfig, TrainOn, parse_template
 from savant_ray.data.conversations import AUTO, ChatTemplate, ConversationError, Message, find_messages, plain_form
 from savant_ray.data.records import Record, json_type
 from savant_ray.data.sources import SourceFile
+from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
 
 DEFAULT_FIELD = "text"
 LIKELY_FIELDS = ("content", "body", "document", "raw_content")  # what other data sets call the text
@@ -151,6 +152,19 @@ class DocumentRule:
 
 
 TEXT_RULE = DocumentRule()
+
+
+def encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[MaskedDocument]:
+    """Return the ids of documents with a text, and which of them are trained on.
+
+    Raises:
+        DataError: as `Tokenizer.encode_masked_documents`.
+    """
+    encoded: list[MaskedDocument] = []
+    for special_tokens, group in groupby(documents, key=lambda document: document.special_tokens):
+        texts, trained = zip(*((document.text, document.trained) for document in group), strict=True)
+        encoded += tokenizer.encode_masked_documents(texts, trained, special_tokens)
+    return encoded
 
 
 class SourceText(NamedTuple):

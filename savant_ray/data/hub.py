@@ -22,7 +22,7 @@ from fsspec.utils import glob_translate
 from huggingface_hub import errors
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
-from savant_ray.data.sources import SUFFIXES
+from savant_ray.data.sources import format_by_suffix
 from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import error_text
 
@@ -57,7 +57,7 @@ class HubDataset:
         if not uri.startswith(SCHEME) or not (match := _REFERENCE.fullmatch(uri.removeprefix(SCHEME).rstrip("/"))):
             return None
         config, revision = match["config"], match["late"] or match["early"]
-        if config is not None and config.lower().endswith(SUFFIXES):
+        if config is not None and format_by_suffix(config):
             return None
         return cls(match["repository"], config, revision)
 
@@ -227,7 +227,8 @@ def _errors_explained(dataset: HubDataset) -> Iterator[None]:
 
 
 def _is_data(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in PurePosixPath(name).parts)
+    is_hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+    return format_by_suffix(name) not in ("", "text") and not is_hidden
 
 
 def _card_configs(card: str) -> list[dict[str, Any]]:
@@ -246,7 +247,7 @@ def _splits_of_card(names: Sequence[str], card: str) -> dict[tuple[str, str], li
     splits: dict[tuple[str, str], list[str]] = {}
     for config in _card_configs(card):
         name, folder = _config_name(config), str(config.get("data_dir") or "")
-        data_files = config.get("data_files", f"{folder}/**" if folder else None)
+        data_files = config.get("data_files", "**")
         for entry in data_files if isinstance(data_files, list) else [data_files]:
             listed = entry if isinstance(entry, dict) else {"path": entry}
             patterns = listed.get("path")

@@ -1,9 +1,15 @@
-"""What readers of source files yield: one record for each row, line or block."""
+"""What the readers of all formats produce: records, and the parts of files in which they are read."""
 
 from __future__ import annotations
 
-import json
+import sys
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from savant_ray.data.sources import SourceFile
+
+UNBOUNDED = sys.maxsize
+MAX_RECORD_BYTES = 64 << 20
 
 
 class Record(NamedTuple):
@@ -14,9 +20,27 @@ class Record(NamedTuple):
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class Part:
+    """The records of `file` that start at positions [start, stop).
+
+    A position is a byte of JSON lines and of text in blocks, a row group of Parquet, a record batch of Arrow. A file in
+    another format, and a compressed file, is one part.
+    """
+
+    file: SourceFile
+    start: int
+    stop: int
+    stored_bytes: int  # that the part counts of the file's; those of all parts of a file add up to its size
+
+
+class InvalidRecordError(Exception):
+    """A record that has no value; the message is the reason."""
+
+
 def json_type(value: Any) -> str:
     """Return what a value is called in messages: `an array`, `a number`, `null`."""
     if value is None or isinstance(value, bool):
-        return json.dumps(value)
+        return {None: "null", True: "true", False: "false"}[value]
     names: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bytes: "binary"}
     return names.get(type(value), "a number")

@@ -1,6 +1,6 @@
-"""Writes the shard of one byte range: reads the lines, tokenizes and packs the documents.
+"""Writes the shard of one part of a file: reads the records, tokenizes and packs the documents.
 
-Memory is bounded by `CHUNK_TOKENS`, not by the length of the range, because a compressed file is a single range.
+Memory is bounded by `CHUNK_TOKENS`, not by the length of the part, because a compressed file is a single part.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,11 @@ from numpy.typing import NDArray
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
 from savant_ray.data.deduplication import without_duplicates
-from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule
-from savant_ray.data.jsonl import ByteRange, RangeReader, plan_ranges
+from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule, encode
 from savant_ray.data.overlap import digests_path, document_digests
 from savant_ray.data.packing import pack
+from savant_ray.data.record_reader import open_records, plan_parts, records_before
+from savant_ray.data.records import Part
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import ShardFile, crc32, shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
@@ -32,7 +32,6 @@ BATCH_CHARACTERS = 1 << 18  # tokenized in one call
 CHUNK_TOKENS = 1 << 21  # packed in one call; large enough for the padding of the last row to be negligible
 MAX_NAMED_INVALID_LINES = 100  # stored with line number and reason, per range and per cache
 MAX_NAMED_CHARACTERS = 10  # at most this many dropped characters are stored, from the first line that has any
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Recipe:
 
 @dataclass
 class RangeSummary:
-    """Counts of one byte range; line numbers start from 1 at the beginning of the range.
+    """Counts of one part; numbers of lines (rows, blocks) start from 1 at the beginning of the part.
 
     The fields are the keys of the summary file. `bad_lines` is the number of invalid lines; `target_tokens`, `text_bytes`
     and `trained_bytes` are those of `Manifest`.
@@ -141,22 +140,20 @@ def summary_name(index: int) -> str:
     return f"shard-{index:05d}.json"
 
 
-def write_shard(
-    folder: Path, index: int, part: ByteRange, recipe: Recipe, rule: DocumentRule = TEXT_RULE
-) -> Iterator[int]:
+def write_shard(folder: Path, index: int, part: Part, recipe: Recipe, rule: DocumentRule = TEXT_RULE) -> Iterator[int]:
     """Write shard and summary of a range; yield the number of its bytes that have been read so far.
 
     Raises:
         DataError: the file cannot be read, or the tokenizer cannot encode one of the lines.
     """
-    with RangeReader(part, recipe.max_line_bytes) as records:
+    with open_records(part, recipe.max_line_bytes) as records:
         try:
             documents = without_duplicates(rule.documents(records), folder, index)
             for _ in write_documents(folder, index, documents, recipe):
                 yield records.bytes_read
         except UnencodableDocumentError as error:
-            where = f"{part.file.path} line {_lines_before(part) + error.number:,}"
-            raise DataError(f"{where}: {error}") from error
+            number = records_before(part, recipe.max_line_bytes) + error.number
+            raise DataError(f"{part.file.path} {part.file.record_name} {number:,}: {error}") from error
 
 
 def write_documents(folder: Path, index: int, documents: Iterable[Document], recipe: Recipe) -> Iterator[None]:
@@ -217,13 +214,13 @@ def check_encodable(
     Raises:
         DataError: the tokenizer cannot encode one of the lines, or the file cannot be read.
     """
-    for part in plan_ranges([file])[:1]:
-        with RangeReader(part) as records:
+    for part in plan_parts([file])[:1]:
+        with open_records(part) as records:
             for document in rule.documents(records):
                 try:
                     tokenizer.encode(document.text[:characters])
                 except DataError as error:
-                    raise DataError(f"{file.path} line {document.number:,}: {error}") from error
+                    raise DataError(f"{file.path} {part.file.record_name} {document.number:,}: {error}") from error
                 characters -= len(document.text) + 1
                 if characters <= 0:
                     break
@@ -239,18 +236,6 @@ class UnencodableDocumentError(Exception):
 
 def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-def _lines_before(part: ByteRange) -> int:
-    """Count the lines of the file that start before the range, by reading the file up to the range."""
-    if not part.start:
-        return 0
-    filesystem, path = part.file.resolve()
-    newlines, remaining = 0, part.start - 1  # a newline at `start` - 1 starts the first line of this range
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        while remaining and (block := stream.read(min(remaining, READ_BYTES))):
-            newlines, remaining = newlines + block.count(b"\n"), remaining - len(block)
-    return newlines + 1
 
 
 class _Chunk:
@@ -281,11 +266,7 @@ class _Chunk:
 
     def _encode(self, batch: Sequence[Document]) -> list[MaskedDocument]:
         try:
-            return [
-                document
-                for special_tokens, group in groupby(batch, key=lambda document: document.special_tokens)
-                for document in self._encode_alike(list(group), special_tokens)
-            ]
+            return encode(batch, self._tokenizer)
         except DataError:
             for document in batch:
                 try:
@@ -293,10 +274,6 @@ class _Chunk:
                 except DataError as error:
                     raise UnencodableDocumentError(document.number, str(error)) from error
             raise
-
-    def _encode_alike(self, documents: Sequence[Document], special_tokens: bool) -> list[MaskedDocument]:
-        texts, trained = [document.text for document in documents], [document.trained for document in documents]
-        return self._tokenizer.encode_masked_documents(texts, trained, special_tokens)
 
     def pack_rows(self, summary: RangeSummary) -> pa.RecordBatch:
         """Pack the documents into rows, add their counts to `summary`, and clear the chunk."""

@@ -15,17 +15,18 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from savant_ray.data.formats import CODECS, HEAD_BYTES, format_of
+from savant_ray.data.formats import CODECS, FORMAT_SUFFIXES, FORMATS, TABLES, data_suffix, inspect
 from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import (
     absolute_path,
@@ -39,8 +40,9 @@ from savant_ray.locations import (
     split_query,
 )
 
-PLAIN_SUFFIXES = (".jsonl", ".json", ".ndjson")
-SUFFIXES = tuple(suffix + packed for suffix in PLAIN_SUFFIXES for packed in ("", *CODECS))
+PLAIN_SUFFIXES = tuple(dict.fromkeys(suffix for suffixes in FORMAT_SUFFIXES.values() for suffix in suffixes))
+DATASET_FILES = ("dataset_info.json", "state.json")  # beside the Arrow files that `datasets.save_to_disk` writes
+DATASET_DICT = "dataset_dict.json"  # above their folders
 MAX_NAMED = 5  # files that a warning or error names
 GCS_RETRY_SECONDS = 30  # without a network the client would retry for 15 minutes by default
 LISTING_THREADS = 16  # hide the latency of network file systems
@@ -50,21 +52,48 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A JSONL file as it was listed; size, time and `version` identify its content."""
+    """A file as it was listed; size, time and `version` identify its content."""
 
     path: str  # absolute, or a URI with `%20` decoded
     size: int  # bytes as stored
     mtime_ns: int
     query: str = ""  # options of a URI: "?endpoint_override=…"
     version: str = ""  # of a local file: inode and ctime
-    format: str = ""  # detected by the first bytes, as `formats.format_of` returns it; "": use the suffix
+    # What `formats.inspect` returns; format "": not known yet, because a listing opens no file in object storage.
+    encoding: str = field(default="", compare=False)
+    format: str = field(default="", compare=False)
+    format_setting: str = "auto"  # what the user has set: "auto", or one of `formats.FORMATS`
+    text_blocks: bool = False  # of plain text: each block of lines between blank lines is a document
+
+    def inspected(self) -> SourceFile:
+        """Return the file with encoding and format, which are detected by its first bytes if they are not known yet.
+
+        Raises:
+            DataError: the file cannot be read, or its format is not supported.
+        """
+        if self.format:
+            return self
+        filesystem, path = self.resolve()
+        try:
+            with filesystem.open_input_file(path) as stored:
+                encoding, detected = inspect(stored, printable(self.path), self.format_setting)
+        except SavantError:
+            raise
+        except Exception as error:  # a file system in Python may raise any exception
+            raise DataError(f"{printable(self.path)}: cannot be read ({error_text(error)})") from error
+        return replace(self, encoding=encoding, format=detected)
 
     @property
-    def codec(self) -> str | None:
-        """Compression or encoding from which the bytes are decoded; None for plain UTF-8."""
-        if self.format:
-            return None if self.format == "text" else self.format
-        return CODECS.get(PurePosixPath(self.path).suffix.lower())
+    def reading(self) -> tuple[str, bool, str]:
+        """What determines, besides the content, which records are read."""
+        return self.format_setting, self.text_blocks, data_suffix(self.path)
+
+    @property
+    def record_name(self) -> str:
+        """What a message calls a record: a line, row, record, block or document."""
+        if self.format == "text":
+            return "block" if self.text_blocks else "document"
+        return "row" if self.format in (*TABLES, "csv") else "record" if self.format == "json" else "line"
 
     def resolve(self) -> tuple[pafs.FileSystem, str]:
         """Return the file system and the path in it.
@@ -83,21 +112,29 @@ class SourceFile:
             DataError: it was removed or cannot be accessed.
         """
         if not is_uri(self.path):
-            return _local_file(self.path, self.path)
+            return _local_file(self.path, self.path, self.format_setting, self.text_blocks)
         filesystem, path = self.resolve()
         with _errors_as_data_error(self.path):
             info = filesystem.get_file_info(path)
         if info.type != pafs.FileType.File:
             raise DataError(f"{printable(self.path)}: was removed after it was listed")
-        return SourceFile(self.path, info.size, info.mtime_ns or 0, self.query)
+        return replace(self, size=info.size, mtime_ns=info.mtime_ns or 0)
 
 
-def expand(pattern: str | Sequence[str], warn: Warn | None = None) -> list[SourceFile]:
+def expand(
+    pattern: str | Sequence[str], warn: Warn | None = None, file_format: str = "auto", text_blocks: bool = False
+) -> list[SourceFile]:
     """Return the files of a path, folder (recursively), glob or URI, or of a list of them: sorted and without duplicates.
 
     In a glob, `*`, `?` and `[…]` match within a folder and `**` matches across folders. A path that exists is not treated
     as a glob, so a folder named `[2024-01]` can be used. `warn` (by default the logger) receives a message for everything
     that is skipped: broken links, names that are not UTF-8, folders without read permission, links to listed files.
+
+    Of a folder, the files with a suffix of a supported format are listed, or of `file_format` unless it is "auto". Plain
+    text (.txt, .text, .md) is listed only if the folder contains no other files, because a README.md or requirements.txt is
+    not training text; the same holds for plain text that a glob matches. Files in several formats are all listed, with a
+    warning, because they may have the same documents. A file that is named, or `file_format="text"`, is
+    always used. Of a folder that `datasets.save_to_disk` has written, the Arrow files with the data are listed.
 
     Raises:
         DataError: there is no file, or a file cannot be read or has an unsupported format; the message names it or the
@@ -107,10 +144,13 @@ def expand(pattern: str | Sequence[str], warn: Warn | None = None) -> list[Sourc
     patterns = [pattern] if isinstance(pattern, str) else pattern
     if not patterns or "" in patterns:
         raise DataError("no file, folder, glob or URI is given")
+    if file_format not in ("auto", *FORMATS):
+        raise DataError(f"format: {printable(file_format)} is not one of auto, {', '.join(FORMATS)}")
     files: dict[str, SourceFile] = {}
     for item in patterns:
-        for file in _remote_files(item) if is_uri(item) else _local_files(item, warn):
-            files.setdefault(file.path, file)
+        listed = _remote_files(item, file_format, warn) if is_uri(item) else _local_files(item, file_format, warn)
+        for file in listed:
+            files.setdefault(file.path, replace(file, text_blocks=text_blocks))
     return _without_links([files[path] for path in sorted(files)], warn)
 
 
@@ -192,36 +232,39 @@ def _errors_as_data_error(pattern: str) -> Iterator[None]:
         raise DataError(f"{printable(pattern)}: cannot be listed ({error_text(error)})") from error
 
 
-def _local_files(pattern: str, warn: Warn) -> list[SourceFile]:
+def _local_files(pattern: str, file_format: str, warn: Warn) -> list[SourceFile]:
     path = _resolve_parent_references(absolute_path(pattern, error=DataError))
     problems: list[str] = []
     with _errors_as_data_error(pattern):
         is_folder = os.path.isdir(path)
         if not is_folder and (is_standard_stream(path) or _exists(path)):
-            return [_local_file(path, pattern)]
+            return [_local_file(path, pattern, file_format)]
         if is_folder:
             os.scandir(path).close()  # raises if the user may not list it
-            paths = {file for file in _files_below(path, problems) if _has_suffix(file)}
+            paths = _of_folder(_files_below(path, problems), file_format)
         else:
-            paths = set(_local_matches(path, problems))
+            paths = _without_dataset_files(_local_matches(path, problems))
         folders = {match for match in paths if os.path.isdir(match)}
-    files, errors = _read_heads(sorted(paths - folders), problems)
+    files, errors = _read_heads(sorted(paths - folders), file_format, problems)
+    files = files if is_folder else _without_plain_text(files, file_format, warn)
+    _warn_of_several_formats(pattern, files, file_format, warn)
     if errors:
         raise DataError("\n".join(_shortened(errors)))
     if not files:
-        raise DataError("\n".join([_nothing_found(pattern, is_folder, bool(folders)), *_shortened(problems)]))
+        nothing = _nothing_found(pattern, is_folder, file_format, bool(folders))
+        raise DataError("\n".join([nothing, *_shortened(problems)]))
     for message in _shortened(problems):
         warn(message)
     return files
 
 
-def _read_heads(paths: Sequence[str], problems: list[str]) -> tuple[list[SourceFile], list[str]]:
+def _read_heads(paths: Sequence[str], file_format: str, problems: list[str]) -> tuple[list[SourceFile], list[str]]:
     """Return the files, and the errors of unreadable ones; messages about skipped files are added to `problems`."""
     files, errors = [], []
 
     def read(path: str) -> SourceFile | DataError:
         try:
-            return _local_file(path, path)
+            return _local_file(path, path, file_format)
         except DataError as error:
             return error
 
@@ -240,7 +283,7 @@ class _NotAFileError(DataError):
     """Broken link, device, pipe, or name that is not UTF-8; skipped if a folder or glob contains it."""
 
 
-def _local_file(path: str, name: str) -> SourceFile:
+def _local_file(path: str, name: str, format_setting: str, text_blocks: bool = False) -> SourceFile:
     """List a regular file, which messages call `name`; raise `DataError` for anything else, and open no device or pipe."""
     name = printable(name)
     if not _is_utf8(path):
@@ -252,7 +295,7 @@ def _local_file(path: str, name: str) -> SourceFile:
         if not stat.S_ISREG(status.st_mode):
             raise _NotAFileError(f"{name}: is a {_kind(status.st_mode)}, not a file")
         with open(path, "rb") as file:
-            head = file.read(HEAD_BYTES)
+            encoding, detected = inspect(file, name, format_setting)
     except FileNotFoundError:
         if os.path.islink(path):
             raise _NotAFileError(f"{name}: a broken link to {printable(os.readlink(path))}") from None
@@ -262,7 +305,9 @@ def _local_file(path: str, name: str) -> SourceFile:
             raise _NotAFileError(f"{name}: a link that leads back to itself") from error
         raise DataError(f"{name}: cannot be read ({error_text(error)})") from error
     version = f"{status.st_ino}-{status.st_ctime_ns}"
-    return SourceFile(path, status.st_size, status.st_mtime_ns, "", version, format_of(head, name))
+    return SourceFile(
+        path, status.st_size, status.st_mtime_ns, "", version, encoding, detected, format_setting, text_blocks
+    )
 
 
 def _exists(path: str) -> bool:
@@ -383,14 +428,75 @@ def _is_glob(path: str) -> bool:
     return any(character in path for character in "*?[")
 
 
-def _has_suffix(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
+def _of_folder(paths: Iterable[str], file_format: str) -> set[str]:
+    """Return the paths in a folder with a suffix of the format; plain text only if the format or the folder has no other."""
+    by_suffix = {path: format_by_suffix(path, file_format) for path in paths}
+    supported = {path for path, suffix_format in by_suffix.items() if suffix_format}
+    structured = {path for path in supported if by_suffix[path] != "text"}
+    return _without_dataset_files(structured or supported)
 
 
-def _nothing_found(pattern: str, is_folder: bool, only_folders: bool = False) -> str:
+def format_by_suffix(path: str, file_format: str = "auto") -> str:
+    """Return the format that the suffix suggests, if it is the given one or that is "auto"; otherwise ""."""
+    suffix, is_compressed = data_suffix(path), path.lower().endswith(tuple(CODECS))
+    for candidate, suffixes in FORMAT_SUFFIXES.items():
+        if file_format in ("auto", candidate) and suffix in suffixes and not (is_compressed and candidate in TABLES):
+            return candidate
+    return ""
+
+
+def _without_dataset_files(paths: Iterable[str]) -> set[str]:
+    """Leave out what `datasets.save_to_disk` writes beside the data: descriptions, and Arrow files of cached results."""
+    paths = set(paths)
+    folders = {os.path.dirname(path) for path in paths if path.lower().endswith(".arrow")}
+
+    def is_data(path: str) -> bool:
+        folder, name = os.path.split(path)
+        if name == DATASET_DICT:
+            return not any(other.startswith(f"{folder}/") for other in folders)
+        is_beside = folder in folders and (
+            name in DATASET_FILES or (name.startswith("cache-") and name.endswith(".arrow"))
+        )
+        return not is_beside
+
+    return set(filter(is_data, paths))
+
+
+def _without_plain_text(files: list[SourceFile], file_format: str, warn: Warn) -> list[SourceFile]:
+    """Leave out plain text that a glob matches beside files in other formats, with a warning."""
+
+    def is_text(file: SourceFile) -> bool:
+        return (file.format or format_by_suffix(file.path)) == "text"
+
+    if file_format != "auto" or all(map(is_text, files)):
+        return files
+    for message in _shortened(
+        [
+            f"{printable(file.path)}: plain text beside data files; skipped (name it, or set format: text, to use it)"
+            for file in files
+            if is_text(file)
+        ]
+    ):
+        warn(message)
+    return [file for file in files if not is_text(file)]
+
+
+def _warn_of_several_formats(pattern: str, files: Sequence[SourceFile], file_format: str, warn: Warn) -> None:
+    """Warn of files in several formats, which may have the same documents, unless the user has chosen a format."""
+    formats = Counter(file.format or format_by_suffix(file.path) or "jsonl" for file in files)
+    formats["jsonl"] += formats.pop("json", 0)
+    counts = [f"{number:,} {name}" for name, number in sorted(formats.items()) if number]
+    if file_format == "auto" and len(counts) > 1:
+        warn(
+            f"{printable(pattern)}: has files in several formats ({', '.join(counts)}); all are used (set format to choose)"
+        )
+
+
+def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders: bool = False) -> str:
     shown = printable(pattern)
     if is_folder:
-        return f"{shown}: the folder contains no {', '.join(PLAIN_SUFFIXES)} …"
+        suffixes = PLAIN_SUFFIXES if file_format == "auto" else FORMAT_SUFFIXES[file_format]
+        return f"{shown}: the folder contains no {', '.join(suffixes)} …"
     if only_folders:
         return (
             f"{shown}: no such match: it matches only folders; for the files in them use {shown.rstrip('/')}/**/*.jsonl"
@@ -403,7 +509,7 @@ def _nothing_found(pattern: str, is_folder: bool, only_folders: bool = False) ->
     return f"{shown}: no such {'match' if _is_glob(pattern) else 'file or folder'}{hint}"
 
 
-def _remote_files(pattern: str) -> list[SourceFile]:
+def _remote_files(pattern: str, file_format: str, warn: Warn) -> list[SourceFile]:
     uri, query = split_query(canonical_uri(pattern, error=DataError))
     uri = decoded_uri(uri)
     uri = uri if uri.endswith("://") else uri.rstrip("/")
@@ -411,10 +517,12 @@ def _remote_files(pattern: str) -> list[SourceFile]:
     with _errors_as_data_error(pattern):
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:
-            return [SourceFile(uri, info.size, info.mtime_ns or 0, query)]
+            return [SourceFile(uri, info.size, info.mtime_ns or 0, query, format_setting=file_format)]
         is_folder = info.type == pafs.FileType.Directory
         if is_folder:
-            infos = [info for info in _remote_infos(filesystem, path, deep=True) if _has_suffix(info.path)]
+            infos = _remote_infos(filesystem, path, deep=True)
+            paths = _of_folder((info.path for info in infos), file_format)
+            infos = [info for info in infos if info.path in paths]
         elif _is_glob(path):
             wildcards = re.search(r"[^/]*[*?\[].*", path)
             rest = wildcards[0] if wildcards else ""
@@ -423,11 +531,19 @@ def _remote_files(pattern: str) -> list[SourceFile]:
             infos = _remote_matches(filesystem, path, rest)
             if not infos and "[" in rest:  # as in `_local_matches`
                 infos = _remote_matches(filesystem, path, rest.replace("[", "[[]"))
+            paths = _without_dataset_files(info.path for info in infos)
+            infos = [info for info in infos if info.path in paths]
         else:
             infos = []
     if not infos:
-        raise DataError(_nothing_found(pattern, is_folder))
-    return [SourceFile(uri + info.path[len(path) :], info.size, info.mtime_ns or 0, query) for info in infos]
+        raise DataError(_nothing_found(pattern, is_folder, file_format))
+    files = [
+        SourceFile(uri + info.path[len(path) :], info.size, info.mtime_ns or 0, query, format_setting=file_format)
+        for info in infos
+    ]
+    files = files if is_folder else _without_plain_text(files, file_format, warn)
+    _warn_of_several_formats(pattern, files, file_format, warn)
+    return files
 
 
 def _remote_matches(filesystem: pafs.FileSystem, folder: str, pattern: str) -> list[pafs.FileInfo]:

@@ -93,6 +93,7 @@ class FileSummary:
     bad_lines: int
     filtered: int = 0  # lines left out by a filter or by sampling
     duplicates: int = 0  # lines left out because the same text has occurred before
+    unit: str = "line"  # what messages call a line: "row" in a table, for example
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,10 @@ class Manifest:
         """Number of positions without a token."""
         return self.rows * self.sequence_length - self.tokens
 
+    def unit(self, path: str) -> str:
+        """Return what messages call a line of a file."""
+        return next((file.unit for file in self.files if file.path == path), "line")
+
     def to_json(self) -> str:
         """Return the text of the manifest file."""
         return dump_with_checksum(dataclasses.asdict(self) | {"padding": self.padding}, indent=1)
@@ -162,12 +167,15 @@ def invalid_line_report(manifest: Manifest, verdict: str = "skipped") -> list[st
     """Return a message for each invalid line that the manifest lists, and one with the number of the others."""
     summaries = {file.path: file for file in manifest.files}
     messages = [
-        f"{invalid.file} line {invalid.line}: {invalid.reason}; {verdict}, "
-        f"{summaries[invalid.file].bad_lines:,} of {summaries[invalid.file].lines:,} lines"
+        f"{invalid.file} {file.unit} {invalid.line}: {invalid.reason}; {verdict}, "
+        f"{file.bad_lines:,} of {file.lines:,} {file.unit}s"
         for invalid in manifest.first_bad_lines
+        for file in [summaries[invalid.file]]
     ]
     unnamed = manifest.bad_lines - len(messages)
-    return [*messages, f"… and {unnamed:,} more invalid lines"] if unnamed else messages
+    units = {file.unit for file in manifest.files if file.bad_lines}
+    unit = units.pop() if len(units) == 1 else "record"
+    return [*messages, f"… and {unnamed:,} more invalid {unit}s"] if unnamed else messages
 
 
 def dropped_report(manifest: Manifest, tokenizer: str) -> list[str]:
@@ -177,8 +185,8 @@ def dropped_report(manifest: Manifest, tokenizer: str) -> list[str]:
         return []
     return [
         f"{tokenizer} has no token for {manifest.dropped_characters:,} of {manifest.characters:,} characters and drops "
-        f"them, first in {first.file} line {first.line:,} ({' '.join(first.reason)}); a tokenizer with an unknown token or "
-        "byte fallback drops none"
+        f"them, first in {first.file} {manifest.unit(first.file)} {first.line:,} ({' '.join(first.reason)}); a tokenizer "
+        "with an unknown token or byte fallback drops none"
     ]
 
 

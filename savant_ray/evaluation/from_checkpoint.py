@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from savant_ray.config import Config
-from savant_ray.data.documents import rule_of
-from savant_ray.data.jsonl import documents
+from savant_ray.data.documents import Document, encode, rule_of
+from savant_ray.data.record_reader import documents
 from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
@@ -172,11 +172,10 @@ def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[MicroBatch]:
     compiles attention for each length, and computes all T x T scores at once after too many of them.
     """
     try:
-        texts = list(islice(_held_out_texts(config, tokenizer), LOSS_DOCUMENTS))
+        held_out = list(islice(_held_out_documents(config, tokenizer), LOSS_DOCUMENTS))
     except DataError:
         return
-    encoded = tokenizer.encode_masked_documents(texts, [None] * len(texts))
-    for ids, is_trained in encoded:
+    for ids, is_trained in encode(held_out, tokenizer):
         tokens_T = torch.tensor(ids[: config.model.max_seq_len])
         length = max(MIN_ROW, 1 << (len(tokens_T) - 1).bit_length())
         padding = (0, min(length, config.model.max_seq_len) - len(tokens_T))
@@ -188,7 +187,7 @@ def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[MicroBatch]:
         )
 
 
-def _held_out_texts(config: Config, tokenizer: Tokenizer) -> Iterator[str]:
+def _held_out_documents(config: Config, tokenizer: Tokenizer) -> Iterator[Document]:
     """Yield the validation documents: those of files, or the held-out fraction of each source.
 
     Raises:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
@@ -501,3 +503,27 @@ def test_a_cache_has_the_documents_that_the_rules_of_its_sources_take(
     assert (first.manifest.duplicates, rest.manifest.duplicates) == (100, 400)
     assert len({found.fingerprint for found in (everything, limited, training, held_out, first, rest)}) == 6
     assert cache(SourceText(files, rule)).fingerprint == everything.fingerprint
+
+
+def test_every_format_gives_the_same_rows_and_problems_are_named_by_row_or_line(
+    tmp_path: Path, byte_tokenizer: Tokenizer
+) -> None:
+    rows = [{"text": text} for text in ["first", "second", "", "fourth"]]
+    table = pa.Table.from_pylist(rows)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "src/x.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "src/x.csv").write_text('"text","other"\n' + "".join(f'"{row["text"]}",\n' for row in rows))
+    pq.write_table(table, tmp_path / "src/x.parquet")
+    pa.feather.write_feather(table, str(tmp_path / "src/x.arrow"))
+    contents = set()
+    for suffix, unit in {"jsonl": "line", "json": "record", "csv": "row", "parquet": "row", "arrow": "row"}.items():
+        cache = prepare(expand(str(tmp_path / f"src/x.{suffix}")), byte_tokenizer, 16, tmp_path / suffix)
+        contents.add((cache.folder / cache.manifest.shards[0].name).read_bytes())
+        assert invalid_line_report(cache.manifest) == [f'x.{suffix} {unit} 3: "text" is empty; skipped, 1 of 4 {unit}s']
+    assert len(contents) == 1
+    (tmp_path / "src/notes.txt").write_text("a\n\nb\n")
+    files = expand(str(tmp_path / "src/notes.txt"))
+    blocks = expand(str(tmp_path / "src/notes.txt"), text_blocks=True)
+    caches = [prepare(listed, byte_tokenizer, 16, tmp_path / "text") for listed in (files, blocks)]
+    assert [cache.manifest.documents for cache in caches] == [1, 2], "the setting is part of a cache's identity"

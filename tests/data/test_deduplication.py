@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from savant_ray.data.cache_builder import plan_source_parts
 from savant_ray.data.deduplication import mark_duplicates, without_duplicates, write_scan
 from savant_ray.data.documents import DocumentRule, SourceText
-from savant_ray.data.jsonl import MAX_LINE_BYTES, RangeReader
 from savant_ray.data.overlap import document_digests
+from savant_ray.data.record_reader import open_records
+from savant_ray.data.records import MAX_RECORD_BYTES
 from savant_ray.data.sources import expand
 
 TEXTS = st.lists(st.integers(0, 12), max_size=20)
@@ -38,12 +39,12 @@ def test_the_first_of_equal_documents_stays(
     cache = folder / "cache"
     cache.mkdir()
     for index, part in enumerate(parts):
-        deque(write_scan(cache, index, part.range, MAX_LINE_BYTES, rule), maxlen=0)
+        deque(write_scan(cache, index, part.part, MAX_RECORD_BYTES, rule), maxlen=0)
     digests = [document_digests(f"text {text}" for text in texts) for texts in earlier]
     mark_duplicates(cache, len(parts), [np.frombuffer(content, np.uint64) for content in digests])
     kept, duplicates = [], 0
     for index, part in enumerate(parts):
-        with RangeReader(part.range) as records:
+        with open_records(part.part) as records:
             for document in without_duplicates(rule.documents(records), cache, index):
                 duplicates += document.is_duplicate
                 if document.text:
@@ -57,10 +58,10 @@ def test_the_first_of_equal_documents_stays(
 def test_a_range_without_duplicates_is_read_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     (part,) = plan_source_parts([SourceText(expand(str(tmp_path)))], None)
-    *_, n_bytes = write_scan(tmp_path, 0, part.range, MAX_LINE_BYTES, part.rule)
+    *_, n_bytes = write_scan(tmp_path, 0, part.part, MAX_RECORD_BYTES, part.rule)
     assert n_bytes == (tmp_path / "a.jsonl").stat().st_size
     mark_duplicates(tmp_path, 1, [])
-    with RangeReader(part.range) as records:
+    with open_records(part.part) as records:
         documents = list(without_duplicates(part.rule.documents(records), tmp_path, 0))
     assert [document.text for document in documents] == ["a", "b"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from savant_ray.config import Config, HeldOutConfig, SourceConfig
 from savant_ray.data.cache_builder import plan_source_parts, within_limits
 from savant_ray.data.documents import Document, DocumentRule, SourceText, rule_of
-from savant_ray.data.jsonl import MAX_LINE_BYTES, RangeReader, documents
-from savant_ray.data.records import Record
+from savant_ray.data.record_reader import documents, open_records
+from savant_ray.data.records import MAX_RECORD_BYTES, Record
 from savant_ray.data.sources import expand
 from savant_ray.errors import SettingsError
 
@@ -230,11 +230,11 @@ def test_a_limit_takes_the_first_documents_for_any_division_into_parts(
     expected = texts_of(DocumentRule(sample=sample), all_texts)[:limit]
     found: list[str] = []
     sources = [SourceText(files, rule), SourceText(files, rule)]
-    for part in within_limits(plan_source_parts(sources, range_bytes), MAX_LINE_BYTES):
-        with RangeReader(part.range) as records:
+    for part in within_limits(plan_source_parts(sources, range_bytes), MAX_RECORD_BYTES):
+        with open_records(part.part) as records:
             found += [document.text for document in part.rule.documents(records) if document.text]
     assert found == expected * 2, "each source has a limit of its own"
-    assert list(documents(files, rule=rule)) == expected
+    assert [document.text for document in documents(files, rule=rule)] == expected
 
 
 def source(**fields: Any) -> SourceConfig:

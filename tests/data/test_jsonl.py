@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 
-from savant_ray.data import jsonl
-from savant_ray.data.documents import Document, DocumentRule
-from savant_ray.data.jsonl import ByteRange, RangeReader, documents, plan_ranges
+from savant_ray.data import streams
+from savant_ray.data.documents import TEXT_RULE, Document
+from savant_ray.data.record_reader import documents, open_records, plan_parts
+from savant_ray.data.records import Part
 from savant_ray.data.sources import SourceFile, expand
 from savant_ray.errors import DataError
 
@@ -25,10 +26,10 @@ MIB = 1 << 20
 def read(path: Path, range_bytes: int | None = None, max_line_bytes: int = MAX_LINE_BYTES) -> list[Document]:
     """Read a file range by range; return all lines, numbered from the start of the file."""
     lines: list[Document] = []
-    for part in plan_ranges(expand(str(path)), range_bytes):
-        with RangeReader(part, max_line_bytes) as reader:
+    for part in plan_parts(expand(str(path)), range_bytes):
+        with open_records(part, max_line_bytes) as reader:
             before = len(lines)
-            lines += [line._replace(number=line.number + before) for line in DocumentRule().documents(reader)]
+            lines += [line._replace(number=line.number + before) for line in TEXT_RULE.documents(reader)]
     return lines
 
 
@@ -47,7 +48,7 @@ def test_a_compressed_file_yields_the_same_lines_as_the_plain_one(tmp_path: Path
     (tmp_path / "all.jsonl").write_bytes(CONTENT)
     with pa.output_stream(str(tmp_path / name), compression="detect") as stream:
         stream.write(CONTENT)
-    assert len(plan_ranges(expand(str(tmp_path / name)), 7)) == 1
+    assert len(plan_parts(expand(str(tmp_path / name)), 7)) == 1
     assert read(tmp_path / name) == read(tmp_path / "all.jsonl")
 
 
@@ -85,13 +86,13 @@ def test_any_texts_are_read_back_with_any_ranges_and_blocks(
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonl, "BLOCK_BYTES", block_bytes)
+        patch.setattr(streams, "BLOCK_BYTES", block_bytes)
         assert [line.text for line in read(path, range_bytes) if line.text] == texts
 
 
 def test_an_empty_file_has_no_ranges(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
-    assert plan_ranges(expand(str(tmp_path / "empty.jsonl"))) == []
+    assert plan_parts(expand(str(tmp_path / "empty.jsonl"))) == []
 
 
 def test_a_line_of_50_mb_is_read_completely(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_reader_reports_the_bytes_read(tmp_path: Path) -> None:
     path = tmp_path / "all.jsonl"
     path.write_bytes(CONTENT)
     (file,) = expand(str(path))
-    with RangeReader(ByteRange(file, 100, 300)) as reader:
+    with open_records(Part(file, 100, 300, 200)) as reader:
         assert list(reader)
         assert reader.bytes_read == 200
 
@@ -125,7 +126,7 @@ def test_a_reader_reports_the_bytes_read(tmp_path: Path) -> None:
 def test_documents_are_the_texts_of_all_files(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(CONTENT)
-    assert list(documents(expand(str(tmp_path)), MAX_LINE_BYTES)) == GOOD * 2
+    assert [document.text for document in documents(expand(str(tmp_path)), MAX_LINE_BYTES)] == GOOD * 2
 
 
 def test_field_names_that_cannot_be_printed_are_escaped(tmp_path: Path) -> None:
@@ -145,4 +146,4 @@ def test_an_integer_with_too_many_digits_for_python_is_reported(tmp_path: Path) 
 def test_a_missing_file_is_reported_by_name(tmp_path: Path) -> None:
     gone = SourceFile(str(tmp_path / "gone.jsonl"), 10, 0)
     with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read"):
-        RangeReader(ByteRange(gone, 0, 10))
+        open_records(Part(gone, 0, 10, 10))

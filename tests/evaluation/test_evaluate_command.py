@@ -18,7 +18,7 @@ from savant_ray.model.flex import has_flex
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import write_checkpoint
 from savant_ray.training.state import new_state
-from tests.training.tiny import CPU, MODEL
+from tests.training.tiny import CPU, MODEL, unmasked
 
 TEXT = "Question: what is 1 + 2? The answer is 3.\n"
 
@@ -111,9 +111,12 @@ def held_out_of_many_lengths(folder: Path, **model: int) -> Config:
 def test_rows_for_the_loss_have_few_lengths_and_the_loss_of_the_documents(tmp_path: Path) -> None:
     config = held_out_of_many_lengths(tmp_path)
     rows = list(held_out_rows(config, train_tokenizer(iter([TEXT] * 9), 300)))
-    assert {len(tokens[0]) for tokens, _ in rows} == {128, 256, 300}
-    documents = [(tokens[ids >= 0][None], ids[ids >= 0][None]) for tokens, ids in rows]
-    assert len({len(tokens[0]) for tokens, _ in documents}) > 20
+    assert {row.tokens_BT.shape[1] for row in rows} == {128, 256, 300}
+    documents = [
+        unmasked(row.tokens_BT[row.document_ids_BT >= 0][None], row.document_ids_BT[row.document_ids_BT >= 0][None])
+        for row in rows
+    ]
+    assert len({document.tokens_BT.shape[1] for document in documents}) > 20
     model = UniversalTransformer(config.model)
     torch.testing.assert_close(loss_sums(model, rows), loss_sums(model, documents), rtol=1e-5, atol=0)
 
@@ -123,7 +126,7 @@ def test_rows_for_the_loss_have_few_lengths_and_the_loss_of_the_documents(tmp_pa
 def test_a_gpu_compiles_attention_for_few_lengths(tmp_path: Path) -> None:
     config = held_out_of_many_lengths(tmp_path, dim=128)
     tokenizer = train_tokenizer(iter([TEXT] * 9), 300)
-    rows = [(tokens.cuda(), ids.cuda()) for tokens, ids in held_out_rows(config, tokenizer)]
+    rows = [unmasked(row.tokens_BT.cuda(), row.document_ids_BT.cuda()) for row in held_out_rows(config, tokenizer)]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     loss_sums(UniversalTransformer(config.model).cuda(), rows)

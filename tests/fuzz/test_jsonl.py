@@ -12,9 +12,11 @@ from unittest.mock import patch
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from savant_ray.data import jsonl
-from savant_ray.data.documents import Document, DocumentRule
-from savant_ray.data.jsonl import BYTE_ORDER_MARK, UNBOUNDED, ByteRange, RangeReader
+from savant_ray.data import streams
+from savant_ray.data.documents import TEXT_RULE, Document
+from savant_ray.data.formats import BYTE_ORDER_MARK, CODECS
+from savant_ray.data.record_reader import open_records
+from savant_ray.data.records import UNBOUNDED, Part
 from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError
 from tests.fuzz.drawing import damaged, from_seed, random_text, random_value
@@ -80,13 +82,13 @@ def read(content: bytes, cuts: list[int], limit: int, block: int, suffix: str = 
     """Return the lines of the ranges between the cuts, numbered from the start of the file."""
     path = scratch() / f"any.jsonl{suffix}"
     path.write_bytes(content)
-    file = SourceFile(str(path), len(content), 0)
+    file = SourceFile(str(path), len(content), 0, encoding=CODECS.get(suffix, ""), format="jsonl")
     lines: list[Document] = []
-    with patch.object(jsonl, "BLOCK_BYTES", max(block, len(content) // 100)):  # at most about 100 blocks
+    with patch.object(streams, "BLOCK_BYTES", max(block, len(content) // 100)):  # at most about 100 blocks
         for start, stop in pairwise(cuts):
             before = len(lines)
-            with RangeReader(ByteRange(file, start, stop), limit) as reader:
-                lines += [line._replace(number=line.number + before) for line in DocumentRule().documents(reader)]
+            with open_records(Part(file, start, stop, stop - start), limit) as reader:
+                lines += [line._replace(number=line.number + before) for line in TEXT_RULE.documents(reader)]
     return lines
 
 

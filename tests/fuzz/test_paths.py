@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from savant_ray.config import Config
 from savant_ray.data.content import content_hashes
-from savant_ray.data.jsonl import documents
+from savant_ray.data.record_reader import documents
 from savant_ray.data.sources import expand
 from savant_ray.errors import DataError, SavantError, SettingsError
 from savant_ray.locations import is_uri
@@ -151,7 +151,7 @@ def texts_or_refusal(pattern: str) -> Iterator[str]:
         assert len(set(real)) == len(real) > 0, "each file once"
         assert all(Path(path).is_file() for path in real)
         content_hashes(files, scratch() / "cache")
-        yield from documents(files)
+        yield from (document.text for document in documents(files))
     except SavantError as error:
         check_message(str(error))
         yield ""

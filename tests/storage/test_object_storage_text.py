@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from savant_ray.data.content import content_hashes
-from savant_ray.data.jsonl import documents
+from savant_ray.data.record_reader import documents
 from savant_ray.data.sources import expand
 from savant_ray.errors import DataError
 from savant_ray.storage.object_store import ObjectStorage
@@ -28,25 +31,34 @@ def test_objects_with_unusual_names_are_found_and_read(store: ObjectStore) -> No
             pattern
         )
     (file,) = expand(store.uri("a b/x*é.jsonl"))
-    assert file.query == store.query and list(documents([file])) == ["x"]
+    assert file.query == store.query and [document.text for document in documents([file])] == ["x"]
     for pattern in ("a b/deep/[1]/y.JSONL", "a b/deep/[1]/*", "*/deep/[1]/**"):
         assert [file.path for file in expand(store.uri(pattern))] == both[:1]
     with pytest.raises(DataError, match="no such match"):
         expand(store.uri("a b/*.parquet"))
 
 
-def test_an_object_whose_format_differs_from_its_suffix_is_reported(store: ObjectStore, tmp_path: Path) -> None:
+def test_the_content_of_an_object_decides_its_format(store: ObjectStore, tmp_path: Path) -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": ["x"]}), sink)
+    stream = io.BytesIO()
+    with pa.ipc.new_stream(stream, pa.schema({"text": pa.string()})) as writer:
+        writer.write_table(pa.table({"text": ["x"]}))
     for name, content in {
         "gz.jsonl": gzip.compress(TEXT),
-        "pdf.jsonl": b"%PDF-1.4",
         "array.json": b'[{"text": "x"}]',
+        "utf16.jsonl": TEXT.decode().encode("utf-16"),
+        "parquet.jsonl": sink.getvalue(),
+        "x.arrow": stream.getvalue(),
+        "x.csv": gzip.compress(b"text\nx\n"),
     }.items():
-        store.write(f"odd/{name}", content)
-        with pytest.raises(DataError, match=rf"s3://bucket/odd/{name}: (its name says plain text, but it is gzip|is )"):
-            content_hashes(expand(store.uri(f"odd/{name}")), tmp_path)
-    store.write("odd/utf16.jsonl", TEXT.decode().encode("utf-16"))
-    with pytest.raises(DataError, match=r"its name says plain text, but it is utf-16; convert it to UTF-8"):
-        content_hashes(expand(store.uri("odd/utf16.jsonl")), tmp_path)
+        store.write(f"formats/{name}", content)
+        files = expand(store.uri(f"formats/{name}"))
+        content_hashes(files, tmp_path)
+        assert [document.text for document in documents(files)] == ["x"]
+    store.write("formats/pdf.jsonl", b"%PDF-1.4")
+    with pytest.raises(DataError, match=r"s3://bucket/formats/pdf.jsonl: is a PDF, which is not supported"):
+        content_hashes(expand(store.uri("formats/pdf.jsonl")), tmp_path)
 
 
 def test_google_cloud_storage_is_not_retried_for_minutes_unless_configured() -> None:

@@ -1,0 +1,166 @@
+"""Divides files of any format into parts, and reads the records of a part."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
+
+from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule
+from savant_ray.data.formats import TABLES
+from savant_ray.data.jsonl import json_lines
+from savant_ray.data.readers.csv_rows import csv_rows
+from savant_ray.data.readers.json_values import json_values
+from savant_ray.data.readers.plain_text import text_blocks, text_document
+from savant_ray.data.readers.tables import TableReader, table_parts
+from savant_ray.data.records import MAX_RECORD_BYTES, UNBOUNDED, Part, Record
+from savant_ray.data.sources import LISTING_THREADS, SourceFile
+from savant_ray.data.streams import DecodedStream
+from savant_ray.errors import DataError, SavantError
+from savant_ray.locations import error_text, printable
+
+MIB = 1 << 20
+
+
+def plan_parts(files: Sequence[SourceFile], part_bytes: int | None = None) -> list[Part]:
+    """Divide files into parts of about `part_bytes` as they are stored; an empty file, or a table without rows, has none.
+
+    JSON lines and text in blocks are divided into byte ranges, tables into row groups or record batches. A compressed file
+    and a file of another format is one part. By default `part_bytes` is a 64th of the total, at least 4 and at most 32 MiB:
+    enough tasks for all cores, few shards, and little padding.
+
+    Raises:
+        DataError: a table, or a file whose format is not known yet, cannot be read.
+    """
+    total = sum(file.size for file in files)
+    step = part_bytes or min(max(total // 64, 4 * MIB), 32 * MIB)
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        return list(chain.from_iterable(threads.map(lambda file: _divide(file, step), files)))
+
+
+def documents(
+    files: Sequence[SourceFile], max_record_bytes: int = MAX_RECORD_BYTES, rule: DocumentRule = TEXT_RULE
+) -> Iterator[Document]:
+    """Yield the documents of the files in order; invalid records are skipped.
+
+    Raises:
+        DataError: as `plan_parts` and `open_records`.
+    """
+
+    def records() -> Iterator[Record]:
+        for part in plan_parts(files):
+            with open_records(part, max_record_bytes) as part_records:
+                yield from part_records
+
+    yield from (document for document in rule.documents(records()) if document.text)
+
+
+def records_before(part: Part, max_record_bytes: int = MAX_RECORD_BYTES) -> int:
+    """Count the records of the file that start before the part, by reading the file up to the part."""
+    if not part.start:
+        return 0
+    with open_records(dataclasses.replace(part, start=0, stop=part.start), max_record_bytes) as records:
+        return max((record.number for record in records), default=0)
+
+
+def open_records(
+    part: Part, max_record_bytes: int = MAX_RECORD_BYTES, fields: Collection[str] | None = None
+) -> RecordReader:
+    """Open a part for reading.
+
+    Args:
+        part: to read.
+        max_record_bytes: larger records are invalid.
+        fields: the fields that are needed, which limits the columns that are read of a table; None: all.
+
+    Raises:
+        DataError: the file cannot be opened.
+    """
+    return RecordReader(part, max_record_bytes, fields)
+
+
+class RecordReader:
+    """Iterable of the records of a part, which is a context manager.
+
+    Raises:
+        DataError: the file cannot be opened, read or decompressed.
+    """
+
+    def __init__(self, part: Part, max_record_bytes: int, fields: Collection[str] | None) -> None:
+        self._file = part.file
+        with _errors_as_data_error(part.file):
+            self._file = part.file.inspected()
+            part = dataclasses.replace(part, file=self._file)
+            self._reader = (
+                TableReader(part, max_record_bytes, fields)
+                if self._file.format in TABLES
+                else _TextReader(part, max_record_bytes)
+            )
+
+    def __enter__(self) -> RecordReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
+
+    def __iter__(self) -> Iterator[Record]:
+        with _errors_as_data_error(self._file):
+            yield from self._reader
+
+    @property
+    def bytes_read(self) -> int:
+        """Number of bytes of the part that have been read, before decompression."""
+        return self._reader.bytes_read
+
+
+class _TextReader:
+    """Iterable of the records of a part in a format without columns."""
+
+    def __init__(self, part: Part, max_record_bytes: int) -> None:
+        self._part = part
+        self._max_record_bytes = max_record_bytes
+        filesystem, path = part.file.resolve()
+        self._stored = filesystem.open_input_file(path)
+        self._stream = DecodedStream(self._stored, part.file)
+
+    def __iter__(self) -> Iterator[Record]:
+        text = text_blocks if self._part.file.text_blocks else text_document
+        read = {"jsonl": json_lines, "json": json_values, "csv": csv_rows, "text": text}[self._part.file.format]
+        return read(self._stream, self._part, self._max_record_bytes)
+
+    @property
+    def bytes_read(self) -> int:
+        """Number of bytes of the part that have been read, before decompression."""
+        return max(min(self._stream.position, self._part.stop) - self._part.start, 0)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stored.close()
+
+
+def _divide(file: SourceFile, step: int) -> list[Part]:
+    if not file.size:
+        return []
+    file = file.inspected()
+    if file.format in TABLES:
+        with _errors_as_data_error(file):
+            return table_parts(file, step)
+    if file.encoding or not (file.format == "jsonl" or (file.format == "text" and file.text_blocks)):
+        return [Part(file, 0, UNBOUNDED, file.size)]
+    starts = range(0, file.size, step)
+    return [Part(file, start, min(start + step, file.size), min(step, file.size - start)) for start in starts]
+
+
+@contextmanager
+def _errors_as_data_error(file: SourceFile) -> Iterator[None]:
+    """Convert exceptions of file systems and decoders into a `DataError` that names the file."""
+    try:
+        yield
+    except SavantError:
+        raise
+    except UnicodeError as error:
+        raise DataError(f"{printable(file.path)}: not valid {file.encoding or 'UTF-8'} ({error})") from error
+    except Exception as error:  # a file system that is implemented in Python may raise any exception
+        raise DataError(f"{printable(file.path)}: cannot be read ({error_text(error)})") from error
