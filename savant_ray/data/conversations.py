@@ -100,13 +100,13 @@ class ChatTemplate:
         contents = self._marked_contents(messages, text)
         if contents is None or len(contents) != len(indices):
             return None
-        turn_end = self._turn_end()
         answers = []
         for index, (start, stop) in zip(indices, contents, strict=True):
             until_here = text if index == len(messages) - 1 else self._prefix(messages[: index + 1])
             if text.startswith(until_here) and len(until_here) >= stop:
                 answers.append((start, len(until_here)))
             else:  # the template writes earlier turns in another way than the last one
+                turn_end = self._turn_end()
                 answers.append((start, stop + len(turn_end) * text.startswith(turn_end, stop)))
         return tuple(answers)
 
@@ -154,7 +154,7 @@ class ChatTemplate:
         if self.suffix and (stripped := text.rstrip()).endswith(self.suffix):
             end = max(len(stripped) - len(self.suffix), begin)
         clipped = ((min(max(start, begin), end) - begin, min(max(stop, begin), end) - begin) for start, stop in answers)
-        return Rendered(text[begin:end], tuple(clipped))
+        return Rendered(text[begin:end], tuple((start, stop) for start, stop in clipped if start < stop))
 
 
 def plain_form(messages: Sequence[Message]) -> Rendered:

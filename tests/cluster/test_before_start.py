@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import resource
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 
 from savant_ray.cluster.ray_job import grace_seconds, in_ray_job, missing_text_explained, output_folder
 from savant_ray.config import Config, load_config
+from savant_ray.data.jsonl import documents
 from savant_ray.driver.checks import (
     check_before_start,
     check_disk,
@@ -51,6 +53,9 @@ def test_relative_paths_become_absolute_and_uris_are_unchanged(tmp_path: Path) -
         config = load_config(["--data.tokenizer", learnt], environment={})
         assert with_absolute_paths(config, tmp_path / "in", tmp_path / "out").data.tokenizer == learnt
     assert with_absolute_paths(resolved, Path("/elsewhere"), Path("/elsewhere")) == resolved
+    for validation, path in (("{path: a.jsonl, text: body}", f"{tmp_path}/in/a.jsonl"), ("{fraction: 0.1}", None)):
+        config = load_config(["--data.validation", validation], environment={})
+        assert with_absolute_paths(config, tmp_path / "in", tmp_path / "out").data.held_out.path == path
 
 
 def test_a_run_in_object_storage_has_a_local_mirror_and_the_cache_must_be_local() -> None:
@@ -341,6 +346,29 @@ def test_a_ray_job_limits_the_last_step_to_the_time_until_ray_kills_it() -> None
     assert grace_seconds(patient, in_a_job | sent) == pytest.approx(42), "the rest of 60 is for saving"
     assert grace_seconds(patient, in_a_job) == pytest.approx(2.1), "of Ray's own 3"
     assert grace_seconds(patient, {}) == 300
+
+
+def test_held_out_documents_come_from_the_files_of_the_sources(tmp_path: Path) -> None:
+    for name in "ab":
+        lines = (json.dumps({"body": f"{name} {number}"}) + "\n" for number in range(300))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+
+    def texts(validation: str) -> tuple[list[str], list[str]]:
+        sources = "[{path: a.jsonl, text: body, weight: 1, limit: 200}, {path: b.jsonl, text: body, weight: 1}]"
+        arguments = ["--data.sources", sources, "--data.validation", validation]
+        config = with_absolute_paths(load_config(arguments, environment={}), tmp_path, tmp_path)
+        with RunReport(None) as report:
+            found = find_data_files(config, report)
+        both = (found.training_texts(config, None), found.validation_texts(config, None))
+        training, held_out = ([t for s in some for t in documents(s.files, rule=s.rule)] for some in both)
+        return training, held_out
+
+    training, held_out = texts("{fraction: 0.2}")
+    everything = [*(f"a {number}" for number in range(200)), *(f"b {number}" for number in range(300))]
+    assert sorted(training + held_out) == sorted(everything)
+    assert {text[0] for text in training} == {text[0] for text in held_out} == {"a", "b"}
+    (tmp_path / "c.jsonl").write_text('{"story": "c"}\n')
+    assert texts("{path: c.jsonl, text: story}") == (everything, ["c"])
 
 
 def test_text_is_checked_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +355,28 @@ def test_special_tokens_of_a_template_are_tokens_and_those_in_a_text_are_text(fo
     assert [name_of(number) for number in ids] == ["<s>", "[INST]", *"1+1?", "[/INST]", *"Itis2.", "</s>"]
     (ids,) = tokenizer.encode_documents(["[INST]"])
     assert [name_of(number) for number in ids] == ["<s>", *"[INST]", "</s>"]
+
+
+def test_the_chat_template_of_a_hugging_face_model_is_read_from_the_cache_without_network(folder: Path) -> None:
+    model = folder / "home/hub/models--owner--chat"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs/main").write_text("a" * 40)
+    snapshot, absent = model / "snapshots" / ("a" * 40), model / ".no_exist" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    absent.mkdir(parents=True)
+    (folder / "tokenizer.json").rename(snapshot / "tokenizer.json")
+    program = "from savant_ray.data.tokenizer import Tokenizer; print(repr(Tokenizer.load('owner/chat').chat_template))"
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+
+    def found() -> str:
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "problem='the chat template of the tokenizer owner/chat cannot be read (" in found()
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (absent / name).touch()
+    assert found() == "None\n", "the model has no such file"
+    (absent / "tokenizer_config.json").unlink()
+    (snapshot / "tokenizer_config.json").write_text(json.dumps({"chat_template": "the template"}))
+    assert "source='the template'" in found()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from savant_ray.config import Config, HeldOutConfig, SourceConfig
 from savant_ray.data.cache_builder import plan_source_parts, within_limits
+from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import Document, DocumentRule, SourceText, rule_of
 from savant_ray.data.record_reader import documents, open_records
 from savant_ray.data.records import MAX_RECORD_BYTES, Record
@@ -120,6 +121,9 @@ NAMES = ("a", "b", "a.b", "text", "messages", "conversations", "instruction", "i
     [
         *(AUTO, BODY, NESTED, QUESTION, DocumentRule(template="{a}{a.b}"), DocumentRule(messages="auto")),
         *(DocumentRule(messages="a"), DocumentRule(equals=(("a", 1), ("a.b", "x")))),
+        DocumentRule(
+            chat_template=ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}")
+        ),
     ],
     ids=repr,
 )
