@@ -320,7 +320,7 @@ def _merge_summaries(
     ]
     return Manifest(
         files=tuple(
-            FileSummary(name, lines[name], documents[name], invalid[name], units[name]) for name in names.values()
+            FileSummary(name, lines[name], documents[name], invalid[name], unit=units[name]) for name in names.values()
         ),
         shards=tuple(
             ShardInfo(shard_name(index), summary.shard_bytes, summary.rows, name, lines_before, summary.shard_crc32)

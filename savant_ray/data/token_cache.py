@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class FileSummary:
     lines: int
     documents: int
     bad_lines: int
-    unit: str = "line"  # what messages call a line: "row" in a table, for example
+    unit: str = field(default="line", kw_only=True)  # what messages call a line: "row" in a table, for example
 
 
 @dataclass(frozen=True)

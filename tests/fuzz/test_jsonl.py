@@ -108,7 +108,7 @@ def check_lines(lines: list[Document], content: bytes, limit: int) -> None:
     raws = content.split(b"\n")
     raws = raws if raws[-1] else raws[:-1]
     assert [line.number for line in lines] == list(range(1, len(raws) + 1)), "lost or duplicated"
-    for (_, text, problem, _), raw in zip(lines, raws, strict=True):
+    for (_, text, problem, *_), raw in zip(lines, raws, strict=True):
         bare = raw.removeprefix(BYTE_ORDER_MARK)
         if len(raw) > limit:
             assert problem == f"line of {len(raw):,} bytes, over the limit of {limit:,}" and not text
