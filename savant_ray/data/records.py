@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -41,6 +42,6 @@ class InvalidRecordError(Exception):
 def json_type(value: Any) -> str:
     """Return what a value is called in messages: `an array`, `a number`, `null`."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return json.dumps(value)
     names: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bytes: "binary"}
     return names.get(type(value), "a number")

@@ -304,6 +304,15 @@ def test_invalid_rows_of_a_table_are_reported_and_the_others_are_read(tmp_path: 
         assert problems(records) == {2: '"text" is not valid UTF-8', 4: "row of 3,004 bytes, over the limit of 2,000"}
 
 
+def test_an_invalid_value_in_a_list_of_parquet_concerns_only_its_row(tmp_path: Path) -> None:
+    rows = [{"text": "a", "tags": ["good"]}, {"text": "b", "tags": ["w?rd"]}, {"text": "c", "tags": []}]
+    content = parquet(rows, compression="none", use_dictionary=False, write_statistics=False)
+    (tmp_path / "x.parquet").write_bytes(content.replace(b"w?rd", b"w\xefrd"))
+    records = read(tmp_path / "x.parquet")
+    assert [record.value["text"] for record in records if record.value] == ["a", "c"]
+    assert problems(records) == {2: '"tags" is not valid UTF-8'}
+
+
 def test_invalid_rows_of_csv_are_reported_with_their_line_and_the_others_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(
         b'text,label\na,1\n"two\nlines",2\nb\nc,3,more\n\n"d"e,4\nf\xff,5\ng\0,6\n'

@@ -104,8 +104,12 @@ class TableReader:
             rows = zip(*map(_values, batch.columns), strict=True) if batch.columns else [()] * batch.num_rows
             values = [dict(zip(batch.schema.names, row, strict=True)) for row in rows]
         except Exception:  # such as a timestamp that Python does not have
+            # A slice of a list is validated with the values of all rows, a copied row without those of others. Only
+            # Parquet's rows can be copied before they are validated, because its decoder computes the offsets.
+            is_copied = self._part.file.format == "parquet"
             for row in range(batch.num_rows):
-                yield self._record(batch.slice(row, 1), before + row + 1)
+                only = batch.take(pa.array([row])) if is_copied else batch.slice(row, 1)
+                yield self._record(only, before + row + 1)
         else:
             for number, value in enumerate(values, start=before + 1):
                 yield Record(number, value)
