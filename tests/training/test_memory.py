@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pynvml
@@ -47,6 +50,26 @@ def test_a_cpu_has_no_cap_and_reports_its_resident_size() -> None:
     with mmap.mmap(-1, 100 << 20) as kept:  # fresh pages: an allocator may have some left over
         kept.write(bytes(100 << 20))
         assert memory_used_gb(CPU) - before > 0.08
+
+
+PAGES_OF_A_STEP = """
+import resource, torch
+from savant_ray.training.device import keep_freed_memory
+
+keep_freed_memory(torch.device("cpu"))
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(1 << 20) for _ in range(40)]
+    while tensors:
+        tensors.pop()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_a_step_on_a_cpu_takes_the_memory_that_the_steps_before_have_freed() -> None:
+    output = subprocess.run([sys.executable, "-c", PAGES_OF_A_STEP], capture_output=True, text=True, check=True)
+    assert int(output.stdout) < 1000  # new pages of the last step, of 40,960
 
 
 class FakeGPU:
