@@ -25,6 +25,7 @@ from savant_ray.config import Config, ModelConfig
 from savant_ray.training.device import (
     cap_memory,
     compile_block,
+    keep_freed_memory,
     memory_used_gb,
     peak_memory_gb,
     supported_precision,
@@ -157,6 +158,7 @@ def _ours(case: Case, device: torch.device) -> Callable[[], object]:
     """Prepare a step as a worker does: with a memory cap, and with smaller micro-batches if the step does not fit."""
     config = Config.from_dict({"model": model_config(device).model_dump()})
     cap_memory(device, config.training.vram_limit_gb)
+    keep_freed_memory(device)
     state = new_state(config, device, supported_precision("bf16", device)[0])
     compile_block(state.model, config.training.compile, device, state.precision)
     local_batch = _packed(case, config.model, device)

@@ -13,6 +13,7 @@ subtracted.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -20,7 +21,7 @@ import resource
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TypeVar
 
 import psutil
@@ -41,6 +42,10 @@ MARGIN_GB = 0.1  # GiB, for kernels that are loaded later
 # Without NVML the memory of other processes cannot be separated from this one's, so the estimate is limited to what a
 # CUDA context (about 0.5 GiB) and NCCL (0.5 to 1.6 GiB, nccl #864 and #964) take.
 MAX_OUTSIDE_GB = 2.0
+KEPT_FREED_BYTES = 2**30
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt in glibc's malloc.h
+HEAP_BYTES = 2**26  # glibc's size of a heap; Ray Train trains in a thread, which has heaps of its own
+MAX_MMAP_THRESHOLD = 2**25  # bytes; glibc raises the threshold to it by itself, unless another parameter is set
 OUT_OF_MEMORY_MESSAGES = re.compile(  # libraries that allocate without PyTorch raise a plain RuntimeError
     r"CUDA error: out of memory"
     r"|Triton Error \[CUDA\]: out of memory"
@@ -159,6 +164,21 @@ def cap_memory(device: torch.device, limit_gb: float) -> str | None:
     if limit_gb <= (total_gb := _total_gb(device)):
         return None
     return f"training.vram_limit_gb = {limit_gb:g}, but the GPU has {total_gb:.1f} GiB: capped at that"
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let glibc keep the memory that a step on a CPU frees for the next step.
+
+    Otherwise it may return the memory after each step, depending on the order in which tensors are freed. The system then
+    provides thousands of pages again, in 4 % of the time of a step at dim 128. The peak of the memory is the same. Has no
+    effect on a GPU and with other C libraries.
+    """
+    if device.type == "cpu":
+        with suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_TRIM_THRESHOLD, KEPT_FREED_BYTES)
+            libc.mallopt(M_TOP_PAD, HEAP_BYTES)
+            libc.mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
 
 
 def update_memory_cap(device: torch.device, limit_gb: float) -> str | None:

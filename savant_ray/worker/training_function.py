@@ -27,6 +27,7 @@ from savant_ray.training.compiler_cache import keep_compiled_code
 from savant_ray.training.device import (
     cap_memory,
     compile_block,
+    keep_freed_memory,
     raise_memory_cap_error_on_oom,
     supported_precision,
     update_memory_cap,
@@ -86,6 +87,7 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives over Python objects allocate on the current device
     torch.manual_seed(config.run.seed)  # for libraries; this package uses no global generator
+    keep_freed_memory(device)
     settings = config.training
     precision, precision_note = supported_precision(settings.precision, device)
     notes = [cap_memory(device, settings.vram_limit_gb), precision_note]
