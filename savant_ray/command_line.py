@@ -121,6 +121,17 @@ def parse_with_original_settings(
     Raises:
         SettingsError: a name is not a setting, or a value is missing.
     """
+    own_arguments, settings = split_settings(arguments)
+    options = parser.parse_args(own_arguments)
+    if not settings and options.config is None:
+        return options, {}
+    from savant_ray.config import explicit_settings
+
+    return options, explicit_settings(settings, options.config)
+
+
+def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return a command's own arguments, and those of the form `--section.setting VALUE`."""
     own_arguments: list[str] = []
     settings: list[str] = []
     remaining = list(arguments)
@@ -132,12 +143,7 @@ def parse_with_original_settings(
         settings.append(argument)
         if "=" not in argument and remaining and not remaining[0].startswith("--"):
             settings.append(remaining.pop(0))
-    options = parser.parse_args(own_arguments)
-    if not settings and options.config is None:
-        return options, {}
-    from savant_ray.config import explicit_settings
-
-    return options, explicit_settings(settings, options.config)
+    return own_arguments, settings
 
 
 def refuse_deleted_folder() -> None:

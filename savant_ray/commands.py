@@ -7,6 +7,7 @@ and Ray are loaded.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from savant_ray.command_line import (
     parse_with_settings,
     refuse_deleted_folder,
     seed,
+    split_settings,
     temperature,
     utf8_text,
 )
@@ -76,6 +78,32 @@ def _prepare(arguments: Sequence[str]) -> int:
     from savant_ray.driver import prepare, resolve_paths
 
     prepare(resolve_paths(config), verbose=options.verbose)
+    return 0
+
+
+def _data(arguments: Sequence[str]) -> int:
+    parser = _parser("data", settings=True)
+    parser.add_argument(
+        "sources", metavar="SOURCE", nargs="*", help="files, folders, globs or URIs [data.sources of the settings]"
+    )
+    parser.add_argument("--full", action="store_true", help="read all of each source instead of a sample of 8 MiB")
+    parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the figures to this file")
+    own_arguments, settings = split_settings(arguments)
+    options = parser.parse_args(own_arguments)
+    if options.sources:
+        settings += ["--data.sources", json.dumps([{"path": path, "weight": 1} for path in options.sources])]
+    from savant_ray.config import load_config
+
+    config = load_config(settings, file=options.config)
+    refuse_deleted_folder()
+    from savant_ray.driver import resolve_paths
+    from savant_ray.driver.data_statistics import data_statistics
+    from savant_ray.reporting.text_statistics import print_text_statistics
+
+    sources, plan = data_statistics(resolve_paths(config), full=options.full)
+    print_text_statistics(sources, plan)
+    if options.json is not None:
+        _write_json(options.json, {"sources": sources, **plan})
     return 0
 
 
@@ -301,6 +329,7 @@ COMMANDS = {
     "prepare": Command(
         _prepare, "tokenize and pack the training text; train does so too if it is necessary", prints_result=False
     ),
+    "data": Command(_data, "show what is in the training text: counts, lengths, invalid records, examples"),
     "runs": Command(_runs, "list runs with state, step, loss and last checkpoint"),
     "status": Command(_status, "print the state of a run in five lines"),
     "report": Command(_report, "write an HTML page about a run, or about several side by side", prints_result=False),
@@ -334,8 +363,6 @@ def _print_answer(prompt: str, pieces: Iterator[str]) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    import json
-
     try:
         text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         path.write_text(

@@ -193,6 +193,14 @@ class TextConfig(Section):
     """Files, and how a record of them becomes a document."""
 
     path: Texts | None = None
+    format: Literal["auto", "jsonl", "json", "parquet", "arrow", "csv", "text"] = Field(
+        default="auto",
+        description="format of the files; auto: detected by content, and by the suffix where that could be CSV or text",
+    )
+    text_blocks: bool = Field(
+        default=False, description="of plain text: blocks of lines between blank lines are documents, not whole files"
+    )
+    split: Text = Field(default="train", description="split of a data set of the Hugging Face Hub (hf://datasets/…)")
     text: Text | None = Field(
         default=None,
         description="name of the field with the text; a.b is the field b of the object a; null: the field text if it is a "

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from savant_ray.config import Config, SourceConfig
+from savant_ray.config import Config, HeldOutConfig, SourceConfig
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import SourceText, rule_of
 from savant_ray.data.overlap import split_held_out
 from savant_ray.data.quickstart import write_quickstart
 from savant_ray.data.shard_writer import check_encodable
-from savant_ray.data.sources import SourceFile, expand, refuse_empty
+from savant_ray.data.source_files import HUB_SCHEME, find_files
+from savant_ray.data.sources import SourceFile, refuse_empty
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.tokenizer_choice import refuse_unencodable_prompts
 from savant_ray.errors import DataError
@@ -46,6 +47,28 @@ class DataFiles:
         ]
 
 
+def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, list[SourceFile]]]:
+    """Return each source with its files, except for optional sources that are missing, which are reported.
+
+    Raises:
+        DataError: a source that is not optional is missing, empty or unreadable, or there is none.
+        SettingsError: the cache folder cannot be created.
+    """
+    cache_dir = Path(config.data.cache_dir)
+    create_writable_folder(cache_dir, "data.cache_dir")
+    existing = []
+    for number, source in enumerate(config.data.sources):
+        try:
+            existing.append((source, _find(source, f"data.sources[{number}].path", cache_dir, report)))
+        except DataError as error:
+            if not source.optional:
+                raise
+            report.notify(f"continuing without the optional {short_name(source.path)} ({error})")
+    if not existing:
+        raise DataError("data.sources: none of the optional sources exists, so there is no text to train on")
+    return existing
+
+
 def find_data_files(config: Config, report: RunReport) -> DataFiles:
     """Return the files that match the patterns in the settings.
 
@@ -58,10 +81,9 @@ def find_data_files(config: Config, report: RunReport) -> DataFiles:
     if config.data.quickstart:
         _write_missing_quickstart(config, report)
     cache_dir = Path(config.data.cache_dir)
-    create_writable_folder(cache_dir, "data.cache_dir")
-    sources = _find_sources(config.data.sources, report.notify)
-    path = config.data.held_out.path
-    validation = _expand(path, "data.validation", report.notify) if path is not None else []
+    sources = find_sources(config, report)
+    held_out = config.data.held_out
+    validation = _find(held_out, "data.validation", cache_dir, report) if held_out.path is not None else []
     return DataFiles(_without_validation(sources, validation, cache_dir, report.notify), validation)
 
 
@@ -104,23 +126,6 @@ def _write_missing_quickstart(config: Config, report: RunReport) -> None:
     write_quickstart(Path(paths[0]).parent, log=report.notify)
 
 
-def _find_sources(
-    sources: list[SourceConfig], notify: Callable[[str], None]
-) -> list[tuple[SourceConfig, list[SourceFile]]]:
-    """Return each source with its files, except for optional sources that are missing, which `notify` prints."""
-    existing = []
-    for number, source in enumerate(sources):
-        try:
-            existing.append((source, _expand(source.path, f"data.sources[{number}].path", notify)))
-        except DataError as error:
-            if not source.optional:
-                raise
-            notify(f"continuing without the optional {short_name(source.path)} ({error})")
-    if not existing:
-        raise DataError("data.sources: none of the optional sources exists, so there is no text to train on")
-    return existing
-
-
 def _without_validation(
     sources: list[tuple[SourceConfig, list[SourceFile]]],
     validation: list[SourceFile],
@@ -148,15 +153,19 @@ def _without_validation(
     return remaining
 
 
-def _expand(paths: str | list[str], setting: str, notify: Callable[[str], None]) -> list[SourceFile]:
-    """Return the files that match the patterns of a setting; `notify` prints what is left out.
+def _find(settings: SourceConfig | HeldOutConfig, name: str, cache_dir: Path, report: RunReport) -> list[SourceFile]:
+    """Return the files of a source or of the validation text.
 
     Raises:
-        DataError: there are none, or all are empty; the message names the setting.
+        DataError: there are none, or all are empty; the message begins with `name`, that of the setting.
     """
+    if any(path.startswith(HUB_SCHEME) for path in path_list(settings.path)):
+        report.begin_stage(f"looking for {short_name(settings.path)} on the Hugging Face Hub")
     try:
-        files = expand(paths, notify)
+        files = find_files(
+            settings, cache_dir, report.notify, lambda done, total: report.progress(done, total, "bytes")
+        )
         refuse_empty(files)
     except DataError as error:
-        raise DataError(f"{setting}: {error}") from error
+        raise DataError(f"{name}: {error}") from error
     return files

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from savant_ray.config import Config
 from savant_ray.data.documents import Document, encode, rule_of
 from savant_ray.data.record_reader import documents
-from savant_ray.data.sources import expand
+from savant_ray.data.source_files import find_files
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.evaluation.logic_suite import (
@@ -195,14 +195,19 @@ def _held_out_documents(config: Config, tokenizer: Tokenizer) -> Iterator[Docume
     """
     held_out = config.data.held_out
     if held_out.path is not None:
-        yield from documents(expand(held_out.path), rule=rule_of(held_out, tokenizer.chat_template))
+        files = find_files(held_out, config.data.cache_dir, _ignore)
+        yield from documents(files, rule=rule_of(held_out, tokenizer.chat_template))
         return
     for source in config.data.sources:
         rule = rule_of(source, tokenizer.chat_template, held_out.fraction, "validation")
         try:
-            files = expand(source.path)
+            files = find_files(source, config.data.cache_dir, _ignore)
         except DataError:
             if not source.optional:
                 raise
         else:
             yield from documents(files, rule=rule)
+
+
+def _ignore(message: str) -> None:
+    """Do nothing with a notice about files that are skipped: training has printed it."""

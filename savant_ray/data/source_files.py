@@ -1,0 +1,46 @@
+"""Finds the files of a source or of the validation text, and downloads those of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from savant_ray.config import HeldOutConfig, SourceConfig
+from savant_ray.data.sources import SourceFile, expand
+
+HUB_SCHEME = "hf://datasets/"
+
+
+def find_files(
+    settings: SourceConfig | HeldOutConfig,
+    cache_dir: str | Path,
+    notify: Callable[[str], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[SourceFile]:
+    """Return the files that the path of these settings refers to.
+
+    A data set of the Hub is downloaded into `cache_dir` if it is not there yet; `progress` receives the bytes of it that are
+    there and the total. `notify` receives a message for everything that is skipped.
+
+    Raises:
+        DataError: there are none, or one cannot be read, downloaded or has an unsupported format.
+    """
+    paths = [settings.path] if isinstance(settings.path, str) else list(settings.path or ())
+    local: list[str] = []
+    for path in paths:
+        local += _downloaded(path, settings.split, Path(cache_dir), notify, progress) or [path]
+    return expand(local, notify, settings.format, settings.text_blocks)
+
+
+def _downloaded(
+    path: str, split: str, cache_dir: Path, notify: Callable[[str], None], progress: Callable[[int, int], None]
+) -> list[str]:
+    """Return the downloaded files of a data set of the Hub; none if the path is not the name of one."""
+    if not path.startswith(HUB_SCHEME):
+        return []
+    from savant_ray.data.hub import HubDataset, download  # takes half a second
+
+    dataset = HubDataset.parse(path)
+    if dataset is None:
+        return []
+    return [str(file) for file in download(dataset, split, cache_dir, notify, progress)]

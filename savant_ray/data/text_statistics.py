@@ -1,0 +1,171 @@
+"""Statistics of text that is not prepared yet, from a sample of each source or from all of it: `savant data`.
+
+Records become documents, ids and rows by the code that prepares text, so what is counted here is what a run would read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from statistics import median
+from typing import Any
+
+from savant_ray.data.documents import Document, SourceText, encode
+from savant_ray.data.overlap import document_digests
+from savant_ray.data.packing import pack
+from savant_ray.data.record_reader import open_records, plan_parts
+from savant_ray.data.records import Part
+from savant_ray.data.tokenizer import Tokenizer, text_pieces
+from savant_ray.locations import printable
+
+SAMPLE_BYTES = 8 << 20  # of a source
+SAMPLED_PARTS = 16  # of a source that can be divided, so that a sample does not come from its beginning alone
+SAMPLE_SEED = 0
+BATCH_RECORDS = 256  # tokenized in one call
+MAX_NAMED_RECORDS = 5  # invalid records that are kept with their reason
+N_EXAMPLES = 3  # rendered documents
+MAX_EXAMPLE_CHARACTERS = 800
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class TextStatistics:
+    """Counts of what was read of a source: all of it, or a sample (`bytes_read` is less than `bytes`)."""
+
+    name: str
+    files: int
+    bytes: int  # as stored
+    bytes_read: int = 0
+    records: int = 0  # lines, rows, or blocks of text
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    sequences: int = 0
+    padding: int = 0  # tokens
+    cut_documents: int = 0  # those that are in more than one sequence
+    filtered: int = 0
+    duplicates: int = 0  # documents with the text of an earlier one, of this or another source
+    bad_records: int = 0
+    first_bad_records: list[str] = field(default_factory=list)
+    lengths: dict[str, int] = field(default_factory=dict)  # number of documents by length in tokens, such as "256-511"
+    shortest: int = 0  # tokens
+    median: int = 0
+    longest: int = 0
+    examples: list[list[tuple[str, bool]]] = field(default_factory=list)  # text, and whether it is trained on
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts as a dict for JSON."""
+        return dataclasses.asdict(self)
+
+
+def text_statistics(
+    name: str,
+    text: SourceText,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    max_record_bytes: int,
+    seen: set[bytes],
+    *,
+    sample_bytes: int | None = SAMPLE_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> TextStatistics:
+    """Read a source and count.
+
+    Args:
+        name: of the source, for messages.
+        text: files, and the rule by which their records become documents.
+        tokenizer: encodes the documents.
+        sequence_length: tokens of a packed sequence.
+        max_record_bytes: larger records are invalid.
+        seen: digests of the documents of earlier sources; those of this source are added.
+        sample_bytes: how much is read, in parts that are spread over the source; None: everything.
+        progress: receives the bytes that were read and those that will be.
+
+    Raises:
+        DataError: a file cannot be read, or the tokenizer cannot encode a document.
+    """
+    statistics = TextStatistics(name, len(text.files), sum(file.size for file in text.files))
+    total = min(statistics.bytes, sample_bytes or statistics.bytes)
+    is_sample = total < statistics.bytes
+    parts = plan_parts(text.files, -(-total // SAMPLED_PARTS) if is_sample else None)
+    rule = text.rule
+    if is_sample:
+        parts = random.Random(SAMPLE_SEED).sample(parts, len(parts))
+        rule = dataclasses.replace(rule, limit=None)  # the documents before a part are not counted
+    lengths: list[int] = []
+    for part in parts:
+        budget = total - statistics.bytes_read
+        if budget <= 0:
+            break
+        with open_records(part, max_record_bytes) as records:
+            documents = rule.documents(records)
+            n_read = n_complete = 0  # bytes; the records of all but the last block that was read are complete
+            while batch := list(islice(documents, BATCH_RECORDS)):
+                with_text = _with_text(batch, part, statistics)
+                for document, encoded in zip(with_text, encode(with_text, tokenizer), strict=True):
+                    lengths.append(len(encoded.ids))
+                    statistics.trained_tokens += int(encoded.is_trained.sum())
+                    digest = document_digests([document.text])
+                    statistics.duplicates += digest in seen
+                    seen.add(digest)
+                    if len(statistics.examples) < N_EXAMPLES:
+                        statistics.examples.append(_shortened(text_pieces(tokenizer, encoded)))
+                if records.bytes_read > n_read:
+                    n_read, n_complete = records.bytes_read, n_read
+                progress(min(statistics.bytes_read + n_read, total), total)
+                if is_sample and n_complete >= budget:
+                    break
+            else:
+                n_complete = part.stored_bytes
+            statistics.bytes_read += n_complete
+    _count_lengths(statistics, lengths, sequence_length)
+    return statistics
+
+
+def _with_text(batch: Sequence[Document], part: Part, statistics: TextStatistics) -> list[Document]:
+    """Count records of any kind and return those that are documents."""
+    for document in batch:
+        statistics.records += 1
+        statistics.filtered += document.filtered
+        statistics.bad_records += bool(document.problem)
+        if document.problem and len(statistics.first_bad_records) < MAX_NAMED_RECORDS:
+            after = f" after byte {part.start:,}" if part.start else ""
+            where = f"{printable(part.file.path)}, {part.file.record_name} {document.number:,}{after}"
+            statistics.first_bad_records.append(f"{where}: {document.problem}")
+    return [document for document in batch if document.text]
+
+
+def _shortened(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Return the beginning of a rendered document."""
+    shown: list[tuple[str, bool]] = []
+    remaining = MAX_EXAMPLE_CHARACTERS
+    for text, is_trained in pieces:
+        shown.append((text[:remaining] + "…" * (len(text) > remaining), is_trained))
+        remaining -= len(text)
+        if remaining <= 0:
+            break
+    return shown
+
+
+def _count_lengths(statistics: TextStatistics, lengths: Sequence[int], sequence_length: int) -> None:
+    """Count documents and tokens, and pack the documents as a run would."""
+    if not lengths:
+        return
+    packing = pack(lengths, sequence_length)
+    pieces = Counter(packing.documents.tolist())
+    statistics.documents = len(lengths)
+    statistics.tokens = sum(lengths)
+    statistics.sequences = len(packing)
+    statistics.padding = len(packing) * sequence_length - statistics.tokens
+    statistics.cut_documents = sum(n > 1 for n in pieces.values())
+    statistics.shortest, statistics.longest = min(lengths), max(lengths)
+    statistics.median = int(median(lengths))
+    powers = Counter(length.bit_length() for length in lengths)
+    statistics.lengths = {
+        f"{1 << (power - 1)} to {(1 << power) - 1}": powers[power] for power in range(min(powers), max(powers) + 1)
+    }

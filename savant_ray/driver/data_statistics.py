@@ -1,0 +1,67 @@
+"""Counts the text of the settings before a run: `savant data`. Needs no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from savant_ray.config import Config
+from savant_ray.data.cache_builder import train_or_load_tokenizer
+from savant_ray.data.text_statistics import SAMPLE_BYTES, text_statistics
+from savant_ray.driver.data_files import DataFiles, find_sources, short_name
+from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_origin_without_lock
+from savant_ray.errors import unexpected_errors_explained
+from savant_ray.reporting import RunReport
+
+MIB = 1 << 20
+
+
+def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the statistics of each source, and the plan of the run, as `print_text_statistics` takes them.
+
+    Of each source a sample is read, or all of it with `full`. A tokenizer that a run would train is trained.
+
+    Raises:
+        DataError: text is missing or unreadable, or the tokenizer cannot encode it.
+        SettingsError: as `choose_tokenizer`; or the cache folder cannot be created.
+    """
+    with RunReport(None) as report, unexpected_errors_explained(activity=lambda: report.activity):
+        tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
+        files = DataFiles(find_sources(config, report), validation=[])
+        if tokenizer is None:
+            report.begin_stage("training the tokenizer")
+            texts = files.training_texts(config, chat_template=None)
+            tokenizer = train_or_load_tokenizer(texts, Path(config.data.cache_dir), config.model.vocab_size)
+        seen: set[bytes] = set()
+        sources = []
+        texts = files.training_texts(config, tokenizer.chat_template)
+        for (source, _), text in zip(files.sources, texts, strict=True):
+            name = short_name(source.path)
+            report.begin_stage(f"reading {name}")
+            counted = text_statistics(
+                name,
+                text,
+                tokenizer,
+                config.model.max_seq_len,
+                int(config.data.max_line_mb * MIB),
+                seen,
+                sample_bytes=None if full else SAMPLE_BYTES,
+                progress=_progress(report),
+            )
+            estimate = counted.bytes / counted.bytes_read if counted.bytes_read else 1.0
+            if text.rule.limit is not None and counted.documents:
+                estimate = min(estimate, text.rule.limit / counted.documents)
+            sources.append({**counted.to_dict(), "estimate": max(estimate, 1.0)})
+    total = sum(Fraction(str(source.weight)) for source, _ in files.sources)
+    return sources, {
+        "sequence_length": config.model.max_seq_len,
+        "effective_batch": config.training.effective_batch,
+        "max_steps": config.training.max_steps,
+        "fractions": [float(Fraction(str(source.weight)) / total) for source, _ in files.sources],
+    }
+
+
+def _progress(report: RunReport) -> Callable[[int, int], None]:
+    return lambda done, total: report.progress(done, total, "bytes")

@@ -1,0 +1,106 @@
+"""The output of `savant data`: counts, lengths and examples of each source."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from savant_ray.reporting.wording import percent, printable
+
+BAR_WIDTH = 40
+MIB = 1 << 20
+
+
+def print_text_statistics(sources: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
+    """Print the statistics of all sources, and how long the run would read them.
+
+    Args:
+        sources: as `data.text_statistics.TextStatistics` has them, with `estimate`: how many times as much the source has.
+        plan: `sequence_length`, `effective_batch`, `max_steps`, and of each source in `fractions` its part of the sequences.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
+    for source in sources:
+        _print_source(console, source)
+    _print_plan(console, sources, plan)
+
+
+def _print_source(console: Console, source: Mapping[str, Any]) -> None:
+    console.print(Text(printable(source["name"]), style="bold"))
+    is_sample, factor = source["bytes_read"] < source["bytes"], source["estimate"]
+    about = "about " if is_sample else ""
+    read = f"{source['bytes_read'] / MIB:,.1f} of {source['bytes'] / MIB:,.1f} MiB"
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    rows = {
+        "read": f"{read} in {source['files']:,} files" + " (a sample; --full reads all of it)" * is_sample,
+        "documents": f"{about}{round(source['documents'] * factor):,}",
+        "tokens": f"{about}{round(source['tokens'] * factor):,}",
+        "trained tokens": f"{_share(source['trained_tokens'], source['tokens'])} of the tokens",
+        "length, tokens": f"{source['shortest']:,} to {source['longest']:,}, median {source['median']:,}",
+        "padding": f"{_share(source['padding'], source['tokens'] + source['padding'])} of the positions",
+        "cut documents": f"{source['cut_documents']:,} ({_share(source['cut_documents'], source['documents'])})",
+        "duplicates": f"{source['duplicates']:,} ({_share(source['duplicates'], source['documents'])})",
+        "filtered": f"{source['filtered']:,} of {source['records']:,} records",
+        "invalid": f"{source['bad_records']:,} of {source['records']:,} records",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    for problem in source["first_bad_records"]:
+        console.print(Text(f"    {printable(problem)}", style="red"))
+    _print_lengths(console, source["lengths"])
+    for number, pieces in enumerate(source["examples"], start=1):
+        console.print(Text(f"  example {number}", style="dim"))
+        console.print(_rendered(pieces))
+    console.print()
+
+
+def _print_lengths(console: Console, lengths: Mapping[str, int]) -> None:
+    if not lengths:
+        return
+    most = max(lengths.values())
+    table = Table("tokens", "documents", "", box=None, padding=(0, 2, 0, 2))
+    table.columns[1].justify = "right"
+    for name, n_documents in lengths.items():
+        table.add_row(name, f"{n_documents:,}", "█" * round(BAR_WIDTH * n_documents / most))
+    console.print(table)
+
+
+def _rendered(pieces: Sequence[tuple[str, bool]]) -> Text:
+    """Return a document in which what is not trained on is dim on a terminal, and in ⟦brackets⟧ elsewhere."""
+    text = Text("    ")
+    for piece, is_trained in pieces:
+        shown = printable(piece).replace("\n", "\n    ")
+        if sys.stdout.isatty():
+            text.append(shown, style="green" if is_trained else "dim")
+        else:
+            text.append(shown if is_trained else f"⟦{shown}⟧")
+    return text
+
+
+def _print_plan(console: Console, sources: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
+    batch, steps = plan["effective_batch"], plan["max_steps"]
+    table = Table("source", "of the sequences", "sequences", "steps per epoch", f"epochs in {steps:,} steps", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for source, fraction in zip(sources, plan["fractions"], strict=True):
+        n_sequences = round(source["sequences"] * source["estimate"])
+        steps_per_epoch = n_sequences / (fraction * batch)
+        epochs = steps / steps_per_epoch if n_sequences else 0.0
+        table.add_row(
+            printable(source["name"]),
+            percent(fraction),
+            f"{n_sequences:,}",
+            f"{steps_per_epoch:,.0f}",
+            f"{epochs:,.2f}",
+        )
+    console.print(f"sequences of {plan['sequence_length']:,} tokens, {batch:,} in a step")
+    console.print(table)
+
+
+def _share(part: int, whole: int) -> str:
+    return percent(part / whole if whole else 0.0)

@@ -1,0 +1,111 @@
+"""`savant data`: what is in the text, before a run prepares it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from savant_ray.cli import main
+from savant_ray.data.documents import DocumentRule, SourceText
+from savant_ray.data.records import Record
+from savant_ray.data.sources import expand
+from savant_ray.data.text_statistics import TextStatistics, text_statistics
+from savant_ray.data.tokenizer import Tokenizer
+from tests.data.without_ray import cache_of
+
+CHAT = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    """Write JSON lines; strings are written as they are."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def count(path: Path, tokenizer: Tokenizer, rule: DocumentRule | None = None, **options: Any) -> TextStatistics:
+    """Return the statistics of a file in sequences of 16 tokens."""
+    text = SourceText(expand(str(path)), rule or DocumentRule())
+    return text_statistics("any", text, tokenizer, 16, 1 << 20, set(), **options)
+
+
+def test_the_counts_are_those_of_the_prepared_text(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    rows = [{"text": "x" * n} for n in (3, 3, 20, 40)] + ["broken", {"text": ""}, CHAT]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    counted = count(path, byte_tokenizer)
+    rule = DocumentRule()
+    records = [(number, row) for number, row in enumerate(rows, start=1) if isinstance(row, dict)]
+    documents = [document for document in rule.documents(Record(*pair) for pair in records) if document.text]
+    manifest = cache_of(documents, byte_tokenizer, 16, tmp_path / "cache").manifest
+    assert (counted.documents, counted.tokens, counted.sequences) == (
+        manifest.documents,
+        manifest.tokens,
+        manifest.rows,
+    )
+    assert counted.padding == manifest.rows * 16 - manifest.tokens
+    assert (counted.records, counted.bad_records, counted.duplicates, counted.cut_documents) == (7, 2, 1, 3)
+    assert counted.bytes_read == counted.bytes == path.stat().st_size
+    assert [problem.partition(" ")[2] for problem in counted.first_bad_records] == [
+        "line 5: not JSON: Expecting value at character 1",
+        'line 6: "text" is empty',
+    ]
+    assert sum(counted.lengths.values()) == counted.documents
+
+
+def test_examples_show_what_is_trained_on(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    counted = count(write_lines(tmp_path / "a.jsonl", [CHAT]), byte_tokenizer)
+    (pieces,) = counted.examples
+    assert [is_trained for _, is_trained in pieces] == [False, True]
+    assert pieces[0][0] == "Question: 1 + 1?\nAnswer:"
+    assert pieces[1][0].startswith(" 2")
+    assert 0 < counted.trained_tokens < counted.tokens
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.csv"])
+def test_a_sample_is_a_part_of_the_source_and_estimates_the_whole(
+    tmp_path: Path, byte_tokenizer: Tokenizer, name: str
+) -> None:
+    draw = random.Random(0)
+    frame = pd.DataFrame({"text": [f"{draw.getrandbits(200):x} {number:06d}" for number in range(100_000)]})
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        frame.to_parquet(path, row_group_size=5000)
+    elif name.endswith(".csv"):
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_json(path, orient="records", lines=True)
+    counted = count(path, byte_tokenizer, sample_bytes=1 << 20)
+    assert counted.bytes_read < counted.bytes
+    assert counted.documents * counted.bytes / counted.bytes_read == pytest.approx(100_000, rel=0.2)
+    everything = count(path, byte_tokenizer, sample_bytes=None)
+    assert (everything.documents, everything.bytes_read) == (100_000, everything.bytes)
+
+
+def test_the_command_prints_counts_examples_and_steps_per_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "a.jsonl", [{"text": f"text {number}"} for number in range(50)] + ["{"])
+    write_lines(tmp_path / "b.jsonl", [CHAT] * 2)
+    settings = ["--model.vocab_size", "300", "--model.max_seq_len", "32", "--training.accumulation", "1"]
+    assert main(["data", "a.jsonl", "b.jsonl", *settings, "--json", "figures.json"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("documents         50", "1 of 51 records", "line 51: ", "⟦Question: 1 + 1?", "steps per epoch"):
+        assert expected in printed
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [source["documents"] for source in figures["sources"]] == [50, 2]
+    assert [source["duplicates"] for source in figures["sources"]] == [0, 1]
+    assert figures["fractions"] == [0.5, 0.5]
+
+
+def test_the_command_names_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "missing.jsonl"]) != 0
+    error = capsys.readouterr().err
+    assert "data.sources[0].path: " in error and "missing.jsonl: no such file" in error
