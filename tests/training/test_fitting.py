@@ -230,11 +230,11 @@ class NoRoom:
     def __init__(self, act: Callable[..., object], times: int = 10**6) -> None:
         self.act, self.left = act, times
 
-    def __call__(self, *arguments: object) -> object:
+    def __call__(self, *arguments: object, **options: object) -> object:
         if self.left:
             self.left -= 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return self.act(*arguments)
+        return self.act(*arguments, **options)
 
 
 def with_due(config: Config, checkpoint: int = 1000, validation: int = 1000) -> Config:
