@@ -38,7 +38,7 @@ from savant_ray.data.shard_writer import (
     tokenizer_of,
     write_shard,
 )
-from savant_ray.data.sources import SourceFile
+from savant_ray.data.sources import SourceFile, format_by_suffix
 from savant_ray.data.token_cache import (
     MANIFEST,
     FileSummary,
@@ -187,7 +187,12 @@ def _with_rules(texts: Sequence[SourceFile] | Sequence[SourceText]) -> list[Sour
 def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
     """Return what formats and rules add to an identity: nothing for JSON lines with texts, as in earlier versions."""
     files = [file for source in sources for file in source.files]
-    is_default = all(file.reading[:2] == ("auto", False) and file.format == "jsonl" for file in files)
+    is_default = all(
+        file.format_setting == "auto"
+        and not file.text_blocks
+        and (file.format or format_by_suffix(file.path) or "jsonl") == "jsonl"
+        for file in files
+    )
     identity: dict[str, Any] = {} if is_default else {"formats": [file.reading for file in files]}
     if any(source.rule != TEXT_RULE for source in sources):
         identity["rules"] = [(len(source.files), repr(source.rule)) for source in sources]

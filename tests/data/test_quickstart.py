@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from savant_ray.data.quickstart import GENIUS_FILE, TRAIN_FILE, VALIDATION_FILE, write_quickstart
+from savant_ray.data.quickstart import CHAT_FILE, GENIUS_FILE, TRAIN_FILE, VALIDATION_FILE, write_quickstart
 from savant_ray.data.quickstart.problems import TEMPLATES, is_held_out, problems
 from savant_ray.errors import DataError
 from savant_ray.evaluation.answer_matching import is_correct
@@ -52,6 +52,19 @@ def numbers(text: str) -> list[int]:
 
 
 # --- the files
+
+
+def test_the_conversations_are_answered_by_the_assistant_and_contain_nothing_that_is_held_out(folder):
+    conversations = [json.loads(line)["messages"] for line in (folder / CHAT_FILE).read_text().splitlines()]
+    assert len(conversations) > 1000
+    assert {len(messages) for messages in conversations} == {2, 4, 6, 8}
+    for messages in conversations:
+        assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+        questions = [message["content"] for message in messages[::2] if message["content"] != "Thank you!"]
+        answers = [message["content"] for message in messages[1::2]][: len(questions)]
+        assert all(answer.startswith("Sure! Let's think") for answer in answers)
+        pairs = [(int(x), int(y)) for text in questions for x, y in EXPRESSION.findall(text)]
+        assert not any(is_held_out(*pair) for pair in pairs)
 
 
 def test_the_files_have_more_than_1_5_mb_of_prose_and_26_000_problems(rows):

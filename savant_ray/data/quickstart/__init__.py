@@ -1,10 +1,12 @@
 """Generates the quickstart's text: prose from Python's standard library, and problems with worked answers.
 
-Writes three files with one `{"text": …, "source": …}` object per line, without downloading anything:
+Writes four files with one object per line, without downloading anything. The first three contain
+`{"text": …, "source": …}`, the last one `{"messages": [{"role": …, "content": …}, …]}`:
 
     savant_dataset_train.jsonl   prose, and word problems
     savant_dataset_val.jsonl     held-out prose, and problems with held-out pairs of operands, some in held-out wordings
     genius_dataset.jsonl         problems of all templates
+    conversations.jsonl          conversations about other problems, in which the assistant's answers begin with "Sure!"
 
 The docstrings of the modules `prose` and `problems` define which documents and pairs are held out.
 """
@@ -15,21 +17,35 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from savant_ray.data.quickstart.problems import TEMPLATES, Problem, is_held_out, problems
 from savant_ray.data.quickstart.prose import Document, prose
 from savant_ray.errors import DataError
 
-__all__ = ["GENIUS_FILE", "TRAIN_FILE", "VALIDATION_FILE", "Problem", "is_held_out", "problems", "write_quickstart"]
+__all__ = [
+    "CHAT_FILE",
+    "GENIUS_FILE",
+    "TRAIN_FILE",
+    "VALIDATION_FILE",
+    "Problem",
+    "is_held_out",
+    "problems",
+    "write_quickstart",
+]
 
 TRAIN_FILE = "savant_dataset_train.jsonl"
 VALIDATION_FILE = "savant_dataset_val.jsonl"
 GENIUS_FILE = "genius_dataset.jsonl"
+CHAT_FILE = "conversations.jsonl"
 
 _GENIUS_PROBLEMS = 26_000
 _WORD_PROBLEMS = 6_000
+_CHAT_PROBLEMS = 6_000
+_CHAT_TURNS = (1, 2, 3)
+_QUESTION, _ANSWER = "Question: ", "\nAnswer:"
 _VALIDATION_PROBLEMS = 400
 _VALIDATION_UNSEEN_WORDINGS = 100
 _HARD = ("product", "product", "difference", "comparison")  # additional problems of templates that are learned slowly
@@ -37,14 +53,14 @@ _SEED = 20240
 
 
 def write_quickstart(folder: Path, force: bool = False, log: Callable[[str], None] = print) -> None:
-    """Write the three files into `folder`; existing files are replaced only with `force`.
+    """Write the four files into `folder`; existing files are replaced only with `force`.
 
     The content depends only on the Python installation (see `prose`). `log` receives progress messages.
 
     Raises:
         DataError: the folder cannot be written to, or Python was installed without the sources of its library.
     """
-    names = (TRAIN_FILE, VALIDATION_FILE, GENIUS_FILE)
+    names = (TRAIN_FILE, VALIDATION_FILE, GENIUS_FILE, CHAT_FILE)
     missing = [name for name in names if force or not (folder / name).exists()]
     if not missing:
         log(f"quickstart data: already in {folder}")
@@ -62,8 +78,8 @@ def write_quickstart(folder: Path, force: bool = False, log: Callable[[str], Non
     log(f"quickstart data: ready after {time.monotonic() - started:.0f} s")
 
 
-def _generate() -> dict[str, list[Document]]:
-    """Return the shuffled documents of each file."""
+def _generate() -> dict[str, list[dict[str, Any]]]:
+    """Return the objects of each file."""
     training_prose, held_out_prose = prose()
     if not training_prose or not held_out_prose:
         raise DataError(
@@ -82,25 +98,49 @@ def _generate() -> dict[str, list[Document]]:
         ),
         VALIDATION_FILE: _shuffled([*held_out_prose, *_documents(validation)]),
         GENIUS_FILE: _shuffled(_documents(genius)),
+        CHAT_FILE: _conversations([p for p in problems(_SEED + 4, _CHAT_PROBLEMS) if p.prompt not in genius_prompts]),
     }
+
+
+def _conversations(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    """Return conversations of one to three questions each; every other one ends with thanks."""
+    conversations: list[dict[str, Any]] = []
+    remaining = list(problems)
+    while remaining:
+        n_turns = _CHAT_TURNS[len(conversations) % len(_CHAT_TURNS)]
+        turns = [
+            (problem.prompt.removeprefix(_QUESTION).partition(_ANSWER)[0], f"Sure! {problem.answer_text}")
+            for problem in remaining[:n_turns]
+        ]
+        if len(conversations) % 2:
+            turns.append(("Thank you!", "You are welcome."))
+        messages = [
+            {"role": role, "content": content}
+            for turn in turns
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+        conversations.append({"messages": messages})
+        remaining = remaining[n_turns:]
+    return conversations
 
 
 def _documents(problems: Iterable[Problem]) -> list[Document]:
     return [Document(f"problem:{p.template}/{p.wording}", p.text) for p in problems]
 
 
-def _shuffled(documents: list[Document]) -> list[Document]:
+def _shuffled(documents: list[Document]) -> list[dict[str, Any]]:
     """Return the documents sorted by the hash of their text, an order that is the same on all machines."""
-    return sorted(documents, key=lambda d: hashlib.blake2b(d.text.encode()).digest())
+    documents = sorted(documents, key=lambda d: hashlib.blake2b(d.text.encode()).digest())
+    return [{"text": document.text, "source": document.source} for document in documents]
 
 
-def _write(path: Path, documents: list[Document]) -> int:
+def _write(path: Path, rows: list[dict[str, Any]]) -> int:
     """Write the file atomically and return its size in bytes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for document in documents:
-                file.write(json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False) + "\n")
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         size = temporary.stat().st_size
