@@ -92,7 +92,7 @@ def without_duplicates(documents: Iterable[Document], folder: Path, index: int) 
     for document in documents:
         if document.number == duplicate:
             duplicate = next(numbers, None)
-            yield Document(document.number, is_duplicate=True)
+            yield Document(document.number, is_duplicate=True, is_conversation=document.is_conversation)
         else:
             yield document
 

@@ -82,6 +82,7 @@ class RangeSummary:
     first_dropped: tuple[int, str] | None = None  # line number and its dropped characters
     filtered: int = 0  # lines that were left out by a filter or by sampling
     duplicates: int = 0  # lines that were left out because the same text has occurred before
+    conversations: int = 0  # lines with a conversation, also if they are invalid or left out
 
     def count(self, document: Document) -> None:
         """Count a document, or the line that is none."""
@@ -100,6 +101,7 @@ class RangeSummary:
                 self.first_bad_lines.append((document.number, document.problem))
         self.filtered += document.filtered
         self.duplicates += document.is_duplicate
+        self.conversations += document.is_conversation
 
     def count_dropped(self, document: Document, dropped: int, characters: str) -> None:
         """Count the characters of a document that the tokenizer drops."""
