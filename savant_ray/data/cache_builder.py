@@ -435,7 +435,7 @@ def within_limits(parts: Sequence[SourcePart], max_line_bytes: int) -> list[Sour
             if not remaining:
                 continue
             rule = dataclasses.replace(rule, limit=remaining)
-            with open_records(part.part, max_line_bytes) as records:
+            with open_records(part.part, max_line_bytes, rule.fields) as records:
                 n_documents = rule.count(records)
             counted[part.source] += n_documents
             if n_documents < remaining:

@@ -80,6 +80,17 @@ class DocumentRule:
         """The rule without what has no effect on a source in which no record is taken as a conversation."""
         return self if self.messages is not None else replace(self, train_on="assistant", chat_template=None)
 
+    @property
+    def fields(self) -> frozenset[str] | None:
+        """Names of the fields on which a document depends; None: it may depend on any."""
+        if self.template is not None:
+            names = {name for _, name in parse_template(self.template) if name is not None}
+        elif self.messages == AUTO or (self.messages is None and self.text is None):
+            return None
+        else:
+            names = {self.messages or self.text or DEFAULT_FIELD}
+        return frozenset(names.union(name for name, _ in self.equals))
+
     def documents(self, records: Iterable[Record]) -> Iterator[Document]:
         """Yield the document of each record; stop after `limit` documents, counted before the split."""
         remaining = self.limit

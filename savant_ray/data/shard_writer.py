@@ -148,7 +148,7 @@ def write_shard(folder: Path, index: int, part: Part, recipe: Recipe, rule: Docu
     Raises:
         DataError: the file cannot be read, or the tokenizer cannot encode one of the lines.
     """
-    with open_records(part, recipe.max_line_bytes) as records:
+    with open_records(part, recipe.max_line_bytes, rule.fields) as records:
         try:
             documents = without_duplicates(rule.documents(records), folder, index)
             for _ in write_documents(folder, index, documents, recipe):
@@ -217,7 +217,7 @@ def check_encodable(
         DataError: the tokenizer cannot encode one of the lines, or the file cannot be read.
     """
     for part in plan_parts([file])[:1]:
-        with open_records(part) as records:
+        with open_records(part, fields=rule.fields) as records:
             for document in rule.documents(records):
                 try:
                     tokenizer.encode(document.text[:characters])

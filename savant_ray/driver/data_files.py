@@ -50,10 +50,14 @@ class DataFiles:
 def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, list[SourceFile]]]:
     """Return each source with its files, except for optional sources that are missing, which are reported.
 
+    Writes the quickstart's files first if they are needed and missing.
+
     Raises:
         DataError: a source that is not optional is missing, empty or unreadable, or there is none.
         SettingsError: the cache folder cannot be created.
     """
+    if config.data.quickstart:
+        _write_missing_quickstart(config, report)
     cache_dir = Path(config.data.cache_dir)
     create_writable_folder(cache_dir, "data.cache_dir")
     existing = []
@@ -70,16 +74,12 @@ def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, 
 
 
 def find_data_files(config: Config, report: RunReport) -> DataFiles:
-    """Return the files that match the patterns in the settings.
-
-    Writes the quickstart's files first if they are needed and missing.
+    """Return the files that match the patterns in the settings, as `find_sources` finds them.
 
     Raises:
         DataError: a source that is not optional, or the validation text, is missing, empty or unreadable.
         SettingsError: the cache folder cannot be created.
     """
-    if config.data.quickstart:
-        _write_missing_quickstart(config, report)
     cache_dir = Path(config.data.cache_dir)
     sources = find_sources(config, report)
     held_out = config.data.held_out
