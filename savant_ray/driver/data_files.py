@@ -13,7 +13,7 @@ from savant_ray.data.documents import SourceText, rule_of
 from savant_ray.data.overlap import split_held_out
 from savant_ray.data.quickstart import write_quickstart
 from savant_ray.data.shard_writer import check_encodable
-from savant_ray.data.source_files import HUB_SCHEME, find_files
+from savant_ray.data.source_files import HUB_SCHEME, find_files, path_list
 from savant_ray.data.sources import SourceFile, refuse_empty
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.tokenizer_choice import refuse_unencodable_prompts
@@ -105,11 +105,6 @@ def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | 
     for text in texts:
         check_encodable(text.files[0], tokenizer, text.rule)
     refuse_unencodable_prompts(tokenizer, config)
-
-
-def path_list(paths: str | list[str] | None) -> list[str]:
-    """Return the paths of a setting that takes one or several."""
-    return [paths] if isinstance(paths, str) else list(paths or ())
 
 
 def short_name(paths: str | list[str] | None) -> str:
