@@ -92,6 +92,7 @@ def _data(arguments: Sequence[str]) -> int:
     options = parser.parse_args(own_arguments)
     if options.sources:
         settings += ["--data.sources", json.dumps([{"path": path, "weight": 1} for path in options.sources])]
+        settings += ["--data.quickstart", "false"]  # its files are other sources
     from savant_ray.config import load_config
 
     config = load_config(settings, file=options.config)

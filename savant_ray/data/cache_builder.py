@@ -101,18 +101,22 @@ def prepare(
     sources = _with_rules(texts)
     files = [file for source in sources for file in source.files]
     hashes = content_hashes(files, cache_dir)
-    identity: dict[str, Any] = {
+    common: dict[str, Any] = {
         "version": DATA_VERSION,
         "files": list(zip(_relative_paths(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
-        **_reading_identity(sources),
     }
     if deduplicate_after is not None:
-        identity["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
+        common["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
+    texts_only = [source._replace(rule=source.rule.for_texts) for source in sources]
+    identity = _Identity(
+        of_texts=fingerprint({**common, **_reading_identity(texts_only)}),
+        of_rules=fingerprint({**common, **_reading_identity(sources)}),
+    )
     plan = partial(plan_source_parts, sources, range_bytes)
-    build = _Build(plan, files, hashes, recipe, fingerprint(identity), cache_dir, deduplicate_after)
+    build = _Build(plan, files, hashes, recipe, identity, cache_dir, deduplicate_after)
     progress = progress or (lambda done, total: None)
-    _build_once(build.folder, partial(build.is_complete, progress), partial(build.run, progress, log))
+    _build_once(build.lock, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
     if on_bad_line == "error" and cache.manifest.bad_lines:
         raise DataError("\n".join(invalid_line_report(cache.manifest, verdict="refused")))
@@ -141,7 +145,7 @@ def train_or_load_tokenizer(
         refuse_changed(files, hashes)
         write_atomically(_with_checksum(path, content), content)
 
-    _build_once(path, lambda: _load_cached_tokenizer(path) is not None, train)
+    _build_once(path.with_suffix(".lock"), lambda: _load_cached_tokenizer(path) is not None, train)
     tokenizer = _load_cached_tokenizer(path)
     if tokenizer is None:
         raise DataError(f"{path.parent}: the tokenizer that was just written there cannot be read back")
@@ -211,6 +215,27 @@ def plan_source_parts(sources: Sequence[SourceText], range_bytes: int | None) ->
     return parts
 
 
+class _Identity(NamedTuple):
+    """Fingerprints of what a token cache contains.
+
+    Whether there are conversations is known when the records have been read. Without any, the chat template of a tokenizer
+    has no effect: the fingerprint does not change if the template cannot be fetched, and is that of earlier versions, which
+    read no conversations.
+    """
+
+    of_texts: str  # if no record is a conversation
+    of_rules: str  # with everything that may have an effect
+
+    @property
+    def of_conversations(self) -> str:
+        """The fingerprint if a record is a conversation."""
+        return fingerprint({"data": self.of_rules, "conversations": True})
+
+    def of(self, manifest: Manifest) -> str:
+        """Return the fingerprint of a cache with this manifest."""
+        return self.of_conversations if manifest.conversations else self.of_texts
+
+
 class _Build:
     """Build of one token cache, in a folder with the suffix `.unfinished` until it is complete."""
 
@@ -220,7 +245,7 @@ class _Build:
         files: Sequence[SourceFile],
         hashes: Sequence[str],
         recipe: Recipe,
-        identity: str,
+        identity: _Identity,
         cache_dir: Path,
         deduplicate_after: Sequence[TokenCache] | None,
     ) -> None:
@@ -230,24 +255,35 @@ class _Build:
         self._plan = plan  # called only for a build, because it reads the footers of tables
         self._recipe = recipe
         self._identity = identity
-        name = fingerprint({"format": FORMAT_VERSION, "data": identity})
-        self.folder = cache_dir / f"{_title(files)}-{name[:16]}"
-        self._unfinished = self.folder.with_suffix(".unfinished")
+        self._cache_dir = cache_dir
+        self._unfinished = self._folder_of(identity.of_rules).with_suffix(".unfinished")
+        self.lock = self._folder_of(identity.of_texts).with_suffix(".lock")
         self._damage: list[str] = []
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the cache if it exists, otherwise the unfinished one."""
+        folders = map(self._folder_of, (self._identity.of_texts, self._identity.of_conversations))
+        return next((folder for folder in folders if folder.exists()), self._unfinished)
+
+    def _folder_of(self, data_fingerprint: str) -> Path:
+        name = fingerprint({"format": FORMAT_VERSION, "data": data_fingerprint})
+        return self._cache_dir / f"{_title(self._files)}-{name[:16]}"
 
     def is_complete(self, progress: Progress) -> bool:
         """Return whether the cache exists and is intact; a message for each damaged file is kept in `_damage`."""
         self._damage = []
-        if not self.folder.exists():
+        folder = self.folder
+        if folder == self._unfinished:
             return False
         try:
-            manifest = Manifest.from_json((self.folder / MANIFEST).read_text())
-            if manifest.fingerprint != self._identity:
+            manifest = Manifest.from_json((folder / MANIFEST).read_text())
+            if manifest.fingerprint != self._identity.of(manifest):
                 raise ValueError("it belongs to another cache")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self._damage = [f"{self.folder / MANIFEST}: cannot be used ({error})"]
+            self._damage = [f"{folder / MANIFEST}: cannot be used ({error})"]
         else:
-            self._damage = damaged_shards(self.folder, manifest, progress)
+            self._damage = damaged_shards(folder, manifest, progress)
         return not self._damage
 
     def run(self, progress: Progress, log: Callable[[str], None]) -> None:
@@ -258,7 +294,7 @@ class _Build:
         """
         for problem in self._damage:
             log(f"{problem}; rebuilding it")
-        folder = self.folder if self.folder.exists() else self._unfinished
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         planned = self._plan()
         parts = within_limits(planned, self._recipe.max_line_bytes)
@@ -274,17 +310,18 @@ class _Build:
             {index: name for index, name in enumerate(_relative_paths(self._files)) if index not in unread},
             parts,
             [RangeSummary.read(folder, index) for index in range(len(parts))],
-            fingerprint=self._identity,
+            fingerprint="",
             sequence_length=self._recipe.sequence_length,
         )
+        manifest = dataclasses.replace(manifest, fingerprint=self._identity.of(manifest))
         _refuse_empty(manifest, [part.rule for part in parts])
         _refuse_if_all_dropped(manifest, self._recipe)
         refuse_if_all_masked(manifest)
         for needless in [*folder.glob("*.tmp"), *folder.glob("duplicates-*.npy")]:
             needless.unlink(missing_ok=True)
         write_atomically(folder / MANIFEST, manifest.to_json())
-        if folder != self.folder:
-            folder.rename(self.folder)
+        if folder == self._unfinished:
+            folder.rename(self._folder_of(manifest.fingerprint))
 
     def _refuse_changed(self, folder: Path) -> None:
         try:
@@ -398,7 +435,7 @@ def within_limits(parts: Sequence[SourcePart], max_line_bytes: int) -> list[Sour
             if not remaining:
                 continue
             rule = dataclasses.replace(rule, limit=remaining)
-            with open_records(part.part, max_line_bytes) as records:
+            with open_records(part.part, max_line_bytes, rule.fields) as records:
                 n_documents = rule.count(records)
             counted[part.source] += n_documents
             if n_documents < remaining:
@@ -464,6 +501,7 @@ def _merge_summaries(
         first_dropped=next(first_dropped, None),
         filtered=filtered.total(),
         duplicates=duplicates.total(),
+        conversations=sum(summary.conversations for summary in summaries),
         **identity,
     )
 
@@ -583,12 +621,12 @@ def _training_texts(sources: Sequence[SourceText]) -> Iterator[str]:
                 yield document.text
 
 
-def _build_once(path: Path, is_complete: Callable[[], bool], build: Callable[[], None]) -> None:
-    """Call `build` unless `path` is complete; a file lock makes other processes wait for the one that builds it."""
+def _build_once(lock_path: Path, is_complete: Callable[[], bool], build: Callable[[], None]) -> None:
+    """Call `build` unless it is complete; the lock makes other processes wait for the one that builds it."""
     if is_complete():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    with lock_path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_complete():
             build()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -68,7 +68,8 @@ class ChatTemplate:
     special_tokens: tuple[str, ...] = ()  # of the vocabulary; contents must not contain them
     prefix: str = ""
     suffix: str = ""
-    problem: str = ""  # why there is no template that could be rendered; then `source` is empty
+    # Why there is no template that could be rendered; then `source` is empty. The reason is no part of an identity.
+    problem: str = field(default="", repr=False)
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Render a conversation.

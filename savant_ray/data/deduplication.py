@@ -41,7 +41,7 @@ def write_scan(folder: Path, index: int, part: Part, max_line_bytes: int, rule: 
         DataError: the file cannot be read.
     """
     digests, numbers = bytearray(), array("L")
-    with open_records(part, max_line_bytes) as records:
+    with open_records(part, max_line_bytes, rule.fields) as records:
         for document in rule.documents(records):
             if document.text:
                 digests += document_digests([document.text])
@@ -92,7 +92,7 @@ def without_duplicates(documents: Iterable[Document], folder: Path, index: int) 
     for document in documents:
         if document.number == duplicate:
             duplicate = next(numbers, None)
-            yield Document(document.number, is_duplicate=True)
+            yield Document(document.number, is_duplicate=True, is_conversation=document.is_conversation)
         else:
             yield document
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
 
@@ -38,12 +38,14 @@ class Document(NamedTuple):
     filtered: bool = False  # left out by `filter` or `sample`
     special_tokens: bool = False  # names of special tokens in the text stand for these tokens: a chat template wrote it
     is_duplicate: bool = False  # left out because its text has occurred before
+    is_conversation: bool = False  # whether a conversation or its chat template decides the above
 
 
 class _Text(NamedTuple):
     text: str
     trained: tuple[tuple[int, int], ...] | None = None
     special_tokens: bool = False
+    is_conversation: bool = False
 
 
 _TextFunction = Callable[[dict[str, Any]], _Text]
@@ -73,6 +75,22 @@ class DocumentRule:
     held_out: float = 0.0  # fraction of the documents that is validation text
     split: Literal["training", "validation"] = "training"  # which of the two to take
 
+    @property
+    def for_texts(self) -> DocumentRule:
+        """The rule without what has no effect on a source in which no record is taken as a conversation."""
+        return self if self.messages is not None else replace(self, train_on="assistant", chat_template=None)
+
+    @property
+    def fields(self) -> frozenset[str] | None:
+        """Names of the fields on which a document depends; None: it may depend on any."""
+        if self.template is not None:
+            names = {name for _, name in parse_template(self.template) if name is not None}
+        elif self.messages == AUTO or (self.messages is None and self.text is None):
+            return None
+        else:
+            names = {self.messages or self.text or DEFAULT_FIELD}
+        return frozenset(names.union(name for name, _ in self.equals))
+
     def documents(self, records: Iterable[Record]) -> Iterator[Document]:
         """Yield the document of each record; stop after `limit` documents, counted before the split."""
         remaining = self.limit
@@ -83,7 +101,9 @@ class DocumentRule:
             document = self._document(record, text_of)
             if document.text and remaining is not None:
                 remaining -= 1
-            yield document if not document.text or self._takes(document.text) else Document(record.number)
+            if document.text and not self._takes(document.text):
+                document = Document(record.number, is_conversation=document.is_conversation)
+            yield document
             if remaining == 0:
                 return
 
@@ -100,14 +120,18 @@ class DocumentRule:
         if not all(_is_equal(_look_up(record.value, name), expected) for name, expected in self.equals):
             return Document(record.number, filtered=True)
         try:
-            text, trained, special_tokens = text_of(record.value)
+            text, trained, special_tokens, is_conversation = text_of(record.value)
         except (_InvalidRecordError, ConversationError) as error:
-            return Document(record.number, problem=_printable(str(error)))
+            is_conversation = isinstance(error, ConversationError)
+            return Document(record.number, problem=_printable(str(error)), is_conversation=is_conversation)
+        left_out = Document(record.number, filtered=True, is_conversation=is_conversation)
         if len(text) < self.min_chars or (self.max_chars is not None and len(text) > self.max_chars):
-            return Document(record.number, filtered=True)
+            return left_out
         if self.sample < 1 and not _is_chosen(text, self.sample, purpose=b"sample"):
-            return Document(record.number, filtered=True)
-        return Document(record.number, text, trained=trained, special_tokens=special_tokens)
+            return left_out
+        return Document(
+            record.number, text, trained=trained, special_tokens=special_tokens, is_conversation=is_conversation
+        )
 
     def _takes(self, text: str) -> bool:
         """Return whether the text belongs to the side of the split that the rule takes."""
@@ -142,13 +166,13 @@ class DocumentRule:
 
     def _rendered(self, messages: Sequence[Message]) -> _Text:
         for number, message in enumerate(messages, start=1):
-            _refuse_surrogates(f"message {number}", message["content"])
+            _refuse_surrogates(f"message {number}", message["content"], ConversationError)
         rendered = plain_form(messages) if self.chat_template is None else self.chat_template.render(messages)
         if not rendered.text or rendered.text.isspace():
-            raise _InvalidRecordError("the chat template gives an empty text")
-        _refuse_surrogates("the conversation", rendered.text)
+            raise ConversationError("the chat template gives an empty text")
+        _refuse_surrogates("the conversation", rendered.text, ConversationError)
         trained = rendered.answers if self.train_on == "assistant" else None
-        return _Text(rendered.text, trained, special_tokens=self.chat_template is not None)
+        return _Text(rendered.text, trained, special_tokens=self.chat_template is not None, is_conversation=True)
 
 
 TEXT_RULE = DocumentRule()
@@ -304,15 +328,15 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _refuse_surrogates(name: str, text: str) -> None:
-    """Raise `_InvalidRecordError` if UTF-8 cannot hold the text."""
+def _refuse_surrogates(name: str, text: str, refusal: type[Exception] = _InvalidRecordError) -> None:
+    """Raise `refusal` if UTF-8 cannot hold the text."""
     if text.isascii():
         return
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise _InvalidRecordError(f"{name} contains half a surrogate pair ({half})") from None
+        raise refusal(f"{name} contains half a surrogate pair ({half})") from None
 
 
 def _is_chosen(text: str, fraction: float, purpose: bytes) -> bool:

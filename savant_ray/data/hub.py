@@ -131,12 +131,12 @@ def _find_files(
         return listing.commit, {name: listing.sizes[name] for name in files}
     if not available:
         raise DataError("contains no file in a supported format")
-    wanted = (
+    missing = (
         f"config {dataset.config} with a split {split}" if dataset.config else f"default config with a split {split}"
     )
     more = f" and {len(available) - MAX_NAMED:,} more" if len(available) > MAX_NAMED else ""
     raise DataError(
-        f"has no {wanted}; its configs (and splits): {', '.join(available[:MAX_NAMED])}{more}. A config is named as in "
+        f"has no {missing}; its configs (and splits): {', '.join(available[:MAX_NAMED])}{more}. A config is named as in "
         f"{SCHEME}{dataset.repository}/CONFIG"
     )
 

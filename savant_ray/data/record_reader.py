@@ -51,7 +51,7 @@ def documents(
 
     def records() -> Iterator[Record]:
         for part in plan_parts(files):
-            with open_records(part, max_record_bytes) as part_records:
+            with open_records(part, max_record_bytes, rule.fields) as part_records:
                 yield from part_records
 
     yield from (document for document in rule.documents(records()) if document.text)

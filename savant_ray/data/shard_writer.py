@@ -82,6 +82,7 @@ class RangeSummary:
     first_dropped: tuple[int, str] | None = None  # line number and its dropped characters
     filtered: int = 0  # lines that were left out by a filter or by sampling
     duplicates: int = 0  # lines that were left out because the same text has occurred before
+    conversations: int = 0  # lines with a conversation, also if they are invalid or left out
 
     def count(self, document: Document) -> None:
         """Count a document, or the line that is none."""
@@ -100,6 +101,7 @@ class RangeSummary:
                 self.first_bad_lines.append((document.number, document.problem))
         self.filtered += document.filtered
         self.duplicates += document.is_duplicate
+        self.conversations += document.is_conversation
 
     def count_dropped(self, document: Document, dropped: int, characters: str) -> None:
         """Count the characters of a document that the tokenizer drops."""
@@ -146,7 +148,7 @@ def write_shard(folder: Path, index: int, part: Part, recipe: Recipe, rule: Docu
     Raises:
         DataError: the file cannot be read, or the tokenizer cannot encode one of the lines.
     """
-    with open_records(part, recipe.max_line_bytes) as records:
+    with open_records(part, recipe.max_line_bytes, rule.fields) as records:
         try:
             documents = without_duplicates(rule.documents(records), folder, index)
             for _ in write_documents(folder, index, documents, recipe):
@@ -215,7 +217,7 @@ def check_encodable(
         DataError: the tokenizer cannot encode one of the lines, or the file cannot be read.
     """
     for part in plan_parts([file])[:1]:
-        with open_records(part) as records:
+        with open_records(part, fields=rule.fields) as records:
             for document in rule.documents(records):
                 try:
                     tokenizer.encode(document.text[:characters])

@@ -25,11 +25,15 @@ def find_files(
     Raises:
         DataError: there are none, or one cannot be read, downloaded or has an unsupported format.
     """
-    paths = [settings.path] if isinstance(settings.path, str) else list(settings.path or ())
     local: list[str] = []
-    for path in paths:
+    for path in path_list(settings.path):
         local += _downloaded(path, settings.split, Path(cache_dir), notify, progress) or [path]
     return expand(local, notify, settings.format, settings.text_blocks)
+
+
+def path_list(paths: str | list[str] | None) -> list[str]:
+    """Return the paths of a setting that takes one or several."""
+    return [paths] if isinstance(paths, str) else list(paths or ())
 
 
 def _downloaded(

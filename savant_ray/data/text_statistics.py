@@ -102,7 +102,7 @@ def text_statistics(
         budget = total - statistics.bytes_read
         if budget <= 0:
             break
-        with open_records(part, max_record_bytes) as records:
+        with open_records(part, max_record_bytes, rule.fields) as records:
             documents = rule.documents(records)
             n_read = n_complete = 0  # bytes; the records of all but the last block that was read are complete
             while batch := list(islice(documents, BATCH_RECORDS)):

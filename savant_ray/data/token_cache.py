@@ -132,6 +132,7 @@ class Manifest:
     first_dropped: LineProblem | None = None  # the first line with such characters
     filtered: int = 0  # lines left out by a filter or by sampling
     duplicates: int = 0  # lines left out because the same text has occurred before
+    conversations: int = 0  # lines with a conversation, also if they are invalid or left out
 
     @property
     def padding(self) -> int:
@@ -304,7 +305,7 @@ class TokenCache:
 
     @property
     def fingerprint(self) -> str:
-        """Identifier that depends on the content of the files, the tokenizer and the sequence length."""
+        """Identifier of the rows: equal for equal files, rules, tokenizers and sequence lengths."""
         return self.manifest.fingerprint
 
     def take(self, rows: NDArray[np.int64]) -> Sequences:

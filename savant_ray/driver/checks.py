@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from savant_ray.config import Config
-from savant_ray.driver.data_files import path_list
+from savant_ray.data.source_files import path_list
 from savant_ray.errors import SavantError, SettingsError
 from savant_ray.locations import decoded_uri, is_uri, split_query
 from savant_ray.model.transformer import n_parameters

@@ -13,7 +13,7 @@ from savant_ray.data.documents import SourceText, rule_of
 from savant_ray.data.overlap import split_held_out
 from savant_ray.data.quickstart import write_quickstart
 from savant_ray.data.shard_writer import check_encodable
-from savant_ray.data.source_files import HUB_SCHEME, find_files
+from savant_ray.data.source_files import HUB_SCHEME, find_files, path_list
 from savant_ray.data.sources import SourceFile, refuse_empty
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.tokenizer_choice import refuse_unencodable_prompts
@@ -50,10 +50,14 @@ class DataFiles:
 def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, list[SourceFile]]]:
     """Return each source with its files, except for optional sources that are missing, which are reported.
 
+    Writes the quickstart's files first if they are needed and missing.
+
     Raises:
         DataError: a source that is not optional is missing, empty or unreadable, or there is none.
         SettingsError: the cache folder cannot be created.
     """
+    if config.data.quickstart:
+        _write_missing_quickstart(config, report)
     cache_dir = Path(config.data.cache_dir)
     create_writable_folder(cache_dir, "data.cache_dir")
     existing = []
@@ -70,16 +74,12 @@ def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, 
 
 
 def find_data_files(config: Config, report: RunReport) -> DataFiles:
-    """Return the files that match the patterns in the settings.
-
-    Writes the quickstart's files first if they are needed and missing.
+    """Return the files that match the patterns in the settings, as `find_sources` finds them.
 
     Raises:
         DataError: a source that is not optional, or the validation text, is missing, empty or unreadable.
         SettingsError: the cache folder cannot be created.
     """
-    if config.data.quickstart:
-        _write_missing_quickstart(config, report)
     cache_dir = Path(config.data.cache_dir)
     sources = find_sources(config, report)
     held_out = config.data.held_out
@@ -105,11 +105,6 @@ def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | 
     for text in texts:
         check_encodable(text.files[0], tokenizer, text.rule)
     refuse_unencodable_prompts(tokenizer, config)
-
-
-def path_list(paths: str | list[str] | None) -> list[str]:
-    """Return the paths of a setting that takes one or several."""
-    return [paths] if isinstance(paths, str) else list(paths or ())
 
 
 def short_name(paths: str | list[str] | None) -> str:

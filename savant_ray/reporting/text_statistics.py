@@ -36,14 +36,15 @@ def _print_source(console: Console, source: Mapping[str, Any]) -> None:
     read = f"{source['bytes_read'] / MIB:,.1f} of {source['bytes'] / MIB:,.1f} MiB"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     rows = {
-        "read": f"{read} in {source['files']:,} files" + " (a sample; --full reads all of it)" * is_sample,
+        "read": f"{read} in {source['files']:,} file{'s' * (source['files'] != 1)}"
+        + " (a sample; --full reads all of it)" * is_sample,
         "documents": f"{about}{round(source['documents'] * factor):,}",
         "tokens": f"{about}{round(source['tokens'] * factor):,}",
-        "trained tokens": f"{_share(source['trained_tokens'], source['tokens'])} of the tokens",
+        "trained tokens": f"{_percent_of(source['trained_tokens'], source['tokens'])} of the tokens",
         "length, tokens": f"{source['shortest']:,} to {source['longest']:,}, median {source['median']:,}",
-        "padding": f"{_share(source['padding'], source['tokens'] + source['padding'])} of the positions",
-        "cut documents": f"{source['cut_documents']:,} ({_share(source['cut_documents'], source['documents'])})",
-        "duplicates": f"{source['duplicates']:,} ({_share(source['duplicates'], source['documents'])})",
+        "padding": f"{_percent_of(source['padding'], source['tokens'] + source['padding'])} of the positions",
+        "cut documents": f"{source['cut_documents']:,} ({_percent_of(source['cut_documents'], source['documents'])})",
+        "duplicates": f"{source['duplicates']:,} ({_percent_of(source['duplicates'], source['documents'])})",
         "filtered": f"{source['filtered']:,} of {source['records']:,} records",
         "invalid": f"{source['bad_records']:,} of {source['records']:,} records",
     }
@@ -102,5 +103,5 @@ def _print_plan(console: Console, sources: Sequence[Mapping[str, Any]], plan: Ma
     console.print(table)
 
 
-def _share(part: int, whole: int) -> str:
+def _percent_of(part: int, whole: int) -> str:
     return percent(part / whole if whole else 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -26,7 +27,9 @@ from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 from tokenizers import models, processors
 
 from savant_ray.data import cache_builder, content
+from savant_ray.data.atomic_files import fingerprint
 from savant_ray.data.cache_builder import empty_file_report, prepare, train_or_load_tokenizer
+from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import DocumentRule, SourceText
 from savant_ray.data.overlap import count_overlapping_documents, stored_digests
 from savant_ray.data.sources import expand
@@ -420,6 +423,29 @@ def test_a_cache_of_an_earlier_format_is_built_again_and_its_runs_can_be_resumed
     cache = prepare(files, byte_tokenizer, 8, tmp_path / "cache")
     assert cache.folder != earlier.folder and snapshot(earlier.folder) == before
     assert cache.fingerprint == earlier.fingerprint, "the same data, which a checkpoint is compared with"
+
+
+def test_a_chat_template_is_part_of_the_identity_of_conversations_only(
+    tmp_path: Path, byte_tokenizer: Tokenizer
+) -> None:
+    path, folder = tmp_path / "a.jsonl", tmp_path / "cache"
+
+    def built(template: ChatTemplate | None) -> TokenCache:
+        text = SourceText(expand(str(path)), DocumentRule(chat_template=template))
+        return prepare([text], byte_tokenizer, 32, folder, max_line_bytes=1_000)
+
+    content = '{"text": "ab"}\n{"text": "cd", "messages": []}\n'
+    path.write_text(content)
+    templates = [None, ChatTemplate("{{ messages[0].content }}"), ChatTemplate("", problem="no network")]
+    texts = [built(template) for template in templates]
+    assert len({cache.folder for cache in texts}) == 1, "built once"
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    earlier = {"version": 1, "files": [["a.jsonl", digest]], "recipe": [byte_tokenizer.fingerprint, 32, 1_000, None]}
+    assert texts[0].fingerprint == fingerprint(earlier), "of versions that read no conversations"
+    path.write_text(content + '{"messages": [{"role": "assistant", "content": "e"}]}\n')
+    mixed = [built(template) for template in (*templates, ChatTemplate("", problem="no access"))]
+    assert [cache.manifest.documents for cache in mixed] == [3, 3, 2, 2]
+    assert len({cache.fingerprint for cache in mixed}) == len({cache.folder for cache in mixed}) == 3
 
 
 def test_another_end_of_document_token_gives_another_cache(

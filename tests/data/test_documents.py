@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from collections.abc import Callable, Iterable, Sequence
@@ -202,6 +203,20 @@ def test_a_document_is_either_trained_on_or_held_out(fraction: float, sample: fl
     assert not set(training) & set(held_out)
     assert sorted(training + held_out) == sorted(texts_of(DocumentRule(sample=sample), TEXTS * 2))
     assert abs(len(held_out) / (2 * len(TEXTS) * sample) - fraction) < 0.03
+
+
+def test_a_record_that_is_a_conversation_is_marked_whatever_becomes_of_it() -> None:
+    value = {"messages": [{"role": "assistant", "content": "x"}]}
+    others = [{"text": "a"}, {"text": "a", **value}, {"body": "b"}]
+    rules = [DocumentRule(), DocumentRule(min_chars=100), DocumentRule(sample=1e-9), DocumentRule(held_out=1e-9)]
+    rules += [dataclasses.replace(rule, split="validation") for rule in rules]
+    rules += [DocumentRule(chat_template=ChatTemplate("", problem="no network")), DocumentRule(messages="auto")]
+    for rule in rules:
+        assert [document.is_conversation for document in apply(rule, [value, others[0]])] == [True, False]
+    for invalid in ({"messages": []}, {"messages": [{"role": "tool", "content": "x"}]}, {"conversations": [1]}):
+        (document,) = apply(DocumentRule(), [invalid])
+        assert document.is_conversation and document.problem
+    assert not any(document.is_conversation for document in apply(DocumentRule(), others))
 
 
 def test_a_limit_counts_documents_only_and_before_they_are_held_out() -> None:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from savant_ray.data import streams
 from savant_ray.data.content import content_hashes
-from savant_ray.data.documents import TEXT_RULE
+from savant_ray.data.documents import TEXT_RULE, DocumentRule
 from savant_ray.data.readers import tables
 from savant_ray.data.record_reader import documents, open_records, plan_parts, records_before
 from savant_ray.data.records import Record
@@ -264,6 +264,27 @@ def test_only_the_requested_columns_are_read_if_they_exist(tmp_path: Path) -> No
         for fields, keys in ({"text"}, {"text"}), ({"text", "gone"}, {"text", "lang"}), (None, {"text", "lang"}):
             with open_records(part, fields=fields) as records:
                 assert all(set(record.value or {}) == keys for record in records)
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_columns_that_the_rule_does_not_name_cannot_make_a_row_invalid(tmp_path: Path, name: str) -> None:
+    table = pa.table({"body": ["a", "b", None], "lang": ["en", "de", "en"], "page": [b"\xff", b"\xff", b"\xff"]})
+    if name.endswith("parquet"):
+        pq.write_table(table, tmp_path / name)
+    else:
+        pyarrow.feather.write_feather(table, tmp_path / name, compression="uncompressed")
+    files = expand(str(tmp_path / name))
+
+    def results(**rule: Any) -> list[tuple[str, str]]:
+        (part,) = plan_parts(files)
+        chosen = DocumentRule(**rule)
+        with open_records(part, fields=chosen.fields) as records:
+            return [(document.text, document.problem) for document in chosen.documents(records)]
+
+    assert results(text="body") == [("a", ""), ("b", ""), ("", '"body" is null, not a string')]
+    assert results(template="{body}!", equals=(("lang", "de"),)) == [("", ""), ("b!", ""), ("", "")]
+    assert results() == [("", '"page" is not valid UTF-8')] * 3
+    assert [document.text for document in documents(files, rule=DocumentRule(text="body"))] == ["a", "b"]
 
 
 def test_a_table_with_ten_thousand_columns_is_read(tmp_path: Path) -> None:

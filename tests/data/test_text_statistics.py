@@ -16,6 +16,7 @@ from savant_ray.data.records import Record
 from savant_ray.data.sources import expand
 from savant_ray.data.text_statistics import TextStatistics, text_statistics
 from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.driver import data_files
 from tests.data.without_ray import cache_of
 
 CHAT = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
@@ -109,3 +110,22 @@ def test_the_command_names_what_is_missing(
     assert main(["data", "missing.jsonl"]) != 0
     error = capsys.readouterr().err
     assert "data.sources[0].path: " in error and "missing.jsonl: no such file" in error
+
+
+def test_the_command_writes_the_quickstarts_text_unless_other_sources_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def write(folder: Path, log: Any) -> None:  # the real text takes some 10 s
+        folder.mkdir()
+        write_lines(folder / "savant_dataset_train.jsonl", [{"text": "generated"}] * 7)
+        write_lines(folder / "genius_dataset.jsonl", [{"text": "as well"}])
+
+    monkeypatch.setattr(data_files, "write_quickstart", write)
+    write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    settings = ["--model.vocab_size", "300", "--data.quickstart", "true"]
+    assert main(["data", "a.jsonl", *settings]) == 0
+    assert not (tmp_path / "dataset").exists()
+    assert main(["data", *settings]) == 0
+    assert "documents         7" in capsys.readouterr().out
