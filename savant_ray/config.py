@@ -200,7 +200,11 @@ class TextConfig(Section):
     text_blocks: bool = Field(
         default=False, description="of plain text: blocks of lines between blank lines are documents, not whole files"
     )
-    split: Text = Field(default="train", description="split of a data set of the Hugging Face Hub (hf://datasets/…)")
+    split: Text = Field(
+        default="train",
+        description="split of a data set of the Hugging Face Hub (hf://datasets/…), or of a folder that "
+        "datasets.save_to_disk has written",
+    )
     text: Text | None = Field(
         default=None,
         description="name of the field with the text; a.b is the field b of the object a, a.0 the first element of the "

@@ -35,6 +35,7 @@ MAX_NAMED_FIELDS = 8  # in a message
 MAX_NAME_CHARACTERS = 40
 
 _MISSING = object()
+_BOOLEAN_TEXTS = {True: ("true", "yes", "on"), False: ("false", "no", "off")}
 _INDEX = re.compile("[0-9]{1,9}")  # of an array, from 0
 
 
@@ -294,9 +295,13 @@ def _look_up(value: dict[str, Any], name: str) -> Any:
 
 
 def _is_equal(found: Any, expected: Scalar) -> bool:
-    """Return whether values are equal as in JSON, where true is not 1; a number or boolean can be a text, as in CSV."""
+    """Return whether values are equal as in JSON, where true is not 1; a number or boolean can be a text, as in CSV.
+
+    A text is a boolean as in YAML, which reads `lang: no` as false.
+    """
     if isinstance(found, str) and not isinstance(expected, str):
-        return found.strip().lower() == json.dumps(expected)
+        text = found.strip().lower()
+        return text in _BOOLEAN_TEXTS[expected] if isinstance(expected, bool) else text == json.dumps(expected)
     return isinstance(found, bool) == isinstance(expected, bool) and bool(found == expected)
 
 

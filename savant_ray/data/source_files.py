@@ -29,7 +29,7 @@ def find_files(
     local: list[str] = []
     for path in paths:
         local += _downloaded(path, settings.split, Path(cache_dir), notify, progress) or [path]
-    return expand(local, notify, settings.format, settings.text_blocks)
+    return expand(local, notify, settings.format, settings.text_blocks, settings.split)
 
 
 def _downloaded(

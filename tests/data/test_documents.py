@@ -178,10 +178,11 @@ def test_doubled_braces_are_braces_and_everything_else_is_copied(literals: list[
     ("rule", "kept"),
     [
         (DocumentRule(min_chars=3), ["ccc", "dddd"]),
-        (DocumentRule(max_chars=2), ["a", "bb"]),
-        (DocumentRule(min_chars=2, max_chars=3), ["bb", "ccc"]),
+        (DocumentRule(max_chars=2), ["a", "bb", "no"]),
+        (DocumentRule(min_chars=2, max_chars=3), ["bb", "ccc", "no"]),
         (DocumentRule(equals=(("lang", "en"),)), ["a", "ccc"]),
         (DocumentRule(equals=(("meta.ok", True),)), ["bb", "dddd"]),
+        (DocumentRule(equals=(("lang", False),)), ["no"]),  # YAML's `lang: no`
         (DocumentRule(equals=(("year", 2020),)), ["a", "bb"]),
         (DocumentRule(equals=(("year", "2020"),)), ["a"]),
         (DocumentRule(equals=(("n", 1),)), ["bb", "ccc"]),
@@ -194,6 +195,7 @@ def test_documents_that_a_filter_leaves_out_are_marked(rule: DocumentRule, kept:
         {"text": "bb", "lang": "de", "meta": {"ok": True}, "n": 1.0, "year": 2020},
         {"text": "ccc", "lang": "en", "meta": {"ok": 1}, "n": 1, "year": "20200"},
         {"text": "dddd", "meta": {"ok": "True"}, "n": True},
+        {"text": "no", "lang": "no"},
     ]
     found = apply(rule, rows)
     assert [document.text for document in found if document.text] == kept
