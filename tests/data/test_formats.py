@@ -440,6 +440,16 @@ def test_a_text_that_is_not_text_is_reported(tmp_path: Path) -> None:
         assert problems(read(tmp_path / "x.txt", limit=1_000)) == {1: problem}
 
 
+@pytest.mark.parametrize("name", ["x.log", "x.mbox", "x.py", "corpus"])
+def test_the_first_invalid_line_of_a_file_that_is_not_named_as_json_says_what_to_set(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"Hello\nworld\n")
+    hint = "; if the file is plain text or CSV, set format"
+    reason = "not JSON: Expecting value at character 1"
+    assert problems(read(tmp_path / name)) == {1: reason + hint, 2: reason}
+    assert problems(read(tmp_path / name, file_format="jsonl")) == {1: reason, 2: reason}
+    assert values(read(tmp_path / name, file_format="text")) == [{"text": "Hello\nworld"}]
+
+
 def test_a_format_that_is_set_is_used_unless_the_content_shows_another(tmp_path: Path) -> None:
     (tmp_path / "x.dat").write_bytes(CSV)
     assert values(read(tmp_path / "x.dat", file_format="csv")) == ROWS
