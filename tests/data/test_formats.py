@@ -358,6 +358,7 @@ def test_csv_is_read_as_different_programs_write_it(tmp_path: Path, content: str
             ["a", "d"],
             ["not JSON: Invalid control character", "a number, not an object", "not JSON: Extra data"],
         ),
+        (b"[]\n", [], []),
         (b'[\n{"text": "a"},\n{"text": "cut', ["a"], ["truncated JSON"]),
         (b'[\n{"text": "a"},\n', ["a"], ["the JSON array has no closing bracket; the file is truncated"]),
         (
