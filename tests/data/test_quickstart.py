@@ -62,7 +62,7 @@ def test_the_conversations_are_answered_by_the_assistant_and_contain_nothing_tha
         assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
         questions = [message["content"] for message in messages[::2] if message["content"] != "Thank you!"]
         answers = [message["content"] for message in messages[1::2]][: len(questions)]
-        assert all(answer.startswith("Sure! Let's think") for answer in answers)
+        assert all(answer.startswith("Sure! ") for answer in answers)
         pairs = [(int(x), int(y)) for text in questions for x, y in EXPRESSION.findall(text)]
         assert not any(is_held_out(*pair) for pair in pairs)
 
@@ -100,8 +100,8 @@ def test_another_process_writes_the_same_bytes_and_no_other_files(folder, tmp_pa
     subprocess.run(
         [sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
-    for name in FILES:
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*FILES, CHAT_FILE))
+    for name in (*FILES, CHAT_FILE):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
