@@ -200,11 +200,15 @@ class TextConfig(Section):
     text_blocks: bool = Field(
         default=False, description="of plain text: blocks of lines between blank lines are documents, not whole files"
     )
-    split: Text = Field(default="train", description="split of a data set of the Hugging Face Hub (hf://datasets/…)")
+    split: Text = Field(
+        default="train",
+        description="split of a data set of the Hugging Face Hub (hf://datasets/…), or of a folder that "
+        "datasets.save_to_disk has written",
+    )
     text: Text | None = Field(
         default=None,
-        description="name of the field with the text; a.b is the field b of the object a; null: the field text if it is a "
-        "string, otherwise a conversation as in messages: auto",
+        description="name of the field with the text; a.b is the field b of the object a, a.0 the first element of the "
+        "array a; null: the field text if it is a string, otherwise a conversation as in messages: auto",
     )
     template: Text | None = Field(
         default=None,
@@ -254,7 +258,9 @@ class FilterConfig(Section):
     min_chars: Count | None = Field(default=None, description="minimum number of characters of a document")
     max_chars: Count | None = Field(default=None, description="maximum number of characters of a document")
     equals: dict[str, Scalar] | None = Field(
-        default=None, description="values of fields, such as {lang: en}; a field that is missing has no value"
+        default=None,
+        description="values of fields, such as {lang: en}; a number or boolean can be a text in the data; a "
+        "field that is missing has no value",
     )
 
     @model_validator(mode="after")

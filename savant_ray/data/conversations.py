@@ -37,11 +37,20 @@ Message = dict[str, Any]  # at least "role" and "content", both strings
 Ranges = tuple[tuple[int, int], ...]  # of characters, [start, stop)
 
 AUTO = "auto"  # instead of the name of a field: any of the three shapes
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+ROLES = {
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool", "function")},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "model"), "assistant"),
+}  # in any case; other roles are for the chat template
+ROLES_WITHOUT_CONTENT = ("system", "tool", "function")  # whose content may be null or blank
+SYSTEM_FIELDS = ("system", "system_prompt")  # beside a conversation
+TOOL_CALLS = ("tool_calls", "function_call")  # fields of a message, which then may have no content
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # mark a range while a template is rendered; Unicode reserves them for internal use
 # Templates that write the current date get this one, so that the same conversations always give the same token cache.
 FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"}
 SHOWN_CHARACTERS = 200  # of the message of a template
+MAX_NAMED_ROLES = 5  # in a message
 
 
 class ConversationError(Exception):
@@ -84,8 +93,9 @@ class ChatTemplate:
         if self.problem:
             raise ConversationError(self.problem)
         for number, message in enumerate(messages):
+            words = _words(message)
             for forbidden in (OPEN, CLOSE, *self.special_tokens):
-                if forbidden in message["content"]:
+                if forbidden in words:
                     token = "a reserved character" if forbidden in (OPEN, CLOSE) else f"the special token {forbidden}"
                     raise ConversationError(f"message {number + 1} contains {token}")
         marked = self._render(messages)
@@ -99,11 +109,19 @@ class ChatTemplate:
         """Return the range of each message of the assistant, None if the rendered contents cannot be found."""
         indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         contents = self._marked_contents(messages, text)
-        if contents is None or len(contents) != len(indices):
+        if contents is None or len(contents) != sum(_is_marked(messages[index]) for index in indices):
             return None
         answers = []
-        for index, (start, stop) in zip(indices, contents, strict=True):
+        ranges = iter(contents)
+        for index in indices:
             until_here = text if index == len(messages) - 1 else self._prefix(messages[: index + 1])
+            if not _is_marked(messages[index]):
+                before = self._before_tool_calls(messages[: index + 1])
+                if not (text.startswith(until_here) and until_here.startswith(before)):
+                    return None
+                answers.append((len(before), len(until_here)))
+                continue
+            start, stop = next(ranges)
             if text.startswith(until_here) and len(until_here) >= stop:
                 answers.append((start, len(until_here)))
             else:  # the template writes earlier turns in another way than the last one
@@ -114,7 +132,7 @@ class ChatTemplate:
     def _marked_contents(self, messages: Sequence[Message], text: str) -> Ranges | None:
         """Return the ranges of the contents, with the white space around them if the template keeps it."""
         for mark in (_mark_all, _mark_inside_space):
-            marked = [{**m, "content": mark(m["content"])} if m["role"] == "assistant" else m for m in messages]
+            marked = [{**m, "content": mark(m["content"])} if _is_marked(m) else m for m in messages]
             try:
                 unmarked, contents = _without_marks(self._render(marked))
             except ConversationError:
@@ -123,12 +141,24 @@ class ChatTemplate:
                 return contents
         return None
 
-    def _prefix(self, messages: Sequence[Message]) -> str:
+    def _prefix(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Return the text of the first messages; a template that refuses them has none."""
         try:
-            return self._render(messages)
+            return self._render(messages, add_generation_prompt)
         except ConversationError:
             return OPEN  # begins no text
+
+    def _before_tool_calls(self, messages: Sequence[Message]) -> str:
+        """Return what the template writes before the last message, which has tool calls and no content.
+
+        Raises:
+            ConversationError: the template does not write tool calls.
+        """
+        *earlier, last = messages
+        without_calls = {key: value for key, value in last.items() if key not in TOOL_CALLS}
+        if self._prefix([*earlier, without_calls]) == self._prefix(messages):
+            raise ConversationError(f"the chat template does not write the tool calls of message {len(messages)}")
+        return self._prefix(earlier, add_generation_prompt=True)
 
     def _turn_end(self) -> str:
         """Return what the template writes after the last content of the assistant."""
@@ -138,10 +168,14 @@ class ChatTemplate:
         except ConversationError:
             return ""
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:
             return _compiled(self.source).render(
-                messages=list(messages), tools=None, documents=None, **dict(self.variables)
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **dict(self.variables),
             )
         except jinja2.TemplateSyntaxError as error:
             raise ConversationError(f"the chat template is invalid (line {error.lineno}: {error.message})") from error
@@ -165,7 +199,7 @@ def plain_form(messages: Sequence[Message]) -> Rendered:
     separates it from the next question.
 
     Raises:
-        ConversationError: a role is none of system, user and assistant.
+        ConversationError: a role is none of system, user and assistant, or a message calls a tool.
     """
     parts: list[str] = []
     answers: list[tuple[int, int]] = []
@@ -173,11 +207,11 @@ def plain_form(messages: Sequence[Message]) -> Rendered:
     labels = {"system": "", "developer": "", "user": "Question:", "assistant": "Answer:"}
     for number, message in enumerate(messages, start=1):
         role = message["role"]
-        if role not in labels:
-            raise ConversationError(
-                f'the role {json.dumps(role)} of message {number} has no place in "Question: …, Answer: …"; it needs '
-                "a chat template"
-            )
+        unusual = f"the role {json.dumps(role)} of message {number}" if role not in labels else ""
+        if _has_tool_calls(message):
+            unusual = f"the tool call of message {number}"
+        if unusual:
+            raise ConversationError(f'{unusual} has no place in "Question: …, Answer: …"; it needs a chat template')
         is_last = number == len(messages)
         content = message["content"].strip()
         before = f"{labels[role]} " if labels[role] else ""
@@ -192,20 +226,41 @@ def plain_form(messages: Sequence[Message]) -> Rendered:
 def find_messages(value: dict[str, Any], field: str = AUTO) -> list[Message] | None:
     """Return the messages of a record; None if it has no conversation.
 
-    `field` is the name of the list of messages, or `AUTO` for the three known shapes.
+    `field` is the name of the list of messages, or `AUTO` for the three known shapes. A list can be a JSON array in a text,
+    as in CSV. A system message can be in a field beside the messages.
 
     Raises:
         ConversationError: a message has no role or no content, or the assistant writes nothing.
     """
+    messages = _find_messages(value, field)
+    if messages is None or messages[0]["role"] in ("system", "developer"):
+        return messages
+    system = next(
+        (text for text in map(value.get, SYSTEM_FIELDS) if isinstance(text, str) and not _is_blank(text)), None
+    )
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def _find_messages(value: dict[str, Any], field: str) -> list[Message] | None:
     if field != AUTO:
-        messages = value.get(field)
+        messages = _parsed(value.get(field))
         return None if messages is None else _messages_of(field, messages)
     for name in ("messages", "conversations"):
-        if isinstance(value.get(name), list):
-            return _messages_of(name, value[name])
+        if isinstance(messages := _parsed(value.get(name)), list):
+            return _messages_of(name, messages)
     if isinstance(value.get("instruction"), str) and isinstance(value.get("output"), str):
         return _of_instruction(value)
     return None
+
+
+def _parsed(messages: Any) -> Any:
+    """Return the array that a text contains as JSON; other values are returned as they are."""
+    if not isinstance(messages, str) or not messages.lstrip().startswith("["):
+        return messages
+    try:
+        return json.loads(messages)
+    except (ValueError, RecursionError):
+        return messages
 
 
 def _of_instruction(value: dict[str, Any]) -> list[Message]:
@@ -226,10 +281,13 @@ def _messages_of(field: str, messages: Any) -> list[Message]:
     # Data sets that have a field for the system message leave it empty where there is none.
     present = [message for message in normalized if not (message["role"] == "system" and _is_blank(message["content"]))]
     for number, message in enumerate(present, start=1):
-        if _is_blank(message["content"]):
+        may_be_blank = _has_tool_calls(message) or message["role"] in ROLES_WITHOUT_CONTENT
+        if _is_blank(message["content"]) and not may_be_blank:
             raise ConversationError(f'message {number} of "{field}" is empty')
-    if not any(message["role"] == "assistant" for message in present):
-        raise ConversationError(f'"{field}" contains no message of the assistant')
+    roles = list(dict.fromkeys(message["role"] for message in present))
+    if "assistant" not in roles:
+        found = f" (roles: {', '.join(role[:SHOWN_CHARACTERS] for role in roles[:MAX_NAMED_ROLES])})" if roles else ""
+        raise ConversationError(f'"{field}" contains no message of the assistant{found}')
     return present
 
 
@@ -238,21 +296,51 @@ def _message(field: str, number: int, message: Any) -> Message:
         raise ConversationError(f"message {number} of {field} is {json_type(message)}, not an object")
     keys = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
     role, content = (message.get(key) for key in keys)
+    role = ROLES.get(role.strip().lower(), role) if isinstance(role, str) else role
+    # A table has the fields of all messages in each, without a value where a message does not have them.
+    others = {key: item for key, item in message.items() if key not in keys and item is not None}
     if isinstance(content, list):
-        content = _text_of_parts(content)
+        content = _text_of_parts(content, f'"{keys[1]}" of message {number} of {field}')
+    if content is None and (_has_tool_calls(others) or (role in ROLES_WITHOUT_CONTENT and keys[1] in message)):
+        content = ""
     for key, text in zip(keys, (role, content), strict=True):
         if not isinstance(text, str):
             state = f"is {json_type(text)}, not a string" if key in message else "is missing"
             raise ConversationError(f'"{key}" of message {number} of {field} {state}')
-    others = {key: item for key, item in message.items() if key not in keys}
-    return {**others, "role": ROLES.get(str(role), role), "content": content}
+    return {**others, "role": role, "content": content}
 
 
-def _text_of_parts(parts: list[Any]) -> Any:
-    """Return the text of a content in parts, `[{"type": "text", "text": …}]`; other contents are returned as they are."""
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    strings = [text for text in texts if isinstance(text, str)]
-    return "".join(strings) if parts and len(strings) == len(parts) else parts
+def _text_of_parts(parts: list[Any], name: str) -> str:
+    """Return the text of a content in parts: `[{"type": "text", "text": …}]`, or strings.
+
+    Raises:
+        ConversationError: a part is not text.
+    """
+    texts = []
+    for part in parts:
+        kind = part.get("type") or "text" if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind not in TEXT_PARTS or not isinstance(text, str):
+            what = json.dumps(kind)[:SHOWN_CHARACTERS] if isinstance(part, dict) else json_type(part)
+            raise ConversationError(f"{name} has a part that is not text ({what})")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _has_tool_calls(message: Message) -> bool:
+    return any(message.get(name) for name in TOOL_CALLS)
+
+
+def _is_marked(message: Message) -> bool:
+    """Return whether a message is of the assistant and has a content, whose range marks can show."""
+    return message["role"] == "assistant" and not _is_blank(message["content"])
+
+
+def _words(message: Message) -> str:
+    """Return all texts in a message that a template may write."""
+    others = [value for key, value in message.items() if key not in ("role", "content")]
+    content = str(message["content"])
+    return content + json.dumps(others, ensure_ascii=False, default=str) if others else content
 
 
 def _is_blank(text: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -21,11 +22,21 @@ from savant_ray.data.sources import SourceFile
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
 
 DEFAULT_FIELD = "text"
-LIKELY_FIELDS = ("content", "body", "document", "raw_content")  # what other data sets call the text
+LIKELY_FIELDS = (
+    DEFAULT_FIELD,
+    "content",
+    "body",
+    "document",
+    "raw_content",
+)  # what data sets call the text, in any case
+QUESTION_FIELDS = ("question", "prompt", "query", "instruction", "input")
+ANSWER_FIELDS = ("answer", "completion", "response", "output")
 MAX_NAMED_FIELDS = 8  # in a message
 MAX_NAME_CHARACTERS = 40
 
 _MISSING = object()
+_BOOLEAN_TEXTS = {True: ("true", "yes", "on"), False: ("false", "no", "off")}
+_INDEX = re.compile("[0-9]{1,9}")  # of an array, from 0
 
 
 class Document(NamedTuple):
@@ -293,19 +304,28 @@ def _template_value(value: dict[str, Any], name: str) -> str:
 
 
 def _look_up(value: dict[str, Any], name: str) -> Any:
-    """Return the value of a field; dots lead into objects, unless a field has the name with the dots."""
+    """Return the value of a field; dots lead into objects and arrays, unless a field has the name with the dots."""
     if name in value:
         return value[name]
     inner: Any = value
     for part in name.split("."):
-        if not isinstance(inner, dict) or part not in inner:
+        if isinstance(inner, dict) and part in inner:
+            inner = inner[part]
+        elif isinstance(inner, list) and _INDEX.fullmatch(part) and int(part) < len(inner):
+            inner = inner[int(part)]
+        else:
             return _MISSING
-        inner = inner[part]
     return inner
 
 
 def _is_equal(found: Any, expected: Scalar) -> bool:
-    """Return whether values are equal as in JSON, where true is not 1."""
+    """Return whether values are equal as in JSON, where true is not 1; a number or boolean can be a text, as in CSV.
+
+    A text is a boolean as in YAML, which reads `lang: no` as false.
+    """
+    if isinstance(found, str) and not isinstance(expected, str):
+        text = found.strip().lower()
+        return text in _BOOLEAN_TEXTS[expected] if isinstance(expected, bool) else text == json.dumps(expected)
     return isinstance(found, bool) == isinstance(expected, bool) and bool(found == expected)
 
 
@@ -314,9 +334,22 @@ def _missing(value: dict[str, Any], name: str) -> str:
 
 
 def _advice(value: dict[str, Any]) -> str:
-    """Return what to set if another field obviously has the text."""
-    likely = [name for name in LIKELY_FIELDS if isinstance(value.get(name), str) and not value[name].isspace()]
-    return f"; if {likely[0]} has the text, set text: {likely[0]}" if len(likely) == 1 and value[likely[0]] else ""
+    """Return what to set if other fields obviously have the text."""
+    if "role" in value or "from" in value:
+        return "; it is a message, and a record has to be a conversation"
+    texts = {name.strip().lower(): name for name, text in value.items() if isinstance(text, str) and text.strip()}
+    likely = [texts[name] for name in LIKELY_FIELDS if texts.get(name, DEFAULT_FIELD) != DEFAULT_FIELD]
+    if len(likely) == 1:
+        return f"; if {likely[0]} has the text, set text: {likely[0]}"
+    question, answer = ([texts[name] for name in names if name in texts] for names in (QUESTION_FIELDS, ANSWER_FIELDS))
+    if question and answer:
+        return f'; set a template, such as "Question: {{{question[0]}}}\\nAnswer: {{{answer[0]}}}"'
+    for name, items in value.items():
+        if isinstance(items, list) and items and isinstance(items[0], dict):
+            if "role" in items[0] or "from" in items[0]:
+                return f"; if {name} is a conversation, set messages: {name}"
+            return f"; if the records are the elements of {name}, write this array to a file of its own"
+    return ""
 
 
 def _names(value: dict[str, Any]) -> str:

@@ -57,12 +57,14 @@ _DESCRIPTIONS = {
     "text": "plain text",
 }
 _MULTILINE_JSON = re.compile(rb"\s*[\[{]\s*\n")  # the first line is only a bracket
-_JSON_ARRAY = re.compile(rb"\s*\[\s*\{[^\n]*(,\s*\n|$)")  # the first line ends with a comma, or is the only one
+# The first line begins an object and ends with a comma, or is the only one; or the array is empty.
+_JSON_ARRAY = re.compile(rb"\s*\[\s*(\{[^\n]*(,\s*\n|$)|\]\s*$)")
 _JSON_OBJECT = re.compile(rb'\s*(\[\s*)?\{\s*"')  # begins like an object with a key, or an array of them
 _WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
 _CONVERT = "; convert it to JSON lines or Parquet"
 _UNSUPPORTED = (
-    (b"PK\x03\x04", "a zip archive", "; unpack it"),
+    (b"PK\x03\x04", "a zip archive", "; unpack it, or export a document as text and a spreadsheet as CSV"),
+    (b"\xd0\xcf\x11\xe0", "an old Office file", "; export a document as text and a spreadsheet as CSV"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "; unpack it"),
     (b"Rar!", "a rar archive", "; unpack it"),
     (b"\xff\x06\x00\x00sNaPpY", "snappy-compressed", "; compress it with gzip or zstd instead"),
@@ -70,6 +72,8 @@ _UNSUPPORTED = (
     (b"\x89HDF", "an HDF5 file", _CONVERT),
     (b"SQLite format 3", "an SQLite database", _CONVERT),
     (b"\x93NUMPY", "a NumPy array", _CONVERT),
+    (b"FEA1", "a Feather file of version 1", _CONVERT),
+    *((b"\x80" + version + b"\x95", "a Python pickle", _CONVERT) for version in (b"\x04", b"\x05")),
     (b"%PDF", "a PDF", _CONVERT),
     (b"version https://git-lfs", "a Git LFS pointer whose text was not fetched", "; fetch it with `git lfs pull`"),
 )
@@ -138,6 +142,8 @@ def format_of(head: bytes, name: str, encoding: str = "", setting: str = "auto")
     table = next((table for magic, table in _TABLE_MAGIC if head.startswith(magic)), "")
     if table and encoding:
         raise DataError(f"{name}: is {encoding}-compressed, but contains {_DESCRIPTIONS[table]}; decompress it")
+    if encoding in CODECS.values() and (inner := encoding_of(head)) in CODECS.values():
+        raise DataError(f"{name}: is compressed twice ({encoding}, then {inner}); decompress it once")
     if setting != "auto":
         if head and table != setting and (table or setting in TABLES):
             what = f"is {_DESCRIPTIONS[table]}" if table else f"is not {_DESCRIPTIONS[setting]}"

@@ -14,19 +14,23 @@ from typing import Any
 
 import orjson
 
-from savant_ray.data.formats import BYTE_ORDER_MARK
+from savant_ray.data.formats import BYTE_ORDER_MARK, FORMAT_SUFFIXES, data_suffix
 from savant_ray.data.records import InvalidRecordError, Part, Record, json_type
 from savant_ray.data.streams import DecodedStream, invalid_utf8, over_limit, split_lines
 
 
 def json_lines(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterator[Record]:
     """Yield the lines that start in the byte range of `part`; at most one block and one line are in memory."""
+    is_named_so = data_suffix(part.file.path) in FORMAT_SUFFIXES["jsonl"] or part.file.format_setting != "auto"
     for number, raw in enumerate(split_lines(_range_blocks(stream, part), max_record_bytes), start=1):
         try:  # inline, because nearly all lines are valid objects
             value = orjson.loads(raw)  # type: ignore[arg-type]
         except orjson.JSONDecodeError:  # also for the length of a line over the limit
             value = None
-        yield Record(number, value) if isinstance(value, dict) else _unusual_line(number, raw, max_record_bytes)
+        record = Record(number, value) if isinstance(value, dict) else _unusual_line(number, raw, max_record_bytes)
+        if record.problem and number == 1 and not part.start and not is_named_so:  # detected only as what is left
+            record = record._replace(problem=f"{record.problem}; if the file is plain text or CSV, set format")
+        yield record
 
 
 def json_record(number: int, raw: bytes) -> Record:

@@ -122,7 +122,11 @@ class SourceFile:
 
 
 def expand(
-    pattern: str | Sequence[str], warn: Warn | None = None, file_format: str = "auto", text_blocks: bool = False
+    pattern: str | Sequence[str],
+    warn: Warn | None = None,
+    file_format: str = "auto",
+    text_blocks: bool = False,
+    split: str | None = None,
 ) -> list[SourceFile]:
     """Return the files of a path, folder (recursively), glob or URI, or of a list of them: sorted and without duplicates.
 
@@ -134,7 +138,8 @@ def expand(
     text (.txt, .text, .md) is listed only if the folder contains no other files, because a README.md or requirements.txt is
     not training text; the same holds for plain text that a glob matches. Files in several formats are all listed, with a
     warning, because they may have the same documents. A file that is named, or `file_format="text"`, is
-    always used. Of a folder that `datasets.save_to_disk` has written, the Arrow files with the data are listed.
+    always used. Of a folder that `datasets.save_to_disk` has written, the Arrow files with the data are listed; those of
+    `split`, if the folder has several splits and a split is given.
 
     Raises:
         DataError: there is no file, or a file cannot be read or has an unsupported format; the message names it or the
@@ -148,7 +153,7 @@ def expand(
         raise DataError(f"format: {printable(file_format)} is not one of auto, {', '.join(FORMATS)}")
     files: dict[str, SourceFile] = {}
     for item in patterns:
-        listed = _remote_files(item, file_format, warn) if is_uri(item) else _local_files(item, file_format, warn)
+        listed = (_remote_files if is_uri(item) else _local_files)(item, file_format, split, warn)
         for file in listed:
             files.setdefault(file.path, replace(file, text_blocks=text_blocks))
     return _without_links([files[path] for path in sorted(files)], warn)
@@ -232,7 +237,7 @@ def _errors_as_data_error(pattern: str) -> Iterator[None]:
         raise DataError(f"{printable(pattern)}: cannot be listed ({error_text(error)})") from error
 
 
-def _local_files(pattern: str, file_format: str, warn: Warn) -> list[SourceFile]:
+def _local_files(pattern: str, file_format: str, split: str | None, warn: Warn) -> list[SourceFile]:
     path = _resolve_parent_references(absolute_path(pattern, error=DataError))
     problems: list[str] = []
     with _errors_as_data_error(pattern):
@@ -241,7 +246,7 @@ def _local_files(pattern: str, file_format: str, warn: Warn) -> list[SourceFile]
             return [_local_file(path, pattern, file_format)]
         if is_folder:
             os.scandir(path).close()  # raises if the user may not list it
-            paths = _of_folder(_files_below(path, problems), file_format)
+            paths = _of_folder(_of_split(_files_below(path, problems), split, warn), file_format)
         else:
             paths = _without_dataset_files(_local_matches(path, problems))
         folders = {match for match in paths if os.path.isdir(match)}
@@ -436,6 +441,30 @@ def _of_folder(paths: Iterable[str], file_format: str) -> set[str]:
     return _without_dataset_files(structured or supported)
 
 
+def _of_split(paths: Iterable[str], split: str | None, warn: Warn) -> set[str]:
+    """Leave out the other splits of data sets with several splits that `datasets.save_to_disk` has written.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    paths = set(paths)
+    for dataset in [os.path.dirname(path) for path in sorted(paths) if os.path.basename(path) == DATASET_DICT]:
+        below = {path for path in paths if path.startswith(f"{dataset}/")}
+        splits = sorted({path[len(dataset) + 1 :].partition("/")[0] for path in below if path.endswith(".arrow")})
+        if split is None or not splits:
+            continue
+        if split not in splits:
+            raise DataError(
+                f"{printable(dataset)}: has no split {split}; its splits: {', '.join(map(printable, splits))}"
+            )
+        if len(splits) > 1:
+            warn(
+                f"{printable(dataset)}: of the splits {', '.join(map(printable, splits))}, {split} is used (see split)"
+            )
+        paths -= {path for path in below if not path.startswith(f"{dataset}/{split}/")}
+    return paths
+
+
 def format_by_suffix(path: str, file_format: str = "auto") -> str:
     """Return the format that the suffix suggests, if it is the given one or that is "auto"; otherwise ""."""
     suffix, is_compressed = data_suffix(path), path.lower().endswith(tuple(CODECS))
@@ -509,7 +538,7 @@ def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders
     return f"{shown}: no such {'match' if _is_glob(pattern) else 'file or folder'}{hint}"
 
 
-def _remote_files(pattern: str, file_format: str, warn: Warn) -> list[SourceFile]:
+def _remote_files(pattern: str, file_format: str, split: str | None, warn: Warn) -> list[SourceFile]:
     uri, query = split_query(canonical_uri(pattern, error=DataError))
     uri = decoded_uri(uri)
     uri = uri if uri.endswith("://") else uri.rstrip("/")
@@ -521,7 +550,7 @@ def _remote_files(pattern: str, file_format: str, warn: Warn) -> list[SourceFile
         is_folder = info.type == pafs.FileType.Directory
         if is_folder:
             infos = _remote_infos(filesystem, path, deep=True)
-            paths = _of_folder((info.path for info in infos), file_format)
+            paths = _of_folder(_of_split((info.path for info in infos), split, warn), file_format)
             infos = [info for info in infos if info.path in paths]
         elif _is_glob(path):
             wildcards = re.search(r"[^/]*[*?\[].*", path)

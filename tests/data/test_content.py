@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -132,6 +133,15 @@ def test_a_file_is_read_in_its_actual_format_whatever_its_name(tmp_path: Path, n
     [
         ("x.jsonl", b"PK\x03\x04....", "is a zip archive"),
         ("x.jsonl.gz", gzip.compress(b"PAR1...."), "is gzip-compressed, but contains a Parquet file; decompress it"),
+        ("xlsx.csv", b"PK\x03\x04....", "export a document as text and a spreadsheet as CSV"),
+        ("xls.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an old Office file"),
+        ("pickle.jsonl", pickle.dumps({"text": "a" * 9}), "is a Python pickle"),
+        ("x.feather", b"FEA1....", "is a Feather file of version 1"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(lzma.compress(PLAIN)),
+            r"is compressed twice \(gzip, then xz\); decompress it once",
+        ),
         ("x.jsonl", b"%PDF-1.4", "is a PDF"),
         ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("x.jsonl", b"<!DOCTYPE html>", "is a web page"),

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -17,7 +19,9 @@ from tokenizers import models, pre_tokenizers, processors
 
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import Document, DocumentRule
+from savant_ray.data.record_reader import documents
 from savant_ray.data.records import Record
+from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import Tokenizer
 
 # Short templates in the form of those that come with published models.
@@ -197,11 +201,112 @@ def test_an_empty_system_message_is_as_good_as_none() -> None:
 USER, ANSWER = SPOKEN[1], SPOKEN[2]
 
 
+def conversation(user: str = "user", assistant: str = "assistant", **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": user, "content": "1 + 1?"}, {"role": assistant, "content": "2"}], **fields}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (conversation("USER", "Assistant"), "Question: 1 + 1?\nAnswer: 2"),
+        (conversation("Human", "Bot"), "Question: 1 + 1?\nAnswer: 2"),
+        (conversation("prompter", " AI "), "Question: 1 + 1?\nAnswer: 2"),
+        (conversation(system="Be brief."), "Be brief.\n\nQuestion: 1 + 1?\nAnswer: 2"),
+        (conversation(system_prompt=""), "Question: 1 + 1?\nAnswer: 2"),
+        (conversation("system", system="Be brief."), "1 + 1?\n\nAnswer: 2"),
+        ({"instruction": "a", "output": "b", "system": "Be brief."}, "Be brief.\n\nQuestion: a\nAnswer: b"),
+        ({"messages": json.dumps(conversation()["messages"])}, "Question: 1 + 1?\nAnswer: 2"),
+        ({"messages": [{"role": "system", "content": None}, USER, ANSWER]}, "Question: 1 + 1?\nAnswer: It is 2."),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": ["a ", "b"]},
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "output_text", "text": "c"}, {"type": None, "text": "d"}],
+                    },
+                ]
+            },
+            "Question: a b\nAnswer: cd",
+        ),
+    ],
+)
+def test_conversations_are_read_as_different_programs_write_them(value: dict[str, Any], text: str) -> None:
+    document = rendered(value, DocumentRule())
+    assert document.text == text
+    assert document.trained and document.trained[-1][1] == len(text)
+
+
+TOOLS = """\
+{%- for message in messages %}
+    {{- '<' + message.role + '>' }}
+    {%- if message.content %}{{ message.content }}{% endif %}
+    {%- if 'tool_calls' in message %}
+        {%- for call in message.tool_calls %}{{ '[' + call.function.name + call.function.arguments + ']' }}{% endfor %}
+    {%- endif %}{{ '</>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<assistant>' }}{% endif %}"""
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "(1, 1)"}}
+WITH_A_CALL = [
+    {"role": "user", "content": "1 + 1?", "tool_calls": None},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "2", "tool_calls": None},
+    {"role": "assistant", "content": "It is 2.", "tool_calls": None},
+]
+
+
+def test_a_chat_template_writes_tool_calls_which_are_trained_on(tmp_path: Path) -> None:
+    parquet = tmp_path / "a.parquet"  # each message has the fields of all messages
+    pq.write_table(pa.Table.from_pylist([{"messages": WITH_A_CALL}]), parquet)
+    rule = DocumentRule(chat_template=ChatTemplate(TOOLS))
+    (document,) = documents(expand(str(parquet)), rule=rule)
+    assert document.text == "<user>1 + 1?</><assistant>[add(1, 1)]</><tool>2</><assistant>It is 2.</>"
+    assert trained(document) == ["[add(1, 1)]</>", "It is 2.</>"]
+
+
+def test_tool_calls_that_the_chat_template_leaves_out_make_a_conversation_invalid() -> None:
+    (document,) = DocumentRule(chat_template=ChatTemplate(CHATML)).documents([Record(1, {"messages": WITH_A_CALL})])
+    assert document.problem == "the chat template does not write the tool calls of message 2"
+
+
+def test_a_special_token_in_a_tool_call_makes_a_conversation_invalid() -> None:
+    template = ChatTemplate(TOOLS, special_tokens=("</>",))
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "</>"}]}]
+    (document,) = DocumentRule(chat_template=template).documents([Record(1, {"messages": messages})])
+    assert document.problem == "message 2 contains the special token </>"
+
+
 @pytest.mark.parametrize(
     ("value", "rule", "problem"),
     [
         ({"messages": []}, DocumentRule(), '"messages" contains no message of the assistant'),
-        ({"messages": [USER]}, DocumentRule(), '"messages" contains no message of the assistant'),
+        ({"messages": [USER]}, DocumentRule(), '"messages" contains no message of the assistant (roles: user)'),
+        (
+            {"messages": [USER, {"role": "Teacher", "content": "a"}]},
+            DocumentRule(),
+            '"messages" contains no message of the assistant (roles: user, Teacher)',
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]},
+            DocumentRule(),
+            '"content" of message 1 of "messages" has a part that is not text ("image_url")',
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": ["a", 1]}]},
+            DocumentRule(),
+            '"content" of message 2 of "messages" has a part that is not text (a number)',
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}]},
+            DocumentRule(),
+            'the tool call of message 2 has no place in "Question: …, Answer: …"; it needs a chat template',
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": None}]},
+            DocumentRule(),
+            '"content" of message 2 of "messages" is null, not a string',
+        ),
+        ({"messages": "[{'role': 'user'}]"}, DocumentRule(messages="messages"), '"messages" is a string, not an array'),
         ({"messages": [USER, "x"]}, DocumentRule(), 'message 2 of "messages" is a string, not an object'),
         ({"messages": [{"role": "user"}, ANSWER]}, DocumentRule(), '"content" of message 1 of "messages" is missing'),
         (

@@ -48,6 +48,9 @@ BODY, NESTED, AUTO = DocumentRule(text="body"), DocumentRule(text="a.b"), Docume
         (NESTED, {"a": {"b": "c"}}, "c"),
         (NESTED, {"a": {"b": "c"}, "a.b": "d"}, "d"),
         (NESTED, {"a.b": "d"}, "d"),
+        (DocumentRule(text="answers.text.1"), {"answers": {"text": ["a", "b"]}}, "b"),
+        (DocumentRule(template="{choices.0.label}"), {"choices": [{"label": 3}]}, "3"),
+        (DocumentRule(text="a.0"), {"a": {"0": "b"}}, "b"),
         (QUESTION, {"question": "1 + 1?", "answer": "2", "id": None}, "Question: 1 + 1?\nAnswer: 2"),
         (QUESTION, {"question": "1 + 1?", "answer": 2}, "Question: 1 + 1?\nAnswer: 2"),
         (QUESTION, {"question": "True?", "answer": True}, "Question: True?\nAnswer: true"),
@@ -89,6 +92,30 @@ def test_a_record_gives_the_text_that_the_rule_describes(rule: DocumentRule, val
         (QUESTION, {"question": "a", "answer": 10**5_000}, '"answer" is an integer with too many digits'),
         (QUESTION, {"question": "\ud83d", "answer": "b"}, '"question" contains half a surrogate pair (\\ud83d)'),
         (DocumentRule(template="{a} {b}"), {"a": "", "b": "\n"}, "all fields of the template are empty"),
+        (DocumentRule(text="a.2"), {"a": ["b"]}, 'no "a.2" field (found: a)'),
+        (AUTO, {"Text": "a"}, 'no "text" field (found: Text); if Text has the text, set text: Text'),
+        (
+            AUTO,
+            {"prompt": "a", "completion": "b"},
+            'no "text" field (found: completion, prompt); set a template, such as '
+            '"Question: {prompt}\\nAnswer: {completion}"',
+        ),
+        (
+            AUTO,
+            {"dialog": [{"role": "user", "content": "a"}]},
+            'no "text" field (found: dialog); if dialog is a conversation, set messages: dialog',
+        ),
+        (
+            AUTO,
+            {"version": "1.0", "data": [{"text": "a"}]},
+            'no "text" field (found: data, version); if the records are the elements of data, write this array to a file of '
+            "its own",
+        ),
+        (
+            AUTO,
+            {"role": "user", "content": "a"},
+            'no "text" field (found: content, role); it is a message, and a record has to be a conversation',
+        ),
         (AUTO, {"a\nb": 1, "\x1b[31m": 2}, 'no "text" field (found: \\x1b[31m, a\\nb)'),
     ],
 )
@@ -152,20 +179,24 @@ def test_doubled_braces_are_braces_and_everything_else_is_copied(literals: list[
     ("rule", "kept"),
     [
         (DocumentRule(min_chars=3), ["ccc", "dddd"]),
-        (DocumentRule(max_chars=2), ["a", "bb"]),
-        (DocumentRule(min_chars=2, max_chars=3), ["bb", "ccc"]),
+        (DocumentRule(max_chars=2), ["a", "bb", "no"]),
+        (DocumentRule(min_chars=2, max_chars=3), ["bb", "ccc", "no"]),
         (DocumentRule(equals=(("lang", "en"),)), ["a", "ccc"]),
-        (DocumentRule(equals=(("meta.ok", True),)), ["bb"]),
+        (DocumentRule(equals=(("meta.ok", True),)), ["bb", "dddd"]),
+        (DocumentRule(equals=(("lang", False),)), ["no"]),  # YAML's `lang: no`
+        (DocumentRule(equals=(("year", 2020),)), ["a", "bb"]),
+        (DocumentRule(equals=(("year", "2020"),)), ["a"]),
         (DocumentRule(equals=(("n", 1),)), ["bb", "ccc"]),
         (DocumentRule(equals=(("lang", "en"), ("n", 1))), ["ccc"]),
     ],
 )
 def test_documents_that_a_filter_leaves_out_are_marked(rule: DocumentRule, kept: list[str]) -> None:
     rows: list[dict[str, Any]] = [
-        {"text": "a", "lang": "en"},
-        {"text": "bb", "lang": "de", "meta": {"ok": True}, "n": 1.0},
-        {"text": "ccc", "lang": "en", "meta": {"ok": 1}, "n": 1},
-        {"text": "dddd", "meta": {"ok": "true"}, "n": True},
+        {"text": "a", "lang": "en", "year": "2020"},
+        {"text": "bb", "lang": "de", "meta": {"ok": True}, "n": 1.0, "year": 2020},
+        {"text": "ccc", "lang": "en", "meta": {"ok": 1}, "n": 1, "year": "20200"},
+        {"text": "dddd", "meta": {"ok": "True"}, "n": True},
+        {"text": "no", "lang": "no"},
     ]
     found = apply(rule, rows)
     assert [document.text for document in found if document.text] == kept

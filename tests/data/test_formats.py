@@ -350,8 +350,25 @@ def test_invalid_rows_of_csv_are_reported_with_their_line_and_the_others_are_rea
         7: "invalid UTF-8 (0xff at byte 2) (line 9 of the file)",
         8: "contains a NUL character (line 10 of the file)",
         9: "line of 2,002 bytes, over the limit of 1,000 (line 11 of the file)",
-        11: "unexpected end of data (line 13 of the file)",
+        11: "a quote is not closed, so the row has all 2 lines to the end of the file (line 13 of the file)",
     }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "sep=;\r\nid;text\r\n1;a, b\r\n",  # as Excel reads it
+        '\ufeff"sep=\t"\nid\ttext\n1\ta, b\n',
+        "id|text\n1|a, b\n",
+        'id,text,,\n1,"a, b",,\n',  # empty columns on the right of a spreadsheet
+        ',id,text\n0,1,"a, b"\n',  # the index of a data frame
+        'id, text\n1, "a, b"\n',
+    ],
+    ids=["sep", "sep tab", "bar", "unnamed", "index", "spaces"],
+)
+def test_csv_is_read_as_different_programs_write_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.csv").write_text(content, newline="")
+    assert values(read(tmp_path / "x.csv")) == [{"id": "1", "text": "a, b"}]
 
 
 @pytest.mark.parametrize(
@@ -362,6 +379,7 @@ def test_invalid_rows_of_csv_are_reported_with_their_line_and_the_others_are_rea
             ["a", "d"],
             ["not JSON: Invalid control character", "a number, not an object", "not JSON: Extra data"],
         ),
+        (b"[]\n", [], []),
         (b'[\n{"text": "a"},\n{"text": "cut', ["a"], ["truncated JSON"]),
         (b'[\n{"text": "a"},\n', ["a"], ["the JSON array has no closing bracket; the file is truncated"]),
         (
@@ -401,7 +419,16 @@ def test_invalid_elements_of_an_array_are_reported_and_the_others_are_read(
         ("garbage.jsonl.xz", b"\xfd7zXZ\x00" + b"x" * 100, "cannot be read"),
         ("names.csv", b"text,text\na,b\n", "2 columns have the name 'text'"),
         ("names.arrow", arrow([]) and b"", ""),
-        ("header.csv", b'"text\na\n', r"the header cannot be read \(unexpected end of data\)"),
+        (
+            "header.csv",
+            b'"text\na\n',
+            r"the header cannot be read \(a quote is not closed, so the row has all 2 lines to the end",
+        ),
+        (
+            "mac.csv",
+            b"id,text\r1,a\r",
+            r"the header cannot be read \(a carriage return within a line; lines have to end with",
+        ),
         ("zip.parquet", b"PK\x03\x04....", "is a zip archive, which is not supported; unpack it"),
     ],
 )
@@ -433,6 +460,16 @@ def test_a_text_that_is_not_text_is_reported(tmp_path: Path) -> None:
     }.items():
         (tmp_path / "x.txt").write_bytes(content)
         assert problems(read(tmp_path / "x.txt", limit=1_000)) == {1: problem}
+
+
+@pytest.mark.parametrize("name", ["x.log", "x.mbox", "x.py", "corpus"])
+def test_the_first_invalid_line_of_a_file_that_is_not_named_as_json_says_what_to_set(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"Hello\nworld\n")
+    hint = "; if the file is plain text or CSV, set format"
+    reason = "not JSON: Expecting value at character 1"
+    assert problems(read(tmp_path / name)) == {1: reason + hint, 2: reason}
+    assert problems(read(tmp_path / name, file_format="jsonl")) == {1: reason, 2: reason}
+    assert values(read(tmp_path / name, file_format="text")) == [{"text": "Hello\nworld"}]
 
 
 def test_a_format_that_is_set_is_used_unless_the_content_shows_another(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,3 +62,29 @@ def test_format_and_blocks_are_settings_of_a_source(
 def test_a_source_that_the_hub_does_not_have_is_an_error(hub: Hub, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(DataError, match="^hf://datasets/owner/other: does not exist"):
         texts_of(SourceConfig(path="hf://datasets/owner/other", weight=1), tmp_path)
+
+
+def save_splits(folder: Path, splits: list[str]) -> Path:
+    """Write what `datasets.DatasetDict.save_to_disk` writes."""
+    table = pa.table({"text": ["a"]})
+    for split in splits:
+        (folder / split).mkdir(parents=True)
+        with pa.ipc.new_stream(str(folder / split / "data-00000-of-00001.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        (folder / split / "state.json").write_text("{}")
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["path", "uri"])
+def test_of_a_saved_data_set_with_several_splits_one_is_used(tmp_path: Path, scheme: str) -> None:
+    path = f"{scheme}{save_splits(tmp_path / 'saved', ['train', 'test', 'training'])}"
+    noticed: list[str] = []
+    (train,) = find_files(SourceConfig(path=path, weight=1), tmp_path, noticed.append)
+    assert train.path.endswith("saved/train/data-00000-of-00001.arrow")
+    assert len(noticed) == 1 and "of the splits test, train, training, train is used" in noticed[0]
+    (test,) = find_files(SourceConfig(path=path, weight=1, split="test"), tmp_path, noticed.append)
+    assert test.path.endswith("saved/test/data-00000-of-00001.arrow")
+    with pytest.raises(DataError, match="saved: has no split dev; its splits: test, train, training"):
+        find_files(SourceConfig(path=path, weight=1, split="dev"), tmp_path, noticed.append)
+    assert len(find_files(SourceConfig(path=f"{path}/*/*.arrow", weight=1), tmp_path, noticed.append)) == 3

@@ -1,4 +1,4 @@
-"""Reads the rows of CSV with a header; the delimiter is a comma, a semicolon or a tab."""
+"""Reads the rows of CSV with a header; the delimiter is a comma, a semicolon, a tab or a vertical bar."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from savant_ray.data.streams import DecodedStream, invalid_utf8, over_limit, spl
 from savant_ray.errors import DataError
 from savant_ray.locations import printable
 
-DELIMITERS = ",;\t"  # if the header has none: a comma, in a file named .tsv a tab
+DELIMITERS = ",;\t|"  # if the header has none: a comma, in a file named .tsv a tab
+_NAMED_DELIMITER = re.compile(rb'"?sep=([^\w\s"]|\t)"?\s*')  # a line before the header, for Excel
 
 
 def csv_rows(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterator[Record]:
-    """Yield a record for each row after the header; an empty field is an empty string.
+    """Yield a record for each row after the header; an empty field is an empty string. Columns without a name are left out.
 
     Raises:
         DataError: the header cannot be read, or two columns have the same name.
     """
     csv.field_size_limit(min(max_record_bytes, sys.maxsize))
     lines = _Lines(split_lines(stream.blocks(), max_record_bytes), max_record_bytes)
-    rows = csv.reader(lines, delimiter=_delimiter(lines.first, part.file.path), strict=True)
+    if named := _NAMED_DELIMITER.fullmatch(lines.first):
+        delimiter = named[1].decode()
+        next(lines)
+    else:
+        delimiter = _delimiter(lines.first, part.file.path)
+    has_spaces = delimiter.encode() + b" " in _unquoted(lines.first)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=has_spaces)
     header = _header(rows, lines, part.file.path)
     number = 0
     while True:
@@ -37,7 +44,7 @@ def csv_rows(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterat
         except StopIteration:
             return
         except (csv.Error, InvalidRecordError) as error:
-            problem = lines.problem() or printable(str(error))
+            problem = lines.problem() or _problem(error, lines.number - begin + 1)
         else:
             problem = lines.problem()
             if row and len(row) != len(header):
@@ -45,29 +52,46 @@ def csv_rows(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterat
         if problem:
             yield Record(number, problem=f"{problem} (line {begin:,} of the file)")
         else:
-            yield Record(number, dict(zip(header, row, strict=True)) if row else None)
+            yield Record(
+                number, {name: field for name, field in zip(header, row, strict=True) if name} if row else None
+            )
 
 
 def _header(rows: Iterator[list[str]], lines: _Lines, path: str) -> list[str]:
     header: list[str] = []
     try:
-        header = next((row for row in rows if row), [])
+        header = [name.strip() for name in next((row for row in rows if row), [])]
         problem = lines.problem()
     except (csv.Error, InvalidRecordError) as error:
-        problem = printable(str(error))
+        problem = _problem(error, lines.number)
     if problem:
         raise DataError(f"{printable(path)}: the header cannot be read ({problem})")
-    name, count = next(iter(Counter(header).most_common(1)), ("", 0))
+    name, count = next(iter(Counter(filter(None, header)).most_common(1)), ("", 0))
     if count > 1:
         raise DataError(f"{printable(path)}: {count:,} columns have the name {printable(name)!r}; rename them")
     return header
 
 
+def _problem(error: Exception, n_lines: int) -> str:
+    """Return what is wrong with a row, which ends `n_lines` after its beginning."""
+    reason = str(error)
+    if reason == "unexpected end of data":
+        return f"a quote is not closed, so the row has all {n_lines:,} lines to the end of the file"
+    if reason.startswith("new-line character"):
+        return "a carriage return within a line; lines have to end with a newline"
+    return printable(reason)
+
+
 def _delimiter(line: bytes, path: str) -> str:
     """Return the most frequent delimiter outside of quotes in the first line."""
-    unquoted = re.sub(rb'"[^"]*("|$)', b"", line)
+    unquoted = _unquoted(line)
     delimiters = DELIMITERS[::-1] if data_suffix(path) == ".tsv" else DELIMITERS
     return max(delimiters, key=lambda delimiter: unquoted.count(delimiter.encode()))
+
+
+def _unquoted(line: bytes) -> bytes:
+    """Return a line without what is in quotes."""
+    return re.sub(rb'"[^"]*("|$)', b"", line)
 
 
 class _Lines:
