@@ -13,7 +13,7 @@ from rich.text import Text
 from savant_ray.reporting.wording import percent, printable
 
 BAR_WIDTH = 40
-MIB = 1 << 20
+UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 
 
 def print_text_statistics(sources: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
@@ -33,7 +33,8 @@ def _print_source(console: Console, source: Mapping[str, Any]) -> None:
     console.print(Text(printable(source["name"]), style="bold"))
     is_sample, factor = source["bytes_read"] < source["bytes"], source["estimate"]
     about = "about " if is_sample else ""
-    read = f"{source['bytes_read'] / MIB:,.1f} of {source['bytes'] / MIB:,.1f} MiB"
+    scale, unit = next((scale, unit) for scale, unit in UNITS if source["bytes"] >= scale or scale == 1)
+    read = f"{source['bytes_read'] / scale:,.1f} of {source['bytes'] / scale:,.1f} {unit}"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     rows = {
         "read": f"{read} in {source['files']:,} file{'s' * (source['files'] != 1)}"
@@ -51,6 +52,8 @@ def _print_source(console: Console, source: Mapping[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    if not source["documents"]:
+        console.print(Text("    warning: no documents, so this source cannot be trained on", style="bold red"))
     for problem in source["first_bad_records"]:
         console.print(Text(f"    {printable(problem)}", style="red"))
     _print_lengths(console, source["lengths"])
@@ -96,7 +99,7 @@ def _print_plan(console: Console, sources: Sequence[Mapping[str, Any]], plan: Ma
             printable(source["name"]),
             percent(fraction),
             f"{n_sequences:,}",
-            f"{steps_per_epoch:,.0f}",
+            f"{steps_per_epoch:,.0f}" if steps_per_epoch >= 1 else "less than 1",
             f"{epochs:,.2f}",
         )
     console.print(f"sequences of {plan['sequence_length']:,} tokens, {batch:,} in a step")

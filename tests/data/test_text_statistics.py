@@ -103,6 +103,17 @@ def test_the_command_prints_counts_examples_and_steps_per_epoch(
     assert figures["fractions"] == [0.5, 0.5]
 
 
+def test_a_source_without_documents_has_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "a.jsonl", [{"text": "x" * 50}] * 5)
+    write_lines(tmp_path / "b.jsonl", [{"body": 3}])
+    assert main(["data", "a.jsonl", "b.jsonl", "--model.vocab_size", "300"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("warning: no documents") == 1 and '"text"' in printed and "less than 1" in printed
+
+
 def test_the_command_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
