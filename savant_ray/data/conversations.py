@@ -195,8 +195,9 @@ class ChatTemplate:
 def plain_form(messages: Sequence[Message]) -> Rendered:
     """Render a conversation in the plain form.
 
-    A prompt for the model ends with `Answer:`, so the space after it belongs to the answer, and so does the blank line that
-    separates it from the next question.
+    A prompt for the model ends with `Answer:`, so the space after it belongs to the answer. The blank line before the next
+    question does not: a model that is trained to write it would go on after it, with text that it is not trained to write.
+    From answers that end a conversation, the model learns to end an answer with the end-of-document token.
 
     Raises:
         ConversationError: a role is none of system, user and assistant, or a message calls a tool.
@@ -217,7 +218,7 @@ def plain_form(messages: Sequence[Message]) -> Rendered:
         before = f"{labels[role]} " if labels[role] else ""
         after = "" if is_last else "\n" if role == "user" else "\n\n"
         if role == "assistant":
-            answers.append((length + len(labels[role]), length + len(before) + len(content) + len(after)))
+            answers.append((length + len(labels[role]), length + len(before) + len(content)))
         parts.append(before + content + after)
         length += len(parts[-1])
     return Rendered("".join(parts), tuple(answers))

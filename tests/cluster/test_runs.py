@@ -15,10 +15,13 @@ from urllib.request import urlopen
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from savant_ray.cli import main
 from savant_ray.data.token_cache import TokenCache
+from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.training.checkpoint import checkpoints
 from tests.cluster.conftest import (
     ROOT,
@@ -168,6 +171,38 @@ def test_a_new_run_starts_from_the_weights_and_tokenizer_of_another(
     assert code == 0 and "weights only" in printed, printed
     assert losses(workplace / "second")[0] < losses(finished.run)[0] - 0.1
     assert tokenizer_of(workplace / "second/step_2") == tokenizer_of(workplace / "tiny/step_8")
+
+
+def test_a_fine_tune_on_conversations_trains_on_the_answers_only(
+    head: Head, finished: Finished, tmp_path: Path
+) -> None:
+    workplace = copied(finished, tmp_path)
+    turns = [(f"one two {number}", f"three four {number}") for number in range(200)]
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in turns
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), workplace / "dataset/chat.parquet", row_group_size=50)
+    settings = {"data__sources": "[{path: dataset/chat.parquet, weight: 1}]", "data__validation": "{fraction: 0.2}"}
+    code, printed = run_job(
+        head,
+        workplace,
+        run__name="chat",
+        run__init_from="tiny",
+        training__max_steps=4,
+        data__cache_dir="chat_cache",
+        **settings,
+    )
+    assert code == 0 and "weights only" in printed, printed
+    tokenizer = Tokenizer.load(workplace / "chat/step_4/tokenizer.json")
+    training, validation = sorted(
+        (TokenCache.open(manifest.parent) for manifest in (workplace / "chat_cache").glob("*/manifest.json")),
+        key=lambda cache: -cache.manifest.documents,
+    )
+    assert training.manifest.documents + validation.manifest.documents == 200
+    rows_of_tokens = training.take(np.arange(training.n_sequences))
+    masked = tokenizer.decode(rows_of_tokens.tokens[~rows_of_tokens.is_trained].tolist())
+    assert "one two" in masked and "three four" not in masked
 
 
 def test_a_run_keeps_the_special_tokens_of_its_tokenizer_around_each_document(head: Head, workplace: Path) -> None:

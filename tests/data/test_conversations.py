@@ -169,7 +169,9 @@ def test_every_shape_of_a_conversation_is_written_in_the_plain_form_without_a_ch
 ) -> None:
     document = rendered(value, rule)
     assert document.text == PLAIN
-    assert trained(document) == [" It is 2.\n\n", " It is 4."], "after `Answer:`, with which a prompt ends"
+    assert trained(document) == [" It is 2.", " It is 4."], (
+        "from `Answer:`, with which a prompt ends, to the end of the answer"
+    )
     assert not document.special_tokens
 
 
