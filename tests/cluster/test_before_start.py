@@ -18,7 +18,7 @@ import yaml
 
 from savant_ray.cluster.ray_job import grace_seconds, in_ray_job, missing_text_explained, output_folder
 from savant_ray.config import Config, load_config
-from savant_ray.data.jsonl import documents
+from savant_ray.data.record_reader import documents
 from savant_ray.driver.checks import (
     check_before_start,
     check_disk,
@@ -360,7 +360,7 @@ def test_held_out_documents_come_from_the_files_of_the_sources(tmp_path: Path) -
         with RunReport(None) as report:
             found = find_data_files(config, report)
         both = (found.training_texts(config, None), found.validation_texts(config, None))
-        training, held_out = ([t for s in some for t in documents(s.files, rule=s.rule)] for some in both)
+        training, held_out = ([t.text for s in some for t in documents(s.files, rule=s.rule)] for some in both)
         return training, held_out
 
     training, held_out = texts("{fraction: 0.2}")
