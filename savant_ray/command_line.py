@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,30 @@ def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str
         SettingsError: a setting is invalid.
     """
     options, settings = parser.parse_known_args(arguments)
+    return options, _load_settings(options, settings)
+
+
+def parse_paths_with_settings(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], settings_of: Callable[[argparse.Namespace], list[str]]
+) -> tuple[argparse.Namespace, Config]:
+    """Parse the options of a command that also takes paths, which must not be confused with the values of settings.
+
+    `settings_of` returns further settings, which depend on the options.
+
+    Raises:
+        SettingsError: a setting is invalid.
+    """
+    own_arguments, settings = split_settings(arguments)
+    options, unknown = parser.parse_known_args(own_arguments)
+    return options, _load_settings(options, [*unknown, *settings, *settings_of(options)])
+
+
+def _load_settings(options: argparse.Namespace, settings: Sequence[str]) -> Config:
+    """Load the settings from --config, environment and arguments, among which may be misspelt options of the command.
+
+    Raises:
+        SettingsError: a setting is invalid, or an argument resembles an option.
+    """
     own_options = [f"--{name.replace('_', '-')}" for name in vars(options)]
     for previous, argument in zip(["", *settings], settings, strict=False):
         follows_option = previous.startswith("--") and "=" not in previous
@@ -110,7 +134,7 @@ def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str
             f"note: {variable} is not a setting and is ignored; settings look like SAVANT_TRAINING__MAX_STEPS",
             file=sys.stderr,
         )
-    return options, config
+    return config
 
 
 def parse_with_original_settings(

@@ -20,11 +20,11 @@ from savant_ray.command_line import (
     loops,
     new_parser,
     new_tokens,
+    parse_paths_with_settings,
     parse_with_original_settings,
     parse_with_settings,
     refuse_deleted_folder,
     seed,
-    split_settings,
     temperature,
     utf8_text,
 )
@@ -88,14 +88,14 @@ def _data(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--full", action="store_true", help="read all of each source instead of a sample of 8 MiB")
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the figures to this file")
-    own_arguments, settings = split_settings(arguments)
-    options = parser.parse_args(own_arguments)
-    if options.sources:
-        settings += ["--data.sources", json.dumps([{"path": path, "weight": 1} for path in options.sources])]
-        settings += ["--data.quickstart", "false"]  # its files are other sources
-    from savant_ray.config import load_config
 
-    config = load_config(settings, file=options.config)
+    def sources_of(options: argparse.Namespace) -> list[str]:
+        if not options.sources:
+            return []
+        sources = json.dumps([{"path": path, "weight": 1} for path in options.sources])
+        return ["--data.sources", sources, "--data.quickstart", "false"]  # its files are other sources
+
+    options, config = parse_paths_with_settings(parser, arguments, sources_of)
     refuse_deleted_folder()
     from savant_ray.driver import resolve_paths
     from savant_ray.driver.data_statistics import data_statistics

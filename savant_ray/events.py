@@ -34,6 +34,18 @@ class TextCounts:
     bad_lines: int  # skipped lines
     filtered: int = 0  # documents left out by `filter` and `sample`
     duplicates: int = 0  # documents left out by `data.deduplicate`
+    repeated: int = 0  # documents with the text of an earlier one of this or an earlier source, which are trained on
+    trained_tokens: int = 0  # tokens that the loss mask does not exclude
+    cut_documents: int = 0  # documents in more than one sequence
+    shortest: int = 0  # tokens of a document
+    longest: int = 0
+    lengths: dict[str, int] = field(default_factory=dict)  # number of documents by length in tokens: "256 to 511"
+    first_bad_lines: tuple[str, ...] = ()  # file, line and reason
+    examples: tuple[
+        tuple[tuple[str, bool], ...], ...
+    ] = ()  # beginnings of documents: text, and whether it is trained on
+    fraction: float = 0.0  # of the sequences of the training text
+    steps_per_epoch: float = 0.0  # optimizer steps in which all of its sequences are read once
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,16 @@ from savant_ray.data.documents import rule_of
 from savant_ray.data.records import Record
 from tests.tracked_files import tracked_files
 
-ORIGINAL_RECORD = {
-    "text": "Once upon a time",
-    **{"question": "1 + 1?", "answer": "2", "prompt": "Add.", "response": "a + b", "idx": 1},
+# A record of each data set of the original, with the columns that its card on Hugging Face lists.
+STORY = {
+    **{"text": "Once upon a time", "prompt": "Write a story.", "text_token_length": 4},
+    **{"seed_data": "ultrachat", "format": "story_children", "audience": "young_children"},
+}
+WORD_PROBLEM = {"question": "1 + 1?", "answer": "2"}
+PROGRAM = {
+    **{"prompt": "Add.", "main_topic": "sums", "subtopic": "numbers", "adjective": "High", "action_verb": "Create"},
+    **{"scenario": "for Engineer", "target_audience": "Beginners", "programming_language": "Python"},
+    **{"common_sense_topic": "Time", "idx": 1, "response": "a + b"},
 }
 FOLDER = Path(__file__).parents[1] / "configs"
 SHIPPED = tracked_files("configs/*.yaml")
@@ -67,15 +74,22 @@ def test_savant_yaml_has_the_values_of_the_training_guide() -> None:
 
 def test_original_data_yaml_has_the_texts_and_proportions_of_the_original() -> None:
     data = load_config((), {}, FOLDER / "original_data.yaml").data
-    rules = [rule_of(source, held_out=data.held_out.fraction) for source in data.sources]
-    stories, problems, code, logic = (list(rule.documents([Record(1, ORIGINAL_RECORD)])) for rule in rules)
-    assert stories[0].text == "Once upon a time"
-    assert problems[0].text == logic[0].text == "Question: 1 + 1?\nAnswer: 2"
-    assert code[0].text == "Programming Task:\nAdd.\n\nSolution:\na + b"
-    weights = [source.weight for source in data.sources]
-    assert sum(weights) == pytest.approx(1) and weights[-1] == 0.2
-    assert weights[1] / weights[0] == pytest.approx(200_035 / 333_333, abs=0.001)
-    assert [source.limit for source in data.sources] == [333_333, 333_333, 333_333, 5_000]
+    sampled = [source.model_copy(update={"sample": 1.0}) for source in data.sources]
+    rules = [rule_of(source, held_out=data.held_out.fraction) for source in sampled]
+    records = (STORY, WORD_PROBLEM, PROGRAM, WORD_PROBLEM)
+    stories, problems, code, logic = (
+        rule.documents([Record(1, record)]) for rule, record in zip(rules, records, strict=True)
+    )
+    assert [document.text for document in stories] == ["Once upon a time"]
+    assert {document.text for document in (*problems, *logic)} == {"Question: 1 + 1?\nAnswer: 2"}
+    assert [document.text for document in code] == ["Programming Task:\nAdd.\n\nSolution:\na + b"]
+    *weights, of_logic = [source.weight for source in data.sources]
+    documents = [333_333, 200_035, 50_000]
+    assert of_logic == 0.2
+    assert weights == pytest.approx([0.8 * n / sum(documents) for n in documents], abs=1e-4)
+    assert sum(weights) == pytest.approx(0.8)
+    assert [source.limit for source in data.sources] == [333_333, None, 50_000, None]
+    assert [source.sample for source in data.sources] == [1, 1, 1, 0.025], "5,000 of 200,035"
     assert (data.mix_by, data.held_out.fraction) == ("documents", 0.05)
 
 

@@ -35,6 +35,7 @@ from savant_ray.data.shard_writer import (
     RangeSummary,
     Recipe,
     shard_name,
+    sums_by_position,
     tokenizer_of,
     write_shard,
 )
@@ -502,6 +503,11 @@ def _merge_summaries(
         filtered=filtered.total(),
         duplicates=duplicates.total(),
         conversations=sum(summary.conversations for summary in summaries),
+        trained_tokens=sum(summary.trained_tokens for summary in summaries),
+        cut_documents=sum(summary.cut_documents for summary in summaries),
+        shortest=min((summary.shortest for summary in summaries if summary.shortest), default=0),
+        longest=max((summary.longest for summary in summaries), default=0),
+        lengths=tuple(sums_by_position(summary.lengths for summary in summaries)),
         **identity,
     )
 

@@ -235,6 +235,20 @@ def rule_of(
     )
 
 
+def validation_texts(
+    held_out: HeldOutConfig,
+    files: Sequence[SourceFile],
+    sources: Iterable[tuple[SourceConfig, Sequence[SourceFile]]],
+    chat_template: ChatTemplate | None,
+) -> Iterator[SourceText]:
+    """Yield the validation text: `files`, or with `held_out.fraction` the held-out documents of each source."""
+    if held_out.fraction is None:
+        yield SourceText(files, rule_of(held_out, chat_template))
+        return
+    for source, source_files in sources:
+        yield SourceText(source_files, rule_of(source, chat_template, held_out.fraction, "validation"))
+
+
 def _conversion(settings: TextConfig, chat_template: ChatTemplate | None) -> dict[str, Any]:
     """Return the fields of a rule that determine the text of a record."""
     is_text = settings.text is not None or settings.template is not None

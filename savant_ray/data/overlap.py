@@ -1,13 +1,14 @@
-"""Detects validation text in the training text: whole files are excluded, single documents are counted.
+"""Detects documents that are in the text more than once, and validation text in the training text.
 
-Each shard of a token cache has a file with a 64-bit digest of each of its documents, in order. Counting therefore reads no
-text and keeps only the digests of the validation text in memory. The count is cached for each combination of caches.
+Validation files are excluded from the training text; single documents are counted. Each shard of a token cache has a file
+with a 64-bit digest of each of its documents, in order. Counting therefore reads no text, and keeps in memory only the
+digests of the validation text, or about `MAX_DIGESTS` of the training text. Counts are cached for each set of caches.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import TokenCache
 
 DIGEST_BYTES = 8
+MAX_DIGESTS = 1 << 22  # of distinct documents that are compared in one pass over all digests
 BLOCK_DIGESTS = 1 << 20  # digests of the training text in memory at a time
 
 Digests = NDArray[np.uint64]
@@ -60,22 +62,60 @@ def count_overlapping_documents(validation: TokenCache, sources: Sequence[TokenC
     """
     identity = fingerprint({"validation": validation.fingerprint, "sources": [cache.fingerprint for cache in sources]})
     path = validation.folder.parent / f"overlap-{identity[:16]}.json"
-    if (cached := _cached_count(path)) is not None:
-        return cached
-    try:
-        count = _count(validation, sources)
-    except FileNotFoundError:
-        return None
-    write_atomically(path, dump_with_checksum({"documents": count}))
-    return count
+    counts = _cached_counts(path, 1, lambda: [_count(validation, sources)])
+    return None if counts is None else counts[0]
 
 
-def _cached_count(path: Path) -> int | None:
-    """Load a count; return None if the file is missing or damaged."""
+def count_duplicates(sources: Sequence[TokenCache], max_digests: int = MAX_DIGESTS) -> list[int] | None:
+    """Return how many documents of each source occur before: in the same source, or in an earlier one.
+
+    Returns None if one of the caches was written by a version that stored no digests.
+    """
+    identity = fingerprint({"sources": [cache.fingerprint for cache in sources]})
+    path = sources[0].folder.parent / f"duplicates-{identity[:16]}.json"
+    return _cached_counts(path, len(sources), lambda: _count_duplicates(sources, max_digests))
+
+
+def _cached_counts(path: Path, n_counts: int, count: Callable[[], list[int]]) -> list[int] | None:
+    """Return `n_counts` counts from a file; if it is missing or damaged, count and write it. None without digests."""
     try:
-        return int(load_with_checksum(path.read_text(encoding="utf-8"))["documents"])
+        cached = load_with_checksum(path.read_text(encoding="utf-8"))["documents"]
+        counts = [int(number) for number in (cached if isinstance(cached, list) else [cached])]
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return None
+        counts = []
+    if len(counts) != n_counts:
+        try:
+            counts = count()
+        except FileNotFoundError:
+            return None
+        write_atomically(path, dump_with_checksum({"documents": counts}))
+    return counts
+
+
+def _count_duplicates(sources: Sequence[TokenCache], max_digests: int) -> list[int]:
+    """Count in as many passes as are needed to keep at most about `max_digests` in memory; each has its own digests."""
+    n_passes = -(-sum(source.manifest.documents for source in sources) // max_digests)
+    counts = [0] * len(sources)
+    for number in range(n_passes):
+        seen = np.empty(0, np.uint64)
+        for index, source in enumerate(sources):
+            of_pass = (digests[digests % np.uint64(n_passes) == number] for digests in stored_digests(source))
+            for digests in _concatenated(of_pass, max_digests):
+                n_seen, seen = len(seen), np.union1d(seen, digests)
+                counts[index] += len(digests) - (len(seen) - n_seen)
+    return counts
+
+
+def _concatenated(blocks: Iterable[Digests], min_digests: int) -> Iterator[Digests]:
+    """Yield the blocks, concatenated to arrays of at least `min_digests` except for the last one."""
+    pending: list[Digests] = []
+    for block in blocks:
+        pending.append(block)
+        if sum(map(len, pending)) >= min_digests:
+            yield np.concatenate(pending)
+            pending = []
+    if pending:
+        yield np.concatenate(pending)
 
 
 def _count(validation: TokenCache, sources: Sequence[TokenCache]) -> int:

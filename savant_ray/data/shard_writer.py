@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum,
 from savant_ray.data.deduplication import without_duplicates
 from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule, encode
 from savant_ray.data.overlap import digests_path, document_digests
-from savant_ray.data.packing import pack
+from savant_ray.data.packing import Packing, pack
 from savant_ray.data.record_reader import open_records, plan_parts, records_before
 from savant_ray.data.records import Part
 from savant_ray.data.sources import SourceFile
@@ -83,6 +84,12 @@ class RangeSummary:
     filtered: int = 0  # lines that were left out by a filter or by sampling
     duplicates: int = 0  # lines that were left out because the same text has occurred before
     conversations: int = 0  # lines with a conversation, also if they are invalid or left out
+    trained_tokens: int = 0  # tokens that are not masked
+    cut_documents: int = 0  # documents of which no row has all tokens
+    shortest: int = 0  # tokens of a document
+    longest: int = 0
+    # Number of documents by the bit length of their length in tokens: the entry k is for 2**(k - 1) to 2**k - 1 tokens.
+    lengths: list[int] = field(default_factory=list)
 
     def count(self, document: Document) -> None:
         """Count a document, or the line that is none."""
@@ -102,6 +109,22 @@ class RangeSummary:
         self.filtered += document.filtered
         self.duplicates += document.is_duplicate
         self.conversations += document.is_conversation
+
+    def count_packed(self, lengths: NDArray[np.int64], n_trained: int, packing: Packing) -> None:
+        """Count documents that were packed together.
+
+        Args:
+            lengths: of the documents in tokens, [N].
+            n_trained: how many of the tokens are not masked.
+            packing: of the documents into rows.
+        """
+        self.rows += len(packing)
+        self.tokens += int(lengths.sum())
+        self.trained_tokens += n_trained
+        self.cut_documents += int((np.bincount(packing.documents, minlength=len(lengths)) > 1).sum())
+        self.shortest = min(self.shortest or int(lengths.min()), int(lengths.min()))
+        self.longest = max(self.longest, int(lengths.max()))
+        self.lengths = sums_by_position([self.lengths, np.bincount(np.frexp(lengths)[1]).tolist()])
 
     def count_dropped(self, document: Document, dropped: int, characters: str) -> None:
         """Count the characters of a document that the tokenizer drops."""
@@ -130,6 +153,11 @@ class RangeSummary:
             return has_size and crc32(shard) == summary.shard_crc32
         except (OSError, ValueError, TypeError):
             return False
+
+
+def sums_by_position(lists: Iterable[Sequence[int]]) -> list[int]:
+    """Return the sum of the entries at each position; a shorter list has zeros at its end."""
+    return [sum(entries) for entries in zip_longest(*lists, fillvalue=0)]
 
 
 def shard_name(index: int) -> str:
@@ -286,8 +314,7 @@ class _Chunk:
         rows, masked = (packing.fill(values, starts) for values in (np.concatenate(self._documents), is_masked))
         is_first_masked = is_masked[starts[packing.documents] + packing.starts]  # the first token of each piece
         lines = np.array(self._lines, dtype=np.uint32)[packing.documents]
-        summary.rows += len(packing)
+        summary.count_packed(lengths, int((~is_masked).sum()), packing)
         summary.target_tokens += int((~is_masked).sum() - (~is_first_masked).sum())
-        summary.tokens += self.tokens
         self._documents, self._masked, self._lines, self.tokens = [], [], [], 0
         return shard_batch(self.schema, rows, masked, packing.row_ends, packing.lengths, lines)

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from statistics import median
 from typing import Any
 
-from savant_ray.data.documents import Document, SourceText, encode
+import numpy as np
+
+from savant_ray.data.documents import SourceText, encode
 from savant_ray.data.overlap import document_digests
 from savant_ray.data.packing import pack
 from savant_ray.data.record_reader import open_records, plan_parts
 from savant_ray.data.records import Part
-from savant_ray.data.tokenizer import Tokenizer, text_pieces
+from savant_ray.data.shard_writer import RangeSummary
+from savant_ray.data.tokenizer import MaskedDocument, Tokenizer, text_pieces
 from savant_ray.locations import printable
 
 SAMPLE_BYTES = 8 << 20  # of a source
@@ -102,11 +104,14 @@ def text_statistics(
         budget = total - statistics.bytes_read
         if budget <= 0:
             break
+        summary = RangeSummary()
         with open_records(part, max_record_bytes, rule.fields) as records:
             documents = rule.documents(records)
             n_read = n_complete = 0  # bytes; the records of all but the last block that was read are complete
             while batch := list(islice(documents, BATCH_RECORDS)):
-                with_text = _with_text(batch, part, statistics)
+                for document in batch:
+                    summary.count(document)
+                with_text = [document for document in batch if document.text]
                 for document, encoded in zip(with_text, encode(with_text, tokenizer), strict=True):
                     lengths.append(len(encoded.ids))
                     statistics.trained_tokens += int(encoded.is_trained.sum())
@@ -114,7 +119,7 @@ def text_statistics(
                     statistics.duplicates += digest in seen
                     seen.add(digest)
                     if len(statistics.examples) < N_EXAMPLES:
-                        statistics.examples.append(_shortened(text_pieces(tokenizer, encoded)))
+                        statistics.examples.append(shown_example(tokenizer, encoded))
                 if records.bytes_read > n_read:
                     n_read, n_complete = records.bytes_read, n_read
                 progress(min(statistics.bytes_read + n_read, total), total)
@@ -123,28 +128,22 @@ def text_statistics(
             else:
                 n_complete = part.stored_bytes
             statistics.bytes_read += n_complete
-    _count_lengths(statistics, lengths, sequence_length)
+        _add_part(statistics, part, summary)
+    _add_lengths(statistics, lengths, sequence_length)
     return statistics
 
 
-def _with_text(batch: Sequence[Document], part: Part, statistics: TextStatistics) -> list[Document]:
-    """Count records of any kind and return those that are documents."""
-    for document in batch:
-        statistics.records += 1
-        statistics.filtered += document.filtered
-        statistics.bad_records += bool(document.problem)
-        if document.problem and len(statistics.first_bad_records) < MAX_NAMED_RECORDS:
-            after = f" after byte {part.start:,}" if part.start else ""
-            where = f"{printable(part.file.path)}, {part.file.record_name} {document.number:,}{after}"
-            statistics.first_bad_records.append(f"{where}: {document.problem}")
-    return [document for document in batch if document.text]
+def named_lengths(lengths: Sequence[int]) -> dict[str, int]:
+    """Return numbers of documents, as `RangeSummary.lengths` has them, by the range of their lengths: "256 to 511"."""
+    first = next((power for power, n_documents in enumerate(lengths) if n_documents), len(lengths))
+    return {f"{1 << (power - 1)} to {(1 << power) - 1}": lengths[power] for power in range(first, len(lengths))}
 
 
-def _shortened(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Return the beginning of a rendered document."""
+def shown_example(tokenizer: Tokenizer, document: MaskedDocument) -> list[tuple[str, bool]]:
+    """Return the beginning of a rendered document in pieces, and for each whether it is trained on."""
     shown: list[tuple[str, bool]] = []
     remaining = MAX_EXAMPLE_CHARACTERS
-    for text, is_trained in pieces:
+    for text, is_trained in text_pieces(tokenizer, document):
         shown.append((text[:remaining] + "…" * (len(text) > remaining), is_trained))
         remaining -= len(text)
         if remaining <= 0:
@@ -152,20 +151,29 @@ def _shortened(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
     return shown
 
 
-def _count_lengths(statistics: TextStatistics, lengths: Sequence[int], sequence_length: int) -> None:
+def _add_part(statistics: TextStatistics, part: Part, summary: RangeSummary) -> None:
+    """Add the counts of the records of a part."""
+    statistics.records += summary.lines
+    statistics.filtered += summary.filtered
+    statistics.bad_records += summary.bad_lines
+    after = f" after byte {part.start:,}" if part.start else ""
+    statistics.first_bad_records += [
+        f"{printable(part.file.path)}, {part.file.record_name} {number:,}{after}: {problem}"
+        for number, problem in summary.first_bad_lines[: MAX_NAMED_RECORDS - len(statistics.first_bad_records)]
+    ]
+
+
+def _add_lengths(statistics: TextStatistics, lengths: Sequence[int], sequence_length: int) -> None:
     """Count documents and tokens, and pack the documents as a run would."""
     if not lengths:
         return
-    packing = pack(lengths, sequence_length)
-    pieces = Counter(packing.documents.tolist())
+    summary = RangeSummary()
+    summary.count_packed(np.array(lengths), statistics.trained_tokens, pack(lengths, sequence_length))
     statistics.documents = len(lengths)
-    statistics.tokens = sum(lengths)
-    statistics.sequences = len(packing)
-    statistics.padding = len(packing) * sequence_length - statistics.tokens
-    statistics.cut_documents = sum(n > 1 for n in pieces.values())
-    statistics.shortest, statistics.longest = min(lengths), max(lengths)
+    statistics.tokens = summary.tokens
+    statistics.sequences = summary.rows
+    statistics.padding = summary.rows * sequence_length - summary.tokens
+    statistics.cut_documents = summary.cut_documents
+    statistics.shortest, statistics.longest = summary.shortest, summary.longest
     statistics.median = int(median(lengths))
-    powers = Counter(length.bit_length() for length in lengths)
-    statistics.lengths = {
-        f"{1 << (power - 1)} to {(1 << power) - 1}": powers[power] for power in range(min(powers), max(powers) + 1)
-    }
+    statistics.lengths = named_lengths(summary.lengths)

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
+from savant_ray.data.tokenizer import MaskedDocument
 from savant_ray.errors import DataError
 
 Unsigned = NDArray[np.unsignedinteger]
@@ -133,6 +135,11 @@ class Manifest:
     filtered: int = 0  # lines left out by a filter or by sampling
     duplicates: int = 0  # lines left out because the same text has occurred before
     conversations: int = 0  # lines with a conversation, also if they are invalid or left out
+    trained_tokens: int = 0  # this and the following as in `RangeSummary`; zero and empty in caches of older versions
+    cut_documents: int = 0
+    shortest: int = 0
+    longest: int = 0
+    lengths: tuple[int, ...] = ()
 
     @property
     def padding(self) -> int:
@@ -159,6 +166,7 @@ class Manifest:
         values["files"] = tuple(FileSummary(**entry) for entry in values["files"])
         values["shards"] = tuple(ShardInfo(**entry) for entry in values["shards"])
         values["first_bad_lines"] = tuple(LineProblem(**entry) for entry in values["first_bad_lines"])
+        values["lengths"] = tuple(values.get("lengths", ()))
         if values.get("first_dropped"):
             values["first_dropped"] = LineProblem(**values["first_dropped"])
         return cls(**values)
@@ -324,6 +332,19 @@ class TokenCache:
                 result.is_trained[position] = ~batch.masked(row_in_batch)
         return result
 
+    def examples(self, n: int) -> list[MaskedDocument]:
+        """Return ids and loss mask of up to `n` documents, or parts of them, from rows that are spread over the cache."""
+        rows = self.take(np.unique(np.linspace(0, self.n_sequences - 1, n).astype(np.int64)))
+        parts = [
+            [
+                MaskedDocument(rows.tokens[row][is_own].tolist(), rows.is_trained[row][is_own])
+                for is_own in _documents_of(rows.document_ids[row])
+            ]
+            for row in range(len(rows))
+        ]
+        in_turn = (part for nth_parts in zip_longest(*parts) for part in nth_parts if part is not None)
+        return list(islice(in_turn, n))
+
     def documents(self, row: int) -> list[tuple[str, int]]:
         """Return file and line number of each document in a row, for messages about a micro-batch."""
         index = int(np.searchsorted(self._shard_ends, row, side="right"))
@@ -341,6 +362,11 @@ class TokenCache:
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)
         return shard
+
+
+def _documents_of(document_ids: NDArray[np.int32]) -> list[NDArray[np.bool_]]:
+    """Return for each document of a row [T] which positions are its."""
+    return [document_ids == number for number in range(document_ids.max() + 1)]
 
 
 class _Shard:

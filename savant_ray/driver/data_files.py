@@ -9,7 +9,7 @@ from pathlib import Path
 
 from savant_ray.config import Config, HeldOutConfig, SourceConfig
 from savant_ray.data.conversations import ChatTemplate
-from savant_ray.data.documents import SourceText, rule_of
+from savant_ray.data.documents import SourceText, rule_of, validation_texts
 from savant_ray.data.overlap import split_held_out
 from savant_ray.data.quickstart import write_quickstart
 from savant_ray.data.shard_writer import check_encodable
@@ -38,13 +38,7 @@ class DataFiles:
 
     def validation_texts(self, config: Config, chat_template: ChatTemplate | None) -> list[SourceText]:
         """Return the validation text: one text, or the held-out documents of each source."""
-        held_out = config.data.held_out
-        if held_out.fraction is None:
-            return [SourceText(self.validation, rule_of(held_out, chat_template))]
-        return [
-            SourceText(files, rule_of(source, chat_template, held_out.fraction, "validation"))
-            for source, files in self.sources
-        ]
+        return list(validation_texts(config.data.held_out, self.validation, self.sources, chat_template))
 
 
 def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, list[SourceFile]]]:
@@ -73,17 +67,23 @@ def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, 
     return existing
 
 
-def find_data_files(config: Config, report: RunReport) -> DataFiles:
+def find_data_files(config: Config, report: RunReport, needs_validation: bool = True) -> DataFiles:
     """Return the files that match the patterns in the settings, as `find_sources` finds them.
 
     Raises:
-        DataError: a source that is not optional, or the validation text, is missing, empty or unreadable.
+        DataError: a source that is not optional is missing, empty or unreadable; so is the validation text, and
+            `needs_validation` is true.
         SettingsError: the cache folder cannot be created.
     """
     cache_dir = Path(config.data.cache_dir)
     sources = find_sources(config, report)
     held_out = config.data.held_out
-    validation = _find(held_out, "data.validation", cache_dir, report) if held_out.path is not None else []
+    try:
+        validation = _find(held_out, "data.validation", cache_dir, report) if held_out.path is not None else []
+    except DataError:
+        if needs_validation:
+            raise
+        validation = []
     return DataFiles(_without_validation(sources, validation, cache_dir, report.notify), validation)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from savant_ray.data.cache_builder import empty_file_report, filter_report, trai
 from savant_ray.data.cache_builder import prepare as prepare_files
 from savant_ray.data.documents import SourceText
 from savant_ray.data.order import Weight, weights_by_documents
-from savant_ray.data.overlap import count_overlapping_documents
+from savant_ray.data.overlap import count_duplicates, count_overlapping_documents
 from savant_ray.data.stream import StreamPlan
+from savant_ray.data.text_statistics import MAX_NAMED_RECORDS, N_EXAMPLES, named_lengths, shown_example
 from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
 from savant_ray.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable, short_name
@@ -90,8 +91,8 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
     )
     held_out = config.data.held_out
     held_out_name = f"{held_out.fraction:.2%} of the sources" if held_out.fraction else short_name(held_out.path)
-    counts = tuple(_counts(name, cache) for name, cache in zip(names, caches, strict=True))
-    report.add_event(DataPrepared(sources=counts, validation=_counts(held_out_name, validation)))
+    counts = _source_counts(names, caches, plan, tokenizer)
+    report.add_event(DataPrepared(sources=counts, validation=_counts(held_out_name, validation, tokenizer)))
     identity = repr((tokenizer.fingerprint, [cache.fingerprint for cache in caches], plan.weights))
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return PreparedData(tokenizer, tokenizer_path, plan, validation.folder, fingerprint)
@@ -172,7 +173,41 @@ def _sequence_weights(
     return fractions
 
 
-def _counts(name: str, cache: TokenCache) -> TextCounts:
+def _source_counts(
+    names: list[str], caches: list[TokenCache], plan: StreamPlan, tokenizer: Tokenizer
+) -> tuple[TextCounts, ...]:
+    """Return the counts of all sources, with how often each is read."""
+    repeated = count_duplicates(caches) or [0] * len(caches)
+    total = sum(Fraction(str(weight)) for weight in plan.weights)
+    counts = []
+    for name, cache, weight, n_repeated in zip(names, caches, plan.weights, repeated, strict=True):
+        fraction = float(Fraction(str(weight)) / total)
+        steps_per_epoch = cache.manifest.rows / (fraction * plan.effective_batch)
+        source = _counts(name, cache, tokenizer)
+        counts.append(replace(source, repeated=n_repeated, fraction=fraction, steps_per_epoch=steps_per_epoch))
+    return tuple(counts)
+
+
+def _counts(name: str, cache: TokenCache, tokenizer: Tokenizer) -> TextCounts:
     manifest = cache.manifest
-    counts = (manifest.documents, manifest.tokens, manifest.rows, manifest.padding, manifest.bad_lines)
-    return TextCounts(name, *counts, filtered=manifest.filtered, duplicates=manifest.duplicates)
+    examples = (shown_example(tokenizer, document) for document in cache.examples(N_EXAMPLES))
+    return TextCounts(
+        name,
+        documents=manifest.documents,
+        tokens=manifest.tokens,
+        sequences=manifest.rows,
+        padding=manifest.padding,
+        bad_lines=manifest.bad_lines,
+        filtered=manifest.filtered,
+        duplicates=manifest.duplicates,
+        trained_tokens=manifest.trained_tokens,
+        cut_documents=manifest.cut_documents,
+        shortest=manifest.shortest,
+        longest=manifest.longest,
+        lengths=named_lengths(manifest.lengths),
+        first_bad_lines=tuple(
+            f"{invalid.file} {manifest.unit(invalid.file)} {invalid.line:,}: {invalid.reason}"
+            for invalid in manifest.first_bad_lines[:MAX_NAMED_RECORDS]
+        ),
+        examples=tuple(map(tuple, examples)),
+    )

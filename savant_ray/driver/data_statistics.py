@@ -10,7 +10,7 @@ from typing import Any
 from savant_ray.config import Config
 from savant_ray.data.cache_builder import train_or_load_tokenizer
 from savant_ray.data.text_statistics import SAMPLE_BYTES, text_statistics
-from savant_ray.driver.data_files import DataFiles, find_sources, short_name
+from savant_ray.driver.data_files import find_data_files, short_name
 from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_origin_without_lock
 from savant_ray.errors import unexpected_errors_explained
 from savant_ray.reporting import RunReport
@@ -21,7 +21,8 @@ MIB = 1 << 20
 def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the statistics of each source, and the plan of the run, as `print_text_statistics` takes them.
 
-    Of each source a sample is read, or all of it with `full`. A tokenizer that a run would train is trained.
+    Of each source a sample is read, or all of it with `full`. Validation files are left out as in training, if they exist. A
+    tokenizer that a run would train is trained.
 
     Raises:
         DataError: text is missing or unreadable, or the tokenizer cannot encode it.
@@ -29,7 +30,7 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
     """
     with RunReport(None) as report, unexpected_errors_explained(activity=lambda: report.activity):
         tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
-        files = DataFiles(find_sources(config, report), validation=[])
+        files = find_data_files(config, report, needs_validation=False)
         if tokenizer is None:
             report.begin_stage("training the tokenizer")
             texts = files.training_texts(config, chat_template=None)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from savant_ray.config import Config
-from savant_ray.data.documents import Document, encode, rule_of
+from savant_ray.config import Config, SourceConfig
+from savant_ray.data.documents import Document, encode, validation_texts
 from savant_ray.data.record_reader import documents
 from savant_ray.data.source_files import find_files
+from savant_ray.data.sources import SourceFile
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.evaluation.logic_suite import (
@@ -194,19 +195,25 @@ def _held_out_documents(config: Config, tokenizer: Tokenizer) -> Iterator[Docume
         DataError: the text cannot be read.
     """
     held_out = config.data.held_out
-    if held_out.path is not None:
-        files = find_files(held_out, config.data.cache_dir, _ignore)
-        yield from documents(files, rule=rule_of(held_out, tokenizer.chat_template))
-        return
+    files = [] if held_out.path is None else find_files(held_out, config.data.cache_dir, _ignore)
+    for text in validation_texts(held_out, files, _existing_sources(config), tokenizer.chat_template):
+        yield from documents(text.files, rule=text.rule)
+
+
+def _existing_sources(config: Config) -> Iterator[tuple[SourceConfig, list[SourceFile]]]:
+    """Yield each source with its files, except for optional ones that are missing.
+
+    Raises:
+        DataError: a source that is not optional cannot be read.
+    """
     for source in config.data.sources:
-        rule = rule_of(source, tokenizer.chat_template, held_out.fraction, "validation")
         try:
             files = find_files(source, config.data.cache_dir, _ignore)
         except DataError:
             if not source.optional:
                 raise
         else:
-            yield from documents(files, rule=rule)
+            yield source, files
 
 
 def _ignore(message: str) -> None:

@@ -203,6 +203,15 @@ def test_a_fine_tune_on_conversations_trains_on_the_answers_only(
     rows_of_tokens = training.take(np.arange(training.n_sequences))
     masked = tokenizer.decode(rows_of_tokens.tokens[~rows_of_tokens.is_trained].tolist())
     assert "one two" in masked and "three four" not in masked
+    (line,) = records(workplace / "chat", "data")
+    (source,) = line["sources"]
+    assert sum(source["lengths"].values()) == source["documents"] == training.manifest.documents
+    assert 0 < source["trained_tokens"] < source["tokens"] and source["repeated"] == 0
+    assert (source["fraction"], source["steps_per_epoch"]) == (1, training.n_sequences / 12)
+    assert len(source["examples"]) == 3
+    for pieces in source["examples"]:
+        assert "one two" in "".join(text for text, is_trained in pieces if not is_trained)
+        assert "three four" in "".join(text for text, is_trained in pieces if is_trained)
 
 
 def test_a_run_keeps_the_special_tokens_of_its_tokenizer_around_each_document(head: Head, workplace: Path) -> None:

@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 
 from savant_ray.cli import main
-from savant_ray.data.documents import DocumentRule, SourceText
+from savant_ray.data.documents import Document, DocumentRule, SourceText
+from savant_ray.data.overlap import count_duplicates
 from savant_ray.data.records import Record
 from savant_ray.data.sources import expand
-from savant_ray.data.text_statistics import TextStatistics, text_statistics
+from savant_ray.data.text_statistics import TextStatistics, named_lengths, shown_example, text_statistics
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver import data_files
 from tests.data.without_ray import cache_of
@@ -48,6 +49,11 @@ def test_the_counts_are_those_of_the_prepared_text(tmp_path: Path, byte_tokenize
         manifest.rows,
     )
     assert counted.padding == manifest.rows * 16 - manifest.tokens
+    for name in ("trained_tokens", "cut_documents", "shortest", "longest"):
+        assert getattr(counted, name) == getattr(manifest, name) > 0
+    assert (
+        counted.lengths == named_lengths(manifest.lengths) == {"4 to 7": 2, "8 to 15": 0, "16 to 31": 2, "32 to 63": 1}
+    )
     assert (counted.records, counted.bad_records, counted.duplicates, counted.cut_documents) == (7, 2, 1, 3)
     assert counted.bytes_read == counted.bytes == path.stat().st_size
     assert [problem.partition(" ")[2] for problem in counted.first_bad_records] == [
@@ -55,6 +61,38 @@ def test_the_counts_are_those_of_the_prepared_text(tmp_path: Path, byte_tokenize
         'line 6: "text" is empty',
     ]
     assert sum(counted.lengths.values()) == counted.documents
+
+
+@pytest.mark.parametrize("max_digests", [1, 7, 1 << 20])
+def test_duplicates_in_prepared_text_are_those_that_the_command_counts(
+    tmp_path: Path, byte_tokenizer: Tokenizer, max_digests: int
+) -> None:
+    draw = random.Random(1)
+    texts = [[f"text {draw.randrange(60)}" for _ in range(50)] for _ in range(3)]
+    seen: set[bytes] = set()
+    counted, caches = [], []
+    for number, of_source in enumerate(texts):
+        path = write_lines(tmp_path / f"{number}.jsonl", [{"text": text} for text in of_source])
+        source = SourceText(expand(str(path)))
+        counted.append(text_statistics("any", source, byte_tokenizer, 16, 1 << 20, seen).duplicates)
+        documents = [Document(line, text) for line, text in enumerate(of_source, start=1)]
+        caches.append(cache_of(documents, byte_tokenizer, 16, tmp_path / f"cache {number}"))
+    assert count_duplicates(caches, max_digests) == counted
+    for digests in tmp_path.glob("*/*.documents"):
+        digests.unlink()
+    assert count_duplicates(caches, max_digests) == counted, "the counts are cached"
+    assert count_duplicates(caches[:1], max_digests) is None, "a cache of an older version"
+
+
+def test_examples_of_prepared_text_are_from_all_of_it(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    documents = [Document(number, f"number {number:03d}", trained=((7, 10),)) for number in range(1, 101)]
+    for n_documents in (1, 2, 3, 100):
+        cache = cache_of(documents[:n_documents], byte_tokenizer, 64, tmp_path / str(n_documents))
+        examples = [shown_example(byte_tokenizer, example) for example in cache.examples(3)]
+        assert len({str(example) for example in examples}) == len(examples) == min(n_documents, 3)
+        for example in examples:
+            assert [is_trained for _, is_trained in example] == [False, True]
+            assert example[0][0] == "number " and example[1][0][:3].isdigit()
 
 
 def test_examples_show_what_is_trained_on(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
@@ -121,6 +159,40 @@ def test_the_command_names_what_is_missing(
     assert main(["data", "missing.jsonl"]) != 0
     error = capsys.readouterr().err
     assert "data.sources[0].path: " in error and "missing.jsonl: no such file" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ful", "a.jsonl"], "--ful: no such option; did you mean --full?"),
+        (["a.jsonl", "--jsn", "figures.json"], "--jsn: no such option; did you mean --json?"),
+        (["a.jsonl", "--data.tokeniser", "x.json"], "did you mean data.tokenizer?"),
+        (["a.jsonl", "--tokenizer", "x.json"], "data.tokenizer"),
+    ],
+)
+def test_a_misspelt_option_is_named_with_a_suggestion(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    assert main(["data", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_validation_files_in_the_folder_of_a_source_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    write_lines(tmp_path / "text/a.jsonl", [{"text": f"text {number}"} for number in range(50)])
+    write_lines(tmp_path / "text/held_out.jsonl", [{"text": f"other {number}"} for number in range(9)])
+    settings = ["--model.vocab_size", "300", "--json", "figures.json"]
+    for validation, n_documents in (("text/held_out.jsonl", 50), ("missing.jsonl", 59)):
+        assert main(["data", "text", "--data.validation", validation, *settings]) == 0
+        (source,) = json.loads((tmp_path / "figures.json").read_text())["sources"]
+        assert source["documents"] == n_documents
+        is_named = "left out of the training text, because it is the validation text" in "".join(capsys.readouterr())
+        assert is_named == (n_documents == 50)
 
 
 def test_the_command_writes_the_quickstarts_text_unless_other_sources_are_given(

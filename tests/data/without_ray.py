@@ -29,6 +29,11 @@ def cache_of(documents: Sequence[Document], tokenizer: Tokenizer, sequence_lengt
         trained_bytes=counts.trained_bytes,
         bad_lines=counts.bad_lines,
         first_bad_lines=(),
+        trained_tokens=counts.trained_tokens,
+        cut_documents=counts.cut_documents,
+        shortest=counts.shortest,
+        longest=counts.longest,
+        lengths=tuple(counts.lengths),
     )
     (folder / MANIFEST).write_text(manifest.to_json())
     return TokenCache.open(folder)

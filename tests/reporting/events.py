@@ -8,13 +8,27 @@ from typing import Any
 from savant_ray.events import (
     AttemptStarted,
     CheckpointSaved,
+    DataPrepared,
     Event,
     LogicScored,
     SampleGenerated,
     StepDone,
+    TextCounts,
     ValidationDone,
 )
 from savant_ray.reporting.record import Record
+
+
+def prepared(**changes: Any) -> DataPrepared:
+    """Return the event of prepared text; `changes` are those of the counts of the training text."""
+    fields: dict[str, Any] = {"documents": 1234, "tokens": 99_000, "sequences": 99, "padding": 1000, "bad_lines": 7}
+    fields |= {"filtered": 5, "duplicates": 3, "repeated": 4, "trained_tokens": 33_000, "cut_documents": 12}
+    fields |= {"shortest": 9, "longest": 4321, "lengths": {"8 to 15": 3, "16 to 31": 1231}}
+    fields["first_bad_lines"] = ("train.jsonl line 17: not JSON: <b>",)
+    fields["examples"] = ((("Question: 1 + 1?\nAnswer:", False), (" <2>", True)), (("text " * 99, True),))
+    fields |= {"fraction": 0.8, "steps_per_epoch": 0.64}
+    validation = TextCounts("val.jsonl", documents=12, tokens=990, sequences=1, padding=10, bad_lines=0)
+    return DataPrepared(sources=(TextCounts("train.jsonl", **(fields | changes)),), validation=validation)
 
 
 def attempt(step: int = 0, max_steps: int = 1000, **changes: Any) -> AttemptStarted:

@@ -23,7 +23,7 @@ from savant_ray.reporting.page.charts import Curve, aligned, downsampled, smooth
 from savant_ray.reporting.page.history import Attempt, read_history
 from savant_ray.reporting.page.page import timeline
 from savant_ray.reporting.record import to_line
-from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation, write
+from tests.reporting.events import attempt, checkpoint, idle, prepared, sample, step_done, validation, write
 
 FAILED = RunFailed(error="TrainingError", text="it <diverged>", exit_code=1)
 DATA = DataPrepared(
@@ -67,7 +67,7 @@ def test_the_page_shows_the_contents_of_the_record(tmp_path: Path) -> None:
     text = seen(html)
     for told in (
         "step 10 of 20", "training loss 8.0000", "validation loss 5.1234", "tokens trained on 1,900,000",
-        "train.jsonl 1,234 99,000 99 1.0 % 7", "val.jsonl (validation) 12 990", "torch 2.13.0",
+        "train.jsonl 1,234 99,000 – 99 – 1.0 % – 0 0 7", "val.jsonl (validation) 12 990", "torch 2.13.0",
         "training.learning_rate 0.001 2e-05", "1 of", "run interrupted", "Question: X?",
     ):  # fmt: skip
         assert told in text, told
@@ -285,3 +285,23 @@ def test_curves_of_different_lengths_share_an_axis() -> None:
             {"label": "two", "run": 1, "style": "points", "values": [None, 0.12346, None, 5.0]},
         ],
     }
+
+
+def test_the_page_shows_of_the_text_what_savant_data_shows(tmp_path: Path) -> None:
+    write(tmp_path / "run", prepared(), attempt())
+    html = html_of(tmp_path / "run", output=tmp_path / "report.html")
+    text = seen(html)
+    for expected in (
+        "train.jsonl 1,234 99,000 33 % 99 80 % of all less than 1 1.0 % 1.0 % 7 3 left out 5 7",
+        "train.jsonl: lengths, invalid records, examples 9 to 4,321 tokens in a document",
+        "8 to 15 3 16 to 31 1,231",
+        "train.jsonl line 17: not JSON: <b> … and 6 more",
+    ):
+        assert expected in text
+    pieces = re.findall(r"<span( class=\"masked\")?>([^<]*)</span>", html)
+    assert [(bool(masked), unescape(piece)) for masked, piece in pieces if "text" not in piece and piece.strip()][
+        -2:
+    ] == [
+        (True, "Question: 1 + 1?\nAnswer:"),
+        (False, " <2>"),
+    ]

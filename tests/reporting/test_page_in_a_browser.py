@@ -10,7 +10,7 @@ import pytest
 
 from savant_ray.reporting.page import write_page
 from tests.reporting.chromium import Page, browser, open_browser
-from tests.reporting.events import attempt, checkpoint, idle, sample, step_done, validation, write
+from tests.reporting.events import attempt, checkpoint, idle, prepared, sample, step_done, validation, write
 
 pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
 
@@ -42,7 +42,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, factor in (("one", 1.0), ("a_run_with_a_very_long_name_that_would_widen_a_phone", 1.1)):
         steps = (step_done(step, train_loss=factor * (2 + 6 / step), share_of_peak=0.3) for step in STEPS)
         told = (validation(0), validation(100), sample(100, text=f"{'long ' * 200}{'x' * 300}"), checkpoint(100))
-        write(folder / name, attempt(max_steps=300), *steps, *told)
+        write(folder / name, prepared(), attempt(max_steps=300), *steps, *told)
     write_page(sorted(folder.iterdir(), key=lambda path: len(path.name)), folder / "report.html", idle)
     return folder / "report.html"
 
@@ -54,6 +54,7 @@ def test_a_page_is_drawn_without_a_network_and_without_errors(
 ) -> None:
     page.complaints.clear(), page.requests.clear()
     page.open(report, *SCREENS[screen], dark=dark)
+    page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
     assert page.complaints == []
     assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off at the side"
