@@ -202,8 +202,8 @@ class TextConfig(Section):
     )
     split: Text = Field(
         default="train",
-        description="split of a data set of the Hugging Face Hub (hf://datasets/…), or of a folder that "
-        "datasets.save_to_disk has written",
+        description="split of a data set of the Hugging Face Hub (hf://datasets/…), of a folder that datasets.save_to_disk "
+        "has written, or of a folder whose files are named after splits, such as a clone of a data set",
     )
     text: Text | None = Field(
         default=None,
