@@ -217,13 +217,13 @@ class TextConfig(Section):
     messages: Text | None = Field(
         default=None,
         description="name of the field with a conversation, a list of {role, content} or {from, value}; auto: that in "
-        "messages or conversations, or instruction, input and output; rendered by the tokenizer's chat template, otherwise "
-        "as Question: … and Answer: …",
+        "messages or conversations, or instruction, input and output, or prompt and completion; rendered by the tokenizer's "
+        "chat template, otherwise as Question: … and Answer: …",
     )
     train_on: TrainOn | None = Field(
         default=None,
-        description="tokens of a conversation that are trained on: those of the assistant or all; null: assistant; all "
-        "tokens of other documents are",
+        description="tokens of a conversation that are trained on: those of the assistant, except in messages with weight: 0 "
+        "and in a prompt, or all; null: assistant; all tokens of other documents are",
     )
 
     @model_serializer(mode="wrap")

@@ -96,9 +96,9 @@ def test_a_record_gives_the_text_that_the_rule_describes(rule: DocumentRule, val
         (AUTO, {"Text": "a"}, 'no "text" field (found: Text); if Text has the text, set text: Text'),
         (
             AUTO,
-            {"prompt": "a", "completion": "b"},
-            'no "text" field (found: completion, prompt); set a template, such as '
-            '"Question: {prompt}\\nAnswer: {completion}"',
+            {"question": "a", "choices": ["b", "c"], "answer": "b"},
+            'no "text" field (found: answer, choices, question); set a template, such as '
+            '"Question: {question}\\nAnswer: {answer}"',
         ),
         (
             AUTO,
