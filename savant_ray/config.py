@@ -200,6 +200,10 @@ class TextConfig(Section):
     text_blocks: bool = Field(
         default=False, description="of plain text: blocks of lines between blank lines are documents, not whole files"
     )
+    quotes: bool = Field(
+        default=True,
+        description="of CSV: a field can be in quotes; false: quotes are ordinary characters, as in many .tsv files",
+    )
     split: Text = Field(
         default="train",
         description="split of a data set of the Hugging Face Hub (hf://datasets/…), of a folder that datasets.save_to_disk "
@@ -222,7 +226,7 @@ class TextConfig(Section):
     )
     train_on: TrainOn | None = Field(
         default=None,
-        description="tokens of a conversation that are trained on: those of the assistant, except in messages with weight: 0 "
+        description="tokens of a conversation that are trained on: those of the assistant, except in messages of weight 0 "
         "and in a prompt, or all; null: assistant; all tokens of other documents are",
     )
 

@@ -55,6 +55,7 @@ from savant_ray.locations import absolute_path
 
 FORMAT_VERSION = 2  # of token caches; 1 had no loss mask. Those of other versions are built again
 DATA_VERSION = 1  # of the rows: two caches with the same data fingerprint have the same rows, whatever their format is
+CONVERSATIONS_VERSION = 2  # of the rows of conversations; 1 had answers of weight 0 trained on
 PROGRESS_BYTES = 2 << 20  # between two progress reports of a task
 MAX_NAMED_EMPTY_FILES = 5  # in `empty_file_report`
 MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and ".unfinished" follow
@@ -229,7 +230,7 @@ class _Identity(NamedTuple):
     @property
     def of_conversations(self) -> str:
         """The fingerprint if a record is a conversation."""
-        return fingerprint({"data": self.of_rules, "conversations": True})
+        return fingerprint({"data": self.of_rules, "conversations": CONVERSATIONS_VERSION})
 
     def of(self, manifest: Manifest) -> str:
         """Return the fingerprint of a cache with this manifest."""

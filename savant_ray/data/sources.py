@@ -66,6 +66,7 @@ class SourceFile:
     format: str = field(default="", compare=False)
     format_setting: str = "auto"  # what the user has set: "auto", or one of `formats.FORMATS`
     text_blocks: bool = False  # of plain text: each block of lines between blank lines is a document
+    quotes: bool = True  # of CSV: a field can be in quotes
 
     def inspected(self) -> SourceFile:
         """Return the file with encoding and format, which are detected by its first bytes if they are not known yet.
@@ -86,9 +87,10 @@ class SourceFile:
         return replace(self, encoding=encoding, format=detected)
 
     @property
-    def reading(self) -> tuple[str, bool, str]:
+    def reading(self) -> tuple[str | bool, ...]:
         """What determines, besides the content, which records are read."""
-        return self.format_setting, self.text_blocks, data_suffix(self.path)
+        without_quotes = () if self.quotes else ("without quotes",)
+        return self.format_setting, self.text_blocks, data_suffix(self.path), *without_quotes
 
     @property
     def record_name(self) -> str:
@@ -129,6 +131,7 @@ def expand(
     file_format: str = "auto",
     text_blocks: bool = False,
     split: str | None = None,
+    quotes: bool = True,
 ) -> list[SourceFile]:
     """Return the files of a path, folder (recursively), glob or URI, or of a list of them: sorted and without duplicates.
 
@@ -160,7 +163,7 @@ def expand(
     for item in patterns:
         listed = (_remote_files if is_uri(item) else _local_files)(item, file_format, split, warn)
         for file in listed:
-            files.setdefault(file.path, replace(file, text_blocks=text_blocks))
+            files.setdefault(file.path, replace(file, text_blocks=text_blocks, quotes=quotes))
     return _without_links([files[path] for path in sorted(files)], warn)
 
 
