@@ -193,16 +193,21 @@ def _with_rules(texts: Sequence[SourceFile] | Sequence[SourceText]) -> list[Sour
 def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
     """Return what formats and rules add to an identity: nothing for JSON lines with texts, as in earlier versions."""
     files = [file for source in sources for file in source.files]
-    is_default = all(
-        file.format_setting == "auto"
-        and not file.text_blocks
-        and (file.format or format_by_suffix(file.path) or "jsonl") == "jsonl"
-        for file in files
-    )
+    is_default = all(file.format_setting == "auto" and not file.text_blocks and _is_json_lines(file) for file in files)
     identity: dict[str, Any] = {} if is_default else {"formats": [file.reading for file in files]}
     if any(source.rule != TEXT_RULE for source in sources):
         identity["rules"] = [(len(source.files), repr(source.rule)) for source in sources]
     return identity
+
+
+def _is_json_lines(file: SourceFile) -> bool:
+    """Return whether a file is read as JSON lines; opens it if only its content can tell, as of a .txt in object storage.
+
+    Raises:
+        DataError: the file cannot be read, or its format is not supported.
+    """
+    suffix_format = file.format or format_by_suffix(file.path) or "jsonl"
+    return (file.inspected().format if suffix_format in ("csv", "text") else suffix_format) == "jsonl"
 
 
 def plan_source_parts(sources: Sequence[SourceText], range_bytes: int | None) -> list[SourcePart]:

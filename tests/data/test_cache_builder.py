@@ -513,6 +513,18 @@ def test_a_tokenizer_is_trained_once(tmp_path: Path, write_jsonl: WriteJsonl, mo
     assert train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
 
 
+def test_json_lines_named_txt_have_one_identity_whether_the_listing_knows_their_format_or_not(
+    tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl("a.txt", ["one two three four"] * 50)
+    files = expand(str(path))
+    first = train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270)
+    monkeypatch.setattr(cache_builder, "train_tokenizer", None)
+    as_in_object_storage = [dataclasses.replace(file, format="", encoding="") for file in files]
+    again = train_or_load_tokenizer(as_in_object_storage, tmp_path / "cache", vocab_size=270)
+    assert again.fingerprint == first.fingerprint
+
+
 def test_a_cache_has_the_documents_that_the_rules_of_its_sources_take(
     tmp_path: Path, byte_tokenizer: Tokenizer
 ) -> None:
