@@ -373,6 +373,13 @@ def test_a_stray_quote_between_tabs_takes_no_other_row_with_it(tmp_path: Path, c
     assert [value["text"] for value in values(records)] == texts
 
 
+def test_a_stray_quote_in_the_header_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text('id\t"text\n1\ta\n')
+    with pytest.raises(DataError, match="x.tsv: the header cannot be read .*; if quotes are .*, set quotes: false"):
+        read(tmp_path / "x.tsv")
+    assert values(read(tmp_path / "x.tsv", quotes=False)) == [{"id": "1", '"text': "a"}]
+
+
 def test_a_stray_quote_between_commas_makes_one_row_invalid_which_says_what_to_set(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('id,text\n1,"a\n2,b\n3,c\n4,"d" e\n5,f\n')
     records = read(tmp_path / "x.csv")

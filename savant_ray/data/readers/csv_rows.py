@@ -91,7 +91,7 @@ def _header(rows: Iterator[list[str]], lines: _Lines, path: str) -> list[str]:
         header = [name.strip() for name in next((row for row in rows if row), [])]
         problem = lines.problem()
     except (csv.Error, InvalidRecordError) as error:
-        problem = _problem(error, lines.number)
+        problem = _problem(error, lines.number) + QUOTES_HINT * lines.has_quotes
     if problem:
         raise DataError(f"{printable(path)}: the header cannot be read ({problem})")
     name, count = next(iter(Counter(filter(None, header)).most_common(1)), ("", 0))
