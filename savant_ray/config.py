@@ -200,10 +200,14 @@ class TextConfig(Section):
     text_blocks: bool = Field(
         default=False, description="of plain text: blocks of lines between blank lines are documents, not whole files"
     )
+    quotes: bool = Field(
+        default=True,
+        description="of CSV: a field can be in quotes; false: quotes are ordinary characters, as in many .tsv files",
+    )
     split: Text = Field(
         default="train",
-        description="split of a data set of the Hugging Face Hub (hf://datasets/…), or of a folder that "
-        "datasets.save_to_disk has written",
+        description="split of a data set of the Hugging Face Hub (hf://datasets/…), of a folder that datasets.save_to_disk "
+        "has written, or of a folder whose files are named after splits, such as a clone of a data set",
     )
     text: Text | None = Field(
         default=None,
@@ -217,13 +221,13 @@ class TextConfig(Section):
     messages: Text | None = Field(
         default=None,
         description="name of the field with a conversation, a list of {role, content} or {from, value}; auto: that in "
-        "messages or conversations, or instruction, input and output; rendered by the tokenizer's chat template, otherwise "
-        "as Question: … and Answer: …",
+        "messages or conversations, or instruction, input and output, or prompt and completion; rendered by the tokenizer's "
+        "chat template, otherwise as Question: … and Answer: …",
     )
     train_on: TrainOn | None = Field(
         default=None,
-        description="tokens of a conversation that are trained on: those of the assistant or all; null: assistant; all "
-        "tokens of other documents are",
+        description="tokens of a conversation that are trained on: those of the assistant, except in messages of weight 0 "
+        "and in a prompt, or all; null: assistant; all tokens of other documents are",
     )
 
     @model_serializer(mode="wrap")

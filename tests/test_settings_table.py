@@ -170,6 +170,7 @@ INSIDE: list[tuple[str, Any, str, str]] = [
             ({"messages": ["a"]}, ".messages", "expected text, found [a]"),
             ({"format": "xml"}, ".format", "expected auto, jsonl, json, parquet, arrow, csv or text, found xml"),
             ({"text_blocks": "x"}, ".text_blocks", "expected true or false, found x"),
+            ({"quotes": "x"}, ".quotes", "expected true or false, found x"),
             ({"split": ""}, ".split", "'' must not be empty"),
             ({"train_on": "user"}, ".train_on", "expected assistant or all, found user"),
             ({"template": "no field"}, ".template", "no field contains no field, such as {question}"),

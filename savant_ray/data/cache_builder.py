@@ -13,10 +13,11 @@ import os
 import shutil
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,11 +26,11 @@ import ray.data
 from savant_ray.data import ray_data
 from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.content import content_hashes, refuse_changed
-from savant_ray.data.deduplication import mark_duplicates, scan_path, write_scan
+from savant_ray.data.deduplication import is_marked, mark_duplicates, scan_path, write_scan
 from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
 from savant_ray.data.overlap import stored_digests
-from savant_ray.data.record_reader import documents, open_records, plan_parts
-from savant_ray.data.records import MAX_RECORD_BYTES, Part
+from savant_ray.data.record_reader import RecordReader, documents, max_records, open_records, plan_parts
+from savant_ray.data.records import MAX_RECORD_BYTES, Part, Record
 from savant_ray.data.shard_writer import (
     MAX_NAMED_INVALID_LINES,
     RangeSummary,
@@ -56,6 +57,7 @@ from savant_ray.locations import absolute_path
 
 FORMAT_VERSION = 2  # of token caches; 1 had no loss mask. Those of other versions are built again
 DATA_VERSION = 1  # of the rows: two caches with the same data fingerprint have the same rows, whatever their format is
+CONVERSATIONS_VERSION = 2  # of the rows of conversations; 1 had answers of weight 0 trained on
 PROGRESS_BYTES = 2 << 20  # between two progress reports of a task
 MAX_NAMED_EMPTY_FILES = 5  # in `empty_file_report`
 MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and ".unfinished" follow
@@ -192,16 +194,21 @@ def _with_rules(texts: Sequence[SourceFile] | Sequence[SourceText]) -> list[Sour
 def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
     """Return what formats and rules add to an identity: nothing for JSON lines with texts, as in earlier versions."""
     files = [file for source in sources for file in source.files]
-    is_default = all(
-        file.format_setting == "auto"
-        and not file.text_blocks
-        and (file.format or format_by_suffix(file.path) or "jsonl") == "jsonl"
-        for file in files
-    )
+    is_default = all(file.format_setting == "auto" and not file.text_blocks and _is_json_lines(file) for file in files)
     identity: dict[str, Any] = {} if is_default else {"formats": [file.reading for file in files]}
     if any(source.rule != TEXT_RULE for source in sources):
         identity["rules"] = [(len(source.files), repr(source.rule)) for source in sources]
     return identity
+
+
+def _is_json_lines(file: SourceFile) -> bool:
+    """Return whether a file is read as JSON lines; opens it if only its content can tell, as of a .txt in object storage.
+
+    Raises:
+        DataError: the file cannot be read, or its format is not supported.
+    """
+    suffix_format = file.format or format_by_suffix(file.path) or "jsonl"
+    return (file.inspected().format if suffix_format in ("csv", "text") else suffix_format) == "jsonl"
 
 
 def plan_source_parts(sources: Sequence[SourceText], range_bytes: int | None) -> list[SourcePart]:
@@ -230,7 +237,7 @@ class _Identity(NamedTuple):
     @property
     def of_conversations(self) -> str:
         """The fingerprint if a record is a conversation."""
-        return fingerprint({"data": self.of_rules, "conversations": True})
+        return fingerprint({"data": self.of_rules, "conversations": CONVERSATIONS_VERSION})
 
     def of(self, manifest: Manifest) -> str:
         """Return the fingerprint of a cache with this manifest."""
@@ -298,8 +305,8 @@ class _Build:
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         planned = self._plan()
-        parts = within_limits(planned, self._recipe.max_line_bytes)
-        if self._deduplicate_after is not None:
+        parts = within_limits(planned, self._recipe.max_line_bytes, progress)
+        if self._deduplicate_after is not None and not is_marked(folder):
             unscanned = {i: part for i, part in enumerate(parts) if not scan_path(folder, i).exists()}
             self._run_tasks(folder, unscanned, "scan", progress)
             earlier = (digests for cache in self._deduplicate_after for digests in stored_digests(cache))
@@ -318,7 +325,7 @@ class _Build:
         _refuse_empty(manifest, [part.rule for part in parts])
         _refuse_if_all_dropped(manifest, self._recipe)
         refuse_if_all_masked(manifest)
-        for needless in [*folder.glob("*.tmp"), *folder.glob("duplicates-*.npy")]:
+        for needless in [*folder.glob("*.tmp"), *folder.glob("duplicates-*")]:
             needless.unlink(missing_ok=True)
         write_atomically(folder / MANIFEST, manifest.to_json())
         if folder == self._unfinished:
@@ -421,28 +428,62 @@ def _from_row(row: dict[str, Any]) -> Part:
     return Part(SourceFile(**row), **bounds)
 
 
-def within_limits(parts: Sequence[SourcePart], max_line_bytes: int) -> list[SourcePart]:
+def within_limits(
+    parts: Sequence[SourcePart], max_line_bytes: int, progress: Progress = lambda done, total: None
+) -> list[SourcePart]:
     """Return the parts up to the limit of each source; the rule of its last one has what is left of the limit.
 
     The documents are counted in order and without tokenizing them, up to the limit. Tasks, which know their own part only,
-    could not stop at the same document, and packed shards cannot be cut.
+    could not stop at the same document, and packed shards cannot be cut. Nothing is counted of a source that has no more
+    lines or rows than its limit. `progress` receives the bytes that were counted and the total of all sources with a limit.
     """
+    limited = [part for part in parts if part.rule.limit is not None]
+    total, done = sum(part.part.stored_bytes for part in limited), 0
+    complete = {source for source, group in groupby(limited, lambda part: part.source) if _is_within_limit(group)}
     counted: Counter[int] = Counter()
     kept: list[SourcePart] = []
     for part in parts:
         rule, limit = part.rule, part.rule.limit
-        if limit is not None:
+        if limit is not None and part.source in complete:
+            rule = dataclasses.replace(rule, limit=None)
+        elif limit is not None:
             remaining = limit - counted[part.source]
             if not remaining:
                 continue
             rule = dataclasses.replace(rule, limit=remaining)
             with open_records(part.part, max_line_bytes, rule.fields) as records:
-                n_documents = rule.count(records)
+                n_documents = rule.count(_with_progress(records, partial(_add_progress, progress, done, total)))
             counted[part.source] += n_documents
+            done += part.part.stored_bytes
+            progress(done, total)
             if n_documents < remaining:
                 rule = dataclasses.replace(rule, limit=None)
         kept.append(part._replace(rule=rule))
     return kept
+
+
+def _is_within_limit(parts: Iterable[SourcePart]) -> bool:
+    """Return whether the parts of a source have no more records than its limit, if that is known without parsing them."""
+    n_records = 0
+    for part in parts:
+        most = max_records(part.part)
+        if most is None or part.rule.limit is None or (n_records := n_records + most) > part.rule.limit:
+            return False
+    return True
+
+
+def _with_progress(records: RecordReader, report: Callable[[int], None]) -> Iterator[Record]:
+    """Yield the records; `report` receives the bytes of the part that have been read so far."""
+    reported = 0
+    for record in records:
+        yield record
+        if records.bytes_read - reported >= PROGRESS_BYTES:
+            reported = records.bytes_read
+            report(reported)
+
+
+def _add_progress(progress: Progress, done: int, total: int, n_bytes: int) -> None:
+    progress(done + n_bytes, total)
 
 
 def _merge_summaries(

@@ -1,7 +1,8 @@
 """Renders conversations as text: by the chat template of a tokenizer, or in a plain form.
 
-Three shapes of records are conversations: `messages: [{role, content}, …]`, ShareGPT's `conversations: [{from, value}, …]`,
-and `instruction` with `output` and optionally `input`. The plain form is the one of the validation prompt:
+Four shapes of records are conversations: `messages: [{role, content}, …]`, ShareGPT's `conversations: [{from, value}, …]`,
+`instruction` with `output` and optionally `input`, and `prompt` with `completion`, which are texts or lists of messages and
+have several other names. The plain form is the one of the validation prompt:
 
     Text of the system message
 
@@ -12,7 +13,7 @@ and `instruction` with `output` and optionally `input`. The plain form is the on
     Answer: …
 
 Besides the text, the character ranges that the assistant writes are returned: the content of its messages and what ends
-its turn, so that the model learns to stop.
+its turn, so that the model learns to stop. Messages with `weight: 0`, and those in a `prompt`, are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import Any, NamedTuple
 
 import jinja2
@@ -36,7 +37,7 @@ from savant_ray.data.records import json_type
 Message = dict[str, Any]  # at least "role" and "content", both strings
 Ranges = tuple[tuple[int, int], ...]  # of characters, [start, stop)
 
-AUTO = "auto"  # instead of the name of a field: any of the three shapes
+AUTO = "auto"  # instead of the name of a field: any of the four shapes
 ROLES = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool", "function")},
     **dict.fromkeys(("human", "prompter"), "user"),
@@ -44,6 +45,11 @@ ROLES = {
 }  # in any case; other roles are for the chat template
 ROLES_WITHOUT_CONTENT = ("system", "tool", "function")  # whose content may be null or blank
 SYSTEM_FIELDS = ("system", "system_prompt")  # beside a conversation
+PROMPT_FIELDS = ("prompt", "question", "query", "instruction")
+COMPLETION_FIELDS = ("completion", "response", "answer", "output")
+ADDITION_FIELDS = ("input", "context")  # of which one may be added to a prompt or instruction
+CHOICE_FIELDS = ("choices", "options")  # without which a question is incomplete; they need a template
+WEIGHT = "weight"  # field of a message of the assistant, as OpenAI has it: with 0 the message is not trained on
 TOOL_CALLS = ("tool_calls", "function_call")  # fields of a message, which then may have no content
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content
 PROBE = "Answer"  # content of an assistant's message that shows where a template writes it
@@ -59,7 +65,7 @@ class ConversationError(Exception):
 
 
 class Rendered(NamedTuple):
-    """Text of a conversation, and the ranges that the assistant writes."""
+    """Text of a conversation, and the ranges that the assistant writes and that are trained on."""
 
     text: str
     answers: Ranges
@@ -101,11 +107,17 @@ class ChatTemplate:
                 if forbidden in words:
                     token = "a reserved character" if forbidden in (OPEN, CLOSE) else f"the special token {forbidden}"
                     raise ConversationError(f"message {number + 1} contains {token}")
+        is_trained = [message.get(WEIGHT) != 0 for message in messages if message["role"] == "assistant"]
+        messages = [{key: value for key, value in message.items() if key != WEIGHT} for message in messages]
         marked = self._render(messages)
         text, blocks = _without_marks(marked)
         answers = blocks if blocks else self._contents(messages, text)
         if blocks is None or answers is None:
             raise ConversationError("the chat template changes the contents of the assistant, so they cannot be found")
+        if not all(is_trained):
+            if len(answers) != len(is_trained):
+                raise ConversationError("the chat template does not mark each message, so weight: 0 cannot be applied")
+            answers = tuple(compress(answers, is_trained))
         return self._without_affixes(text, _with_space_before(text, answers))
 
     def _contents(self, messages: Sequence[Message], text: str) -> Ranges | None:
@@ -240,7 +252,7 @@ def plain_form(messages: Sequence[Message]) -> Rendered:
         content = message["content"].strip()
         before = f"{labels[role]} " if labels[role] else ""
         after = "" if is_last else "\n" if role == "user" else "\n\n"
-        if role == "assistant":
+        if role == "assistant" and message.get(WEIGHT) != 0:
             answers.append((length + len(labels[role]), length + len(before) + len(content)))
         parts.append(before + content + after)
         length += len(parts[-1])
@@ -250,7 +262,7 @@ def plain_form(messages: Sequence[Message]) -> Rendered:
 def find_messages(value: dict[str, Any], field: str = AUTO) -> list[Message] | None:
     """Return the messages of a record; None if it has no conversation.
 
-    `field` is the name of the list of messages, or `AUTO` for the three known shapes. A list can be a JSON array in a text,
+    `field` is the name of the list of messages, or `AUTO` for the four known shapes. A list can be a JSON array in a text,
     as in CSV. A system message can be in a field beside the messages.
 
     Raises:
@@ -273,7 +285,13 @@ def _find_messages(value: dict[str, Any], field: str) -> list[Message] | None:
         if isinstance(messages := _parsed(value.get(name)), list):
             return _messages_of(name, messages)
     if isinstance(value.get("instruction"), str) and isinstance(value.get("output"), str):
-        return _of_instruction(value)
+        return _of_pair(value, "instruction", "output")
+    # Of two prompts or two answers, which one belongs to the other is unknown.
+    pairs = [[name for name in names if value.get(name) is not None] for names in (PROMPT_FIELDS, COMPLETION_FIELDS)]
+    if [len(names) for names in pairs] == [1, 1] and not any(map(value.get, CHOICE_FIELDS)):
+        (prompt,), (completion,) = pairs
+        if isinstance(value[prompt], str | list) and isinstance(value[completion], str | list):
+            return _of_pair(value, prompt, completion)
     return None
 
 
@@ -287,18 +305,40 @@ def _parsed(messages: Any) -> Any:
         return messages
 
 
-def _of_instruction(value: dict[str, Any]) -> list[Message]:
-    instruction, addition, output = value["instruction"], value.get("input"), value["output"]
-    for name in ("instruction", "output"):
-        if _is_blank(value[name]):
+def _of_pair(value: dict[str, Any], prompt: str, completion: str) -> list[Message]:
+    """Return the messages of a prompt and its completion: texts or lists of messages, of which the completion is trained on.
+
+    Raises:
+        ConversationError: one of the two is empty or not valid, or the completion has no message of the assistant.
+    """
+    question, answer = (_parsed(value[name]) for name in (prompt, completion))
+    for name, part in ((prompt, question), (completion, answer)):
+        if not part or (isinstance(part, str) and part.isspace()):
             raise ConversationError(f'"{name}" is empty')
-    if addition is not None and not isinstance(addition, str):
-        raise ConversationError(f'"input" is {json_type(addition)}, not a string')
-    question = instruction if _is_blank(addition or "") else f"{instruction}\n\n{addition}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    if isinstance(question, str):
+        name, addition = next(
+            ((name, value[name]) for name in ADDITION_FIELDS if value.get(name) is not None), ("", "")
+        )
+        if not isinstance(addition, str):
+            raise ConversationError(f'"{name}" is {json_type(addition)}, not a string')
+        question = [{"role": "user", "content": question if _is_blank(addition) else f"{question}\n\n{addition}"}]
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    before = _present_messages(prompt, question)
+    return [{**message, WEIGHT: 0} for message in before] + _messages_of(completion, answer)
 
 
 def _messages_of(field: str, messages: Any) -> list[Message]:
+    present = _present_messages(field, messages)
+    roles = list(dict.fromkeys(message["role"] for message in present))
+    if "assistant" not in roles:
+        found = f" (roles: {', '.join(role[:SHOWN_CHARACTERS] for role in roles[:MAX_NAMED_ROLES])})" if roles else ""
+        raise ConversationError(f'"{field}" contains no message of the assistant{found}')
+    return present
+
+
+def _present_messages(field: str, messages: Any) -> list[Message]:
+    """Return the messages without empty system messages."""
     if not isinstance(messages, list):
         raise ConversationError(f'"{field}" is {json_type(messages)}, not an array')
     normalized = [_message(f'"{field}"', number, message) for number, message in enumerate(messages, start=1)]
@@ -308,10 +348,6 @@ def _messages_of(field: str, messages: Any) -> list[Message]:
         may_be_blank = _has_tool_calls(message) or message["role"] in ROLES_WITHOUT_CONTENT
         if _is_blank(message["content"]) and not may_be_blank:
             raise ConversationError(f'message {number} of "{field}" is empty')
-    roles = list(dict.fromkeys(message["role"] for message in present))
-    if "assistant" not in roles:
-        found = f" (roles: {', '.join(role[:SHOWN_CHARACTERS] for role in roles[:MAX_NAMED_ROLES])})" if roles else ""
-        raise ConversationError(f'"{field}" contains no message of the assistant{found}')
     return present
 
 
@@ -331,6 +367,9 @@ def _message(field: str, number: int, message: Any) -> Message:
         if not isinstance(text, str):
             state = f"is {json_type(text)}, not a string" if key in message else "is missing"
             raise ConversationError(f'"{key}" of message {number} of {field} {state}')
+    if role == "assistant" and (weight := others.get(WEIGHT, 1)) not in (0, 1):
+        shown = json.dumps(weight, default=str)[:SHOWN_CHARACTERS]
+        raise ConversationError(f'"{WEIGHT}" of message {number} of {field} is {shown}; it has to be 0 or 1')
     return {**others, "role": role, "content": content}
 
 
@@ -362,7 +401,7 @@ def _is_marked(message: Message) -> bool:
 
 def _words(message: Message) -> str:
     """Return all texts in a message that a template may write."""
-    others = [value for key, value in message.items() if key not in ("role", "content")]
+    others = [value for key, value in message.items() if key not in ("role", "content", WEIGHT)]
     content = str(message["content"])
     return content + json.dumps(others, ensure_ascii=False, default=str) if others else content
 

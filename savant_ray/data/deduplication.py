@@ -2,8 +2,9 @@
 
 A task per range writes a scan: the 64-bit digest and the record number of each document. The first document with a digest
 stays, in the order of sources, files and records; the record numbers of the others are written into a file that the task
-which writes the shard reads. Digests of earlier sources are in their token caches, so each source is scanned once. The
-driver needs about 40 bytes of memory per document of the source that is scanned.
+which writes the shard reads. A preparation that is interrupted continues with the scans, or with this result, if they are
+written. Digests of earlier sources are in their token caches, so each source is scanned once. The driver needs about 40
+bytes of memory per document of the source that is scanned.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.documents import Document, DocumentRule
 from savant_ray.data.overlap import Digests, document_digests
 from savant_ray.data.record_reader import open_records
 from savant_ray.data.records import Part
 
+MARKED = "duplicates-marked"  # name of the file that exists when the duplicates in all ranges have been found
 DOCUMENTS_PER_REPORT = 1 << 10
 
 
@@ -32,6 +35,11 @@ def scan_path(folder: Path, index: int) -> Path:
 def duplicates_path(folder: Path, index: int) -> Path:
     """Return the path of the file with the record numbers of the duplicates in a range; there is none without duplicates."""
     return folder / f"duplicates-{index:05d}.npy"
+
+
+def is_marked(folder: Path) -> bool:
+    """Return whether the duplicates in all ranges have been found."""
+    return (folder / MARKED).exists()
 
 
 def write_scan(folder: Path, index: int, part: Part, max_line_bytes: int, rule: DocumentRule) -> Iterator[int]:
@@ -77,8 +85,9 @@ def mark_duplicates(folder: Path, n_ranges: int, earlier: Iterable[Digests]) -> 
         if len(duplicates):
             with duplicates_path(folder, index).open("wb") as file:
                 np.save(file, duplicates)
+    write_atomically(folder / MARKED, "")
     for index in range(n_ranges):
-        scan_path(folder, index).unlink()
+        scan_path(folder, index).unlink(missing_ok=True)
 
 
 def without_duplicates(documents: Iterable[Document], folder: Path, index: int) -> Iterator[Document]:

@@ -172,7 +172,8 @@ class DocumentRule:
         if field != AUTO:
             raise _InvalidRecordError(_missing(value, field))
         raise _InvalidRecordError(
-            f'no conversation in "messages", "conversations" or "instruction" and "output" (found: {_names(value)})'
+            'no conversation in "messages", "conversations", "instruction" and "output" or "prompt" and "completion" '
+            f"(found: {_names(value)})"
         )
 
     def _rendered(self, messages: Sequence[Message]) -> _Text:

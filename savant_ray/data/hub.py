@@ -14,31 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import huggingface_hub
-import yaml
-from fsspec.utils import glob_translate
 from huggingface_hub import errors
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
 from savant_ray.data.sources import format_by_suffix
+from savant_ray.data.splits import CARD, DEFAULT_CONFIG, default_configs, splits_of_card, splits_of_names
 from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import error_text
 
 SCHEME = "hf://datasets/"
-CARD = "README.md"
 PARQUET_COPY = "refs/convert/parquet"
 DEFAULT_REVISION = "main"
-DEFAULT_CONFIG = "default"
 MAX_NAMED = 10  # configs or splits that an error names
 
 _REFERENCE = re.compile(r"(?P<repository>[^/@]+/[^/@]+)(@(?P<early>[^/]+))?(/(?P<config>[^/@*?]+))?(@(?P<late>.+))?")
-# The split in the name of a file or folder: train, train-00000-of-00012, train_sft-00000-of-00002, partial-train.
-_SPLIT = re.compile(
-    r"(partial-)?(?P<split>(train|training|validation|valid|val|dev|test|testing|eval)(_[A-Za-z]+)?)([-_.]?[0-9].*)?"
-)
-_FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
 
 Progress = Callable[[int, int], None]
 
@@ -101,11 +92,10 @@ def files_of_split(names: Sequence[str], card: str, config: str | None, split: s
     the card marks or calls "default", or the only one.
     """
     data_files = [name for name in names if _is_data(name)]
-    splits = _splits_of_card(data_files, card) or _splits_of_names(data_files)
+    splits = splits_of_card(data_files, card) or splits_of_names(data_files)
     configs = list(dict.fromkeys(name for name, _ in splits))
     if config is None:
-        marked = [_config_name(listed) for listed in _card_configs(card) if listed.get("default")]
-        candidates = [*marked, DEFAULT_CONFIG, *(configs if len(configs) == 1 else [])]
+        candidates = [*default_configs(card), DEFAULT_CONFIG, *(configs if len(configs) == 1 else [])]
         config = next((name for name in candidates if name in configs), None)
     files = splits.get((config or "", split), [])
     return files, [] if files else [f"{name} ({of_split})" for name, of_split in splits]
@@ -229,64 +219,3 @@ def _errors_explained(dataset: HubDataset) -> Iterator[None]:
 def _is_data(name: str) -> bool:
     is_hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
     return format_by_suffix(name) not in ("", "text") and not is_hidden
-
-
-def _card_configs(card: str) -> list[dict[str, Any]]:
-    """Return the configs in the front matter of a card; none if it has none or cannot be parsed."""
-    match = _FRONT_MATTER.match(card.lstrip("\ufeff"))
-    try:
-        values = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        return []
-    configs = values.get("configs") if isinstance(values, dict) else None
-    return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
-
-
-def _splits_of_card(names: Sequence[str], card: str) -> dict[tuple[str, str], list[str]]:
-    """Return the files of each config and split that the card lists."""
-    splits: dict[tuple[str, str], list[str]] = {}
-    for config in _card_configs(card):
-        name, folder = _config_name(config), str(config.get("data_dir") or "")
-        data_files = config.get("data_files", "**")
-        for entry in data_files if isinstance(data_files, list) else [data_files]:
-            listed = entry if isinstance(entry, dict) else {"path": entry}
-            patterns = listed.get("path")
-            for pattern in patterns if isinstance(patterns, list) else [patterns]:
-                is_match = re.compile(glob_translate(str(PurePosixPath(folder, str(pattern))))).match
-                files = [file for file in names if is_match(file)]
-                by_split = {str(listed["split"]): files} if "split" in listed else _by_split(files)
-                for split, of_split in by_split.items():
-                    known = splits.setdefault((name, split), [])
-                    known += [file for file in of_split if file not in known]
-    return {key: files for key, files in splits.items() if files}
-
-
-def _config_name(config: Mapping[str, Any]) -> str:
-    return str(config.get("config_name", DEFAULT_CONFIG))
-
-
-def _splits_of_names(names: Sequence[str]) -> dict[tuple[str, str], list[str]]:
-    """Return the files of each config and split by their paths; of a data set in several formats, its Parquet files.
-
-    A config is a folder, possibly in the folder "data": `[data/][CONFIG/]SPLIT-00000-of-00012.parquet`.
-    """
-    parquet = [name for name in names if name.lower().endswith(".parquet")]
-    configs: dict[str, list[str]] = {}
-    for name in sorted(parquet or names):
-        folders = [part for part in PurePosixPath(name).parts[:-1] if part != "data" and _SPLIT.fullmatch(part) is None]
-        configs.setdefault("/".join(folders) or DEFAULT_CONFIG, []).append(name)
-    return {
-        (config, split): files for config, of_config in configs.items() for split, files in _by_split(of_config).items()
-    }
-
-
-def _by_split(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the files of each split by their names, or those of their folders; files that name none are for training."""
-    splits: dict[str, list[str]] = {}
-    for name in names:
-        *folders, file = PurePosixPath(name).parts
-        match = _SPLIT.fullmatch(file.partition(".")[0]) or next(
-            filter(None, map(_SPLIT.fullmatch, folders[::-1])), None
-        )
-        splits.setdefault(match["split"] if match else "train", []).append(name)
-    return splits

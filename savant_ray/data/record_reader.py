@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 
 from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule
 from savant_ray.data.formats import TABLES
@@ -14,12 +15,12 @@ from savant_ray.data.jsonl import json_lines
 from savant_ray.data.readers.csv_rows import csv_rows
 from savant_ray.data.readers.json_values import json_values
 from savant_ray.data.readers.plain_text import text_blocks, text_document
-from savant_ray.data.readers.tables import TableReader, table_parts
+from savant_ray.data.readers.tables import TableReader, row_count, table_parts
 from savant_ray.data.records import MAX_RECORD_BYTES, UNBOUNDED, Part, Record
 from savant_ray.data.sources import LISTING_THREADS, SourceFile
 from savant_ray.data.streams import DecodedStream
 from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import error_text, printable
+from savant_ray.locations import error_text, is_uri, printable
 
 MIB = 1 << 20
 
@@ -63,6 +64,29 @@ def records_before(part: Part, max_record_bytes: int = MAX_RECORD_BYTES) -> int:
         return 0
     with open_records(dataclasses.replace(part, start=0, stop=part.start), max_record_bytes) as records:
         return max((record.number for record in records), default=0)
+
+
+def max_records(part: Part) -> int | None:
+    """Return a number that the records of a part do not exceed; None if it is unknown without parsing them.
+
+    It is known of Parquet, and of local JSON lines, whose line ends are counted.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    file = part.file.inspected()
+    with _errors_as_data_error(file):
+        if file.format == "parquet":
+            return row_count(part)
+        if file.format != "jsonl" or file.encoding or is_uri(file.path):
+            return None
+        with Path(file.path).open("rb") as stored:
+            stored.seek(part.start)
+            remaining, n_lines = min(part.stop, file.size) - part.start, 1
+            while remaining > 0 and (block := stored.read(min(remaining, MIB))):
+                remaining -= len(block)
+                n_lines += block.count(b"\n")
+        return n_lines
 
 
 def open_records(

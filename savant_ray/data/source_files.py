@@ -28,7 +28,7 @@ def find_files(
     local: list[str] = []
     for path in path_list(settings.path):
         local += _downloaded(path, settings.split, Path(cache_dir), notify, progress) or [path]
-    return expand(local, notify, settings.format, settings.text_blocks, settings.split)
+    return expand(local, notify, settings.format, settings.text_blocks, settings.split, settings.quotes)
 
 
 def path_list(paths: str | list[str] | None) -> list[str]:

@@ -21,12 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from savant_ray.data.formats import CODECS, FORMAT_SUFFIXES, FORMATS, TABLES, data_suffix, inspect
+from savant_ray.data.splits import CARD, names_by_split, split_of_folder
 from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import (
     absolute_path,
@@ -43,6 +44,7 @@ from savant_ray.locations import (
 PLAIN_SUFFIXES = tuple(dict.fromkeys(suffix for suffixes in FORMAT_SUFFIXES.values() for suffix in suffixes))
 DATASET_FILES = ("dataset_info.json", "state.json")  # beside the Arrow files that `datasets.save_to_disk` writes
 DATASET_DICT = "dataset_dict.json"  # above their folders
+MAX_CARD_CHARACTERS = 1 << 20  # of the card of a data set that are read
 MAX_NAMED = 5  # files that a warning or error names
 GCS_RETRY_SECONDS = 30  # without a network the client would retry for 15 minutes by default
 LISTING_THREADS = 16  # hide the latency of network file systems
@@ -64,6 +66,7 @@ class SourceFile:
     format: str = field(default="", compare=False)
     format_setting: str = "auto"  # what the user has set: "auto", or one of `formats.FORMATS`
     text_blocks: bool = False  # of plain text: each block of lines between blank lines is a document
+    quotes: bool = True  # of CSV: a field can be in quotes
 
     def inspected(self) -> SourceFile:
         """Return the file with encoding and format, which are detected by its first bytes if they are not known yet.
@@ -84,9 +87,10 @@ class SourceFile:
         return replace(self, encoding=encoding, format=detected)
 
     @property
-    def reading(self) -> tuple[str, bool, str]:
+    def reading(self) -> tuple[str | bool, ...]:
         """What determines, besides the content, which records are read."""
-        return self.format_setting, self.text_blocks, data_suffix(self.path)
+        without_quotes = () if self.quotes else ("without quotes",)
+        return self.format_setting, self.text_blocks, data_suffix(self.path), *without_quotes
 
     @property
     def record_name(self) -> str:
@@ -127,6 +131,7 @@ def expand(
     file_format: str = "auto",
     text_blocks: bool = False,
     split: str | None = None,
+    quotes: bool = True,
 ) -> list[SourceFile]:
     """Return the files of a path, folder (recursively), glob or URI, or of a list of them: sorted and without duplicates.
 
@@ -138,8 +143,11 @@ def expand(
     text (.txt, .text, .md) is listed only if the folder contains no other files, because a README.md or requirements.txt is
     not training text; the same holds for plain text that a glob matches. Files in several formats are all listed, with a
     warning, because they may have the same documents. A file that is named, or `file_format="text"`, is
-    always used. Of a folder that `datasets.save_to_disk` has written, the Arrow files with the data are listed; those of
-    `split`, if the folder has several splits and a split is given.
+    always used. Of a folder that `datasets.save_to_disk` has written, the Arrow files with the data are listed.
+
+    If a split is given and a folder has several ones, only the files of this split are listed, with a warning. The splits
+    are the folders that `datasets.save_to_disk` has written, those that the card (README.md) of a data set of the Hub
+    lists, or those in the names of files and folders (train.jsonl, data/test-00000-of-00001.parquet).
 
     Raises:
         DataError: there is no file, or a file cannot be read or has an unsupported format; the message names it or the
@@ -155,7 +163,7 @@ def expand(
     for item in patterns:
         listed = (_remote_files if is_uri(item) else _local_files)(item, file_format, split, warn)
         for file in listed:
-            files.setdefault(file.path, replace(file, text_blocks=text_blocks))
+            files.setdefault(file.path, replace(file, text_blocks=text_blocks, quotes=quotes))
     return _without_links([files[path] for path in sorted(files)], warn)
 
 
@@ -246,9 +254,10 @@ def _local_files(pattern: str, file_format: str, split: str | None, warn: Warn) 
             return [_local_file(path, pattern, file_format)]
         if is_folder:
             os.scandir(path).close()  # raises if the user may not list it
-            paths = _of_folder(_of_split(_files_below(path, problems), split, warn), file_format)
+            paths = _of_folder(path, _files_below(path, problems), file_format, split, _read_text, warn)
         else:
             paths = _without_dataset_files(_local_matches(path, problems))
+            _warn_of_several_splits(pattern, paths, split, warn)
         folders = {match for match in paths if os.path.isdir(match)}
     files, errors = _read_heads(sorted(paths - folders), file_format, problems)
     files = files if is_folder else _without_plain_text(files, file_format, warn)
@@ -433,15 +442,69 @@ def _is_glob(path: str) -> bool:
     return any(character in path for character in "*?[")
 
 
-def _of_folder(paths: Iterable[str], file_format: str) -> set[str]:
-    """Return the paths in a folder with a suffix of the format; plain text only if the format or the folder has no other."""
-    by_suffix = {path: format_by_suffix(path, file_format) for path in paths}
+def _of_folder(
+    folder: str, paths: Iterable[str], file_format: str, split: str | None, read: Callable[[str], str], warn: Warn
+) -> set[str]:
+    """Return the paths in a folder that have a suffix of the format and belong to the split.
+
+    Plain text is used only if the format is text, or the folder has no other files. `read` returns the content of a file.
+    """
+    paths = set(paths)
+    by_suffix = {path: format_by_suffix(path, file_format) for path in _of_saved_split(paths, split, warn)}
     supported = {path for path, suffix_format in by_suffix.items() if suffix_format}
     structured = {path for path in supported if by_suffix[path] != "text"}
-    return _without_dataset_files(structured or supported)
+    files = _without_dataset_files(structured or supported)
+    if split is None or any(os.path.basename(path) == DATASET_DICT for path in paths):
+        return files
+    card = os.path.join(folder, CARD)
+    return _of_named_split(folder, files, read(card) if card in paths else "", split, warn)
 
 
-def _of_split(paths: Iterable[str], split: str | None, warn: Warn) -> set[str]:
+def _of_named_split(folder: str, paths: set[str], card: str, split: str, warn: Warn) -> set[str]:
+    """Leave out the files of other splits, if the card or the names of the files tell several splits apart.
+
+    Raises:
+        DataError: there are splits, but not this one.
+    """
+    by_name = {os.path.relpath(path, folder): path for path in sorted(paths)}
+    chosen = split_of_folder(list(by_name), card, split)
+    if chosen is None:
+        return paths
+    available = ", ".join(map(printable, chosen.available))
+    if not chosen.files:
+        raise DataError(f"{printable(folder)}: has no split {split}; its splits: {available}")
+    if len(chosen.files) < len(paths):
+        taken = " and ".join(map(printable, chosen.taken))
+        verb = "are" if len(chosen.taken) > 1 else "is"
+        warn(f"{printable(folder)}: of the splits {available}, {taken} {verb} used (see split)")
+    return {by_name[name] for name in chosen.files}
+
+
+def _warn_of_several_splits(pattern: str, paths: Iterable[str], split: str | None, warn: Warn) -> None:
+    """Warn of a glob that matches several splits, of which some may not be meant for training."""
+    splits = names_by_split([os.path.basename(path) for path in paths])
+    if split is not None and len(splits) > 1:
+        warn(
+            f"{printable(pattern)}: matches the splits {', '.join(map(printable, sorted(splits)))}; all are used (to choose "
+            "one, name the folder and set split)"
+        )
+
+
+def _read_text(path: str) -> str:
+    """Return the beginning of a text file; "" if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_CARD_CHARACTERS)
+    except OSError:
+        return ""
+
+
+def _read_remote_text(filesystem: pafs.FileSystem, path: str) -> str:
+    with filesystem.open_input_stream(path) as stream:
+        return str(stream.read(MAX_CARD_CHARACTERS).decode(errors="replace"))
+
+
+def _of_saved_split(paths: Iterable[str], split: str | None, warn: Warn) -> set[str]:
     """Leave out the other splits of data sets with several splits that `datasets.save_to_disk` has written.
 
     Raises:
@@ -550,7 +613,8 @@ def _remote_files(pattern: str, file_format: str, split: str | None, warn: Warn)
         is_folder = info.type == pafs.FileType.Directory
         if is_folder:
             infos = _remote_infos(filesystem, path, deep=True)
-            paths = _of_folder(_of_split((info.path for info in infos), split, warn), file_format)
+            read = partial(_read_remote_text, filesystem)
+            paths = _of_folder(path, (info.path for info in infos), file_format, split, read, warn)
             infos = [info for info in infos if info.path in paths]
         elif _is_glob(path):
             wildcards = re.search(r"[^/]*[*?\[].*", path)
@@ -561,6 +625,7 @@ def _remote_files(pattern: str, file_format: str, split: str | None, warn: Warn)
             if not infos and "[" in rest:  # as in `_local_matches`
                 infos = _remote_matches(filesystem, path, rest.replace("[", "[[]"))
             paths = _without_dataset_files(info.path for info in infos)
+            _warn_of_several_splits(pattern, paths, split, warn)
             infos = [info for info in infos if info.path in paths]
         else:
             infos = []

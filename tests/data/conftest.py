@@ -1,4 +1,4 @@
-"""Fixtures: a local Ray, a byte-level tokenizer without merges, JSONL files."""
+"""Fixtures: a local Ray, a byte-level tokenizer without merges, JSONL files, a small Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+from tests.data.hub_on_loopback import Hub, served_hub
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -53,3 +54,12 @@ def write_jsonl(tmp_path: Path) -> Callable[[str, Iterable[str]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub with one data set, to which HF_ENDPOINT points."""
+    with served_hub() as (served, address):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the environment of tests may set it
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        yield served

@@ -191,12 +191,16 @@ from savant_ray.data.cache_builder import prepare
 from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import Tokenizer
 ray.init(address=sys.argv[1], log_to_driver=False)
-prepare(expand(sys.argv[2]), Tokenizer.load(sys.argv[3]), 64, sys.argv[4], range_bytes=400_000)
+after = [] if sys.argv[5] else None
+prepare(
+    expand(sys.argv[2]), Tokenizer.load(sys.argv[3]), 64, sys.argv[4], range_bytes=400_000, deduplicate_after=after
+)
 """
 
 
+@pytest.mark.parametrize("after", [None, []], ids=["all documents", "without duplicates"])
 def test_a_killed_preparation_resumes_with_its_complete_shards(
-    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer, after: list[TokenCache] | None
 ) -> None:
     import ray
 
@@ -204,6 +208,7 @@ def test_a_killed_preparation_resumes_with_its_complete_shards(
     byte_tokenizer.save(tmp_path / "tokenizer.json")
     address = ray.get_runtime_context().gcs_address
     arguments = [address, str(path), str(tmp_path / "tokenizer.json"), str(tmp_path / "cache")]
+    arguments.append("" if after is None else "deduplicate")
     process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], start_new_session=True)
     deadline = time.monotonic() + 60
     while not (done := sorted((tmp_path / "cache").glob("*.unfinished/shard-*.json"))):
@@ -214,10 +219,20 @@ def test_a_killed_preparation_resumes_with_its_complete_shards(
     process.wait()
     assert not list((tmp_path / "cache").glob("train-*/manifest.json"))
     before = {each.name: each.stat().st_mtime_ns for each in done}
-    cache = prepare(expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", range_bytes=400_000)
-    after = {name: (cache.folder / name).stat().st_mtime_ns for name in before}
-    assert after == before
+    reported: list[int] = []
+    cache = prepare(
+        expand(str(path)),
+        byte_tokenizer,
+        64,
+        tmp_path / "cache",
+        range_bytes=400_000,
+        deduplicate_after=after,
+        progress=lambda done, total: reported.append(done),
+    )
+    assert {name: (cache.folder / name).stat().st_mtime_ns for name in before} == before
     assert cache.manifest.documents == 12_000
+    assert reported == sorted(reported) and reported[0] > 0, "duplicates are not searched again"
+    assert not list(cache.folder.glob("duplicates*"))
 
 
 def test_files_without_a_document_are_named_and_refused_only_if_no_file_has_one(
@@ -496,6 +511,18 @@ def test_a_tokenizer_is_trained_once(tmp_path: Path, write_jsonl: WriteJsonl, mo
     (path,) = (tmp_path / "cache").glob("tokenizer-*.json")
     path.rename(path.with_name(path.name.rpartition("-")[0] + ".json"))  # as versions without checksums named it
     assert train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
+
+
+def test_json_lines_named_txt_have_one_identity_whether_the_listing_knows_their_format_or_not(
+    tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl("a.txt", ["one two three four"] * 50)
+    files = expand(str(path))
+    first = train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270)
+    monkeypatch.setattr(cache_builder, "train_tokenizer", None)
+    as_in_object_storage = [dataclasses.replace(file, format="", encoding="") for file in files]
+    again = train_or_load_tokenizer(as_in_object_storage, tmp_path / "cache", vocab_size=270)
+    assert again.fingerprint == first.fingerprint
 
 
 def test_a_cache_has_the_documents_that_the_rules_of_its_sources_take(

@@ -1,4 +1,4 @@
-"""Conversations: three shapes of records, rendered by a chat template or in the plain form, with the assistant's ranges."""
+"""Conversations: four shapes of records, rendered by a chat template or in the plain form, with the assistant's ranges."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ SPOKEN = [
     {"role": "user", "content": "And 2 + 2?"},
     {"role": "assistant", "content": "It is 4."},
 ]
+USER, ANSWER = SPOKEN[1], SPOKEN[2]
 
 
 def rendered(value: dict[str, Any], rule: DocumentRule) -> Document:
@@ -190,6 +191,69 @@ def test_an_instruction_with_its_output_is_a_conversation(value: dict[str, Any],
     assert trained(document) == [text[text.index("\nAnswer:") + 8 :]]
 
 
+FEW_SHOT = SPOKEN[:4]  # with an answer in the prompt
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "answer"),
+    [
+        ({"prompt": "1 + 1?", "completion": " 2\n"}, "Question: 1 + 1?\nAnswer: 2", " 2"),
+        ({"question": "1 + 1?", "answer": "2", "id": 3}, "Question: 1 + 1?\nAnswer: 2", " 2"),
+        ({"instruction": "Add.", "context": "1, 1", "response": "2"}, "Question: Add.\n\n1, 1\nAnswer: 2", " 2"),
+        ({"question": "1 + 1?", "input": "", "response": "2", "completion": None}, "Question: 1 + 1?\nAnswer: 2", " 2"),
+        ({"system_prompt": "Be brief.", "question": "a", "response": "b"}, "Be brief.\n\nQuestion: a\nAnswer: b", " b"),
+        ({"prompt": FEW_SHOT, "completion": [SPOKEN[4]]}, PLAIN, " It is 4."),
+        ({"prompt": FEW_SHOT, "completion": "It is 4."}, PLAIN, " It is 4."),
+        ({"prompt": json.dumps(FEW_SHOT), "completion": json.dumps(SPOKEN[4:])}, PLAIN, " It is 4."),
+    ],
+)
+def test_a_prompt_with_its_completion_is_a_conversation_of_which_the_completion_is_trained_on(
+    value: dict[str, Any], text: str, answer: str
+) -> None:
+    for rule in (DocumentRule(), DocumentRule(messages="auto")):
+        document = rendered(value, rule)
+        assert document.text == text
+        assert trained(document) == [answer] and text.endswith(answer)
+    assert rendered(value, DocumentRule(train_on="all")).trained is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": "a", "completion": "b", "response": "c"},
+        {"prompt": "a", "question": "b", "answer": "c"},
+        {"question": "a", "choices": ["b", "c"], "answer": "b"},
+        {"question": "a", "answer": 1},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ],
+)
+def test_a_prompt_whose_completion_is_not_certain_is_no_conversation(value: dict[str, Any]) -> None:
+    (document,) = DocumentRule().documents([Record(1, value)])
+    assert document.problem.startswith('no "text" field') and not document.is_conversation
+
+
+@pytest.mark.parametrize("source", [None, CHATML, LLAMA, MISTRAL, ZEPHYR, MARKED])
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (False, None), (0, 0)])
+def test_an_answer_of_weight_0_is_not_trained_on_and_changes_no_text(
+    source: str | None, weights: tuple[int | None, int | None]
+) -> None:
+    rule = DocumentRule(chat_template=None if source is None else ChatTemplate(source, TOKENS))
+    weighted = [dict(message) for message in SPOKEN]
+    weighted[2]["weight"], weighted[4]["weight"] = weights
+    document, plain = rendered({"messages": weighted}, rule), rendered({"messages": SPOKEN}, rule)
+    assert document.text == plain.text and plain.trained is not None
+    assert document.trained == tuple(
+        answer for answer, weight in zip(plain.trained, weights, strict=True) if weight not in (0, False)
+    )
+
+
+def test_a_template_that_does_not_mark_each_answer_refuses_weights() -> None:
+    template = ChatTemplate("{% generation %}{{ messages[1].content + messages[3].content }}{% endgeneration %}")
+    messages = [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
+    (document,) = DocumentRule(chat_template=template).documents([Record(1, {"messages": messages})])
+    assert document.problem == "the chat template does not mark each message, so weight: 0 cannot be applied"
+
+
 def test_all_tokens_of_a_conversation_are_trained_on_if_that_is_set() -> None:
     document = rendered({"messages": SPOKEN}, DocumentRule(train_on="all"))
     assert (document.text, document.trained) == (PLAIN, None)
@@ -198,9 +262,6 @@ def test_all_tokens_of_a_conversation_are_trained_on_if_that_is_set() -> None:
 def test_an_empty_system_message_is_as_good_as_none() -> None:
     empty = [{"role": "system", "content": ""}, *SPOKEN[1:]]
     assert rendered({"messages": empty}, DocumentRule()) == rendered({"messages": SPOKEN[1:]}, DocumentRule())
-
-
-USER, ANSWER = SPOKEN[1], SPOKEN[2]
 
 
 def conversation(user: str = "user", assistant: str = "assistant", **fields: Any) -> dict[str, Any]:
@@ -337,9 +398,24 @@ def test_a_special_token_in_a_tool_call_makes_a_conversation_invalid() -> None:
         (
             {"text": "x"},
             DocumentRule(messages="auto"),
-            'no conversation in "messages", "conversations" or "instruction" and "output" (found: text)',
+            'no conversation in "messages", "conversations", "instruction" and "output" or "prompt" and "completion" '
+            "(found: text)",
         ),
         ({"instruction": "a", "output": ""}, DocumentRule(), '"output" is empty'),
+        ({"prompt": "a", "completion": " "}, DocumentRule(), '"completion" is empty'),
+        ({"prompt": [], "completion": "b"}, DocumentRule(), '"prompt" is empty'),
+        ({"question": "a", "context": ["b"], "answer": "c"}, DocumentRule(), '"context" is an array, not a string'),
+        (
+            {"prompt": [USER], "completion": [USER]},
+            DocumentRule(),
+            '"completion" contains no message of the assistant (roles: user)',
+        ),
+        ({"prompt": ["a"], "completion": "b"}, DocumentRule(), 'message 1 of "prompt" is a string, not an object'),
+        (
+            {"messages": [USER, {**ANSWER, "weight": 0.5}]},
+            DocumentRule(),
+            '"weight" of message 2 of "messages" is 0.5; it has to be 0 or 1',
+        ),
         ({"instruction": "a", "input": 3, "output": "b"}, DocumentRule(), '"input" is a number, not a string'),
         (
             {"messages": [USER, {"role": "assistant", "content": "a\ud83d"}]},

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from savant_ray.config import Config, HeldOutConfig, SourceConfig
+from savant_ray.data import cache_builder, streams
 from savant_ray.data.cache_builder import plan_source_parts, within_limits
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import Document, DocumentRule, SourceText, rule_of
@@ -96,9 +99,9 @@ def test_a_record_gives_the_text_that_the_rule_describes(rule: DocumentRule, val
         (AUTO, {"Text": "a"}, 'no "text" field (found: Text); if Text has the text, set text: Text'),
         (
             AUTO,
-            {"prompt": "a", "completion": "b"},
-            'no "text" field (found: completion, prompt); set a template, such as '
-            '"Question: {prompt}\\nAnswer: {completion}"',
+            {"question": "a", "choices": ["b", "c"], "answer": "b"},
+            'no "text" field (found: answer, choices, question); set a template, such as '
+            '"Question: {question}\\nAnswer: {answer}"',
         ),
         (
             AUTO,
@@ -285,6 +288,29 @@ def test_a_limit_takes_the_first_documents_for_any_division_into_parts(
             found += [document.text for document in part.rule.documents(records) if document.text]
     assert found == expected * 2, "each source has a limit of its own"
     assert [document.text for document in documents(files, rule=rule)] == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("limit", [40, 39, 100])
+def test_documents_are_counted_with_progress_and_only_if_there_may_be_more_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
+) -> None:
+    monkeypatch.setattr(cache_builder, "PROGRESS_BYTES", 100)
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 50)
+    rows = [{"text": f"document {number}"} for number in range(40)]
+    if name == "a.jsonl":
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name, row_group_size=10)
+    parts = plan_source_parts([SourceText(expand(str(tmp_path)), DocumentRule(limit=limit))], None)
+    reported: list[tuple[int, int]] = []
+    kept = within_limits(parts, MAX_RECORD_BYTES, lambda done, total: reported.append((done, total)))
+    size = (tmp_path / name).stat().st_size
+    if limit < 40:
+        assert reported[-1] == (size, size) and (len(reported) > 3 or name == "a.parquet")
+        assert [done for done, _ in reported] == sorted(done for done, _ in reported)
+    else:
+        assert not reported and [part.rule.limit for part in kept] == [None] * len(parts)
 
 
 def source(**fields: Any) -> SourceConfig:

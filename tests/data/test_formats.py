@@ -342,16 +342,52 @@ def test_invalid_rows_of_csv_are_reported_with_their_line_and_the_others_are_rea
     )
     records = read(tmp_path / "x.csv", limit=1_000)
     texts = [record.value["text"] for record in records if record.value]
-    assert texts == ["a", "two\nlines", "i"]
+    assert texts == ["a", "two\nlines", "i", "j"]
     assert problems(records) == {
         3: "1 fields, but the header has 2 (line 5 of the file)",
         4: "3 fields, but the header has 2 (line 6 of the file)",
-        6: "',' expected after '\"' (line 8 of the file)",
+        6: "',' expected after '\"'; if quotes are ordinary characters in this file, set quotes: false (line 8 of the file)",
         7: "invalid UTF-8 (0xff at byte 2) (line 9 of the file)",
         8: "contains a NUL character (line 10 of the file)",
         9: "line of 2,002 bytes, over the limit of 1,000 (line 11 of the file)",
-        11: "a quote is not closed, so the row has all 2 lines to the end of the file (line 13 of the file)",
+        11: "a quote is not closed, so the row has all 2 lines to the end of the file; if quotes are ordinary characters in "
+        "this file, set quotes: false (line 13 of the file)",
     }
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('id\ttext\n1\t"a\n2\tb\n3\tc" d\n4\te\n', ['"a', "b", 'c" d', "e"]),  # never closed
+        ('id\ttext\n1\t"a\n2\tb\n3\t"c\n4\te\n', ['"a', "b", '"c', "e"]),  # closed by another field's quote
+        ('id\ttext\n1\t"a" b\n2\t5" disk\n3\t"c"\n', ['"a" b', '5" disk', "c"]),
+        ('id\ttext\n1\t"a" b\n2\t"c\n3\td"\n', ['"a" b', '"c', 'd"']),  # the first row shows that there is no quoting
+        ('text\tid\n"a\tb\nc"\t1\nd\t2\n', ["a\tb\nc", "d"]),
+        ('id\ttext\n1\t"two\nlines"\n2\t"a ""b"""\n', ["two\nlines", 'a "b"']),
+    ],
+)
+def test_a_stray_quote_between_tabs_takes_no_other_row_with_it(tmp_path: Path, content: str, texts: list[str]) -> None:
+    (tmp_path / "x.tsv").write_text(content)
+    records = read(tmp_path / "x.tsv")
+    assert not problems(records)
+    assert [value["text"] for value in values(records)] == texts
+
+
+def test_a_stray_quote_in_the_header_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text('id\t"text\n1\ta\n')
+    with pytest.raises(DataError, match="x.tsv: the header cannot be read .*; if quotes are .*, set quotes: false"):
+        read(tmp_path / "x.tsv")
+    assert values(read(tmp_path / "x.tsv", quotes=False)) == [{"id": "1", '"text': "a"}]
+
+
+def test_a_stray_quote_between_commas_makes_one_row_invalid_which_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('id,text\n1,"a\n2,b\n3,c\n4,"d" e\n5,f\n')
+    records = read(tmp_path / "x.csv")
+    assert [record.value["text"] for record in records if record.value] == ["b", "c", "f"]
+    assert list(problems(records)) == [1, 4]
+    assert all("set quotes: false (line" in problem for problem in problems(records).values())
+    without_quotes = values(read(tmp_path / "x.csv", quotes=False))
+    assert [value["text"] for value in without_quotes] == ['"a', "b", "c", '"d" e', "f"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from savant_ray.data.documents import DocumentRule
 from savant_ray.data.record_reader import documents
 from savant_ray.data.source_files import find_files
 from savant_ray.errors import DataError
-from tests.data.test_hub import MAIN, Hub, hub  # noqa: F401 - a fixture
+from tests.data.hub_on_loopback import MAIN, Hub
 
 
 def parquet(*texts: str) -> bytes:
@@ -30,7 +30,7 @@ def texts_of(source: SourceConfig, cache_dir: Path) -> list[str]:
     return [document.text for document in documents(files, rule=DocumentRule())]
 
 
-def test_a_source_can_be_a_data_set_of_the_hub(hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_a_source_can_be_a_data_set_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.commits[MAIN] = {
         "data/train-00000-of-00002.parquet": parquet("one", "two"),
         "data/train-00001-of-00002.parquet": parquet("three"),
@@ -59,7 +59,7 @@ def test_format_and_blocks_are_settings_of_a_source(
     assert texts_of(source, tmp_path) == texts
 
 
-def test_a_source_that_the_hub_does_not_have_is_an_error(hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_a_source_that_the_hub_does_not_have_is_an_error(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="^hf://datasets/owner/other: does not exist"):
         texts_of(SourceConfig(path="hf://datasets/owner/other", weight=1), tmp_path)
 
@@ -88,3 +88,82 @@ def test_of_a_saved_data_set_with_several_splits_one_is_used(tmp_path: Path, sch
     with pytest.raises(DataError, match="saved: has no split dev; its splits: test, train, training"):
         find_files(SourceConfig(path=path, weight=1, split="dev"), tmp_path, noticed.append)
     assert len(find_files(SourceConfig(path=f"{path}/*/*.arrow", weight=1), tmp_path, noticed.append)) == 3
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: [a.jsonl, "more/*.jsonl"]
+  - split: held_out
+    path: b.jsonl
+---
+"""
+CLONE = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["path", "uri"])
+@pytest.mark.parametrize(
+    ("names", "split", "used"),
+    [
+        (CLONE, "train", CLONE[:2]),
+        (CLONE, "test", CLONE[2:]),
+        (["train.jsonl", "validation.jsonl", "books.jsonl"], "train", ["books.jsonl", "train.jsonl"]),
+        (["orca_train.jsonl", "orca_test.jsonl"], "train", ["orca_train.jsonl"]),
+        (["en/Train.jsonl", "de/train.jsonl", "en/Dev.jsonl"], "train", ["de/train.jsonl", "en/Train.jsonl"]),
+        (["train/0.jsonl", "val/0.jsonl", "test/0.jsonl"], "validation", ["val/0.jsonl"]),
+        (["training.jsonl", "test.jsonl"], "train", ["training.jsonl"]),
+        (
+            ["train_sft-0.jsonl", "train_gen-0.jsonl", "test_sft-0.jsonl"],
+            "train",
+            ["train_gen-0.jsonl", "train_sft-0.jsonl"],
+        ),
+        (["train_sft-0.jsonl", "train_gen-0.jsonl", "test_sft-0.jsonl"], "train_gen", ["train_gen-0.jsonl"]),
+        (["a.jsonl", "b.jsonl", "more/c.jsonl", "README.md"], "train", ["a.jsonl", "more/c.jsonl"]),
+        (["a.jsonl", "b.jsonl", "more/c.jsonl", "README.md"], "held_out", ["b.jsonl"]),
+    ],
+)
+def test_of_a_folder_with_several_splits_one_is_used_and_named(
+    tmp_path: Path, scheme: str, names: list[str], split: str, used: list[str]
+) -> None:
+    folder = write_files(tmp_path / "clone", names)
+    noticed: list[str] = []
+    files = find_files(SourceConfig(path=f"{scheme}{folder}", weight=1, split=split), tmp_path, noticed.append)
+    assert [file.path.partition("/clone/")[2] for file in files] == used
+    assert len(noticed) == 1 and "clone: of the splits" in noticed[0] and "used (see split)" in noticed[0]
+
+
+@pytest.mark.parametrize(
+    "names", [["a.jsonl", "b.jsonl"], ["test-0.jsonl", "test-1.jsonl"], ["train/a.jsonl", "b.jsonl"], ["latest.jsonl"]]
+)
+def test_a_folder_without_several_splits_is_used_completely(tmp_path: Path, names: list[str]) -> None:
+    folder = write_files(tmp_path / "clone", names)
+    noticed: list[str] = []
+    assert len(find_files(SourceConfig(path=str(folder), weight=1), tmp_path, noticed.append)) == len(names)
+    assert not noticed
+
+
+def test_a_split_that_a_folder_does_not_have_is_an_error_with_its_splits(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "clone", CLONE[:1])
+    with pytest.raises(DataError, match="clone: has no split validation; its splits: train"):
+        find_files(SourceConfig(path=str(folder), weight=1, split="validation"), tmp_path, lambda message: None)
+    only_tests = write_files(tmp_path / "tests", ["test.jsonl", "dev.jsonl"])
+    with pytest.raises(DataError, match="tests: has no split train; its splits: dev, test"):
+        find_files(SourceConfig(path=str(only_tests), weight=1), tmp_path, lambda message: None)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["path", "uri"])
+def test_a_glob_takes_all_splits_that_it_matches_with_a_warning(tmp_path: Path, scheme: str) -> None:
+    folder = write_files(tmp_path / "clone", CLONE)
+    noticed: list[str] = []
+    assert len(find_files(SourceConfig(path=f"{scheme}{folder}/data/*", weight=1), tmp_path, noticed.append)) == 3
+    assert len(noticed) == 1 and "matches the splits test, train; all are used" in noticed[0]
+
+
+def write_files(folder: Path, names: list[str]) -> Path:
+    """Write a document into each file, and the card into the README."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(CARD if name == "README.md" else json.dumps({"text": name}) + "\n")
+    return folder

@@ -11,7 +11,7 @@ import traceback
 from rich.console import Console
 from rich.table import Table
 
-from tests.fuzz.property import PROPERTIES, Property
+from tests.fuzz.property import INPUTS, PROPERTIES, Property
 from tests.tracked_files import tracked_files
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress, if the output is not a terminal
@@ -54,6 +54,12 @@ def main(n: int, pattern: str = "") -> int:
             failed += not holds
             table.add_row(tested.name, f"{done:,}" if holds else "FAILED", tested.generated, f"{seconds:.0f}")
     console.print(table)
+    if INPUTS:
+        readers = Table("damaged or senseless inputs read as", "inputs", box=None)
+        for reader, inputs in sorted(INPUTS.items()):
+            readers.add_row(reader, f"{inputs:,}")
+        readers.add_row("in total", f"{INPUTS.total():,}")
+        console.print(readers)
     return min(failed, 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -47,6 +48,7 @@ class Property:
 
 
 PROPERTIES: list[Property] = []
+INPUTS: Counter[str] = Counter()  # read so far, by what has read them, for the table of `make fuzz`
 
 
 def holds_for(

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 
 from savant_ray.data import streams
 from savant_ray.data.documents import TEXT_RULE
+from savant_ray.data.formats import CODECS, FORMAT_SUFFIXES
 from savant_ray.data.record_reader import open_records, plan_parts
 from savant_ray.data.records import Record
-from savant_ray.data.sources import SourceFile
+from savant_ray.data.sources import SourceFile, expand
 from savant_ray.errors import DataError
 from tests.fuzz.drawing import damaged, from_seed, random_text, random_value
-from tests.fuzz.property import holds_for, scratch
+from tests.fuzz.property import INPUTS, holds_for, scratch
 
 COMPRESSIONS = {
     "": bytes,
@@ -121,14 +122,30 @@ def damaged_file(rng: Random) -> tuple[bytes, str, str, bool]:
     )
 
 
+def named_file(rng: Random) -> tuple[str, bytes]:
+    """Return a damaged file and its name, whose suffix fits in two of three cases."""
+    content, file_format, encoding, _ = damaged_file(rng)
+    if rng.random() < 0.3:
+        _, content, file_format = file_of_any_format(rng)  # intact, perhaps under the name of another format
+        encoding = ""
+    if rng.random() < 0.3:
+        file_format, encoding = rng.choice(tuple(FORMAT_SUFFIXES)), rng.choice(tuple(COMPRESSIONS))
+    compressed = next((suffix for suffix, name in CODECS.items() if name == encoding), "")
+    return f"any{rng.choice(FORMAT_SUFFIXES[file_format])}{compressed}", content
+
+
 def read(content: bytes, options: dict[str, Any], part_bytes: int, block: int) -> list[Record]:
     """Return the records of the parts, numbered from the start of the file."""
     path = scratch() / "any.data"
     path.write_bytes(content)
-    file = SourceFile(str(path), len(content), 0, **options)
+    return read_file(SourceFile(str(path), len(content), 0, **options), part_bytes, block)
+
+
+def read_file(file: SourceFile, part_bytes: int, block: int) -> list[Record]:
+    """Return the records of the parts, numbered from the start of the file."""
     records: list[Record] = []
-    with patch.object(streams, "BLOCK_BYTES", max(block, len(content) // 100)):  # at most about 100 blocks
-        for part in plan_parts([file], max(part_bytes, len(content) // 20)):
+    with patch.object(streams, "BLOCK_BYTES", max(block, file.size // 100)):  # at most about 100 blocks
+        for part in plan_parts([file], max(part_bytes, file.size // 20)):
             before = len(records)
             with open_records(part, LIMIT) as reader:
                 records += [record._replace(number=record.number + before) for record in reader]
@@ -174,6 +191,7 @@ def test_a_damaged_file_of_any_format_yields_records_problems_or_an_error_with_i
     case: tuple[bytes, str, str, bool], part_bytes: int, block: int
 ) -> None:
     content, file_format, encoding, text_blocks = case
+    INPUTS[_reader(file_format, encoding)] += 1
     options = {"format": file_format, "encoding": encoding, "text_blocks": text_blocks}
     results = []
     for sizes in ((part_bytes, block), (1 << 20, 1 << 20)):
@@ -187,6 +205,30 @@ def test_a_damaged_file_of_any_format_yields_records_problems_or_an_error_with_i
             check(records)
             results.append([(record.value, record.problem) for record in records])
     assert repr(results[0]) == repr(results[1]), "the parts together equal the file read at once"
+
+
+@holds_for(
+    "such files and intact ones under names of any format, which are detected by their first bytes",
+    case=from_seed(named_file),
+    part_bytes=PART_BYTES,
+)
+def test_a_file_whose_format_is_detected_yields_records_problems_or_an_error_with_its_name(
+    case: tuple[str, bytes], part_bytes: int
+) -> None:
+    name, content = case
+    (path := scratch() / name).write_bytes(content)
+    try:
+        (file,) = expand(str(path))
+        INPUTS[_reader(file.format, file.encoding)] += 1
+        check(read_file(file, part_bytes, 1 << 20))
+    except DataError as error:
+        assert f"{name}: " in str(error) and str(error).isprintable()
+    finally:
+        path.unlink()
+
+
+def _reader(file_format: str, encoding: str) -> str:
+    return ", ".join(filter(None, (file_format, encoding)))
 
 
 def _exact(value: Any) -> Any:

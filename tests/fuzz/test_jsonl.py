@@ -20,7 +20,7 @@ from savant_ray.data.records import UNBOUNDED, Part
 from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError
 from tests.fuzz.drawing import damaged, from_seed, random_text, random_value
-from tests.fuzz.property import holds_for, scratch
+from tests.fuzz.property import INPUTS, holds_for, scratch
 
 DEPTHS = (1, 5, 20, 100, 900, 1022, 1023, 1024, 1025, 1100, 3_000)
 LENGTHS = (1, 5, 18, 19, 20, 30, 100, 308, 309, 4_299, 4_300, 4_301, 6_000)
@@ -131,6 +131,7 @@ def test_any_ranges_of_any_bytes_yield_each_line_once_as_document_blank_or_probl
     case: tuple[bytes, list[int]], limit: int, block: int
 ) -> None:
     content, cuts = case
+    INPUTS["jsonl"] += 1
     lines = read(content, cuts, limit, block)
     check_lines(lines, content, limit)
     assert lines == read(content, [0, len(content)], limit, 1 << 20)
@@ -139,6 +140,7 @@ def test_any_ranges_of_any_bytes_yield_each_line_once_as_document_blank_or_probl
 @holds_for("such files as .gz and .zst, two of three damaged", one_in=5, case=from_seed(compressed_file))
 def test_a_compressed_file_yields_its_lines_or_an_error_with_its_name(case: tuple[bytes, bytes, str]) -> None:
     content, packed, suffix = case
+    INPUTS[f"jsonl, {CODECS[suffix]}"] += 1
     try:
         lines = read(packed, [0, UNBOUNDED], 100_000, 1 << 20, suffix)
     except DataError as error:

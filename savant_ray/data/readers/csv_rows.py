@@ -1,11 +1,16 @@
-"""Reads the rows of CSV with a header; the delimiter is a comma, a semicolon, a tab or a vertical bar."""
+"""Reads the rows of CSV with a header; the delimiter is a comma, a semicolon, a tab or a vertical bar.
+
+Many tab-separated files have no quoting, and a quote at the beginning of a field is a part of it. Read as the beginning of a
+quoted field, it would take the following lines into its row. A row that cannot be read with quotes therefore never has more
+than one line if this line has all fields: between tabs it is then read without quotes, otherwise it is invalid.
+"""
 
 from __future__ import annotations
 
 import csv
 import re
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 
 from savant_ray.data.formats import BYTE_ORDER_MARK, data_suffix
@@ -14,6 +19,7 @@ from savant_ray.data.streams import DecodedStream, invalid_utf8, over_limit, spl
 from savant_ray.errors import DataError
 from savant_ray.locations import printable
 
+QUOTES_HINT = "; if quotes are ordinary characters in this file, set quotes: false"
 DELIMITERS = ",;\t|"  # if the header has none: a comma, in a file named .tsv a tab
 _NAMED_DELIMITER = re.compile(rb'"?sep=([^\w\s"]|\t)"?\s*')  # a line before the header, for Excel
 
@@ -32,23 +38,44 @@ def csv_rows(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterat
     else:
         delimiter = _delimiter(lines.first, part.file.path)
     has_spaces = delimiter.encode() + b" " in _unquoted(lines.first)
-    rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=has_spaces)
+    rows = csv.reader(
+        lines,
+        delimiter=delimiter,
+        strict=True,
+        skipinitialspace=has_spaces,
+        quoting=csv.QUOTE_MINIMAL if part.file.quotes else csv.QUOTE_NONE,
+    )
     header = _header(rows, lines, part.file.path)
     number = 0
+    n_only_quoted = n_without_quotes = 0  # rows that can be read only with quotes, only without
     while True:
         number += 1
         begin = lines.number + 1
+        lines.begin_row()
         row: list[str] = []
+        problem = ""
         try:
             row = next(rows)
         except StopIteration:
             return
         except (csv.Error, InvalidRecordError) as error:
-            problem = lines.problem() or _problem(error, lines.number - begin + 1)
-        else:
-            problem = lines.problem()
-            if row and len(row) != len(header):
-                problem = problem or f"{len(row):,} fields, but the header has {len(header):,}"
+            problem = _problem(error, lines.number - begin + 1)
+        if row and len(row) != len(header):
+            problem = f"{len(row):,} fields, but the header has {len(header):,}"
+        without_quotes = lines.fields_of_row(delimiter) if lines.has_quotes and part.file.quotes else []
+        has_all_fields = without_quotes[:1] == [len(header)] and len(header) > 1
+        if problem and without_quotes:
+            problem += QUOTES_HINT
+        elif without_quotes and not has_all_fields:
+            n_only_quoted += 1
+        # One row over several lines, or a row for each of them?
+        is_uncertain = len(without_quotes) > 1 and set(without_quotes) == {len(header)}
+        if has_all_fields and (problem or (is_uncertain and n_without_quotes > n_only_quoted)):
+            line = lines.keep_first_line()
+            if delimiter == "\t":
+                n_without_quotes += 1
+                row, problem = line.rstrip("\r\n").split("\t"), ""
+        problem = lines.problem() or problem
         if problem:
             yield Record(number, problem=f"{problem} (line {begin:,} of the file)")
         else:
@@ -60,10 +87,11 @@ def csv_rows(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterat
 def _header(rows: Iterator[list[str]], lines: _Lines, path: str) -> list[str]:
     header: list[str] = []
     try:
+        lines.begin_row()
         header = [name.strip() for name in next((row for row in rows if row), [])]
         problem = lines.problem()
     except (csv.Error, InvalidRecordError) as error:
-        problem = _problem(error, lines.number)
+        problem = _problem(error, lines.number) + QUOTES_HINT * lines.has_quotes
     if problem:
         raise DataError(f"{printable(path)}: the header cannot be read ({problem})")
     name, count = next(iter(Counter(filter(None, header)).most_common(1)), ("", 0))
@@ -95,7 +123,7 @@ def _unquoted(line: bytes) -> bytes:
 
 
 class _Lines:
-    """Iterator of the decoded lines of a file.
+    """Iterator of the decoded lines of a file, which can go back to the second line of a row.
 
     It goes on after it has raised an exception for a line, which a generator cannot.
     """
@@ -103,29 +131,63 @@ class _Lines:
     def __init__(self, raw_lines: Iterator[bytes | int], limit: int) -> None:
         self._raw_lines = raw_lines
         self._limit = limit
-        self._problem = ""
         first = next(raw_lines, b"")
-        self._first: bytes | int | None = first.removeprefix(BYTE_ORDER_MARK) if isinstance(first, bytes) else first
-        self.first = self._first if isinstance(self._first, bytes) else b""
+        first = first.removeprefix(BYTE_ORDER_MARK) if isinstance(first, bytes) else first
+        self._next: deque[bytes | int] = deque([first])  # before those of `raw_lines`
+        self._row: list[bytes | int] = []  # lines since the row began
+        self._has_problem = False  # whether one of them is invalid
+        self.first = first if isinstance(first, bytes) else b""
         self.number = 0
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        raw, self._first = next(self._raw_lines) if self._first is None else self._first, None
+        raw = self._next.popleft() if self._next else next(self._raw_lines)
         self.number += 1
+        self._row.append(raw)
         if isinstance(raw, int):
+            self._has_problem = True
             raise InvalidRecordError(over_limit("line", raw, self._limit))
-        if b"\0" in raw:
-            self._problem = "contains a NUL character"
+        self._has_problem |= b"\0" in raw
         try:
             return raw.decode() + "\n"
-        except UnicodeDecodeError as error:
-            self._problem = invalid_utf8(raw, error)
+        except UnicodeDecodeError:
+            self._has_problem = True
             return raw.decode(errors="replace") + "\n"
 
+    def begin_row(self) -> None:
+        """Begin a row with the next line."""
+        self._row.clear()
+        self._has_problem = False
+
+    @property
+    def has_quotes(self) -> bool:
+        """Whether a line of the row has a quote, and none is over the limit."""
+        lines = [raw for raw in self._row if isinstance(raw, bytes)]
+        return len(lines) == len(self._row) and any(b'"' in line for line in lines)
+
+    def fields_of_row(self, delimiter: str) -> list[int]:
+        """Return the number of fields of each line of the row, if quotes are ordinary characters."""
+        return [raw.count(delimiter.encode()) + 1 for raw in self._row if isinstance(raw, bytes)]
+
+    def keep_first_line(self) -> str:
+        """Let the row have one line, which is returned; the next row begins with the second line."""
+        first, *others = self._row
+        self._next.extendleft(reversed(others))
+        self.number -= len(others)
+        self._row = [first]
+        return first.decode(errors="replace") if isinstance(first, bytes) else ""
+
     def problem(self) -> str:
-        """Return why one of the lines since the last call is invalid; "" if none is."""
-        problem, self._problem = self._problem, ""
-        return problem
+        """Return why one of the lines of the row is invalid; "" if none is."""
+        for raw in self._row if self._has_problem else ():
+            if isinstance(raw, int):
+                return over_limit("line", raw, self._limit)
+            if b"\0" in raw:
+                return "contains a NUL character"
+            try:
+                raw.decode()
+            except UnicodeDecodeError as error:
+                return invalid_utf8(raw, error)
+        return ""

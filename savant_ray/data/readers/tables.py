@@ -56,6 +56,19 @@ def table_parts(file: SourceFile, step: int) -> list[Part]:
     return [Part(file, start, stop, end - begin) for (start, stop), (begin, end) in bounds]
 
 
+def row_count(part: Part) -> int:
+    """Return the number of rows of a part of a Parquet file, as its footer lists them.
+
+    Raises:
+        Exception: the file is damaged.
+    """
+    filesystem, path = part.file.resolve()
+    with filesystem.open_input_file(path) as stored:
+        metadata = pq.read_metadata(stored)
+    groups = range(part.start, min(part.stop, metadata.num_row_groups))
+    return sum(metadata.row_group(index).num_rows for index in groups)
+
+
 class TableReader:
     """Iterable of the records of a part.
 
