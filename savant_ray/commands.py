@@ -211,9 +211,10 @@ def _export(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--format",
-        choices=("original", "safetensors"),
+        choices=("original", "safetensors", "hf"),
         required=True,
-        help="original: a file that the original program loads; safetensors: a folder with weights, settings and tokenizer",
+        help="original: a file that the original program loads; safetensors: a folder with weights, settings and tokenizer; "
+        "hf: a folder that transformers and lm-eval load",
     )
     parser.add_argument("--output", type=file_path, metavar="PATH", required=True, help="file or folder to write")
     parser.add_argument(
@@ -226,8 +227,9 @@ def _export(arguments: Sequence[str]) -> int:
     if options.optimizer and options.format != "original":
         parser.error("--optimizer requires --format original")
     if settings and options.format == "original":
-        parser.error("settings require --format safetensors; --format original takes none")
+        parser.error("settings require --format safetensors or hf; --format original takes none")
     refuse_deleted_folder()
+    from savant_ray.export.hugging_face import export_hugging_face
     from savant_ray.original.export import export_original
     from savant_ray.storage.run_storage import fetched, local_checkpoint
     from savant_ray.training.safetensors_export import export_safetensors
@@ -238,7 +240,8 @@ def _export(arguments: Sequence[str]) -> int:
                 print(f"warning: {warning}", file=sys.stderr)
     else:
         with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
-            export_safetensors(checkpoint, options.output)
+            export = export_hugging_face if options.format == "hf" else export_safetensors
+            export(checkpoint, options.output)
     print(f"{options.output} is written")
     return 0
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from savant_ray.config import Config
 from savant_ray.data.atomic_files import write_atomically
@@ -35,8 +35,9 @@ END_NAMES = (
     *(END_OF_DOCUMENT, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"),
     *("<|end|>", "<|im_end|>", "[EOS]", "[SEP]"),
 )
+PADDING_NAMES = (PAD, "<pad>", "[PAD]", "<|padding|>")
 NEVER_SAMPLED_NAMES = (
-    *(PAD, "<pad>", "[PAD]", "<|padding|>", "<unk>", "<|unk|>", "[UNK]", "<s>", "<bos>", "[BOS]", "[CLS]"),
+    *(*PADDING_NAMES, "<unk>", "<|unk|>", "[UNK]", "<s>", "<bos>", "[BOS]", "[CLS]"),
     *("<|startoftext|>", "<|begin_of_text|>", "[MASK]", "<mask>"),
 )
 SEGMENT_CHARACTERS = 1 << 20  # longer texts are encoded in parts
@@ -169,6 +170,19 @@ class Tokenizer:
         """Return the tokenizer as JSON, without the arguments `name`, `end_of_document` and `add_special_tokens`."""
         return self._inner.to_str()
 
+    def prompt_json(self) -> str:
+        """Return `to_json` with a template that adds only `prefix`, so that other programs encode a text as a prompt."""
+        if _template(self._inner, self.name) == (self.prefix, ()):
+            return self.to_json()
+        names = [self.token_name(token) for token in self.prefix]
+        copy = tokenizers.Tokenizer.from_str(self.to_json())
+        copy.post_processor = None
+        if names:
+            single, pair = " ".join([*names, "$A"]), " ".join([*names, "$A", "$B:1"])
+            special = list(zip(names, self.prefix, strict=True))
+            copy.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+        return copy.to_str()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `tokenizer.json` atomically."""
         write_atomically(Path(path), self.to_json())
@@ -245,6 +259,11 @@ class Tokenizer:
     def token_name(self, token: int) -> str:
         """Return the entry of an id in the vocabulary; "" if it has none."""
         return self._inner.id_to_token(token) or ""
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of an entry of the vocabulary, None if it has no such entry."""
+        number: int | None = self._inner.token_to_id(name)
+        return number
 
     def encode_documents(self, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
         """Return the ids of each text as a document: `prefix`, text, `suffix`.
