@@ -229,18 +229,20 @@ def _export(arguments: Sequence[str]) -> int:
     if settings and options.format == "original":
         parser.error("settings require --format safetensors or hf; --format original takes none")
     refuse_deleted_folder()
-    from savant_ray.export.hugging_face import export_hugging_face
-    from savant_ray.original.export import export_original
     from savant_ray.storage.run_storage import fetched, local_checkpoint
-    from savant_ray.training.safetensors_export import export_safetensors
 
     if options.format == "original":
+        from savant_ray.original.export import export_original
+
         with fetched(options.checkpoint, with_original=True) as checkpoint:
             for warning in export_original(checkpoint, options.output, options.optimizer):
                 print(f"warning: {warning}", file=sys.stderr)
     else:
+        if options.format == "hf":
+            from savant_ray.export.hugging_face import export_hugging_face as export
+        else:
+            from savant_ray.training.safetensors_export import export_safetensors as export
         with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
-            export = export_hugging_face if options.format == "hf" else export_safetensors
             export(checkpoint, options.output)
     print(f"{options.output} is written")
     return 0
