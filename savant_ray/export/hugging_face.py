@@ -14,8 +14,9 @@ from typing import Any
 
 import savant_ray
 from savant_ray.config import Config
+from savant_ray.data.chat_template import SETTINGS_FILE, TEMPLATE_FILE, TOKENIZER_CLASS
 from savant_ray.data.conversations import ChatTemplate, ConversationError
-from savant_ray.data.tokenizer import END_NAMES, PADDING_NAMES, Tokenizer
+from savant_ray.data.tokenizer import END_NAMES, PADDING_NAMES, TOKENIZER_FILE, Tokenizer
 from savant_ray.errors import CheckpointError
 from savant_ray.evaluation.from_checkpoint import load_model
 from savant_ray.export.logic_task import write_logic_task
@@ -59,16 +60,16 @@ def export_hugging_face(checkpoint: Path, output: Path) -> None:
         files = {
             "config.json": _model_config(config),
             "generation_config.json": _generation_config(config, tokenizer, special),
-            "tokenizer.json": tokenizer.prompt_json(),
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast",
+            TOKENIZER_FILE: tokenizer.prompt_json(),
+            SETTINGS_FILE: {
+                "tokenizer_class": TOKENIZER_CLASS,
                 "model_input_names": ["input_ids", "attention_mask"],
                 "model_max_length": config.model.max_seq_len,
                 "padding_side": "left",
                 "clean_up_tokenization_spaces": False,
                 **special,
             },
-            "chat_template.jinja": _chat_template(tokenizer, folder.name),
+            TEMPLATE_FILE: _chat_template(tokenizer, folder.name),
             "README.md": model_card(folder, step_of(folder), config, tokenizer),
         }
         with new_folder(output) as temporary:

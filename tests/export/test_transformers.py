@@ -16,7 +16,7 @@ import tokenizers
 import torch
 
 from savant_ray.config import Config
-from savant_ray.data.conversations import plain_form
+from savant_ray.data.conversations import conversation_prompt, plain_form
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.evaluation.from_checkpoint import answers_of, load_model, result
 from savant_ray.evaluation.logic_suite import logic_suite
@@ -235,8 +235,7 @@ def test_a_pipeline_completes_texts_and_conversations(exported: Exported) -> Non
 def test_a_conversation_without_a_chat_template_is_in_plain_form(n_messages: int, prefix: bool, export: Export) -> None:
     exported = export(tokenizer_json=(FOLDER / "tokenizer.json").read_text() if prefix else None)
     messages = MESSAGES[:n_messages]
-    with_answer = plain_form([*messages, {"role": "assistant", "content": "x"}])
-    prompt = with_answer.text[: with_answer.answers[-1][0]]
+    prompt = conversation_prompt(messages, None)
     assert conversation_ids(exported, messages) == exported.tokenizer.encode_prompts([prompt])[0]
     text = exported.their_tokenizer.apply_chat_template(messages, tokenize=False)
     assert text.removeprefix("[CLS]") == plain_form(messages).text
@@ -248,9 +247,8 @@ def test_the_chat_template_of_the_tokenizer_is_exported(export: Export, trained_
     settings = json.dumps({"eos_token": "<|im_end|>"})
     files = {"chat_template.jinja": CHATML, "tokenizer_config.json": settings}
     exported = export(tokenizer_json=inner.to_str(), files=files)
-    rendered = "<|im_start|>user\nwhat is 1 + 2?<|im_end|>\n<|im_start|>assistant\n"
-    (document,) = exported.tokenizer.encode_documents([rendered], special_tokens=True)
-    assert conversation_ids(exported, MESSAGES[1:2]) == document[:-1]
+    prompt = conversation_prompt(MESSAGES, exported.tokenizer.chat_template)
+    assert conversation_ids(exported, MESSAGES) == exported.tokenizer.encode_prompts([prompt], special_tokens=True)[0]
     assert exported.their_tokenizer.eos_token == "<|im_end|>"
     assert exported.their_model.generation_config.eos_token_id == trained_tokenizer.end_of_document
 
