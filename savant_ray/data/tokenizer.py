@@ -173,15 +173,15 @@ class Tokenizer:
 
     def prompt_json(self) -> str:
         """Return `to_json` with a template that adds only `prefix`, so that other programs encode a text as a prompt."""
-        if _template(self._inner, self.name) == (self.prefix, ()):
+        n_added = self._inner.num_special_tokens_to_add(is_pair=False)
+        if n_added == 0 or (self.prefix and _template(self._inner, self.name) == (self.prefix, ())):
             return self.to_json()
-        names = [self.token_name(token) for token in self.prefix]
         copy = tokenizers.Tokenizer.from_str(self.to_json())
         copy.post_processor = None
-        if names:
-            single, pair = " ".join([*names, "$A"]), " ".join([*names, "$A", "$B:1"])
-            special = list(zip(names, self.prefix, strict=True))
-            copy.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+        if self.prefix:
+            prefix = {"id": "prefix", "ids": list(self.prefix), "tokens": list(map(self.token_name, self.prefix))}
+            template = processors.TemplateProcessing(single="prefix $A", pair="prefix $A $B:1", special_tokens=[prefix])
+            copy.post_processor = template
         return copy.to_str()
 
     def files(self) -> dict[str, str]:

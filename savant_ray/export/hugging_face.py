@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     if tokenizer.prefix:
         names["bos_token"] = tokenizer.token_name(tokenizer.prefix[0])
     end = tokenizer.token_name(tokenizer.end_of_document)
-    if tokenizer.end_of_document in tokenizer.special_ids or end in END_NAMES:
+    if tokenizer.end_of_document in tokenizer.special_ids or end in END_NAMES or re.fullmatch(r"<.+>|\[.+\]", end):
         names["eos_token"] = names["pad_token"] = end
     for name in reversed(PADDING_NAMES):  # the first one counts
         if tokenizer.id_of(name) is not None:

@@ -119,6 +119,18 @@ def test_the_tokenizer_adds_what_a_prompt_begins_with_and_not_what_ends_a_docume
     )
 
 
+def test_a_template_that_is_not_used_is_not_exported(write_run: WriteRun, output: Path) -> None:
+    settings = read_json(FOLDER / "tokenizer.json")
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    settings["post_processor"]["single"] = [text, {"SpecialToken": {"id": "[SEP]", "type_id": 0}}, text]
+    export_hugging_face(
+        write_run(tokenizer_json=json.dumps(settings), data={"add_special_tokens": False, "end_of_document": "[SEP]"}),
+        output,
+    )
+    exported = Tokenizer.load(output)
+    assert not exported.adds_special_tokens and exported.end_of_document == SEP
+
+
 def test_an_ordinary_token_that_ends_documents_stays_an_ordinary_token(
     write_run: WriteRun, output: Path, trained_tokenizer: Tokenizer
 ) -> None:
