@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,11 @@ from savant_ray.training.checkpoint import write_checkpoint
 from savant_ray.training.state import new_state
 from tests.training.tiny import CPU, MODEL
 
-# Read when transformers is imported. It copies the code of a model folder into the second one.
+# Read when transformers is imported. It copies the code of a model folder into the folder of the second variable.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="savant-modules-"))
+if "HF_MODULES_CACHE" not in os.environ:
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="savant-modules-")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 TEXT = "Question: what is 1 + 2? The answer is 3.\n"
 WriteRun = Callable[..., Path]

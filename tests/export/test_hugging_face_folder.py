@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from savant_ray.cli import main
+from savant_ray.config import ModelConfig
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import CheckpointError
+from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.events import LogicScored, StepDone, ValidationDone
 from savant_ray.export.hugging_face import export_hugging_face
+from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.reporting.record import to_line
 from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.export.conftest import WriteRun, read_json
+from tests.original.test_file import trained
+from tests.original.word_tokenizer import write_tokenizer
 
 FILES = {
     *("README.md", "chat_template.jinja", "config.json", "generation_config.json", "lm_eval", "model.safetensors"),
@@ -145,3 +150,32 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused_and_nothing_is_left
     with pytest.raises(CheckpointError, match="tokenizer has 284 ids, its model only 280"):
         export_hugging_face(write_run(model={"vocab_size": 280}), output)
     assert list(output.parent.iterdir()) == []
+
+
+def test_an_existing_output_is_never_overwritten(write_run: WriteRun, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(SettingsError, match="exists already"):
+        export_hugging_face(write_run(), tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_full_disk_leaves_nothing(write_run: WriteRun, output: Path) -> None:
+    run = write_run()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # of the files, only the weights are larger
+    try:
+        with pytest.raises(SavantError, match="--output .*exported"):
+            export_hugging_face(run, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_file_of_the_original_is_exported_with_the_named_settings(output: Path, tmp_path: Path) -> None:
+    path, tokenizer = trained(2).save(tmp_path), write_tokenizer(tmp_path / "tokenizer")
+    settings = ["--data.tokenizer", str(tokenizer), "--model.n_heads", "2", "--model.n_loops", "5"]
+    assert main(["export", str(path), "--format", "hf", "--output", str(output), *settings]) == 0
+    config = read_json(output / "config.json")
+    assert (config["hidden_size"], config["num_attention_heads"], config["num_loops"]) == (16, 2, 5)
+    names = dict(UniversalTransformer(ModelConfig(dim=16, n_heads=2)).named_parameters())
+    assert load_file(output / "model.safetensors").keys() == names.keys()
