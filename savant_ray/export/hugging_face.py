@@ -152,7 +152,9 @@ def _chat_template(tokenizer: Tokenizer, checkpoint: str) -> str:
     prefix = "".join(map(tokenizer.token_name, tokenizer.prefix))
     if not prefix or (template is not None and _begins_with(prefix, template)):
         return source
-    return f"{{{{- {json.dumps(prefix)} -}}}}{source}"
+    return (
+        f"{{{{ {json.dumps(prefix)} }}}}{{# special tokens before a text #}}\n{source}"  # the newline is not rendered
+    )
 
 
 def _begins_with(prefix: str, template: ChatTemplate) -> bool:

@@ -253,6 +253,16 @@ def test_the_chat_template_of_the_tokenizer_is_exported(export: Export, trained_
     assert exported.their_model.generation_config.eos_token_id == trained_tokenizer.end_of_document
 
 
+@pytest.mark.parametrize("begin", ["", "{{ bos_token }}", "\n ", "  {% if true %}\n{% endif %}"])
+def test_a_conversation_begins_with_the_special_tokens_of_a_text_once(begin: str, export: Export) -> None:
+    template = begin + "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] }}\n\n{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+    files = {"chat_template.jinja": template, "tokenizer_config.json": json.dumps({"bos_token": "[CLS]"})}
+    exported = export(tokenizer_json=(FOLDER / "tokenizer.json").read_text(), files=files)
+    text = exported.their_tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    assert text == "[CLS]" + conversation_prompt(MESSAGES, exported.tokenizer.chat_template)
+
+
 def conversation_ids(exported: Exported, messages: list[dict[str, str]]) -> list[int]:
     encoded = exported.their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return encoded["input_ids"]
