@@ -48,8 +48,8 @@ class SavantConfig(PretrainedConfig):
     """
 
     model_type = "savant"
-    attribute_map = {"num_hidden_layers": "num_loops"}  # noqa: RUF012 - the form that transformers expects
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    attribute_map = {"num_hidden_layers": "num_loops"}  # noqa: RUF012 - these are the types that transformers expects
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,

@@ -181,6 +181,18 @@ def test_the_loss_is_that_of_the_next_tokens_without_ignored_labels_and_has_grad
     assert all(weight.grad is not None and weight.grad.any() for weight in exported.their_model.parameters())
 
 
+def test_the_trainer_of_transformers_trains_and_evaluates(exported: Exported, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    ids = exported.their_tokenizer(PROMPTS[2]).input_ids
+    rows = [{"input_ids": ids, "labels": ids}] * 4
+    settings = {"max_steps": 3, "learning_rate": 0.01, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(str(tmp_path / "trainer"), disable_tqdm=True, **settings)
+    trainer = transformers.Trainer(exported.their_model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.1
+
+
 def test_saving_and_loading_again_keeps_weights_code_and_settings(exported: Exported, tmp_path: Path) -> None:
     again = tmp_path / "again"
     exported.their_model.config.num_loops = 2
