@@ -211,9 +211,10 @@ def _export(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--format",
-        choices=("original", "safetensors"),
+        choices=("original", "safetensors", "hf"),
         required=True,
-        help="original: a file that the original program loads; safetensors: a folder with weights, settings and tokenizer",
+        help="original: a file that the original program loads; safetensors: a folder with weights, settings and tokenizer; "
+        "hf: a folder that transformers and lm-eval load",
     )
     parser.add_argument("--output", type=file_path, metavar="PATH", required=True, help="file or folder to write")
     parser.add_argument(
@@ -226,19 +227,23 @@ def _export(arguments: Sequence[str]) -> int:
     if options.optimizer and options.format != "original":
         parser.error("--optimizer requires --format original")
     if settings and options.format == "original":
-        parser.error("settings require --format safetensors; --format original takes none")
+        parser.error("settings require --format safetensors or hf; --format original takes none")
     refuse_deleted_folder()
-    from savant_ray.original.export import export_original
     from savant_ray.storage.run_storage import fetched, local_checkpoint
-    from savant_ray.training.safetensors_export import export_safetensors
 
     if options.format == "original":
+        from savant_ray.original.export import export_original
+
         with fetched(options.checkpoint, with_original=True) as checkpoint:
             for warning in export_original(checkpoint, options.output, options.optimizer):
                 print(f"warning: {warning}", file=sys.stderr)
     else:
+        if options.format == "hf":
+            from savant_ray.export.hugging_face import export_hugging_face as export
+        else:
+            from savant_ray.training.safetensors_export import export_safetensors as export
         with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
-            export_safetensors(checkpoint, options.output)
+            export(checkpoint, options.output)
     print(f"{options.output} is written")
     return 0
 

@@ -24,7 +24,7 @@ GENERATED = [page for page in pages() if PART.search(page.read_text(encoding="ut
 # The log describes the program as it was on each day.
 PAGES = [page for page in [*pages(), ROOT / "CONTRIBUTING.md"] if page.name != "LOG.md"]
 OTHER_PROGRAMS = set(
-    "sudo git cd cp mv mkdir ls cat scp pip source conda export chmod kubectl prometheus grafana tensorboard".split()
+    "sudo git cd cp mv mkdir ls cat scp pip source conda export chmod kubectl prometheus grafana tensorboard lm_eval".split()
 )
 FILES_OF_A_RUN = {"training_log.txt", "error_traceback.txt"}
 
@@ -169,7 +169,7 @@ def test_links_on_pages_outside_of_the_site_exist(page):
 def test_settings_that_a_page_names_are_known(page):
     sections = {name.split(".")[0] for name in settings()}
     named = re.findall(r"`(?:--)?(\w+\.\w+)[ `:]", page.read_text(encoding="utf-8"))
-    files = {"config.py", "data.py"}
+    files = {"config.py", "data.py", "model.safetensors"}
     assert [n for n in named if n.split(".")[0] in sections and n not in settings() | files] == []
 
 

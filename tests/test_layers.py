@@ -1,6 +1,6 @@
 """Directions of imports, allowed packages, and requirements on every module (docs/DESIGN.md, section 2).
 
-    cli → driver → worker → {cluster, storage} → {original, evaluation} → {training, inference, reporting}
+    cli → driver → worker → {cluster, storage} → {original, export} → evaluation → {training, inference, reporting}
         → {optim, data, model}
 
 Imports inside functions and under TYPE_CHECKING count too.
@@ -36,6 +36,7 @@ ALLOWED = {
         "storage",
         "original",
         "evaluation",
+        "export",
         "training",
         "reporting",
         "data",
@@ -72,6 +73,7 @@ ALLOWED = {
     "cluster": {"ray_internals"},
     "storage": {"original", "training", "reporting", "data", "ray_internals"},
     "original": {"training", "optim", "data", "model"},
+    "export": {"evaluation", "training", "reporting", "data", "model"},
     "evaluation": {"training", "inference", "data", "model"},
     "training": {"optim", "data", "model"},
     "reporting": set(),
@@ -98,6 +100,7 @@ THIRD_PARTY = {
     "cluster": {"psutil", "ray"},
     "storage": {"obstore", "psutil", "pyarrow", "ray"},
     "original": {"torch"},
+    "export": {"torch", "transformers", "yaml"},
     "evaluation": {"numpy", "orjson", "torch"},
     "training": {"numpy", "psutil", "pynvml", "safetensors", "torch"},
     "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},

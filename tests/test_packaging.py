@@ -90,7 +90,7 @@ def test_this_environment_has_the_pinned_versions():
 
 def test_every_third_party_import_is_a_requirement():
     known = {IMPORT_NAMES.get(canonicalize_name(pin.name), pin.name) for pin in PINS}
-    known |= {"savant_ray", "mlflow", "wandb", *sys.stdlib_module_names}
+    known |= {"savant_ray", "mlflow", "transformers", "wandb", *sys.stdlib_module_names}
     known |= {"tests", "docs", "invalid_lines"}
     known |= {"prometheus_client", "werkzeug"}  # which come with ray[default] and Flask
     for path in tracked_files("savant_ray/*.py", "jobs/*.py", "tests/*.py"):

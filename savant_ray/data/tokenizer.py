@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from savant_ray.config import Config
 from savant_ray.data.atomic_files import write_atomically
@@ -36,8 +36,9 @@ END_NAMES = (
     *(END_OF_DOCUMENT, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"),
     *("<|end|>", "<|im_end|>", "[EOS]", "[SEP]"),
 )
+PADDING_NAMES = (PAD, "<pad>", "[PAD]", "<|padding|>")
 NEVER_SAMPLED_NAMES = (
-    *(PAD, "<pad>", "[PAD]", "<|padding|>", "<unk>", "<|unk|>", "[UNK]", "<s>", "<bos>", "[BOS]", "[CLS]"),
+    *(*PADDING_NAMES, "<unk>", "<|unk|>", "[UNK]", "<s>", "<bos>", "[BOS]", "[CLS]"),
     *("<|startoftext|>", "<|begin_of_text|>", "[MASK]", "<mask>"),
 )
 SEGMENT_CHARACTERS = 1 << 20  # longer texts are encoded in parts
@@ -170,6 +171,19 @@ class Tokenizer:
         """Return the tokenizer as JSON, without the arguments `name`, `end_of_document` and `add_special_tokens`."""
         return self._inner.to_str()
 
+    def prompt_json(self) -> str:
+        """Return `to_json` with a template that adds only `prefix`, so that other programs encode a text as a prompt."""
+        n_added = self._inner.num_special_tokens_to_add(is_pair=False)
+        if n_added == 0 or (self.prefix and _template(self._inner, self.name) == (self.prefix, ())):
+            return self.to_json()
+        copy = tokenizers.Tokenizer.from_str(self.to_json())
+        copy.post_processor = None
+        if self.prefix:
+            prefix = {"id": "prefix", "ids": list(self.prefix), "tokens": list(map(self.token_name, self.prefix))}
+            template = processors.TemplateProcessing(single="prefix $A", pair="prefix $A $B:1", special_tokens=[prefix])
+            copy.post_processor = template
+        return copy.to_str()
+
     def files(self) -> dict[str, str]:
         """Return the files from which `load` loads the tokenizer with its chat template, as text by name."""
         return {TOKENIZER_FILE: self.to_json(), **chat_template_files(self._chat)}
@@ -250,6 +264,11 @@ class Tokenizer:
     def token_name(self, token: int) -> str:
         """Return the entry of an id in the vocabulary; "" if it has none."""
         return self._inner.id_to_token(token) or ""
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of an entry of the vocabulary, None if it has no such entry."""
+        number: int | None = self._inner.token_to_id(name)
+        return number
 
     def encode_documents(self, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
         """Return the ids of each text as a document: `prefix`, text, `suffix`.

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, SettingsError
@@ -37,7 +38,14 @@ def export_safetensors(checkpoint: Path, output: Path) -> None:
         SavantError: `output` exists already, or cannot be written.
     """
     with new_output(output):
-        _write(find_checkpoint(checkpoint), output)
+        folder = find_checkpoint(checkpoint)
+        content = read_checkpoint(folder)
+        with new_folder(output) as temporary:
+            write_weights(content["model_state_dict"], temporary / WEIGHTS)
+            description = json.dumps(_description(read_settings(folder), content["step"]), indent=2)
+            (temporary / "config.json").write_text(description + "\n", encoding="utf-8")
+            for path in tokenizer_files(folder):
+                shutil.copyfile(path, temporary / path.name)
 
 
 @contextmanager
@@ -57,24 +65,35 @@ def new_output(output: Path) -> Iterator[None]:
         raise SavantError(f"--output {output}: {error.strerror or error}") from error
 
 
-def _write(folder: Path, output: Path) -> None:
-    content = read_checkpoint(folder)
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `output` when the block ends; if the block raises an error, nothing is left.
+
+    Raises:
+        OSError: the storage fails.
+    """
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
-        save_file(content["model_state_dict"], temporary / WEIGHTS, metadata={"format": "pt"})
-        description = json.dumps(_description(read_settings(folder), content["step"]), indent=2)
-        (temporary / "config.json").write_text(description + "\n", encoding="utf-8")
-        for path in tokenizer_files(folder):
-            shutil.copyfile(path, temporary / path.name)
-        for path in [*temporary.iterdir(), temporary]:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         temporary.rename(output)
-    except SafetensorError as error:  # raised by its writer if the disk is full
-        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync(output.parent)
+
+
+def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as a safetensors file.
+
+    Raises:
+        OSError: the storage fails.
+    """
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # raised by its writer if the disk is full
+        raise OSError(str(error)) from error
 
 
 def _description(config: Config, step: int) -> dict[str, Any]:

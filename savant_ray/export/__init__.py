@@ -1,0 +1,1 @@
+"""Export for Hugging Face `transformers` and lm-eval."""

@@ -1,0 +1,181 @@
+"""`savant export --format hf`: what is in the folder, without transformers."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from savant_ray.cli import main
+from savant_ray.config import ModelConfig
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.events import LogicScored, StepDone, ValidationDone
+from savant_ray.export.hugging_face import export_hugging_face
+from savant_ray.model.transformer import UniversalTransformer
+from savant_ray.reporting.record import to_line
+from tests.data.albert_like import CLS, FOLDER, SEP
+from tests.export.conftest import WriteRun, read_json
+from tests.original.test_file import trained
+from tests.original.word_tokenizer import write_tokenizer
+
+FILES = {
+    *("README.md", "chat_template.jinja", "config.json", "generation_config.json", "lm_eval", "model.safetensors"),
+    *("modeling_savant.py", "tokenizer.json", "tokenizer_config.json"),
+}
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "exported"
+
+
+def test_the_command_writes_a_folder_with_weights_code_settings_tokenizer_card_and_task(
+    write_run: WriteRun, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run()
+    assert main(["export", str(run), "--format", "hf", "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output} is written\n"
+    assert {path.name for path in output.iterdir()} == FILES
+    assert [path.name for path in output.parent.iterdir()] == ["exported"]
+    weights = torch.load(run / "step_3/step_3.pt", weights_only=True)["model_state_dict"]
+    torch.testing.assert_close(load_file(output / "model.safetensors"), weights, rtol=0, atol=0)
+
+
+def test_the_code_in_the_folder_needs_nothing_of_savant_ray(write_run: WriteRun, output: Path) -> None:
+    export_hugging_face(write_run(), output)
+    for path in output.rglob("*.py"):
+        assert "savant_ray." not in path.read_text().replace("savant_ray.data.conversations", "")
+        compile(path.read_text(), path, "exec")
+
+
+def test_every_setting_of_the_model_is_in_its_config(write_run: WriteRun, output: Path) -> None:
+    model = {"dim": 24, "n_heads": 3, "n_loops": 5, "max_seq_len": 40, "window_size": 7, "global_every": 3}
+    export_hugging_face(write_run(model=model | {"soft_cap": 7.5, "positions": "rotary"}), output)
+    names = {"dim": "hidden_size", "n_heads": "num_attention_heads", "n_loops": "num_loops"}
+    names["max_seq_len"] = "max_position_embeddings"
+    expected = {names.get(name, name): value for name, value in model.items()}
+    config = read_json(output / "config.json")
+    assert expected.items() <= config.items()
+    assert (config["vocab_size"], config["soft_cap"], config["positions"]) == (320, 7.5, "rotary")
+
+
+def test_the_card_has_the_figures_of_the_run_up_to_the_checkpoint_and_no_paths(
+    write_run: WriteRun, output: Path, tmp_path: Path
+) -> None:
+    run = write_run(data={"sources": [{"path": str(tmp_path / "secret.jsonl"), "weight": 1}]})
+    step = {"learning_rate": 1, "grad_norm": 1, "tokens": 1, "tokens_per_second": 1, "skipped_micro_batches": 0}
+    step |= {"micro_batch_size": 1, "memory_gb": 1, "data_wait_seconds": 1, "compute_seconds": 1, "reduce_seconds": 1}
+    step |= {"update_seconds": 1, "step_seconds": 1}
+    score = {"n": 600, "low": 0.88, "high": 0.92, "templates": {}, "final": True, "seconds": 1}
+    events = [
+        StepDone(step=3, train_loss=1.25, **step),
+        ValidationDone(step=3, validation_loss=1.5, bits_per_byte=float("nan"), weights_moved=None, seconds=1),
+        LogicScored(step=3, score=0.9, **score),
+        StepDone(step=4, train_loss=0.125, **step),
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(to_line(event)) + "\n" for event in events) + '{"event": "st')
+    export_hugging_face(run, output)
+    card = (output / "README.md").read_text()
+    assert "# test_run\n" in card and "| training | 3 of " in card
+    assert "| training loss | 1.2500 nats per token (step 3) |" in card
+    assert "| validation loss | 1.5000 nats per token, not finite bits per byte (step 3) |" in card
+    assert "| logic suite | 90 % of 600 held-out problems, 95 % interval 88 % – 92.0 % (step 3) |" in card
+    assert str(tmp_path) not in card and "secret" not in card
+
+
+def test_tokens_that_are_never_sampled_are_suppressed_in_generation(
+    write_run: WriteRun, output: Path, trained_tokenizer: Tokenizer
+) -> None:
+    export_hugging_face(write_run(validation={"temperature": 0.0}), output)
+    unused = [*trained_tokenizer.never_sampled, *range(trained_tokenizer.vocab_size, 320)]
+    assert read_json(output / "generation_config.json") == {
+        "eos_token_id": trained_tokenizer.end_of_document,
+        "pad_token_id": trained_tokenizer.id_of("<|pad|>"),
+        "do_sample": False,
+        "suppress_tokens": unused,
+    }
+
+
+def test_generation_samples_as_the_run_does(write_run: WriteRun, output: Path) -> None:
+    export_hugging_face(write_run(validation={"temperature": 0.7}), output)
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
+    assert sampling.items() <= read_json(output / "generation_config.json").items()
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_tokenizer_adds_what_a_prompt_begins_with_and_not_what_ends_a_document(
+    adds: bool, write_run: WriteRun, output: Path
+) -> None:
+    tokenizer_json = (FOLDER / "tokenizer.json").read_text()
+    export_hugging_face(write_run(tokenizer_json=tokenizer_json, data={"add_special_tokens": adds}), output)
+    exported = Tokenizer.load(output)
+    assert exported.prefix == ((CLS,) if adds else ()) and exported.end_of_document == SEP
+    assert exported.encode("the cat") == Tokenizer.load(FOLDER).encode("the cat")
+    names = read_json(output / "tokenizer_config.json")
+    assert (names.get("bos_token"), names["eos_token"], names["pad_token"]) == (
+        "[CLS]" if adds else None,
+        "[SEP]",
+        "<pad>",
+    )
+
+
+def test_a_template_that_is_not_used_is_not_exported(write_run: WriteRun, output: Path) -> None:
+    settings = read_json(FOLDER / "tokenizer.json")
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    settings["post_processor"]["single"] = [text, {"SpecialToken": {"id": "[SEP]", "type_id": 0}}, text]
+    export_hugging_face(
+        write_run(tokenizer_json=json.dumps(settings), data={"add_special_tokens": False, "end_of_document": "[SEP]"}),
+        output,
+    )
+    exported = Tokenizer.load(output)
+    assert not exported.adds_special_tokens and exported.end_of_document == SEP
+
+
+def test_an_ordinary_token_that_ends_documents_stays_an_ordinary_token(
+    write_run: WriteRun, output: Path, trained_tokenizer: Tokenizer
+) -> None:
+    export_hugging_face(write_run(data={"end_of_document": "!"}), output)
+    assert "eos_token" not in read_json(output / "tokenizer_config.json")
+    assert read_json(output / "generation_config.json")["eos_token_id"] == trained_tokenizer.id_of("!")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused_and_nothing_is_left(
+    write_run: WriteRun, output: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="tokenizer has 284 ids, its model only 280"):
+        export_hugging_face(write_run(model={"vocab_size": 280}), output)
+    assert list(output.parent.iterdir()) == []
+
+
+def test_an_existing_output_is_never_overwritten(write_run: WriteRun, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(SettingsError, match="exists already"):
+        export_hugging_face(write_run(), tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_full_disk_leaves_nothing(write_run: WriteRun, output: Path) -> None:
+    run = write_run()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # of the files, only the weights are larger
+    try:
+        with pytest.raises(SavantError, match="--output .*exported"):
+            export_hugging_face(run, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_file_of_the_original_is_exported_with_the_named_settings(output: Path, tmp_path: Path) -> None:
+    path, tokenizer = trained(2).save(tmp_path), write_tokenizer(tmp_path / "tokenizer")
+    settings = ["--data.tokenizer", str(tokenizer), "--model.n_heads", "2", "--model.n_loops", "5"]
+    assert main(["export", str(path), "--format", "hf", "--output", str(output), *settings]) == 0
+    config = read_json(output / "config.json")
+    assert (config["hidden_size"], config["num_attention_heads"], config["num_loops"]) == (16, 2, 5)
+    names = dict(UniversalTransformer(ModelConfig(dim=16, n_heads=2)).named_parameters())
+    assert load_file(output / "model.safetensors").keys() == names.keys()
