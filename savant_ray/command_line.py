@@ -44,14 +44,22 @@ class _HelpWithSettings(argparse.Action):
 
 
 class _ConfigFile(argparse.Action):
-    """`--config FILE`, at most once, because with two files it would be unclear whether they are merged."""
+    """`--config FILE`, a path or the name of a shipped file.
+
+    It is accepted once, because with two files it would be unclear whether they are merged.
+    """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         if not values:
             raise SettingsError("--config: the name of the file is missing")
-        earlier, path = getattr(namespace, self.dest), _local_path(values)
+        from savant_ray.settings.files import settings_file, shadowed_file
+
+        named = _local_path(values)
+        earlier, path = getattr(namespace, self.dest), settings_file(named)
         if earlier not in (None, path):
             raise SettingsError(f"--config: given twice, {earlier} and {path}; use one file (with make: CONFIG={path})")
+        if earlier is None and (shipped := shadowed_file(named)) is not None:
+            print(f"note: --config {named} is {path} in this folder, not the shipped {shipped}", file=sys.stderr)
         setattr(namespace, self.dest, path)
 
 
@@ -79,7 +87,10 @@ def new_parser(
         parser.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="print this help and all settings")
     if settings or takes_original:
         content = "settings for a file of the original" if takes_original else "settings that differ from the defaults"
-        parser.add_argument("--config", action=_ConfigFile, metavar="FILE.yaml", help=f"YAML file with {content}")
+        shipped = "" if takes_original else ", or the name of a shipped file such as quickstart"
+        parser.add_argument(
+            "--config", action=_ConfigFile, metavar="FILE.yaml", help=f"YAML file with {content}{shipped}"
+        )
     parser.add_argument(
         "--verbose", action="store_true", help="also print the output of Ray, and the traceback of an unexpected error"
     )

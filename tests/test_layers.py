@@ -26,7 +26,7 @@ MODULES = tracked_files("savant_ray/*.py")
 EVERYBODY_MAY = {"errors", "events", "config", "locations"}
 ALLOWED = {
     "cli": {"commands", "streams"},
-    "api": {"driver", "cluster", "reporting", "storage", "streams"},
+    "api": {"driver", "cluster", "reporting", "settings", "storage", "streams"},
     "streams": set(),
     "command_line": {"settings"},
     "commands": {
