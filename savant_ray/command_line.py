@@ -64,7 +64,7 @@ class _ConfigFile(argparse.Action):
 
 
 def new_parser(
-    command: str, summary: str, settings: bool = False, takes_original: bool = False
+    command: str, summary: str, settings: bool = False, takes_original: bool = False, own_config: bool = True
 ) -> argparse.ArgumentParser:
     """Return the parser of a command.
 
@@ -73,8 +73,9 @@ def new_parser(
         summary: description in its `--help`.
         settings: whether the command takes --config and settings; its `--help` then lists all settings.
         takes_original: whether the command takes --config and settings for files of the original.
+        own_config: whether the user chooses the file of --config; otherwise the command does.
     """
-    usage = "%(prog)s [--config FILE.yaml] [--section.setting VALUE …]" if settings else None
+    usage = f"%(prog)s {'[--config FILE.yaml] ' if own_config else ''}[--section.setting VALUE …]" if settings else None
     parser = argparse.ArgumentParser(
         prog=f"savant {command}",
         usage=usage,
@@ -88,9 +89,8 @@ def new_parser(
     if settings or takes_original:
         content = "settings for a file of the original" if takes_original else "settings that differ from the defaults"
         shipped = "" if takes_original else ", or the name of a shipped file such as quickstart"
-        parser.add_argument(
-            "--config", action=_ConfigFile, metavar="FILE.yaml", help=f"YAML file with {content}{shipped}"
-        )
+        help_text = f"YAML file with {content}{shipped}" if own_config else argparse.SUPPRESS
+        parser.add_argument("--config", action=_ConfigFile, metavar="FILE.yaml", help=help_text)
     parser.add_argument(
         "--verbose", action="store_true", help="also print the output of Ray, and the traceback of an unexpected error"
     )

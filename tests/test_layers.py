@@ -40,8 +40,10 @@ ALLOWED = {
         "reporting",
         "data",
         "benchmarks",
+        "doctor",
         "settings",
     },
+    "doctor": {"cluster", "training", "settings"},
     "benchmarks": {
         "driver",
         "worker",
@@ -92,6 +94,7 @@ THIRD_PARTY = {
     "streams": set(),
     "command_line": set(),
     "commands": set(),
+    "doctor": {"packaging", "psutil", "ray", "torch"},
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "driver": {"pyarrow", "ray", "torch"},
     "worker": {"numpy", "psutil", "pyarrow", "ray", "torch"},
