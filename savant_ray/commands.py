@@ -7,11 +7,12 @@ and Ray are loaded.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -374,6 +375,24 @@ def _doctor(arguments: Sequence[str]) -> int:
     return 1 if print_findings(diagnose()) else 0
 
 
+def _completion(arguments: Sequence[str]) -> int:
+    from savant_ray.completion import INSTALLATION, CommandHelp, completion_script
+
+    parser = _parser("completion")
+    parser.add_argument("shell", choices=tuple(INSTALLATION), help="shell that executes the script")
+    options = parser.parse_args(arguments)
+    helps = {name: CommandHelp(command.summary, _help(command)) for name, command in COMMANDS.items()}
+    print(completion_script(options.shell, helps), end="")
+    return 0
+
+
+def _help(command: Command) -> str:
+    """Return what `--help` of a command prints."""
+    with redirect_stdout(io.StringIO()) as printed, suppress(SystemExit):
+        command.run(["--help"])
+    return printed.getvalue()
+
+
 def _benchmark(arguments: Sequence[str]) -> int:
     parser = _parser("benchmark")
     names = "train, attention, loss, generate, checkpoint, precision, data, ray, scaling or start"
@@ -402,6 +421,7 @@ COMMANDS = {
     "export": Command(_export, "convert a checkpoint for other programs", prints_result=False),
     "init": Command(_init, "write a settings file for your own text", prints_result=False),
     "doctor": Command(_doctor, "check what a training needs on this machine"),
+    "completion": Command(_completion, "print a script with which your shell completes commands and settings"),
     "config": Command(_config, "print the complete settings"),
     "benchmark": Command(_benchmark, "benchmark parts of the program against straightforward implementations"),
 }
