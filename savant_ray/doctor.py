@@ -30,7 +30,7 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108 - Ray keeps its object store there
 LOW_SHARED_MEMORY_GB = 0.25
 LOW_OPEN_FILES = 1024
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-NOT_FOR_USERS = ("test", "check", "docs")  # extras for work on the program itself
+NOT_FOR_USERS = ("test", "check", "docs", "release")  # extras for work on the program itself
 
 Status = Literal["ok", "note", "error"]
 
