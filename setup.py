@@ -2,8 +2,10 @@
 
 from setuptools import find_packages, setup
 
+DATA = {"savant_ray.configs": ["*.yaml"], "savant_ray.reporting.page.assets": ["*"]}  # folders without modules
+
 setup(
-    packages=[*find_packages(include=["savant_ray", "savant_ray.*"]), "savant_ray.configs"],
+    packages=[*find_packages(include=["savant_ray", "savant_ray.*"]), *DATA],
     package_dir={"savant_ray.configs": "configs"},
-    package_data={"savant_ray.configs": ["*.yaml"], "savant_ray.reporting.page": ["assets/*"]},
+    package_data=DATA,
 )

@@ -114,7 +114,12 @@ def test_the_build_steps_make_an_environment_in_which_the_commands_run(variant: 
     work, target = tmp_path / "build", tmp_path / "opt/savant"
     work.mkdir()
     packages = target / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-    variables = outside_of_the_checkout() | {"VARIANT": variant, "TORCH_INDEX": "", "EXTRAS": "[s3]", "PIP_NO_INDEX": "1"}
+    variables = outside_of_the_checkout() | {
+        "VARIANT": variant,
+        "TORCH_INDEX": "",
+        "EXTRAS": "[s3]",
+        "PIP_NO_INDEX": "1",
+    }
     variables |= {"PATH": f"{target / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin"}
     codes = []
     for name, text in stages()[0]:
