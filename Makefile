@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install train submit test test-quick test-all coverage fuzz torture soak check clean
+.PHONY: help install extras train submit test test-quick test-all coverage fuzz torture soak check clean
 
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
@@ -33,11 +33,12 @@ endif
 help:
 	@cat <<'END'
 	make install      create the environment in $(VENV); changes nothing else
+	make extras       also install the optional packages that only some tests need (requirements-extras.txt)
 	make train        train with $(CONFIG), or resume the run
 	make submit       the same as a Ray job on the cluster at ADDRESS
 	make test         run the checks and all tests except those of rare faults (about 15 minutes on 2 cores)
 	make test-quick   run the fast tests, which do not start Ray
-	make test-all     run all tests, fuzz, torture and soak (about 2 hours)
+	make test-all     install the extras and run all tests, fuzz, torture and soak (about 2 hours)
 	make fuzz         read N=10000 invalid inputs per reader; each must give a clear error and lose nothing
 	make torture      interrupt runs N=100 times; each must have the result of an uninterrupted run
 	make soak         run 80,000 tiny steps; memory, open files and step time must stay constant
@@ -56,6 +57,9 @@ help:
 install: $(STAMP)
 	@:
 
+extras: install
+	@$(RUN) -m pip install --quiet -r requirements.txt -r requirements-extras.txt
+
 train: install
 	@exec $(RUN) jobs/train.py --config "$$config_file" $(ARGS)
 
@@ -70,7 +74,7 @@ test: check
 test-quick: install
 	@exec $(PYTEST) -m "not slow" $(IN_TWO_PROCESSES) $(ARGS)
 
-test-all: check
+test-all: check extras
 	@$(PYTEST) $(ARGS)
 	$(MAKE) fuzz torture soak
 

@@ -1,7 +1,7 @@
 """savant_ray trains Savant, a small recurrent-depth language model, as a Ray Train job.
 
     import savant_ray
-    result = savant_ray.train("configs/quickstart.yaml")
+    result = savant_ray.train("quickstart")
 
 The public names are loaded when they are first used.
 """

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from savant_ray.config import Config, load_config
 from savant_ray.errors import SavantError, SettingsError, TrainingError, UnexpectedError, explain, report_thread_error
+from savant_ray.settings.files import settings_file
 from savant_ray.streams import open_standard_streams
 
 POLL_SECONDS = 0.5
@@ -64,9 +65,10 @@ def train(
 ) -> Result:
     """Start or resume a run and return its state when it has ended.
 
-    `config` is a `Config`, nested settings such as `{"training": {"max_steps": 100}}`, or a YAML file; SAVANT_…
-    environment variables are ignored. `fresh` starts a new run and renames an existing one of that name, `allow_changes`
-    resumes although settings or data differ from the checkpoint, `verbose` prints the output of Ray.
+    `config` is a `Config`, nested settings such as `{"training": {"max_steps": 100}}`, the path of a YAML file, or the name
+    of a shipped one such as `"quickstart"`; SAVANT_… environment variables are ignored. `fresh` starts a new run and renames
+    an existing one of that name, `allow_changes` resumes although settings or data differ from the checkpoint, `verbose`
+    prints the output of Ray.
 
     If the caller is connected to a Ray cluster, training runs in that cluster, otherwise in the one that RAY_ADDRESS names
     or that `ray start` started on this machine. If there is none, a local Ray is started and shut down.
@@ -123,7 +125,7 @@ def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
     if isinstance(config, Config):  # `model_copy` may have put values into it that are not validated
         return Config.from_dict(config.to_dict())
     if not isinstance(config, Mapping):
-        return load_config((), {}, Path(config))
+        return load_config((), {}, settings_file(Path(config)))
     try:
         settings = json.loads(json.dumps(config, default=_to_json_value))
     except (TypeError, ValueError) as error:

@@ -56,7 +56,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<11}{command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
     return f"usage: savant COMMAND …\n\n{commands}\n\n`savant COMMAND --help` lists the options of a command."
 
 

@@ -44,19 +44,27 @@ class _HelpWithSettings(argparse.Action):
 
 
 class _ConfigFile(argparse.Action):
-    """`--config FILE`, at most once, because with two files it would be unclear whether they are merged."""
+    """`--config FILE`, a path or the name of a shipped file.
+
+    It is accepted once, because with two files it would be unclear whether they are merged.
+    """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         if not values:
             raise SettingsError("--config: the name of the file is missing")
-        earlier, path = getattr(namespace, self.dest), _local_path(values)
+        from savant_ray.settings.files import settings_file, shadowed_file
+
+        named = _local_path(values)
+        earlier, path = getattr(namespace, self.dest), settings_file(named)
         if earlier not in (None, path):
             raise SettingsError(f"--config: given twice, {earlier} and {path}; use one file (with make: CONFIG={path})")
+        if earlier is None and (shipped := shadowed_file(named)) is not None:
+            print(f"note: --config {named} is {path} in this folder, not the shipped {shipped}", file=sys.stderr)
         setattr(namespace, self.dest, path)
 
 
 def new_parser(
-    command: str, summary: str, settings: bool = False, takes_original: bool = False
+    command: str, summary: str, settings: bool = False, takes_original: bool = False, own_config: bool = True
 ) -> argparse.ArgumentParser:
     """Return the parser of a command.
 
@@ -65,8 +73,9 @@ def new_parser(
         summary: description in its `--help`.
         settings: whether the command takes --config and settings; its `--help` then lists all settings.
         takes_original: whether the command takes --config and settings for files of the original.
+        own_config: whether the user chooses the file of --config; otherwise the command does.
     """
-    usage = "%(prog)s [--config FILE.yaml] [--section.setting VALUE …]" if settings else None
+    usage = f"%(prog)s {'[--config FILE.yaml] ' if own_config else ''}[--section.setting VALUE …]" if settings else None
     parser = argparse.ArgumentParser(
         prog=f"savant {command}",
         usage=usage,
@@ -79,7 +88,9 @@ def new_parser(
         parser.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="print this help and all settings")
     if settings or takes_original:
         content = "settings for a file of the original" if takes_original else "settings that differ from the defaults"
-        parser.add_argument("--config", action=_ConfigFile, metavar="FILE.yaml", help=f"YAML file with {content}")
+        shipped = "" if takes_original else ", or the name of a shipped file such as quickstart"
+        help_text = f"YAML file with {content}{shipped}" if own_config else argparse.SUPPRESS
+        parser.add_argument("--config", action=_ConfigFile, metavar="FILE.yaml", help=help_text)
     parser.add_argument(
         "--verbose", action="store_true", help="also print the output of Ray, and the traceback of an unexpected error"
     )

@@ -7,12 +7,14 @@ and Ray are loaded.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from savant_ray.command_line import (
     depths,
@@ -30,6 +32,9 @@ from savant_ray.command_line import (
 )
 from savant_ray.errors import SavantError, SettingsError, print_error
 
+if TYPE_CHECKING:
+    from savant_ray.config import Config
+
 QUICKSTART_FOLDER = Path("dataset")
 
 
@@ -42,7 +47,25 @@ class Command(NamedTuple):
 
 
 def _train(arguments: Sequence[str]) -> int:
-    parser = _parser("train", settings=True)
+    code, _ = _run_training(_parser("train", settings=True), arguments)
+    return code
+
+
+def _quickstart(arguments: Sequence[str]) -> int:
+    from savant_ray.settings.files import shipped_files
+
+    parser = new_parser("quickstart", COMMANDS["quickstart"].summary, settings=True, own_config=False)
+    code, config = _run_training(parser, ["--config", str(shipped_files()["quickstart"]), *arguments])
+    if code == 0:
+        from savant_ray.reporting.wording import next_commands
+        from savant_ray.storage.run_storage import run_storage
+
+        print(f"\nTo try next:\n{next_commands(run_storage(config).location)}")
+    return code
+
+
+def _run_training(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[int, Config]:
+    """Train with the settings of the arguments; return the exit code, and the settings with absolute paths."""
     parser.add_argument("--fresh", action="store_true", help="start a new run; rename an existing run of that name")
     parser.add_argument(
         "--allow-changes",
@@ -54,11 +77,11 @@ def _train(arguments: Sequence[str]) -> int:
     from savant_ray.driver import resolve_paths, train
 
     try:
-        return train(
-            resolve_paths(config), fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose
-        )
+        config = resolve_paths(config)
+        code = train(config, fresh=options.fresh, allow_changes=options.allow_changes, verbose=options.verbose)
     except ExitWithoutShutdown as end:
-        return exit_without_shutdown(end.code if end.error is None else print_error(end.error, options.verbose))
+        code = exit_without_shutdown(end.code if end.error is None else print_error(end.error, options.verbose))
+    return code, config
 
 
 def _prepare(arguments: Sequence[str]) -> int:
@@ -317,6 +340,64 @@ def _config(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _init(arguments: Sequence[str]) -> int:
+    parser = _parser("init")
+    parser.add_argument(
+        "texts", type=utf8_text, metavar="TEXT", nargs="*", help="files, folders, globs or URIs of your text"
+    )
+    parser.add_argument(
+        "--output", type=file_path, metavar="FILE.yaml", default=Path("mine.yaml"), help="file to write [mine.yaml]"
+    )
+    options = parser.parse_args(arguments)
+    refuse_deleted_folder()
+    from savant_ray.config import Config
+    from savant_ray.locations import is_uri
+    from savant_ray.reporting.wording import own_command
+    from savant_ray.settings.starter import starter_text, write_new
+    from savant_ray.settings.yaml_text import load_yaml
+
+    local = [text for text in options.texts if not is_uri(text)]
+    plain_text = False
+    if local:
+        from savant_ray.data.sources import expand
+
+        plain_text = {file.format for file in expand(local)} == {"text"}
+    content = starter_text(f"checkpoints_{options.output.stem}", options.texts, text_blocks=plain_text)
+    Config.from_dict(load_yaml(content))
+    write_new(options.output, content)
+    file = shlex.quote(str(options.output))
+    print(f"{options.output} is written. Look at it, then:")
+    print(f"  {own_command('data')} --config {file}\n      shows what the text is read as, and what is invalid in it")
+    print(f"  {own_command('train')} --config {file}\n      trains, or resumes")
+    return 0
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    _parser("doctor").parse_args(arguments)
+    refuse_deleted_folder()
+    from savant_ray.doctor import diagnose, print_findings
+
+    return 1 if print_findings(diagnose()) else 0
+
+
+def _completion(arguments: Sequence[str]) -> int:
+    from savant_ray.completion import INSTALLATION, CommandHelp, completion_script
+
+    parser = _parser("completion")
+    parser.add_argument("shell", choices=tuple(INSTALLATION), help="shell that executes the script")
+    options = parser.parse_args(arguments)
+    helps = {name: CommandHelp(command.summary, _help(command)) for name, command in COMMANDS.items()}
+    print(completion_script(options.shell, helps), end="")
+    return 0
+
+
+def _help(command: Command) -> str:
+    """Return what `--help` of a command prints."""
+    with redirect_stdout(io.StringIO()) as printed, suppress(SystemExit):
+        command.run(["--help"])
+    return printed.getvalue()
+
+
 def _benchmark(arguments: Sequence[str]) -> int:
     parser = _parser("benchmark")
     names = "train, attention, loss, generate, checkpoint, precision, data, ray, scaling or start"
@@ -331,6 +412,7 @@ def _benchmark(arguments: Sequence[str]) -> int:
 
 
 COMMANDS = {
+    "quickstart": Command(_quickstart, "train a small model on generated text, or resume it", prints_result=False),
     "train": Command(_train, "train a run, or resume it", prints_result=False),
     "prepare": Command(
         _prepare, "tokenize and pack the training text; train does so too if it is necessary", prints_result=False
@@ -342,6 +424,9 @@ COMMANDS = {
     "generate": Command(_generate, "complete a prompt with a checkpoint"),
     "evaluate": Command(_evaluate, "score a checkpoint on logic problems, or on your own questions"),
     "export": Command(_export, "convert a checkpoint for other programs", prints_result=False),
+    "init": Command(_init, "write a settings file for your own text", prints_result=False),
+    "doctor": Command(_doctor, "check what a training needs on this machine"),
+    "completion": Command(_completion, "print a script with which your shell completes commands and settings"),
     "config": Command(_config, "print the complete settings"),
     "benchmark": Command(_benchmark, "benchmark parts of the program against straightforward implementations"),
 }

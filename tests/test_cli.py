@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -77,13 +78,13 @@ def test_help_imports_neither_torch_nor_ray_nor_pydantic() -> None:
     assert done.stderr.strip() == "set()"
 
 
-@pytest.mark.parametrize("command", ["train", "prepare", "config"])
+@pytest.mark.parametrize("command", ["train", "quickstart", "prepare", "config"])
 def test_help_of_a_command_with_settings_lists_each_with_meaning_and_default(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, "--help"]) == 0
     help_text = " ".join(capsys.readouterr().out.split())
-    assert "--config FILE.yaml" in help_text
+    assert ("--config FILE.yaml" in help_text) == (command != "quickstart")
     for row in all_settings():
         assert f"--{row.name} {row.description} [" in help_text
 
@@ -98,10 +99,7 @@ def test_an_unknown_command_is_refused_with_a_suggestion(capsys: pytest.CaptureF
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: trian: no such command; did you mean train?\n"
     assert main(["xyzzy"]) == 2
-    assert (
-        "the commands are train, prepare, data, runs, status, report, generate, evaluate, export, config, benchmark"
-        in capsys.readouterr().err
-    )
+    assert f"the commands are {', '.join(COMMANDS)}" in capsys.readouterr().err
 
 
 def test_train_passes_the_settings_and_returns_the_exit_code_of_training(calls: list[Any]) -> None:
@@ -116,6 +114,27 @@ def test_train_passes_the_settings_and_returns_the_exit_code_of_training(calls: 
         ),
         (resolve_paths(Config()), {"fresh": True, "allow_changes": True, "verbose": True}),
     ]
+
+
+def test_quickstart_trains_the_shipped_settings_and_ends_with_commands_that_exist(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart.yaml").write_text("run: {name: another}")
+    arguments = ["--training.max_steps", "3", "--fresh"]
+    assert main(["quickstart", *arguments]) == STOPPED_EARLY
+    config = load_config(arguments[:2], file=ROOT / "configs/quickstart.yaml")
+    assert calls == [(resolve_paths(config), {"fresh": True, "allow_changes": False, "verbose": False})]
+    assert capsys.readouterr().out == "", "a stopped run is not finished"
+    assert main(["quickstart", "--config", "savant"]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+    monkeypatch.setattr("savant_ray.driver.train", lambda config, **options: 0)
+    assert main(["quickstart"]) == 0
+    shown = capsys.readouterr().out.partition("To try next:")[2]
+    commands = re.findall(r"^  \S*savant (\w+)", shown, re.MULTILINE)
+    assert {"generate", "evaluate", "report", "train"} <= set(commands) <= set(COMMANDS)
+    assert "--checkpoint checkpoints_quickstart" in shown
 
 
 @pytest.mark.parametrize("name", ["fresh", "verbose", "config", "-fresh", "allow_changes"])

@@ -14,7 +14,9 @@ import jsonschema
 import pytest
 import yaml
 
+from savant_ray.commands import COMMANDS
 from savant_ray.config import Config, load_config
+from savant_ray.settings.files import settings_file
 from tests.test_docs import check_ray
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +69,7 @@ def test_the_cluster_requires_a_token_and_all_nodes_share_the_storage(name: str)
 def test_the_pods_run_the_pinned_version_of_ray(name: str) -> None:
     pinned = re.search(r"^ray\S*==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert pinned and cluster(name)["rayVersion"] == pinned[1]
-    assert f":{pinned[1]}-py3" in (FOLDER / name).read_text(), "the image that the comment builds upon"
+    assert {container["image"] for pod in pods(name) for container in pod["containers"]} == {"${SAVANT_IMAGE}"}
 
 
 @both
@@ -103,13 +105,13 @@ def test_there_is_a_gpu_for_each_worker_of_the_settings(name: str) -> None:
     assert cluster(name)["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
 
 
-def test_the_job_names_files_and_settings_that_exist() -> None:
+def test_the_job_names_a_command_and_settings_that_exist() -> None:
     spec = manifest("rayjob.yaml")["spec"]
-    files = re.findall(r"/savant/(\S+)", spec["entrypoint"])
-    assert len(files) == 2 and all((ROOT / file).is_file() for file in files)
+    program, command, option, name = spec["entrypoint"].split()
+    assert (program, option) == ("savant", "--config") and command in COMMANDS
     variables = runtime_variables(spec["runtimeEnvYAML"])
     assert variables.items() >= SUBMITTED.items()
-    config = load_config((), variables, ROOT / files[1])
+    config = load_config((), variables, settings_file(Path(name)))
     for path in (config.data.validation, *(source.path for source in config.data.sources)):
         assert str(path).startswith(f"{SHIPPED.run.storage_path}/")
 

@@ -1,4 +1,4 @@
-"""Every shipped settings file loads, and contains only settings that differ from the defaults."""
+"""Every shipped settings file loads by path and by name, and contains only settings that differ from the defaults."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
+from savant_ray.cli import main
 from savant_ray.config import LOGIC_PROMPT, Config, load_config
 from savant_ray.data.documents import rule_of
 from savant_ray.data.records import Record
+from savant_ray.errors import SettingsError
+from savant_ray.settings.files import settings_file, shipped_files
 from tests.tracked_files import tracked_files
 
 # A record of each data set of the original, with the columns that its card on Hugging Face lists.
@@ -103,3 +106,64 @@ def test_the_quickstart_reads_the_files_that_it_generates() -> None:
     config = load_config((), {}, FOLDER / "quickstart.yaml")
     assert config.data.quickstart
     assert [s.path for s in config.data.sources] == [s.path for s in Config().data.sources]
+
+
+# --- by name
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_name(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """Return `run.name` as `savant config` prints it, and the notes."""
+    assert main(["config", *arguments]) == 0
+    printed = capsys.readouterr()
+    return yaml.safe_load(printed.out)["run"]["name"], printed.err
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_file_can_be_named_in_any_folder(path: Path, empty_folder: Path) -> None:
+    assert settings_file(Path(path.stem)).read_bytes() == path.read_bytes()
+    assert set(shipped_files()) == {path.stem for path in SHIPPED}
+
+
+def test_a_file_in_the_current_folder_is_used_instead_of_the_shipped_one_with_a_note(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_name("--config", "quickstart", capsys=capsys) == ("checkpoints_quickstart", "")
+    (empty_folder / "quickstart.yaml").write_text("run: {name: mine}")
+    name, notes = run_name("--config", "quickstart", capsys=capsys)
+    assert name == "mine" and notes.startswith("note: --config quickstart is quickstart.yaml in this folder, not the ")
+    (empty_folder / "other.yaml").write_text("run: {name: other}")
+    assert run_name("--config", "other", capsys=capsys) == ("other", "")
+
+
+def test_a_folder_of_the_name_does_not_hide_the_shipped_file(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (empty_folder / "quickstart").mkdir()
+    assert run_name("--config", "quickstart", capsys=capsys) == ("checkpoints_quickstart", "")
+
+
+def test_a_checkout_does_not_note_that_its_own_file_is_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(FOLDER)
+    assert run_name("--config", "quickstart", capsys=capsys) == ("checkpoints_quickstart", "")
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "message"),
+    [
+        ("quikstart", "quikstart: no such file .*; did you mean --config quickstart, which is shipped"),
+        ("configs/quickstart.yaml", "configs/quickstart.yaml: no such file .*; did you mean --config quickstart"),
+        ("xyzzy", "xyzzy: no such file .*; the shipped files are chat, cluster, "),
+        ("x" * 300, "xxx: file name too long"),
+    ],
+)
+def test_a_misspelt_name_is_refused_with_the_right_one(misspelt: str, message: str, empty_folder: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_config((), {}, settings_file(Path(misspelt)))

@@ -24,7 +24,8 @@ GENERATED = [page for page in pages() if PART.search(page.read_text(encoding="ut
 # The log describes the program as it was on each day.
 PAGES = [page for page in [*pages(), ROOT / "CONTRIBUTING.md"] if page.name != "LOG.md"]
 OTHER_PROGRAMS = set(
-    "sudo git cd cp mv mkdir ls cat scp pip source conda export chmod kubectl prometheus grafana tensorboard lm_eval".split()
+    "sudo git cd cp mv mkdir ls cat scp pip python3 source conda export chmod eval "
+    "kubectl envsubst docker prometheus grafana tensorboard lm_eval".split()
 )
 FILES_OF_A_RUN = {"training_log.txt", "error_traceback.txt"}
 

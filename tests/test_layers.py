@@ -26,7 +26,7 @@ MODULES = tracked_files("savant_ray/*.py")
 EVERYBODY_MAY = {"errors", "events", "config", "locations"}
 ALLOWED = {
     "cli": {"commands", "streams"},
-    "api": {"driver", "cluster", "reporting", "storage", "streams"},
+    "api": {"driver", "cluster", "reporting", "settings", "storage", "streams"},
     "streams": set(),
     "command_line": {"settings"},
     "commands": {
@@ -41,8 +41,12 @@ ALLOWED = {
         "reporting",
         "data",
         "benchmarks",
+        "completion",
+        "doctor",
         "settings",
     },
+    "completion": {"settings"},
+    "doctor": {"cluster", "training", "settings"},
     "benchmarks": {
         "driver",
         "worker",
@@ -94,6 +98,8 @@ THIRD_PARTY = {
     "streams": set(),
     "command_line": set(),
     "commands": set(),
+    "completion": set(),
+    "doctor": {"packaging", "psutil", "ray", "torch"},
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "driver": {"pyarrow", "ray", "torch"},
     "worker": {"numpy", "psutil", "pyarrow", "ray", "torch"},

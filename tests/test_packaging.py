@@ -33,6 +33,7 @@ def parsed(lines: list[str]) -> list[Requirement]:
 
 
 PINS = parsed((ROOT / "requirements.txt").read_text().splitlines())
+EXTRA_PINS = parsed((ROOT / "requirements-extras.txt").read_text().splitlines())
 RANGES = parsed(
     PROJECT["project"]["dependencies"]
     + PROJECT["project"]["optional-dependencies"]["test"]
@@ -59,6 +60,17 @@ def test_pins_and_ranges_name_the_same_packages_and_agree():
         pin = pins[canonicalize_name(wanted.name)]
         assert wanted.specifier.contains(str(pin.specifier).removeprefix("==")), f"{pin} is outside {wanted}"
         assert wanted.extras == pin.extras, f"{pin} and {wanted} name different extras"
+
+
+def test_optional_packages_are_pinned_within_their_ranges_and_only_once():
+    pins = {canonicalize_name(pin.name): pin for pin in EXTRA_PINS}
+    assert len(pins) == len(EXTRA_PINS) and not set(pins) & {canonicalize_name(pin.name) for pin in PINS}
+    assert [str(pin) for pin in EXTRA_PINS if not re.fullmatch(r"==[\w.]+", str(pin.specifier))] == []
+    for wanted in parsed([text for texts in PROJECT["project"]["optional-dependencies"].values() for text in texts]):
+        pin = pins.get(canonicalize_name(wanted.name))
+        assert pin is None or wanted.specifier.contains(str(pin.specifier).removeprefix("==")), (
+            f"{pin} is outside {wanted}"
+        )
 
 
 def test_the_documentation_gives_a_reason_for_every_requirement() -> None:
@@ -90,7 +102,8 @@ def test_this_environment_has_the_pinned_versions():
 
 def test_every_third_party_import_is_a_requirement():
     known = {IMPORT_NAMES.get(canonicalize_name(pin.name), pin.name) for pin in PINS}
-    known |= {"savant_ray", "mlflow", "transformers", "wandb", *sys.stdlib_module_names}
+    known |= {pin.name for pin in EXTRA_PINS}
+    known |= {"savant_ray", "mlflow", "wandb", *sys.stdlib_module_names}
     known |= {"tests", "docs", "invalid_lines"}
     known |= {"prometheus_client", "werkzeug"}  # which come with ray[default] and Flask
     for path in tracked_files("savant_ray/*.py", "jobs/*.py", "tests/*.py"):
@@ -103,7 +116,6 @@ def test_every_third_party_import_is_a_requirement():
 
 def test_the_project_names_its_command_its_packages_and_its_licence():
     assert PROJECT["project"]["scripts"] == {"savant": "savant_ray.cli:main"}
-    assert PROJECT["tool"]["setuptools"]["packages"]["find"] == {"include": ["savant_ray", "savant_ray.*"]}
     assert PROJECT["project"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     folders = {path.parent for path in tracked_files("savant_ray/*.py")}

@@ -28,6 +28,8 @@ FILES = (
     "environment.yml",
     "mkdocs.yml",
     "pyproject.toml",
+    "requirements-extras.txt",
+    "setup.py",
     "requirements.txt",
 )
 

@@ -234,21 +234,53 @@ _UNITS = [(86_400, 3_600, "d", "h"), (3_600, 60, "h", "min"), (60, 1, "min", "s"
 
 def generate_command(run: str) -> str:
     """Return the shell command that generates text with a run, given its folder or URI."""
-    return f'{shlex.quote(python_command())} jobs/generate.py --checkpoint {shlex.quote(run)} --prompt "…"'
+    return f'{own_command("generate")} --checkpoint {shlex.quote(run)} --prompt "…"'
 
 
-def python_command(python: Path = Path(sys.executable)) -> str:
-    """Return the shortest command that starts this Python in the working directory.
+def own_command(name: str, script: Path = Path(sys.argv[0]), python: Path = Path(sys.executable)) -> str:
+    """Return the shell command for a command of this program, such as `savant generate`.
 
-    The shell's `python` may be missing or another one if the program was started by `make`.
+    If the program was started by a script of `jobs/`, the command is the script beside it, if there is one. `savant` is
+    written with its path if the shell would not find that of this Python.
     """
-    shell_python = shutil.which("python")
-    if shell_python is not None and Path(shell_python).parent == python.parent:
-        return "python"
+    sibling = script.with_name(f"{name}.py")
+    if script.parent.name == "jobs" and sibling.is_file():
+        return f"{shlex.quote(_shortest_path(python, 'python'))} {shlex.quote(str(sibling))}"
+    savant = python.with_name("savant")
+    if savant.is_file():
+        return f"{shlex.quote(_shortest_path(savant, 'savant'))} {name}"
+    return f"{shlex.quote(_shortest_path(python, 'python'))} -m savant_ray.cli {name}"
+
+
+def next_commands(run: str) -> str:
+    """Return what can be done with the trained quickstart, one shell command per line with its meaning."""
+    quoted = shlex.quote(_relative_path(Path(run)))
+    question = '"Question: If X = 7 and Y = 12, what is X + Y?\nAnswer: Let\'s think step by step:"'
+    rows = [
+        (f"{own_command('generate')} --checkpoint {quoted} --prompt {question}", "answers a question"),
+        (f"{own_command('evaluate')} {quoted}", "asks the 720 problems again"),
+        (f"{own_command('report')} {quoted}", "writes a page with curves, samples and settings"),
+        (f"{own_command('train')} --config chat", "teaches the model the form of a conversation (1 min)"),
+        (f"{own_command('init')} TEXT.jsonl", "writes a settings file for your own text"),
+    ]
+    return "".join(f"\n  {command}\n      {meaning}" for command, meaning in rows)
+
+
+def _shortest_path(program: Path, name: str) -> str:
+    """Return how a shell in the working directory starts `program`: by its name, relative path or path.
+
+    The shell's `name` may be missing or another one if the program was started by `make`.
+    """
+    found = shutil.which(name)
+    return name if found is not None and Path(found).parent == program.parent else _relative_path(program)
+
+
+def _relative_path(path: Path) -> str:
+    """Return a path relative to the working directory, or unchanged if it is not below it."""
     try:
-        return str(python.relative_to(Path.cwd()))
+        return str(path.relative_to(Path.cwd()))
     except (ValueError, OSError):  # not below the working directory, or that was deleted
-        return str(python)
+        return str(path)
 
 
 def printable(text: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from savant_ray.settings.files import suggestion
 from savant_ray.settings.messages import TYPOGRAPHIC_QUOTES, closest, did_you_mean, validation_messages
 from savant_ray.settings.table import PREFIX, Setting
 from savant_ray.settings.yaml_text import YamlError, load_yaml, show
@@ -58,7 +59,8 @@ class SettingsReader:
             self.problems += [f"{path}{message}" for message in error.args]
         except OSError as error:
             where = "" if error.filename in (None, str(path)) else f" ({error.filename})"
-            self.problems.append(f"{path}: {(error.strerror or str(error)).lower()}{where}")
+            hint = suggestion(path) if isinstance(error, FileNotFoundError) else ""
+            self.problems.append(f"{path}: {(error.strerror or str(error)).lower()}{where}{hint}")
         except RuntimeError:  # raised by expanduser
             self.problems.append(f"{path}: there is no such user, or no home folder")
         except ValueError as error:  # a NUL character in the name

@@ -128,7 +128,7 @@ def compile_block(
     """
     if not wants_compiled(setting, device, precision):
         return None
-    missing = _missing_compiler()
+    missing = missing_compiler()
     if missing and setting == "auto":
         return f"{missing} not found: training runs uncompiled (slower, same results up to rounding)"
     torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
@@ -146,7 +146,8 @@ def runs_compiled(model: UniversalTransformer, device: torch.device) -> bool:
     return model.recurrent_block._compiled_call_impl is not None or device.type != "cpu"
 
 
-def _missing_compiler() -> str | None:
+def missing_compiler() -> str | None:
+    """Return what `torch.compile` needs and this machine has not, with the name of its package, or None."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return "g++"
     return None if has_python_headers() else "Python.h (package python3-dev)"

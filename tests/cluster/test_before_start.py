@@ -30,7 +30,7 @@ from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError
 from savant_ray.locations import join_uri, parent_and_name, replace_missing_home
 from savant_ray.reporting import RunReport
-from savant_ray.reporting.wording import byte_size, python_command
+from savant_ray.reporting.wording import byte_size, own_command
 from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.lock import LOCK, is_in_use, locked, move_run_aside
 from savant_ray.storage.paths import run_folder, with_absolute_paths
@@ -71,16 +71,25 @@ def test_a_run_in_object_storage_has_a_local_mirror_and_the_cache_must_be_local(
         with_absolute_paths(config, Path("/in"), Path("/out"))
 
 
-def test_suggested_commands_use_the_python_of_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / ".venv/bin/python"
+def test_suggested_commands_can_be_typed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python, elsewhere = tmp_path / ".venv/bin/python", tmp_path / "elsewhere"
     python.parent.mkdir(parents=True)
+    elsewhere.mkdir()
     python.touch(mode=0o755)
+    job, installed = Path("jobs/train.py"), python.with_name("savant")
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/generate.py").touch()
     monkeypatch.chdir(tmp_path)
-    assert python_command(python) == ".venv/bin/python", "as make calls it"
-    (tmp_path / "elsewhere").mkdir(), monkeypatch.chdir(tmp_path / "elsewhere")
-    assert python_command(python) == str(python)
+    assert own_command("generate", job, python) == ".venv/bin/python jobs/generate.py", "as make calls it"
+    assert own_command("generate", installed, python) == ".venv/bin/python -m savant_ray.cli generate"
+    installed.touch(mode=0o755)
+    assert own_command("generate", installed, python) == ".venv/bin/savant generate"
+    assert own_command("report", job, python) == ".venv/bin/savant report", "there is no script for it"
+    monkeypatch.chdir(elsewhere)
+    assert own_command("generate", tmp_path / job, python) == f"{python} {tmp_path}/jobs/generate.py"
+    assert own_command("generate", installed, python) == f"{installed} generate"
     monkeypatch.setenv("PATH", str(python.parent))
-    assert python_command(python) == "python"
+    assert own_command("generate", installed, python) == "savant generate"
 
 
 def test_a_ray_job_writes_below_the_home_folder() -> None:
@@ -210,7 +219,7 @@ def test_a_finished_run_prints_its_step_and_a_next_command_quoted_for_the_shell(
     assert "max_steps = 2;" in done.stdout or max_steps == 18
     command = done.stdout.rpartition(" or: ")[2].replace("…", "x")
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True).stdout
-    assert words.splitlines()[1:] == ["jobs/generate.py", "--checkpoint", str(run), "--prompt", "x"]
+    assert words.splitlines()[-5:] == [str(ROOT / "jobs/generate.py"), "--checkpoint", str(run), "--prompt", "x"]
 
 
 def test_free_space_is_checked_for_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:

@@ -46,5 +46,5 @@ def _require(package: str) -> None:
     )
     raise SettingsError(
         f"reporting.{package}: the package {package} is not installed{folder}; to install it, run "
-        f"`pip install -e '.[{package}]'` in the checkout"
+        f"`pip install 'savant-ray[{package}]'` (in a checkout `pip install -e '.[{package}]'`)"
     )

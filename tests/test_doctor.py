@@ -1,0 +1,64 @@
+"""`savant doctor` names what prevents a training on this machine, and its exit code says whether something does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from savant_ray.cli import main
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_a_machine_that_can_train_has_no_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith("\ntraining can run here\n")
+    for topic in ("Python", "packages", "torch", "GPU", "compiler", "memory", "disk", "Ray", "ports", "extra mlflow"):
+        assert f" {topic} " in shown
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("RAY_ADDRESS", "127.0.0.1:1", "127.0.0.1:1 (from RAY_ADDRESS): nothing listens there"),
+        ("RAY_ADDRESS", "http://127.0.0.1:8265", "is the address of a dashboard"),
+        ("RAY_TMPDIR", f"/tmp/{'x' * 90}", "too long for Ray's Unix sockets"),
+    ],
+)
+def test_a_ray_that_cannot_be_used_is_an_error(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert message in shown and shown.endswith("\n1 error: training cannot run here\n")
+
+
+def test_packages_that_are_missing_or_too_old_are_errors_and_those_of_extras_are_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = folder / "savant_ray-9.dist-info/METADATA"
+    metadata.parent.mkdir()
+    requirements = [
+        "torch>=99",
+        "no-such-package",
+        "psutil",
+        "another-one>=1; extra == 'serve'",
+        "ruff; extra == 'check'",
+    ]
+    lines = ["Metadata-Version: 2.1", "Name: savant-ray", "Version: 9", *(f"Requires-Dist: {r}" for r in requirements)]
+    metadata.write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(folder)
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert ", needed is >=99" in shown and "no-such-package is not installed" in shown
+    assert "note    extra serve  another-one is not installed" in shown and "savant-ray[serve]" in shown
+    assert "psutil" not in shown and "extra check" not in shown and "2 errors" in shown
