@@ -31,6 +31,7 @@ ALLOWED = {
     "command_line": {"settings"},
     "commands": {
         "command_line",
+        "chat",
         "driver",
         "cluster",
         "storage",
@@ -42,6 +43,7 @@ ALLOWED = {
         "benchmarks",
         "settings",
     },
+    "chat": {"command_line", "evaluation", "training", "inference", "reporting", "data", "model"},
     "benchmarks": {
         "driver",
         "worker",
@@ -92,6 +94,7 @@ THIRD_PARTY = {
     "streams": set(),
     "command_line": set(),
     "commands": set(),
+    "chat": {"orjson", "prompt_toolkit", "rich", "torch"},
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "driver": {"pyarrow", "ray", "torch"},
     "worker": {"numpy", "psutil", "pyarrow", "ray", "torch"},

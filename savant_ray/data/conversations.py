@@ -46,6 +46,7 @@ ROLES_WITHOUT_CONTENT = ("system", "tool", "function")  # whose content may be n
 SYSTEM_FIELDS = ("system", "system_prompt")  # beside a conversation
 TOOL_CALLS = ("tool_calls", "function_call")  # fields of a message, which then may have no content
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content
+PROBE = "Answer"  # content of an assistant's message that shows where a template writes it
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # mark a range while a template is rendered; Unicode reserves them for internal use
 # Templates that write the current date get this one, so that the same conversations always give the same token cache.
 FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"}
@@ -190,6 +191,36 @@ class ChatTemplate:
             end = max(len(stripped) - len(self.suffix), begin)
         clipped = ((min(max(start, begin), end) - begin, min(max(stop, begin), end) - begin) for start, stop in answers)
         return Rendered(text[begin:end], tuple((start, stop) for start, stop in clipped if start < stop))
+
+
+def conversation_prompt(messages: Sequence[Message], template: ChatTemplate | None) -> str:
+    """Return the text of a conversation up to where the assistant's next answer begins.
+
+    It is written by the template, or in the plain form. `Tokenizer.encode_prompts` gives the tokens that training sees
+    before an answer; in a text by a template, names of special tokens stand for these tokens (`special_tokens=True`). The
+    text is not that of `add_generation_prompt`, which some templates ignore, and with which some write other text than in
+    a conversation that has the answer.
+
+    Raises:
+        ConversationError: there is no message to answer; or as `ChatTemplate.render` and `plain_form`.
+    """
+    if not messages or messages[-1]["role"] == "assistant":
+        raise ConversationError("the conversation has no message that the assistant could answer")
+    with_answer = [*messages, {"role": "assistant", "content": PROBE}]
+    rendered = plain_form(with_answer) if template is None else template.render(with_answer)
+    if not rendered.answers:
+        raise ConversationError("the chat template does not write the answer of the assistant")
+    return rendered.text[: rendered.answers[-1][0]]
+
+
+def end_of_answer(template: ChatTemplate) -> str:
+    """Return what a chat template writes after an answer, such as `<|im_end|>`, without the end of the document.
+
+    Raises:
+        ConversationError: as `ChatTemplate.render`.
+    """
+    rendered = template.render([{"role": "user", "content": "Question"}, {"role": "assistant", "content": PROBE}])
+    return "".join(rendered.text[start:stop].partition(PROBE)[2] for start, stop in rendered.answers[-1:])
 
 
 def plain_form(messages: Sequence[Message]) -> Rendered:

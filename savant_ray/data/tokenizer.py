@@ -301,13 +301,16 @@ class Tokenizer:
         finally:
             self._inner.encode_special_tokens = True
 
-    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_prompts(self, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
         """Return the ids of each text as a prompt: `prefix`, text; empty for a text without tokens.
+
+        `special_tokens` is that of `encode_documents`: true for a prompt that a chat template wrote.
 
         Raises:
             DataError: as `encode_batch`.
         """
-        return [[*self.prefix, *ids] if ids else [] for ids in self.encode_batch(texts)]
+        with self._names_as_special_tokens(special_tokens):
+            return [[*self.prefix, *ids] if ids else [] for ids in self.encode_batch(texts)]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without prefix and suffix.
