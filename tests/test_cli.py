@@ -99,7 +99,7 @@ def test_an_unknown_command_is_refused_with_a_suggestion(capsys: pytest.CaptureF
     assert capsys.readouterr().err == "error: trian: no such command; did you mean train?\n"
     assert main(["xyzzy"]) == 2
     assert (
-        "the commands are train, prepare, data, runs, status, report, generate, evaluate, export, config, benchmark"
+        "the commands are train, prepare, data, runs, status, report, generate, chat, evaluate, export, config, benchmark"
         in capsys.readouterr().err
     )
 

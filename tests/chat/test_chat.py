@@ -230,11 +230,11 @@ def test_unknown_commands_and_invalid_values_are_refused_and_the_next_message_is
     tmp_path: Path, chat: Chat
 ) -> None:
     run = write_run(tmp_path, " 7")
-    text = "/tempreature 1\n/xyz\x1b\n/temperature hot\n/temperature -1\n/loops 0\n/loops 1.5\nwho?\n"
+    text = "/loop 1\n/xyz\x1b\n/temperature hot\n/temperature -1\n/loops 0\n/loops 1.5\nwho?\n"
     code, answers, notes = chat(run, text, "--conversation")
     assert (code, answers) == (1, "7\n")
     assert notes.splitlines() == [
-        "error: /tempreature: no such command; did you mean /temperature? (a message can begin with / after a space)",
+        "error: /loop: no such command; did you mean /loops? (a message can begin with / after a space)",
         "error: /xyz\\x1b: no such command; the commands are /reset, /system, /temperature, /loops, /save, /help, /exit "
         "(a message can begin with / after a space)",
         "error: /temperature: 'hot' is not a number of at least 0",
@@ -307,6 +307,6 @@ def test_input_that_is_not_utf8_is_refused_and_a_closed_output_ends_the_program(
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        command, input=b"who?\n" * 9, stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=50
+        command, input=b"who?\n" * 9, stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=100
     )
     assert (done.returncode, done.stderr) == (1, b"")
