@@ -18,6 +18,11 @@ for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.
         signal.signal(number, handler)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their length: compressed ones may contain the time, so that processes would collect other tests."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) and len(val) >= 20 else None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     named = named_paths(config)
     if collection_path in named:

@@ -80,13 +80,15 @@ class ChatTemplate:
     suffix: str = ""
     # Why there is no template that could be rendered; then `source` is empty. The reason is no part of an identity.
     problem: str = field(default="", repr=False)
+    version: int = field(default=2, init=False)  # of the ranges; a part of the identity of a token cache
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Render a conversation.
 
         The ranges are those of the template's `{% generation %}` blocks. A template without such blocks is rendered a second
         time with marks around the contents of the assistant, and once for the messages up to each of them: what follows the
-        content in the latter ends the turn.
+        content in the latter ends the turn. A space before a range belongs to it, as most tokenizers make it a part of the
+        token that follows.
 
         Raises:
             ConversationError: the template refuses the conversation or alters the assistant's contents.
@@ -104,7 +106,7 @@ class ChatTemplate:
         answers = blocks if blocks else self._contents(messages, text)
         if blocks is None or answers is None:
             raise ConversationError("the chat template changes the contents of the assistant, so they cannot be found")
-        return self._without_affixes(text, answers)
+        return self._without_affixes(text, _with_space_before(text, answers))
 
     def _contents(self, messages: Sequence[Message], text: str) -> Ranges | None:
         """Return the range of each message of the assistant, None if the rendered contents cannot be found."""
@@ -163,7 +165,7 @@ class ChatTemplate:
 
     def _turn_end(self) -> str:
         """Return what the template writes after the last content of the assistant."""
-        probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": f"{OPEN}Answer{CLOSE}"}]
+        probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": f"{OPEN}{PROBE}{CLOSE}"}]
         try:
             return self._render(probe).rpartition(CLOSE)[2]
         except ConversationError:
@@ -194,15 +196,15 @@ class ChatTemplate:
 
 
 def conversation_prompt(messages: Sequence[Message], template: ChatTemplate | None) -> str:
-    """Return the text of a conversation up to where the assistant's next answer begins.
+    """Return the text of a conversation up to the start of the assistant's next answer; in plain form without a template.
 
-    It is written by the template, or in the plain form. `Tokenizer.encode_prompts` gives the tokens that training sees
-    before an answer; in a text by a template, names of special tokens stand for these tokens (`special_tokens=True`). The
-    text is not that of `add_generation_prompt`, which some templates ignore, and with which some write other text than in
-    a conversation that has the answer.
+    `Tokenizer.encode_prompts` gives the tokens that training sees before an answer; for a text by a template it needs
+    `special_tokens=True`. The text is not that of `add_generation_prompt`, because some templates ignore it, and with it
+    some write other text than they write before an answer.
 
     Raises:
-        ConversationError: there is no message to answer; or as `ChatTemplate.render` and `plain_form`.
+        ConversationError: there is no message, or the last one is of the assistant; or as `ChatTemplate.render` and
+            `plain_form`.
     """
     if not messages or messages[-1]["role"] == "assistant":
         raise ConversationError("the conversation has no message that the assistant could answer")
@@ -387,6 +389,10 @@ def _mark_inside_space(content: str) -> str:
     """Mark the content without the white space around it, which some templates remove."""
     stripped = content.strip()
     return content.replace(stripped, f"{OPEN}{stripped}{CLOSE}", 1)
+
+
+def _with_space_before(text: str, answers: Ranges) -> Ranges:
+    return tuple((start - 1 if text[start - 1 : start] == " " else start, stop) for start, stop in answers)
 
 
 def _without_marks(marked: str) -> tuple[str, Ranges | None]:
