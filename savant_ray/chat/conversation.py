@@ -16,7 +16,7 @@ from savant_ray.data.documents import rule_of
 from savant_ray.data.record_reader import documents
 from savant_ray.data.source_files import find_files, path_list
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
-from savant_ray.errors import DataError, SavantError
+from savant_ray.errors import SavantError
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling, are_finite
 from savant_ray.locations import is_uri
@@ -141,7 +141,7 @@ class Conversation:
         Raises:
             SavantError: as `ask`.
         """
-        room = self.context - min(self._max_new_tokens, self.context // 2)
+        room = self.context - min(self._max_new_tokens, max(1, self.context // 2))
         first = len(self.turns)
         prompt = self._encode([], message)
         if not prompt:
@@ -258,7 +258,7 @@ def _has_conversations(source: SourceConfig, config: Config, tokenizer: Tokenize
         return True
     if source.text is not None or source.template is not None or any(map(is_uri, path_list(source.path))):
         return False
-    with suppress(DataError):
+    with suppress(SavantError):
         files = find_files(source, config.data.cache_dir, notify=lambda message: None)
         first = islice(documents(files, rule=rule_of(source, tokenizer.chat_template)), SAMPLED_DOCUMENTS)
         return any(document.is_conversation for document in first)

@@ -50,6 +50,7 @@ def message_editor(prompt: str, commands: Sequence[str], is_unfinished: Callable
         completer=WordCompleter(commands, sentence=True),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,  # needs no empty lines below for a menu
+        enable_suspend=True,  # by Ctrl+Z
         output=output,
     )
     return session.prompt
