@@ -141,13 +141,7 @@ def _generate(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--prompt", type=utf8_text, metavar="TEXT", required=True, help="text to complete")
     _add_generation_options(parser)
-    parser.add_argument(
-        "--temperature",
-        type=temperature,
-        metavar="T",
-        help="sampling temperature; 0: always the most likely token [validation.temperature of the run]",
-    )
-    parser.add_argument("--seed", type=seed, metavar="N", default=0, help="seed of the sampling [0]")
+    _add_sampling_options(parser)
     parser.add_argument(
         "--json", type=file_path, metavar="FILE", help="also write prompt, text and checkpoint to this file"
     )
@@ -184,6 +178,52 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of times that the recurrent block is applied [model.n_loops of the run]",
     )
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperature",
+        type=temperature,
+        metavar="T",
+        help="sampling temperature; 0: always the most likely token [validation.temperature of the run]",
+    )
+    parser.add_argument("--seed", type=seed, metavar="N", default=0, help="seed of the sampling [0]")
+
+
+def _chat(arguments: Sequence[str]) -> int:
+    parser = _parser("chat", takes_original=True)
+    parser.add_argument(
+        "checkpoint", metavar="RUN", help="run folder, step_N folder in it, or file of the original; also s3://…"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--conversation",
+        action="store_true",
+        help="answer messages, written by the chat template or as Question: …, Answer: … [if the model has a chat template "
+        "or is trained on conversations]",
+    )
+    form.add_argument("--plain", action="store_true", help="continue each message as a text of its own [otherwise]")
+    parser.add_argument("--system", type=utf8_text, metavar="TEXT", default="", help="system message [none]")
+    _add_generation_options(parser)
+    _add_sampling_options(parser)
+    options, settings = parse_with_original_settings(parser, arguments)
+    refuse_deleted_folder()
+    from savant_ray.chat.conversation import Conversation, is_for_conversations
+    from savant_ray.chat.terminal import ChatTerminal
+    from savant_ray.evaluation.from_checkpoint import load_model
+    from savant_ray.storage.run_storage import local_checkpoint
+
+    with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
+        model, tokenizer, config = load_model(checkpoint)
+    continues_text = options.plain or not (options.conversation or is_for_conversations(config, tokenizer))
+    conversation = Conversation(model, tokenizer, config, continues_text, options.max_new_tokens, options.seed)
+    if options.temperature is not None:
+        conversation.temperature = options.temperature
+    if options.loops is not None:
+        conversation.n_loops = options.loops
+    if options.system:
+        conversation.set_system(options.system)
+    return ChatTerminal(conversation).run(options.checkpoint)
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
@@ -422,6 +462,7 @@ COMMANDS = {
     "status": Command(_status, "print the state of a run in five lines"),
     "report": Command(_report, "write an HTML page about a run, or about several side by side", prints_result=False),
     "generate": Command(_generate, "complete a prompt with a checkpoint"),
+    "chat": Command(_chat, "talk to a model: questions and answers, or texts that it continues"),
     "evaluate": Command(_evaluate, "score a checkpoint on logic problems, or on your own questions"),
     "export": Command(_export, "convert a checkpoint for other programs", prints_result=False),
     "init": Command(_init, "write a settings file for your own text", prints_result=False),

@@ -31,6 +31,7 @@ ALLOWED = {
     "command_line": {"settings"},
     "commands": {
         "command_line",
+        "chat",
         "driver",
         "cluster",
         "storage",
@@ -47,6 +48,7 @@ ALLOWED = {
     },
     "completion": {"settings"},
     "doctor": {"cluster", "training", "settings"},
+    "chat": {"command_line", "evaluation", "training", "inference", "reporting", "data", "model"},
     "benchmarks": {
         "driver",
         "worker",
@@ -100,6 +102,7 @@ THIRD_PARTY = {
     "commands": set(),
     "completion": set(),
     "doctor": {"packaging", "psutil", "ray", "torch"},
+    "chat": {"orjson", "prompt_toolkit", "rich", "torch"},
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "driver": {"pyarrow", "ray", "torch"},
     "worker": {"numpy", "psutil", "pyarrow", "ray", "torch"},

@@ -227,6 +227,16 @@ def conversation_prompt(messages: Sequence[Message], template: ChatTemplate | No
     return rendered.text[: rendered.answers[-1][0]]
 
 
+def end_of_answer(template: ChatTemplate) -> str:
+    """Return what a chat template writes after an answer, such as `<|im_end|>`, without the end of the document.
+
+    Raises:
+        ConversationError: as `ChatTemplate.render`.
+    """
+    rendered = template.render([{"role": "user", "content": "Question"}, {"role": "assistant", "content": PROBE}])
+    return "".join(rendered.text[start:stop].partition(PROBE)[2] for start, stop in rendered.answers[-1:])
+
+
 def plain_form(messages: Sequence[Message]) -> Rendered:
     """Render a conversation in the plain form.
 

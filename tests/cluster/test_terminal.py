@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from savant_ray.training.checkpoint import newest_checkpoint
 from tests.cluster.conftest import ROOT, Head, environment, losses, options, run_job
+from tests.terminal import ended, read_until, start_in_terminal
 
 NAME = "modèle a#b?c%20 [1] 实验 👩‍💻"
 HANGUP = """
@@ -45,29 +43,6 @@ for _ in range(3):
     os.kill(os.getpid(), signal.SIGHUP)
 print(phase.current.name)
 """
-
-
-def start_in_terminal(command: list[str], folder: Path, variables: dict[str, str]) -> tuple[int, int]:
-    """Start a command in a pseudo-terminal; return its process id and the terminal's file descriptor."""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(folder)
-        os.execve(command[0], command, variables)
-    return process, terminal
-
-
-def read_until(terminal: int, words: str, seconds: float) -> str:
-    """Return what the terminal shows up to these words."""
-    shown, deadline = b"", time.monotonic() + seconds
-    while words not in shown.decode(errors="replace"):
-        assert time.monotonic() < deadline, shown.decode(errors="replace")
-        if select.select([terminal], [], [], 1)[0]:
-            shown += os.read(terminal, 4096)
-    return shown.decode(errors="replace")
-
-
-def ended(process: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def test_a_program_whose_terminal_closes_can_still_print_and_save(tmp_path: Path) -> None:

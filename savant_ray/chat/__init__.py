@@ -1,0 +1,1 @@
+"""A conversation with the model of a checkpoint in the terminal."""

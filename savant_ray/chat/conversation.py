@@ -1,0 +1,290 @@
+"""A conversation with a model: its messages, prompts that fit into the context, and answers as they are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import NamedTuple
+
+import orjson
+import torch
+
+from savant_ray.config import Config, SourceConfig
+from savant_ray.data.conversations import ConversationError, Message, conversation_prompt, end_of_answer
+from savant_ray.data.documents import rule_of
+from savant_ray.data.record_reader import documents
+from savant_ray.data.source_files import find_files, path_list
+from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
+from savant_ray.errors import SavantError
+from savant_ray.inference.generate import generate
+from savant_ray.inference.sampling import Sampling, are_finite
+from savant_ray.locations import is_uri
+from savant_ray.model.transformer import UniversalTransformer
+
+NEXT_QUESTION = "\nQuestion:"  # ends an answer in the plain form
+SAMPLED_DOCUMENTS = 20  # of a source, to find out whether its records are conversations
+
+
+class Turn(NamedTuple):
+    """A message of the user, and the answer."""
+
+    question: str
+    answer: str
+
+
+class Conversation:
+    """A conversation, or, if `continues_text`, texts that the model continues independently of each other.
+
+    A prompt contains the system message and as many of the newest turns as leave room for the answer: `max_new_tokens`, but
+    at most half of the context.
+
+    Attributes:
+        continues_text: whether messages are texts to continue instead of questions to answer.
+        turns: all turns, including those that no longer fit into the context.
+        system: the system message; "" if there is none.
+        temperature: sampling temperature of the next answer.
+        n_loops: number of times that the recurrent block is applied in the next answer.
+        context: maximum number of tokens of prompt and answer.
+        notes: what is to be known about the last answer: that it is incomplete, or that turns are left out from now on.
+    """
+
+    def __init__(
+        self,
+        model: UniversalTransformer,
+        tokenizer: Tokenizer,
+        config: Config,
+        continues_text: bool = False,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Start a conversation without messages.
+
+        Args:
+            model: the model that answers.
+            tokenizer: that of the model, with its chat template, if any.
+            config: settings of the checkpoint.
+            continues_text: see above.
+            max_new_tokens: maximum length of an answer, tokens; None: `validation.max_new_tokens`.
+            seed: the n-th answer, counted from 0, is sampled with `seed + n`.
+        """
+        self.continues_text, self.turns, self.system = continues_text, list[Turn](), ""
+        self.temperature, self.n_loops = config.validation.temperature, config.model.n_loops
+        self.context, self.notes = config.model.max_seq_len, list[str]()
+        self._model, self._tokenizer = model, tokenizer
+        self._max_new_tokens = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self._next_seed = seed
+        self._template = None if continues_text else tokenizer.chat_template
+        self._first_turn = 0  # of those that still fit into the context
+        self._ends = _ending_tokens(tokenizer) if self._template else frozenset()
+
+    def set_system(self, text: str) -> None:
+        """Use a system message from now on; "" removes it.
+
+        Raises:
+            SavantError: the model continues text, or the chat template refuses or ignores system messages.
+        """
+        if self.continues_text:
+            raise SavantError("the model continues text, which has no system message; --conversation has one")
+        question = {"role": "user", "content": "Question"}
+        try:
+            has_effect = not text or self._text([_system(text), question]) != self._text([question])
+        except ConversationError as error:
+            raise SavantError(f"the system message cannot be used: {error}") from error
+        if not has_effect:
+            raise SavantError("the chat template of the checkpoint ignores system messages")
+        self.system = text
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self.turns.clear()
+        self._first_turn = 0
+
+    def ask(self, message: str, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """Yield the answer in pieces as it is generated, and then add the turn to the conversation.
+
+        The answer ends early once `stop_requested` returns True. An empty answer is not added, nor is one that the chat
+        template refuses.
+
+        Raises:
+            SavantError: the message is too long for the context, or has no tokens, or the chat template refuses it.
+        """
+        self.notes = []
+        prompt = self._prompt(message)
+        limit = min(self._max_new_tokens, self.context - len(prompt))
+        sampling = Sampling.for_tokenizer(self._tokenizer, limit, self.temperature, self._next_seed)
+        self._next_seed += 1
+        answer = ""
+        for piece in self._pieces(prompt, sampling, stop_requested):
+            answer += piece
+            yield piece
+        if answer.strip():
+            self._add(Turn(message, answer if self.continues_text else answer.strip()))
+        elif self._has_finite_logits(prompt):
+            self.notes.append("the answer is empty, so the message is not part of the conversation")
+        else:
+            self.notes.append(
+                "no answer: the model's logits are not finite (NaN or infinite); try an earlier checkpoint"
+            )
+
+    def to_jsonl(self) -> str:
+        """Return the conversation as one record, or each continued text as a record, as `data.sources` reads them."""
+        if self.continues_text:
+            records: list[dict[str, object]] = [{"text": turn.question + turn.answer} for turn in self.turns]
+        else:
+            records = [{"messages": [*self._system_messages(), *_messages(self.turns)]}] if self.turns else []
+        return "".join(orjson.dumps(record).decode() + "\n" for record in records)
+
+    def _prompt(self, message: str) -> list[int]:
+        """Return the tokens of the prompt, and leave out the oldest turns if it would be too long.
+
+        Raises:
+            SavantError: as `ask`.
+        """
+        room = self.context - min(self._max_new_tokens, max(1, self.context // 2))
+        first = len(self.turns)
+        prompt = self._encode([], message)
+        if not prompt:
+            raise SavantError("the message has no tokens")
+        if len(prompt) > room:
+            system = " with the system message" if self.system else ""
+            raise SavantError(
+                f"the message{system} is too long: {len(prompt):,} tokens; the context of the model is {self.context:,} "
+                f"tokens, {self.context - room:,} of them for the answer"
+            )
+        # Adds earlier turns until one does not fit. Those that were left out once stay out.
+        while not self.continues_text and first > self._first_turn:
+            longer = self._encode(self.turns[first - 1 :], message)
+            if len(longer) > room:
+                if not self._first_turn:
+                    self.notes.append(
+                        f"the conversation has become longer than the context of {self.context:,} tokens; "
+                        "from now on the oldest turns are left out"
+                    )
+                self._first_turn = first
+                break
+            prompt, first = longer, first - 1
+        return prompt
+
+    def _encode(self, turns: Sequence[Turn], message: str) -> list[int]:
+        """Return the tokens of a prompt.
+
+        Raises:
+            SavantError: the chat template refuses the messages, or the tokenizer has no token for them.
+        """
+        if self.continues_text:
+            return self._tokenizer.encode_prompts([message])[0]
+        question = {"role": "user", "content": message}
+        try:
+            text = self._text([*self._system_messages(), *_messages(turns), question])
+        except ConversationError as error:
+            raise SavantError(f"the message cannot be sent: {error}") from error
+        return self._tokenizer.encode_prompts([text], special_tokens=self._template is not None)[0]
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        return conversation_prompt(messages, self._template)
+
+    def _system_messages(self) -> list[Message]:
+        return [_system(self.system)] if self.system else []
+
+    def _pieces(self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]) -> Iterator[str]:
+        """Yield the text of an answer: in a conversation without white space before it, and without the next question."""
+        decoder = IncrementalDecoder(self._tokenizer, prompt)
+        decoded = (decoder.push(token) for token in self._tokens(prompt, sampling, stop_requested))
+        is_plain_form = self._template is None and not self.continues_text
+        has_begun = self.continues_text
+        for piece in text_before(_chained(decoded, decoder.finish), NEXT_QUESTION if is_plain_form else ""):
+            shown = piece if has_begun else piece.lstrip()
+            has_begun |= bool(shown)
+            if shown:
+                yield shown
+
+    def _tokens(self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]) -> Iterator[int]:
+        n_tokens = 0
+        for token in generate(self._model, prompt, sampling, self.n_loops):
+            if token in self._ends:
+                return
+            yield token
+            n_tokens += 1
+            if stop_requested():
+                self.notes.append("stopped")
+                return
+        if n_tokens == sampling.max_new_tokens:
+            self.notes.append(f"the answer has reached its maximum length, {n_tokens:,} tokens")
+
+    def _add(self, turn: Turn) -> None:
+        """Add a turn unless later prompts could not contain it, because the answer has the name of a special token."""
+        if not self.continues_text:
+            try:
+                self._text([*self._system_messages(), *_messages([turn]), {"role": "user", "content": "Question"}])
+            except ConversationError as error:
+                self.notes.append(f"the answer cannot become part of the conversation: {error}")
+                return
+        self.turns.append(turn)
+
+    @torch.no_grad()
+    def _has_finite_logits(self, prompt: Sequence[int]) -> bool:
+        tokens_BT = torch.tensor([prompt], device=self._model.head.weight.device)
+        logits_BV = self._model.decode(tokens_BT, self._model.new_cache(self.n_loops), self.n_loops)
+        return bool(are_finite(logits_BV.float()).all())
+
+
+def text_before(pieces: Iterator[str], end: str) -> Iterator[str]:
+    """Yield the text of the pieces up to `end`; what may be the beginning of `end` is held back until it is known."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if end and end in held:
+            yield held[: held.index(end)]
+            return
+        n_held = max(n for n in range(len(end) or 1) if held.endswith(end[:n]))
+        yield held[: len(held) - n_held]
+        held = held[len(held) - n_held :]
+    yield held
+
+
+def is_for_conversations(config: Config, tokenizer: Tokenizer) -> bool:
+    """Return whether a model with these settings is to answer messages instead of continuing text.
+
+    It has a chat template, or one of its sources has conversations: by the settings, or among the first documents of its
+    local files. Files that are not there any more are taken for text.
+    """
+    sources = config.data.sources
+    return tokenizer.chat_template is not None or any(_has_conversations(each, config, tokenizer) for each in sources)
+
+
+def _has_conversations(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> bool:
+    if source.messages is not None:
+        return True
+    if source.text is not None or source.template is not None or any(map(is_uri, path_list(source.path))):
+        return False
+    with suppress(SavantError):
+        files = find_files(source, config.data.cache_dir, notify=lambda message: None)
+        first = islice(documents(files, rule=rule_of(source, tokenizer.chat_template)), SAMPLED_DOCUMENTS)
+        return any(document.is_conversation for document in first)
+    return False
+
+
+def _ending_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the first special token that the chat template writes after an answer."""
+    try:
+        end = end_of_answer(tokenizer.chat_template) if tokenizer.chat_template else ""
+    except ConversationError:  # each message will be refused for the same reason
+        return frozenset()
+    (ids,) = tokenizer.encode_prompts([end], special_tokens=True)
+    return frozenset([token for token in ids[len(tokenizer.prefix) :] if token in tokenizer.special_ids][:1])
+
+
+def _system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def _messages(turns: Sequence[Turn]) -> Iterator[Message]:
+    for turn in turns:
+        yield {"role": "user", "content": turn.question}
+        yield {"role": "assistant", "content": turn.answer}
+
+
+def _chained(pieces: Iterator[str], last: Callable[[], str]) -> Iterator[str]:
+    yield from pieces
+    yield last()

@@ -1,0 +1,238 @@
+"""The prompt loop of `savant chat`: reads messages and commands, and prints answers while they are generated.
+
+Answers are printed to standard output, everything else to standard error. With a terminal, messages are edited with
+prompt_toolkit. Otherwise, and if the terminal is not capable of that (`TERM=dumb`), they are read line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from savant_ray.chat.conversation import Conversation
+from savant_ray.command_line import file_path, loops, refuse_undecodable, temperature
+from savant_ray.data.atomic_files import write_atomically
+from savant_ray.errors import SavantError, describe, error_context, print_error
+from savant_ray.reporting.wording import printable
+
+PROMPT = "> "
+BLOCK = '"""'  # begins and ends a message of several lines
+INCAPABLE_TERMINALS = ("", "dumb", "unknown")
+HELP = {
+    "/reset": "forget the conversation; the system message stays",
+    "/system TEXT": 'set the system message; "" removes it; without TEXT: show it',
+    "/temperature T": "set the sampling temperature; 0: always the most likely token; without T: show it",
+    "/loops N": "set the number of times that the recurrent block is applied; without N: show it",
+    "/save FILE": "write the conversation as JSON lines, which data.sources reads",
+    "/help": "show this help",
+    "/exit": "end the program; also Ctrl+D",
+}
+INPUT_HELP = f"{BLOCK} begins and ends a message of several lines. Ctrl+C stops an answer."
+EDITOR_HELP = "Alt+Enter begins a new line."
+
+
+class ChatTerminal:
+    """Handles messages and commands, and prints answers and notes."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+        self._is_interactive = sys.stdin.isatty()
+        is_capable = sys.stdout.isatty() and os.environ.get("TERM", "") not in INCAPABLE_TERMINALS
+        self._has_editor = self._is_interactive and is_capable
+        self._stop_requested = False
+        self._saved: Path | None = None  # the file of this conversation, which may be replaced
+        self._notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._commands = {
+            "/reset": self._reset,
+            "/system": self._system,
+            "/temperature": self._temperature,
+            "/loops": self._loops,
+            "/save": self._save,
+            "/help": self._help,
+        }
+
+    def run(self, title: str) -> int:
+        """Read and answer messages until the end of the input, and return the exit code.
+
+        It is 1 if the input is not a terminal and a message or command has failed, otherwise 0. The title is printed first
+        if the input is a terminal.
+        """
+        if self._is_interactive:
+            continues = "continues your text (--conversation: it answers questions)"
+            does = continues if self.conversation.continues_text else "answers your messages"
+            self._note(f"{title} {does}. /help lists the commands, Ctrl+D ends the program.")
+        read = self._reader()
+        has_failed, is_leaving = False, False
+        while True:
+            try:
+                text = read()
+                is_leaving = False
+                if not self._handle(text):
+                    break
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                if not self._is_interactive:
+                    raise
+                if is_leaving:
+                    break
+                is_leaving = True
+                self._note("Ctrl+C again ends the program, and so does Ctrl+D")
+            except SavantError as error:
+                print_error(error)
+                has_failed = True
+        return int(has_failed and not self._is_interactive)
+
+    def _reader(self) -> Callable[[], str]:
+        """Return the function that reads a message, and handle signals as it needs.
+
+        The function raises EOFError at the end of the input, and KeyboardInterrupt after Ctrl+C.
+        """
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # undecodable input is refused when it is handled
+        if not self._is_interactive:
+            return read_message
+        signal.signal(signal.SIGINT, self._request_stop)
+        signal.signal(signal.SIGTERM, _exit)  # with the terminal in its normal mode
+        if self._has_editor:
+            from savant_ray.chat.editor import message_editor
+
+            return message_editor(PROMPT, [*self._commands, "/exit"], is_open_block)
+        return self._read_with_prompt
+
+    def _read_with_prompt(self) -> str:
+        print(PROMPT, end="", file=sys.stderr, flush=True)
+        earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return read_message()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            raise
+        finally:
+            signal.signal(signal.SIGINT, earlier)
+
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop_requested = True
+
+    def _handle(self, text: str) -> bool:
+        """Answer a message or execute a command; return whether to continue.
+
+        Raises:
+            SavantError: it cannot be answered or executed.
+        """
+        refuse_undecodable(text)
+        if text.startswith("/"):
+            name, _, argument = text.strip().partition(" ")
+            if name == "/exit":
+                return False
+            if name not in self._commands:
+                raise SavantError(_unknown_command(name, [*self._commands, "/exit"]))
+            try:
+                self._commands[name](argument.strip())
+            except argparse.ArgumentTypeError as error:
+                raise SavantError(f"{name}: {error}") from error
+        elif message := without_block_marks(text):
+            self._answer(message)
+        return True
+
+    def _answer(self, message: str) -> None:
+        show = printable if sys.stdout.isatty() else str
+        self._stop_requested = False
+        with error_context("generating an answer"):
+            for piece in self.conversation.ask(message, lambda: self._stop_requested):
+                print(show(piece), end="", flush=True)
+        print(flush=True)
+        for note in self.conversation.notes:
+            self._note(note)
+
+    def _note(self, text: str) -> None:
+        self._notes.print(printable(text), style="dim")
+
+    def _reset(self, argument: str) -> None:
+        self.conversation.reset()
+        self._saved = None
+        self._note("the conversation is forgotten")
+
+    def _system(self, argument: str) -> None:
+        if argument:
+            self.conversation.set_system("" if argument in ('""', "''") else without_block_marks(argument))
+        self._note(f"system message: {self.conversation.system or 'none'}")
+
+    def _temperature(self, argument: str) -> None:
+        if argument:
+            self.conversation.temperature = temperature(argument)
+        self._note(f"temperature: {self.conversation.temperature:g}")
+
+    def _loops(self, argument: str) -> None:
+        if argument:
+            self.conversation.n_loops = loops(argument)
+        self._note(f"loops: {self.conversation.n_loops}")
+
+    def _save(self, argument: str) -> None:
+        if not argument:
+            raise SavantError("/save: the name of the file is missing, such as /save conversation.jsonl")
+        if not self.conversation.turns:
+            raise SavantError("/save: there is no conversation yet")
+        path = file_path(argument)
+        try:
+            if path != self._saved and path.exists():
+                raise SavantError(f"/save: {argument} exists already; choose another name")
+            write_atomically(path, self.conversation.to_jsonl())
+        except OSError as error:
+            raise SavantError(f"/save: {describe(error)}") from error
+        self._saved = path
+        self._note(f"{argument} is written")
+
+    def _help(self, argument: str) -> None:
+        table = Table.grid(padding=(0, 2))
+        for command, meaning in HELP.items():
+            table.add_row(command, meaning)
+        self._notes.print(table)
+        self._note(f"{INPUT_HELP} {EDITOR_HELP}" if self._has_editor else INPUT_HELP)
+
+
+def read_message() -> str:
+    """Return the next message of standard input: a line, or the lines of a block.
+
+    Raises:
+        EOFError: the input has ended.
+    """
+    text = sys.stdin.readline()
+    if not text:
+        raise EOFError
+    while is_open_block(text) and (line := sys.stdin.readline()):
+        text += line
+    return text.rstrip("\r\n")
+
+
+def is_open_block(text: str) -> bool:
+    """Return whether a message has begun with `BLOCK` and not ended with it."""
+    stripped = text.strip()
+    return stripped.startswith(BLOCK) and not (len(stripped) >= 2 * len(BLOCK) and stripped.endswith(BLOCK))
+
+
+def without_block_marks(text: str) -> str:
+    """Return a message without white space around it, and without the marks of a block."""
+    stripped = text.strip()
+    return stripped.removeprefix(BLOCK).removesuffix(BLOCK).strip() if stripped.startswith(BLOCK) else stripped
+
+
+def _unknown_command(name: str, commands: list[str]) -> str:
+    close = difflib.get_close_matches(name, commands, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(commands)}"
+    return f"{printable(name)}: no such command; {hint} (a message can begin with / after a space)"
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
