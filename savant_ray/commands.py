@@ -305,7 +305,7 @@ def _export(arguments: Sequence[str]) -> int:
             from savant_ray.export.hugging_face import export_hugging_face as export
         else:
             from savant_ray.training.safetensors_export import export_safetensors as export
-        with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
+        with local_checkpoint(options.checkpoint, settings=settings, with_record=options.format == "hf") as checkpoint:
             export(checkpoint, options.output)
     print(f"{options.output} is written")
     return 0

@@ -83,12 +83,15 @@ def check_checkpoint_exists(checkpoint: str) -> None:
 
 @contextmanager
 def local_checkpoint(
-    checkpoint: str, files: Sequence[str] = (), settings: Mapping[str, Mapping[str, Any]] | None = None
+    checkpoint: str,
+    files: Sequence[str] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    with_record: bool = False,
 ) -> Iterator[Path]:
     """Yield the local path of a savant_ray checkpoint; a URI is downloaded, and a file of the original is converted.
 
     `settings` (by section, as in YAML) are those that a file of the original does not contain. Defaults that are used for
-    missing ones are printed to stderr.
+    missing ones are printed to stderr. `with_record` is that of `fetched`.
 
     Raises:
         CheckpointError: there is no checkpoint, it cannot be fetched, or the file's weights are not those of the original's
@@ -97,7 +100,7 @@ def local_checkpoint(
             tokenizer; or settings are given for a savant_ray checkpoint.
         DataError: the tokenizer that the settings name cannot be read.
     """
-    with fetched(checkpoint, files) as path:
+    with fetched(checkpoint, files, with_record=with_record) as path:
         original = find_original(path, print_note)
         if original is not None:
             with converted(original, settings or {}, print_note) as folder:
@@ -140,13 +143,15 @@ def initial_checkpoint(config: Config, files: Sequence[str] = (), allow_changes:
 
 
 @contextmanager
-def fetched(checkpoint: str, files: Sequence[str] = (), with_original: bool = False) -> Iterator[Path]:
+def fetched(
+    checkpoint: str, files: Sequence[str] = (), with_original: bool = False, with_record: bool = False
+) -> Iterator[Path]:
     """Yield the local path of a checkpoint or run; a URI is downloaded into a temporary folder within the `with` block.
 
     The URI of a run stands for its newest checkpoint or, if it has none, the newest intact file of the original. If
     `files` is not empty, only these files of a checkpoint are downloaded, for callers that need no weights. With
     `with_original`, the run's newest intact file of the original, if any, is downloaded into the same parent
-    folder, where `export_original` looks for it.
+    folder, where `export_original` looks for it; with `with_record`, the record of the run is, too.
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be fetched.
@@ -163,6 +168,8 @@ def fetched(checkpoint: str, files: Sequence[str] = (), with_original: bool = Fa
                 path = newest_intact(map(storage.fetch, names), print_note)
             else:
                 path = storage.fetch_files(names[0], files) if files else storage.fetch(names[0])
+                if with_record:
+                    storage.fetch_records()
                 if with_original:
                     newest_intact(map(storage.fetch, reversed(original_names(storage.file_names()))), print_note)
         except SavantError:

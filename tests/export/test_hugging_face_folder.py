@@ -22,6 +22,8 @@ from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.export.conftest import WriteRun, read_json
 from tests.original.test_file import trained
 from tests.original.word_tokenizer import write_tokenizer
+from tests.storage.conftest import server, store  # noqa: F401 - fixtures
+from tests.storage.object_store import ObjectStore
 
 FILES = {
     *("README.md", "chat_template.jinja", "config.json", "generation_config.json", "lm_eval", "model.safetensors"),
@@ -68,6 +70,31 @@ def test_the_card_has_the_figures_of_the_run_up_to_the_checkpoint_and_no_paths(
     write_run: WriteRun, output: Path, tmp_path: Path
 ) -> None:
     run = write_run(data={"sources": [{"path": str(tmp_path / "secret.jsonl"), "weight": 1}]})
+    write_record(run)
+    export_hugging_face(run, output)
+    card = (output / "README.md").read_text()
+    assert "# test_run\n" in card and "| training | 3 of " in card
+    assert "| training loss | 1.2500 nats per token (step 3) |" in card
+    assert "| validation loss | 1.5000 nats per token, not finite bits per byte (step 3) |" in card
+    assert "| logic suite | 90 % of 600 held-out problems, 95 % interval 88 % – 92.0 % (step 3) |" in card
+    assert str(tmp_path) not in card and "secret" not in card
+
+
+def test_the_card_of_a_run_in_object_storage_has_its_figures(
+    write_run: WriteRun,
+    store: ObjectStore,  # noqa: F811 - the fixture
+    output: Path,
+) -> None:
+    run = write_run()
+    write_record(run)
+    for path in run.rglob("*.*"):
+        store.write(f"runs/run/{path.relative_to(run)}", path.read_bytes())
+    assert main(["export", store.uri("runs/run"), "--format", "hf", "--output", str(output)]) == 0
+    assert "| validation loss | 1.5000 nats" in (output / "README.md").read_text()
+
+
+def write_record(run: Path) -> None:
+    """Write the record of a run that is one step ahead of its checkpoint, with half a line at the end."""
     step = {"learning_rate": 1, "grad_norm": 1, "tokens": 1, "tokens_per_second": 1, "skipped_micro_batches": 0}
     step |= {"micro_batch_size": 1, "memory_gb": 1, "data_wait_seconds": 1, "compute_seconds": 1, "reduce_seconds": 1}
     step |= {"update_seconds": 1, "step_seconds": 1}
@@ -79,13 +106,6 @@ def test_the_card_has_the_figures_of_the_run_up_to_the_checkpoint_and_no_paths(
         StepDone(step=4, train_loss=0.125, **step),
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(to_line(event)) + "\n" for event in events) + '{"event": "st')
-    export_hugging_face(run, output)
-    card = (output / "README.md").read_text()
-    assert "# test_run\n" in card and "| training | 3 of " in card
-    assert "| training loss | 1.2500 nats per token (step 3) |" in card
-    assert "| validation loss | 1.5000 nats per token, not finite bits per byte (step 3) |" in card
-    assert "| logic suite | 90 % of 600 held-out problems, 95 % interval 88 % – 92.0 % (step 3) |" in card
-    assert str(tmp_path) not in card and "secret" not in card
 
 
 def test_tokens_that_are_never_sampled_are_suppressed_in_generation(
