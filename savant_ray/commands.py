@@ -60,7 +60,7 @@ def _quickstart(arguments: Sequence[str]) -> int:
         from savant_ray.reporting.wording import next_commands
         from savant_ray.storage.run_storage import run_storage
 
-        print(f"\nTo try next:\n{next_commands(run_storage(config).location)}")
+        print(f"\nTo try next:\n{next_commands(run_storage(config).location, COMMANDS)}")
     return code
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from savant_ray.cli import main
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,20 @@ def test_a_ray_that_cannot_be_used_is_an_error(
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert message in shown and shown.endswith("\n1 error: training cannot run here\n")
+
+
+def test_packages_that_cannot_be_imported_are_errors_and_the_other_checks_are_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    (folder / "ray").mkdir()
+    (folder / "ray/__init__.py").write_text("import no_such_module")
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+    done = subprocess.run([sys.executable, "-m", "savant_ray.cli", "doctor"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "error   torch        ImportError: libcudart.so.13: cannot open shared object file" in done.stdout
+    assert "error   Ray          ModuleNotFoundError: No module named 'no_such_module'" in done.stdout
+    assert "-m pip install --force-reinstall savant-ray" in done.stdout and "ok      disk " in done.stdout
 
 
 def test_packages_that_are_missing_or_too_old_are_errors_and_those_of_extras_are_not(

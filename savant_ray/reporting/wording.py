@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import singledispatch
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from savant_ray.events import (
     ValidationDone,
     WorkersLost,
 )
+from savant_ray.locations import is_uri
 
 MIB = 1 << 20
 MAX_DOCUMENTS = 3  # named in the message about a skipped micro-batch
@@ -252,18 +253,19 @@ def own_command(name: str, script: Path = Path(sys.argv[0]), python: Path = Path
     return f"{shlex.quote(_shortest_path(python, 'python'))} -m savant_ray.cli {name}"
 
 
-def next_commands(run: str) -> str:
-    """Return what can be done with the trained quickstart, one shell command per line with its meaning."""
-    quoted = shlex.quote(_relative_path(Path(run)))
+def next_commands(run: str, known: Collection[str]) -> str:
+    """Return what can be done with the trained quickstart: for each `known` command a line and its meaning."""
+    quoted = shlex.quote(run if is_uri(run) else _relative_path(Path(run)))
     question = '"Question: If X = 7 and Y = 12, what is X + Y?\nAnswer: Let\'s think step by step:"'
     rows = [
-        (f"{own_command('generate')} --checkpoint {quoted} --prompt {question}", "answers a question"),
-        (f"{own_command('evaluate')} {quoted}", "asks the 720 problems again"),
-        (f"{own_command('report')} {quoted}", "writes a page with curves, samples and settings"),
-        (f"{own_command('train')} --config chat", "teaches the model the form of a conversation (1 min)"),
-        (f"{own_command('init')} TEXT.jsonl", "writes a settings file for your own text"),
+        ("generate", f"--checkpoint {quoted} --prompt {question}", "answers a question"),
+        ("chat", quoted, "answers one question after another"),
+        ("evaluate", quoted, "asks the 720 problems again"),
+        ("report", quoted, "writes a page with curves, samples and settings"),
+        ("train", "--config chat", "teaches the model the form of a conversation (1 min)"),
+        ("init", "TEXT.jsonl", "writes a settings file for your own text"),
     ]
-    return "".join(f"\n  {command}\n      {meaning}" for command, meaning in rows)
+    return "".join(f"\n  {own_command(name)} {rest}\n      {meaning}" for name, rest, meaning in rows if name in known)
 
 
 def _shortest_path(program: Path, name: str) -> str:
