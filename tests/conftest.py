@@ -18,6 +18,11 @@ for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.
         signal.signal(number, handler)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their length: compressed ones may contain the time, so that processes would collect other tests."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) and len(val) >= 20 else None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     named = named_paths(config)
     if collection_path in named:
@@ -26,6 +31,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         inside = any(collection_path in path.parents for path in (*tracked_files("*"), *named))
         return None if inside else True
     return True if collection_path.suffix == ".py" and not is_tracked(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files with slow tests first, so that two processes have shorter ones left to share at the end."""
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,7 +1,11 @@
-"""Finds the chat template of a tokenizer: `chat_template.jinja` or `tokenizer_config.json`, beside it or on Hugging Face."""
+"""Reads and writes the chat template of a tokenizer.
+
+It is in `chat_template.jinja` or `tokenizer_config.json`, beside the tokenizer or on Hugging Face.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from savant_ray.locations import error_text
 TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
 DEFAULT_NAME = "default"  # of the one that is used if there are several
 SHOWN_CHARACTERS = 200  # of an error
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # with which `transformers` loads any tokenizer.json
 
 
 def load_chat_template(origin: Path | str) -> ChatTemplate | None:
@@ -32,6 +37,17 @@ def load_chat_template(origin: Path | str) -> ChatTemplate | None:
         return None
     tokens = ((name, _token(value)) for name, value in sorted(settings.items()) if name.endswith("_token"))
     return ChatTemplate(source, tuple((name, text) for name, text in tokens if text is not None))
+
+
+def chat_template_files(template: ChatTemplate | None) -> dict[str, str]:
+    """Return the files from which `load_chat_template` loads the template, as text by name; none without a template.
+
+    `transformers` reads them, too.
+    """
+    if template is None or template.problem:
+        return {}
+    settings = {"tokenizer_class": TOKENIZER_CLASS, **dict(template.variables)}
+    return {TEMPLATE_FILE: template.source, SETTINGS_FILE: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
 
 
 def _read_file(folder: Path | str, name: str) -> bytes | None:

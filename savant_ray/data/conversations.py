@@ -46,6 +46,7 @@ ROLES_WITHOUT_CONTENT = ("system", "tool", "function")  # whose content may be n
 SYSTEM_FIELDS = ("system", "system_prompt")  # beside a conversation
 TOOL_CALLS = ("tool_calls", "function_call")  # fields of a message, which then may have no content
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content
+PROBE = "Answer"  # content of an assistant's message that shows where a template writes it
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # mark a range while a template is rendered; Unicode reserves them for internal use
 # Templates that write the current date get this one, so that the same conversations always give the same token cache.
 FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"}
@@ -79,13 +80,15 @@ class ChatTemplate:
     suffix: str = ""
     # Why there is no template that could be rendered; then `source` is empty. The reason is no part of an identity.
     problem: str = field(default="", repr=False)
+    version: int = field(default=2, init=False)  # of the ranges; a part of the identity of a token cache
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Render a conversation.
 
         The ranges are those of the template's `{% generation %}` blocks. A template without such blocks is rendered a second
         time with marks around the contents of the assistant, and once for the messages up to each of them: what follows the
-        content in the latter ends the turn.
+        content in the latter ends the turn. A space before a range belongs to it, as most tokenizers make it a part of the
+        token that follows.
 
         Raises:
             ConversationError: the template refuses the conversation or alters the assistant's contents.
@@ -103,7 +106,7 @@ class ChatTemplate:
         answers = blocks if blocks else self._contents(messages, text)
         if blocks is None or answers is None:
             raise ConversationError("the chat template changes the contents of the assistant, so they cannot be found")
-        return self._without_affixes(text, answers)
+        return self._without_affixes(text, _with_space_before(text, answers))
 
     def _contents(self, messages: Sequence[Message], text: str) -> Ranges | None:
         """Return the range of each message of the assistant, None if the rendered contents cannot be found."""
@@ -162,7 +165,7 @@ class ChatTemplate:
 
     def _turn_end(self) -> str:
         """Return what the template writes after the last content of the assistant."""
-        probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": f"{OPEN}Answer{CLOSE}"}]
+        probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": f"{OPEN}{PROBE}{CLOSE}"}]
         try:
             return self._render(probe).rpartition(CLOSE)[2]
         except ConversationError:
@@ -190,6 +193,26 @@ class ChatTemplate:
             end = max(len(stripped) - len(self.suffix), begin)
         clipped = ((min(max(start, begin), end) - begin, min(max(stop, begin), end) - begin) for start, stop in answers)
         return Rendered(text[begin:end], tuple((start, stop) for start, stop in clipped if start < stop))
+
+
+def conversation_prompt(messages: Sequence[Message], template: ChatTemplate | None) -> str:
+    """Return the text of a conversation up to the start of the assistant's next answer; in plain form without a template.
+
+    `Tokenizer.encode_prompts` gives the tokens that training sees before an answer; for a text by a template it needs
+    `special_tokens=True`. The text is not that of `add_generation_prompt`, because some templates ignore it, and with it
+    some write other text than they write before an answer.
+
+    Raises:
+        ConversationError: there is no message, or the last one is of the assistant; or as `ChatTemplate.render` and
+            `plain_form`.
+    """
+    if not messages or messages[-1]["role"] == "assistant":
+        raise ConversationError("the conversation has no message that the assistant could answer")
+    with_answer = [*messages, {"role": "assistant", "content": PROBE}]
+    rendered = plain_form(with_answer) if template is None else template.render(with_answer)
+    if not rendered.answers:
+        raise ConversationError("the chat template does not write the answer of the assistant")
+    return rendered.text[: rendered.answers[-1][0]]
 
 
 def plain_form(messages: Sequence[Message]) -> Rendered:
@@ -356,6 +379,10 @@ def _mark_inside_space(content: str) -> str:
     """Mark the content without the white space around it, which some templates remove."""
     stripped = content.strip()
     return content.replace(stripped, f"{OPEN}{stripped}{CLOSE}", 1)
+
+
+def _with_space_before(text: str, answers: Ranges) -> Ranges:
+    return tuple((start - 1 if text[start - 1 : start] == " " else start, stop) for start, stop in answers)
 
 
 def _without_marks(marked: str) -> tuple[str, Ranges | None]:

@@ -25,11 +25,12 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from savant_ray.config import Config
 from savant_ray.data.atomic_files import write_atomically
-from savant_ray.data.chat_template import load_chat_template
+from savant_ray.data.chat_template import chat_template_files, load_chat_template
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.errors import DataError, SettingsError
 from savant_ray.locations import local_path
 
+TOKENIZER_FILE = "tokenizer.json"
 PAD, END_OF_DOCUMENT = "<|pad|>", "<|end_of_document|>"
 END_NAMES = (
     *(END_OF_DOCUMENT, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"),
@@ -121,7 +122,7 @@ class Tokenizer:
             SettingsError: the vocabulary lacks `end_of_document`, or the tokenizer has no template that can be used.
         """
         path = local_path(str(spec), "tokenizer", DataError)
-        path = path / "tokenizer.json" if os.path.isdir(path) else path  # noqa: PTH112 - Path.is_dir raises for a name too long
+        path = path / TOKENIZER_FILE if os.path.isdir(path) else path  # noqa: PTH112 - Path.is_dir raises for a name too long
         is_file = os.path.isfile(path)  # noqa: PTH113
         try:
             if is_file:
@@ -169,8 +170,12 @@ class Tokenizer:
         """Return the tokenizer as JSON, without the arguments `name`, `end_of_document` and `add_special_tokens`."""
         return self._inner.to_str()
 
+    def files(self) -> dict[str, str]:
+        """Return the files from which `load` loads the tokenizer with its chat template, as text by name."""
+        return {TOKENIZER_FILE: self.to_json(), **chat_template_files(self._chat)}
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `tokenizer.json` atomically."""
+        """Write a `tokenizer.json` atomically, without the chat template."""
         write_atomically(Path(path), self.to_json())
 
     @cached_property
@@ -301,13 +306,16 @@ class Tokenizer:
         finally:
             self._inner.encode_special_tokens = True
 
-    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_prompts(self, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
         """Return the ids of each text as a prompt: `prefix`, text; empty for a text without tokens.
+
+        `special_tokens` is that of `encode_documents`: true for a prompt that a chat template wrote.
 
         Raises:
             DataError: as `encode_batch`.
         """
-        return [[*self.prefix, *ids] if ids else [] for ids in self.encode_batch(texts)]
+        with self._names_as_special_tokens(special_tokens):
+            return [[*self.prefix, *ids] if ids else [] for ids in self.encode_batch(texts)]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without prefix and suffix.

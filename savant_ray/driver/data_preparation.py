@@ -10,6 +10,7 @@ from pathlib import Path
 
 from savant_ray.cluster.session import ray_session
 from savant_ray.config import WEIGHT_RESOLUTION, Config, SourceConfig
+from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.cache_builder import empty_file_report, filter_report, train_or_load_tokenizer
 from savant_ray.data.cache_builder import prepare as prepare_files
 from savant_ray.data.documents import SourceText
@@ -17,7 +18,7 @@ from savant_ray.data.order import Weight, weights_by_documents
 from savant_ray.data.overlap import count_overlapping_documents
 from savant_ray.data.stream import StreamPlan
 from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
-from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable, short_name
 from savant_ray.driver.failures import ray_errors_explained
 from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_origin_without_lock, refuse_too_large
@@ -97,15 +98,21 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
 
 
 def _write_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
-    """Write the tokenizer into the cache folder if it is not there yet, and return the path of its `tokenizer.json`."""
-    path = cache_dir / f"tokenizer-used-{tokenizer.fingerprint[:16]}.json"
-    try:
-        is_written = path.read_text(encoding="utf-8") == tokenizer.to_json()
-    except (OSError, ValueError):
-        is_written = False
-    if not is_written:
-        tokenizer.save(path)
-    return path
+    """Write the tokenizer with its chat template into the cache folder; return the path of its `tokenizer.json`.
+
+    Files that are there already are not written again. The folder's name depends on the content, so that runs with other
+    tokenizers do not change it.
+    """
+    files = tokenizer.files()
+    folder = cache_dir / f"tokenizer-used-{fingerprint(files)[:16]}"
+    for name, text in files.items():
+        try:
+            is_written = (folder / name).read_bytes() == text.encode()
+        except OSError:
+            is_written = False
+        if not is_written:
+            write_atomically(folder / name, text)
+    return folder / TOKENIZER_FILE
 
 
 def _tokenize(

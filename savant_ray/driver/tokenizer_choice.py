@@ -19,11 +19,12 @@ from savant_ray.storage.protocol import newest_checkpoint_name
 from savant_ray.storage.run_storage import initial_checkpoint, run_storage
 from savant_ray.training.checkpoint import (
     CONFIG,
-    MANIFEST,
     TOKENIZER,
+    TOKENIZER_FILES,
     find_checkpoint,
     read_manifest,
     read_settings,
+    tokenizer_files,
     verify,
 )
 
@@ -62,7 +63,7 @@ def find_origin(start: Path | None, config: Config, allow_changes: bool = False)
         return _origin(start, start.name, str(start / TOKENIZER), is_resumed=True)
     if config.run.init_from is None:
         return None
-    with initial_checkpoint(config, (MANIFEST, CONFIG, TOKENIZER), allow_changes) as path:
+    with initial_checkpoint(config, (CONFIG, *TOKENIZER_FILES), allow_changes) as path:
         folder = find_checkpoint(path)
         tokenizer_path = "" if is_uri(config.run.init_from) else str(folder / TOKENIZER)
         return _origin(folder, f"run.init_from = {config.run.init_from}", tokenizer_path, is_resumed=False)
@@ -219,7 +220,7 @@ def _origin(folder: Path, name: str, tokenizer_path: str, is_resumed: bool) -> O
     verify(folder, CONFIG)
     if TOKENIZER not in read_manifest(folder)["files"]:
         return None
-    verify(folder, TOKENIZER)
+    verify(folder, *(path.name for path in tokenizer_files(folder)))
     data = read_settings(folder).data
     tokenizer = Tokenizer.load(folder / TOKENIZER, data.end_of_document, data.add_special_tokens)
     tokenizer.name = f"the tokenizer of {name}"

@@ -157,12 +157,11 @@ def loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype) 
     The logits are fp32, and finite in rows that are IGNORED. Eager code overwrites them.
     """
     loss, exp_CV, total_C1 = _loss_and_exp(logits_CV, targets_C)
-    is_target_C1 = (targets_C != IGNORED)[:, None]
-    probabilities_CV = exp_CV.div_(total_C1.masked_fill(~is_target_C1, math.inf))
-    index_C1 = targets_C.clamp(min=0)[:, None]
-    target_gradient_C1 = torch.where(is_target_C1, probabilities_CV.gather(1, index_C1) - 1, 0)
+    probabilities_CV = exp_CV.div_(total_C1.masked_fill((targets_C == IGNORED)[:, None], math.inf))
+    rows_C, index_C = torch.arange(len(targets_C), device=targets_C.device), targets_C.clamp(min=0)
+    target_gradient_C = torch.where(targets_C != IGNORED, probabilities_CV[rows_C, index_C] - 1, 0)
     grad_logits_CV = probabilities_CV.to(dtype)
-    grad_logits_CV.scatter_(1, index_C1, target_gradient_C1.to(dtype))
+    grad_logits_CV[rows_C, index_C] = target_gradient_C.to(dtype)  # `scatter_` copies a bf16 matrix twice on a CPU
     return loss, grad_logits_CV
 
 

@@ -255,7 +255,7 @@ def _texts(config: Config, allow_changes: bool = False) -> dict[str, str]:
             f"data.tokenizer: {tokenizer.name} has {tokenizer.vocab_size:,} entries, but the file's model has only "
             f"{config.model.vocab_size:,}; give the tokenizer that it was trained with"
         )
-    return {CONFIG: dump_yaml(config), TOKENIZER: tokenizer.to_json()}
+    return {CONFIG: dump_yaml(config), **tokenizer.files()}
 
 
 def _load_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
@@ -315,7 +315,7 @@ def _is_current(checkpoint: Path, config: Config) -> bool:
         and (old.run.seed, old.training.effective_batch) == (new.run.seed, new.training.effective_batch)
         and (old.data.end_of_document, old.data.add_special_tokens)
         == (new.data.end_of_document, new.data.add_special_tokens)
-        and (checkpoint / TOKENIZER).read_text(encoding="utf-8") == tokenizer.to_json()
+        and Tokenizer.load(checkpoint).files() == tokenizer.files()
     )
 
 

@@ -42,6 +42,7 @@ from savant_ray.training.checkpoint import (
     CONFIG,
     MANIFEST,
     in_step_order,
+    read_manifest,
     remove_unfinished,
     replace_folder,
     step_folders,
@@ -95,12 +96,24 @@ class ObjectStorage(RunStorage):
         return target
 
     def fetch_files(self, name: str, files: Sequence[str]) -> Path:
-        """Download some files of a checkpoint; return its local folder. Raises OSError."""
+        """Download the manifest of a checkpoint and those of `files` that it lists; return the local folder.
+
+        Raises:
+            CheckpointError: the manifest was altered.
+            OSError: the storage fails, or has not all of these files.
+        """
         source, target = self._stored_name(name), self.folder / name
         target.mkdir(parents=True, exist_ok=True)
-        for file in files:
+
+        def download(file: str) -> None:
             with self.filesystem.open_input_stream(f"{self.path}/{source}/{file}") as stream:
                 (target / file).write_bytes(stream.read())
+
+        download(MANIFEST)
+        listed = read_manifest(target)["files"]
+        for file in files:
+            if file in listed:
+                download(file)
         return target
 
     def remove_unfinished(self) -> None:

@@ -3,6 +3,7 @@
     step_500/step_500.pt      weights, optimizer, position (see training/state.py)
     step_500/config.yaml      the settings it was trained with
     step_500/tokenizer.json   the tokenizer it was trained with
+    step_500/chat_template.jinja, tokenizer_config.json   its chat template, and the special tokens that this uses, if any
     step_500/records.jsonl    lines of metrics.jsonl since the previous checkpoint, in case the driver lost them
     step_500/manifest.json    sizes and SHA-256 of the other files; written last
 
@@ -27,11 +28,14 @@ from typing import Any
 import torch
 
 from savant_ray.config import Config, load_config
+from savant_ray.data.chat_template import SETTINGS_FILE, TEMPLATE_FILE
+from savant_ray.data.tokenizer import TOKENIZER_FILE
 from savant_ray.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
-TOKENIZER = "tokenizer.json"
+TOKENIZER = TOKENIZER_FILE
+TOKENIZER_FILES = (TOKENIZER, TEMPLATE_FILE, SETTINGS_FILE)  # the latter two only with a chat template
 RECORDS = "records.jsonl"
 FORMAT_VERSION = 1
 NO_FINGERPRINT = ""  # data fingerprint of a checkpoint whose training text is unknown
@@ -226,6 +230,19 @@ def tokenizer_file(folder: Path) -> Path:
     if TOKENIZER not in read_manifest(folder)["files"]:
         raise CheckpointError(f"checkpoint {folder.name}: has no tokenizer; it was converted from a file without one")
     return folder / TOKENIZER
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the paths of a checkpoint's tokenizer and, if it has one, of the files of its chat template.
+
+    Raises:
+        CheckpointError: it has no tokenizer, as in `tokenizer_file`.
+    """
+    listed = read_manifest(folder)["files"]
+    return [
+        tokenizer_file(folder),
+        *(folder / name for name in TOKENIZER_FILES if name in listed and name != TOKENIZER),
+    ]
 
 
 def read_settings(folder: Path) -> Config:

@@ -16,12 +16,11 @@ from safetensors.torch import save_file
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, SettingsError
 from savant_ray.training.checkpoint import (
-    TOKENIZER,
     find_checkpoint,
     read_checkpoint,
     read_settings,
     sync,
-    tokenizer_file,
+    tokenizer_files,
 )
 
 WEIGHTS = "model.safetensors"
@@ -31,7 +30,7 @@ ARCHITECTURE = "UniversalTransformer"
 def export_safetensors(checkpoint: Path, output: Path) -> None:
     """Write a checkpoint as the folder `output`; for the folder of a run, its newest checkpoint.
 
-    The output holds `model.safetensors` (fp32), `config.json` and `tokenizer.json`.
+    The output holds `model.safetensors` (fp32), `config.json`, `tokenizer.json` and the files of its chat template.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
@@ -66,7 +65,8 @@ def _write(folder: Path, output: Path) -> None:
         save_file(content["model_state_dict"], temporary / WEIGHTS, metadata={"format": "pt"})
         description = json.dumps(_description(read_settings(folder), content["step"]), indent=2)
         (temporary / "config.json").write_text(description + "\n", encoding="utf-8")
-        shutil.copyfile(tokenizer_file(folder), temporary / TOKENIZER)
+        for path in tokenizer_files(folder):
+            shutil.copyfile(path, temporary / path.name)
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
         temporary.rename(output)

@@ -29,7 +29,7 @@ from savant_ray.events import (
 from savant_ray.ray_internals import preemption_deadline_ms
 from savant_ray.reporting.record import to_line
 from savant_ray.storage.protocol import RunStorage
-from savant_ray.training.checkpoint import CONFIG, TOKENIZER
+from savant_ray.training.checkpoint import CONFIG
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import validation_is_due
 from savant_ray.training.state import TrainingState
@@ -59,7 +59,7 @@ class RayHost:
         self._metrics = RunMetrics(config.run.name, self.rank)
         self._listener = StopListener(bridge)
         self._drain_reported = False
-        files = {CONFIG: dump_yaml(config), TOKENIZER: tokenizer.to_json()}
+        files = {CONFIG: dump_yaml(config), **tokenizer.files()}
         self._saver = Saver(storage, files, functools.partial(self.emit, wait=True))
         self._host_copy = HostCopy()  # used on rank 0
         self._latest_figures: dict[str, float | str] = {}  # reported to Ray Train with each checkpoint

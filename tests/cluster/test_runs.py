@@ -34,7 +34,7 @@ from tests.cluster.conftest import (
     wait_for,
     with_text,
 )
-from tests.data.albert_like import CLS, FOLDER, SEP
+from tests.data.albert_like import CLS, SEP, with_chat_template
 
 pytestmark = pytest.mark.slow
 
@@ -206,10 +206,12 @@ def test_a_fine_tune_on_conversations_trains_on_the_answers_only(
 
 
 def test_a_run_keeps_the_special_tokens_of_its_tokenizer_around_each_document(head: Head, workplace: Path) -> None:
-    albert = {"data__tokenizer": FOLDER}
+    tokenizer = with_chat_template(workplace / "albert")
+    albert = {"data__tokenizer": workplace / "albert"}
     code, printed = run_job(head, workplace, **albert, training__max_steps=2)
     assert code == 0, printed
     assert "add_special_tokens: true" in (workplace / "tiny/step_2/config.yaml").read_text()
+    assert Tokenizer.load(workplace / "tiny/step_2").chat_template == tokenizer.chat_template
     caches = [TokenCache.open(manifest.parent) for manifest in (workplace / "cache").glob("*/manifest.json")]
     assert len(caches) == 2, "training and validation text"
     for cache in caches:

@@ -27,7 +27,7 @@ from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import write_checkpoint
 from tests.cluster.test_starting_point import changed
-from tests.data.albert_like import FOLDER
+from tests.data.albert_like import FOLDER, with_chat_template
 from tests.storage.conftest import server, storage_a, store  # noqa: F401 - fixtures
 from tests.storage.object_store import BUCKET, ObjectStore
 
@@ -42,7 +42,7 @@ AGREE, KNOWN = BASE.count_same_ids(OTHER)
 def run_of(tmp_path: Path, step: int = 6, kept: Tokenizer = BASE, **data: Any) -> Path:
     """Return a run folder with one checkpoint, trained with these settings of `data`."""
     content = {"step": step, "weights": torch.ones(5), "savant": {"data_fingerprint": "abc", "format_version": 1}}
-    texts = {"config.yaml": dump_yaml(changed(data=data)), "tokenizer.json": kept.to_json(), "records.jsonl": ""}
+    texts = {"config.yaml": dump_yaml(changed(data=data)), **kept.files(), "records.jsonl": ""}
     write_checkpoint(tmp_path / "A", content, texts)
     return tmp_path / "A"
 
@@ -94,6 +94,39 @@ def test_the_tokenizer_of_initial_weights_in_object_storage_is_fetched_without_t
     store.filesystem.delete_file(f"{BUCKET}/runs/run/step_6/tokenizer.json")
     with pytest.raises(CheckpointError, match="cannot be fetched"):
         started_from(store.uri(path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_chat_template_of_the_weights_is_used_when_resuming_and_by_a_new_run(name: str, tmp_path: Path) -> None:
+    tokenizer = with_chat_template(tmp_path / "tokenizer", name)
+    run = run_of(tmp_path, kept=tokenizer)
+    shutil.rmtree(tmp_path / "tokenizer")
+    named = str(run / "step_6/tokenizer.json")
+    for config, origin in [(Config(), resumed(run)), started_from(run), started_from(run, tokenizer=named)]:
+        chosen = choose_tokenizer(config, origin, allow_changes=False)
+        assert chosen is not None and chosen.chat_template is not None
+        assert chosen.chat_template == tokenizer.chat_template
+        assert repr(chosen.chat_template) == repr(tokenizer.chat_template), "it is part of the identity of token caches"
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        content = (run / "step_6" / file).read_bytes()
+        for altered in (None, content[:-1]):
+            (run / "step_6" / file).unlink() if altered is None else (run / "step_6" / file).write_bytes(altered)
+            with pytest.raises(CheckpointError, match=file):
+                started_from(run)
+        (run / "step_6" / file).write_bytes(content)
+
+
+def test_the_chat_template_of_initial_weights_in_object_storage_is_fetched(
+    storage_a: ObjectStorage,  # noqa: F811 - the fixture
+    store: ObjectStore,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    tokenizer = with_chat_template(tmp_path / "tokenizer")
+    shutil.copytree(run_of(tmp_path, kept=tokenizer), storage_a.folder)
+    storage_a.commit(storage_a.folder / "step_6")
+    store.filesystem.delete_file(f"{BUCKET}/runs/run/step_6/step_6.pt")
+    _, origin = started_from(store.uri("runs/run"))
+    assert origin is not None and origin.tokenizer.chat_template == tokenizer.chat_template
 
 
 def test_training_a_new_tokenizer_for_initial_weights_requires_allow_changes(tmp_path: Path) -> None:

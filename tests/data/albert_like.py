@@ -6,15 +6,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import string
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from savant_ray.data.tokenizer import Tokenizer
+
 FOLDER = Path(__file__).with_suffix("")
 SPECIAL = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]  # ids 0 to 4
 CLS, SEP = 2, 3
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role + ':\n' + message.content + eos_token }}{% endfor %}"
+)
 PIECES = [
     "▁the",
     "▁a",
@@ -59,6 +66,19 @@ def write() -> None:
     )
     FOLDER.mkdir(exist_ok=True)
     tokenizer.save(str(FOLDER / "tokenizer.json"))
+
+
+def with_chat_template(folder: Path, name: str = "tokenizer_config.json") -> Tokenizer:
+    """Return the tokenizer with a chat template, from a new folder that has it in a file of this name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(FOLDER / "tokenizer.json", folder / "tokenizer.json")
+    settings = {"bos_token": "[CLS]", "eos_token": {"content": "[SEP]"}, "pad_token": None}
+    if name == "tokenizer_config.json":
+        settings["chat_template"] = CHAT_TEMPLATE
+    else:
+        (folder / name).write_text(CHAT_TEMPLATE)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer.load(folder)
 
 
 if __name__ == "__main__":

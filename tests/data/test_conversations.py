@@ -102,7 +102,7 @@ def by_template(source: str, messages: list[dict[str, str]], **fields: Any) -> D
     [
         (CHATML, "<|im_start|>system\nBe brief.", ["It is 2.<|im_end|>\n", "It is 4.<|im_end|>\n"], "4.<|im_end|>\n"),
         (LLAMA, "<s><|start_header_id|>system", ["It is 2.<|eot_id|>", "It is 4.<|eot_id|>"], "It is 4.<|eot_id|>"),
-        (MISTRAL, "<s>[INST] 1 + 1? [/INST] It", ["It is 2.</s>", "It is 4.</s>"], "[/INST] It is 4.</s>"),
+        (MISTRAL, "<s>[INST] 1 + 1? [/INST] It", [" It is 2.</s>", " It is 4.</s>"], "[/INST] It is 4.</s>"),
         (ZEPHYR, "<|system|>\nBe brief.</s>", ["It is 2.</s>\n", "It is 4.</s>\n"], "It is 4.</s>\n"),
         (MARKED, "<|system|>Be brief.<|end|>", ["It is 2.<|end|>", "It is 4.<|end|>"], "It is 4.<|end|>"),
         (WITHOUT_THOUGHTS, "<system>Be brief.</>", ["It is 2.</>", "It is 4.</>"], "<assistant>It is 4.</>"),
@@ -136,7 +136,7 @@ def test_the_ranges_are_exactly_the_contents_even_if_users_and_headers_say_the_s
     answers = trained(by_template(source, messages))
     ends = {"<|im_end|>\n", "<|eot_id|>", "</s>", "</s>\n", "<|end|>"}
     for answer, content in zip(answers, contents[1::2], strict=True):
-        expected = content.strip() if is_trimmed else content
+        expected = " " * (source is MISTRAL) + (content.strip() if is_trimmed else content)
         assert answer.startswith(expected) and answer.removeprefix(expected) in ends
 
 
@@ -406,7 +406,7 @@ def test_special_tokens_that_the_tokenizer_adds_to_every_document_are_not_there_
     assert trained(document) == ["It is 2."], "up to the end of the text, so the end of the document is trained, too"
     document = by_template(MISTRAL, [USER, ANSWER], prefix="<s>", suffix="</s>")
     assert document.text == "[INST] 1 + 1? [/INST] It is 2."
-    assert trained(document) == ["It is 2."]
+    assert trained(document) == [" It is 2."]
 
 
 @pytest.fixture

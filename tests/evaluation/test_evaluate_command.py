@@ -11,13 +11,14 @@ import torch
 from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import train_tokenizer
-from savant_ray.evaluation.from_checkpoint import by_depth, held_out_rows
+from savant_ray.evaluation.from_checkpoint import by_depth, held_out_rows, load_model
 from savant_ray.evaluation.logic_suite import logic_suite
 from savant_ray.evaluation.loss import loss_sums
 from savant_ray.model.flex import has_flex
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.training.checkpoint import write_checkpoint
+from savant_ray.training.checkpoint import read_settings, write_checkpoint
 from savant_ray.training.state import new_state
+from tests.data.albert_like import with_chat_template
 from tests.training.tiny import CPU, MODEL, unmasked
 
 TEXT = "Question: what is 1 + 2? The answer is 3.\n"
@@ -37,6 +38,16 @@ def run(tmp_path: Path) -> Path:
     )
     texts = {"config.yaml": dump_yaml(config), "tokenizer.json": train_tokenizer(iter([TEXT] * 9), 300).to_json()}
     return write_checkpoint(tmp_path / "run", {**new_state(config, CPU).to_checkpoint(), "step": 3}, texts).parent
+
+
+def test_the_model_of_a_checkpoint_comes_with_its_chat_template(run: Path, tmp_path: Path) -> None:
+    assert load_model(run)[1].chat_template is None
+    config = read_settings(run / "step_3")
+    tokenizer = with_chat_template(tmp_path / "tokenizer")
+    texts = {"config.yaml": dump_yaml(config), **tokenizer.files()}
+    write_checkpoint(tmp_path / "chat", {**new_state(config, CPU).to_checkpoint(), "step": 3}, texts)
+    template = load_model(tmp_path / "chat")[1].chat_template
+    assert template is not None and template == tokenizer.chat_template
 
 
 def test_the_suite_is_scored_per_template_with_an_interval(

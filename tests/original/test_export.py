@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
+from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import CheckpointError, SavantError
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.original.export import NO_MOMENTS, NO_OPTIMIZER_KNOWN, export_original
@@ -22,6 +23,7 @@ from savant_ray.training.checkpoint import write_checkpoint
 from savant_ray.training.safetensors_export import export_safetensors
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
+from tests.data.albert_like import with_chat_template
 from tests.original.fixtures import batch
 from tests.original.program import AdamW8bit, OriginalProgram, adamw
 from tests.original.test_file import FLAT, MAKERS, original_config, trained
@@ -72,6 +74,14 @@ def test_safetensors_is_a_folder_with_weights_settings_and_tokenizer(
         "step": 3,
     }
     assert (output / "tokenizer.json").read_text(encoding="utf-8") == '{"model": "€"}'
+
+
+def test_safetensors_has_the_chat_template_of_the_checkpoint(state: TrainingState, tmp_path: Path) -> None:
+    texts = {"config.yaml": dump_yaml(CONFIG), **with_chat_template(tmp_path / "tokenizer").files()}
+    write_checkpoint(tmp_path / "run", state.to_checkpoint(), texts)
+    export_safetensors(tmp_path / "run", tmp_path / "output")
+    template = Tokenizer.load(tmp_path / "output").chat_template
+    assert template is not None and template == with_chat_template(tmp_path / "tokenizer").chat_template
 
 
 @pytest.mark.parametrize("named", [".", "step_3", "step_3/step_3.pt"])
