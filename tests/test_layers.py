@@ -31,6 +31,7 @@ ALLOWED = {
     "command_line": {"settings"},
     "commands": {
         "command_line",
+        "serving",
         "driver",
         "cluster",
         "storage",
@@ -42,6 +43,7 @@ ALLOWED = {
         "benchmarks",
         "settings",
     },
+    "serving": {"command_line", "cluster", "storage", "evaluation", "inference", "data"},
     "benchmarks": {
         "driver",
         "worker",
@@ -92,6 +94,7 @@ THIRD_PARTY = {
     "streams": set(),
     "command_line": set(),
     "commands": set(),
+    "serving": {"orjson", "pydantic", "ray", "starlette"},
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "driver": {"pyarrow", "ray", "torch"},
     "worker": {"numpy", "psutil", "pyarrow", "ray", "torch"},

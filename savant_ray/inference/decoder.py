@@ -234,11 +234,9 @@ class Decoder:
             free = [row for row, answer in enumerate(answers) if answer is None]
             n_rows, n_missing = len(answers), len(new.answers) - len(free)
             if n_missing > 0:
-                # Rows that are not in use cost time, and a new number of rows needs a new CUDA graph.
-                n_added = max(n_missing, n_rows) if self._graph.captures else n_missing
-                free += range(n_rows, n_rows + n_added)
-                self._batch.select([*range(n_rows), *[0] * n_added])
-                self._batch.answers[n_rows:] = [None] * n_added
+                free += range(n_rows, n_rows + n_missing)
+                self._batch.select([*range(n_rows), *[0] * n_missing])
+                self._batch.answers[n_rows:] = [None] * n_missing
                 self._graph.invalidate()
             if self._batch.replace(free[: len(new.answers)], new):
                 self._graph.invalidate()
