@@ -249,6 +249,23 @@ def depths(text: str) -> list[int]:
     return [loops(part) for part in text.split(",")]
 
 
+def count(text: str) -> int:
+    """Return a number of at least 1."""
+    return _integer(text, 1, MAX_NEW_TOKENS)
+
+
+def port(text: str) -> int:
+    """Return a TCP port."""
+    return _integer(text, 1, (1 << 16) - 1)
+
+
+def replicas(text: str) -> tuple[int, int]:
+    """Return the smallest and the largest number of replicas, from a number or a range such as 1-4."""
+    first, dash, last = text.partition("-")
+    smallest = count(first)
+    return smallest, _integer(last, smallest, MAX_NEW_TOKENS) if dash else smallest
+
+
 def seed(text: str) -> int:
     """Return a seed that `torch.Generator` accepts."""
     return _integer(text, MIN_SEED, MAX_SEED)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from savant_ray.command_line import (
+    count,
     depths,
     file_path,
     loops,
@@ -25,7 +26,9 @@ from savant_ray.command_line import (
     parse_paths_with_settings,
     parse_with_original_settings,
     parse_with_settings,
+    port,
     refuse_deleted_folder,
+    replicas,
     seed,
     temperature,
     utf8_text,
@@ -172,6 +175,10 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum length of the answer, tokens [validation.max_new_tokens of the run]",
     )
+    _add_loops_option(parser)
+
+
+def _add_loops_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loops",
         type=loops,
@@ -264,6 +271,41 @@ def _evaluate(arguments: Sequence[str]) -> int:
     (print_depths if options.depths else print_scores)(scored)
     if options.json is not None:
         _write_json(options.json, {"checkpoint": options.checkpoint, **scored})
+    return 0
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    parser = _parser("serve", takes_original=True)
+    parser.add_argument(
+        "checkpoint", metavar="RUN", help="run folder, step_N folder in it, or file of the original; also s3://…"
+    )
+    parser.add_argument("--name", metavar="NAME", help="name of the model in requests [name of the run folder]")
+    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on [127.0.0.1]")
+    parser.add_argument("--port", type=port, metavar="N", default=8000, help="port to listen on [8000]")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="key that requests must have; needed if --host is not a loopback address [SAVANT_API_KEY of the environment]",
+    )
+    parser.add_argument(
+        "--replicas", type=replicas, metavar="N", default=(1, 1), help="number of replicas, or a range such as 1-4 [1]"
+    )
+    parser.add_argument(
+        "--max-batch", type=count, metavar="N", default=16, help="answers that a replica decodes together [16]"
+    )
+    parser.add_argument(
+        "--max-queue", type=count, metavar="N", default=64, help="requests that wait; further ones are refused [64]"
+    )
+    parser.add_argument(
+        "--max-length", type=count, metavar="N", help="tokens of prompt and answer [model.max_seq_len of the run]"
+    )
+    _add_loops_option(parser)
+    options, original = parse_with_original_settings(parser, arguments)
+    refuse_deleted_folder()
+    from savant_ray.serving.server import ServerSettings, run_server
+
+    values = {name: value for name, value in vars(options).items() if name not in ("config", "verbose")}
+    run_server(ServerSettings(original=original, **values), options.verbose)
     return 0
 
 
@@ -464,6 +506,7 @@ COMMANDS = {
     "generate": Command(_generate, "complete a prompt with a checkpoint"),
     "chat": Command(_chat, "talk to a model: questions and answers, or texts that it continues"),
     "evaluate": Command(_evaluate, "score a checkpoint on logic problems, or on your own questions"),
+    "serve": Command(_serve, "serve a checkpoint with OpenAI's API, on Ray Serve", prints_result=False),
     "export": Command(_export, "convert a checkpoint for other programs", prints_result=False),
     "init": Command(_init, "write a settings file for your own text", prints_result=False),
     "doctor": Command(_doctor, "check what a training needs on this machine"),

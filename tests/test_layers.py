@@ -32,6 +32,7 @@ ALLOWED = {
     "commands": {
         "command_line",
         "chat",
+        "serving",
         "driver",
         "cluster",
         "storage",
@@ -49,6 +50,7 @@ ALLOWED = {
     "completion": {"settings"},
     "doctor": {"cluster", "training", "settings"},
     "chat": {"command_line", "evaluation", "training", "inference", "reporting", "data", "model"},
+    "serving": {"command_line", "cluster", "storage", "evaluation", "inference", "data"},
     "benchmarks": {
         "driver",
         "worker",
@@ -103,6 +105,7 @@ THIRD_PARTY = {
     "completion": set(),
     "doctor": {"packaging", "psutil", "ray", "torch"},
     "chat": {"orjson", "prompt_toolkit", "rich", "torch"},
+    "serving": {"orjson", "pydantic", "ray", "starlette"},
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "driver": {"pyarrow", "ray", "torch"},
     "worker": {"numpy", "psutil", "pyarrow", "ray", "torch"},

@@ -45,22 +45,22 @@ def logit_bias(sampling: Sampling, vocab_size: int) -> Tensor:
     return bias_V
 
 
-def drawn(logits_BV: Tensor, temperature: Tensor, uniform_1: Tensor) -> Tensor:
-    """Return a random token of each row, `[B]`: the first whose cumulative probability exceeds `uniform_1`.
+def drawn(logits_BV: Tensor, temperature_B1: Tensor, uniform_B1: Tensor) -> Tensor:
+    """Return a random token of each row, `[B]`: the first whose cumulative probability exceeds `uniform_B1`.
 
     Computed in fp64 after subtracting the maximum, so that no temperature above 0 overflows.
 
     Args:
         logits_BV: a logit of minus infinity is a probability of 0.
-        temperature: an fp64 tensor without dimensions. A GPU would multiply by the reciprocal of a Python number, which is
-            infinite for the smallest temperatures.
-        uniform_1: in [0, 1), fp64.
+        temperature_B1: fp64; like `uniform_B1` it may be a tensor without dimensions. A GPU would multiply by the reciprocal
+            of a Python number, which is infinite for the smallest temperatures. For 0 the token is arbitrary.
+        uniform_B1: in [0, 1), fp64.
     """
     logits_BV = logits_BV.double()
-    mass_BV = ((logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature).exp()
+    mass_BV = ((logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature_B1).exp()
     cumulative_BV = mass_BV.cumsum(dim=-1)
     # A parallel sum may grow by a rounding error where the mass is 0.
-    exceeds_BV = (cumulative_BV > uniform_1 * cumulative_BV[:, -1:]) & (mass_BV > 0)
+    exceeds_BV = (cumulative_BV > uniform_B1 * cumulative_BV[:, -1:]) & (mass_BV > 0)
     return exceeds_BV.byte().argmax(dim=-1)
 
 

@@ -24,7 +24,7 @@ from savant_ray.model.flex import block_mask, flex, has_flex
 class Mask(NamedTuple):
     """Masked positions in the form that the implementation needs."""
 
-    masked: Tensor | None  # [B, 1, T, S], [T, S] or [S]; True = masked; None = nothing is masked
+    masked: Tensor | None  # [B, 1, T, S] or [T, S]; True = masked; None = nothing is masked
     first_key_N: Tensor | None = None  # first visible key of each chunk of queries, for `cpu_attention`
     blocks: BlockMask | None = None  # for `flex`
 
@@ -56,45 +56,26 @@ def build_masks(document_ids_BT: Tensor, window_size: int, head_dim: int) -> Mas
     return Masks(Mask(~visible), Mask(~in_window))
 
 
-def cached_masks(n_new: int, n_before: int, window_size: int, padding_B: Tensor | None, device: torch.device) -> Masks:
-    """Return masks of `n_new` tokens that follow `n_before` cached ones, over the keys that the cache returns.
-
-    The first `padding_B[b]` tokens of row b are padding, which attends only to padding and is masked for other tokens.
-    """
-    return Masks(*(_cached_mask(n_new, n_before, window, padding_B, device) for window in (None, window_size)))
+def cached_masks(n_new: int, n_before: int, window_size: int, device: torch.device) -> Masks:
+    """Return masks of `n_new` tokens that follow `n_before` cached ones, over the keys that the cache returns."""
+    return Masks(*(_cached_mask(n_new, n_before, window, device) for window in (None, window_size)))
 
 
-def _cached_mask(
-    n_new: int, n_before: int, window_size: int | None, padding_B: Tensor | None, device: torch.device
-) -> Mask:
-    if n_new == 1 and padding_B is None:
+def _cached_mask(n_new: int, n_before: int, window_size: int | None, device: torch.device) -> Mask:
+    if n_new == 1:
         return Mask(None)
     n_cached = n_before if window_size is None else min(n_before, window_size)
-    visible = causal_mask(n_new, n_cached + n_new, window_size, device)
-    if padding_B is not None:
-        is_padding_BS = torch.arange(n_before - n_cached, n_before + n_new, device=device) < padding_B[:, None]
-        visible = visible & (is_padding_BS[:, None, -n_new:, None] == is_padding_BS[:, None, None, :])
-    return Mask(~visible)
+    return Mask(~causal_mask(n_new, n_cached + n_new, window_size, device))
 
 
-def ring_mask(position_1: Tensor, n_visible: int, size: int, padding_B: Tensor | None) -> Mask:
-    """Return the mask of one new token over the first slots of a ring buffer that already contains it.
+def slot_mask(position_B: Tensor, n_visible: int) -> Mask:
+    """Return the mask of one new token of each row over the first slots of a ring buffer that already contains it.
 
-    The token at position p is in slot `p % size`. Shapes and host values do not depend on the position. Padding is masked
-    as in `cached_masks`.
-
-    Args:
-        position_1: position of the new token, `[1]`.
-        n_visible: number of slots to return the mask of.
-        size: number of slots of the buffer.
-        padding_B: number of padding tokens at the beginning of each row.
+    A slot is in use if its index is not above the position of the new token; once the buffer has wrapped around, all are.
+    Shapes and host values do not depend on the positions.
     """
-    slots_S = torch.arange(n_visible, device=position_1.device)
-    positions_S = position_1 - (position_1 - slots_S) % size  # of the tokens in the slots; negative in an unused slot
-    if padding_B is None:
-        return Mask(positions_S < 0)
-    first_B = padding_B * (position_1 >= padding_B)  # 0 for a new token that is padding itself
-    return Mask((positions_S < first_B[:, None])[:, None, None, :])
+    slots_S = torch.arange(n_visible, device=position_B.device)
+    return Mask((slots_S > position_B[:, None])[:, None, None, :])
 
 
 def causal_mask(n_queries: int, n_keys: int, window_size: int | None, device: torch.device) -> Tensor:

@@ -16,15 +16,18 @@ ROPE_BASE = 10_000.0  # about the distance in tokens over which the slowest freq
 
 
 class RotaryEmbedding(NamedTuple):
-    """Cosines and sines of the rotation angles of consecutive positions; shared by all loops."""
+    """Cosines and sines of the rotation angles of consecutive positions; shared by all loops.
+
+    `[T, F]`, or `[B, 1, T, F]` if each row has its own positions.
+    """
 
     cos_TF: Tensor
     sin_TF: Tensor
 
 
 def rotary_embedding(first: int | Tensor, length: int, head_dim: int, device: torch.device) -> RotaryEmbedding:
-    """Return the embedding of positions `first` … `first + length - 1`, in fp32."""
-    positions_T1 = (first + torch.arange(length, device=device))[:, None].float()
+    """Return the embedding of positions `first` … `first + length - 1`, in fp32; `first` may be a tensor `[B, 1, 1]`."""
+    positions_T1 = (first + torch.arange(length, device=device))[..., None].float()
     frequencies_F = ROPE_BASE ** -(torch.arange(head_dim // 2, device=device, dtype=torch.float32) / (head_dim // 2))
     angles_TF = positions_T1 * frequencies_F
     return RotaryEmbedding(angles_TF.cos(), angles_TF.sin())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -134,31 +134,37 @@ class UniversalTransformer(nn.Module):
     ) -> Tensor:
         """Return logits `[B, V]` after the last of the new tokens `[B, T]`, which follow those in the cache.
 
+        The tokens are those of the prompts, padded on the right, in parts of any size, and then one for each row. The
+        logits of a prompt that has ended in an earlier part are meaningless.
+
         For one new token and a cache of static shapes, a CUDA graph of this call can be replayed at the next positions.
         `weights` are those of `RecurrentBlock.prepare_weights`; without them they are prepared for this call only.
         """
         n_new = tokens_BT.shape[1]
         masks = cache.begin(n_new)
-        rope = self.rope(cache.position_1, tokens_BT)
+        rope = self.rope(cache.length if cache.reads_prompts else cache.position_B[:, None, None], tokens_BT)
         weights = weights or self.recurrent_block.prepare_weights()
         x_BTD = self.embed(tokens_BT)
         for loop in range(n_loops or self.config.n_loops):
             # `.forward` bypasses a compiled block, which would recompile for each length of the cache.
             reader = functools.partial(cache.append, loop)
             x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), rope, reader, weights)
+        logits_BV: Tensor = self.head(self.ln_f(cache.last_tokens(x_BTD)))
         cache.advance(n_new)
-        logits_BV: Tensor = self.head(self.ln_f(x_BTD[:, -1]))
         return logits_BV
 
     def new_cache(
-        self, n_loops: int | None = None, padding_B: Tensor | None = None, static_shapes: bool = False
+        self, prompt_lengths: Sequence[int], n_loops: int | None = None, static_shapes: bool = False
     ) -> KeyValueCache:
-        """Return an empty cache for `decode`; row b begins with `padding_B[b]` padding tokens."""
+        """Return an empty cache for `decode`, for prompts of these numbers of tokens."""
         is_global = [self.is_global(loop) for loop in range(n_loops or self.config.n_loops)]
-        return KeyValueCache(is_global, self.config.window_size, self.head.weight.device, padding_B, static_shapes)
+        device = self.head.weight.device
+        return KeyValueCache(is_global, self.config.window_size, prompt_lengths, device, static_shapes)
 
     def rope(self, first: int | Tensor, tokens_BT: Tensor) -> RotaryEmbedding | None:
         """Return the rotary embedding of tokens at positions from `first`, or None for `model.positions: none`.
+
+        A tensor `[B, 1, 1]` has the first position of each row.
 
         In packed rows positions count through all documents, since attention depends on distances only.
         """

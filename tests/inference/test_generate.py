@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from savant_ray.config import ModelConfig
 from savant_ray.evaluation.loss import bits_per_byte, loss_sums
-from savant_ray.inference import generate as generate_module
+from savant_ray.inference import decoder as decoder_module
 from savant_ray.inference.generate import generate, generate_many
 from savant_ray.inference.sampling import Sampling
 from savant_ray.model import transformer
@@ -27,7 +27,7 @@ PROMPT = [5, 6, 7]
 @pytest.fixture(autouse=True, params=["eager", "replayed"])
 def execution(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "replayed":
-        monkeypatch.setattr(generate_module, "StepGraph", RecordedGraph)
+        monkeypatch.setattr(decoder_module, "StepGraph", RecordedGraph)
     return request.param
 
 
@@ -165,7 +165,7 @@ def test_a_long_prompt_processed_in_parts_has_the_same_answer(
 ) -> None:
     prompts = [[3 + i % 30 for i in range(length)] for length in (5 * LENGTH, 3 * LENGTH + 1)]
     expected = generate_many(model, prompts, sampling(temperature=0))
-    monkeypatch.setattr("savant_ray.inference.generate.MAX_PROMPT_SCORES", 7 * 5 * LENGTH)
+    monkeypatch.setattr("savant_ray.inference.decoder.MAX_PROMPT_SCORES", 7 * 5 * LENGTH)
     assert generate_many(model, prompts, sampling(temperature=0)) == expected
 
 
@@ -225,10 +225,10 @@ def test_ended_answers_are_no_longer_computed(model: UniversalTransformer) -> No
 
 
 def test_a_stop_request_ends_the_answers_early(model: UniversalTransformer, execution: str) -> None:
-    stops = iter([False, True])
+    stops = iter([False, False, True])
     parameters = sampling(end_of_document=-1, max_new_tokens=1000)
     answers = generate_many(model, [PROMPT, [5]], parameters, stop_requested=lambda: next(stops))
-    assert [len(answer) for answer in answers] == [1 if execution == "eager" else generate_module.GPU_GROUP] * 2
+    assert [len(answer) for answer in answers] == [1 + (1 if execution == "eager" else decoder_module.GPU_GROUP)] * 2
 
 
 def test_new_weights_are_used_by_the_next_answer(model: UniversalTransformer) -> None:

@@ -172,7 +172,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_past_max_seq_len(
     """Tokens are decoded in these parts, and then one at a time; max_seq_len is 32."""
     model = make_model(positions=positions)
     tokens = torch.randint(0, 61, (2, 80))
-    cache = model.new_cache(static_shapes=static_shapes)
+    cache = model.new_cache([sum(parts)] * 2, static_shapes=static_shapes)
     assert_decoded_like_the_full_forward(model, tokens, cache, parts)
 
 
@@ -183,7 +183,7 @@ def test_cached_decoding_of_every_window_goes_on_after_its_buffers_have_grown(
 ) -> None:
     model = make_model(window_size=window_size)
     tokens = torch.randint(0, 61, (1, 300))  # the first buffers have 256 slots
-    cache = model.new_cache(static_shapes=static_shapes)
+    cache = model.new_cache([240], static_shapes=static_shapes)
     assert_decoded_like_the_full_forward(model, tokens, cache, [100, 140])
 
 
@@ -199,25 +199,26 @@ def assert_decoded_like_the_full_forward(
 
 @pytest.mark.parametrize("static_shapes", [False, True])
 @pytest.mark.parametrize("positions", ["none", "rotary"])
-def test_rows_that_begin_with_padding_decode_as_they_would_alone(positions: str, static_shapes: bool) -> None:
-    """The first part is one token, which is padding in two rows. Later the rows are decoded in another order."""
+def test_prompts_of_different_lengths_decode_as_they_would_alone(positions: str, static_shapes: bool) -> None:
+    """The prompts are decoded in parts that begin after the ends of others. Later the rows are decoded in another order."""
     model = make_model(positions=positions)
-    tokens = torch.randint(0, 61, (3, 50))
-    padding = torch.tensor([0, 4, 13])
-    cache = model.new_cache(padding_B=padding, static_shapes=static_shapes)
-    steps = [
-        model.decode(tokens[:, first:end], cache)
-        for first, end in ((0, 1), (1, 15), *((t, t + 1) for t in range(15, 30)))
-    ]
-    order = torch.tensor([2, 0])
-    cache.select(order)
-    later = [model.decode(tokens[order, t : t + 1], cache) for t in range(30, 50)]
-    for row, n_padding in enumerate(padding.tolist()):
-        alone = model(tokens[row : row + 1, n_padding:])[0, 14 - n_padding :]
-        decoded = [logits[row] for logits in steps[1:]]
-        if row in order:
-            decoded += [logits[order.tolist().index(row)] for logits in later]
-        torch.testing.assert_close(torch.stack(decoded), alone[: len(decoded)], rtol=1e-4, atol=1e-5)
+    tokens = torch.randint(0, 61, (4, 60))
+    lengths = [15, 11, 1, 14]
+    cache = model.new_cache(lengths, static_shapes=static_shapes)
+    last_logits = {}
+    for start, end in ((0, 1), (1, 6), (6, 14), (14, 15)):
+        logits = model.decode(tokens[:, start:end], cache)
+        last_logits |= {row: [logits[row]] for row, length in enumerate(lengths) if start < length <= end}
+    for order in ([0, 1, 2, 3], [2, 0, 2]):
+        cache.select(order)
+        for _ in range(20):
+            logits = model.decode(tokens[torch.tensor(order), cache.position_B][:, None], cache)
+            for row in set(order):
+                last_logits[row].append(logits[order.index(row)])
+    for row, n_prompt in enumerate([15, 11, 1, 14]):
+        alone = model(tokens[row : row + 1])[0, n_prompt - 1 :]
+        decoded = torch.stack(last_logits[row])
+        torch.testing.assert_close(decoded, alone[: len(decoded)], rtol=1e-4, atol=1e-5)
 
 
 def test_recomputed_loops_give_the_same_loss_and_gradients() -> None:

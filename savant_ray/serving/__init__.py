@@ -1,0 +1,1 @@
+"""A server with OpenAI's API: Ray Serve deployments around `inference.decoder`."""

@@ -1,0 +1,175 @@
+"""Requests, the text of answers, and the decoding thread, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+
+import pytest
+
+from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+from savant_ray.inference.answer_text import AnswerText
+from savant_ray.inference.decoder import Decoder, NewTokens
+from savant_ray.inference.engine import Engine
+from savant_ray.inference.generate import generate
+from savant_ray.inference.sampling import Sampling
+from savant_ray.serving.protocol import ApiError, ChatRequest, CompletionRequest, parsed
+from tests.inference.test_decoder import sampling
+from tests.inference.test_generate import model_with
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(iter(["one two three four five six seven. Grüße 😀\n"] * 9), 300)
+
+
+def text_of(tokenizer: Tokenizer, text: str, stops: list[str], group: int) -> tuple[list[str], int, bool]:
+    """Return the pieces of an answer that arrives in groups of tokens, its number of tokens, and whether it was stopped."""
+    ids, answer, pieces = tokenizer.encode(text), AnswerText(tokenizer, [], stops), []
+    for start in range(0, len(ids), group):
+        pieces.append(answer.push(NewTokens(ids[start : start + group], start + group >= len(ids))))
+        if answer.is_stopped:
+            break
+    return pieces, answer.n_tokens, answer.is_stopped
+
+
+@pytest.mark.parametrize("group", [1, 2, 7, 100])
+def test_an_answer_ends_before_the_first_stop_and_no_part_of_it_is_sent(tokenizer: Tokenizer, group: int) -> None:
+    text = "one two three. four Grüße 😀"
+    for stops, expected in (
+        (["three"], "one two "),
+        (["four", "two three"], "one "),
+        (["ee. f"], "one two thr"),
+        (["three!", "seven"], text),
+        ([], text),
+        (["😀"], "one two three. four Grüße "),
+        (["o"], ""),
+    ):
+        pieces, n_tokens, is_stopped = text_of(tokenizer, text, stops, group)
+        assert "".join(pieces) == expected and is_stopped == (expected != text)
+        if is_stopped:  # the last token completes the stop
+            ids = tokenizer.encode(text)[:n_tokens]
+            assert any(stop in tokenizer.decode(ids) for stop in stops)
+            assert not any(stop in tokenizer.decode(ids[:-1]) for stop in stops)
+
+
+def test_text_that_is_no_beginning_of_a_stop_is_sent_at_once(tokenizer: Tokenizer) -> None:
+    pieces, _, _ = text_of(tokenizer, "one two three four", ["three five"], 1)
+    assert "".join(pieces[:-1]).startswith("one two ") and "".join(pieces) == "one two three four"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param", "message"),
+    [
+        (CompletionRequest, "{", None, "Invalid JSON"),
+        (CompletionRequest, "[]", None, "object"),
+        (CompletionRequest, "{}", "prompt", "required"),
+        (CompletionRequest, '{"prompt": "x", "max_tokens": 0}', "max_tokens", "greater than"),
+        (CompletionRequest, '{"prompt": "x", "temperature": -1}', "temperature", "greater than"),
+        (CompletionRequest, '{"prompt": "x", "temperature": NaN}', None, ""),
+        (CompletionRequest, '{"prompt": "x", "n": 2}', "n", "less than"),
+        (CompletionRequest, '{"prompt": "x", "stop": ["a","b","c","d","e"]}', "stop", "at most 4"),
+        (CompletionRequest, '{"prompt": "x", "stop": ""}', "stop", "at least 1"),
+        (CompletionRequest, '{"prompt": ["x", "y"]}', "prompt", ""),
+        (CompletionRequest, '{"prompt": [-1]}', "prompt", ""),
+        (CompletionRequest, '{"prompt": "x", "best": 1}', "best", "not permitted"),
+        (CompletionRequest, '{"prompt": "x", "logprobs": 3}', "logprobs", ""),
+        (ChatRequest, '{"messages": "x"}', "messages", "array"),
+        (ChatRequest, '{"messages": [{"role": "user"}]}', "messages", "required"),
+        (ChatRequest, '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages", ""),
+        (ChatRequest, '{"messages": [], "tools": []}', "tools", "not permitted"),
+    ],
+)  # fmt: skip
+def test_a_malformed_request_is_refused_with_the_parameter(
+    kind: type[CompletionRequest | ChatRequest], body: str, param: str | None, message: str
+) -> None:
+    with pytest.raises(ApiError) as raised:
+        parsed(kind, body.encode())
+    error = raised.value.body["error"]
+    assert raised.value.status == 400 and error["type"] == "invalid_request_error"
+    assert (param is None or error["param"] == param) and message in error["message"]
+
+
+def test_parameters_that_change_nothing_are_accepted() -> None:
+    neutral = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "user": "me", "stop": None}
+    completion = parsed(
+        CompletionRequest, json.dumps({"prompt": ["x"], "best_of": 1, "echo": False, **neutral}).encode()
+    )
+    assert isinstance(completion, CompletionRequest) and completion.prompt == "x" and completion.stop is None
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    chat = parsed(
+        ChatRequest,
+        json.dumps(
+            {"messages": [{"role": "user", "content": content}], "max_completion_tokens": 3, "stop": "x", **neutral}
+        ).encode(),
+    )
+    assert isinstance(chat, ChatRequest) and chat.messages[0].text == "ab"
+    assert chat.max_tokens == 3 and chat.stop == ["x"]
+
+
+async def answer(engine: Engine, prompt: list[int], parameters: Sampling, stop_after: int | None = None) -> list[int]:
+    ids: list[int] = []
+    tokens = engine.tokens(prompt, parameters)
+    async for new in tokens:
+        ids += new.ids
+        if stop_after is not None and len(ids) >= stop_after:
+            break
+    await tokens.aclose()
+    return ids
+
+
+def test_requests_that_come_and_go_have_the_answers_that_each_has_alone() -> None:
+    model = model_with(positions="rotary")
+    requests = [
+        ([5 + i % 7] * (1 + 3 * i % 40), sampling(seed=i, temperature=i % 3, max_new_tokens=150)) for i in range(20)
+    ]
+
+    async def ask() -> list[list[int]]:
+        engine = Engine(Decoder(model, sampling()))
+
+        async def later(index: int) -> list[int]:
+            await asyncio.sleep(0.01 * index)
+            return await answer(engine, *requests[index], stop_after=10 if index % 4 == 0 else None)
+
+        answers = await asyncio.gather(*map(later, range(20)))
+        assert engine.error is None
+        return answers
+
+    for index, ids in enumerate(asyncio.run(ask())):
+        alone = list(generate(model, *requests[index]))
+        assert ids == alone if index % 4 else ids == alone[: len(ids)]
+
+
+def test_a_canceled_answer_is_no_longer_decoded() -> None:
+    model = model_with()
+    endless = sampling(end_of_document=-1, max_new_tokens=10**9)
+
+    async def ask() -> None:
+        engine = Engine(Decoder(model, endless))
+        tasks = [asyncio.create_task(answer(engine, [5, 6], endless)) for _ in range(3)]
+        assert await answer(engine, [7], endless, stop_after=5)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        ids = await answer(engine, [8], dataclasses.replace(endless, max_new_tokens=20))
+        assert len(ids) == 20 and engine.n_answers == 0
+
+    asyncio.run(ask())
+
+
+def test_a_failure_of_the_decoder_ends_all_answers_with_an_error() -> None:
+    model = model_with()
+    endless = sampling(end_of_document=-1, max_new_tokens=10**9)
+
+    async def ask() -> None:
+        engine = Engine(Decoder(model, endless))
+        tasks = [asyncio.create_task(answer(engine, [5, 6], endless)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        tasks.append(asyncio.create_task(answer(engine, [10**9], endless)))  # no such token
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, RuntimeError) for result in results) and engine.error is not None
+        with pytest.raises(RuntimeError, match="decoding has failed"):
+            await answer(engine, [5], endless)
+
+    asyncio.run(ask())

@@ -1,0 +1,245 @@
+"""`savant serve` as clients see it, tried with OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from savant_ray.cli import main
+from savant_ray.config import Config, dump_yaml
+from savant_ray.data.conversations import conversation_prompt
+from savant_ray.data.tokenizer import train_tokenizer
+from savant_ray.evaluation.from_checkpoint import load_model
+from savant_ray.inference.generate import generate
+from savant_ray.inference.sampling import Sampling
+from savant_ray.training.checkpoint import write_checkpoint
+from savant_ray.training.state import new_state
+from tests.cluster.conftest import ROOT, environment
+from tests.training.tiny import CPU, MODEL
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("ray.serve", reason="needs the extra serve")
+
+LONG = 20_000  # tokens, more than are generated before a test ends
+KEY = "a key"
+
+
+def write_run(folder: Path) -> Path:
+    text = "Question: what is one plus two? The answer is three, not four or five.\n"
+    model = MODEL | {"vocab_size": 400, "dim": 32, "max_seq_len": 64, "window_size": 16}
+    config = Config.from_dict({"model": model, "training": {"precision": "fp32"}, "validation": {"max_new_tokens": 9}})
+    tokenizer = train_tokenizer(iter([text] * 9), 300)
+    texts = {"config.yaml": dump_yaml(config), "tokenizer.json": tokenizer.to_json()}
+    torch.manual_seed(0)
+    state = new_state(config, CPU)
+    with torch.no_grad():
+        state.model.head.weight.mul_(20)  # an untrained head is nearly flat
+        state.model.head.weight[tokenizer.end_of_document] = 0
+    return write_checkpoint(folder / "tiny", {**state.to_checkpoint(), "step": 3}, texts).parent
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "example.org"])
+def test_an_address_that_others_can_reach_is_refused_without_a_key(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SAVANT_API_KEY", raising=False)
+    assert main(["serve", str(tmp_path), "--host", host]) == 2
+    assert "--api-key" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_named_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path / "nothing")]) == 4
+    assert "nothing" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, psutil.Process]]:
+    """Yield the run, the URL of its server, and the server's process."""
+    run = write_run(tmp_path_factory.mktemp("serve"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--port", str(port), "--max-length", str(2 * LONG), "--max-batch", "8", "--max-queue", "60"]
+    command = [sys.executable, "-m", "savant_ray.cli", "serve", str(run), *options]
+    log = run / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment() | {"SAVANT_API_KEY": KEY}, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_until(lambda: process.poll() is not None or "is served at" in log.read_text(), 120)
+        assert process.poll() is None, log.read_text()
+        yield run, f"http://127.0.0.1:{port}", psutil.Process(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, log.read_text()
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def ask(url: str, questions: Callable[[Any], Awaitable[None]], key: str = KEY) -> None:
+    async def session() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120) as client:
+            await asyncio.wait_for(questions(client), 150)
+
+    asyncio.run(session())
+
+
+def expected_ids(run: Path, prompt: str, **changes: Any) -> tuple[Any, list[int]]:
+    model, tokenizer, _ = load_model(run)
+    sampling = Sampling.for_tokenizer(tokenizer, **{"max_new_tokens": 9, "temperature": 0.6} | changes)
+    return tokenizer, list(generate(model.cpu(), tokenizer.encode_prompts([prompt])[0], sampling))
+
+
+async def streamed(client: Any, prompt: str, **options: Any) -> list[Any]:
+    stream = await client.completions.create(model="tiny", prompt=prompt, stream=True, **options)
+    return [chunk async for chunk in stream]
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_savant_generate(server: tuple[Path, str, psutil.Process]) -> None:
+    run, url, _ = server
+    tokenizer, ids = expected_ids(run, "what is", seed=5, max_new_tokens=30)
+    text = tokenizer.decode_continuation(tokenizer.encode_prompts(["what is"])[0], ids)
+    options: dict[str, Any] = {"seed": 5, "temperature": 0.6, "max_tokens": 30}
+
+    async def questions(client: Any) -> None:
+        assert [model.id async for model in client.models.list()] == ["tiny"]
+        answer = await client.completions.create(model="tiny", prompt="what is", **options)
+        assert answer.choices[0].text == text and answer.choices[0].finish_reason == "length"
+        assert (answer.usage.completion_tokens, answer.object) == (30, "text_completion")
+        chunks = await streamed(client, "what is", stream_options={"include_usage": True}, **options)
+        assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == text
+        assert [chunk.choices[0].finish_reason for chunk in chunks[-2:-1]] == ["length"]
+        assert not chunks[-1].choices and chunks[-1].usage == answer.usage
+        stop = text[10:12]
+        answer = await client.completions.create(model="tiny", prompt="what is", stop=[stop, "no such"], **options)
+        assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+        messages = [{"role": "user", "content": "what is one"}]
+        prompt = conversation_prompt(messages, None)
+        chat = await client.chat.completions.create(model="tiny", messages=messages, temperature=0)
+        _, chat_ids = expected_ids(run, prompt, temperature=0)
+        assert chat.choices[0].message.content == tokenizer.decode_continuation(tokenizer.encode(prompt), chat_ids)
+        stream = await client.chat.completions.create(model="tiny", messages=messages, temperature=0, stream=True)
+        deltas = [chunk.choices[0].delta async for chunk in stream]
+        assert "".join(delta.content or "" for delta in deltas) == chat.choices[0].message.content
+        assert [delta.role for delta in deltas] == ["assistant", *[None] * (len(deltas) - 1)]
+
+    ask(url, questions)
+
+
+@pytest.mark.slow
+def test_requests_that_cannot_be_answered_get_errors_of_the_client(server: tuple[Path, str, psutil.Process]) -> None:
+    _, url, _ = server
+
+    async def questions(client: Any) -> None:
+        for error, options in (
+            (openai.BadRequestError, {"prompt": "x" * 3 * LONG * 4}),
+            (openai.BadRequestError, {"prompt": "x", "max_tokens": 3 * LONG}),
+            (openai.BadRequestError, {"prompt": ""}),
+            (openai.BadRequestError, {"prompt": [5, 10**6]}),
+            (openai.BadRequestError, {"prompt": "x", "extra_body": {"nothing": 1}}),
+            (openai.NotFoundError, {"prompt": "x", "model": "other"}),
+            (openai.APIStatusError, {"prompt": "x" * (1 << 21)}),
+        ):
+            with pytest.raises(error) as raised:
+                await client.completions.create(**{"model": "tiny"} | options)
+            assert raised.value.body["message"] and raised.value.code
+        with pytest.raises(openai.BadRequestError):
+            await client.chat.completions.create(model="tiny", messages=[{"role": "assistant", "content": "Yes"}])
+        with pytest.raises(openai.NotFoundError):
+            await client.embeddings.create(model="tiny", input="x")
+
+    ask(url, questions)
+
+    async def without_key(client: Any) -> None:
+        with pytest.raises(openai.AuthenticationError):
+            await client.models.list()
+
+    ask(url, without_key, key="another")
+
+
+@pytest.mark.slow
+def test_fifty_users_are_served_and_canceled_streams_make_room(server: tuple[Path, str, psutil.Process]) -> None:
+    run, url, _ = server
+    _, ids = expected_ids(run, "what", seed=7, max_new_tokens=20)
+
+    async def questions(client: Any) -> None:
+        endless = [
+            await client.completions.create(model="tiny", prompt="one", max_tokens=LONG, stream=True) for _ in range(8)
+        ]
+        for stream in endless:  # all rows are in use
+            await anext(aiter(stream))
+        for stream in endless:
+            await stream.close()
+        answers = await asyncio.gather(
+            *(
+                client.completions.create(model="tiny", prompt="what", seed=7, temperature=0.6, max_tokens=20)
+                for _ in range(50)
+            )
+        )
+        assert len({answer.choices[0].text for answer in answers}) == 1
+        assert {answer.usage.completion_tokens for answer in answers} == {len(ids)}
+
+    ask(url, questions)
+
+
+@pytest.mark.slow
+def test_requests_beyond_the_queue_are_refused_with_a_time_to_retry(server: tuple[Path, str, psutil.Process]) -> None:
+    _, url, _ = server
+
+    async def questions(client: Any) -> None:
+        tasks = [asyncio.create_task(streamed(client, "one", max_tokens=LONG)) for _ in range(8 + 60 + 20)]
+        done, running = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION, timeout=60)
+        errors = [task.exception() for task in done]
+        assert errors and all(isinstance(error, openai.RateLimitError) for error in errors)
+        assert int(errors[0].response.headers["retry-after"]) > 0
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        assert await client.completions.create(model="tiny", prompt="what", max_tokens=3)
+
+    ask(url, questions)
+
+
+@pytest.mark.slow
+def test_requests_of_a_killed_replica_get_an_error_and_later_ones_are_served(
+    server: tuple[Path, str, psutil.Process],
+) -> None:
+    _, url, process = server
+
+    async def questions(client: Any) -> None:
+        tasks = [asyncio.create_task(streamed(client, "one", max_tokens=LONG)) for _ in range(6)]
+        tasks += [
+            asyncio.create_task(client.completions.create(model="tiny", prompt="one", max_tokens=LONG))
+            for _ in range(2)
+        ]
+        await asyncio.sleep(2)
+        assert not any(task.done() for task in tasks)
+        for child in process.children(recursive=True):
+            if any("ServeReplica:savant:model" in part for part in child.cmdline()):
+                child.kill()
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(error, openai.APIError) and error.code == "replica_failed" for error in errors), errors
+        answer = await client.completions.create(model="tiny", prompt="what", max_tokens=3)
+        assert answer.usage.completion_tokens == 3
+
+    ask(url, questions)
