@@ -32,6 +32,7 @@ ALLOWED = {
     "commands": {
         "command_line",
         "chat",
+        "sweep",
         "driver",
         "cluster",
         "storage",
@@ -43,6 +44,7 @@ ALLOWED = {
         "benchmarks",
         "settings",
     },
+    "sweep": {"api", "cluster", "storage", "reporting", "data", "settings"},
     "chat": {"command_line", "evaluation", "training", "inference", "reporting", "data", "model"},
     "benchmarks": {
         "driver",
@@ -94,6 +96,7 @@ THIRD_PARTY = {
     "streams": set(),
     "command_line": set(),
     "commands": set(),
+    "sweep": {"ray", "rich"},
     "chat": {"orjson", "prompt_toolkit", "rich", "torch"},
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "driver": {"pyarrow", "ray", "torch"},
@@ -127,7 +130,7 @@ THIRD_PARTY = {
     "errors": set(),
 }
 RAY_TRAIN = ("ray.train", "ray.tune")
-KNOW_RAY_TRAIN = ("driver", "worker", "cluster", "storage", "benchmarks", "ray_internals")
+KNOW_RAY_TRAIN = ("sweep", "driver", "worker", "cluster", "storage", "benchmarks", "ray_internals")
 NOT_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 
 
