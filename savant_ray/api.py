@@ -15,7 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ def train(
     fresh: bool = False,
     allow_changes: bool = False,
     verbose: bool = False,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> Result:
     """Start or resume a run and return its state when it has ended.
 
@@ -72,6 +74,8 @@ def train(
 
     If the caller is connected to a Ray cluster, training runs in that cluster, otherwise in the one that RAY_ADDRESS names
     or that `ray start` started on this machine. If there is none, a local Ray is started and shut down.
+
+    `stop_requested` is called about twice a second in a thread; when it has returned True, the run is saved and stopped.
 
     Progress is printed to `sys.stdout`. The call blocks and works in any thread; in an asyncio program use
     `await asyncio.to_thread(savant_ray.train, config)`. If the caller's process dies, the run saves a checkpoint and stops.
@@ -86,6 +90,8 @@ def train(
     with connection:
         with child_connection:
             child = _start_child(child_connection)
+        if stop_requested is not None:
+            threading.Thread(target=_stop_on_request, args=(child, stop_requested), daemon=True).start()
         with suppress(ConnectionError):  # the child has exited already
             connection.sendall(json.dumps({"settings": settings, "options": options}).encode() + b"\n")
         interrupted, response = _wait(child), b""
@@ -162,6 +168,15 @@ def _ray_address() -> dict[str, str]:
     if ray is None or not ray.is_initialized():
         return {}
     return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+def _stop_on_request(child: subprocess.Popen[bytes], stop_requested: Callable[[], bool]) -> None:
+    """Send SIGTERM to the child once a stop is requested."""
+    while child.poll() is None:
+        if stop_requested():
+            child.terminate()
+            return
+        time.sleep(POLL_SECONDS)
 
 
 def _wait(child: subprocess.Popen[bytes]) -> bool:

@@ -24,6 +24,7 @@ HELP_FOR_ORIGINAL = (
     "weights. `savant config --help` lists all settings."
 )
 MAX_NEW_TOKENS = 1_000_000  # a token takes milliseconds, and memory in the cache of each loop with global attention
+MAX_TRIALS = 10_000
 MAX_LOOPS = 1024  # each loop caches keys and values of its own
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # of torch.Generator
 _SETTING = re.compile(r"--\w+\.[\w.]+(=.*)?", re.DOTALL)
@@ -242,6 +243,11 @@ def new_tokens(text: str) -> int:
 def loops(text: str) -> int:
     """Return a number of loops."""
     return _integer(text, 1, MAX_LOOPS)
+
+
+def trials(text: str) -> int:
+    """Return a number of trials."""
+    return _integer(text, 1, MAX_TRIALS)
 
 
 def depths(text: str) -> list[int]:

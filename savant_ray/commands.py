@@ -31,6 +31,7 @@ from savant_ray.command_line import (
     replicas,
     seed,
     temperature,
+    trials,
     utf8_text,
 )
 from savant_ray.errors import SavantError, SettingsError, print_error
@@ -132,6 +133,35 @@ def _data(arguments: Sequence[str]) -> int:
     if options.json is not None:
         _write_json(options.json, {"sources": sources, **plan})
     return 0
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    parser = _parser("sweep", settings=True)
+    parser.add_argument(
+        "--space", type=file_path, metavar="FILE.yaml", required=True, help="settings to vary and their distributions"
+    )
+    parser.add_argument(
+        "--trials", type=trials, metavar="N", default=8, help="number of trials; of a grid: of times that it is run [8]"
+    )
+    parser.add_argument("--concurrent", type=trials, metavar="N", default=1, help="trials that run at once [1]")
+    parser.add_argument(
+        "--no-early-stopping",
+        action="store_true",
+        help="train all trials to the end, instead of stopping poor ones (ASHA)",
+    )
+    options, config = parse_with_settings(parser, arguments)
+    refuse_deleted_folder()
+    from savant_ray.driver import resolve_paths
+    from savant_ray.sweep.search import sweep
+
+    return sweep(
+        resolve_paths(config),
+        options.space,
+        options.trials,
+        options.concurrent,
+        stops_early=not options.no_early_stopping,
+        verbose=options.verbose,
+    )
 
 
 def _generate(arguments: Sequence[str]) -> int:
@@ -503,6 +533,7 @@ COMMANDS = {
     "runs": Command(_runs, "list runs with state, step, loss and last checkpoint"),
     "status": Command(_status, "print the state of a run in five lines"),
     "report": Command(_report, "write an HTML page about a run, or about several side by side", prints_result=False),
+    "sweep": Command(_sweep, "train runs with other settings each, and compare them", prints_result=False),
     "generate": Command(_generate, "complete a prompt with a checkpoint"),
     "chat": Command(_chat, "talk to a model: questions and answers, or texts that it continues"),
     "evaluate": Command(_evaluate, "score a checkpoint on logic problems, or on your own questions"),

@@ -33,6 +33,7 @@ ALLOWED = {
         "command_line",
         "chat",
         "serving",
+        "sweep",
         "driver",
         "cluster",
         "storage",
@@ -49,6 +50,7 @@ ALLOWED = {
     },
     "completion": {"settings"},
     "doctor": {"cluster", "training", "settings"},
+    "sweep": {"api", "cluster", "storage", "reporting", "data", "settings"},
     "chat": {"command_line", "evaluation", "training", "inference", "reporting", "data", "model"},
     "serving": {"command_line", "cluster", "storage", "evaluation", "inference", "data"},
     "benchmarks": {
@@ -104,6 +106,7 @@ THIRD_PARTY = {
     "commands": set(),
     "completion": set(),
     "doctor": {"packaging", "psutil", "ray", "torch"},
+    "sweep": {"ray", "rich"},
     "chat": {"orjson", "prompt_toolkit", "rich", "torch"},
     "serving": {"orjson", "pydantic", "ray", "starlette"},
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
@@ -139,7 +142,7 @@ THIRD_PARTY = {
     "errors": set(),
 }
 RAY_TRAIN = ("ray.train", "ray.tune")
-KNOW_RAY_TRAIN = ("driver", "worker", "cluster", "storage", "benchmarks", "ray_internals")
+KNOW_RAY_TRAIN = ("sweep", "driver", "worker", "cluster", "storage", "benchmarks", "ray_internals")
 NOT_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
 
 

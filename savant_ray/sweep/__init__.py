@@ -1,0 +1,1 @@
+"""Hyperparameter search: runs with other settings each, under Ray Tune."""

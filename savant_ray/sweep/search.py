@@ -1,0 +1,163 @@
+"""Runs the trials of a sweep under Ray Tune, and shows their results."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from rich.console import Console
+from rich.table import Table
+
+from savant_ray.cluster.session import node_resources, ray_session
+from savant_ray.config import Config, dump_yaml
+from savant_ray.data.atomic_files import write_atomically
+from savant_ray.errors import STOPPED_EARLY, SettingsError
+from savant_ray.locations import is_uri
+from savant_ray.reporting.page import write_page
+from savant_ray.reporting.runs import RunSummary, summarize
+from savant_ray.reporting.wording import printable
+from savant_ray.storage.lock import is_in_use
+from savant_ray.sweep.search_space import read_space
+from savant_ray.sweep.trial import LOSS, STEP, Trial, run_name
+
+TUNE_FOLDER = "tune"  # of Tune's own state
+DESCRIPTION = "sweep.yaml"
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # before its first validation, a run has no loss to report
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each run has a record of its own
+}
+MAX_COMPARED = 8  # runs on the page
+PIPE_WIDTH = 120
+TRIAL_MEMORY = 64 << 20  # reserved for a trial's process, which must not reserve cores: the run needs them
+
+
+def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_early: bool, verbose: bool) -> int:
+    """Run or resume the sweep `run.name` with absolute paths in `config`, and print its results.
+
+    Returns:
+        the exit code: `STOPPED_EARLY` after Ctrl+C or SIGTERM, when the runs are saved; otherwise 1 if a trial has failed.
+
+    Raises:
+        SettingsError: the search space or the storage is not supported, or a sweep of this name has other settings.
+    """
+    if is_uri(config.run.storage_path):
+        raise SettingsError("run.storage_path: a sweep needs a folder, not a URI")
+    space = read_space(space_file)
+    folder = Path(config.run.storage_path, config.run.name)
+    _refuse_other_sweep(folder, f"{dump_yaml(config)}\n{space_file.read_text(encoding='utf-8')}")
+    os.environ |= TUNE_ENVIRONMENT
+    with ray_session(verbose):
+        if not verbose:
+            logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `_Progress` prints why a trial fails
+        settings = _shared(config, concurrent).to_dict()
+        settings["run"]["storage_path"] = str(folder)
+        tuner = _tuner(folder, settings, space, trials, concurrent, stops_early)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # Tune stops the trials after SIGINT only
+            signal.signal(number, lambda number, frame: signal.raise_signal(signal.SIGINT))
+        grid = tuner.fit()
+    results = [grid[index] for index in range(len(grid))]
+    rows = [(result.config or {}, _summary(folder, result)) for result in results]
+    rows.sort(key=lambda row: _loss(row[1]))
+    _print_table(rows, list(space))
+    runs = [Path(summary.folder) for _, summary in rows if summary is not None]
+    if runs:
+        page = folder / "report.html"
+        write_page(runs[:MAX_COMPARED], page, is_in_use)
+        print(f"{page} compares the best runs; open it in a browser")
+    if not all(result.error or (result.metrics or {}).get("done") for result in results) or not results:
+        print("stopped; the same command resumes")
+        return STOPPED_EARLY
+    return int(grid.num_errors > 0)
+
+
+def _refuse_other_sweep(folder: Path, description: str) -> None:
+    path = folder / DESCRIPTION
+    if not path.exists():
+        write_atomically(path, description)
+    elif path.read_text(encoding="utf-8") != description:
+        raise SettingsError(f"{folder}: this sweep has other settings or another search space; choose another run.name")
+
+
+def _shared(config: Config, concurrent: int) -> Config:
+    """Return the settings with a fraction of the cores for each worker, so that several trials run at once."""
+    if concurrent == 1 or config.scaling.resources_per_worker:
+        return config
+    cores = int(sum(node.get("CPU", 0) for node in node_resources()))
+    of_worker = {"CPU": float(max(1, cores // (concurrent * config.scaling.worker_limits[1])))}
+    return config.model_copy(update={"scaling": config.scaling.model_copy(update={"resources_per_worker": of_worker})})
+
+
+def _tuner(
+    folder: Path, settings: dict[str, Any], space: dict[str, Any], trials: int, concurrent: int, stops_early: bool
+) -> tune.Tuner:
+    trainable = tune.with_resources(
+        tune.with_parameters(Trial, settings=settings), tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY}])
+    )
+    state = folder / TUNE_FOLDER
+    if tune.Tuner.can_restore(str(state)):
+        return tune.Tuner.restore(str(state), trainable, resume_errored=True, param_space=space)
+    max_steps, first = settings["training"]["max_steps"], settings["validation"]["every_steps"]
+    scheduler = ASHAScheduler(STEP, max_t=max_steps, grace_period=min(first, max_steps)) if stops_early else None
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=LOSS, mode="min", scheduler=scheduler, num_samples=trials, max_concurrent_trials=concurrent
+        ),
+        run_config=tune.RunConfig(name=TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[_Progress()]),
+    )
+
+
+class _Progress(tune.Callback):
+    """Prints when a trial starts and ends."""
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        values = ", ".join(f"{name} {_shown(value)}" for name, value in trial.config.items())
+        print(f"{run_name(trial.trial_id)} starts: {printable(values)}", flush=True)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        result = trial.last_result
+        loss = f"validation loss {result[LOSS]:.4f} at step {result[STEP]:,}" if LOSS in result else "no validation"
+        print(f"{run_name(trial.trial_id)} ends: {loss}", flush=True)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        lines = Path(trial.error_file).read_text(encoding="utf-8").split("\n") if trial.error_file else []
+        reason = next((line.strip() for line in reversed(lines) if line.strip()), "no reason is known")
+        message = reason.partition(": ")[2] if reason.startswith("savant_ray.errors.") else reason
+        print(f"{run_name(trial.trial_id)} fails: {printable(message)}", flush=True)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value!s:.20}"
+
+
+def _summary(folder: Path, result: Any) -> RunSummary | None:
+    """Return the state of the run of a trial, None if it has no record."""
+    run = folder / run_name(result.metrics["trial_id"]) if result.metrics else None
+    try:
+        return summarize(run, is_in_use) if run else None
+    except SettingsError:
+        return None
+
+
+def _loss(summary: RunSummary | None) -> float:
+    loss = summary.best_validation_loss if summary is not None else None
+    return float("inf") if loss is None else loss
+
+
+def _print_table(rows: list[tuple[dict[str, Any], RunSummary | None]], names: list[str]) -> None:
+    """Print one row per trial, the best one first."""
+    table = Table("run", *map(printable, names), "state", "step", "best validation", box=None)
+    for values, summary in rows:
+        shown = [printable(_shown(values.get(name))) for name in names]
+        if summary is None:
+            table.add_row("–", *shown, "failed", "0", "–")
+        else:
+            table.add_row(summary.name, *shown, summary.state, f"{summary.step:,}", f"{_loss(summary):.4f}")
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

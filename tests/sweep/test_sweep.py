@@ -1,0 +1,87 @@
+"""`savant sweep`: the search space, trials as runs, an interruption, and the results."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from savant_ray.cli import main
+from savant_ray.errors import STOPPED_EARLY
+from savant_ray.training.checkpoint import newest_checkpoint
+from tests.cluster.conftest import ROOT, environment, options, records, started, wait_for, with_text
+
+
+@pytest.mark.parametrize(
+    ("space", "error"),
+    [
+        ("", "has no settings; such as training.learning_rate"),
+        (
+            "training.learning_rat: {uniform: [0, 1]}",
+            "learning_rat: no such setting; did you mean training.learning_rate?",
+        ),
+        ("training.learning_rate: 0.1", "needs one distribution, such as"),
+        ("training.learning_rate: {logunifrom: [0.1, 1]}", "no such distribution; did you mean loguniform?"),
+        ("training.learning_rate: {loguniform: [0, 1]}", "training.learning_rate: loguniform: "),
+        ("training.learning_rate: {uniform: [1, 2, 3]}", "training.learning_rate: uniform: "),
+        ("training.optimizer: {choice: adamw}", "choice needs a list"),
+        ("a: [", "--space space.yaml: line 1"),
+    ],
+)
+def test_a_search_space_that_is_not_valid_is_refused_before_ray_is_started(
+    space: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("space.yaml").write_text(space)
+    assert main(["sweep", "--space", "space.yaml", "--run.name", "search"]) == 2
+    assert error in capsys.readouterr().err
+    assert not Path("search").exists()
+
+
+def start_sweep(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "savant_ray.cli", "sweep", "--space", "space.yaml", "--trials", "1", *flags]
+    settings = options(run__name="search", training__max_steps=60, training__accumulation=16, checkpoint__keep=2)
+    job = subprocess.Popen(
+        [*command, *settings],
+        cwd=folder,
+        env=environment(RAY_AUTH_MODE="disabled", PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    started.append(job)
+    return job
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_resumes_its_runs_and_compares_them(tmp_path: Path) -> None:
+    with_text(tmp_path)
+    (tmp_path / "space.yaml").write_text(
+        "training.learning_rate: {grid_search: [0.03, 0.000001]}\nmodel.n_loops: {choice: [2]}\n"
+    )
+    first, second = tmp_path / "search/trial_00000", tmp_path / "search/trial_00001"
+    job = start_sweep(tmp_path)
+    wait_for(lambda: newest_checkpoint(first) is not None)
+    os.kill(job.pid, signal.SIGINT)
+    printed, _ = job.communicate(timeout=200)
+    assert job.returncode == STOPPED_EARLY and "the same command resumes" in printed, printed
+
+    job = start_sweep(tmp_path)
+    printed, _ = job.communicate(timeout=280)
+    assert job.returncode == 0, printed
+    assert len(records(first, "attempt")) == 2 and records(first, "end")[-1]["step"] == 60
+    assert newest_checkpoint(second) is not None, "a trial that is stopped early keeps its checkpoint"
+    rows = [
+        line.split()[0] for line in printed.splitlines() if line.strip().startswith("trial_") and "loss" not in line
+    ]
+    assert rows[-2:] == ["trial_00000", "trial_00001"], "the best run is first"
+    assert "trial_00001" in (tmp_path / "search/report.html").read_text()
+
+    (tmp_path / "space.yaml").write_text("training.learning_rate: {grid_search: [0.03]}\n")
+    job = start_sweep(tmp_path)
+    printed, _ = job.communicate(timeout=100)
+    assert job.returncode == 2 and "choose another run.name" in printed
