@@ -59,6 +59,8 @@ def _quickstart(arguments: Sequence[str]) -> int:
     from savant_ray.settings.files import shipped_files
 
     parser = new_parser("quickstart", COMMANDS["quickstart"].summary, settings=True, own_config=False)
+    if any(argument.partition("=")[0] == "--config" for argument in arguments):
+        raise SettingsError("--config: savant quickstart has its own settings file; use savant train for another one")
     code, config = _run_training(parser, ["--config", str(shipped_files()["quickstart"]), *arguments])
     if code == 0:
         from savant_ray.reporting.wording import next_commands

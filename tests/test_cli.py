@@ -127,7 +127,7 @@ def test_quickstart_trains_the_shipped_settings_and_ends_with_commands_that_exis
     assert calls == [(resolve_paths(config), {"fresh": True, "allow_changes": False, "verbose": False})]
     assert capsys.readouterr().out == "", "a stopped run is not finished"
     assert main(["quickstart", "--config", "savant"]) == 2
-    assert "given twice" in capsys.readouterr().err
+    assert "--config: savant quickstart has its own settings file" in capsys.readouterr().err
 
     monkeypatch.setattr("savant_ray.driver.train", lambda config, **options: 0)
     assert main(["quickstart"]) == 0
