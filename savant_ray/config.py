@@ -39,6 +39,11 @@ MAX_SEED = 10**18 - 1  # all numbers of up to 18 digits fit into 64 bits
 WEIGHT_RESOLUTION = 100_000  # smallest weight: 1 sequence in this many; equal to `MAX_PERIOD` in data/order.py
 CONTROL_CATEGORIES = ("Cc", "Zl", "Zp")  # of Unicode: control characters, line and paragraph separators
 MAX_FOLDER_NAME_BYTES = 255
+VALIDATION_SPLITS = (
+    "validation",
+    "test",
+    "train",
+)  # of a folder or data set with validation text; the first one counts
 LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
 _PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")  # as in scheme://user:password@host
 
@@ -64,6 +69,7 @@ Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_refuse_password)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
 Auto = Literal["auto"]
+AUTO: Auto = "auto"
 
 
 class Section(BaseModel):
@@ -230,6 +236,11 @@ class TextConfig(Section):
         "and in a prompt, or all; null: assistant; all tokens of other documents are",
     )
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of which the first one that exists is used."""
+        return (self.split,)
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the fields that have their default, of which there are many."""
@@ -305,12 +316,21 @@ class HeldOutConfig(TextConfig):
     """Validation text: files, or a fraction of the documents of the sources."""
 
     path: Texts | None = Field(default=None, description="held-out text; same forms as the path of a source")
+    split: Text = Field(
+        default=AUTO,
+        description="split of the same data sets and folders as in a source; auto: validation, else test, else train",
+    )
     fraction: float | None = Field(
         default=None,
         gt=0,
         le=0.5,
         description="fraction of the documents of all sources that is not trained on, chosen by a hash of their text",
     )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """As for a source."""
+        return VALIDATION_SPLITS if self.split == AUTO else (self.split,)
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:

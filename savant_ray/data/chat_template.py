@@ -79,12 +79,22 @@ def _settings(content: bytes | None) -> dict[str, Any]:
 
 
 def _template_in(settings: dict[str, Any]) -> str:
-    """Return the template in `tokenizer_config.json`: a text, or a list of templates with names."""
+    """Return the template in `tokenizer_config.json`, a text or several with names; "" if there is none.
+
+    Raises:
+        ValueError: there are templates, but not the default one.
+    """
     template = settings.get("chat_template")
-    if isinstance(template, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = by_name.get(DEFAULT_NAME)
-    return template if isinstance(template, str) else ""
+    if isinstance(template, list) and template:
+        template = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        if not template.get(DEFAULT_NAME):
+            names = f" ({', '.join(map(str, template))})" if template else ""
+            raise ValueError(f"of its chat templates{names} none is named {DEFAULT_NAME}")
+        template = template[DEFAULT_NAME]
+    if template and not isinstance(template, str):
+        raise ValueError("chat_template is not a text")
+    return template or ""
 
 
 def _token(value: Any) -> str | None:

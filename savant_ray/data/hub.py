@@ -14,15 +14,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import huggingface_hub
 from huggingface_hub import errors
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
 from savant_ray.data.sources import format_by_suffix
-from savant_ray.data.splits import CARD, DEFAULT_CONFIG, default_configs, splits_of_card, splits_of_names
+from savant_ray.data.splits import (
+    CARD,
+    DEFAULT_CONFIG,
+    choose_splits,
+    default_configs,
+    splits_of_card,
+    splits_of_names,
+    used_splits,
+)
 from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import error_text
+from savant_ray.locations import error_text, printable
 
 SCHEME = "hf://datasets/"
 PARQUET_COPY = "refs/convert/parquet"
@@ -62,9 +71,11 @@ class _Listing:
 
 
 def download(
-    dataset: HubDataset, split: str, cache_dir: Path, notify: Callable[[str], None], progress: Progress
+    dataset: HubDataset, splits: Sequence[str], cache_dir: Path, notify: Callable[[str], None], progress: Progress
 ) -> list[Path]:
     """Download the files of a split that are not in `cache_dir` yet, and return their paths, sorted.
+
+    The split is the first one of `splits` that the data set has.
 
     `progress` receives the bytes that are there and the total. An interrupted download is continued. `HF_TOKEN` or
     `hf auth login` gives access to private data sets, `HF_ENDPOINT` names another Hub.
@@ -74,7 +85,7 @@ def download(
     """
     folder = cache_dir / "hub"
     with _errors_explained(dataset):
-        commit, files = _find_files(dataset, split, folder, notify)
+        commit, files = _find_files(dataset, splits, folder, notify)
         total, done = sum(files.values()), 0
         paths = []
         for name, size in sorted(files.items()):
@@ -85,8 +96,17 @@ def download(
     return paths
 
 
-def files_of_split(names: Sequence[str], card: str, config: str | None, split: str) -> tuple[list[str], list[str]]:
-    """Return the files of a config and a split; if there are none, also the configs and splits that there are.
+class SplitOfConfig(NamedTuple):
+    """The files of a config that belong to a split; none if there is no such config or split."""
+
+    files: list[str]
+    taken: list[str]  # splits
+    of_config: list[str]  # all splits of the config
+    available: list[str]  # all configs and splits, for messages
+
+
+def files_of_split(names: Sequence[str], card: str, config: str | None, wanted: Sequence[str]) -> SplitOfConfig:
+    """Return the files of a config and a split, the first one of `wanted` that the config has.
 
     `names` are the files of the repository, `card` is its README. Without a config, the default one is used: the one that
     the card marks or calls "default", or the only one.
@@ -97,12 +117,14 @@ def files_of_split(names: Sequence[str], card: str, config: str | None, split: s
     if config is None:
         candidates = [*default_configs(card), DEFAULT_CONFIG, *(configs if len(configs) == 1 else [])]
         config = next((name for name in candidates if name in configs), None)
-    files = splits.get((config or "", split), [])
-    return files, [] if files else [f"{name} ({of_split})" for name, of_split in splits]
+    of_config = sorted(split for name, split in splits if name == config)
+    taken = choose_splits(of_config, wanted)
+    files = list(dict.fromkeys(file for split in taken for file in splits[config or "", split]))
+    return SplitOfConfig(files, taken, of_config, [f"{name} ({split})" for name, split in splits])
 
 
 def _find_files(
-    dataset: HubDataset, split: str, folder: Path, notify: Callable[[str], None]
+    dataset: HubDataset, wanted: Sequence[str], folder: Path, notify: Callable[[str], None]
 ) -> tuple[str, Mapping[str, int]]:
     """Return the commit and the files of the split with their sizes.
 
@@ -113,17 +135,19 @@ def _find_files(
     card = ""
     if CARD in listing.sizes:
         card = _download_file(dataset, CARD, listing.commit, folder).read_text(encoding="utf-8", errors="replace")
-    files, available = files_of_split(list(listing.sizes), card, dataset.config, split)
-    if not files and dataset.revision is None and (copy := _parquet_copy(dataset, folder, notify)):
-        files, available_in_copy = files_of_split(list(copy.sizes), "", dataset.config, split)
-        listing, available = copy, available or available_in_copy
-    if files:
-        return listing.commit, {name: listing.sizes[name] for name in files}
+    found = files_of_split(list(listing.sizes), card, dataset.config, wanted)
+    available = found.available
+    if not found.files and dataset.revision is None and (copy := _parquet_copy(dataset, folder, notify)):
+        found = files_of_split(list(copy.sizes), "", dataset.config, wanted)
+        listing, available = copy, available or found.available
+    if found.files:
+        if found.taken != [wanted[0]]:
+            notify(f"{printable(dataset.repository)}: {used_splits(found.taken, found.of_config)}")
+        return listing.commit, {name: listing.sizes[name] for name in found.files}
     if not available:
         raise DataError("contains no file in a supported format")
-    missing = (
-        f"config {dataset.config} with a split {split}" if dataset.config else f"default config with a split {split}"
-    )
+    missing = f"config {dataset.config}" if dataset.config else "default config"
+    missing += f" with a split {' or '.join(wanted)}"
     more = f" and {len(available) - MAX_NAMED:,} more" if len(available) > MAX_NAMED else ""
     raise DataError(
         f"has no {missing}; its configs (and splits): {', '.join(available[:MAX_NAMED])}{more}. A config is named as in "

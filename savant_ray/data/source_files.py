@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from savant_ray.config import HeldOutConfig, SourceConfig
@@ -27,8 +27,8 @@ def find_files(
     """
     local: list[str] = []
     for path in path_list(settings.path):
-        local += _downloaded(path, settings.split, Path(cache_dir), notify, progress) or [path]
-    return expand(local, notify, settings.format, settings.text_blocks, settings.split, settings.quotes)
+        local += _downloaded(path, settings.splits, Path(cache_dir), notify, progress) or [path]
+    return expand(local, notify, settings.format, settings.text_blocks, settings.splits, settings.quotes)
 
 
 def path_list(paths: str | list[str] | None) -> list[str]:
@@ -37,7 +37,11 @@ def path_list(paths: str | list[str] | None) -> list[str]:
 
 
 def _downloaded(
-    path: str, split: str, cache_dir: Path, notify: Callable[[str], None], progress: Callable[[int, int], None]
+    path: str,
+    splits: Sequence[str],
+    cache_dir: Path,
+    notify: Callable[[str], None],
+    progress: Callable[[int, int], None],
 ) -> list[str]:
     """Return the downloaded files of a data set of the Hub; none if the path is not the name of one."""
     if not path.startswith(HUB_SCHEME):
@@ -47,4 +51,4 @@ def _downloaded(
     dataset = HubDataset.parse(path)
     if dataset is None:
         return []
-    return [str(file) for file in download(dataset, split, cache_dir, notify, progress)]
+    return [str(file) for file in download(dataset, splits, cache_dir, notify, progress)]

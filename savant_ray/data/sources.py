@@ -27,7 +27,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from savant_ray.data.formats import CODECS, FORMAT_SUFFIXES, FORMATS, TABLES, data_suffix, inspect
-from savant_ray.data.splits import CARD, names_by_split, split_of_folder
+from savant_ray.data.splits import CARD, choose_splits, names_by_split, split_of_folder, used_splits
 from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import (
     absolute_path,
@@ -130,7 +130,7 @@ def expand(
     warn: Warn | None = None,
     file_format: str = "auto",
     text_blocks: bool = False,
-    split: str | None = None,
+    splits: Sequence[str] = (),
     quotes: bool = True,
 ) -> list[SourceFile]:
     """Return the files of a path, folder (recursively), glob or URI, or of a list of them: sorted and without duplicates.
@@ -145,9 +145,10 @@ def expand(
     warning, because they may have the same documents. A file that is named, or `file_format="text"`, is
     always used. Of a folder that `datasets.save_to_disk` has written, the Arrow files with the data are listed.
 
-    If a split is given and a folder has several ones, only the files of this split are listed, with a warning. The splits
-    are the folders that `datasets.save_to_disk` has written, those that the card (README.md) of a data set of the Hub
-    lists, or those in the names of files and folders (train.jsonl, data/test-00000-of-00001.parquet).
+    If a folder has several splits, only the files of the first one of `splits` that it has are listed, with a warning;
+    without `splits` all are. The splits are the folders that `datasets.save_to_disk` has written, those that the card
+    (README.md) of a data set of the Hub lists, or those in the names of files and folders (train.jsonl,
+    data/test-00000-of-00001.parquet).
 
     Raises:
         DataError: there is no file, or a file cannot be read or has an unsupported format; the message names it or the
@@ -161,7 +162,7 @@ def expand(
         raise DataError(f"format: {printable(file_format)} is not one of auto, {', '.join(FORMATS)}")
     files: dict[str, SourceFile] = {}
     for item in patterns:
-        listed = (_remote_files if is_uri(item) else _local_files)(item, file_format, split, warn)
+        listed = (_remote_files if is_uri(item) else _local_files)(item, file_format, splits, warn)
         for file in listed:
             files.setdefault(file.path, replace(file, text_blocks=text_blocks, quotes=quotes))
     return _without_links([files[path] for path in sorted(files)], warn)
@@ -245,7 +246,7 @@ def _errors_as_data_error(pattern: str) -> Iterator[None]:
         raise DataError(f"{printable(pattern)}: cannot be listed ({error_text(error)})") from error
 
 
-def _local_files(pattern: str, file_format: str, split: str | None, warn: Warn) -> list[SourceFile]:
+def _local_files(pattern: str, file_format: str, splits: Sequence[str], warn: Warn) -> list[SourceFile]:
     path = _resolve_parent_references(absolute_path(pattern, error=DataError))
     problems: list[str] = []
     with _errors_as_data_error(pattern):
@@ -254,10 +255,10 @@ def _local_files(pattern: str, file_format: str, split: str | None, warn: Warn) 
             return [_local_file(path, pattern, file_format)]
         if is_folder:
             os.scandir(path).close()  # raises if the user may not list it
-            paths = _of_folder(path, _files_below(path, problems), file_format, split, _read_text, warn)
+            paths = _of_folder(path, _files_below(path, problems), file_format, splits, _read_text, warn)
         else:
             paths = _without_dataset_files(_local_matches(path, problems))
-            _warn_of_several_splits(pattern, paths, split, warn)
+            _warn_of_several_splits(pattern, paths, splits, warn)
         folders = {match for match in paths if os.path.isdir(match)}
     files, errors = _read_heads(sorted(paths - folders), file_format, problems)
     files = files if is_folder else _without_plain_text(files, file_format, warn)
@@ -443,47 +444,45 @@ def _is_glob(path: str) -> bool:
 
 
 def _of_folder(
-    folder: str, paths: Iterable[str], file_format: str, split: str | None, read: Callable[[str], str], warn: Warn
+    folder: str, paths: Iterable[str], file_format: str, splits: Sequence[str], read: Callable[[str], str], warn: Warn
 ) -> set[str]:
     """Return the paths in a folder that have a suffix of the format and belong to the split.
 
     Plain text is used only if the format is text, or the folder has no other files. `read` returns the content of a file.
     """
     paths = set(paths)
-    by_suffix = {path: format_by_suffix(path, file_format) for path in _of_saved_split(paths, split, warn)}
+    by_suffix = {path: format_by_suffix(path, file_format) for path in _of_saved_split(paths, splits, warn)}
     supported = {path for path, suffix_format in by_suffix.items() if suffix_format}
     structured = {path for path in supported if by_suffix[path] != "text"}
     files = _without_dataset_files(structured or supported)
-    if split is None or any(os.path.basename(path) == DATASET_DICT for path in paths):
+    if not splits or any(os.path.basename(path) == DATASET_DICT for path in paths):
         return files
     card = os.path.join(folder, CARD)
-    return _of_named_split(folder, files, read(card) if card in paths else "", split, warn)
+    return _of_named_split(folder, files, read(card) if card in paths else "", splits, warn)
 
 
-def _of_named_split(folder: str, paths: set[str], card: str, split: str, warn: Warn) -> set[str]:
+def _of_named_split(folder: str, paths: set[str], card: str, wanted: Sequence[str], warn: Warn) -> set[str]:
     """Leave out the files of other splits, if the card or the names of the files tell several splits apart.
 
     Raises:
         DataError: there are splits, but not this one.
     """
     by_name = {os.path.relpath(path, folder): path for path in sorted(paths)}
-    chosen = split_of_folder(list(by_name), card, split)
+    chosen = split_of_folder(list(by_name), card, wanted)
     if chosen is None:
         return paths
     available = ", ".join(map(printable, chosen.available))
     if not chosen.files:
-        raise DataError(f"{printable(folder)}: has no split {split}; its splits: {available}")
+        raise DataError(f"{printable(folder)}: has no split {' or '.join(wanted)}; its splits: {available}")
     if len(chosen.files) < len(paths):
-        taken = " and ".join(map(printable, chosen.taken))
-        verb = "are" if len(chosen.taken) > 1 else "is"
-        warn(f"{printable(folder)}: of the splits {available}, {taken} {verb} used (see split)")
+        warn(f"{printable(folder)}: {used_splits(chosen.taken, chosen.available)}")
     return {by_name[name] for name in chosen.files}
 
 
-def _warn_of_several_splits(pattern: str, paths: Iterable[str], split: str | None, warn: Warn) -> None:
+def _warn_of_several_splits(pattern: str, paths: Iterable[str], wanted: Sequence[str], warn: Warn) -> None:
     """Warn of a glob that matches several splits, of which some may not be meant for training."""
     splits = names_by_split([os.path.basename(path) for path in paths])
-    if split is not None and len(splits) > 1:
+    if wanted and len(splits) > 1:
         warn(
             f"{printable(pattern)}: matches the splits {', '.join(map(printable, sorted(splits)))}; all are used (to choose "
             "one, name the folder and set split)"
@@ -504,7 +503,7 @@ def _read_remote_text(filesystem: pafs.FileSystem, path: str) -> str:
         return str(stream.read(MAX_CARD_CHARACTERS).decode(errors="replace"))
 
 
-def _of_saved_split(paths: Iterable[str], split: str | None, warn: Warn) -> set[str]:
+def _of_saved_split(paths: Iterable[str], wanted: Sequence[str], warn: Warn) -> set[str]:
     """Leave out the other splits of data sets with several splits that `datasets.save_to_disk` has written.
 
     Raises:
@@ -514,17 +513,15 @@ def _of_saved_split(paths: Iterable[str], split: str | None, warn: Warn) -> set[
     for dataset in [os.path.dirname(path) for path in sorted(paths) if os.path.basename(path) == DATASET_DICT]:
         below = {path for path in paths if path.startswith(f"{dataset}/")}
         splits = sorted({path[len(dataset) + 1 :].partition("/")[0] for path in below if path.endswith(".arrow")})
-        if split is None or not splits:
+        if not wanted or not splits:
             continue
-        if split not in splits:
-            raise DataError(
-                f"{printable(dataset)}: has no split {split}; its splits: {', '.join(map(printable, splits))}"
-            )
-        if len(splits) > 1:
-            warn(
-                f"{printable(dataset)}: of the splits {', '.join(map(printable, splits))}, {split} is used (see split)"
-            )
-        paths -= {path for path in below if not path.startswith(f"{dataset}/{split}/")}
+        taken = choose_splits(splits, wanted)
+        if not taken:
+            available = ", ".join(map(printable, splits))
+            raise DataError(f"{printable(dataset)}: has no split {' or '.join(wanted)}; its splits: {available}")
+        if len(taken) < len(splits):
+            warn(f"{printable(dataset)}: {used_splits(taken, splits)}")
+        paths -= {path for path in below if not path.startswith(tuple(f"{dataset}/{split}/" for split in taken))}
     return paths
 
 
@@ -601,7 +598,7 @@ def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders
     return f"{shown}: no such {'match' if _is_glob(pattern) else 'file or folder'}{hint}"
 
 
-def _remote_files(pattern: str, file_format: str, split: str | None, warn: Warn) -> list[SourceFile]:
+def _remote_files(pattern: str, file_format: str, splits: Sequence[str], warn: Warn) -> list[SourceFile]:
     uri, query = split_query(canonical_uri(pattern, error=DataError))
     uri = decoded_uri(uri)
     uri = uri if uri.endswith("://") else uri.rstrip("/")
@@ -614,7 +611,7 @@ def _remote_files(pattern: str, file_format: str, split: str | None, warn: Warn)
         if is_folder:
             infos = _remote_infos(filesystem, path, deep=True)
             read = partial(_read_remote_text, filesystem)
-            paths = _of_folder(path, (info.path for info in infos), file_format, split, read, warn)
+            paths = _of_folder(path, (info.path for info in infos), file_format, splits, read, warn)
             infos = [info for info in infos if info.path in paths]
         elif _is_glob(path):
             wildcards = re.search(r"[^/]*[*?\[].*", path)
@@ -625,7 +622,7 @@ def _remote_files(pattern: str, file_format: str, split: str | None, warn: Warn)
             if not infos and "[" in rest:  # as in `_local_matches`
                 infos = _remote_matches(filesystem, path, rest.replace("[", "[[]"))
             paths = _without_dataset_files(info.path for info in infos)
-            _warn_of_several_splits(pattern, paths, split, warn)
+            _warn_of_several_splits(pattern, paths, splits, warn)
             infos = [info for info in infos if info.path in paths]
         else:
             infos = []

@@ -6,11 +6,13 @@ The rules are those of the Hugging Face Hub, which also hold for a folder that i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import yaml
+
+from savant_ray.locations import printable
 
 CARD = "README.md"
 DEFAULT_CONFIG = "default"
@@ -38,27 +40,43 @@ class SplitOfFolder(NamedTuple):
     available: list[str]
 
 
-def split_of_folder(names: Sequence[str], card: str, split: str) -> SplitOfFolder | None:
+def choose_splits(available: Iterable[str], wanted: Sequence[str]) -> list[str]:
+    """Return the first wanted split that is available; none if there is none.
+
+    Without a split of exactly this name, those of the same kind are taken: `training` or `train_sft` for `train`.
+    """
+    names = sorted(available)
+    chosen = ([split] if split in names else [name for name in names if _kind(name) == split] for split in wanted)
+    return next(filter(None, chosen), [])
+
+
+def split_of_folder(names: Sequence[str], card: str, wanted: Sequence[str]) -> SplitOfFolder | None:
     """Return the files of a split of a folder; None if all files are used, because they are not divided into splits.
 
-    Without a split of exactly this name, those of the same kind are taken: `training` or `train_sft` for `train`. The result
-    has no files if there is none.
+    The result has no files if none of the wanted splits is there.
 
     Args:
         names: paths of the data files relative to the folder.
         card: content of the folder's README.md.
-        split: the name of the split.
+        wanted: names of splits, of which the first one that is there is taken, as by `choose_splits`.
     """
     by_split: dict[str, list[str]] = {}
     for (_, name), files in splits_of_card(names, card).items():
         by_split.setdefault(name, []).extend(files)
     if not by_split and any(map(_split_in, names)):
         by_split = names_by_split(names)
-    if not by_split or (len(by_split) == 1 and split in (*by_split, DEFAULT_SPLIT)):
+    if not by_split or (len(by_split) == 1 and not {*by_split, DEFAULT_SPLIT}.isdisjoint(wanted)):
         return None
-    taken = [split] if split in by_split else [name for name in by_split if _kind(name) == split]
+    taken = choose_splits(by_split, wanted)
     files = list(dict.fromkeys(file for name in taken for file in by_split[name]))
-    return SplitOfFolder(files, sorted(taken), sorted(by_split))
+    return SplitOfFolder(files, taken, sorted(by_split))
+
+
+def used_splits(taken: Sequence[str], available: Sequence[str]) -> str:
+    """Return a message that names the splits that are used, and all that there are."""
+    verb = "are" if len(taken) > 1 else "is"
+    names, used = ", ".join(map(printable, available)), " and ".join(map(printable, taken))
+    return f"of the splits {names}, {used} {verb} used (see split)"
 
 
 def names_by_split(names: Sequence[str]) -> dict[str, list[str]]:

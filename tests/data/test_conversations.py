@@ -517,7 +517,7 @@ def test_the_chat_template_is_found_beside_the_tokenizer(folder: Path) -> None:
     assert template is not None and template.source == ZEPHYR
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"chat_template": "\\ud83d"}'])
+@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"chat_template": "\\ud83d"}', b'{"chat_template": 3}'])
 def test_a_damaged_file_beside_the_tokenizer_is_named_where_a_conversation_needs_it(
     folder: Path, content: bytes
 ) -> None:
@@ -526,6 +526,18 @@ def test_a_damaged_file_beside_the_tokenizer_is_named_where_a_conversation_needs
     text, conversation = rule.documents([Record(1, {"text": "a"}), Record(2, {"messages": SPOKEN})])
     assert text.text == "a"
     assert conversation.problem.startswith(f"the chat template of the tokenizer {folder} cannot be read (")
+
+
+@pytest.mark.parametrize(
+    "templates", [[{"name": "rag", "template": CHATML}], {"rag": CHATML}, ["x"], [{"name": [], "template": "x"}]]
+)
+def test_several_chat_templates_without_a_default_one_are_refused_where_a_conversation_needs_one(
+    folder: Path, templates: object
+) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    template = Tokenizer.load(folder).chat_template
+    assert template is not None and "none is named default" in template.problem
+    assert rendered({"text": "a"}, DocumentRule(chat_template=template)).text == "a"
 
 
 def test_special_tokens_of_a_template_are_tokens_and_those_in_a_text_are_text(folder: Path) -> None:

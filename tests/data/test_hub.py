@@ -16,7 +16,7 @@ def fetch(uri: str, cache_dir: Path, split: str = "train", notices: list[str] | 
     dataset = HubDataset.parse(uri)
     assert dataset is not None
     notify = (notices if notices is not None else []).append
-    return [path.read_bytes() for path in download(dataset, split, cache_dir, notify, lambda done, total: None)]
+    return [path.read_bytes() for path in download(dataset, [split], cache_dir, notify, lambda done, total: None)]
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,13 @@ NAMES = [
 def test_the_files_of_a_split_come_from_the_card_or_from_the_names(
     names: list[str], card: str, config: str | None, split: str, files: list[str]
 ) -> None:
-    assert files_of_split(names, card, config, split) == (files, [])
+    assert files_of_split(names, card, config, [split]).files == files
 
 
 def test_without_a_default_config_the_configs_are_listed() -> None:
     names = ["code/train/0000.parquet", "text/test/0000.parquet"]
-    assert files_of_split(names, "", None, "train") == ([], ["code (train)", "text (test)"])
+    found = files_of_split(names, "", None, ["train"])
+    assert not found.files and found.available == ["code (train)", "text (test)"]
 
 
 def test_the_files_of_a_split_are_downloaded_once_for_each_commit(hub: Hub, tmp_path: Path) -> None:

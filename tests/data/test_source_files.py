@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from savant_ray.config import SourceConfig
+from savant_ray.config import HeldOutConfig, SourceConfig
 from savant_ray.data.documents import DocumentRule
 from savant_ray.data.record_reader import documents
 from savant_ray.data.source_files import find_files
@@ -24,7 +24,7 @@ def parquet(*texts: str) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def texts_of(source: SourceConfig, cache_dir: Path) -> list[str]:
+def texts_of(source: SourceConfig | HeldOutConfig, cache_dir: Path) -> list[str]:
     """Return the documents of a source."""
     files = find_files(source, cache_dir, lambda message: None)
     return [document.text for document in documents(files, rule=DocumentRule())]
@@ -132,6 +132,47 @@ def test_of_a_folder_with_several_splits_one_is_used_and_named(
     files = find_files(SourceConfig(path=f"{scheme}{folder}", weight=1, split=split), tmp_path, noticed.append)
     assert [file.path.partition("/clone/")[2] for file in files] == used
     assert len(noticed) == 1 and "clone: of the splits" in noticed[0] and "used (see split)" in noticed[0]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["path", "uri"])
+@pytest.mark.parametrize(
+    ("names", "training", "validation"),
+    [
+        (["train.jsonl", "validation.jsonl", "test.jsonl"], ["train.jsonl"], ["validation.jsonl"]),
+        (["train.jsonl", "dev.jsonl", "test.jsonl"], ["train.jsonl"], ["dev.jsonl"]),
+        (CLONE, CLONE[:2], CLONE[2:]),
+        (["a.jsonl", "b.jsonl", "valid.jsonl"], ["a.jsonl", "b.jsonl"], ["valid.jsonl"]),
+    ],
+)
+def test_a_folder_can_be_the_source_and_the_validation_text(
+    tmp_path: Path, scheme: str, names: list[str], training: list[str], validation: list[str]
+) -> None:
+    folder = f"{scheme}{write_files(tmp_path / 'clone', names)}"
+    noticed: list[str] = []
+    for settings, used in ((SourceConfig(path=folder, weight=1), training), (HeldOutConfig(path=folder), validation)):
+        files = find_files(settings, tmp_path, noticed.append)
+        assert [file.path.partition("/clone/")[2] for file in files] == used
+    assert "train is used" in noticed[0] and "train is used" not in noticed[1]
+
+
+def test_the_validation_split_of_a_saved_data_set_and_of_one_of_the_hub_is_used(hub: Hub, tmp_path: Path) -> None:
+    saved = save_splits(tmp_path / "saved", ["train", "validation"])
+    (file,) = find_files(HeldOutConfig(path=str(saved)), tmp_path, lambda message: None)
+    assert file.path.endswith("saved/validation/data-00000-of-00001.arrow")
+    names = ("data/train.parquet", "data/test.parquet", "data/val.parquet")
+    hub.commits[MAIN] = {name: parquet(name) for name in names}
+    on_hub = HeldOutConfig(path="hf://datasets/owner/name")
+    noticed: list[str] = []
+    find_files(on_hub, tmp_path, noticed.append)
+    assert noticed == ["owner/name: of the splits test, train, val, val is used (see split)"]
+    assert texts_of(on_hub, tmp_path) == ["data/val.parquet"]
+    assert texts_of(on_hub.model_copy(update={"split": "train"}), tmp_path) == ["data/train.parquet"]
+
+
+@pytest.mark.parametrize("names", [["train.jsonl"], ["a.jsonl"], ["test.jsonl"], ["train-0.jsonl", "extra.jsonl"]])
+def test_validation_text_that_has_no_validation_split_is_used(tmp_path: Path, names: list[str]) -> None:
+    folder = write_files(tmp_path / "clone", names)
+    assert len(find_files(HeldOutConfig(path=str(folder)), tmp_path, lambda message: None)) == len(names)
 
 
 @pytest.mark.parametrize(
