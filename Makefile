@@ -17,7 +17,7 @@ TORCH_INDEX ?=
 RUN := "$(VENV)/bin/python"
 # Use only the project's own settings and conftest.py, even if the checkout contains others.
 PYTEST := $(RUN) -m pytest -c pyproject.toml --confcutdir tests
-IN_TWO_PROCESSES := -n 2 --dist loadfile  # the tests of a file share a Ray head; ARGS="-n 0" runs all in one process
+IN_TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder  # the tests of a file share a Ray head; ARGS="-n 0" runs all in one process
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 

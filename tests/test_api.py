@@ -149,6 +149,7 @@ def test_a_script_is_interrupted_and_resumes_and_its_child_process_survives(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_a_notebook_trains_twice_in_the_ray_that_it_started(tmp_path: Path) -> None:
     job = python(NOTEBOOK, with_text(tmp_path), json.dumps(settings()))
     printed, _ = job.communicate(timeout=240)

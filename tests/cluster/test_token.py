@@ -129,6 +129,7 @@ def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without_one(clu
     assert token.read_text() not in printed + logs.stdout
 
 
+@pytest.mark.rare
 def test_a_second_machine_joins_with_the_token(cluster: Cluster) -> None:
     wait_for(lambda: cluster.nodes() == ["ALIVE"])
     start = without_environment(typed("RAY_AUTH_MODE=token ray start"))
