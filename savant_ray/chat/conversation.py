@@ -15,8 +15,10 @@ from savant_ray.data.conversations import ConversationError, Message, conversati
 from savant_ray.data.documents import rule_of
 from savant_ray.data.record_reader import documents
 from savant_ray.data.source_files import find_files, path_list
-from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
+from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError
+from savant_ray.inference.answer_text import AnswerText
+from savant_ray.inference.decoder import NewTokens
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling, are_finite
 from savant_ray.locations import is_uri
@@ -189,28 +191,33 @@ class Conversation:
 
     def _pieces(self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]) -> Iterator[str]:
         """Yield the text of an answer: in a conversation without white space before it, and without the next question."""
-        decoder = IncrementalDecoder(self._tokenizer, prompt)
-        decoded = (decoder.push(token) for token in self._tokens(prompt, sampling, stop_requested))
         is_plain_form = self._template is None and not self.continues_text
+        text = AnswerText(self._tokenizer, prompt, [NEXT_QUESTION] if is_plain_form else [])
         has_begun = self.continues_text
-        for piece in text_before(_chained(decoded, decoder.finish), NEXT_QUESTION if is_plain_form else ""):
+        for new in self._tokens(prompt, sampling, stop_requested):
+            piece = text.push(new)
             shown = piece if has_begun else piece.lstrip()
             has_begun |= bool(shown)
             if shown:
                 yield shown
-
-    def _tokens(self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]) -> Iterator[int]:
-        n_tokens = 0
-        for token in generate(self._model, prompt, sampling, self.n_loops):
-            if token in self._ends:
+            if text.is_stopped:
                 return
-            yield token
-            n_tokens += 1
+
+    def _tokens(
+        self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]
+    ) -> Iterator[NewTokens]:
+        n_tokens = 0
+        for n_tokens, token in enumerate(generate(self._model, prompt, sampling, self.n_loops), start=1):
+            if token in self._ends:
+                break
+            yield NewTokens([token], is_last=False)
             if stop_requested():
                 self.notes.append("stopped")
-                return
-        if n_tokens == sampling.max_new_tokens:
-            self.notes.append(f"the answer has reached its maximum length, {n_tokens:,} tokens")
+                break
+        else:
+            if n_tokens == sampling.max_new_tokens:
+                self.notes.append(f"the answer has reached its maximum length, {n_tokens:,} tokens")
+        yield NewTokens([], is_last=True)
 
     def _add(self, turn: Turn) -> None:
         """Add a turn unless later prompts could not contain it, because the answer has the name of a special token."""
@@ -225,22 +232,8 @@ class Conversation:
     @torch.no_grad()
     def _has_finite_logits(self, prompt: Sequence[int]) -> bool:
         tokens_BT = torch.tensor([prompt], device=self._model.head.weight.device)
-        logits_BV = self._model.decode(tokens_BT, self._model.new_cache(self.n_loops), self.n_loops)
+        logits_BV = self._model.decode(tokens_BT, self._model.new_cache([len(prompt)], self.n_loops), self.n_loops)
         return bool(are_finite(logits_BV.float()).all())
-
-
-def text_before(pieces: Iterator[str], end: str) -> Iterator[str]:
-    """Yield the text of the pieces up to `end`; what may be the beginning of `end` is held back until it is known."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if end and end in held:
-            yield held[: held.index(end)]
-            return
-        n_held = max(n for n in range(len(end) or 1) if held.endswith(end[:n]))
-        yield held[: len(held) - n_held]
-        held = held[len(held) - n_held :]
-    yield held
 
 
 def is_for_conversations(config: Config, tokenizer: Tokenizer) -> bool:
@@ -283,8 +276,3 @@ def _messages(turns: Sequence[Turn]) -> Iterator[Message]:
     for turn in turns:
         yield {"role": "user", "content": turn.question}
         yield {"role": "assistant", "content": turn.answer}
-
-
-def _chained(pieces: Iterator[str], last: Callable[[], str]) -> Iterator[str]:
-    yield from pieces
-    yield last()
