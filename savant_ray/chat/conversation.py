@@ -11,20 +11,19 @@ import orjson
 import torch
 
 from savant_ray.config import Config, SourceConfig
-from savant_ray.data.conversations import ConversationError, Message, conversation_prompt, end_of_answer
+from savant_ray.data.conversations import ConversationError, Message, conversation_prompt
 from savant_ray.data.documents import rule_of
 from savant_ray.data.record_reader import documents
 from savant_ray.data.source_files import find_files, path_list
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError
-from savant_ray.inference.answer_text import AnswerText
+from savant_ray.inference.answer_text import AnswerText, TurnEnd, turn_end
 from savant_ray.inference.decoder import NewTokens
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling, are_finite
 from savant_ray.locations import is_uri
 from savant_ray.model.transformer import UniversalTransformer
 
-NEXT_QUESTION = "\nQuestion:"  # ends an answer in the plain form
 SAMPLED_DOCUMENTS = 20  # of a source, to find out whether its records are conversations
 
 
@@ -78,7 +77,7 @@ class Conversation:
         self._next_seed = seed
         self._template = None if continues_text else tokenizer.chat_template
         self._first_turn = 0  # of those that still fit into the context
-        self._ends = _ending_tokens(tokenizer) if self._template else frozenset()
+        self._turn_end = TurnEnd() if continues_text else turn_end(tokenizer)
 
     def set_system(self, text: str) -> None:
         """Use a system message from now on; "" removes it.
@@ -191,8 +190,7 @@ class Conversation:
 
     def _pieces(self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]) -> Iterator[str]:
         """Yield the text of an answer: in a conversation without white space before it, and without the next question."""
-        is_plain_form = self._template is None and not self.continues_text
-        text = AnswerText(self._tokenizer, prompt, [NEXT_QUESTION] if is_plain_form else [])
+        text = AnswerText(self._tokenizer, prompt, self._turn_end)
         has_begun = self.continues_text
         for new in self._tokens(prompt, sampling, stop_requested):
             piece = text.push(new)
@@ -206,15 +204,12 @@ class Conversation:
     def _tokens(
         self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]
     ) -> Iterator[NewTokens]:
-        n_tokens = 0
-        for n_tokens, token in enumerate(generate(self._model, prompt, sampling, self.n_loops), start=1):
-            if token in self._ends:
-                break
+        tokens = generate(self._model, prompt, sampling, self.n_loops)
+        for n_tokens, token in enumerate(tokens, start=1):
             yield NewTokens([token], is_last=False)
             if stop_requested():
                 self.notes.append("stopped")
                 break
-        else:
             if n_tokens == sampling.max_new_tokens:
                 self.notes.append(f"the answer has reached its maximum length, {n_tokens:,} tokens")
         yield NewTokens([], is_last=True)
@@ -256,16 +251,6 @@ def _has_conversations(source: SourceConfig, config: Config, tokenizer: Tokenize
         first = islice(documents(files, rule=rule_of(source, tokenizer.chat_template)), SAMPLED_DOCUMENTS)
         return any(document.is_conversation for document in first)
     return False
-
-
-def _ending_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the first special token that the chat template writes after an answer."""
-    try:
-        end = end_of_answer(tokenizer.chat_template) if tokenizer.chat_template else ""
-    except ConversationError:  # each message will be refused for the same reason
-        return frozenset()
-    (ids,) = tokenizer.encode_prompts([end], special_tokens=True)
-    return frozenset([token for token in ids[len(tokenizer.prefix) :] if token in tokenizer.special_ids][:1])
 
 
 def _system(text: str) -> Message:

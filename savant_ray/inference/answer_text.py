@@ -1,28 +1,59 @@
-"""The text of an answer while it is generated, up to a text that ends it."""
+"""The text of an answer while it is generated, up to what ends it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from savant_ray.data.conversations import ConversationError, end_of_answer
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
 from savant_ray.inference.decoder import NewTokens
 
+NEXT_QUESTION = "\nQuestion:"  # what a model may write after an answer in the plain form
+
+
+class TurnEnd(NamedTuple):
+    """Texts and tokens before which an answer ends."""
+
+    texts: tuple[str, ...] = ()
+    tokens: frozenset[int] = frozenset()
+
+
+def turn_end(tokenizer: Tokenizer) -> TurnEnd:
+    """Return what ends an answer in a conversation: the first special token that the chat template writes after it.
+
+    Without a chat template it is the next question. All answers end with the end of the document, too.
+    """
+    if tokenizer.chat_template is None:
+        return TurnEnd(texts=(NEXT_QUESTION,))
+    try:
+        end = end_of_answer(tokenizer.chat_template)
+    except ConversationError:  # the template will refuse each message for the same reason
+        return TurnEnd()
+    (ids,) = tokenizer.encode_prompts([end], special_tokens=True)
+    special = [token for token in ids[len(tokenizer.prefix) :] if token in tokenizer.special_ids]
+    return TurnEnd(tokens=frozenset(special[:1]))
+
 
 class AnswerText:
-    """The text of an answer, which ends before the first of the texts in `stops`.
+    """The text of an answer.
 
     Attributes:
-        n_tokens: number of tokens up to there.
-        is_stopped: whether one of `stops` has been found.
+        n_tokens: number of tokens up to its end.
+        is_stopped: whether `end` has been found.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
-        self._decoder, self._stops, self._held = IncrementalDecoder(tokenizer, prompt), stops, ""
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], end: TurnEnd) -> None:
+        self._decoder, self._end, self._held = IncrementalDecoder(tokenizer, prompt), end, ""
         self.n_tokens, self.is_stopped = 0, False
 
     def push(self, new: NewTokens) -> str:
-        """Return the text that new tokens add, without an end that may be the beginning of a stop."""
+        """Return the text that new tokens add, without what may be the beginning of a text that ends the answer."""
         for token in new.ids:
+            if token in self._end.tokens:
+                self._held += self._decoder.finish()
+                self.is_stopped = True
+                return self._take(len(self._held))
             self.n_tokens += 1
             self._held += self._decoder.push(token)
             if self._find_stop():
@@ -31,12 +62,12 @@ class AnswerText:
             self._held += self._decoder.finish()
             self._find_stop()
             return self._take(len(self._held))
-        beginnings = (stop[:length] for stop in self._stops for length in range(len(stop)))
+        beginnings = (stop[:length] for stop in self._end.texts for length in range(len(stop)))
         n_held = max((len(beginning) for beginning in beginnings if self._held.endswith(beginning)), default=0)
         return self._take(len(self._held) - n_held)
 
     def _find_stop(self) -> bool:
-        found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
+        found = [index for stop in self._end.texts if (index := self._held.find(stop)) >= 0]
         if found:
             self._held, self.is_stopped = self._held[: min(found)], True
         return self.is_stopped

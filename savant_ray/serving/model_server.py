@@ -13,7 +13,7 @@ from ray.serve import metrics
 from savant_ray.data.conversations import ConversationError, conversation_prompt
 from savant_ray.errors import DataError
 from savant_ray.evaluation.from_checkpoint import load_model
-from savant_ray.inference.answer_text import AnswerText
+from savant_ray.inference.answer_text import AnswerText, TurnEnd, turn_end
 from savant_ray.inference.decoder import Decoder
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.sampling import Sampling
@@ -40,6 +40,7 @@ class ModelServer:
     ) -> None:
         with local_checkpoint(checkpoint, settings=settings) as path:
             model, self._tokenizer, config = load_model(path)
+        self._turn_end = turn_end(self._tokenizer)
         self._max_length = max_length or config.model.max_seq_len
         validation = config.validation
         self._sampling = Sampling.for_tokenizer(self._tokenizer, validation.max_new_tokens, validation.temperature)
@@ -70,7 +71,8 @@ class ModelServer:
             temperature=self._sampling.temperature if temperature is None else temperature,
             seed=secrets.randbits(63) if seed is None else seed,
         )
-        text = AnswerText(self._tokenizer, prompt, request.stop or [])
+        end = self._turn_end if isinstance(request, ChatRequest) else TurnEnd()
+        text = AnswerText(self._tokenizer, prompt, end._replace(texts=(*end.texts, *(request.stop or ()))))
         self._n_tokens.inc(len(prompt), {"kind": "prompt"})
         part, n_sent = "", 0
         async for new in self._engine.tokens(prompt, sampling):

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.inference.answer_text import AnswerText
+from savant_ray.inference.answer_text import AnswerText, TurnEnd
 from savant_ray.inference.decoder import Decoder, NewTokens
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.generate import generate
@@ -26,7 +26,7 @@ def tokenizer() -> Tokenizer:
 
 def text_of(tokenizer: Tokenizer, text: str, stops: list[str], group: int) -> tuple[list[str], int, bool]:
     """Return the pieces of an answer that arrives in groups of tokens, its number of tokens, and whether it was stopped."""
-    ids, answer, pieces = tokenizer.encode(text), AnswerText(tokenizer, [], stops), []
+    ids, answer, pieces = tokenizer.encode(text), AnswerText(tokenizer, [], TurnEnd(texts=tuple(stops))), []
     for start in range(0, len(ids), group):
         pieces.append(answer.push(NewTokens(ids[start : start + group], start + group >= len(ids))))
         if answer.is_stopped:
