@@ -33,6 +33,7 @@ def parsed(lines: list[str]) -> list[Requirement]:
 
 
 PINS = parsed((ROOT / "requirements.txt").read_text().splitlines())
+EXTRA_PINS = parsed((ROOT / "requirements-extras.txt").read_text().splitlines())
 RANGES = parsed(
     PROJECT["project"]["dependencies"]
     + PROJECT["project"]["optional-dependencies"]["test"]
@@ -90,6 +91,7 @@ def test_this_environment_has_the_pinned_versions():
 
 def test_every_third_party_import_is_a_requirement():
     known = {IMPORT_NAMES.get(canonicalize_name(pin.name), pin.name) for pin in PINS}
+    known |= {pin.name for pin in EXTRA_PINS}
     known |= {"savant_ray", "mlflow", "wandb", *sys.stdlib_module_names}
     known |= {"tests", "docs", "invalid_lines"}
     known |= {"prometheus_client", "werkzeug"}  # which come with ray[default] and Flask
