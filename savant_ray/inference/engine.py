@@ -41,6 +41,7 @@ class Engine:
         self._joining: list[_Answer] = []
         self._leaving: list[_Answer] = []
         self._answers: dict[int, _Answer] = {}  # in progress, by their number in the decoder
+        self._waiting: set[_Answer] = set()  # of the event loop
         threading.Thread(target=self._run, name="decoder", daemon=True).start()
 
     @property
@@ -55,6 +56,7 @@ class Engine:
             RuntimeError: decoding has failed.
         """
         answer = _Answer(prompt, sampling)
+        self._waiting.add(answer)
         self._change(self._joining, answer)
         try:
             is_last = False
@@ -68,6 +70,7 @@ class Engine:
                 is_last = new[-1].is_last
                 yield NewTokens([token for tokens in new for token in tokens.ids], is_last)
         finally:
+            self._waiting.discard(answer)
             self._change(self._leaving, answer)
 
     def _change(self, answers: list[_Answer], answer: _Answer) -> None:
@@ -92,9 +95,11 @@ class Engine:
                     new, due = [], now + DELIVERY_SECONDS
         except Exception as error:
             self.error = error
-            with self._wakes:
-                for answer in [*self._answers.values(), *self._joining]:
-                    self._loop.call_soon_threadsafe(answer.changed.set)
+            self._loop.call_soon_threadsafe(self._wake_all)
+
+    def _wake_all(self) -> None:
+        for answer in self._waiting:
+            answer.changed.set()
 
     def _update(self) -> None:
         """Wait until there are requests, and let them join and leave; prompts of similar length are processed together."""

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -100,13 +100,14 @@ class Api:
                 if "error" in part:
                     raise ApiError(*part["error"])
                 yield part
+        except (asyncio.CancelledError, GeneratorExit):  # the user has left
+            parts.cancel()
+            raise
         except BackPressureError:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded") from None
-        except RayError as error:
+        except (RayError, RayServeException) as error:
             reason = f"the replica that generated the answer failed ({type(error).__name__}); send the request again"
             raise ApiError(503, reason, "replica_failed") from error
-        finally:
-            parts.cancel()
 
 
 async def _events(

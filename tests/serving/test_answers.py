@@ -98,12 +98,9 @@ def test_parameters_that_change_nothing_are_accepted() -> None:
     )
     assert isinstance(completion, CompletionRequest) and completion.prompt == "x" and completion.stop is None
     content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    chat = parsed(
-        ChatRequest,
-        json.dumps(
-            {"messages": [{"role": "user", "content": content}], "max_completion_tokens": 3, "stop": "x", **neutral}
-        ).encode(),
-    )
+    messages = [{"role": "user", "content": content}]
+    body = {**neutral, "messages": messages, "max_completion_tokens": 3, "stop": "x"}
+    chat = parsed(ChatRequest, json.dumps(body).encode())
     assert isinstance(chat, ChatRequest) and chat.messages[0].text == "ab"
     assert chat.max_tokens == 3 and chat.stop == ["x"]
 
