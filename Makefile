@@ -90,8 +90,8 @@ soak: install
 check: install
 	@tracked() { $(RUN) -P tests/tracked_files.py "$$@"; }
 	tool() { xargs -0 $(RUN) -P -m "$$@"; }  # -P: a stray module in the current folder is not imported
-	tracked '*.py' | tool ruff format --config pyproject.toml --check
-	tracked '*.py' | tool ruff check --config pyproject.toml
+	tracked '*.py' '*.ipynb' | tool ruff format --config pyproject.toml --check
+	tracked '*.py' '*.ipynb' | tool ruff check --config pyproject.toml
 	tracked 'savant_ray/*.py' 'jobs/*.py' 'docs/*.py' | tool mypy --config-file pyproject.toml
 	tracked '*' | tool codespell_lib
 	$(BUILD_SITE)

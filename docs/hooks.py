@@ -1,11 +1,14 @@
-"""Build hook of MkDocs: a page that git does not track is not part of the site."""
+"""Build hook of MkDocs: a page that git does not track is not part of the site, and notebooks are pages."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from mkdocs.structure.files import File
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -22,4 +25,27 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         is_ours = file.src_dir == config.docs_dir  # and not the theme's
         if is_ours and f"docs/{file.src_uri}" not in tracked:
             files.remove(file)
+        elif is_ours and file.src_uri.endswith(".ipynb"):
+            page = NotebookPage(file.src_uri, file.src_dir, file.dest_dir, file.use_directory_urls)
+            page.content_string = markdown(json.loads(file.content_string))
+            files.remove(file)
+            files.append(page)
     return files
+
+
+class NotebookPage(File):
+    """A notebook that is a page of the site; links and the navigation name the notebook."""
+
+    def is_documentation_page(self) -> bool:
+        """Return True, because the content is Markdown."""
+        return True
+
+
+def markdown(notebook: dict[str, Any]) -> str:
+    """Return the cells of a notebook, and what they printed, as Markdown."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+        parts += [f"```text\n{''.join(output['text']).rstrip()}\n```" for output in cell.get("outputs", [])]
+    return "\n\n".join(parts)

@@ -39,6 +39,8 @@ def test_the_site_is_built_from_tracked_pages_and_loads_nothing_from_other_hosts
     assert done.returncode == 0, done.stdout + done.stderr
     pages = list((checkout / "site").rglob("*.html"))
     assert len(pages) > 20 and checkout / "site/notes.html" not in pages
+    tour = (checkout / "site/tour.html").read_text(encoding="utf-8")
+    assert '<h2 id="train">' in tour and "The answer is" in tour, "the notebook is a page, with its outputs"
     loaded = [LOADED.findall(page.read_text(encoding="utf-8")) for page in pages]
     assert sum(loaded, []) == []
     styles = [path.read_text(encoding="utf-8") for path in (checkout / "site").rglob("*.css")]
