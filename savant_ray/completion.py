@@ -103,7 +103,10 @@ _savant() {{
         return
     fi
     if [[ $previous == --config ]]; then
-        COMPREPLY=($(compgen -W {configs} -- "$word") $(compgen -f -X '!*.y*ml' -- "$word"))
+        COMPREPLY=($(compgen -W {configs} -- "$word"))
+        local IFS=$'\\n'  # names of files may contain spaces
+        COMPREPLY+=($(compgen -f -X '!*.y*ml' -- "$word"))
+        compopt -o filenames 2>/dev/null || :  # bash quotes them; zsh has no compopt
         return
     fi
     case "$command $previous" in

@@ -29,7 +29,7 @@ def complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         code = 'source ./script; COMP_WORDS=(savant "$@"); COMP_CWORD=$#; _savant; printf "%s\\n" "${COMPREPLY[@]}"'
         done = subprocess.run(["bash", "-uc", code, "bash", *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == "", done.stderr
-        return done.stdout.split()
+        return [line for line in done.stdout.splitlines() if line]
 
     return completions
 
@@ -40,10 +40,15 @@ def test_bash_completes_commands_options_settings_and_shipped_files(complete) ->
     assert complete("train", "--fr") == ["--fresh"]
     assert complete("train", "--training.max_s") == ["--training.max_steps", "--training.max_skipped_steps"]
     assert complete("train", "--config", "") == [*shipped_files(), "mine.yaml"]
-    assert complete("export", "RUN", "--format", "") == re.findall(r"\w+", "original,safetensors")
+    assert complete("export", "RUN", "--format", "") == ["original", "safetensors", "hf"]
     assert complete("completion", "") == ["bash", "zsh", "fish"]
     assert "--config" not in complete("quickstart", "--"), "it has its own"
     assert complete("evaluate", "") == [], "files, which are bash's default"
+
+
+def test_bash_completes_names_of_settings_files_with_spaces(complete, tmp_path: Path) -> None:
+    (tmp_path / "my own settings.yaml").touch()
+    assert sorted(complete("train", "--config", "m")) == ["mine.yaml", "my own settings.yaml"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +70,7 @@ def model_card(folder: Path, step: int, config: Config, tokenizer: Tokenizer) ->
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     return CARD.format(
-        name=config.run.name,
+        name=_escaped(config.run.name),
         n_loops=config.model.n_loops,
         version=savant_ray.__version__,
         figures=f"| | |\n|---|---|\n{rows}",
@@ -79,28 +82,50 @@ def model_card(folder: Path, step: int, config: Config, tokenizer: Tokenizer) ->
 
 def _figures_of_run(folder: Path, step: int) -> dict[str, str]:
     """Return the last losses and scores up to the step, from the record of the run or else that in the checkpoint."""
-    last: dict[str, dict[str, Any]] = {}
+    figures: dict[str, str] = {}
     for event in _events(folder.parent / METRICS) or _events(folder / RECORDS):
-        if event.get("step", step + 1) <= step:
-            last[event["event"]] = event
-    figures = {}
-    if trained := last.get(StepDone.kind):
-        figures["training loss"] = f"{_number(trained['train_loss'])} nats per token (step {trained['step']:,})"
-    if validated := last.get(ValidationDone.kind):
-        loss, bits = _number(validated["validation_loss"]), _number(validated["bits_per_byte"])
-        figures["validation loss"] = f"{loss} nats per token, {bits} bits per byte (step {validated['step']:,})"
-    if scored := last.get(LogicScored.kind):
-        interval = f"95 % interval {percent(scored['low'])} – {percent(scored['high'])}"
-        correct = f"{percent(scored['score'])} of {scored['n']:,} held-out problems"
-        figures["logic suite"] = f"{correct}, {interval} (step {scored['step']:,})"
-    return figures
+        if event["event"] in FIGURES and event["step"] <= step:
+            name, text_of = FIGURES[event["event"]]
+            with suppress(KeyError, TypeError, ValueError):  # a damaged line
+                figures[name] = text_of(event)
+    return {name: figures[name] for name, _ in FIGURES.values() if name in figures}
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a record; none if there is no record."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    """Return the events of a record; none if there is no record, or it cannot be read."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
     return [event for line in lines if (event := parsed(line)) is not None]
+
+
+def _training_loss(event: dict[str, Any]) -> str:
+    return f"{_number(event['train_loss'])} nats per token (step {event['step']:,})"
+
+
+def _validation_loss(event: dict[str, Any]) -> str:
+    loss, bits = _number(event["validation_loss"]), _number(event["bits_per_byte"])
+    return f"{loss} nats per token, {bits} bits per byte (step {event['step']:,})"
+
+
+def _score(event: dict[str, Any]) -> str:
+    interval = f"95 % interval {percent(event['low'])} – {percent(event['high'])}"
+    return f"{percent(event['score'])} of {event['n']:,} held-out problems, {interval} (step {event['step']:,})"
 
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
+
+
+def _escaped(text: str) -> str:
+    """Return text of which Markdown shows every character as it is."""
+    return re.sub(r"[\\`*\[\]<>&#~|!$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+
+
+# Kind of event: name of the figure, and its text.
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    StepDone.kind: ("training loss", _training_loss),
+    ValidationDone.kind: ("validation loss", _validation_loss),
+    LogicScored.kind: ("logic suite", _score),
+}

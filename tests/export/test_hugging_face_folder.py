@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from savant_ray.cli import main
-from savant_ray.config import ModelConfig
+from savant_ray.config import Config, ModelConfig
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.events import LogicScored, StepDone, ValidationDone
 from savant_ray.export.hugging_face import export_hugging_face
+from savant_ray.export.model_card import model_card
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.reporting.record import to_line
+from savant_ray.settings.yaml_text import load_yaml
 from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.export.conftest import WriteRun, read_json
 from tests.original.test_file import trained
@@ -78,6 +80,35 @@ def test_the_card_has_the_figures_of_the_run_up_to_the_checkpoint_and_no_paths(
     assert "| validation loss | 1.5000 nats per token, not finite bits per byte (step 3) |" in card
     assert "| logic suite | 90 % of 600 held-out problems, 95 % interval 88 % – 92.0 % (step 3) |" in card
     assert str(tmp_path) not in card and "secret" not in card
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '{"event": "step", "step": 3}',
+        '{"event": "step", "step": 3, "train_loss": "low"}',
+        '{"event": "score", "step": 3, "score": null, "low": [], "high": 1, "n": "x"}',
+        '{"event": "validation", "step": "3"}',
+        "[[",
+    ],
+)
+def test_damaged_lines_of_the_record_are_left_out_of_the_card(write_run: WriteRun, output: Path, damaged: str) -> None:
+    run = write_run()
+    loss = {"event": "step", "step": 2, "train_loss": 1.25}
+    (run / "metrics.jsonl").write_text(f"{json.dumps(loss)}\n{damaged}\n")
+    export_hugging_face(run, output)
+    card = (output / "README.md").read_text()
+    assert "| training loss | 1.2500 nats per token (step 2) |" in card
+    assert "logic suite |" not in card
+
+
+def test_the_name_of_the_run_is_text_in_the_card(write_run: WriteRun, output: Path) -> None:
+    run = write_run()
+    settings = (run / "step_3/config.yaml").read_text()
+    names = {"a_run": "a_run", "*x* <b>": r"\*x\* \<b\>", "_x_ [y](z) #{steps}": r"\_x\_ \[y\](z) \#{steps}"}
+    for name, shown in names.items():
+        config = Config.from_dict(load_yaml(settings) | {"run": {"name": name}})
+        assert f"\n# {shown}\n" in model_card(run / "step_3", 3, config, Tokenizer.load(run / "step_3"))
 
 
 def test_the_card_of_a_run_in_object_storage_has_its_figures(

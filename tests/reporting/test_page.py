@@ -8,6 +8,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -305,3 +306,26 @@ def test_the_page_shows_of_the_text_what_savant_data_shows(tmp_path: Path) -> No
         (True, "Question: 1 + 1?\nAnswer:"),
         (False, " <2>"),
     ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"sources": "x"},
+        {"validation": None},
+        {"sources": [{"path": "a", "documents": 1}]},
+        *({"tokens": value} for value in (None, "x")),
+        *({"examples": value} for value in (None, ["x"], [[["a"]]])),
+        {"lengths": {"8 to 15": "x"}},
+    ],
+)
+def test_a_damaged_line_about_the_text_is_left_out_of_the_page(tmp_path: Path, damage: dict[str, Any]) -> None:
+    write(tmp_path / "run", attempt())
+    line = {**to_line(prepared()), "time": "2026-01-01T00:00:00+00:00"}
+    source = {**line["sources"][0], **damage}
+    damaged = {**line, **damage} if set(damage) <= set(line) else {**line, "sources": [source]}
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write(json.dumps(damaged) + "\n")
+    assert "The record does not contain sizes of the text." in html_of(
+        tmp_path / "run", output=tmp_path / "report.html"
+    )

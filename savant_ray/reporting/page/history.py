@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from savant_ray.events import (
     AttemptEnded,
@@ -111,7 +113,9 @@ def _add(line: dict[str, Any], history: History) -> None:
     time = datetime.fromisoformat(line["time"]).timestamp()
     kind = line["event"]
     if kind == DataPrepared.kind:
-        history.data = line
+        with suppress(ValidationError):  # a damaged line
+            TypeAdapter(DataPrepared).validate_python(line)
+            history.data = line
     elif kind == AttemptStarted.kind:
         history.newest_attempt = line
         history.attempts.append(Attempt(time, time, line.get("step", 0), line.get("step", 0)))
