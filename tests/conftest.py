@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.tracked_files import ROOT, is_tracked, tracked_files
@@ -16,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost tiny models more t
 for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+hypothesis.settings.register_profile("without a time limit", deadline=None)
+hypothesis.settings.load_profile("without a time limit")
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
