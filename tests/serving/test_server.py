@@ -184,7 +184,8 @@ def test_fifty_users_are_served_and_canceled_streams_make_room(server: tuple[Pat
 
     async def questions(client: Any) -> None:
         endless = [
-            await client.completions.create(model="tiny", prompt="one", max_tokens=LONG, stream=True) for _ in range(8)
+            await client.completions.create(model="tiny", prompt="one", max_tokens=LONG, temperature=0, stream=True)
+            for _ in range(8)
         ]
         for stream in endless:  # all rows are in use
             await anext(aiter(stream))
@@ -207,9 +208,11 @@ def test_requests_beyond_the_queue_are_refused_with_a_time_to_retry(server: tupl
     _, url, _ = server
 
     async def questions(client: Any) -> None:
-        tasks = [asyncio.create_task(streamed(client, "one", max_tokens=LONG)) for _ in range(8 + 60 + 20)]
+        tasks = [
+            asyncio.create_task(streamed(client, "one", max_tokens=LONG, temperature=0)) for _ in range(8 + 60 + 20)
+        ]
         done, running = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION, timeout=60)
-        errors = [task.exception() for task in done]
+        errors = [error for task in done if (error := task.exception())]
         assert errors and all(isinstance(error, openai.RateLimitError) for error in errors)
         assert int(errors[0].response.headers["retry-after"]) > 0
         for task in running:
@@ -227,9 +230,9 @@ def test_requests_of_a_killed_replica_get_an_error_and_later_ones_are_served(
     _, url, process = server
 
     async def questions(client: Any) -> None:
-        tasks = [asyncio.create_task(streamed(client, "one", max_tokens=LONG)) for _ in range(6)]
+        tasks = [asyncio.create_task(streamed(client, "one", max_tokens=LONG, temperature=0)) for _ in range(6)]
         tasks += [
-            asyncio.create_task(client.completions.create(model="tiny", prompt="one", max_tokens=LONG))
+            asyncio.create_task(client.completions.create(model="tiny", prompt="one", max_tokens=LONG, temperature=0))
             for _ in range(2)
         ]
         await asyncio.sleep(2)
