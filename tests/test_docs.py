@@ -25,7 +25,7 @@ GENERATED = [page for page in pages() if PART.search(page.read_text(encoding="ut
 PAGES = [page for page in [*pages(), ROOT / "CONTRIBUTING.md"] if page.name != "LOG.md"]
 OTHER_PROGRAMS = set(
     "sudo git cd cp mv mkdir ls cat scp pip python3 source conda export chmod eval "
-    "kubectl envsubst docker prometheus grafana tensorboard lm_eval".split()
+    "kubectl envsubst docker prometheus grafana tensorboard lm_eval curl".split()
 )
 FILES_OF_A_RUN = {"training_log.txt", "error_traceback.txt"}
 

@@ -118,7 +118,7 @@ THIRD_PARTY = {
     "export": {"torch", "transformers", "yaml"},
     "evaluation": {"numpy", "orjson", "torch"},
     "training": {"numpy", "psutil", "pynvml", "safetensors", "torch"},
-    "reporting": {"jinja2", "mlflow", "numpy", "pandas", "rich", "tensorboard", "wandb"},
+    "reporting": {"jinja2", "mlflow", "numpy", "pandas", "pydantic", "rich", "tensorboard", "wandb"},
     "inference": {"torch"},
     "optim": {"torch"},
     "data": {
