@@ -115,10 +115,14 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
 
 
 def tokenizer_change(origin: Origin, tokenizer: Tokenizer) -> str | None:
-    """Return a warning if the tokenizer is not the one that the weights were trained with."""
-    if tokenizer.fingerprint == origin.tokenizer.fingerprint:
-        return None
-    return f"warning: {_difference(origin, tokenizer)}"
+    """Return a warning if the tokenizer or its chat template is not the one that the weights were trained with."""
+    if tokenizer.fingerprint != origin.tokenizer.fingerprint:
+        return f"warning: {_difference(origin, tokenizer)}"
+    trained, template = origin.tokenizer.chat_template, tokenizer.chat_template
+    if trained is None or (template is not None and template.source == trained.source):
+        return None  # checkpoints of earlier versions contain no chat template
+    difference = "has no chat template, unlike" if template is None else "has another chat template than"
+    return f"warning: data.tokenizer: {tokenizer.name} {difference} {origin.name}, so conversations have another form"
 
 
 def refuse_too_large(tokenizer: Tokenizer, config: Config) -> None:

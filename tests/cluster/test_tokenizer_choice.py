@@ -129,6 +129,20 @@ def test_the_chat_template_of_initial_weights_in_object_storage_is_fetched(
     assert origin is not None and origin.tokenizer.chat_template == tokenizer.chat_template
 
 
+def test_another_chat_template_than_that_of_the_weights_is_reported(tmp_path: Path) -> None:
+    tokenizer = with_chat_template(tmp_path / "tokenizer")
+    _, origin = started_from(run_of(tmp_path, kept=tokenizer))
+    assert origin is not None and tokenizer_change(origin, tokenizer) is None
+    (tmp_path / "tokenizer/chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "has another chat template than run.init_from" in (
+        tokenizer_change(origin, Tokenizer.load(tmp_path / "tokenizer")) or ""
+    )
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        (tmp_path / "tokenizer" / file).unlink(missing_ok=True)
+    without = Tokenizer.load(tmp_path / "tokenizer")
+    assert "has no chat template, unlike run.init_from" in (tokenizer_change(origin, without) or "")
+
+
 def test_training_a_new_tokenizer_for_initial_weights_requires_allow_changes(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     config, origin = started_from(run, tokenizer="train")
