@@ -214,6 +214,7 @@ def test_a_fine_tune_on_conversations_trains_on_the_answers_only(
         assert "three four" in "".join(text for text, is_trained in pieces if is_trained)
 
 
+@pytest.mark.rare
 def test_a_run_keeps_the_special_tokens_of_its_tokenizer_around_each_document(head: Head, workplace: Path) -> None:
     tokenizer = with_chat_template(workplace / "albert")
     albert = {"data__tokenizer": workplace / "albert"}

@@ -72,6 +72,7 @@ def folder_of_traps(workplace: Path) -> Path:
     return workplace
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_closing_the_terminal_saves_the_step_and_a_cluster_resumes_a_run_with_a_non_ascii_name(
     head: Head, workplace: Path

@@ -57,6 +57,7 @@ def start_sweep(folder: Path, *flags: str) -> subprocess.Popen[str]:
     return job
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_an_interrupted_sweep_resumes_its_runs_and_compares_them(tmp_path: Path) -> None:
     with_text(tmp_path)

@@ -133,6 +133,7 @@ print(counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"])
 """
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_a_second_attempt_compiles_nothing_anew(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
