@@ -112,15 +112,15 @@ class ChatTerminal:
         return self._read_with_prompt
 
     def _read_with_prompt(self) -> str:
-        print(PROMPT, end="", file=sys.stderr, flush=True)
-        earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # before the prompt invites to press Ctrl+C
+            print(PROMPT, end="", file=sys.stderr, flush=True)
             return read_message()
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             raise
         finally:
-            signal.signal(signal.SIGINT, earlier)
+            signal.signal(signal.SIGINT, self._request_stop)
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_requested = True
