@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from savant_ray.config import Config
 
 QUICKSTART_FOLDER = Path("dataset")
+CHECKPOINT_HELP = "run folder, step_N folder in it, or file of the original; also s3://…"
 
 
 class Command(NamedTuple):
@@ -172,7 +173,7 @@ def _generate(arguments: Sequence[str]) -> int:
         "--checkpoint",
         metavar="PATH",
         required=True,
-        help="run folder, step_N folder in it, or file of the original; also s3://…",
+        help=CHECKPOINT_HELP,
     )
     parser.add_argument("--prompt", type=utf8_text, metavar="TEXT", required=True, help="text to complete")
     _add_generation_options(parser)
@@ -231,9 +232,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _chat(arguments: Sequence[str]) -> int:
     parser = _parser("chat", takes_original=True)
-    parser.add_argument(
-        "checkpoint", metavar="RUN", help="run folder, step_N folder in it, or file of the original; also s3://…"
-    )
+    parser.add_argument("checkpoint", metavar="RUN", help=CHECKPOINT_HELP)
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--conversation",
@@ -267,9 +266,7 @@ def _chat(arguments: Sequence[str]) -> int:
 
 def _evaluate(arguments: Sequence[str]) -> int:
     parser = _parser("evaluate", takes_original=True)
-    parser.add_argument(
-        "checkpoint", metavar="RUN", help="run folder, step_N folder in it, or file of the original; also s3://…"
-    )
+    parser.add_argument("checkpoint", metavar="RUN", help=CHECKPOINT_HELP)
     parser.add_argument("--suite", choices=("logic",), default="logic", help="built-in questions [logic]")
     parser.add_argument(
         "--problems",
@@ -308,9 +305,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 def _serve(arguments: Sequence[str]) -> int:
     parser = _parser("serve", takes_original=True)
-    parser.add_argument(
-        "checkpoint", metavar="RUN", help="run folder, step_N folder in it, or file of the original; also s3://…"
-    )
+    parser.add_argument("checkpoint", metavar="RUN", help=CHECKPOINT_HELP)
     parser.add_argument("--name", metavar="NAME", help="name of the model in requests [name of the run folder]")
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on [127.0.0.1]")
     parser.add_argument("--port", type=port, metavar="N", default=8000, help="port to listen on [8000]")
@@ -343,9 +338,7 @@ def _serve(arguments: Sequence[str]) -> int:
 
 def _export(arguments: Sequence[str]) -> int:
     parser = _parser("export", takes_original=True)
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="run folder, step_N folder in it, or file of the original; also s3://…"
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     parser.add_argument(
         "--format",
         choices=("original", "safetensors", "hf"),
