@@ -12,6 +12,8 @@ import pytest
 
 from tests.tracked_files import ROOT, is_tracked, tracked_files
 
+pytest_plugins = ["tests.storage.fixtures"]  # tests of several folders use an object store
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost tiny models more than they save; PyTorch reads it once
 # Under nohup SIGHUP is ignored, and in a shell's background SIGINT; the programs that tests start would inherit that.
 for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):

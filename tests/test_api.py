@@ -14,7 +14,7 @@ import pytest
 import savant_ray
 from savant_ray.errors import CheckpointError, DataError, SettingsError, TrainingError
 from savant_ray.training.checkpoint import newest_checkpoint
-from tests.cluster.conftest import SETTINGS, environment, started, steps_done, wait_for, with_text
+from tests.cluster.conftest import SETTINGS, environment, start_program, steps_done, wait_for, with_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,16 +30,8 @@ def settings(**changes: object) -> dict[str, dict[str, object]]:
 
 def python(code: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start a process that runs `code`, with the package from this checkout."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        cwd=folder,
-        env=environment(RAY_AUTH_MODE="disabled", PYTHONPATH=str(ROOT)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    started.append(process)
-    return process
+    variables = environment(RAY_AUTH_MODE="disabled", PYTHONPATH=str(ROOT))
+    return start_program([sys.executable, "-c", code, *arguments], folder, variables)
 
 
 def test_public_names_exist_and_are_imported_on_first_use() -> None:

@@ -180,11 +180,16 @@ def start_job(head: Head, workplace: Path, *flags: str, **changes: Any) -> subpr
     """Start `python jobs/train.py` in the workplace, on the running head."""
     command = [sys.executable, str(ROOT / "jobs/train.py"), *flags, *options(**changes)]
     variables = environment(RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
-    job = subprocess.Popen(
-        command, cwd=workplace, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    return start_program(command, workplace, variables)
+
+
+def start_program(command: list[str], folder: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a program; what it prints can be read from its stdout. It is killed if the test leaves it running."""
+    program = subprocess.Popen(
+        command, cwd=folder, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    started.append(job)
-    return job
+    started.append(program)
+    return program
 
 
 def run_job(head: Head, workplace: Path, *flags: str, **changes: Any) -> tuple[int, str]:

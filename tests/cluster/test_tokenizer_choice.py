@@ -28,7 +28,6 @@ from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import write_checkpoint
 from tests.cluster.test_starting_point import changed
 from tests.data.albert_like import FOLDER, with_chat_template
-from tests.storage.conftest import server, storage_a, store  # noqa: F401 - fixtures
 from tests.storage.object_store import BUCKET, ObjectStore
 
 BASE = train_tokenizer(iter(["red green blue one two three"] * 9), 280)
@@ -78,8 +77,8 @@ def test_a_new_run_uses_the_tokenizer_of_its_initial_weights(path: str, tmp_path
 @pytest.mark.parametrize("path", ["runs/run", "runs/run/step_6"])
 def test_the_tokenizer_of_initial_weights_in_object_storage_is_fetched_without_the_weights(
     path: str,
-    storage_a: ObjectStorage,  # noqa: F811 - the fixture
-    store: ObjectStore,  # noqa: F811
+    storage_a: ObjectStorage,
+    store: ObjectStore,
     tmp_path: Path,
 ) -> None:
     shutil.copytree(run_of(tmp_path), storage_a.folder)
@@ -117,8 +116,8 @@ def test_the_chat_template_of_the_weights_is_used_when_resuming_and_by_a_new_run
 
 
 def test_the_chat_template_of_initial_weights_in_object_storage_is_fetched(
-    storage_a: ObjectStorage,  # noqa: F811 - the fixture
-    store: ObjectStore,  # noqa: F811
+    storage_a: ObjectStorage,
+    store: ObjectStore,
     tmp_path: Path,
 ) -> None:
     tokenizer = with_chat_template(tmp_path / "tokenizer")

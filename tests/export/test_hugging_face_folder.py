@@ -24,7 +24,6 @@ from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.export.conftest import WriteRun, read_json
 from tests.original.test_file import trained
 from tests.original.word_tokenizer import write_tokenizer
-from tests.storage.conftest import server, store  # noqa: F401 - fixtures
 from tests.storage.object_store import ObjectStore
 
 FILES = {
@@ -113,7 +112,7 @@ def test_the_name_of_the_run_is_text_in_the_card(write_run: WriteRun, output: Pa
 
 def test_the_card_of_a_run_in_object_storage_has_its_figures(
     write_run: WriteRun,
-    store: ObjectStore,  # noqa: F811 - the fixture
+    store: ObjectStore,
     output: Path,
 ) -> None:
     run = write_run()

@@ -18,7 +18,6 @@ from tests.original.program import AdamW8bit, OriginalProgram
 from tests.original.test_conversion import config, run, start  # noqa: F401 - fixtures
 from tests.original.test_file import trained
 from tests.original.word_tokenizer import write_tokenizer
-from tests.storage.conftest import server, store  # noqa: F401 - fixtures
 from tests.storage.object_store import ObjectStore
 
 Printed = pytest.CaptureFixture[str]
@@ -190,7 +189,7 @@ def test_a_folder_with_damaged_files_only_ends_with_exit_code_4(
 
 
 def test_files_of_the_original_in_object_storage_are_checkpoints_too(
-    store: ObjectStore,  # noqa: F811 - the fixture
+    store: ObjectStore,
     settings: list[str],
     tmp_path: Path,
     capsys: Printed,
@@ -210,7 +209,7 @@ def test_files_of_the_original_in_object_storage_are_checkpoints_too(
 
 
 def test_an_export_from_object_storage_is_for_the_optimizer_of_the_originals_file_there(
-    store: ObjectStore,  # noqa: F811 - the fixture
+    store: ObjectStore,
     config: Config,  # noqa: F811
     tmp_path: Path,
     capsys: Printed,

@@ -35,7 +35,6 @@ from tests.original.fixtures import KINDS, PEAK, batch, expected, file_of, rate
 from tests.original.program import AdamW8bit, OriginalProgram
 from tests.original.test_file import moments, original_config, trained
 from tests.original.word_tokenizer import write_tokenizer
-from tests.storage.conftest import server, store  # noqa: F401 - fixtures
 from tests.storage.object_store import ObjectStore
 from tests.training.tiny import Code, tiny_state
 
@@ -412,7 +411,7 @@ def test_a_killed_conversion_leaves_no_checkpoint_and_is_repeated(run: Path, con
 
 
 def test_a_file_in_object_storage_is_converted(
-    store: ObjectStore,  # noqa: F811 - the fixture
+    store: ObjectStore,
     config: Config,
     tmp_path: Path,
 ) -> None:

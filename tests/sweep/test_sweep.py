@@ -13,7 +13,7 @@ import pytest
 from savant_ray.cli import main
 from savant_ray.errors import STOPPED_EARLY
 from savant_ray.training.checkpoint import newest_checkpoint
-from tests.cluster.conftest import ROOT, environment, options, records, started, wait_for, with_text
+from tests.cluster.conftest import ROOT, environment, options, records, start_program, wait_for, with_text
 
 
 @pytest.mark.parametrize(
@@ -45,16 +45,8 @@ def test_a_search_space_that_is_not_valid_is_refused_before_ray_is_started(
 def start_sweep(folder: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "savant_ray.cli", "sweep", "--space", "space.yaml", "--trials", "1", *flags]
     settings = options(run__name="search", training__max_steps=60, training__accumulation=16, checkpoint__keep=2)
-    job = subprocess.Popen(
-        [*command, *settings],
-        cwd=folder,
-        env=environment(RAY_AUTH_MODE="disabled", PYTHONPATH=str(ROOT)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    started.append(job)
-    return job
+    variables = environment(RAY_AUTH_MODE="disabled", PYTHONPATH=str(ROOT))
+    return start_program([*command, *settings], folder, variables)
 
 
 @pytest.mark.rare
