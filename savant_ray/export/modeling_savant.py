@@ -225,18 +225,18 @@ class SavantForCausalLM(PreTrainedModel, GenerationMixin):
             """Return a mask, which is the same in all loops of a kind."""
             return causal_mask(x.shape[1], n_keys, n_cached, window, attention_mask, x.device)
 
+        returns_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x]
         for loop, kind in enumerate(self.config.layer_types):
             window = None if kind == "full_attention" else self.config.window_size
             x = self.recurrent_block(x, loop, window, mask_of, rope, cache)
-            states.append(x)
+            states = [*states, x] if returns_states else [x]
         states[-1] = x = self.ln_f(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(x[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        returns_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = tuple(states) if returns_states else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE: cache})
 
