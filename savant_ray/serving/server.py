@@ -62,7 +62,9 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
     try:
         from ray import serve
     except ImportError as error:
-        raise SavantError("`savant serve` needs Ray Serve: pip install 'savant-ray[serve]'") from error
+        raise SavantError(
+            "`savant serve` needs Ray Serve: pip install 'savant-ray[serve]' (in a checkout: make extras)"
+        ) from error
     with ray_session(verbose, notify):
         logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
         http = {"host": settings.host, "port": settings.port}
