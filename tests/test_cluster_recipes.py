@@ -17,7 +17,7 @@ import yaml
 from savant_ray.commands import COMMANDS
 from savant_ray.config import Config, load_config
 from savant_ray.settings.files import settings_file
-from tests.test_docs import check_ray
+from tests.test_docs import unknown_to_ray
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "jobs/cluster"
@@ -76,7 +76,7 @@ def test_the_pods_run_the_pinned_version_of_ray(name: str) -> None:
 def test_a_deleted_pod_has_enough_time_to_save(name: str) -> None:
     head, worker = pods(name)
     compile(before_stop(head), "preStop", "exec")
-    check_ray(shlex.split(before_stop(worker).partition("sleep")[0])[1:])
+    assert unknown_to_ray(shlex.split(before_stop(worker).partition("sleep")[0])[1:]) == set()
     drained, slept = (float(seconds) for seconds in re.findall(r"(?:seconds|sleep) (\d+)", before_stop(worker)))
     assert drained == slept > Config().run.grace_seconds
     assert worker["terminationGracePeriodSeconds"] >= slept + 30
