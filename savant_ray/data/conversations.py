@@ -32,7 +32,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from savant_ray.data.records import json_type
+from savant_ray.data.records import is_blank, json_type
 
 Message = dict[str, Any]  # at least "role" and "content", both strings
 Ranges = tuple[tuple[int, int], ...]  # of characters, [start, stop)
@@ -282,7 +282,7 @@ def find_messages(value: dict[str, Any], field: str = AUTO) -> list[Message] | N
     if messages is None or messages[0]["role"] in ("system", "developer"):
         return messages
     system = next(
-        (text for text in map(value.get, SYSTEM_FIELDS) if isinstance(text, str) and not _is_blank(text)), None
+        (text for text in map(value.get, SYSTEM_FIELDS) if isinstance(text, str) and not is_blank(text)), None
     )
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
@@ -323,7 +323,7 @@ def _of_pair(value: dict[str, Any], prompt: str, completion: str) -> list[Messag
     """
     question, answer = (_parsed(value[name]) for name in (prompt, completion))
     for name, part in ((prompt, question), (completion, answer)):
-        if not part or (isinstance(part, str) and part.isspace()):
+        if not part or (isinstance(part, str) and is_blank(part)):
             raise ConversationError(f'"{name}" is empty')
     if isinstance(question, str):
         name, addition = next(
@@ -331,7 +331,7 @@ def _of_pair(value: dict[str, Any], prompt: str, completion: str) -> list[Messag
         )
         if not isinstance(addition, str):
             raise ConversationError(f'"{name}" is {json_type(addition)}, not a string')
-        question = [{"role": "user", "content": question if _is_blank(addition) else f"{question}\n\n{addition}"}]
+        question = [{"role": "user", "content": question if is_blank(addition) else f"{question}\n\n{addition}"}]
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     before = _present_messages(prompt, question)
@@ -353,10 +353,10 @@ def _present_messages(field: str, messages: Any) -> list[Message]:
         raise ConversationError(f'"{field}" is {json_type(messages)}, not an array')
     normalized = [_message(f'"{field}"', number, message) for number, message in enumerate(messages, start=1)]
     # Data sets that have a field for the system message leave it empty where there is none.
-    present = [message for message in normalized if not (message["role"] == "system" and _is_blank(message["content"]))]
+    present = [message for message in normalized if not (message["role"] == "system" and is_blank(message["content"]))]
     for number, message in enumerate(present, start=1):
         may_be_blank = _has_tool_calls(message) or message["role"] in ROLES_WITHOUT_CONTENT
-        if _is_blank(message["content"]) and not may_be_blank:
+        if is_blank(message["content"]) and not may_be_blank:
             raise ConversationError(f'message {number} of "{field}" is empty')
     return present
 
@@ -406,7 +406,7 @@ def _has_tool_calls(message: Message) -> bool:
 
 def _is_marked(message: Message) -> bool:
     """Return whether a message is of the assistant and has a content, whose range marks can show."""
-    return message["role"] == "assistant" and not _is_blank(message["content"])
+    return message["role"] == "assistant" and not is_blank(message["content"])
 
 
 def _words(message: Message) -> str:
@@ -414,10 +414,6 @@ def _words(message: Message) -> str:
     others = [value for key, value in message.items() if key not in ("role", "content", WEIGHT)]
     content = str(message["content"])
     return content + json.dumps(others, ensure_ascii=False, default=str) if others else content
-
-
-def _is_blank(text: str) -> bool:
-    return not text or text.isspace()
 
 
 def _mark_all(content: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from savant_ray.config import HeldOutConfig, Scalar, SourceConfig, TextConfig, TrainOn, parse_template
 from savant_ray.data.conversations import AUTO, ChatTemplate, ConversationError, Message, find_messages, plain_form
-from savant_ray.data.records import Record, json_type
+from savant_ray.data.records import Record, is_blank, json_type
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
 
@@ -180,7 +180,7 @@ class DocumentRule:
         for number, message in enumerate(messages, start=1):
             _refuse_surrogates(f"message {number}", message["content"], ConversationError)
         rendered = plain_form(messages) if self.chat_template is None else self.chat_template.render(messages)
-        if not rendered.text or rendered.text.isspace():
+        if is_blank(rendered.text):
             raise ConversationError("the chat template gives an empty text")
         _refuse_surrogates("the conversation", rendered.text, ConversationError)
         trained = rendered.answers if self.train_on == "assistant" else None
@@ -277,7 +277,7 @@ def _from_template(template: str) -> _TextFunction:
             if name is not None:
                 texts.append(_template_value(value, name))
         text = "".join(texts)
-        if text.isspace():
+        if is_blank(text):
             raise _InvalidRecordError("all fields of the template are empty")
         return _Text(text)
 
@@ -291,7 +291,7 @@ def _field_text(value: dict[str, Any], name: str) -> str:
         _InvalidRecordError: there is no such field, or it is not a string or blank, or not valid Unicode.
     """
     text = _look_up(value, name)
-    if not isinstance(text, str) or not text or text.isspace():
+    if not isinstance(text, str) or is_blank(text):
         if text is _MISSING:
             raise _InvalidRecordError(_missing(value, name) + _advice(value))
         state = "empty" if isinstance(text, str) else f"{json_type(text)}, not a string"

@@ -45,3 +45,8 @@ def json_type(value: Any) -> str:
         return json.dumps(value)
     names: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bytes: "binary"}
     return names.get(type(value), "a number")
+
+
+def is_blank(text: str) -> bool:
+    """Return whether the text has no characters, or only whitespace."""
+    return not text or text.isspace()

@@ -94,6 +94,7 @@ def test_a_record_gives_the_text_that_the_rule_describes(rule: DocumentRule, val
         (QUESTION, {"question": "a", "answer": float("nan")}, '"answer" is not a finite number'),
         (QUESTION, {"question": "a", "answer": 10**5_000}, '"answer" is an integer with too many digits'),
         (QUESTION, {"question": "\ud83d", "answer": "b"}, '"question" contains half a surrogate pair (\\ud83d)'),
+        (DocumentRule(template="{a}{a.b}"), {"a": "", "a.b": ""}, "all fields of the template are empty"),
         (DocumentRule(template="{a} {b}"), {"a": "", "b": "\n"}, "all fields of the template are empty"),
         (DocumentRule(text="a.2"), {"a": ["b"]}, 'no "a.2" field (found: a)'),
         (AUTO, {"Text": "a"}, 'no "text" field (found: Text); if Text has the text, set text: Text'),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from savant_ray.data.formats import BYTE_ORDER_MARK
-from savant_ray.data.records import Part, Record
+from savant_ray.data.records import Part, Record, is_blank
 from savant_ray.data.streams import DecodedStream, invalid_utf8, over_limit, split_lines
 
 
@@ -75,4 +75,4 @@ def _record(number: int, raw: bytes | int, limit: int, what: str) -> Record:
     if "\0" in text:
         return Record(number, problem="contains a NUL character, so it is not text")
     text = text.replace("\r\n", "\n").rstrip("\r\n")
-    return Record(number, {"text": text} if text and not text.isspace() else None)
+    return Record(number, None if is_blank(text) else {"text": text})
