@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -163,10 +164,16 @@ def running_cluster(**head: Any) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def uninterrupted_losses(head: Head, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Return the losses of `RUN` without interruptions."""
-    workplace = with_text(tmp_path_factory.mktemp("uninterrupted"))
-    code, printed = run_job(head, workplace, **RUN)
-    assert code == 0, printed
+    """Return the losses of `RUN` without interruptions, which one of pytest-xdist's processes computes for all."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    workplace = shared / "uninterrupted"
+    with (shared / "uninterrupted.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not workplace.exists():
+            code, printed = run_job(head, with_text(workplace), **RUN)
+            assert code == 0, printed
     return losses(workplace / "tiny")
 
 
