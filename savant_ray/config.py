@@ -395,7 +395,9 @@ class DataConfig(Section):
     @property
     def held_out(self) -> HeldOutConfig:
         """The validation text in its long form."""
-        return self.validation if isinstance(self.validation, HeldOutConfig) else HeldOutConfig(path=self.validation)
+        if isinstance(self.validation, HeldOutConfig):
+            return self.validation
+        return HeldOutConfig.model_construct({"path"}, path=self.validation)  # the path has been validated
 
     @property
     def trains_tokenizer(self) -> bool:

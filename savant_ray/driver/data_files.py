@@ -29,16 +29,17 @@ class DataFiles:
     """The files of each training source, and those of the validation text; none if it is a fraction of the sources."""
 
     sources: list[tuple[SourceConfig, list[SourceFile]]]
+    held_out: HeldOutConfig
     validation: list[SourceFile]
 
-    def training_texts(self, config: Config, chat_template: ChatTemplate | None) -> list[SourceText]:
+    def training_texts(self, chat_template: ChatTemplate | None) -> list[SourceText]:
         """Return the training text of each source, with the rule by which records become documents."""
-        fraction = config.data.held_out.fraction
+        fraction = self.held_out.fraction
         return [SourceText(files, rule_of(source, chat_template, fraction)) for source, files in self.sources]
 
-    def validation_texts(self, config: Config, chat_template: ChatTemplate | None) -> list[SourceText]:
+    def validation_texts(self, chat_template: ChatTemplate | None) -> list[SourceText]:
         """Return the validation text: one text, or the held-out documents of each source."""
-        return list(validation_texts(config.data.held_out, self.validation, self.sources, chat_template))
+        return list(validation_texts(self.held_out, self.validation, self.sources, chat_template))
 
 
 def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, list[SourceFile]]]:
@@ -84,7 +85,7 @@ def find_data_files(config: Config, report: RunReport, needs_validation: bool = 
         if needs_validation:
             raise
         validation = []
-    return DataFiles(_without_validation(sources, validation, cache_dir, report.notify), validation)
+    return DataFiles(_without_validation(sources, validation, cache_dir, report.notify), held_out, validation)
 
 
 def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | None) -> None:
@@ -99,9 +100,9 @@ def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | 
     if tokenizer is None:
         return
     template = tokenizer.chat_template
-    texts = files.training_texts(config, template)
+    texts = files.training_texts(template)
     if files.validation:
-        texts += files.validation_texts(config, template)
+        texts += files.validation_texts(template)
     for text in texts:
         check_encodable(text.files[0], tokenizer, text.rule)
     refuse_unencodable_prompts(tokenizer, config)

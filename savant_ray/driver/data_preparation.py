@@ -64,19 +64,19 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
     cache_dir = Path(config.data.cache_dir)
     if tokenizer is None:
         report.begin_stage("training the tokenizer")
-        training_texts = files.training_texts(config, chat_template=None)
+        training_texts = files.training_texts(chat_template=None)
         tokenizer = train_or_load_tokenizer(training_texts, cache_dir, config.model.vocab_size)
         refuse_too_large(tokenizer, config)
     tokenizer_path = _write_tokenizer(tokenizer, cache_dir)
     names = [short_name(source.path) for source, _ in files.sources]
-    training_texts = files.training_texts(config, tokenizer.chat_template)
+    training_texts = files.training_texts(tokenizer.chat_template)
     caches: list[TokenCache] = []
     for name, text in zip(names, training_texts, strict=True):
         earlier = list(caches) if config.data.deduplicate else None
         caches.append(_tokenize(f"tokenizing {name}", [text], tokenizer, config, report, earlier))
-    validation_texts = files.validation_texts(config, tokenizer.chat_template)
+    validation_texts = files.validation_texts(tokenizer.chat_template)
     # Text in files of its own is evaluated as it is.
-    earlier = [] if config.data.deduplicate and config.data.held_out.fraction else None
+    earlier = [] if config.data.deduplicate and files.held_out.fraction else None
     validation = _tokenize("tokenizing the validation text", validation_texts, tokenizer, config, report, earlier)
     if overlap := count_overlapping_documents(validation, caches):
         report.notify(
@@ -89,8 +89,8 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
         seed=config.run.seed,
         effective_batch=config.training.effective_batch,
     )
-    held_out = config.data.held_out
-    held_out_name = f"{held_out.fraction:.2%} of the sources" if held_out.fraction else short_name(held_out.path)
+    fraction = files.held_out.fraction
+    held_out_name = f"{fraction:.2%} of the sources" if fraction else short_name(files.held_out.path)
     counts = _source_counts(names, caches, plan, tokenizer)
     report.add_event(DataPrepared(sources=counts, validation=_counts(held_out_name, validation, tokenizer)))
     identity = repr((tokenizer.fingerprint, [cache.fingerprint for cache in caches], plan.weights))

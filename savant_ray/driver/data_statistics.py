@@ -33,11 +33,11 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
         files = find_data_files(config, report, needs_validation=False)
         if tokenizer is None:
             report.begin_stage("training the tokenizer")
-            texts = files.training_texts(config, chat_template=None)
+            texts = files.training_texts(chat_template=None)
             tokenizer = train_or_load_tokenizer(texts, Path(config.data.cache_dir), config.model.vocab_size)
         seen: set[bytes] = set()
         sources = []
-        texts = files.training_texts(config, tokenizer.chat_template)
+        texts = files.training_texts(tokenizer.chat_template)
         for (source, _), text in zip(files.sources, texts, strict=True):
             name = short_name(source.path)
             report.begin_stage(f"reading {name}")

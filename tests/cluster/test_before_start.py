@@ -368,7 +368,7 @@ def test_held_out_documents_come_from_the_files_of_the_sources(tmp_path: Path) -
         config = with_absolute_paths(load_config(arguments, environment={}), tmp_path, tmp_path)
         with RunReport(None) as report:
             found = find_data_files(config, report)
-        both = (found.training_texts(config, None), found.validation_texts(config, None))
+        both = (found.training_texts(None), found.validation_texts(None))
         training, held_out = ([t.text for s in some for t in documents(s.files, rule=s.rule)] for some in both)
         return training, held_out
 

@@ -274,7 +274,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_before_ray_starts(tmp_path: 
     ]:
         files = expand(str(tmp_path / f"{file}.jsonl"))
         config = changed(data={"tokenizer": path}, validation=validation)
-        text = DataFiles(sources=[(config.data.sources[0], files)], validation=files)
+        text = DataFiles(sources=[(config.data.sources[0], files)], held_out=config.data.held_out, validation=files)
         with pytest.raises(error, match=words):
             refuse_unencodable(config, text, choose_tokenizer(config, None, allow_changes=False))
     config = changed(data={"tokenizer": saved(OTHER, tmp_path / "other.json")}, model={"vocab_size": 100})
