@@ -464,6 +464,11 @@ class TrainingConfig(Section):
         description="recompute the activations of each loop in the backward pass instead of storing them: slower, needs far "
         "less memory; auto: once a micro-batch does not fit into vram_limit_gb",
     )
+    deterministic: bool | Auto = Field(
+        default="auto",
+        description="losses and weights have the same bits on any number of workers; takes memory for more gradients, and "
+        "each worker computes whole micro-batches; auto: true on CPUs, false on GPUs",
+    )
     max_skipped_steps: Count = Field(default=10, description="abort after this many consecutive skipped steps")
     profile: ProfileConfig | None = Field(
         default=None,

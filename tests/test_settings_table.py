@@ -117,6 +117,7 @@ TABLE: dict[str, Kind] = {
     "training.vram_limit_gb": POSITIVE,
     "training.compile": SWITCH,
     "training.recompute_loops": SWITCH,
+    "training.deterministic": SWITCH,
     "training.max_skipped_steps": COUNT,
     "training.profile": Kind("names with values", (dict, type(None))),
     "validation.every_steps": COUNT,

@@ -22,8 +22,9 @@ from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.device import memory_used_gb, skip_on_oom, update_memory_cap
 from savant_ray.training.efficiency import Peak
 from savant_ray.training.profiling import StepProfiler, region
+from savant_ray.training.reduction import any_rank
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import MicroBatch, StepResult, any_rank, take_step
+from savant_ray.training.step import MicroBatch, StepResult, take_step
 
 Item = TypeVar("Item")
 

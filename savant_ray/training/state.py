@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from savant_ray.config import Config, TrainingConfig
+from savant_ray.config import AUTO, Config, TrainingConfig
 from savant_ray.errors import CheckpointError, MemoryCapError
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.optim.adamw import AdamW, MasterWeightOptimizer
 from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.muon import Muon
+from savant_ray.optim.tree_sum import TreeSum
 from savant_ray.training.checkpoint import FORMAT_VERSION
 from savant_ray.training.device import Precision, weights_dtype
 
 # Indices of the sums that are reduced together with the gradients (training/step.py).
-LOSS, TOKENS, SKIPPED, STOP, ABANDONED, OUT_OF_MEMORY = SUMS = range(6)
+LOSS, TOKENS = SUMS = range(2)
 MAX_CPU_ELEMENTS = 1 << 19  # tokens x dim per micro-batch; more was not faster at dim 128 to 512 (docs/LOG.md)
 
 
@@ -102,6 +103,8 @@ class TrainingState:
     precision: Precision
     device: torch.device
     fit: BatchFit
+    deterministic: bool = False  # gradients are added in the order of `tree`
+    tree: TreeSum = field(default_factory=TreeSum)
     step: int = 0
     position: int = 0
     tokens_seen: int = 0
@@ -230,10 +233,21 @@ def new_state(config: Config, device: torch.device, precision: Precision | None 
     optimizer = new_optimizer(model, config.training)
     gradients = GradientBuffer(model.parameters(), len(SUMS))
     fit = BatchFit.from_config(config, device)
-    state = TrainingState(model, optimizer, gradients, precision, device, fit)
+    state = TrainingState(model, optimizer, gradients, precision, device, fit, is_deterministic(config, device))
     state.set_fit(fit)
     state.load_weights(weights)
     return state
+
+
+def is_deterministic(config: Config, device: torch.device) -> bool:
+    """Return whether steps have equal bits on any number of ranks (`training.deterministic`); auto: on a CPU."""
+    setting = config.training.deterministic
+    return device.type == "cpu" if setting == AUTO else bool(setting)
+
+
+def micro_batch_size(config: Config, device: torch.device) -> int:
+    """Return the number of sequences of a micro-batch; it does not depend on the number of ranks."""
+    return BatchFit.from_config(config, device).rows if is_deterministic(config, device) else config.training.batch_size
 
 
 def new_optimizer(model: UniversalTransformer, settings: TrainingConfig) -> MasterWeightOptimizer:
