@@ -469,6 +469,12 @@ class TrainingConfig(Section):
         description="losses and weights have the same bits on any number of workers; takes memory for more gradients, and "
         "each worker computes whole micro-batches; auto: true on CPUs, false on GPUs",
     )
+    compare_ranks_every: int = Field(
+        default=100,
+        ge=0,
+        description="steps between comparisons of the weights and optimizer states of all workers, which are also compared "
+        "before each checkpoint; if they differ, the workers are restarted from the newest checkpoint; 0: never",
+    )
     max_skipped_steps: Count = Field(default=10, description="abort after this many consecutive skipped steps")
     profile: ProfileConfig | None = Field(
         default=None,
@@ -521,6 +527,11 @@ class ScalingConfig(Section):
         default=None,
         description="Ray resources of a worker, such as {CPU: 4}; null: the largest number of cores "
         "with which all workers fit",
+    )
+    threads_per_worker: Count | Auto = Field(
+        default="auto",
+        description="threads of a worker on a CPU, on which rounding may depend; auto: as many as its cores, but when "
+        "resuming with training.deterministic at most as many as before",
     )
     max_failures: int = Field(default=3, ge=0, description="number of times that workers are restarted after a failure")
 

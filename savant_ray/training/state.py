@@ -112,6 +112,7 @@ class TrainingState:
     skipped_in_a_row: int = 0  # consecutive steps without an update
     schedule_offset: int = 0  # number of updates by which the schedule is ahead of `step`
     data_fingerprint: str = ""
+    threads: int | None = None  # CPU threads that computed the loaded checkpoint; None: unknown, or a new run
 
     def master_weights(self) -> dict[str, Tensor]:
         """Return fp32 weights by name."""
@@ -161,6 +162,7 @@ class TrainingState:
                 "schedule_offset": self.schedule_offset,
                 "data_fingerprint": self.data_fingerprint,
                 "fit": self.fit.to_record(),
+                "threads": torch.get_num_threads(),
                 "torch_rng_state": torch.get_rng_state(),
             },
         }
@@ -216,6 +218,7 @@ class TrainingState:
         self.skipped_micro_batches = extra["skipped_micro_batches"]
         self.skipped_in_a_row = extra["skipped_in_a_row"]
         self.schedule_offset = extra.get("schedule_offset", 0)  # absent in older checkpoints
+        self.threads = extra.get("threads")  # absent in older checkpoints
         self.set_fit(self.fit.restored(extra.get("fit")))
 
 

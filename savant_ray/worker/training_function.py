@@ -30,12 +30,14 @@ from savant_ray.training.device import (
     compile_block,
     keep_freed_memory,
     raise_memory_cap_error_on_oom,
+    set_threads,
     supported_precision,
     update_memory_cap,
+    use_deterministic_kernels,
     wants_compiled,
 )
 from savant_ray.training.loop import train, validation_is_due
-from savant_ray.training.state import TrainingState, micro_batch_size, new_state
+from savant_ray.training.state import TrainingState, is_deterministic, micro_batch_size, new_state
 from savant_ray.training.step import allocate_reduction
 from savant_ray.worker.batch_reader import BatchReader
 from savant_ray.worker.host import RayHost
@@ -89,6 +91,8 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
         torch.cuda.set_device(device)  # collectives over Python objects allocate on the current device
     torch.manual_seed(config.run.seed)  # for libraries; this package uses no global generator
     keep_freed_memory(device)
+    if device.type == "cuda" and is_deterministic(config, device):
+        use_deterministic_kernels()
     settings = config.training
     precision, precision_note = supported_precision(settings.precision, device)
     notes = [cap_memory(device, settings.vram_limit_gb), precision_note]
@@ -100,6 +104,9 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
     notes.append(compile_block(state.model, settings.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
     resumed_step = state.step
+    if device.type == "cpu":
+        of_checkpoint = state.threads if state.deterministic else None
+        notes.append(set_threads(config.scaling.threads_per_worker, of_checkpoint))
     if state.deterministic:
         stream = dataclasses.replace(stream, group=micro_batch_size(config, device))
         notes.append(idle_workers(stream))

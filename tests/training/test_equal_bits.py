@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ import savant_ray.training.step as step_module
 from savant_ray.config import Config
 from savant_ray.model.loss import next_token_targets
 from savant_ray.optim.tree_sum import Block, TreeSum
+from savant_ray.training.device import set_threads
+from savant_ray.training.loop import train
+from savant_ray.training.rank_comparison import RanksDifferError, differing
 from savant_ray.training.reduction import sum_trees
 from savant_ray.training.state import TrainingState, micro_batch_size, new_state
 from savant_ray.training.step import MicroBatch, take_step
-from tests.training.tiny import CPU, micro_batch, never, share, tiny_config, weights
+from tests.training.tiny import CPU, RecordingHost, micro_batch, never, share, shares, tiny_config, weights
 
 SEQUENCES = 14
 Figures = tuple[list[tuple[float, float, int, bool]], str]
@@ -98,24 +101,57 @@ def sum_of_leaves(rank: int, world_size: int, n: int, segment: int) -> list[floa
     return result.tolist()
 
 
+def flip_bit(tensor: torch.Tensor) -> None:
+    """Flip a bit of the mantissa of the last element of an fp32 tensor."""
+    tensor.detach().view(-1)[-1:].view(torch.int32).bitwise_xor_(1 << 20)
+
+
+def damaged_run(rank: int, world_size: int, damage: str) -> tuple[str, list[tuple[int, str]]]:
+    """Train with a bit of the last rank flipped after step 2; return the error and the checkpoints."""
+    settings = tiny_config(batch_size=2, accumulation=6, compare_ranks_every=2).to_dict()
+    settings["checkpoint"]["every_steps"] = 3
+    config = Config.from_dict(settings)
+    state, host = new_state(config, CPU), RecordingHost(rank)
+
+    def local_batches() -> Iterator[list[MicroBatch]]:
+        for step, local_batch in enumerate(shares(state, config, rank, world_size)):
+            if step == 2 and rank == world_size - 1:
+                parameter = state.model.embed.weight
+                flip_bit(parameter if damage == "weights" else state.optimizer.state[parameter][damage])
+            yield local_batch
+
+    try:
+        train(state, config, local_batches(), host)
+    except RanksDifferError as error:
+        return str(error), host.saved
+    return "", host.saved
+
+
 def _rank(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
-    torch.save(all_cases(rank, world_size), f"{folder}/{rank}.pt")
+    damages = {damage: damaged_run(rank, world_size, damage) for damage in ("weights", "exp_avg", "exp_avg_sq")}
+    torch.save((all_cases(rank, world_size), damages), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_losses_norms_and_weights_are_equal_on_one_two_three_and_four_ranks(tmp_path: Path) -> None:
+def test_losses_norms_and_weights_are_equal_on_one_to_four_ranks_and_a_rank_that_differs_is_named(
+    tmp_path: Path,
+) -> None:
     expected = all_cases(0, 1)
     for world_size in (2, 3, 4):
         folder = tmp_path / str(world_size)
         folder.mkdir()
         mp.spawn(_rank, (world_size, str(folder)), nprocs=world_size)
         for rank in range(world_size):
-            found = torch.load(folder / f"{rank}.pt")
+            found, damages = torch.load(folder / f"{rank}.pt")
             different = [name for name in expected if repr(found[name]) != repr(expected[name])]
             assert not different, f"rank {rank} of {world_size}"
+            subject = "ranks 0 and 1 have" if world_size == 2 else f"rank {world_size - 1} has"
+            for error, saved in damages.values():
+                assert error.startswith(f"{subject} different weights or optimizer state after step 3: "), error
+                assert not saved, "the checkpoint of step 3 is not written"
 
 
 def test_the_cases_differ_where_they_should_and_only_there() -> None:
@@ -152,3 +188,52 @@ def test_on_a_cpu_a_large_model_has_the_same_micro_batches_for_any_batch_size(
 ) -> None:
     config = Config.from_dict({"training": {"batch_size": batch_size, "accumulation": accumulation}})
     assert micro_batch_size(config, CPU) == 1
+
+
+@pytest.mark.parametrize(
+    ("checksums", "expected"),
+    [
+        ([5, 5, 6], "rank 2 has"),
+        ([6, 5, 5, 7], "ranks 0, 3 have"),
+        ([5, 6], "ranks 0 and 1 have"),
+        ([5, 6, 5, 6], "ranks 0 and 1 and 2 and 3 have"),
+    ],
+)
+def test_the_ranks_that_differ_from_the_majority_are_named(checksums: list[int], expected: str) -> None:
+    assert differing(checksums) == expected
+
+
+@pytest.fixture
+def four_cores() -> Iterator[None]:
+    """Give this process four threads, as Ray gives a worker with four cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("setting", "of_checkpoint", "threads", "note"),
+    [
+        ("auto", None, 4, None),
+        ("auto", 4, 4, None),
+        ("auto", 2, 2, "each worker uses 2 of its 4 cores, as for the checkpoint"),
+        ("auto", 8, 4, "each worker has 4 cores, and the checkpoint was computed with 8 threads per worker"),
+        (3, None, 3, None),
+        (6, 2, 6, None),
+    ],
+)
+@pytest.mark.usefixtures("four_cores")
+def test_a_resumed_run_keeps_its_threads_if_the_worker_has_the_cores(
+    setting: int | str, of_checkpoint: int | None, threads: int, note: str | None
+) -> None:
+    found = set_threads(setting, of_checkpoint)
+    assert torch.get_num_threads() == threads
+    assert found is None if note is None else (found or "").startswith(note)
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_a_checkpoint_tells_with_how_many_threads_it_was_computed() -> None:
+    state, resumed = new_state(tiny_config(), CPU), new_state(tiny_config(), CPU)
+    resumed.load_checkpoint(state.to_checkpoint())
+    assert resumed.threads == 4
