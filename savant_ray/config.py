@@ -431,7 +431,7 @@ class TrainingConfig(Section):
     batch_size: Count = Field(
         default=12,
         description="sequences per micro-batch (one forward and backward pass); on a CPU micro-batches may be smaller, "
-        "because large ones are no faster there",
+        "because large ones are hardly faster there",
     )
     accumulation: Count = Field(
         default=16, description="micro-batches per step; the effective batch is batch_size × accumulation"
