@@ -68,10 +68,10 @@ def rank_slice(n_sequences: int, rank: int, world_size: int, group: int = 1) -> 
     """Return the range of a step's sequences that `rank` computes.
 
     These are whole groups of `group` sequences (the last group may be smaller), whose number differs between ranks by at
-    most 1.
+    most 1. The first rank has the first group.
     """
     n_groups = -(-n_sequences // group)
-    first, stop = (n_groups * r // world_size * group for r in (rank, rank + 1))
+    first, stop = (-(-n_groups * r // world_size) * group for r in (rank, rank + 1))
     return range(first, min(stop, n_sequences))
 
 

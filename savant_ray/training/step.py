@@ -236,10 +236,11 @@ def reduce_gradients(state: TrainingState, ranks: Sequence[RankStatus]) -> tuple
 def allocate_reduction(state: TrainingState) -> None:
     """Reduce zeros, so that NCCL allocates its memory now. Collective."""
     state.gradients.zero()
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    state.tree.add(Block(rank, 1), state.gradients.flat)
+    if state.deterministic:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        state.tree.add(Block(rank, 1), state.gradients.flat)
+    gather([0] * len(RankStatus._fields), state.device)
     reduce_gradients(state, [RankStatus(0, 0, 0, 0, index, 1) for index in range(n_ranks())])
-    state.tree.clear()
 
 
 def accumulate_in_tree(state: TrainingState, local_batch: Sequence[MicroBatch], grace_left: GraceLeft) -> Accumulated:

@@ -128,8 +128,8 @@ def test_three_workers_together_read_the_sequences_of_one(plan: StreamPlan, byte
 def test_a_rank_without_sequences_yields_all_steps_empty(plan: StreamPlan) -> None:
     small = one_source(plan, effective_batch=1)
     ranks = [list(StepStream(small, rank, 2).steps(4, 3)) for rank in range(2)]
-    assert [[len(local.positions) for local in of_rank] for of_rank in ranks] == [[0, 0, 0], [1, 1, 1]]
-    assert ranks[0][0].sequences.tokens.shape == (0, SEQUENCE_LENGTH)
+    assert [[len(local.positions) for local in of_rank] for of_rank in ranks] == [[1, 1, 1], [0, 0, 0]]
+    assert ranks[1][0].sequences.tokens.shape == (0, SEQUENCE_LENGTH)
 
 
 @pytest.mark.parametrize("effective_batch", [1, 7])
