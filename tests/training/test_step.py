@@ -84,9 +84,9 @@ def assert_ranks_take_the_same_steps(ranks: list, alone: tuple[list, dict[str, t
 
 
 @pytest.mark.slow
-def test_one_two_and_five_workers_take_the_same_steps(tmp_path: Path) -> None:
+def test_one_and_five_workers_take_the_same_steps(tmp_path: Path) -> None:
     alone = run_ranks(1, tmp_path / "1")[0]
-    for world_size in (2, 5):  # 5 does not divide 12
+    for world_size in (5,):  # does not divide 12
         assert_ranks_take_the_same_steps(run_ranks(world_size, tmp_path / str(world_size)), alone)
 
 
