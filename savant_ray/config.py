@@ -433,7 +433,7 @@ class TrainingConfig(Section):
     batch_size: Count = Field(
         default=12,
         description="sequences per micro-batch (one forward and backward pass); on a CPU micro-batches may be smaller, "
-        "because large ones are no faster there",
+        "because large ones are hardly faster there",
     )
     accumulation: Count = Field(
         default=16, description="micro-batches per step; the effective batch is batch_size × accumulation"
@@ -465,6 +465,17 @@ class TrainingConfig(Section):
         default="auto",
         description="recompute the activations of each loop in the backward pass instead of storing them: slower, needs far "
         "less memory; auto: once a micro-batch does not fit into vram_limit_gb",
+    )
+    deterministic: bool | Auto = Field(
+        default="auto",
+        description="losses and weights have the same bits on any number of workers; takes memory for more gradients, and "
+        "each worker computes whole micro-batches; auto: true on CPUs, false on GPUs",
+    )
+    compare_ranks_every: int = Field(
+        default=100,
+        ge=0,
+        description="steps between comparisons of the weights and optimizer states of all workers, which are also compared "
+        "before each checkpoint; if they differ, the workers are restarted from the newest checkpoint; 0: never",
     )
     max_skipped_steps: Count = Field(default=10, description="abort after this many consecutive skipped steps")
     profile: ProfileConfig | None = Field(
@@ -518,6 +529,11 @@ class ScalingConfig(Section):
         default=None,
         description="Ray resources of a worker, such as {CPU: 4}; null: the largest number of cores "
         "with which all workers fit",
+    )
+    threads_per_worker: Count | Auto = Field(
+        default="auto",
+        description="threads of a worker on a CPU, on which rounding may depend; auto: as many as its cores, but when "
+        "resuming with training.deterministic at most as many as before",
     )
     max_failures: int = Field(default=3, ge=0, description="number of times that workers are restarted after a failure")
 

@@ -135,7 +135,7 @@ class StepDone(Event):
     memory_gb: float  # GiB on rank 0: peak GPU memory since the previous step; on a CPU the resident size
     data_wait_seconds: float  # waiting for the sequences of the step
     compute_seconds: float  # forward and backward passes of rank 0
-    reduce_seconds: float  # all-reduce, including the wait for the slowest rank
+    reduce_seconds: float  # sums over all workers, including the wait for the slowest
     update_seconds: float  # clipping and optimizer update
     step_seconds: float  # duration of the step, including the wait for data and excluding checkpoints
     share_of_peak: float | None = None  # useful FLOP/s of rank 0 in this step / peak of its matmuls; None = unknown

@@ -69,9 +69,12 @@ def _worker(connection: Connection, rank: int, world_size: int, rendezvous: str)
     state = new_state(config, torch.device("cpu"), "fp32")
     generator = torch.Generator().manual_seed(rank)
     local_batch = []
-    for position in range(SEQUENCES // world_size):
+    n_own = SEQUENCES // world_size
+    for position in range(n_own):
         tokens = torch.randint(config.model.vocab_size, (1, config.model.max_seq_len), generator=generator)
         is_trained = torch.ones_like(tokens, dtype=torch.bool)
-        local_batch.append(MicroBatch(tokens, torch.zeros_like(tokens), is_trained, (position,)))
+        local_batch.append(
+            MicroBatch(tokens, torch.zeros_like(tokens), is_trained, (position,), index=rank * n_own + position)
+        )
     while connection.recv() == "step":
         connection.send(seconds(lambda: take_step(state, local_batch, 2e-5, 1.0, lambda: None)))

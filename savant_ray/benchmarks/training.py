@@ -3,15 +3,18 @@
 Two processes alternate, one with the baseline and one with a worker's step, so that each has its own memory and its own
 allocator. On a CPU the model has half the default dimension; on a GPU it is the default model with its micro-batches, and
 our process is under the memory cap. Both use the dtype in which the device computes `training.precision: bf16`.
+
+The figures `deterministic` compare our step with itself, with and without `training.deterministic`.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,7 +24,7 @@ import torch
 from savant_ray.benchmarks import baseline
 from savant_ray.benchmarks.registry import Figures, alternate, figure, seconds
 from savant_ray.benchmarks.workload import benchmark_device, benchmark_dtype, model_config, peak_flops_per_second
-from savant_ray.config import Config, ModelConfig
+from savant_ray.config import AUTO, Auto, Config, ModelConfig
 from savant_ray.training.device import (
     cap_memory,
     compile_block,
@@ -33,7 +36,7 @@ from savant_ray.training.device import (
     update_memory_cap,
 )
 from savant_ray.training.efficiency import useful_flops
-from savant_ray.training.state import new_state
+from savant_ray.training.state import micro_batch_size, new_state
 from savant_ray.training.step import MicroBatch, StepResult, take_step
 
 ROUNDS = 3
@@ -67,7 +70,23 @@ def run() -> Figures:
             figures[f"train_{name}_memory"] = figure(
                 [our_gb / reference_gb], f"{our_gb:.2f} against {reference_gb:.2f} GiB"
             )
-    return figures
+    return figures | _cost_of_determinism(device)
+
+
+def _cost_of_determinism(device: torch.device) -> Figures:
+    """Measure the speed and memory of deterministic steps relative to others."""
+    case = (CASES_ON_A_GPU if device.type == "cuda" else CASES)["full_rows"]
+    processes = [_process(functools.partial(_ours, deterministic=setting), case, device) for setting in (True, False)]
+    with processes[0] as deterministic, processes[1] as other:
+        times, other_times = alternate(ROUNDS, deterministic, other)
+        gb, other_gb = deterministic.peak_gb(), other.peak_gb()
+    return {
+        "train_deterministic": figure(
+            [b / a for a, b in zip(times, other_times, strict=True)],
+            f"{statistics.median(times):.2f} against {statistics.median(other_times):.2f} s a step",
+        ),
+        "train_deterministic_memory": figure([gb / other_gb], f"{gb:.2f} against {other_gb:.2f} GiB"),
+    }
 
 
 def _figures(
@@ -154,14 +173,17 @@ def _baseline(case: Case, device: torch.device) -> Callable[[], object]:
     return lambda: baseline.take_step(model, optimizer, rows.split(Config().training.batch_size))
 
 
-def _ours(case: Case, device: torch.device) -> Callable[[], object]:
+def _ours(case: Case, device: torch.device, deterministic: bool | Auto = AUTO) -> Callable[[], object]:
     """Prepare a step as a worker does: with a memory cap, and with smaller micro-batches if the step does not fit."""
-    config = Config.from_dict({"model": model_config(device).model_dump()})
+    config = Config.from_dict(
+        {"model": model_config(device).model_dump(), "training": {"deterministic": deterministic}}
+    )
     cap_memory(device, config.training.vram_limit_gb)
     keep_freed_memory(device)
     state = new_state(config, device, supported_precision("bf16", device)[0])
     compile_block(state.model, config.training.compile, device, state.precision)
-    local_batch = _packed(case, config.model, device)
+    parts = _packed(case, config.model, device).parts(micro_batch_size(config, device))
+    local_batch = [replace(part, index=index) for index, part in enumerate(parts)]
 
     def step() -> StepResult:
         while (result := take_step(state, local_batch, 2e-5, 1.0, lambda: None)).out_of_memory:
@@ -174,7 +196,7 @@ def _ours(case: Case, device: torch.device) -> Callable[[], object]:
     return step
 
 
-def _packed(case: Case, config: ModelConfig, device: torch.device) -> list[MicroBatch]:
+def _packed(case: Case, config: ModelConfig, device: torch.device) -> MicroBatch:
     """Pack documents into rows."""
     length = config.max_seq_len
     per_row = length // case.document_tokens
@@ -185,4 +207,4 @@ def _packed(case: Case, config: ModelConfig, device: torch.device) -> list[Micro
         tokens[row, start : start + len(document)] = document
         ids[row, start : start + len(document)] = index
     tokens_NT, ids_NT = torch.from_numpy(tokens), torch.from_numpy(ids)
-    return [MicroBatch(tokens_NT, ids_NT, torch.ones_like(ids_NT, dtype=torch.bool), tuple(range(n_rows))).to(device)]
+    return MicroBatch(tokens_NT, ids_NT, torch.ones_like(ids_NT, dtype=torch.bool), tuple(range(n_rows))).to(device)

@@ -152,5 +152,5 @@ def _local_batches(cache: TokenCache, config: Config) -> Iterator[list[MicroBatc
             tokens = torch.from_numpy(sequences.tokens.copy())
             ids = torch.from_numpy(sequences.document_ids.copy())
             is_trained = torch.from_numpy(sequences.is_trained.copy())
-            local_batch.append(MicroBatch(tokens, ids, is_trained, tuple(rows.tolist())))
+            local_batch.append(MicroBatch(tokens, ids, is_trained, tuple(rows.tolist()), index=micro_batch))
         yield local_batch

@@ -64,9 +64,15 @@ class GlobalOrder:
         return source, row
 
 
-def rank_slice(effective_batch: int, rank: int, world_size: int) -> range:
-    """Return the range of a step's sequences that `rank` computes; its length differs between ranks by at most 1."""
-    return range(effective_batch * rank // world_size, effective_batch * (rank + 1) // world_size)
+def rank_slice(n_sequences: int, rank: int, world_size: int, group: int = 1) -> range:
+    """Return the range of a step's sequences that `rank` computes.
+
+    These are whole groups of `group` sequences (the last group may be smaller), whose number differs between ranks by at
+    most 1. The first rank has the first group.
+    """
+    n_groups = -(-n_sequences // group)
+    first, stop = (-(-n_groups * r // world_size) * group for r in (rank, rank + 1))
+    return range(first, min(stop, n_sequences))
 
 
 def weights_by_documents(

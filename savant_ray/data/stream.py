@@ -91,6 +91,7 @@ class StepStream:
     plan: StreamPlan
     rank: int
     world_size: int
+    group: int = 1  # sequences that are not divided among ranks, counted from the first of the step
 
     def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
         """Return an iterator over this rank's sequences of `n_steps` steps, the first of which begins at `start_position`.
@@ -122,8 +123,13 @@ class StepStream:
         return len(self._slice)
 
     @property
+    def first_group(self) -> int:
+        """Return the index of this rank's first group in each step."""
+        return self._slice.start // self.group
+
+    @property
     def _slice(self) -> range:
-        return rank_slice(self.plan.effective_batch, self.rank, self.world_size)
+        return rank_slice(self.plan.effective_batch, self.rank, self.world_size, self.group)
 
     def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
         """Yield (start position, number of steps) of each portion."""

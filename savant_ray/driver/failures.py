@@ -13,6 +13,7 @@ from ray.train import UserCallback, WorkerGroupError
 from savant_ray.errors import SavantError, TrainingError, UnexpectedError, describe
 from savant_ray.events import RunFailed, WorkersLost
 from savant_ray.training.device import DeviceMemoryError
+from savant_ray.training.rank_comparison import RanksDifferError
 
 # Parts of messages. Ray Train wraps Ray's errors, so their types are lost.
 DEAD_ACTOR = ("died", "is unavailable")
@@ -102,8 +103,12 @@ def _full_text(failure: BaseException) -> str:
 
 def _explain(failure: BaseException) -> str:
     text = _full_text(failure)
-    if DeviceMemoryError.__name__ in text:  # checked before CUDA's error, which the text also contains
-        return _last_line(failure).rpartition(f"{DeviceMemoryError.__name__}: ")[2]
+    for own_error in (
+        DeviceMemoryError,
+        RanksDifferError,
+    ):  # checked before CUDA's error, which the text may also contain
+        if own_error.__name__ in text:
+            return _last_line(failure).rpartition(f"{own_error.__name__}: ")[2]
     if "CUDA out of memory" in text:
         return "its GPU memory, training.vram_limit_gb, was not sufficient; lower training.batch_size and raise accumulation"
     if any(part in text.lower() for part in OUT_OF_MEMORY):

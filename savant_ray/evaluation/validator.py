@@ -38,9 +38,10 @@ from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
 from savant_ray.training.device import autocast, none_on_oom, retry_on_oom, runs_compiled, skip_on_oom
 from savant_ray.training.host_copies import WeightChanges
+from savant_ray.training.reduction import all_reduce_sum, any_rank
 from savant_ray.training.seeds import derived_seed
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import MicroBatch, all_reduce_sum, any_rank, micro_batches
+from savant_ray.training.step import MicroBatch, micro_batches
 
 Item = TypeVar("Item")
 SEQUENCE_SEED = 0  # not `run.seed`, so that runs with different seeds are compared on the same sequences
@@ -90,7 +91,9 @@ class Validator:
         cache = TokenCache.open(str(folder))
         n_sequences = min(config.validation.batches * config.training.batch_size, cache.n_sequences)
         _, rows = GlobalOrder([cache.n_sequences], [1.0], SEQUENCE_SEED).locate(np.arange(n_sequences))
-        rows = rows[np.asarray(rank_slice(n_sequences, rank, world_size), dtype=np.int64)]
+        # Whole micro-batches, so that the loss has the same bits on any number of ranks.
+        own = rank_slice(n_sequences, rank, world_size, config.training.batch_size)
+        rows = rows[np.asarray(own, dtype=np.int64)]
         with_logic = config.validation.logic_problems > 0
         return cls(
             config=config,
@@ -169,11 +172,12 @@ class Validator:
     def _rows(self, state: TrainingState) -> int:
         """Return the number of sequences of a forward pass.
 
-        A compiled model gets as many as in a training step if they fit, so that it is not compiled for another shape.
+        A compiled model gets as many as in a training step if they fit, so that it is not compiled for another shape. With
+        `training.deterministic` that is a whole micro-batch on any number of ranks.
         """
         rows = self.config.training.batch_size
         if runs_compiled(state.model, state.device):
-            rows = min(state.fit.rows, self.step_sequences or rows)
+            rows = min(state.fit.rows, rows if state.deterministic else self.step_sequences or rows)
         return min(rows, self.max_rows or rows)
 
     def _on_device(self, part: MicroBatch, state: TrainingState) -> MicroBatch:

@@ -9,7 +9,7 @@ fp32, and splits again, one parameter at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +79,14 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
         upper, lower = split(weight.contiguous())
         parameter.data.copy_(upper)
         self._lower[parameter].copy_(lower)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all weights, the lower halves of bf16 weights, and the state."""
+        for parameter, state in self.state.items():
+            yield parameter.data
+            if _is_split(parameter):
+                yield self._lower[parameter]
+            yield from state.values()
 
     def had_gradient(self, parameter: nn.Parameter) -> Tensor:
         """Return which rows (first dimension) of the parameter have had a gradient so far, `[rows]` bool."""

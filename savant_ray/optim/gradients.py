@@ -1,8 +1,8 @@
 """All gradients of a model in one flat fp32 buffer, followed by the sums that are reduced with them.
 
-Each parameter's `.grad` is a view of the buffer, so accumulation needs no copy, and ONE all-reduce carries gradients, loss,
-token count, skipped count and stop flag. Ranks that did different work therefore make the same number of collective
-calls; a DDP hook that runs on some ranks only would desynchronize the others without an error.
+Each parameter's `.grad` is a view of the buffer, so accumulation needs no copy, and one reduction carries gradients, loss
+and token count. Ranks that did different work therefore make the same number of collective calls; a DDP hook that runs on
+some ranks only would desynchronize the others without an error.
 """
 
 from __future__ import annotations

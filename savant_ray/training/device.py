@@ -28,6 +28,7 @@ import psutil
 import pynvml
 import torch
 
+from savant_ray.config import AUTO
 from savant_ray.errors import MemoryCapError, SavantError
 from savant_ray.model.flex import MAX_COMPILED_SHAPES, has_python_headers
 from savant_ray.model.transformer import UniversalTransformer
@@ -64,6 +65,38 @@ def supported_precision(precision: Precision, device: torch.device) -> tuple[Pre
     if precision == "fp32" or device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return precision, None
     return "fp32", f"this CPU has no bf16 instructions: training.precision = {precision} computes in fp32"
+
+
+def use_deterministic_kernels() -> None:
+    """Select GPU kernels that give the same bits each time; call it before the first matrix product on a GPU.
+
+    Operators without such a kernel, none of which is in a training step, print a warning.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is initialized
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # True by default, which is another pass over each new tensor, to find code that reads memory before writing it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def set_threads(setting: int | str, of_checkpoint: int | None) -> str | None:
+    """Set the number of CPU threads as `scaling.threads_per_worker` says; return a note for the user or None.
+
+    `of_checkpoint` are the threads that computed the checkpoint of a run whose bits are promised, else None.
+    """
+    cores = torch.get_num_threads()  # set by Ray (OMP_NUM_THREADS)
+    threads = min(cores, of_checkpoint or cores) if setting == AUTO else int(setting)
+    torch.set_num_threads(threads)
+    if setting != AUTO or of_checkpoint in (None, cores):
+        return None
+    if threads < cores:
+        return (
+            f"each worker uses {threads} of its {cores} cores, as for the checkpoint, because rounding may depend on the "
+            f"number of threads; scaling.threads_per_worker: {cores} uses all"
+        )
+    return (
+        f"each worker has {cores} cores, and the checkpoint was computed with {of_checkpoint} threads per worker: the "
+        f"rounding of the following steps may differ; scaling.threads_per_worker: {of_checkpoint} avoids that, but is slow"
+    )
 
 
 def weights_dtype(precision: Precision) -> torch.dtype:

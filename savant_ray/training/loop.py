@@ -22,8 +22,10 @@ from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.device import memory_used_gb, skip_on_oom, update_memory_cap
 from savant_ray.training.efficiency import Peak
 from savant_ray.training.profiling import StepProfiler, region
+from savant_ray.training.rank_comparison import raise_if_ranks_differ
+from savant_ray.training.reduction import any_rank
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import MicroBatch, StepResult, any_rank, take_step
+from savant_ray.training.step import MicroBatch, StepResult, take_step
 
 Item = TypeVar("Item")
 
@@ -78,6 +80,7 @@ def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence
         TrainingError: `training.max_skipped_steps` consecutive steps did not update the weights.
         MemoryCapError: one sequence, or the model with its gradients and optimizer state, does not fit.
         DeviceMemoryError: a save or a validation does not fit.
+        RanksDifferError: the ranks have different weights or optimizer state.
     """
     with StepProfiler(config.training, state, host) as profiler:
         return _train(state, config, local_batches, host, profiler)
@@ -116,10 +119,12 @@ def _train(
             emit_step(host, state, result, rate, seconds, data_wait, peak.utilization(flops, seconds))
             profiler.after_step(state.step)
             raise_if_updates_fail(state, result, settings.max_skipped_steps)
+            if settings.compare_ranks_every and state.step % settings.compare_ranks_every == 0:
+                raise_if_ranks_differ(state)
 
         stop = result.stop
         if not stop and (reason := save_reason(state.step, config)):
-            host.save(state, reason)
+            save(host, state, reason, config)
             saved_step = state.step
         if not stop and validation_is_due(state.step, config):
             stop = host.validate(state)
@@ -127,7 +132,7 @@ def _train(
         if stop:
             # A saved step is saved again only if its write failed: Ray drops a checkpoint that is reported twice.
             if state.step > saved_step or any_rank(not host.finish_saving(), state.device):
-                host.save(state, "stop")
+                save(host, state, "stop", config)
             break
         profiler.before_step(state.step + 1)
     host.finish_saving()
@@ -149,6 +154,17 @@ def step_with_oom_retry(
         state.set_fit(state.fit.smaller())
         if host.rank == 0:
             host.emit(Notice(text=f"step {state.step + 1:,} did not fit into memory: from now on {state.fit}"))
+
+
+def save(host: Host, state: TrainingState, reason: str, config: Config) -> None:
+    """Begin a checkpoint. Ranks are compared first, so that a checkpoint is never that of a rank that differs.
+
+    Raises:
+        RanksDifferError: the ranks have different weights or optimizer state.
+    """
+    if config.training.compare_ranks_every:
+        raise_if_ranks_differ(state)
+    host.save(state, reason)
 
 
 def save_reason(step: int, config: Config) -> str | None:

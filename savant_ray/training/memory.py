@@ -8,6 +8,8 @@ allocator, and 8.35 GiB of tensors. Training itself does not use the estimate: i
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from savant_ray.config import Config
@@ -15,7 +17,7 @@ from savant_ray.errors import MemoryCapError
 from savant_ray.model.loss import gpu_chunk_rows
 from savant_ray.model.transformer import ffn_dim, n_parameters
 from savant_ray.training.device import GIB, MARGIN_GB
-from savant_ray.training.state import BatchFit
+from savant_ray.training.state import BatchFit, is_deterministic, micro_batch_size
 
 OUTSIDE_GB = 0.55  # CUDA context, kernels and workspaces of libraries
 BYTES_PER_PARAMETER = 16  # weight and lower half (or fp32 weight) 4, two moments 8, gradient 4
@@ -40,7 +42,16 @@ def estimated_gb(config: Config, fit: BatchFit) -> float:
     weights = BYTES_PER_PARAMETER * n_parameters(model) + BYTES_PER_BLOCK_WEIGHT * (n_parameters(model) - 2 * head)
     logits = BYTES_PER_LOGIT * model.vocab_size * gpu_chunk_rows(tokens, model.vocab_size, fit.limit_gb)
     head_gradients = 2 * 4 * head  # fp32, of the loss: once summed over the chunks and once scaled
-    return (weights + activations + logits + head_gradients) / GIB
+    return (weights + activations + logits + head_gradients + kept_sums_bytes(config)) / GIB
+
+
+def kept_sums_bytes(config: Config) -> int:
+    """Return the bytes of the sums of gradients that a single worker on a GPU keeps with `training.deterministic`."""
+    device = torch.device("cuda")
+    if not is_deterministic(config, device):
+        return 0
+    n_micro_batches = math.ceil(config.training.effective_batch / micro_batch_size(config, device))
+    return 4 * n_parameters(config.model) * max(1, (n_micro_batches - 1).bit_length())
 
 
 def expected_fit(config: Config) -> BatchFit | None:

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from savant_ray.config import Config, TrainingConfig
+from savant_ray.config import AUTO, Config, TrainingConfig
 from savant_ray.errors import CheckpointError, MemoryCapError
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.optim.adamw import AdamW, MasterWeightOptimizer
 from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.muon import Muon
+from savant_ray.optim.tree_sum import TreeSum
 from savant_ray.training.checkpoint import FORMAT_VERSION
 from savant_ray.training.device import Precision, weights_dtype
 
 # Indices of the sums that are reduced together with the gradients (training/step.py).
-LOSS, TOKENS, SKIPPED, STOP, ABANDONED, OUT_OF_MEMORY = SUMS = range(6)
-MAX_CPU_ELEMENTS = 1 << 19  # tokens x dim per micro-batch; more was not faster at dim 128 to 512 (docs/LOG.md)
+LOSS, TOKENS = SUMS = range(2)
+# Tokens x dim of a micro-batch. At dim 128 (8 sequences of 256 tokens) a step of twice as many takes 1 to 2 % less time, of
+# half as many 8 % more; smaller micro-batches can be divided among more ranks.
+MAX_CPU_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class BatchFit:
 
     If a step does not fit, first each loop is recomputed in the backward pass (activation checkpointing, arXiv
     1604.06174), then micro-batches are halved, down to one sequence. The effective batch and the order of sequences
-    stay the same. On a CPU micro-batches are small from the start: larger ones are no faster and take more memory.
+    stay the same. On a CPU micro-batches are small from the start: larger ones are hardly faster and take more memory.
     """
 
     device: str  # "cpu" or "cuda"
@@ -85,7 +88,11 @@ class BatchFit:
         settings = ("device", "limit_gb", "batch_size", "may_recompute")
         if any(getattr(saved, name) != getattr(self, name) for name in settings):
             return self
-        return dataclasses.replace(saved, recompute_loops=saved.recompute_loops or self.recompute_loops)
+        return dataclasses.replace(
+            saved,
+            rows=min(saved.rows, self.rows),  # older versions chose more on a CPU
+            recompute_loops=saved.recompute_loops or self.recompute_loops,
+        )
 
     def __str__(self) -> str:
         loops = "loops recomputed in the backward pass" if self.recompute_loops else "loops kept for the backward pass"
@@ -102,6 +109,8 @@ class TrainingState:
     precision: Precision
     device: torch.device
     fit: BatchFit
+    deterministic: bool = False  # gradients are added in the order of `tree`
+    tree: TreeSum = field(default_factory=TreeSum)
     step: int = 0
     position: int = 0
     tokens_seen: int = 0
@@ -109,6 +118,7 @@ class TrainingState:
     skipped_in_a_row: int = 0  # consecutive steps without an update
     schedule_offset: int = 0  # number of updates by which the schedule is ahead of `step`
     data_fingerprint: str = ""
+    threads: int | None = None  # CPU threads that computed the loaded checkpoint; None: unknown, or a new run
 
     def master_weights(self) -> dict[str, Tensor]:
         """Return fp32 weights by name."""
@@ -158,6 +168,7 @@ class TrainingState:
                 "schedule_offset": self.schedule_offset,
                 "data_fingerprint": self.data_fingerprint,
                 "fit": self.fit.to_record(),
+                "threads": torch.get_num_threads(),
                 "torch_rng_state": torch.get_rng_state(),
             },
         }
@@ -213,6 +224,7 @@ class TrainingState:
         self.skipped_micro_batches = extra["skipped_micro_batches"]
         self.skipped_in_a_row = extra["skipped_in_a_row"]
         self.schedule_offset = extra.get("schedule_offset", 0)  # absent in older checkpoints
+        self.threads = extra.get("threads")  # absent in older checkpoints
         self.set_fit(self.fit.restored(extra.get("fit")))
 
 
@@ -230,10 +242,21 @@ def new_state(config: Config, device: torch.device, precision: Precision | None 
     optimizer = new_optimizer(model, config.training)
     gradients = GradientBuffer(model.parameters(), len(SUMS))
     fit = BatchFit.from_config(config, device)
-    state = TrainingState(model, optimizer, gradients, precision, device, fit)
+    state = TrainingState(model, optimizer, gradients, precision, device, fit, is_deterministic(config, device))
     state.set_fit(fit)
     state.load_weights(weights)
     return state
+
+
+def is_deterministic(config: Config, device: torch.device) -> bool:
+    """Return whether steps have equal bits on any number of ranks (`training.deterministic`); auto: on a CPU."""
+    setting = config.training.deterministic
+    return device.type == "cpu" if setting == AUTO else bool(setting)
+
+
+def micro_batch_size(config: Config, device: torch.device) -> int:
+    """Return the number of sequences of a micro-batch; it does not depend on the number of ranks."""
+    return BatchFit.from_config(config, device).rows if is_deterministic(config, device) else config.training.batch_size
 
 
 def new_optimizer(model: UniversalTransformer, settings: TrainingConfig) -> MasterWeightOptimizer:

@@ -1,14 +1,21 @@
 """One optimizer step from this rank's local batch: its micro-batches of the global (effective) batch.
 
-Losses are SUMMED over tokens, gradients and sums are reduced over all ranks in one all-reduce, and the division by the
-global number of tokens comes last. The result therefore does not depend on how the sequences were divided into ranks and
-micro-batches, and a skipped micro-batch needs no correction. Nothing of a step is applied before its end, so when one rank
-runs out of device memory, all ranks can discard the step and repeat it with smaller micro-batches.
+Losses are SUMMED over tokens, gradients and sums are reduced over all ranks, and the division by the global number of tokens
+comes last. The result therefore does not depend on how the sequences were divided into ranks, and a skipped micro-batch
+needs no correction. Nothing of a step is applied before its end, so when one rank runs out of device memory, all ranks can
+discard the step and repeat it with smaller micro-batches.
 
-Nothing between the micro-batches waits for a GPU's results: their losses are read once, after the last one. If the loss of
-a micro-batch is not finite, its rank discards the sums and accumulates the other micro-batches again. To mask its gradients
-instead, each micro-batch would need a buffer of its own (4 bytes a weight) and another pass over memory, since gradients
-that have been added to the sums cannot be removed.
+With `training.deterministic`, the result has the same bits on any number of ranks. Micro-batch i of a step has the same
+sequences whoever computes it. Its gradients are computed by themselves and set to zero if its loss is not finite, and the
+gradients of all micro-batches are added in a fixed binary tree (`optim/tree_sum.py`), which continues across the ranks
+(`training/reduction.py`). That takes log2(micro-batches) further buffers of 4 bytes a weight and another pass over memory
+for each micro-batch.
+
+Otherwise all micro-batches of a rank add to one buffer, and one all-reduce adds those of all ranks. If the loss of a
+micro-batch is not finite, its rank discards the sums and accumulates the other micro-batches again.
+
+Nothing between the micro-batches waits for a GPU's results: their losses are read once, after the last one. Before the
+reduction the ranks exchange a few integers (`RankStatus`), so that all of them skip it if the step ends on one of them.
 
 Shapes: B sequences of a micro-batch, T time, N sequences of a local batch.
 """
@@ -20,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +38,7 @@ from savant_ray.config import Config
 from savant_ray.data.token_cache import Sequences
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.optim.gradients import clip_to_mean
+from savant_ray.optim.tree_sum import Block
 from savant_ray.training.device import (
     LaunchQueue,
     autocast,
@@ -39,7 +48,8 @@ from savant_ray.training.device import (
 )
 from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.profiling import region
-from savant_ray.training.state import LOSS, SKIPPED, TOKENS, TrainingState
+from savant_ray.training.reduction import all_reduce_sum, gather, n_ranks, sum_trees
+from savant_ray.training.state import LOSS, TOKENS, TrainingState
 
 GraceLeft = Callable[[], float | None]  # None until a stop is requested, then the seconds left of the grace period
 
@@ -53,6 +63,7 @@ class MicroBatch:
     is_trained_BT: Tensor  # bool: the loss includes the prediction of this token
     positions: tuple[int, ...]  # in the global order
     useful_flops: float = 0.0  # of the forward and backward pass
+    index: int = 0  # among the micro-batches of the step, of all ranks
 
     def parts(self, rows: int) -> Iterator[MicroBatch]:
         """Yield the same sequences in micro-batches of at most `rows`, whose `useful_flops` are not set."""
@@ -76,9 +87,14 @@ class MicroBatch:
         return next_token_targets(self.tokens_BT, self.document_ids_BT, self.is_trained_BT)
 
 
-def micro_batches(sequences: Sequences, positions: np.ndarray, config: Config) -> list[MicroBatch]:
-    """Copy sequences `[N, T]` into micro-batches of at most `training.batch_size` in host memory."""
-    size = config.training.batch_size
+def micro_batches(
+    sequences: Sequences, positions: np.ndarray, config: Config, size: int | None = None, first_index: int = 0
+) -> list[MicroBatch]:
+    """Copy sequences `[N, T]` into micro-batches of at most `size` (None: `training.batch_size`) in host memory.
+
+    `first_index` is the `MicroBatch.index` of the first one.
+    """
+    size = size or config.training.batch_size
     parts = [slice(start, start + size) for start in range(0, len(positions), size)]
     return [
         MicroBatch(
@@ -91,8 +107,9 @@ def micro_batches(sequences: Sequences, positions: np.ndarray, config: Config) -
                 document_lengths(sequences.document_ids[part]),
                 masked_tokens=int((~sequences.is_trained[part]).sum()),
             ),
+            index=index,
         )
-        for part in parts
+        for index, part in enumerate(parts, first_index)
     ]
 
 
@@ -109,7 +126,7 @@ class StepSeconds:
     """Seconds of a step by phase."""
 
     compute: float  # forward and backward passes
-    reduce: float  # the all-reduce, including the wait for other ranks
+    reduce: float  # sums over all ranks, including the wait for other ranks
     update: float
 
 
@@ -120,6 +137,17 @@ class Accumulated:
     skipped: tuple[Skipped, ...] = ()
     abandoned: bool = False
     out_of_memory: bool = False
+
+
+class RankStatus(NamedTuple):
+    """What the ranks tell each other before the reduction: integers of 64 bits."""
+
+    skipped: int  # micro-batches
+    stop: int  # 1: a stop was requested from this rank
+    abandoned: int
+    out_of_memory: int
+    first_index: int  # of the first micro-batch of the local batch
+    n_micro_batches: int
 
 
 @dataclass(frozen=True)
@@ -155,20 +183,23 @@ def take_step(
         MemoryCapError: the device has no memory for reducing the gradients or updating the weights.
     """
     started = time.perf_counter()
-    parts = [part for micro_batch in local_batch for part in micro_batch.parts(state.fit.rows)]
-    accumulated = accumulate(state, parts, grace_left)
-    sums = state.gradients.sums
-    flags = [len(accumulated.skipped), grace_left() is not None, accumulated.abandoned, accumulated.out_of_memory]
-    sums[SKIPPED:] = torch.tensor(flags, dtype=sums.dtype)
+    accumulated = (accumulate_in_tree if state.deterministic else accumulate)(state, local_batch, grace_left)
+    status = RankStatus(
+        skipped=len(accumulated.skipped),
+        stop=grace_left() is not None,
+        abandoned=accumulated.abandoned,
+        out_of_memory=accumulated.out_of_memory,
+        first_index=local_batch[0].index if local_batch else 0,
+        n_micro_batches=len(local_batch),
+    )
     synchronize(state.device)
     computed = time.perf_counter()
     with raise_memory_cap_error_on_oom(state.fit.limit_gb):
-        with region("all-reduce"):
-            all_reduce_sum(state.gradients.flat)
-        loss, tokens, n_skipped, stops, abandoned, out_of_memory = sums.tolist()
+        ranks = [RankStatus(*row) for row in gather(status, state.device)]
+        abandoned, out_of_memory = any(rank.abandoned for rank in ranks), any(rank.out_of_memory for rank in ranks)
+        loss, tokens = (0.0, 0.0) if abandoned or out_of_memory else reduce_gradients(state, ranks)
         reduced = time.perf_counter()
-        is_complete = tokens and not abandoned and not out_of_memory
-        norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if is_complete else math.nan
+        norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if tokens else math.nan
         updated = math.isfinite(norm)
         if updated:
             with region("update"):
@@ -177,42 +208,111 @@ def take_step(
         loss=loss / tokens if tokens else math.nan,
         tokens=int(tokens),
         grad_norm=norm,
-        skipped=int(n_skipped),
+        skipped=sum(rank.skipped for rank in ranks),
         updated=updated,
-        stop=stops > 0,
-        abandoned=abandoned > 0,
-        out_of_memory=out_of_memory > 0,
+        stop=any(rank.stop for rank in ranks),
+        abandoned=abandoned,
+        out_of_memory=out_of_memory,
         skipped_locally=accumulated.skipped,
         seconds=StepSeconds(computed - started, reduced - computed, time.perf_counter() - reduced),
     )
 
 
+def reduce_gradients(state: TrainingState, ranks: Sequence[RankStatus]) -> tuple[float, float]:
+    """Add the accumulated gradients and sums of all ranks; return the sum of the losses and the number of target tokens.
+
+    Collective.
+    """
+    with region("all-reduce"):
+        if state.deterministic:
+            leaves = [range(rank.first_index, rank.first_index + rank.n_micro_batches) for rank in ranks]
+            sum_trees(state.tree, leaves, state.gradients.flat)
+        else:
+            all_reduce_sum(state.gradients.flat)
+        loss, tokens = state.gradients.sums.tolist()
+    return loss, tokens
+
+
+def allocate_reduction(state: TrainingState) -> None:
+    """Reduce zeros, so that NCCL allocates its memory now. Collective."""
+    state.gradients.zero()
+    if state.deterministic:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        state.tree.add(Block(rank, 1), state.gradients.flat)
+    gather([0] * len(RankStatus._fields), state.device)
+    reduce_gradients(state, [RankStatus(0, 0, 0, 0, index, 1) for index in range(n_ranks())])
+
+
+def accumulate_in_tree(state: TrainingState, local_batch: Sequence[MicroBatch], grace_left: GraceLeft) -> Accumulated:
+    """Set `state.tree` to gradients, loss and token count of the micro-batches, zeros for those without a finite loss."""
+    state.tree.clear()
+    losses, ended = launch(state, local_batch, add_to_tree, grace_left)
+    return ended or Accumulated(_not_finite(local_batch, losses))
+
+
 def accumulate(
-    state: TrainingState, parts: Sequence[MicroBatch], grace_left: GraceLeft, skipped: tuple[Skipped, ...] = ()
+    state: TrainingState,
+    local_batch: Sequence[MicroBatch],
+    grace_left: GraceLeft,
+    skipped: tuple[Skipped, ...] = (),
 ) -> Accumulated:
     """Set the buffer to gradients, loss and token count of the micro-batches; leave out those whose loss is not finite.
 
-    `skipped` are micro-batches that have been left out before.
+    Micro-batches are divided into those of `BatchFit.rows`. `skipped` have been left out before.
     """
     state.gradients.zero()
+    parts = [part for micro_batch in local_batch for part in micro_batch.parts(state.fit.rows)]
+    losses, ended = launch(state, parts, add_gradients, grace_left)
+    if ended is not None:
+        return replace(ended, skipped=skipped)
+    bad = _not_finite(parts, losses)
+    if not bad:
+        return Accumulated(skipped)
+    finite = [part for part, loss in zip(parts, losses, strict=True) if math.isfinite(loss)]
+    return accumulate(state, finite, grace_left, (*skipped, *bad))
+
+
+def launch(
+    state: TrainingState,
+    micro_batches: Sequence[MicroBatch],
+    compute: Callable[[TrainingState, MicroBatch], Tensor],
+    grace_left: GraceLeft,
+) -> tuple[list[float], Accumulated | None]:
+    """Call `compute` for each micro-batch and return the loss sums that it returns, or how the accumulation ended early."""
     queue, losses, started = LaunchQueue(state.device), [], time.perf_counter()
-    for micro_batch in parts:
+    for micro_batch in micro_batches:
         queue.wait_for_room()
-        if outlasts(grace_left(), time.perf_counter() - started, queue.finished, len(parts)):
-            return Accumulated(skipped, abandoned=True)
-        loss = none_on_oom(partial(add_gradients, state, micro_batch), state.device)
+        if outlasts(grace_left(), time.perf_counter() - started, queue.finished, len(micro_batches)):
+            return [], Accumulated(abandoned=True)
+        loss = none_on_oom(partial(compute, state, micro_batch), state.device)
         if loss is None:
-            return Accumulated(skipped, out_of_memory=True)
+            return [], Accumulated(out_of_memory=True)
         losses.append(loss)
         queue.add()
     values = none_on_oom(lambda: torch.stack(losses).tolist() if losses else [], state.device)
-    if values is None:
-        return Accumulated(skipped, out_of_memory=True)
-    bad = [Skipped(part.positions, loss) for part, loss in zip(parts, values, strict=True) if not math.isfinite(loss)]
-    if not bad:
-        return Accumulated(skipped)
-    finite = [part for part, loss in zip(parts, values, strict=True) if math.isfinite(loss)]
-    return accumulate(state, finite, grace_left, (*skipped, *bad))
+    return ([], Accumulated(out_of_memory=True)) if values is None else (values, None)
+
+
+def _not_finite(micro_batches: Sequence[MicroBatch], losses: Sequence[float]) -> tuple[Skipped, ...]:
+    pairs = zip(micro_batches, losses, strict=True)
+    return tuple(Skipped(batch.positions, loss) for batch, loss in pairs if not math.isfinite(loss))
+
+
+def add_to_tree(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
+    """Launch the passes of a micro-batch and add its gradients to the tree; return the loss sum in nats, a 0-d tensor.
+
+    If the sum is not finite, zeros are added instead. On a GPU that is decided there, without a wait for the loss.
+    """
+    state.gradients.zero()
+    for part in micro_batch.parts(state.fit.rows):
+        add_gradients(state, part)
+    flat, loss = state.gradients.flat, state.gradients.sums[LOSS].clone()
+    if loss.device.type != "cpu":
+        flat.masked_fill_(~loss.isfinite(), 0)
+    elif not loss.isfinite():
+        flat.zero_()
+    state.tree.add(Block(micro_batch.index, 1), flat)
+    return loss
 
 
 def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
@@ -244,24 +344,3 @@ def update(state: TrainingState, learning_rate: float) -> None:
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
-
-
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over all ranks in place; collective."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether the flag is set on some rank; collective."""
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)))
-
-
-def broadcast_from_rank_0(decide: Callable[[], str | None]) -> str | None:
-    """Call `decide` on rank 0 and return its result on every rank; collective."""
-    if not dist.is_initialized():
-        return decide()
-    decision = [decide() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(decision, src=0)
-    return decision[0]

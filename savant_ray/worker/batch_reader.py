@@ -15,6 +15,7 @@ from torch import Tensor
 from savant_ray.config import Config
 from savant_ray.data.stream import LocalSequences
 from savant_ray.errors import error_context
+from savant_ray.training.state import micro_batch_size
 from savant_ray.training.step import MicroBatch, micro_batches
 
 BYTES_PER_TOKEN = 4 + 4 + 1  # token and document id int32, loss mask bool
@@ -27,6 +28,10 @@ class SequenceStream(Protocol):
     def sequences_per_step(self) -> int:
         """Return how many sequences of each step this rank reads."""
 
+    @property
+    def first_group(self) -> int:
+        """Return the index of this rank's first group of sequences that are not divided among ranks."""
+
     def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
         """Return an iterator over this rank's sequences of `n_steps` steps, which reads ahead."""
 
@@ -34,7 +39,8 @@ class SequenceStream(Protocol):
 class BatchReader:
     """Iterable over this rank's local batches; it can be iterated once.
 
-    A local batch is the list of a step's micro-batches of this rank, with tensors on `device`.
+    A local batch is the list of a step's micro-batches of this rank, with tensors on `device`. With
+    `training.deterministic` they are the groups of the stream, which does not divide them among ranks.
 
     - Order: exactly one local batch per step, in the stream's order; it is empty for a rank without sequences.
     - Source: the stream reads in the background from construction on, one portion ahead (`data/stream.py`).
@@ -53,6 +59,7 @@ class BatchReader:
     def __init__(
         self, stream: SequenceStream, start_position: int, n_steps: int, config: Config, device: torch.device
     ) -> None:
+        self._stream = stream
         self._steps = stream.steps(start_position, n_steps)
         self._config = config
         self._device = device
@@ -88,7 +95,10 @@ class BatchReader:
         """Return the next local batch in host memory, or None after the last one."""
         with error_context("reading the next step's sequences"):
             step = next(self._steps, None)
-            return None if step is None else micro_batches(step.sequences, step.positions, self._config)
+            if step is None:
+                return None
+            size = micro_batch_size(self._config, self._device)
+            return micro_batches(step.sequences, step.positions, self._config, size, self._stream.first_group)
 
     def _next_on_device(self, buffer: _Buffer) -> list[MicroBatch] | None:
         """Start copying the next local batch to the device and return it, or None after the last one."""

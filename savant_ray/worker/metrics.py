@@ -68,7 +68,7 @@ METRICS = (
         "savant_reduce_seconds",
         StepDone,
         "reduce_seconds",
-        "Seconds of the step in the all-reduce of gradients",
+        "Seconds of the step in the sum of gradients over all workers",
     ),
     Metric("savant_update_seconds", StepDone, "update_seconds", "Seconds of the step in the update by the optimizer"),
     Metric("savant_data_wait_seconds", StepDone, "data_wait_seconds", "Seconds of waiting for the data of the step"),

@@ -18,8 +18,8 @@ from savant_ray.events import RunResumed
 from savant_ray.storage.protocol import RunStorage, newest_checkpoint_name
 from savant_ray.storage.run_storage import initial_checkpoint
 from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint
+from savant_ray.training.reduction import broadcast_from_rank_0
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import broadcast_from_rank_0
 
 
 def load_newest(state: TrainingState, config: Config, storage: RunStorage, allow_changes: bool) -> RunResumed | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import traceback
 from dataclasses import dataclass, field
@@ -29,13 +30,15 @@ from savant_ray.training.device import (
     compile_block,
     keep_freed_memory,
     raise_memory_cap_error_on_oom,
+    set_threads,
     supported_precision,
     update_memory_cap,
+    use_deterministic_kernels,
     wants_compiled,
 )
 from savant_ray.training.loop import train, validation_is_due
-from savant_ray.training.state import TrainingState, new_state
-from savant_ray.training.step import all_reduce_sum
+from savant_ray.training.state import TrainingState, is_deterministic, micro_batch_size, new_state
+from savant_ray.training.step import allocate_reduction
 from savant_ray.worker.batch_reader import BatchReader
 from savant_ray.worker.host import RayHost
 from savant_ray.worker.resume import load_newest
@@ -88,6 +91,8 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
         torch.cuda.set_device(device)  # collectives over Python objects allocate on the current device
     torch.manual_seed(config.run.seed)  # for libraries; this package uses no global generator
     keep_freed_memory(device)
+    if device.type == "cuda" and is_deterministic(config, device):
+        use_deterministic_kernels()
     settings = config.training
     precision, precision_note = supported_precision(settings.precision, device)
     notes = [cap_memory(device, settings.vram_limit_gb), precision_note]
@@ -99,12 +104,18 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
     notes.append(compile_block(state.model, settings.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
     resumed_step = state.step
+    if device.type == "cpu":
+        of_checkpoint = state.threads if state.deterministic else None
+        notes.append(set_threads(config.scaling.threads_per_worker, of_checkpoint))
+    if state.deterministic:
+        stream = dataclasses.replace(stream, group=micro_batch_size(config, device))
+        notes.append(idle_workers(stream))
     with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
         batches = BatchReader(stream, state.position, settings.max_steps - state.step, config, device)
     if device.type == "cuda":
         # NCCL allocates memory at the first collective of a given size, and the cap has to include this memory.
         with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
-            all_reduce_sum(state.gradients.flat)
+            allocate_reduction(state)
         notes.append(update_memory_cap(device, settings.vram_limit_gb))
     if host.rank == 0:
         host.emit(_attempt_started(host, state, config, [note for note in notes if note]))
@@ -115,6 +126,18 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
     if host.rank == 0:
         saved_step = max(host.saved_step, resumed_step)
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=saved_step), wait=True)
+
+
+def idle_workers(stream: StepStream) -> str | None:
+    """Return a note for the user if some workers have no micro-batch to compute, or None."""
+    n_micro_batches = -(-stream.plan.effective_batch // stream.group)
+    if n_micro_batches >= stream.world_size:
+        return None
+    return (
+        f"{stream.world_size - n_micro_batches} of {stream.world_size} workers have nothing to compute: a step has "
+        f"{n_micro_batches} micro-batches of {stream.group} sequences, which are not divided (training.deterministic); "
+        "lower training.batch_size and raise training.accumulation"
+    )
 
 
 def _attempt_started(host: RayHost, state: TrainingState, config: Config, notes: list[str]) -> AttemptStarted:

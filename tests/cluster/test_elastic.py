@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,9 +19,11 @@ from savant_ray.config import Config
 from savant_ray.data.stream import StreamPlan
 from savant_ray.model.loss import IGNORED, next_token_targets
 from tests.cluster.conftest import Head, losses, records, running_cluster, start_job, steps_done, wait_for
+from tests.cluster.test_failures import training_workers
 
 pytestmark = pytest.mark.slow
 EVERY = 50  # steps between checkpoints
+INTERRUPTIONS = 10
 RUN: dict[str, Any] = {
     "training__max_steps": 100_000,
     "checkpoint__every_steps": EVERY,
@@ -64,6 +68,67 @@ def test_an_elastic_run_continues_when_a_node_is_lost_and_when_one_joins(
     expected = [target_tokens(plan, step) for step in range(n)]
     assert len(losses(run)) >= n and len(set(expected)) > 5
     assert [step["tokens"] for step in records(run, "step")][:n] == expected, "the same batches, whoever took them"
+
+
+@pytest.mark.rare
+def test_an_elastic_run_with_kills_is_bit_for_bit_the_run_of_one_worker(cluster: Cluster, workplace: Path) -> None:
+    """Nodes are lost and join, and workers are killed, at random moments."""
+    settings = RUN | {
+        "training__accumulation": 11,
+        "validation__every_steps": 2 * EVERY,
+        "checkpoint__keep": 1000,
+        "scaling__max_failures": 100,
+        "scaling__threads_per_worker": 1,
+    }
+    chance, run = random.Random(0), workplace / "tiny"
+    job = start_job(Head(cluster.address, ""), workplace, **settings)
+    for n_attempts in range(1, INTERRUPTIONS + 1):
+        wait_for(lambda n=n_attempts: run.exists() and len(attempts(run)) == n)
+        n_steps = attempts(run)[-1]["step"] + chance.randint(1, 2 * EVERY)
+        wait_for(lambda n=n_steps: steps_done(run) >= n)
+        if len(cluster.worker_nodes) == 1:
+            cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+        elif chance.random() < 0.5:
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        else:
+            os.kill(chance.choice(training_workers()).pid, signal.SIGKILL)
+    wait_for(lambda: len(attempts(run)) == INTERRUPTIONS + 1)
+    n = attempts(run)[-1]["step"] + 10
+    wait_for(lambda: steps_done(run) >= n)
+    stop(job)
+
+    alone = workplace / "alone"
+    job = start_job(
+        Head(cluster.address, ""), workplace, **settings | {"run__name": "alone", "scaling__num_workers": 1}
+    )
+    wait_for(lambda: alone.exists() and steps_done(alone) >= n, seconds=600)
+    stop(job)
+    assert {attempt["workers"] for attempt in attempts(run)} == {1, 2}
+    assert figures(run)[:n] == figures(alone)[:n]
+    assert len(validation_losses(run)) > 1
+    assert all(a == b for a, b in zip(validation_losses(run), validation_losses(alone), strict=False))
+    for step in range(EVERY, n, EVERY):
+        expected, found = (tensors(folder / f"step_{step}/step_{step}.pt") for folder in (alone, run))
+        assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
+
+
+def figures(run: Path) -> list[tuple[float, float, int]]:
+    return [(step["train_loss"], step["grad_norm"], step["tokens"]) for step in records(run, "step")]
+
+
+def validation_losses(run: Path) -> list[float]:
+    return [validation["validation_loss"] for validation in records(run, "validation")]
+
+
+def tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Return weights and moments of a checkpoint by name."""
+    content = torch.load(file, weights_only=True)
+    moments = {
+        f"{index} {name}": tensor
+        for index, state in content["optimizer_state_dict"]["state"].items()
+        for name, tensor in state.items()
+    }
+    return content["model_state_dict"] | moments
 
 
 def target_tokens(plan: StreamPlan, step: int) -> int:

@@ -13,6 +13,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from savant_ray.driver.failures import _explain, explain_failure, ray_errors_explained
 from savant_ray.errors import UnexpectedError, describe
 from savant_ray.training.device import retry_on_oom
+from savant_ray.training.rank_comparison import RanksDifferError
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,10 @@ def test_an_unexpected_error_in_a_worker_is_reported_with_activity_and_traceback
 def test_an_error_of_our_code_in_a_ray_task_keeps_its_cause() -> None:
     with pytest.raises(RayTaskError), ray_errors_explained():
         raise RayTaskError("tokenise", "Traceback …", ZeroDivisionError("division by zero"))
+
+
+def test_ranks_that_differ_are_reported_without_the_python_around_it() -> None:
+    error = as_a_worker_raises_it(RanksDifferError("rank 2 has different weights after step 300: an error of memory"))
+    failures: dict[int, Exception] = dict.fromkeys(range(3), error)
+    told = explain_failure(WorkerGroupError("workers failed", failures), None, "step_200", max_failures=3)
+    assert str(told).startswith("worker 0: rank 2 has different weights after step 300: an error of memory\n")

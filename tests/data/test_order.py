@@ -82,6 +82,15 @@ def test_the_slices_of_all_ranks_together_are_the_step(world_size: int, effectiv
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@given(n=st.integers(1, 200), world_size=st.integers(1, 20), group=st.integers(1, 30))
+def test_the_slices_are_whole_groups_wherever_they_are_cut(n: int, world_size: int, group: int) -> None:
+    shares = [rank_slice(n, rank, world_size, group) for rank in range(world_size)]
+    assert [position for part in shares for position in part] == list(range(n))
+    assert all(part.start % group == 0 for part in shares)
+    n_groups = [-(-len(part) // group) for part in shares]
+    assert max(n_groups) - min(n_groups) <= 1
+
+
 @settings(max_examples=50, deadline=None)
 @given(size=st.integers(1, 5_000), key=st.integers(0, 2**64 - 1))
 def test_each_key_selects_a_permutation(size: int, key: int) -> None:

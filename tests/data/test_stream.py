@@ -106,6 +106,18 @@ def test_the_positions_of_a_step_do_not_depend_on_the_number_of_workers(plan: St
         assert positions.tolist() == list(range(50 + 192 * step, 50 + 192 * (step + 1)))
 
 
+def test_groups_of_sequences_are_not_divided_among_workers(plan: StreamPlan) -> None:
+    for world_size in (1, 3, 5, 17):
+        streams = [StepStream(plan, rank, world_size, group=12) for rank in range(world_size)]
+        groups = [
+            (stream.first_group + index, positions.tolist())
+            for stream in streams
+            for index, positions in enumerate(np.split(stream.positions(50), range(12, stream.sequences_per_step, 12)))
+            if len(positions)
+        ]
+        assert groups == [(index, list(range(50 + 12 * index, 62 + 12 * index))) for index in range(16)]
+
+
 def test_three_workers_together_read_the_sequences_of_one(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:
     alone = [read_texts(plan, byte_tokenizer, [local]) for local in StepStream(plan, 0, 1).steps(11, 2)]
     ranks = [list(StepStream(plan, rank, 3).steps(11, 2)) for rank in range(3)]
@@ -116,8 +128,8 @@ def test_three_workers_together_read_the_sequences_of_one(plan: StreamPlan, byte
 def test_a_rank_without_sequences_yields_all_steps_empty(plan: StreamPlan) -> None:
     small = one_source(plan, effective_batch=1)
     ranks = [list(StepStream(small, rank, 2).steps(4, 3)) for rank in range(2)]
-    assert [[len(local.positions) for local in of_rank] for of_rank in ranks] == [[0, 0, 0], [1, 1, 1]]
-    assert ranks[0][0].sequences.tokens.shape == (0, SEQUENCE_LENGTH)
+    assert [[len(local.positions) for local in of_rank] for of_rank in ranks] == [[1, 1, 1], [0, 0, 0]]
+    assert ranks[1][0].sequences.tokens.shape == (0, SEQUENCE_LENGTH)
 
 
 @pytest.mark.parametrize("effective_batch", [1, 7])

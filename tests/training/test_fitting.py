@@ -154,7 +154,7 @@ def test_recomputation_comes_first_and_then_micro_batches_are_halved(
 
 
 @pytest.mark.parametrize(
-    ("dim", "max_seq_len", "rows"), [(1024, 1024, 1), (512, 1024, 1), (128, 256, 12), (256, 512, 4)]
+    ("dim", "max_seq_len", "rows"), [(1024, 1024, 1), (512, 1024, 1), (128, 256, 4), (64, 128, 12), (256, 512, 1)]
 )
 def test_micro_batches_on_a_cpu_are_limited_to_the_size_that_is_fastest(dim: int, max_seq_len: int, rows: int) -> None:
     config = Config.from_dict({"model": {"dim": dim, "max_seq_len": max_seq_len}})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,9 @@ import savant_ray.training.step as step_module
 from savant_ray.config import Config
 from savant_ray.model import shared_weights
 from savant_ray.model.shared_weights import add_product, adds_bf16_products_to_fp32
-from savant_ray.training.device import MAX_IN_FLIGHT, LaunchQueue, compile_block
+from savant_ray.training.device import MAX_IN_FLIGHT, LaunchQueue, compile_block, use_deterministic_kernels
 from savant_ray.training.state import TrainingState, new_state
-from savant_ray.training.step import MicroBatch, add_gradients, take_step
+from savant_ray.training.step import MicroBatch, add_gradients, add_to_tree, take_step
 from tests.training.test_step import assert_ranks_take_the_same_steps, run_ranks, with_bad_losses
 from tests.training.tiny import MODEL, never, share, tiny_config, weights
 
@@ -81,14 +81,17 @@ def test_a_compiled_step_has_the_gradients_of_an_uncompiled_one(precision: str, 
     assert (gradients[1] - gradients[0]).norm() < 2e-2 * gradients[0].norm()
 
 
-def test_a_micro_batch_is_launched_without_a_wait_for_the_gpu() -> None:
+@pytest.mark.parametrize("compute", [add_gradients, add_to_tree])
+def test_a_micro_batch_is_launched_without_a_wait_for_the_gpu(
+    compute: Callable[[TrainingState, MicroBatch], torch.Tensor],
+) -> None:
     state, (micro_batch, *_) = new_state(CONFIG, CUDA, "bf16"), on_gpu(share(0, 12, 0, 1, 4))
     compile_block(state.model, "auto", CUDA, "bf16")
-    first_loss = add_gradients(state, micro_batch)  # compiles, and tries products
+    first_loss = compute(state, micro_batch)  # compiles, and tries products
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")  # a wait raises RuntimeError
     try:
-        second_loss = add_gradients(state, micro_batch)
+        second_loss = compute(state, micro_batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(second_loss, first_loss)
@@ -121,6 +124,38 @@ def test_bad_micro_batches_are_left_out_on_a_gpu_as_well(bad: tuple[int, ...], m
     assert results[0].updated == results[1].updated == (len(bad) < 3)
     for found, expected in zip(*(weights(state).values() for state in states), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def deterministic_kernels() -> Iterator[None]:
+    use_deterministic_kernels()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed", "fp32"])
+@pytest.mark.usefixtures("deterministic_kernels")
+def test_deterministic_steps_have_the_same_bits_each_time_and_zeros_for_a_bad_micro_batch(
+    precision: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = tiny_config(deterministic=True, batch_size=2, accumulation=6, optimizer=optimizer).to_dict()["training"]
+    config = Config.from_dict(CONFIG.to_dict() | {"training": training})
+    batches = [on_gpu(share(first, 12, 0, 1, 2)) for first in (0, 12)]
+    monkeypatch.setattr(step_module, "cross_entropy_sum", with_bad_losses([batches[0][3]], math.nan))
+    found = []
+    for _ in range(3):
+        state = new_state(config, CUDA, precision)
+        compile_block(state.model, "auto", CUDA, precision)
+        results = [take_step(state, batch, 1e-2, 1.0, never) for batch in batches]
+        assert [result.skipped for result in results] == [1, 0] and all(result.updated for result in results)
+        found.append(([(r.loss, r.grad_norm) for r in results], flat_state(state)))
+    assert all(figures == found[0][0] and torch.equal(tensors, found[0][1]) for figures, tensors in found[1:])
+
+
+def flat_state(state: TrainingState) -> torch.Tensor:
+    """Return all weights and moments."""
+    return torch.cat([tensor.float().flatten() for tensor in state.optimizer.tensors()])
 
 
 @pytest.mark.slow

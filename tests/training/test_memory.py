@@ -15,6 +15,7 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.events import Notice
+from savant_ray.model.transformer import n_parameters
 from savant_ray.training import device as device_module
 from savant_ray.training import loop
 from savant_ray.training.device import (
@@ -207,3 +208,14 @@ def test_the_note_of_the_second_cap_is_emitted_once(monkeypatch: pytest.MonkeyPa
     state = tiny_state(config)
     loop.train(state, config, shares(state, config), host)
     assert [event.text for event in host.events if isinstance(event, Notice)] == ["rank 0: 10 are too few"]
+
+
+def test_the_sums_of_deterministic_steps_count_and_give_way_as_everything_else() -> None:
+    config = under(10.0)
+    settings = config.to_dict()
+    settings["training"]["deterministic"] = True
+    deterministic = Config.from_dict(settings)
+    fit = BatchFit.from_config(config, CUDA)
+    sums_gb = 4 * 4 * n_parameters(config.model) / GIB  # 16 micro-batches: four levels
+    assert estimated_gb(deterministic, fit) == pytest.approx(estimated_gb(config, fit) + sums_gb)
+    assert expected_fit(deterministic) == fit.smaller()

@@ -47,7 +47,7 @@ def _rank(rank: int, world_size: int, folder: str, backend: str) -> None:
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
     device = CPU if backend == "gloo" else torch.device("cuda", rank)
-    config = tiny_config()
+    config = tiny_config(deterministic=False)
     state = new_state(config, device)
 
     def local_batch(first: int, batch_size: int) -> list[MicroBatch]:
@@ -84,41 +84,10 @@ def assert_ranks_take_the_same_steps(ranks: list, alone: tuple[list, dict[str, t
 
 
 @pytest.mark.slow
-def test_one_two_three_and_five_workers_take_the_same_steps(tmp_path: Path) -> None:
+def test_one_and_five_workers_take_the_same_steps(tmp_path: Path) -> None:
     alone = run_ranks(1, tmp_path / "1")[0]
-    for world_size in (2, 3, 5):  # 5 does not divide 12
+    for world_size in (5,):  # does not divide 12
         assert_ranks_take_the_same_steps(run_ranks(world_size, tmp_path / str(world_size)), alone)
-
-
-def _rank_with_a_bad_loss(rank: int, folder: str, bad: bool) -> None:
-    """Two ranks take two steps; in the first one, the loss of rank 1's first micro-batch is NaN, or it is left out."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    state, true_loss = tiny_state(tiny_config()), module.cross_entropy_sum
-    shares = [share(k * N, N, rank, 2, 2) for k in range(2)]
-    calls = itertools.count()
-    if rank == 1 and bad:
-        module.cross_entropy_sum = lambda *a: true_loss(*a) * (math.nan if next(calls) == 0 else 1.0)
-    elif rank == 1:
-        del shares[0][0]
-    results = [step(state, mine) for mine in shares]
-    figures = [(r.loss, r.tokens, r.grad_norm, r.updated) for r in results]
-    torch.save((figures, results[0].skipped, len(results[0].skipped_locally), weights(state)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_a_bad_loss_on_one_rank_gives_the_step_without_that_micro_batch_on_all_ranks(tmp_path: Path) -> None:
-    results = {}
-    for bad in (True, False):
-        folder = tmp_path / str(bad)
-        folder.mkdir()
-        mp.spawn(_rank_with_a_bad_loss, (str(folder), bad), nprocs=2)
-        results[bad] = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-    clean = results[False][0]
-    for rank, (figures, skipped, skipped_locally, final) in enumerate(results[True]):
-        assert figures == clean[0] and skipped == 1 and skipped_locally == rank
-        assert all(torch.equal(final[name], clean[3][name]) for name in final)
 
 
 def with_bad_losses(bad: list[MicroBatch], value: float) -> Callable[..., torch.Tensor]:
@@ -136,13 +105,14 @@ def with_bad_losses(bad: list[MicroBatch], value: float) -> Callable[..., torch.
 @pytest.mark.parametrize("bad", [(0,), (2,), (0, 1), (0, 1, 2)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_with_bad_micro_batches_is_bit_for_bit_the_step_without_them(bad, value, monkeypatch) -> None:
-    """First, last, some or all micro-batches."""
+    """First, last, some or all micro-batches; `tests/training/test_equal_bits.py` has the deterministic steps."""
+    config = tiny_config(deterministic=False)
     micro_batches = share(0, N, 0, 1, 4)
     with monkeypatch.context() as patch:
         patch.setattr(module, "cross_entropy_sum", with_bad_losses([micro_batches[i] for i in bad], value))
-        disturbed = tiny_state(tiny_config())
+        disturbed = tiny_state(config)
         result = step(disturbed, micro_batches)
-    clean = tiny_state(tiny_config())
+    clean = tiny_state(config)
     expected = step(clean, [b for i, b in enumerate(micro_batches) if i not in bad])
 
     assert result.skipped == len(bad)
@@ -160,7 +130,7 @@ def test_a_micro_batch_that_is_bad_only_the_second_time_is_skipped_as_well(monke
     monkeypatch.setattr(
         module, "cross_entropy_sum", lambda *a: true_loss(*a) * (math.nan if next(calls) in (0, 4) else 1.0)
     )
-    result = step(tiny_state(tiny_config()), micro_batches)
+    result = step(tiny_state(tiny_config(deterministic=False)), micro_batches)
     assert [s.positions for s in result.skipped_locally] == [micro_batches[0].positions, micro_batches[2].positions]
     assert result.updated
 
@@ -168,7 +138,7 @@ def test_a_micro_batch_that_is_bad_only_the_second_time_is_skipped_as_well(monke
 def test_a_bad_loss_in_a_step_without_time_to_repeat_it_abandons_the_step(monkeypatch) -> None:
     micro_batches = share(0, N, 0, 1, 4)
     monkeypatch.setattr(module, "cross_entropy_sum", with_bad_losses(micro_batches[:1], math.nan))
-    state = tiny_state(tiny_config())
+    state = tiny_state(tiny_config(deterministic=False))
     before, left = weights(state), iter([None, None, None, 0.0, -1.0, -1.0])
     result = step(state, micro_batches, lambda: next(left))
     assert result.abandoned and not result.updated
@@ -223,7 +193,7 @@ def test_the_seconds_of_the_phases_of_a_step_are_right_and_add_up(monkeypatch: p
         return taken
 
     monkeypatch.setattr(module, "add_gradients", taking(5.0, module.add_gradients))
-    monkeypatch.setattr(module, "all_reduce_sum", taking(10.0, module.all_reduce_sum))
+    monkeypatch.setattr(module, "reduce_gradients", taking(10.0, module.reduce_gradients))
     monkeypatch.setattr(state.optimizer, "step", taking(8.0, state.optimizer.step))
     train(state, config, (taking(4.0, lambda each: each)(each) for each in shares(state, config)), host)
     steps = [event for event in host.events if isinstance(event, StepDone)]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from savant_ray.config import Config
+from savant_ray.data.order import rank_slice
 from savant_ray.events import Event, StepDone
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.state import TrainingState, new_state
@@ -55,19 +56,26 @@ def tiny_state(config: Config) -> TrainingState:
     return new_state(config, CPU)
 
 
-def micro_batch(positions: np.ndarray | list[int]) -> MicroBatch:
+def micro_batch(positions: np.ndarray | list[int], index: int = 0) -> MicroBatch:
     tokens, documents = zip(*(_sequence(int(p)) for p in positions), strict=True)
-    return unmasked(torch.stack(tokens), torch.stack(documents), tuple(int(p) for p in positions))
+    return unmasked(torch.stack(tokens), torch.stack(documents), tuple(int(p) for p in positions), index)
 
 
-def unmasked(tokens: torch.Tensor, documents: torch.Tensor, positions: tuple[int, ...] = ()) -> MicroBatch:
+def unmasked(
+    tokens: torch.Tensor, documents: torch.Tensor, positions: tuple[int, ...] = (), index: int = 0
+) -> MicroBatch:
     """Return a micro-batch that trains on all tokens."""
-    return MicroBatch(tokens, documents, torch.ones_like(tokens, dtype=torch.bool), positions)
+    return MicroBatch(tokens, documents, torch.ones_like(tokens, dtype=torch.bool), positions, index=index)
 
 
 def share(first: int, effective_batch: int, rank: int, world_size: int, batch_size: int) -> list[MicroBatch]:
-    mine = np.array_split(np.arange(first, first + effective_batch), world_size)[rank]
-    return [micro_batch(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
+    """Return the micro-batches of a rank, which are not divided among ranks."""
+    mine = rank_slice(effective_batch, rank, world_size, batch_size)
+    starts = range(mine.start, mine.stop, batch_size)
+    return [
+        micro_batch(first + np.arange(start, min(start + batch_size, mine.stop)), start // batch_size)
+        for start in starts
+    ]
 
 
 def shares(state: TrainingState, config: Config, rank: int = 0, world_size: int = 1) -> Iterator[list[MicroBatch]]:

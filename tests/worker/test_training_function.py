@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from savant_ray.data.stream import StepStream, StreamPlan
 from savant_ray.errors import MemoryCapError, UnexpectedError
 from savant_ray.events import Event, RunFailed
 from savant_ray.worker import training_function as worker
@@ -87,3 +88,17 @@ def test_workers_do_not_validate_again_the_settings_that_the_driver_has_validate
     settings["training"]["max_steps"] = 0  # refused by a validation
     events = run_worker(monkeypatch, MemoryCapError, task={"config": settings}, new_state=no_room)
     assert any(isinstance(event, RunFailed) for event in events), "the worker got as far as building the model"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "note"),
+    [
+        (1, None),
+        (3, None),
+        (5, "2 of 5 workers have nothing to compute: a step has 3 micro-batches of 4 sequences, which are not divided"),
+    ],
+)
+def test_workers_without_a_micro_batch_are_counted_in_a_notice(world_size: int, note: str | None) -> None:
+    plan = StreamPlan((), (), seed=0, effective_batch=10)
+    found = worker.idle_workers(StepStream(plan, 0, world_size, group=4))
+    assert found is None if note is None else (found or "").startswith(note)

@@ -1,0 +1,82 @@
+"""Sums in a fixed binary tree, so that their bits do not depend on who adds which part.
+
+The addition of floating-point numbers is commutative but not associative: a sum has the same bits wherever it is computed
+if its parentheses are the same. Here they are those of a binary tree over the leaves 0 to n - 1. A node of size s, a power
+of two, covers s leaves from a multiple of s; it is the sum of its two halves, or its left half if no leaf is in the right
+one. The tree depends on n only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """The leaves `first` to `first + size - 1` of a node; `size` is a power of two that divides `first`."""
+
+    first: int
+    size: int
+
+    def is_left_of(self, other: Block) -> bool:
+        """Return whether the two are the halves of a node, this one the left half."""
+        return self.size == other.size and self.first + self.size == other.first and self.first % (2 * self.size) == 0
+
+
+def blocks(leaves: range) -> list[Block]:
+    """Return the largest nodes that cover consecutive leaves, in their order: at most 2 log2(n) for n leaves."""
+    found, first = [], leaves.start
+    while first < leaves.stop:
+        size = 1 << (leaves.stop - first).bit_length() - 1
+        if first:
+            size = min(size, first & -first)  # the largest power of two that divides `first`
+        found.append(Block(first, size))
+        first += size
+    return found
+
+
+class TreeSum:
+    """Adds tensors of one shape, which arrive in the order of their leaves, and keeps the largest complete nodes.
+
+    For n leaves at most log2(n) + 1 tensors are kept. Their memory is used again after `clear`.
+    """
+
+    def __init__(self) -> None:
+        self._nodes: list[tuple[Block, Tensor]] = []
+        self._unused: list[Tensor] = []
+
+    def add(self, block: Block, values: Tensor) -> None:
+        """Add the sum of a node's leaves; `values` is copied, or added to a sum that is kept."""
+        total = values
+        while self._nodes and self._nodes[-1][0].is_left_of(block):
+            left, left_total = self._nodes.pop()
+            left_total.add_(total)
+            if total is not values:
+                self._unused.append(total)
+            block, total = Block(left.first, 2 * left.size), left_total
+        self._nodes.append((block, self._copy(values) if total is values else total))
+
+    @property
+    def totals(self) -> Sequence[Tensor]:
+        """Return the sums of `blocks(range(first leaf, last leaf + 1))`; later additions change them."""
+        return [total for _, total in self._nodes]
+
+    def total(self) -> Tensor:
+        """Return the sum of all leaves, if they are all leaves of the tree, until `clear` or `add` is called."""
+        while len(self._nodes) > 1:
+            _, right = self._nodes.pop()
+            self._nodes[-1][1].add_(right)
+            self._unused.append(right)
+        return self._nodes[0][1]
+
+    def clear(self) -> None:
+        """Remove all leaves."""
+        self._unused += self.totals
+        self._nodes.clear()
+
+    def _copy(self, values: Tensor) -> Tensor:
+        buffer = self._unused.pop() if self._unused else values.new_empty(values.shape)
+        return buffer.copy_(values)

@@ -1,0 +1,61 @@
+"""Comparison of weights and optimizer state between ranks.
+
+All ranks apply the same update to the same weights, so they have the same bits. A difference is a fault: of memory, of a
+processor, or of a transfer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from savant_ray.training.reduction import gather, n_ranks
+from savant_ray.training.state import TrainingState
+
+INTEGERS = {2: torch.int16, 4: torch.int32}  # by the bytes of an element
+MODULUS = (1 << 61) - 1
+
+
+class RanksDifferError(RuntimeError):
+    """Ranks have different weights or optimizer state.
+
+    It is no `SavantError`: the worker fails as for any other reason, and all workers are restarted from the newest
+    checkpoint (`scaling.max_failures`).
+    """
+
+
+def raise_if_ranks_differ(state: TrainingState) -> None:
+    """Compare the weights and the optimizer state of all ranks. Collective.
+
+    Raises:
+        RanksDifferError: they are not the same, on all ranks; the message names the ranks that differ from most others.
+    """
+    if n_ranks() == 1:
+        return
+    checksums = [row[0] for row in gather([checksum(state)], state.device)]
+    if len(set(checksums)) == 1:
+        return
+    raise RanksDifferError(
+        f"{differing(checksums)} different weights or optimizer state after step {state.step:,}: an error of memory, a "
+        "processor or a transfer, or workers on different processors (training.compare_ranks_every: 0 accepts these)"
+    )
+
+
+def differing(checksums: list[int]) -> str:
+    """Return subject and verb of a sentence about the ranks that differ from the majority, or about all without one."""
+    (common, count), *others = Counter(checksums).most_common()
+    has_majority = not others or count > others[0][1]
+    ranks = [str(rank) for rank, value in enumerate(checksums) if not has_majority or value != common]
+    if not has_majority:
+        return f"ranks {' and '.join(ranks)} have"
+    return f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(ranks)} have"
+
+
+def checksum(state: TrainingState) -> int:
+    """Return a number of 61 bits that changes if any bit of the weights or of the optimizer's state changes."""
+    sums = torch.stack([tensor.view(INTEGERS[tensor.element_size()]).sum() for tensor in state.optimizer.tensors()])
+    result = 0
+    for value in sums.tolist():
+        result = (result * 31 + value) % MODULUS
+    return result
