@@ -16,12 +16,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import re
 import resource
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -64,6 +66,15 @@ def supported_precision(precision: Precision, device: torch.device) -> tuple[Pre
     if precision == "fp32" or device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return precision, None
     return "fp32", f"this CPU has no bf16 instructions: training.precision = {precision} computes in fp32"
+
+
+def processor_name() -> str:
+    """Return the model of this machine's processor, and the vector instructions that PyTorch uses on it."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, '') or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def weights_dtype(precision: Precision) -> torch.dtype:
