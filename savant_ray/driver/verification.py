@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -190,8 +190,8 @@ def is_deterministic(attempt: Line) -> bool:
 
 
 def device_of(attempt: Line) -> torch.device:
-    """Return the kind of device that an attempt trained on."""
-    return torch.device("cpu" if attempt["device"] == "cpu" else "cuda")
+    """Return the CPU, or the first GPU for an attempt that trained on GPUs."""
+    return torch.device("cpu") if attempt["device"] == "cpu" else torch.device("cuda", 0)
 
 
 def tokenizer_of(run: RecordedRun) -> Callable[[Config], Tokenizer]:
@@ -251,21 +251,19 @@ def repeat(
         DataError: the text is not that of the run.
         SettingsError: this version does not know a setting of the run.
     """
-    content: dict[str, Any] | None = None
-    if (start := steps[0] - 1) > 0:
-        content = read_checkpoint(run.kept[start])
-    host: _ComparingHost | None = None
+    start = steps[0] - 1
+    content = read_checkpoint(run.kept[start]) if start else None
     compared: list[int] = []
     for _, group in itertools.groupby(steps, key=lambda step: id(run.attempts[step])):
-        steps_of_attempt = list(group)
-        attempt = run.attempts[steps_of_attempt[0]]
+        first, *others = group
+        attempt = run.attempts[first]
         config = settings_of(attempt)
         data = data_of(config)
         refuse_other_text(attempt, data)
-        state = state_of(attempt, config, content)
-        state.data_fingerprint = data.fingerprint
-        host = _ComparingHost(run, state, lambda step: progress(step - start), compared)
-        train(state, config, local_batches(state, config, data.plan, [run.steps[s] for s in steps_of_attempt]), host)
+        state = state_of(attempt, config, data.fingerprint, content)
+        last = others[-1] if others else first
+        host = _ComparingHost(run, state, config, data.plan, last, compared, lambda step: progress(step - start))
+        train(state, config, host.local_batches(state), host)
         content = HostCopy().update(state)
     return equal_text(steps, compared)
 
@@ -308,7 +306,7 @@ def refuse_other_text(attempt: Line, data: TrainingData) -> None:
     )
 
 
-def state_of(attempt: Line, config: Config, content: dict[str, Any] | None) -> TrainingState:
+def state_of(attempt: Line, config: Config, data_fingerprint: str, content: dict[str, Any] | None) -> TrainingState:
     """Return the state from which an attempt trains: that of `content`, a checkpoint, or the initial one (None)."""
     device = device_of(attempt)
     torch.manual_seed(config.run.seed)
@@ -317,6 +315,7 @@ def state_of(attempt: Line, config: Config, content: dict[str, Any] | None) -> T
     cap_memory(device, config.training.vram_limit_gb)
     precision = attempt["precision"]
     state = new_state(config, device, precision)
+    state.data_fingerprint = data_fingerprint
     if device.type == "cuda" or wants_compiled(config.training.compile, device, precision):
         keep_compiled_code(Path(config.data.cache_dir))
     compile_block(state.model, config.training.compile, device, precision)
@@ -336,27 +335,36 @@ class _DirectStream(StepStream):
         return (self.read_step(start_position + number * step) for number in range(n_steps))
 
 
-def local_batches(
-    state: TrainingState, config: Config, plan: StreamPlan, lines: Sequence[Line]
-) -> Iterator[list[MicroBatch]]:
-    """Yield all micro-batches of each step, and set the micro-batch size that the step was taken with."""
-    stream = _DirectStream(plan, rank=0, world_size=1)
-    batches = BatchReader(stream, state.position, len(lines), config, state.device)
-    for line, local_batch in zip(lines, batches, strict=True):
-        state.set_fit(replace(state.fit, rows=line["micro_batch_size"]))
-        # Without `useful_flops` the loop does not measure the peak of the device.
-        yield [replace(micro_batch, useful_flops=0.0) for micro_batch in local_batch]
-
-
 class _ComparingHost:
     """The `Host` of repeated steps: compares each of them with the record, and the state with a checkpoint of the step."""
 
     rank = 0
 
     def __init__(
-        self, run: RecordedRun, state: TrainingState, progress: Callable[[int], None], compared: list[int]
+        self,
+        run: RecordedRun,
+        state: TrainingState,
+        config: Config,
+        plan: StreamPlan,
+        last_step: int,
+        compared: list[int],
+        progress: Callable[[int], None],
     ) -> None:
-        self._run, self._state, self._progress, self._compared = run, state, progress, compared
+        self._run, self._state, self._config, self._plan, self._last_step = run, state, config, plan, last_step
+        self._compared, self._progress = compared, progress
+
+    def local_batches(self, state: TrainingState) -> Iterator[list[MicroBatch]]:
+        """Yield all micro-batches of each step up to the last one of the attempt.
+
+        Before each of them the micro-batch size is set to that with which the run took the step.
+        """
+        steps = range(state.step + 1, self._last_step + 1)
+        stream = _DirectStream(self._plan, rank=0, world_size=1)
+        batches = BatchReader(stream, state.position, len(steps), self._config, state.device)
+        for step, local_batch in zip(steps, batches, strict=True):
+            state.set_fit(replace(state.fit, rows=self._run.steps[step]["micro_batch_size"]))
+            # Without `useful_flops` the loop does not measure the peak of the device.
+            yield [replace(micro_batch, useful_flops=0.0) for micro_batch in local_batch]
 
     def emit(self, event: Event) -> None:
         """Compare a finished step.
