@@ -161,14 +161,16 @@ def refuse_unrepeatable(run: RecordedRun, steps: range) -> None:
     Raises:
         SavantError: it cannot; the message says which steps, why, and which others can be repeated.
     """
-    reasons = [(step, reason) for step in steps if (reason := obstacle(run.attempts[step]))]
-    if not reasons:
+    attempts = {id(run.attempts[step]): run.attempts[step] for step in steps}
+    obstacles = {number: obstacle(attempt) for number, attempt in attempts.items()}
+    refused = [(step, reason) for step in steps if (reason := obstacles[id(run.attempts[step])])]
+    if not refused:
         return
-    step, reason = reasons[0]
-    same = list(itertools.takewhile(lambda other: obstacle(run.attempts[other]) == reason, range(step, steps.stop)))
-    later = [start for start in run.starts if start >= reasons[-1][0] and start < steps[-1]]
+    first, reason = refused[0]
+    last = [step for step, other in refused if other == reason][-1]
+    later = [start for start in run.starts if refused[-1][0] <= start < steps[-1]]
     advice = f"; try --steps {later[0] + 1}..{steps[-1]}" if later else ""
-    raise SavantError(f"steps {same[0]:,} to {same[-1]:,} cannot be repeated bit for bit: {reason}{advice}")
+    raise SavantError(f"steps {first:,} to {last:,} cannot be repeated bit for bit: {reason}{advice}")
 
 
 def obstacle(attempt: Line) -> str | None:
