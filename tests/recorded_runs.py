@@ -71,6 +71,7 @@ def train_recorded(
 ) -> TrainingState:
     """Train a run in one process, or continue it from its newest checkpoint; `attempt` are further fields of the event."""
     folder.mkdir(exist_ok=True)
+    torch.manual_seed(config.run.seed)  # as a worker does; checkpoints contain the state of the generator
     state = new_state(config, CPU)
     if saved := checkpoints(folder):
         state.load_checkpoint(read_checkpoint(saved[-1]))
