@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install extras train submit test test-quick test-all coverage fuzz torture soak check clean
+.PHONY: help install extras train submit test test-quick test-all coverage fuzz torture preemptions soak check clean
 
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
@@ -41,6 +41,7 @@ help:
 	make test-all     install the extras and run all tests, fuzz, torture and soak (about 2 hours)
 	make fuzz         read N=10000 invalid inputs per reader; each must give a clear error and lose nothing
 	make torture      interrupt runs N=100 times; each must have the result of an uninterrupted run
+	make preemptions  preempt runs of 1,600 steps four times, announced and not; prints what it costs
 	make soak         run 80,000 tiny steps; memory, open files and step time must stay constant
 	make check        check format, lint, types, spelling, layers and documentation
 	make docs         regenerate the reference pages and build the documentation as site/index.html
@@ -83,6 +84,9 @@ fuzz: install
 
 torture: install
 	@exec $(RUN) -m tests.torture "$(or $(N),100)"
+
+preemptions: install
+	@exec $(RUN) -m tests.torture.preemptions $(ARGS)
 
 soak: install
 	@exec $(RUN) -m tests.torture.soak

@@ -25,6 +25,7 @@ HELP_FOR_ORIGINAL = (
 )
 MAX_NEW_TOKENS = 1_000_000  # a token takes milliseconds, and memory in the cache of each loop with global attention
 MAX_TRIALS = 10_000
+MAX_STEP = 10**12
 MAX_LOOPS = 1024  # each loop caches keys and values of its own
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # of torch.Generator
 _SETTING = re.compile(r"--\w+\.[\w.]+(=.*)?", re.DOTALL)
@@ -253,6 +254,17 @@ def trials(text: str) -> int:
 def depths(text: str) -> list[int]:
     """Return numbers of loops from a comma-separated list."""
     return [loops(part) for part in text.split(",")]
+
+
+def step_range(text: str) -> tuple[int | None, int | None]:
+    """Return the first and the last step of a range such as 100..200; None for an end that is left out."""
+    first, dots, last = text.partition("..")
+    if not dots:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 100..200, 100.. or ..200")
+    start, end = (_integer(step, 1, MAX_STEP) if step else None for step in (first, last))
+    if start is not None and end is not None and start > end:
+        raise argparse.ArgumentTypeError(f"{text!r} ends before it begins")
+    return start, end
 
 
 def count(text: str) -> int:

@@ -30,6 +30,7 @@ from savant_ray.command_line import (
     refuse_deleted_folder,
     replicas,
     seed,
+    step_range,
     temperature,
     trials,
     utf8_text,
@@ -439,6 +440,26 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _verify(arguments: Sequence[str]) -> int:
+    parser = _parser("verify")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--steps",
+        type=step_range,
+        metavar="A..B",
+        default=(None, None),
+        help="steps to compare; A or B may be left out [from the initial weights, or the oldest kept checkpoint, to the "
+        "newest one]",
+    )
+    options = parser.parse_args(arguments)
+    refuse_deleted_folder()
+    from savant_ray.driver import verify
+
+    first, last = options.steps
+    print(verify(options.run, first, last, options.verbose))
+    return 0
+
+
 def _config(arguments: Sequence[str]) -> int:
     _, config = parse_with_settings(_parser("config", settings=True), arguments)
     from savant_ray.config import dump_yaml
@@ -528,6 +549,7 @@ COMMANDS = {
     "runs": Command(_runs, "list runs with state, step, loss and last checkpoint"),
     "status": Command(_status, "print the state of a run in five lines"),
     "report": Command(_report, "write an HTML page about a run, or about several side by side", prints_result=False),
+    "verify": Command(_verify, "repeat recorded steps and compare them with the run, bit for bit"),
     "sweep": Command(_sweep, "train runs with other settings each, and compare them", prints_result=False),
     "generate": Command(_generate, "complete a prompt with a checkpoint"),
     "chat": Command(_chat, "talk to a model: questions and answers, or texts that it continues"),

@@ -5,6 +5,7 @@
     ├── DataError               3   training text is missing, unreadable, or contains no document
     ├── CheckpointError         4   a checkpoint is missing, damaged or does not fit
     ├── MemoryCapError          5   one sequence, or the model's state, does not fit under `training.vram_limit_gb`
+    ├── VerificationError       6   a repeated step or checkpoint is not that of the run (`savant verify`)
     ├── TrainingError           1   training failed: too many steps were skipped, or a worker died too often
     └── UnexpectedError         1   any other error, with the current activity; the full traceback is stored in a file
 
@@ -57,6 +58,12 @@ class MemoryCapError(SavantError):
     """One sequence, or the model with gradients and optimizer state, does not fit under `training.vram_limit_gb`."""
 
     exit_code = 5
+
+
+class VerificationError(SavantError):
+    """A repeated step, or the state after it, is not bit for bit that of the run (`savant verify`)."""
+
+    exit_code = 6
 
 
 class TrainingError(SavantError):

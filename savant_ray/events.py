@@ -89,6 +89,9 @@ class AttemptStarted(Event):
     threads: int = 0  # per worker
     vram_limit_gb: float | None = None  # GiB; None = no cap
     versions: dict[str, str] = field(default_factory=dict)  # of python, torch and ray
+    processor: str = ""  # of rank 0, and the vector instructions that PyTorch uses on it
+    code: str = ""  # digest of the Python files of savant_ray
+    data_fingerprint: str = ""  # of tokenizer, text and mixture
     settings: dict[str, Any] = field(default_factory=dict)  # section -> setting -> value
 
 

@@ -21,6 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import ray
 import ray.data
 
 from savant_ray.data import ray_data
@@ -66,6 +67,10 @@ MAX_TRAINING_CHARACTERS = 128 << 20  # for training a tokenizer, which barely ch
 Progress = Callable[[int, int], None]  # receives bytes done and total bytes
 
 
+class RayRequiredError(RuntimeError):
+    """A token cache has to be built, and Ray is not initialized."""
+
+
 def prepare(
     texts: Sequence[SourceFile] | Sequence[SourceText],
     tokenizer: Tokenizer,
@@ -80,7 +85,7 @@ def prepare(
 ) -> TokenCache:
     """Return the token cache of `texts` in `cache_dir`, and build it if it does not exist.
 
-    Building needs an initialized Ray. In a damaged cache only the damaged shards are rebuilt.
+    In a damaged cache only the damaged shards are rebuilt.
 
     Args:
         texts: to tokenize: files, or files with rules.
@@ -98,6 +103,7 @@ def prepare(
     Raises:
         DataError: a file cannot be read, the files contain no document, or a line is invalid and `on_bad_line` is
             "error".
+        RayRequiredError: the cache has to be built, and Ray is not initialized.
     """
     cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     recipe = Recipe.of(tokenizer, sequence_length, max_line_bytes)
@@ -299,7 +305,10 @@ class _Build:
 
         Raises:
             DataError: a file cannot be read or was changed during the build, or no file contains a document.
+            RayRequiredError: Ray is not initialized.
         """
+        if not ray.is_initialized():
+            raise RayRequiredError("a token cache has to be built, and Ray is not initialized")
         for problem in self._damage:
             log(f"{problem}; rebuilding it")
         folder = self.folder

@@ -1,8 +1,9 @@
 """One attempt at a run in the driver process: checks, data, Ray Train, signals, exit code.
 
-`train` and `prepare` are the entry points. torch and Ray take seconds to import, and Ray reads environment variables when
-it is imported. Both functions therefore set the environment before they import the modules that do the work. `train` also
-installs the signal handlers first, and imports the modules that connect to Ray only after the checks have passed.
+`train`, `prepare` and `verify` are the entry points. torch and Ray take seconds to import, and Ray reads environment
+variables when it is imported. All of them therefore set the environment before they import the modules that do the work.
+`train` also installs the signal handlers first, and imports the modules that connect to Ray only after the checks have
+passed.
 """
 
 from __future__ import annotations
@@ -69,3 +70,20 @@ def prepare(config: Config, verbose: bool = False) -> None:
     from savant_ray.driver.data_preparation import prepare_only
 
     prepare_only(config, verbose)
+
+
+def verify(run: str, first: int | None = None, last: int | None = None, verbose: bool = False) -> str:
+    """Repeat steps of a run in this process, compare them with its record and checkpoints, and return what is equal.
+
+    The steps `first` to `last` are among the repeated ones. If `first` is None, training is repeated from the initial
+    weights if the record begins with them, otherwise from the oldest kept checkpoint; if `last` is None, up to the newest
+    checkpoint. `verbose` prints the output of Ray, which is started only if a part of the token cache is missing.
+
+    Raises:
+        VerificationError: a step, or the state after it, is not that of the run.
+        SavantError: the steps cannot be repeated, or the run cannot be read.
+    """
+    prepare_environment()
+    from savant_ray.driver.verification import verify_run
+
+    return verify_run(run, first, last, verbose)

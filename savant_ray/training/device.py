@@ -16,12 +16,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import re
 import resource
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -97,6 +99,15 @@ def set_threads(setting: int | str, of_checkpoint: int | None) -> str | None:
         f"each worker has {cores} cores, and the checkpoint was computed with {of_checkpoint} threads per worker: the "
         f"rounding of the following steps may differ; scaling.threads_per_worker: {of_checkpoint} avoids that, but is slow"
     )
+
+
+def processor_name() -> str:
+    """Return the model of this machine's processor, and the vector instructions that PyTorch uses on it."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, '') or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def weights_dtype(precision: Precision) -> torch.dtype:

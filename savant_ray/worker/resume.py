@@ -32,7 +32,7 @@ def load_newest(state: TrainingState, config: Config, storage: RunStorage, allow
     """
     name = broadcast_from_rank_0(lambda: newest_name(storage))
     if name is None:
-        return _load_initial_weights(state, config)
+        return load_initial_weights(state, config)
     path = fetch_once_per_node(storage, name)
     notes = state.load_checkpoint(read_checkpoint(path), allow_changes)
     return RunResumed(step=state.step, path=storage.locate(name), warnings=tuple(notes))
@@ -76,7 +76,12 @@ def on_each_node(checkpoint: AbstractContextManager[Path]) -> Iterator[Path]:
         dist.barrier()  # the first rank deletes its copy after all ranks have read it
 
 
-def _load_initial_weights(state: TrainingState, config: Config) -> RunResumed | None:
+def load_initial_weights(state: TrainingState, config: Config) -> RunResumed | None:
+    """Load the weights of `run.init_from` into a new state; return None if the setting is null. Collective.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its weights do not fit the model.
+    """
     if config.run.init_from is None:
         return None
     # The driver has already compared the settings.

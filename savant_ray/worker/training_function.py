@@ -29,6 +29,7 @@ from savant_ray.training.device import (
     cap_memory,
     compile_block,
     keep_freed_memory,
+    processor_name,
     raise_memory_cap_error_on_oom,
     set_threads,
     supported_precision,
@@ -155,5 +156,8 @@ def _attempt_started(host: RayHost, state: TrainingState, config: Config, notes:
         threads=torch.get_num_threads(),
         vram_limit_gb=config.training.vram_limit_gb if is_cuda else None,
         versions={"python": platform.python_version(), "torch": str(torch.__version__), "ray": ray.__version__},
+        processor=processor_name(),
+        code=own_digest(),
+        data_fingerprint=state.data_fingerprint,
         settings=config.to_dict(),
     )

@@ -6,54 +6,28 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ray._raylet import GcsClient
-from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
 
 from savant_ray.training.checkpoint import checkpoints
 from tests.cluster.conftest import (
     RUN,
-    Head,
     losses,
     records,
     run_job,
-    running_cluster,
     start_job,
     steps_done,
     wait_for,
 )
+from tests.cluster.nodes import Nodes, running_nodes
 
 pytestmark = pytest.mark.slow
 
 
-class Nodes:
-    """A cluster of a head without CPUs, and nodes with one CPU, thus one worker, each."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.head = Head(cluster.address, "")
-
-    def add(self) -> Any:
-        return self.cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-
-    def kill(self, node: Any) -> None:
-        """Kill every process of the node, as a power failure does."""
-        self.cluster.remove_node(node, allow_graceful=False)
-
-    def drain(self, node: Any) -> None:
-        """Drain the node, as a cloud provider does before it reclaims a spot instance."""
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        accepted, why_not = GcsClient(address=self.cluster.address).drain_node(node.node_id, reason, "reclaimed", 0)
-        assert accepted, why_not
-
-
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    with running_cluster(num_cpus=0, object_store_memory=100 << 20, include_dashboard=False) as cluster:
-        yield Nodes(cluster)
+    with running_nodes() as nodes:
+        yield nodes
 
 
 def log(run: Path) -> str:

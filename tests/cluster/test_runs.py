@@ -60,6 +60,13 @@ def copied(finished: Finished, target: Path) -> Path:
     return target
 
 
+def test_a_run_equals_its_repetition_without_ray(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(finished.run)]) == 0
+    printed = capsys.readouterr().out
+    equal = "steps 1 to 8 and the checkpoints step_4, step_8 are equal to the record of the run, bit for bit"
+    assert equal in printed and "starting Ray" not in printed
+
+
 def test_a_finished_run_has_all_its_files_and_records(finished: Finished) -> None:
     run = finished.run
     assert {p.name for p in run.iterdir()} >= {

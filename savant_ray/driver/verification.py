@@ -1,0 +1,501 @@
+"""Repeats recorded steps and compares them with the record and the checkpoints of the run, bit for bit: `savant verify`.
+
+One process takes the steps again with the loop of `training/loop.py`, from a kept checkpoint or from the initial weights.
+Each step is repeated with what its attempt recorded: settings, precision, threads and micro-batch size. The text comes from
+the token cache. Ray is started only if a part of that is missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from savant_ray.cluster.same_code import own_digest
+from savant_ray.cluster.session import ray_session
+from savant_ray.config import Config
+from savant_ray.data.cache_builder import RayRequiredError
+from savant_ray.data.stream import LocalSequences, StepStream, StreamPlan
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.driver.data_files import find_data_files
+from savant_ray.driver.data_preparation import prepare_data
+from savant_ray.driver.failures import ray_errors_explained
+from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError, VerificationError
+from savant_ray.events import AttemptStarted, Event, StepDone
+from savant_ray.locations import is_uri
+from savant_ray.reporting import RunReport
+from savant_ray.reporting.console import PlainConsole
+from savant_ray.reporting.record import METRICS, parsed, to_line
+from savant_ray.reporting.wording import duration
+from savant_ray.training.checkpoint import checkpoints, read_checkpoint, step_of, tokenizer_file
+from savant_ray.training.compiler_cache import keep_compiled_code
+from savant_ray.training.device import (
+    cap_memory,
+    compile_block,
+    processor_name,
+    supported_precision,
+    wants_compiled,
+)
+from savant_ray.training.host_copies import HostCopy
+from savant_ray.training.loop import train
+from savant_ray.training.state import TrainingState, new_state
+from savant_ray.training.step import MicroBatch
+from savant_ray.worker.batch_reader import BatchReader
+from savant_ray.worker.resume import load_initial_weights
+
+Line = Mapping[str, Any]  # of metrics.jsonl
+# Figures of a step that are compared, in the order in which a step computes them, so that the first difference is named.
+FIGURES = ("tokens", "learning_rate", "skipped_micro_batches", "train_loss", "grad_norm", "update_skipped")
+NOT_COMPARED = ("savant.torch_rng_state", "savant.fit")  # parts of a checkpoint that do not determine later steps
+NEVER = 1 << 40  # steps
+SHOWN_DIGITS = 12  # of a digest
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Where the sequences of an attempt come from, and the fingerprint of tokenizer and text."""
+
+    plan: StreamPlan
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """The steps of a run's record, and its checkpoints."""
+
+    folder: Path
+    steps: Mapping[int, Line]  # by number
+    attempts: Mapping[int, Line]  # the attempt that took the step, by number of the step
+    kept: Mapping[int, Path]  # checkpoint folders, by step, oldest first
+
+    @classmethod
+    def read(cls, folder: Path) -> RecordedRun:
+        """Read the record of a run folder.
+
+        Raises:
+            SettingsError: the folder has no record.
+        """
+        if not (folder / METRICS).is_file():
+            raise SettingsError(f"{folder}: no run (it has no {METRICS}); `savant runs` lists the runs in this folder")
+        steps: dict[int, Line] = {}
+        attempts: dict[int, Line] = {}
+        attempt: Line | None = None
+        with (folder / METRICS).open("rb") as file:
+            for line in filter(None, map(parsed, file)):
+                if line["event"] == AttemptStarted.kind:
+                    attempt = line
+                elif line["event"] == StepDone.kind and attempt is not None:
+                    steps[line["step"]], attempts[line["step"]] = line, attempt
+        return cls(folder, steps, attempts, {step_of(path): path for path in checkpoints(folder)})
+
+    @property
+    def starts(self) -> list[int]:
+        """The steps after which training can be repeated, in ascending order: 0 (initial weights) and checkpoints."""
+        is_new = 1 in self.steps and self.attempts[1]["step"] == 0
+        return ([0] if is_new else []) + list(self.kept)
+
+    def choose(self, first: int | None, last: int | None) -> range:
+        """Return the steps to repeat, so that `first` to `last` are among them; None stands for as many as possible.
+
+        Raises:
+            CheckpointError: there is no state from which they can be repeated.
+            SettingsError: they are not in the record.
+        """
+        if not self.starts:
+            raise CheckpointError(f"{self.folder}: the run has no checkpoint from which its steps can be repeated")
+        last = max(self.starts) if last is None else last
+        starts = [step for step in self.starts if step < (last if first is None else first)]
+        if not starts and first is None:
+            raise CheckpointError(
+                f"{self.folder}: there is no checkpoint before step_{last}, from which steps could be repeated; keep more "
+                "of them with checkpoint.keep"
+            )
+        if not starts:
+            raise CheckpointError(
+                f"--steps: step {first:,} cannot be repeated, because no checkpoint before it is kept; the oldest one is "
+                f"step_{self.starts[0]}, so begin at {self.starts[0] + 1}"
+            )
+        if first is None:
+            start = next((step for step in starts if self._missing(step, last) is None), starts[-1])
+        else:
+            start = starts[-1]
+        if (missing := self._missing(start, last)) is not None:
+            raise SettingsError(f"{self.folder}: step {missing:,} is not in the record ({METRICS})")
+        return range(start + 1, last + 1)
+
+    def _missing(self, start: int, last: int) -> int | None:
+        return next((step for step in range(start + 1, last + 1) if step not in self.steps), None)
+
+    def seconds(self, steps: range) -> float:
+        """Return how long the run took for the steps, by its median step."""
+        seconds = [float(self.steps[step]["step_seconds"]) for step in steps]
+        return len(steps) * median(seconds)
+
+
+def verify_run(run: str, first: int | None, last: int | None, verbose: bool) -> str:
+    """Repeat steps of a run and return what is equal; see `savant_ray.driver.verify`."""
+    if is_uri(run):
+        raise SettingsError(f"{run}: only a run folder on this machine can be verified; copy the run here first")
+    recorded = RecordedRun.read(Path(run))
+    steps = recorded.choose(first, last)
+    refuse_unrepeatable(recorded, steps)
+    with RunReport(None) as report:
+        plans = _DataOfAttempts(tokenizer_of(recorded), report, verbose)
+        start = f"step_{steps[0] - 1}" if steps[0] > 1 else "the initial weights"
+        report.begin_stage(
+            f"repeating steps {steps[0]:,} to {steps[-1]:,} from {start} (they took {duration(recorded.seconds(steps))})"
+        )
+        return repeat(recorded, steps, plans, lambda done: report.progress(done, len(steps), "steps"))
+
+
+def refuse_unrepeatable(run: RecordedRun, steps: range) -> None:
+    """Check that one process on this machine can repeat the steps bit for bit.
+
+    Raises:
+        SavantError: it cannot; the message says which steps, why, and which others can be repeated.
+    """
+    attempts = {id(run.attempts[step]): run.attempts[step] for step in steps}
+    obstacles = {number: obstacle(attempt) for number, attempt in attempts.items()}
+    refused = [(step, reason) for step in steps if (reason := obstacles[id(run.attempts[step])])]
+    if not refused:
+        return
+    first, reason = refused[0]
+    last = [step for step, other in refused if other == reason][-1]
+    later = [start for start in run.starts if refused[-1][0] <= start < steps[-1]]
+    advice = f"; try --steps {later[0] + 1}..{steps[-1]}" if later else ""
+    raise SavantError(f"steps {first:,} to {last:,} cannot be repeated bit for bit: {reason}{advice}")
+
+
+def obstacle(attempt: Line) -> str | None:
+    """Return why one process on this machine cannot repeat the steps of an attempt bit for bit, or None."""
+    if attempt["workers"] > 1 and not is_deterministic(attempt):
+        return f"{attempt['workers']} workers added up their gradients in an order that the record does not contain"
+    device = device_of(attempt)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return f"they were trained on {attempt['device']}, and PyTorch finds no GPU here"
+    if supported_precision(precision := attempt["precision"], device)[0] != precision:
+        return f"they were trained in {precision}, for which this CPU has no instructions"
+    return None
+
+
+def is_deterministic(attempt: Line) -> bool:
+    """Return whether `training.deterministic` was in effect; attempts of older versions lack the setting."""
+    setting = attempt["settings"]["training"].get("deterministic", False)
+    return setting is True or (setting == "auto" and attempt["device"] == "cpu")
+
+
+def device_of(attempt: Line) -> torch.device:
+    """Return the CPU, or the first GPU for an attempt that trained on GPUs."""
+    return torch.device("cpu") if attempt["device"] == "cpu" else torch.device("cuda", 0)
+
+
+def tokenizer_of(run: RecordedRun) -> Callable[[Config], Tokenizer]:
+    """Return a function that loads the tokenizer of the run with the given settings.
+
+    Raises:
+        CheckpointError: the run has no checkpoint, or its newest one has no tokenizer.
+    """
+    if not run.kept:
+        raise CheckpointError(f"{run.folder}: the run has no checkpoint, and so no tokenizer")
+    file = tokenizer_file(run.kept[max(run.kept)])
+    return lambda config: Tokenizer.load(file, config.data.end_of_document, config.data.add_special_tokens)
+
+
+class _DataOfAttempts:
+    """Finds the training data of each attempt; attempts with the same settings share it."""
+
+    def __init__(self, tokenizer: Callable[[Config], Tokenizer], report: RunReport, verbose: bool) -> None:
+        self._tokenizer, self._report, self._verbose = tokenizer, report, verbose
+        self._found: dict[str, TrainingData] = {}
+
+    def __call__(self, config: Config) -> TrainingData:
+        settings = config.to_dict()
+        key = json.dumps([settings["data"], config.model.max_seq_len, config.run.seed, config.training.effective_batch])
+        if key not in self._found:
+            self._found[key] = self._prepare(config)
+        return self._found[key]
+
+    def _prepare(self, config: Config) -> TrainingData:
+        """Open the token caches of the settings, or build what is missing of them.
+
+        Raises:
+            DataError, SettingsError: the text is missing or cannot be read.
+        """
+        tokenizer = self._tokenizer(config)
+        try:
+            with RunReport(None, console=PlainConsole(None)) as silent_report:
+                files = find_data_files(config, silent_report)
+                data = prepare_data(config, files, silent_report, tokenizer)
+        except RayRequiredError:
+            self._report.begin_stage("starting Ray, to tokenize the text again")
+            with ray_session(self._verbose, self._report.notify), ray_errors_explained():
+                data = prepare_data(config, find_data_files(config, self._report), self._report, tokenizer)
+        return TrainingData(data.plan, data.fingerprint)
+
+
+def repeat(
+    run: RecordedRun, steps: range, data_of: Callable[[Config], TrainingData], progress: Callable[[int], None]
+) -> str:
+    """Take the steps again and return what is equal; `progress` receives the number of repeated steps.
+
+    The states of an attempt's end and of the next attempt's beginning are equal, as after any resume.
+
+    Raises:
+        VerificationError: a figure of a step or a part of a checkpoint is not that of the run.
+        CheckpointError: a checkpoint is damaged.
+        DataError: the text is not that of the run.
+        SettingsError: this version does not know a setting of the run.
+    """
+    start = steps[0] - 1
+    content = read_checkpoint(run.kept[start]) if start else None
+    compared: list[int] = []
+    for _, group in itertools.groupby(steps, key=lambda step: id(run.attempts[step])):
+        first, *others = group
+        attempt = run.attempts[first]
+        config = settings_of(attempt)
+        data = data_of(config)
+        refuse_other_text(attempt, data)
+        state = state_of(attempt, config, data.fingerprint, content)
+        last = others[-1] if others else first
+        host = _ComparingHost(run, state, config, data.plan, last, compared, lambda step: progress(step - start))
+        train(state, config, host.local_batches(state), host)
+        content = HostCopy().update(state)
+    return equal_text(steps, compared)
+
+
+def equal_text(steps: range, compared: list[int]) -> str:
+    """Return the result of a verification that found no difference; `compared` are the steps of checkpoints."""
+    names = ", ".join(f"step_{step}" for step in compared)
+    kinds = f"and the checkpoint{'s' if len(compared) > 1 else ''} {names} " if compared else ""
+    return f"steps {steps[0]:,} to {steps[-1]:,} {kinds}are equal to the record of the run, bit for bit"
+
+
+def settings_of(attempt: Line) -> Config:
+    """Return the settings with which an attempt trained, without those that only a run needs: profile and limits.
+
+    Raises:
+        SettingsError: this version does not know one of them.
+    """
+    try:
+        config = Config.from_dict(attempt["settings"])
+    except SettingsError as error:
+        raise SettingsError(
+            f"the attempt of {attempt['time']} has settings that this version does not know: {error}"
+        ) from error
+    training = config.training.model_copy(update={"profile": None, "max_skipped_steps": NEVER})
+    validation = config.validation.model_copy(update={"every_steps": NEVER})
+    return config.model_copy(update={"training": training, "validation": validation})
+
+
+def refuse_other_text(attempt: Line, data: TrainingData) -> None:
+    """Check that the text is the one that an attempt trained on; attempts of older versions do not say it.
+
+    Raises:
+        DataError: it is not.
+    """
+    if attempt.get("data_fingerprint", "") in ("", data.fingerprint):
+        return
+    raise DataError(
+        f"the text, its mixture or the tokenizer is not that of the attempt that began after step {attempt['step']:,}, so "
+        "its steps cannot be repeated. Restore the files of data.sources; `savant data` shows what is in them now"
+    )
+
+
+def state_of(attempt: Line, config: Config, data_fingerprint: str, content: dict[str, Any] | None) -> TrainingState:
+    """Return the state from which an attempt trains: that of `content`, a checkpoint, or the initial one (None)."""
+    device = device_of(attempt)
+    torch.manual_seed(config.run.seed)
+    if threads := attempt.get("threads"):
+        torch.set_num_threads(threads)
+    cap_memory(device, config.training.vram_limit_gb)
+    precision = attempt["precision"]
+    state = new_state(config, device, precision)
+    state.data_fingerprint = data_fingerprint
+    if device.type == "cuda" or wants_compiled(config.training.compile, device, precision):
+        keep_compiled_code(Path(config.data.cache_dir))
+    compile_block(state.model, config.training.compile, device, precision)
+    if content is None:
+        load_initial_weights(state, config)
+    else:
+        state.load_checkpoint(content, allow_changes=True)
+    return state
+
+
+class _DirectStream(StepStream):
+    """Reads all sequences of a step in this process when they are requested, without Ray Data."""
+
+    def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
+        """Return an iterator over the sequences of `n_steps` steps, the first of which begins at `start_position`."""
+        step = self.plan.effective_batch
+        return (self.read_step(start_position + number * step) for number in range(n_steps))
+
+
+class _ComparingHost:
+    """The `Host` of repeated steps: compares each of them with the record, and the state with a checkpoint of the step."""
+
+    rank = 0
+
+    def __init__(
+        self,
+        run: RecordedRun,
+        state: TrainingState,
+        config: Config,
+        plan: StreamPlan,
+        last_step: int,
+        compared: list[int],
+        progress: Callable[[int], None],
+    ) -> None:
+        self._run, self._state, self._config, self._plan, self._last_step = run, state, config, plan, last_step
+        self._compared, self._progress = compared, progress
+
+    def local_batches(self, state: TrainingState) -> Iterator[list[MicroBatch]]:
+        """Yield all micro-batches of each step up to the last one of the attempt.
+
+        Before each of them the micro-batch size is set to that with which the run took the step.
+        """
+        steps = range(state.step + 1, self._last_step + 1)
+        stream = _DirectStream(self._plan, rank=0, world_size=1)
+        batches = BatchReader(stream, state.position, len(steps), self._config, state.device)
+        for step, local_batch in zip(steps, batches, strict=True):
+            state.set_fit(replace(state.fit, rows=self._run.steps[step]["micro_batch_size"]))
+            # Without `useful_flops` the loop does not measure the peak of the device.
+            yield [replace(micro_batch, useful_flops=0.0) for micro_batch in local_batch]
+
+    def emit(self, event: Event) -> None:
+        """Compare a finished step.
+
+        Raises:
+            VerificationError: it is not equal to the recorded one.
+            CheckpointError: the checkpoint of the step is damaged.
+        """
+        if not isinstance(event, StepDone):
+            return
+        attempt = self._run.attempts[event.step]
+        if difference := step_difference(self._run.steps[event.step], to_line(event)):
+            raise VerificationError(f"step {event.step:,} differs: {difference}\n{causes(attempt)}")
+        folder = self._run.kept.get(event.step)
+        if folder is not None and folder.is_dir():  # a running training may have deleted it
+            if difference := checkpoint_difference(read_checkpoint(folder), self._state):
+                raise VerificationError(
+                    f"the checkpoint {folder.name} differs, though the figures of all steps up to it are equal: "
+                    f"{difference}\n{causes(attempt)}"
+                )
+            self._compared.append(event.step)
+        self._progress(event.step)
+
+    def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
+        """Do nothing."""
+
+    def grace_left(self) -> float | None:
+        """Return None: no stop is requested."""
+        return None
+
+    def save(self, state: TrainingState, reason: str) -> None:
+        """Do nothing: nothing is written."""
+
+    def store_file(self, file: Path, name: str) -> str:
+        """Return the path as it is: nothing is written."""
+        return str(file)
+
+    def finish_saving(self) -> bool:
+        """Return True: nothing is written."""
+        return True
+
+    def validate(self, state: TrainingState) -> bool:
+        """Return False: a validation changes no weights, so it is not repeated."""
+        return False
+
+
+def step_difference(recorded: Line, repeated: Line) -> str | None:
+    """Return the first figure of a step that differs from the record, and by how much, or None."""
+    for name in FIGURES:
+        then, now = recorded.get(name), repeated[name]
+        if name not in recorded or then == now:
+            continue
+        numbers = type(then) is not bool and isinstance(then, int | float) and isinstance(now, int | float)
+        amount = f" (a difference of {abs(now - then):.2g})" if numbers else ""
+        return f"{name} is {then} in the record, and {now} when the step is repeated{amount}"
+    return None
+
+
+def checkpoint_difference(saved: Mapping[str, Any], state: TrainingState) -> str | None:
+    """Return what of a checkpoint differs from the repeated state, and by how much, or None."""
+    names = _parameter_names(state)
+    then, now = (dict(_leaves(content, names)) for content in (saved, state.to_checkpoint()))
+    for name in [name for name in then.keys() ^ now.keys() if name.startswith("savant.")]:  # of another version
+        (then if name in then else now).pop(name)
+    if only_in_one := sorted(then.keys() ^ now.keys()):
+        return f"{only_in_one[0]} is in only one of them"
+    parts = [f"{name} {text}" for name in then if (text := _leaf_difference(then[name], now[name]))]
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else f"{len(parts)} of {len(then)} parts, the first of them {parts[0]}"
+
+
+def _parameter_names(state: TrainingState) -> list[str]:
+    """Return the names of the weights in the order in which the optimizer numbers them."""
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    return [names[id(parameter)] for group in state.optimizer.param_groups for parameter in group["params"]]
+
+
+def _leaves(value: Any, parameters: list[str], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the tensors and plain values of a checkpoint by names such as `exp_avg of head.weight`."""
+    if path in NOT_COMPARED:
+        return
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for key, item in value.items():
+        match path:
+            case "model_state_dict":
+                name = f"weight {key}"
+            case "optimizer_state_dict.state":
+                yield from ((f"{part} of {parameters[key]}", tensor) for part, tensor in item.items())
+                continue
+            case _:
+                name = f"{path}.{key}" if path else str(key)
+        yield from _leaves(item, parameters, name)
+
+
+def _leaf_difference(then: Any, now: Any) -> str | None:
+    """Return how two tensors or plain values differ, or None if they have the same bits."""
+    if not isinstance(then, Tensor) or not isinstance(now, Tensor):
+        return None if then == now else f"({then} in the checkpoint, {now} when repeated)"
+    then, now = then.detach().cpu().contiguous().reshape(-1), now.detach().cpu().contiguous().reshape(-1)
+    if then.dtype != now.dtype or then.shape != now.shape:
+        return f"({then.dtype} of {then.numel():,}, {now.dtype} of {now.numel():,} when repeated)"
+    differs = (then.view(torch.uint8) != now.view(torch.uint8)).view(-1, then.element_size()).any(dim=1)
+    if not differs.any():
+        return None
+    distance = (then.double() - now.double())[differs].abs().max().item()
+    return f"({int(differs.sum()):,} of {len(then):,} numbers, by up to {distance:.2g})"
+
+
+def causes(attempt: Line) -> str:
+    """Return one line: what differs between an attempt and this process and can explain other bits."""
+    versions, processor, code = attempt.get("versions", {}), attempt.get("processor", ""), attempt.get("code", "")
+    is_cuda = device_of(attempt).type == "cuda"
+    here = torch.cuda.get_device_name() if is_cuda else processor_name()
+    then = attempt["device"] if is_cuda else processor
+    found = []
+    if versions.get("torch") not in (None, str(torch.__version__)):
+        found.append(f"torch {versions['torch']} in the run, {torch.__version__} now")
+    if then not in ("", here):
+        found.append(f"{then} in the run, {here} now")
+    if code not in ("", own_digest()):
+        found.append(f"the code of savant_ray, {code[:SHOWN_DIGITS]} in the run, {own_digest()[:SHOWN_DIGITS]} now")
+    if is_cuda and not is_deterministic(attempt):
+        found.append("a GPU without training.deterministic, whose sums vary")
+    if found:
+        return f"possible causes: {'; '.join(found)}; or a fault of memory or processor, in the run or now"
+    return (
+        "torch, processor, code and text are those of the run, as far as it recorded them; possible causes are a fault of "
+        "memory or processor, in the run or now, and a record or checkpoint that was changed afterwards"
+    )

@@ -1,0 +1,222 @@
+"""`savant verify` repeats the steps of a run and finds whatever is not bit for bit that of the run."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from savant_ray.cli import main
+from savant_ray.config import Config
+from savant_ray.data.stream import StreamPlan
+from savant_ray.driver.verification import FIGURES, RecordedRun, TrainingData, refuse_unrepeatable, repeat
+from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError, VerificationError
+from savant_ray.reporting.record import METRICS
+from savant_ray.training.state import TrainingState
+from savant_ray.training.step import clip_to_mean
+from tests.data.conftest import byte_tokenizer  # noqa: F401 - a fixture
+from tests.recorded_runs import tiny_plan, tiny_run_config, train_recorded
+
+STEPS = 8
+CONFIG = tiny_run_config(max_steps=STEPS)
+KINDS = ("weight", "moment", "gradient")
+
+
+@pytest.fixture
+def plan(byte_tokenizer: Any, tmp_path: Path) -> StreamPlan:  # noqa: F811
+    return tiny_plan(byte_tokenizer, tmp_path / "cache", CONFIG)
+
+
+def verify(folder: Path, plan: StreamPlan, first: int | None = None, last: int | None = None) -> str:
+    """Verify a run whose sequences are those of `plan`, whatever its settings say about the text."""
+    run = RecordedRun.read(folder)
+    steps = run.choose(first, last)
+    refuse_unrepeatable(run, steps)
+
+    def data_of(config: Config) -> TrainingData:
+        return TrainingData(replace(plan, effective_batch=config.training.effective_batch), "")
+
+    return repeat(run, steps, data_of, lambda done: None)
+
+
+def test_a_run_equals_its_repetition_from_the_initial_weights_and_from_any_checkpoint(
+    plan: StreamPlan, tmp_path: Path
+) -> None:
+    train_recorded(tmp_path / "run", CONFIG, plan)
+    everything = (
+        "steps 1 to 8 and the checkpoints step_3, step_6, step_8 are equal to the record of the run, bit for bit"
+    )
+    assert verify(tmp_path / "run", plan) == everything
+    assert verify(tmp_path / "run", plan, 5, 7).startswith("steps 4 to 7 and the checkpoint step_6 are equal")
+    assert verify(tmp_path / "run", plan, first=8).startswith("steps 7 to 8 and the checkpoint step_8 are equal")
+    assert verify(tmp_path / "run", plan, last=2).startswith("steps 1 to 2 are equal")
+    shutil.rmtree(tmp_path / "run/step_3")
+    assert "step_6, step_8 are equal" in verify(tmp_path / "run", plan)
+
+
+def test_a_run_that_was_stopped_and_resumed_with_other_settings_equals_its_repetition(
+    plan: StreamPlan, tmp_path: Path
+) -> None:
+    train_recorded(tmp_path / "run", CONFIG, plan, stop_at=4)
+    train_recorded(tmp_path / "run", tiny_run_config(max_steps=10, learning_rate=3e-3), plan, stop_at=7)
+    longer = tiny_run_config(max_steps=12, learning_rate=3e-3, batch_size=1, accumulation=6)
+    train_recorded(tmp_path / "run", longer, plan)
+    shutil.rmtree(tmp_path / "run/step_4")
+    result = verify(tmp_path / "run", plan)
+    assert result.startswith("steps 1 to 12 and the checkpoints step_3, step_6, step_7, step_9, step_12 are equal")
+
+
+def test_a_run_that_diverged_equals_its_repetition(plan: StreamPlan, tmp_path: Path) -> None:
+    train_recorded(tmp_path / "run", tiny_run_config(max_steps=STEPS, learning_rate=1e38), plan)
+    lines = RecordedRun.read(tmp_path / "run").steps.values()
+    assert any(line["update_skipped"] and line["skipped_micro_batches"] for line in lines)
+    assert verify(tmp_path / "run", plan).startswith("steps 1 to 8")
+
+
+def test_changed_code_is_found_and_named(plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clip_to_half(gradients: Tensor, n_tokens: float, max_norm: float) -> Tensor:
+        return clip_to_mean(gradients, n_tokens, max_norm / 2)
+
+    with monkeypatch.context() as other_code:
+        other_code.setattr("savant_ray.training.step.clip_to_mean", clip_to_half)
+        train_recorded(tmp_path / "run", CONFIG, plan, code="1234567890abcdef")
+    with pytest.raises(VerificationError, match=r"^step 2 differs: train_loss is .* in the record") as difference:
+        verify(tmp_path / "run", plan)
+    assert "possible causes: the code of savant_ray, 1234567890ab in the run" in str(difference.value)
+
+
+def test_another_torch_and_another_processor_are_named(plan: StreamPlan, tmp_path: Path) -> None:
+    other = {"versions": {"torch": "1.0"}, "processor": "Z80"}
+    train_recorded(tmp_path / "run", CONFIG, plan, Flip("weight", random.Random(0)), **other)
+    with pytest.raises(
+        VerificationError, match=r"torch 1\.0 in the run, .* now; Z80 in the run, .* now; or a fault of"
+    ):
+        verify(tmp_path / "run", plan)
+
+
+def test_other_text_is_found_by_its_fingerprint_or_by_the_first_figures(plan: StreamPlan, tmp_path: Path) -> None:
+    train_recorded(tmp_path / "run", CONFIG, replace(plan, seed=plan.seed + 1))
+    with pytest.raises(VerificationError, match="^step 1 differs: tokens is"):
+        verify(tmp_path / "run", plan)
+    train_recorded(tmp_path / "fingerprint", CONFIG, plan, data_fingerprint="of another text")
+    with pytest.raises(DataError, match="is not that of the attempt that began after step 0"):
+        verify(tmp_path / "fingerprint", plan)
+
+
+def test_a_changed_record_and_a_damaged_checkpoint_are_found(plan: StreamPlan, tmp_path: Path) -> None:
+    train_recorded(tmp_path / "run", CONFIG, plan)
+    weights = tmp_path / "run/step_6/step_6.pt"
+    intact = weights.read_bytes()
+    weights.write_bytes(intact[:-100] + bytes([intact[-100] ^ 1]) + intact[-99:])
+    with pytest.raises(CheckpointError, match="step_6.pt was altered"):
+        verify(tmp_path / "run", plan)
+    weights.write_bytes(intact)
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    (step,) = (line for line in lines if line.get("step") == 7 and line["event"] == "step")
+    step["grad_norm"] = math.nextafter(step["grad_norm"], math.inf)
+    (tmp_path / "run" / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(VerificationError, match="^step 7 differs: grad_norm is"):
+        verify(tmp_path / "run", plan)
+    assert verify(tmp_path / "run", plan, last=6).startswith("steps 1 to 6")
+
+
+def test_what_cannot_be_repeated_is_refused_with_the_reason_and_what_can_be(plan: StreamPlan, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_recorded(run, CONFIG, plan, stop_at=3, workers=2)
+    train_recorded(run, CONFIG, plan)
+    with pytest.raises(SavantError, match=r"^steps 1 to 3 cannot be .*: 2 workers added .*; try --steps 4\.\.8$"):
+        verify(run, plan)
+    assert verify(run, plan, first=4).startswith("steps 4 to 8")
+    with pytest.raises(SettingsError, match="step 9 is not in the record"):
+        verify(run, plan, last=9)
+    for folder in ("step_3", "step_8"):
+        shutil.rmtree(run / folder)
+    lines = (run / METRICS).read_text().splitlines(keepends=True)
+    without_first = [line for line in lines if json.loads(line)["event"] != "step" or json.loads(line)["step"] > 1]
+    (run / METRICS).write_text("".join(without_first))
+    with pytest.raises(CheckpointError, match="no checkpoint before step_6"):
+        verify(run, plan)
+    with pytest.raises(
+        CheckpointError, match="no checkpoint before it is kept; the oldest one is step_6, so begin at 7"
+    ):
+        verify(run, plan, first=5)
+    assert verify(run, plan, 7, 8).startswith("steps 7 to 8 are equal")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["s3://bucket/run"], "only a run folder on this machine can be verified"),
+        (["nothing_here"], "no run"),
+        (["run", "--steps", "8"], "not a range such as 100..200"),
+        (["run", "--steps", "8..4"], "ends before it begins"),
+    ],
+)
+def test_an_argument_that_names_no_steps_of_a_run_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+class Flip:
+    """Flips one random bit of a random number of a state before, or in, one random step."""
+
+    def __init__(self, kind: str, chance: random.Random) -> None:
+        self._kind, self._chance, self._step = kind, chance, chance.randint(1, STEPS)
+        self.text = ""
+
+    def __call__(self, state: TrainingState, step: int) -> None:
+        if step != self._step:
+            return
+        name, parameter = self._chance.choice(list(state.model.named_parameters()))
+        self.text = f"{self._kind} of {name} before step {step}"
+        if self._kind == "weight":
+            self._flip(parameter.data)
+        elif self._kind == "moment":
+            self._flip(state.optimizer.state[parameter][self._chance.choice(["exp_avg", "exp_avg_sq"])])
+        else:
+            handle = parameter.register_hook(lambda gradient: (handle.remove(), self._flip(gradient.clone()))[1])
+
+    def _flip(self, tensor: Tensor) -> Tensor:
+        index, bit = self._chance.randrange(tensor.numel()), self._chance.randrange(32)
+        bits = tensor.view(-1).view(torch.int32)
+        bits[index] ^= -(1 << 31) if bit == 31 else 1 << bit
+        return tensor
+
+
+def content(folder: Path) -> Any:
+    """Return figures and weights of a run, for a comparison."""
+    run = RecordedRun.read(folder)
+    figures = [[line.get(name) for name in FIGURES] for line in run.steps.values()]
+    files = [(path / f"{path.name}.pt").read_bytes() for path in run.kept.values()]
+    return figures, files
+
+
+@pytest.mark.parametrize("trials", [6, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.rare])])
+def test_a_flipped_bit_in_weights_moments_or_a_gradient_is_found(trials: int, plan: StreamPlan, tmp_path: Path) -> None:
+    train_recorded(tmp_path / "intact", CONFIG, plan)
+    intact, chance, without_effect = content(tmp_path / "intact"), random.Random(trials), 0
+    for trial in range(trials):
+        folder = tmp_path / f"run{trial}"
+        while True:
+            flip = Flip(KINDS[trial % len(KINDS)], chance)
+            train_recorded(folder, CONFIG, plan, flip)
+            if content(folder) != intact:
+                break
+            without_effect += 1  # such as the last bit of a gradient that is rounded away: the run is the same
+            assert "are equal" in verify(folder, plan)
+            shutil.rmtree(folder)
+        with pytest.raises(VerificationError) as difference:
+            verify(folder, plan)
+        print(flip.text, "→", difference.value)
+        shutil.rmtree(folder)
+    print(f"{trials} of {trials} flipped bits were found; {without_effect} others had no effect on the run")
