@@ -118,6 +118,7 @@ TABLE: dict[str, Kind] = {
     "training.compile": SWITCH,
     "training.recompute_loops": SWITCH,
     "training.max_skipped_steps": COUNT,
+    "training.on_spike": choice("warn, skip or rewind"),
     "training.profile": Kind("names with values", (dict, type(None))),
     "validation.every_steps": COUNT,
     "validation.batches": COUNT,

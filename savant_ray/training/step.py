@@ -39,6 +39,7 @@ from savant_ray.training.device import (
 )
 from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.profiling import region
+from savant_ray.training.spikes import Spike
 from savant_ray.training.state import LOSS, SKIPPED, TOKENS, TrainingState
 
 GraceLeft = Callable[[], float | None]  # None until a stop is requested, then the seconds left of the grace period
@@ -136,6 +137,7 @@ class StepResult:
     out_of_memory: bool  # some rank ran out of device memory; nothing has changed
     skipped_locally: tuple[Skipped, ...]
     seconds: StepSeconds
+    spike: Spike | None = None  # whether or not it has updated the weights
 
 
 def take_step(
@@ -169,12 +171,14 @@ def take_step(
         reduced = time.perf_counter()
         is_complete = tokens and not abandoned and not out_of_memory
         norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if is_complete else math.nan
-        updated = math.isfinite(norm)
+        mean_loss = loss / tokens if tokens else math.nan
+        spike = state.spike_window.find(mean_loss, norm) if math.isfinite(norm) else None
+        updated = math.isfinite(norm) and (spike is None or state.updates_on_spike)
         if updated:
             with region("update"):
                 update(state, learning_rate)
     return StepResult(
-        loss=loss / tokens if tokens else math.nan,
+        loss=mean_loss,
         tokens=int(tokens),
         grad_norm=norm,
         skipped=int(n_skipped),
@@ -184,6 +188,7 @@ def take_step(
         out_of_memory=out_of_memory > 0,
         skipped_locally=accumulated.skipped,
         seconds=StepSeconds(computed - started, reduced - computed, time.perf_counter() - reduced),
+        spike=spike,
     )
 
 

@@ -36,7 +36,6 @@ from savant_ray.training.device import (
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import all_reduce_sum
-from savant_ray.worker.batch_reader import BatchReader
 from savant_ray.worker.host import RayHost
 from savant_ray.worker.resume import load_newest
 
@@ -65,13 +64,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
     storage = run_storage(config, Owner(**task.owner) if task.owner else None)
     stream: StepStream = ray.train.get_dataset_shard("train")
-    host = RayHost(task.bridge, storage, config, tokenizer, stream.plan, task.validation)
+    host = RayHost(task.bridge, storage, config, tokenizer, stream, task.validation, task.allow_changes)
     if host.rank == 0:
         host.emit(WorkersStarted())
     try:
         if task.code != own_digest():  # a node that joined after the driver had compared the code of all nodes
             raise other_code_error(task.package, f"worker {host.rank}", str(package_folder()))
-        _train(task, config, storage, stream, host)
+        _train(task, config, storage, host)
     except SavantError as error:
         host.finish_saving()
         host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
@@ -82,7 +81,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         raise UnexpectedError(describe(error, "training"), traceback.format_exc()) from error
 
 
-def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepStream, host: RayHost) -> None:
+def _train(task: WorkerTask, config: Config, storage: RunStorage, host: RayHost) -> None:
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives over Python objects allocate on the current device
@@ -99,8 +98,7 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
     notes.append(compile_block(state.model, settings.compile, device, precision))
     resumed = load_newest(state, config, storage, task.allow_changes)
     resumed_step = state.step
-    with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
-        batches = BatchReader(stream, state.position, settings.max_steps - state.step, config, device)
+    batches = host.local_batches(state)
     if device.type == "cuda":
         # NCCL allocates memory at the first collective of a given size, and the cap has to include this memory.
         with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
