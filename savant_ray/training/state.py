@@ -20,7 +20,7 @@ from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.optim.adamw import AdamW, MasterWeightOptimizer
 from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.muon import Muon
-from savant_ray.training.checkpoint import FORMAT_VERSION
+from savant_ray.training.checkpoint import FORMAT_VERSION, NO_FINGERPRINT
 from savant_ray.training.device import Precision, weights_dtype
 from savant_ray.training.spikes import SpikeWindow
 
@@ -225,7 +225,7 @@ class TrainingState:
 
     def _load_spikes(self, extra: dict[str, Any], is_changed: bool) -> None:
         """Load the window, and what spikes have left out, from a checkpoint's `savant`; older ones have neither."""
-        same_text = extra["data_fingerprint"] == self.data_fingerprint
+        same_text = self.data_fingerprint in (NO_FINGERPRINT, extra["data_fingerprint"])
         self.left_out = tuple((first, n) for first, n in extra.get("left_out", ())) if same_text else ()
         self.spike_window = self.spike_window.restored(
             extra.get("spike_window") if same_text and not is_changed else None
