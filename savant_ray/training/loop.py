@@ -117,9 +117,9 @@ def _train(
         started = time.perf_counter()
         result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host)
         seconds = data_wait + time.perf_counter() - started
-        is_discarded = result.spike is not None and settings.on_spike == "rewind"
-        if result.spike is not None and is_discarded and not result.stop:
-            rewind(state, result.spike, settings.effective_batch, host)
+        spike_to_leave_out = result.spike if settings.on_spike == "rewind" else None
+        if spike_to_leave_out is not None and not result.stop:
+            rewind(state, spike_to_leave_out, settings.effective_batch, host)
             saved_step, steps = min(saved_step, state.step), timed(host.local_batches(state))
             profiler.before_step(state.step + 1)
             continue
@@ -127,9 +127,7 @@ def _train(
             host.emit(
                 Notice(text=f"step {state.step + 1:,} would outlast the grace period: abandoned, nothing is lost")
             )
-        elif (
-            not is_discarded
-        ):  # if a stop is requested, it is taken again after the resume, and the rewind follows then
+        elif spike_to_leave_out is None:  # otherwise the step is taken again, and training rewinds, after the resume
             if result.spike is not None and host.rank == 0:
                 host.emit(spike_found(state, result.spike, settings.effective_batch, not result.updated))
             count_step(state, result, settings.effective_batch)

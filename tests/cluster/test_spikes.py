@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from savant_ray.reporting.record import read_records
 from savant_ray.training.spikes import MIN_STEPS
 from tests.cluster.conftest import Head, losses, records, run_job, write_text
 
@@ -52,3 +53,6 @@ def test_a_run_goes_back_to_its_checkpoint_and_leaves_out_the_sequences_of_a_spi
     saved = torch.load(run / "step_110/step_110.pt", weights_only=True)["savant"]
     assert saved["left_out"] == [[spike["first_position"], 2]] == [[2 * (spike["step"] - 1), 2]]
     assert [line["step"] for line in records(run, "checkpoint")] == [20, 40, 60, 80, 100, 110]
+    for before, step in ((60, 80), (80, 100), (100, 110)):
+        lines = [line for line in read_records(run / f"step_{step}/records.jsonl") if line["event"] == "step"]
+        assert [line["step"] for line in lines] == list(range(before + 1, step + 1)), "each step once"
