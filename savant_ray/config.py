@@ -478,6 +478,11 @@ class TrainingConfig(Section):
         "before each checkpoint; if they differ, the workers are restarted from the newest checkpoint; 0: never",
     )
     max_skipped_steps: Count = Field(default=10, description="abort after this many consecutive skipped steps")
+    on_spike: Literal["warn", "skip", "rewind"] = Field(
+        default="warn",
+        description="what follows a loss or gradient norm far above those of recent steps; warn: a message; skip: the step "
+        "does not update the weights; rewind: training goes back to the last checkpoint and leaves the step's sequences out",
+    )
     profile: ProfileConfig | None = Field(
         default=None,
         description="write a trace of some steps, on a GPU also of its memory: {first_step: 3, steps: 2}; null: none",

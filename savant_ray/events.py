@@ -142,7 +142,7 @@ class StepDone(Event):
     update_seconds: float  # clipping and optimizer update
     step_seconds: float  # duration of the step, including the wait for data and excluding checkpoints
     share_of_peak: float | None = None  # useful FLOP/s of rank 0 in this step / peak of its matmuls; None = unknown
-    update_skipped: bool = False  # true: the gradient norm was not finite, or all tokens were masked
+    update_skipped: bool = False  # true: the norm was not finite, all tokens were masked, or a spike was skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +227,31 @@ class MicroBatchSkipped(Event):
     loss: str  # "nan", "inf" or "-inf"
     positions: tuple[int, ...]  # positions of its sequences in the global order
     documents: tuple[str, ...] = ()  # file and line of each document in them: "train.jsonl:17"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikeFound(Event):
+    """The loss or the gradient norm of a step was far above those of recent steps."""
+
+    kind = "spike"
+    step: int
+    train_loss: float  # nats per target token
+    loss_limit: float  # a loss above it is a spike
+    grad_norm: float  # before clipping
+    grad_norm_limit: float  # a gradient norm above it is a spike
+    update_skipped: bool  # whether the step did not change the weights
+    first_position: int  # of its sequences in the global order
+    n_sequences: int  # at this and the following positions
+    documents: tuple[str, ...] = ()  # file and line of each document in them: "train.jsonl:17"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewound(Event):
+    """Training went back to the last checkpoint because of a spike, and leaves out its sequences from now on."""
+
+    kind = "rewind"
+    step: int  # of the checkpoint, without one the last step; later steps are repeated
+    spike: SpikeFound  # in a step that is taken again with other sequences
 
 
 @dataclass(frozen=True, kw_only=True)

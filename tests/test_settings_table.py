@@ -120,6 +120,7 @@ TABLE: dict[str, Kind] = {
     "training.deterministic": SWITCH,
     "training.compare_ranks_every": COUNT_OR_NONE,
     "training.max_skipped_steps": COUNT,
+    "training.on_spike": choice("warn, skip or rewind"),
     "training.profile": Kind("names with values", (dict, type(None))),
     "validation.every_steps": COUNT,
     "validation.batches": COUNT,

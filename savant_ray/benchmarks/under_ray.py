@@ -125,6 +125,13 @@ class _Host:
         """Store nothing."""
         return name
 
+    def restore(self, state: TrainingState) -> None:
+        """Do nothing: there is no checkpoint."""
+
+    def local_batches(self, state: TrainingState) -> Iterator[list[MicroBatch]]:
+        """Return no steps."""
+        return iter(())
+
     def validate(self, state: TrainingState) -> bool:
         """Skip validation."""
         return False

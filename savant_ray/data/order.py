@@ -64,6 +64,17 @@ class GlobalOrder:
         return source, row
 
 
+def positions_in_order(positions: Int64s, left_out: Sequence[tuple[int, int]]) -> Int64s:
+    """Return the positions in the order above of positions in the order without `left_out`.
+
+    `left_out` are (first position, number of sequences), each in the numbering that the ones before it have left. Positions
+    before a first position keep their sequence, so those that a run has trained on stay the same when more is left out.
+    """
+    for first, n_sequences in reversed(left_out):
+        positions = np.where(positions >= first, positions + n_sequences, positions)
+    return positions
+
+
 def rank_slice(n_sequences: int, rank: int, world_size: int, group: int = 1) -> range:
     """Return the range of a step's sequences that `rank` computes.
 

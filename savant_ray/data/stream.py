@@ -28,7 +28,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from savant_ray.data import ray_data
-from savant_ray.data.order import GlobalOrder, Weight, rank_slice
+from savant_ray.data.order import GlobalOrder, Int64s, Weight, positions_in_order, rank_slice
 from savant_ray.data.token_cache import Sequences, TokenCache
 
 PORTION_BYTES = 32 << 20  # two portions are in memory at a time
@@ -43,6 +43,7 @@ class StreamPlan:
     weights: tuple[Weight, ...]  # of sequences
     seed: int
     effective_batch: int  # sequences per step over all workers
+    left_out: tuple[tuple[int, int], ...] = ()  # sequences without positions, as in `positions_in_order`
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -61,7 +62,7 @@ class StreamPlan:
 
     def read(self, positions: NDArray[np.int64]) -> Sequences:
         """Return the sequences at positions `[N]`."""
-        sources, rows = self.order.locate(positions)
+        sources, rows = self.locate(positions)
         result = Sequences.empty(len(positions), self.sequence_length)
         for source in np.unique(sources):
             from_source = sources == source
@@ -70,9 +71,13 @@ class StreamPlan:
             result.is_trained[from_source] = taken.is_trained
         return result
 
+    def locate(self, positions: Int64s) -> tuple[Int64s, Int64s]:
+        """Return source and row of each position."""
+        return self.order.locate(positions_in_order(positions, self.left_out))
+
     def documents(self, position: int) -> list[tuple[str, int]]:
         """Return file and line of each document in the sequence at this position."""
-        (source,), (row,) = self.order.locate(np.array([position]))
+        (source,), (row,) = self.locate(np.array([position]))
         return _cache(self.folders[source]).documents(int(row))
 
 

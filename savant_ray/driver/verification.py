@@ -361,7 +361,7 @@ class _ComparingHost:
         Before each of them the micro-batch size is set to that with which the run took the step.
         """
         steps = range(state.step + 1, self._last_step + 1)
-        stream = _DirectStream(self._plan, rank=0, world_size=1)
+        stream = _DirectStream(replace(self._plan, left_out=state.left_out), rank=0, world_size=1)
         batches = BatchReader(stream, state.position, len(steps), self._config, state.device)
         for step, local_batch in zip(steps, batches, strict=True):
             state.set_fit(replace(state.fit, rows=self._run.steps[step]["micro_batch_size"]))
@@ -399,6 +399,9 @@ class _ComparingHost:
 
     def save(self, state: TrainingState, reason: str) -> None:
         """Do nothing: nothing is written."""
+
+    def restore(self, state: TrainingState) -> None:
+        """Do nothing: the state before a spike is that of the run when it had gone back and repeated its steps."""
 
     def store_file(self, file: Path, name: str) -> str:
         """Return the path as it is: nothing is written."""

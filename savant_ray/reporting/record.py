@@ -30,6 +30,7 @@ from savant_ray.events import (
     Event,
     LogicScored,
     Notice,
+    Rewound,
     RunFailed,
     RunResumed,
     SampleGenerated,
@@ -50,6 +51,7 @@ ATTEMPT_KINDS = {  # kept when the record is reset to an earlier step
         AttemptStarted,
         AttemptEnded,
         RunResumed,
+        Rewound,
         Notice,
         RunFailed,
     )

@@ -6,6 +6,7 @@ seconds; of the other events, those with a text (`describe`) are printed when th
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
-from savant_ray.events import AttemptStarted, Event, Notice, StepDone, ValidationDone
+from savant_ray.events import AttemptStarted, Event, Notice, Rewound, StepDone, ValidationDone
 from savant_ray.reporting.console import Console, Sparkline, open_console
 from savant_ray.reporting.record import Follower, Record
 from savant_ray.reporting.wording import (
@@ -80,6 +81,8 @@ class RunReport:
             self._notices.add(event.text)
         if isinstance(event, AttemptStarted):
             self._on_attempt_started(event)
+        elif isinstance(event, Rewound):
+            self._on_rewound(event)
         if self._record is not None:
             self._record.append(event)
             self._print_warnings(self._record)
@@ -144,6 +147,12 @@ class RunReport:
         self._remaining_time, self._is_first_step, self._unprinted_step = RemainingTime(), True, ""
         self._previous_validation = ("the start", self._clock())
 
+    def _on_rewound(self, event: Rewound) -> None:
+        """Reset the record to `event.step`, since later steps are repeated."""
+        if self._record is not None:
+            self._record.rewind(event.step, repeats_validation=False)
+        self.last_step, self._unprinted_step = event.step, ""
+
     def _on_step(self, event: StepDone) -> None:
         self.last_step = event.step
         self._remaining_time.observe(event.step_seconds, self._clock())
@@ -157,7 +166,9 @@ class RunReport:
         self._unprinted_step = f"{label} · {figures}"
         is_first_or_last = self._is_first_step or event.step == self._max_steps
         self._is_first_step = False
-        if event.update_skipped:
+        if event.update_skipped and not math.isfinite(
+            event.grad_norm
+        ):  # otherwise it is a spike, which has its own message
             self.notify(skipped_update(event))
         if self._line_is_due() or is_first_or_last:
             self._print_newest_step()

@@ -20,8 +20,10 @@ from savant_ray.events import (
     LogicScored,
     MicroBatchSkipped,
     Notice,
+    Rewound,
     RunResumed,
     SampleGenerated,
+    SpikeFound,
     StepDone,
     ValidationDone,
     WorkersLost,
@@ -124,6 +126,31 @@ def _named_documents(documents: Sequence[str]) -> str:
     named = ", ".join(documents[:MAX_DOCUMENTS])
     more = len(documents) - MAX_DOCUMENTS
     return (f"; documents: {named}" if named else "") + (f" and {more:,} more, see metrics.jsonl" if more > 0 else "")
+
+
+@describe.register
+def _(event: SpikeFound) -> str:
+    done = "the step did not change the weights" if event.update_skipped else "the weights were updated all the same"
+    return f"WARNING: {_spike(event)}; {done}{_named_documents(event.documents)}"
+
+
+@describe.register
+def _(event: Rewound) -> str:
+    spike = event.spike
+    positions = f"{spike.first_position:,} to {spike.first_position + spike.n_sequences - 1:,}"
+    return (
+        f"WARNING: {_spike(spike)}; training goes back to step {event.step:,}, and from now on the sequences of the spike "
+        f"(positions {positions}) are left out{_named_documents(spike.documents)}"
+    )
+
+
+def _spike(event: SpikeFound) -> str:
+    """Return which figure of a step is far above those of recent steps."""
+    loss, norm = f"loss {event.train_loss:.4f}", f"gradient norm {event.grad_norm:.4g}"
+    figures = [f"{loss} is above {event.loss_limit:.4f}"] if event.train_loss > event.loss_limit else []
+    if event.grad_norm > event.grad_norm_limit:
+        figures.append(f"{norm} is above {event.grad_norm_limit:.4g}")
+    return f"step {event.step:,} is a spike: {' and '.join(figures)}, the limit by recent steps"
 
 
 @describe.register

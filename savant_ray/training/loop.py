@@ -17,17 +17,19 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.errors import TrainingError
-from savant_ray.events import Event, MicroBatchSkipped, Notice, StepDone
+from savant_ray.events import Event, MicroBatchSkipped, Notice, Rewound, SpikeFound, StepDone
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.device import memory_used_gb, skip_on_oom, update_memory_cap
 from savant_ray.training.efficiency import Peak
 from savant_ray.training.profiling import StepProfiler, region
 from savant_ray.training.rank_comparison import raise_if_ranks_differ
 from savant_ray.training.reduction import any_rank
+from savant_ray.training.spikes import WINDOW, Spike
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch, StepResult, take_step
 
 Item = TypeVar("Item")
+MAX_REWINDS = 3  # within `WINDOW` steps
 
 
 class Host(Protocol):
@@ -61,6 +63,16 @@ class Host(Protocol):
     def finish_saving(self) -> bool:
         """Wait until the pending checkpoint is written; called on all ranks. Return False if this rank's storage failed."""
 
+    def restore(self, state: TrainingState) -> None:
+        """Load the run's newest checkpoint, if there is one, into the state; called on all ranks.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+
+    def local_batches(self, state: TrainingState) -> Iterable[Sequence[MicroBatch]]:
+        """Return this rank's micro-batches of each step from `state.position` on, without `state.left_out`."""
+
     def validate(self, state: TrainingState) -> bool:
         """Run validation, logic problems and sampling; collective. Return True if a stop request cut it short.
 
@@ -74,10 +86,11 @@ def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence
 
     `local_batches` yields this rank's micro-batches of each step on its device, from `state.position` on. A step is saved
     before it is validated. A run resumed from a step with a due validation therefore starts with that validation, which
-    may have been cut short.
+    may have been cut short. After a rewind the micro-batches are those of `host`.
 
     Raises:
-        TrainingError: `training.max_skipped_steps` consecutive steps did not update the weights.
+        TrainingError: `training.max_skipped_steps` consecutive steps did not update the weights, or there were more than
+            `MAX_REWINDS` rewinds within `WINDOW` steps.
         MemoryCapError: one sequence, or the model with its gradients and optimizer state, does not fit.
         DeviceMemoryError: a save or a validation does not fit.
         RanksDifferError: the ranks have different weights or optimizer state.
@@ -100,16 +113,26 @@ def _train(
         return False
     stop, peak = False, Peak(state.precision, state.device)
     profiler.before_step(first_step)
-    for local_batch, data_wait in timed(local_batches):
+    steps = timed(local_batches)
+    while (timed_step := next(steps, None)) is not None:
+        local_batch, data_wait = timed_step
         rate = learning_rate(state.next_in_schedule, settings.learning_rate, settings.warmup_steps, settings.max_steps)
         started = time.perf_counter()
         result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host)
         seconds = data_wait + time.perf_counter() - started
+        spike_to_leave_out = result.spike if settings.on_spike == "rewind" else None
+        if spike_to_leave_out is not None and not result.stop:
+            rewind(state, spike_to_leave_out, settings.effective_batch, host)
+            saved_step, steps = min(saved_step, state.step), timed(host.local_batches(state))
+            profiler.before_step(state.step + 1)
+            continue
         if result.abandoned:
             host.emit(
                 Notice(text=f"step {state.step + 1:,} would outlast the grace period: abandoned, nothing is lost")
             )
-        else:
+        elif spike_to_leave_out is None:  # otherwise the step is taken again, and training rewinds, after the resume
+            if result.spike is not None and host.rank == 0:
+                host.emit(spike_found(state, result.spike, settings.effective_batch, not result.updated))
             count_step(state, result, settings.effective_batch)
             flops = sum(micro_batch.useful_flops for micro_batch in local_batch)
             if state.step == first_step:  # libraries have allocated their memory by now, and it counts towards the cap
@@ -179,6 +202,45 @@ def validation_is_due(step: int, config: Config) -> bool:
     return step >= config.training.max_steps or (step > 0 and step % config.validation.every_steps == 0)
 
 
+def rewind(state: TrainingState, spike: Spike, n_sequences: int, host: Host) -> None:
+    """Leave out the sequences of the step after `state`, which is a spike, and go back to the newest checkpoint. Collective.
+
+    With equal arithmetic the steps up to the spike are repeated exactly, so it does not matter to which checkpoint training
+    goes back, or whether there is one: what an error of the hardware has changed since then is undone.
+
+    Raises:
+        TrainingError: there were `MAX_REWINDS` others within the last `WINDOW` steps.
+    """
+    event = spike_found(state, spike, n_sequences, update_skipped=True)
+    recent = [first for first, _ in state.left_out if first > state.position - WINDOW * n_sequences]
+    if len(recent) >= MAX_REWINDS:
+        raise TrainingError(
+            f"step {event.step:,} has a spike (loss {event.train_loss:.4f}, limit {event.loss_limit:.4f}; gradient norm "
+            f"{event.grad_norm:.4g}, limit {event.grad_norm_limit:.4g}) after the sequences of {len(recent)} others within "
+            f"{WINDOW} steps were left out, so the text is hardly the cause; the last checkpoints are kept. Lower "
+            "training.learning_rate, or set training.on_spike to warn."
+        )
+    left_out = (*state.left_out, (state.position, n_sequences))
+    host.restore(state)
+    state.left_out = left_out
+    if host.rank == 0:
+        host.emit(Rewound(step=state.step, spike=event))
+
+
+def spike_found(state: TrainingState, spike: Spike, n_sequences: int, update_skipped: bool) -> SpikeFound:
+    """Return the event of a spike in the step after `state`."""
+    return SpikeFound(
+        step=state.step + 1,
+        train_loss=spike.loss,
+        loss_limit=spike.loss_limit,
+        grad_norm=spike.grad_norm,
+        grad_norm_limit=spike.grad_norm_limit,
+        update_skipped=update_skipped,
+        first_position=state.position,
+        n_sequences=n_sequences,
+    )
+
+
 def count_step(state: TrainingState, result: StepResult, effective_batch: int) -> None:
     """Add a finished step to the state's counters."""
     state.step += 1
@@ -186,6 +248,7 @@ def count_step(state: TrainingState, result: StepResult, effective_batch: int) -
     state.tokens_seen += result.tokens
     state.skipped_micro_batches += result.skipped
     state.skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
+    state.spike_window.add(result.loss, result.grad_norm)
 
 
 def notify(host: Host, note: str | None) -> None:
@@ -252,6 +315,13 @@ def raise_if_updates_fail(state: TrainingState, result: StepResult, limit: int) 
             f"{steps} did not change the weights; the last one had no token to train on, because all were masked. The last "
             "checkpoints are kept. Train on more of the text, or on more sequences per step (training.batch_size, "
             "training.accumulation)."
+        )
+    if result.spike is not None:
+        raise TrainingError(
+            f"{steps} did not change the weights, because loss or gradient norm were far above those of the steps before "
+            f"(the last loss: {result.loss:.4f}, its limit: {result.spike.loss_limit:.4f}); the last checkpoints are kept. "
+            "If the text has changed, set training.on_spike to warn; otherwise lower training.learning_rate. "
+            "(training.max_skipped_steps sets this limit.)"
         )
     raise TrainingError(
         f"{steps} gave no finite gradient, so the weights did not change; the last checkpoints are kept. Lower "

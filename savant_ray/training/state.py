@@ -21,8 +21,9 @@ from savant_ray.optim.adamw import AdamW, MasterWeightOptimizer
 from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.muon import Muon
 from savant_ray.optim.tree_sum import TreeSum
-from savant_ray.training.checkpoint import FORMAT_VERSION
+from savant_ray.training.checkpoint import FORMAT_VERSION, NO_FINGERPRINT
 from savant_ray.training.device import Precision, weights_dtype
+from savant_ray.training.spikes import SpikeWindow
 
 # Indices of the sums that are reduced together with the gradients (training/step.py).
 LOSS, TOKENS = SUMS = range(2)
@@ -109,6 +110,8 @@ class TrainingState:
     precision: Precision
     device: torch.device
     fit: BatchFit
+    spike_window: SpikeWindow
+    updates_on_spike: bool = True  # false: a step that is a spike does not update the weights
     deterministic: bool = False  # gradients are added in the order of `tree`
     tree: TreeSum = field(default_factory=TreeSum)
     step: int = 0
@@ -119,6 +122,7 @@ class TrainingState:
     schedule_offset: int = 0  # number of updates by which the schedule is ahead of `step`
     data_fingerprint: str = ""
     threads: int | None = None  # CPU threads that computed the loaded checkpoint; None: unknown, or a new run
+    left_out: tuple[tuple[int, int], ...] = ()  # sequences without positions, as in data/order.py
 
     def master_weights(self) -> dict[str, Tensor]:
         """Return fp32 weights by name."""
@@ -167,6 +171,8 @@ class TrainingState:
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "schedule_offset": self.schedule_offset,
                 "data_fingerprint": self.data_fingerprint,
+                "left_out": [list(positions) for positions in self.left_out],
+                "spike_window": self.spike_window.to_record(),
                 "fit": self.fit.to_record(),
                 "threads": torch.get_num_threads(),
                 "torch_rng_state": torch.get_rng_state(),
@@ -178,7 +184,8 @@ class TrainingState:
 
         Weights that only the model has keep their initial values; weights that only the checkpoint has are ignored. With
         `allow_changes`, the same applies to weights whose shapes differ. If any weight was not restored or was ignored, or
-        the optimizer's state does not fit, the optimizer keeps its initial state.
+        the optimizer's state does not fit, the optimizer keeps its initial state. The window of spikes stays empty
+        if anything was not restored, or if the text is another one (`data_fingerprint`), because the loss may then differ.
 
         Raises:
             CheckpointError: weights have other shapes than the model's; all are listed.
@@ -190,6 +197,7 @@ class TrainingState:
         if (epoch := content["scheduler_state_dict"].get("last_epoch")) != content["step"]:
             notes.append(f"the saved schedule is at {epoch}; it continues at step {content['step']:,}")
         self._load_counters(content)
+        self._load_spikes(content["savant"], is_changed=bool(notes))
         return notes
 
     def _load_matching_weights(self, weights: dict[str, Tensor], allow_changes: bool) -> list[str]:
@@ -227,6 +235,14 @@ class TrainingState:
         self.threads = extra.get("threads")  # absent in older checkpoints
         self.set_fit(self.fit.restored(extra.get("fit")))
 
+    def _load_spikes(self, extra: dict[str, Any], is_changed: bool) -> None:
+        """Load the window, and what spikes have left out, from a checkpoint's `savant`; older ones have neither."""
+        same_text = self.data_fingerprint in (NO_FINGERPRINT, extra["data_fingerprint"])
+        self.left_out = tuple((first, n) for first, n in extra.get("left_out", ())) if same_text else ()
+        self.spike_window = self.spike_window.restored(
+            extra.get("spike_window") if same_text and not is_changed else None
+        )
+
 
 def new_state(config: Config, device: torch.device, precision: Precision | None = None) -> TrainingState:
     """Return the state before the first step: PyTorch's default initialization from `run.seed`, drawn on the CPU.
@@ -242,7 +258,17 @@ def new_state(config: Config, device: torch.device, precision: Precision | None 
     optimizer = new_optimizer(model, config.training)
     gradients = GradientBuffer(model.parameters(), len(SUMS))
     fit = BatchFit.from_config(config, device)
-    state = TrainingState(model, optimizer, gradients, precision, device, fit, is_deterministic(config, device))
+    state = TrainingState(
+        model,
+        optimizer,
+        gradients,
+        precision,
+        device,
+        fit,
+        SpikeWindow(config.training.effective_batch),
+        updates_on_spike=config.training.on_spike == "warn",
+        deterministic=is_deterministic(config, device),
+    )
     state.set_fit(fit)
     state.load_weights(weights)
     return state

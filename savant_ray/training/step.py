@@ -49,6 +49,7 @@ from savant_ray.training.device import (
 from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.profiling import region
 from savant_ray.training.reduction import all_reduce_sum, gather, n_ranks, sum_trees
+from savant_ray.training.spikes import Spike
 from savant_ray.training.state import LOSS, TOKENS, TrainingState
 
 GraceLeft = Callable[[], float | None]  # None until a stop is requested, then the seconds left of the grace period
@@ -164,6 +165,7 @@ class StepResult:
     out_of_memory: bool  # some rank ran out of device memory; nothing has changed
     skipped_locally: tuple[Skipped, ...]
     seconds: StepSeconds
+    spike: Spike | None = None  # whether or not it has updated the weights
 
 
 def take_step(
@@ -200,12 +202,14 @@ def take_step(
         loss, tokens = (0.0, 0.0) if abandoned or out_of_memory else reduce_gradients(state, ranks)
         reduced = time.perf_counter()
         norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if tokens else math.nan
-        updated = math.isfinite(norm)
+        mean_loss = loss / tokens if tokens else math.nan
+        spike = state.spike_window.find(mean_loss, norm) if math.isfinite(norm) else None
+        updated = math.isfinite(norm) and (spike is None or state.updates_on_spike)
         if updated:
             with region("update"):
                 update(state, learning_rate)
     return StepResult(
-        loss=loss / tokens if tokens else math.nan,
+        loss=mean_loss,
         tokens=int(tokens),
         grad_norm=norm,
         skipped=sum(rank.skipped for rank in ranks),
@@ -215,6 +219,7 @@ def take_step(
         out_of_memory=out_of_memory,
         skipped_locally=accumulated.skipped,
         seconds=StepSeconds(computed - started, reduced - computed, time.perf_counter() - reduced),
+        spike=spike,
     )
 
 

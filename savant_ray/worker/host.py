@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import ray.train
 
 from savant_ray.cluster.bridge import StopListener
 from savant_ray.config import Config, dump_yaml
-from savant_ray.data.stream import StreamPlan
+from savant_ray.data.stream import StepStream
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import error_context
 from savant_ray.evaluation.validator import Validator
@@ -22,7 +22,9 @@ from savant_ray.events import (
     Event,
     MicroBatchSkipped,
     Notice,
+    Rewound,
     SampleGenerated,
+    SpikeFound,
     StepDone,
     ValidationDone,
 )
@@ -30,10 +32,14 @@ from savant_ray.ray_internals import preemption_deadline_ms
 from savant_ray.reporting.record import to_line
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import CONFIG
+from savant_ray.training.device import raise_memory_cap_error_on_oom
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import validation_is_due
-from savant_ray.training.state import TrainingState
+from savant_ray.training.state import TrainingState, micro_batch_size
+from savant_ray.training.step import MicroBatch
+from savant_ray.worker.batch_reader import BatchReader
 from savant_ray.worker.metrics import RunMetrics
+from savant_ray.worker.resume import load_newest_checkpoint
 from savant_ray.worker.saving import Saver
 
 
@@ -46,16 +52,18 @@ class RayHost:
         storage: RunStorage,
         config: Config,
         tokenizer: Tokenizer,
-        plan: StreamPlan,
+        stream: StepStream,
         validation_cache: str,
+        allow_changes: bool,
     ) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self._bridge, self._storage = bridge, storage
         self._config = config
         self._tokenizer = tokenizer
-        self._plan = plan
+        self._stream = stream
         self._validation_cache = validation_cache
+        self._allow_changes = allow_changes
         self._metrics = RunMetrics(config.run.name, self.rank)
         self._listener = StopListener(bridge)
         self._drain_reported = False
@@ -66,8 +74,7 @@ class RayHost:
 
     def emit(self, event: Event, wait: bool = False) -> None:
         """Send an event to the driver; with `wait`, return after it and all earlier ones have arrived."""
-        if isinstance(event, MicroBatchSkipped):
-            event = dataclasses.replace(event, documents=self._documents(event.positions))
+        event = self._with_documents(event)
         self._record(event)
         self._metrics.observe(event)
         sent = self._bridge.send.remote(event)
@@ -117,6 +124,34 @@ class RayHost:
         """Wait until the pending checkpoint is written; return False if the storage failed."""
         return self._saver.finish()
 
+    def restore(self, state: TrainingState) -> None:
+        """Load the newest checkpoint of the storage, if there is one; drop the lines of later steps for the next one.
+
+        Raises:
+            CheckpointError: it is damaged or does not fit.
+            SavantError: another process has taken over the run.
+            OSError: the storage cannot be read.
+        """
+        self._saver.finish()
+        with error_context("going back to the newest checkpoint"):
+            load_newest_checkpoint(state, self._storage, self._allow_changes)
+        self._saver.lines[:] = [line for line in self._saver.lines if line.get("step", 0) <= state.step]
+
+    def local_batches(self, state: TrainingState) -> Iterable[Sequence[MicroBatch]]:
+        """Start reading this rank's sequences from `state.position` on.
+
+        Raises:
+            MemoryCapError: the device has no memory for those of a step.
+        """
+        plan = dataclasses.replace(self._stream.plan, left_out=state.left_out)
+        settings = self._config.training
+        group = micro_batch_size(self._config, state.device) if state.deterministic else 1
+        self._stream = dataclasses.replace(self._stream, plan=plan, group=group)
+        with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
+            return BatchReader(
+                self._stream, state.position, settings.max_steps - state.step, self._config, state.device
+            )
+
     def store_file(self, file: Path, name: str) -> str:
         """Copy a file into the run's storage as `name` and return its path or URI.
 
@@ -155,8 +190,24 @@ class RayHost:
             self.emit(Notice(text="a node of this run is being drained: this step is finished and saved"))
         self._drain_reported = True
 
+    def _with_documents(self, event: Event) -> Event:
+        """Return the event with the documents of the sequences that it is about."""
+        match event:
+            case MicroBatchSkipped():
+                return dataclasses.replace(event, documents=self._documents(event.positions))
+            case SpikeFound():
+                return self._spike_with_documents(event)
+            case Rewound():
+                return dataclasses.replace(event, spike=self._spike_with_documents(event.spike))
+        return event
+
+    def _spike_with_documents(self, spike: SpikeFound) -> SpikeFound:
+        positions = range(spike.first_position, spike.first_position + spike.n_sequences)
+        return dataclasses.replace(spike, documents=self._documents(positions))
+
     def _documents(self, positions: Sequence[int]) -> tuple[str, ...]:
-        return tuple(f"{file}:{line}" for position in positions for file, line in self._plan.documents(position))
+        plan = self._stream.plan
+        return tuple(f"{file}:{line}" for position in positions for file, line in plan.documents(position))
 
     def _record(self, event: Event) -> None:
         """Add the event's line to the record of the next checkpoint, and its figures to those reported to Ray Train.

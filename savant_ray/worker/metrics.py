@@ -25,6 +25,8 @@ from savant_ray.events import (
     Event,
     LogicScored,
     MicroBatchSkipped,
+    Rewound,
+    SpikeFound,
     StepDone,
     ValidationDone,
 )
@@ -84,6 +86,10 @@ METRICS = (
     Metric(
         "savant_skipped_micro_batches", MicroBatchSkipped, "", "Micro-batches without a finite loss", is_counter=True
     ),
+    Metric(
+        "savant_spikes", SpikeFound, "", "Steps with a loss or gradient norm far above recent ones", is_counter=True
+    ),
+    Metric("savant_rewinds", Rewound, "", "Returns to a checkpoint because of a spike", is_counter=True),
     Metric("savant_validation_loss", ValidationDone, "validation_loss", "Loss on held-out text, nats per token"),
     Metric(
         "savant_last_loop_residual",

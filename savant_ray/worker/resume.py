@@ -30,9 +30,18 @@ def load_newest(state: TrainingState, config: Config, storage: RunStorage, allow
         SavantError: another process has taken over the run.
         OSError: the storage cannot be read.
     """
+    return load_newest_checkpoint(state, storage, allow_changes) or load_initial_weights(state, config)
+
+
+def load_newest_checkpoint(state: TrainingState, storage: RunStorage, allow_changes: bool) -> RunResumed | None:
+    """Load on every rank the checkpoint that rank 0 selects; return None if there is none. Collective.
+
+    Raises:
+        CheckpointError, SavantError, OSError: as in `load_newest`.
+    """
     name = broadcast_from_rank_0(lambda: newest_name(storage))
     if name is None:
-        return load_initial_weights(state, config)
+        return None
     path = fetch_once_per_node(storage, name)
     notes = state.load_checkpoint(read_checkpoint(path), allow_changes)
     return RunResumed(step=state.step, path=storage.locate(name), warnings=tuple(notes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import traceback
 from dataclasses import dataclass, field
@@ -40,7 +39,6 @@ from savant_ray.training.device import (
 from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.state import TrainingState, is_deterministic, micro_batch_size, new_state
 from savant_ray.training.step import allocate_reduction
-from savant_ray.worker.batch_reader import BatchReader
 from savant_ray.worker.host import RayHost
 from savant_ray.worker.resume import load_newest
 
@@ -69,13 +67,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
     storage = run_storage(config, Owner(**task.owner) if task.owner else None)
     stream: StepStream = ray.train.get_dataset_shard("train")
-    host = RayHost(task.bridge, storage, config, tokenizer, stream.plan, task.validation)
+    host = RayHost(task.bridge, storage, config, tokenizer, stream, task.validation, task.allow_changes)
     if host.rank == 0:
         host.emit(WorkersStarted())
     try:
         if task.code != own_digest():  # a node that joined after the driver had compared the code of all nodes
             raise other_code_error(task.package, f"worker {host.rank}", str(package_folder()))
-        _train(task, config, storage, stream, host)
+        _train(task, config, storage, host)
     except SavantError as error:
         host.finish_saving()
         host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
@@ -86,7 +84,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         raise UnexpectedError(describe(error, "training"), traceback.format_exc()) from error
 
 
-def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepStream, host: RayHost) -> None:
+def _train(task: WorkerTask, config: Config, storage: RunStorage, host: RayHost) -> None:
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives over Python objects allocate on the current device
@@ -109,10 +107,8 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
         of_checkpoint = state.threads if state.deterministic else None
         notes.append(set_threads(config.scaling.threads_per_worker, of_checkpoint))
     if state.deterministic:
-        stream = dataclasses.replace(stream, group=micro_batch_size(config, device))
-        notes.append(idle_workers(stream))
-    with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
-        batches = BatchReader(stream, state.position, settings.max_steps - state.step, config, device)
+        notes.append(idle_workers(config, micro_batch_size(config, device), host.world_size))
+    batches = host.local_batches(state)
     if device.type == "cuda":
         # NCCL allocates memory at the first collective of a given size, and the cap has to include this memory.
         with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
@@ -129,15 +125,15 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, stream: StepSt
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=saved_step), wait=True)
 
 
-def idle_workers(stream: StepStream) -> str | None:
-    """Return a note for the user if some workers have no micro-batch to compute, or None."""
-    n_micro_batches = -(-stream.plan.effective_batch // stream.group)
-    if n_micro_batches >= stream.world_size:
+def idle_workers(config: Config, rows: int, n_workers: int) -> str | None:
+    """Return a note for the user if some workers have none of a step's micro-batches of `rows` sequences, or None."""
+    n_micro_batches = -(-config.training.effective_batch // rows)
+    if n_micro_batches >= n_workers:
         return None
     return (
-        f"{stream.world_size - n_micro_batches} of {stream.world_size} workers have nothing to compute: a step has "
-        f"{n_micro_batches} micro-batches of {stream.group} sequences, which are not divided (training.deterministic); "
-        "lower training.batch_size and raise training.accumulation"
+        f"{n_workers - n_micro_batches} of {n_workers} workers have nothing to compute: a step has {n_micro_batches} "
+        f"micro-batches of {rows} sequences, which are not divided (training.deterministic); lower training.batch_size and "
+        "raise training.accumulation"
     )
 
 

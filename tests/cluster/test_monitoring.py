@@ -50,13 +50,14 @@ RUN = {
 FAULTS = """
 import sys, ray
 from savant_ray.worker.metrics import RunMetrics
-from savant_ray.events import CheckpointFailed, MicroBatchSkipped
-from tests.reporting.events import step_done
+from savant_ray.events import CheckpointFailed, MicroBatchSkipped, Rewound
+from tests.reporting.events import spike, step_done
 
 ray.init(address=sys.argv[1], log_to_driver=False)
 metrics = RunMetrics("broken", 1)
 skipped = MicroBatchSkipped(step=1, rank=1, loss="nan", positions=(3,))
-for event in (skipped, skipped, step_done(1, update_skipped=True), CheckpointFailed(step=1, text="disk full")):
+faults = (spike(1), Rewound(step=0, spike=spike(2)), CheckpointFailed(step=1, text="disk full"))
+for event in (skipped, skipped, step_done(1, update_skipped=True), *faults):
     metrics.observe(event)
 sys.stdin.read()
 """
@@ -131,6 +132,7 @@ def check_that_panels_are_fed(found: dict[str, list[Sample]], run: Path) -> None
     asked = set.union(*(names(expression) for expression in expressions()))
     faults = {metric.prometheus_name for metric in METRICS if "Skipped" in metric.event.__name__}
     faults |= {"ray_savant_failed_checkpoints_total", "ray_savant_skipped_updates_total"}
+    faults |= {"ray_savant_spikes_total", "ray_savant_rewinds_total"}
     assert asked - faults <= set(found), "asked for by a panel, exported by nobody"
 
 
@@ -193,5 +195,7 @@ def test_faults_are_counted_per_worker(scraped: Scraped) -> None:
     assert {name: of_rank(found[name], 1) for name in counted} == {
         "ray_savant_skipped_micro_batches_total": 2,
         "ray_savant_skipped_updates_total": 1,
+        "ray_savant_spikes_total": 1,
+        "ray_savant_rewinds_total": 1,
         "ray_savant_failed_checkpoints_total": 1,
     }

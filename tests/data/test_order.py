@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from savant_ray.config import Config
-from savant_ray.data.order import GlobalOrder, permute, rank_slice, weights_by_documents
+from savant_ray.data.order import GlobalOrder, permute, positions_in_order, rank_slice, weights_by_documents
 from savant_ray.errors import DataError, SettingsError
 
 
@@ -29,6 +29,16 @@ def test_in_every_prefix_each_source_is_within_one_sequence_of_its_weight(weight
     for source, weight in enumerate(weights):
         off = np.cumsum(sources == source) * sum(weights) - weight * prefix  # times the sum: whole numbers
         assert np.abs(off).max() < sum(weights)
+
+
+@settings(max_examples=100, deadline=None)
+@given(left_out=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=5))
+def test_an_order_without_some_sequences_has_all_others_once_in_the_same_order(left_out: list[tuple[int, int]]) -> None:
+    """Each entry counts in the numbering that the entries before it have left."""
+    expected = list(range(500))
+    for first, n_sequences in left_out:
+        del expected[first : first + n_sequences]
+    assert positions_in_order(np.arange(300), left_out).tolist() == expected[:300]
 
 
 def test_the_default_mixture_is_four_to_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import threading
@@ -116,6 +117,14 @@ def test_groups_of_sequences_are_not_divided_among_workers(plan: StreamPlan) -> 
             if len(positions)
         ]
         assert groups == [(index, list(range(50 + 12 * index, 62 + 12 * index))) for index in range(16)]
+
+
+def test_a_stream_leaves_sequences_out_and_names_the_documents_of_those_in_their_place(plan: StreamPlan) -> None:
+    shorter = dataclasses.replace(plan, left_out=((100, 192), (300, 5)))
+    rows_read = [row for local in StepStream(shorter, 0, 1).steps(0, 3) for row in local.sequences.tokens.tolist()]
+    positions = [*range(100), *range(292, 492), *range(497, 773)]
+    assert rows_read == plan.read(np.array(positions)).tokens.tolist()
+    assert [shorter.documents(p) for p in (99, 100, 300)] == [plan.documents(p) for p in (99, 292, 497)]
 
 
 def test_three_workers_together_read_the_sequences_of_one(plan: StreamPlan, byte_tokenizer: Tokenizer) -> None:

@@ -12,6 +12,7 @@ from savant_ray.events import (
     Event,
     LogicScored,
     SampleGenerated,
+    SpikeFound,
     StepDone,
     TextCounts,
     ValidationDone,
@@ -54,6 +55,13 @@ def step_done(step: int, **changes: Any) -> StepDone:
         "step_seconds": 2.0,
     }
     return StepDone(step=step, **(fields | changes))
+
+
+def spike(step: int, **changes: Any) -> SpikeFound:
+    fields: dict[str, Any] = {"train_loss": 9.5, "loss_limit": 6.75, "grad_norm": 0.9, "grad_norm_limit": 2.5}
+    fields |= {"update_skipped": False, "first_position": 192 * (step - 1), "n_sequences": 192}
+    fields["documents"] = tuple(f"train.jsonl:{line}" for line in range(1, 6))
+    return SpikeFound(step=step, **(fields | changes))
 
 
 def validation(step: int) -> ValidationDone:

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from savant_ray.cli import main
 from savant_ray.config import Config
 from savant_ray.errors import SavantError, SettingsError
-from savant_ray.events import AttemptEnded, DataPrepared, Event, RunFailed, TextCounts, WorkersLost
+from savant_ray.events import AttemptEnded, DataPrepared, Event, Rewound, RunFailed, TextCounts, WorkersLost
 from savant_ray.reporting.page import write_page
 from savant_ray.reporting.page.charts import Curve, aligned, downsampled, smoothed
 from savant_ray.reporting.page.history import Attempt, read_history
 from savant_ray.reporting.page.page import timeline
 from savant_ray.reporting.record import to_line
-from tests.reporting.events import attempt, checkpoint, idle, prepared, sample, step_done, validation, write
+from tests.reporting.events import attempt, checkpoint, idle, prepared, sample, spike, step_done, validation, write
 
 FAILED = RunFailed(error="TrainingError", text="it <diverged>", exit_code=1)
 DATA = DataPrepared(
@@ -61,6 +61,21 @@ def seen(html: str) -> str:
 
 
 # --- the page
+
+
+def test_the_page_lists_spikes_with_what_followed_and_their_documents(tmp_path: Path) -> None:
+    spikes = (spike(7), spike(8, update_skipped=True, documents=("<b>.jsonl:1",)), Rewound(step=5, spike=spike(9)))
+    html = html_of(write(tmp_path / "run", *RUN, *spikes), output=tmp_path / "report.html")
+    text = seen(html)
+    for told in (
+        "7 9.5000 6.7500 0.9 2.5 trained on train.jsonl:1, train.jsonl:2, train.jsonl:3 and 2 more",
+        "8 9.5000 6.7500 0.9 2.5 update skipped <b>.jsonl:1",
+        "9 9.5000 6.7500 0.9 2.5 back to step 5, sequences left out train.jsonl:1",
+        "spikes 3",
+    ):
+        assert told in text, told
+    quiet = html_of(write(tmp_path / "quiet", *RUN), output=tmp_path / "quiet.html")
+    assert 'id="spikes"' not in quiet and "spikes 0" in seen(quiet)
 
 
 def test_the_page_shows_the_contents_of_the_record(tmp_path: Path) -> None:

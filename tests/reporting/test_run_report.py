@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from savant_ray.errors import DataError
-from savant_ray.events import Notice
+from savant_ray.events import Notice, Rewound
 from savant_ray.reporting import RunReport
 from savant_ray.reporting.console import LiveConsole, PlainConsole, open_console
 from savant_ray.reporting.record import METRICS, read_records
 from savant_ray.reporting.run_report import LOG
-from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
+from tests.reporting.events import attempt, checkpoint, sample, spike, step_done, validation
 
 
 class Clock:
@@ -116,6 +116,35 @@ def test_a_skipped_update_is_printed_immediately(tmp_path: Path, clock: Clock, p
         report.add_event(step_done(2, update_skipped=True, grad_norm=float("inf")))
         assert "WARNING: step 2 did not change the weights: its gradient norm was inf" in paper.getvalue()
         assert "step 2/1,000" not in paper.getvalue()
+
+
+def test_a_skipped_spike_is_printed_once(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
+    with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
+        report.add_event(attempt())
+        report.add_event(spike(2, update_skipped=True))
+        report.add_event(step_done(2, update_skipped=True))
+    assert paper.getvalue().count("did not change the weights") == 1
+
+
+def test_a_rewind_removes_the_steps_that_are_repeated_and_keeps_the_spike(
+    tmp_path: Path, clock: Clock, paper: io.StringIO
+) -> None:
+    with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
+        report.add_event(attempt())
+        tell(report, clock, range(1, 9))
+        report.add_event(Rewound(step=5, spike=spike(9)))
+        assert report.last_step == 5
+        tell(report, clock, range(6, 8))
+    lines = list(read_records(tmp_path / METRICS))
+    kinds = [(line["event"], line["step"]) for line in lines]
+    steps = [("step", step) for step in range(1, 8)]
+    assert kinds == [("attempt", 0), *steps[:5], ("rewind", 5), *steps[5:]]
+    assert lines[6]["spike"]["step"] == 9 and len(lines[6]["spike"]["documents"]) == 5
+    assert "back to step 5" in paper.getvalue()
+    with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
+        report.add_event(attempt(5))
+    kinds = [(line["event"], line["step"]) for line in read_records(tmp_path / METRICS)]
+    assert kinds == [("attempt", 0), *steps[:5], ("rewind", 5), ("attempt", 5)]
 
 
 def test_the_newest_step_is_printed_when_a_run_is_stopped(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from savant_ray.events import Event, MicroBatchSkipped, Notice, RunFailed, RunResumed
+from savant_ray.events import Event, MicroBatchSkipped, Notice, Rewound, RunFailed, RunResumed
 from savant_ray.reporting.run_report import RemainingTime
 from savant_ray.reporting.wording import (
     describe,
@@ -15,7 +15,7 @@ from savant_ray.reporting.wording import (
     skipped_update,
     step_figures,
 )
-from tests.reporting.events import attempt, checkpoint, sample, step_done, validation
+from tests.reporting.events import attempt, checkpoint, sample, spike, step_done, validation
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,18 @@ from tests.reporting.events import attempt, checkpoint, sample, step_done, valid
         (checkpoint(5), "step_5|0.4 s"),
         (checkpoint(5, "stop"), "step_5|stop|0.4 s"),
         (MicroBatchSkipped(step=7, rank=1, loss="nan", positions=(12, 13)), "step 7|worker 1|loss nan|12, 13"),
+        (
+            spike(7),
+            "step 7|loss 9.5000 is above 6.7500|weights were updated|train.jsonl:1, train.jsonl:2, train.jsonl:3 and 2 more",
+        ),
+        (
+            spike(7, update_skipped=True, grad_norm=3.25),
+            "loss 9.5000 is above 6.7500 and gradient norm 3.25 is above 2.5|did not change the weights",
+        ),
+        (
+            Rewound(step=5, spike=spike(7, train_loss=5.0, grad_norm=3.25)),
+            "step 7 is a spike: gradient norm 3.25 is above 2.5|back to step 5|positions 1,152 to 1,343|left out|jsonl:1",
+        ),
         (Notice(text="read this"), "read this"),
     ],
 )

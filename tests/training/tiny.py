@@ -145,6 +145,14 @@ class RecordingHost:
         self._begun = None
         return kept
 
+    def restore(self, state: TrainingState) -> None:
+        self.finish_saving()
+        if self.checkpoint:
+            state.load_checkpoint(self.checkpoint)
+
+    def local_batches(self, state: TrainingState) -> Iterator[list[MicroBatch]]:
+        raise AssertionError("no test without spikes reads again")
+
     def store_file(self, file: Path, name: str) -> str:
         self.files[name] = file.read_bytes()
         return name

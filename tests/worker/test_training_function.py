@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from savant_ray.data.stream import StepStream, StreamPlan
+from savant_ray.config import Config
 from savant_ray.errors import MemoryCapError, UnexpectedError
 from savant_ray.events import Event, RunFailed
 from savant_ray.worker import training_function as worker
@@ -99,6 +99,6 @@ def test_workers_do_not_validate_again_the_settings_that_the_driver_has_validate
     ],
 )
 def test_workers_without_a_micro_batch_are_counted_in_a_notice(world_size: int, note: str | None) -> None:
-    plan = StreamPlan((), (), seed=0, effective_batch=10)
-    found = worker.idle_workers(StepStream(plan, 0, world_size, group=4))
+    config = Config.from_dict({"training": {"batch_size": 5, "accumulation": 2}})
+    found = worker.idle_workers(config, 4, world_size)
     assert found is None if note is None else (found or "").startswith(note)

@@ -19,8 +19,10 @@ from savant_ray.events import (
     CheckpointSaved,
     DataPrepared,
     LogicScored,
+    Rewound,
     RunFailed,
     SampleGenerated,
+    SpikeFound,
     StepDone,
     ValidationDone,
     WorkersLost,
@@ -73,6 +75,7 @@ class History:
     validations: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
+    spikes: list[tuple[SpikeFound, int | None]] = field(default_factory=list)  # and the step that training went back to
 
     @property
     def seconds(self) -> float:
@@ -125,6 +128,13 @@ def _add(line: dict[str, Any], history: History) -> None:
         history.samples.append(line)
     elif kind == LogicScored.kind:
         history.scores.append(line)
+    elif kind == SpikeFound.kind:
+        with suppress(ValidationError):
+            history.spikes.append((TypeAdapter(SpikeFound).validate_python(line), None))
+    elif kind == Rewound.kind:
+        with suppress(ValidationError):
+            rewound = TypeAdapter(Rewound).validate_python(line)
+            history.spikes.append((rewound.spike, rewound.step))
     if history.attempts and kind != DataPrepared.kind:
         _update(history.attempts[-1], kind, time, line)
 

@@ -163,6 +163,7 @@ def _overview(history: History) -> Iterator[tuple[str, str]]:
             percent(float(np.nansum(steps["data_wait_seconds"]) / np.nansum(steps["step_seconds"]))),
         )
         yield "micro-batches skipped", f"{np.nansum(steps['skipped_micro_batches']):,.0f}"
+        yield "spikes", f"{len(history.spikes):,}"
     yield "trained for", duration(history.seconds) + _in_attempts(len(history.attempts))
     if run.seconds_left is not None:
         yield "left", duration(run.seconds_left)

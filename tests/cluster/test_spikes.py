@@ -1,0 +1,58 @@
+"""A run whose text has a document that makes a spike goes back to a checkpoint and leaves the document's sequences out."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from savant_ray.reporting.record import read_records
+from savant_ray.training.spikes import MIN_STEPS
+from tests.cluster.conftest import Head, losses, records, run_job, write_text
+
+pytestmark = pytest.mark.slow
+STRANGE = 201  # line of the strange document
+RUN: dict[str, Any] = {
+    "training__max_steps": 110,
+    "training__batch_size": 2,
+    "training__accumulation": 1,
+    "training__on_spike": "rewind",
+    "checkpoint__every_steps": 20,
+    "validation__every_steps": 110,
+    "scaling__num_workers": 2,
+    "scaling__resources_per_worker": "{CPU: 1}",
+}
+
+
+def with_a_strange_document(folder: Path) -> Path:
+    """Write ordinary text with one document of random letters, which fills about one sequence."""
+    path = folder / "dataset/savant_dataset_train.jsonl"
+    write_text(path, 300, seed=1)
+    write_text(folder / "dataset/savant_dataset_val.jsonl", 20, seed=2)
+    lines = path.read_text().splitlines()
+    letters = "".join(random.Random(3).choices("ÄÖÜäöüß§$%&{}[]=?QXYZ", k=64))
+    lines.insert(STRANGE - 1, json.dumps({"text": letters}))
+    path.write_text("".join(line + "\n" for line in lines))
+    return folder
+
+
+def test_a_run_goes_back_to_its_checkpoint_and_leaves_out_the_sequences_of_a_spike(head: Head, tmp_path: Path) -> None:
+    run = with_a_strange_document(tmp_path) / "tiny"
+    code, printed = run_job(head, tmp_path, **RUN)
+    assert code == 0, printed
+    (rewound,) = records(run, "rewind")
+    spike = rewound["spike"]
+    assert spike["step"] > MIN_STEPS and rewound["step"] == (spike["step"] - 1) // 20 * 20
+    assert f"savant_dataset_train.jsonl:{STRANGE}" in spike["documents"]
+    assert f"step {spike['step']} is a spike" in printed and f"training goes back to step {rewound['step']}" in printed
+    assert len(losses(run)) == 110 and max(losses(run)[MIN_STEPS:]) < spike["loss_limit"]
+    saved = torch.load(run / "step_110/step_110.pt", weights_only=True)["savant"]
+    assert saved["left_out"] == [[spike["first_position"], 2]] == [[2 * (spike["step"] - 1), 2]]
+    assert [line["step"] for line in records(run, "checkpoint")] == [20, 40, 60, 80, 100, 110]
+    for before, step in ((60, 80), (80, 100), (100, 110)):
+        lines = [line for line in read_records(run / f"step_{step}/records.jsonl") if line["event"] == "step"]
+        assert [line["step"] for line in lines] == list(range(before + 1, step + 1)), "each step once"
