@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import ray
 
+from savant_ray.cluster.session import check_ray_actors
 from savant_ray.driver.phases import Phase
 
 SECONDS_UNTIL_REPORT = 30.0
@@ -28,7 +29,11 @@ class WorkerWatch:
         self._is_reported = False
 
     def check(self, phase: Phase) -> None:
-        """Report if the wait has been long; to be called at short intervals."""
+        """Report if the wait has been long; to be called at short intervals.
+
+        Raises:
+            TrainingError: Ray Train's controller is stopped.
+        """
         if phase is not Phase.WAITING_FOR_WORKERS:
             self._waiting_since, self._is_reported = None, False
             return
@@ -37,6 +42,7 @@ class WorkerWatch:
         if self._is_reported or self._clock() - self._waiting_since < SECONDS_UNTIL_REPORT:
             return
         self._is_reported = True
+        check_ray_actors()
         self._notify(
             waiting_message(self._workers, self._resources, ray.available_resources(), ray.cluster_resources())
         )

@@ -24,6 +24,7 @@ from savant_ray.events import (
     SampleGenerated,
     StepDone,
     ValidationDone,
+    WorkerHung,
     WorkersLost,
 )
 from savant_ray.locations import is_uri
@@ -124,6 +125,11 @@ def _named_documents(documents: Sequence[str]) -> str:
     named = ", ".join(documents[:MAX_DOCUMENTS])
     more = len(documents) - MAX_DOCUMENTS
     return (f"; documents: {named}" if named else "") + (f" and {more:,} more, see metrics.jsonl" if more > 0 else "")
+
+
+@describe.register
+def _(event: WorkerHung) -> str:
+    return f"WARNING: {event.text}"
 
 
 @describe.register

@@ -22,6 +22,7 @@ from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.muon import Muon
 from savant_ray.training.checkpoint import FORMAT_VERSION
 from savant_ray.training.device import Precision, weights_dtype
+from savant_ray.training.progress import PROGRESS
 
 # Indices of the sums that are reduced together with the gradients (training/step.py).
 LOSS, TOKENS, SKIPPED, STOP, ABANDONED, OUT_OF_MEMORY = SUMS = range(6)
@@ -121,6 +122,7 @@ class TrainingState:
 
     def set_fit(self, fit: BatchFit) -> None:
         """Set micro-batch size and recomputation for the following forward passes."""
+        PROGRESS.expect_compilation()
         self.fit = fit
         self.model.recompute_loops = fit.recompute_loops
 

@@ -39,6 +39,7 @@ from savant_ray.training.device import (
 )
 from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.profiling import region
+from savant_ray.training.progress import PROGRESS
 from savant_ray.training.state import LOSS, SKIPPED, TOKENS, TrainingState
 
 GraceLeft = Callable[[], float | None]  # None until a stop is requested, then the seconds left of the grace period
@@ -249,6 +250,7 @@ def update(state: TrainingState, learning_rate: float) -> None:
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over all ranks in place; collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
+        PROGRESS.enter_collective()
         dist.all_reduce(values)
     return values
 
@@ -263,5 +265,6 @@ def broadcast_from_rank_0(decide: Callable[[], str | None]) -> str | None:
     if not dist.is_initialized():
         return decide()
     decision = [decide() if dist.get_rank() == 0 else None]
+    PROGRESS.enter_collective()
     dist.broadcast_object_list(decision, src=0)
     return decision[0]
