@@ -186,8 +186,10 @@ def check_ray_processes() -> None:
     _raise_if_stopped({info.process.pid: name for name, started in infos for info in started})
 
 
-def check_ray_actors() -> None:
+def check_ray_actors(*others: str) -> None:
     """Check the actors without which training cannot go on, in a Ray that this process started; takes milliseconds.
+
+    `others` are the classes of further actors to check.
 
     Raises:
         TrainingError: one of them is stopped (SIGSTOP) and does not continue.
@@ -196,7 +198,7 @@ def check_ray_actors() -> None:
     for process in _own_processes():
         with suppress(psutil.Error):
             title = " ".join(process.cmdline()[:1])  # ray::TrainController.run
-            if title.startswith(tuple(f"ray::{name}" for name in REQUIRED_ACTORS)):
+            if title.startswith(tuple(f"ray::{name}" for name in (*REQUIRED_ACTORS, *others))):
                 actors[process.pid] = title
     _raise_if_stopped(actors)
 

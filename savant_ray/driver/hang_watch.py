@@ -28,16 +28,17 @@ RECENT_STEPS = 100
 SILENT_SECONDS = 10.0  # without a heartbeat: the process is stopped, or something holds its interpreter lock
 MAX_CHECK_SECONDS = 5.0  # a longer time between two checks means that this process was suspended
 SHOWN_FRAMES = 8  # of the stack, in the message
-COLLECTIVE_SECONDS = 2 * 3600.0  # of an operation between workers, if `HangWatch` has not ended one of them before
+COLLECTIVE_SECONDS = 3600.0  # of an operation between workers, if `HangWatch` has not ended one of them before
 RUNNING = (Phase.LOADING, Phase.TRAINING, Phase.STOP_REQUESTED, Phase.STOPPING)
 
 
 def collective_timeout(hang_seconds: float | Literal["auto"] | None) -> float:
     """Return after how many seconds gloo and NCCL end a worker that waits for others.
 
-    It is longer than the limits of `HangWatch`, which names the worker that the others wait for.
+    It is longer than the limits of `HangWatch`, which names the worker that the others wait for, unless that reads or writes
+    checkpoints. It also limits how long workers wait for each other when they start.
     """
-    return COLLECTIVE_SECONDS if hang_seconds in ("auto", None) else max(COLLECTIVE_SECONDS, 100 * float(hang_seconds))
+    return COLLECTIVE_SECONDS if hang_seconds in ("auto", None) else max(COLLECTIVE_SECONDS, 20 * float(hang_seconds))
 
 
 @dataclass(frozen=True)
