@@ -169,6 +169,7 @@ def perform(case: Case, run: Run, chance: random.Random) -> None:
     else:
         run.wait_until(lambda: last_step(run.path) >= step + 3)
     case.seconds = time.monotonic() - started
+    run.reads = True
     run.read()
     printed = run.printed.decode()
     if expected == "error":
@@ -181,6 +182,7 @@ def perform(case: Case, run: Run, chance: random.Random) -> None:
         run.start()
         return
     assert not run.ended, f"{case}\n{printed}"
+    assert case.seconds < MAX_SECONDS and (expected == "restart" or run.restarts() == restarts), f"{case}\n{printed}"
     case.outcome = "training went on"
     if expected == "restart":
         hang = events(run.path, "hang")[-1]
