@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install extras train submit test test-quick test-all coverage fuzz torture preemptions soak check clean
+.PHONY: help install extras train submit test test-quick test-all coverage fuzz torture preemptions hangs soak check clean
 
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
@@ -38,10 +38,11 @@ help:
 	make submit       the same as a Ray job on the cluster at ADDRESS
 	make test         run the checks and all tests except those of rare faults (about 15 minutes on 2 cores)
 	make test-quick   run the fast tests, which do not start Ray
-	make test-all     install the extras and run all tests, fuzz, torture and soak (about 2 hours)
+	make test-all     install the extras and run all tests, fuzz, torture, hangs and soak (about 2 hours)
 	make fuzz         read N=10000 invalid inputs per reader; each must give a clear error and lose nothing
 	make torture      interrupt runs N=100 times; each must have the result of an uninterrupted run
 	make preemptions  preempt runs of 1,600 steps four times, announced and not; prints what it costs
+	make hangs        make N=50 processes hang in a run; each must be resolved or end with a clear error
 	make soak         run 80,000 tiny steps; memory, open files and step time must stay constant
 	make check        check format, lint, types, spelling, layers and documentation
 	make docs         regenerate the reference pages and build the documentation as site/index.html
@@ -77,7 +78,7 @@ test-quick: install
 
 test-all: check extras
 	@$(PYTEST) $(ARGS)
-	$(MAKE) fuzz torture soak
+	$(MAKE) fuzz torture hangs soak
 
 fuzz: install
 	@exec $(RUN) -m tests.fuzz "$(or $(N),10000)"
@@ -87,6 +88,9 @@ torture: install
 
 preemptions: install
 	@exec $(RUN) -m tests.torture.preemptions $(ARGS)
+
+hangs: install
+	@exec $(RUN) -m tests.torture.hangs "$(or $(N),50)"
 
 soak: install
 	@exec $(RUN) -m tests.torture.soak

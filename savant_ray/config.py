@@ -541,6 +541,12 @@ class ScalingConfig(Section):
         "resuming with training.deterministic at most as many as before",
     )
     max_failures: int = Field(default=3, ge=0, description="number of times that workers are restarted after a failure")
+    hang_seconds: Positive | Auto | None = Field(
+        default="auto",
+        description="a worker without progress for this time is killed, and training continues from the last checkpoint; "
+        "auto: 20 median steps, at least 60 s; 10 times as long while it compiles or validates, 60 times while it reads or "
+        "writes checkpoints; null: no limit",
+    )
 
     @property
     def worker_limits(self) -> tuple[int, int]:

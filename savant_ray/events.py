@@ -73,6 +73,20 @@ class WorkersLost(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerHung(Event):
+    """A worker made no progress for too long (`scaling.hang_seconds`) and was killed, so that Ray Train restarts all."""
+
+    kind = "hang"
+    rank: int  # of the worker
+    after_step: int  # newest finished step
+    seconds: float  # without progress
+    activity: str  # of the worker: "computing"
+    process: str  # its number, machine and state: "process 123 on host-1, stopped"
+    stack: str  # Python stack of all its threads, as py-spy prints it; "" if it could not be read
+    text: str  # for the user
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Event):
     """The workers of an attempt have started, or were restarted after a failure, and have built the model."""
 

@@ -9,23 +9,33 @@ import select
 import sys
 from typing import Any, TextIO
 
+BLOCKED_SECONDS = 5.0  # that a tolerant output waits for a reader
+DROPPED = b"\n[lines are missing here, because nothing read the output]\n"
+
 
 class Output(io.RawIOBase):
     """Unbuffered output to a file descriptor; stores the first error in `error` and writes nothing after it.
 
-    A tolerant output never raises, so that training continues if its output cannot be written.
+    A tolerant output never raises, so that training continues if its output cannot be written. If a full pipe or a paused
+    terminal accepts nothing for `BLOCKED_SECONDS`, it drops what is written until it can write again.
     """
 
     def __init__(self, descriptor: int, error: OSError | None = None, tolerant: bool = False) -> None:
         super().__init__()
         self.error, self.tolerant = error, tolerant
         self._descriptor = descriptor
+        self._drops = False  # the last attempt to write found the output blocked
 
     def write(self, data: Any, /) -> int:
         """Write some of the bytes, also to a non-blocking descriptor; return their number."""
         while self.error is None:
             try:
-                return os.write(self._descriptor, data)
+                if not self.tolerant:
+                    return os.write(self._descriptor, data)
+                if not self._accepts_data():
+                    break
+                # Up to so many bytes are written without blocking if the descriptor is ready (POSIX, for pipes).
+                return os.write(self._descriptor, memoryview(data)[: select.PIPE_BUF])
             except BlockingIOError:
                 select.select([], [self._descriptor], [])
             except OSError as error:
@@ -33,6 +43,19 @@ class Output(io.RawIOBase):
                 if not self.tolerant:
                     raise
         return memoryview(data).nbytes
+
+    def _accepts_data(self) -> bool:
+        """Wait until the output can be written; return False if it still cannot. Only the first call waits."""
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLOUT)
+        if not poll.poll(0 if self._drops else BLOCKED_SECONDS * 1000):
+            self._drops = True
+            return False
+        if self._drops:
+            self._drops = False
+            os.write(self._descriptor, DROPPED)
+            return self._accepts_data()  # the line takes room, too
+        return True
 
     def fileno(self) -> int:
         """Return the file descriptor."""

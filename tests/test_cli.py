@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from savant_ray import streams
 from savant_ray.cli import COMMANDS, main
 from savant_ray.config import Config, all_settings, dump_yaml, load_config
 from savant_ray.driver import resolve_paths
@@ -489,6 +491,26 @@ def test_a_non_blocking_pipe_receives_the_complete_output(tmp_path: Path) -> Non
             printed = pipe.read()
         assert job.wait() == 0 and job.stderr is not None and job.stderr.read() == ""
     assert len(printed) > 4096 and "reporting.wandb" in printed
+
+
+def test_a_training_whose_output_nobody_reads_continues_and_marks_where_lines_are_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams, "BLOCKED_SECONDS", 0.1)
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 8192)
+    output = streams.Output(write, tolerant=True)
+    stream = io.TextIOWrapper(io.BufferedWriter(output), write_through=True)
+    for number in range(10_000):  # would block for ever if it waited for a reader
+        print(f"step {number}", file=stream, flush=True)
+    received = os.read(read, 8192).decode()
+    assert received.startswith("step 0\nstep 1\n") and "step 9999" not in received
+    print("saved step_9999", file=stream, flush=True)
+    received = os.read(read, 8192).decode()
+    assert "lines are missing here" in received and received.endswith("saved step_9999\n")
+    assert output.error is None
+    os.close(read)
+    os.close(write)
 
 
 def test_arguments_that_are_not_utf_8_are_reported(tmp_path: Path) -> None:

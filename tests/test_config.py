@@ -65,6 +65,14 @@ def test_a_number_has_the_same_value_from_every_source(text: str, file: Path) ->
     assert from_file == load_config((), {"SAVANT_TRAINING__LEARNING_RATE": text})
 
 
+def test_a_setting_that_is_a_number_or_a_word_takes_whole_numbers_from_every_source(file: Path) -> None:
+    file.write_text("scaling: {hang_seconds: 90}\n")
+    from_file = load_config((), {}, file)
+    assert from_file.scaling.hang_seconds == 90
+    assert from_file == load_config(["--scaling.hang_seconds", "90"], {})
+    assert from_file == load_config((), {"SAVANT_SCALING__HANG_SECONDS": "90"})
+
+
 def test_text_on_the_command_line_is_not_interpreted_as_yaml() -> None:
     prompt = "Question: {a: 1}, [b] # no comment\n- 012 'x'"
     config = load_config(["--validation.prompt", prompt, "--run.name", "012"], {})

@@ -143,6 +143,7 @@ TABLE: dict[str, Kind] = {
     "scaling.resources_per_worker": Kind("names with values", (dict, type(None))),
     "scaling.threads_per_worker": Kind("a whole number or auto", (int,), COUNT.outside),
     "scaling.max_failures": COUNT_OR_NONE,
+    "scaling.hang_seconds": Kind("a number or auto", (int, float, type(None)), ((0, "0 has to be greater than 0"),)),
     "reporting.mlflow": OPTIONAL_TEXT,
     "reporting.wandb": OPTIONAL_TEXT,
 }

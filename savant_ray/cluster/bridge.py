@@ -1,8 +1,9 @@
-"""An actor that carries events from workers to the driver and the stop request from the driver to workers.
+"""An actor that carries events and heartbeats from workers to the driver and the stop request from the driver to workers.
 
 `ray.train.report()` is a barrier over all ranks and is limited to one call per health check, so per-step metrics use this
 actor instead: a worker's call does not block, and the driver receives the event a few milliseconds later. The stop request
-stays in the actor, so it also reaches workers that start later.
+stays in the actor, so it also reaches workers that start later. A worker asks for it every second and sends its progress
+with the question, so the questions are its heartbeats.
 """
 
 from __future__ import annotations
@@ -10,18 +11,48 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from savant_ray.cluster.session import check_ray_processes
+from savant_ray.cluster.session import check_ray_actors, check_ray_processes
+from savant_ray.errors import TrainingError
 from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
-STOP_POLL_SECONDS = 30.0
-RAY_CHECK_SECONDS = 0.5  # if the answer to a poll is overdue by this, Ray's own processes are checked
+HEARTBEAT_SECONDS = 1.0
+RAY_CHECK_SECONDS = 0.5  # if the answer to a call is overdue by this, Ray's own processes are checked
+ANSWER_SECONDS = 60.0  # the bridge answers within milliseconds
 
 BridgeHandle = Any  # an `ActorHandle`, whose methods Ray annotates as `Never`
+
+
+@dataclass(frozen=True)
+class WorkerProgress:
+    """What a worker sends with each heartbeat: its process, and the newest mark of its training thread."""
+
+    rank: int
+    actor_id: str
+    node_id: str
+    host: str  # name of its machine
+    pid: int
+    process_started: float  # seconds since the epoch
+    marks: int  # number of marks of its training thread
+    activity: str
+    patience: float  # factor of the usual time limit until the next mark
+    collectives: int  # that it has entered; the same sequence on all ranks
+    waits: bool  # whether it may be waiting for the other ranks in the newest of them
+    finished: bool  # no more marks will follow
+
+
+@dataclass(frozen=True)
+class Heartbeats:
+    """The newest progress of a worker and the number of its heartbeats so far."""
+
+    progress: WorkerProgress
+    number: int
 
 
 # Ray's annotations lack some of these options and the class that the decorator returns.
@@ -39,6 +70,7 @@ class Bridge:
         self._grace_seconds = 0.0
         self._failed = False
         self._has_workers = False
+        self._heartbeats: dict[int, Heartbeats] = {}  # by rank
 
     async def send(self, event: Event) -> None:
         """Add an event that a worker, or `FailureCallback` in Ray Train's controller, has sent."""
@@ -47,19 +79,21 @@ class Bridge:
                 self._failed = True
             case WorkersStarted():
                 self._has_workers = True
+                self._heartbeats.clear()  # a resized group may have fewer ranks
             case WorkersLost():
                 if self._failed or not self._has_workers:  # a worker has sent its error, or the loss was sent before
                     return
                 self._has_workers = False
+                self._heartbeats.clear()
         self._events.append(event)
         self._has_events.set()
 
-    async def take_events(self, seconds: float) -> list[Event]:
-        """Return all events since the last call; wait up to `seconds` for the first."""
+    async def take(self, seconds: float) -> tuple[list[Event], list[Heartbeats]]:
+        """Return all events since the last call, and the workers' heartbeats; wait up to `seconds` for the first event."""
         await _wait(self._has_events, seconds)
         self._has_events.clear()
         events, self._events = self._events, []
-        return events
+        return events, list(self._heartbeats.values())
 
     async def has_failed(self) -> bool:
         """Return whether a worker ended the run with an error for the user, which would occur again after a restart."""
@@ -70,8 +104,10 @@ class Bridge:
         self._grace_seconds = grace_seconds
         self._stop.set()
 
-    async def wait_for_stop_request(self, seconds: float) -> float | None:
+    async def wait_for_stop_request(self, progress: WorkerProgress, seconds: float) -> float | None:
         """Wait up to `seconds` for a stop request; return within how many seconds to stop, None if there is none."""
+        earlier = self._heartbeats.get(progress.rank)
+        self._heartbeats[progress.rank] = Heartbeats(progress, earlier.number + 1 if earlier else 1)
         return self._grace_seconds if await _wait(self._stop, seconds) else None
 
 
@@ -81,24 +117,47 @@ def start_bridge() -> BridgeHandle:
     return Bridge.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
 
 
-def next_events(bridge: BridgeHandle, seconds: float) -> list[Event]:
-    """Return all events since the last call, in the driver; wait up to `seconds` for the first.
+def next_events(bridge: BridgeHandle, seconds: float) -> tuple[list[Event], list[Heartbeats]]:
+    """Return all events since the last call and the workers' heartbeats, in the driver.
+
+    Waits up to `seconds` for the first event.
 
     Raises:
-        TrainingError: Ray itself has died.
+        TrainingError: as `answer_of`.
     """
-    events = bridge.take_events.remote(seconds)
-    while not ray.wait([events], timeout=seconds + RAY_CHECK_SECONDS)[0]:
-        check_ray_processes()
+    events, heartbeats = answer_of(bridge.take.remote(seconds), seconds)
     check_ray_processes()
-    return list(ray.get(events))
+    return list(events), list(heartbeats)
+
+
+def answer_of(call: Any, seconds: float = 0.0) -> Any:
+    """Return the result of a call of the bridge that takes up to `seconds`, in the driver.
+
+    Raises:
+        TrainingError: Ray itself has died or is stopped, or the bridge does not answer.
+    """
+    overdue = 0.0  # seconds of waiting; the time in which this process itself was suspended does not count
+    while not ray.wait([call], timeout=seconds + RAY_CHECK_SECONDS)[0]:
+        check_ray_processes()
+        check_ray_actors()
+        overdue += seconds + RAY_CHECK_SECONDS
+        if overdue > ANSWER_SECONDS:
+            raise TrainingError(
+                "the process between driver and workers, ray::Bridge on this machine, has not answered for "
+                f"{overdue:.0f} s.\n"
+                "Run the same command again to resume from the last checkpoint."
+            )
+    return ray.get(call)
 
 
 class StopListener:
-    """Polls the bridge for a stop request in a daemon thread, so that a training step never waits for the answer."""
+    """Polls the bridge for a stop request in a daemon thread, so that a training step never waits for the answer.
 
-    def __init__(self, bridge: BridgeHandle) -> None:
-        self._bridge = bridge
+    Each poll is a heartbeat and sends what `progress` returns.
+    """
+
+    def __init__(self, bridge: BridgeHandle, progress: Callable[[], WorkerProgress]) -> None:
+        self._bridge, self._progress = bridge, progress
         self._deadline: float | None = None  # by time.monotonic()
         threading.Thread(target=self._listen, name="stop-listener", daemon=True).start()
 
@@ -107,9 +166,12 @@ class StopListener:
         return None if self._deadline is None else self._deadline - time.monotonic()
 
     def _listen(self) -> None:
-        while (grace_seconds := ray.get(self._bridge.wait_for_stop_request.remote(STOP_POLL_SECONDS))) is None:
-            pass
-        self._deadline = time.monotonic() + grace_seconds
+        while True:
+            grace_seconds = ray.get(self._bridge.wait_for_stop_request.remote(self._progress(), HEARTBEAT_SECONDS))
+            if self._deadline is not None:  # the bridge answers immediately
+                time.sleep(HEARTBEAT_SECONDS)
+            elif grace_seconds is not None:
+                self._deadline = time.monotonic() + grace_seconds
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:

@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +24,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the shortest time between two report() calls; 2 s by default
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # how long an elastic run waits for a lost node; 60 by default
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how soon workers detect a drained node; 5 by default
+    # How long a worker may not answer Ray Train; 600 by default. `scaling.hang_seconds` ends it earlier, and says why.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "1800",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise each print of a worker appears twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # attempts and workers at the dashboard's /api/train/v2/runs/v1
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the working directory of the driver
@@ -36,6 +39,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # of the package tokenizers, not of Ray: one core per process
 }
 REQUIRED_PROCESSES = ("raylet", "gcs_server")  # Ray continues if other processes die, such as the dashboard
+REQUIRED_ACTORS = ("Bridge", "TrainController")
+STOPPED_SECONDS = 20.0  # Ray ends the driver without a message if the head does not answer for a minute
 
 
 def prepare_environment() -> ClusterAddress | None:
@@ -166,7 +171,7 @@ def check_ray_processes() -> None:
     Seconds after one of them has died, Ray ends the driver without a message.
 
     Raises:
-        TrainingError: the raylet or the head is gone.
+        TrainingError: the raylet or the head is gone, or is stopped (SIGSTOP) and does not continue.
     """
     head = started_head()
     if head is None:
@@ -177,6 +182,49 @@ def check_ray_processes() -> None:
             f"Ray failed: its {' and '.join(dead)} on this machine was killed, or ran out of memory.\n"
             "Run the same command again to resume from the last checkpoint."
         )
+    infos = ((name, head.all_processes.get(name, ())) for name in REQUIRED_PROCESSES)
+    _raise_if_stopped({info.process.pid: name for name, started in infos for info in started})
+
+
+def check_ray_actors(*others: str) -> None:
+    """Check the actors without which training cannot go on, in a Ray that this process started; takes milliseconds.
+
+    `others` are the classes of further actors to check.
+
+    Raises:
+        TrainingError: one of them is stopped (SIGSTOP) and does not continue.
+    """
+    actors: dict[int, str] = {}
+    for process in _own_processes():
+        with suppress(psutil.Error):
+            title = " ".join(process.cmdline()[:1])  # ray::TrainController.run
+            if title.startswith(tuple(f"ray::{name}" for name in (*REQUIRED_ACTORS, *others))):
+                actors[process.pid] = title
+    _raise_if_stopped(actors)
+
+
+def _raise_if_stopped(processes: Mapping[int, str]) -> None:
+    """Wait up to `STOPPED_SECONDS` until none of the processes, names by pid, is stopped.
+
+    Raises:
+        TrainingError: one of them does not continue.
+    """
+    deadline = time.monotonic() + STOPPED_SECONDS
+    while stopped := {pid: name for pid, name in processes.items() if _is_stopped(pid)}:
+        if time.monotonic() > deadline:
+            named = " and ".join(f"{name} (pid {pid})" for pid, name in stopped.items())
+            raise TrainingError(
+                f"Ray failed: {named} on this machine is stopped (by SIGSTOP, a debugger or job control).\n"
+                "Run the same command again to resume from the last checkpoint."
+            )
+        time.sleep(0.1)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP))
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _own_processes() -> list[psutil.Process]:

@@ -22,7 +22,7 @@ LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "NCC
 
 
 def explain_failure(
-    error: BaseException | None, reported: RunFailed | None, newest: str, max_failures: int
+    error: BaseException | None, reported: RunFailed | None, newest: str, max_failures: int, hang: str = ""
 ) -> SavantError:
     """Return the error for the user.
 
@@ -31,6 +31,7 @@ def explain_failure(
         reported: the error that a worker reported before it ended, None if it reported none.
         newest: name of the checkpoint from which the run would resume.
         max_failures: `scaling.max_failures`.
+        hang: why the driver killed the worker that failed last, "" if it did not.
 
     An unexpected error in a worker becomes an `UnexpectedError` with the worker's traceback.
     """
@@ -43,9 +44,8 @@ def explain_failure(
         reason = "no reason was given" if error is None else describe(error)
         return UnexpectedError(f"training ended: {reason}\n{advice}", details)
     _, root_cause = _root_failure(error.worker_failures)
-    message = (
-        f"{_summarize(error.worker_failures)}\nWorkers were restarted {max_failures} times (scaling.max_failures)."
-    )
+    summary = hang or _summarize(error.worker_failures)
+    message = f"{summary}\nWorkers were restarted {max_failures} times (scaling.max_failures)."
     if isinstance(root_cause, UnexpectedError):
         return UnexpectedError(f"{message} {advice}", root_cause.details)
     return TrainingError(f"{message} Ray's error is in training_log.txt. {advice}")

@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import ray
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from savant_ray.cluster.bridge import BridgeHandle, next_events, start_bridge
+from savant_ray.cluster.bridge import BridgeHandle, answer_of, next_events, start_bridge
 from savant_ray.cluster.ray_job import grace_seconds
 from savant_ray.cluster.session import ExitWithoutShutdown, owns_ray, ray_session
 from savant_ray.driver.attempt import Attempt, Inputs
 from savant_ray.driver.data_preparation import prepare_data
 from savant_ray.driver.failures import explain_failure, ray_errors_explained
+from savant_ray.driver.hang_watch import HangWatch
 from savant_ray.driver.phases import Phase, Trigger
 from savant_ray.driver.starting_point import records_of, refuse_other_data
 from savant_ray.driver.tokenizer_choice import tokenizer_change
@@ -36,6 +36,7 @@ POLL_SECONDS = 0.5
 # kills parts of Ray's dashboard, and Ray Train then waits 8 s for an answer from it (Ray 2.60). The driver need not wait,
 # because it kills Ray's processes when it exits.
 FIT_RETURN_SECONDS = 2.0
+CLUSTER_FIT_RETURN_SECONDS = 60.0  # in a cluster, which ends the workers of a driver that has exited
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Outcome:
     error: BaseException | None = None
     failure: RunFailed | None = None  # the error that a worker reported
     end: AttemptEnded | None = None  # reported when the workers have finished
+    hang: str = ""  # why workers were killed that were not restarted
     fit: threading.Thread | None = None
 
     @property
@@ -97,7 +99,9 @@ def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
         outcome.fit = threading.Thread(target=_call_fit, args=(trainer, outcome), name="fit", daemon=True)
         outcome.fit.start()
         attempt.phase.advance(Trigger.FIT_STARTED)
-        _follow(attempt, outcome, bridge, watch)
+        hang_watch = HangWatch(config.scaling.hang_seconds, report.add_event)
+        _follow(attempt, outcome, bridge, watch, hang_watch)
+        outcome.hang = hang_watch.reason
         if outcome.fit_is_running:  # Ray must not be shut down, as the end of this block would
             raise ExitWithoutShutdown(_conclude(attempt, outcome, config.scaling.max_failures))
     return _conclude(attempt, outcome, config.scaling.max_failures)
@@ -121,27 +125,31 @@ def _call_fit(trainer: TorchTrainer, outcome: Outcome) -> None:
         outcome.error = error
 
 
-def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch) -> None:
+def _follow(
+    attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch, hang_watch: HangWatch
+) -> None:
     """Report events and pass on a stop request until `fit()` has returned, or is overdue after the last save."""
     phase, report = attempt.phase, attempt.report
-    is_own_ray = owns_ray()
+    fit_return_seconds = FIT_RETURN_SECONDS if owns_ray() else CLUSTER_FIT_RETURN_SECONDS
     saved_time = math.inf  # when the workers had finished and the last step was saved, by time.monotonic()
     while True:
         finished = not outcome.fit_is_running  # read before the events, so that the last ones are not missed
-        for event in next_events(bridge, 0 if finished else POLL_SECONDS):
+        events, heartbeats = next_events(bridge, 0 if finished else POLL_SECONDS)
+        for event in events:
             outcome.observe(event)
             phase.observe(event)
-            _report(event, attempt)
+            _report(hang_watch.observe(event), attempt)
         if outcome.is_saved:
             saved_time = min(saved_time, time.monotonic())
-        if finished or (time.monotonic() > saved_time + FIT_RETURN_SECONDS and is_own_ray):
+        if finished or time.monotonic() > saved_time + fit_return_seconds:
             return
         attempt.storage.refuse_if_lost()
         watch.check(phase.current)
+        hang_watch.check(phase.current, heartbeats)
         if phase.current is Phase.EXITING:  # the workers were lost during a stop, so nothing can be saved
             raise KeyboardInterrupt
         if phase.current is Phase.STOP_REQUESTED:
-            ray.get(bridge.request_stop.remote(grace_seconds(attempt.config)))
+            answer_of(bridge.request_stop.remote(grace_seconds(attempt.config)))
             phase.advance(Trigger.REQUEST_SENT)
             report.notify("stopping: this step is finished and saved first (press Ctrl+C again to exit without saving)")
 
@@ -180,4 +188,4 @@ def _conclude(attempt: Attempt, outcome: Outcome, max_failures: int) -> int:
 def _failure(attempt: Attempt, outcome: Outcome, newest: str, max_failures: int) -> SavantError:
     if outcome.failure is None:
         attempt.report.log(str(outcome.error))
-    return explain_failure(outcome.error, outcome.failure, newest, max_failures)
+    return explain_failure(outcome.error, outcome.failure, newest, max_failures, outcome.hang)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import ray.train
+from ray.train.torch import TorchConfig
 
 # Also exported by `ray.train`, where a type checker sees the classes of Ray Train v1.
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -20,6 +21,7 @@ from savant_ray.config import Config
 from savant_ray.data.stream import StepStream, StreamPlan
 from savant_ray.driver.data_preparation import PreparedData
 from savant_ray.driver.failures import FailureCallback
+from savant_ray.driver.hang_watch import collective_timeout
 from savant_ray.errors import SettingsError
 from savant_ray.ray_internals import storage_context
 from savant_ray.storage.protocol import RunStorage
@@ -50,6 +52,7 @@ def make_trainer(
     return TorchTrainer(
         train_worker,
         train_loop_config={name: getattr(task, name) for name in task.__dataclass_fields__},
+        torch_config=TorchConfig(timeout_s=round(collective_timeout(config.scaling.hang_seconds))),
         scaling_config=scaling(config),
         run_config=_RunConfig(
             name=ascii_name(config.run.name),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import ray
 
+from savant_ray.cluster.session import check_ray_actors
 from savant_ray.driver.phases import Phase
 
 SECONDS_UNTIL_REPORT = 30.0
@@ -24,17 +25,25 @@ class WorkerWatch:
     ) -> None:
         self._workers, self._resources = workers, resources
         self._notify, self._clock = notify, clock
-        self._waiting_since: float | None = None
+        self._waiting_since: float | None = None  # or since the last check of Ray's actors
         self._is_reported = False
 
     def check(self, phase: Phase) -> None:
-        """Report if the wait has been long; to be called at short intervals."""
+        """Report if the wait has been long; to be called at short intervals.
+
+        Raises:
+            TrainingError: Ray Train's controller or a worker is stopped.
+        """
         if phase is not Phase.WAITING_FOR_WORKERS:
             self._waiting_since, self._is_reported = None, False
             return
         if self._waiting_since is None:
             self._waiting_since = self._clock()
-        if self._is_reported or self._clock() - self._waiting_since < SECONDS_UNTIL_REPORT:
+        if self._clock() - self._waiting_since < SECONDS_UNTIL_REPORT:
+            return
+        self._waiting_since = self._clock()
+        check_ray_actors("RayTrainWorker")  # it sends no heartbeats before it runs the training function
+        if self._is_reported:
             return
         self._is_reported = True
         self._notify(

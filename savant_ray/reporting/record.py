@@ -35,6 +35,7 @@ from savant_ray.events import (
     RunResumed,
     SampleGenerated,
     ValidationDone,
+    WorkerHung,
     WorkersLost,
     WorkersStarted,
 )
@@ -47,6 +48,7 @@ ATTEMPT_KINDS = {  # kept when the record is reset to an earlier step
     for event in (
         DataPrepared,
         WorkersStarted,
+        WorkerHung,
         WorkersLost,
         AttemptStarted,
         AttemptEnded,

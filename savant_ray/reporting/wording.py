@@ -26,6 +26,7 @@ from savant_ray.events import (
     SpikeFound,
     StepDone,
     ValidationDone,
+    WorkerHung,
     WorkersLost,
 )
 from savant_ray.locations import is_uri
@@ -151,6 +152,11 @@ def _spike(event: SpikeFound) -> str:
     if event.grad_norm > event.grad_norm_limit:
         figures.append(f"{norm} is above {event.grad_norm_limit:.4g}")
     return f"step {event.step:,} is a spike: {' and '.join(figures)}, the limit by recent steps"
+
+
+@describe.register
+def _(event: WorkerHung) -> str:
+    return f"WARNING: {event.text}"
 
 
 @describe.register

@@ -228,7 +228,8 @@ def _convert(text: str, types: tuple[type, ...]) -> Any:
         value = load_yaml(text)
     except YamlError:
         return text
-    is_text = isinstance(value, str) or (str in types and not isinstance(value, types))
+    is_number = float in types and type(value) is int
+    is_text = isinstance(value, str) or (str in types and not isinstance(value, types) and not is_number)
     return text if is_text else value
 
 

@@ -21,6 +21,7 @@ from savant_ray.errors import MemoryCapError
 from savant_ray.events import Event, Notice
 from savant_ray.locations import error_text
 from savant_ray.training.device import DeviceMemoryError, is_out_of_memory
+from savant_ray.training.progress import PROGRESS, SLOW
 from savant_ray.training.state import TrainingState
 
 FOLDER = "profile"  # in the run folder
@@ -116,6 +117,7 @@ class StepProfiler:
         self._steps = range(0)
         if trace is None:
             return
+        PROGRESS.begin("writing the profile", SLOW)
         trace.stop()
         written = self._write(TRACE, trace.export_chrome_trace)
         steps = _steps_text(self._first, self._done)

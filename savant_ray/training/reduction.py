@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from savant_ray.optim.tree_sum import Block, TreeSum, blocks
+from savant_ray.training.progress import PROGRESS
 
 SEGMENT = 1 << 22  # elements that are exchanged at a time: 16 MiB, which bounds the memory of the exchange
 
@@ -28,6 +29,7 @@ def n_ranks() -> int:
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over all ranks in place."""
     if n_ranks() > 1:
+        PROGRESS.enter_collective()
         dist.all_reduce(values)
     return values
 
@@ -42,6 +44,7 @@ def broadcast_from_rank_0(decide: Callable[[], str | None]) -> str | None:
     if not dist.is_initialized():
         return decide()
     decision = [decide() if dist.get_rank() == 0 else None]
+    PROGRESS.enter_collective()
     dist.broadcast_object_list(decision, src=0)
     return decision[0]
 
@@ -52,6 +55,7 @@ def gather(values: Sequence[int], device: torch.device) -> list[list[int]]:
         return [list(values)]
     own = torch.tensor(values, dtype=torch.int64, device=device)
     rows = own.new_empty(n_ranks(), len(own))
+    PROGRESS.enter_collective()
     dist.all_gather(list(rows), own)
     gathered: list[list[int]] = rows.tolist()
     return gathered
@@ -68,6 +72,7 @@ def sum_trees(tree: TreeSum, leaves: Sequence[range], result: Tensor, segment: i
     elif len(leaves) == 1:
         result.copy_(tree.total())
     else:
+        PROGRESS.enter_collective()
         nodes = [blocks(of_rank) for of_rank in leaves]
         for part in result.split(segment):
             start = part.storage_offset() - result.storage_offset()

@@ -23,6 +23,7 @@ from savant_ray.optim.muon import Muon
 from savant_ray.optim.tree_sum import TreeSum
 from savant_ray.training.checkpoint import FORMAT_VERSION, NO_FINGERPRINT
 from savant_ray.training.device import Precision, weights_dtype
+from savant_ray.training.progress import PROGRESS
 from savant_ray.training.spikes import SpikeWindow
 
 # Indices of the sums that are reduced together with the gradients (training/step.py).
@@ -135,6 +136,7 @@ class TrainingState:
 
     def set_fit(self, fit: BatchFit) -> None:
         """Set micro-batch size and recomputation for the following forward passes."""
+        PROGRESS.expect_compilation()
         self.fit = fit
         self.model.recompute_loops = fit.recompute_loops
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from savant_ray.config import Config
 from savant_ray.data.stream import LocalSequences
 from savant_ray.errors import error_context
+from savant_ray.training.progress import PROGRESS
 from savant_ray.training.state import micro_batch_size
 from savant_ray.training.step import MicroBatch, micro_batches
 
@@ -68,7 +69,15 @@ class BatchReader:
         self._buffers = [_Buffer(shape, device) for _ in range(2)] if needs_copies else []
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        return self._prefetched(*self._buffers) if self._buffers else self._on_request()
+        local_batches = self._prefetched(*self._buffers) if self._buffers else self._on_request()
+        with closing(local_batches):
+            while True:
+                PROGRESS.begin("waiting for the sequences of a step")
+                local_batch = next(local_batches, None)
+                PROGRESS.begin("computing")
+                if local_batch is None:
+                    return
+                yield local_batch
 
     def _on_request(self) -> Generator[list[MicroBatch], None, None]:
         with closing(self._steps):

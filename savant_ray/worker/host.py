@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 
-from savant_ray.cluster.bridge import StopListener
+from savant_ray.cluster.bridge import StopListener, WorkerProgress
+from savant_ray.cluster.stuck_process import allow_stack_dumps
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.stream import StepStream
 from savant_ray.data.tokenizer import Tokenizer
@@ -35,6 +40,7 @@ from savant_ray.training.checkpoint import CONFIG
 from savant_ray.training.device import raise_memory_cap_error_on_oom
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import validation_is_due
+from savant_ray.training.progress import PROGRESS, SLOW, STORAGE
 from savant_ray.training.state import TrainingState, micro_batch_size
 from savant_ray.training.step import MicroBatch
 from savant_ray.worker.batch_reader import BatchReader
@@ -65,7 +71,9 @@ class RayHost:
         self._validation_cache = validation_cache
         self._allow_changes = allow_changes
         self._metrics = RunMetrics(config.run.name, self.rank)
-        self._listener = StopListener(bridge)
+        PROGRESS.begin("loading the state", STORAGE)
+        allow_stack_dumps()
+        self._listener = StopListener(bridge, _progress_of(self.rank))
         self._drain_reported = False
         files = {CONFIG: dump_yaml(config), **tokenizer.files()}
         self._saver = Saver(storage, files, functools.partial(self.emit, wait=True))
@@ -83,13 +91,16 @@ class RayHost:
 
     def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
         """Set Ray's metrics of this rank: its wait for data and its memory."""
+        PROGRESS.end_step()
         self._metrics.observe_rank(data_wait_seconds, memory_gb)
 
     def grace_left(self) -> float | None:
         """Return the seconds that the current step may still take, None if it need not stop.
 
         A stop is requested by the driver, or by draining a node of the run. The time of the final checkpoint is subtracted.
+        The loop asks for each unit of its work, which is therefore marked as progress.
         """
+        PROGRESS.mark()
         left = self._listener.grace_left()
         if left is None and (left := _drain_grace_left(self._config.run.grace_seconds)) is not None:
             self._report_drain()
@@ -109,6 +120,7 @@ class RayHost:
         Raises:
             DataError: the validation sequences cannot be read.
         """
+        PROGRESS.begin("reading the validation text", STORAGE)
         if self.rank == 0:
             self._host_copy.allocate(state)
         validator = self.validator
@@ -118,11 +130,23 @@ class RayHost:
     def save(self, state: TrainingState, reason: str) -> None:
         """Copy the state; rank 0 writes it as `step_N` to the run's storage while training continues."""
         copy_state = functools.partial(self._host_copy.update, state) if self.rank == 0 else None
-        self._saver.begin(state.step, reason, copy_state, dict(self._latest_figures))
+        with self._saving_marked():
+            self._saver.begin(state.step, reason, copy_state, dict(self._latest_figures))
 
     def finish_saving(self) -> bool:
         """Wait until the pending checkpoint is written; return False if the storage failed."""
-        return self._saver.finish()
+        with self._saving_marked():
+            return self._saver.finish()
+
+    @contextmanager
+    def _saving_marked(self) -> Iterator[None]:
+        """Mark that this rank writes, or waits for rank 0, which writes: the report to Ray Train waits for all ranks."""
+        PROGRESS.begin("saving a checkpoint", STORAGE)
+        if self.rank != 0:
+            PROGRESS.enter_collective()
+        yield
+        if self.rank == 0:
+            PROGRESS.enter_collective()
 
     def restore(self, state: TrainingState) -> None:
         """Load the newest checkpoint of the storage, if there is one; drop the lines of later steps for the next one.
@@ -182,6 +206,7 @@ class RayHost:
 
     def validate(self, state: TrainingState) -> bool:
         """Run validation, logic problems and sampling; return whether a stop was requested on some rank."""
+        PROGRESS.begin("validating", SLOW)
         with error_context(f"validating after step {state.step:,}"):
             return self.validator(state)
 
@@ -226,6 +251,31 @@ class RayHost:
                 }
             case SampleGenerated():
                 self._latest_figures |= {"sample": event.text}
+
+
+def _progress_of(rank: int) -> Callable[[], WorkerProgress]:
+    """Return a function that returns the progress of this process."""
+    context, host, process = ray.get_runtime_context(), socket.gethostname(), psutil.Process(os.getpid())
+    actor_id, node_id, started = str(context.get_actor_id()), context.get_node_id(), process.create_time()
+
+    def progress() -> WorkerProgress:
+        newest = PROGRESS.newest
+        return WorkerProgress(
+            rank=rank,
+            actor_id=actor_id,
+            node_id=node_id,
+            host=host,
+            pid=process.pid,
+            process_started=started,
+            marks=newest.number,
+            activity=newest.activity,
+            patience=newest.patience,
+            collectives=newest.collectives,
+            waits=newest.waits,
+            finished=newest.finished,
+        )
+
+    return progress
 
 
 def _drain_grace_left(default_seconds: float) -> float | None:

@@ -37,6 +37,7 @@ from savant_ray.training.device import (
     wants_compiled,
 )
 from savant_ray.training.loop import train, validation_is_due
+from savant_ray.training.progress import PROGRESS
 from savant_ray.training.state import TrainingState, is_deterministic, micro_batch_size, new_state
 from savant_ray.training.step import allocate_reduction
 from savant_ray.worker.host import RayHost
@@ -82,6 +83,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         raise
     except BaseException as error:  # Ray Train passes on the message only, without traceback and activity
         raise UnexpectedError(describe(error, "training"), traceback.format_exc()) from error
+    finally:
+        PROGRESS.finish()
 
 
 def _train(task: WorkerTask, config: Config, storage: RunStorage, host: RayHost) -> None:

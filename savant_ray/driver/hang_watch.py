@@ -1,0 +1,222 @@
+"""Recognizes workers that make no progress, and kills them, so that Ray Train restarts all from the newest checkpoint.
+
+Every worker sends a heartbeat each second, with the newest mark of its training thread (`training/progress.py`). A worker
+hangs if the mark stays the same, or if the heartbeats stop, for longer than the limit. Of several such workers those are
+killed on which the others wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Literal
+
+from savant_ray.cluster.bridge import Heartbeats, WorkerProgress
+from savant_ray.cluster.session import check_ray_actors
+from savant_ray.cluster.stuck_process import KilledProcess, kill_process, training_thread
+from savant_ray.driver.phases import Phase
+from savant_ray.errors import TrainingError
+from savant_ray.events import AttemptStarted, Event, StepDone, WorkerHung, WorkersLost, WorkersStarted
+from savant_ray.reporting.wording import duration
+
+MIN_SECONDS = 60.0
+MEDIAN_STEPS = 20
+RECENT_STEPS = 100
+SILENT_SECONDS = 10.0  # without a heartbeat: the process is stopped, or something holds its interpreter lock
+MAX_CHECK_SECONDS = 5.0  # a longer time between two checks means that this process was suspended
+SHOWN_FRAMES = 8  # of the stack, in the message
+COLLECTIVE_SECONDS = 3600.0  # of an operation between workers, if `HangWatch` has not ended one of them before
+RUNNING = (Phase.LOADING, Phase.TRAINING, Phase.STOP_REQUESTED, Phase.STOPPING)
+
+
+def collective_timeout(hang_seconds: float | Literal["auto"] | None) -> float:
+    """Return after how many seconds gloo and NCCL end a worker that waits for others.
+
+    It is longer than the limits of `HangWatch`, which names the worker that the others wait for, unless that reads or writes
+    checkpoints. It also limits how long workers wait for each other when they start.
+    """
+    return COLLECTIVE_SECONDS if hang_seconds in ("auto", None) else max(COLLECTIVE_SECONDS, 20 * float(hang_seconds))
+
+
+@dataclass(frozen=True)
+class StuckWorker:
+    """A worker that hangs."""
+
+    progress: WorkerProgress
+    seconds: float  # without progress
+    is_silent: bool  # whether it sends no heartbeats either
+
+
+@dataclass
+class _Observed:
+    """The newest heartbeat and mark of a worker, and when each was new."""
+
+    heartbeats: Heartbeats
+    heard: float
+    progressed: float
+
+    @property
+    def position(self) -> int:
+        """Return how far the rank is in the sequence of collectives: before, in, or after one."""
+        progress = self.heartbeats.progress
+        return 2 * progress.collectives - progress.waits
+
+
+class HangWatch:
+    """Watches the workers of an attempt.
+
+    Args:
+        hang_seconds: `scaling.hang_seconds`.
+        emit: adds an event to the run's report.
+        kill: as `kill_process`.
+        clock: returns a time in seconds.
+    """
+
+    def __init__(
+        self,
+        hang_seconds: float | Literal["auto"] | None,
+        emit: Callable[[Event], None],
+        kill: Callable[[int, float, str], KilledProcess | None] = kill_process,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._setting, self._emit, self._kill, self._clock = hang_seconds, emit, kill, clock
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._last_step = 0
+        self._observed: dict[int, _Observed] = {}  # by rank
+        self._last_check = clock()
+        self._time = 0.0  # seconds in which this watch was able to see progress
+        self._killed_time: float | None = None  # when workers were killed whose loss Ray Train has not reported yet
+        self.reason = ""  # why workers were killed since the last start
+
+    def observe(self, event: Event) -> Event:
+        """Take note of an event of the workers; return it, with the reason if workers were lost because of a hang."""
+        match event:
+            case StepDone():
+                self._step_seconds.append(event.step_seconds)
+                self._last_step = event.step
+            case AttemptStarted():
+                self._last_step = event.step
+            case WorkersStarted():
+                self.reason = ""
+                self._forget()
+            case WorkersLost():
+                self._forget()
+                if self.reason:
+                    return replace(event, text=self.reason)
+        return event
+
+    @property
+    def limit(self) -> float | None:
+        """Return after how many seconds without progress a worker hangs; None: never."""
+        if self._setting == "auto":
+            return max(MIN_SECONDS, MEDIAN_STEPS * median(self._step_seconds)) if self._step_seconds else MIN_SECONDS
+        return self._setting
+
+    def check(self, phase: Phase, workers: Sequence[Heartbeats]) -> None:
+        """Kill workers that hang; to be called at short intervals.
+
+        Raises:
+            TrainingError: workers hang and cannot be killed, or Ray Train does not notice their loss.
+        """
+        now = self._clock()
+        self._time += min(now - self._last_check, MAX_CHECK_SECONDS)
+        self._last_check = now
+        limit = self.limit
+        if limit is None or phase not in RUNNING:
+            self._forget()
+            return
+        if self._killed_time is not None:
+            if self._time - self._killed_time > max(limit, MIN_SECONDS):
+                check_ray_actors()
+                raise TrainingError(
+                    f"{self.reason}, but Ray did not restart it: its node, or Ray Train's controller, does not answer.\n"
+                    "Run the same command again to resume from the last checkpoint."
+                )
+            return
+        self._update(workers)
+        if stuck := self._stuck(limit):
+            check_ray_actors()  # a stopped controller of Ray Train lets all workers wait when they save
+            self._end(stuck)
+
+    def _update(self, workers: Sequence[Heartbeats]) -> None:
+        for beats in workers:
+            progress = beats.progress
+            earlier = self._observed.get(progress.rank)
+            if earlier is None or earlier.heartbeats.progress.actor_id != progress.actor_id:
+                self._observed[progress.rank] = _Observed(beats, self._time, self._time)
+                continue
+            if earlier.heartbeats.progress.marks != progress.marks:
+                earlier.progressed = self._time
+            if earlier.heartbeats.number != beats.number:
+                earlier.heard = self._time
+            earlier.heartbeats = beats
+
+    def _stuck(self, limit: float) -> list[StuckWorker]:
+        """Return the workers that hang and that the others wait for."""
+        running = [worker for worker in self._observed.values() if not worker.heartbeats.progress.finished]
+        silent = [worker for worker in running if self._time - worker.heard > SILENT_SECONDS]
+        behind = min((worker.position for worker in running), default=0)
+        stuck = []
+        for worker in silent or [worker for worker in running if worker.position == behind]:
+            progress, seconds = worker.heartbeats.progress, self._time - worker.progressed
+            # A process that does not even send heartbeats needs no patience: they do not depend on its training thread.
+            if seconds > (limit if silent else limit * progress.patience):
+                stuck.append(StuckWorker(progress, seconds, bool(silent)))
+        return stuck
+
+    def _end(self, stuck: Sequence[StuckWorker]) -> None:
+        for worker in stuck:
+            progress = worker.progress
+            try:
+                killed = self._kill(progress.pid, progress.process_started, progress.node_id)
+            except ProcessLookupError:  # Ray Train has just ended it
+                del self._observed[progress.rank]
+                continue
+            self._killed_time = self._time
+            self.reason = _reason(worker, killed)
+            self._emit(
+                WorkerHung(
+                    rank=progress.rank,
+                    after_step=self._last_step,
+                    seconds=worker.seconds,
+                    activity=_activity(worker),
+                    process=_process(worker, killed),
+                    stack=killed.stack if killed else "",
+                    text=_message(worker, killed, self._last_step),
+                )
+            )
+
+    def _forget(self) -> None:
+        self._observed.clear()
+        self._killed_time = None
+
+
+def _activity(worker: StuckWorker) -> str:
+    return "waiting for the other workers" if worker.progress.waits else worker.progress.activity
+
+
+def _process(worker: StuckWorker, killed: KilledProcess | None) -> str:
+    state = "its node does not answer" if killed is None else killed.state
+    return f"process {worker.progress.pid} on {worker.progress.host}, {state}"
+
+
+def _reason(worker: StuckWorker, killed: KilledProcess | None) -> str:
+    state = " (its process was stopped)" if killed is not None and killed.state in ("stopped", "tracing-stop") else ""
+    end = "could not be killed" if killed is None else "was killed"
+    return f"worker {worker.progress.rank} made no progress for {duration(worker.seconds)}{state} and {end}"
+
+
+def _message(worker: StuckWorker, killed: KilledProcess | None, last_step: int) -> str:
+    """Return the message for the user, with the innermost frames of the training thread."""
+    lines = [f"{_reason(worker, killed)}: {_activity(worker)} after step {last_step:,}, {_process(worker, killed)}"]
+    if killed is not None and (frames := training_thread(killed.stack)):
+        lines += [f"    {frame}" for frame in frames[:SHOWN_FRAMES]]
+        lines += ["    … (metrics.jsonl has the complete stack)"] if len(frames) > SHOWN_FRAMES else []
+    elif killed is not None:
+        lines.append(
+            f"    its Python stack could not be read ({killed.note})" if killed.note else f"    {killed.stack}"
+        )
+    return "\n".join(lines)

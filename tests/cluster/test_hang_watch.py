@@ -1,0 +1,250 @@
+"""Which worker is killed, and when, if a group of workers makes no progress; without Ray."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import psutil
+import pytest
+from ray.train import WorkerGroupError
+
+from savant_ray.cluster.bridge import Heartbeats, WorkerProgress
+from savant_ray.cluster.stuck_process import KilledProcess, kill_local_process, training_thread
+from savant_ray.driver.failures import explain_failure
+from savant_ray.driver.hang_watch import HangWatch, collective_timeout
+from savant_ray.driver.phases import Phase
+from savant_ray.errors import TrainingError
+from savant_ray.events import Event, WorkerHung, WorkersLost, WorkersStarted
+from savant_ray.training.progress import SLOW, STORAGE, Progress
+from tests.cluster.conftest import wait_for
+from tests.reporting.events import step_done
+
+STACK = """Process 7: ray::RayTrainWorker
+Python v3.11
+
+Thread 7 (idle): "MainThread"
+    main_loop (ray/worker.py:1)
+Thread 9 (idle): "TrainingThread(train_worker)"
+    read (data/stream.py:12)
+    train (loop.py:99)"""
+
+
+class Group:
+    """Workers with a `Progress` each, and a watch that looks at them once a second."""
+
+    def __init__(self, size: int, hang_seconds: Any = 10.0, killed: KilledProcess | None = None) -> None:
+        self.workers = [Progress() for _ in range(size)]
+        self.beats = [1] * size
+        self.stopped: set[int] = set()  # ranks whose process is stopped, so that it sends no heartbeats
+        self.gone: set[int] = set()  # ranks whose process does not exist
+        self.attempt, self.now, self.phase = 0, 0.0, Phase.TRAINING
+        self.killed: list[int] = []
+        self.events: list[Event] = []
+        self._process = killed or KilledProcess("sleeping", STACK, "")
+        self.watch = HangWatch(hang_seconds, self.events.append, self._kill, lambda: self.now)
+        for worker in self.workers:
+            worker.begin("computing")
+            worker.end_step()
+
+    def _kill(self, pid: int, started: float, node_id: str) -> KilledProcess | None:
+        if pid in self.gone:
+            raise ProcessLookupError
+        self.killed.append(pid)
+        return self._process if self._process.state else None
+
+    def pass_time(self, seconds: int, *busy: int) -> list[int]:
+        """Let time pass, in which the `busy` ranks make progress; return the ranks that were killed."""
+        before = len(self.killed)
+        for _ in range(seconds):
+            self.now += 1
+            for rank in busy:
+                self.workers[rank].mark()
+            for rank in range(len(self.workers)):
+                self.beats[rank] += rank not in self.stopped
+            self.watch.check(self.phase, [self._heartbeats(rank) for rank in range(len(self.workers))])
+        return self.killed[before:]
+
+    def _heartbeats(self, rank: int) -> Heartbeats:
+        mark = self.workers[rank].newest
+        progress = WorkerProgress(
+            rank=rank,
+            actor_id=f"{self.attempt}-{rank}",
+            node_id="node",
+            host="host-1",
+            pid=rank,
+            process_started=0.0,
+            marks=mark.number,
+            activity=mark.activity,
+            patience=mark.patience,
+            collectives=mark.collectives,
+            waits=mark.waits,
+            finished=mark.finished,
+        )
+        return Heartbeats(progress, self.beats[rank])
+
+
+def hung(group: Group) -> list[WorkerHung]:
+    return [event for event in group.events if isinstance(event, WorkerHung)]
+
+
+def test_a_worker_without_progress_is_killed_after_the_limit_and_named_with_its_stack() -> None:
+    group = Group(1)
+    group.workers[0].begin("waiting for the sequences of a step")
+    assert group.pass_time(10) == [] and group.pass_time(2) == [0]
+    (event,) = hung(group)
+    assert event.rank == 0 and event.activity == "waiting for the sequences of a step" and event.stack == STACK
+    for part in (
+        "worker 0 made no progress for",
+        "was killed",
+        "process 0 on host-1",
+        "data/stream.py:12",
+        "loop.py:99",
+    ):
+        assert part in event.text
+    assert "ray/worker.py" not in event.text, "of the training thread only"
+    assert "no progress" in group.watch.observe(WorkersLost(text="it died")).text  # type: ignore[attr-defined]
+
+
+def test_a_worker_that_makes_progress_is_never_killed() -> None:
+    group = Group(2)
+    assert group.pass_time(1000, 0, 1) == []
+
+
+def test_of_workers_in_a_collective_the_one_that_has_not_entered_it_is_killed() -> None:
+    for behind in range(3):
+        group = Group(3)
+        for rank, worker in enumerate(group.workers):
+            if rank != behind:
+                worker.enter_collective()
+        assert group.pass_time(12) == [behind]
+
+
+def test_a_worker_that_hangs_after_a_collective_is_killed_and_not_those_that_wait_in_the_next_one() -> None:
+    group = Group(2)
+    for worker in group.workers:
+        worker.enter_collective()
+    group.workers[1].mark()
+    group.workers[1].enter_collective()
+    assert group.pass_time(12) == [0]
+
+
+def test_if_all_workers_wait_in_the_same_collective_all_are_killed() -> None:
+    group = Group(2)
+    for worker in group.workers:
+        worker.enter_collective()
+    assert group.pass_time(12) == [0, 1]
+    assert all(event.activity == "waiting for the other workers" for event in hung(group))
+
+
+def test_a_stopped_process_is_killed_and_not_the_workers_that_wait_for_it() -> None:
+    group = Group(2, killed=KilledProcess("stopped", "", "py-spy: not permitted"))
+    for worker in group.workers:
+        worker.enter_collective()
+    group.stopped = {1}
+    assert group.pass_time(12) == [1]
+    assert "its process was stopped" in hung(group)[0].text and "not permitted" in hung(group)[0].text
+
+
+@pytest.mark.parametrize("patience", [SLOW, STORAGE])
+def test_slow_activities_have_more_time_but_not_a_process_that_sends_no_heartbeats(patience: float) -> None:
+    group = Group(1)
+    group.workers[0].begin("saving a checkpoint", patience)
+    assert group.pass_time(int(10 * patience)) == [] and group.pass_time(2) == [0]
+    group = Group(1)
+    group.workers[0].begin("saving a checkpoint", patience)
+    group.stopped = {0}
+    assert group.pass_time(12) == [0]
+
+
+def test_the_first_step_and_one_after_a_change_of_micro_batches_may_take_long_because_they_compile() -> None:
+    progress = Progress()
+    progress.begin("computing")
+    assert progress.newest.patience == SLOW
+    progress.end_step()
+    progress.begin("computing")
+    assert progress.newest.patience == 1
+    progress.expect_compilation()
+    progress.mark()
+    assert progress.newest.patience == SLOW
+
+
+def test_the_automatic_limit_is_20_median_steps_and_at_least_a_minute() -> None:
+    watch = Group(1, "auto").watch
+    assert watch.limit == 60
+    for step in range(1, 100):
+        watch.observe(step_done(step, step_seconds=1.0 if step % 9 else 500.0))
+    assert watch.limit == 60
+    for step in range(100, 200):
+        watch.observe(step_done(step, step_seconds=30.0))
+    assert watch.limit == 600
+
+
+def test_without_a_limit_nothing_is_killed() -> None:
+    assert Group(1, None).pass_time(100_000) == []
+
+
+def test_the_time_in_which_the_driver_itself_was_suspended_does_not_count() -> None:
+    group = Group(1, 60.0)
+    group.pass_time(30)
+    group.now += 10_000
+    assert group.pass_time(20) == []
+
+
+def test_workers_that_have_finished_or_are_being_restarted_are_not_watched() -> None:
+    group = Group(2)
+    group.workers[0].finish()
+    assert group.pass_time(100, 1) == []
+    group.phase = Phase.WAITING_FOR_WORKERS
+    assert group.pass_time(1000) == []
+
+
+def test_restarted_workers_begin_anew() -> None:
+    group = Group(1)
+    assert group.pass_time(12) == [0]
+    group.watch.observe(WorkersLost(text="it died"))
+    group.attempt += 1
+    group.watch.observe(WorkersStarted())
+    assert group.pass_time(10) == [] and group.pass_time(2) == [0]
+
+
+def test_a_worker_that_has_just_exited_is_not_reported() -> None:
+    group = Group(1)
+    group.gone = {0}
+    assert group.pass_time(300) == [] and hung(group) == []
+
+
+@pytest.mark.parametrize("process", [KilledProcess("sleeping", "", ""), KilledProcess("", "", "")])
+def test_if_ray_does_not_notice_that_a_worker_was_killed_the_run_ends_with_an_error(process: KilledProcess) -> None:
+    group = Group(1, killed=process)
+    with pytest.raises(TrainingError, match=r"worker 0 made no progress .*\n.*Run the same command again"):
+        group.pass_time(200)
+
+
+def test_if_workers_hang_too_often_the_error_says_so() -> None:
+    error = WorkerGroupError("…", {0: RuntimeError("The actor died")})
+    message = str(explain_failure(error, None, "step_8", 3, "worker 0 made no progress for 1 min and was killed"))
+    assert "worker 0 made no progress for 1 min and was killed" in message and "step_8" in message
+
+
+def test_gloo_and_nccl_wait_longer_than_the_watch() -> None:
+    assert collective_timeout("auto") == collective_timeout(None) == 3600
+    assert collective_timeout(600.0) > 600 * SLOW
+
+
+def test_the_stack_of_a_stopped_process_is_read_before_it_is_killed() -> None:
+    program = "import threading, time\ndef blocked():\n print(flush=True)\n time.sleep(1000)\n"
+    start = "thread = threading.Thread(target=blocked, name='TrainingThread(train)')\nthread.start()\nthread.join()"
+    process = subprocess.Popen([sys.executable, "-c", program + start], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    started = psutil.Process(process.pid).create_time()
+    wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+    with pytest.raises(ProcessLookupError):
+        kill_local_process(process.pid, started - 1000)
+    killed = kill_local_process(process.pid, started)
+    assert not psutil.pid_exists(process.pid) and killed.state == "stopped"
+    assert killed.note or any(frame.startswith("blocked (") for frame in training_thread(killed.stack)), killed
