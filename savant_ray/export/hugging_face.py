@@ -26,10 +26,20 @@ from savant_ray.training.checkpoint import find_checkpoint, step_of
 from savant_ray.training.safetensors_export import WEIGHTS, new_folder, new_output, write_weights
 
 MODELING = Path(__file__).with_name("modeling_savant.py")
-# The plain form of conversations (`plain_form` in data/conversations.py).
+# The plain form of conversations (`plain_form` in data/conversations.py), for the messages that training accepts.
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
-{%- set content = message['content'] | trim -%}
+{%- set content = message['content'] -%}
+{%- if content is sequence and content is not string -%}
+{%- if content | rejectattr('type', 'in', ['text', 'input_text', 'output_text']) | list -%}
+{{ raise_exception('a part of a message is not text') }}
+{%- endif -%}
+{%- set content = content | map(attribute='text') | join -%}
+{%- endif -%}
+{%- if content is not string or message['tool_calls'] -%}
+{{ raise_exception('a message calls a tool or has no text, which has no place in a plain conversation') }}
+{%- endif -%}
+{%- set content = content | trim -%}
 {%- if message['role'] in ('system', 'developer') -%}{{ content }}
 {%- elif message['role'] == 'user' -%}{{ 'Question: ' + content }}
 {%- elif message['role'] == 'assistant' -%}{{ 'Answer: ' + content }}

@@ -33,13 +33,11 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines of rotation angles, [B, 1, T, 
 class SavantConfig(PretrainedConfig):
     """Shape of the model.
 
-    `num_loops` may differ from training: `from_pretrained(…, num_loops=8)` or `model.config.num_loops = 8`.
-
     Args:
         vocab_size: number of token ids; may be larger than the tokenizer's.
         hidden_size: width of the residual stream.
-        num_attention_heads: attention heads; divides `hidden_size`.
-        num_loops: number of times that the recurrent block is applied.
+        num_attention_heads: attention heads; divides `hidden_size`, with rotary positions into even widths.
+        num_loops: how often the block is applied, from 1 on; `model.config.num_loops = 8` may differ from training.
         max_position_embeddings: tokens of a training sequence. Generation may continue past it.
         window_size: how many tokens back a windowed loop attends.
         global_every: every n-th loop attends to all earlier tokens.
@@ -68,13 +66,19 @@ class SavantConfig(PretrainedConfig):
         self.vocab_size, self.hidden_size, self.num_attention_heads = vocab_size, hidden_size, num_attention_heads
         self.num_loops, self.max_position_embeddings, self.window_size = num_loops, max_position_embeddings, window_size
         self.global_every, self.positions, self.soft_cap, self.use_cache = global_every, positions, soft_cap, use_cache
-        if hidden_size % num_attention_heads:
-            raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}")
-        if positions not in ("none", "rotary"):
-            raise ValueError(f"positions={positions!r} is neither 'none' nor 'rotary'")
-        if kwargs.setdefault("tie_word_embeddings", False):
-            raise ValueError("tie_word_embeddings=True: the head has weights of its own")
-        super().__init__(**kwargs)
+        super().__init__(**{"tie_word_embeddings": False, **kwargs})
+
+    def refuse_invalid(self) -> None:
+        """Raise ValueError if a value is invalid; the model calls this, because values are also set after `__init__`."""
+        multiple = self.num_attention_heads * (2 if self.positions == "rotary" else 1)
+        is_valid = {name: getattr(self, name) >= 1 for name in ("num_loops", "window_size", "global_every")} | {
+            "num_attention_heads": multiple >= 1 and self.hidden_size % multiple == 0,
+            "positions": self.positions in ("none", "rotary"),
+            "soft_cap": self.soft_cap > 0,
+            "tie_word_embeddings": not self.tie_word_embeddings,  # the head has weights of its own
+        }
+        for name in (name for name, valid in is_valid.items() if not valid):
+            raise ValueError(f"{name}={getattr(self, name)!r} is invalid; SavantConfig describes its arguments")
 
     @property
     def head_dim(self) -> int:
@@ -154,22 +158,16 @@ class SavantForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = SavantConfig
     base_model_prefix = "savant"  # no module has this name: the head belongs to the base model
     _no_split_modules = ["RecurrentBlock"]  # noqa: RUF012
+    _input_embed_layer = "embed"
 
     def __init__(self, config: SavantConfig) -> None:
+        config.refuse_invalid()
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.recurrent_block = RecurrentBlock(config)
         self.ln_f = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """Return the token embedding."""
-        return self.embed
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.embed = value
 
     def get_output_embeddings(self) -> nn.Linear:
         """Return the head."""
@@ -209,7 +207,10 @@ class SavantForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: the same as `cache`.
             kwargs: arguments of the loss, such as `num_items_in_batch`.
         """
+        self.config.refuse_invalid()  # `num_loops` can be changed
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.shape[1] == 0:
+            raise ValueError("the input has no tokens")
         cache = past_key_values if cache is None else cache
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
@@ -234,9 +235,7 @@ class SavantForCausalLM(PreTrainedModel, GenerationMixin):
         states[-1] = x = self.ln_f(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(x[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1], **kwargs)
         hidden_states = tuple(states) if returns_states else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE: cache})
 

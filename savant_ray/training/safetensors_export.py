@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +56,7 @@ def new_output(output: Path) -> Iterator[None]:
         SettingsError: `output` exists already.
         SavantError: it cannot be written.
     """
-    if output.exists():
+    if output.exists() or output.is_symlink():  # a symbolic link to nothing does not exist
         raise SettingsError(f"--output {output}: exists already; name another, or move it away")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         OSError: the storage fails.
     """
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir()
         yield temporary
@@ -85,13 +85,16 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def write_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as a safetensors file.
+    """Write tensors as a new safetensors file.
 
     Raises:
         OSError: the storage fails.
     """
+    path.touch()
+    mode = path.stat().st_mode  # by the umask; that of safetensors' file is 0600
     try:
         save_file(weights, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:  # raised by its writer if the disk is full
         raise OSError(str(error)) from error
 

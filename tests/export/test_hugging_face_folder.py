@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import stat
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,31 @@ def test_an_existing_output_is_never_overwritten(write_run: WriteRun, tmp_path: 
     with pytest.raises(SettingsError, match="exists already"):
         export_hugging_face(write_run(), tmp_path / "mine")
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_link_to_nothing_is_not_overwritten(write_run: WriteRun, tmp_path: Path) -> None:
+    (tmp_path / "mine").symlink_to("nothing")
+    with pytest.raises(SettingsError, match="exists already"):
+        export_hugging_face(write_run(), tmp_path / "mine")
+    assert (tmp_path / "mine").is_symlink()
+
+
+def test_an_unfinished_folder_of_a_process_with_the_same_number_is_left_alone(
+    write_run: WriteRun, output: Path
+) -> None:
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")  # processes in containers have the same numbers
+    unfinished.mkdir(parents=True)
+    export_hugging_face(write_run(), output)
+    assert unfinished.is_dir() and output.is_dir()
+
+
+def test_all_files_have_the_permissions_of_new_files(write_run: WriteRun, output: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        export_hugging_face(write_run(), output)
+    finally:
+        os.umask(umask)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in output.rglob("*") if path.is_file()} == {0o644}
 
 
 def test_a_full_disk_leaves_nothing(write_run: WriteRun, output: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import tokenizers
 import torch
@@ -213,6 +214,21 @@ def test_the_number_of_loops_can_be_chosen_when_loading(exported: Exported) -> N
     torch.testing.assert_close(theirs, logits(exported.model, tokens, n_loops=7), rtol=0, atol=1e-5)
 
 
+def test_settings_that_the_model_cannot_have_are_refused_when_they_are_chosen(exported: Exported) -> None:
+    invalid = {"num_loops": 0, "window_size": 0, "global_every": 0, "soft_cap": 0.0, "num_attention_heads": 16}
+    for name, value in {**invalid, "positions": "rope", "tie_word_embeddings": True}.items():
+        with pytest.raises(ValueError, match=f"{name}={value!r} is invalid"):
+            exported.load(**{name: value})
+    exported.their_model.config.num_loops = 0
+    with pytest.raises(ValueError, match="num_loops=0 is invalid"):
+        exported.their_model(random_tokens(1, 3))
+
+
+def test_an_input_without_tokens_is_refused(exported: Exported) -> None:
+    with pytest.raises(ValueError, match="the input has no tokens"):
+        exported.their_model(random_tokens(1, 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_loads_and_generates(dtype: torch.dtype, exported: Exported) -> None:
     model = exported.load(dtype=dtype)
@@ -251,6 +267,19 @@ def test_a_conversation_without_a_chat_template_is_in_plain_form(n_messages: int
     assert conversation_ids(exported, messages) == exported.tokenizer.encode_prompts([prompt])[0]
     text = exported.their_tokenizer.apply_chat_template(messages, tokenize=False)
     assert text.removeprefix("[CLS]") == plain_form(messages).text
+
+
+def test_messages_of_a_conversation_without_a_chat_template_may_be_in_parts_of_text_only(exported: Exported) -> None:
+    def text(content: Any, **fields: Any) -> str:
+        messages = [{"role": "user", "content": content, **fields}]
+        return exported.their_tokenizer.apply_chat_template(messages, tokenize=False)
+
+    parts = [{"type": "text", "text": " good "}, {"type": "text", "text": "day"}]
+    assert text(parts) == text("good day") == "Question: good day"
+    with pytest.raises(jinja2.TemplateError, match="a part of a message is not text"):
+        text([*parts, {"type": "image", "url": "x.png"}])
+    with pytest.raises(jinja2.TemplateError, match="calls a tool"):
+        text("", tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {}}}])
 
 
 def test_the_chat_template_of_the_tokenizer_is_exported(export: Export, trained_tokenizer: Tokenizer) -> None:
