@@ -26,6 +26,7 @@ MIN_SECONDS = 60.0
 MEDIAN_STEPS = 20
 RECENT_STEPS = 100
 SILENT_SECONDS = 10.0  # without a heartbeat: the process is stopped, or something holds its interpreter lock
+ACTORS_CHECK_SECONDS = 10.0  # between two checks of Ray's actors, which take milliseconds
 MAX_CHECK_SECONDS = 5.0  # a longer time between two checks means that this process was suspended
 SHOWN_FRAMES = 8  # of the stack, in the message
 COLLECTIVE_SECONDS = 3600.0  # of an operation between workers, if `HangWatch` has not ended one of them before
@@ -88,6 +89,7 @@ class HangWatch:
         self._observed: dict[int, _Observed] = {}  # by rank
         self._last_check = clock()
         self._time = 0.0  # seconds in which this watch was able to see progress
+        self._actors_checked = 0.0
         self._killed_time: float | None = None  # when workers were killed whose loss Ray Train has not reported yet
         self.reason = ""  # why workers were killed since the last start
 
@@ -119,27 +121,28 @@ class HangWatch:
         """Kill workers that hang; to be called at short intervals.
 
         Raises:
-            TrainingError: workers hang and cannot be killed, or Ray Train does not notice their loss.
+            TrainingError: workers hang and cannot be killed, Ray Train does not notice their loss, or one of Ray's actors
+                without which training cannot go on is stopped.
         """
         now = self._clock()
         self._time += min(now - self._last_check, MAX_CHECK_SECONDS)
         self._last_check = now
+        if self._time > self._actors_checked + ACTORS_CHECK_SECONDS:
+            self._actors_checked = self._time
+            check_ray_actors()  # if Ray Train's controller is stopped, all workers wait when they save
         limit = self.limit
         if limit is None or phase not in RUNNING:
             self._forget()
             return
         if self._killed_time is not None:
             if self._time - self._killed_time > max(limit, MIN_SECONDS):
-                check_ray_actors()
                 raise TrainingError(
                     f"{self.reason}, but Ray did not restart it: its node, or Ray Train's controller, does not answer.\n"
                     "Run the same command again to resume from the last checkpoint."
                 )
             return
         self._update(workers)
-        if stuck := self._stuck(limit):
-            check_ray_actors()  # a stopped controller of Ray Train lets all workers wait when they save
-            self._end(stuck)
+        self._end(self._stuck(limit))
 
     def _update(self, workers: Sequence[Heartbeats]) -> None:
         for beats in workers:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from ray.train import WorkerGroupError
 
+from savant_ray.cluster import session
 from savant_ray.cluster.bridge import Heartbeats, WorkerProgress
 from savant_ray.cluster.stuck_process import KilledProcess, kill_local_process, training_thread
 from savant_ray.driver.failures import explain_failure
@@ -248,3 +251,21 @@ def test_the_stack_of_a_stopped_process_is_read_before_it_is_killed() -> None:
     killed = kill_local_process(process.pid, started)
     assert not psutil.pid_exists(process.pid) and killed.state == "stopped"
     assert killed.note or any(frame.startswith("blocked (") for frame in training_thread(killed.stack)), killed
+
+
+def test_a_stopped_process_of_ray_is_named_unless_it_continues_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    raylet = subprocess.Popen(["sleep", "100"])
+    head = SimpleNamespace(
+        all_processes={"raylet": [SimpleNamespace(process=raylet)]}, dead_processes=lambda: []
+    )  # what `check_ray_processes` uses of Ray's head
+    monkeypatch.setattr(session, "started_head", lambda: head)
+    raylet.send_signal(signal.SIGSTOP)
+    threading.Timer(0.3, raylet.send_signal, [signal.SIGCONT]).start()
+    session.check_ray_processes()
+    monkeypatch.setattr(session, "STOPPED_SECONDS", 0.2)
+    raylet.send_signal(signal.SIGSTOP)
+    wait_for(lambda: psutil.Process(raylet.pid).status() == psutil.STATUS_STOPPED)
+    with pytest.raises(TrainingError, match=rf"raylet \(pid {raylet.pid}\) on this machine is stopped"):
+        session.check_ray_processes()
+    raylet.kill()
+    raylet.wait()
