@@ -17,7 +17,15 @@ from torch import Tensor
 from savant_ray.cli import main
 from savant_ray.config import Config
 from savant_ray.data.stream import StreamPlan
-from savant_ray.driver.verification import FIGURES, RecordedRun, TrainingData, refuse_unrepeatable, repeat
+from savant_ray.driver.verification import (
+    FIGURES,
+    RecordedRun,
+    TrainingData,
+    refuse_other_text,
+    refuse_unrepeatable,
+    repeat,
+    settings_of,
+)
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError, VerificationError
 from savant_ray.reporting.record import METRICS
 from savant_ray.training.state import TrainingState
@@ -44,6 +52,8 @@ def verify(folder: Path, plan: StreamPlan, first: int | None = None, last: int |
     def data_of(config: Config) -> TrainingData:
         return TrainingData(replace(plan, effective_batch=config.training.effective_batch), "")
 
+    for attempt in run.attempts_of(steps):
+        refuse_other_text(attempt, data_of(settings_of(attempt)))
     return repeat(run, steps, data_of, lambda done: None)
 
 

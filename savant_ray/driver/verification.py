@@ -7,7 +7,6 @@ the token cache. Ray is started only if a part of that is missing.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -133,6 +132,10 @@ class RecordedRun:
     def _missing(self, start: int, last: int) -> int | None:
         return next((step for step in range(start + 1, last + 1) if step not in self.steps), None)
 
+    def attempts_of(self, steps: range) -> list[Line]:
+        """Return the attempts that took the steps, each once."""
+        return list({id(self.attempts[step]): self.attempts[step] for step in steps}.values())
+
     def seconds(self, steps: range) -> float:
         """Return how long the run took for the steps, by its median step."""
         seconds = [float(self.steps[step]["step_seconds"]) for step in steps]
@@ -147,12 +150,14 @@ def verify_run(run: str, first: int | None, last: int | None, verbose: bool) -> 
     steps = recorded.choose(first, last)
     refuse_unrepeatable(recorded, steps)
     with RunReport(None) as report:
-        plans = _DataOfAttempts(tokenizer_of(recorded), report, verbose)
+        data_of = _DataOfAttempts(tokenizer_of(recorded), report, verbose)
+        for attempt in recorded.attempts_of(steps):
+            refuse_other_text(attempt, data_of(settings_of(attempt)))
         start = f"step_{steps[0] - 1}" if steps[0] > 1 else "the initial weights"
         report.begin_stage(
             f"repeating steps {steps[0]:,} to {steps[-1]:,} from {start} (they took {duration(recorded.seconds(steps))})"
         )
-        return repeat(recorded, steps, plans, lambda done: report.progress(done, len(steps), "steps"))
+        return repeat(recorded, steps, data_of, lambda done: report.progress(done, len(steps), "steps"))
 
 
 def refuse_unrepeatable(run: RecordedRun, steps: range) -> None:
@@ -161,8 +166,7 @@ def refuse_unrepeatable(run: RecordedRun, steps: range) -> None:
     Raises:
         SavantError: it cannot; the message says which steps, why, and which others can be repeated.
     """
-    attempts = {id(run.attempts[step]): run.attempts[step] for step in steps}
-    obstacles = {number: obstacle(attempt) for number, attempt in attempts.items()}
+    obstacles = {id(attempt): obstacle(attempt) for attempt in run.attempts_of(steps)}
     refused = [(step, reason) for step in steps if (reason := obstacles[id(run.attempts[step])])]
     if not refused:
         return
@@ -250,24 +254,37 @@ def repeat(
     Raises:
         VerificationError: a figure of a step or a part of a checkpoint is not that of the run.
         CheckpointError: a checkpoint is damaged.
-        DataError: the text is not that of the run.
         SettingsError: this version does not know a setting of the run.
     """
     start = steps[0] - 1
     content = read_checkpoint(run.kept[start]) if start else None
     compared: list[int] = []
-    for _, group in itertools.groupby(steps, key=lambda step: id(run.attempts[step])):
-        first, *others = group
-        attempt = run.attempts[first]
-        config = settings_of(attempt)
-        data = data_of(config)
-        refuse_other_text(attempt, data)
-        state = state_of(attempt, config, data.fingerprint, content)
-        last = others[-1] if others else first
-        host = _ComparingHost(run, state, config, data.plan, last, compared, lambda step: progress(step - start))
-        train(state, config, host.local_batches(state), host)
-        content = HostCopy().update(state)
+    for attempt in run.attempts_of(steps):
+        last = max(step for step in steps if run.attempts[step] is attempt)
+        content = repeat_attempt(run, attempt, last, content, data_of, compared, lambda step: progress(step - start))
     return equal_text(steps, compared)
+
+
+def repeat_attempt(
+    run: RecordedRun,
+    attempt: Line,
+    last_step: int,
+    content: dict[str, Any] | None,
+    data_of: Callable[[Config], TrainingData],
+    compared: list[int],
+    progress: Callable[[int], None],
+) -> dict[str, Any]:
+    """Take the steps of an attempt up to `last_step` again and return the checkpoint of the state after them.
+
+    `content` is the checkpoint to begin with, None for the initial weights. The steps of the run's checkpoints that were
+    compared are appended to `compared`; `progress` receives each finished step.
+    """
+    config = settings_of(attempt)
+    data = data_of(config)
+    state = state_of(attempt, config, data.fingerprint, content)
+    host = _ComparingHost(run, state, config, data.plan, last_step, compared, progress)
+    train(state, config, host.local_batches(state), host)
+    return HostCopy().update(state)
 
 
 def equal_text(steps: range, compared: list[int]) -> str:
