@@ -63,6 +63,16 @@ def test_a_missing_checkpoint_is_named_before_ray_starts(tmp_path: Path, capsys:
     assert "nothing" in capsys.readouterr().err
 
 
+def test_an_address_that_is_in_use_is_named_before_ray_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", str(run), "--port", str(port)]) == 1
+    assert f"--port {port}: Address already in use" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, psutil.Process]]:
     """Yield the run, the URL of its server, and the server's process."""
