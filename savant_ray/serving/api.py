@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import secrets
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
 from dataclasses import replace
@@ -59,7 +60,7 @@ class Api:
             Route("/v1/completions", partial(self._complete, CompletionRequest), methods=["POST"]),
             Route("/v1/chat/completions", partial(self._complete, ChatRequest), methods=["POST"]),
         ]
-        errors = (ApiError, HTTPException, ClientDisconnect)
+        errors = (ApiError, HTTPException, ClientDisconnect, Exception)
         return Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, _error_response))
 
     async def _health(self, _: HttpRequest) -> Response:
@@ -176,10 +177,13 @@ async def _unless_disconnected(http: HttpRequest, text: Awaitable[str]) -> str:
 
 
 def _error_response(http: HttpRequest, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # the user has left
     if isinstance(error, HTTPException):  # there is no such route
         error = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}", "unknown_url")
     if not isinstance(error, ApiError):
-        return Response(status_code=499)  # the user has left
+        traceback.print_exception(error)
+        error = ApiError(500, f"internal error: {type(error).__name__}", "internal_error")
     return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
 
 

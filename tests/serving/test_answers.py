@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -151,7 +152,8 @@ def post(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(api.asgi()(scope, receive, send))
+    with suppress(NotImplementedError):  # raised again after the response
+        asyncio.run(api.asgi()(scope, receive, send))
     return sent, left
 
 
@@ -175,6 +177,19 @@ def test_an_answer_without_text_is_empty(tokenizer: Tokenizer, stream: bool) -> 
     sent, _ = post(tokenizer, LocalReplica(nothing), [{"type": "http.request", "body": body, "more_body": False}])
     content = b"".join(message["body"] for message in sent[1:])
     assert sent[0]["status"] == 200 and b'"text":""' in content and b'"finish_reason":"stop"' in content
+
+
+def test_an_unexpected_error_is_printed_and_gets_an_error_object(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def failing(*_: Any) -> AsyncIterator[NewTokens]:
+        raise NotImplementedError
+        yield
+
+    body = json.dumps({"prompt": "one"}).encode()
+    sent, _ = post(tokenizer, LocalReplica(failing), [{"type": "http.request", "body": body, "more_body": False}])
+    assert sent[0]["status"] == 500 and json.loads(sent[1]["body"])["error"]["type"] == "server_error"
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stream", [True, False])
