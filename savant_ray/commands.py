@@ -330,8 +330,15 @@ def _serve(arguments: Sequence[str]) -> int:
     _add_loops_option(parser)
     options, original = parse_with_original_settings(parser, arguments)
     refuse_deleted_folder()
-    from savant_ray.serving.server import ServerSettings, run_server
+    from savant_ray.cluster.session import prepare_environment
 
+    prepare_environment()
+    try:
+        from savant_ray.serving.server import ServerSettings, run_server
+    except ImportError as error:
+        raise SavantError(
+            "`savant serve` needs Ray Serve: pip install 'savant-ray[serve]' (in a checkout: make extras)"
+        ) from error
     values = {name: value for name, value in vars(options).items() if name not in ("config", "verbose")}
     run_server(ServerSettings(original=original, **values), options.verbose)
     return 0

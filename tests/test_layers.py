@@ -108,7 +108,7 @@ THIRD_PARTY = {
     "doctor": {"packaging", "psutil", "ray", "torch"},
     "sweep": {"ray", "rich"},
     "chat": {"orjson", "prompt_toolkit", "rich", "torch"},
-    "serving": {"orjson", "pydantic", "ray", "starlette"},
+    "serving": {"orjson", "pydantic", "ray", "starlette", "uvicorn"},
     "benchmarks": {"numpy", "orjson", "psutil", "pyarrow", "ray", "rich", "tokenizers", "torch"},
     "driver": {"pyarrow", "ray", "torch"},
     "worker": {"numpy", "psutil", "pyarrow", "ray", "torch"},

@@ -17,7 +17,7 @@ from savant_ray.data.record_reader import documents
 from savant_ray.data.source_files import find_files, path_list
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError
-from savant_ray.inference.answer_text import AnswerText, TurnEnd, turn_end
+from savant_ray.inference.answer_text import AnswerText, TurnEnd, conversation_ids, turn_end
 from savant_ray.inference.decoder import NewTokens
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling, are_finite
@@ -177,10 +177,9 @@ class Conversation:
             return self._tokenizer.encode_prompts([message])[0]
         question = {"role": "user", "content": message}
         try:
-            text = self._text([*self._system_messages(), *_messages(turns), question])
+            return conversation_ids(self._tokenizer, [*self._system_messages(), *_messages(turns), question])
         except ConversationError as error:
             raise SavantError(f"the message cannot be sent: {error}") from error
-        return self._tokenizer.encode_prompts([text], special_tokens=self._template is not None)[0]
 
     def _text(self, messages: Sequence[Message]) -> str:
         return conversation_prompt(messages, self._template)

@@ -60,7 +60,7 @@ SHOWN_CHARACTERS = 200  # of the message of a template
 MAX_NAMED_ROLES = 5  # in a message
 
 
-class ConversationError(Exception):
+class ConversationError(ValueError):
     """A record that cannot be rendered as a conversation; the message is the reason."""
 
 
@@ -349,9 +349,7 @@ def _messages_of(field: str, messages: Any) -> list[Message]:
 
 def _present_messages(field: str, messages: Any) -> list[Message]:
     """Return the messages without empty system messages."""
-    if not isinstance(messages, list):
-        raise ConversationError(f'"{field}" is {json_type(messages)}, not an array')
-    normalized = [_message(f'"{field}"', number, message) for number, message in enumerate(messages, start=1)]
+    normalized = normalized_messages(messages, field)
     # Data sets that have a field for the system message leave it empty where there is none.
     present = [message for message in normalized if not (message["role"] == "system" and is_blank(message["content"]))]
     for number, message in enumerate(present, start=1):
@@ -359,6 +357,17 @@ def _present_messages(field: str, messages: Any) -> list[Message]:
         if is_blank(message["content"]) and not may_be_blank:
             raise ConversationError(f'message {number} of "{field}" is empty')
     return present
+
+
+def normalized_messages(messages: Any, field: str = "messages") -> list[Message]:
+    """Return messages of any of the known forms with the usual names of roles, and with contents as one text.
+
+    Raises:
+        ConversationError: it is not a list of messages, or one has no role or no content.
+    """
+    if not isinstance(messages, list):
+        raise ConversationError(f'"{field}" is {json_type(messages)}, not an array')
+    return [_message(f'"{field}"', number, message) for number, message in enumerate(messages, start=1)]
 
 
 def _message(field: str, number: int, message: Any) -> Message:

@@ -31,9 +31,17 @@ from savant_ray.evaluation.loss import loss_sums
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, read_settings, tokenizer_file
+from savant_ray.training.checkpoint import (
+    CONFIG,
+    TOKENIZER_FILES,
+    find_checkpoint,
+    read_checkpoint,
+    read_settings,
+    tokenizer_file,
+)
 from savant_ray.training.step import MicroBatch
 
+TEXT_FILES = (CONFIG, *TOKENIZER_FILES)  # of a checkpoint, for encoding and decoding text
 LOSS_DOCUMENTS = 100  # held-out documents for the loss at each depth
 MIN_ROW = 128  # tokens in a row for the loss at each depth
 
@@ -56,8 +64,18 @@ def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Confi
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"checkpoint {folder.name}: its weights do not fit its settings: {error}") from error
-    tokenizer = Tokenizer.load(tokenizer_file(folder), config.data.end_of_document, config.data.add_special_tokens)
-    return model.to(device).eval(), tokenizer, config
+    return model.to(device).eval(), *load_tokenizer(folder)
+
+
+def load_tokenizer(checkpoint: Path) -> tuple[Tokenizer, Config]:
+    """Return the tokenizer and the settings of a checkpoint, for which `TEXT_FILES` are enough, as `load_model` does.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it has no tokenizer.
+    """
+    folder = find_checkpoint(checkpoint)
+    config, file = read_settings(folder), tokenizer_file(folder)
+    return Tokenizer.load(file, config.data.end_of_document, config.data.add_special_tokens), config
 
 
 def stream_answer(

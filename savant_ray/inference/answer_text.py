@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from savant_ray.data.conversations import ConversationError, end_of_answer
+from savant_ray.data.conversations import ConversationError, Message, conversation_prompt, end_of_answer
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
 from savant_ray.inference.decoder import NewTokens
 
@@ -33,6 +33,18 @@ def turn_end(tokenizer: Tokenizer) -> TurnEnd:
     (ids,) = tokenizer.encode_prompts([end], special_tokens=True)
     special = [token for token in ids[len(tokenizer.prefix) :] if token in tokenizer.special_ids]
     return TurnEnd(tokens=frozenset(special[:1]))
+
+
+def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Return the ids of a conversation up to the next answer; empty if it has no tokens.
+
+    Raises:
+        ConversationError: as `conversation_prompt`.
+        DataError: as `Tokenizer.encode_prompts`.
+    """
+    template = tokenizer.chat_template
+    text = conversation_prompt(messages, template)
+    return tokenizer.encode_prompts([text], special_tokens=template is not None)[0]
 
 
 class AnswerText:

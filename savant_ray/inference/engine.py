@@ -4,123 +4,135 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
+from concurrent.futures import ThreadPoolExecutor
 
 from savant_ray.inference.decoder import Decoder, NewTokens
 from savant_ray.inference.sampling import Sampling
 
-# Between deliveries of tokens, except for the first and the last ones of an answer. Each delivery takes the interpreter lock
-# away from the decoder, and a server sends a chunk for it.
+# The first token of an answer is delivered at once, and the last ones at its end. A delivery costs Ray and HTTP as much as a
+# decoding step of a small model, so in between there are at most 10 per second for an answer, and 40 for all together.
 DELIVERY_SECONDS = 0.1
+DELIVERY_SECONDS_PER_ANSWER = 0.025
 
 
 class _Answer:
-    """A request; `new` and `changed` belong to the event loop, the others to the thread."""
+    """A request and its tokens: `new` have not been delivered, `delivered` have not been consumed."""
 
-    def __init__(self, prompt: list[int], sampling: Sampling) -> None:
-        self.prompt, self.sampling, self.number, self.has_begun = prompt, sampling, -1, False
-        self.new: list[NewTokens] = []
-        self.changed = asyncio.Event()
+    def __init__(self, prompt: list[int], sampling: Sampling, end_tokens: Collection[int]) -> None:
+        self.prompt, self.sampling, self.end_tokens, self.number = prompt, sampling, end_tokens, -1
+        self.new, self.is_last, self.due = list[int](), False, 0.0
+        self.delivered: asyncio.Queue[NewTokens | Exception] = asyncio.Queue()
+
+    def add(self, tokens: NewTokens) -> None:
+        """Add new tokens, up to one that ends the answer."""
+        for token in tokens.ids:
+            self.new.append(token)
+            if token in self.end_tokens:
+                self.is_last = True
+                return
+        self.is_last = tokens.is_last
+
+    def take_new(self) -> NewTokens:
+        """Return the new tokens."""
+        new, self.new = self.new, []
+        return NewTokens(new, self.is_last)
 
 
 class Engine:
     """Runs a decoder in a thread. Requests of an event loop join at the next token, and leave when they are canceled.
 
     To be created in the event loop.
-
-    Attributes:
-        error: what ended the thread.
     """
 
     def __init__(self, decoder: Decoder) -> None:
-        self.error: Exception | None = None
-        self._decoder, self._loop = decoder, asyncio.get_running_loop()
-        self._wakes = threading.Condition()
+        self._decoder = decoder
         self._joining: list[_Answer] = []
         self._leaving: list[_Answer] = []
         self._answers: dict[int, _Answer] = {}  # in progress, by their number in the decoder
-        self._waiting: set[_Answer] = set()  # of the event loop
-        threading.Thread(target=self._run, name="decoder", daemon=True).start()
+        self._changes = asyncio.Event()  # requests join or leave
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def error(self) -> BaseException | None:
+        """What has ended decoding."""
+        return self._task.exception() if self._task.done() else None
 
     @property
     def n_answers(self) -> int:
         """Number of answers in progress."""
         return len(self._answers)
 
-    async def tokens(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[NewTokens]:
-        """Yield the tokens of an answer, all that have been delivered at once.
+    async def tokens(
+        self, prompt: list[int], sampling: Sampling, end_tokens: Collection[int] = ()
+    ) -> AsyncIterator[NewTokens]:
+        """Yield the tokens of an answer as they are delivered; `end_tokens` end it, in addition to the end of the document.
 
         Raises:
             RuntimeError: decoding has failed.
         """
-        answer = _Answer(prompt, sampling)
-        self._waiting.add(answer)
-        self._change(self._joining, answer)
+        answer = _Answer(prompt, sampling, end_tokens)
+        if self.error is not None:
+            raise RuntimeError(f"decoding has failed: {self.error}") from self.error
+        self._joining.append(answer)
+        self._changes.set()
         try:
-            is_last = False
-            while not is_last:
-                if self.error is None:
-                    await answer.changed.wait()
-                if self.error is not None:
-                    raise RuntimeError(f"decoding has failed: {self.error}") from self.error
-                answer.changed.clear()
-                new, answer.new = answer.new, []
-                is_last = new[-1].is_last
-                yield NewTokens([token for tokens in new for token in tokens.ids], is_last)
+            while not isinstance(new := await answer.delivered.get(), Exception):
+                yield new
+                if new.is_last:
+                    return
+            raise RuntimeError(f"decoding has failed: {new}") from new
         finally:
-            self._waiting.discard(answer)
-            self._change(self._leaving, answer)
+            self._leaving.append(answer)
+            self._changes.set()
 
-    def _change(self, answers: list[_Answer], answer: _Answer) -> None:
-        with self._wakes:
-            answers.append(answer)
-            self._wakes.notify()
-
-    def _run(self) -> None:
-        new: list[tuple[_Answer, NewTokens]] = []
-        due = 0.0
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        joining: list[_Answer] = []
         try:
-            while True:
-                self._update()
-                new += [(self._answers[number], tokens) for number, tokens in self._decoder.next_tokens().items()]
-                now = time.monotonic()
-                if now >= due or any(tokens.is_last or not answer.has_begun for answer, tokens in new):
-                    for answer, tokens in new:
-                        answer.has_begun = True
-                        if tokens.is_last:
-                            self._answers.pop(answer.number, None)
-                    self._loop.call_soon_threadsafe(_deliver, new)
-                    new, due = [], now + DELIVERY_SECONDS
+            with ThreadPoolExecutor(1, "decoder") as thread:
+                while True:
+                    if not self._answers:
+                        await self._changes.wait()
+                    self._changes.clear()
+                    leaving, self._leaving = self._leaving, []
+                    joining = [answer for answer in self._joining if answer not in leaving]
+                    self._joining = []
+                    for answer, tokens in await loop.run_in_executor(thread, self._decode, joining, leaving):
+                        answer.delivered.put_nowait(tokens)
         except Exception as error:
-            self.error = error
-            self._loop.call_soon_threadsafe(self._wake_all)
+            for answer in {*self._answers.values(), *joining, *self._joining}:
+                answer.delivered.put_nowait(error)
+            raise
 
-    def _wake_all(self) -> None:
-        for answer in self._waiting:
-            answer.changed.set()
+    def _decode(self, joining: list[_Answer], leaving: list[_Answer]) -> list[tuple[_Answer, NewTokens]]:
+        """Decode until tokens are to be delivered or requests join or leave; return what is to be delivered.
 
-    def _update(self) -> None:
-        """Wait until there are requests, and let them join and leave; prompts of similar length are processed together."""
-        with self._wakes:
-            self._wakes.wait_for(lambda: self._joining or self._leaving or self._answers)
-            joining = sorted(set(self._joining) - set(self._leaving), key=lambda answer: len(answer.prompt))
-            leaving = self._leaving[:]
-            self._joining.clear()
-            self._leaving.clear()
+        Prompts of similar length are processed together.
+        """
         for answer in leaving:
-            if self._answers.pop(answer.number, None):
-                self._decoder.remove(answer.number)
+            self._remove(answer)
+        joining.sort(key=lambda answer: len(answer.prompt))
         for _, group in itertools.groupby(joining, key=lambda answer: len(answer.prompt).bit_length()):
             answers = list(group)
             numbers = self._decoder.add([answer.prompt for answer in answers], [answer.sampling for answer in answers])
-            for answer, number in zip(answers, numbers, strict=True):
-                answer.number = number
-                self._answers[number] = answer
+            for answer, answer.number in zip(answers, numbers, strict=True):
+                self._answers[answer.number] = answer
+        deliveries: list[tuple[_Answer, NewTokens]] = []
+        while self._answers and not deliveries and not self._changes.is_set():
+            new_tokens = self._decoder.next_tokens()
+            now = time.monotonic()
+            for number, tokens in new_tokens.items():
+                answer = self._answers[number]
+                answer.add(tokens)
+                if answer.is_last or now >= answer.due:
+                    answer.due = now + max(DELIVERY_SECONDS, DELIVERY_SECONDS_PER_ANSWER * len(self._answers))
+                    deliveries.append((answer, answer.take_new()))
+                if answer.is_last:
+                    self._remove(answer)
+        return deliveries
 
-
-def _deliver(new: list[tuple[_Answer, NewTokens]]) -> None:
-    for answer, tokens in new:
-        answer.new.append(tokens)
-        answer.changed.set()
+    def _remove(self, answer: _Answer) -> None:
+        if self._answers.pop(answer.number, None):
+            self._decoder.remove(answer.number)

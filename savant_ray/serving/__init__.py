@@ -1,1 +1,1 @@
-"""A server with OpenAI's API: Ray Serve deployments around `inference.decoder`."""
+"""A server with OpenAI's API: replicas of a model on Ray Serve, and an HTTP server."""

@@ -1,141 +1,208 @@
-"""The deployment that answers HTTP requests in the form of OpenAI's API, and hands them to the replicas of the model."""
+"""OpenAI's API over HTTP: encodes prompts, has replicas of the model generate tokens, and decodes the answers."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import secrets
 import time
-import uuid
-from collections.abc import AsyncIterator
+import traceback
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import orjson
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.util.metrics import Counter, Histogram
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
-from savant_ray.serving.protocol import ApiError, ChatRequest, CompletionRequest, Request, parsed
+from savant_ray.config import Config
+from savant_ray.data.conversations import ConversationError
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import DataError
+from savant_ray.inference.answer_text import AnswerText, TurnEnd, conversation_ids, turn_end
+from savant_ray.inference.sampling import Sampling
+from savant_ray.serving.protocol import ApiError, ChatRequest, Completion, CompletionRequest, Request, parsed
 
 MAX_BODY_BYTES = 1 << 20
-RETRY_SECONDS = 1
-ROUTES = {"/health": "GET", "/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST"}
 
 
 class Api:
-    """A replica.
+    """Answers HTTP requests with the tokens that `model`, the handle of a Serve deployment, generates."""
 
-    Args:
-        model: the handle of the deployment of `ModelServer`.
-        app: name of the Serve application.
-        name: name of the model in requests and responses.
-        api_key: the key that requests must have; None: they need none.
-    """
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, config: Config, name: str, api_key: str | None, max_length: int | None
+    ) -> None:
+        self._model = model.options(method_name="tokens", stream=True)
+        self._tokenizer, self._name, self._api_key = tokenizer, name, api_key
+        self._max_length = max_length or config.model.max_seq_len
+        limit, temperature = config.validation.max_new_tokens, config.validation.temperature
+        self._sampling = Sampling.for_tokenizer(tokenizer, limit, temperature)
+        self._turn_end, self._start = turn_end(tokenizer), int(time.time())
+        seconds = [0.01, 0.03, 0.1, 0.3, 1, 3, 10]
+        self._first_token = Histogram("savant_serve_first_token_seconds", "Time to the first token.", seconds)
+        self._n_tokens = Counter("savant_serve_tokens", "Tokens of prompts and answers.", ("kind",))
 
-    def __init__(self, model: Any, app: str, name: str, api_key: str | None = None) -> None:
-        self._model = model.options(method_name="answer", stream=True)
-        self._app, self._name, self._api_key, self._start = app, name, api_key, int(time.time())
+    def asgi(self) -> Starlette:
+        """Return the ASGI application."""
+        routes = [
+            Route("/health", self._health),
+            Route("/v1/models", self._models),
+            Route("/v1/completions", partial(self._complete, CompletionRequest), methods=["POST"]),
+            Route("/v1/chat/completions", partial(self._complete, ChatRequest), methods=["POST"]),
+        ]
+        errors = (ApiError, HTTPException, ClientDisconnect, Exception)
+        return Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, _error_response))
 
-    async def __call__(self, request: HttpRequest) -> Response:
-        """Answer an HTTP request."""
-        path = request.url.path
-        try:
-            if path not in ROUTES or request.method != ROUTES[path]:
-                status, reason = (
-                    (405, f"{path} is not for {request.method}") if path in ROUTES else (404, f"no such path: {path}")
-                )
-                raise ApiError(status, reason, "unknown_url")
-            if path == "/health":
-                return await self._health()
-            key = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if self._api_key is not None and not hmac.compare_digest(key.encode(), self._api_key.encode()):
-                raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
-            if path == "/v1/models":
-                model = {"id": self._name, "object": "model", "created": self._start, "owned_by": "savant_ray"}
-                return JSONResponse({"object": "list", "data": [model]})
-            body = await request.body()
-            if len(body) > MAX_BODY_BYTES:
-                raise ApiError(413, f"the body has more than {MAX_BODY_BYTES:,} bytes", "request_too_large")
-            return await self._answer(parsed(ChatRequest if "chat" in path else CompletionRequest, body))
-        except ApiError as error:
-            headers = {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else None
-            return JSONResponse(error.body, error.status, headers)
-
-    async def _health(self) -> Response:
-        deployments = (await asyncio.to_thread(serve.status)).applications[self._app].deployments
-        replicas: dict[Any, int] = dict(deployments["model"].replica_states)
+    async def _health(self, _: HttpRequest) -> Response:
+        application = (await asyncio.to_thread(serve.status)).applications[self._model.app_name]
+        replicas: dict[Any, int] = dict(application.deployments[self._model.deployment_name].replica_states)
         return JSONResponse({"replicas": replicas}, 200 if replicas.get("RUNNING") else 503)
 
-    async def _answer(self, request: Request) -> Response:
-        if request.model not in (None, self._name):
-            raise ApiError(
-                404, f"the model {request.model!r} is not served; {self._name!r} is", "model_not_found", "model"
-            )
-        kind, prefix = (
-            ("chat.completion", "chatcmpl") if isinstance(request, ChatRequest) else ("text_completion", "cmpl")
-        )
-        if request.stream and isinstance(request, ChatRequest):
-            kind += ".chunk"
-        head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": self._name}
-        parts = self._parts(request)
-        first = await anext(parts)  # before the status of the response is sent
-        if request.stream:
-            return StreamingResponse(_events(request, head, first, parts), media_type="text/event-stream")
-        text = first["text"]
-        content = (
-            {"message": {"role": "assistant", "content": text}} if isinstance(request, ChatRequest) else {"text": text}
-        )
-        return JSONResponse({**head, "choices": [_choice(content, first)], "usage": first["usage"]})
+    async def _models(self, http: HttpRequest) -> Response:
+        self._check_key(http)
+        model = {"id": self._name, "object": "model", "created": self._start, "owned_by": "savant_ray"}
+        return JSONResponse({"object": "list", "data": [model]})
 
-    async def _parts(self, request: Request) -> AsyncIterator[dict[str, Any]]:
-        """Yield the parts of an answer.
+    async def _complete(self, kind: type[Request], http: HttpRequest) -> Response:
+        self._check_key(http)
+        request = parsed(kind, await _body(http))
+        if request.model not in (None, self._name):
+            reason = f"the model {request.model!r} is not served; {self._name!r} is"
+            raise ApiError(404, reason, "model_not_found", "model")
+        prompt, end = self._prompt_ids(request), self._turn_end if kind is ChatRequest else TurnEnd()
+        answer = AnswerText(self._tokenizer, prompt, end._replace(texts=(*end.texts, *(request.stop or ()))))
+        limit = min(request.max_tokens or self._sampling.max_new_tokens, self._max_length - len(prompt))
+        options = request.model_dump(include={"temperature", "seed"}, exclude_none=True)
+        sampling = replace(self._sampling, max_new_tokens=limit, **{"seed": secrets.randbits(63), **options})
+        self._n_tokens.inc(len(prompt), {"kind": "prompt"})
+        parts = self._parts(answer, self._model.remote(prompt, sampling, end.tokens))
+        # Errors before the first part have a status; later ones are events of the stream.
+        text = await _unless_disconnected(http, anext(parts) if request.stream else _joined(parts))
+        completion = Completion(request, self._name, len(prompt), limit, answer)
+        if not request.stream:
+            return JSONResponse({**completion.body(text), "usage": completion.usage()})
+        include_usage = (request.stream_options or {}).get("include_usage", False)
+        return StreamingResponse(_events(completion, text, parts, include_usage), media_type="text/event-stream")
+
+    def _check_key(self, http: HttpRequest) -> None:
+        key = http.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._api_key is not None and not hmac.compare_digest(key.encode(), self._api_key.encode()):
+            raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        """Return the ids of the prompt.
 
         Raises:
-            ApiError: the request is refused, or the replica has failed.
+            ApiError: it cannot be encoded, has no tokens, or is too long.
         """
-        parts: Any = self._model.remote(request)
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
         try:
-            async for part in parts:
-                if "error" in part:
-                    raise ApiError(*part["error"])
-                yield part
-        except (asyncio.CancelledError, GeneratorExit):  # the user has left
-            parts.cancel()
-            raise
+            if isinstance(request, ChatRequest):
+                ids = conversation_ids(self._tokenizer, request.messages)
+            elif isinstance(request.prompt, str):
+                (ids,) = self._tokenizer.encode_prompts([request.prompt])
+            else:
+                ids = request.prompt
+        except (ConversationError, DataError) as error:
+            raise ApiError(400, str(error), "invalid_value", param) from None
+        if not ids or max(ids) >= self._sampling.vocab_size:
+            reason = "has an id that is not in the vocabulary" if ids else "has no tokens"
+            raise ApiError(400, f"the prompt {reason}", "invalid_value", param)
+        n_new = request.max_tokens or 1
+        if len(ids) + n_new > self._max_length:
+            reason = f"has {len(ids)} tokens: with {n_new} new ones that exceeds the limit of {self._max_length}"
+            raise ApiError(400, f"the prompt {reason}", "context_length_exceeded", param)
+        return ids
+
+    async def _parts(self, answer: AnswerText, generated: Any) -> AsyncIterator[str]:
+        """Yield the text of an answer as its tokens arrive.
+
+        Raises:
+            ApiError: too many requests are waiting, or the replica has failed.
+        """
+        start, is_last = time.perf_counter(), False
+        try:
+            async for new in generated:
+                if not answer.n_tokens:
+                    self._first_token.observe(time.perf_counter() - start)
+                text, is_last = answer.push(new), new.is_last
+                yield text
+                if answer.is_stopped:
+                    break
         except BackPressureError:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded") from None
         except (RayError, RayServeException) as error:
             reason = f"the replica that generated the answer failed ({type(error).__name__}); send the request again"
             raise ApiError(503, reason, "replica_failed") from error
+        finally:
+            if answer.n_tokens:
+                self._n_tokens.inc(answer.n_tokens, {"kind": "answer"})
+            if not is_last:
+                with suppress(RayError, RayServeException):  # it has failed
+                    generated.cancel()
+
+
+async def _body(http: HttpRequest) -> bytes:
+    body = bytearray()
+    async for chunk in http.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(413, f"the body has more than {MAX_BODY_BYTES:,} bytes", "request_too_large")
+    return bytes(body)
+
+
+async def _joined(parts: AsyncIterator[str]) -> str:
+    return "".join([text async for text in parts])
+
+
+async def _unless_disconnected(http: HttpRequest, text: Awaitable[str]) -> str:
+    """Return the text; cancel its generation if the user leaves before."""
+    generation, disconnect = asyncio.ensure_future(text), asyncio.ensure_future(http.receive())
+    await asyncio.wait((generation, disconnect), return_when=asyncio.FIRST_COMPLETED)
+    if not generation.done():
+        generation.cancel()
+        raise ClientDisconnect
+    disconnect.cancel()
+    return generation.result()
+
+
+def _error_response(http: HttpRequest, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # the user has left
+    if isinstance(error, HTTPException):  # there is no such route
+        error = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}", "unknown_url")
+    if not isinstance(error, ApiError):
+        traceback.print_exception(error)
+        error = ApiError(500, f"internal error: {type(error).__name__}", "internal_error")
+    return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
 
 
 async def _events(
-    request: Request, head: dict[str, Any], part: dict[str, Any], parts: AsyncIterator[dict[str, Any]]
+    completion: Completion, first: str, parts: AsyncIterator[str], include_usage: bool
 ) -> AsyncIterator[bytes]:
     """Yield the server-sent events of a streamed answer."""
-    include_usage = request.stream_options is not None and request.stream_options.include_usage
     usage = {"usage": None} if include_usage else {}
-    content: dict[str, Any] = {"delta": {"role": "assistant", "content": part["text"]}}
     try:
-        while True:
-            if not isinstance(request, ChatRequest):
-                content = {"text": part["text"]}
-            yield _event({**head, "choices": [_choice(content, part)], **usage})
-            if part["finish_reason"]:
-                break
-            part = await anext(parts)
-            content = {"delta": {"content": part["text"]}}
+        yield _event({**completion.body(first, is_last=False), **usage})
+        async for text in parts:
+            if text:
+                yield _event({**completion.body(text, is_last=False), **usage})
+        yield _event({**completion.body(""), **usage})
         if include_usage:
-            yield _event({**head, "choices": [], "usage": part["usage"]})
+            yield _event({**completion.head, "choices": [], "usage": completion.usage()})
         yield b"data: [DONE]\n\n"
     except ApiError as error:
         yield _event(error.body)
-
-
-def _choice(content: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """Return the only entry of `choices`."""
-    return {"index": 0, **content, "logprobs": None, "finish_reason": part["finish_reason"]}
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -5,11 +5,24 @@ A parameter that would change the answer and is not supported is refused, unless
 
 from __future__ import annotations
 
+import time
+import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from savant_ray.command_line import MAX_SEED, MIN_SEED
+from savant_ray.data.conversations import Message, normalized_messages
+from savant_ray.inference.answer_text import AnswerText
+
+# Both accept a text instead of a list of one text, and the other way round.
+Texts = Annotated[
+    list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)
+]
+Prompt = Annotated[
+    str | list[Annotated[int, Field(ge=0)]],
+    BeforeValidator(lambda x: x[0] if isinstance(x, list) and len(x) == 1 and isinstance(x[0], str) else x),
+]
 
 
 class ApiError(Exception):
@@ -21,80 +34,38 @@ class ApiError(Exception):
         self.status, self.body = status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class StreamOptions(_Model):
-    """Options of a streamed response."""
-
-    include_usage: bool = False
-
-
-class _Request(_Model):
+class _Request(BaseModel):
     """Parameters of both kinds of requests; for None the server has a default."""
 
+    model_config = ConfigDict(extra="forbid")
     model: str | None = None
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    seed: int | None = Field(default=None, ge=MIN_SEED, le=MAX_SEED)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None = None
+    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
+    temperature: float | None = Field(None, ge=0, le=2)
+    seed: int | None = Field(None, ge=MIN_SEED, le=MAX_SEED)
+    stop: Texts | None = Field(None, max_length=4)
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: dict[Literal["include_usage"], bool] | None = None
     user: str | None = None
     # Only the values that change nothing:
-    n: int | None = Field(default=None, ge=1, le=1)
-    top_p: float | None = Field(default=None, ge=1, le=1)
-    presence_penalty: float | None = Field(default=None, ge=0, le=0)
-    frequency_penalty: float | None = Field(default=None, ge=0, le=0)
+    n: int | None = Field(None, ge=1, le=1)
+    top_p: float | None = Field(None, ge=1, le=1)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
     logprobs: Literal[False] | None = None
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _as_list(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
 
 
 class CompletionRequest(_Request):
     """`POST /v1/completions`; the prompt is a text, a list of one text, or token ids."""
 
-    prompt: str | list[Annotated[int, Field(ge=0)]]
+    prompt: Prompt
     echo: Literal[False] | None = None
-    best_of: int | None = Field(default=None, ge=1, le=1)
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _only_text(cls, prompt: Any) -> Any:
-        return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str) else prompt
-
-
-class TextPart(_Model):
-    """A part of the content of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Model):
-    """A message of a conversation."""
-
-    role: str
-    content: str | list[TextPart]
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    best_of: int | None = Field(None, ge=1, le=1)
 
 
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage]
-    max_tokens: int | None = Field(
-        default=None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
-    )
+    messages: Annotated[list[Message], BeforeValidator(normalized_messages)]
 
 
 Request = CompletionRequest | ChatRequest
@@ -112,4 +83,39 @@ def parsed(kind: type[Request], body: bytes) -> Request:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "the body"
         code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-        raise ApiError(400, f"{where}: {first['msg']}", code, str(first["loc"][0]) if first["loc"] else None) from None
+        raise ApiError(
+            400,
+            f"{where}: {first['msg'].removeprefix('Value error, ')}",
+            code,
+            str(first["loc"][0]) if first["loc"] else None,
+        ) from None
+
+
+class Completion:
+    """The response to a request, or the chunks of a streamed response."""
+
+    def __init__(self, request: Request, model: str, n_prompt: int, limit: int, answer: AnswerText) -> None:
+        """Begin a response whose text is that of `answer`, which has at most `limit` tokens."""
+        self._is_chat, self._n_prompt, self._limit, self._answer = (
+            isinstance(request, ChatRequest),
+            n_prompt,
+            limit,
+            answer,
+        )
+        self._key, self._role = "delta" if request.stream else "message", {"role": "assistant"}
+        prefix, kind = ("chatcmpl", "chat.completion") if self._is_chat else ("cmpl", "text_completion")
+        kind += ".chunk" if self._is_chat and request.stream else ""
+        self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+    def body(self, text: str, is_last: bool = True) -> dict[str, Any]:
+        """Return a response or a chunk; only the first chunk has the role."""
+        content: dict[str, Any] = {self._key: {**self._role, "content": text}} if self._is_chat else {"text": text}
+        self._role = {}
+        reason = "length" if self._answer.n_tokens == self._limit and not self._answer.is_stopped else "stop"
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason if is_last else None}
+        return {**self.head, "choices": [choice]}
+
+    def usage(self) -> dict[str, int]:
+        """Return the numbers of tokens."""
+        n, n_prompt = self._answer.n_tokens, self._n_prompt
+        return {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}

@@ -1,25 +1,32 @@
-"""Starts and stops the server: two deployments on a Ray of this machine or on a cluster."""
+"""Serves a model: replicas on a Ray of this machine or on a cluster, and an HTTP server in this process."""
 
 from __future__ import annotations
 
 import ipaddress
-import json
 import logging
 import os
 import re
-import threading
+import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from savant_ray.cluster.session import prepare_environment, ray_session, rays_sigterm_interrupts
+import ray
+import uvicorn
+from ray import serve
+
+from savant_ray.cluster.session import ray_session, rays_sigterm_interrupts
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.evaluation.from_checkpoint import TEXT_FILES, load_model, load_tokenizer
+from savant_ray.inference.decoder import Decoder
+from savant_ray.inference.engine import Engine
+from savant_ray.inference.sampling import Sampling
 from savant_ray.locations import absolute_path
-from savant_ray.storage.run_storage import check_checkpoint_exists
+from savant_ray.serving.api import Api
+from savant_ray.storage.run_storage import local_checkpoint
 
 APP = "savant"
 KEY_VARIABLE = "SAVANT_API_KEY"
-QUEUE_OF_API = 10_000  # connections; the queue of the model has the limit that users set
 
 
 @dataclass(frozen=True)
@@ -39,75 +46,75 @@ class ServerSettings:
     api_key: str | None = None  # None: SAVANT_API_KEY of the environment
 
 
+class ModelServer(Engine):
+    """A replica. It handles tokens only; `Api` encodes and decodes text in the process of the HTTP server."""
+
+    def __init__(self, checkpoint: str, settings: Mapping[str, Mapping[str, Any]], n_loops: int | None) -> None:
+        with local_checkpoint(checkpoint, settings=settings) as path:
+            model, tokenizer, _ = load_model(path)
+        super().__init__(Decoder(model, Sampling.for_tokenizer(tokenizer, 1, 0), n_loops))
+
+    def check_health(self) -> None:
+        """Raise an error if decoding has failed, so that Serve replaces the replica."""
+        if self.error is not None:
+            raise self.error
+
+
 def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable[[str], None] = print) -> None:
     """Serve a model until SIGINT or SIGTERM.
 
     Raises:
         SettingsError: other machines could send requests without an API key.
-        CheckpointError: there is no checkpoint.
-        SavantError: Ray Serve is not installed, or the server cannot be started.
+        CheckpointError: there is no checkpoint, or it cannot be read.
+        SavantError: the server cannot listen at the address, or a replica cannot be started.
     """
     checkpoint = absolute_path(settings.checkpoint, setting="checkpoint", error=CheckpointError)
     *parents, last = checkpoint.rstrip("/").split("/")
     name = settings.name or (parents[-1] if re.fullmatch(r"step_\d+", last) else last)
-    key = settings.api_key or os.environ.get(KEY_VARIABLE) or None
-    settings = replace(settings, checkpoint=checkpoint, name=name, api_key=key)
-    if key is None and not _is_loopback(settings.host):
+    host, port, key = settings.host, settings.port, settings.api_key or os.environ.get(KEY_VARIABLE) or None
+    if key is None and not _is_loopback(host):
         raise SettingsError(
-            f"--host {settings.host}: other machines can reach this address, so requests need a key: --api-key KEY, or "
+            f"--host {host}: other machines can reach this address, so requests need a key: --api-key KEY, or "
             f"{KEY_VARIABLE} in the environment"
         )
-    check_checkpoint_exists(checkpoint)
-    prepare_environment()
+    with local_checkpoint(checkpoint, TEXT_FILES, settings.original) as path:
+        tokenizer, config = load_tokenizer(path)
     try:
-        from ray import serve
-    except ImportError as error:
-        raise SavantError(
-            "`savant serve` needs Ray Serve: pip install 'savant-ray[serve]' (in a checkout: make extras)"
-        ) from error
-    with ray_session(verbose, notify):
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise SavantError(f"--host {host} --port {port}: {error.strerror}") from error
+    with listener, ray_session(verbose, notify):
         logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
-        http = {"host": settings.host, "port": settings.port}
+        deployment: Any = serve.deployment(
+            name="model",
+            max_ongoing_requests=settings.max_batch,
+            max_queued_requests=settings.max_queue,
+            autoscaling_config={
+                "min_replicas": settings.replicas[0],
+                "max_replicas": settings.replicas[1],
+                "target_ongoing_requests": max(1, settings.max_batch // 2),
+            },
+            ray_actor_options={"num_cpus": 1, "num_gpus": min(1, ray.cluster_resources().get("GPU", 0))},
+            health_check_period_s=5,
+            graceful_shutdown_timeout_s=5,
+        )
+        model = deployment(ModelServer).bind(checkpoint, dict(settings.original), settings.loops)
         try:
             with rays_sigterm_interrupts():
-                serve.start(proxy_location="HeadOnly", http_options=http, logging_config={"enable_access_log": False})
-                serve.run(application(settings), name=APP)
-                _print_address(settings, notify)
-                threading.Event().wait()
+                serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+                handle = serve.run(model, name=APP, route_prefix=None)
+                app = Api(handle, tokenizer, config, name, key, settings.max_length).asgi()
+                _print_address(name, host, port, key, notify)
+                # Answers that Ctrl+C cuts off would be logged as errors.
+                level = "info" if verbose else "critical"
+                options = uvicorn.Config(app, log_level=level, access_log=False, timeout_graceful_shutdown=1)
+                uvicorn.Server(options).run([listener])
         except KeyboardInterrupt:
             notify("stopping")
         except RuntimeError as error:  # a deployment failed
             raise SavantError(f"the server could not be started: {error}") from error
         finally:
             serve.delete(APP)
-
-
-def application(settings: ServerSettings) -> Any:
-    """Return the Serve application."""
-    import ray
-    from ray import serve
-
-    from savant_ray.serving.api import Api
-    from savant_ray.serving.model_server import ModelServer
-
-    smallest, largest = settings.replicas
-    scaling: dict[str, Any] = {"num_replicas": largest}
-    if smallest < largest:
-        target = max(1, settings.max_batch // 2)
-        limits = {"min_replicas": smallest, "max_replicas": largest, "target_ongoing_requests": target}
-        scaling = {"autoscaling_config": limits}
-    model = serve.deployment(
-        name="model",
-        max_ongoing_requests=settings.max_batch,
-        max_queued_requests=settings.max_queue,
-        ray_actor_options={"num_cpus": 1, "num_gpus": min(1, ray.cluster_resources().get("GPU", 0))},
-        health_check_period_s=5,
-        graceful_shutdown_timeout_s=5,
-        **scaling,
-    )(ModelServer)
-    api = serve.deployment(name="api", max_ongoing_requests=QUEUE_OF_API, ray_actor_options={"num_cpus": 0})(Api)
-    replica = model.bind(settings.checkpoint, dict(settings.original), settings.loops, settings.max_length)
-    return api.bind(replica, APP, settings.name, settings.api_key)
 
 
 def _is_loopback(host: str) -> bool:
@@ -117,14 +124,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _print_address(settings: ServerSettings, notify: Callable[[str], None]) -> None:
-    import ray
-
-    host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host  # noqa: S104 - compared, not bound
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
-    key = "" if settings.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
-    body = json.dumps({"model": settings.name, "messages": [{"role": "user", "content": "Hello"}]})
+def _print_address(name: str, host: str, port: int, key: str | None, notify: Callable[[str], None]) -> None:
     metrics = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()]
     notify(f"Prometheus finds metrics at {', '.join(metrics)}")
-    notify(f"{settings.name} is served at {url}/v1 (Ctrl+C stops it). For instance:")
-    notify(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    host = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host  # noqa: S104 - compared, not bound
+    notify(f"{name} is served at http://{host}:{port}/v1 (Ctrl+C stops it). For instance:")
+    options = "-H 'Content-Type: application/json'" + ("" if key is None else " -H 'Authorization: Bearer YOUR_KEY'")
+    body = '{"messages": [{"role": "user", "content": "Hello"}]}'
+    notify(f"curl http://{host}:{port}/v1/chat/completions {options} -d '{body}'")

@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
 
 import pytest
 
+pytest.importorskip("ray.serve", reason="needs the extra serve")
+
+from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.inference.answer_text import AnswerText, TurnEnd
 from savant_ray.inference.decoder import Decoder, NewTokens
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
+from savant_ray.serving.api import Api
 from savant_ray.serving.protocol import ApiError, ChatRequest, CompletionRequest, parsed
 from tests.inference.test_decoder import sampling
 from tests.inference.test_generate import model_with
@@ -76,7 +83,9 @@ def test_text_that_is_no_beginning_of_a_stop_is_sent_at_once(tokenizer: Tokenize
         (CompletionRequest, '{"prompt": "x", "best": 1}', "best", "not permitted"),
         (CompletionRequest, '{"prompt": "x", "logprobs": 3}', "logprobs", ""),
         (ChatRequest, '{"messages": "x"}', "messages", "array"),
-        (ChatRequest, '{"messages": [{"role": "user"}]}', "messages", "required"),
+        (ChatRequest, '{"messages": [{"role": "user"}]}', "messages", "missing"),
+        (ChatRequest, '{"messages": [{"role": "user", "content": 5}]}', "messages", "not a string"),
+        (ChatRequest, '{"messages": ["x"]}', "messages", "not an object"),
         (ChatRequest, '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages", ""),
         (ChatRequest, '{"messages": [], "tools": []}', "tools", "not permitted"),
     ],
@@ -101,8 +110,94 @@ def test_parameters_that_change_nothing_are_accepted() -> None:
     messages = [{"role": "user", "content": content}]
     body = {**neutral, "messages": messages, "max_completion_tokens": 3, "stop": "x"}
     chat = parsed(ChatRequest, json.dumps(body).encode())
-    assert isinstance(chat, ChatRequest) and chat.messages[0].text == "ab"
+    assert isinstance(chat, ChatRequest) and chat.messages == [{"role": "user", "content": "ab"}]
     assert chat.max_tokens == 3 and chat.stop == ["x"]
+
+
+class LocalReplica:
+    """The handle of a deployment whose only replica is in this process.
+
+    Attributes:
+        n_canceled: number of requests that have been canceled.
+    """
+
+    def __init__(self, tokens: Callable[..., AsyncIterator[NewTokens]]) -> None:
+        self._tokens, self.n_canceled = tokens, 0
+
+    def options(self, **_: Any) -> LocalReplica:
+        return self
+
+    def remote(self, *arguments: Any) -> LocalReplica:
+        self._answer = self._tokens(*arguments)
+        return self
+
+    def __aiter__(self) -> AsyncIterator[NewTokens]:
+        return self._answer
+
+    def cancel(self) -> None:
+        self.n_canceled += 1
+
+
+def post(
+    tokenizer: Tokenizer, replica: LocalReplica, body: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the messages that a completion sends, and those of its request `body` that have not been received."""
+    api = Api(replica, tokenizer, Config.from_dict({}), "tiny", None, None)
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    left, sent = body[:], list[dict[str, Any]]()
+
+    async def receive() -> dict[str, Any]:
+        return left.pop(0) if left else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    with suppress(NotImplementedError):  # raised again after the response
+        asyncio.run(api.asgi()(scope, receive, send))
+    return sent, left
+
+
+def test_a_body_is_received_up_to_its_limit_only(tokenizer: Tokenizer) -> None:
+    chunk = {"type": "http.request", "body": b" " * 300_000, "more_body": True}
+    sent, left = post(tokenizer, LocalReplica(never), [chunk] * 100)
+    assert sent[0]["status"] == 413 and len(left) == 96
+
+
+async def never(*_: Any) -> AsyncIterator[NewTokens]:
+    await asyncio.Event().wait()
+    yield NewTokens([], is_last=True)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_without_text_is_empty(tokenizer: Tokenizer, stream: bool) -> None:
+    async def nothing(*_: Any) -> AsyncIterator[NewTokens]:
+        yield NewTokens([], is_last=True)
+
+    body = json.dumps({"prompt": "one", "stream": stream}).encode()
+    sent, _ = post(tokenizer, LocalReplica(nothing), [{"type": "http.request", "body": body, "more_body": False}])
+    content = b"".join(message["body"] for message in sent[1:])
+    assert sent[0]["status"] == 200 and b'"text":""' in content and b'"finish_reason":"stop"' in content
+
+
+def test_an_unexpected_error_is_printed_and_gets_an_error_object(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def failing(*_: Any) -> AsyncIterator[NewTokens]:
+        raise NotImplementedError
+        yield
+
+    body = json.dumps({"prompt": "one"}).encode()
+    sent, _ = post(tokenizer, LocalReplica(failing), [{"type": "http.request", "body": body, "more_body": False}])
+    assert sent[0]["status"] == 500 and json.loads(sent[1]["body"])["error"]["type"] == "server_error"
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_whose_user_leaves_before_the_first_token_is_canceled(tokenizer: Tokenizer, stream: bool) -> None:
+    body = json.dumps({"prompt": "one", "stream": stream}).encode()
+    replica = LocalReplica(never)
+    post(tokenizer, replica, [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}])
+    assert replica.n_canceled == 1
 
 
 async def answer(engine: Engine, prompt: list[int], parameters: Sampling, stop_after: int | None = None) -> list[int]:
@@ -136,6 +231,20 @@ def test_requests_that_come_and_go_have_the_answers_that_each_has_alone() -> Non
     for index, ids in enumerate(asyncio.run(ask())):
         alone = list(generate(model, *requests[index]))
         assert ids == alone if index % 4 else ids == alone[: len(ids)]
+
+
+def test_an_answer_ends_with_the_first_token_that_ends_a_turn() -> None:
+    model, parameters = model_with(), sampling(end_of_document=-1, temperature=1.0, max_new_tokens=50)
+
+    async def ask(end_tokens: set[int]) -> list[int]:
+        engine = Engine(Decoder(model, parameters))
+        tokens = [new async for new in engine.tokens([5, 6], parameters, end_tokens)]
+        assert [new.is_last for new in tokens] == [False] * (len(tokens) - 1) + [True]
+        return [token for new in tokens for token in new.ids]
+
+    ids = asyncio.run(ask(set()))
+    ends = {ids[20], ids[30]}
+    assert asyncio.run(ask(ends)) == ids[: 1 + min(map(ids.index, ends))]
 
 
 def test_a_canceled_answer_is_no_longer_decoded() -> None:

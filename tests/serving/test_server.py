@@ -20,7 +20,8 @@ from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.conversations import conversation_prompt
 from savant_ray.data.tokenizer import train_tokenizer
-from savant_ray.evaluation.from_checkpoint import load_model
+from savant_ray.errors import CheckpointError
+from savant_ray.evaluation.from_checkpoint import TEXT_FILES, load_model, load_tokenizer
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
 from savant_ray.training.checkpoint import write_checkpoint
@@ -61,6 +62,28 @@ def test_an_address_that_others_can_reach_is_refused_without_a_key(
 def test_a_missing_checkpoint_is_named_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path / "nothing")]) == 4
     assert "nothing" in capsys.readouterr().err
+
+
+def test_text_is_encoded_without_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    _, expected, _ = load_model(run)
+    for file in run.glob("step_3/*"):
+        if file.name not in (*TEXT_FILES, "manifest.json"):
+            file.unlink()
+    tokenizer, config = load_tokenizer(run)
+    assert tokenizer.fingerprint == expected.fingerprint and config.model.max_seq_len == 64
+    with pytest.raises(CheckpointError):
+        load_model(run)
+
+
+def test_an_address_that_is_in_use_is_named_before_ray_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", str(run), "--port", str(port)]) == 1
+    assert f"--port {port}: Address already in use" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
