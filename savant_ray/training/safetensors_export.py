@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from savant_ray.config import Config
@@ -87,13 +86,12 @@ def new_folder(output: Path) -> Iterator[Path]:
 def write_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write tensors as a safetensors file.
 
+    `save_file` is not used, because safetensors 0.8 creates files that only their owner can read.
+
     Raises:
         OSError: the storage fails.
     """
-    try:
-        save_file(weights, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # raised by its writer if the disk is full
-        raise OSError(str(error)) from error
+    path.write_bytes(save(weights, metadata={"format": "pt"}))
 
 
 def _description(config: Config, step: int) -> dict[str, Any]:
