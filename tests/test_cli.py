@@ -135,6 +135,7 @@ def test_quickstart_trains_the_shipped_settings_and_ends_with_commands_that_exis
     commands = re.findall(r"^  \S*savant (\w+)", shown, re.MULTILINE)
     assert {"generate", "evaluate", "report", "train"} <= set(commands) <= set(COMMANDS)
     assert "--checkpoint checkpoints_quickstart" in shown
+    assert "chat checkpoints_quickstart --conversation" in shown, "without the option, messages are continued as text"
 
 
 @pytest.mark.parametrize("name", ["fresh", "verbose", "config", "-fresh", "allow_changes"])

@@ -259,7 +259,7 @@ def next_commands(run: str, known: Collection[str]) -> str:
     question = '"Question: If X = 7 and Y = 12, what is X + Y?\nAnswer: Let\'s think step by step:"'
     rows = [
         ("generate", f"--checkpoint {quoted} --prompt {question}", "answers a question"),
-        ("chat", quoted, "answers one question after another"),
+        ("chat", f"{quoted} --conversation", "answers one question after another"),
         ("evaluate", quoted, "asks the 720 problems again"),
         ("report", quoted, "writes a page with curves, samples and settings"),
         ("train", "--config chat", "teaches the model the form of a conversation (1 min)"),
