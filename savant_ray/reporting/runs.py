@@ -43,7 +43,7 @@ class RunSummary:
 
     name: str
     folder: str
-    state: str  # running, finished, stopped, failed, interrupted (killed), or "file of the original"
+    state: str  # running, not started, finished, stopped, failed, interrupted (killed), or "file of the original"
     step: int
     max_steps: int | None
     train_loss: float | None
@@ -209,7 +209,7 @@ def _state(newest: dict[str, dict[str, Any]]) -> str:
         return "failed"
     if last == [AttemptEnded.kind]:
         return "finished" if newest[AttemptEnded.kind].get("finished") else "stopped"
-    return "interrupted"
+    return "interrupted" if last else "not started"
 
 
 def _validation(run: RunSummary) -> str:
