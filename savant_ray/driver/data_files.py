@@ -120,7 +120,9 @@ def short_name(paths: str | list[str] | None) -> str:
 
 def _is_missing_default(path: str | list[str]) -> bool:
     """Return whether `path` is a missing file with the name of the default source, as in a folder without any settings."""
-    return isinstance(path, str) and Path(path).name == TRAIN_FILE and not is_uri(path) and not Path(path).exists()
+    if not isinstance(path, str) or is_uri(path) or Path(path).name != TRAIN_FILE:
+        return False
+    return not os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name too long
 
 
 def _write_missing_quickstart(config: Config, report: RunReport) -> None:
