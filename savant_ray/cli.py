@@ -7,10 +7,12 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from savant_ray import __version__
 from savant_ray.commands import COMMANDS
 from savant_ray.errors import SettingsError, error_context, print_error, report_thread_error
 from savant_ray.streams import Output, open_standard_streams
 
+HINT = "`savant COMMAND --help` lists the options of a command, `savant --version` prints the version."
 INTERRUPTED = 130  # exit code of shells for a command that was ended by Ctrl+C
 
 
@@ -44,9 +46,14 @@ def _report_output_error(output: Output, code: int) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "help" and len(argv) > 1:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"savant_ray {__version__}")
+        return 0
     name, *arguments = argv
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, list(COMMANDS), n=1)
@@ -57,7 +64,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _overview() -> str:
     commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
-    return f"usage: savant COMMAND …\n\n{commands}\n\n`savant COMMAND --help` lists the options of a command."
+    return f"usage: savant COMMAND …\n\n{commands}\n\n{HINT}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+import savant_ray
 from savant_ray import streams
 from savant_ray.cli import COMMANDS, main
 from savant_ray.config import Config, all_settings, dump_yaml, load_config
@@ -69,6 +70,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in help_text and command.summary in help_text for name, command in COMMANDS.items())
     assert main([]) == 2
     assert capsys.readouterr().out == help_text
+
+
+def test_help_of_a_command_is_also_printed_by_help_and_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "export"]) == 0
+    help_text = capsys.readouterr().out
+    assert main(["export", "--help"]) == 0 and capsys.readouterr().out == help_text
+    assert main(["help", "exprot"]) == 2 and "did you mean export?" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"savant_ray {savant_ray.__version__}\n"
 
 
 def test_help_imports_neither_torch_nor_ray_nor_pydantic() -> None:
@@ -137,6 +150,7 @@ def test_quickstart_trains_the_shipped_settings_and_ends_with_commands_that_exis
     commands = re.findall(r"^  \S*savant (\w+)", shown, re.MULTILINE)
     assert {"generate", "evaluate", "report", "train"} <= set(commands) <= set(COMMANDS)
     assert "--checkpoint checkpoints_quickstart" in shown
+    assert "chat checkpoints_quickstart --conversation" in shown, "without the option, messages are continued as text"
 
 
 @pytest.mark.parametrize("name", ["fresh", "verbose", "config", "-fresh", "allow_changes"])

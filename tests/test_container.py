@@ -191,7 +191,9 @@ def test_ports_are_published_for_this_machine_only_and_images_are_pinned() -> No
 def test_the_gpu_variant_changes_only_the_image_and_its_devices() -> None:
     ((name, changed),) = yaml.safe_load((FOLDER / "compose.cuda.yaml").read_text())["services"].items()
     assert name == "ray" and set(changed) == {"image", "build", "deploy"}
-    assert changed["build"] == {"args": {"VARIANT": "cuda"}}
+    assert changed["build"] == {"args": {"VARIANT": "cuda", "TORCH_INDEX": ""}}, (
+        "TORCH_INDEX of the environment is for the CPU"
+    )
     assert set(changed["build"]["args"]) <= {i.text.partition("=")[0] for i in instructions() if i.name == "ARG"}
 
 

@@ -11,7 +11,7 @@ from savant_ray.config import Config, HeldOutConfig, SourceConfig
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import SourceText, rule_of, validation_texts
 from savant_ray.data.overlap import split_held_out
-from savant_ray.data.quickstart import write_quickstart
+from savant_ray.data.quickstart import TRAIN_FILE, write_quickstart
 from savant_ray.data.shard_writer import check_encodable
 from savant_ray.data.source_files import HUB_SCHEME, find_files, path_list
 from savant_ray.data.sources import SourceFile, refuse_empty
@@ -22,6 +22,9 @@ from savant_ray.locations import create_writable_folder, is_uri, parent_and_name
 from savant_ray.reporting import RunReport
 
 SHOWN_FILES = 5  # in a message
+NO_TEXT_HINT = (
+    "; `savant init TEXT` writes a settings file for your own text, `savant quickstart` trains on generated text"
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, 
             existing.append((source, _find(source, f"data.sources[{number}].path", cache_dir, report)))
         except DataError as error:
             if not source.optional:
+                if not config.data.quickstart and _is_missing_default(source.path):
+                    raise DataError(f"{error}{NO_TEXT_HINT}") from error
                 raise
             report.notify(f"continuing without the optional {short_name(source.path)} ({error})")
     if not existing:
@@ -111,6 +116,13 @@ def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | 
 def short_name(paths: str | list[str] | None) -> str:
     """Return the last parts of the paths, for messages."""
     return ", ".join(parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in path_list(paths))
+
+
+def _is_missing_default(path: str | list[str]) -> bool:
+    """Return whether `path` is a missing file with the name of the default source, as in a folder without any settings."""
+    if not isinstance(path, str) or is_uri(path) or Path(path).name != TRAIN_FILE:
+        return False
+    return not os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name too long
 
 
 def _write_missing_quickstart(config: Config, report: RunReport) -> None:

@@ -26,7 +26,7 @@ from savant_ray.events import (
     ValidationDone,
 )
 from savant_ray.reporting.record import METRICS, parsed
-from savant_ray.reporting.wording import duration, printable
+from savant_ray.reporting.wording import duration, printable, relative_path
 
 STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # most lines are steps; only the last ones are parsed
 RECENT_STEPS = 100
@@ -43,7 +43,7 @@ class RunSummary:
 
     name: str
     folder: str
-    state: str  # running, finished, stopped, failed, interrupted (killed), or "file of the original"
+    state: str  # running, not started, finished, stopped, failed, interrupted (killed), or "file of the original"
     step: int
     max_steps: int | None
     train_loss: float | None
@@ -141,14 +141,14 @@ def print_table(runs: Iterable[RunSummary]) -> None:
         steps = f"{run.step:,}" + ("" if run.max_steps is None else f" of {run.max_steps:,}")
         losses = ("" if loss is None else f"{loss:.4f}" for loss in (run.train_loss, run.validation_loss))
         table.add_row(
-            printable(_relative(run.folder)), run.state, steps, *losses, run.checkpoint or "none", ago(run.last_time)
+            printable(relative_path(Path(run.folder))),
+            run.state,
+            steps,
+            *losses,
+            run.checkpoint or "none",
+            ago(run.last_time),
         )
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
-
-
-def _relative(folder: str) -> str:
-    path = Path(folder)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else folder
 
 
 def status(run: RunSummary) -> str:
@@ -209,7 +209,7 @@ def _state(newest: dict[str, dict[str, Any]]) -> str:
         return "failed"
     if last == [AttemptEnded.kind]:
         return "finished" if newest[AttemptEnded.kind].get("finished") else "stopped"
-    return "interrupted"
+    return "interrupted" if last else "not started"
 
 
 def _validation(run: RunSummary) -> str:

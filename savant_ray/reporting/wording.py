@@ -288,11 +288,11 @@ def own_command(name: str, script: Path = Path(sys.argv[0]), python: Path = Path
 
 def next_commands(run: str, known: Collection[str]) -> str:
     """Return what can be done with the trained quickstart: for each `known` command a line and its meaning."""
-    quoted = shlex.quote(run if is_uri(run) else _relative_path(Path(run)))
+    quoted = shlex.quote(run if is_uri(run) else relative_path(Path(run)))
     question = '"Question: If X = 7 and Y = 12, what is X + Y?\nAnswer: Let\'s think step by step:"'
     rows = [
         ("generate", f"--checkpoint {quoted} --prompt {question}", "answers a question"),
-        ("chat", quoted, "answers one question after another"),
+        ("chat", f"{quoted} --conversation", "answers one question after another"),
         ("evaluate", quoted, "asks the 720 problems again"),
         ("report", quoted, "writes a page with curves, samples and settings"),
         ("train", "--config chat", "teaches the model the form of a conversation (1 min)"),
@@ -307,10 +307,10 @@ def _shortest_path(program: Path, name: str) -> str:
     The shell's `name` may be missing or another one if the program was started by `make`.
     """
     found = shutil.which(name)
-    return name if found is not None and Path(found).parent == program.parent else _relative_path(program)
+    return name if found is not None and Path(found).parent == program.parent else relative_path(program)
 
 
-def _relative_path(path: Path) -> str:
+def relative_path(path: Path) -> str:
     """Return a path relative to the working directory, or unchanged if it is not below it."""
     try:
         return str(path.relative_to(Path.cwd()))

@@ -21,7 +21,7 @@ from savant_ray.errors import STOPPED_EARLY, SettingsError
 from savant_ray.locations import is_uri
 from savant_ray.reporting.page import write_page
 from savant_ray.reporting.runs import RunSummary, summarize
-from savant_ray.reporting.wording import printable
+from savant_ray.reporting.wording import printable, relative_path
 from savant_ray.storage.lock import is_in_use
 from savant_ray.sweep.search_space import read_space
 from savant_ray.sweep.trial import LOSS, STEP, Trial, run_name
@@ -31,6 +31,7 @@ DESCRIPTION = "sweep.yaml"
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # before its first validation, a run has no loss to report
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each run has a record of its own
+    "RAY_AIR_NEW_OUTPUT": "0",  # otherwise Tune prints a table of its own settings, also with `verbose=0`
 }
 MAX_COMPARED = 8  # runs on the page
 PIPE_WIDTH = 120
@@ -69,7 +70,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
     if runs:
         page = folder / "report.html"
         write_page(runs[:MAX_COMPARED], page, is_in_use)
-        print(f"{page} compares the best runs; open it in a browser")
+        print(f"{printable(relative_path(page))} compares the best runs; open it in a browser")
     if not all(result.error or (result.metrics or {}).get("done") for result in results) or not results:
         print("stopped; the same command resumes")
         return STOPPED_EARLY

@@ -200,7 +200,8 @@ def find_checkpoint(path: Path) -> Path:
         return path if is_step_name(path.name) else path.resolve()  # `.` and links have other names
     newest = newest_checkpoint(path) if path.is_dir() else None
     if newest is None:
-        raise CheckpointError(f"{path}: no checkpoint there (looked for {MANIFEST} and step_*/{MANIFEST})")
+        reason = f"looked for {MANIFEST} and step_*/{MANIFEST}" if path.exists() else "there is no such file or folder"
+        raise CheckpointError(f"{path}: no checkpoint there ({reason})")
     return newest
 
 

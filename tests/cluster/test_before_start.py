@@ -404,6 +404,7 @@ def test_text_is_checked_before_ray_starts(tmp_path: Path, capsys: pytest.Captur
         ({"path": "data/empty.jsonl"}, DataError, r"data\.sources\[0\]\.path: .*/empty\.jsonl: is empty"),
         ({"path": "data", "validation": "nowhere"}, DataError, r"data\.validation: .*/nowhere: no such file or folder"),
         ({"path": "data", "cache_dir": "val.jsonl"}, SettingsError, r"data\.cache_dir: .*cannot be used as a folder"),
+        ({"path": Config().data.sources[0].path}, DataError, "no such file or folder; `savant init TEXT` writes"),
     ):
         with pytest.raises(error, match=message):
             look(**wrong)

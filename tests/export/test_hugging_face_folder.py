@@ -51,6 +51,14 @@ def test_the_command_writes_a_folder_with_weights_code_settings_tokenizer_card_a
     torch.testing.assert_close(load_file(output / "model.safetensors"), weights, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("file_format", ["hf", "safetensors"])
+def test_the_weights_can_be_read_by_whom_the_other_files_can(
+    file_format: str, write_run: WriteRun, output: Path
+) -> None:
+    assert main(["export", str(write_run()), "--format", file_format, "--output", str(output)]) == 0
+    assert (output / "model.safetensors").stat().st_mode == (output / "config.json").stat().st_mode
+
+
 def test_the_code_in_the_folder_needs_nothing_of_savant_ray(write_run: WriteRun, output: Path) -> None:
     export_hugging_face(write_run(), output)
     for path in output.rglob("*.py"):

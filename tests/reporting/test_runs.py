@@ -23,6 +23,7 @@ FAILED = RunFailed(error="TrainingError", text="it diverged", exit_code=1)
 @pytest.mark.parametrize(
     ("events", "state"),
     [
+        ((), "not started"),
         ((attempt(),), "interrupted"),
         ((*TRAINED, STOPPED), "stopped"),
         ((*TRAINED, STOPPED, attempt(5)), "interrupted"),

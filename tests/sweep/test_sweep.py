@@ -62,6 +62,7 @@ def test_an_interrupted_sweep_resumes_its_runs_and_compares_them(tmp_path: Path)
     os.kill(job.pid, signal.SIGINT)
     printed, _ = job.communicate(timeout=200)
     assert job.returncode == STOPPED_EARLY and "the same command resumes" in printed, printed
+    assert "Configuration for experiment" not in printed, "Tune's own output"
 
     job = start_sweep(tmp_path)
     printed, _ = job.communicate(timeout=280)
@@ -72,6 +73,7 @@ def test_an_interrupted_sweep_resumes_its_runs_and_compares_them(tmp_path: Path)
         line.split()[0] for line in printed.splitlines() if line.strip().startswith("trial_") and "loss" not in line
     ]
     assert rows[-2:] == ["trial_00000", "trial_00001"], "the best run is first"
+    assert "\nsearch/report.html compares the best runs" in printed
     assert "trial_00001" in (tmp_path / "search/report.html").read_text()
 
     (tmp_path / "space.yaml").write_text("training.learning_rate: {grid_search: [0.03]}\n")

@@ -68,8 +68,10 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     (write(tmp_path, 2) / "manifest.json").unlink()
     (tmp_path / "step_3.tmp").mkdir()
     assert newest_checkpoint(tmp_path) == tmp_path / "step_1"
-    with pytest.raises(CheckpointError, match="no checkpoint there"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint there \(looked for manifest\.json"):
         find_checkpoint(tmp_path / "step_2")
+    with pytest.raises(CheckpointError, match=r"no checkpoint there \(there is no such file or folder\)"):
+        find_checkpoint(tmp_path / "misspelt")
 
 
 def test_a_truncated_or_altered_file_is_named(tmp_path: Path) -> None:
