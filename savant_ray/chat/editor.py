@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
@@ -39,6 +40,10 @@ def message_editor(prompt: str, commands: Sequence[str], is_unfinished: Callable
             event.current_buffer.reset()
         else:
             event.app.exit(exception=KeyboardInterrupt)
+
+    @keys.add(Keys.Vt100MouseEvent)
+    def _(event: KeyPressEvent) -> None:
+        """Ignore it: the mouse is not used, and pasted colors (`ESC[31m`) look like an event, on which the default fails."""
 
     output = create_output()
     if isinstance(output, Vt100_Output):

@@ -7,6 +7,7 @@ prompt_toolkit. Otherwise, and if the terminal is not capable of that (`TERM=dum
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import io
 import os
@@ -100,7 +101,9 @@ class ChatTerminal:
         The function raises EOFError at the end of the input, and KeyboardInterrupt after Ctrl+C.
         """
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # undecodable input is refused when it is handled
+            ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"  # a locale without an encoding, such as C
+            # Undecodable input is refused when it is handled.
+            sys.stdin.reconfigure(encoding="utf-8" if ascii_only else None, errors="surrogateescape")
         if not self._is_interactive:
             return read_message
         signal.signal(signal.SIGINT, self._request_stop)
@@ -133,7 +136,7 @@ class ChatTerminal:
         """
         refuse_undecodable(text)
         if text.startswith("/"):
-            name, _, argument = text.strip().partition(" ")
+            name, argument = [*text.split(maxsplit=1), ""][:2]
             if name == "/exit":
                 return False
             if name not in self._commands:

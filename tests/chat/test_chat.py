@@ -251,7 +251,7 @@ def test_a_message_can_begin_with_a_slash_after_a_space_and_exit_ends_the_progra
 
 def test_temperature_and_loops_are_those_of_the_next_answer(tmp_path: Path, chat: Chat) -> None:
     run = untrained_run(tmp_path)
-    text = "1?\n/loops 1\n1?\n/temperature 2\n1?\n/loops\n/temperature\n"
+    text = "1?\n/loops\t1\n1?\n/temperature 2\n1?\n/loops\n/temperature\n"
     code, answers, notes = chat(run, text, "--plain", "--loops", "3", "--seed", "5")
     expected = [
         answer_to(run, "1?", n_loops=3),
@@ -296,6 +296,14 @@ def test_a_block_ends_with_its_mark_or_the_input(tmp_path: Path, chat: Chat) -> 
 
 def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+
+
+def test_input_is_utf8_in_a_locale_without_an_encoding(tmp_path: Path) -> None:
+    command = [*COMMAND, str(write_run(tmp_path, " 7")), "--conversation"]
+    variables = environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    done = subprocess.run(command, input="Größe?\n/save a\n".encode(), capture_output=True, env=variables, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, b"7\n"), done.stderr
+    assert json.loads((tmp_path / "a").read_text("utf-8"))["messages"][0]["content"] == "Größe?"
 
 
 def test_input_that_is_not_utf8_is_refused_and_a_closed_output_ends_the_program(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_message_has_the_lines_of_alt_enter_of_a_paste_and_of_a_block(tmp_path
     terminal.type("this is discarded" + CTRL_C + "\x1b[200~" + "word\n" * 9000 + "\x1b[201~" + ENTER)
     terminal.read_until("the message is too long: 45,")
     terminal.read_prompt()
-    for message in ["1" + ALT_ENTER + "2", "\x1b[200~3\n4\x1b[201~", f'"""5{ENTER}6"""']:
+    for message in ["1" + ALT_ENTER + "2", "\x1b[200~3\n4\x1b[201~", f'"""5{ENTER}6"""', "\x1b[31m7\x1b[0m8"]:
         terminal.type(message + ENTER)
         terminal.read_until("7!")
         terminal.read_prompt()
@@ -118,7 +118,7 @@ def test_a_message_has_the_lines_of_alt_enter_of_a_paste_and_of_a_block(tmp_path
     terminal.type(CTRL_D)
     assert terminal.ended() == 0
     written = (tmp_path / "a.jsonl").read_text()
-    assert re.findall(r'"user","content":"(.*?)"', written) == [r"1\n2", r"3\n4", r"5\n6"]
+    assert re.findall(r'"user","content":"(.*?)"', written) == [r"1\n2", r"3\n4", r"5\n6", "78"]
 
 
 def test_lines_that_are_typed_during_an_answer_are_the_next_messages(tmp_path: Path, start: Start) -> None:
