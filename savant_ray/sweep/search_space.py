@@ -17,6 +17,7 @@ DISTRIBUTIONS = (
     *("uniform", "quniform", "loguniform", "qloguniform", "randn", "qrandn"),
     *("randint", "qrandint", "lograndint", "qlograndint", "choice", "grid_search"),
 )  # functions of ray.tune
+OF_THE_SWEEP = ("run.name", "run.storage_path")  # settings of each trial that the sweep chooses
 TAKES_A_LIST = ("choice", "grid_search")
 SHAPE = "such as training.learning_rate: {loguniform: [0.0001, 0.01]} or training.optimizer: {choice: [adamw, muon]}"
 
@@ -41,6 +42,8 @@ def _distribution(place: str, name: str, entry: Any) -> Any:
     names = [row.name for row in all_settings()]
     if name not in names:
         raise SettingsError(f"{place}: no such setting{_suggestion(str(name), names)}")
+    if name in OF_THE_SWEEP:
+        raise SettingsError(f"{place}: the sweep names the runs and their folder, so it cannot be varied")
     if not isinstance(entry, Mapping) or len(entry) != 1:
         raise SettingsError(f"{place}: needs one distribution, {SHAPE}")
     ((distribution, arguments),) = entry.items()
@@ -52,8 +55,12 @@ def _distribution(place: str, name: str, entry: Any) -> Any:
         raise SettingsError(f"{place}: {distribution} needs a list, {SHAPE}")
     try:
         function = getattr(tune, distribution)
-        return function(arguments) if distribution in TAKES_A_LIST else function(*arguments)
-    except (TypeError, ValueError) as error:
+        if distribution in TAKES_A_LIST:
+            return function(arguments)
+        domain = function(*arguments)
+        domain.sample()  # checks what Tune does not check before, such as the bounds of randint
+        return domain
+    except (TypeError, ValueError, ArithmeticError, AssertionError) as error:
         raise SettingsError(f"{place}: {distribution}: {error}") from error
 
 
