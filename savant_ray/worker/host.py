@@ -157,6 +157,7 @@ class RayHost:
             OSError: the storage cannot be read.
         """
         self._saver.finish()
+        PROGRESS.begin("going back to the newest checkpoint", STORAGE)
         with error_context("going back to the newest checkpoint"):
             load_newest_checkpoint(state, self._storage, self._allow_changes)
         self._saver.lines[:] = [line for line in self._saver.lines if line.get("step", 0) <= state.step]

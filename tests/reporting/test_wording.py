@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from savant_ray.events import Event, MicroBatchSkipped, Notice, Rewound, RunFailed, RunResumed
+from savant_ray.events import Event, MicroBatchSkipped, Notice, Rewound, RunFailed, RunResumed, WorkerHung
 from savant_ray.reporting.run_report import RemainingTime
 from savant_ray.reporting.wording import (
     describe,
@@ -32,6 +32,18 @@ from tests.reporting.events import attempt, checkpoint, sample, spike, step_done
         (sample(5, text=""), "step 5|1.5 s\n    Question: X?\n    Answer:\n  > (nothing)"),
         (checkpoint(5), "step_5|0.4 s"),
         (checkpoint(5, "stop"), "step_5|stop|0.4 s"),
+        (
+            WorkerHung(
+                rank=1,
+                after_step=7,
+                seconds=61.0,
+                activity="computing",
+                process="process 12 on host-1, stopped",
+                stack="",
+                text="worker 1 made no progress for 1 min 1 s",
+            ),
+            "WARNING|worker 1 made no progress for 1 min",
+        ),
         (MicroBatchSkipped(step=7, rank=1, loss="nan", positions=(12, 13)), "step 7|worker 1|loss nan|12, 13"),
         (
             spike(7),
