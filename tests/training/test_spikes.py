@@ -20,7 +20,7 @@ from savant_ray.data.order import positions_in_order, rank_slice
 from savant_ray.errors import TrainingError
 from savant_ray.events import Rewound, SpikeFound, StepDone
 from savant_ray.training.loop import train
-from savant_ray.training.spikes import MIN_STEPS, WINDOW, SpikeWindow
+from savant_ray.training.spikes import MAX_SPIKES, MIN_STEPS, WINDOW, SpikeWindow
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch
 from tests.training.tiny import LENGTH, VOCABULARY, RecordingHost, tiny_config, tiny_state, unmasked, weights
@@ -85,19 +85,21 @@ def test_50_of_50_injected_spikes_are_found_at_any_step_and_quiet_steps_are_not(
 
 def test_a_large_spike_does_not_hide_a_smaller_one_after_it() -> None:
     window = filled(quiet_steps(500))
+    limits = window.find(10.0, 1.0)
     window.add(1e6, 1e6)
     assert window.find(10.0, 1.0) is not None and window.find(2.0, 10.0) is not None
+    assert limits is not None and window.find(10.0, 1.0).loss_limit == pytest.approx(limits.loss_limit, rel=0.01)
 
 
 @pytest.mark.parametrize("factor", [1.5, 3.0, 100.0])
-def test_a_loss_that_stays_high_is_no_spike_any_more_after_half_a_window(factor: float) -> None:
-    steps = quiet_steps(500 + WINDOW)
+def test_a_loss_that_stays_high_is_a_spike_for_an_eighth_of_the_window_only(factor: float) -> None:
+    steps = quiet_steps(500 + 3 * WINDOW)
     window = filled(steps[:500])
     spikes = []
     for loss, norm in steps[500:]:
         spikes.append(window.find(factor * loss, factor * norm) is not None)
         window.add(factor * loss, factor * norm)
-    assert spikes[0] and not any(spikes[WINDOW // 2 :])
+    assert all(spikes[: MAX_SPIKES + 1]) and not any(spikes[MAX_SPIKES + 1 :])
 
 
 def test_rounding_is_no_spike_where_all_values_are_equal() -> None:
