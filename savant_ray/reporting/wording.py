@@ -32,7 +32,7 @@ from savant_ray.events import (
 from savant_ray.locations import is_uri
 
 MIB = 1 << 20
-MAX_DOCUMENTS = 3  # named in the message about a skipped micro-batch
+MAX_DOCUMENTS = 3  # named in the message about a skipped micro-batch or a spike
 MIN_WAITING = 0.01  # of a step's time; a smaller fraction spent waiting for data is not shown
 
 

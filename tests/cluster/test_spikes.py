@@ -1,4 +1,4 @@
-"""A run whose text has a document that makes a spike goes back to a checkpoint and leaves the document's sequences out."""
+"""A run with a document that makes a spike goes back to a checkpoint and leaves its sequences out."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from savant_ray.reporting.record import read_records
-from savant_ray.training.spikes import MIN_STEPS
+from savant_ray.training.spikes import WINDOW
 from tests.cluster.conftest import Head, losses, records, run_job, write_text
 
 pytestmark = pytest.mark.slow
+STEPS = 235  # three epochs
 STRANGE = 201  # line of the strange document
 RUN: dict[str, Any] = {
-    "training__max_steps": 110,
+    "training__max_steps": STEPS,
     "training__batch_size": 2,
     "training__accumulation": 1,
     "training__on_spike": "rewind",
-    "checkpoint__every_steps": 20,
-    "validation__every_steps": 110,
+    "checkpoint__every_steps": 50,
+    "validation__every_steps": STEPS,
     "scaling__num_workers": 2,
     "scaling__resources_per_worker": "{CPU: 1}",
 }
@@ -46,13 +47,13 @@ def test_a_run_goes_back_to_its_checkpoint_and_leaves_out_the_sequences_of_a_spi
     assert code == 0, printed
     (rewound,) = records(run, "rewind")
     spike = rewound["spike"]
-    assert spike["step"] > MIN_STEPS and rewound["step"] == (spike["step"] - 1) // 20 * 20
+    assert spike["step"] > WINDOW and rewound["step"] == (spike["step"] - 1) // 50 * 50
     assert f"savant_dataset_train.jsonl:{STRANGE}" in spike["documents"]
     assert f"step {spike['step']} is a spike" in printed and f"training goes back to step {rewound['step']}" in printed
-    assert len(losses(run)) == 110 and max(losses(run)[MIN_STEPS:]) < spike["loss_limit"]
-    saved = torch.load(run / "step_110/step_110.pt", weights_only=True)["savant"]
+    assert len(losses(run)) == STEPS and max(losses(run)[WINDOW:]) < spike["loss_limit"]
+    saved = torch.load(run / f"step_{STEPS}/step_{STEPS}.pt", weights_only=True)["savant"]
     assert saved["left_out"] == [[spike["first_position"], 2]] == [[2 * (spike["step"] - 1), 2]]
-    assert [line["step"] for line in records(run, "checkpoint")] == [20, 40, 60, 80, 100, 110]
-    for before, step in ((60, 80), (80, 100), (100, 110)):
+    assert [line["step"] for line in records(run, "checkpoint")] == [50, 100, 150, 200, STEPS]
+    for before, step in ((100, 150), (150, 200), (200, STEPS)):
         lines = [line for line in read_records(run / f"step_{step}/records.jsonl") if line["event"] == "step"]
         assert [line["step"] for line in lines] == list(range(before + 1, step + 1)), "each step once"
