@@ -31,7 +31,7 @@ from tests.torture.promises import assert_same_run
 
 STEPS, EVERY = 400, 100
 PREEMPTED_AT = (174, 217, 349, 387)
-DEADLINE_SECONDS = 60  # between the announcement and the end of the node
+DEADLINE_SECONDS = 30  # between the announcement and the end of the node
 POLL_SECONDS = 0.05
 SETTINGS: dict[str, Any] = {
     "training__max_steps": STEPS,
@@ -80,7 +80,7 @@ class Run:
         """Announce the end of a node; replace it after the attempt has stopped."""
         leaving = self._workers.pop(0)
         self._nodes.drain(leaving, int((time.time() + DEADLINE_SECONDS) * 1000))
-        self._job.wait(timeout=DEADLINE_SECONDS)
+        self._job.wait(timeout=4 * DEADLINE_SECONDS)
         self._nodes.kill(leaving)
         self._workers.append(self._nodes.add())
         self._continue()
