@@ -85,18 +85,20 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         raise SavantError(f"--host {host} --port {port}: {error.strerror}") from error
     with listener, ray_session(verbose, notify):
         logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
+        smallest, largest = settings.replicas
+        scaling: dict[str, Any] = {"num_replicas": largest}
+        if smallest < largest:  # Ray Serve's controller then takes up to half a core at times
+            target = max(1, settings.max_batch // 2)
+            limits = {"min_replicas": smallest, "max_replicas": largest, "target_ongoing_requests": target}
+            scaling = {"autoscaling_config": limits}
         deployment: Any = serve.deployment(
             name="model",
             max_ongoing_requests=settings.max_batch,
             max_queued_requests=settings.max_queue,
-            autoscaling_config={
-                "min_replicas": settings.replicas[0],
-                "max_replicas": settings.replicas[1],
-                "target_ongoing_requests": max(1, settings.max_batch // 2),
-            },
             ray_actor_options={"num_cpus": 1, "num_gpus": min(1, ray.cluster_resources().get("GPU", 0))},
             health_check_period_s=5,
             graceful_shutdown_timeout_s=5,
+            **scaling,
         )
         model = deployment(ModelServer).bind(checkpoint, dict(settings.original), settings.loops)
         try:

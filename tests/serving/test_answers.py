@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("ray.serve", reason="needs the extra serve")
-
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.inference.answer_text import AnswerText, TurnEnd
@@ -20,7 +18,6 @@ from savant_ray.inference.decoder import Decoder, NewTokens
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
-from savant_ray.serving.api import Api
 from savant_ray.serving.protocol import ApiError, ChatRequest, CompletionRequest, parsed
 from tests.inference.test_decoder import sampling
 from tests.inference.test_generate import model_with
@@ -142,6 +139,9 @@ def post(
     tokenizer: Tokenizer, replica: LocalReplica, body: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the messages that a completion sends, and those of its request `body` that have not been received."""
+    pytest.importorskip("ray.serve", reason="needs the extra serve")
+    from savant_ray.serving.api import Api
+
     api = Api(replica, tokenizer, Config.from_dict({}), "tiny", None, None)
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
     left, sent = body[:], list[dict[str, Any]]()
