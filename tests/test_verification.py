@@ -140,8 +140,9 @@ def test_a_changed_record_and_a_damaged_checkpoint_are_found(plan: StreamPlan, t
 
 def test_what_cannot_be_repeated_is_refused_with_the_reason_and_what_can_be(plan: StreamPlan, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train_recorded(run, CONFIG, plan, stop_at=3, workers=2)
-    train_recorded(run, CONFIG, plan)
+    config = tiny_run_config(max_steps=STEPS, deterministic=False)
+    train_recorded(run, config, plan, stop_at=3, workers=2)
+    train_recorded(run, config, plan)
     with pytest.raises(SavantError, match=r"^steps 1 to 3 cannot be .*: 2 workers added .*; try --steps 4\.\.8$"):
         verify(run, plan)
     assert verify(run, plan, first=4).startswith("steps 4 to 8")

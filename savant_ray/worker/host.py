@@ -156,7 +156,7 @@ class RayHost:
             SavantError: another process has taken over the run.
             OSError: the storage cannot be read.
         """
-        self._saver.finish()
+        self.finish_saving()
         PROGRESS.begin("going back to the newest checkpoint", STORAGE)
         with error_context("going back to the newest checkpoint"):
             load_newest_checkpoint(state, self._storage, self._allow_changes)
