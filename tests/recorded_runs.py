@@ -13,7 +13,7 @@ from savant_ray.config import Config
 from savant_ray.data.documents import Document
 from savant_ray.data.stream import StepStream, StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.events import AttemptStarted, Event
+from savant_ray.events import AttemptStarted, Event, Rewound
 from savant_ray.reporting.record import Record
 from savant_ray.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from savant_ray.training.device import processor_name
@@ -49,13 +49,22 @@ def tiny_plan(tokenizer: Tokenizer, folder: Path, config: Config) -> StreamPlan:
 class SavingHost(RecordingHost):
     """A `Host` that writes the record and the checkpoints of a run folder."""
 
-    def __init__(self, folder: Path, **stop: Any) -> None:
+    def __init__(self, folder: Path, config: Config, plan: StreamPlan, before_step: BeforeStep, **stop: Any) -> None:
         super().__init__(**stop)
+        self._config, self._plan, self._before_step = config, plan, before_step
         self._folder, self._record = folder, Record(folder)
 
     def emit(self, event: Event) -> None:
         super().emit(event)
+        if isinstance(event, Rewound):
+            self._record.rewind(event.step, repeats_validation=False)
         self._record.append(event)
+
+    def restore(self, state: TrainingState) -> None:
+        state.load_checkpoint(read_checkpoint(checkpoints(self._folder)[-1]))
+
+    def local_batches(self, state: TrainingState) -> Iterator[list[MicroBatch]]:
+        return local_batches(state, self._config, self._plan, self._before_step)
 
     def save(self, state: TrainingState, reason: str) -> None:
         write_checkpoint(self._folder, state.to_checkpoint(), {})
@@ -75,10 +84,10 @@ def train_recorded(
     state = new_state(config, CPU)
     if saved := checkpoints(folder):
         state.load_checkpoint(read_checkpoint(saved[-1]))
-    host = SavingHost(folder, stop_at=stop_at)
+    host = SavingHost(folder, config, plan, before_step, stop_at=stop_at)
     host.step = state.step
     host.emit(attempt_event(state, config, **attempt))
-    train(state, config, local_batches(state, config, plan, before_step), host)
+    train(state, config, host.local_batches(state), host)
     return state
 
 
@@ -103,7 +112,8 @@ def attempt_event(state: TrainingState, config: Config, **fields: Any) -> Attemp
 def local_batches(
     state: TrainingState, config: Config, plan: StreamPlan, before_step: BeforeStep
 ) -> Iterator[list[MicroBatch]]:
-    stream = StepStream(replace(plan, effective_batch=config.training.effective_batch), rank=0, world_size=1)
+    plan = replace(plan, effective_batch=config.training.effective_batch, left_out=state.left_out)
+    stream = StepStream(plan, rank=0, world_size=1)
     while state.step < config.training.max_steps:
         step = stream.read_step(state.position)
         before_step(state, state.step + 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from savant_ray.cli import main
 from savant_ray.config import Config
+from savant_ray.data.documents import Document
 from savant_ray.data.stream import StreamPlan
 from savant_ray.driver.verification import (
     FIGURES,
@@ -31,6 +32,7 @@ from savant_ray.reporting.record import METRICS
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import clip_to_mean
 from tests.data.conftest import byte_tokenizer  # noqa: F401 - a fixture
+from tests.data.without_ray import cache_of
 from tests.recorded_runs import tiny_plan, tiny_run_config, train_recorded
 
 STEPS = 8
@@ -162,6 +164,17 @@ def test_what_cannot_be_repeated_is_refused_with_the_reason_and_what_can_be(plan
     assert verify(run, plan, 7, 8).startswith("steps 7 to 8 are equal")
 
 
+def test_attempts_of_versions_without_deterministic_steps_are_repeated_as_they_were(
+    plan: StreamPlan, tmp_path: Path
+) -> None:
+    config = tiny_run_config(max_steps=STEPS, batch_size=1, accumulation=7, deterministic=False)
+    train_recorded(tmp_path / "run", config, plan)
+    lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    del lines[0]["settings"]["training"]["deterministic"]
+    (tmp_path / "run" / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert verify(tmp_path / "run", plan).startswith("steps 1 to 8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -176,6 +189,33 @@ def test_an_argument_that_names_no_steps_of_a_run_is_refused(
 ) -> None:
     assert main(["verify", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("on_spike", ["warn", "skip", "rewind"])
+def test_a_run_with_a_spike_equals_its_repetition(
+    on_spike: str,
+    byte_tokenizer: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    n_steps, spike_step = 74, 70
+    config = tiny_run_config(max_steps=n_steps, on_spike=on_spike)
+    quiet = [Document(number, "a" * 15) for number in range(400)]
+
+    def plan_of(documents: list[Document], name: str) -> StreamPlan:
+        cache = cache_of(documents, byte_tokenizer, config.model.max_seq_len, tmp_path / name)
+        return StreamPlan((str(cache.folder),), (1.0,), config.run.seed, config.training.effective_batch)
+
+    in_order = plan_of(quiet, "quiet")
+    positions = range(4 * (spike_step - 1), 4 * spike_step)
+    bad = {number for position in positions for _, number in in_order.documents(position)}
+    plan = plan_of([doc._replace(text="q!7Z#b~0K?w^9X%") if doc.number in bad else doc for doc in quiet], "spiky")
+    train_recorded(tmp_path / "run", config, plan)
+    events = [line["event"] for line in map(json.loads, (tmp_path / "run" / METRICS).read_text().splitlines())]
+    assert ("rewind" if on_spike == "rewind" else "spike") in events
+    assert verify(tmp_path / "run", plan).startswith("steps 1 to 74 and the checkpoints step_3,")
+    shutil.rmtree(tmp_path / "run/step_69")
+    assert "step_74 are equal" in verify(tmp_path / "run", plan, first=67)
+    assert verify(tmp_path / "run", plan, first=73).startswith("steps 73 to 74 and the checkpoint step_74")
 
 
 class Flip:

@@ -40,11 +40,12 @@ from savant_ray.training.device import (
     compile_block,
     processor_name,
     supported_precision,
+    use_deterministic_kernels,
     wants_compiled,
 )
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import train
-from savant_ray.training.state import TrainingState, new_state
+from savant_ray.training.state import TrainingState, is_deterministic, new_state
 from savant_ray.training.step import MicroBatch
 from savant_ray.worker.batch_reader import BatchReader
 from savant_ray.worker.resume import load_initial_weights
@@ -179,20 +180,14 @@ def refuse_unrepeatable(run: RecordedRun, steps: range) -> None:
 
 def obstacle(attempt: Line) -> str | None:
     """Return why one process on this machine cannot repeat the steps of an attempt bit for bit, or None."""
-    if attempt["workers"] > 1 and not is_deterministic(attempt):
-        return f"{attempt['workers']} workers added up their gradients in an order that the record does not contain"
     device = device_of(attempt)
+    if attempt["workers"] > 1 and not is_deterministic(settings_of(attempt), device):
+        return f"{attempt['workers']} workers added up their gradients in an order that the record does not contain"
     if device.type == "cuda" and not torch.cuda.is_available():
         return f"they were trained on {attempt['device']}, and PyTorch finds no GPU here"
     if supported_precision(precision := attempt["precision"], device)[0] != precision:
         return f"they were trained in {precision}, for which this CPU has no instructions"
     return None
-
-
-def is_deterministic(attempt: Line) -> bool:
-    """Return whether `training.deterministic` was in effect; attempts of older versions lack the setting."""
-    setting = attempt["settings"]["training"].get("deterministic", False)
-    return setting is True or (setting == "auto" and attempt["device"] == "cpu")
 
 
 def device_of(attempt: Line) -> torch.device:
@@ -297,18 +292,23 @@ def equal_text(steps: range, compared: list[int]) -> str:
 def settings_of(attempt: Line) -> Config:
     """Return the settings with which an attempt trained, without those that only a run needs: profile and limits.
 
+    Older versions, whose settings lack `training.deterministic`, added gradients as without it.
+
     Raises:
         SettingsError: this version does not know one of them.
     """
+    training = {"deterministic": False} | attempt["settings"]["training"]
     try:
-        config = Config.from_dict(attempt["settings"])
+        config = Config.from_dict({**attempt["settings"], "training": training})
     except SettingsError as error:
         raise SettingsError(
             f"the attempt of {attempt['time']} has settings that this version does not know: {error}"
         ) from error
-    training = config.training.model_copy(update={"profile": None, "max_skipped_steps": NEVER})
-    validation = config.validation.model_copy(update={"every_steps": NEVER})
-    return config.model_copy(update={"training": training, "validation": validation})
+    changes = {
+        "training": config.training.model_copy(update={"profile": None, "max_skipped_steps": NEVER}),
+        "validation": config.validation.model_copy(update={"every_steps": NEVER}),
+    }
+    return config.model_copy(update=changes)
 
 
 def refuse_other_text(attempt: Line, data: TrainingData) -> None:
@@ -331,6 +331,8 @@ def state_of(attempt: Line, config: Config, data_fingerprint: str, content: dict
     torch.manual_seed(config.run.seed)
     if threads := attempt.get("threads"):
         torch.set_num_threads(threads)
+    if device.type == "cuda" and is_deterministic(config, device):
+        use_deterministic_kernels()
     cap_memory(device, config.training.vram_limit_gb)
     precision = attempt["precision"]
     state = new_state(config, device, precision)
@@ -511,7 +513,7 @@ def causes(attempt: Line) -> str:
         found.append(f"{then} in the run, {here} now")
     if code not in ("", own_digest()):
         found.append(f"the code of savant_ray, {code[:SHOWN_DIGITS]} in the run, {own_digest()[:SHOWN_DIGITS]} now")
-    if is_cuda and not is_deterministic(attempt):
+    if is_cuda and not is_deterministic(settings_of(attempt), device_of(attempt)):
         found.append("a GPU without training.deterministic, whose sums vary")
     if found:
         return f"possible causes: {'; '.join(found)}; or a fault of memory or processor, in the run or now"

@@ -14,7 +14,7 @@ from savant_ray.reporting.record import read_records
 from savant_ray.training.spikes import WINDOW
 from tests.cluster.conftest import Head, losses, records, run_job, write_text
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rare]
 STEPS = 235  # three epochs
 STRANGE = 201  # line of the strange document
 RUN: dict[str, Any] = {

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.rare]
 def test_ray_tokenizes_a_missing_text_again_and_changed_text_is_refused(
     head: Head, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, printed = run_job(head, workplace)
+    code, printed = run_job(head, workplace, scaling__num_workers=2)
     assert code == 0, printed
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("RAY_ADDRESS", head.address)

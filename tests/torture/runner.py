@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +33,9 @@ KILLS = ("kill -9 a worker", "kill -9 the driver")
 METHODS = STOPS + KILLS
 WINDOWS = ("start", "accumulation", "update", "validation", "generation", "save", "background write", "handover")
 IMPOSSIBLE = {("kill -9 a worker", "start")}  # there is no worker yet
+WORKERS = (1, 2, 3)  # of an attempt; what a run computes does not depend on their number
 SETTINGS = {
-    "scaling__num_workers": 2,
+    "scaling__resources_per_worker": "{CPU: 0.5}",
     "scaling__max_failures": 1000,
     "checkpoint__every_steps": 7,
     "validation__every_steps": 5,
@@ -120,8 +121,8 @@ class Torture:
         self.trained: list[Path] = []
 
     def train_uninterrupted(self) -> Path:
-        """Train a run without interruptions; return its folder."""
-        self._train("uninterrupted", deque(), random.Random(0))
+        """Train a run with one worker and without interruptions; return its folder."""
+        self._train("uninterrupted", deque(), random.Random(0), workers=(1,))
         return self.trained.pop()
 
     def interrupt(self, pairs: Iterable[tuple[str, str]], chance: random.Random, log: Callable[[str], None]) -> None:
@@ -132,12 +133,16 @@ class Torture:
             self._train(f"run{len(self.trained)}", plan, chance)
             log(f"{self.trained[-1].name}: {len(self.done) - before} interruptions, {len(plan)} to go")
 
-    def _train(self, name: str, plan: deque[tuple[str, str]], chance: random.Random) -> None:
+    def _train(
+        self, name: str, plan: deque[tuple[str, str]], chance: random.Random, workers: Sequence[int] = WORKERS
+    ) -> None:
+        """Train a run to completion; each attempt has a random one of these numbers of workers."""
         run = self._folder / name
         while True:
             ending = next((method for method, _ in plan if method != "kill -9 a worker"), None)
             kind = Job if ending == "job stop" else Command
-            arguments = options(**self._settings | self._absolute_paths(name))
+            n_workers = {"scaling__num_workers": chance.choice(workers)}
+            arguments = options(**self._settings | n_workers | self._absolute_paths(name))
             attempt = kind(self._head, self._folder, self._python, arguments)
             self._interrupt_as_planned(attempt, run, plan, chance)
             code, printed = attempt.outcome()

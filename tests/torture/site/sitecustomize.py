@@ -21,7 +21,11 @@ from typing import Any
 SECONDS = 0.15  # sleep in each window, at its beginning, or at its end if it is in `AT_THE_END`
 # module -> function -> window
 WINDOWS = {
-    "savant_ray.training.step": {"accumulate": "accumulation", "update": "update"},
+    "savant_ray.training.step": {
+        "accumulate": "accumulation",
+        "accumulate_in_tree": "accumulation",  # with training.deterministic
+        "update": "update",
+    },
     "savant_ray.evaluation.validator": {"Validator._validate": "validation", "Validator._sample": "generation"},
     "savant_ray.training.host_copies": {"HostCopy.update": "save"},
     "savant_ray.training.checkpoint": {"_write_files": "background write"},
