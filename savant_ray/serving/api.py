@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import RayServeException
 from ray.util.metrics import Counter, Histogram
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -40,8 +40,16 @@ class Api:
     """Answers HTTP requests with the tokens that `model`, the handle of a Serve deployment, generates."""
 
     def __init__(
-        self, model: Any, tokenizer: Tokenizer, config: Config, name: str, api_key: str | None, max_length: int | None
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        config: Config,
+        name: str,
+        api_key: str | None = None,
+        max_length: int | None = None,
+        max_answers: int = 80,  # that are generated or wait; Ray Serve's own limit lets a burst of requests pass
     ) -> None:
+        self._n_answers, self._max_answers = 0, max_answers
         self._model = model.options(method_name="tokens", stream=True)
         self._tokenizer, self._name, self._api_key = tokenizer, name, api_key
         self._max_length = max_length or config.model.max_seq_len
@@ -85,7 +93,7 @@ class Api:
         options = request.model_dump(include={"temperature", "seed"}, exclude_none=True)
         sampling = replace(self._sampling, max_new_tokens=limit, **{"seed": secrets.randbits(63), **options})
         self._n_tokens.inc(len(prompt), {"kind": "prompt"})
-        parts = self._parts(answer, self._model.remote(prompt, sampling, end.tokens))
+        parts = self._parts(answer, prompt, sampling, end.tokens)
         # Errors before the first part have a status; later ones are events of the stream.
         text = await _unless_disconnected(http, anext(parts) if request.stream else _joined(parts))
         completion = Completion(request, self._name, len(prompt), limit, answer)
@@ -124,13 +132,19 @@ class Api:
             raise ApiError(400, f"the prompt {reason}", "context_length_exceeded", param)
         return ids
 
-    async def _parts(self, answer: AnswerText, generated: Any) -> AsyncIterator[str]:
+    async def _parts(
+        self, answer: AnswerText, prompt: list[int], sampling: Sampling, end: frozenset[int]
+    ) -> AsyncIterator[str]:
         """Yield the text of an answer as its tokens arrive.
 
         Raises:
             ApiError: too many requests are waiting, or the replica has failed.
         """
+        if self._n_answers == self._max_answers:
+            raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
+        self._n_answers += 1
         start, is_last = time.perf_counter(), False
+        generated = self._model.remote(prompt, sampling, end)
         try:
             async for new in generated:
                 if not answer.n_tokens:
@@ -139,12 +153,11 @@ class Api:
                 yield text
                 if answer.is_stopped:
                     break
-        except BackPressureError:
-            raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded") from None
         except (RayError, RayServeException) as error:
             reason = f"the replica that generated the answer failed ({type(error).__name__}); send the request again"
             raise ApiError(503, reason, "replica_failed") from error
         finally:
+            self._n_answers -= 1
             if answer.n_tokens:
                 self._n_tokens.inc(answer.n_tokens, {"kind": "answer"})
             if not is_last:

@@ -94,7 +94,6 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         deployment: Any = serve.deployment(
             name="model",
             max_ongoing_requests=settings.max_batch,
-            max_queued_requests=settings.max_queue,
             ray_actor_options={"num_cpus": 1, "num_gpus": min(1, ray.cluster_resources().get("GPU", 0))},
             health_check_period_s=5,
             graceful_shutdown_timeout_s=5,
@@ -105,7 +104,8 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
             with rays_sigterm_interrupts():
                 serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
                 handle = serve.run(model, name=APP, route_prefix=None)
-                app = Api(handle, tokenizer, config, name, key, settings.max_length).asgi()
+                max_answers = largest * settings.max_batch + settings.max_queue
+                app = Api(handle, tokenizer, config, name, key, settings.max_length, max_answers).asgi()
                 _print_address(name, host, port, key, notify)
                 # Answers that Ctrl+C cuts off would be logged as errors.
                 level = "info" if verbose else "critical"

@@ -124,27 +124,35 @@ class LocalReplica:
     def options(self, **_: Any) -> LocalReplica:
         return self
 
-    def remote(self, *arguments: Any) -> LocalReplica:
-        self._answer = self._tokens(*arguments)
-        return self
+    def remote(self, *arguments: Any) -> LocalAnswer:
+        return LocalAnswer(self, self._tokens(*arguments))
+
+
+class LocalAnswer:
+    """The tokens that a `LocalReplica` generates for a request."""
+
+    def __init__(self, replica: LocalReplica, tokens: AsyncIterator[NewTokens]) -> None:
+        self._replica, self._tokens = replica, tokens
 
     def __aiter__(self) -> AsyncIterator[NewTokens]:
-        return self._answer
+        return self._tokens
 
     def cancel(self) -> None:
-        self.n_canceled += 1
+        self._replica.n_canceled += 1
 
 
-def post(
-    tokenizer: Tokenizer, replica: LocalReplica, body: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the messages that a completion sends, and those of its request `body` that have not been received."""
+def local_api(tokenizer: Tokenizer, replica: LocalReplica, **options: Any) -> Any:
+    """Return the ASGI application of a server with this replica."""
     pytest.importorskip("ray.serve", reason="needs the extra serve")
     from savant_ray.serving.api import Api
 
-    api = Api(replica, tokenizer, Config.from_dict({}), "tiny", None, None)
+    return Api(replica, tokenizer, Config.from_dict({}), "tiny", **options).asgi()
+
+
+async def send_to(app: Any, left: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Send a completion's body, whose messages are removed from `left`; return the messages of the response."""
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-    left, sent = body[:], list[dict[str, Any]]()
+    sent = list[dict[str, Any]]()
 
     async def receive() -> dict[str, Any]:
         return left.pop(0) if left else await asyncio.Event().wait()
@@ -153,8 +161,40 @@ def post(
         sent.append(message)
 
     with suppress(NotImplementedError):  # raised again after the response
-        asyncio.run(api.asgi()(scope, receive, send))
-    return sent, left
+        await app(scope, receive, send)
+    return sent
+
+
+def post(
+    tokenizer: Tokenizer, replica: LocalReplica, body: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the messages that a completion sends, and those of its request `body` that have not been received."""
+    left = body[:]
+    return asyncio.run(send_to(local_api(tokenizer, replica), left)), left
+
+
+def test_of_requests_at_once_those_beyond_the_limit_are_refused_and_places_are_given_back(tokenizer: Tokenizer) -> None:
+    may_end = asyncio.Event()
+
+    async def one_token(*_: Any) -> AsyncIterator[NewTokens]:
+        await may_end.wait()
+        yield NewTokens([], is_last=True)
+
+    async def statuses(app: Any, n: int) -> list[int]:
+        body = {"type": "http.request", "body": json.dumps({"prompt": "one"}).encode(), "more_body": False}
+        requests = [asyncio.create_task(send_to(app, [body])) for _ in range(n)]
+        while sum(request.done() for request in requests) < n - 3:  # the refused ones
+            await asyncio.sleep(0)
+        may_end.set()
+        return [sent[0]["status"] for sent in await asyncio.gather(*requests)]
+
+    async def bursts() -> tuple[list[int], list[int]]:
+        app = local_api(tokenizer, LocalReplica(one_token), max_answers=3)
+        first = await statuses(app, 5)
+        return first, await statuses(app, 3)
+
+    first, second = asyncio.run(bursts())
+    assert sorted(first) == [200, 200, 200, 429, 429] and second == [200] * 3
 
 
 def test_a_body_is_received_up_to_its_limit_only(tokenizer: Tokenizer) -> None:
