@@ -76,7 +76,7 @@ def test_help_of_a_command_is_also_printed_by_help_and_its_name(capsys: pytest.C
     assert main(["help", "export"]) == 0
     help_text = capsys.readouterr().out
     assert main(["export", "--help"]) == 0 and capsys.readouterr().out == help_text
-    assert main(["help", "exprot"]) == 2 and "did you mean export?" in capsys.readouterr().err
+    assert main(["help", "exportt"]) == 2 and "did you mean export?" in capsys.readouterr().err
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
