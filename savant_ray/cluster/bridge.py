@@ -55,6 +55,28 @@ class Heartbeats:
     number: int
 
 
+class InOrder:
+    """Passes on the events of a sender in the order in which it numbered them, from 0.
+
+    Ray may begin calls of an asynchronous actor in another order than that in which a process has made them.
+    """
+
+    def __init__(self, pass_on: Callable[[Event], None]) -> None:
+        self._pass_on, self._next = pass_on, 0
+        self._waiting: dict[int, tuple[Event, asyncio.Event]] = {}
+
+    async def add(self, event: Event, number: int) -> None:
+        """Add an event; return after it and all earlier ones have been passed on."""
+        passed_on = asyncio.Event()
+        self._waiting[number] = (event, passed_on)
+        while self._next in self._waiting:
+            event, is_passed_on = self._waiting.pop(self._next)
+            self._next += 1
+            self._pass_on(event)
+            is_passed_on.set()
+        await passed_on.wait()
+
+
 # Ray's annotations lack some of these options and the class that the decorator returns.
 @ray.remote(num_cpus=0, max_concurrency=10_000, enable_task_events=False)  # type: ignore[call-overload]
 class Bridge:
@@ -65,6 +87,7 @@ class Bridge:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._senders: dict[str, InOrder] = {}
         self._has_events = asyncio.Event()
         self._stop = asyncio.Event()
         self._grace_seconds = 0.0
@@ -72,8 +95,16 @@ class Bridge:
         self._has_workers = False
         self._heartbeats: dict[int, Heartbeats] = {}  # by rank
 
-    async def send(self, event: Event) -> None:
-        """Add an event that a worker, or `FailureCallback` in Ray Train's controller, has sent."""
+    async def send(self, event: Event, sender: str, number: int) -> None:
+        """Add an event that a worker, or `FailureCallback` in Ray Train's controller, has sent; `number` counts from 0.
+
+        Returns after this event and all earlier ones of the sender have been added.
+        """
+        if sender not in self._senders:
+            self._senders[sender] = InOrder(self._add)
+        await self._senders[sender].add(event, number)
+
+    def _add(self, event: Event) -> None:
         match event:
             case RunFailed():
                 self._failed = True

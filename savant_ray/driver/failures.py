@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,7 @@ class FailureCallback(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         """Send the failures by rank to the bridge; called by Ray Train."""
-        self._bridge.send.remote(WorkersLost(text=_summarize(worker_exceptions)))
+        self._bridge.send.remote(WorkersLost(text=_summarize(worker_exceptions)), sender=uuid.uuid4().hex, number=0)
 
 
 def _root_failure(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:

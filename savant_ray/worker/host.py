@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +67,7 @@ class RayHost:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self._bridge, self._storage = bridge, storage
+        self._sender, self._numbers = uuid.uuid4().hex, itertools.count()
         self._config = config
         self._tokenizer = tokenizer
         self._stream = stream
@@ -85,7 +88,7 @@ class RayHost:
         event = self._with_documents(event)
         self._record(event)
         self._metrics.observe(event)
-        sent = self._bridge.send.remote(event)
+        sent = self._bridge.send.remote(event, self._sender, next(self._numbers))
         if wait:
             ray.get(sent)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import signal
 import subprocess
 import sys
@@ -14,13 +16,13 @@ import pytest
 from ray.train import WorkerGroupError
 
 from savant_ray.cluster import session
-from savant_ray.cluster.bridge import Heartbeats, WorkerProgress
+from savant_ray.cluster.bridge import Heartbeats, InOrder, WorkerProgress
 from savant_ray.cluster.stuck_process import KilledProcess, kill_local_process, training_thread
 from savant_ray.driver.failures import explain_failure
 from savant_ray.driver.hang_watch import HangWatch, collective_timeout
 from savant_ray.driver.phases import Phase
 from savant_ray.errors import TrainingError
-from savant_ray.events import Event, WorkerHung, WorkersLost, WorkersStarted
+from savant_ray.events import Event, Notice, WorkerHung, WorkersLost, WorkersStarted
 from savant_ray.training.progress import SLOW, STORAGE, Progress
 from tests.cluster.conftest import wait_for
 from tests.reporting.events import step_done
@@ -269,3 +271,22 @@ def test_a_stopped_process_of_ray_is_named_unless_it_continues_soon(monkeypatch:
         session.check_ray_processes()
     raylet.kill()
     raylet.wait()
+
+
+def test_events_of_a_sender_are_passed_on_in_the_order_of_their_numbers() -> None:
+    passed_on: list[Event] = []
+    events = [Notice(text=str(number)) for number in range(20)]
+    arrival = random.Random(0).sample(range(20), 20)
+
+    async def send() -> None:
+        in_order = InOrder(passed_on.append)
+        calls = {}
+        for number in arrival:
+            calls[number] = asyncio.create_task(in_order.add(events[number], number))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            for earlier, call in calls.items():
+                assert call.done() == (earlier < len(passed_on)), "a call returns once its event is passed on"
+
+    asyncio.run(send())
+    assert passed_on == events

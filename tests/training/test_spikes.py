@@ -162,6 +162,7 @@ class Host(RecordingHost):
                 torch.stack([sequence(row, row in self.bad)[0] for row in rows[part]]),
                 torch.stack([sequence(row, row in self.bad)[1] for row in rows[part]]),
                 tuple(positions[part].tolist()),
+                (mine.start + part.start) // settings.batch_size,
             )
             for part in parts
         ]
