@@ -335,7 +335,9 @@ def _serve(arguments: Sequence[str]) -> int:
     prepare_environment()
     try:
         from savant_ray.serving.server import ServerSettings, run_server
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("savant_ray"):
+            raise
         raise SavantError(
             "`savant serve` needs Ray Serve: pip install 'savant-ray[serve]' (in a checkout: make extras)"
         ) from error

@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also the shortest time between two report() calls; 2 s by default
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # how long an elastic run waits for a lost node; 60 by default
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how soon workers detect a drained node; 5 by default
-    # How long a worker may not answer Ray Train; 600 by default. `scaling.hang_seconds` ends it earlier, and says why.
+    # How long a worker may not answer Ray Train; 600 by default. `scaling.hang_seconds` is shorter and gives a reason.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "1800",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise each print of a worker appears twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # attempts and workers at the dashboard's /api/train/v2/runs/v1

@@ -165,7 +165,7 @@ def refuse_unrepeatable(run: RecordedRun, steps: range) -> None:
     """Check that one process on this machine can repeat the steps bit for bit.
 
     Raises:
-        SavantError: it cannot; the message says which steps, why, and which others can be repeated.
+        SavantError: it cannot; the message names the steps, the reason, and steps that can be repeated.
     """
     obstacles = {id(attempt): obstacle(attempt) for attempt in run.attempts_of(steps)}
     refused = [(step, reason) for step in steps if (reason := obstacles[id(run.attempts[step])])]
@@ -312,7 +312,7 @@ def settings_of(attempt: Line) -> Config:
 
 
 def refuse_other_text(attempt: Line, data: TrainingData) -> None:
-    """Check that the text is the one that an attempt trained on; attempts of older versions do not say it.
+    """Check that the text is the one that an attempt trained on; older versions did not record it.
 
     Raises:
         DataError: it is not.
@@ -518,6 +518,6 @@ def causes(attempt: Line) -> str:
     if found:
         return f"possible causes: {'; '.join(found)}; or a fault of memory or processor, in the run or now"
     return (
-        "torch, processor, code and text are those of the run, as far as it recorded them; possible causes are a fault of "
-        "memory or processor, in the run or now, and a record or checkpoint that was changed afterwards"
+        "no difference of torch, processor, code or text is recorded; possible causes: a fault of memory or processor, in "
+        "the run or now; a record or checkpoint that was changed afterwards"
     )

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from savant_ray.inference.decoder import Decoder, NewTokens
 from savant_ray.inference.sampling import Sampling
 
-# The first token of an answer is delivered at once, and the last ones at its end. A delivery costs Ray and HTTP as much as a
-# decoding step of a small model, so in between there are at most 10 per second for an answer, and 40 for all together.
+# The first token of an answer is delivered immediately, and the last ones at its end. In between there are at most 10
+# deliveries per second for an answer and 40 for all, because each costs Ray and HTTP as much as a step of a small decoder.
 DELIVERY_SECONDS = 0.1
 DELIVERY_SECONDS_PER_ANSWER = 0.025
 

@@ -131,7 +131,7 @@ def _named_documents(documents: Sequence[str]) -> str:
 
 @describe.register
 def _(event: SpikeFound) -> str:
-    done = "the step did not change the weights" if event.update_skipped else "the weights were updated all the same"
+    done = "the step did not change the weights" if event.update_skipped else "the weights were updated nevertheless"
     return f"WARNING: {_spike(event)}; {done}{_named_documents(event.documents)}"
 
 

@@ -45,9 +45,9 @@ class Api:
         tokenizer: Tokenizer,
         config: Config,
         name: str,
+        max_answers: int,  # that are generated or wait; Ray Serve's own limit lets a burst of requests pass
         api_key: str | None = None,
         max_length: int | None = None,
-        max_answers: int = 80,  # that are generated or wait; Ray Serve's own limit lets a burst of requests pass
     ) -> None:
         self._n_answers, self._max_answers = 0, max_answers
         self._model = model.options(method_name="tokens", stream=True)
@@ -92,7 +92,6 @@ class Api:
         limit = min(request.max_tokens or self._sampling.max_new_tokens, self._max_length - len(prompt))
         options = request.model_dump(include={"temperature", "seed"}, exclude_none=True)
         sampling = replace(self._sampling, max_new_tokens=limit, **{"seed": secrets.randbits(63), **options})
-        self._n_tokens.inc(len(prompt), {"kind": "prompt"})
         parts = self._parts(answer, prompt, sampling, end.tokens)
         # Errors before the first part have a status; later ones are events of the stream.
         text = await _unless_disconnected(http, anext(parts) if request.stream else _joined(parts))
@@ -143,6 +142,7 @@ class Api:
         if self._n_answers == self._max_answers:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
         self._n_answers += 1
+        self._n_tokens.inc(len(prompt), {"kind": "prompt"})
         start, is_last = time.perf_counter(), False
         generated = self._model.remote(prompt, sampling, end)
         try:

@@ -105,7 +105,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
                 serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
                 handle = serve.run(model, name=APP, route_prefix=None)
                 max_answers = largest * settings.max_batch + settings.max_queue
-                app = Api(handle, tokenizer, config, name, key, settings.max_length, max_answers).asgi()
+                app = Api(handle, tokenizer, config, name, max_answers, key, settings.max_length).asgi()
                 _print_address(name, host, port, key, notify)
                 # Answers that Ctrl+C cuts off would be logged as errors.
                 level = "info" if verbose else "critical"

@@ -81,7 +81,7 @@ def use_deterministic_kernels() -> None:
 
 
 def set_threads(setting: int | str, of_checkpoint: int | None) -> str | None:
-    """Set the number of CPU threads as `scaling.threads_per_worker` says; return a note for the user or None.
+    """Set the number of CPU threads to `scaling.threads_per_worker`; return a note for the user or None.
 
     `of_checkpoint` are the threads that computed the checkpoint of a run whose bits are promised, else None.
     """

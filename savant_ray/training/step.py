@@ -141,7 +141,7 @@ class Accumulated:
 
 
 class RankStatus(NamedTuple):
-    """What the ranks tell each other before the reduction: integers of 64 bits."""
+    """What the ranks exchange before the reduction: integers of 64 bits."""
 
     skipped: int  # micro-batches
     stop: int  # 1: a stop was requested from this rank

@@ -206,7 +206,7 @@ def test_workers_that_have_finished_or_are_being_restarted_are_not_watched() -> 
     assert group.pass_time(1000) == []
 
 
-def test_restarted_workers_begin_anew() -> None:
+def test_restarted_workers_are_watched_from_their_start() -> None:
     group = Group(1)
     assert group.pass_time(12) == [0]
     group.watch.observe(WorkersLost(text="it died"))

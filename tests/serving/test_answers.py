@@ -141,12 +141,12 @@ class LocalAnswer:
         self._replica.n_canceled += 1
 
 
-def local_api(tokenizer: Tokenizer, replica: LocalReplica, **options: Any) -> Any:
+def local_api(tokenizer: Tokenizer, replica: LocalReplica, max_answers: int = 10) -> Any:
     """Return the ASGI application of a server with this replica."""
     pytest.importorskip("ray.serve", reason="needs the extra serve")
     from savant_ray.serving.api import Api
 
-    return Api(replica, tokenizer, Config.from_dict({}), "tiny", **options).asgi()
+    return Api(replica, tokenizer, Config.from_dict({}), "tiny", max_answers).asgi()
 
 
 async def send_to(app: Any, left: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -233,7 +233,7 @@ def test_a_resumed_run_keeps_its_threads_if_the_worker_has_the_cores(
 
 
 @pytest.mark.usefixtures("four_cores")
-def test_a_checkpoint_tells_with_how_many_threads_it_was_computed() -> None:
+def test_a_checkpoint_records_the_number_of_threads() -> None:
     state, resumed = new_state(tiny_config(), CPU), new_state(tiny_config(), CPU)
     resumed.load_checkpoint(state.to_checkpoint())
     assert resumed.threads == 4
