@@ -105,7 +105,9 @@ class Run:
             reached = max(reached, self.last_step())
             self._wait(lambda: True)
         seconds_to_workers = time.monotonic() - started
-        self._wait(lambda: self.last_step() > reached)
+        self._wait(
+            lambda: self.last_step() > min(reached, STEPS - 1)
+        )  # the last step may have been taken, but not saved
         attempt = records(self.path, "attempt")[-1]
         return Preemption(reached, reached - attempt["step"], seconds_to_workers, time.monotonic() - started)
 
