@@ -9,6 +9,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 TIMEOUTS = {"timeout": "5s", "connect_timeout": "3s"}  # a renewal has to finish well before the lease expires
 RETRIES = {"max_retries": 1, "retry_timeout": timedelta(seconds=5)}
+WRITE_SECONDS = 1.0  # an object that is empty for longer is not being written
 NO_SUCH_VERSION = {"e_tag": '"0"', "version": "1"}
 UNSUPPORTED = re.compile(r"status code: (400|405|501)\b|not (yet )?(implemented|supported)", re.IGNORECASE)
 
@@ -111,10 +113,19 @@ class PlainObject:
         self._filesystem, self._path = filesystem, path
 
     def read(self) -> tuple[bytes, UpdateVersion | None]:
-        """See `SharedObject`."""
+        """See `SharedObject`.
+
+        File systems such as HDFS show an object that is being written as empty. An empty object is therefore read again; if
+        it stays empty for `WRITE_SECONDS`, its writer has died.
+        """
+        end = time.monotonic() + WRITE_SECONDS
         try:
-            with self._filesystem.open_input_stream(self._path) as file:
-                return bytes(file.read()), None
+            while True:
+                with self._filesystem.open_input_stream(self._path) as file:
+                    content = bytes(file.read())
+                if content or time.monotonic() > end:
+                    return content, None
+                time.sleep(WRITE_SECONDS / 100)
         except FileNotFoundError:
             return b"", None
 

@@ -19,7 +19,7 @@ from werkzeug.serving import make_server
 
 from savant_ray.errors import SavantError
 from savant_ray.storage import lease as lease_module
-from savant_ray.storage.conditional_write import VersionConflictError, conditional_object
+from savant_ray.storage.conditional_write import PlainObject, VersionConflictError, conditional_object
 from savant_ray.storage.lease import LEASE, leased
 from savant_ray.storage.object_store import ObjectStorage
 from tests.cluster.conftest import wait_for
@@ -167,6 +167,31 @@ def test_without_conditional_writes_the_last_writer_acquires_the_lease(tmp_path:
             pass
         first.refuse_if_lost()
     with leased(filesystem, "run", pytest.fail):
+        pass
+
+
+def test_a_claim_is_never_read_as_released_while_it_is_being_written(tmp_path: Path) -> None:
+    """A file that is opened for writing is empty for a moment, and its reader must not take it for a released lease."""
+    claim = PlainObject(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "claim")
+    claim.write(b"claim", None)
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(0.0005):
+            claim.write(b"claim", None)
+
+    writer = threading.Thread(target=renew)
+    writer.start()
+    try:
+        assert {claim.read()[0] for _ in range(2000)} == {b"claim"}
+    finally:
+        done.set()
+        writer.join()
+
+
+def test_a_lease_whose_writer_died_while_writing_it_is_acquired(tmp_path: Path) -> None:
+    (tmp_path / LEASE).touch()
+    with leased(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), ".", lambda _: None):
         pass
 
 
