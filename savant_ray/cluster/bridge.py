@@ -34,6 +34,7 @@ class WorkerProgress:
     """What a worker sends with each heartbeat: its process, and the newest mark of its training thread."""
 
     rank: int
+    world_size: int  # of its worker group
     actor_id: str
     node_id: str
     host: str  # name of its machine
@@ -53,6 +54,32 @@ class Heartbeats:
 
     progress: WorkerProgress
     number: int
+
+
+class NewestHeartbeats:
+    """The newest heartbeat of each rank.
+
+    A worker can be stopped at any moment, also right after its first heartbeat, so the first heartbeats of a group are kept
+    whether they arrive before or after the event that its workers have started.
+    """
+
+    def __init__(self) -> None:
+        self._by_rank: dict[int, Heartbeats] = {}
+
+    def add(self, progress: WorkerProgress) -> None:
+        """Count a heartbeat of a worker; ranks that its group does not have belong to an earlier, larger group."""
+        earlier = self._by_rank.get(progress.rank)
+        self._by_rank[progress.rank] = Heartbeats(progress, earlier.number + 1 if earlier else 1)
+        self._by_rank = {rank: beats for rank, beats in self._by_rank.items() if rank < progress.world_size}
+
+    def clear(self) -> None:
+        """Forget all workers: their group has ended."""
+        self._by_rank.clear()
+
+    @property
+    def all(self) -> list[Heartbeats]:
+        """The newest heartbeat of each rank that has sent one."""
+        return list(self._by_rank.values())
 
 
 class InOrder:
@@ -93,7 +120,7 @@ class Bridge:
         self._grace_seconds = 0.0
         self._failed = False
         self._has_workers = False
-        self._heartbeats: dict[int, Heartbeats] = {}  # by rank
+        self._heartbeats = NewestHeartbeats()
 
     async def send(self, event: Event, sender: str, number: int) -> None:
         """Add an event that a worker, or `FailureCallback` in Ray Train's controller, has sent; `number` counts from 0.
@@ -110,7 +137,6 @@ class Bridge:
                 self._failed = True
             case WorkersStarted():
                 self._has_workers = True
-                self._heartbeats.clear()  # a resized group may have fewer ranks
             case WorkersLost():
                 if self._failed or not self._has_workers:  # a worker has sent its error, or the loss was sent before
                     return
@@ -124,7 +150,7 @@ class Bridge:
         await _wait(self._has_events, seconds)
         self._has_events.clear()
         events, self._events = self._events, []
-        return events, list(self._heartbeats.values())
+        return events, self._heartbeats.all
 
     async def has_failed(self) -> bool:
         """Return whether a worker ended the run with an error for the user, which would occur again after a restart."""
@@ -137,8 +163,7 @@ class Bridge:
 
     async def wait_for_stop_request(self, progress: WorkerProgress, seconds: float) -> float | None:
         """Wait up to `seconds` for a stop request; return within how many seconds to stop, None if there is none."""
-        earlier = self._heartbeats.get(progress.rank)
-        self._heartbeats[progress.rank] = Heartbeats(progress, earlier.number + 1 if earlier else 1)
+        self._heartbeats.add(progress)
         return self._grace_seconds if await _wait(self._stop, seconds) else None
 
 
@@ -190,19 +215,24 @@ class StopListener:
     def __init__(self, bridge: BridgeHandle, progress: Callable[[], WorkerProgress]) -> None:
         self._bridge, self._progress = bridge, progress
         self._deadline: float | None = None  # by time.monotonic()
-        threading.Thread(target=self._listen, name="stop-listener", daemon=True).start()
+        first = self._heartbeat()  # before any event of this worker
+        threading.Thread(target=self._listen, args=(first,), name="stop-listener", daemon=True).start()
 
     def grace_left(self) -> float | None:
         """Return the seconds that are left for a requested stop, None if no stop is requested."""
         return None if self._deadline is None else self._deadline - time.monotonic()
 
-    def _listen(self) -> None:
+    def _heartbeat(self) -> Any:
+        return self._bridge.wait_for_stop_request.remote(self._progress(), HEARTBEAT_SECONDS)
+
+    def _listen(self, heartbeat: Any) -> None:
         while True:
-            grace_seconds = ray.get(self._bridge.wait_for_stop_request.remote(self._progress(), HEARTBEAT_SECONDS))
+            grace_seconds = ray.get(heartbeat)
             if self._deadline is not None:  # the bridge answers immediately
                 time.sleep(HEARTBEAT_SECONDS)
             elif grace_seconds is not None:
                 self._deadline = time.monotonic() + grace_seconds
+            heartbeat = self._heartbeat()
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:

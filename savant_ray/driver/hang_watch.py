@@ -145,6 +145,8 @@ class HangWatch:
         self._end(self._stuck(limit))
 
     def _update(self, workers: Sequence[Heartbeats]) -> None:
+        ranks = {beats.progress.rank for beats in workers}
+        self._observed = {rank: worker for rank, worker in self._observed.items() if rank in ranks}
         for beats in workers:
             progress = beats.progress
             earlier = self._observed.get(progress.rank)

@@ -16,7 +16,7 @@ import pytest
 from ray.train import WorkerGroupError
 
 from savant_ray.cluster import session
-from savant_ray.cluster.bridge import Heartbeats, InOrder, WorkerProgress
+from savant_ray.cluster.bridge import Heartbeats, InOrder, NewestHeartbeats, WorkerProgress
 from savant_ray.cluster.stuck_process import KilledProcess, kill_local_process, training_thread
 from savant_ray.driver.failures import explain_failure
 from savant_ray.driver.hang_watch import HangWatch, collective_timeout
@@ -69,13 +69,14 @@ class Group:
                 self.workers[rank].mark()
             for rank in range(len(self.workers)):
                 self.beats[rank] += rank not in self.stopped
-            self.watch.check(self.phase, [self._heartbeats(rank) for rank in range(len(self.workers))])
+            self.watch.check(self.phase, [self.heartbeats(rank) for rank in range(len(self.workers))])
         return self.killed[before:]
 
-    def _heartbeats(self, rank: int) -> Heartbeats:
+    def heartbeats(self, rank: int) -> Heartbeats:
         mark = self.workers[rank].newest
         progress = WorkerProgress(
             rank=rank,
+            world_size=len(self.workers),
             actor_id=f"{self.attempt}-{rank}",
             node_id="node",
             host="host-1",
@@ -290,3 +291,15 @@ def test_events_of_a_sender_are_passed_on_in_the_order_of_their_numbers() -> Non
 
     asyncio.run(send())
     assert passed_on == events
+
+
+def test_after_each_heartbeat_the_ranks_of_the_current_group_are_known_and_no_others() -> None:
+    newest = NewestHeartbeats()
+    for size in (1, 3, 2, 4):
+        group = Group(size)
+        for rank in range(size):
+            newest.add(group.heartbeats(rank).progress)
+            assert rank in {beats.progress.rank for beats in newest.all}
+        assert sorted(beats.progress.rank for beats in newest.all) == list(range(size))
+    newest.clear()
+    assert newest.all == []
