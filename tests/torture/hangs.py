@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +59,10 @@ class Case:
 class Run:
     """A run and its current attempt; a reader takes its output unless `unread output` was drawn."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "hangs"
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.path = folder, folder / name
         self._requests = folder / "requests"
-        self._requests.mkdir()
+        self._requests.mkdir(exist_ok=True)
         self.reads = True
         self.process: subprocess.Popen[bytes] | None = None
         self.printed = b""
@@ -71,7 +71,6 @@ class Run:
         """Start an attempt and wait for its first step."""
         site = f"{ROOT / 'tests/torture/hang_site'}{os.pathsep}{ROOT}"
         paths = {"run__name": self.path.name}
-        before = last_step(self.path)
         self.reads, self.printed = True, b""
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs/train.py"), *options(**SETTINGS | paths)],
@@ -82,7 +81,7 @@ class Run:
         )
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
-        self.wait_until(lambda: len(events(self.path, "attempt")) > 0 and last_step(self.path) != before)
+        self.wait_until(lambda: b" loss " in self.printed)  # the record also has the steps of earlier attempts
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = MAX_SECONDS) -> bool:
         """Wait, reading the output; return False if the attempt has ended before."""
@@ -128,6 +127,13 @@ class Run:
         self.process.send_signal(signal.SIGINT)
         self.wait_until(lambda: False, 120)
         assert self.process.returncode == 75, self.printed.decode()
+
+    def kill(self) -> None:
+        if self.process is not None and not self.ended:
+            for process in (*self.processes(), self.process):
+                with suppress(psutil.Error):
+                    process.kill()
+            self.process.wait()
 
 
 def perform(case: Case, run: Run, chance: random.Random) -> None:
@@ -199,24 +205,33 @@ def random_kinds(n: int, chance: random.Random) -> Iterator[str]:
 
 def run_cases(kinds: Iterator[str], folder: Path, chance: random.Random, log: Callable[[str], None]) -> list[Case]:
     """Perform the cases one after the other in one run, and compare its losses with those of a run without them."""
-    run, cases = Run(folder), []
-    run.start()
-    for kind in kinds:
-        target = last_step(run.path) + chance.randint(1, 8)
-        assert run.wait_until(lambda: last_step(run.path) >= target), run.printed.decode()  # noqa: B023
-        case = Case(kind, last_step(run.path))
-        perform(case, run, chance)
-        cases.append(case)
-        log(f"{case.kind} at step {case.step}: {case.outcome} after {case.seconds:.0f} s")
-    run.end()
-    compared = Run.__new__(Run)
-    compared.__dict__ = run.__dict__ | {"path": folder / "quiet"}
-    compared.start()
+    cases = []
+    with run_in(folder, "hangs") as run:
+        for kind in kinds:
+            target = last_step(run.path) + chance.randint(1, 8)
+            assert run.wait_until(lambda: last_step(run.path) >= target), run.printed.decode()  # noqa: B023
+            case = Case(kind, last_step(run.path))
+            perform(case, run, chance)
+            cases.append(case)
+            log(f"{case.kind} at step {case.step}: {case.outcome} after {case.seconds:.0f} s")
+        run.end()
     n = last_step(run.path)
-    assert compared.wait_until(lambda: last_step(compared.path) >= n, 600)
-    compared.end()
+    with run_in(folder, "quiet") as compared:
+        assert compared.wait_until(lambda: last_step(compared.path) >= n, 600)
+        compared.end()
     assert losses_up_to(run.path, n) == losses_up_to(compared.path, n)
     return cases
+
+
+@contextmanager
+def run_in(folder: Path, name: str) -> Iterator[Run]:
+    """Start a run within a `with` block; kill what is left of it at the end, also processes that were stopped."""
+    run = Run(folder, name)
+    try:
+        run.start()
+        yield run
+    finally:
+        run.kill()
 
 
 def losses_up_to(run: Path, n: int) -> list[tuple[int, float]]:
