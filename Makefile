@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install extras train submit test test-quick test-all coverage fuzz torture preemptions hangs soak check clean
+.PHONY: help install extras train submit test test-quick test-all coverage fuzz torture preemptions hangs soak lint check clean
 
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
@@ -44,7 +44,8 @@ help:
 	make preemptions  preempt runs of 400 steps four times, announced and not; prints what it costs
 	make hangs        make N=50 processes hang in a run; each must be resolved or end with a clear error
 	make soak         run 80,000 tiny steps; memory, open files and step time must stay constant
-	make check        check format, lint, types, spelling, layers and documentation
+	make lint         check format, lint, types and spelling, and build the documentation
+	make check        the same, and test layers and documentation (less than a minute)
 	make docs         regenerate the reference pages and build the documentation as site/index.html
 	make coverage     measure the line coverage of the fast tests; writes htmlcov/index.html
 	make clean        remove the environment; keeps data and checkpoints
@@ -70,13 +71,13 @@ submit: install
 	exec "$(VENV)/bin/ray" job submit --address "$$dashboard" --working-dir . --runtime-env jobs/runtime_env.yaml \
 	    -- python jobs/train.py --config "$$config_file" $(ARGS)
 
-test: check
+test: lint  # the tests of `make check` are among these
 	@exec $(PYTEST) -m "not rare" $(IN_TWO_PROCESSES) $(ARGS)
 
 test-quick: install
 	@exec $(PYTEST) -m "not slow" $(IN_TWO_PROCESSES) $(ARGS)
 
-test-all: check extras
+test-all: lint extras
 	@$(PYTEST) $(ARGS)
 	$(MAKE) fuzz torture hangs soak
 
@@ -95,7 +96,7 @@ hangs: install
 soak: install
 	@exec $(RUN) -m tests.torture.soak
 
-check: install
+lint: install
 	@tracked() { $(RUN) -P tests/tracked_files.py "$$@"; }
 	tool() { xargs -0 $(RUN) -P -m "$$@"; }  # -P: a stray module in the current folder is not imported
 	tracked '*.py' '*.ipynb' | tool ruff format --config pyproject.toml --check
@@ -103,7 +104,9 @@ check: install
 	tracked 'savant_ray/*.py' 'jobs/*.py' 'docs/*.py' | tool mypy --config-file pyproject.toml
 	tracked '*' | tool codespell_lib
 	$(BUILD_SITE)
-	$(PYTEST) -m "not slow" tests/test_layers.py tests/test_docs.py tests/test_reliability.py tests/test_packaging.py
+
+check: lint
+	@exec $(PYTEST) -m "not slow" tests/test_layers.py tests/test_docs.py tests/test_reliability.py tests/test_packaging.py
 
 # Broken links and anchors, and pages that are missing in the navigation, are errors; with --quiet they would not be.
 BUILD_SITE = NO_MKDOCS_2_WARNING=1 $(RUN) -P -m mkdocs build --strict --config-file mkdocs.yml

@@ -40,8 +40,9 @@ def end(job: subprocess.Popen[str]) -> tuple[int, str]:
     return job.returncode, printed
 
 
+@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.rare)])
 def test_draining_a_node_saves_the_step_and_the_same_command_resumes(
-    nodes: Nodes, workplace: Path, uninterrupted_losses: list[float]
+    resumes: bool, nodes: Nodes, workplace: Path, uninterrupted_losses: list[float]
 ) -> None:
     run = workplace / "tiny"
     _, leaving = nodes.add(), nodes.add()
@@ -54,6 +55,9 @@ def test_draining_a_node_saves_the_step_and_the_same_command_resumes(
     assert checkpoints(run)[-1].name == f"step_{stopped_at}" and 12 <= stopped_at < 100
     assert records(run, "checkpoint")[-1]["reason"] == "stop"
     assert len(records(run, "attempt")) == 1, "not tried again on its own where there is no room"
+    assert losses(run) == uninterrupted_losses[:stopped_at]
+    if not resumes:
+        return
 
     nodes.add()
     code, printed = run_job(nodes.head, workplace, **RUN)
