@@ -186,10 +186,10 @@ def check_ray_processes() -> None:
     _raise_if_stopped({info.process.pid: name for name, started in infos for info in started})
 
 
-def check_ray_actors(*others: str) -> None:
+def check_ray_actors(all_of_them: bool = False) -> None:
     """Check the actors without which training cannot go on, in a Ray that this process started; takes milliseconds.
 
-    `others` are the classes of further actors to check.
+    With `all_of_them`, check all processes of actors and tasks: workers start with the help of many of them.
 
     Raises:
         TrainingError: one of them is stopped (SIGSTOP) and does not continue.
@@ -198,7 +198,7 @@ def check_ray_actors(*others: str) -> None:
     for process in _own_processes():
         with suppress(psutil.Error):
             title = " ".join(process.cmdline()[:1])  # ray::TrainController.run
-            if title.startswith(tuple(f"ray::{name}" for name in (*REQUIRED_ACTORS, *others))):
+            if title.startswith("ray::" if all_of_them else tuple(f"ray::{name}" for name in REQUIRED_ACTORS)):
                 actors[process.pid] = title
     _raise_if_stopped(actors)
 

@@ -32,7 +32,7 @@ class WorkerWatch:
         """Report if the wait has been long; to be called at short intervals.
 
         Raises:
-            TrainingError: Ray Train's controller or a worker is stopped.
+            TrainingError: a process of Ray is stopped, for which the workers may be waiting.
         """
         if phase is not Phase.WAITING_FOR_WORKERS:
             self._waiting_since, self._is_reported = None, False
@@ -42,7 +42,9 @@ class WorkerWatch:
         if self._clock() - self._waiting_since < SECONDS_UNTIL_REPORT:
             return
         self._waiting_since = self._clock()
-        check_ray_actors("RayTrainWorker")  # it sends no heartbeats before it runs the training function
+        check_ray_actors(
+            all_of_them=True
+        )  # also of workers, which send no heartbeats before they run the training function
         if self._is_reported:
             return
         self._is_reported = True

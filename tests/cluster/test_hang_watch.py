@@ -21,6 +21,7 @@ from savant_ray.cluster.stuck_process import KilledProcess, kill_local_process, 
 from savant_ray.driver.failures import explain_failure
 from savant_ray.driver.hang_watch import HangWatch, collective_timeout
 from savant_ray.driver.phases import Phase
+from savant_ray.driver.worker_watch import SECONDS_UNTIL_REPORT, WorkerWatch
 from savant_ray.errors import TrainingError
 from savant_ray.events import Event, Notice, WorkerHung, WorkersLost, WorkersStarted
 from savant_ray.training.progress import SLOW, STORAGE, Progress
@@ -303,3 +304,23 @@ def test_after_each_heartbeat_the_ranks_of_the_current_group_are_known_and_no_ot
         assert sorted(beats.progress.rank for beats in newest.all) == list(range(size))
     newest.clear()
     assert newest.all == []
+
+
+def test_while_workers_start_any_stopped_process_of_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = subprocess.Popen(["bash", "-c", "exec -a ray::DatasetManager sleep 100"])
+    infos = [SimpleNamespace(process=SimpleNamespace(pid=actor.pid))]
+    monkeypatch.setattr(session, "started_head", lambda: SimpleNamespace(all_processes={"raylet": infos}))
+    monkeypatch.setattr(session, "STOPPED_SECONDS", 0.2)
+    wait_for(lambda: psutil.Process(actor.pid).cmdline()[:1] == ["ray::DatasetManager"])
+    session.check_ray_actors(all_of_them=True)
+    actor.send_signal(signal.SIGSTOP)
+    wait_for(lambda: psutil.Process(actor.pid).status() == psutil.STATUS_STOPPED)
+    session.check_ray_actors()
+    now = 0.0
+    watch = WorkerWatch(1, {"CPU": 1.0}, pytest.fail, lambda: now)
+    watch.check(Phase.WAITING_FOR_WORKERS)
+    now = SECONDS_UNTIL_REPORT
+    with pytest.raises(TrainingError, match=rf"ray::DatasetManager \(pid {actor.pid}\) on this machine is stopped"):
+        watch.check(Phase.WAITING_FOR_WORKERS)
+    actor.kill()
+    actor.wait()

@@ -64,6 +64,7 @@ class Run:
         self._requests = folder / "requests"
         self._requests.mkdir(exist_ok=True)
         self.reads = True
+        self.has_stopped_process = False  # of its Ray, which is not needed until workers have to start again
         self.process: subprocess.Popen[bytes] | None = None
         self.printed = b""
 
@@ -71,7 +72,7 @@ class Run:
         """Start an attempt and wait for its first step."""
         site = f"{ROOT / 'tests/torture/hang_site'}{os.pathsep}{ROOT}"
         paths = {"run__name": self.path.name}
-        self.reads, self.printed = True, b""
+        self.reads, self.has_stopped_process, self.printed = True, False, b""
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs/train.py"), *options(**SETTINGS | paths)],
             cwd=self.folder,
@@ -90,7 +91,10 @@ class Run:
             self.read()
             return condition() or self.ended
 
-        wait_for(met, seconds)
+        try:
+            wait_for(met, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.printed.decode()}") from error
         return condition()
 
     def read(self) -> None:
@@ -158,6 +162,7 @@ def perform(case: Case, run: Run, chance: random.Random) -> None:
         skipped = ("RayTrainWorker", *ACTORS, *HEAD)
         others = [p for p, title in run.processes().items() if not any(part in title for part in skipped)]
         chance.choice(others).suspend()
+        run.has_stopped_process = True
     elif case.kind == "unread output":
         run.reads = False
     else:
@@ -170,6 +175,7 @@ def perform(case: Case, run: Run, chance: random.Random) -> None:
     step = last_step(run.path)
     if expected == "restart":
         run.wait_until(lambda: run.restarts() > restarts)
+        expected = "error" if run.ended and run.has_stopped_process else expected
     elif expected == "error":
         run.wait_until(lambda: False)
     else:
@@ -181,7 +187,7 @@ def perform(case: Case, run: Run, chance: random.Random) -> None:
     if expected == "error":
         assert run.process.returncode == 1, f"{case} {run.process.returncode}\n{printed}"
         message = printed[printed.index("error: ") :]
-        name = case.kind.removeprefix("stop ")
+        name = case.kind.removeprefix("stop ") if case.kind in FATAL else "ray::"
         assert name in message and "stopped" in message and "same command again" in message, printed
         assert "Traceback" not in printed
         case.outcome = f"error: {message.splitlines()[0].removeprefix('error: ')}"
