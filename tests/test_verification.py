@@ -173,7 +173,7 @@ def test_steps_after_the_newest_checkpoint_are_repeated_if_they_are_asked_for(pl
     assert verify(run, plan, first=6).startswith("steps 4 to 6 and")
     assert verify(run, plan, first=7).startswith("steps 7 to 8 are equal")
     for first in (9, 20):
-        with pytest.raises(SettingsError, match=r"step 9 is not in the record .*, which ends with step 8"):
+        with pytest.raises(SettingsError, match="step 9 is not in the record"):
             verify(run, plan, first=first)
     (run / METRICS).write_text((run / METRICS).read_text().splitlines()[0] + "\n")
     with pytest.raises(SettingsError, match="step 7 is not in the record"):
@@ -203,7 +203,7 @@ def test_checkpoints_that_a_running_training_deletes_are_not_compared(
     monkeypatch.setattr("savant_ray.driver.verification.read_checkpoint", delete_while_it_is_read)
     assert verify(tmp_path / "run", plan).startswith("steps 1 to 8 and the checkpoints step_3, step_8 are equal")
     deleted.add("step_3")
-    with pytest.raises(CheckpointError, match="step_3 has just been deleted by the running training"):
+    with pytest.raises(CheckpointError, match="deleted"):
         verify(tmp_path / "run", plan, first=5)
 
 
