@@ -29,6 +29,7 @@ from savant_ray.driver.verification import (
 )
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError, VerificationError
 from savant_ray.reporting.record import METRICS
+from savant_ray.training.checkpoint import read_checkpoint
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import clip_to_mean
 from tests.data.conftest import byte_tokenizer  # noqa: F401 - a fixture
@@ -155,13 +156,55 @@ def test_what_cannot_be_repeated_is_refused_with_the_reason_and_what_can_be(plan
     lines = (run / METRICS).read_text().splitlines(keepends=True)
     without_first = [line for line in lines if json.loads(line)["event"] != "step" or json.loads(line)["step"] > 1]
     (run / METRICS).write_text("".join(without_first))
-    with pytest.raises(CheckpointError, match="no checkpoint before step_6"):
+    with pytest.raises(CheckpointError, match="no checkpoint before step 6,"):
         verify(run, plan)
     with pytest.raises(
         CheckpointError, match="no checkpoint before it is kept; the oldest one is step_6, so begin at 7"
     ):
         verify(run, plan, first=5)
     assert verify(run, plan, 7, 8).startswith("steps 7 to 8 are equal")
+
+
+def test_steps_after_the_newest_checkpoint_are_repeated_if_they_are_asked_for(plan: StreamPlan, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_recorded(run, CONFIG, plan)
+    shutil.rmtree(run / "step_8")  # as if the run had been killed before it was written
+    assert verify(run, plan).startswith("steps 1 to 6 and")
+    assert verify(run, plan, first=6).startswith("steps 4 to 6 and")
+    assert verify(run, plan, first=7).startswith("steps 7 to 8 are equal")
+    for first in (9, 20):
+        with pytest.raises(SettingsError, match="step 9 is not in the record"):
+            verify(run, plan, first=first)
+    (run / METRICS).write_text((run / METRICS).read_text().splitlines()[0] + "\n")
+    with pytest.raises(SettingsError, match="step 7 is not in the record"):
+        verify(run, plan, first=7)
+
+
+@pytest.mark.parametrize("first", [None, 1, 2])
+def test_a_run_without_a_checkpoint_is_refused(first: int | None, plan: StreamPlan, tmp_path: Path) -> None:
+    train_recorded(tmp_path / "run", CONFIG, plan)
+    for folder in (tmp_path / "run").glob("step_*"):
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="the run has no checkpoint"):
+        verify(tmp_path / "run", plan, first)
+
+
+def test_checkpoints_that_a_running_training_deletes_are_not_compared(
+    plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_recorded(tmp_path / "run", CONFIG, plan)
+    deleted = {"step_6"}
+
+    def delete_while_it_is_read(folder: Path) -> Any:
+        if folder.name in deleted:
+            shutil.rmtree(folder)
+        return read_checkpoint(folder)
+
+    monkeypatch.setattr("savant_ray.driver.verification.read_checkpoint", delete_while_it_is_read)
+    assert verify(tmp_path / "run", plan).startswith("steps 1 to 8 and the checkpoints step_3, step_8 are equal")
+    deleted.add("step_3")
+    with pytest.raises(CheckpointError, match="deleted"):
+        verify(tmp_path / "run", plan, first=5)
 
 
 def test_attempts_of_versions_without_deterministic_steps_are_repeated_as_they_were(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from savant_ray.cluster.session import check_ray_actors, check_ray_processes
@@ -25,6 +26,9 @@ from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 HEARTBEAT_SECONDS = 1.0
 RAY_CHECK_SECONDS = 0.5  # if the answer to a call is overdue by this, Ray's own processes are checked
 ANSWER_SECONDS = 60.0  # the bridge answers within milliseconds
+LOST_SECONDS = (
+    10.0  # a call that arrives so much later than the next one has been lost; others arrive within milliseconds
+)
 
 BridgeHandle = Any  # an `ActorHandle`, whose methods Ray annotates as `Never`
 
@@ -85,7 +89,9 @@ class NewestHeartbeats:
 class InOrder:
     """Passes on the events of a sender in the order in which it numbered them, from 0.
 
-    Ray may begin calls of an asynchronous actor in another order than that in which a process has made them.
+    Ray may begin calls of an asynchronous actor in another order than that in which a process has made them. If the
+    connection between two nodes fails, it may also lose some of them (`ActorUnavailableError`); events that wait for a lost
+    one are passed on after `LOST_SECONDS`.
     """
 
     def __init__(self, pass_on: Callable[[Event], None]) -> None:
@@ -93,15 +99,25 @@ class InOrder:
         self._waiting: dict[int, tuple[Event, asyncio.Event]] = {}
 
     async def add(self, event: Event, number: int) -> None:
-        """Add an event; return after it and all earlier ones have been passed on."""
+        """Add an event; return after it and all earlier ones have been passed on, or have been lost."""
+        if number < self._next:  # it was taken for lost
+            self._pass_on(event)
+            return
         passed_on = asyncio.Event()
         self._waiting[number] = (event, passed_on)
+        self._pass_on_from_next()
+        if passed_on.is_set() or await _wait(passed_on, LOST_SECONDS):
+            return
+        while not passed_on.is_set():
+            self._next = min(self._waiting)
+            self._pass_on_from_next()
+
+    def _pass_on_from_next(self) -> None:
         while self._next in self._waiting:
-            event, is_passed_on = self._waiting.pop(self._next)
+            event, passed_on = self._waiting.pop(self._next)
             self._next += 1
             self._pass_on(event)
-            is_passed_on.set()
-        await passed_on.wait()
+            passed_on.set()
 
 
 # Ray's annotations lack some of these options and the class that the decorator returns.
@@ -227,11 +243,14 @@ class StopListener:
 
     def _listen(self, heartbeat: Any) -> None:
         while True:
-            grace_seconds = ray.get(heartbeat)
-            if self._deadline is not None:  # the bridge answers immediately
+            try:
+                grace_seconds = ray.get(heartbeat)
+                if self._deadline is not None:  # the bridge answers immediately
+                    time.sleep(HEARTBEAT_SECONDS)
+                elif grace_seconds is not None:
+                    self._deadline = time.monotonic() + grace_seconds
+            except ActorUnavailableError:  # the connection to the driver's node has failed, and may be restored
                 time.sleep(HEARTBEAT_SECONDS)
-            elif grace_seconds is not None:
-                self._deadline = time.monotonic() + grace_seconds
             heartbeat = self._heartbeat()
 
 

@@ -68,7 +68,7 @@ def kill_local_process(pid: int, started: float) -> KilledProcess:
     """
     try:
         process = psutil.Process(pid)
-        if abs(process.create_time() - started) > 60:
+        if abs(process.create_time() - started) > 60:  # a change of the system's clock moves it by seconds
             raise ProcessLookupError(f"process {pid} is another one now")
         state, (stack, note) = str(process.status()), _stack(pid)
         process.kill()

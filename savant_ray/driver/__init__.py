@@ -76,8 +76,9 @@ def verify(run: str, first: int | None = None, last: int | None = None, verbose:
     """Repeat steps of a run in this process, compare them with its record and checkpoints, and return what is equal.
 
     The steps `first` to `last` are among the repeated ones. If `first` is None, training is repeated from the initial
-    weights if the record begins with them, otherwise from the oldest kept checkpoint; if `last` is None, up to the newest
-    checkpoint. `verbose` prints the output of Ray, which is started only if a part of the token cache is missing.
+    weights if the record begins with them, otherwise from the oldest kept checkpoint. If `last` is None, it is repeated up
+    to the newest checkpoint, or to the last recorded step if `first` is after that checkpoint. `verbose` prints the output
+    of Ray, which is started only if a part of the token cache is missing.
 
     Raises:
         VerificationError: a step, or the state after it, is not that of the run.

@@ -36,8 +36,9 @@ RUNNING = (Phase.LOADING, Phase.TRAINING, Phase.STOP_REQUESTED, Phase.STOPPING)
 def collective_timeout(hang_seconds: float | Literal["auto"] | None) -> float:
     """Return after how many seconds gloo and NCCL end a worker that waits for others.
 
-    It is longer than the limits of `HangWatch`, which names the worker that the others wait for, unless that reads or writes
-    checkpoints. It also limits how long workers wait for each other when they start.
+    `HangWatch`, which names the worker that the others wait for, ends most hangs earlier: its limit is shorter unless that
+    worker reads or writes checkpoints, or steps take minutes. The timeout also limits how long workers wait for each other
+    when they start.
     """
     return COLLECTIVE_SECONDS if hang_seconds in ("auto", None) else max(COLLECTIVE_SECONDS, 20 * float(hang_seconds))
 

@@ -102,20 +102,27 @@ class RecordedRun:
         return ([0] if is_new else []) + list(self.kept)
 
     def choose(self, first: int | None, last: int | None) -> range:
-        """Return the steps to repeat, so that `first` to `last` are among them; None stands for as many as possible.
+        """Return the steps to repeat, so that `first` to `last` are among them.
+
+        If `first` is None, they begin as early as possible. If `last` is None, they end with the newest checkpoint, or with
+        the last recorded step if `first` is after that checkpoint.
 
         Raises:
             CheckpointError: there is no state from which they can be repeated.
             SettingsError: they are not in the record.
         """
-        if not self.starts:
-            raise CheckpointError(f"{self.folder}: the run has no checkpoint from which its steps can be repeated")
-        last = max(self.starts) if last is None else last
+        if not self.kept:
+            raise CheckpointError(
+                f"{self.folder}: the run has no checkpoint, and so no tokenizer to repeat its steps with"
+            )
+        newest = max(self.kept)
+        if last is None:
+            last = newest if first is None or first <= newest else max([first, *self.steps])
         starts = [step for step in self.starts if step < (last if first is None else first)]
         if not starts and first is None:
             raise CheckpointError(
-                f"{self.folder}: there is no checkpoint before step_{last}, from which steps could be repeated; keep more "
-                "of them with checkpoint.keep"
+                f"{self.folder}: there is no checkpoint before step {last:,}, from which steps could be repeated; keep "
+                "more of them with checkpoint.keep"
             )
         if not starts:
             raise CheckpointError(
@@ -127,7 +134,10 @@ class RecordedRun:
         else:
             start = starts[-1]
         if (missing := self._missing(start, last)) is not None:
-            raise SettingsError(f"{self.folder}: step {missing:,} is not in the record ({METRICS})")
+            raise SettingsError(
+                f"{self.folder}: step {missing:,} is not in the record ({METRICS})"
+                + (f", which ends with step {max(self.steps):,}" if self.steps else "")
+            )
         return range(start + 1, last + 1)
 
     def _missing(self, start: int, last: int) -> int | None:
@@ -199,10 +209,8 @@ def tokenizer_of(run: RecordedRun) -> Callable[[Config], Tokenizer]:
     """Return a function that loads the tokenizer of the run with the given settings.
 
     Raises:
-        CheckpointError: the run has no checkpoint, or its newest one has no tokenizer.
+        CheckpointError: the newest checkpoint has no tokenizer.
     """
-    if not run.kept:
-        raise CheckpointError(f"{run.folder}: the run has no checkpoint, and so no tokenizer")
     file = tokenizer_file(run.kept[max(run.kept)])
     return lambda config: Tokenizer.load(file, config.data.end_of_document, config.data.add_special_tokens)
 
@@ -248,11 +256,13 @@ def repeat(
 
     Raises:
         VerificationError: a figure of a step or a part of a checkpoint is not that of the run.
-        CheckpointError: a checkpoint is damaged.
+        CheckpointError: a checkpoint is damaged, or the one to begin with was deleted by a running training.
         SettingsError: this version does not know a setting of the run.
     """
     start = steps[0] - 1
-    content = read_checkpoint(run.kept[start]) if start else None
+    content = None
+    if start and (content := read_if_kept(run.kept[start])) is None:
+        raise CheckpointError(f"step_{start} has just been deleted by the running training; run the same command again")
     compared: list[int] = []
     for attempt in run.attempts_of(steps):
         last = max(step for step in steps if run.attempts[step] is attempt)
@@ -282,11 +292,27 @@ def repeat_attempt(
     return HostCopy().update(state)
 
 
+def read_if_kept(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a checkpoint, or None if a running training has deleted it, also while it was read.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return read_checkpoint(folder)
+    except (CheckpointError, OSError):
+        if folder.is_dir():
+            raise
+        return None
+
+
 def equal_text(steps: range, compared: list[int]) -> str:
     """Return the result of a verification that found no difference; `compared` are the steps of checkpoints."""
     names = ", ".join(f"step_{step}" for step in compared)
-    kinds = f"and the checkpoint{'s' if len(compared) > 1 else ''} {names} " if compared else ""
-    return f"steps {steps[0]:,} to {steps[-1]:,} {kinds}are equal to the record of the run, bit for bit"
+    kinds = f" and the checkpoint{'s' if len(compared) > 1 else ''} {names}" if compared else ""
+    repeated = f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else f"step {steps[0]:,}"
+    are = "are" if len(steps) > 1 or compared else "is"
+    return f"{repeated}{kinds} {are} equal to the record of the run, bit for bit"
 
 
 def settings_of(attempt: Line) -> Config:
@@ -400,8 +426,8 @@ class _ComparingHost:
         if difference := step_difference(self._run.steps[event.step], to_line(event)):
             raise VerificationError(f"step {event.step:,} differs: {difference}\n{causes(attempt)}")
         folder = self._run.kept.get(event.step)
-        if folder is not None and folder.is_dir():  # a running training may have deleted it
-            if difference := checkpoint_difference(read_checkpoint(folder), self._state):
+        if folder is not None and (content := read_if_kept(folder)) is not None:
+            if difference := checkpoint_difference(content, self._state):
                 raise VerificationError(
                     f"the checkpoint {folder.name} differs, though the figures of all steps up to it are equal: "
                     f"{difference}\n{causes(attempt)}"
@@ -502,21 +528,23 @@ def _leaf_difference(then: Any, now: Any) -> str | None:
 
 def causes(attempt: Line) -> str:
     """Return one line: what differs between an attempt and this process and can explain other bits."""
-    versions, processor, code = attempt.get("versions", {}), attempt.get("processor", ""), attempt.get("code", "")
+    versions, code = attempt.get("versions", {}), attempt.get("code", "")
     is_cuda = device_of(attempt).type == "cuda"
-    here = torch.cuda.get_device_name() if is_cuda else processor_name()
-    then = attempt["device"] if is_cuda else processor
-    found = []
+    processor = torch.cuda.get_device_name() if is_cuda else processor_name()
+    recorded_processor = attempt["device"] if is_cuda else attempt.get("processor", "")
+    differences = []
     if versions.get("torch") not in (None, str(torch.__version__)):
-        found.append(f"torch {versions['torch']} in the run, {torch.__version__} now")
-    if then not in ("", here):
-        found.append(f"{then} in the run, {here} now")
+        differences.append(f"torch {versions['torch']} in the run, {torch.__version__} now")
+    if recorded_processor not in ("", processor):
+        differences.append(f"{recorded_processor} in the run, {processor} now")
     if code not in ("", own_digest()):
-        found.append(f"the code of savant_ray, {code[:SHOWN_DIGITS]} in the run, {own_digest()[:SHOWN_DIGITS]} now")
+        differences.append(
+            f"the code of savant_ray, {code[:SHOWN_DIGITS]} in the run, {own_digest()[:SHOWN_DIGITS]} now"
+        )
     if is_cuda and not is_deterministic(settings_of(attempt), device_of(attempt)):
-        found.append("a GPU without training.deterministic, whose sums vary")
-    if found:
-        return f"possible causes: {'; '.join(found)}; or a fault of memory or processor, in the run or now"
+        differences.append("a GPU without training.deterministic, whose sums vary")
+    if differences:
+        return f"possible causes: {'; '.join(differences)}; or a fault of memory or processor, in the run or now"
     return (
         "no difference of torch, processor, code or text is recorded; possible causes: a fault of memory or processor, in "
         "the run or now; a record or checkpoint that was changed afterwards"

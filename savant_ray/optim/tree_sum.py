@@ -27,7 +27,10 @@ class Block:
 
 
 def blocks(leaves: range) -> list[Block]:
-    """Return the largest nodes that cover consecutive leaves, in their order: at most 2 log2(n) for n leaves."""
+    """Return the largest nodes that cover consecutive leaves, in their order.
+
+    There are at most log2(n) + 1 for n leaves that begin at 0, and at most 2 log2(n) for n > 1 leaves anywhere.
+    """
     found, first = [], leaves.start
     while first < leaves.stop:
         size = 1 << (leaves.stop - first).bit_length() - 1
@@ -38,10 +41,15 @@ def blocks(leaves: range) -> list[Block]:
     return found
 
 
+def most_sums(n: int) -> int:
+    """Return the largest number of tensors that a `TreeSum` keeps while the leaves 0 to n - 1 are added, n > 0."""
+    return (n + 1).bit_length() - 1  # the number of ones in the binary form of n, or of a smaller number with more ones
+
+
 class TreeSum:
     """Adds tensors of one shape, which arrive in the order of their leaves, and keeps the largest complete nodes.
 
-    For n leaves at most log2(n) + 1 tensors are kept. Their memory is used again after `clear`.
+    As many tensors are kept as `blocks` returns for the leaves so far. Their memory is used again after `clear`.
     """
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ from savant_ray.config import Config
 from savant_ray.errors import MemoryCapError
 from savant_ray.model.loss import gpu_chunk_rows
 from savant_ray.model.transformer import ffn_dim, n_parameters
+from savant_ray.optim.tree_sum import most_sums
 from savant_ray.training.device import GIB, MARGIN_GB
 from savant_ray.training.state import BatchFit, is_deterministic, micro_batch_size
 
@@ -51,7 +52,7 @@ def kept_sums_bytes(config: Config) -> int:
     if not is_deterministic(config, device):
         return 0
     n_micro_batches = math.ceil(config.training.effective_batch / micro_batch_size(config, device))
-    return 4 * n_parameters(config.model) * max(1, (n_micro_batches - 1).bit_length())
+    return 4 * n_parameters(config.model) * most_sums(n_micro_batches)
 
 
 def expected_fit(config: Config) -> BatchFit | None:

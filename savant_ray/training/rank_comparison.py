@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
+from torch import Tensor
 
-from savant_ray.training.reduction import gather, n_ranks
+from savant_ray.training.reduction import SEGMENT, gather, n_ranks
 from savant_ray.training.state import TrainingState
 
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by the bytes of an element
@@ -53,9 +54,17 @@ def differing(checksums: list[int]) -> str:
 
 
 def checksum(state: TrainingState) -> int:
-    """Return a number of 61 bits that changes if any bit of the weights or of the optimizer's state changes."""
-    sums = torch.stack([tensor.view(INTEGERS[tensor.element_size()]).sum() for tensor in state.optimizer.tensors()])
+    """Return a number of 61 bits that changes if one bit of the weights or of the optimizer's state changes."""
     result = 0
-    for value in sums.tolist():
+    for value in torch.stack([_sum_as_integers(tensor) for tensor in state.optimizer.tensors()]).tolist():
         result = (result * 31 + value) % MODULUS
     return result
+
+
+def _sum_as_integers(tensor: Tensor) -> Tensor:
+    """Return the sum of the elements, read as integers: 0-d, 64 bits.
+
+    It is computed in parts, because PyTorch first copies integers that it adds to 64 bits each.
+    """
+    parts = tensor.view(INTEGERS[tensor.element_size()]).flatten().split(SEGMENT)
+    return torch.stack([part.sum() for part in parts]).sum()

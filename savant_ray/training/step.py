@@ -8,8 +8,8 @@ discard the step and repeat it with smaller micro-batches.
 With `training.deterministic`, the result has the same bits on any number of ranks. Micro-batch i of a step has the same
 sequences whoever computes it. Its gradients are computed by themselves and set to zero if its loss is not finite, and the
 gradients of all micro-batches are added in a fixed binary tree (`optim/tree_sum.py`), which continues across the ranks
-(`training/reduction.py`). That takes log2(micro-batches) further buffers of 4 bytes a weight and another pass over memory
-for each micro-batch.
+(`training/reduction.py`). On one rank that takes at most log2(micro-batches) + 1 further buffers of 4 bytes a weight, and
+another pass over memory for each micro-batch.
 
 Otherwise all micro-batches of a rank add to one buffer, and one all-reduce adds those of all ranks. If the loss of a
 micro-batch is not finite, its rank discards the sums and accumulates the other micro-batches again.

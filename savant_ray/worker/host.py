@@ -162,7 +162,9 @@ class RayHost:
         self.finish_saving()
         PROGRESS.begin("going back to the newest checkpoint", STORAGE)
         with error_context("going back to the newest checkpoint"):
-            load_newest_checkpoint(state, self._storage, self._allow_changes)
+            checkpoint = load_newest_checkpoint(state, self._storage, self._allow_changes)
+        if checkpoint is not None and self.rank == 0:
+            self.validator.remember_weights(state)  # the next validation reports how many have changed since then
         self._saver.lines[:] = [line for line in self._saver.lines if line.get("step", 0) <= state.step]
 
     def local_batches(self, state: TrainingState) -> Iterable[Sequence[MicroBatch]]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.exceptions import ActorUnavailableError
 from ray.train import WorkerGroupError
 
-from savant_ray.cluster import session
+from savant_ray.cluster import bridge, session
 from savant_ray.cluster.bridge import Heartbeats, InOrder, NewestHeartbeats, WorkerProgress
 from savant_ray.cluster.stuck_process import KilledProcess, kill_local_process, training_thread
 from savant_ray.driver.failures import explain_failure
@@ -285,7 +286,7 @@ def test_events_of_a_sender_are_passed_on_in_the_order_of_their_numbers() -> Non
         calls = {}
         for number in arrival:
             calls[number] = asyncio.create_task(in_order.add(events[number], number))
-            for _ in range(3):
+            for _ in range(10):
                 await asyncio.sleep(0)
             for earlier, call in calls.items():
                 assert call.done() == (earlier < len(passed_on)), "a call returns once its event is passed on"
@@ -324,3 +325,41 @@ def test_while_workers_start_any_stopped_process_of_ray_is_named(monkeypatch: py
         watch.check(Phase.WAITING_FOR_WORKERS)
     actor.kill()
     actor.wait()
+
+
+def test_events_after_a_lost_one_are_passed_on_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "LOST_SECONDS", 0.05)
+    passed_on: list[Event] = []
+    events = [Notice(text=str(number)) for number in range(9)]
+
+    async def send() -> None:
+        in_order = InOrder(passed_on.append)
+        await asyncio.gather(*(in_order.add(events[number], number) for number in (0, 4, 3, 6, 7)))
+        assert passed_on == [events[number] for number in (0, 3, 4, 6, 7)]
+        await asyncio.gather(*(in_order.add(events[number], number) for number in (8, 2)))
+
+    asyncio.run(asyncio.wait_for(send(), 10))
+    assert passed_on[-2:] == [events[8], events[2]], "one that was only late is not dropped"
+
+
+def test_a_worker_sends_heartbeats_again_after_its_connection_to_the_driver_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost = ActorUnavailableError("connection lost", None)
+    answers: list[float | Exception] = [lost, lost, 30.0]
+
+    def get(_: object) -> float:
+        if not answers:
+            threading.Event().wait()  # as if the next answer never came: the thread ends with this process
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(bridge.ray, "get", get)
+    monkeypatch.setattr(bridge, "HEARTBEAT_SECONDS", 0.01)
+    handle = SimpleNamespace(wait_for_stop_request=SimpleNamespace(remote=lambda *_: None))
+    listener = bridge.StopListener(handle, lambda: None)  # type: ignore[arg-type, return-value]
+    wait_for(lambda: listener.grace_left() is not None)
+    grace_left = listener.grace_left()
+    assert grace_left is not None and 0 < grace_left <= 30

@@ -23,7 +23,7 @@ RUN: dict[str, Any] = {
     "training__accumulation": 1,
     "training__on_spike": "rewind",
     "checkpoint__every_steps": 50,
-    "validation__every_steps": STEPS,
+    "validation__every_steps": 25,
     "scaling__num_workers": 2,
     "scaling__resources_per_worker": "{CPU: 1}",
 }
@@ -51,6 +51,9 @@ def test_a_run_goes_back_to_its_checkpoint_and_leaves_out_the_sequences_of_a_spi
     assert f"savant_dataset_train.jsonl:{STRANGE}" in spike["documents"]
     assert f"step {spike['step']} is a spike" in printed and f"training goes back to step {rewound['step']}" in printed
     assert len(losses(run)) == STEPS and max(losses(run)[WINDOW:]) < spike["loss_limit"]
+    moved = {line["step"]: line["weights_moved"] for line in records(run, "validation")}
+    assert list(moved) == [*range(25, STEPS, 25), STEPS], "validations are repeated as well"
+    assert min(moved.values()) > 0.9, "relative to the checkpoint, not to the validation that is repeated"
     saved = torch.load(run / f"step_{STEPS}/step_{STEPS}.pt", weights_only=True)["savant"]
     assert saved["left_out"] == [[spike["first_position"], 2]] == [[2 * (spike["step"] - 1), 2]]
     assert [line["step"] for line in records(run, "checkpoint")] == [50, 100, 150, 200, STEPS]

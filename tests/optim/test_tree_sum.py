@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from savant_ray.optim.tree_sum import Block, TreeSum, blocks
+from savant_ray.optim.tree_sum import Block, TreeSum, blocks, most_sums
 
 
 def leaf_values(n: int) -> torch.Tensor:
@@ -63,12 +63,13 @@ def test_a_rank_keeps_few_sums_and_uses_their_memory_again(division: tuple[int, 
     assert most <= 2 * n.bit_length() and len(storages) <= most
 
 
-def test_one_rank_keeps_one_sum_for_each_level_of_the_tree() -> None:
+def test_the_memory_of_one_rank_is_predicted_exactly() -> None:
     tree, most = TreeSum(), 0
-    for index in range(64):
+    for index in range(300):
         tree.add(Block(index, 1), torch.ones(1))
         most = max(most, len(tree.totals))
-    assert most == 6 and float(tree.total()) == 64
+        assert most == most_sums(index + 1)
+    assert float(tree.total()) == 300
 
 
 @given(st.integers(0, 300), st.integers(0, 300))

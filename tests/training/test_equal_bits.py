@@ -20,13 +20,14 @@ import savant_ray.training.step as step_module
 from savant_ray.config import Config
 from savant_ray.model.loss import next_token_targets
 from savant_ray.optim.tree_sum import Block, TreeSum
+from savant_ray.training import rank_comparison
 from savant_ray.training.device import set_threads
 from savant_ray.training.loop import train
 from savant_ray.training.rank_comparison import RanksDifferError, differing
 from savant_ray.training.reduction import sum_trees
 from savant_ray.training.state import TrainingState, micro_batch_size, new_state
 from savant_ray.training.step import MicroBatch, take_step
-from tests.training.tiny import CPU, RecordingHost, micro_batch, never, share, shares, tiny_config, weights
+from tests.training.tiny import CPU, MODEL, RecordingHost, micro_batch, never, share, shares, tiny_config, weights
 
 SEQUENCES = 14
 Figures = tuple[list[tuple[float, float, int, bool]], str]
@@ -201,6 +202,20 @@ def test_on_a_cpu_a_large_model_has_the_same_micro_batches_for_any_batch_size(
 )
 def test_the_ranks_that_differ_from_the_majority_are_named(checksums: list[int], expected: str) -> None:
     assert differing(checksums) == expected
+
+
+def test_a_comparison_of_ranks_needs_little_memory_beside_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    elements = 1 << 10
+    monkeypatch.setattr(rank_comparison, "SEGMENT", elements)
+    config = Config.from_dict(tiny_config().to_dict() | {"model": MODEL | {"vocab_size": 20_000}})
+    state = new_state(config, CPU)
+    before = rank_comparison.checksum(state)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        assert rank_comparison.checksum(state) == before
+    allocated = [event.cpu_memory_usage for event in profile.events()]
+    assert 0 < max(allocated) <= 8 * elements < state.model.embed.weight.numel()
+    flip_bit(state.model.embed.weight)
+    assert rank_comparison.checksum(state) != before
 
 
 @pytest.fixture
