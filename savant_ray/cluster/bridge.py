@@ -38,6 +38,7 @@ class WorkerProgress:
     """What a worker sends with each heartbeat: its process, and the newest mark of its training thread."""
 
     rank: int
+    n_workers: int  # of its group
     actor_id: str
     node_id: str
     host: str  # name of its machine

@@ -76,7 +76,7 @@ class RayHost:
         self._metrics = RunMetrics(config.run.name, self.rank)
         PROGRESS.begin("loading the state", STORAGE)
         allow_stack_dumps()
-        self._listener = StopListener(bridge, _progress_of(self.rank))
+        self._listener = StopListener(bridge, _progress_of(self.rank, self.world_size))
         self._drain_reported = False
         files = {CONFIG: dump_yaml(config), **tokenizer.files()}
         self._saver = Saver(storage, files, functools.partial(self.emit, wait=True))
@@ -259,7 +259,7 @@ class RayHost:
                 self._latest_figures |= {"sample": event.text}
 
 
-def _progress_of(rank: int) -> Callable[[], WorkerProgress]:
+def _progress_of(rank: int, n_workers: int) -> Callable[[], WorkerProgress]:
     """Return a function that returns the progress of this process."""
     context, host, process = ray.get_runtime_context(), socket.gethostname(), psutil.Process(os.getpid())
     actor_id, node_id, started = str(context.get_actor_id()), context.get_node_id(), process.create_time()
@@ -268,6 +268,7 @@ def _progress_of(rank: int) -> Callable[[], WorkerProgress]:
         newest = PROGRESS.newest
         return WorkerProgress(
             rank=rank,
+            n_workers=n_workers,
             actor_id=actor_id,
             node_id=node_id,
             host=host,

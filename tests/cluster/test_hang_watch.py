@@ -46,6 +46,7 @@ class Group:
         self.beats = [1] * size
         self.stopped: set[int] = set()  # ranks whose process is stopped, so that it sends no heartbeats
         self.gone: set[int] = set()  # ranks whose process does not exist
+        self.absent: set[int] = set()  # ranks that have not sent a heartbeat yet
         self.attempt, self.now, self.phase = 0, 0.0, Phase.TRAINING
         self.killed: list[int] = []
         self.events: list[Event] = []
@@ -70,13 +71,15 @@ class Group:
                 self.workers[rank].mark()
             for rank in range(len(self.workers)):
                 self.beats[rank] += rank not in self.stopped
-            self.watch.check(self.phase, [self._heartbeats(rank) for rank in range(len(self.workers))])
+            present = [rank for rank in range(len(self.workers)) if rank not in self.absent]
+            self.watch.check(self.phase, [self._heartbeats(rank) for rank in present])
         return self.killed[before:]
 
     def _heartbeats(self, rank: int) -> Heartbeats:
         mark = self.workers[rank].newest
         progress = WorkerProgress(
             rank=rank,
+            n_workers=len(self.workers),
             actor_id=f"{self.attempt}-{rank}",
             node_id="node",
             host="host-1",
@@ -152,6 +155,16 @@ def test_a_stopped_process_is_killed_and_not_the_workers_that_wait_for_it() -> N
     group.stopped = {1}
     assert group.pass_time(12) == [1]
     assert "its process was stopped" in hung(group)[0].text and "not permitted" in hung(group)[0].text
+
+
+def test_workers_that_wait_for_one_that_does_not_start_are_killed_so_that_all_are_restarted() -> None:
+    group = Group(3)
+    group.absent = {1}
+    for worker in group.workers:
+        worker.begin("loading the state", STORAGE)
+        worker.enter_collective()
+    assert group.pass_time(int(10 * SLOW)) == [] and group.pass_time(2) == [0, 2]
+    assert hung(group)[0].activity == "waiting for worker 1, not heard of since the start"
 
 
 @pytest.mark.parametrize("patience", [SLOW, STORAGE])
