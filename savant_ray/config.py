@@ -36,6 +36,9 @@ from savant_ray.settings.table import Setting, list_settings
 from savant_ray.settings.yaml_text import show, to_yaml
 
 MAX_SEED = 10**18 - 1  # all numbers of up to 18 digits fit into 64 bits
+MIN_HANG_SECONDS = 5  # workers send their progress once a second
+MAX_HANG_SECONDS = 604_800  # a week; gloo and NCCL, which wait 20 times as long, count nanoseconds in 64 bits
+MAX_THREADS = 1024  # of a worker; OpenMP ends the process if it cannot start as many threads as it is told to use
 WEIGHT_RESOLUTION = 100_000  # smallest weight: 1 sequence in this many; equal to `MAX_PERIOD` in data/order.py
 CONTROL_CATEGORIES = ("Cc", "Zl", "Zp")  # of Unicode: control characters, line and paragraph separators
 MAX_FOLDER_NAME_BYTES = 255
@@ -535,13 +538,13 @@ class ScalingConfig(Section):
         description="Ray resources of a worker, such as {CPU: 4}; null: the largest number of cores "
         "with which all workers fit",
     )
-    threads_per_worker: Count | Auto = Field(
+    threads_per_worker: Annotated[int, Field(ge=1, le=MAX_THREADS)] | Auto = Field(
         default="auto",
         description="threads of a worker on a CPU, on which rounding may depend; auto: as many as its cores, but when "
         "resuming with training.deterministic at most as many as before",
     )
     max_failures: int = Field(default=3, ge=0, description="number of times that workers are restarted after a failure")
-    hang_seconds: Positive | Auto | None = Field(
+    hang_seconds: Annotated[float, Field(ge=MIN_HANG_SECONDS, le=MAX_HANG_SECONDS)] | Auto | None = Field(
         default="auto",
         description="a worker without progress for this time is killed, and training continues from the last checkpoint; "
         "auto: 20 median steps, at least 60 s; 10 times as long while it compiles or validates, 60 times while it reads or "

@@ -141,9 +141,15 @@ TABLE: dict[str, Kind] = {
     ),
     "scaling.use_gpu": SWITCH,
     "scaling.resources_per_worker": Kind("names with values", (dict, type(None))),
-    "scaling.threads_per_worker": Kind("a whole number or auto", (int,), COUNT.outside),
+    "scaling.threads_per_worker": Kind(
+        "a whole number or auto", (int,), (*COUNT.outside, (20_000, "20000 has to be at most 1024"))
+    ),
     "scaling.max_failures": COUNT_OR_NONE,
-    "scaling.hang_seconds": Kind("a number or auto", (int, float, type(None)), ((0, "0 has to be greater than 0"),)),
+    "scaling.hang_seconds": Kind(
+        "a number or auto",
+        (int, float, type(None)),
+        ((0, "0 has to be at least 5"), (2.5, "2.5 has to be at least 5"), (1e6, "1000000.0 has to be at most 604800")),
+    ),
     "reporting.mlflow": OPTIONAL_TEXT,
     "reporting.wandb": OPTIONAL_TEXT,
 }

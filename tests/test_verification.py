@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from savant_ray.driver.verification import (
 )
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError, VerificationError
 from savant_ray.reporting.record import METRICS
-from savant_ray.training.checkpoint import read_checkpoint
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import clip_to_mean
 from tests.data.conftest import byte_tokenizer  # noqa: F401 - a fixture
@@ -156,7 +156,7 @@ def test_what_cannot_be_repeated_is_refused_with_the_reason_and_what_can_be(plan
     lines = (run / METRICS).read_text().splitlines(keepends=True)
     without_first = [line for line in lines if json.loads(line)["event"] != "step" or json.loads(line)["step"] > 1]
     (run / METRICS).write_text("".join(without_first))
-    with pytest.raises(CheckpointError, match="no checkpoint before step 6,"):
+    with pytest.raises(CheckpointError, match="no checkpoint before step 6"):
         verify(run, plan)
     with pytest.raises(
         CheckpointError, match="no checkpoint before it is kept; the oldest one is step_6, so begin at 7"
@@ -165,46 +165,143 @@ def test_what_cannot_be_repeated_is_refused_with_the_reason_and_what_can_be(plan
     assert verify(run, plan, 7, 8).startswith("steps 7 to 8 are equal")
 
 
-def test_steps_after_the_newest_checkpoint_are_repeated_if_they_are_asked_for(plan: StreamPlan, tmp_path: Path) -> None:
+def change_record(run: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Replace each line of a record by what `change` returns; None removes it."""
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    changed = [line for line in map(change, lines) if line is not None]
+    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in changed))
+
+
+def test_steps_after_the_newest_checkpoint_are_verified_if_they_are_recorded(plan: StreamPlan, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_recorded(run, CONFIG, plan)
-    shutil.rmtree(run / "step_8")  # as if the run had been killed before it was written
-    assert verify(run, plan).startswith("steps 1 to 6 and")
-    assert verify(run, plan, first=6).startswith("steps 4 to 6 and")
-    assert verify(run, plan, first=7).startswith("steps 7 to 8 are equal")
-    for first in (9, 20):
-        with pytest.raises(SettingsError, match="step 9 is not in the record"):
-            verify(run, plan, first=first)
-    (run / METRICS).write_text((run / METRICS).read_text().splitlines()[0] + "\n")
+    shutil.rmtree(run / "step_8")
+    assert verify(run, plan, first=7) == "steps 7 to 8 are equal to the record of the run, bit for bit"
+    assert verify(run, plan, first=8).startswith("steps 7 to 8")
+    assert verify(run, plan).startswith("steps 1 to 6 and the checkpoints step_3, step_6 are equal")
+    with pytest.raises(SettingsError, match=r"step 9 is not in the record \(metrics\.jsonl\); try --steps \.\.8$"):
+        verify(run, plan, first=9)
+    change_record(run, lambda line: line if line["event"] == "attempt" else None)
     with pytest.raises(SettingsError, match="step 7 is not in the record"):
         verify(run, plan, first=7)
 
 
-@pytest.mark.parametrize("first", [None, 1, 2])
-def test_a_run_without_a_checkpoint_is_refused(first: int | None, plan: StreamPlan, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_is_refused(plan: StreamPlan, tmp_path: Path) -> None:
     train_recorded(tmp_path / "run", CONFIG, plan)
     for folder in (tmp_path / "run").glob("step_*"):
         shutil.rmtree(folder)
-    with pytest.raises(CheckpointError, match="the run has no checkpoint"):
-        verify(tmp_path / "run", plan, first)
+    for first, last in [(None, None), (1, 2), (None, 5)]:
+        with pytest.raises(CheckpointError, match="the run has no checkpoint yet"):
+            verify(tmp_path / "run", plan, first, last)
 
 
-def test_checkpoints_that_a_running_training_deletes_are_not_compared(
+def test_a_gap_in_the_record_is_named_with_the_damaged_line_and_the_steps_that_remain(
+    plan: StreamPlan, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train_recorded(run, CONFIG, plan)
+    lines = (run / METRICS).read_bytes().splitlines(keepends=True)
+    assert json.loads(lines[2])["step"] == 2
+    (run / METRICS).write_bytes(b"".join([*lines[:2], b"\0" + lines[2][1:], *lines[3:]]))
+    recorded = RecordedRun.read(run)
+    steps = recorded.choose(None, None)
+    assert steps == range(4, 9)
+    (note,) = recorded.notes(steps, None)
+    assert note == (
+        "step 2 is not in the record (metrics.jsonl; its line 3 is damaged), so the repetition begins at step 4"
+    )
+    (run / METRICS).write_bytes(b"".join(lines[:6]))
+    with pytest.raises(SettingsError, match=r"step 7 is not in the record .*; try --steps \.\.5$"):
+        verify(run, plan)
+    assert verify(run, plan, last=5).startswith("steps 1 to 5 and the checkpoint step_3 are equal")
+
+
+def test_a_folder_that_is_no_complete_checkpoint_is_named(plan: StreamPlan, tmp_path: Path) -> None:
+    train_recorded(tmp_path / "run", CONFIG, plan)
+    (tmp_path / "run/step_6/manifest.json").unlink()
+    recorded = RecordedRun.read(tmp_path / "run")
+    (note,) = recorded.notes(recorded.choose(None, None), None)
+    assert note.startswith("step_6 is no complete checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("step", "train_loss", ...),
+        ("step", "grad_norm", ...),
+        ("step", "micro_batch_size", ...),
+        ("step", "micro_batch_size", 0),
+        ("step", "micro_batch_size", "2"),
+        ("attempt", "step", ...),
+        ("attempt", "settings", ...),
+        ("attempt", "settings", []),
+        ("attempt", "workers", None),
+        ("attempt", "threads", -1),
+        ("attempt", "threads", 1 << 40),
+        ("attempt", "versions", []),
+        ("attempt", "data_fingerprint", 1),
+    ],
+)
+def test_lines_of_the_record_that_lack_what_a_repetition_needs_are_refused(
+    kind: str, field: str, value: Any, plan: StreamPlan, tmp_path: Path
+) -> None:
+    train_recorded(tmp_path / "run", CONFIG, plan)
+
+    def change(line: dict[str, Any]) -> dict[str, Any]:
+        if line["event"] != kind:
+            return line
+        return {name: old for name, old in line.items() if name != field} | ({} if value is ... else {field: value})
+
+    change_record(tmp_path / "run", change)
+    with pytest.raises(SavantError, match=rf"cannot be repeated .* no valid {field}"):
+        verify(tmp_path / "run", plan)
+
+
+@pytest.mark.parametrize("trials", [40, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.rare])])
+def test_a_record_with_a_flipped_bit_is_never_reported_as_another_error(
+    trials: int, plan: StreamPlan, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train_recorded(run, tiny_run_config(max_steps=3), plan)
+    intact, chance, found = (run / METRICS).read_bytes(), random.Random(trials), 0
+    for _ in range(trials):
+        position, bit = chance.randrange(len(intact)), chance.randrange(8)
+        changed = bytearray(intact)
+        changed[position] ^= 1 << bit
+        (run / METRICS).write_bytes(changed)
+        try:
+            assert "equal" in verify(run, plan)
+        except SavantError as error:
+            found += 1
+            assert str(error)
+    assert found
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_compared(
     plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_recorded(tmp_path / "run", CONFIG, plan)
-    deleted = {"step_6"}
+    recorded = RecordedRun.read(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/step_6")
+    with monkeypatch.context() as late:
+        late.setattr(RecordedRun, "read", lambda folder: recorded)
+        assert "the checkpoints step_3, step_8 are equal" in verify(tmp_path / "run", plan)
+        with pytest.raises(CheckpointError, match="the run has deleted step_6 meanwhile"):
+            verify(tmp_path / "run", plan, first=7)
 
-    def delete_while_it_is_read(folder: Path) -> Any:
-        if folder.name in deleted:
-            shutil.rmtree(folder)
-        return read_checkpoint(folder)
 
-    monkeypatch.setattr("savant_ray.driver.verification.read_checkpoint", delete_while_it_is_read)
-    assert verify(tmp_path / "run", plan).startswith("steps 1 to 8 and the checkpoints step_3, step_8 are equal")
-    deleted.add("step_3")
-    with pytest.raises(CheckpointError, match="deleted"):
-        verify(tmp_path / "run", plan, first=5)
+def test_other_weights_of_the_run_that_a_run_began_with_are_named_as_a_cause(plan: StreamPlan, tmp_path: Path) -> None:
+    train_recorded(tmp_path / "first", CONFIG, plan)
+    train_recorded(tmp_path / "second", CONFIG, plan)
+
+    def change(line: dict[str, Any]) -> dict[str, Any]:
+        if line["event"] == "attempt":
+            line["settings"]["run"]["init_from"] = str(tmp_path / "first")
+        return line
+
+    change_record(tmp_path / "second", change)
+    with pytest.raises(VerificationError, match=r"step 1 differs.*\n.*other weights in .*first \(run.init_from\)"):
+        verify(tmp_path / "second", plan)
 
 
 def test_attempts_of_versions_without_deterministic_steps_are_repeated_as_they_were(

@@ -21,6 +21,7 @@ from savant_ray.driver.phases import Phase
 from savant_ray.errors import TrainingError
 from savant_ray.events import AttemptStarted, Event, StepDone, WorkerHung, WorkersLost, WorkersStarted
 from savant_ray.reporting.wording import duration
+from savant_ray.training.progress import SLOW
 
 MIN_SECONDS = 60.0
 MEDIAN_STEPS = 20
@@ -49,7 +50,7 @@ class StuckWorker:
 
     progress: WorkerProgress
     seconds: float  # without progress
-    is_silent: bool  # whether it sends no heartbeats either
+    waits_for: tuple[int, ...]  # ranks that have not sent a heartbeat yet
 
 
 @dataclass
@@ -88,6 +89,7 @@ class HangWatch:
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._last_step = 0
         self._observed: dict[int, _Observed] = {}  # by rank
+        self._heard: set[int] = set()  # ranks that have sent a heartbeat
         self._last_check = clock()
         self._time = 0.0  # seconds in which this watch was able to see progress
         self._actors_checked = 0.0
@@ -150,6 +152,7 @@ class HangWatch:
         self._observed = {rank: worker for rank, worker in self._observed.items() if rank in ranks}
         for beats in workers:
             progress = beats.progress
+            self._heard.add(progress.rank)
             earlier = self._observed.get(progress.rank)
             if earlier is None or earlier.heartbeats.progress.actor_id != progress.actor_id:
                 self._observed[progress.rank] = _Observed(beats, self._time, self._time)
@@ -161,16 +164,19 @@ class HangWatch:
             earlier.heartbeats = beats
 
     def _stuck(self, limit: float) -> list[StuckWorker]:
-        """Return the workers that hang and that the others wait for."""
+        """Return the workers that hang and that the others wait for; all that wait for one that does not start."""
         running = [worker for worker in self._observed.values() if not worker.heartbeats.progress.finished]
         silent = [worker for worker in running if self._time - worker.heard > SILENT_SECONDS]
         behind = min((worker.position for worker in running), default=0)
+        world_size = max((worker.heartbeats.progress.world_size for worker in running), default=0)
+        missing = tuple(rank for rank in range(world_size) if rank not in self._heard)
         stuck = []
-        for worker in silent or [worker for worker in running if worker.position == behind]:
+        for worker in silent or [worker for worker in running if missing or worker.position == behind]:
             progress, seconds = worker.heartbeats.progress, self._time - worker.progressed
             # A process that does not even send heartbeats needs no patience: they do not depend on its training thread.
-            if seconds > (limit if silent else limit * progress.patience):
-                stuck.append(StuckWorker(progress, seconds, bool(silent)))
+            patience = 1.0 if silent else min(progress.patience, SLOW) if missing else progress.patience
+            if seconds > limit * patience:
+                stuck.append(StuckWorker(progress, seconds, () if silent else missing))
         return stuck
 
     def _end(self, stuck: Sequence[StuckWorker]) -> None:
@@ -197,10 +203,14 @@ class HangWatch:
 
     def _forget(self) -> None:
         self._observed.clear()
+        self._heard.clear()
         self._killed_time = None
 
 
 def _activity(worker: StuckWorker) -> str:
+    if worker.waits_for:
+        ranks = ", ".join(map(str, worker.waits_for))
+        return f"waiting for worker{'s' if len(worker.waits_for) > 1 else ''} {ranks}, not heard of since the start"
     return "waiting for the other workers" if worker.progress.waits else worker.progress.activity
 
 

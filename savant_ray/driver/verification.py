@@ -8,7 +8,7 @@ the token cache. Ray is started only if a part of that is missing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from savant_ray.cluster.same_code import own_digest
 from savant_ray.cluster.session import ray_session
-from savant_ray.config import Config
+from savant_ray.config import MAX_THREADS, Config
 from savant_ray.data.cache_builder import RayRequiredError
 from savant_ray.data.stream import LocalSequences, StepStream, StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.data_files import find_data_files
 from savant_ray.driver.data_preparation import prepare_data
 from savant_ray.driver.failures import ray_errors_explained
+from savant_ray.driver.tokenizer_choice import refuse_too_large
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError, VerificationError
 from savant_ray.events import AttemptStarted, Event, StepDone
 from savant_ray.locations import is_uri
@@ -33,7 +34,16 @@ from savant_ray.reporting import RunReport
 from savant_ray.reporting.console import PlainConsole
 from savant_ray.reporting.record import METRICS, parsed, to_line
 from savant_ray.reporting.wording import duration
-from savant_ray.training.checkpoint import checkpoints, read_checkpoint, step_of, tokenizer_file
+from savant_ray.training.checkpoint import (
+    MANIFEST,
+    checkpoints,
+    read_checkpoint,
+    step_folders,
+    step_of,
+    tokenizer_file,
+    tokenizer_files,
+)
+from savant_ray.training.checkpoint import verify as verify_files
 from savant_ray.training.compiler_cache import keep_compiled_code
 from savant_ray.training.device import (
     cap_memory,
@@ -53,6 +63,10 @@ from savant_ray.worker.resume import load_initial_weights
 Line = Mapping[str, Any]  # of metrics.jsonl
 # Figures of a step that are compared, in the order in which a step computes them, so that the first difference is named.
 FIGURES = ("tokens", "learning_rate", "skipped_micro_batches", "train_loss", "grad_norm", "update_skipped")
+OLDER_FIGURES = FIGURES[:-1]  # those that all versions have recorded
+# What is used of an attempt, with types; older versions have not recorded the optional fields.
+REQUIRED = {"step": int, "workers": int, "device": str, "precision": str, "settings": dict}
+OPTIONAL = {"threads": int, "versions": dict, "processor": str, "code": str, "data_fingerprint": str}
 NOT_COMPARED = ("savant.torch_rng_state", "savant.fit")  # parts of a checkpoint that do not determine later steps
 NEVER = 1 << 40  # steps
 SHOWN_DIGITS = 12  # of a digest
@@ -74,6 +88,7 @@ class RecordedRun:
     steps: Mapping[int, Line]  # by number
     attempts: Mapping[int, Line]  # the attempt that took the step, by number of the step
     kept: Mapping[int, Path]  # checkpoint folders, by step, oldest first
+    damaged: Sequence[int]  # numbers of the lines that are no events
 
     @classmethod
     def read(cls, folder: Path) -> RecordedRun:
@@ -87,18 +102,22 @@ class RecordedRun:
         steps: dict[int, Line] = {}
         attempts: dict[int, Line] = {}
         attempt: Line | None = None
+        damaged: list[int] = []
         with (folder / METRICS).open("rb") as file:
-            for line in filter(None, map(parsed, file)):
-                if line["event"] == AttemptStarted.kind:
+            for number, text in enumerate(file, 1):
+                line = parsed(text)
+                if line is None:
+                    damaged += [number] if text.endswith(b"\n") else []  # the last line may be incomplete still
+                elif line["event"] == AttemptStarted.kind:
                     attempt = line
                 elif line["event"] == StepDone.kind and attempt is not None:
                     steps[line["step"]], attempts[line["step"]] = line, attempt
-        return cls(folder, steps, attempts, {step_of(path): path for path in checkpoints(folder)})
+        return cls(folder, steps, attempts, {step_of(path): path for path in checkpoints(folder)}, damaged)
 
     @property
     def starts(self) -> list[int]:
         """The steps after which training can be repeated, in ascending order: 0 (initial weights) and checkpoints."""
-        is_new = 1 in self.steps and self.attempts[1]["step"] == 0
+        is_new = 1 in self.steps and self.attempts[1].get("step") == 0
         return ([0] if is_new else []) + list(self.kept)
 
     def choose(self, first: int | None, last: int | None) -> range:
@@ -112,17 +131,15 @@ class RecordedRun:
             SettingsError: they are not in the record.
         """
         if not self.kept:
-            raise CheckpointError(
-                f"{self.folder}: the run has no checkpoint, and so no tokenizer to repeat its steps with"
-            )
-        newest = max(self.kept)
+            raise CheckpointError(f"{self.folder}: the run has no checkpoint yet, so its steps cannot be repeated")
         if last is None:
+            newest = max(self.kept)
             last = newest if first is None or first <= newest else max([first, *self.steps])
         starts = [step for step in self.starts if step < (last if first is None else first)]
         if not starts and first is None:
             raise CheckpointError(
-                f"{self.folder}: there is no checkpoint before step {last:,}, from which steps could be repeated; keep "
-                "more of them with checkpoint.keep"
+                f"{self.folder}: there is no checkpoint before step {last:,}, from which steps could be repeated; keep more "
+                "of them with checkpoint.keep"
             )
         if not starts:
             raise CheckpointError(
@@ -134,11 +151,26 @@ class RecordedRun:
         else:
             start = starts[-1]
         if (missing := self._missing(start, last)) is not None:
-            raise SettingsError(
-                f"{self.folder}: step {missing:,} is not in the record ({METRICS})"
-                + (f", which ends with step {max(self.steps):,}" if self.steps else "")
-            )
+            end = missing - 1 if missing > start + 1 else max(self.steps, default=0)
+            advice = f"; try --steps ..{end}" if end in self.steps else ""
+            raise SettingsError(f"{self.folder}: {self.gap(missing)}{advice}")
         return range(start + 1, last + 1)
+
+    def notes(self, steps: range, first: int | None) -> list[str]:
+        """Return what a user would expect to be verified and is not; `first` is the first step that was asked for."""
+        notes = [
+            f"{folder.name} is no complete checkpoint, because it has no {MANIFEST}, and is not compared"
+            for folder in step_folders(self.folder)
+            if step_of(folder) in steps and step_of(folder) not in self.kept
+        ]
+        if first is None and (missing := self._missing(self.starts[0], steps[0] - 1)) is not None:
+            notes.append(f"{self.gap(missing)}, so the repetition begins at step {steps[0]:,}")
+        return notes
+
+    def gap(self, step: int) -> str:
+        """Return the beginning of a sentence about a step that the record lacks."""
+        place = f"{METRICS}; its line {self.damaged[0]} is damaged" if self.damaged else METRICS
+        return f"step {step:,} is not in the record ({place})"
 
     def _missing(self, start: int, last: int) -> int | None:
         return next((step for step in range(start + 1, last + 1) if step not in self.steps), None)
@@ -149,8 +181,9 @@ class RecordedRun:
 
     def seconds(self, steps: range) -> float:
         """Return how long the run took for the steps, by its median step."""
-        seconds = [float(self.steps[step]["step_seconds"]) for step in steps]
-        return len(steps) * median(seconds)
+        seconds = [self.steps[step].get("step_seconds") for step in steps]
+        known = [value for value in seconds if isinstance(value, int | float)]
+        return len(steps) * median(known) if known else 0.0
 
 
 def verify_run(run: str, first: int | None, last: int | None, verbose: bool) -> str:
@@ -161,12 +194,14 @@ def verify_run(run: str, first: int | None, last: int | None, verbose: bool) -> 
     steps = recorded.choose(first, last)
     refuse_unrepeatable(recorded, steps)
     with RunReport(None) as report:
+        for note in recorded.notes(steps, first):
+            report.notify(note)
         data_of = _DataOfAttempts(tokenizer_of(recorded), report, verbose)
         for attempt in recorded.attempts_of(steps):
             refuse_other_text(attempt, data_of(settings_of(attempt)))
         start = f"step_{steps[0] - 1}" if steps[0] > 1 else "the initial weights"
         report.begin_stage(
-            f"repeating steps {steps[0]:,} to {steps[-1]:,} from {start} (they took {duration(recorded.seconds(steps))})"
+            f"repeating {steps_text(steps[0], steps[-1])} from {start} (they took {duration(recorded.seconds(steps))})"
         )
         return repeat(recorded, steps, data_of, lambda done: report.progress(done, len(steps), "steps"))
 
@@ -178,18 +213,43 @@ def refuse_unrepeatable(run: RecordedRun, steps: range) -> None:
         SavantError: it cannot; the message names the steps, the reason, and steps that can be repeated.
     """
     obstacles = {id(attempt): obstacle(attempt) for attempt in run.attempts_of(steps)}
-    refused = [(step, reason) for step in steps if (reason := obstacles[id(run.attempts[step])])]
+    refused = [
+        (step, reason)
+        for step in steps
+        if (reason := unusable_step(run.steps[step]) or obstacles[id(run.attempts[step])])
+    ]
     if not refused:
         return
     first, reason = refused[0]
     last = [step for step, other in refused if other == reason][-1]
     later = [start for start in run.starts if refused[-1][0] <= start < steps[-1]]
     advice = f"; try --steps {later[0] + 1}..{steps[-1]}" if later else ""
-    raise SavantError(f"steps {first:,} to {last:,} cannot be repeated bit for bit: {reason}{advice}")
+    raise SavantError(f"{steps_text(first, last)} cannot be repeated bit for bit: {reason}{advice}")
+
+
+def steps_text(first: int, last: int) -> str:
+    """Return the subject of a sentence about steps."""
+    return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+
+
+def unusable_step(step: Line) -> str | None:
+    """Return why a line of the record about a step cannot be compared, or None."""
+    missing = [name for name in OLDER_FIGURES if name not in step]
+    rows = step.get("micro_batch_size")
+    if type(rows) is not int or rows < 1:
+        missing.append("micro_batch_size")
+    return f"the record ({METRICS}) has no valid {missing[0]}" if missing else None
 
 
 def obstacle(attempt: Line) -> str | None:
     """Return why one process on this machine cannot repeat the steps of an attempt bit for bit, or None."""
+    types = REQUIRED | {name: kind for name, kind in OPTIONAL.items() if name in attempt}
+    for name, kind in types.items():
+        value = attempt.get(name)
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
+            return f"the record ({METRICS}) has no valid {name} of the attempt"
+    if attempt.get("threads", 0) > MAX_THREADS:
+        return f"the record ({METRICS}) has no valid threads of the attempt"
     device = device_of(attempt)
     if attempt["workers"] > 1 and not is_deterministic(settings_of(attempt), device):
         return f"{attempt['workers']} workers added up their gradients in an order that the record does not contain"
@@ -209,9 +269,11 @@ def tokenizer_of(run: RecordedRun) -> Callable[[Config], Tokenizer]:
     """Return a function that loads the tokenizer of the run with the given settings.
 
     Raises:
-        CheckpointError: the newest checkpoint has no tokenizer.
+        CheckpointError: the run's newest checkpoint has no tokenizer, or one that was altered.
     """
-    file = tokenizer_file(run.kept[max(run.kept)])
+    folder = run.kept[max(run.kept)]
+    file = tokenizer_file(folder)
+    verify_files(folder, *(path.name for path in tokenizer_files(folder)))
     return lambda config: Tokenizer.load(file, config.data.end_of_document, config.data.add_special_tokens)
 
 
@@ -233,9 +295,11 @@ class _DataOfAttempts:
         """Open the token caches of the settings, or build what is missing of them.
 
         Raises:
-            DataError, SettingsError: the text is missing or cannot be read.
+            DataError: the text is missing or cannot be read.
+            SettingsError: the tokenizer has more tokens than the model, or the cache folder cannot be created.
         """
         tokenizer = self._tokenizer(config)
+        refuse_too_large(tokenizer, config)
         try:
             with RunReport(None, console=PlainConsole(None)) as silent_report:
                 files = find_data_files(config, silent_report)
@@ -256,13 +320,15 @@ def repeat(
 
     Raises:
         VerificationError: a figure of a step or a part of a checkpoint is not that of the run.
-        CheckpointError: a checkpoint is damaged, or the one to begin with was deleted by a running training.
+        CheckpointError: a checkpoint is damaged, or that of the first step has been deleted.
         SettingsError: this version does not know a setting of the run.
     """
     start = steps[0] - 1
-    content = None
-    if start and (content := read_if_kept(run.kept[start])) is None:
-        raise CheckpointError(f"step_{start} has just been deleted by the running training; run the same command again")
+    content = read_unless_deleted(run.kept[start]) if start else None
+    if start and content is None:
+        raise CheckpointError(
+            f"{run.folder}: the run has deleted step_{start} meanwhile (checkpoint.keep); repeat later steps"
+        )
     compared: list[int] = []
     for attempt in run.attempts_of(steps):
         last = max(step for step in steps if run.attempts[step] is attempt)
@@ -292,27 +358,12 @@ def repeat_attempt(
     return HostCopy().update(state)
 
 
-def read_if_kept(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a checkpoint, or None if a running training has deleted it, also while it was read.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    try:
-        return read_checkpoint(folder)
-    except (CheckpointError, OSError):
-        if folder.is_dir():
-            raise
-        return None
-
-
 def equal_text(steps: range, compared: list[int]) -> str:
     """Return the result of a verification that found no difference; `compared` are the steps of checkpoints."""
     names = ", ".join(f"step_{step}" for step in compared)
-    kinds = f" and the checkpoint{'s' if len(compared) > 1 else ''} {names}" if compared else ""
-    repeated = f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else f"step {steps[0]:,}"
-    are = "are" if len(steps) > 1 or compared else "is"
-    return f"{repeated}{kinds} {are} equal to the record of the run, bit for bit"
+    kinds = f"and the checkpoint{'s' if len(compared) > 1 else ''} {names} " if compared else ""
+    verb = "is" if len(steps) == 1 and not compared else "are"
+    return f"{steps_text(steps[0], steps[-1])} {kinds}{verb} equal to the record of the run, bit for bit"
 
 
 def settings_of(attempt: Line) -> Config:
@@ -323,12 +374,14 @@ def settings_of(attempt: Line) -> Config:
     Raises:
         SettingsError: this version does not know one of them.
     """
-    training = {"deterministic": False} | attempt["settings"]["training"]
+    settings = attempt["settings"]
+    if isinstance(training := settings.get("training"), dict):
+        settings = {**settings, "training": {"deterministic": False, **training}}
     try:
-        config = Config.from_dict({**attempt["settings"], "training": training})
+        config = Config.from_dict(settings)
     except SettingsError as error:
         raise SettingsError(
-            f"the attempt of {attempt['time']} has settings that this version does not know: {error}"
+            f"the attempt that began after step {attempt['step']:,} has settings that this version does not know: {error}"
         ) from error
     changes = {
         "training": config.training.model_copy(update={"profile": None, "max_skipped_steps": NEVER}),
@@ -426,8 +479,8 @@ class _ComparingHost:
         if difference := step_difference(self._run.steps[event.step], to_line(event)):
             raise VerificationError(f"step {event.step:,} differs: {difference}\n{causes(attempt)}")
         folder = self._run.kept.get(event.step)
-        if folder is not None and (content := read_if_kept(folder)) is not None:
-            if difference := checkpoint_difference(content, self._state):
+        if folder is not None and (saved := read_unless_deleted(folder)) is not None:
+            if difference := checkpoint_difference(saved, self._state):
                 raise VerificationError(
                     f"the checkpoint {folder.name} differs, though the figures of all steps up to it are equal: "
                     f"{difference}\n{causes(attempt)}"
@@ -459,6 +512,20 @@ class _ComparingHost:
     def validate(self, state: TrainingState) -> bool:
         """Return False: a validation changes no weights, so it is not repeated."""
         return False
+
+
+def read_unless_deleted(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a checkpoint; None if it does not exist any more, because the run goes on and deletes old ones.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return read_checkpoint(folder)
+    except (CheckpointError, FileNotFoundError):
+        if folder.is_dir():
+            raise
+        return None
 
 
 def step_difference(recorded: Line, repeated: Line) -> str | None:
@@ -543,6 +610,8 @@ def causes(attempt: Line) -> str:
         )
     if is_cuda and not is_deterministic(settings_of(attempt), device_of(attempt)):
         differences.append("a GPU without training.deterministic, whose sums vary")
+    if attempt["step"] == 0 and (source := settings_of(attempt).run.init_from):
+        differences.append(f"other weights in {source} (run.init_from) than when the run began")
     if differences:
         return f"possible causes: {'; '.join(differences)}; or a fault of memory or processor, in the run or now"
     return (

@@ -47,6 +47,7 @@ class Group:
         self.beats = [1] * size
         self.stopped: set[int] = set()  # ranks whose process is stopped, so that it sends no heartbeats
         self.gone: set[int] = set()  # ranks whose process does not exist
+        self.absent: set[int] = set()  # ranks that have not sent a heartbeat yet
         self.attempt, self.now, self.phase = 0, 0.0, Phase.TRAINING
         self.killed: list[int] = []
         self.events: list[Event] = []
@@ -71,7 +72,8 @@ class Group:
                 self.workers[rank].mark()
             for rank in range(len(self.workers)):
                 self.beats[rank] += rank not in self.stopped
-            self.watch.check(self.phase, [self.heartbeats(rank) for rank in range(len(self.workers))])
+            present = [rank for rank in range(len(self.workers)) if rank not in self.absent]
+            self.watch.check(self.phase, [self.heartbeats(rank) for rank in present])
         return self.killed[before:]
 
     def heartbeats(self, rank: int) -> Heartbeats:
@@ -154,6 +156,16 @@ def test_a_stopped_process_is_killed_and_not_the_workers_that_wait_for_it() -> N
     group.stopped = {1}
     assert group.pass_time(12) == [1]
     assert "its process was stopped" in hung(group)[0].text and "not permitted" in hung(group)[0].text
+
+
+def test_workers_that_wait_for_one_that_does_not_start_are_killed_so_that_all_are_restarted() -> None:
+    group = Group(3)
+    group.absent = {1}
+    for worker in group.workers:
+        worker.begin("loading the state", STORAGE)
+        worker.enter_collective()
+    assert group.pass_time(int(10 * SLOW)) == [] and group.pass_time(2) == [0, 2]
+    assert hung(group)[0].activity == "waiting for worker 1, not heard of since the start"
 
 
 @pytest.mark.parametrize("patience", [SLOW, STORAGE])

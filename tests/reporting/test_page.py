@@ -78,6 +78,15 @@ def test_the_page_lists_spikes_with_what_followed_and_their_documents(tmp_path: 
     assert 'id="spikes"' not in quiet and "spikes 0" in seen(quiet)
 
 
+def test_a_spike_that_is_found_again_after_a_restart_counts_once(tmp_path: Path) -> None:
+    rewound = Rewound(step=5, spike=spike(9))
+    again = Rewound(
+        step=5, spike=spike(9, train_loss=11.0)
+    )  # in the same step, with the sequences after the first ones
+    html = html_of(write(tmp_path / "run", *RUN, rewound, attempt(5), rewound, again), output=tmp_path / "report.html")
+    assert "spikes 2" in seen(html)
+
+
 def test_the_page_shows_the_contents_of_the_record(tmp_path: Path) -> None:
     html = html_of(write(tmp_path / "run", *RUN), output=tmp_path / "report.html")
     text = seen(html)

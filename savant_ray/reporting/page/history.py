@@ -134,7 +134,8 @@ def _add(line: dict[str, Any], history: History) -> None:
     elif kind == Rewound.kind:
         with suppress(ValidationError):
             rewound = TypeAdapter(Rewound).validate_python(line)
-            history.spikes.append((rewound.spike, rewound.step))
+            if (rewound.spike, rewound.step) not in history.spikes:  # else it was found again after a restart
+                history.spikes.append((rewound.spike, rewound.step))
     if history.attempts and kind != DataPrepared.kind:
         _update(history.attempts[-1], kind, time, line)
 
