@@ -151,10 +151,10 @@ class Api:
         """
         if self._n_answers == self._max_answers:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
-        self._n_answers += 1
-        self._n_tokens.inc(len(prompt), {"kind": "prompt"})
         start, is_last = time.perf_counter(), False
         generated = self._model.remote(prompt, sampling, end)
+        self._n_answers += 1
+        self._n_tokens.inc(len(prompt), {"kind": "prompt"})
         try:
             async for new in generated:
                 if not answer.n_tokens:
