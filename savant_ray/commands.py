@@ -307,7 +307,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _serve(arguments: Sequence[str]) -> int:
     parser = _parser("serve", takes_original=True)
     parser.add_argument("checkpoint", metavar="RUN", help=CHECKPOINT_HELP)
-    parser.add_argument("--name", metavar="NAME", help="name of the model in requests [name of the run folder]")
+    parser.add_argument("--name", metavar="NAME", default="", help="name of the model in requests [name of the run folder]")
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on [127.0.0.1]")
     parser.add_argument("--port", type=port, metavar="N", default=8000, help="port to listen on [8000]")
     parser.add_argument(
@@ -334,7 +334,8 @@ def _serve(arguments: Sequence[str]) -> int:
 
     prepare_environment()
     try:
-        from savant_ray.serving.server import ServerSettings, run_server
+        from savant_ray.serving.api import ServerSettings
+        from savant_ray.serving.server import run_server
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("savant_ray"):
             raise

@@ -7,9 +7,9 @@ import hmac
 import secrets
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -36,23 +36,32 @@ from savant_ray.serving.protocol import ApiError, ChatRequest, Completion, Compl
 MAX_BODY_BYTES = 1 << 20
 
 
+@dataclass(frozen=True)
+class ServerSettings:
+    """The options of `savant serve`."""
+
+    checkpoint: str  # path or URI that all replicas can read
+    name: str = ""  # of the model in requests; "": that of the run folder
+    original: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of a file of the original
+    loops: int | None = None  # None: those of the model
+    max_length: int | None = None  # tokens of prompt and answer; None: `model.max_seq_len` of the run
+    replicas: tuple[int, int] = (1, 1)  # smallest and largest number
+    max_batch: int = 16  # answers that a replica decodes together
+    max_queue: int = 64  # requests that wait
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None  # None: SAVANT_API_KEY of the environment
+
+
 class Api:
     """Answers HTTP requests with the tokens that `model`, the handle of a Serve deployment, generates."""
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Tokenizer,
-        config: Config,
-        name: str,
-        max_answers: int,  # that are generated or wait; Ray Serve's own limit lets a burst of requests pass
-        api_key: str | None = None,
-        max_length: int | None = None,
-    ) -> None:
-        self._n_answers, self._max_answers = 0, max_answers
+    def __init__(self, model: Any, tokenizer: Tokenizer, config: Config, settings: ServerSettings) -> None:
         self._model = model.options(method_name="tokens", stream=True)
-        self._tokenizer, self._name, self._api_key = tokenizer, name, api_key
-        self._max_length = max_length or config.model.max_seq_len
+        self._tokenizer, self._name, self._api_key = tokenizer, settings.name, settings.api_key
+        # Limited here, because a burst of requests passes Ray Serve's own limit.
+        self._n_answers, self._max_answers = 0, settings.replicas[1] * settings.max_batch + settings.max_queue
+        self._max_length = settings.max_length or config.model.max_seq_len
         limit, temperature = config.validation.max_new_tokens, config.validation.temperature
         self._sampling = Sampling.for_tokenizer(tokenizer, limit, temperature)
         self._turn_end, self._start = turn_end(tokenizer), int(time.time())
@@ -87,15 +96,16 @@ class Api:
         if request.model not in (None, self._name):
             reason = f"the model {request.model!r} is not served; {self._name!r} is"
             raise ApiError(404, reason, "model_not_found", "model")
-        prompt, end = self._prompt_ids(request), self._turn_end if kind is ChatRequest else TurnEnd()
+        prompt = self._prompt_ids(request)
+        end = self._turn_end if kind is ChatRequest else TurnEnd()
         answer = AnswerText(self._tokenizer, prompt, end._replace(texts=(*end.texts, *(request.stop or ()))))
         limit = min(request.max_tokens or self._sampling.max_new_tokens, self._max_length - len(prompt))
         options = request.model_dump(include={"temperature", "seed"}, exclude_none=True)
         sampling = replace(self._sampling, max_new_tokens=limit, **{"seed": secrets.randbits(63), **options})
+        completion = Completion(request, self._name, len(prompt), limit, answer)
         parts = self._parts(answer, prompt, sampling, end.tokens)
         # Errors before the first part have a status; later ones are events of the stream.
         text = await _unless_disconnected(http, anext(parts) if request.stream else _joined(parts))
-        completion = Completion(request, self._name, len(prompt), limit, answer)
         if not request.stream:
             return JSONResponse({**completion.body(text), "usage": completion.usage()})
         include_usage = (request.stream_options or {}).get("include_usage", False)
@@ -141,10 +151,10 @@ class Api:
         """
         if self._n_answers == self._max_answers:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
-        self._n_answers += 1
-        self._n_tokens.inc(len(prompt), {"kind": "prompt"})
         start, is_last = time.perf_counter(), False
         generated = self._model.remote(prompt, sampling, end)
+        self._n_answers += 1
+        self._n_tokens.inc(len(prompt), {"kind": "prompt"})
         try:
             async for new in generated:
                 if not answer.n_tokens:
@@ -166,12 +176,13 @@ class Api:
 
 
 async def _body(http: HttpRequest) -> bytes:
-    body = bytearray()
+    """Return the body of a request; Starlette's `max_body_size` would refuse it without an error object."""
+    body = b""
     async for chunk in http.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
             raise ApiError(413, f"the body has more than {MAX_BODY_BYTES:,} bytes", "request_too_large")
-    return bytes(body)
+    return body
 
 
 async def _joined(parts: AsyncIterator[str]) -> str:
@@ -187,17 +198,6 @@ async def _unless_disconnected(http: HttpRequest, text: Awaitable[str]) -> str:
         raise ClientDisconnect
     disconnect.cancel()
     return generation.result()
-
-
-def _error_response(http: HttpRequest, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # the user has left
-    if isinstance(error, HTTPException):  # there is no such route
-        error = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}", "unknown_url")
-    if not isinstance(error, ApiError):
-        traceback.print_exception(error)
-        error = ApiError(500, f"internal error: {type(error).__name__}", "internal_error")
-    return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
 
 
 async def _events(
@@ -220,3 +220,14 @@ async def _events(
 
 def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
+
+
+def _error_response(http: HttpRequest, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # the user has left
+    if isinstance(error, HTTPException):  # there is no such route
+        error = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}", "unknown_url")
+    if not isinstance(error, ApiError):
+        traceback.print_exception(error)
+        error = ApiError(500, f"internal error: {type(error).__name__}", "internal_error")
+    return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)

@@ -15,10 +15,9 @@ from savant_ray.command_line import MAX_SEED, MIN_SEED
 from savant_ray.data.conversations import Message, normalized_messages
 from savant_ray.inference.answer_text import AnswerText
 
+Text = Annotated[str, Field(min_length=1)]
 # Both accept a text instead of a list of one text, and the other way round.
-Texts = Annotated[
-    list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)
-]
+Texts = Annotated[list[Text], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)]
 Prompt = Annotated[
     str | list[Annotated[int, Field(ge=0)]],
     BeforeValidator(lambda x: x[0] if isinstance(x, list) and len(x) == 1 and isinstance(x[0], str) else x),
@@ -81,36 +80,26 @@ def parsed(kind: type[Request], body: bytes) -> Request:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the body"
+        path = [str(name) for name in first["loc"]]
+        message = f"{'.'.join(path) or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
         code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-        raise ApiError(
-            400,
-            f"{where}: {first['msg'].removeprefix('Value error, ')}",
-            code,
-            str(first["loc"][0]) if first["loc"] else None,
-        ) from None
+        raise ApiError(400, message, code, path[0] if path else None) from None
 
 
 class Completion:
-    """The response to a request, or the chunks of a streamed response."""
+    """The response to a request, or the chunks of a streamed response, with at most `limit` tokens of `answer`."""
 
     def __init__(self, request: Request, model: str, n_prompt: int, limit: int, answer: AnswerText) -> None:
-        """Begin a response whose text is that of `answer`, which has at most `limit` tokens."""
-        self._is_chat, self._n_prompt, self._limit, self._answer = (
-            isinstance(request, ChatRequest),
-            n_prompt,
-            limit,
-            answer,
-        )
-        self._key, self._role = "delta" if request.stream else "message", {"role": "assistant"}
+        self._request, self._n_prompt, self._limit, self._answer = request, n_prompt, limit, answer
+        self._is_chat, self._role = isinstance(request, ChatRequest), {"role": "assistant"}
         prefix, kind = ("chatcmpl", "chat.completion") if self._is_chat else ("cmpl", "text_completion")
         kind += ".chunk" if self._is_chat and request.stream else ""
         self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
     def body(self, text: str, is_last: bool = True) -> dict[str, Any]:
         """Return a response or a chunk; only the first chunk has the role."""
-        content: dict[str, Any] = {self._key: {**self._role, "content": text}} if self._is_chat else {"text": text}
-        self._role = {}
+        message, self._role = {**self._role, "content": text}, {}
+        content = {"delta" if self._request.stream else "message": message} if self._is_chat else {"text": text}
         reason = "length" if self._answer.n_tokens == self._limit and not self._answer.is_stopped else "stop"
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason if is_last else None}
         return {**self.head, "choices": [choice]}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import re
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -22,28 +21,12 @@ from savant_ray.inference.decoder import Decoder
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.sampling import Sampling
 from savant_ray.locations import absolute_path
-from savant_ray.serving.api import Api
+from savant_ray.serving.api import Api, ServerSettings
 from savant_ray.storage.run_storage import local_checkpoint
 
 APP = "savant"
 KEY_VARIABLE = "SAVANT_API_KEY"
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """The options of `savant serve`."""
-
-    checkpoint: str  # path or URI that all replicas can read
-    name: str | None = None  # of the model in requests; None: that of the run folder
-    original: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of a file of the original
-    loops: int | None = None  # None: those of the model
-    max_length: int | None = None  # tokens of prompt and answer; None: `model.max_seq_len` of the run
-    replicas: tuple[int, int] = (1, 1)  # smallest and largest number
-    max_batch: int = 16  # answers that a replica decodes together
-    max_queue: int = 64  # requests that wait
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None  # None: SAVANT_API_KEY of the environment
+LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")  # hosts that other machines cannot reach
 
 
 class ModelServer(Engine):
@@ -71,8 +54,9 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
     checkpoint = absolute_path(settings.checkpoint, setting="checkpoint", error=CheckpointError)
     *parents, last = checkpoint.rstrip("/").split("/")
     name = settings.name or (parents[-1] if re.fullmatch(r"step_\d+", last) else last)
-    host, port, key = settings.host, settings.port, settings.api_key or os.environ.get(KEY_VARIABLE) or None
-    if key is None and not _is_loopback(host):
+    settings = replace(settings, name=name, api_key=settings.api_key or os.environ.get(KEY_VARIABLE) or None)
+    host, port = settings.host, settings.port
+    if settings.api_key is None and not LOOPBACK.fullmatch(host):
         raise SettingsError(
             f"--host {host}: other machines can reach this address, so requests need a key: --api-key KEY, or "
             f"{KEY_VARIABLE} in the environment"
@@ -104,9 +88,8 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
             with rays_sigterm_interrupts():
                 serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
                 handle = serve.run(model, name=APP, route_prefix=None)
-                max_answers = largest * settings.max_batch + settings.max_queue
-                app = Api(handle, tokenizer, config, name, max_answers, key, settings.max_length).asgi()
-                _print_address(name, host, port, key, notify)
+                app = Api(handle, tokenizer, config, settings).asgi()
+                _print_address(settings, notify)
                 # Answers that Ctrl+C cuts off would be logged as errors.
                 level = "info" if verbose else "critical"
                 options = uvicorn.Config(app, log_level=level, access_log=False, timeout_graceful_shutdown=1)
@@ -119,18 +102,12 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
             serve.delete(APP)
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _print_address(name: str, host: str, port: int, key: str | None, notify: Callable[[str], None]) -> None:
+def _print_address(settings: ServerSettings, notify: Callable[[str], None]) -> None:
     metrics = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()]
     notify(f"Prometheus finds metrics at {', '.join(metrics)}")
-    host = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host  # noqa: S104 - compared, not bound
-    notify(f"{name} is served at http://{host}:{port}/v1 (Ctrl+C stops it). For instance:")
-    options = "-H 'Content-Type: application/json'" + ("" if key is None else " -H 'Authorization: Bearer YOUR_KEY'")
+    host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host  # noqa: S104 - compared, not bound
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/v1"
+    notify(f"{settings.name} is served at {url} (Ctrl+C stops it). For instance:")
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key else ""
     body = '{"messages": [{"role": "user", "content": "Hello"}]}'
-    notify(f"curl http://{host}:{port}/v1/chat/completions {options} -d '{body}'")
+    notify(f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'")

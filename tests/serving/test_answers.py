@@ -144,9 +144,10 @@ class LocalAnswer:
 def local_api(tokenizer: Tokenizer, replica: LocalReplica, max_answers: int = 10) -> Any:
     """Return the ASGI application of a server with this replica."""
     pytest.importorskip("ray.serve", reason="needs the extra serve")
-    from savant_ray.serving.api import Api
+    from savant_ray.serving.api import Api, ServerSettings
 
-    return Api(replica, tokenizer, Config.from_dict({}), "tiny", max_answers).asgi()
+    settings = ServerSettings("tiny", max_batch=1, max_queue=max_answers - 1)
+    return Api(replica, tokenizer, Config.from_dict({}), settings).asgi()
 
 
 async def send_to(app: Any, left: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -195,6 +196,19 @@ def test_of_requests_at_once_those_beyond_the_limit_are_refused_and_places_are_g
 
     first, second = asyncio.run(bursts())
     assert sorted(first) == [200, 200, 200, 429, 429] and second == [200] * 3
+
+
+def test_a_request_that_cannot_be_sent_to_a_replica_gives_its_place_back(tokenizer: Tokenizer) -> None:
+    class UnreachableReplica(LocalReplica):
+        def remote(self, *_: Any) -> LocalAnswer:
+            raise NotImplementedError
+
+    async def statuses() -> list[int]:
+        app = local_api(tokenizer, UnreachableReplica(never), max_answers=1)
+        body = {"type": "http.request", "body": json.dumps({"prompt": "one"}).encode(), "more_body": False}
+        return [(await send_to(app, [body]))[0]["status"] for _ in range(3)]
+
+    assert asyncio.run(statuses()) == [500] * 3
 
 
 def test_a_body_is_received_up_to_its_limit_only(tokenizer: Tokenizer) -> None:

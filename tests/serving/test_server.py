@@ -50,7 +50,7 @@ def write_run(folder: Path) -> Path:
     return write_checkpoint(folder / "tiny", {**state.to_checkpoint(), "step": 3}, texts).parent
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "example.org"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "example.org", "127.example.org"])
 def test_an_address_that_others_can_reach_is_refused_without_a_key(
     host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,8 +59,11 @@ def test_an_address_that_others_can_reach_is_refused_without_a_key(
     assert "--api-key" in capsys.readouterr().err
 
 
-def test_a_missing_checkpoint_is_named_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", str(tmp_path / "nothing")]) == 4
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_a_missing_checkpoint_is_named_before_ray_starts_and_loopback_addresses_need_no_key(
+    host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(tmp_path / "nothing"), "--host", host]) == 4
     assert "nothing" in capsys.readouterr().err
 
 
