@@ -37,6 +37,7 @@ class ServerSettings:
     name: str | None = None  # of the model in requests; None: that of the run folder
     original: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of a file of the original
     loops: int | None = None  # None: those of the model
+    raw_weights: bool = False  # those of the last step, instead of their average
     max_length: int | None = None  # tokens of prompt and answer; None: `model.max_seq_len` of the run
     replicas: tuple[int, int] = (1, 1)  # smallest and largest number
     max_batch: int = 16  # answers that a replica decodes together
@@ -49,9 +50,11 @@ class ServerSettings:
 class ModelServer(Engine):
     """A replica. It handles tokens only; `Api` encodes and decodes text in the process of the HTTP server."""
 
-    def __init__(self, checkpoint: str, settings: Mapping[str, Mapping[str, Any]], n_loops: int | None) -> None:
+    def __init__(
+        self, checkpoint: str, settings: Mapping[str, Mapping[str, Any]], n_loops: int | None, raw_weights: bool
+    ) -> None:
         with local_checkpoint(checkpoint, settings=settings) as path:
-            model, tokenizer, _ = load_model(path)
+            model, tokenizer, _ = load_model(path, raw_weights)
         super().__init__(Decoder(model, Sampling.for_tokenizer(tokenizer, 1, 0), n_loops))
 
     def check_health(self) -> None:
@@ -99,7 +102,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
             graceful_shutdown_timeout_s=5,
             **scaling,
         )
-        model = deployment(ModelServer).bind(checkpoint, dict(settings.original), settings.loops)
+        model = deployment(ModelServer).bind(checkpoint, dict(settings.original), settings.loops, settings.raw_weights)
         try:
             with rays_sigterm_interrupts():
                 serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})

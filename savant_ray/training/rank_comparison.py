@@ -53,8 +53,8 @@ def differing(checksums: list[int]) -> str:
 
 
 def checksum(state: TrainingState) -> int:
-    """Return a number of 61 bits that changes if any bit of the weights or of the optimizer's state changes."""
-    sums = torch.stack([tensor.view(INTEGERS[tensor.element_size()]).sum() for tensor in state.optimizer.tensors()])
+    """Return a number of 61 bits that changes if any bit of the weights, their average or the optimizer's state changes."""
+    sums = torch.stack([tensor.view(INTEGERS[tensor.element_size()]).sum() for tensor in state.tensors()])
     result = 0
     for value in sums.tolist():
         result = (result * 31 + value) % MODULUS
