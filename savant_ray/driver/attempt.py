@@ -16,7 +16,14 @@ from savant_ray.driver.checks import check_before_start, finished_message, refus
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable
 from savant_ray.driver.phases import AttemptPhase, Trigger
 from savant_ray.driver.record_upload import RecordUploader
-from savant_ray.driver.starting_point import compare_settings, copy_start, find_start, records_of
+from savant_ray.driver.starting_point import (
+    TEXT_FILES,
+    checkpoint_to_continue_from,
+    compare_settings,
+    copy_start,
+    find_start,
+    records_of,
+)
 from savant_ray.driver.tokenizer_choice import Origin, choose_tokenizer, find_origin
 from savant_ray.errors import STOPPED_EARLY, explain, unexpected_errors_explained
 from savant_ray.original.conversion import convert_newest
@@ -111,6 +118,9 @@ def _check_before_moving_aside(config: Config, storage: RunStorage, allow_change
     """
     refuse_inputs_in_the_run(config, storage)
     check_before_start(config, storage, fresh=True)
+    if config.run.continue_from is not None:
+        with checkpoint_to_continue_from(config.run.continue_from, config, allow_changes, TEXT_FILES):
+            pass
     choose_tokenizer(config, find_origin(None, config, allow_changes), allow_changes)
     with (
         missing_text_explained(),

@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from savant_ray.config import Config, TrainingConfig
-from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.errors import CheckpointError, SettingsError
 from savant_ray.events import CheckpointSaved, Event
 from savant_ray.reporting.record import read_records, saved_a_checkpoint
 from savant_ray.storage.protocol import RunStorage, newest_intact_checkpoint
@@ -40,6 +40,7 @@ from savant_ray.training.checkpoint import (
 
 UNREPORTED_CHANGES = ("run.", "data.", "reporting.")  # sections whose changes between attempts are not printed
 MUST_AGREE = ("model.", "run.seed", "data.mix_by")  # sections and settings that must be those of the checkpoint
+TEXT_FILES = (CONFIG, *TOKENIZER_FILES)  # of a checkpoint
 ADVICE = "--allow-changes resumes anyway and keeps what fits; --fresh starts a new run and moves this one aside."
 
 
@@ -69,6 +70,31 @@ def find_start(
     return start
 
 
+@contextmanager
+def checkpoint_to_continue_from(
+    source: str, config: Config, allow_changes: bool, files: Sequence[str] = ()
+) -> Iterator[Path]:
+    """Yield the local folder of `source` (`run.continue_from`), whose settings a new run may continue with.
+
+    If `files` is not empty, only these files and the manifest of a URI are downloaded.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged, or has other settings, as in `compare_settings`.
+        SettingsError: it has already done `training.max_steps` steps, or is not the URI of a storage.
+    """
+    try:
+        with fetched(source, files) as path:
+            folder = find_checkpoint(path)
+            if step_of(folder) >= config.training.max_steps:
+                raise SettingsError(
+                    f"{source} has already done training.max_steps = {config.training.max_steps:,} steps"
+                )
+            compare_settings(folder, config, allow_changes, notify=lambda _: None)
+            yield folder
+    except (CheckpointError, SettingsError) as error:
+        raise type(error)(f"run.continue_from: {error}") from error
+
+
 def copy_start(
     storage: RunStorage, config: Config, source: str, emit: Callable[[Event], None], allow_changes: bool
 ) -> Path:
@@ -77,28 +103,19 @@ def copy_start(
     The copy has no records: the steps up to it are in the other run.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged, or has other settings, as in `compare_settings`.
-        SettingsError: it has already done `training.max_steps` steps, or is not the URI of a storage.
+        CheckpointError, SettingsError: as in `checkpoint_to_continue_from`.
         SavantError: another process owns the run.
         OSError: the storage of the run cannot be written.
     """
     started = time.perf_counter()
-    try:
-        with fetched(source) as path:
-            folder = find_checkpoint(path)
-            if step_of(folder) >= config.training.max_steps:
-                raise SettingsError(
-                    f"{source} has already done training.max_steps = {config.training.max_steps:,} steps"
-                )
-            compare_settings(folder, config, allow_changes, notify=lambda _: None)
-            content = read_checkpoint(folder)
-            names = [name for name in (CONFIG, *TOKENIZER_FILES) if name in read_manifest(folder)["files"]]
-            texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    except SavantError as error:
-        raise type(error)(f"run.continue_from: {error}") from error
+    with checkpoint_to_continue_from(source, config, allow_changes) as folder:
+        content = read_checkpoint(folder)
+        names = [name for name in TEXT_FILES if name in read_manifest(folder)["files"]]
+        texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
     storage.check_owner()
     copy = write_checkpoint(storage.folder, content, {**texts, RECORDS: ""}, storage.check_owner)
     storage.commit(copy)
+    rebuild_snapshot(storage)
     emit(
         CheckpointSaved(
             step=content["step"],

@@ -11,7 +11,9 @@ import torch
 
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+from savant_ray.driver.attempt import open_attempt
 from savant_ray.driver.checks import finished_message
+from savant_ray.driver.phases import AttemptPhase
 from savant_ray.driver.starting_point import (
     changed_settings,
     compare_settings,
@@ -24,6 +26,7 @@ from savant_ray.driver.starting_point import (
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.lock import locked, move_run_aside
+from savant_ray.storage.ray_snapshot import SNAPSHOT
 from savant_ray.storage.run_storage import run_storage
 from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
@@ -178,6 +181,19 @@ def test_a_run_is_finished_when_its_last_sample_is_written(tmp_path: Path) -> No
     assert finished_message(longer, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") is None
 
 
+def test_a_finished_wsd_run_names_the_checkpoint_to_continue_from_for_a_longer_one(tmp_path: Path) -> None:
+    config = wsd(100)
+    write(tmp_path, 80, 100, config=config)
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"event": "sample", "step": 100}) + "\n")
+    settings = config.to_dict()
+    settings["run"] |= {"storage_path": str(tmp_path.parent), "name": tmp_path.name}
+    message = finished_message(config, run_storage(Config.from_dict(settings)), tmp_path / "step_100") or ""
+    assert (
+        f"has done its 100 steps; to train longer, begin a new run with run.continue_from: {tmp_path}/step_80"
+        in message
+    )
+
+
 def test_a_run_without_room_for_a_last_sample_is_finished_when_its_end_is_recorded(tmp_path: Path) -> None:
     config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
     write(tmp_path / "run", 5)
@@ -270,6 +286,7 @@ def test_a_new_run_continues_from_a_copy_of_a_checkpoint_without_its_records(tmp
     assert torch.equal(read_checkpoint(start)["weights"], read_checkpoint(base)["weights"])
     assert all((start / name).read_bytes() == (base / name).read_bytes() for name in ("config.yaml", "tokenizer.json"))
     assert list(records_of(tmp_path / "new")) == []
+    assert "step_70" in (tmp_path / "new" / SNAPSHOT).read_text(), "so that Ray deletes it when it is old"
     assert [event.reason for event in events] == [f"copied from {base}"]
 
 
@@ -289,6 +306,21 @@ def test_a_checkpoint_that_a_new_run_cannot_continue_from_is_refused_and_nothing
     with pytest.raises(SavantError, match=r"run\.continue_from: ") as refusal:
         copy_start(storage, config, str(tmp_path / "base" / source), print, allow_changes=False)
     assert words in str(refusal.value) and names(tmp_path / "new") == []
+
+
+def test_a_run_is_not_moved_aside_for_one_that_cannot_continue_from_a_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path / "base", 90, config=wsd(100))
+    write(tmp_path / "new", 1)
+    settings = wsd(200).to_dict()
+    settings["run"] |= {"storage_path": str(tmp_path), "name": "new", "continue_from": str(tmp_path / "base")}
+    with (
+        pytest.raises(
+            CheckpointError, match=r"(?s)run\.continue_from: .*begin a new run with run\.continue_from: …/step_80"
+        ),
+        open_attempt(Config.from_dict(settings), fresh=True, allow_changes=False, verbose=False, phase=AttemptPhase()),
+    ):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "new"] and names(tmp_path / "new") == ["step_1"]
 
 
 def test_the_last_checkpoint_before_the_decay_is_never_deleted(tmp_path: Path) -> None:
