@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the weights, which evaluates better than the weights of a single step."""
+"""Exponential moving average (EMA) of the weights, which has less noise than the weights of a single step."""
 
 from __future__ import annotations
 

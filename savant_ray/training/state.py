@@ -34,7 +34,6 @@ LOSS, TOKENS = SUMS = range(2)
 # Tokens x dim of a micro-batch. At dim 128 (8 sequences of 256 tokens) a step of twice as many takes 1 to 2 % less time, of
 # half as many 8 % more; smaller micro-batches can be divided among more ranks.
 MAX_CPU_ELEMENTS = 1 << 17
-NO_AVERAGE = "training.ema_decay is null"
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ class TrainingState:
     def _load_average(self, content: dict[str, Any], is_changed: bool) -> list[str]:
         """Load the average of the weights, or begin it with the loaded weights; return notes."""
         if self.average is None:
-            return [f"the average of the weights is dropped: {NO_AVERAGE}"] if AVERAGE in content else []
+            return ["the average of the weights is dropped: training.ema_decay is null"] if AVERAGE in content else []
         if AVERAGE in content and not is_changed:
             self.average.load(content[AVERAGE], content["savant"]["average_updates"])
             return []
