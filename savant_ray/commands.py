@@ -195,6 +195,7 @@ def _generate(arguments: Sequence[str]) -> int:
             temperature=options.temperature,
             seed=options.seed,
             n_loops=options.loops,
+            raw_weights=options.raw_weights,
         )
         text = _print_answer(options.prompt, pieces)
     if options.json is not None:
@@ -210,6 +211,15 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         help="maximum length of the answer, tokens [validation.max_new_tokens of the run]",
     )
     _add_loops_option(parser)
+    _add_weights_option(parser)
+
+
+def _add_weights_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--raw-weights",
+        action="store_true",
+        help="use the weights of the last step instead of their average [the average if the run has training.ema_decay]",
+    )
 
 
 def _add_loops_option(parser: argparse.ArgumentParser) -> None:
@@ -253,7 +263,7 @@ def _chat(arguments: Sequence[str]) -> int:
     from savant_ray.storage.run_storage import local_checkpoint
 
     with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
-        model, tokenizer, config = load_model(checkpoint)
+        model, tokenizer, config = load_model(checkpoint, options.raw_weights)
     continues_text = options.plain or not (options.conversation or is_for_conversations(config, tokenizer))
     conversation = Conversation(model, tokenizer, config, continues_text, options.max_new_tokens, options.seed)
     if options.temperature is not None:
@@ -293,10 +303,10 @@ def _evaluate(arguments: Sequence[str]) -> int:
     questions = logic_suite() if options.problems is None else read_questions(options.problems)
     with local_checkpoint(options.checkpoint, settings=settings) as checkpoint:
         if options.depths:
-            by_loops = by_depth(checkpoint, questions, options.depths, options.max_new_tokens)
+            by_loops = by_depth(checkpoint, questions, options.depths, options.max_new_tokens, options.raw_weights)
             scored = {"depths": list(with_progress(by_loops, len(options.depths)))}
         else:
-            answers = answers_of(checkpoint, questions, options.max_new_tokens, options.loops)
+            answers = answers_of(checkpoint, questions, options.max_new_tokens, options.loops, options.raw_weights)
             scored = result(list(with_progress(answers, len(questions))))
     (print_depths if options.depths else print_scores)(scored)
     if options.json is not None:
@@ -307,7 +317,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _serve(arguments: Sequence[str]) -> int:
     parser = _parser("serve", takes_original=True)
     parser.add_argument("checkpoint", metavar="RUN", help=CHECKPOINT_HELP)
-    parser.add_argument("--name", metavar="NAME", default="", help="name of the model in requests [name of the run folder]")
+    parser.add_argument(
+        "--name", metavar="NAME", default="", help="name of the model in requests [name of the run folder]"
+    )
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on [127.0.0.1]")
     parser.add_argument("--port", type=port, metavar="N", default=8000, help="port to listen on [8000]")
     parser.add_argument(
@@ -328,6 +340,7 @@ def _serve(arguments: Sequence[str]) -> int:
         "--max-length", type=count, metavar="N", help="tokens of prompt and answer [model.max_seq_len of the run]"
     )
     _add_loops_option(parser)
+    _add_weights_option(parser)
     options, original = parse_with_original_settings(parser, arguments)
     refuse_deleted_folder()
     from savant_ray.cluster.session import prepare_environment
@@ -364,6 +377,7 @@ def _export(arguments: Sequence[str]) -> int:
         help="with --format original: optimizer of the original, PyTorch's AdamW or bitsandbytes' AdamW8bit "
         "[that of the newest step_X.pt in the run folder]",
     )
+    _add_weights_option(parser)
     options, settings = parse_with_original_settings(parser, arguments)
     if options.optimizer and options.format != "original":
         parser.error("--optimizer requires --format original")
@@ -384,7 +398,7 @@ def _export(arguments: Sequence[str]) -> int:
         else:
             from savant_ray.training.safetensors_export import export_safetensors as export
         with local_checkpoint(options.checkpoint, settings=settings, with_record=options.format == "hf") as checkpoint:
-            export(checkpoint, options.output)
+            export(checkpoint, options.output, options.raw_weights)
     print(f"{options.output} is written")
     return 0
 

@@ -117,6 +117,11 @@ class RunConfig(Section):
         description="start a new run from the weights in this run folder, checkpoint folder or file of the original script; "
         "also s3://…",
     )
+    continue_from: Text | None = Field(
+        default=None,
+        description="start a new run that continues from this checkpoint folder of another run with its complete state: "
+        "weights, optimizer, step and position in the text; a run folder stands for its newest checkpoint; also s3://…",
+    )
 
     @field_validator("seed", mode="before")
     @classmethod
@@ -136,6 +141,12 @@ class RunConfig(Section):
         if reason:
             raise ValueError(f"run.name: {name!r} {reason}")
         return name
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if self.init_from is not None and self.continue_from is not None:
+            raise ValueError("run.init_from and run.continue_from exclude each other; keep one of them")
+        return self
 
 
 class ModelConfig(Section):
@@ -441,16 +452,34 @@ class TrainingConfig(Section):
     accumulation: Count = Field(
         default=16, description="micro-batches per step; the effective batch is batch_size × accumulation"
     )
-    learning_rate: Positive = Field(
-        default=2e-5, description="peak learning rate, at the end of the warm-up; then cosine to 0"
-    )
+    learning_rate: Positive = Field(default=2e-5, description="peak learning rate, at the end of the warm-up")
     warmup_fraction: float = Field(
         default=0.05, ge=0, lt=1, description="fraction of max_steps in which the learning rate rises linearly"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="steps in which the learning rate rises linearly, so that a change of max_steps does not change them; "
+        "null: warmup_fraction of max_steps",
+    )
+    schedule: Literal["cosine", "wsd"] = Field(
+        default="cosine",
+        description="learning rate after the warm-up; cosine: falls to 0 as a cosine; wsd: constant, then falls linearly to "
+        "0 in the last steps (warm-up, stable, decay), so that a run can be lengthened until the decay begins",
+    )
+    decay_fraction: float = Field(
+        default=0.2, gt=0, le=1, description="with schedule wsd: fraction of max_steps in which the learning rate falls"
     )
     weight_decay: float = Field(
         default=0.01, ge=0, description="decoupled weight decay, multiplied by the learning rate"
     )
     gradient_clip: Positive = Field(default=1.0, description="maximum global gradient norm")
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="keep an exponential moving average (EMA) of the weights with this decay per step, such as 0.999, and "
+        "validate, generate and export with it; takes 4 bytes a weight; null: none",
+    )
     precision: Literal["bf16", "bf16-mixed", "fp32"] = Field(
         default="bf16",
         description="bf16: bf16 weights; bf16-mixed: fp32 weights, bf16 products; fp32: everything in fp32",
@@ -497,9 +526,19 @@ class TrainingConfig(Section):
         return self.batch_size * self.accumulation
 
     @property
-    def warmup_steps(self) -> int:
+    def n_warmup_steps(self) -> int:
         """Steps over which the learning rate rises."""
-        return round(self.warmup_fraction * self.max_steps)
+        return round(self.warmup_fraction * self.max_steps) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def n_decay_steps(self) -> int | None:
+        """Steps over which the learning rate falls with schedule wsd, at least 1; None with cosine."""
+        return max(1, round(self.decay_fraction * self.max_steps)) if self.schedule == "wsd" else None
+
+    @property
+    def last_stable_step(self) -> int | None:
+        """The step after which the decay of schedule wsd begins; None with cosine."""
+        return None if self.n_decay_steps is None else self.max_steps - self.n_decay_steps
 
 
 class ValidationConfig(Section):

@@ -303,13 +303,19 @@ def test_generate_prints_prompt_and_answer_and_writes_json(
     assert main(["generate", "--checkpoint", "run", "--prompt", "X =", *options, "--json", str(file)]) == 0
     assert capsys.readouterr().out == "X = five plus\x1b[2J ten\n"
     assert json.loads(file.read_text()) == {"prompt": "X =", "text": " five plus\x1b[2J ten", "checkpoint": "run"}
-    expected = {"max_new_tokens": 9, "temperature": 0.0, "seed": 4, "n_loops": 2}
+    expected = {"max_new_tokens": 9, "temperature": 0.0, "seed": 4, "n_loops": 2, "raw_weights": False}
     assert calls == [(Path("run"), "X =", expected)]
 
 
 def test_generate_uses_the_settings_of_the_checkpoint_for_omitted_options(calls: list[Any]) -> None:
     assert main(["generate", "--checkpoint", "run", "--prompt", "-x"[1:]]) == 0
-    assert calls[0][2] == {"max_new_tokens": None, "temperature": None, "seed": 0, "n_loops": None}
+    assert calls[0][2] == {
+        "max_new_tokens": None,
+        "temperature": None,
+        "seed": 0,
+        "n_loops": None,
+        "raw_weights": False,
+    }
 
 
 @pytest.mark.parametrize(

@@ -516,7 +516,7 @@ def test_settings_are_immutable() -> None:
 
 def test_derived_values_are_computed_from_the_settings() -> None:
     config = Config()
-    assert (config.training.effective_batch, config.training.warmup_steps) == (192, 4000)
+    assert (config.training.effective_batch, config.training.n_warmup_steps) == (192, 4000)
     assert ModelConfig(dim=64, n_heads=4).head_dim == 16
 
 

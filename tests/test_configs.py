@@ -61,7 +61,7 @@ def test_savant_yaml_has_the_values_of_the_training_guide() -> None:
     training, validation, checkpoint = config.training, config.validation, config.checkpoint
     assert (training.batch_size, training.accumulation, training.effective_batch) == (12, 16, 192)
     assert (training.learning_rate, training.max_steps) == (2e-5, 80_000)
-    assert (training.warmup_fraction, training.warmup_steps) == (0.05, 4_000)
+    assert (training.warmup_fraction, training.n_warmup_steps) == (0.05, 4_000)
     assert (training.vram_limit_gb, training.gradient_clip, training.precision) == (10.0, 1.0, "bf16")
     assert config.model.soft_cap == 50.0
     assert (validation.every_steps, validation.batches) == (500, 10)

@@ -15,7 +15,14 @@ from savant_ray.locations import create_writable_folder, printable, working_dire
 from savant_ray.storage.paths import with_absolute_paths
 from savant_ray.storage.run_storage import local_checkpoint, run_storage
 
-SETTINGS = ("run.storage_path", "run.init_from", "data.cache_dir", "data.validation", "data.tokenizer")
+SETTINGS = (
+    "run.storage_path",
+    "run.init_from",
+    "run.continue_from",
+    "data.cache_dir",
+    "data.validation",
+    "data.tokenizer",
+)
 
 
 def settings(name: str, value: str) -> Config:
@@ -48,8 +55,11 @@ def test_an_invalid_path_in_a_list_is_named_by_its_index() -> None:
 
 @pytest.mark.parametrize("uri", ["file:///a%20b/%5Bc%5D", "file:/a%20b/%5Bc%5D", "FILE://localhost/a%20b/[c]"])
 def test_a_file_uri_is_a_path_in_every_setting(uri: str) -> None:
-    arguments = [argument for name in SETTINGS for argument in (f"--{name}", uri)]
+    together = [name for name in SETTINGS if name != "run.continue_from"]  # not together with run.init_from
+    arguments = [argument for name in together for argument in (f"--{name}", uri)]
     config = with_absolute_paths(load_config(arguments, environment={}), Path("/in"), Path("/out"))
+    other = with_absolute_paths(settings("run.continue_from", uri), Path("/in"), Path("/out"))
+    assert other.run.continue_from == "/a b/[c]"
     assert (config.run.storage_path, config.run.init_from, config.data.cache_dir) == ("/a b/[c]",) * 3
     assert (config.data.validation, config.data.tokenizer) == ("/a b/[c]",) * 2
     assert run_storage(config).location == f"/a b/[c]/{config.run.name}"

@@ -66,6 +66,29 @@ SHARE = Kind(
         *NOT_FINITE,
     ),
 )
+PART = Kind(
+    "a number",
+    (float,),
+    (
+        (0, "0 has to be greater than 0"),
+        (-1, "-1 has to be greater than 0"),
+        (3, "3 has to be at most 1"),
+        (2.5, "2.5 has to be at most 1"),
+        *NOT_FINITE,
+    ),
+)
+DECAY = Kind(
+    "a number",
+    (float, type(None)),
+    (
+        (0, "0 has to be greater than 0"),
+        (1, "1 has to be less than 1"),
+        (3, "3 has to be less than 1"),
+        (2.5, "2.5 has to be less than 1"),
+        *NOT_FINITE,
+    ),
+)
+COUNT_OR_NONE_OR_NULL = Kind("a whole number", (int, type(None)), (NEGATIVE,))
 YES_OR_NO = Kind("true or false", (bool,))
 SWITCH = Kind("true, false or auto", (bool,))
 
@@ -80,6 +103,7 @@ TABLE: dict[str, Kind] = {
     "run.seed": COUNT_OR_NONE,
     "run.grace_seconds": POSITIVE,
     "run.init_from": OPTIONAL_TEXT,
+    "run.continue_from": OPTIONAL_TEXT,
     "model.vocab_size": COUNT,
     "model.dim": COUNT,
     "model.n_heads": COUNT,
@@ -110,8 +134,12 @@ TABLE: dict[str, Kind] = {
     "training.accumulation": COUNT,
     "training.learning_rate": POSITIVE,
     "training.warmup_fraction": SHARE,
+    "training.warmup_steps": COUNT_OR_NONE_OR_NULL,
+    "training.schedule": choice("cosine or wsd"),
+    "training.decay_fraction": PART,
     "training.weight_decay": NOT_NEGATIVE,
     "training.gradient_clip": POSITIVE,
+    "training.ema_decay": DECAY,
     "training.precision": choice("bf16, bf16-mixed or fp32"),
     "training.optimizer": choice("adamw or muon"),
     "training.vram_limit_gb": POSITIVE,

@@ -30,6 +30,7 @@ from savant_ray.driver.verification import (
 )
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError, VerificationError
 from savant_ray.reporting.record import METRICS
+from savant_ray.training.checkpoint import read_checkpoint, write_checkpoint
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import clip_to_mean
 from tests.data.conftest import byte_tokenizer  # noqa: F401 - a fixture
@@ -85,6 +86,22 @@ def test_a_run_that_was_stopped_and_resumed_with_other_settings_equals_its_repet
     shutil.rmtree(tmp_path / "run/step_4")
     result = verify(tmp_path / "run", plan)
     assert result.startswith("steps 1 to 12 and the checkpoints step_3, step_6, step_7, step_9, step_12 are equal")
+
+
+def test_a_run_with_a_decay_at_the_end_and_an_average_equals_its_repetition_unless_the_average_was_changed(
+    plan: StreamPlan, tmp_path: Path
+) -> None:
+    config = tiny_run_config(max_steps=STEPS, schedule="wsd", warmup_steps=2, ema_decay=0.9)
+    train_recorded(tmp_path / "run", config, plan, stop_at=4)
+    train_recorded(tmp_path / "run", config, plan)
+    assert verify(tmp_path / "run", plan).startswith(
+        "steps 1 to 8 and the checkpoints step_3, step_4, step_6, step_8 are"
+    )
+    content = read_checkpoint(tmp_path / "run/step_6")
+    content["ema_state_dict"]["head.weight"][0, 0] += 1e-6
+    write_checkpoint(tmp_path / "run", content, {})
+    with pytest.raises(VerificationError, match=r"step_6 differs.*averaged weight head\.weight"):
+        verify(tmp_path / "run", plan)
 
 
 def test_a_run_that_diverged_equals_its_repetition(plan: StreamPlan, tmp_path: Path) -> None:

@@ -16,7 +16,14 @@ from savant_ray.driver.checks import check_before_start, finished_message, refus
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable
 from savant_ray.driver.phases import AttemptPhase, Trigger
 from savant_ray.driver.record_upload import RecordUploader
-from savant_ray.driver.starting_point import compare_settings, find_start, records_of
+from savant_ray.driver.starting_point import (
+    TEXT_FILES,
+    checkpoint_to_continue_from,
+    compare_settings,
+    copy_start,
+    find_start,
+    records_of,
+)
 from savant_ray.driver.tokenizer_choice import Origin, choose_tokenizer, find_origin
 from savant_ray.errors import STOPPED_EARLY, explain, unexpected_errors_explained
 from savant_ray.original.conversion import convert_newest
@@ -106,10 +113,14 @@ def _check_before_moving_aside(config: Config, storage: RunStorage, allow_change
     """Check the inputs of a new run before `--fresh` moves an older one aside for it.
 
     Raises:
-        SavantError: text, tokenizer or `run.init_from` is missing or would be moved as well, or the disk is too small.
+        SavantError: text, tokenizer, or the checkpoint that the run starts from is missing or would be moved as well, or the
+            disk is too small.
     """
     refuse_inputs_in_the_run(config, storage)
     check_before_start(config, storage, fresh=True)
+    if config.run.continue_from is not None:
+        with checkpoint_to_continue_from(config.run.continue_from, config, allow_changes, TEXT_FILES):
+            pass
     choose_tokenizer(config, find_origin(None, config, allow_changes), allow_changes)
     with (
         missing_text_explained(),
@@ -121,8 +132,8 @@ def _check_before_moving_aside(config: Config, storage: RunStorage, allow_change
 def find_inputs(attempt: Attempt) -> Inputs | None:
     """Find and check what the attempt starts from; return None if the run is finished already.
 
-    This may also rename damaged checkpoints, convert a file of the original program, write the quickstart's text, and
-    update the run's record and its file of settings.
+    This may also rename damaged checkpoints, copy that of `run.continue_from`, convert a file of the original program, write
+    the quickstart's text, and update the run's record and its file of settings.
 
     Raises:
         SavantError: a setting, a checkpoint, the tokenizer or the text cannot be used.
@@ -138,6 +149,9 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
                 storage, config, newest, report.notify, report.add_event, attempt.allow_changes
             ),
         )
+        if start is None and config.run.continue_from is not None:
+            check_before_start(config, storage)
+            start = copy_start(storage, config, config.run.continue_from, report.add_event, attempt.allow_changes)
     report.backfill(records_of(storage.folder))
     if start is not None:
         if message := finished_message(config, storage, start):

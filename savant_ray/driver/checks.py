@@ -37,26 +37,29 @@ def finished_message(config: Config, storage: RunStorage, newest: Path) -> str |
     # contain the `end` event of this step.
     if not has_sample(storage.folder, step) and not has_finished(storage.folder, step):
         return None
-    return (
-        f"{folder} has done its {step:,} steps; raise training.max_steps to continue training, "
-        f"or: {generate_command(folder)}"
+    longer = (
+        "raise training.max_steps to continue training"
+        if storage.permanent is None
+        else f"to train longer, begin a new run with run.continue_from: {storage.locate(storage.permanent)}"
     )
+    return f"{folder} has done its {step:,} steps; {longer}, or: {generate_command(folder)}"
 
 
 def check_before_start(config: Config, storage: RunStorage, fresh: bool = False) -> None:
-    """Check `run.init_from` and the free disk space; with `fresh`, an older run will be moved aside afterwards.
+    """Check where the run starts and the free disk space; with `fresh`, an older run will be moved aside afterwards.
 
     Raises:
-        SettingsError: `run.init_from` is no usable URI, or the disk is too small for the checkpoints.
-        CheckpointError: `run.init_from` names no checkpoint.
+        SettingsError: `run.init_from` or `run.continue_from` is no usable URI, or the disk is too small for the checkpoints.
+        CheckpointError: `run.init_from` or `run.continue_from` names no checkpoint.
     """
-    if config.run.init_from is not None:
-        try:
-            check_checkpoint_exists(config.run.init_from)
-        except SavantError as error:
-            raise type(error)(f"run.init_from: {error}") from error
-    # Of a run in object storage, this machine keeps only the newest checkpoint.
-    keep = config.checkpoint.keep if storage.filesystem is None else 1
+    for name in ("init_from", "continue_from"):
+        if (checkpoint := getattr(config.run, name)) is not None:
+            try:
+                check_checkpoint_exists(checkpoint)
+            except SavantError as error:
+                raise type(error)(f"run.{name}: {error}") from error
+    keep = config.checkpoint.keep + (storage.permanent is not None)
+    keep = keep if storage.filesystem is None else 1  # of a run in object storage, this machine keeps only the newest
     check_disk(storage.folder, checkpoint_bytes(config), keep, fresh)
 
 
@@ -64,9 +67,10 @@ def refuse_inputs_in_the_run(config: Config, storage: RunStorage) -> None:
     """Check that `--fresh` does not move aside anything that the new run needs.
 
     Raises:
-        SettingsError: `run.init_from`, the tokenizer or text lies in the folder of the run.
+        SettingsError: the checkpoint that it starts from, the tokenizer or text lies in the folder of the run.
     """
-    inputs = [("run.init_from", config.run.init_from), ("data.tokenizer", config.data.tokenizer)]
+    inputs = [(f"run.{name}", getattr(config.run, name)) for name in ("init_from", "continue_from")]
+    inputs.append(("data.tokenizer", config.data.tokenizer))
     inputs += [("data.validation", path) for path in path_list(config.data.held_out.path)]
     for number, source in enumerate(config.data.sources):
         inputs += [(f"data.sources[{number}].path", path) for path in path_list(source.path)]
@@ -89,7 +93,8 @@ def _lies_in(path: str, run: str) -> bool:
 
 def checkpoint_bytes(config: Config) -> int:
     """Return the size of one checkpoint in bytes."""
-    return BYTES_PER_PARAMETER * n_parameters(config.model)
+    average_bytes = 0 if config.training.ema_decay is None else 4
+    return (BYTES_PER_PARAMETER + average_bytes) * n_parameters(config.model)
 
 
 def check_disk(folder: Path, bytes_per_checkpoint: int, keep: int, fresh: bool = False) -> None:

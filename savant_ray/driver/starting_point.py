@@ -1,33 +1,46 @@
 """Finds the checkpoint that an attempt resumes from, and compares it with the settings and the data.
 
-Runs in the driver before Ray starts. Damaged checkpoints are renamed, never deleted. Settings and data with which the
-weights would be useless (another model, another order of the data) are refused with a list of the differences.
+Runs in the driver before Ray starts. The checkpoint of `run.continue_from` is copied into a new run first. Damaged
+checkpoints are renamed, never deleted. Settings and data with which the weights would be useless (another model, another
+order of the data) are refused with a list of the differences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from savant_ray.config import Config
-from savant_ray.errors import CheckpointError
+from savant_ray.config import Config, TrainingConfig
+from savant_ray.errors import CheckpointError, SettingsError
+from savant_ray.events import CheckpointSaved, Event
 from savant_ray.reporting.record import read_records, saved_a_checkpoint
 from savant_ray.storage.protocol import RunStorage, newest_intact_checkpoint
 from savant_ray.storage.ray_snapshot import rebuild_snapshot
+from savant_ray.storage.run_storage import fetched
 from savant_ray.training.checkpoint import (
+    CONFIG,
     NO_FINGERPRINT,
     RECORDS,
     TOKENIZER,
+    TOKENIZER_FILES,
     checkpoints,
+    find_checkpoint,
+    read_checkpoint,
     read_manifest,
     read_settings,
+    step_of,
     verify,
+    write_checkpoint,
 )
 
 UNREPORTED_CHANGES = ("run.", "data.", "reporting.")  # sections whose changes between attempts are not printed
 MUST_AGREE = ("model.", "run.seed", "data.mix_by")  # sections and settings that must be those of the checkpoint
+TEXT_FILES = (CONFIG, *TOKENIZER_FILES)  # of a checkpoint
 ADVICE = "--allow-changes resumes anyway and keeps what fits; --fresh starts a new run and moves this one aside."
 
 
@@ -57,6 +70,64 @@ def find_start(
     return start
 
 
+@contextmanager
+def checkpoint_to_continue_from(
+    source: str, config: Config, allow_changes: bool, files: Sequence[str] = ()
+) -> Iterator[Path]:
+    """Yield the local folder of `source` (`run.continue_from`), whose settings a new run may continue with.
+
+    If `files` is not empty, only these files and the manifest of a URI are downloaded.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged, or has other settings, as in `compare_settings`.
+        SettingsError: it has already done `training.max_steps` steps, or is not the URI of a storage.
+    """
+    try:
+        with fetched(source, files) as path:
+            folder = find_checkpoint(path)
+            if step_of(folder) >= config.training.max_steps:
+                raise SettingsError(
+                    f"{source} has already done training.max_steps = {config.training.max_steps:,} steps"
+                )
+            compare_settings(folder, config, allow_changes, notify=lambda _: None)
+            yield folder
+    except (CheckpointError, SettingsError) as error:
+        raise type(error)(f"run.continue_from: {error}") from error
+
+
+def copy_start(
+    storage: RunStorage, config: Config, source: str, emit: Callable[[Event], None], allow_changes: bool
+) -> Path:
+    """Copy the checkpoint `source` (`run.continue_from`) of another run into a new one; return its folder there.
+
+    The copy has no records: the steps up to it are in the other run.
+
+    Raises:
+        CheckpointError, SettingsError: as in `checkpoint_to_continue_from`.
+        SavantError: another process owns the run.
+        OSError: the storage of the run cannot be written.
+    """
+    started = time.perf_counter()
+    with checkpoint_to_continue_from(source, config, allow_changes) as folder:
+        content = read_checkpoint(folder)
+        names = [name for name in TEXT_FILES if name in read_manifest(folder)["files"]]
+        texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    storage.check_owner()
+    copy = write_checkpoint(storage.folder, content, {**texts, RECORDS: ""}, storage.check_owner)
+    storage.commit(copy)
+    rebuild_snapshot(storage)
+    emit(
+        CheckpointSaved(
+            step=content["step"],
+            path=storage.locate(copy.name),
+            reason=f"copied from {source}",
+            seconds=time.perf_counter() - started,
+            stall_seconds=0.0,
+        )
+    )
+    return copy
+
+
 def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of the record that was saved with each checkpoint, oldest first; skip damaged ones."""
     for folder in checkpoints(run_folder):
@@ -70,7 +141,8 @@ def compare_settings(start: Path, config: Config, allow_changes: bool, notify: C
 
     Raises:
         CheckpointError: model, seed or `data.mix_by` are not those of the checkpoint, or a new tokenizer would be trained,
-            and `allow_changes` is False; the message lists all differences.
+            or the checkpoint's steps would have had other learning rates with `training.schedule: wsd`, and `allow_changes`
+            is False; the message lists all differences.
     """
     changes = changes_since(start, config)
     if not allow_changes:
@@ -79,7 +151,13 @@ def compare_settings(start: Path, config: Config, allow_changes: bool, notify: C
     if reported:
         notify(f"changed since {start.name}: {'; '.join(reported)}")
     if "training.max_steps" in changes:
-        notify("from here on the learning rate follows the schedule of the new length")
+        last_stable_step = config.training.last_stable_step
+        follows = "follows the schedule of the new length"
+        notify(
+            f"from here on the learning rate {follows}"
+            if last_stable_step is None
+            else f"the learning rate {follows}: it falls after step {last_stable_step:,}"
+        )
 
 
 def _refuse_other_settings(start: Path, config: Config, changes: dict[str, str]) -> None:
@@ -89,7 +167,52 @@ def _refuse_other_settings(start: Path, config: Config, changes: dict[str, str])
             f"data.tokenizer: {config.data.tokenizer} would train a new tokenizer, and {start.name} has none; set it to the "
             "tokenizer that the weights were trained with"
         )
+    differences += other_learning_rates(read_settings(start).training, config.training, step_of(start))
     _raise_if_different(start, differences)
+
+
+def other_learning_rates(old: TrainingConfig, new: TrainingConfig, step: int) -> list[str]:
+    """Describe each change due to which steps up to `step` would have had other learning rates, relative to the peak.
+
+    With schedule wsd a run of more steps is the same run up to the decay, which a change would make untrue. A cosine
+    depends on `training.max_steps` in all steps, and may change.
+    """
+    if old.schedule != new.schedule:
+        return [f"training.schedule: {old.schedule}, now {new.schedule}"]
+    if old.last_stable_step is None or new.last_stable_step is None:
+        return []
+    differences = []
+    if old.n_warmup_steps != new.n_warmup_steps:
+        differences.append(
+            f"the warm-up had {old.n_warmup_steps:,} steps, now {new.n_warmup_steps:,}; training.warmup_steps: "
+            f"{old.n_warmup_steps} keeps it"
+        )
+    old_decay, new_decay = (old.last_stable_step, old.max_steps), (new.last_stable_step, new.max_steps)
+    if old_decay != new_decay and min(old.last_stable_step, new.last_stable_step) < step:
+        if old.last_stable_step < step:
+            advice = (
+                f"to train longer, begin a new run with run.continue_from: …/step_{old.last_stable_step}, or earlier"
+            )
+        else:
+            advice = f"with {shortest_length(step, new.decay_fraction)} it falls from step {step:,} on"
+        differences.append(
+            f"the learning rate fell from step {old_decay[0]:,} to {old_decay[1]:,}, now from {new_decay[0]:,} to "
+            f"{new_decay[1]:,}; {advice}"
+        )
+    return differences
+
+
+def shortest_length(last_stable_step: int, decay_fraction: float) -> str:
+    """Return the setting with which a decay of this fraction begins after `last_stable_step`, not before."""
+    if decay_fraction == 1:
+        return "a training.decay_fraction below 1"
+    first = math.floor((last_stable_step - 0.5) / (1 - decay_fraction))
+    lengths = (
+        TrainingConfig(max_steps=n, schedule="wsd", decay_fraction=decay_fraction)
+        for n in itertools.count(max(1, first))
+    )
+    shortest = next(settings for settings in lengths if (settings.last_stable_step or 0) >= last_stable_step)
+    return f"training.max_steps: {shortest.max_steps}"
 
 
 def changes_since(start: Path, config: Config) -> dict[str, str]:

@@ -571,6 +571,8 @@ def _leaves(value: Any, parameters: list[str], path: str = "") -> Iterator[tuple
         match path:
             case "model_state_dict":
                 name = f"weight {key}"
+            case "ema_state_dict":
+                name = f"averaged weight {key}"
             case "optimizer_state_dict.state":
                 yield from ((f"{part} of {parameters[key]}", tensor) for part, tensor in item.items())
                 continue

@@ -35,6 +35,7 @@ from savant_ray.training.checkpoint import (
     CONFIG,
     TOKENIZER_FILES,
     find_checkpoint,
+    model_weights,
     read_checkpoint,
     read_settings,
     tokenizer_file,
@@ -46,10 +47,11 @@ LOSS_DOCUMENTS = 100  # held-out documents for the loss at each depth
 MIN_ROW = 128  # tokens in a row for the loss at each depth
 
 
-def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Config]:
+def load_model(checkpoint: Path, raw_weights: bool = False) -> tuple[UniversalTransformer, Tokenizer, Config]:
     """Return the fp32 model of a checkpoint, on the GPU if there is one, with its tokenizer and settings.
 
-    `checkpoint` may be the folder of a run, which means its newest checkpoint.
+    `checkpoint` may be the folder of a run, which means its newest checkpoint. The weights are averaged ones with
+    `training.ema_decay`, unless `raw_weights`.
 
     Raises:
         CheckpointError: there is none, it is damaged, has no tokenizer, or its weights do not fit its settings.
@@ -59,7 +61,7 @@ def load_model(checkpoint: Path) -> tuple[UniversalTransformer, Tokenizer, Confi
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
         model = UniversalTransformer(config.model)
-    weights = read_checkpoint(folder)["model_state_dict"]
+    weights = model_weights(read_checkpoint(folder), raw_weights)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -85,14 +87,17 @@ def stream_answer(
     temperature: float | None = None,
     seed: int = 0,
     n_loops: int | None = None,
+    raw_weights: bool = False,
 ) -> Iterator[str]:
     """Yield the continuation of the prompt as it is generated; None means the value of the checkpoint's settings.
+
+    `raw_weights` is that of `load_model`.
 
     Raises:
         CheckpointError: there is no readable checkpoint.
         SettingsError: the prompt has no tokens.
     """
-    model, tokenizer, config = load_model(checkpoint)
+    model, tokenizer, config = load_model(checkpoint, raw_weights)
     (prompt_ids,) = tokenizer.encode_prompts([prompt])
     if not prompt_ids:
         raise SettingsError("--prompt: the prompt has no tokens")
@@ -109,20 +114,24 @@ def stream_answer(
 
 
 def answers_of(
-    checkpoint: Path, questions: Sequence[Question], max_new_tokens: int | None = None, n_loops: int | None = None
+    checkpoint: Path,
+    questions: Sequence[Question],
+    max_new_tokens: int | None = None,
+    n_loops: int | None = None,
+    raw_weights: bool = False,
 ) -> Iterator[Answer]:
-    """Yield the checkpoint's answers; None means the value of its settings.
+    """Yield the checkpoint's answers; None means the value of its settings. `raw_weights` is that of `load_model`.
 
     Raises:
         CheckpointError: there is no readable checkpoint.
         DataError: a question's prompt has no tokens.
     """
-    model, tokenizer, _, limit = _load_for_questions(checkpoint, questions, max_new_tokens)
+    model, tokenizer, _, limit = _load_for_questions(checkpoint, questions, max_new_tokens, raw_weights)
     yield from answer_questions(model, tokenizer, questions, limit, n_loops)
 
 
 def _load_for_questions(
-    checkpoint: Path, questions: Sequence[Question], max_new_tokens: int | None
+    checkpoint: Path, questions: Sequence[Question], max_new_tokens: int | None, raw_weights: bool
 ) -> tuple[UniversalTransformer, Tokenizer, Config, int]:
     """Return model, tokenizer and settings of a checkpoint, and the maximum length of an answer in tokens.
 
@@ -130,7 +139,7 @@ def _load_for_questions(
         CheckpointError: there is no readable checkpoint.
         DataError: a question's prompt has no tokens.
     """
-    model, tokenizer, config = load_model(checkpoint)
+    model, tokenizer, config = load_model(checkpoint, raw_weights)
     refuse_empty_prompts(tokenizer, questions)
     return model, tokenizer, config, config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
 
@@ -160,9 +169,13 @@ def _score_record(score: Score) -> dict[str, Any]:
 
 
 def by_depth(
-    checkpoint: Path, questions: Sequence[Question], depths: Sequence[int], max_new_tokens: int | None = None
+    checkpoint: Path,
+    questions: Sequence[Question],
+    depths: Sequence[int],
+    max_new_tokens: int | None = None,
+    raw_weights: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yield score, loss, residual and cosine for each number of loops.
+    """Yield score, loss, residual and cosine for each number of loops; `raw_weights` is that of `load_model`.
 
     The loss is that of the first `LOSS_DOCUMENTS` documents of the run's held-out text; residual and cosine are those of the
     last loop on the first document. If the text cannot be read, the loss is None, and residual and cosine are absent.
@@ -171,7 +184,7 @@ def by_depth(
         CheckpointError: there is no readable checkpoint.
         DataError: a question's prompt has no tokens.
     """
-    model, tokenizer, config, limit = _load_for_questions(checkpoint, questions, max_new_tokens)
+    model, tokenizer, config, limit = _load_for_questions(checkpoint, questions, max_new_tokens, raw_weights)
     device = model.head.weight.device
     rows = [row.to(device) for row in held_out_rows(config, tokenizer)]
     for n_loops in depths:

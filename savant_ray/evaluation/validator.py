@@ -111,14 +111,15 @@ class Validator:
     def __call__(self, state: TrainingState) -> bool:
         """Evaluate the state and return whether a stop was requested on some rank. Collective.
 
-        Losses and correct answers are summed over all ranks; rank 0 generates the sample. A part that a stop request
-        interrupts emits nothing.
+        The weights are averaged ones with `training.ema_decay`. Losses and correct answers are summed over all ranks; rank 0
+        generates the sample. A part that a stop request interrupts emits nothing.
 
         Raises:
             DeviceMemoryError: the device has no memory for one sequence or one question.
         """
-        with _evaluating(state):
-            self._validate(state)
+        weights_moved = self._weights_moved(state) if self.rank == 0 else None
+        with state.averaged_weights(), _evaluating(state):
+            self._validate(state, weights_moved)
             logic = None if self.logic_evaluator is None else self.logic_evaluator(state)
             if self.rank == 0 and logic is not None:
                 self.emit(logic)
@@ -130,14 +131,14 @@ class Validator:
         """Copy the weights that the next validation compares with; emit a notice if there is no memory for it."""
         self._weights_moved(state)
 
-    def _validate(self, state: TrainingState) -> None:
+    def _validate(self, state: TrainingState, weights_moved: float | None) -> None:
         started = time.perf_counter()
         sums = self._loss_sums(state)
         stopped = torch.tensor([float(self.stop_requested())], dtype=sums.dtype)
         loss, tokens, stops = all_reduce_sum(torch.cat([sums, stopped]).to(state.device)).tolist()
         if self.rank == 0 and not stops:
             mean_loss = loss / tokens if tokens else math.nan  # all tokens of these sequences may be masked
-            self._emit_validation(state, mean_loss, time.perf_counter() - started)
+            self._emit_validation(state, mean_loss, weights_moved, time.perf_counter() - started)
 
     def _loss_sums(self, state: TrainingState) -> Tensor:
         """Return the sums over this rank's sequences; while they do not fit into memory, halve the forward passes.
@@ -191,7 +192,7 @@ class Validator:
         )
         return padded.to(state.device)
 
-    def _emit_validation(self, state: TrainingState, loss: float, seconds: float) -> None:
+    def _emit_validation(self, state: TrainingState, loss: float, weights_moved: float | None, seconds: float) -> None:
         statistics = self._skip_on_oom(state, "loop statistics", functools.partial(self._loop_statistics, state))
         statistics = statistics or LoopStatistics((), ())
         if statistics.has_collapsed:
@@ -201,7 +202,7 @@ class Validator:
                 step=state.step,
                 validation_loss=loss,
                 bits_per_byte=bits_per_byte(loss, self.target_tokens, self.trained_bytes),
-                weights_moved=self._weights_moved(state),
+                weights_moved=weights_moved,
                 seconds=seconds,
                 residuals=statistics.residuals,
                 cosines=statistics.cosines,

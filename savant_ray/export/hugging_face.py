@@ -51,8 +51,10 @@ PLAIN_TEMPLATE = """\
 """
 
 
-def export_hugging_face(checkpoint: Path, output: Path) -> None:
+def export_hugging_face(checkpoint: Path, output: Path, raw_weights: bool = False) -> None:
     """Write a checkpoint as the folder `output`; for the folder of a run, its newest checkpoint. Needs no `transformers`.
+
+    `raw_weights` is that of `load_model`.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or `transformers` could not use its tokenizer.
@@ -61,7 +63,7 @@ def export_hugging_face(checkpoint: Path, output: Path) -> None:
     """
     with new_output(output):
         folder = find_checkpoint(checkpoint)
-        model, tokenizer, config = load_model(folder)
+        model, tokenizer, config = load_model(folder, raw_weights)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise CheckpointError(
                 f"checkpoint {folder.name}: its tokenizer has {tokenizer.vocab_size:,} ids, its model only "

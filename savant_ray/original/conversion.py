@@ -210,7 +210,11 @@ def _hyperparameter_differences(
     scheduler, groups = content.get(SCHEDULER, {}), content["optimizer_state_dict"]["param_groups"]
     offset = checkpoint["savant"]["schedule_offset"]
     rate = learning_rate(
-        content["step"] + 1 + offset, training.learning_rate, training.warmup_steps, training.max_steps
+        content["step"] + 1 + offset,
+        training.learning_rate,
+        training.n_warmup_steps,
+        training.max_steps,
+        training.n_decay_steps,
     )
     match scheduler:
         case {"_last_lr": [float(file_rate)], "base_lrs": [float(peak)]} if not _is_close(rate, file_rate):

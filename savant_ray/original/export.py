@@ -29,13 +29,21 @@ from savant_ray.original.file import (
 )
 from savant_ray.original.file_settings import CONSTANTS, attention_masks, global_loops, visible_keys
 from savant_ray.original.names import original_files
-from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint, read_settings
+from savant_ray.training.checkpoint import AVERAGE, find_checkpoint, read_checkpoint, read_settings
 from savant_ray.training.safetensors_export import new_output
 
 CODE_LITERALS = ("global_every", "soft_cap")  # literals in the original's code, where a user can edit them
 NO_OPTIMIZER_KNOWN = (
     "written for PyTorch's AdamW. If the original uses bitsandbytes, it fails at its first update with this file "
     "(KeyError: 'state1'); export with --optimizer adamw8bit instead"
+)
+NO_AVERAGE = (
+    "the file holds the weights of the last step, not their average (training.ema_decay), because the original continues "
+    "training with them; --format safetensors exports the average"
+)
+OTHER_SCHEDULE = (
+    "trained with training.schedule: wsd, but the original's learning rate falls as a cosine; unless its code is changed, "
+    "it continues with other learning rates"
 )
 NO_MOMENTS = (
     "the optimizer's state has no AdamW moments, so the file has none and the original starts a fresh optimizer"
@@ -99,6 +107,8 @@ def _export_checkpoint(folder: Path, output: Path, optimizer: OptimizerName | No
     )
     write_original(output, original)
     warnings += warnings_of_conversion
+    warnings += [NO_AVERAGE] if AVERAGE in content else []
+    warnings += [OTHER_SCHEDULE] if config.training.schedule == "wsd" else []
     if target is None and NO_MOMENTS not in warnings:  # any optimizer of the original can load a file without moments
         warnings.append(NO_OPTIMIZER_KNOWN)
     return warnings + _differences(config.model, original["model_state_dict"], reference, reference_content)
@@ -191,7 +201,9 @@ def to_original(
     names = _in_order(weights, reference_weights or PARAMETER_ORDER)
     moments = renumbered(state, list(weights), names)["state"] if _is_adamw(state, weights) else {}
     last_epoch = content["step"] + 1 + content["savant"].get("schedule_offset", 0)
-    rate = learning_rate(last_epoch, training.learning_rate, training.warmup_steps, training.max_steps)
+    rate = learning_rate(
+        last_epoch, training.learning_rate, training.n_warmup_steps, training.max_steps, training.n_decay_steps
+    )
     hyperparameters = {"lr": rate, "betas": BETAS, "eps": EPS, "weight_decay": training.weight_decay}
     group = {**hyperparameters, "initial_lr": training.learning_rate, "params": list(range(len(names)))}
     schedule = {

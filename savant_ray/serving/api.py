@@ -44,6 +44,7 @@ class ServerSettings:
     name: str = ""  # of the model in requests; "": that of the run folder
     original: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of a file of the original
     loops: int | None = None  # None: those of the model
+    raw_weights: bool = False  # those of the last step, instead of their average
     max_length: int | None = None  # tokens of prompt and answer; None: `model.max_seq_len` of the run
     replicas: tuple[int, int] = (1, 1)  # smallest and largest number
     max_batch: int = 16  # answers that a replica decodes together

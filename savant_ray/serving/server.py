@@ -32,9 +32,11 @@ LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")  # hosts that other machin
 class ModelServer(Engine):
     """A replica. It handles tokens only; `Api` encodes and decodes text in the process of the HTTP server."""
 
-    def __init__(self, checkpoint: str, settings: Mapping[str, Mapping[str, Any]], n_loops: int | None) -> None:
+    def __init__(
+        self, checkpoint: str, settings: Mapping[str, Mapping[str, Any]], n_loops: int | None, raw_weights: bool
+    ) -> None:
         with local_checkpoint(checkpoint, settings=settings) as path:
-            model, tokenizer, _ = load_model(path)
+            model, tokenizer, _ = load_model(path, raw_weights)
         super().__init__(Decoder(model, Sampling.for_tokenizer(tokenizer, 1, 0), n_loops))
 
     def check_health(self) -> None:
@@ -83,7 +85,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
             graceful_shutdown_timeout_s=5,
             **scaling,
         )
-        model = deployment(ModelServer).bind(checkpoint, dict(settings.original), settings.loops)
+        model = deployment(ModelServer).bind(checkpoint, dict(settings.original), settings.loops, settings.raw_weights)
         try:
             with rays_sigterm_interrupts():
                 serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})

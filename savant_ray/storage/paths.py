@@ -14,8 +14,8 @@ from savant_ray.locations import absolute_path, is_uri, local_path, printable, r
 def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path) -> Config:
     """Return settings whose paths are absolute; `file:` URIs become paths, other URIs are unchanged.
 
-    Text and tokenizer are relative to `input_folder`; run folder, token cache and `run.init_from` to `output_folder`.
-    Absolute paths are unchanged.
+    Text and tokenizer are relative to `input_folder`; run folder, token cache, `run.init_from` and
+    `run.continue_from` to `output_folder`. Absolute paths are unchanged.
 
     Raises:
         SettingsError: a setting cannot be a path (`~` of an unknown user, NUL, not UTF-8), or `data.cache_dir` is a URI,
@@ -27,8 +27,9 @@ def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path)
             "such as /mnt/shared"
         )
     run: dict[str, Any] = {"storage_path": _absolute(config.run.storage_path, output_folder, "run.storage_path")}
-    if config.run.init_from is not None:
-        run["init_from"] = _absolute(config.run.init_from, output_folder, "run.init_from")
+    for name in ("init_from", "continue_from"):
+        if (path := getattr(config.run, name)) is not None:
+            run[name] = _absolute(path, output_folder, f"run.{name}")
     data: dict[str, Any] = {
         "cache_dir": _absolute(config.data.cache_dir, output_folder, "data.cache_dir"),
         "validation": _absolute_validation(config.data.validation, input_folder),

@@ -28,6 +28,8 @@ class RunStorage(Protocol):
     """Path of the run in `filesystem`."""
     filesystem: pafs.FileSystem | None
     """File system for Ray; None for the machine's own."""
+    permanent: str | None = None
+    """Name of a checkpoint that is kept beside the newest ones: the last before the decay of `training.schedule: wsd`."""
     owner: Owner | None
     """Fencing token of the process that may write; if None, `check_owner` does nothing."""
 

@@ -37,13 +37,18 @@ def run_storage(config: Config, owner: Owner | None = None) -> RunStorage:
     Raises:
         SettingsError: `run.storage_path` is not the URI of a storage that pyarrow supports.
     """
-    if not is_uri(config.run.storage_path):
-        return LocalStorage(run_folder(config), owner)
+    storage: RunStorage
     try:
-        uri = join_uri(config.run.storage_path, quote(config.run.name))
-        return ObjectStorage(uri, run_folder(config), owner)
+        if is_uri(config.run.storage_path):
+            uri = join_uri(config.run.storage_path, quote(config.run.name))
+            storage = ObjectStorage(uri, run_folder(config), owner)
+        else:
+            storage = LocalStorage(run_folder(config), owner)
     except SettingsError as error:
         raise SettingsError(f"run.storage_path: {error}") from error
+    if config.training.last_stable_step:  # not None, and not 0
+        storage.permanent = f"step_{config.training.last_stable_step}"
+    return storage
 
 
 @contextmanager

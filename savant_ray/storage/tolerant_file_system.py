@@ -1,11 +1,11 @@
 """The file system through which Ray Train accesses a run; errors of Ray's own bookkeeping do not end the run.
 
 After each reported checkpoint, the checkpoint manager in Ray's controller writes a list of checkpoints (`SNAPSHOT`) and
-deletes those beyond `checkpoint.keep`. If the storage fails at that moment (full, read-only, unreachable), Ray 2.60 ends
-the run, although all checkpoints are intact. This file system ignores a failure to write the list, because
-`ray_snapshot.py` rebuilds it at the next start. A deletion that fails is retried when Ray deletes the next checkpoint.
-Workers write checkpoints without this file system, so errors of saving are still reported. Nothing is written or deleted
-in a run that another process has taken over.
+deletes those beyond `checkpoint.keep`, except `RunStorage.permanent`. If the storage fails at that moment (full, read-only,
+unreachable), Ray 2.60 ends the run, although all checkpoints are intact. This file system ignores a failure to write the
+list, because `ray_snapshot.py` rebuilds it at the next start. A deletion that fails is retried when Ray deletes the next
+checkpoint. Workers write checkpoints without this file system, so errors of saving are still reported. Nothing is written
+or deleted in a run that another process has taken over.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class TolerantFileSystem(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa:
     def _delete(self, path: str) -> None:
         name = path.rpartition("/")[2]
         if self._storage is not None and is_step_name(name):
-            self._storage.delete(name)
+            if name != self._storage.permanent:
+                self._storage.delete(name)
         else:
             self._filesystem.delete_dir(path)
 

@@ -38,6 +38,7 @@ TOKENIZER = TOKENIZER_FILE
 TOKENIZER_FILES = (TOKENIZER, TEMPLATE_FILE, SETTINGS_FILE)  # the latter two only with a chat template
 RECORDS = "records.jsonl"
 FORMAT_VERSION = 1
+WEIGHTS, AVERAGE = "model_state_dict", "ema_state_dict"  # the latter only with `training.ema_decay`
 NO_FINGERPRINT = ""  # data fingerprint of a checkpoint whose training text is unknown
 REPLACED = ".replaced"
 SYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # for folders, on some network file systems
@@ -220,6 +221,12 @@ def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[st
             "use the version of savant_ray that wrote it"
         )
     return content
+
+
+def model_weights(content: Mapping[str, Any], raw: bool = False) -> dict[str, torch.Tensor]:
+    """Return the fp32 weights of a checkpoint's content by name: their average if it has one, unless `raw`."""
+    weights: dict[str, torch.Tensor] = content[WEIGHTS if raw or AVERAGE not in content else AVERAGE]
+    return weights
 
 
 def tokenizer_file(folder: Path) -> Path:

@@ -15,7 +15,8 @@ from savant_ray.training.state import TrainingState
 class HostCopy:
     """A reusable copy of the checkpoint in host memory, 12 bytes a weight (8 for the matrices of Muon).
 
-    Allocating memory takes longer than copying into it, so each copy overwrites the one before.
+    An average of the weights (`training.ema_decay`) takes 4 bytes more. Allocating memory takes longer than copying into it,
+    so each copy overwrites the one before.
     """
 
     def __init__(self) -> None:

@@ -116,7 +116,13 @@ def _train(
     steps = timed(local_batches)
     while (timed_step := next(steps, None)) is not None:
         local_batch, data_wait = timed_step
-        rate = learning_rate(state.next_in_schedule, settings.learning_rate, settings.warmup_steps, settings.max_steps)
+        rate = learning_rate(
+            state.next_in_schedule,
+            settings.learning_rate,
+            settings.n_warmup_steps,
+            settings.max_steps,
+            settings.n_decay_steps,
+        )
         started = time.perf_counter()
         result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host)
         seconds = data_wait + time.perf_counter() - started
@@ -194,6 +200,8 @@ def save_reason(step: int, config: Config) -> str | None:
     """Return why a checkpoint is due after this step, or None."""
     if step >= config.training.max_steps:
         return "final"
+    if step == config.training.last_stable_step:
+        return "before the decay of the learning rate"
     return "periodic" if step % config.checkpoint.every_steps == 0 else None
 
 

@@ -40,7 +40,9 @@ def estimated_gb(config: Config, fit: BatchFit) -> float:
     inputs = tokens * value_bytes * model.dim
     activations = loop + model.n_loops * inputs if fit.recompute_loops else model.n_loops * loop
     head = model.vocab_size * model.dim  # as large as the embedding
-    weights = BYTES_PER_PARAMETER * n_parameters(model) + BYTES_PER_BLOCK_WEIGHT * (n_parameters(model) - 2 * head)
+    average_bytes = 0 if config.training.ema_decay is None else 4
+    weights = (BYTES_PER_PARAMETER + average_bytes) * n_parameters(model)
+    weights += BYTES_PER_BLOCK_WEIGHT * (n_parameters(model) - 2 * head)
     logits = BYTES_PER_LOGIT * model.vocab_size * gpu_chunk_rows(tokens, model.vocab_size, fit.limit_gb)
     head_gradients = 2 * 4 * head  # fp32, of the loss: once summed over the chunks and once scaled
     return (weights + activations + logits + head_gradients + kept_sums_bytes(config)) / GIB

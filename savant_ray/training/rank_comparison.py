@@ -54,9 +54,9 @@ def differing(checksums: list[int]) -> str:
 
 
 def checksum(state: TrainingState) -> int:
-    """Return a number of 61 bits that changes if one bit of the weights or of the optimizer's state changes."""
+    """Return a number of 61 bits that changes if one bit of the weights, their average or the optimizer's state changes."""
     result = 0
-    for value in torch.stack([_sum_as_integers(tensor) for tensor in state.optimizer.tensors()]).tolist():
+    for value in torch.stack([_sum_as_integers(tensor) for tensor in state.tensors()]).tolist():
         result = (result * 31 + value) % MODULUS
     return result
 

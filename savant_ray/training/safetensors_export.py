@@ -18,6 +18,7 @@ from savant_ray.config import Config
 from savant_ray.errors import SavantError, SettingsError
 from savant_ray.training.checkpoint import (
     find_checkpoint,
+    model_weights,
     read_checkpoint,
     read_settings,
     sync,
@@ -28,10 +29,11 @@ WEIGHTS = "model.safetensors"
 ARCHITECTURE = "UniversalTransformer"
 
 
-def export_safetensors(checkpoint: Path, output: Path) -> None:
+def export_safetensors(checkpoint: Path, output: Path, raw_weights: bool = False) -> None:
     """Write a checkpoint as the folder `output`; for the folder of a run, its newest checkpoint.
 
-    The output holds `model.safetensors` (fp32), `config.json`, `tokenizer.json` and the files of its chat template.
+    The output holds `model.safetensors` (fp32), `config.json`, `tokenizer.json` and the files of its chat template. The
+    weights are averaged ones with `training.ema_decay`, unless `raw_weights`.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
@@ -41,7 +43,7 @@ def export_safetensors(checkpoint: Path, output: Path) -> None:
         folder = find_checkpoint(checkpoint)
         content = read_checkpoint(folder)
         with new_folder(output) as temporary:
-            write_weights(content["model_state_dict"], temporary / WEIGHTS)
+            write_weights(model_weights(content, raw_weights), temporary / WEIGHTS)
             description = json.dumps(_description(read_settings(folder), content["step"]), indent=2)
             (temporary / "config.json").write_text(description + "\n", encoding="utf-8")
             for path in tokenizer_files(folder):

@@ -7,7 +7,9 @@ in another precision and an export loses nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +20,11 @@ from savant_ray.config import AUTO, Config, TrainingConfig
 from savant_ray.errors import CheckpointError, MemoryCapError
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.optim.adamw import AdamW, MasterWeightOptimizer
+from savant_ray.optim.averaging import WeightAverage
 from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.muon import Muon
 from savant_ray.optim.tree_sum import TreeSum
-from savant_ray.training.checkpoint import FORMAT_VERSION, NO_FINGERPRINT
+from savant_ray.training.checkpoint import AVERAGE, FORMAT_VERSION, NO_FINGERPRINT
 from savant_ray.training.device import Precision, weights_dtype
 from savant_ray.training.progress import PROGRESS
 from savant_ray.training.spikes import SpikeWindow
@@ -115,6 +118,7 @@ class TrainingState:
     updates_on_spike: bool = True  # false: a step that is a spike does not update the weights
     deterministic: bool = False  # gradients are added in the order of `tree`
     tree: TreeSum = field(default_factory=TreeSum)
+    average: WeightAverage | None = None  # with `training.ema_decay`
     step: int = 0
     position: int = 0
     tokens_seen: int = 0
@@ -128,6 +132,22 @@ class TrainingState:
     def master_weights(self) -> dict[str, Tensor]:
         """Return fp32 weights by name."""
         return {name: self.optimizer.master(p) for name, p in self.model.named_parameters()}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors that updates change: weights, optimizer state, and average."""
+        return itertools.chain(self.optimizer.tensors(), self.average.weights.values() if self.average else ())
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Put the average in place of the weights within the `with` block; without an average, do nothing."""
+        if self.average is None:
+            yield
+            return
+        self.average.exchange()
+        try:
+            yield
+        finally:
+            self.average.exchange()
 
     @property
     def next_in_schedule(self) -> int:
@@ -153,18 +173,22 @@ class TrainingState:
             raise CheckpointError("the weights do not fit the model: " + "; ".join(differences))
         for name, parameter in parameters.items():
             self.optimizer.set_master(parameter, weights[name].to(self.device, torch.float32))
+        if self.average is not None:
+            self.average.restart()
 
     def to_checkpoint(self, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
         """Return the checkpoint: the four keys of the original script's files, and `savant` with what else resuming needs.
 
-        The tensors are the state's own, except for joined bf16 weights: fp32 copies on the device, 4 bytes a weight.
-        `HostCopy` joins one weight at a time instead and passes its own `weights`.
+        The average of the weights, if there is one, has a key of its own. The tensors are the state's own, except for joined
+        bf16 weights: fp32 copies on the device, 4 bytes a weight. `HostCopy` joins one weight at a time instead and passes
+        its own `weights`.
         """
         return {
             "step": self.step,
             "model_state_dict": self.master_weights() if weights is None else weights,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": {"last_epoch": self.step},
+            **({} if self.average is None else {AVERAGE: self.average.weights}),
             "savant": {
                 "format_version": FORMAT_VERSION,
                 "position": self.position,
@@ -177,6 +201,7 @@ class TrainingState:
                 "spike_window": self.spike_window.to_record(),
                 "fit": self.fit.to_record(),
                 "threads": torch.get_num_threads(),
+                **({} if self.average is None else {"average_updates": self.average.n_updates}),
                 "torch_rng_state": torch.get_rng_state(),
             },
         }
@@ -186,13 +211,15 @@ class TrainingState:
 
         Weights that only the model has keep their initial values; weights that only the checkpoint has are ignored. With
         `allow_changes`, the same applies to weights whose shapes differ. If any weight was not restored or was ignored, or
-        the optimizer's state does not fit, the optimizer keeps its initial state. The window of spikes stays empty
-        if anything was not restored, or if the text is another one (`data_fingerprint`), because the loss may then differ.
+        the optimizer's state does not fit, the optimizer keeps its initial state. The average of the weights begins with the
+        loaded ones if the checkpoint has none, or another model. The window of spikes stays empty if anything else was not
+        restored, or if the text is another one (`data_fingerprint`), because the loss may then differ.
 
         Raises:
             CheckpointError: weights have other shapes than the model's; all are listed.
         """
         notes = self._load_matching_weights(content["model_state_dict"], allow_changes)
+        average_note = self._load_average(content, is_changed=bool(notes))
         problem = "the model has changed" if notes else self._load_optimizer(content["optimizer_state_dict"])
         if problem:
             notes.append(f"the optimizer starts from its initial state: {problem}")
@@ -200,7 +227,7 @@ class TrainingState:
             notes.append(f"the saved schedule is at {epoch}; it continues at step {content['step']:,}")
         self._load_counters(content)
         self._load_spikes(content["savant"], is_changed=bool(notes))
-        return notes
+        return notes + average_note
 
     def _load_matching_weights(self, weights: dict[str, Tensor], allow_changes: bool) -> list[str]:
         parameters = dict(self.model.named_parameters())
@@ -215,6 +242,17 @@ class TrainingState:
             f"{name} of the checkpoint is not in the model: ignored" for name in weights.keys() - parameters.keys()
         ]
         return missing + sorted(unknown) + [f"{text}: newly initialized" for text in reshaped.values()]
+
+    def _load_average(self, content: dict[str, Any], is_changed: bool) -> list[str]:
+        """Load the average of the weights, or begin it with the loaded weights; return notes."""
+        if self.average is None:
+            return ["the average of the weights is dropped: training.ema_decay is null"] if AVERAGE in content else []
+        if AVERAGE in content and not is_changed:
+            self.average.load(content[AVERAGE], content["savant"]["average_updates"])
+            return []
+        self.average.restart()
+        reason = "the model has changed" if AVERAGE in content else "the checkpoint has none"
+        return [f"the average of the weights begins at step {content['step']:,}: {reason}"]
 
     def _load_optimizer(self, state_dict: dict[str, Any]) -> str | None:
         """Load the optimizer's state, or return why it does not fit."""
@@ -270,6 +308,7 @@ def new_state(config: Config, device: torch.device, precision: Precision | None 
         SpikeWindow(config.training.effective_batch),
         updates_on_spike=config.training.on_spike == "warn",
         deterministic=is_deterministic(config, device),
+        average=new_average(model, optimizer, config.training),
     )
     state.set_fit(fit)
     state.load_weights(weights)
@@ -295,6 +334,15 @@ def new_optimizer(model: UniversalTransformer, settings: TrainingConfig) -> Mast
     matrix_ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in matrix_ids]
     return Muon(matrices, others, settings.learning_rate, settings.weight_decay)
+
+
+def new_average(
+    model: UniversalTransformer, optimizer: MasterWeightOptimizer, settings: TrainingConfig
+) -> WeightAverage | None:
+    """Return the average of `training.ema_decay`, before `restart`; None if the setting is null."""
+    if settings.ema_decay is None:
+        return None
+    return WeightAverage(dict(model.named_parameters()), optimizer, settings.ema_decay)
 
 
 def reshaped_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:

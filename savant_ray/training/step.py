@@ -349,3 +349,5 @@ def update(state: TrainingState, learning_rate: float) -> None:
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
+    if state.average is not None:
+        state.average.update()

@@ -17,7 +17,7 @@ from savant_ray.config import Config
 from savant_ray.events import RunResumed
 from savant_ray.storage.protocol import RunStorage, newest_checkpoint_name
 from savant_ray.storage.run_storage import initial_checkpoint
-from savant_ray.training.checkpoint import find_checkpoint, read_checkpoint
+from savant_ray.training.checkpoint import find_checkpoint, model_weights, read_checkpoint
 from savant_ray.training.reduction import broadcast_from_rank_0
 from savant_ray.training.state import TrainingState
 
@@ -95,5 +95,5 @@ def load_initial_weights(state: TrainingState, config: Config) -> RunResumed | N
         return None
     # The driver has already compared the settings.
     with on_each_node(initial_checkpoint(config, allow_changes=True)) as path:
-        state.load_weights(read_checkpoint(find_checkpoint(path))["model_state_dict"])
+        state.load_weights(model_weights(read_checkpoint(find_checkpoint(path))))
     return RunResumed(step=0, path=config.run.init_from, note="its weights only: a new run with a fresh optimizer")

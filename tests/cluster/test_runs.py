@@ -18,11 +18,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from savant_ray.cli import main
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.training.checkpoint import checkpoints
+from savant_ray.training.checkpoint import checkpoints, read_checkpoint
 from tests.cluster.conftest import (
     ROOT,
     Head,
@@ -178,6 +179,21 @@ def test_a_new_run_starts_from_the_weights_and_tokenizer_of_another(
     assert code == 0 and "weights only" in printed, printed
     assert losses(workplace / "second")[0] < losses(finished.run)[0] - 0.1
     assert tokenizer_of(workplace / "second/step_2") == tokenizer_of(workplace / "tiny/step_8")
+
+
+def test_a_new_run_that_continues_from_a_checkpoint_equals_the_run_of_the_checkpoint(
+    head: Head, finished: Finished, tmp_path: Path
+) -> None:
+    workplace = copied(finished, tmp_path)
+    code, printed = run_job(head, workplace, run__name="second", run__continue_from="tiny/step_4")
+    assert code == 0 and "saved step_4 (copied from " in printed, printed
+    second, expected = (
+        [(step["step"], step["train_loss"]) for step in records(run, "step")]
+        for run in (workplace / "second", finished.run)
+    )
+    assert second == expected[4:]
+    one, other = (read_checkpoint(run / "step_8")["model_state_dict"] for run in (workplace / "second", finished.run))
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
 def test_a_fine_tune_on_conversations_trains_on_the_answers_only(

@@ -11,12 +11,25 @@ import torch
 
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
+from savant_ray.driver.attempt import open_attempt
 from savant_ray.driver.checks import finished_message
-from savant_ray.driver.starting_point import changed_settings, compare_settings, find_start, refuse_other_data
-from savant_ray.errors import CheckpointError
+from savant_ray.driver.phases import AttemptPhase
+from savant_ray.driver.starting_point import (
+    changed_settings,
+    compare_settings,
+    copy_start,
+    find_start,
+    records_of,
+    refuse_other_data,
+    shortest_length,
+)
+from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.lock import locked, move_run_aside
-from savant_ray.training.checkpoint import checkpoints, write_checkpoint
+from savant_ray.storage.ray_snapshot import SNAPSHOT
+from savant_ray.storage.run_storage import run_storage
+from savant_ray.storage.tolerant_file_system import tolerant_file_system
+from savant_ray.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 
 TEXTS = ["red green blue one two three", "blue two", "three four red"]
 
@@ -168,6 +181,19 @@ def test_a_run_is_finished_when_its_last_sample_is_written(tmp_path: Path) -> No
     assert finished_message(longer, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5") is None
 
 
+def test_a_finished_wsd_run_names_the_checkpoint_to_continue_from_for_a_longer_one(tmp_path: Path) -> None:
+    config = wsd(100)
+    write(tmp_path, 80, 100, config=config)
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"event": "sample", "step": 100}) + "\n")
+    settings = config.to_dict()
+    settings["run"] |= {"storage_path": str(tmp_path.parent), "name": tmp_path.name}
+    message = finished_message(config, run_storage(Config.from_dict(settings)), tmp_path / "step_100") or ""
+    assert (
+        f"has done its 100 steps; to train longer, begin a new run with run.continue_from: {tmp_path}/step_80"
+        in message
+    )
+
+
 def test_a_run_without_room_for_a_last_sample_is_finished_when_its_end_is_recorded(tmp_path: Path) -> None:
     config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
     write(tmp_path / "run", 5)
@@ -181,3 +207,132 @@ def test_a_run_without_room_for_a_last_sample_is_finished_when_its_end_is_record
         (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         said = finished_message(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5")
         assert (said is not None) == finished, last
+
+
+def wsd(max_steps: int, **training: Any) -> Config:
+    return changed(training={"schedule": "wsd", "max_steps": max_steps, "warmup_steps": 10, **training})
+
+
+@pytest.mark.parametrize(
+    ("step", "new"),
+    [
+        (70, wsd(200)),  # longer, before the decay after step 80
+        (80, wsd(100_000)),
+        (70, wsd(88)),  # shorter, with a decay after step 70
+        (70, wsd(71, decay_fraction=0.01)),
+        (90, wsd(100, learning_rate=1e-3)),
+    ],
+)
+def test_the_length_of_a_wsd_run_may_change_if_its_steps_keep_their_learning_rates(
+    step: int, new: Config, tmp_path: Path
+) -> None:
+    write(tmp_path, step, config=wsd(100))
+    messages: list[str] = []
+    compare_settings(tmp_path / f"step_{step}", new, False, messages.append)
+    assert any(message.startswith(f"changed since step_{step}: training.") for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("step", "new", "words"),
+    [
+        (
+            90,
+            wsd(200),
+            "the learning rate fell from step 80 to 100, now from 160 to 200; to train longer, begin a new run with "
+            "run.continue_from: …/step_80, or earlier",
+        ),
+        (
+            70,
+            wsd(80),
+            "the learning rate fell from step 80 to 100, now from 64 to 80; with training.max_steps: 87 it falls from step "
+            "70 on",
+        ),
+        (70, wsd(100, decay_fraction=1.0), "with a training.decay_fraction below 1 it falls from step 70 on"),
+        (70, wsd(200, warmup_steps=20), "the warm-up had 10 steps, now 20; training.warmup_steps: 10 keeps it"),
+        (70, changed(training={"max_steps": 100, "warmup_steps": 10}), "training.schedule: wsd, now cosine"),
+    ],
+)
+def test_other_learning_rates_of_the_steps_of_a_wsd_run_are_refused(
+    step: int, new: Config, words: str, tmp_path: Path
+) -> None:
+    write(tmp_path, step, config=wsd(100))
+    with pytest.raises(CheckpointError) as refusal:
+        compare_settings(tmp_path / f"step_{step}", new, False, print)
+    assert words in str(refusal.value) and "--allow-changes" in str(refusal.value)
+    compare_settings(tmp_path / f"step_{step}", new, True, print)
+
+
+def test_the_advised_length_is_the_shortest_one_that_is_accepted(tmp_path: Path) -> None:
+    for step in range(11, 60):
+        for fraction in (0.05, 0.2, 0.33, 0.5, 0.9):
+            advised = int(shortest_length(step, fraction).rpartition(" ")[2])
+            settings = [wsd(n, decay_fraction=fraction).training for n in (advised - 1, advised)]
+            assert [(each.last_stable_step or 0) >= step for each in settings] == [False, True]
+
+
+def other_run(folder: Path, *steps: int) -> LocalStorage:
+    """Return the storage of a new run, beside a run with checkpoints in which schedule wsd decays after step 80."""
+    write(folder / "base", *steps, config=wsd(100))
+    (folder / "new").mkdir()
+    return LocalStorage(folder / "new")
+
+
+def test_a_new_run_continues_from_a_copy_of_a_checkpoint_without_its_records(tmp_path: Path) -> None:
+    storage = other_run(tmp_path, 70, 80)
+    base = tmp_path / "base/step_70"
+    events: list[Any] = []
+    start = copy_start(storage, wsd(200), str(base), events.append, allow_changes=False)
+    assert start == tmp_path / "new/step_70" and find_start(storage, print) == start
+    assert torch.equal(read_checkpoint(start)["weights"], read_checkpoint(base)["weights"])
+    assert all((start / name).read_bytes() == (base / name).read_bytes() for name in ("config.yaml", "tokenizer.json"))
+    assert list(records_of(tmp_path / "new")) == []
+    assert "step_70" in (tmp_path / "new" / SNAPSHOT).read_text(), "so that Ray deletes it when it is old"
+    assert [event.reason for event in events] == [f"copied from {base}"]
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "words"),
+    [
+        ("nothing", wsd(200), "there is no such file or folder"),
+        ("step_70", wsd(50), "has already done training.max_steps = 50 steps"),
+        ("step_90", wsd(200), "to train longer, begin a new run with run.continue_from: …/step_80"),
+        ("step_70", changed(model={"n_loops": 6}, training=wsd(200).training.model_dump()), "model.n_loops: 12, now 6"),
+    ],
+)
+def test_a_checkpoint_that_a_new_run_cannot_continue_from_is_refused_and_nothing_is_copied(
+    source: str, config: Config, words: str, tmp_path: Path
+) -> None:
+    storage = other_run(tmp_path, 70, 90)
+    with pytest.raises(SavantError, match=r"run\.continue_from: ") as refusal:
+        copy_start(storage, config, str(tmp_path / "base" / source), print, allow_changes=False)
+    assert words in str(refusal.value) and names(tmp_path / "new") == []
+
+
+def test_a_run_is_not_moved_aside_for_one_that_cannot_continue_from_a_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path / "base", 90, config=wsd(100))
+    write(tmp_path / "new", 1)
+    settings = wsd(200).to_dict()
+    settings["run"] |= {"storage_path": str(tmp_path), "name": "new", "continue_from": str(tmp_path / "base")}
+    with (
+        pytest.raises(
+            CheckpointError, match=r"(?s)run\.continue_from: .*begin a new run with run\.continue_from: …/step_80"
+        ),
+        open_attempt(Config.from_dict(settings), fresh=True, allow_changes=False, verbose=False, phase=AttemptPhase()),
+    ):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "new"] and names(tmp_path / "new") == ["step_1"]
+
+
+def test_the_last_checkpoint_before_the_decay_is_never_deleted(tmp_path: Path) -> None:
+    write(tmp_path / "run", 40, 80)
+    settings = wsd(100).to_dict()
+    settings["run"] |= {"storage_path": str(tmp_path), "name": "run"}
+    file_system = tolerant_file_system(None, run_storage(Config.from_dict(settings)))
+    for step in (40, 80):
+        file_system.delete_dir(f"{tmp_path}/run/step_{step}")
+    assert names(tmp_path / "run") == ["step_80"]
+
+
+def test_a_run_starts_from_weights_or_from_a_complete_state() -> None:
+    with pytest.raises(SettingsError, match=r"run\.init_from and run\.continue_from exclude each other"):
+        changed(run={"init_from": "a", "continue_from": "b"})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
@@ -16,7 +17,8 @@ from savant_ray.evaluation.logic_suite import logic_suite
 from savant_ray.evaluation.loss import loss_sums
 from savant_ray.model.flex import has_flex
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.training.checkpoint import read_settings, write_checkpoint
+from savant_ray.original.file import read_file
+from savant_ray.training.checkpoint import read_checkpoint, read_settings, write_checkpoint
 from savant_ray.training.state import new_state
 from tests.data.albert_like import with_chat_template
 from tests.training.tiny import CPU, MODEL, unmasked
@@ -48,6 +50,40 @@ def test_the_model_of_a_checkpoint_comes_with_its_chat_template(run: Path, tmp_p
     write_checkpoint(tmp_path / "chat", {**new_state(config, CPU).to_checkpoint(), "step": 3}, texts)
     template = load_model(tmp_path / "chat")[1].chat_template
     assert template is not None and template == tokenizer.chat_template
+
+
+def test_a_model_has_the_average_of_the_weights_unless_raw_ones_are_asked_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = read_checkpoint(run / "step_3")
+    content["ema_state_dict"] = {name: weight + 1 for name, weight in content["model_state_dict"].items()}
+    files = {name: (run / "step_3" / name).read_text() for name in ("config.yaml", "tokenizer.json")}
+    averaged = write_checkpoint(tmp_path / "averaged", content, files)
+    for raw, key in ((False, "ema_state_dict"), (True, "model_state_dict")):
+        model, _, _ = load_model(averaged, raw_weights=raw)
+        assert all(torch.equal(weight, content[key][name]) for name, weight in model.state_dict().items())
+        output = tmp_path / f"export {raw}"
+        assert (
+            main(
+                ["export", str(averaged), "--format", "safetensors", "--output", str(output), *["--raw-weights"] * raw]
+            )
+            == 0
+        )
+        exported = load_file(output / "model.safetensors")
+        assert all(torch.equal(weight, content[key][name]) for name, weight in exported.items())
+    assert main(["export", str(averaged), "--format", "original", "--output", str(tmp_path / "step_3.pt")]) == 0
+    assert "warning: the file holds the weights of the last step, not their average" in capsys.readouterr().err
+    original = read_file(tmp_path / "step_3.pt")["model_state_dict"]
+    assert all(torch.equal(weight, original[name]) for name, weight in content["model_state_dict"].items())
+    scores = []
+    for option in ([], ["--raw-weights"]):
+        file = tmp_path / "scores.json"
+        assert (
+            main(["evaluate", str(averaged), *option, "--depths", "2", "--max-new-tokens", "1", "--json", str(file)])
+            == 0
+        )
+        scores.append(json.loads(file.read_text())["depths"])
+    assert scores[0][0]["loss"] != scores[1][0]["loss"]
 
 
 def test_the_suite_is_scored_per_template_with_an_interval(

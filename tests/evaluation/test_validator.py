@@ -97,6 +97,34 @@ def validation_of(events: list[Event]) -> ValidationDone:
     return event
 
 
+def test_with_an_average_of_the_weights_validation_and_sample_are_those_of_the_average() -> None:
+    config = config_of()
+    config = config.model_copy(update={"training": config.training.model_copy(update={"ema_decay": 0.9})})
+    state = tiny_state(config)
+    train(state, config, shares(state, config), RecordingHost())
+    averaged = tiny_state(config_of())
+    averaged.load_weights(state.to_checkpoint()["ema_state_dict"])
+    averaged.step = state.step
+    changes, events, expected = WeightChanges(), list[Event](), list[Event]()
+    changes.measure(state)
+    evaluated = validator(config, events.append, lambda: False)
+    evaluated.weight_changes = changes
+    evaluated(state)
+    validator(config, expected.append, lambda: False)(averaged)
+    assert results(events) == results(expected)
+    assert validation_of(events).weights_moved == 0, "the weights are compared, not their average"
+    raw = list[Event]()
+    validator(config, raw.append, lambda: False)(tiny_state_of(state))
+    assert validation_of(raw).validation_loss != validation_of(events).validation_loss
+
+
+def tiny_state_of(state: TrainingState) -> TrainingState:
+    """Return a state with the weights of another one and without an average."""
+    copy = tiny_state(config_of())
+    copy.load_weights(state.master_weights())
+    return copy
+
+
 def test_with_special_tokens_the_loss_is_that_of_the_original_on_the_same_text(tmp_path: Path) -> None:
     """The original pads each text to the length with id 0, and averages over the tokens that are not padding."""
     tokenizer = Tokenizer.load(FOLDER)

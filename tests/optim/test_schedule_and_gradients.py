@@ -23,6 +23,18 @@ def test_the_schedule_rises_then_falls_and_never_jumps() -> None:
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= 0.1 + 1e-12
 
 
+def test_with_a_decay_at_the_end_the_rate_is_constant_after_the_warm_up_and_then_falls_linearly_to_zero() -> None:
+    rates = [learning_rate(step, 2.0, 4, 20, decay_steps=5) for step in range(1, 21)]
+    assert rates == pytest.approx([0.5, 1, 1.5, *[2] * 12, 1.6, 1.2, 0.8, 0.4, 0])
+
+
+def test_before_the_decay_the_rates_do_not_depend_on_the_number_of_steps() -> None:
+    short, long = ([learning_rate(step, 2.0, 4, n, decay_steps=n // 4) for step in range(1, 16)] for n in (20, 400))
+    assert short == long
+    assert learning_rate(3, 1.0, 4, 4, decay_steps=4) == 0.25, "where warm-up and decay overlap, the lower one counts"
+    assert learning_rate(1, 1.0, 0, 4, decay_steps=2) == 1 and learning_rate(9, 1.0, 0, 4, decay_steps=2) == 0
+
+
 def test_without_warm_up_the_first_step_has_nearly_the_full_rate() -> None:
     assert learning_rate(1, 1.0, 0, 100) == pytest.approx(1.0, abs=1e-3)
 

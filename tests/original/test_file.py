@@ -242,7 +242,7 @@ def test_a_loaded_file_has_the_content_of_the_original_program(kind: str, tmp_pa
     assert notes == [] and state.step == held["step"]
     settings = config.training
     if kind != "adamw8bit_without_schedule":
-        schedule = (settings.learning_rate, settings.warmup_steps, settings.max_steps)
+        schedule = (settings.learning_rate, settings.n_warmup_steps, settings.max_steps)
         assert learning_rate(state.next_in_schedule, *schedule) == pytest.approx(held["rate"])
     with torch.no_grad():
         logits = state.model(batch(0)[:1])[0, -1]

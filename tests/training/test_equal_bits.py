@@ -30,6 +30,7 @@ from savant_ray.training.step import MicroBatch, take_step
 from tests.training.tiny import CPU, MODEL, RecordingHost, micro_batch, never, share, shares, tiny_config, weights
 
 SEQUENCES = 14
+DAMAGES = ("weights", "exp_avg", "exp_avg_sq", "average")
 Figures = tuple[list[tuple[float, float, int, bool]], str]
 
 
@@ -47,8 +48,9 @@ def taken_steps(config: Config, rank: int, world_size: int, rows: int | None = N
 
 
 def digest(state: TrainingState) -> str:
-    """Return the SHA-256 of all weights."""
-    return hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights(state).values())).hexdigest()
+    """Return the SHA-256 of all weights and of their average."""
+    tensors = [*weights(state).values(), *(state.average.weights.values() if state.average else ())]
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def with_bad_losses(positions: Sequence[int]) -> Callable[..., torch.Tensor]:
@@ -73,6 +75,9 @@ def all_cases(rank: int, world_size: int) -> dict[str, Any]:
         "a single one": taken_steps(tiny_config(batch_size=SEQUENCES), rank, world_size),
         "each computed in two parts": taken_steps(seven, rank, world_size, rows=1),
         "muon": taken_steps(tiny_config(batch_size=2, accumulation=7, optimizer="muon"), rank, world_size),
+        "average of the weights": taken_steps(
+            tiny_config(batch_size=2, accumulation=7, ema_decay=0.9), rank, world_size
+        ),
     }
     limit, state_module.MAX_CPU_ELEMENTS = state_module.MAX_CPU_ELEMENTS, 2 * 16 * 16
     cases["other settings of batch size and accumulation"] = taken_steps(
@@ -109,7 +114,7 @@ def flip_bit(tensor: torch.Tensor) -> None:
 
 def damaged_run(rank: int, world_size: int, damage: str) -> tuple[str, list[tuple[int, str]]]:
     """Train with a bit of the last rank flipped after step 2; return the error and the checkpoints."""
-    settings = tiny_config(batch_size=2, accumulation=6, compare_ranks_every=2).to_dict()
+    settings = tiny_config(batch_size=2, accumulation=6, compare_ranks_every=2, ema_decay=0.9).to_dict()
     settings["checkpoint"]["every_steps"] = 3
     config = Config.from_dict(settings)
     state, host = new_state(config, CPU), RecordingHost(rank)
@@ -117,8 +122,10 @@ def damaged_run(rank: int, world_size: int, damage: str) -> tuple[str, list[tupl
     def local_batches() -> Iterator[list[MicroBatch]]:
         for step, local_batch in enumerate(shares(state, config, rank, world_size)):
             if step == 2 and rank == world_size - 1:
+                assert state.average is not None
                 parameter = state.model.embed.weight
-                flip_bit(parameter if damage == "weights" else state.optimizer.state[parameter][damage])
+                tensors = {"weights": parameter, "average": state.average.weights["embed.weight"]}
+                flip_bit(tensors[damage] if damage in tensors else state.optimizer.state[parameter][damage])
             yield local_batch
 
     try:
@@ -131,7 +138,7 @@ def damaged_run(rank: int, world_size: int, damage: str) -> tuple[str, list[tupl
 def _rank(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
-    damages = {damage: damaged_run(rank, world_size, damage) for damage in ("weights", "exp_avg", "exp_avg_sq")}
+    damages = {damage: damaged_run(rank, world_size, damage) for damage in DAMAGES}
     torch.save((all_cases(rank, world_size), damages), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
