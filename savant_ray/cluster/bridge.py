@@ -26,9 +26,7 @@ from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 HEARTBEAT_SECONDS = 1.0
 RAY_CHECK_SECONDS = 0.5  # if the answer to a call is overdue by this, Ray's own processes are checked
 ANSWER_SECONDS = 60.0  # the bridge answers within milliseconds
-LOST_SECONDS = (
-    10.0  # after which a call that the next one has overtaken is taken for lost; it arrives within milliseconds
-)
+LOST_SECONDS = 10.0  # until a call that others have overtaken is taken for lost; it arrives within milliseconds
 
 BridgeHandle = Any  # an `ActorHandle`, whose methods Ray annotates as `Never`
 
