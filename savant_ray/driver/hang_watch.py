@@ -210,7 +210,7 @@ class HangWatch:
 def _activity(worker: StuckWorker) -> str:
     if worker.waits_for:
         ranks = ", ".join(map(str, worker.waits_for))
-        return f"waiting for worker{'s' if len(worker.waits_for) > 1 else ''} {ranks}, not heard of since the start"
+        return f"waiting for worker{'s' if len(worker.waits_for) > 1 else ''} {ranks} (no heartbeat yet)"
     return "waiting for the other workers" if worker.progress.waits else worker.progress.activity
 
 

@@ -165,7 +165,7 @@ def test_workers_that_wait_for_one_that_does_not_start_are_killed_so_that_all_ar
         worker.begin("loading the state", STORAGE)
         worker.enter_collective()
     assert group.pass_time(int(10 * SLOW)) == [] and group.pass_time(2) == [0, 2]
-    assert hung(group)[0].activity == "waiting for worker 1, not heard of since the start"
+    assert hung(group)[0].activity == "waiting for worker 1 (no heartbeat yet)"
 
 
 @pytest.mark.parametrize("patience", [SLOW, STORAGE])
