@@ -286,7 +286,7 @@ def test_what_training_does_not_depend_on_is_skipped_with_a_notice_if_it_does_no
     assert about_first_weights == [Notice(text=f"step 6: comparing weights {skipped}")]
 
     monkeypatch.setattr("savant_ray.evaluation.validator.loop_statistics", NoRoom(lambda: None))
-    about_loops, about_weights, loss, _ = validated(state, config)
+    about_weights, about_loops, loss, _ = validated(state, config)
     assert isinstance(about_loops, Notice) and about_loops.text == f"step 6: loop statistics {skipped}"
     assert isinstance(about_weights, Notice) and about_weights.text == f"step 6: comparing weights {skipped}"
     assert isinstance(loss, ValidationDone) and loss.residuals == () and loss.weights_moved is None
