@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from savant_ray.cluster.session import check_ray_actors, check_ray_processes
@@ -25,6 +25,7 @@ from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
 HEARTBEAT_SECONDS = 1.0
 RAY_CHECK_SECONDS = 0.5  # if the answer to a call is overdue by this, Ray's own processes are checked
+LAST_ANSWER_SECONDS = 1.0
 ANSWER_SECONDS = 60.0  # the bridge answers within milliseconds
 LOST_SECONDS = 10.0  # until a call that others have overtaken is taken for lost; it arrives within milliseconds
 
@@ -196,8 +197,16 @@ def next_events(bridge: BridgeHandle, seconds: float) -> tuple[list[Event], list
         TrainingError: as `answer_of`.
     """
     events, heartbeats = answer_of(bridge.take.remote(seconds), seconds)
-    check_ray_processes()
     return list(events), list(heartbeats)
+
+
+def last_events(bridge: BridgeHandle) -> list[Event]:
+    """Return all events since the last call if the bridge still answers, after Ray has failed otherwise."""
+    try:
+        events, _ = ray.get(bridge.take.remote(0), timeout=LAST_ANSWER_SECONDS)
+    except RayError:
+        return []
+    return list(events)
 
 
 def answer_of(call: Any, seconds: float = 0.0) -> Any:

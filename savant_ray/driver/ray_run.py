@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from savant_ray.cluster.bridge import BridgeHandle, answer_of, next_events, start_bridge
+from savant_ray.cluster.bridge import BridgeHandle, answer_of, last_events, next_events, start_bridge
 from savant_ray.cluster.ray_job import grace_seconds
-from savant_ray.cluster.session import ExitWithoutShutdown, owns_ray, ray_session
+from savant_ray.cluster.session import ExitWithoutShutdown, check_ray_processes, owns_ray, ray_session
 from savant_ray.driver.attempt import Attempt, Inputs
 from savant_ray.driver.data_preparation import prepare_data
 from savant_ray.driver.failures import explain_failure, ray_errors_explained
@@ -128,7 +128,24 @@ def _call_fit(trainer: TorchTrainer, outcome: Outcome) -> None:
 def _follow(
     attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch, hang_watch: HangWatch
 ) -> None:
-    """Report events and pass on a stop request until `fit()` has returned, or is overdue after the last save."""
+    """Report events and pass on a stop request until `fit()` has returned, or is overdue after the last save.
+
+    If Ray fails, workers may have gone on meanwhile, and saved: the record gets these steps, too.
+
+    Raises:
+        TrainingError: Ray itself has failed, or workers hang and are not started again.
+    """
+    try:
+        _follow_until_end(attempt, outcome, bridge, watch, hang_watch)
+    except TrainingError:
+        for event in last_events(bridge):
+            _report(event, attempt)
+        raise
+
+
+def _follow_until_end(
+    attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch, hang_watch: HangWatch
+) -> None:
     phase, report = attempt.phase, attempt.report
     fit_return_seconds = FIT_RETURN_SECONDS if owns_ray() else CLUSTER_FIT_RETURN_SECONDS
     saved_time = math.inf  # when the workers had finished and the last step was saved, by time.monotonic()
@@ -143,6 +160,7 @@ def _follow(
             saved_time = min(saved_time, time.monotonic())
         if finished or time.monotonic() > saved_time + fit_return_seconds:
             return
+        check_ray_processes()
         attempt.storage.refuse_if_lost()
         watch.check(phase.current)
         hang_watch.check(phase.current, heartbeats)
