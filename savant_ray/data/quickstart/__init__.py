@@ -125,7 +125,7 @@ def _conversations(problems: Sequence[Problem]) -> list[dict[str, Any]]:
 
 
 def _documents(problems: Iterable[Problem]) -> list[Document]:
-    return [Document(f"problem:{p.template}/{p.wording}", p.text) for p in problems]
+    return [Document(f"problem:{p.template}", p.text) for p in problems]
 
 
 def _shuffled(documents: list[Document]) -> list[dict[str, Any]]:

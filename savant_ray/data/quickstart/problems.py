@@ -24,6 +24,7 @@ All functions are pure: the same seed gives the same problems.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,14 +32,15 @@ from itertools import combinations
 from operator import add, mul, sub
 from random import Random
 
-from savant_ray.data.quickstart.wordings import ITEMS, NAMES, WORDINGS, Wording
+from savant_ray.data.quickstart.wordings import ITEMS, LETTERS, NAMES, PATTERNS, UNITS, Wording, draw_wording
 
-TEMPLATES = tuple(WORDINGS)
+TEMPLATES = tuple(PATTERNS)
 LARGEST_OPERAND = 99
 HELD_OUT_FRACTION = 0.1
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, ">": max, "<": min}
 _MAX_DRAWS = 200  # a template is exhausted after this many consecutive draws without a new problem
+_EXPRESSION_OF_LETTERS = re.compile(r"\{a\} [-+*] \{b\}")
 _SMALL_FRACTION = 0.25  # fraction of operands drawn from 0 … 19, so that one-digit numbers are not too rare
 
 
@@ -112,9 +114,8 @@ def _is_round(x: int) -> bool:
 def _new_problem(
     rng: Random, template: str, held_out: bool, unseen_wordings: bool, known: dict[str, Problem]
 ) -> Problem | None:
-    wordings = [w for w in WORDINGS[template] if w.unseen == unseen_wordings]
     for _ in range(_MAX_DRAWS):
-        wording = rng.choice(wordings)
+        wording = draw_wording(rng, template, unseen_wordings)
         operands = _draw_operands(rng, wording.operations, held_out)
         if operands is None:
             continue
@@ -173,14 +174,17 @@ def _fits(operands: Sequence[int], operations: Sequence[str]) -> bool:
 
 def _write(rng: Random, template: str, wording: Wording, operands: tuple[int, ...]) -> Problem:
     name, other = rng.sample(NAMES, 2)
-    slots = dict(zip("xyz", operands, strict=False), name=name, other=other, items=rng.choice(ITEMS))
+    letters = dict(zip("abc", rng.choice(LETTERS), strict=True))
+    words = dict(name=name, other=other, items=rng.choice(ITEMS), unit=rng.choice(UNITS))
+    slots: dict[str, object] = dict(zip("xyz", operands, strict=False)) | letters | words
+    lead = _EXPRESSION_OF_LETTERS.search(wording.form) if len(operands) == 2 else None
     steps, answer = _work_out(operands, wording.operations)
     return Problem(
         template=template,
-        wording=wording.name,
+        wording=wording.form,
         operands=operands,
         prompt=f"Question: {wording.question.format(**slots)}\nAnswer: Let's think step by step:",
-        answer_text=f"{wording.lead}{' '.join(steps)} The answer is {answer}.",
+        answer_text=f"{f'{lead[0]} = '.format(**slots) if lead else ''}{' '.join(steps)} The answer is {answer}.",
         answer=answer,
     )
 
