@@ -28,7 +28,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
+from itertools import combinations, cycle, islice
 from operator import add, mul, sub
 from random import Random
 
@@ -39,7 +39,6 @@ LARGEST_OPERAND = 99
 HELD_OUT_FRACTION = 0.1
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, ">": max, "<": min}
-_MAX_DRAWS = 200  # a template is exhausted after this many consecutive draws without a new problem
 _EXPRESSION_OF_LETTERS = re.compile(r"\{a\} [-+*] \{b\}")
 _SMALL_FRACTION = 0.25  # fraction of operands drawn from 0 … 19, so that one-digit numbers are not too rare
 
@@ -79,21 +78,18 @@ def problems(
     templates: Sequence[str] = TEMPLATES,
     unseen_wordings: bool = False,
 ) -> list[Problem]:
-    """Generate n different problems, cycling through the templates; fewer if all templates are exhausted.
+    """Generate n different problems, cycling through the templates.
 
     `held_out` selects held-out pairs of operands, `unseen_wordings` the held-out wordings. A template that is listed twice
     contributes two problems per cycle.
     """
     rng = Random(f"{seed} {held_out} {unseen_wordings}")
     by_prompt: dict[str, Problem] = {}
-    remaining_templates = list(templates)
-    while remaining_templates and len(by_prompt) < n:
-        for template in tuple(remaining_templates):
-            problem = _new_problem(rng, template, held_out, unseen_wordings, by_prompt)
-            if problem is None:
-                remaining_templates.remove(template)
-            elif len(by_prompt) < n:
-                by_prompt[problem.prompt] = problem
+    for template in islice(cycle(templates), n):
+        problem = _draw_problem(rng, template, held_out, unseen_wordings)
+        while problem.prompt in by_prompt:
+            problem = _draw_problem(rng, template, held_out, unseen_wordings)
+        by_prompt[problem.prompt] = problem
     return list(by_prompt.values())
 
 
@@ -111,18 +107,12 @@ def _is_round(x: int) -> bool:
     return x < 10 or x % 10 == 0
 
 
-def _new_problem(
-    rng: Random, template: str, held_out: bool, unseen_wordings: bool, known: dict[str, Problem]
-) -> Problem | None:
-    for _ in range(_MAX_DRAWS):
+def _draw_problem(rng: Random, template: str, held_out: bool, unseen_wordings: bool) -> Problem:
+    while True:
         wording = draw_wording(rng, template, unseen_wordings)
         operands = _draw_operands(rng, wording.operations, held_out)
-        if operands is None:
-            continue
-        problem = _write(rng, template, wording, operands)
-        if problem.prompt not in known:
-            return problem
-    return None
+        if operands is not None:
+            return _write(rng, template, wording, operands)
 
 
 def _draw_operands(rng: Random, operations: Sequence[str], held_out: bool) -> tuple[int, ...] | None:

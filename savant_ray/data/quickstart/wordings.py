@@ -84,7 +84,8 @@ def _letters(*expressions: str) -> tuple[str, ...]:
 def _compared(adjective: str) -> tuple[str, ...]:
     """Return patterns that ask for the larger or the smaller of two numbers."""
     which = (
-        f"[Which [|one |of them |of the two |number ]is [|the ]{adjective}?|[<find>|Choose|Name] the {adjective} [one|number].]"
+        f"[Which [|one |of them |of the two |number ]is [|the ]{adjective}?"
+        f"|[<find>|Choose|Name] the {adjective} [one|number].]"
     )
     return (
         f"[Which is|Which number is|What is] {adjective}[,|:] {{x}} or {{y}}?",
@@ -106,7 +107,9 @@ def _story(operations: str) -> tuple[str, ...]:
     return tuple(
         pattern
         for past in (False, True)
-        for pattern in _told(operations, "had" if past else "has", [_event(o, n, past) for o, n in zip(operations, "yz")])
+        for pattern in _told(
+            operations, "had" if past else "has", [_event(o, n, past) for o, n in zip(operations, "yz", strict=False)]
+        )
     )
 
 
@@ -119,8 +122,14 @@ def _event(operation: str, n: str, past: bool) -> str:
 
 
 def _told(operations: str, has: str, events: list[str]) -> tuple[str, ...]:
-    how_many = "How many {items} [does {name} have|does {name} own|has {name} got][| now| then| in the end| after that]?"
-    ask = f"[{how_many}|<left>|How many {{items}} does {{name}} [still have|have left|keep]?]" if operations[-1] == "-" else how_many
+    how_many = (
+        "How many {items} [does {name} have|does {name} own|has {name} got][| now| then| in the end| after that]?"
+    )
+    ask = (
+        f"[{how_many}|<left>|How many {{items}} does {{name}} [still have|have left|keep]?]"
+        if operations[-1] == "-"
+        else how_many
+    )
     begin = f"{{name}} <{has}> {{x}} {{items}}"
     if len(events) == 1:
         return (
@@ -153,10 +162,17 @@ def _chained(operations: str) -> tuple[str, ...]:
         _asked(numbers, numbers, spoken),
         f"If <three values>, what is {letters}?",
         f"[<let> <three values>|<three values>]. [<ask> {letters}?|<find> {letters}.]",
-        f"<start> {{x}}[, {one}<then> {two}|, {one} and {two}|. {capital[first]} {{y}}. [Then {two}|{capital[second]} {{z}}]]. <result>",
+        f"<start> {{x}}, {one}[<then>| and] {two}. <result>",
+        f"<start> {{x}}. {capital[first]} {{y}}. [Then {two}|{capital[second]} {{z}}]. <result>",
         f"What <you get> [if|when] <you> [start with|take] {{x}}, {one}<then> {two}?",
         f"{begin[first]}[<then> {two}| and {two}|. {capital[second]} {{z}}|. Then {two}]. <result>",
     )
+
+
+def _per(beginning: str, *units: str) -> str:
+    """Return a pattern for a number of items in each of several units, such as days."""
+    ask = "How many {{items}} [are there|are that|does that make] in {{y}} {}s?"
+    return f"[{'|'.join(f'{beginning}{unit}. {ask.format(unit)}' for unit in units)}]"
 
 
 _SUM = (
@@ -222,21 +238,22 @@ _WORD_DIFFERENCE = (
     "A <box> [has|had] {x} {items}[ and|. It] [sells|loses|gives away] {y}<of them>. <left>",
     "There are {x} {items} in a <box>. {name} [takes|steals|takes out|eats] {y}<of them>. <left>",
     "{name} [needs|wants] {x} {items} and has [only |]{y}. How many [more {items}|{items} more] does {name} need?",
-    "{name} <has> {x} {items}[ and|.] {other} has {y}. How many [more {items}|{items} more] does {name} have[| than {other}]?",
+    "{name} <has> {x} {items}[ and|.] {other} has {y}. "
+    "How many [more {items}|{items} more] does {name} have[| than {other}]?",
     "Of {x} {items}[,|] {y} [are|were] [sold|lost|broken|gone]. <left>",
     "Of [the|{other}'s|these] {x} {items}[,|] {name} [<loses>|<lost>|takes] {y}. <left>",
     "{name} <has> {x} {unit} and [uses|spends|loses] {y}<of them>. How many {unit} [are left|remain]?",
 )
 
 _WORD_PRODUCT = (
-    "There are {x} <boxes> [with {y} {items} in each|and each has {y} {items}|that hold {y} {items} each][| of them]. <in all>",
+    "There are {x} <boxes> [with {y} {items} in each[| of them]|that hold {y} {items} each]. <in all>",
     "[Each of {x} <boxes> [has|holds|contains]|In each of {x} <boxes> there are] {y} {items}. <in all>",
     "{x} <boxes> [have|hold|contain] {y} {items} each. <in all>",
     "{name} [buys|has|gets|sells] {y} <boxes> [of|with] {x} {items}[| each]. <in all>",
     "{name} [buys|sells] {y} <boxes> of {x} {items}. How many {items} does {name} [buy|sell|have]?",
     "{name} [has|fills] {y} <boxes>. [Each|Every one] [has|holds|contains] {x} {items}. <in all>",
-    "{name} [finds|makes|buys|sells] {x} {items} [a|every|each] [day|week|hour]. How many {items} are that in {y} [days|weeks|hours]?",
-    "A <box> [holds|has|contains] {x} {items}. How many {items} are in {y} [<boxes>|of them]?",
+    _per("{name} [finds|makes|buys|sells] {x} {items} [a|every|each] ", "day", "week", "hour"),
+    _per("There are {x} {items} in [a|each|every] ", "bag", "basket", "drawer"),
     "[One book|A ticket|One game] [costs|needs|takes] {x} {unit}. How many {unit} do {y} of them [cost|need|take]?",
 )
 
