@@ -190,7 +190,7 @@ def test_no_training_text_contains_a_held_out_wording(folder, rows):
 def test_the_wordings_that_were_always_held_out_are_not_in_the_training_text(rows):
     number, word = r"\d+", r"\w+"
     patterns = (
-        rf"Let {word} = {number} and {word} = {number}\. Find",
+        rf"Let {word} = {number} and {word} = {number}\. Find {word} [-+*] {word}\.",
         rf"How much are {number} and {number} altogether\?",
         rf"By how much is {number} more than {number}\?",
         rf"How much is {number} times {number}\?",
@@ -201,10 +201,10 @@ def test_the_wordings_that_were_always_held_out_are_not_in_the_training_text(row
         rf"Add {number} and {number}, then subtract {number}\. What do you get\?",
         rf"Subtract {number} from {number}, then add {number}\. What do you get\?",
     )
-    found = {p: any(re.search(p, row["text"]) for name in FILES[::2] for row in rows[name]) for p in patterns}
-    assert not any(found.values())
-    unseen = "\n".join(p.prompt for p in problems(20_000, 120, held_out=True, unseen_wordings=True))
-    assert all(re.search(p, unseen) for p in patterns)
+    training = "\n".join(row["text"] for name in (TRAIN_FILE, GENIUS_FILE) for row in rows[name])
+    validation = "\n".join(row["text"] for row in rows[VALIDATION_FILE])
+    assert not [pattern for pattern in patterns if re.search(pattern, training)]
+    assert not [pattern for pattern in patterns if not re.search(pattern, validation)]
 
 
 def test_half_of_the_problems_in_unseen_wordings_are_compositions_of_the_grammar():
@@ -212,14 +212,6 @@ def test_half_of_the_problems_in_unseen_wordings_are_compositions_of_the_grammar
     always_held_out = {form for forms in UNSEEN.values() for some in forms.values() for form in some}
     assert 40 < sum(wording in always_held_out for wording in wordings) < 80
     assert len(set(wordings)) > 50
-
-
-def test_the_validation_file_has_trained_and_unseen_wordings_of_all_templates(rows):
-    trained = {
-        shape(q) for name in (TRAIN_FILE, GENIUS_FILE) for t in problem_texts(rows[name]) for q in questions_of(t)
-    }
-    asked = [shape(question) for text in problem_texts(rows[VALIDATION_FILE]) for question in questions_of(text)]
-    assert 0.5 < sum(question in trained for question in asked) / len(asked) < 0.9
 
 
 def test_a_question_is_one_or_more_complete_sentences():
@@ -236,7 +228,7 @@ def test_expressions_of_letters_are_calculated_with_the_values_that_the_question
     n = 0
     for problem in problems(5, 3000):
         values = {
-            letter: int(number) for letter, number in re.findall(r"\b([A-Z])(?: =| is| equals) (\d+)", problem.prompt)
+            letter: int(number) for letter, number in re.findall(r"\b([A-Z])(?: =| is| be| equals) (\d+)", problem.prompt)
         }
         if found := re.search(r"\b([A-Z]) ([-+*]) ([A-Z])\b(?: ([-+]) ([A-Z])\b)?", problem.prompt):
             x, sign, y, second, z = found.groups()
@@ -245,7 +237,7 @@ def test_expressions_of_letters_are_calculated_with_the_values_that_the_question
             n += 1
             if not second:
                 assert problem.answer_text.startswith(f"{found[0]} = {values[x]} {sign} {values[y]}. ")
-    assert n > 300
+    assert n > 200
 
 
 def test_expressions_of_numbers_are_calculated_as_they_stand():

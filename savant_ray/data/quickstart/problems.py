@@ -164,9 +164,8 @@ def _fits(operands: Sequence[int], operations: Sequence[str]) -> bool:
 
 def _write(rng: Random, template: str, wording: Wording, operands: tuple[int, ...]) -> Problem:
     name, other = rng.sample(NAMES, 2)
-    letters = dict(zip("abc", rng.choice(LETTERS), strict=True))
-    words = dict(name=name, other=other, items=rng.choice(ITEMS), unit=rng.choice(UNITS))
-    slots: dict[str, object] = dict(zip("xyz", operands, strict=False)) | letters | words
+    slots: dict[str, object] = {"name": name, "other": other, "items": rng.choice(ITEMS), "unit": rng.choice(UNITS)}
+    slots |= dict(zip("abc", rng.choice(LETTERS), strict=True)) | dict(zip("xyz", operands, strict=False))
     lead = _EXPRESSION_OF_LETTERS.search(wording.form) if len(operands) == 2 else None
     steps, answer = _work_out(operands, wording.operations)
     return Problem(

@@ -36,19 +36,22 @@ SYNONYMS = {
     "you get": "do you get|do we get|is the result|will you have|do I have",
     "you": "you|we|I",
     "if": "If|When|Given that|If we know that",
-    "let": "Let|Suppose|Suppose that|Say|Assume that",
+    "let": "Suppose|Suppose that|Say|Assume that",
     "numbers": "|the numbers |the two numbers ",
     "two numbers": "Two numbers are|The numbers are|Here are two numbers:|Take the numbers|Look at the two numbers",
     "values": "{a} = {x} and {b} = {y}|{a} is {x} and {b} is {y}|{a} = {x}, {b} = {y}|{a} equals {x} and {b} equals {y}"
     "|{a} is {x}, while {b} is {y}",
     "values in any order": "<values>|<values>|{b} = {y} and {a} = {x}|{b} is {y} and {a} is {x}",
+    "let be": "Let {a} = {x} and {b} = {y}|Let {b} = {y} and {a} = {x}|Let {a} be {x} and {b} be {y}"
+    "|Let {b} be {y} and {a} be {x}",
     "three values": "{a} = {x}, {b} = {y} and {c} = {z}|{a} is {x}, {b} is {y} and {c} is {z}"
     "|{c} = {z}, {b} = {y} and {a} = {x}",
     "start": "Start with|Begin with|Take|Take the number|Think of",
     "then": ", then| and then|, and then|, after that",
     "together": "together|in all|in total|altogether|combined",
     "box": "box|bag|basket|drawer|room|shop",
-    "boxes": "boxes|bags|baskets|packs|drawers|rooms|shops",
+    "boxes": "boxes|bags|baskets|drawers|rooms|shops",
+    "packs": "packs|boxes|bags|baskets",
     "of them": "| of them| of these",
     "left": "[How many {items}|How many] [are left|remain|are still there]?",
     "in all": "How many {items} [is that|are there|are that|does that make] <together>?"
@@ -76,7 +79,7 @@ def _letters(*expressions: str) -> tuple[str, ...]:
     return (
         f"If {values}, what is {e}?",
         f"[<if> {values}, [what is|how much is|then what is] {e}?|<if> {values}, find {e}.]",
-        f"[<let> {values}|{values}]. [<ask> {e}?|<find> {e}.]",
+        f"[<let> {values}|{values}|<let be>]. [<ask> {e}?|<find> {e}.]",
         f"[<ask> {e} if {values}?|<find> {e} [if|when|where] {values}.]",
     )
 
@@ -146,7 +149,7 @@ def _told(operations: str, has: str, events: list[str]) -> tuple[str, ...]:
 
 def _chained(operations: str) -> tuple[str, ...]:
     """Return patterns of a calculation with two operations, without a story."""
-    first, second = operations
+    first, second = operations[0], operations[1]
     signs = f"{{}} {first} {{}} {second} {{}}"
     words = {"+": "plus", "-": "minus"}
     spoken = f"{{x}} {words[first]} {{y}} {words[second]} {{z}}"
@@ -249,9 +252,9 @@ _WORD_PRODUCT = (
     "There are {x} <boxes> [with {y} {items} in each[| of them]|that hold {y} {items} each]. <in all>",
     "[Each of {x} <boxes> [has|holds|contains]|In each of {x} <boxes> there are] {y} {items}. <in all>",
     "{x} <boxes> [have|hold|contain] {y} {items} each. <in all>",
-    "{name} [buys|has|gets|sells] {y} <boxes> [of|with] {x} {items}[| each]. <in all>",
-    "{name} [buys|sells] {y} <boxes> of {x} {items}. How many {items} does {name} [buy|sell|have]?",
-    "{name} [has|fills] {y} <boxes>. [Each|Every one] [has|holds|contains] {x} {items}. <in all>",
+    "{name} [buys|has|gets|sells] {y} <packs> [of|with] {x} {items}[| each]. <in all>",
+    "{name} [buys|sells] {y} <packs> of {x} {items}. How many {items} does {name} [buy|sell|have]?",
+    "{name} [has|fills] {y} <packs>. [Each|Every one] [has|holds|contains] {x} {items}. <in all>",
     _per("{name} [finds|makes|buys|sells] {x} {items} [a|every|each] ", "day", "week", "hour"),
     _per("There are {x} {items} in [a|each|every] ", "bag", "basket", "drawer"),
     "[One book|A ticket|One game] [costs|needs|takes] {x} {unit}. How many {unit} do {y} of them [cost|need|take]?",
