@@ -6,7 +6,7 @@ digit by digit from the ones (comparisons: from the tens), and ends with `The an
     27 + 34. 7 + 4 = 11. 20 + 30 = 50. So 61. The answer is 61.
     61 - 27. 1 - 7 = -6. 60 - 20 = 40. So 34. The answer is 34.
     27 * 4. 7 * 4 = 28. 20 * 4 = 80. 20 + 80 = 100. 0 + 100 = 100. So 108. The answer is 108.
-    27 or 34. 20 < 30. So 34. The answer is 34.
+    Larger of 27 and 34. 20 < 30. So 34. The answer is 34.
 
 Held out are some wordings, and some unordered pairs of operands for all operations:
 
@@ -39,6 +39,7 @@ LARGEST_OPERAND = 99
 HELD_OUT_FRACTION = 0.1
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, ">": max, "<": min}
+_EXPRESSIONS = {">": "Larger of {} and {}.", "<": "Smaller of {} and {}."}  # all others have a sign
 _EXPRESSION_OF_LETTERS = re.compile(r"\{a\} [-+*] \{b\}")
 _SMALL_FRACTION = 0.25  # fraction of operands drawn from 0 … 19, so that one-digit numbers are not too rare
 
@@ -183,7 +184,7 @@ def _work_out(operands: Sequence[int], operations: Sequence[str]) -> tuple[list[
     sentences: list[str] = []
     left = operands[0]
     for operation, right in zip(operations, operands[1:], strict=True):
-        sentences.append(f"{left} {'or' if operation in '<>' else operation} {right}.")
+        sentences.append(_EXPRESSIONS.get(operation, f"{{}} {operation} {{}}.").format(left, right))
         sentences += [_step(x, operation, y) for x, y in _places(left, operation, right)]
         if operation == "*":
             sentences += _carry(left, right)

@@ -20,8 +20,14 @@ from functools import cache
 from itertools import product
 from random import Random
 
-NAMES = ("Ada", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ines", "Jonas", "Lena", "Tom")
-ITEMS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "stickers")
+NAMES = (
+    *("Ada", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ines", "Jonas", "Lena", "Tom"),
+    *("Anna", "Bob", "Clara", "Eric", "Kate", "Leo", "Maria", "Noah", "Paul", "Sam"),
+)
+ITEMS = (
+    *("apples", "books", "cards", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "stickers"),
+    *("balls", "cups", "flowers", "keys", "letters", "nuts", "pictures", "plates", "stones", "toys"),
+)
 UNITS = ("dollars", "grams", "hours", "liters", "meters", "miles", "minutes", "pages", "points", "steps")
 LETTERS = ("XYZ", "YXZ", "ABC", "BAC", "PQR", "MNK", "STU", "UVW", "GHJ", "DEF")  # for {a}, {b} and {c}
 HELD_OUT_FRACTION = 0.1
@@ -60,8 +66,8 @@ SYNONYMS = {
     "had": "had|owned|started with",
     "gets": "gets|finds|buys|wins|collects|receives|picks up|makes",
     "got": "got|found|bought|won|collected|was given|picked up|made",
-    "loses": "loses|sells|gives away|breaks|uses|drops|eats",
-    "lost": "lost|sold|gave away|broke|used|dropped|ate",
+    "loses": "loses|sells|gives away|breaks|uses|drops",
+    "lost": "lost|sold|gave away|broke|used|dropped",
     "gives": "gives|lends|sells|hands",
     "gave": "gave|lent|sold|handed",
 }
@@ -133,17 +139,22 @@ def _told(operations: str, has: str, events: list[str]) -> tuple[str, ...]:
         if operations[-1] == "-"
         else how_many
     )
+    sends, takes = ("[gives|sends|hands]", "takes") if has == "has" else ("[gave|sent|handed]", "took")
     begin = f"{{name}} <{has}> {{x}} {{items}}"
     if len(events) == 1:
         return (
             f"{begin}[ and|, but|, then| and then] {events[0]}. {ask}",
             f"{begin}. [|Then |Now |Today |Later ]{{name}} {events[0]}. {ask}",
+            *((f"{begin}. {{other}} {sends} {{name}} {{y}}[| more]. {ask}",) if operations == "+" else ()),
         )
     first, second = events
     return (
         f"{begin}, {first}[<then>| and] {second}. {ask}",
         f"{begin}. [|First ]{{name}} {first}[<then>| and] {second}. {ask}",
         f"{begin} and {first}. [Then|Later|After that|On Monday] {{name}} {second}. {ask}",
+        f"{begin}. {{other}} {sends} {{name}} {{y}}[| more][ and {{name}}|. Then {{name}}] {second}. {ask}"
+        if operations[0] == "+"
+        else f"{begin}. {{other}} {takes} {{y}}<of them>[ and {{name}}|. Then {{name}}] {second}. {ask}",
     )
 
 
@@ -162,7 +173,7 @@ def _chained(operations: str) -> tuple[str, ...]:
     }
     numbers, letters = signs.format("{x}", "{y}", "{z}"), signs.format("{a}", "{b}", "{c}")
     return (
-        _asked(numbers, numbers, spoken),
+        _asked(numbers, spoken),
         f"If <three values>, what is {letters}?",
         f"[<let> <three values>|<three values>]. [<ask> {letters}?|<find> {letters}.]",
         f"<start> {{x}}, {one}[<then>| and] {two}. <result>",
@@ -239,7 +250,7 @@ _WORD_SUM = (
 _WORD_DIFFERENCE = (
     *_story("-"),
     "A <box> [has|had] {x} {items}[ and|. It] [sells|loses|gives away] {y}<of them>. <left>",
-    "There are {x} {items} in a <box>. {name} [takes|steals|takes out|eats] {y}<of them>. <left>",
+    "There are {x} {items} in a <box>. {name} [takes|steals|takes out] {y}<of them>. <left>",
     "{name} [needs|wants] {x} {items} and has [only |]{y}. How many [more {items}|{items} more] does {name} need?",
     "{name} <has> {x} {items}[ and|.] {other} has {y}. "
     "How many [more {items}|{items} more] does {name} have[| than {other}]?",
