@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from random import Random
+from typing import NamedTuple
 
 NAMES = (
     *("Ada", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ines", "Jonas", "Lena", "Tom"),
@@ -111,50 +112,56 @@ def _compared(adjective: str) -> tuple[str, ...]:
     )
 
 
+class _Tense(NamedTuple):
+    """How a story is told; `{n}` is the number of items of an event."""
+
+    has: str
+    events: dict[str, str]  # by operation; the subject is {name}
+    events_by_other: dict[str, str]
+
+
+_PRESENT = _Tense(
+    has="<has>",
+    events={
+        "+": "[<gets> {n}[| more| new ones]|<gets> another {n}|gets {n} [|more ]from {other}]",
+        "-": "[<loses> {n}<of them>|<gives> {n}<of them> to {other}]",
+    },
+    events_by_other={"+": "{other} [gives|sends|hands] {name} {n}[| more]", "-": "{other} takes {n}<of them>"},
+)
+_PAST = _Tense(
+    has="<had>",
+    events={
+        "+": "[<got> {n}[| more| new ones]|<got> another {n}|got {n} [|more ]from {other}]",
+        "-": "[<lost> {n}<of them>|<gave> {n}<of them> to {other}]",
+    },
+    events_by_other={"+": "{other} [gave|sent|handed] {name} {n}[| more]", "-": "{other} took {n}<of them>"},
+)
+
+
 def _story(operations: str) -> tuple[str, ...]:
     """Return patterns of a story with one or two events that add or remove items."""
-    return tuple(
-        pattern
-        for past in (False, True)
-        for pattern in _told(
-            operations, "had" if past else "has", [_event(o, n, past) for o, n in zip(operations, "yz", strict=False)]
-        )
-    )
+    return tuple(pattern for tense in (_PRESENT, _PAST) for pattern in _told(operations, tense))
 
 
-def _event(operation: str, n: str, past: bool) -> str:
-    if operation == "+":
-        verb = "got" if past else "gets"
-        return f"[<{verb}> {{{n}}}[| more| new ones]|<{verb}> another {{{n}}}|{verb} {{{n}}} [|more ]from {{other}}]"
-    loses, gives = ("lost", "gave") if past else ("loses", "gives")
-    return f"[<{loses}> {{{n}}}<of them>|<{gives}> {{{n}}}<of them> to {{other}}]"
-
-
-def _told(operations: str, has: str, events: list[str]) -> tuple[str, ...]:
-    how_many = (
-        "How many {items} [does {name} have|does {name} own|has {name} got][| now| then| in the end| after that]?"
-    )
-    ask = (
-        f"[{how_many}|<left>|How many {{items}} does {{name}} [still have|have left|keep]?]"
-        if operations[-1] == "-"
-        else how_many
-    )
-    sends, takes = ("[gives|sends|hands]", "takes") if has == "has" else ("[gave|sent|handed]", "took")
-    begin = f"{{name}} <{has}> {{x}} {{items}}"
-    if len(events) == 1:
+def _told(operations: str, tense: _Tense) -> tuple[str, ...]:
+    ask = "How many {items} [does {name} have|does {name} own|has {name} got][| now| then| in the end| after that]?"
+    if operations[-1] == "-":
+        ask = f"[{ask}|<left>|How many {{items}} does {{name}} [still have|have left|keep]?]"
+    begin = f"{{name}} {tense.has} {{x}} {{items}}"
+    first = tense.events[operations[0]].replace("{n}", "{y}")
+    by_other = tense.events_by_other[operations[0]].replace("{n}", "{y}")
+    if len(operations) == 1:
         return (
-            f"{begin}[ and|, but|, then| and then] {events[0]}. {ask}",
-            f"{begin}. [|Then |Now |Today |Later ]{{name}} {events[0]}. {ask}",
-            *((f"{begin}. {{other}} {sends} {{name}} {{y}}[| more]. {ask}",) if operations == "+" else ()),
+            f"{begin}[ and|, but|, then| and then] {first}. {ask}",
+            f"{begin}. [|Then |Now |Today |Later ]{{name}} {first}. {ask}",
+            *((f"{begin}. {by_other}. {ask}",) if operations == "+" else ()),
         )
-    first, second = events
+    second = tense.events[operations[1]].replace("{n}", "{z}")
     return (
         f"{begin}, {first}[<then>| and] {second}. {ask}",
         f"{begin}. [|First ]{{name}} {first}[<then>| and] {second}. {ask}",
         f"{begin} and {first}. [Then|Later|After that|On Monday] {{name}} {second}. {ask}",
-        f"{begin}. {{other}} {sends} {{name}} {{y}}[| more][ and {{name}}|. Then {{name}}] {second}. {ask}"
-        if operations[0] == "+"
-        else f"{begin}. {{other}} {takes} {{y}}<of them>[ and {{name}}|. Then {{name}}] {second}. {ask}",
+        f"{begin}. {by_other}[ and {{name}}|. Then {{name}}] {second}. {ask}",
     )
 
 
