@@ -8,7 +8,7 @@ digit by digit from the ones (comparisons: from the tens), and ends with `The an
     27 * 4. 7 * 4 = 28. 20 * 4 = 80. 20 + 80 = 100. 0 + 100 = 100. So 108. The answer is 108.
     Larger of 27 and 34. 20 < 30. So 34. The answer is 34.
 
-Held out are some wordings, and some unordered pairs of operands for all operations:
+Held out are some wordings (see `wordings.py`), and some unordered pairs of operands for all operations:
 
 - {5, 10}, the pair in the default of `validation.prompt`, and about one in ten of the other pairs of 0 … 99, selected by
   hash.
