@@ -48,11 +48,11 @@ SYNONYMS = {
     "two numbers": "Two numbers are|The numbers are|Here are two numbers:|Take the numbers|Look at the two numbers",
     "values": "{a} = {x} and {b} = {y}|{a} is {x} and {b} is {y}|{a} = {x}, {b} = {y}|{a} equals {x} and {b} equals {y}"
     "|{a} is {x}, while {b} is {y}",
-    "values in any order": "<values>|<values>|{b} = {y} and {a} = {x}|{b} is {y} and {a} is {x}",
-    "let be": "Let {a} = {x} and {b} = {y}|Let {b} = {y} and {a} = {x}|Let {a} be {x} and {b} be {y}"
+    "values in any order": "<values>|<values>|<values>|<values>|[{b} = {y} and {a} = {x}|{b} is {y} and {a} is {x}]",
+    "let be": "Let {a} = {x} and {b} = {y}|Let {a} = {x}, {b} = {y}|Let {a} be {x} and {b} be {y}"
     "|Let {b} be {y} and {a} be {x}",
     "three values": "{a} = {x}, {b} = {y} and {c} = {z}|{a} is {x}, {b} is {y} and {c} is {z}"
-    "|{c} = {z}, {b} = {y} and {a} = {x}",
+    "|{a} equals {x}, {b} equals {y} and {c} equals {z}|{c} = {z}, {b} = {y} and {a} = {x}",
     "start": "Start with|Begin with|Take|Take the number|Think of",
     "then": ", then| and then|, and then|, after that",
     "together": "together|in all|in total|altogether|combined",
