@@ -16,7 +16,7 @@ BROKEN = f"def {WORD}(:\n"
 MISSPELT = f'{{"vocab": {{"{WORD}": 0}}}}\n'
 # What people leave in a checkout. Some of it would be an error for each of the checks, or settings for one of them.
 LEFT_BEHIND = {
-    "checkpoints_quickstart/step_1700/tokenizer.json": MISSPELT,
+    "checkpoints_quickstart/step_2000/tokenizer.json": MISSPELT,
     "my first run/step_20/tokenizer.json": MISSPELT,
     "tests2/test_broken.py": BROKEN,
     "dataset/mine.txt": MISSPELT,

@@ -16,11 +16,13 @@ import pytest
 
 from savant_ray.data.quickstart import CHAT_FILE, GENIUS_FILE, TRAIN_FILE, VALIDATION_FILE, write_quickstart
 from savant_ray.data.quickstart.problems import TEMPLATES, is_held_out, problems
+from savant_ray.data.quickstart.wordings import ITEMS, NAMES, UNITS, UNSEEN, is_held_out_form
 from savant_ray.errors import DataError
 from savant_ray.evaluation.answer_matching import is_correct
 
 ROOT = Path(__file__).parents[2]
 FILES = (TRAIN_FILE, VALIDATION_FILE, GENIUS_FILE)
+WORDS = dict(zip("xyzabc", "000XXX", strict=True), name="Ada", other="Ada", items="books", unit="hours")
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 EQUATION = re.compile(r"(?<![\w.])(\d+) ([-+*]) (\d+) = (-?\d+)\b")
 COMPARISON = re.compile(r"(?<![\w.])(?<![-+*] )(\d+) ([<>=]) (\d+)\.")
@@ -152,12 +154,112 @@ def test_every_validation_problem_combines_a_held_out_pair(rows):
         assert any(is_held_out(*pair) for pair in combinations(asked, 2)), text
 
 
-def test_the_validation_file_has_wordings_that_are_in_no_training_file(rows):
-    def wordings(name: str) -> set[str]:
-        return {row["source"] for row in rows[name] if row["source"].startswith("problem:")}
+# --- wordings
 
-    unseen = wordings(VALIDATION_FILE) - wordings(TRAIN_FILE) - wordings(GENIUS_FILE)
-    assert {source.split("/")[0] for source in unseen} == {f"problem:{template}" for template in TEMPLATES}
+
+def shape(text: str) -> str:
+    """Return the text with the same word for all numbers, all names, all items, all units and all letters."""
+    for words, word in ((NAMES, "Ada"), (ITEMS, "books"), (UNITS, "hours")):
+        text = re.sub(rf"\b(?:{'|'.join(words)})\b", word, text)
+    return re.sub(r"\b[A-Z]\b", "X", re.sub(r"\d+", "0", text))
+
+
+def sentence_starts(text: str) -> list[int]:
+    return [0, *(match.end() for match in re.finditer(r"[.?] ", text))]
+
+
+def questions_of(text: str) -> list[str]:
+    return re.findall(r"Question: (.*)\nAnswer:", text)
+
+
+def test_each_template_has_more_than_60_wordings_without_counting_what_is_said_before_the_question():
+    wordings = {template: {p.wording for p in problems(1, 600, templates=[template])} for template in TEMPLATES}
+    assert min(map(len, wordings.values())) > 200
+
+
+def test_no_training_text_contains_a_held_out_wording(folder, rows):
+    texts = [text for name in (TRAIN_FILE, GENIUS_FILE) for text in problem_texts(rows[name])]
+    trained = {shape(question) for question in questions_of("\n".join(texts))}
+    for line in (folder / CHAT_FILE).read_text().splitlines():
+        trained |= {shape(message["content"]) for message in json.loads(line)["messages"]}
+    after_an_opening = {question[place:] for question in trained for place in sentence_starts(question)}
+    for problem in problems(20_000, 120, True, unseen_wordings=True) + problems(0, 600, True, unseen_wordings=True):
+        assert shape(problem.wording.format(**WORDS)) not in after_an_opening, problem.prompt
+
+
+def test_the_wordings_that_were_always_held_out_are_not_in_the_training_text(rows):
+    number, word = r"\d+", r"\w+"
+    patterns = (
+        rf"Let {word} = {number} and {word} = {number}\. Find {word} [-+*] {word}\.",
+        rf"How much are {number} and {number} altogether\?",
+        rf"By how much is {number} more than {number}\?",
+        rf"How much is {number} times {number}\?",
+        rf"Two numbers are {number} and {number}\. What is the (?:larger|smaller) one\?",
+        rf"{word} has {number} {word}\. {word} has {number}\. How many {word} do both have\?",
+        rf"Of {number} {word} {word} loses {number}\. How many {word} does {word} have now\?",
+        rf"Each of {number} boxes has {number} {word}\. How many {word} is that in all\?",
+        rf"Add {number} and {number}, then subtract {number}\. What do you get\?",
+        rf"Subtract {number} from {number}, then add {number}\. What do you get\?",
+    )
+    training = "\n".join(row["text"] for name in (TRAIN_FILE, GENIUS_FILE) for row in rows[name])
+    unseen = "\n".join(p.prompt for p in problems(20_000, 600, held_out=True, unseen_wordings=True))
+    assert not [pattern for pattern in patterns if re.search(pattern, training)]
+    assert not [pattern for pattern in patterns if not re.search(pattern, unseen)]
+
+
+def test_half_of_the_problems_in_unseen_wordings_are_compositions_of_the_grammar():
+    wordings = [p.wording for p in problems(20_000, 120, held_out=True, unseen_wordings=True)]
+    always_held_out = {form for forms in UNSEEN.values() for some in forms.values() for form in some}
+    assert 40 < sum(wording in always_held_out for wording in wordings) < 80
+    assert len(set(wordings)) > 50
+
+
+def test_a_question_is_one_or_more_complete_sentences():
+    for problem in problems(3, 3000) + problems(3, 300, True, unseen_wordings=True):
+        (question,) = questions_of(problem.prompt)
+        assert re.fullmatch(r"[A-Z0-9][-\w+*=,:' .?]*[.?]", question), question
+        assert not re.search(r"  | [.,?:]|[.?][^ ]", question[:-1]), question
+        assert all(sentence[0].isupper() or sentence[0].isdigit() for sentence in re.split(r"[.?] ", question)), (
+            question
+        )
+
+
+def test_expressions_of_letters_are_calculated_with_the_values_that_the_question_gives():
+    n = 0
+    for problem in problems(5, 3000):
+        values = {
+            letter: int(number)
+            for letter, number in re.findall(r"\b([A-Z])(?: =| is| be| equals) (\d+)", problem.prompt)
+        }
+        if found := re.search(r"\b([A-Z]) ([-+*]) ([A-Z])\b(?: ([-+]) ([A-Z])\b)?", problem.prompt):
+            x, sign, y, second, z = found.groups()
+            value = OPERATORS[sign](values[x], values[y])
+            assert problem.answer == (OPERATORS[second](value, values[z]) if second else value), problem.prompt
+            n += 1
+            if not second:
+                assert problem.answer_text.startswith(f"{found[0]} = {values[x]} {sign} {values[y]}. ")
+    assert n > 200
+
+
+def test_expressions_of_numbers_are_calculated_as_they_stand():
+    signs = {"plus": "+", "minus": "-", "times": "*"}
+    n = 0
+    for problem in problems(6, 3000):
+        for x, sign, y, second, z in re.findall(
+            r"(\d+) ([-+*]|plus|minus|times) (\d+)(?: ([-+]|plus|minus) (\d+))?", problem.prompt
+        ):
+            value = OPERATORS[signs.get(sign, sign)](int(x), int(y))
+            assert problem.answer == (OPERATORS[signs.get(second, second)](value, int(z)) if second else value)
+            n += 1
+    assert n > 100
+
+
+def test_a_question_for_the_larger_number_has_the_larger_one_as_its_answer():
+    for problem in problems(7, 600, templates=["comparison"]):
+        (word,) = re.findall(r"\b(larger|bigger|greater|higher|smaller|lower|lesser)\b", problem.prompt)
+        largest = word in ("larger", "bigger", "greater", "higher")
+        (first, second) = numbers(problem.prompt)
+        assert problem.answer == (max if largest else min)(first, second), problem.prompt
 
 
 # --- the problems
@@ -193,10 +295,12 @@ def test_the_results_of_ones_and_tens_add_up_to_the_result():
             assert int(ones) + int(tens) == int(result) == OPERATORS[sign](int(x), int(y))
 
 
-def test_the_prompt_of_the_training_guide_is_a_held_out_problem():
-    prompt = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
-    found = {p.prompt: p for p in problems(0, 20_000, held_out=True, templates=["sum"])}
-    assert found[prompt].answer_text == "X + Y = 5 + 10. 5 + 0 = 5. 0 + 10 = 10. So 15. The answer is 15."
+def test_the_prompt_of_the_training_guide_has_a_wording_of_the_training_text_and_held_out_numbers():
+    form = "If {a} = {x} and {b} = {y}, what is {a} + {b}?"
+    (first, *_) = [p for p in problems(0, 3000, held_out=True, templates=["sum"]) if p.wording == form]
+    a, b, x, y = re.search(r"If (\w) = (\w+) and (\w) = (\w+), what is", first.prompt).group(1, 3, 2, 4)
+    assert first.answer_text.startswith(f"{a} + {b} = {x} + {y}. ")
+    assert is_held_out(5, 10) and not is_held_out_form(form)
 
 
 def test_templates_alternate_and_the_same_seed_gives_the_same_problems():
@@ -204,8 +308,3 @@ def test_templates_alternate_and_the_same_seed_gives_the_same_problems():
     assert Counter(p.template for p in problems(7, 60)) == dict.fromkeys(TEMPLATES, 10)
     assert len({p.prompt for p in problems(7, 600)}) == 600
     assert {p.template for p in problems(7, 5, templates=["product"])} == {"product"}
-
-
-def test_generation_ends_when_a_template_has_no_more_problems():
-    few = problems(1, 100_000, held_out=True, templates=["product"], unseen_wordings=True)
-    assert 100 < len(few) < 1000

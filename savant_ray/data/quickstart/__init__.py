@@ -48,7 +48,12 @@ _CHAT_TURNS = (1, 2, 3)
 _QUESTION, _ANSWER = "Question: ", "\nAnswer:"
 _VALIDATION_PROBLEMS = 400
 _VALIDATION_UNSEEN_WORDINGS = 100
-_HARD = ("product", "product", "difference", "comparison")  # additional problems of templates that are learned slowly
+_HARD = (
+    "product",
+    "difference",
+    "difference",
+    "comparison",
+)  # additional problems of templates that are learned slowly
 _SEED = 20240
 
 
@@ -125,7 +130,7 @@ def _conversations(problems: Sequence[Problem]) -> list[dict[str, Any]]:
 
 
 def _documents(problems: Iterable[Problem]) -> list[Document]:
-    return [Document(f"problem:{p.template}/{p.wording}", p.text) for p in problems]
+    return [Document(f"problem:{p.template}", p.text) for p in problems]
 
 
 def _shuffled(documents: list[Document]) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ digit by digit from the ones (comparisons: from the tens), and ends with `The an
     27 + 34. 7 + 4 = 11. 20 + 30 = 50. So 61. The answer is 61.
     61 - 27. 1 - 7 = -6. 60 - 20 = 40. So 34. The answer is 34.
     27 * 4. 7 * 4 = 28. 20 * 4 = 80. 20 + 80 = 100. 0 + 100 = 100. So 108. The answer is 108.
-    27 or 34. 20 < 30. So 34. The answer is 34.
+    Larger of 27 and 34. 20 < 30. So 34. The answer is 34.
 
-Held out are some wordings, and some unordered pairs of operands for all operations:
+Held out are some wordings (see `wordings.py`), and some unordered pairs of operands for all operations:
 
 - {5, 10}, the pair in the default of `validation.prompt`, and about one in ten of the other pairs of 0 … 99, selected by
   hash.
@@ -24,21 +24,23 @@ All functions are pure: the same seed gives the same problems.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
+from itertools import combinations, cycle, islice
 from operator import add, mul, sub
 from random import Random
 
-from savant_ray.data.quickstart.wordings import ITEMS, NAMES, WORDINGS, Wording
+from savant_ray.data.quickstart.wordings import ITEMS, LETTERS, NAMES, PATTERNS, UNITS, Wording, draw_wording
 
-TEMPLATES = tuple(WORDINGS)
+TEMPLATES = tuple(PATTERNS)
 LARGEST_OPERAND = 99
 HELD_OUT_FRACTION = 0.1
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, ">": max, "<": min}
-_MAX_DRAWS = 200  # a template is exhausted after this many consecutive draws without a new problem
+_EXPRESSIONS = {">": "Larger of {} and {}.", "<": "Smaller of {} and {}."}  # all others have a sign
+_EXPRESSION_OF_LETTERS = re.compile(r"\{a\} [-+*] \{b\}")
 _SMALL_FRACTION = 0.25  # fraction of operands drawn from 0 … 19, so that one-digit numbers are not too rare
 
 
@@ -77,21 +79,18 @@ def problems(
     templates: Sequence[str] = TEMPLATES,
     unseen_wordings: bool = False,
 ) -> list[Problem]:
-    """Generate n different problems, cycling through the templates; fewer if all templates are exhausted.
+    """Generate n different problems, cycling through the templates.
 
     `held_out` selects held-out pairs of operands, `unseen_wordings` the held-out wordings. A template that is listed twice
     contributes two problems per cycle.
     """
     rng = Random(f"{seed} {held_out} {unseen_wordings}")
     by_prompt: dict[str, Problem] = {}
-    remaining_templates = list(templates)
-    while remaining_templates and len(by_prompt) < n:
-        for template in tuple(remaining_templates):
-            problem = _new_problem(rng, template, held_out, unseen_wordings, by_prompt)
-            if problem is None:
-                remaining_templates.remove(template)
-            elif len(by_prompt) < n:
-                by_prompt[problem.prompt] = problem
+    for template in islice(cycle(templates), n):
+        problem = _draw_problem(rng, template, held_out, unseen_wordings)
+        while problem.prompt in by_prompt:
+            problem = _draw_problem(rng, template, held_out, unseen_wordings)
+        by_prompt[problem.prompt] = problem
     return list(by_prompt.values())
 
 
@@ -109,19 +108,12 @@ def _is_round(x: int) -> bool:
     return x < 10 or x % 10 == 0
 
 
-def _new_problem(
-    rng: Random, template: str, held_out: bool, unseen_wordings: bool, known: dict[str, Problem]
-) -> Problem | None:
-    wordings = [w for w in WORDINGS[template] if w.unseen == unseen_wordings]
-    for _ in range(_MAX_DRAWS):
-        wording = rng.choice(wordings)
+def _draw_problem(rng: Random, template: str, held_out: bool, unseen_wordings: bool) -> Problem:
+    while True:
+        wording = draw_wording(rng, template, unseen_wordings)
         operands = _draw_operands(rng, wording.operations, held_out)
-        if operands is None:
-            continue
-        problem = _write(rng, template, wording, operands)
-        if problem.prompt not in known:
-            return problem
-    return None
+        if operands is not None:
+            return _write(rng, template, wording, operands)
 
 
 def _draw_operands(rng: Random, operations: Sequence[str], held_out: bool) -> tuple[int, ...] | None:
@@ -173,14 +165,16 @@ def _fits(operands: Sequence[int], operations: Sequence[str]) -> bool:
 
 def _write(rng: Random, template: str, wording: Wording, operands: tuple[int, ...]) -> Problem:
     name, other = rng.sample(NAMES, 2)
-    slots = dict(zip("xyz", operands, strict=False), name=name, other=other, items=rng.choice(ITEMS))
+    slots: dict[str, object] = {"name": name, "other": other, "items": rng.choice(ITEMS), "unit": rng.choice(UNITS)}
+    slots |= dict(zip("abc", rng.choice(LETTERS), strict=True)) | dict(zip("xyz", operands, strict=False))
+    lead = _EXPRESSION_OF_LETTERS.search(wording.form) if len(operands) == 2 else None
     steps, answer = _work_out(operands, wording.operations)
     return Problem(
         template=template,
-        wording=wording.name,
+        wording=wording.form,
         operands=operands,
         prompt=f"Question: {wording.question.format(**slots)}\nAnswer: Let's think step by step:",
-        answer_text=f"{wording.lead}{' '.join(steps)} The answer is {answer}.",
+        answer_text=f"{f'{lead[0]} = '.format(**slots) if lead else ''}{' '.join(steps)} The answer is {answer}.",
         answer=answer,
     )
 
@@ -190,7 +184,7 @@ def _work_out(operands: Sequence[int], operations: Sequence[str]) -> tuple[list[
     sentences: list[str] = []
     left = operands[0]
     for operation, right in zip(operations, operands[1:], strict=True):
-        sentences.append(f"{left} {'or' if operation in '<>' else operation} {right}.")
+        sentences.append(_EXPRESSIONS.get(operation, f"{{}} {operation} {{}}.").format(left, right))
         sentences += [_step(x, operation, y) for x, y in _places(left, operation, right)]
         if operation == "*":
             sentences += _carry(left, right)
