@@ -220,6 +220,6 @@ def test_valid_settings_read_back_unchanged(settings: dict[str, dict[str, Any]])
     try:
         config = Config.from_dict(settings)
     except SettingsError as error:
-        assert re.match(r"(run.name|model.n_heads|scaling.num_workers): ", str(error))
+        assert re.match(r"(run|run.name|model.n_heads|scaling.num_workers): ", str(error))
     else:
         assert reads_back(config)
