@@ -135,6 +135,8 @@ def valid_value(rng: Random, row: Setting) -> Any:
     if default is None or isinstance(default, dict):
         if row.name == "training.profile":
             return rng.choice((None, {"first_step": 7, "steps": 3, "ranks": "all"}))
+        if float in row.types or int in row.types:
+            return rng.choice((None, 0.5 if float in row.types else 7))
         return rng.choice((None, {random_name(rng): 0.5} if dict in row.types else random_name(rng)))
     if isinstance(default, list):
         return [{"path": rng.choice((random_name(rng), [random_name(rng)])), "weight": 1e-300}]
