@@ -141,7 +141,7 @@ def valid_value(rng: Random, row: Setting) -> Any:
     if isinstance(default, list):
         return [{"path": rng.choice((random_name(rng), [random_name(rng)])), "weight": 1e-300}]
     if isinstance(default, str) and (float in row.types or int in row.types):
-        return rng.choice((default, 7, 1e-7 if float in row.types else 1, None if type(None) in row.types else 2))
+        return rng.choice((default, 7, 7.5 if float in row.types else 1, None if type(None) in row.types else 2))
     if isinstance(default, str):
         return random_name(rng) if row.types.count(str) == 1 and bool not in row.types else default
     return rng.choice((default, {int: 7 * 2**50, float: 1e-7, bool: True}[type(default)]))
