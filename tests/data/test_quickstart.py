@@ -244,7 +244,7 @@ def test_expressions_of_letters_are_calculated_with_the_values_that_the_question
 def test_expressions_of_numbers_are_calculated_as_they_stand():
     signs = {"plus": "+", "minus": "-", "times": "*"}
     n = 0
-    for problem in problems(6, 3000):
+    for problem in problems(6, 6000):
         for x, sign, y, second, z in re.findall(
             r"(\d+) ([-+*]|plus|minus|times) (\d+)(?: ([-+]|plus|minus) (\d+))?", problem.prompt
         ):
