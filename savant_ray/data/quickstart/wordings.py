@@ -84,7 +84,8 @@ def _letters(*expressions: str) -> tuple[str, ...]:
     """Return patterns that give values to letters and ask for one of the expressions."""
     e, values = f"[{'|'.join(expressions)}]", "<values in any order>"
     return (
-        *(f"If {{a}} = {{x}} and {{b}} = {{y}}, what is {expressions[0]}?",) * 3,  # as in the default of validation.prompt
+        *(f"If {{a}} = {{x}} and {{b}} = {{y}}, what is {expressions[0]}?",)
+        * 3,  # as in the default of validation.prompt
         f"If {values}, what is {e}?",
         f"[<if> {values}, [what is|how much is|then what is] {e}?|<if> {values}, find {e}.]",
         f"[<let> {values}|{values}|<let be>]. [<ask> {e}?|<find> {e}.]",
