@@ -38,7 +38,7 @@ from savant_ray.settings.yaml_text import show, to_yaml
 MAX_SEED = 10**18 - 1  # all numbers of up to 18 digits fit into 64 bits
 MIN_HANG_SECONDS = 5  # workers send their progress once a second
 MAX_HANG_SECONDS = 604_800  # a week; gloo and NCCL, which wait 20 times as long, count nanoseconds in 64 bits
-MAX_THREADS = 1024  # of a worker; OpenMP ends the process if it cannot start as many threads as it is told to use
+MAX_THREADS = 1024  # of a worker; OpenMP ends the process if it cannot start the requested number of threads
 WEIGHT_RESOLUTION = 100_000  # smallest weight: 1 sequence in this many; equal to `MAX_PERIOD` in data/order.py
 CONTROL_CATEGORIES = ("Cc", "Zl", "Zp")  # of Unicode: control characters, line and paragraph separators
 MAX_FOLDER_NAME_BYTES = 255

@@ -25,7 +25,7 @@ from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
 HEARTBEAT_SECONDS = 1.0
 RAY_CHECK_SECONDS = 0.5  # if the answer to a call is overdue by this, Ray's own processes are checked
-LAST_ANSWER_SECONDS = 1.0
+LAST_ANSWER_SECONDS = 1.0  # for the last events, after Ray has failed
 ANSWER_SECONDS = 60.0  # the bridge answers within milliseconds
 LOST_SECONDS = 10.0  # until a call that others have overtaken is taken for lost; it arrives within milliseconds
 

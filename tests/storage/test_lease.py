@@ -191,8 +191,9 @@ def test_a_claim_is_never_read_as_released_while_it_is_being_written(tmp_path: P
 
 def test_a_lease_whose_writer_died_while_writing_it_is_acquired(tmp_path: Path) -> None:
     (tmp_path / LEASE).touch()
-    with leased(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), ".", lambda _: None):
-        pass
+    with leased(pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), ".", pytest.fail) as lease:
+        assert json.loads((tmp_path / LEASE).read_text())["token"] == lease.owner.token
+    assert not (tmp_path / LEASE).exists()
 
 
 def test_a_holder_that_continues_after_its_lease_was_taken_over_stops(

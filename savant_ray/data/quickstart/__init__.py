@@ -48,12 +48,8 @@ _CHAT_TURNS = (1, 2, 3)
 _QUESTION, _ANSWER = "Question: ", "\nAnswer:"
 _VALIDATION_PROBLEMS = 400
 _VALIDATION_UNSEEN_WORDINGS = 100
-_HARD = (
-    "product",
-    "difference",
-    "difference",
-    "comparison",
-)  # additional problems of templates that are learned slowly
+# Additional problems of templates that are learned slowly:
+_HARD = ("product", "difference", "difference", "comparison")
 _SEED = 20240
 
 

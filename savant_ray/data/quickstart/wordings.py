@@ -83,9 +83,11 @@ def _asked(*expressions: str) -> str:
 def _letters(*expressions: str) -> tuple[str, ...]:
     """Return patterns that give values to letters and ask for one of the expressions."""
     e, values = f"[{'|'.join(expressions)}]", "<values in any order>"
+    in_default_prompt = (
+        f"If {{a}} = {{x}} and {{b}} = {{y}}, what is {expressions[0]}?"  # the form of validation.prompt
+    )
     return (
-        *(f"If {{a}} = {{x}} and {{b}} = {{y}}, what is {expressions[0]}?",)
-        * 3,  # as in the default of validation.prompt
+        *[in_default_prompt] * 3,
         f"If {values}, what is {e}?",
         f"[<if> {values}, [what is|how much is|then what is] {e}?|<if> {values}, find {e}.]",
         f"[<let> {values}|{values}|<let be>]. [<ask> {e}?|<find> {e}.]",
@@ -115,7 +117,7 @@ def _compared(adjective: str) -> tuple[str, ...]:
 
 
 class _Tense(NamedTuple):
-    """How a story is told; `{n}` is the number of items of an event."""
+    """Verbs of a story in one tense; `{n}` is the number of items of an event."""
 
     has: str
     events: dict[str, str]  # by operation; the subject is {name}
