@@ -40,7 +40,7 @@ help:
 	make test-quick   run the fast tests, which do not start Ray
 	make test-all     install the extras and run all tests, fuzz, torture, hangs and soak (about 2 hours)
 	make fuzz         read N=10000 invalid inputs per reader; each must give a clear error and lose nothing
-	make torture      interrupt runs N=100 times; each must have the result of an uninterrupted run
+	make torture      interrupt runs N=100 times in 7 ways (SEED=0); each must have the result of an uninterrupted run
 	make preemptions  preempt runs of 400 steps four times, announced and not; prints what it costs
 	make hangs        make N=50 processes hang in a run; each must be resolved or end with a clear error
 	make soak         run 80,000 tiny steps; memory, open files and step time must stay constant
@@ -85,7 +85,7 @@ fuzz: install
 	@exec $(RUN) -m tests.fuzz "$(or $(N),10000)"
 
 torture: install
-	@exec $(RUN) -m tests.torture "$(or $(N),100)"
+	@exec $(RUN) -m tests.torture "$(or $(N),100)" "$(or $(SEED),0)"
 
 preemptions: install
 	@exec $(RUN) -m tests.torture.preemptions $(ARGS)

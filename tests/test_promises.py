@@ -18,7 +18,12 @@ ONE_OF_EACH_KIND: Interruptions = (
     ("kill -9 a worker", "update"),
     ("kill -9 the driver", "generation"),
 )
-OTHERS: Interruptions = (("job stop", "background write"), ("SIGINT", "handover"))
+OTHERS: Interruptions = (
+    ("job stop", "background write"),
+    ("SIGINT", "handover"),
+    ("SIGSTOP a worker", "accumulation"),
+    ("SIGHUP", "save"),
+)
 
 
 @pytest.mark.slow

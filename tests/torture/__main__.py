@@ -1,4 +1,4 @@
-"""`make torture N=100`: N interruptions of 60-step runs, each of which must equal an uninterrupted run in the end."""
+"""`make torture N=100 SEED=0`: N interruptions of 60-step runs, each of which must equal an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import tests.conftest  # noqa: F401 - signals that nohup or a background shell ignores have their effects again
 from tests.cluster.conftest import with_text
 from tests.torture.promises import assert_same_run
 from tests.torture.runner import Torture, head_with_windows, random_plan

@@ -28,15 +28,17 @@ from savant_ray.reporting.record import METRICS, read_records
 from savant_ray.training.checkpoint import newest_checkpoint, step_of
 from tests.cluster.conftest import ROOT, Head, environment, options, running_head, wait_for
 
-STOPS = ("SIGINT", "SIGTERM", "job stop")
-KILLS = ("kill -9 a worker", "kill -9 the driver")
-METHODS = STOPS + KILLS
+SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}  # to the driver
+STOPS = (*SIGNALS, "job stop")
+TO_WORKERS = {"kill -9 a worker": signal.SIGKILL, "SIGSTOP a worker": signal.SIGSTOP}  # the attempt goes on by itself
+METHODS = (*STOPS, *TO_WORKERS, "kill -9 the driver")
 WINDOWS = ("start", "accumulation", "update", "validation", "generation", "save", "background write", "handover")
-IMPOSSIBLE = {("kill -9 a worker", "start")}  # there is no worker yet
+IMPOSSIBLE = {(method, "start") for method in TO_WORKERS}  # there is no worker yet
 WORKERS = (1, 2, 3)  # of an attempt; what a run computes does not depend on their number
 SETTINGS = {
     "scaling__resources_per_worker": "{CPU: 0.5}",
     "scaling__max_failures": 1000,
+    "scaling__hang_seconds": 5,
     "checkpoint__every_steps": 7,
     "validation__every_steps": 5,
     "validation__batches": 1,
@@ -79,8 +81,7 @@ class Command:
         return self._process.poll() is not None
 
     def interrupt(self, method: str) -> None:
-        numbers = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "kill -9 the driver": signal.SIGKILL}
-        self._process.send_signal(numbers[method])
+        self._process.send_signal((SIGNALS | {"kill -9 the driver": signal.SIGKILL})[method])
 
     def outcome(self) -> tuple[int | None, str]:
         return self._process.wait(), self._printed.read_text()
@@ -139,7 +140,7 @@ class Torture:
         """Train a run to completion; each attempt has a random one of these numbers of workers."""
         run = self._folder / name
         while True:
-            ending = next((method for method, _ in plan if method != "kill -9 a worker"), None)
+            ending = next((method for method, _ in plan if method not in TO_WORKERS), None)
             kind = Job if ending == "job stop" else Command
             n_workers = {"scaling__num_workers": chance.choice(workers)}
             arguments = options(**self._settings | n_workers | self._absolute_paths(name))
@@ -167,9 +168,9 @@ class Torture:
             interruption = Interruption(*plan.popleft())
             self.done.append(interruption)
             last_recorded = last_step(run)
-            if interruption.method == "kill -9 a worker":
+            if interruption.method in TO_WORKERS:
                 attempts = len(events(run, "attempt"))
-                os.kill(worker, signal.SIGKILL)
+                os.kill(worker, TO_WORKERS[interruption.method])
                 wait_for(lambda: attempt.ended() or len(events(run, "attempt")) > attempts)  # noqa: B023
                 interruption.repeated = last_recorded - events(run, "attempt")[-1]["step"]
                 continue
@@ -233,7 +234,7 @@ def expected_codes(interruption: Interruption) -> tuple[int | None, ...]:
     """Return the exit codes after an interruption; until our handlers are installed, a signal ends Python itself."""
     if interruption.method == "kill -9 the driver":
         return (-signal.SIGKILL,)
-    return (75, 130, -signal.SIGINT, -signal.SIGTERM) if interruption.window == "start" else (75,)
+    return (75, 130, *(-number for number in SIGNALS.values())) if interruption.window == "start" else (75,)
 
 
 def last_step(run: Path) -> int:
