@@ -170,6 +170,7 @@ def test_two_workers_take_the_same_steps_as_one_and_each_writes_its_profile(
     assert traces == {f"rank{rank}-step3.pt.trace.json.gz" for rank in range(2)}
 
 
+@pytest.mark.rare
 def test_a_new_run_starts_from_the_weights_and_tokenizer_of_another(
     head: Head, finished: Finished, tmp_path: Path
 ) -> None:
