@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -48,7 +48,7 @@ class StepGraph:
     def _run_and_capture(self, function: Callable[[], None]) -> None:
         stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _without_deterministic_mode():
             function()  # loads kernels and initializes cuBLAS, which a capture cannot do
             graph = torch.cuda.CUDAGraph()
             pool = torch.cuda.graph_pool_handle() if self._graph is None else self._graph.pool()
@@ -63,6 +63,21 @@ class StepGraph:
             else:
                 self._graph, self._is_current = graph, True
         torch.cuda.current_stream(self._device).wait_stream(stream)
+
+
+@contextmanager
+def _without_deterministic_mode() -> Iterator[None]:
+    """Select the kernels of a step as if `torch.use_deterministic_algorithms` were off.
+
+    In that mode `scatter_` and `index_copy_` sort their indices first and, in some versions of PyTorch, copy data from the
+    host, which a capture cannot do. A step of decoding writes to each element once, so its result is the same.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 def _close_pool(device: torch.device, pool: tuple[int, int]) -> None:

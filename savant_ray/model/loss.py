@@ -158,6 +158,10 @@ def loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype) 
     """
     loss, exp_CV, total_C1 = _loss_and_exp(logits_CV, targets_C)
     probabilities_CV = exp_CV.div_(total_C1.masked_fill((targets_C == IGNORED)[:, None], math.inf))
+    if torch.compiler.is_compiling():
+        # One kernel. An indexed assignment would be another one, and with deterministic kernels PyTorch's own, which sorts.
+        is_target_CV = torch.arange(logits_CV.shape[1], device=targets_C.device) == targets_C[:, None]
+        return loss, (probabilities_CV - is_target_CV.float()).to(dtype)
     rows_C, index_C = torch.arange(len(targets_C), device=targets_C.device), targets_C.clamp(min=0)
     target_gradient_C = torch.where(targets_C != IGNORED, probabilities_CV[rows_C, index_C] - 1, 0)
     grad_logits_CV = probabilities_CV.to(dtype)

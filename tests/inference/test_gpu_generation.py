@@ -152,6 +152,19 @@ def test_autocast_of_a_validation_can_be_captured(precision: str, eager: Any) ->
         assert generate_many(model, PROMPTS, parameters) == eager(model, PROMPTS, parameters)
 
 
+def test_the_deterministic_kernels_of_a_run_do_not_prevent_a_capture(eager: Any) -> None:
+    model, parameters = model_on(CUDA), sampling(end_of_document=-1, temperature=1.0)
+    expected = eager(model, PROMPTS, parameters)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=FAILED_CAPTURE)
+            assert generate_many(model, PROMPTS, parameters) == expected
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_attention_to_bf16_keys_has_fp32_scores() -> None:
     torch.manual_seed(0)
     q, k, v = (4 * torch.randn(3, 4, length, 64, device=CUDA).bfloat16() for length in (1, 100, 100))

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -288,6 +290,21 @@ def test_the_elementwise_part_of_the_loss_compiles_into_one_graph_that_leaves_th
     expected = loss_and_gradient(logits, targets, dtype)
     assert found[1].dtype == dtype and not found[1][3:9].any()
     torch.testing.assert_close(found, expected)
+
+
+def test_the_compiled_part_of_the_loss_has_no_operator_that_deterministic_kernels_would_replace() -> None:
+    """`index_put_` would leave the compiled kernel, and sort the indices on a GPU."""
+    operators: list[Any] = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        operators.extend(getattr(node.target, "overloadpacket", None) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(loss_and_gradient, backend=aot_autograd(fw_compiler=keep), dynamic=False)
+    compiled(torch.randn(4, 7), torch.tensor([1, 2, IGNORED, 6]), torch.bfloat16)
+    assert torch.ops.aten.exp in operators
+    replaced = {torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten.scatter, torch.ops.aten.index_copy}
+    assert not replaced & set(operators)
 
 
 def test_the_loss_holds_no_more_logits_than_those_of_a_chunk() -> None:

@@ -81,10 +81,21 @@ def test_a_compiled_step_has_the_gradients_of_an_uncompiled_one(precision: str, 
     assert (gradients[1] - gradients[0]).norm() < 2e-2 * gradients[0].norm()
 
 
-@pytest.mark.parametrize("compute", [add_gradients, add_to_tree])
+@pytest.fixture
+def deterministic_kernels() -> Iterator[None]:
+    use_deterministic_kernels()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("compute", "kernels"), [(add_gradients, ()), (add_to_tree, ("deterministic_kernels",))])
 def test_a_micro_batch_is_launched_without_a_wait_for_the_gpu(
     compute: Callable[[TrainingState, MicroBatch], torch.Tensor],
+    kernels: tuple[str, ...],
+    request: pytest.FixtureRequest,
 ) -> None:
+    for fixture in kernels:
+        request.getfixturevalue(fixture)
     state, (micro_batch, *_) = new_state(CONFIG, CUDA, "bf16"), on_gpu(share(0, 12, 0, 1, 4))
     compile_block(state.model, "auto", CUDA, "bf16")
     first_loss = compute(state, micro_batch)  # compiles, and tries products
@@ -124,13 +135,6 @@ def test_bad_micro_batches_are_left_out_on_a_gpu_as_well(bad: tuple[int, ...], m
     assert results[0].updated == results[1].updated == (len(bad) < 3)
     for found, expected in zip(*(weights(state).values() for state in states), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.fixture
-def deterministic_kernels() -> Iterator[None]:
-    use_deterministic_kernels()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -46,7 +46,10 @@ def _rank(rank: int, world_size: int, folder: str, backend: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
-    device = CPU if backend == "gloo" else torch.device("cuda", rank)
+    device = CPU
+    if backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)  # as a worker does
     config = tiny_config(deterministic=False)
     state = new_state(config, device)
 
