@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -93,7 +94,9 @@ class Job:
     def __init__(self, head: Head, folder: Path, python: str, arguments: list[str]) -> None:
         self._client = JobSubmissionClient(head.dashboard)
         variables = {"OMP_NUM_THREADS": "1", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
-        command = f"cd {folder} && exec {python} {ROOT / 'jobs/train.py'} {' '.join(arguments)}"
+        command = (
+            f"cd {shlex.quote(str(folder))} && exec {shlex.join([python, str(ROOT / 'jobs/train.py'), *arguments])}"
+        )
         self._id = self._client.submit_job(entrypoint=command, runtime_env={"env_vars": variables})
 
     def ended(self) -> bool:
