@@ -9,12 +9,10 @@ from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from ray import tune
 
-from savant_ray.config import Config, all_settings, known_names
+from savant_ray.config import Config, all_settings, setting_errors
 from savant_ray.errors import SettingsError
-from savant_ray.settings.reader import SettingsReader, SettingValue
 from savant_ray.settings.yaml_text import YamlError, key_lines, load_yaml
 from savant_ray.sweep.trial import with_settings
 
@@ -63,13 +61,7 @@ def _problems(
     of_each_value = ([some[i % len(some)] for some in values.values()] for i in range(longest))
     for combination in chain(of_each_value, islice(product(*values.values()), MAX_COMBINATIONS)):
         changes = dict(zip(values, combination, strict=True))
-        try:
-            Config.model_validate(with_settings(settings, changes))
-        except ValidationError as error:
-            reader = SettingsReader(all_settings())
-            reader.values = {name: SettingValue(value, places[name]) for name, value in changes.items()}
-            reader.add_validation_error(error, known_names())
-            yield from reader.problems
+        yield from setting_errors(with_settings(settings, changes), places)
 
 
 def _values(distribution: str, arguments: list[Any]) -> Sequence[Any]:
