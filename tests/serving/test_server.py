@@ -147,7 +147,10 @@ def expected_ids(run: Path, prompt: str, **changes: Any) -> tuple[Any, list[int]
 
 
 async def streamed(client: Any, prompt: str, **options: Any) -> list[Any]:
-    stream = await client.completions.create(model="tiny", prompt=prompt, stream=True, **options)
+    return await consumed(await client.completions.create(model="tiny", prompt=prompt, stream=True, **options))
+
+
+async def consumed(stream: Any) -> list[Any]:
     return [chunk async for chunk in stream]
 
 
@@ -286,12 +289,11 @@ def test_requests_of_a_killed_replica_get_an_error_and_later_ones_are_served(
     _, url, process = server
 
     async def questions(client: Any) -> None:
-        tasks = [asyncio.create_task(streamed(client, "one", max_tokens=LONG, temperature=0)) for _ in range(6)]
-        tasks += [
-            asyncio.create_task(client.completions.create(model="tiny", prompt="one", max_tokens=LONG, temperature=0))
-            for _ in range(2)
-        ]
-        await asyncio.sleep(2)
+        options: dict[str, Any] = {"model": "tiny", "prompt": "one", "max_tokens": LONG, "temperature": 0}
+        tasks = [asyncio.create_task(client.completions.create(**options)) for _ in range(2)]
+        # A stream is returned with the first token, so the replica is answering.
+        streams = [await client.completions.create(stream=True, **options) for _ in range(6)]
+        tasks += [asyncio.create_task(consumed(stream)) for stream in streams]
         assert not any(task.done() for task in tasks)
         for child in process.children(recursive=True):
             if any("ServeReplica:savant:model" in part for part in child.cmdline()):
@@ -308,12 +310,12 @@ def test_requests_of_a_killed_replica_get_an_error_and_later_ones_are_served(
 @pytest.mark.slow
 def test_replicas_are_started_when_users_wait(tmp_path: Path) -> None:
     run = write_run(tmp_path)
-    with serving(run, "--replicas", "1-2", "--max-batch", "2", "--max-length", str(100 * LONG)) as (url, _):
+    with serving(run, "--replicas", "1-2", "--max-batch", "2", "--max-length", "1000000") as (url, _):
         assert json.loads(downloaded(f"{url}/health")) == {"replicas": {"RUNNING": 1}}
 
         async def questions(client: Any) -> None:
             endless = [
-                asyncio.create_task(streamed(client, "one", max_tokens=50 * LONG, temperature=0)) for _ in range(6)
+                asyncio.create_task(streamed(client, "one", max_tokens=900_000, temperature=0)) for _ in range(6)
             ]
             while json.loads(await asyncio.to_thread(downloaded, f"{url}/health")) != {"replicas": {"RUNNING": 2}}:
                 await asyncio.sleep(1)
