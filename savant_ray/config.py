@@ -31,7 +31,7 @@ from pydantic import (
 
 from savant_ray.errors import SettingsError
 from savant_ray.settings.messages import validation_messages
-from savant_ray.settings.reader import SettingsReader
+from savant_ray.settings.reader import SettingsReader, SettingValue
 from savant_ray.settings.table import Setting, list_settings
 from savant_ray.settings.yaml_text import show, to_yaml
 
@@ -683,6 +683,17 @@ def load_config(
     except ValidationError as error:
         reader.add_validation_error(error, known_names())
     raise SettingsError("\n".join(reader.problems))
+
+
+def setting_errors(settings: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+    """Return one message per error in nested settings, with the place of the setting if `origins` has it by dotted name."""
+    reader = SettingsReader(all_settings())
+    reader.values = {name: SettingValue(None, origin) for name, origin in origins.items()}
+    try:
+        Config.model_validate(settings)
+    except ValidationError as error:
+        reader.add_validation_error(error, known_names())
+    return reader.problems
 
 
 def explicit_settings(arguments: Sequence[str], file: Path | None = None) -> dict[str, dict[str, Any]]:

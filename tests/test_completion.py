@@ -1,8 +1,10 @@
-"""The scripts of `savant completion`: bash executes its own; those of zsh and fish have the same words."""
+"""The scripts of `savant completion`: each shell that is installed executes its own; all have the same words."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from savant_ray.cli import COMMANDS, main
 from savant_ray.config import all_settings
 from savant_ray.settings.files import shipped_files
+from tests.terminal import ended, read_until, start_in_terminal
 
 
 def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -49,6 +52,58 @@ def test_bash_completes_commands_options_settings_and_shipped_files(complete) ->
 def test_bash_completes_names_of_settings_files_with_spaces(complete, tmp_path: Path) -> None:
     (tmp_path / "my own settings.yaml").touch()
     assert sorted(complete("train", "--config", "m")) == ["mine.yaml", "my own settings.yaml"]
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_completes_commands_options_settings_and_shipped_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "script").write_text(script("fish", capsys))
+    (tmp_path / "my own.yaml").touch()
+
+    def complete(line: str) -> list[str]:
+        code = "source ./script; complete --do-complete $argv"
+        variables = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        done = subprocess.run(["fish", "-c", code, line], cwd=tmp_path, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        return [shown.partition("\t")[0] for shown in done.stdout.splitlines()]
+
+    assert set(complete("savant ")) == set(COMMANDS)
+    assert complete("savant qui") == ["quickstart"]
+    assert set(complete("savant train --training.max_s")) == {"--training.max_steps", "--training.max_skipped_steps"}
+    assert {*shipped_files(), "my own.yaml"} <= set(complete("savant train --config "))
+    assert complete("savant export RUN --format s") == ["safetensors"]
+    assert set(complete("savant completion ")) == {"bash", "zsh", "fish"}
+    assert "my own.yaml" in complete("savant evaluate ")
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("qui", "quickstart "),
+        ("train --fr", "train --fresh "),
+        ("train --training.max_st", "train --training.max_steps "),
+        ("train --config quic", "train --config quickstart "),
+        ("train --config my", "train --config my\\ own.yaml "),
+        ("export RUN --format s", "export RUN --format safetensors "),
+        ("completion fi", "completion fish "),
+        ("evaluate my", "evaluate my\\ own.yaml "),
+    ],
+)
+def test_zsh_completes_commands_options_settings_and_shipped_files(
+    typed: str, completed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my own.yaml").touch()
+    (tmp_path / ".zshrc").write_text(f"autoload -U compinit && compinit -u\n{script('zsh', capsys)}\nPS1='ready> '\n")
+    variables = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "TERM": "dumb"}
+    shell, terminal = start_in_terminal([shutil.which("zsh") or "", "-d", "-i"], tmp_path, variables)
+    read_until(terminal, "ready> ", 60)
+    os.write(terminal, f"savant {typed}\t".encode())
+    read_until(terminal, f"savant {completed}", 60)
+    os.write(terminal, b"\x15exit\n")
+    os.close(terminal)
+    ended(shell)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -43,6 +43,15 @@ def load_yaml(text: str) -> Any:
     return content
 
 
+def key_lines(text: str) -> dict[str, int]:
+    """Return the line of each outermost key of YAML text that `load_yaml` reads; nothing for JSON indented with tabs."""
+    with suppress(yaml.YAMLError):
+        node = yaml.compose(text, Loader=_Loader)
+        if isinstance(node, yaml.MappingNode):
+            return {key.value: key.start_mark.line + 1 for key, _ in node.value}
+    return {}
+
+
 def to_yaml(content: Any, **layout: Any) -> str:
     """Return plain values as YAML from which `load_yaml` restores them; `layout` is passed to `yaml.dump`."""
     text: str = yaml.dump(content, Dumper=_Dumper, allow_unicode=True, sort_keys=False, **layout)

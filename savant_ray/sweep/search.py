@@ -45,11 +45,12 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
         the exit code: `STOPPED_EARLY` after Ctrl+C or SIGTERM, when the runs are saved; otherwise 1 if a trial has failed.
 
     Raises:
-        SettingsError: the search space or the storage is not supported, or a sweep of this name has other settings.
+        SettingsError: the search space is not valid, the storage is not supported, or a sweep of this name has
+            other settings.
     """
     if is_uri(config.run.storage_path):
         raise SettingsError("run.storage_path: a sweep needs a folder, not a URI")
-    space = read_space(space_file)
+    space = read_space(space_file, config)
     folder = Path(config.run.storage_path, config.run.name)
     _refuse_other_sweep(folder, f"{dump_yaml(config)}\n{space_file.read_text(encoding='utf-8')}")
     os.environ |= TUNE_ENVIRONMENT

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from savant_ray.config import all_settings
+from savant_ray.config import Config, all_settings, setting_errors
 from savant_ray.errors import SettingsError
-from savant_ray.settings.yaml_text import YamlError, load_yaml
+from savant_ray.settings.yaml_text import YamlError, key_lines, load_yaml
+from savant_ray.sweep.trial import with_settings
 
 DISTRIBUTIONS = (
     *("uniform", "quniform", "loguniform", "qloguniform", "randn", "qrandn"),
@@ -19,23 +22,65 @@ DISTRIBUTIONS = (
 )  # functions of ray.tune
 OF_THE_SWEEP = ("run.name", "run.storage_path")  # settings of each trial that the sweep chooses
 TAKES_A_LIST = ("choice", "grid_search")
+MAX_COMBINATIONS = 1000  # that are checked; one takes about a millisecond
+MAX_PROBLEMS = 10  # in a message
 SHAPE = "such as training.learning_rate: {loguniform: [0.0001, 0.01]} or training.optimizer: {choice: [adamw, muon]}"
 
 
-def read_space(path: Path) -> dict[str, Any]:
-    """Return the search space of a YAML file by setting, as Ray Tune takes it.
+def read_space(path: Path, config: Config) -> dict[str, Any]:
+    """Return the search space of a YAML file by setting, as Ray Tune takes it; `config` has the other settings.
 
     Raises:
-        SettingsError: the file cannot be read, or an entry is not a setting with a distribution.
+        SettingsError: the file cannot be read, an entry is not a setting with a distribution, or a trial could get values
+            that are not allowed.
     """
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = load_yaml(text)
     except (OSError, ValueError, YamlError) as error:
         reason = str(getattr(error, "strerror", None) or error).strip()
         raise SettingsError(f"--space {path}: {reason}") from error
     if not isinstance(content, Mapping) or not content:
         raise SettingsError(f"--space {path}: has no settings; {SHAPE}")
-    return {name: _distribution(f"--space {path}: {name}", name, entry) for name, entry in content.items()}
+    lines = key_lines(text)
+    places = {name: f"--space {path}:{f' line {lines[name]}:' if name in lines else ''} {name}" for name in content}
+    space = {name: _distribution(places[name], name, entry) for name, entry in content.items()}
+    values = {name: _values(*next(iter(entry.items()))) for name, entry in content.items()}
+    problems = [*dict.fromkeys(_problems(values, places, config.to_dict()))]
+    if problems:
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise SettingsError("\n".join([*problems[:MAX_PROBLEMS], *more]))
+    return space
+
+
+def _problems(
+    values: Mapping[str, Sequence[Any]], places: Mapping[str, str], settings: dict[str, Any]
+) -> Iterator[str]:
+    """Yield what is wrong with combinations of values: each value in one, and the first `MAX_COMBINATIONS` of all."""
+    longest = max(map(len, values.values()))
+    of_each_value = ([some[i % len(some)] for some in values.values()] for i in range(longest))
+    for combination in chain(of_each_value, islice(product(*values.values()), MAX_COMBINATIONS)):
+        changes = dict(zip(values, combination, strict=True))
+        yield from setting_errors(with_settings(settings, changes), places)
+
+
+def _values(distribution: str, arguments: list[Any]) -> Sequence[Any]:
+    """Return values that a distribution draws: all listed ones, all integers of a short range, else smallest and largest.
+
+    A normal distribution has no bounds; its mean is returned.
+    """
+    if distribution in TAKES_A_LIST:
+        return arguments
+    if distribution.endswith("randn"):
+        return [float(arguments[0])]
+    lower, upper = arguments[:2]
+    step = arguments[2] if distribution.startswith("q") and len(arguments) > 2 else None
+    if not distribution.endswith("randint"):
+        return [float(lower), float(upper) if step else math.nextafter(upper, lower)]
+    step = int(step or 1)
+    last = int(upper) - (step == 1)  # Tune excludes `upper` unless there is a step
+    integers = range(-(-int(lower) // step) * step, last + 1, step)
+    return integers if len(integers) <= MAX_COMBINATIONS else (integers[0], integers[-1])
 
 
 def _distribution(place: str, name: str, entry: Any) -> Any:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ pytest.importorskip("ray.serve", reason="needs the extra serve")
 
 LONG = 20_000  # tokens, more than are generated before a test ends
 KEY = "a key"
+LOG = "serve.log"  # in the run folder: what the command prints
 
 
 def write_run(folder: Path) -> Path:
@@ -89,16 +94,14 @@ def test_an_address_that_is_in_use_is_named_before_ray_starts(
     assert f"--port {port}: Address already in use" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, psutil.Process]]:
-    """Yield the run, the URL of its server, and the server's process."""
-    run = write_run(tmp_path_factory.mktemp("serve"))
+@contextmanager
+def serving(run: Path, *options: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Serve a run with these options; yield the URL of the server and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--port", str(port), "--max-length", str(2 * LONG), "--max-batch", "8", "--max-queue", "60"]
-    command = [sys.executable, "-m", "savant_ray.cli", "serve", str(run), *options]
-    log = run / "serve.log"
+    command = [sys.executable, "-m", "savant_ray.cli", "serve", str(run), "--port", str(port), *options]
+    log = run / LOG
     with log.open("w") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment() | {"SAVANT_API_KEY": KEY}, stdout=output, stderr=subprocess.STDOUT
@@ -106,12 +109,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     try:
         wait_until(lambda: process.poll() is not None or "is served at" in log.read_text(), 120)
         assert process.poll() is None, log.read_text()
-        yield run, f"http://127.0.0.1:{port}", psutil.Process(process.pid)
+        yield f"http://127.0.0.1:{port}", psutil.Process(process.pid)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0, log.read_text()
         assert "Traceback" not in log.read_text()
     finally:
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, psutil.Process]]:
+    """Yield the run, the URL of its server, and the server's process."""
+    run = write_run(tmp_path_factory.mktemp("serve"))
+    with serving(run, "--max-length", str(2 * LONG), "--max-batch", "8", "--max-queue", "60") as (url, process):
+        yield run, url, process
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -136,7 +147,10 @@ def expected_ids(run: Path, prompt: str, **changes: Any) -> tuple[Any, list[int]
 
 
 async def streamed(client: Any, prompt: str, **options: Any) -> list[Any]:
-    stream = await client.completions.create(model="tiny", prompt=prompt, stream=True, **options)
+    return await consumed(await client.completions.create(model="tiny", prompt=prompt, stream=True, **options))
+
+
+async def consumed(stream: Any) -> list[Any]:
     return [chunk async for chunk in stream]
 
 
@@ -170,6 +184,25 @@ def test_answers_are_those_of_savant_generate(server: tuple[Path, str, psutil.Pr
         assert [delta.role for delta in deltas] == ["assistant", *[None] * (len(deltas) - 1)]
 
     ask(url, questions)
+
+
+@pytest.mark.slow
+def test_health_needs_no_key_and_prometheus_finds_metrics(server: tuple[Path, str, psutil.Process]) -> None:
+    run, url, _ = server
+    assert json.loads(downloaded(f"{url}/health")) == {"replicas": {"RUNNING": 1}}
+
+    async def questions(client: Any) -> None:
+        await client.completions.create(model="tiny", prompt="what", max_tokens=3)
+
+    ask(url, questions)
+    (metrics,) = re.findall("Prometheus finds metrics at (.*)", (run / LOG).read_text())
+    expected = ("ray_savant_serve_tokens_total", "ray_savant_serve_first_token_seconds_bucket", "ray_serve_")
+    wait_until(lambda: all(name in downloaded(metrics) for name in expected), 60)
+
+
+def downloaded(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return str(response.read().decode())
 
 
 @pytest.mark.slow
@@ -256,12 +289,11 @@ def test_requests_of_a_killed_replica_get_an_error_and_later_ones_are_served(
     _, url, process = server
 
     async def questions(client: Any) -> None:
-        tasks = [asyncio.create_task(streamed(client, "one", max_tokens=LONG, temperature=0)) for _ in range(6)]
-        tasks += [
-            asyncio.create_task(client.completions.create(model="tiny", prompt="one", max_tokens=LONG, temperature=0))
-            for _ in range(2)
-        ]
-        await asyncio.sleep(2)
+        options: dict[str, Any] = {"model": "tiny", "prompt": "one", "max_tokens": LONG, "temperature": 0}
+        tasks = [asyncio.create_task(client.completions.create(**options)) for _ in range(2)]
+        # A stream is returned with the first token, so the replica is answering.
+        streams = [await client.completions.create(stream=True, **options) for _ in range(6)]
+        tasks += [asyncio.create_task(consumed(stream)) for stream in streams]
         assert not any(task.done() for task in tasks)
         for child in process.children(recursive=True):
             if any("ServeReplica:savant:model" in part for part in child.cmdline()):
@@ -272,3 +304,23 @@ def test_requests_of_a_killed_replica_get_an_error_and_later_ones_are_served(
         assert answer.usage.completion_tokens == 3
 
     ask(url, questions)
+
+
+@pytest.mark.rare
+@pytest.mark.slow
+def test_replicas_are_started_when_users_wait(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    with serving(run, "--replicas", "1-2", "--max-batch", "2", "--max-length", "1000000") as (url, _):
+        assert json.loads(downloaded(f"{url}/health")) == {"replicas": {"RUNNING": 1}}
+
+        async def questions(client: Any) -> None:
+            endless = [
+                asyncio.create_task(streamed(client, "one", max_tokens=900_000, temperature=0)) for _ in range(6)
+            ]
+            while json.loads(await asyncio.to_thread(downloaded, f"{url}/health")) != {"replicas": {"RUNNING": 2}}:
+                await asyncio.sleep(1)
+            for task in endless:
+                task.cancel()
+            await asyncio.gather(*endless, return_exceptions=True)
+
+        ask(url, questions)

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from savant_ray.cli import main
+from savant_ray.config import Config
 from savant_ray.errors import STOPPED_EARLY
+from savant_ray.settings.yaml_text import load_yaml
+from savant_ray.sweep.search_space import read_space
 from savant_ray.training.checkpoint import newest_checkpoint
 from tests.cluster.conftest import ROOT, environment, options, records, start_program, wait_for, with_text
 
@@ -34,6 +37,31 @@ from tests.cluster.conftest import ROOT, environment, options, records, start_pr
         ("run.name: {choice: [a, b]}", "run.name: the sweep names the runs"),
         ("training.optimizer: {choice: adamw}", "choice needs a list"),
         ("a: [", "--space space.yaml: line 1"),
+        (
+            "model.n_loops: {choice: [2]}\ntraining.optimizer: {choice: [adamw, muno]}",
+            "--space space.yaml: line 2: training.optimizer: expected adamw or muon, found muno",
+        ),
+        (
+            "training.learning_rate: {grid_search: [0.1, -1]}",
+            "line 1: training.learning_rate: -1 has to be greater than 0",
+        ),
+        ("training.learning_rate: {uniform: [0, 1]}", "line 1: training.learning_rate: 0.0 has to be greater than 0"),
+        ("training.learning_rate: {quniform: [0, 1, 0.5]}", "training.learning_rate: 0.0 has to be greater than 0"),
+        ("training.learning_rate: {randn: [-1, 0.1]}", "training.learning_rate: -1.0 has to be greater than 0"),
+        ("training.batch_size: {randint: [0, 9]}", "training.batch_size: 0 has to be at least 1"),
+        ("training.batch_size: {choice: [8, 16.5, sixteen]}", "expected a whole number, found 16.5"),
+        ("training.batch_size: {uniform: [8, 16]}", "training.batch_size: expected a whole number, found 8.0; write 8"),
+        (
+            "model.dim: {choice: [96, 100]}",
+            "model.n_heads: 16 does not divide model.dim = 100 (--space space.yaml: line 1",
+        ),
+        (
+            "model.dim: {choice: [96, 128]}\n\n# heads\nmodel.n_heads: {choice: [4, 3]}",
+            "--space space.yaml: line 4: model.n_heads: 3 does not divide model.dim = 128",
+        ),
+        ("model.dim: {qrandint: [64, 128, 8]}", "model.n_heads: 16 does not divide model.dim = 72"),
+        ("validation.temperature: {choice: [.nan]}", "validation.temperature: expected a finite number, found .nan"),
+        ("data.sources: {choice: [[{path: a.jsonl}]]}", "line 1: data.sources[0].weight: is missing"),
     ],
 )
 def test_a_search_space_that_is_not_valid_is_refused_before_ray_is_started(
@@ -44,6 +72,22 @@ def test_a_search_space_that_is_not_valid_is_refused_before_ray_is_started(
     assert main(["sweep", "--space", "space.yaml", "--run.name", "search"]) == 2
     assert error in capsys.readouterr().err
     assert not Path("search").exists()
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        "training.learning_rate: {quniform: [0.5, 1, 0.5]}\ntraining.weight_decay: {uniform: [0, 1]}",
+        "training.batch_size: {qlograndint: [1, 16, 4]}",
+        "model.dim: {randint: [2_000_000, 9_000_000]}\nmodel.n_heads: {choice: [1]}",
+        "model.n_heads: {grid_search: [12]}\nmodel.dim: {grid_search: [96]}",
+        "training.learning_rate: {qrandn: [3, 0.1, 0.1]}\nmodel.positions: {choice: [none, rotary]}",
+        '{\n\t"validation.prompt": {"choice": ["A", "B"]}\n}',
+    ],
+)
+def test_a_search_space_may_have_all_values_that_are_allowed_together(space: str, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(space)
+    assert list(read_space(tmp_path / "space.yaml", Config())) == list(load_yaml(space))
 
 
 def start_sweep(folder: Path, *flags: str) -> subprocess.Popen[str]:
