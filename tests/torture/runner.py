@@ -39,7 +39,7 @@ WORKERS = (1, 2, 3)  # of an attempt; what a run computes does not depend on the
 SETTINGS = {
     "scaling__resources_per_worker": "{CPU: 0.5}",
     "scaling__max_failures": 1000,
-    "scaling__hang_seconds": 5,
+    "scaling__hang_seconds": 10,
     "checkpoint__every_steps": 7,
     "validation__every_steps": 5,
     "validation__batches": 1,
