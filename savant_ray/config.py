@@ -478,8 +478,8 @@ class TrainingConfig(Section):
         default=0.0,
         ge=0,
         le=1,
-        description="fraction of the other steps with more loops, a random number up to 2 × model.n_loops, so that the model "
-        "also works with more loops than model.n_loops; such steps take more time; 0: none",
+        description="fraction of the other steps with more loops, a random number up to 2 × model.n_loops, so that the "
+        "model also works with more loops than model.n_loops; such steps take more time; 0: none",
     )
     weight_decay: float = Field(
         default=0.01, ge=0, description="decoupled weight decay, multiplied by the learning rate"

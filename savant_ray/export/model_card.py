@@ -46,8 +46,8 @@ output = model.generate(**inputs, max_new_tokens={max_new_tokens})
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-`from_pretrained(…, num_loops=8)` applies the block another number of times, for experiments: {trained_loops}. Batches are padded on the left. Generation may continue past the
-{max_seq_len:,} tokens of a training sequence.
+`from_pretrained(…, num_loops=8)` applies the block another number of times, for experiments: {trained_loops}.
+Batches are padded on the left. Generation may continue past the {max_seq_len:,} tokens of a training sequence.
 
 ## Evaluate
 
