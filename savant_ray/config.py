@@ -474,12 +474,12 @@ class TrainingConfig(Section):
         ge=0,
         description="first steps, which are trained with half of model.n_loops (rounded up) and so take less time; 0: none",
     )
-    more_loops_fraction: float = Field(
+    double_loops_fraction: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="fraction of the other steps with more loops, a random number up to 2 × model.n_loops, so that the "
-        "model also works with more loops than model.n_loops; such steps take more time; 0: none",
+        description="fraction of the other steps, chosen at random, which are trained with 2 × model.n_loops, so that the "
+        "model also answers with more loops than model.n_loops; such steps take more time; 0: none",
     )
     weight_decay: float = Field(
         default=0.01, ge=0, description="decoupled weight decay, multiplied by the learning rate"

@@ -143,7 +143,7 @@ TABLE: dict[str, Kind] = {
     "training.schedule": choice("cosine or wsd"),
     "training.decay_fraction": PART,
     "training.half_loops_steps": COUNT_OR_NONE,
-    "training.more_loops_fraction": FRACTION,
+    "training.double_loops_fraction": FRACTION,
     "training.weight_decay": NOT_NEGATIVE,
     "training.gradient_clip": POSITIVE,
     "training.ema_decay": DECAY,

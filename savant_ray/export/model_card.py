@@ -84,8 +84,8 @@ def model_card(folder: Path, step: int, config: Config, tokenizer: Tokenizer) ->
 def _trained_loops(config: Config) -> str:
     """Return a clause about the numbers of loops that the model is trained with."""
     n_loops = config.model.n_loops
-    if config.training.more_loops_fraction:
-        return f"the model is trained with\n{n_loops} to {2 * n_loops}, mostly with {n_loops}"
+    if config.training.double_loops_fraction:
+        return f"the model is trained with\n{n_loops} and with {2 * n_loops}"
     return f"the model is trained with\n{n_loops} and answers well only with {n_loops}"
 
 

@@ -93,9 +93,9 @@ def test_the_card_has_the_figures_of_the_run_up_to_the_checkpoint_and_no_paths(
 
 
 def test_the_card_says_with_how_many_loops_the_model_works(write_run: WriteRun, output: Path) -> None:
-    export_hugging_face(write_run(training={"more_loops_fraction": 0.3}), output)
+    export_hugging_face(write_run(training={"double_loops_fraction": 0.3}), output)
     n_loops = MODEL["n_loops"]
-    assert f"with\n{n_loops} to {2 * n_loops}, mostly with {n_loops}." in (output / "README.md").read_text()
+    assert f"with\n{n_loops} and with {2 * n_loops}." in (output / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

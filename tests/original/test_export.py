@@ -194,7 +194,7 @@ def changed_run(folder: Path, **model: Any) -> Path:
     return write_checkpoint(folder, tiny_state(config).to_checkpoint(), texts).parent
 
 
-@pytest.mark.parametrize("setting", [{"half_loops_steps": 1}, {"more_loops_fraction": 0.5}])
+@pytest.mark.parametrize("setting", [{"half_loops_steps": 1}, {"double_loops_fraction": 0.5}])
 def test_steps_with_another_number_of_loops_are_reported(setting: dict[str, Any], tmp_path: Path) -> None:
     training = {**CONFIG.training.model_dump(), **setting}
     config = Config.from_dict(CONFIG.to_dict() | {"training": training})

@@ -192,7 +192,7 @@ def test_more_memory_never_fits_less_and_the_estimate_stays_below_the_limit(mode
 
 
 def test_the_memory_is_estimated_for_the_largest_number_of_loops() -> None:
-    deeper = Config.from_dict({"training": {"more_loops_fraction": 0.1}})
+    deeper = Config.from_dict({"training": {"double_loops_fraction": 0.1}})
     twice = Config.from_dict({"model": {"n_loops": 2 * deeper.model.n_loops}})
     fits = [BatchFit.from_config(config, CUDA) for config in (deeper, twice)]
     assert estimated_gb(deeper, fits[0]) == estimated_gb(twice, fits[1]) > estimated_gb(Config(), fits[0])
