@@ -469,16 +469,11 @@ class TrainingConfig(Section):
     decay_fraction: float = Field(
         default=0.2, gt=0, le=1, description="with schedule wsd: fraction of max_steps in which the learning rate falls"
     )
-    half_loops_steps: int = Field(
-        default=0,
-        ge=0,
-        description="first steps, which are trained with half of model.n_loops (rounded up) and so take less time; 0: none",
-    )
     double_loops_fraction: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="fraction of the other steps, chosen at random, which are trained with 2 × model.n_loops, so that the "
+        description="fraction of the steps, chosen at random, which are trained with 2 × model.n_loops, so that the "
         "model also answers with more loops than model.n_loops; such steps take more time; 0: none",
     )
     weight_decay: float = Field(

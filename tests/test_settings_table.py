@@ -142,7 +142,6 @@ TABLE: dict[str, Kind] = {
     "training.warmup_steps": COUNT_OR_NONE_OR_NULL,
     "training.schedule": choice("cosine or wsd"),
     "training.decay_fraction": PART,
-    "training.half_loops_steps": COUNT_OR_NONE,
     "training.double_loops_fraction": FRACTION,
     "training.weight_decay": NOT_NEGATIVE,
     "training.gradient_clip": POSITIVE,

@@ -11,14 +11,11 @@ from savant_ray.training.seeds import derived_seed
 def loops_of_step(config: Config, step: int) -> int:
     """Return the number of loops of update `step`, from 1.
 
-    The first `training.half_loops_steps` updates have half of `model.n_loops`, rounded up. Each of the others has twice
-    `model.n_loops` with the probability `training.double_loops_fraction`.
+    It is twice `model.n_loops` with the probability `training.double_loops_fraction`, otherwise `model.n_loops`.
     """
-    n_loops, settings = config.model.n_loops, config.training
-    if step <= settings.half_loops_steps:
-        return (n_loops + 1) // 2
-    is_double = random.Random(derived_seed(config.run.seed, step, "loops")).random() < settings.double_loops_fraction
-    return 2 * n_loops if is_double else n_loops
+    generator = random.Random(derived_seed(config.run.seed, step, "loops"))
+    is_double = generator.random() < config.training.double_loops_fraction
+    return config.model.n_loops * (2 if is_double else 1)
 
 
 def most_loops(config: Config) -> int:

@@ -77,8 +77,8 @@ def all_cases(rank: int, world_size: int) -> dict[str, Any]:
         "a single one": taken_steps(tiny_config(batch_size=SEQUENCES), rank, world_size),
         "each computed in two parts": taken_steps(seven, rank, world_size, rows=1),
         "muon": taken_steps(tiny_config(batch_size=2, accumulation=7, optimizer="muon"), rank, world_size),
-        "other numbers of loops": taken_steps(
-            tiny_config(batch_size=2, accumulation=7, half_loops_steps=1, double_loops_fraction=1.0), rank, world_size
+        "twice the loops in some steps": taken_steps(
+            tiny_config(batch_size=2, accumulation=7, double_loops_fraction=0.5), rank, world_size
         ),
         "average of the weights": taken_steps(
             tiny_config(batch_size=2, accumulation=7, ema_decay=0.9), rank, world_size
