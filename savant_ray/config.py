@@ -469,6 +469,13 @@ class TrainingConfig(Section):
     decay_fraction: float = Field(
         default=0.2, gt=0, le=1, description="with schedule wsd: fraction of max_steps in which the learning rate falls"
     )
+    double_loops_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="fraction of the steps, chosen at random, which are trained with 2 × model.n_loops, so that the "
+        "model also answers with more loops than model.n_loops; such steps take more time; 0: none",
+    )
     weight_decay: float = Field(
         default=0.01, ge=0, description="decoupled weight decay, multiplied by the learning rate"
     )

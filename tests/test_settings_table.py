@@ -66,6 +66,11 @@ SHARE = Kind(
         *NOT_FINITE,
     ),
 )
+FRACTION = Kind(
+    "a number",
+    (int, float),
+    (NEGATIVE, (3, "3 has to be at most 1"), (1.5, "1.5 has to be at most 1"), *NOT_FINITE),
+)
 PART = Kind(
     "a number",
     (float,),
@@ -137,6 +142,7 @@ TABLE: dict[str, Kind] = {
     "training.warmup_steps": COUNT_OR_NONE_OR_NULL,
     "training.schedule": choice("cosine or wsd"),
     "training.decay_fraction": PART,
+    "training.double_loops_fraction": FRACTION,
     "training.weight_decay": NOT_NEGATIVE,
     "training.gradient_clip": POSITIVE,
     "training.ema_decay": DECAY,

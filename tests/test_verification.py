@@ -104,6 +104,13 @@ def test_a_run_with_a_decay_at_the_end_and_an_average_equals_its_repetition_unle
         verify(tmp_path / "run", plan)
 
 
+def test_a_run_with_twice_the_loops_in_some_steps_equals_its_repetition(plan: StreamPlan, tmp_path: Path) -> None:
+    config = tiny_run_config(max_steps=STEPS, double_loops_fraction=0.5)
+    train_recorded(tmp_path / "run", config, plan, stop_at=4)
+    train_recorded(tmp_path / "run", config, plan)
+    assert verify(tmp_path / "run", plan).startswith(f"steps 1 to {STEPS}")
+
+
 def test_a_run_that_diverged_equals_its_repetition(plan: StreamPlan, tmp_path: Path) -> None:
     train_recorded(tmp_path / "run", tiny_run_config(max_steps=STEPS, learning_rate=1e38), plan)
     lines = RecordedRun.read(tmp_path / "run").steps.values()

@@ -46,9 +46,8 @@ output = model.generate(**inputs, max_new_tokens={max_new_tokens})
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-`from_pretrained(…, num_loops=8)` applies the block another number of times, for experiments: the model is trained with
-{n_loops} and answers well only with {n_loops}. Batches are padded on the left. Generation may continue past the
-{max_seq_len:,} tokens of a training sequence.
+`from_pretrained(…, num_loops=8)` applies the block another number of times, for experiments: {trained_loops}.
+Batches are padded on the left. Generation may continue past the {max_seq_len:,} tokens of a training sequence.
 
 ## Evaluate
 
@@ -73,12 +72,21 @@ def model_card(folder: Path, step: int, config: Config, tokenizer: Tokenizer) ->
     return CARD.format(
         name=_escaped(config.run.name),
         n_loops=config.model.n_loops,
+        trained_loops=_trained_loops(config),
         version=savant_ray.__version__,
         figures=f"| | |\n|---|---|\n{rows}",
         max_new_tokens=config.validation.max_new_tokens,
         max_seq_len=config.model.max_seq_len,
         command=lm_eval_command(".", config, tokenizer),
     )
+
+
+def _trained_loops(config: Config) -> str:
+    """Return a clause about the numbers of loops that the model is trained with."""
+    n_loops = config.model.n_loops
+    if config.training.double_loops_fraction:
+        return f"the model is trained with\n{n_loops} and with {2 * n_loops}"
+    return f"the model is trained with\n{n_loops} and answers well only with {n_loops}"
 
 
 def _figures_of_run(folder: Path, step: int) -> dict[str, str]:

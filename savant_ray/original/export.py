@@ -45,6 +45,10 @@ OTHER_SCHEDULE = (
     "trained with training.schedule: wsd, but the original's learning rate falls as a cosine; unless its code is changed, "
     "it continues with other learning rates"
 )
+OTHER_LOOPS = (
+    "trained with twice the loops in some steps (training.double_loops_fraction), but the original always continues with "
+    "model.n_loops"
+)
 NO_MOMENTS = (
     "the optimizer's state has no AdamW moments, so the file has none and the original starts a fresh optimizer"
 )
@@ -109,6 +113,7 @@ def _export_checkpoint(folder: Path, output: Path, optimizer: OptimizerName | No
     warnings += warnings_of_conversion
     warnings += [NO_AVERAGE] if AVERAGE in content else []
     warnings += [OTHER_SCHEDULE] if config.training.schedule == "wsd" else []
+    warnings += [OTHER_LOOPS] if config.training.double_loops_fraction else []
     if target is None and NO_MOMENTS not in warnings:  # any optimizer of the original can load a file without moments
         warnings.append(NO_OPTIMIZER_KNOWN)
     return warnings + _differences(config.model, original["model_state_dict"], reference, reference_content)

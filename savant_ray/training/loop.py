@@ -21,6 +21,7 @@ from savant_ray.events import Event, MicroBatchSkipped, Notice, Rewound, SpikeFo
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.device import memory_used_gb, skip_on_oom, update_memory_cap
 from savant_ray.training.efficiency import Peak
+from savant_ray.training.loop_count import loops_of_step
 from savant_ray.training.profiling import StepProfiler, region
 from savant_ray.training.rank_comparison import raise_if_ranks_differ
 from savant_ray.training.reduction import any_rank
@@ -123,6 +124,7 @@ def _train(
             settings.max_steps,
             settings.n_decay_steps,
         )
+        state.n_loops = loops_of_step(config, state.step + 1)
         started = time.perf_counter()
         result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host)
         seconds = data_wait + time.perf_counter() - started
@@ -145,7 +147,9 @@ def _train(
                 notify(host, update_memory_cap(state.device, settings.vram_limit_gb))
                 if flops:
                     measure_peak(peak, host, state.device)
-            emit_step(host, state, result, rate, seconds, data_wait, peak.utilization(flops, seconds))
+            has_these_flops = state.n_loops == config.model.n_loops
+            share_of_peak = peak.utilization(flops, seconds) if has_these_flops else None
+            emit_step(host, state, result, rate, seconds, data_wait, share_of_peak)
             profiler.after_step(state.step)
             raise_if_updates_fail(state, result, settings.max_skipped_steps)
             if settings.compare_ranks_every and state.step % settings.compare_ranks_every == 0:

@@ -18,6 +18,7 @@ from savant_ray.model.loss import gpu_chunk_rows
 from savant_ray.model.transformer import ffn_dim, n_parameters
 from savant_ray.optim.tree_sum import most_sums
 from savant_ray.training.device import GIB, MARGIN_GB
+from savant_ray.training.loop_count import most_loops
 from savant_ray.training.state import BatchFit, is_deterministic, micro_batch_size
 
 OUTSIDE_GB = 0.55  # CUDA context, kernels and workspaces of libraries
@@ -38,7 +39,8 @@ def estimated_gb(config: Config, fit: BatchFit) -> float:
     tokens = fit.rows * model.max_seq_len
     loop = OVERHEAD * tokens * value_bytes * (KEPT_VECTORS * model.dim + 3 * ffn_dim(model))
     inputs = tokens * value_bytes * model.dim
-    activations = loop + model.n_loops * inputs if fit.recompute_loops else model.n_loops * loop
+    n_loops = most_loops(config)
+    activations = loop + n_loops * inputs if fit.recompute_loops else n_loops * loop
     head = model.vocab_size * model.dim  # as large as the embedding
     average_bytes = 0 if config.training.ema_decay is None else 4
     weights = (BYTES_PER_PARAMETER + average_bytes) * n_parameters(model)

@@ -119,6 +119,7 @@ class TrainingState:
     deterministic: bool = False  # gradients are added in the order of `tree`
     tree: TreeSum = field(default_factory=TreeSum)
     average: WeightAverage | None = None  # with `training.ema_decay`
+    n_loops: int | None = None  # of the next step; None: `model.n_loops`
     step: int = 0
     position: int = 0
     tokens_seen: int = 0

@@ -323,7 +323,7 @@ def add_to_tree(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
 def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
     """Launch one forward and backward pass into the buffer and return the loss sum in nats, a 0-d tensor on the device."""
     with region("forward"), state.gradients.detached(), autocast(state.precision, state.device):
-        x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT)
+        x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT, state.n_loops)
         targets_BT = micro_batch.targets()
         loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT, state.fit.limit_gb)
     with region("backward"):

@@ -221,6 +221,7 @@ def wsd(max_steps: int, **training: Any) -> Config:
         (70, wsd(88)),  # shorter, with a decay after step 70
         (70, wsd(71, decay_fraction=0.01)),
         (90, wsd(100, learning_rate=1e-3)),
+        (90, wsd(100, double_loops_fraction=0.25)),
     ],
 )
 def test_the_length_of_a_wsd_run_may_change_if_its_steps_keep_their_learning_rates(

@@ -43,6 +43,7 @@ def write_run(tmp_path: Path, trained_tokenizer: Tokenizer) -> WriteRun:
         model: dict[str, Any] | None = None,
         data: dict[str, Any] | None = None,
         validation: dict[str, Any] | None = None,
+        training: dict[str, Any] | None = None,
         tokenizer_json: str | None = None,
         files: dict[str, str] | None = None,
         weights: Callable[[Config], dict[str, torch.Tensor]] = random_weights,
@@ -52,6 +53,7 @@ def write_run(tmp_path: Path, trained_tokenizer: Tokenizer) -> WriteRun:
                 "run": {"name": "test_run"},
                 "model": MODEL | {"vocab_size": 320} | (model or {}),
                 "data": data or {},
+                "training": training or {},
                 "validation": {"max_new_tokens": 6, **(validation or {})},
             }
         )

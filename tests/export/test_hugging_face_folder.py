@@ -27,6 +27,7 @@ from tests.export.conftest import WriteRun, read_json
 from tests.original.test_file import trained
 from tests.original.word_tokenizer import write_tokenizer
 from tests.storage.object_store import ObjectStore
+from tests.training.tiny import MODEL
 
 FILES = {
     *("README.md", "chat_template.jinja", "config.json", "generation_config.json", "lm_eval", "model.safetensors"),
@@ -89,6 +90,12 @@ def test_the_card_has_the_figures_of_the_run_up_to_the_checkpoint_and_no_paths(
     assert "| validation loss | 1.5000 nats per token, not finite bits per byte (step 3) |" in card
     assert "| logic suite | 90 % of 600 held-out problems, 95 % interval 88 % – 92.0 % (step 3) |" in card
     assert str(tmp_path) not in card and "secret" not in card
+
+
+def test_the_card_says_with_how_many_loops_the_model_works(write_run: WriteRun, output: Path) -> None:
+    export_hugging_face(write_run(training={"double_loops_fraction": 0.3}), output)
+    n_loops = MODEL["n_loops"]
+    assert f"with\n{n_loops} and with {2 * n_loops}." in (output / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import CheckpointError, SavantError
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.original.export import NO_MOMENTS, NO_OPTIMIZER_KNOWN, export_original
+from savant_ray.original.export import NO_MOMENTS, NO_OPTIMIZER_KNOWN, OTHER_LOOPS, export_original
 from savant_ray.original.file import OptimizerName, optimizer_of, read_file
 from savant_ray.training.checkpoint import write_checkpoint
 from savant_ray.training.safetensors_export import export_safetensors
@@ -192,6 +192,14 @@ def changed_run(folder: Path, **model: Any) -> Path:
     config = Config.from_dict(CONFIG.to_dict() | {"model": {**CONFIG.model.model_dump(), **model}})
     texts = {"config.yaml": dump_yaml(config), "tokenizer.json": "{}"}
     return write_checkpoint(folder, tiny_state(config).to_checkpoint(), texts).parent
+
+
+def test_steps_with_twice_the_loops_are_reported(tmp_path: Path) -> None:
+    training = {**CONFIG.training.model_dump(), "double_loops_fraction": 0.5}
+    config = Config.from_dict(CONFIG.to_dict() | {"training": training})
+    texts = {"config.yaml": dump_yaml(config), "tokenizer.json": "{}"}
+    run = write_checkpoint(tmp_path / "run", tiny_state(config).to_checkpoint(), texts).parent
+    assert OTHER_LOOPS in export_original(run, tmp_path / "out.pt", "adamw")
 
 
 def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:

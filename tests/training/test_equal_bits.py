@@ -23,6 +23,7 @@ from savant_ray.optim.tree_sum import Block, TreeSum
 from savant_ray.training import rank_comparison
 from savant_ray.training.device import set_threads
 from savant_ray.training.loop import train
+from savant_ray.training.loop_count import loops_of_step
 from savant_ray.training.rank_comparison import RanksDifferError, differing
 from savant_ray.training.reduction import sum_trees
 from savant_ray.training.state import TrainingState, micro_batch_size, new_state
@@ -41,6 +42,7 @@ def taken_steps(config: Config, rank: int, world_size: int, rows: int | None = N
         state.set_fit(dataclasses.replace(state.fit, rows=rows))
     figures = []
     for step in range(n_steps):
+        state.n_loops = loops_of_step(config, step + 1)
         batch = share(step * SEQUENCES, SEQUENCES, rank, world_size, micro_batch_size(config, CPU))
         result = take_step(state, batch, 1e-2, 1.0, never)
         figures.append((result.loss, result.grad_norm, result.skipped, result.updated))
@@ -75,6 +77,9 @@ def all_cases(rank: int, world_size: int) -> dict[str, Any]:
         "a single one": taken_steps(tiny_config(batch_size=SEQUENCES), rank, world_size),
         "each computed in two parts": taken_steps(seven, rank, world_size, rows=1),
         "muon": taken_steps(tiny_config(batch_size=2, accumulation=7, optimizer="muon"), rank, world_size),
+        "twice the loops in some steps": taken_steps(
+            tiny_config(batch_size=2, accumulation=7, double_loops_fraction=0.5), rank, world_size
+        ),
         "average of the weights": taken_steps(
             tiny_config(batch_size=2, accumulation=7, ema_decay=0.9), rank, world_size
         ),

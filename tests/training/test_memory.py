@@ -191,6 +191,13 @@ def test_more_memory_never_fits_less_and_the_estimate_stays_below_the_limit(mode
     assert speed == (12, True)
 
 
+def test_the_memory_is_estimated_for_the_largest_number_of_loops() -> None:
+    deeper = Config.from_dict({"training": {"double_loops_fraction": 0.1}})
+    twice = Config.from_dict({"model": {"n_loops": 2 * deeper.model.n_loops}})
+    fits = [BatchFit.from_config(config, CUDA) for config in (deeper, twice)]
+    assert estimated_gb(deeper, fits[0]) == estimated_gb(twice, fits[1]) > estimated_gb(Config(), fits[0])
+
+
 def test_each_smaller_choice_needs_less_memory_and_a_model_larger_than_the_card_fits_nowhere() -> None:
     config = under(6.0, dim=2048, n_heads=32, max_seq_len=2048)
     fit = BatchFit.from_config(config, CUDA)

@@ -1,0 +1,23 @@
+"""How many loops a training step has: a function of settings, seed and step, so equal on all ranks and after a resume."""
+
+from __future__ import annotations
+
+import random
+
+from savant_ray.config import Config
+from savant_ray.training.seeds import derived_seed
+
+
+def loops_of_step(config: Config, step: int) -> int:
+    """Return the number of loops of update `step`, from 1.
+
+    It is twice `model.n_loops` with the probability `training.double_loops_fraction`, otherwise `model.n_loops`.
+    """
+    generator = random.Random(derived_seed(config.run.seed, step, "loops"))
+    is_double = generator.random() < config.training.double_loops_fraction
+    return config.model.n_loops * (2 if is_double else 1)
+
+
+def most_loops(config: Config) -> int:
+    """Return the largest number of loops that a step can have."""
+    return config.model.n_loops * (2 if config.training.double_loops_fraction else 1)
