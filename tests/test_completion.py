@@ -100,7 +100,7 @@ def test_zsh_completes_commands_options_settings_and_shipped_files(
     shell, terminal = start_in_terminal([shutil.which("zsh") or "", "-d", "-i"], tmp_path, variables)
     read_until(terminal, "ready> ", 60)
     os.write(terminal, f"savant {typed}\t".encode())
-    read_until(terminal, f"savant {completed}", 60)
+    assert f"savant {completed}" in read_until(terminal, completed, 60)
     os.write(terminal, b"\x15exit\n")
     os.close(terminal)
     ended(shell)
