@@ -5,36 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from savant_ray.config import Config, TrainingConfig
 from savant_ray.events import StepDone
-from savant_ray.training.loop import train
-from savant_ray.training.state import TrainingState
-from tests.training.tiny import RecordingHost, shares, tiny_config, tiny_state, weights
-
-Run = tuple[TrainingState, RecordingHost]
+from tests.training.tiny import RecordingHost, assert_equal_weights, tiny_config, trained
 
 
 def wsd(max_steps: int, **training: Any) -> Config:
     return tiny_config(schedule="wsd", max_steps=max_steps, warmup_steps=2, decay_fraction=0.25, **training)
 
 
-def trained(config: Config, checkpoint: dict[str, Any] | None = None, stop_at: int | None = None) -> Run:
-    state, host = tiny_state(config), RecordingHost(stop_at=stop_at)
-    if checkpoint is not None:
-        assert state.load_checkpoint(checkpoint) == []
-        host.step = state.step
-    train(state, config, shares(state, config), host)
-    return state, host
-
-
 def steps(host: RecordingHost) -> list[tuple[int, float, float]]:
     return [(event.step, event.train_loss, event.learning_rate) for event in host.events if isinstance(event, StepDone)]
-
-
-def assert_equal(one: TrainingState, other: TrainingState) -> None:
-    assert all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
 
 
 def test_a_run_that_is_lengthened_before_its_decay_equals_one_that_was_planned_with_that_length() -> None:
@@ -42,7 +24,7 @@ def test_a_run_that_is_lengthened_before_its_decay_equals_one_that_was_planned_w
     _, first = trained(wsd(8), stop_at=6)
     lengthened, second = trained(wsd(16), first.checkpoint)
     assert steps(first) + steps(second) == steps(planned_host)
-    assert_equal(lengthened, planned)
+    assert_equal_weights(lengthened, planned)
 
 
 @pytest.mark.parametrize(("stop_at", "max_steps"), [(3, 4), (6, 8), (9, 12)])
@@ -51,7 +33,7 @@ def test_a_run_that_is_decayed_early_equals_one_that_was_planned_with_that_lengt
     _, first = trained(wsd(40), stop_at=stop_at)
     decayed, second = trained(wsd(max_steps), first.checkpoint)
     assert steps(first) + steps(second) == steps(planned_host) and steps(second)[-1][2] == 0
-    assert_equal(decayed, planned)
+    assert_equal_weights(decayed, planned)
 
 
 def test_the_last_step_before_the_decay_is_saved() -> None:

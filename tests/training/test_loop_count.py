@@ -10,10 +10,8 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.events import StepDone
-from savant_ray.training.loop import train
 from savant_ray.training.loop_count import loops_of_step
-from savant_ray.training.state import TrainingState
-from tests.training.tiny import RecordingHost, shares, tiny_config, tiny_state, weights
+from tests.training.tiny import RecordingHost, assert_equal_weights, tiny_config, trained
 
 
 def config_of(n_loops: int, seed: int = 0, **training: Any) -> Config:
@@ -22,21 +20,8 @@ def config_of(n_loops: int, seed: int = 0, **training: Any) -> Config:
     return Config.from_dict(settings)
 
 
-def trained(config: Config, checkpoint: dict[str, Any] | None = None, stop_at: int | None = None) -> Any:
-    state, host = tiny_state(config), RecordingHost(stop_at=stop_at)
-    if checkpoint is not None:
-        assert state.load_checkpoint(checkpoint) == []
-        host.step = state.step
-    train(state, config, shares(state, config), host)
-    return state, host
-
-
 def losses(host: RecordingHost) -> list[float]:
     return [event.train_loss for event in host.events if isinstance(event, StepDone)]
-
-
-def are_equal(one: TrainingState, other: TrainingState) -> bool:
-    return all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
 
 
 def test_by_default_every_step_has_the_loops_of_the_model() -> None:
@@ -61,13 +46,15 @@ def test_a_resumed_run_with_twice_the_loops_in_some_steps_equals_an_uninterrupte
     for stop_at in (1, 4):
         _, first = trained(config, stop_at=stop_at)
         resumed, second = trained(config, first.checkpoint)
-        assert losses(first) + losses(second) == losses(host) and are_equal(resumed, uninterrupted)
+        assert losses(first) + losses(second) == losses(host)
+        assert_equal_weights(resumed, uninterrupted)
 
 
 def test_steps_with_twice_the_loops_are_those_of_a_model_with_so_many_loops() -> None:
     deep, deep_host = trained(config_of(4, max_steps=4))
     double, double_host = trained(config_of(2, double_loops_fraction=1.0, max_steps=4))
-    assert losses(deep_host) == losses(double_host) and are_equal(deep, double)
+    assert losses(deep_host) == losses(double_host)
+    assert_equal_weights(deep, double)
 
 
 def test_steps_with_twice_the_loops_do_not_change_the_number_of_loops_of_an_answer() -> None:

@@ -15,6 +15,7 @@ from savant_ray.config import Config
 from savant_ray.data.order import rank_slice
 from savant_ray.events import Event, StepDone
 from savant_ray.training.host_copies import HostCopy
+from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch
 
@@ -162,6 +163,22 @@ class RecordingHost:
         if not stop:
             self.validated.append(state.step)
         return stop
+
+
+def trained(
+    config: Config, checkpoint: dict[str, Any] | None = None, stop_at: int | None = None
+) -> tuple[TrainingState, RecordingHost]:
+    """Train from the beginning or a checkpoint to the end, or until a stop at a step."""
+    state, host = tiny_state(config), RecordingHost(stop_at=stop_at)
+    if checkpoint is not None:
+        assert state.load_checkpoint(checkpoint) == []
+        host.step = state.step
+    train(state, config, shares(state, config), host)
+    return state, host
+
+
+def assert_equal_weights(one: TrainingState, other: TrainingState) -> None:
+    assert all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
 
 
 def _sequence(position: int) -> tuple[torch.Tensor, torch.Tensor]:
