@@ -37,6 +37,8 @@ from savant_ray.reporting.wording import duration
 from savant_ray.training.checkpoint import (
     MANIFEST,
     checkpoints,
+    find_checkpoint,
+    newest_of,
     read_checkpoint,
     step_folders,
     step_of,
@@ -130,11 +132,13 @@ class RecordedRun:
             CheckpointError: there is no state from which they can be repeated.
             SettingsError: they are not in the record.
         """
-        if not self.kept:
+        newest = newest_of(self.kept.values())
+        if newest is None:
             raise CheckpointError(f"{self.folder}: the run has no checkpoint yet, so its steps cannot be repeated")
         if last is None:
-            newest = max(self.kept)
-            last = newest if first is None or first <= newest else max([first, *self.steps])
+            last = step_of(newest)
+            if first is not None and first > last:
+                last = max([first, *self.steps])
         starts = [step for step in self.starts if step < (last if first is None else first)]
         if not starts and first is None:
             raise CheckpointError(
@@ -271,7 +275,7 @@ def tokenizer_of(run: RecordedRun) -> Callable[[Config], Tokenizer]:
     Raises:
         CheckpointError: the run's newest checkpoint has no tokenizer, or one that was altered.
     """
-    folder = run.kept[max(run.kept)]
+    folder = find_checkpoint(run.folder)
     file = tokenizer_file(folder)
     verify_files(folder, *(path.name for path in tokenizer_files(folder)))
     return lambda config: Tokenizer.load(file, config.data.end_of_document, config.data.add_special_tokens)
