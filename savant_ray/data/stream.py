@@ -31,6 +31,7 @@ from savant_ray.data import ray_data
 from savant_ray.data.order import GlobalOrder, Int64s, Weight, positions_in_order, rank_slice
 from savant_ray.data.token_cache import Sequences, TokenCache
 
+BYTES_PER_TOKEN = 4 + 4 + 1  # token and document id int32, loss mask bool
 PORTION_BYTES = 32 << 20  # two portions are in memory at a time
 MAX_PORTION_STEPS = 1024
 
@@ -138,9 +139,7 @@ class StepStream:
 
     def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
         """Yield (start position, number of steps) of each portion."""
-        # int32 tokens and document ids, bool mask, int64 position
-        bytes_per_sequence = self.plan.sequence_length * (4 + 4 + 1) + 8
-        step_bytes = self.sequences_per_step * bytes_per_sequence
+        step_bytes = self.sequences_per_step * (self.plan.sequence_length * BYTES_PER_TOKEN + 8)  # int64 position
         portion_steps = min(MAX_PORTION_STEPS, max(1, PORTION_BYTES // step_bytes))
         for first in range(0, n_steps, portion_steps):
             yield start_position + first * self.plan.effective_batch, min(portion_steps, n_steps - first)

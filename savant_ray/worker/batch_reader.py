@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from savant_ray.config import Config
-from savant_ray.data.stream import LocalSequences
+from savant_ray.data.stream import BYTES_PER_TOKEN, LocalSequences
 from savant_ray.errors import error_context
 from savant_ray.training.progress import PROGRESS
 from savant_ray.training.state import micro_batch_size
 from savant_ray.training.step import MicroBatch, micro_batches
-
-BYTES_PER_TOKEN = 4 + 4 + 1  # token and document id int32, loss mask bool
 
 
 class SequenceStream(Protocol):
