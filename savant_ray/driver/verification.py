@@ -466,7 +466,7 @@ class _ComparingHost:
         stream = _DirectStream(replace(self._plan, left_out=state.left_out), rank=0, world_size=1)
         batches = BatchReader(stream, state.position, len(steps), self._config, state.device)
         for step, local_batch in zip(steps, batches, strict=True):
-            state.set_fit(replace(state.fit, rows=self._run.steps[step]["micro_batch_size"]))
+            state.set_batch_fit(replace(state.batch_fit, rows=self._run.steps[step]["micro_batch_size"]))
             # Without `useful_flops` the loop does not measure the peak of the device.
             yield [replace(micro_batch, useful_flops=0.0) for micro_batch in local_batch]
 

@@ -162,8 +162,8 @@ class RayHost:
         self.finish_saving()
         PROGRESS.begin("going back to the newest checkpoint", STORAGE)
         with error_context("going back to the newest checkpoint"):
-            checkpoint = load_newest_checkpoint(state, self._storage, self._allow_changes)
-        if checkpoint is not None and self.rank == 0:
+            resumed, _ = load_newest_checkpoint(state, self._storage, self._allow_changes)
+        if resumed is not None and self.rank == 0:
             self.validator.remember_weights(state)  # the next validation reports how many have changed since then
         self._saver.lines[:] = [line for line in self._saver.lines if line.get("step", 0) <= state.step]
 
@@ -175,7 +175,7 @@ class RayHost:
         """
         plan = dataclasses.replace(self._stream.plan, left_out=state.left_out)
         settings = self._config.training
-        group = micro_batch_size(self._config, state.device) if state.deterministic else 1
+        group = micro_batch_size(self._config, state.device) if state.settings.deterministic else 1
         self._stream = dataclasses.replace(self._stream, plan=plan, group=group)
         with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
             return BatchReader(

@@ -41,7 +41,7 @@ from savant_ray.training.progress import PROGRESS
 from savant_ray.training.state import TrainingState, is_deterministic, micro_batch_size, new_state
 from savant_ray.training.step import allocate_reduction
 from savant_ray.worker.host import RayHost
-from savant_ray.worker.resume import load_newest
+from savant_ray.worker.resume import load_initial_weights, load_newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,13 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, host: RayHost)
     if device.type == "cuda" or wants_compiled(settings.compile, device, precision):
         keep_compiled_code(Path(config.data.cache_dir))
     notes.append(compile_block(state.model, settings.compile, device, precision))
-    resumed = load_newest(state, config, storage, task.allow_changes)
+    resumed, threads = load_newest_checkpoint(state, storage, task.allow_changes)
+    resumed = resumed or load_initial_weights(state, config)
     resumed_step = state.step
     if device.type == "cpu":
-        of_checkpoint = state.threads if state.deterministic else None
+        of_checkpoint = threads if state.settings.deterministic else None
         notes.append(set_threads(config.scaling.threads_per_worker, of_checkpoint))
-    if state.deterministic:
+    if state.settings.deterministic:
         notes.append(idle_workers(config, micro_batch_size(config, device), host.world_size))
     batches = host.local_batches(state)
     if device.type == "cuda":
@@ -151,7 +152,7 @@ def _attempt_started(host: RayHost, state: TrainingState, config: Config, notes:
         effective_batch=config.training.effective_batch,
         validates_first=validation_is_due(state.step, config),
         notes=tuple(notes),
-        precision=state.precision,
+        precision=state.settings.precision,
         threads=torch.get_num_threads(),
         vram_limit_gb=config.training.vram_limit_gb if is_cuda else None,
         versions={"python": platform.python_version(), "torch": str(torch.__version__), "ray": ray.__version__},
