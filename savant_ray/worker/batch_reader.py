@@ -28,8 +28,8 @@ class SequenceStream(Protocol):
         """Return how many sequences of each step this rank reads."""
 
     @property
-    def first_group(self) -> int:
-        """Return the index of this rank's first group of sequences that are not divided among ranks."""
+    def first_micro_batch(self) -> int:
+        """Return the index of this rank's first micro-batch in each step."""
 
     def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
         """Return an iterator over this rank's sequences of `n_steps` steps, which reads ahead."""
@@ -39,7 +39,7 @@ class BatchReader:
     """Iterable over this rank's local batches; it can be iterated once.
 
     A local batch is the list of a step's micro-batches of this rank, with tensors on `device`. With
-    `training.deterministic` they are the groups of the stream, which does not divide them among ranks.
+    `training.deterministic` the stream does not divide them among ranks.
 
     - Order: exactly one local batch per step, in the stream's order; it is empty for a rank without sequences.
     - Source: the stream reads in the background from construction on, one portion ahead (`data/stream.py`).
@@ -105,7 +105,7 @@ class BatchReader:
             if step is None:
                 return None
             size = micro_batch_size(self._config, self._device)
-            return micro_batches(step.sequences, step.positions, self._config, size, self._stream.first_group)
+            return micro_batches(step.sequences, step.positions, self._config, size, self._stream.first_micro_batch)
 
     def _next_on_device(self, buffer: _Buffer) -> list[MicroBatch] | None:
         """Start copying the next local batch to the device and return it, or None after the last one."""

@@ -175,8 +175,8 @@ class RayHost:
         """
         plan = dataclasses.replace(self._stream.plan, left_out=state.left_out)
         settings = self._config.training
-        group = micro_batch_size(self._config, state.device) if state.settings.deterministic else 1
-        self._stream = dataclasses.replace(self._stream, plan=plan, group=group)
+        rows = micro_batch_size(self._config, state.device) if state.settings.deterministic else 1
+        self._stream = dataclasses.replace(self._stream, plan=plan, micro_batch_rows=rows)
         with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
             return BatchReader(
                 self._stream, state.position, settings.max_steps - state.step, self._config, state.device
