@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from savant_ray.config import Config
-from savant_ray.data.stream import BYTES_PER_TOKEN, LocalSequences
+from savant_ray.data.stream import BYTES_PER_TOKEN, LocalSequences, StepStream
 from savant_ray.errors import error_context
+from savant_ray.training.device import raise_memory_cap_error_on_oom
 from savant_ray.training.progress import PROGRESS
-from savant_ray.training.state import micro_batch_size
+from savant_ray.training.state import TrainingState, micro_batch_size
 from savant_ray.training.step import MicroBatch, micro_batches
 
 
@@ -33,6 +34,20 @@ class SequenceStream(Protocol):
 
     def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
         """Return an iterator over this rank's sequences of `n_steps` steps, which reads ahead."""
+
+
+def local_batches(stream: StepStream, state: TrainingState, config: Config) -> BatchReader:
+    """Start reading a rank's sequences from `state.position` on, without `state.left_out`.
+
+    Raises:
+        MemoryCapError: the device has no memory for those of a step.
+    """
+    plan = replace(stream.plan, left_out=state.left_out)
+    rows = micro_batch_size(config, state.device) if state.settings.deterministic else 1
+    stream = replace(stream, plan=plan, micro_batch_rows=rows)
+    n_steps = config.training.max_steps - state.step
+    with raise_memory_cap_error_on_oom(config.training.vram_limit_gb):
+        return BatchReader(stream, state.position, n_steps, config, state.device)
 
 
 class BatchReader:

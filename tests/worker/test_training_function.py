@@ -15,7 +15,7 @@ from savant_ray.worker import training_function as worker
 from tests.training.tiny import CPU, tiny_config
 
 
-class FakeHost:
+class FakeConnection:
     rank = 0
 
     def __init__(self, events: list[Event]) -> None:
@@ -23,9 +23,6 @@ class FakeHost:
 
     def emit(self, event: Event, wait: bool = False) -> None:
         self._events.append(event)
-
-    def finish_saving(self) -> None:
-        """Return None: no save is pending."""
 
 
 def no_room(*_: Any) -> None:
@@ -45,7 +42,7 @@ def run_worker(
         "ray": SimpleNamespace(get=lambda reference: False, train=train),
         "Tokenizer": SimpleNamespace(load=lambda *_: None),
         "run_storage": lambda *_: None,
-        "RayHost": lambda *_: FakeHost(events),
+        "DriverConnection": lambda *_: FakeConnection(events),
         "get_device": lambda: CPU,
     }
     for name, fake in (fakes | fakes_of_test).items():
