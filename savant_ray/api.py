@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from savant_ray.config import Config, load_config
-from savant_ray.errors import SavantError, SettingsError, TrainingError, UnexpectedError, explain, report_thread_error
+from savant_ray.errors import (
+    SavantError,
+    SettingsError,
+    TrainingError,
+    UnexpectedError,
+    error_class,
+    explain,
+    report_thread_error,
+)
 from savant_ray.settings.files import settings_file
 from savant_ray.streams import open_standard_streams
 
@@ -226,10 +234,9 @@ def _parse_response(response: dict[str, Any]) -> Result:
     """Return the result, or raise the error, that the child process has sent."""
     if "error" not in response:
         return Result(**response)
-    error_classes = {error_class.__name__: error_class for error_class in SavantError.__subclasses__()}
     if response["error"] == UnexpectedError.__name__:
         raise UnexpectedError(response["text"], response["details"], is_explained=True)
-    raise error_classes.get(response["error"], SavantError)(response["text"])
+    raise error_class(response["error"], SavantError)(response["text"])
 
 
 def _stop_when_caller_exits(caller: socket.socket) -> None:

@@ -82,6 +82,11 @@ class UnexpectedError(SavantError):
         return self.message
 
 
+def error_class(name: str, default: type[SavantError]) -> type[SavantError]:
+    """Return the subclass of `SavantError` with this name, or `default` if there is none."""
+    return next((subclass for subclass in SavantError.__subclasses__() if subclass.__name__ == name), default)
+
+
 @contextmanager
 def error_context(activity: str) -> Iterator[None]:
     """Add the activity of a `with` block, such as "saving step_5", to the message of an error; the innermost one is used."""

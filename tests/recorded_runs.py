@@ -100,7 +100,7 @@ def attempt_event(state: TrainingState, config: Config, **fields: Any) -> Attemp
         max_steps=config.training.max_steps,
         effective_batch=config.training.effective_batch,
         validates_first=False,
-        precision=state.precision,
+        precision=state.settings.precision,
         threads=torch.get_num_threads(),
         versions={"torch": str(torch.__version__)},
         processor=processor_name(),

@@ -181,13 +181,13 @@ def _ours(case: Case, device: torch.device, deterministic: bool | Auto = AUTO) -
     cap_memory(device, config.training.vram_limit_gb)
     keep_freed_memory(device)
     state = new_state(config, device, supported_precision("bf16", device)[0])
-    compile_block(state.model, config.training.compile, device, state.precision)
+    compile_block(state.model, config.training.compile, device, state.settings.precision)
     parts = _packed(case, config.model, device).parts(micro_batch_size(config, device))
     local_batch = [replace(part, index=index) for index, part in enumerate(parts)]
 
     def step() -> StepResult:
         while (result := take_step(state, local_batch, 2e-5, 1.0, lambda: None)).out_of_memory:
-            state.set_fit(state.fit.smaller())
+            state.set_batch_fit(state.batch_fit.smaller())
         return result
 
     if device.type == "cuda":

@@ -273,3 +273,8 @@ def node_resources() -> list[dict[str, float]]:
 
     draining = draining_nodes()
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+
+
+def resources_text(resources: Mapping[str, float]) -> str:
+    """Return resources as they are written in settings: {CPU: 2, GPU: 1}."""
+    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"

@@ -31,6 +31,7 @@ from savant_ray.data import ray_data
 from savant_ray.data.order import GlobalOrder, Int64s, Weight, positions_in_order, rank_slice
 from savant_ray.data.token_cache import Sequences, TokenCache
 
+BYTES_PER_TOKEN = 4 + 4 + 1  # token and document id int32, loss mask bool
 PORTION_BYTES = 32 << 20  # two portions are in memory at a time
 MAX_PORTION_STEPS = 1024
 
@@ -96,7 +97,8 @@ class StepStream:
     plan: StreamPlan
     rank: int
     world_size: int
-    group: int = 1  # sequences that are not divided among ranks, counted from the first of the step
+    micro_batch_rows: int = 1  # sequences that are not divided among ranks, counted from the first of the step
+    in_process: bool = False  # all steps are read in this process when they are requested, without Ray Data
 
     def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
         """Return an iterator over this rank's sequences of `n_steps` steps, the first of which begins at `start_position`.
@@ -106,12 +108,13 @@ class StepStream:
         portion in use, and ends when the iterator is closed. A rank without sequences yields empty arrays, so that all
         ranks take the same number of steps.
         """
-        if not self.sequences_per_step:
-            return (self.read_step(start_position) for _ in range(n_steps))
+        step = self.plan.effective_batch
+        starts = range(start_position, start_position + n_steps * step, step)
+        n_in_process = n_steps if self.in_process or not self.sequences_per_step else 1
         executor = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        portions = self._portions(start_position + self.plan.effective_batch, n_steps - 1)
-        futures = (executor.submit(self._read_portion, *portion) for portion in portions)  # submitted when requested
-        return self._in_order(start_position, n_steps, next(futures, None), futures, executor)
+        portions = self._portions(starts[n_in_process:])
+        futures = (executor.submit(self._read_portion, portion) for portion in portions)  # submitted when requested
+        return self._in_order(starts[:n_in_process], next(futures, None), futures, executor)
 
     def read_step(self, start_position: int) -> LocalSequences:
         """Read this rank's sequences of the step that begins at `start_position`."""
@@ -128,28 +131,26 @@ class StepStream:
         return len(self._slice)
 
     @property
-    def first_group(self) -> int:
-        """Return the index of this rank's first group in each step."""
-        return self._slice.start // self.group
+    def first_micro_batch(self) -> int:
+        """Return the index of this rank's first micro-batch in each step."""
+        return self._slice.start // self.micro_batch_rows
 
     @property
     def _slice(self) -> range:
-        return rank_slice(self.plan.effective_batch, self.rank, self.world_size, self.group)
+        return rank_slice(self.plan.effective_batch, self.rank, self.world_size, self.micro_batch_rows)
 
-    def _portions(self, start_position: int, n_steps: int) -> Iterator[tuple[int, int]]:
-        """Yield (start position, number of steps) of each portion."""
-        # int32 tokens and document ids, bool mask, int64 position
-        bytes_per_sequence = self.plan.sequence_length * (4 + 4 + 1) + 8
-        step_bytes = self.sequences_per_step * bytes_per_sequence
-        portion_steps = min(MAX_PORTION_STEPS, max(1, PORTION_BYTES // step_bytes))
-        for first in range(0, n_steps, portion_steps):
-            yield start_position + first * self.plan.effective_batch, min(portion_steps, n_steps - first)
+    def _portions(self, starts: range) -> Iterator[range]:
+        """Divide steps, given by their first positions, into portions."""
+        step_bytes = self.sequences_per_step * (self.plan.sequence_length * BYTES_PER_TOKEN + 8)  # int64 position
+        portion_steps = min(MAX_PORTION_STEPS, max(1, PORTION_BYTES // max(1, step_bytes)))
+        for first in range(0, len(starts), portion_steps):
+            yield starts[first : first + portion_steps]
 
-    def _read_portion(self, start_position: int, n_steps: int) -> list[LocalSequences]:
-        """Read a portion with one Ray Data execution, which has ended when this returns."""
+    def _read_portion(self, starts: range) -> list[LocalSequences]:
+        """Read the steps from `starts` with one Ray Data execution, which has ended when this returns."""
         with ray_data.settings(block_bytes=PORTION_BYTES):
             dataset = ray.data.read_datasource(
-                _StepSource(self, start_position, n_steps),
+                _StepSource(self, starts),
                 override_num_blocks=1,
                 num_cpus=0,
                 label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
@@ -159,16 +160,14 @@ class StepStream:
 
     def _in_order(
         self,
-        start_position: int,
-        n_steps: int,
+        starts: range,
         pending: Future[list[LocalSequences]] | None,
         futures: Iterator[Future[list[LocalSequences]]],
         executor: ThreadPoolExecutor,
     ) -> Generator[LocalSequences, None, None]:
-        """Yield the first step, then the steps of each portion while the next portion is read."""
+        """Yield the steps from `starts`, read in this process, then those of each portion while the next one is read."""
         try:
-            if n_steps > 0:
-                yield self.read_step(start_position)
+            yield from map(self.read_step, starts)
             while pending is not None:
                 steps = pending.result()
                 pending = next(futures, None)
@@ -180,11 +179,9 @@ class StepStream:
 class _StepSource(Datasource):
     """Datasource with one row per step: positions and sequences as bytes. Ray Data never splits a row."""
 
-    def __init__(self, stream: StepStream, start_position: int, n_steps: int) -> None:
+    def __init__(self, stream: StepStream, starts: range) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Ray's
-        step = stream.plan.effective_batch
-        self._stream = stream
-        self._starts = range(start_position, start_position + n_steps * step, step)
+        self._stream, self._starts = stream, starts
 
     def estimate_inmemory_data_size(self) -> None:
         """Return None: the size is unknown."""

@@ -11,7 +11,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback, WorkerGroupError
 
-from savant_ray.errors import SavantError, TrainingError, UnexpectedError, describe
+from savant_ray.errors import SavantError, TrainingError, UnexpectedError, describe, error_class
 from savant_ray.events import RunFailed, WorkersLost
 from savant_ray.training.device import DeviceMemoryError
 from savant_ray.training.rank_comparison import RanksDifferError
@@ -37,8 +37,7 @@ def explain_failure(
     An unexpected error in a worker becomes an `UnexpectedError` with the worker's traceback.
     """
     if reported is not None:
-        error_classes = {error_class.__name__: error_class for error_class in SavantError.__subclasses__()}
-        return error_classes.get(reported.error, TrainingError)(reported.text)
+        return error_class(reported.error, TrainingError)(reported.text)
     advice = f"When the cause is fixed, run the same command again to resume from {newest}."
     if not isinstance(error, WorkerGroupError):
         details = "" if error is None else "".join(traceback.format_exception(error))

@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from savant_ray.cluster.session import node_resources, owns_ray
+from savant_ray.cluster.session import node_resources, owns_ray, resources_text
 from savant_ray.config import Config
 from savant_ray.data.stream import StepStream, StreamPlan
 from savant_ray.driver.data_preparation import PreparedData
@@ -141,18 +141,14 @@ def scaling(config: Config) -> ScalingConfig:
 def _insufficient_resources(
     workers: int, n_fitting: int, required: Mapping[str, float], nodes: Sequence[Mapping[str, float]]
 ) -> str:
-    resources = _format_resources(required)
+    resources = resources_text(required)
     subject = f"1 worker with {resources}" if workers == 1 else f"{workers} workers with {resources} each"
     largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in required}
     owner = "this machine has" if owns_ray() else "the cluster's largest node has"
     return (
-        f"scaling.num_workers: {subject} cannot run: {owner} {_format_resources(largest)}, room for {n_fitting}; "
+        f"scaling.num_workers: {subject} cannot run: {owner} {resources_text(largest)}, room for {n_fitting}; "
         "lower scaling.num_workers or scaling.resources_per_worker"
     )
-
-
-def _format_resources(resources: Mapping[str, float]) -> str:
-    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"
 
 
 def worker_resources(scaling_config: ScalingConfig) -> dict[str, float]:

@@ -8,7 +8,7 @@ the token cache. Ray is started only if a part of that is missing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,7 +21,7 @@ from savant_ray.cluster.same_code import own_digest
 from savant_ray.cluster.session import ray_session
 from savant_ray.config import MAX_THREADS, Config
 from savant_ray.data.cache_builder import RayRequiredError
-from savant_ray.data.stream import LocalSequences, StepStream, StreamPlan
+from savant_ray.data.stream import StepStream, StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.data_files import find_data_files
 from savant_ray.driver.data_preparation import prepare_data
@@ -37,6 +37,8 @@ from savant_ray.reporting.wording import duration
 from savant_ray.training.checkpoint import (
     MANIFEST,
     checkpoints,
+    find_checkpoint,
+    newest_of,
     read_checkpoint,
     step_folders,
     step_of,
@@ -130,11 +132,13 @@ class RecordedRun:
             CheckpointError: there is no state from which they can be repeated.
             SettingsError: they are not in the record.
         """
-        if not self.kept:
+        newest = newest_of(self.kept.values())
+        if newest is None:
             raise CheckpointError(f"{self.folder}: the run has no checkpoint yet, so its steps cannot be repeated")
         if last is None:
-            newest = max(self.kept)
-            last = newest if first is None or first <= newest else max([first, *self.steps])
+            last = step_of(newest)
+            if first is not None and first > last:
+                last = max([first, *self.steps])
         starts = [step for step in self.starts if step < (last if first is None else first)]
         if not starts and first is None:
             raise CheckpointError(
@@ -271,7 +275,7 @@ def tokenizer_of(run: RecordedRun) -> Callable[[Config], Tokenizer]:
     Raises:
         CheckpointError: the run's newest checkpoint has no tokenizer, or one that was altered.
     """
-    folder = run.kept[max(run.kept)]
+    folder = find_checkpoint(run.folder)
     file = tokenizer_file(folder)
     verify_files(folder, *(path.name for path in tokenizer_files(folder)))
     return lambda config: Tokenizer.load(file, config.data.end_of_document, config.data.add_special_tokens)
@@ -426,15 +430,6 @@ def state_of(attempt: Line, config: Config, data_fingerprint: str, content: dict
     return state
 
 
-class _DirectStream(StepStream):
-    """Reads all sequences of a step in this process when they are requested, without Ray Data."""
-
-    def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
-        """Return an iterator over the sequences of `n_steps` steps, the first of which begins at `start_position`."""
-        step = self.plan.effective_batch
-        return (self.read_step(start_position + number * step) for number in range(n_steps))
-
-
 class _ComparingHost:
     """The `Host` of repeated steps: compares each of them with the record, and the state with a checkpoint of the step."""
 
@@ -459,10 +454,11 @@ class _ComparingHost:
         Before each of them the micro-batch size is set to that with which the run took the step.
         """
         steps = range(state.step + 1, self._last_step + 1)
-        stream = _DirectStream(replace(self._plan, left_out=state.left_out), rank=0, world_size=1)
+        plan = replace(self._plan, left_out=state.left_out)
+        stream = StepStream(plan, rank=0, world_size=1, in_process=True)
         batches = BatchReader(stream, state.position, len(steps), self._config, state.device)
         for step, local_batch in zip(steps, batches, strict=True):
-            state.set_fit(replace(state.fit, rows=self._run.steps[step]["micro_batch_size"]))
+            state.set_batch_fit(replace(state.batch_fit, rows=self._run.steps[step]["micro_batch_size"]))
             # Without `useful_flops` the loop does not measure the peak of the device.
             yield [replace(micro_batch, useful_flops=0.0) for micro_batch in local_batch]
 

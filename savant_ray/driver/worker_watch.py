@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import ray
 
-from savant_ray.cluster.session import check_ray_actors
+from savant_ray.cluster.session import check_ray_actors, resources_text
 from savant_ray.driver.phases import Phase
 
 SECONDS_UNTIL_REPORT = 30.0
@@ -57,7 +57,7 @@ def waiting_message(
     workers: int, resources: Mapping[str, float], free: Mapping[str, float], total: Mapping[str, float]
 ) -> str:
     """Return a message with the resources that the workers need and those that the cluster has."""
-    required = "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"
+    required = resources_text(resources)
     need = f"1 worker needs {required}" if workers == 1 else f"{workers} workers need {required} each"
     available = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in resources)
     return (

@@ -166,7 +166,7 @@ class Validator:
         return loss_sums(
             state.model,
             self._until_stopped(parts),
-            memory_limit_gb=state.fit.limit_gb,
+            memory_limit_gb=state.batch_fit.limit_gb,
             training_graph=runs_compiled(state.model, state.device),
         )
 
@@ -178,7 +178,7 @@ class Validator:
         """
         rows = self.config.training.batch_size
         if runs_compiled(state.model, state.device):
-            rows = min(state.fit.rows, rows if state.deterministic else self.step_sequences or rows)
+            rows = min(state.batch_fit.rows, rows if state.settings.deterministic else self.step_sequences or rows)
         return min(rows, self.max_rows or rows)
 
     def _on_device(self, part: MicroBatch, state: TrainingState) -> MicroBatch:
@@ -256,7 +256,7 @@ class Validator:
 @contextmanager
 def _evaluating(state: TrainingState) -> Iterator[None]:
     """Run forward passes in the precision of training, with detached gradients, as `loop_states` requires."""
-    with state.gradients.detached(), autocast(state.precision, state.device):
+    with state.gradients.detached(), autocast(state.settings.precision, state.device):
         yield
 
 

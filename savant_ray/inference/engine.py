@@ -59,11 +59,6 @@ class Engine:
         """What has ended decoding."""
         return self._task.exception() if self._task.done() else None
 
-    @property
-    def n_answers(self) -> int:
-        """Number of answers in progress."""
-        return len(self._answers)
-
     async def tokens(
         self, prompt: list[int], sampling: Sampling, end_tokens: Collection[int] = ()
     ) -> AsyncIterator[NewTokens]:

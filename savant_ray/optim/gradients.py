@@ -13,15 +13,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from savant_ray.optim.tree_sum import TreeSum
+
 
 class GradientBuffer:
-    """Gradient storage, 4 bytes a parameter: `flat` holds `gradients` followed by `sums`, all fp32."""
+    """Gradient storage, 4 bytes a parameter: `flat` holds `gradients` followed by `sums`, all fp32.
+
+    With `training.deterministic`, `tree` adds the contents of `flat` for each micro-batch.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], n_sums: int) -> None:
         self._parameters = list(parameters)
         n_weights = sum(p.numel() for p in self._parameters)
         self.flat = torch.zeros(n_weights + n_sums, dtype=torch.float32, device=self._parameters[0].device)
         self.gradients, self.sums = self.flat[:n_weights], self.flat[n_weights:]
+        self.tree = TreeSum()
         parts = self.gradients.split([p.numel() for p in self._parameters])
         self._views = [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
         for parameter in self._parameters:

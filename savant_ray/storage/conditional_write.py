@@ -15,11 +15,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import obstore
 import pyarrow.fs as pafs
+from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
+from obstore.store import GCSStore, S3Store
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only defined for type checkers
     from obstore import UpdateVersion
-    from obstore.store import GCSStore, S3Store
 
 TIMEOUTS = {"timeout": "5s", "connect_timeout": "3s"}  # a renewal has to finish well before the lease expires
 RETRIES = {"max_retries": 1, "retry_timeout": timedelta(seconds=5)}
@@ -65,9 +67,6 @@ class ConditionalObject:
 
     def read(self) -> tuple[bytes, UpdateVersion | None]:
         """See `SharedObject`."""
-        import obstore
-        from obstore.exceptions import BaseError
-
         try:
             result = obstore.get(self._store, self._path)
             return bytes(result.bytes()), _version(result.meta)
@@ -78,9 +77,6 @@ class ConditionalObject:
 
     def write(self, content: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
         """See `SharedObject`."""
-        import obstore
-        from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
-
         try:
             return _version(obstore.put(self._store, self._path, content, mode=version or "create"))
         except (AlreadyExistsError, PreconditionError) as error:
@@ -167,8 +163,6 @@ def _options(filesystem: pafs.FileSystem) -> Mapping[str, Any]:
 
 
 def _s3(bucket: str, options: Mapping[str, Any]) -> S3Store:
-    from obstore.store import S3Store
-
     _raise_if_set(options, "role_arn", "tls_ca_file_path", "anonymous")
     if (options.get("proxy_options") or {}).get("host"):
         raise ValueError("a proxy is configured")
@@ -210,8 +204,6 @@ def _profile_keys(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _gcs(bucket: str, options: Mapping[str, Any]) -> GCSStore:
-    from obstore.store import GCSStore
-
     _raise_if_set(options, "anonymous", "access_token", "target_service_account", "endpoint_override")
     client: Any = {**TIMEOUTS, "allow_http": True}
     return GCSStore(bucket, client_options=client, retry_config=RETRIES)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pyarrow.fs as pafs
 
 from savant_ray.errors import CheckpointError
 from savant_ray.storage.lease import Owner
-from savant_ray.training.checkpoint import verify
+from savant_ray.training.checkpoint import newest_of, verify
 
 
 class RunStorage(Protocol):
@@ -116,24 +116,25 @@ def newest_checkpoint_name(storage: RunStorage) -> str | None:
 
     Its files are not verified; see `newest_intact_checkpoint`.
     """
-    return next(reversed(storage.checkpoints()), None)
+    return newest_of(storage.checkpoints())
 
 
 def newest_intact_checkpoint(storage: RunStorage, log: Callable[[str], None]) -> Path | None:
     """Return the local path of the newest checkpoint whose files are intact; None if there is none.
 
-    Newer checkpoints that are damaged are set aside, with a message to `log`.
+    Newer checkpoints that are damaged are set aside, with a message to `log`. A folder without a manifest is a damaged
+    checkpoint here: the user learns why the run continues from an earlier one.
 
     Raises:
         OSError: the storage cannot be read or written.
     """
     # Listed again after each damaged one: object storage may have an older folder of the same step (object_store.py).
-    while names := storage.step_folders():
-        folder = storage.fetch(names[-1])
+    while name := newest_of(storage.step_folders()):
+        folder = storage.fetch(name)
         try:
             verify(folder)
         except CheckpointError as damage:
-            log(f"{damage}; set aside as {storage.set_aside(names[-1])}")
+            log(f"{damage}; set aside as {storage.set_aside(name)}")
         else:
             return folder
     return None

@@ -23,7 +23,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ from savant_ray.data.chat_template import SETTINGS_FILE, TEMPLATE_FILE
 from savant_ray.data.tokenizer import TOKENIZER_FILE
 from savant_ray.errors import CheckpointError
 
+Checkpoint = TypeVar("Checkpoint", Path, str)  # its folder, or only its name
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 TOKENIZER = TOKENIZER_FILE
@@ -165,11 +166,13 @@ def step_of(checkpoint: Path | str) -> int:
 
 
 def in_step_order(names: Iterable[str]) -> list[str]:
-    """Return the names of checkpoints among `names`, oldest first.
-
-    The newest checkpoint is the one with the highest step number, whenever it was written.
-    """
+    """Return the names of checkpoints among `names`, oldest first."""
     return sorted(filter(is_step_name, names), key=step_of)
+
+
+def newest_of(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
+    """Return the newest of checkpoints, given as paths or names: that with the highest step, whenever it was written."""
+    return max(checkpoints, key=step_of, default=None)
 
 
 def step_folders(run_folder: Path) -> list[Path]:
@@ -186,7 +189,7 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """Return the newest checkpoint folder of a run that has a manifest, None without one."""
-    return next(reversed(checkpoints(run_folder)), None)
+    return newest_of(checkpoints(run_folder))
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -112,7 +112,7 @@ def _train(
     saved_step = state.step
     if validation_is_due(state.step, config) and host.validate(state):
         return False
-    stop, peak = False, Peak(state.precision, state.device)
+    stop, peak = False, Peak(state.settings.precision, state.device)
     profiler.before_step(first_step)
     steps = timed(local_batches)
     while (timed_step := next(steps, None)) is not None:
@@ -124,9 +124,9 @@ def _train(
             settings.max_steps,
             settings.n_decay_steps,
         )
-        state.n_loops = loops_of_step(config, state.step + 1)
+        n_loops = loops_of_step(config, state.step + 1)
         started = time.perf_counter()
-        result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host)
+        result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host, n_loops)
         seconds = data_wait + time.perf_counter() - started
         spike_to_leave_out = result.spike if settings.on_spike == "rewind" else None
         if spike_to_leave_out is not None and not result.stop:
@@ -147,7 +147,7 @@ def _train(
                 notify(host, update_memory_cap(state.device, settings.vram_limit_gb))
                 if flops:
                     measure_peak(peak, host, state.device)
-            has_these_flops = state.n_loops == config.model.n_loops
+            has_these_flops = n_loops == config.model.n_loops
             share_of_peak = peak.utilization(flops, seconds) if has_these_flops else None
             emit_step(host, state, result, rate, seconds, data_wait, share_of_peak)
             profiler.after_step(state.step)
@@ -173,7 +173,12 @@ def _train(
 
 
 def step_with_oom_retry(
-    state: TrainingState, local_batch: Sequence[MicroBatch], rate: float, gradient_clip: float, host: Host
+    state: TrainingState,
+    local_batch: Sequence[MicroBatch],
+    rate: float,
+    gradient_clip: float,
+    host: Host,
+    n_loops: int | None = None,
 ) -> StepResult:
     """Take a step; while some rank runs out of memory, repeat it on all ranks with smaller micro-batches.
 
@@ -181,12 +186,12 @@ def step_with_oom_retry(
         MemoryCapError: one sequence does not fit.
     """
     while True:
-        result = take_step(state, local_batch, rate, gradient_clip, host.grace_left)
+        result = take_step(state, local_batch, rate, gradient_clip, host.grace_left, n_loops)
         if result.abandoned or not result.out_of_memory:
             return result
-        state.set_fit(state.fit.smaller())
+        state.set_batch_fit(state.batch_fit.smaller())
         if host.rank == 0:
-            host.emit(Notice(text=f"step {state.step + 1:,} did not fit into memory: from now on {state.fit}"))
+            host.emit(Notice(text=f"step {state.step + 1:,} did not fit into memory: from now on {state.batch_fit}"))
 
 
 def save(host: Host, state: TrainingState, reason: str, config: Config) -> None:
@@ -301,7 +306,7 @@ def emit_step(
             tokens=result.tokens,
             tokens_per_second=result.tokens / seconds,
             skipped_micro_batches=result.skipped,
-            micro_batch_size=state.fit.rows,
+            micro_batch_size=state.batch_fit.rows,
             memory_gb=memory_gb,
             data_wait_seconds=data_wait,
             compute_seconds=result.seconds.compute,

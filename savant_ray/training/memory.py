@@ -2,7 +2,7 @@
 
 Computed, not measured, except for two figures of an H100 (torch 2.11, bf16, 12 sequences of 1,024 tokens, `dim` 1,024, 12
 loops without recomputation, chunks of logits smaller than today's): the process held 0.5 to 0.6 GiB outside PyTorch's
-allocator, and 8.35 GiB of tensors. Training itself does not use the estimate: it tries, and continues with what fits
+allocator, and 8.35 GiB of tensors. Only `docs/generate.py` uses the estimate: training tries, and continues with what fits
 (`BatchFit`).
 """
 

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from savant_ray.optim.adamw import AdamW, MasterWeightOptimizer
 from savant_ray.optim.averaging import WeightAverage
 from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.muon import Muon
-from savant_ray.optim.tree_sum import TreeSum
 from savant_ray.training.checkpoint import AVERAGE, FORMAT_VERSION, NO_FINGERPRINT
 from savant_ray.training.device import Precision, weights_dtype
 from savant_ray.training.progress import PROGRESS
@@ -104,31 +103,40 @@ class BatchFit:
         return f"micro-batches of {self.rows}, {loops}"
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """How all steps of an attempt are computed."""
+
+    device: torch.device
+    precision: Precision
+    deterministic: bool  # gradients are added in the order of a tree
+    updates_on_spike: bool  # false: a step that is a spike does not update the weights
+
+
 @dataclass
 class TrainingState:
-    """Model, optimizer and counters after `step` updates, with `position` sequences of the global order consumed."""
+    """What a step changes, after `step` updates, with `position` sequences of the global order consumed."""
 
+    settings: StepSettings  # no step changes these, nor the data fingerprint
     model: UniversalTransformer
     optimizer: MasterWeightOptimizer
     gradients: GradientBuffer
-    precision: Precision
-    device: torch.device
-    fit: BatchFit
+    batch_fit: BatchFit
     spike_window: SpikeWindow
-    updates_on_spike: bool = True  # false: a step that is a spike does not update the weights
-    deterministic: bool = False  # gradients are added in the order of `tree`
-    tree: TreeSum = field(default_factory=TreeSum)
     average: WeightAverage | None = None  # with `training.ema_decay`
-    n_loops: int | None = None  # of the next step; None: `model.n_loops`
     step: int = 0
     position: int = 0
     tokens_seen: int = 0
     skipped_micro_batches: int = 0
     skipped_in_a_row: int = 0  # consecutive steps without an update
     schedule_offset: int = 0  # number of updates by which the schedule is ahead of `step`
-    data_fingerprint: str = ""
-    threads: int | None = None  # CPU threads that computed the loaded checkpoint; None: unknown, or a new run
     left_out: tuple[tuple[int, int], ...] = ()  # sequences without positions, as in data/order.py
+    data_fingerprint: str = ""  # of the text that `position` refers to
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of all tensors."""
+        return self.settings.device
 
     def master_weights(self) -> dict[str, Tensor]:
         """Return fp32 weights by name."""
@@ -155,11 +163,11 @@ class TrainingState:
         """Return the number of the next update in the learning-rate schedule, from 1."""
         return self.step + 1 + self.schedule_offset
 
-    def set_fit(self, fit: BatchFit) -> None:
+    def set_batch_fit(self, batch_fit: BatchFit) -> None:
         """Set micro-batch size and recomputation for the following forward passes."""
         PROGRESS.expect_compilation()
-        self.fit = fit
-        self.model.recompute_loops = fit.recompute_loops
+        self.batch_fit = batch_fit
+        self.model.recompute_loops = batch_fit.recompute_loops
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Load fp32 weights by name.
@@ -200,7 +208,7 @@ class TrainingState:
                 "data_fingerprint": self.data_fingerprint,
                 "left_out": [list(positions) for positions in self.left_out],
                 "spike_window": self.spike_window.to_record(),
-                "fit": self.fit.to_record(),
+                "fit": self.batch_fit.to_record(),
                 "threads": torch.get_num_threads(),
                 **({} if self.average is None else {"average_updates": self.average.n_updates}),
                 "torch_rng_state": torch.get_rng_state(),
@@ -273,8 +281,7 @@ class TrainingState:
         self.skipped_micro_batches = extra["skipped_micro_batches"]
         self.skipped_in_a_row = extra["skipped_in_a_row"]
         self.schedule_offset = extra.get("schedule_offset", 0)  # absent in older checkpoints
-        self.threads = extra.get("threads")  # absent in older checkpoints
-        self.set_fit(self.fit.restored(extra.get("fit")))
+        self.set_batch_fit(self.batch_fit.restored(extra.get("fit")))
 
     def _load_spikes(self, extra: dict[str, Any], is_changed: bool) -> None:
         """Load the window, and what spikes have left out, from a checkpoint's `savant`; older ones have neither."""
@@ -297,21 +304,17 @@ def new_state(config: Config, device: torch.device, precision: Precision | None 
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.to(device, weights_dtype(precision))
     optimizer = new_optimizer(model, config.training)
-    gradients = GradientBuffer(model.parameters(), len(SUMS))
-    fit = BatchFit.from_config(config, device)
+    batch_fit = BatchFit.from_config(config, device)
     state = TrainingState(
+        StepSettings(device, precision, is_deterministic(config, device), config.training.on_spike == "warn"),
         model,
         optimizer,
-        gradients,
-        precision,
-        device,
-        fit,
+        GradientBuffer(model.parameters(), len(SUMS)),
+        batch_fit,
         SpikeWindow(config.training.effective_batch),
-        updates_on_spike=config.training.on_spike == "warn",
-        deterministic=is_deterministic(config, device),
-        average=new_average(model, optimizer, config.training),
+        new_average(model, optimizer, config.training),
     )
-    state.set_fit(fit)
+    state.set_batch_fit(batch_fit)
     state.load_weights(weights)
     return state
 

@@ -174,8 +174,9 @@ def take_step(
     learning_rate: float,
     gradient_clip: float,
     grace_left: GraceLeft,
+    n_loops: int | None = None,
 ) -> StepResult:
-    """Accumulate gradients, reduce them over all ranks, and update the weights.
+    """Accumulate gradients with `n_loops` loops (None: `model.n_loops`), reduce them over all ranks, update the weights.
 
     Collective: every rank calls it once per step, also with an empty local batch. The tensors of the local batch are on the
     state's device. A stop request does not interrupt the step unless the rest of the accumulation would outlast the grace
@@ -185,7 +186,8 @@ def take_step(
         MemoryCapError: the device has no memory for reducing the gradients or updating the weights.
     """
     started = time.perf_counter()
-    accumulated = (accumulate_in_tree if state.deterministic else accumulate)(state, local_batch, grace_left)
+    accumulate_local = accumulate_in_tree if state.settings.deterministic else accumulate
+    accumulated = accumulate_local(state, local_batch, n_loops, grace_left)
     status = RankStatus(
         skipped=len(accumulated.skipped),
         stop=grace_left() is not None,
@@ -196,7 +198,7 @@ def take_step(
     )
     synchronize(state.device)
     computed = time.perf_counter()
-    with raise_memory_cap_error_on_oom(state.fit.limit_gb):
+    with raise_memory_cap_error_on_oom(state.batch_fit.limit_gb):
         ranks = [RankStatus(*row) for row in gather(status, state.device)]
         abandoned, out_of_memory = any(rank.abandoned for rank in ranks), any(rank.out_of_memory for rank in ranks)
         loss, tokens = (0.0, 0.0) if abandoned or out_of_memory else reduce_gradients(state, ranks)
@@ -204,7 +206,7 @@ def take_step(
         norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if tokens else math.nan
         mean_loss = loss / tokens if tokens else math.nan
         spike = state.spike_window.find(mean_loss, norm) if math.isfinite(norm) else None
-        updated = math.isfinite(norm) and (spike is None or state.updates_on_spike)
+        updated = math.isfinite(norm) and (spike is None or state.settings.updates_on_spike)
         if updated:
             with region("update"):
                 update(state, learning_rate)
@@ -229,9 +231,9 @@ def reduce_gradients(state: TrainingState, ranks: Sequence[RankStatus]) -> tuple
     Collective.
     """
     with region("all-reduce"):
-        if state.deterministic:
+        if state.settings.deterministic:
             leaves = [range(rank.first_index, rank.first_index + rank.n_micro_batches) for rank in ranks]
-            sum_trees(state.tree, leaves, state.gradients.flat)
+            sum_trees(state.gradients.tree, leaves, state.gradients.flat)
         else:
             all_reduce_sum(state.gradients.flat)
         loss, tokens = state.gradients.sums.tolist()
@@ -241,23 +243,26 @@ def reduce_gradients(state: TrainingState, ranks: Sequence[RankStatus]) -> tuple
 def allocate_reduction(state: TrainingState) -> None:
     """Reduce zeros, so that NCCL allocates its memory now. Collective."""
     state.gradients.zero()
-    if state.deterministic:
+    if state.settings.deterministic:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        state.tree.add(Block(rank, 1), state.gradients.flat)
+        state.gradients.tree.add(Block(rank, 1), state.gradients.flat)
     gather([0] * len(RankStatus._fields), state.device)
     reduce_gradients(state, [RankStatus(0, 0, 0, 0, index, 1) for index in range(n_ranks())])
 
 
-def accumulate_in_tree(state: TrainingState, local_batch: Sequence[MicroBatch], grace_left: GraceLeft) -> Accumulated:
-    """Set `state.tree` to gradients, loss and token count of the micro-batches, zeros for those without a finite loss."""
-    state.tree.clear()
-    losses, ended = launch(state, local_batch, add_to_tree, grace_left)
+def accumulate_in_tree(
+    state: TrainingState, local_batch: Sequence[MicroBatch], n_loops: int | None, grace_left: GraceLeft
+) -> Accumulated:
+    """Set the buffer's tree to the gradients and sums of the micro-batches, zeros for those without a finite loss."""
+    state.gradients.tree.clear()
+    losses, ended = launch(state.device, local_batch, partial(add_to_tree, state, n_loops=n_loops), grace_left)
     return ended or Accumulated(_not_finite(local_batch, losses))
 
 
 def accumulate(
     state: TrainingState,
     local_batch: Sequence[MicroBatch],
+    n_loops: int | None,
     grace_left: GraceLeft,
     skipped: tuple[Skipped, ...] = (),
 ) -> Accumulated:
@@ -266,35 +271,35 @@ def accumulate(
     Micro-batches are divided into those of `BatchFit.rows`. `skipped` have been left out before.
     """
     state.gradients.zero()
-    parts = [part for micro_batch in local_batch for part in micro_batch.parts(state.fit.rows)]
-    losses, ended = launch(state, parts, add_gradients, grace_left)
+    parts = [part for micro_batch in local_batch for part in micro_batch.parts(state.batch_fit.rows)]
+    losses, ended = launch(state.device, parts, partial(add_gradients, state, n_loops=n_loops), grace_left)
     if ended is not None:
         return replace(ended, skipped=skipped)
     bad = _not_finite(parts, losses)
     if not bad:
         return Accumulated(skipped)
     finite = [part for part, loss in zip(parts, losses, strict=True) if math.isfinite(loss)]
-    return accumulate(state, finite, grace_left, (*skipped, *bad))
+    return accumulate(state, finite, n_loops, grace_left, (*skipped, *bad))
 
 
 def launch(
-    state: TrainingState,
+    device: torch.device,
     micro_batches: Sequence[MicroBatch],
-    compute: Callable[[TrainingState, MicroBatch], Tensor],
+    compute: Callable[[MicroBatch], Tensor],
     grace_left: GraceLeft,
 ) -> tuple[list[float], Accumulated | None]:
     """Call `compute` for each micro-batch and return the loss sums that it returns, or how the accumulation ended early."""
-    queue, losses, started = LaunchQueue(state.device), [], time.perf_counter()
+    queue, losses, started = LaunchQueue(device), [], time.perf_counter()
     for micro_batch in micro_batches:
         queue.wait_for_room()
         if outlasts(grace_left(), time.perf_counter() - started, queue.finished, len(micro_batches)):
             return [], Accumulated(abandoned=True)
-        loss = none_on_oom(partial(compute, state, micro_batch), state.device)
+        loss = none_on_oom(partial(compute, micro_batch), device)
         if loss is None:
             return [], Accumulated(out_of_memory=True)
         losses.append(loss)
         queue.add()
-    values = none_on_oom(lambda: torch.stack(losses).tolist() if losses else [], state.device)
+    values = none_on_oom(lambda: torch.stack(losses).tolist() if losses else [], device)
     return ([], Accumulated(out_of_memory=True)) if values is None else (values, None)
 
 
@@ -303,29 +308,29 @@ def _not_finite(micro_batches: Sequence[MicroBatch], losses: Sequence[float]) ->
     return tuple(Skipped(batch.positions, loss) for batch, loss in pairs if not math.isfinite(loss))
 
 
-def add_to_tree(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
+def add_to_tree(state: TrainingState, micro_batch: MicroBatch, n_loops: int | None = None) -> Tensor:
     """Launch the passes of a micro-batch and add its gradients to the tree; return the loss sum in nats, a 0-d tensor.
 
     If the sum is not finite, zeros are added instead. On a GPU that is decided there, without a wait for the loss.
     """
     state.gradients.zero()
-    for part in micro_batch.parts(state.fit.rows):
-        add_gradients(state, part)
+    for part in micro_batch.parts(state.batch_fit.rows):
+        add_gradients(state, part, n_loops)
     flat, loss = state.gradients.flat, state.gradients.sums[LOSS].clone()
     if loss.device.type != "cpu":
         flat.masked_fill_(~loss.isfinite(), 0)
     elif not loss.isfinite():
         flat.zero_()
-    state.tree.add(Block(micro_batch.index, 1), flat)
+    state.gradients.tree.add(Block(micro_batch.index, 1), flat)
     return loss
 
 
-def add_gradients(state: TrainingState, micro_batch: MicroBatch) -> Tensor:
+def add_gradients(state: TrainingState, micro_batch: MicroBatch, n_loops: int | None = None) -> Tensor:
     """Launch one forward and backward pass into the buffer and return the loss sum in nats, a 0-d tensor on the device."""
-    with region("forward"), state.gradients.detached(), autocast(state.precision, state.device):
-        x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT, state.n_loops)
+    with region("forward"), state.gradients.detached(), autocast(state.settings.precision, state.device):
+        x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT, n_loops)
         targets_BT = micro_batch.targets()
-        loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT, state.fit.limit_gb)
+        loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT, state.batch_fit.limit_gb)
     with region("backward"):
         loss.backward()
     state.gradients.sums[LOSS] += loss.detach()

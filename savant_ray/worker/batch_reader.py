@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from savant_ray.config import Config
-from savant_ray.data.stream import LocalSequences
+from savant_ray.data.stream import BYTES_PER_TOKEN, LocalSequences, StepStream
 from savant_ray.errors import error_context
+from savant_ray.training.device import raise_memory_cap_error_on_oom
 from savant_ray.training.progress import PROGRESS
-from savant_ray.training.state import micro_batch_size
+from savant_ray.training.state import TrainingState, micro_batch_size
 from savant_ray.training.step import MicroBatch, micro_batches
-
-BYTES_PER_TOKEN = 4 + 4 + 1  # token and document id int32, loss mask bool
 
 
 class SequenceStream(Protocol):
@@ -30,18 +29,32 @@ class SequenceStream(Protocol):
         """Return how many sequences of each step this rank reads."""
 
     @property
-    def first_group(self) -> int:
-        """Return the index of this rank's first group of sequences that are not divided among ranks."""
+    def first_micro_batch(self) -> int:
+        """Return the index of this rank's first micro-batch in each step."""
 
     def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
         """Return an iterator over this rank's sequences of `n_steps` steps, which reads ahead."""
+
+
+def local_batches(stream: StepStream, state: TrainingState, config: Config) -> BatchReader:
+    """Start reading a rank's sequences from `state.position` on, without `state.left_out`.
+
+    Raises:
+        MemoryCapError: the device has no memory for those of a step.
+    """
+    plan = replace(stream.plan, left_out=state.left_out)
+    rows = micro_batch_size(config, state.device) if state.settings.deterministic else 1
+    stream = replace(stream, plan=plan, micro_batch_rows=rows)
+    n_steps = config.training.max_steps - state.step
+    with raise_memory_cap_error_on_oom(config.training.vram_limit_gb):
+        return BatchReader(stream, state.position, n_steps, config, state.device)
 
 
 class BatchReader:
     """Iterable over this rank's local batches; it can be iterated once.
 
     A local batch is the list of a step's micro-batches of this rank, with tensors on `device`. With
-    `training.deterministic` they are the groups of the stream, which does not divide them among ranks.
+    `training.deterministic` the stream does not divide them among ranks.
 
     - Order: exactly one local batch per step, in the stream's order; it is empty for a rank without sequences.
     - Source: the stream reads in the background from construction on, one portion ahead (`data/stream.py`).
@@ -107,7 +120,7 @@ class BatchReader:
             if step is None:
                 return None
             size = micro_batch_size(self._config, self._device)
-            return micro_batches(step.sequences, step.positions, self._config, size, self._stream.first_group)
+            return micro_batches(step.sequences, step.positions, self._config, size, self._stream.first_micro_batch)
 
     def _next_on_device(self, buffer: _Buffer) -> list[MicroBatch] | None:
         """Start copying the next local batch to the device and return it, or None after the last one."""

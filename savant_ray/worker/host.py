@@ -1,4 +1,4 @@
-"""The loop's `Host` under Ray: events to the driver, stop requests from it, checkpoints, validation."""
+"""The connection of a worker to the driver, and the loop's `Host` under Ray: checkpoints, validation, batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,102 +39,147 @@ from savant_ray.ray_internals import preemption_deadline_ms
 from savant_ray.reporting.record import to_line
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import CONFIG
-from savant_ray.training.device import raise_memory_cap_error_on_oom
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import validation_is_due
 from savant_ray.training.progress import PROGRESS, SLOW, STORAGE
-from savant_ray.training.state import TrainingState, micro_batch_size
-from savant_ray.training.step import MicroBatch
-from savant_ray.worker.batch_reader import BatchReader
+from savant_ray.training.state import TrainingState
+from savant_ray.worker.batch_reader import BatchReader, local_batches
 from savant_ray.worker.metrics import RunMetrics
 from savant_ray.worker.resume import load_newest_checkpoint
 from savant_ray.worker.saving import Saver
 
 
+class DriverConnection:
+    """Sends this worker's events to the driver, and receives stop requests; every worker has one from its start on."""
+
+    def __init__(self, bridge: Any, config: Config) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.lines: list[dict[str, Any]] = []  # on rank 0: of the record, for the next checkpoint
+        self.figures: dict[str, float | str] = {}  # the latest ones, reported to Ray Train with each checkpoint
+        self._bridge, self._grace_seconds = bridge, config.run.grace_seconds
+        self._sender, self._numbers = uuid.uuid4().hex, itertools.count()
+        self.metrics = RunMetrics(config.run.name, self.rank)
+        PROGRESS.begin("loading the state", STORAGE)
+        allow_stack_dumps()
+        self._listener = StopListener(bridge, _progress_of(self.rank, self.world_size))
+        self._drain_reported = False
+
+    def emit(self, event: Event, wait: bool = False) -> None:
+        """Send an event to the driver; with `wait`, return after it and all earlier ones have arrived."""
+        self._record(event)
+        self.metrics.observe(event)
+        sent = self._bridge.send.remote(event, self._sender, next(self._numbers))
+        if wait:
+            ray.get(sent)
+
+    def grace_left(self) -> float | None:
+        """Return the seconds until this worker must have ended, None if it need not stop.
+
+        A stop is requested by the driver, or by draining a node of the run.
+        """
+        left = self._listener.grace_left()
+        if left is None and (left := _drain_grace_left(self._grace_seconds)) is not None:
+            self._report_drain()
+        return left
+
+    def drop_lines_after(self, step: int) -> None:
+        """Remove the lines of later steps, which are repeated, from those of the next checkpoint."""
+        self.lines[:] = [line for line in self.lines if line.get("step", 0) <= step]
+
+    def _report_drain(self) -> None:
+        if not self._drain_reported:  # every rank reports it once, because any rank may be the first to detect it
+            self.emit(Notice(text="a node of this run is being drained: this step is finished and saved"))
+        self._drain_reported = True
+
+    def _record(self, event: Event) -> None:
+        """Add the event's line to the record of the next checkpoint, and its figures to those reported to Ray Train.
+
+        The figures are plain numbers and strings, because Ray Train writes them as JSON.
+        """
+        if self.rank == 0:
+            self.lines.append(to_line(event))
+        match event:
+            case StepDone():
+                self.figures |= {"train_loss": event.train_loss, "tokens_per_second": event.tokens_per_second}
+            case ValidationDone():
+                self.figures |= {"validation_loss": event.validation_loss, "bits_per_byte": event.bits_per_byte}
+            case SampleGenerated():
+                self.figures |= {"sample": event.text}
+
+
 class RayHost:
-    """Implements `savant_ray.training.loop.Host`; every worker has one."""
+    """Implements `savant_ray.training.loop.Host`; every worker has one.
+
+    Its construction reads the validation sequences. On rank 0 it also begins to allocate the host memory for copies of the
+    state, in the background, and copies the weights, because the next validation reports how many have changed. A validation
+    that is due now makes this copy itself.
+
+    Raises:
+        DataError: the validation sequences cannot be read.
+    """
 
     def __init__(
         self,
-        bridge: Any,
+        connection: DriverConnection,
         storage: RunStorage,
         config: Config,
         tokenizer: Tokenizer,
         stream: StepStream,
         validation_cache: str,
         allow_changes: bool,
+        state: TrainingState,
     ) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._bridge, self._storage = bridge, storage
-        self._sender, self._numbers = uuid.uuid4().hex, itertools.count()
-        self._config = config
-        self._tokenizer = tokenizer
-        self._stream = stream
-        self._validation_cache = validation_cache
+        self.rank = connection.rank
+        self._connection, self._storage, self._config = connection, storage, config
+        self._stream, self._left_out = stream, state.left_out
         self._allow_changes = allow_changes
-        self._metrics = RunMetrics(config.run.name, self.rank)
-        PROGRESS.begin("loading the state", STORAGE)
-        allow_stack_dumps()
-        self._listener = StopListener(bridge, _progress_of(self.rank, self.world_size))
-        self._drain_reported = False
+        PROGRESS.begin("reading the validation text", STORAGE)
         files = {CONFIG: dump_yaml(config), **tokenizer.files()}
-        self._saver = Saver(storage, files, functools.partial(self.emit, wait=True))
+        self._saver = Saver(storage, files, connection.lines, functools.partial(self.emit, wait=True))
         self._host_copy = HostCopy()  # used on rank 0
-        self._latest_figures: dict[str, float | str] = {}  # reported to Ray Train with each checkpoint
+        if self.rank == 0:
+            self._host_copy.allocate(state)
+        self._validator = Validator.from_cache(
+            validation_cache,
+            config,
+            tokenizer,
+            self.rank,
+            connection.world_size,
+            emit=self.emit,
+            stop_requested=self.stop_requested,
+        )
+        if self.rank == 0 and not validation_is_due(state.step, config):
+            self._validator.remember_weights(state)
 
     def emit(self, event: Event, wait: bool = False) -> None:
         """Send an event to the driver; with `wait`, return after it and all earlier ones have arrived."""
-        event = self._with_documents(event)
-        self._record(event)
-        self._metrics.observe(event)
-        sent = self._bridge.send.remote(event, self._sender, next(self._numbers))
-        if wait:
-            ray.get(sent)
+        self._connection.emit(self._with_documents(event), wait)
 
     def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
         """Set Ray's metrics of this rank: its wait for data and its memory."""
         PROGRESS.end_step()
-        self._metrics.observe_rank(data_wait_seconds, memory_gb)
+        self._connection.metrics.observe_rank(data_wait_seconds, memory_gb)
 
     def grace_left(self) -> float | None:
         """Return the seconds that the current step may still take, None if it need not stop.
 
-        A stop is requested by the driver, or by draining a node of the run. The time of the final checkpoint is subtracted.
-        The loop asks for each unit of its work, which is therefore marked as progress.
+        The time of the final checkpoint is subtracted. The loop asks for each unit of its work, which is therefore marked as
+        progress.
         """
         PROGRESS.mark()
-        left = self._listener.grace_left()
-        if left is None and (left := _drain_grace_left(self._config.run.grace_seconds)) is not None:
-            self._report_drain()
+        left = self._connection.grace_left()
         return None if left is None else left - self._saver.seconds_to_finish()
 
     def stop_requested(self) -> bool:
         """Return whether the driver requested a stop or a node of the run is drained."""
         return self.grace_left() is not None
 
-    def prepare(self, state: TrainingState) -> None:
-        """Load the validation sequences before training.
-
-        Rank 0 also starts to allocate the host memory for copies of the state, in the background. It also copies the
-        weights, because the next validation reports how many have changed. A validation that is due now makes this copy
-        itself.
-
-        Raises:
-            DataError: the validation sequences cannot be read.
-        """
-        PROGRESS.begin("reading the validation text", STORAGE)
-        if self.rank == 0:
-            self._host_copy.allocate(state)
-        validator = self.validator
-        if self.rank == 0 and not validation_is_due(state.step, self._config):
-            validator.remember_weights(state)
-
     def save(self, state: TrainingState, reason: str) -> None:
         """Copy the state; rank 0 writes it as `step_N` to the run's storage while training continues."""
         copy_state = functools.partial(self._host_copy.update, state) if self.rank == 0 else None
         with self._saving_marked():
-            self._saver.begin(state.step, reason, copy_state, dict(self._latest_figures))
+            self._saver.begin(state.step, reason, copy_state, dict(self._connection.figures))
 
     def finish_saving(self) -> bool:
         """Wait until the pending checkpoint is written; return False if the storage failed."""
@@ -162,25 +207,19 @@ class RayHost:
         self.finish_saving()
         PROGRESS.begin("going back to the newest checkpoint", STORAGE)
         with error_context("going back to the newest checkpoint"):
-            checkpoint = load_newest_checkpoint(state, self._storage, self._allow_changes)
-        if checkpoint is not None and self.rank == 0:
-            self.validator.remember_weights(state)  # the next validation reports how many have changed since then
-        self._saver.lines[:] = [line for line in self._saver.lines if line.get("step", 0) <= state.step]
+            resumed, _ = load_newest_checkpoint(state, self._storage, self._allow_changes)
+        if resumed is not None and self.rank == 0:
+            self._validator.remember_weights(state)  # the next validation reports how many have changed since then
+        self._connection.drop_lines_after(state.step)
 
-    def local_batches(self, state: TrainingState) -> Iterable[Sequence[MicroBatch]]:
+    def local_batches(self, state: TrainingState) -> BatchReader:
         """Start reading this rank's sequences from `state.position` on.
 
         Raises:
             MemoryCapError: the device has no memory for those of a step.
         """
-        plan = dataclasses.replace(self._stream.plan, left_out=state.left_out)
-        settings = self._config.training
-        group = micro_batch_size(self._config, state.device) if state.deterministic else 1
-        self._stream = dataclasses.replace(self._stream, plan=plan, group=group)
-        with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
-            return BatchReader(
-                self._stream, state.position, settings.max_steps - state.step, self._config, state.device
-            )
+        self._left_out = state.left_out
+        return local_batches(self._stream, state, self._config)
 
     def store_file(self, file: Path, name: str) -> str:
         """Copy a file into the run's storage as `name` and return its path or URI.
@@ -197,29 +236,11 @@ class RayHost:
         """Return the step of the newest checkpoint of this process, 0 without one."""
         return self._saver.saved_step
 
-    @functools.cached_property
-    def validator(self) -> Validator:
-        """Return the validator; its first use loads this rank's sequences."""
-        return Validator.from_cache(
-            self._validation_cache,
-            self._config,
-            self._tokenizer,
-            self.rank,
-            self.world_size,
-            emit=self.emit,
-            stop_requested=self.stop_requested,
-        )
-
     def validate(self, state: TrainingState) -> bool:
         """Run validation, logic problems and sampling; return whether a stop was requested on some rank."""
         PROGRESS.begin("validating", SLOW)
         with error_context(f"validating after step {state.step:,}"):
-            return self.validator(state)
-
-    def _report_drain(self) -> None:
-        if not self._drain_reported:  # every rank reports it once, because any rank may be the first to detect it
-            self.emit(Notice(text="a node of this run is being drained: this step is finished and saved"))
-        self._drain_reported = True
+            return self._validator(state)
 
     def _with_documents(self, event: Event) -> Event:
         """Return the event with the documents of the sequences that it is about."""
@@ -237,26 +258,8 @@ class RayHost:
         return dataclasses.replace(spike, documents=self._documents(positions))
 
     def _documents(self, positions: Sequence[int]) -> tuple[str, ...]:
-        plan = self._stream.plan
+        plan = dataclasses.replace(self._stream.plan, left_out=self._left_out)
         return tuple(f"{file}:{line}" for position in positions for file, line in plan.documents(position))
-
-    def _record(self, event: Event) -> None:
-        """Add the event's line to the record of the next checkpoint, and its figures to those reported to Ray Train.
-
-        The figures are plain numbers and strings, because Ray Train writes them as JSON.
-        """
-        if self.rank == 0:
-            self._saver.lines.append(to_line(event))
-        match event:
-            case StepDone():
-                self._latest_figures |= {"train_loss": event.train_loss, "tokens_per_second": event.tokens_per_second}
-            case ValidationDone():
-                self._latest_figures |= {
-                    "validation_loss": event.validation_loss,
-                    "bits_per_byte": event.bits_per_byte,
-                }
-            case SampleGenerated():
-                self._latest_figures |= {"sample": event.text}
 
 
 def _progress_of(rank: int, world_size: int) -> Callable[[], WorkerProgress]:

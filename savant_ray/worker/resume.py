@@ -22,29 +22,26 @@ from savant_ray.training.reduction import broadcast_from_rank_0
 from savant_ray.training.state import TrainingState
 
 
-def load_newest(state: TrainingState, config: Config, storage: RunStorage, allow_changes: bool) -> RunResumed | None:
-    """Load on every rank the checkpoint that rank 0 selects; return None for a new run. Collective.
+def load_newest_checkpoint(
+    state: TrainingState, storage: RunStorage, allow_changes: bool
+) -> tuple[RunResumed | None, int | None]:
+    """Load on every rank the checkpoint that rank 0 selects. Collective.
+
+    Returns:
+        The event, None without a checkpoint, and the number of CPU threads that computed it, None if it is unknown.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit.
         SavantError: another process has taken over the run.
         OSError: the storage cannot be read.
     """
-    return load_newest_checkpoint(state, storage, allow_changes) or load_initial_weights(state, config)
-
-
-def load_newest_checkpoint(state: TrainingState, storage: RunStorage, allow_changes: bool) -> RunResumed | None:
-    """Load on every rank the checkpoint that rank 0 selects; return None if there is none. Collective.
-
-    Raises:
-        CheckpointError, SavantError, OSError: as in `load_newest`.
-    """
     name = broadcast_from_rank_0(lambda: newest_name(storage))
     if name is None:
-        return None
-    path = fetch_once_per_node(storage, name)
-    notes = state.load_checkpoint(read_checkpoint(path), allow_changes)
-    return RunResumed(step=state.step, path=storage.locate(name), warnings=tuple(notes))
+        return None, None
+    content = read_checkpoint(fetch_once_per_node(storage, name))
+    notes = state.load_checkpoint(content, allow_changes)
+    resumed = RunResumed(step=state.step, path=storage.locate(name), warnings=tuple(notes))
+    return resumed, content["savant"].get("threads")  # absent in older checkpoints
 
 
 def newest_name(storage: RunStorage) -> str | None:

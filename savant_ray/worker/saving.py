@@ -39,14 +39,20 @@ class PendingCheckpoint:
 class Saver:
     """Saves checkpoints; every worker has one.
 
-    `files` are the contents of further files by name. `emit` sends an event and waits until it has arrived.
+    `files` are the contents of further files by name. `lines` are those of the record since the newest checkpoint; a save
+    removes them. `emit` sends an event and waits until it has arrived.
     """
 
-    def __init__(self, storage: RunStorage, files: Mapping[str, str], emit: Callable[[Event], None]) -> None:
-        self.lines: list[dict[str, Any]] = []  # record lines since the newest checkpoint
+    def __init__(
+        self,
+        storage: RunStorage,
+        files: Mapping[str, str],
+        lines: list[dict[str, Any]],
+        emit: Callable[[Event], None],
+    ) -> None:
         self.saved_step = 0  # of the newest checkpoint, 0 without one
         self.seconds = 0.0  # duration of the newest save
-        self._storage, self._files, self._emit = storage, files, emit
+        self._storage, self._files, self._lines, self._emit = storage, files, lines, emit
         self._storage_failed = False  # in the newest save; set only on rank 0, which writes
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -70,7 +76,7 @@ class Saver:
         self._storage_failed = False
         content = None if copy_state is None else copy_state()
         stall_seconds = time.perf_counter() - started
-        pending = PendingCheckpoint(step, reason, content, figures, len(self.lines), started, stall_seconds)
+        pending = PendingCheckpoint(step, reason, content, figures, len(self._lines), started, stall_seconds)
         self._thread = threading.Thread(target=self._run, args=(pending,), name=f"save-{step}", daemon=True)
         self._thread.start()
 
@@ -108,7 +114,7 @@ class Saver:
         """Write the checkpoint and return its path in the storage; None on other ranks or if the storage failed."""
         if pending.content is None:
             return None
-        records = "".join(json.dumps(line) + "\n" for line in self.lines[: pending.n_lines])
+        records = "".join(json.dumps(line) + "\n" for line in self._lines[: pending.n_lines])
         files = {**self._files, RECORDS: records}
         try:
             self._storage.check_owner()
@@ -136,7 +142,7 @@ class Saver:
         if path is None:
             return
         self.saved_step, self.seconds = pending.step, time.perf_counter() - pending.started
-        del self.lines[: pending.n_lines]
+        del self._lines[: pending.n_lines]
         self._emit(
             CheckpointSaved(
                 step=pending.step,

@@ -40,8 +40,9 @@ from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.progress import PROGRESS
 from savant_ray.training.state import TrainingState, is_deterministic, micro_batch_size, new_state
 from savant_ray.training.step import allocate_reduction
-from savant_ray.worker.host import RayHost
-from savant_ray.worker.resume import load_newest
+from savant_ray.worker.batch_reader import local_batches
+from savant_ray.worker.host import DriverConnection, RayHost
+from savant_ray.worker.resume import load_initial_weights, load_newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,15 @@ def train_worker(settings: dict[str, Any]) -> None:
     config = Config.from_validated(task.config)
     tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
     storage = run_storage(config, Owner(**task.owner) if task.owner else None)
-    stream: StepStream = ray.train.get_dataset_shard("train")
-    host = RayHost(task.bridge, storage, config, tokenizer, stream, task.validation, task.allow_changes)
-    if host.rank == 0:
-        host.emit(WorkersStarted())
+    connection = DriverConnection(task.bridge, config)
+    if connection.rank == 0:
+        connection.emit(WorkersStarted())
     try:
         if task.code != own_digest():  # a node that joined after the driver had compared the code of all nodes
-            raise other_code_error(task.package, f"worker {host.rank}", str(package_folder()))
-        _train(task, config, storage, host)
+            raise other_code_error(task.package, f"worker {connection.rank}", str(package_folder()))
+        _train(task, config, tokenizer, storage, connection)
     except SavantError as error:
-        host.finish_saving()
-        host.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
+        connection.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
         raise
     except (RayError, KeyboardInterrupt, SystemExit):
         raise
@@ -87,7 +86,13 @@ def train_worker(settings: dict[str, Any]) -> None:
         PROGRESS.finish()
 
 
-def _train(task: WorkerTask, config: Config, storage: RunStorage, host: RayHost) -> None:
+def _train(
+    task: WorkerTask,
+    config: Config,
+    tokenizer: Tokenizer,
+    storage: RunStorage,
+    connection: DriverConnection,
+) -> None:
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives over Python objects allocate on the current device
@@ -104,25 +109,31 @@ def _train(task: WorkerTask, config: Config, storage: RunStorage, host: RayHost)
     if device.type == "cuda" or wants_compiled(settings.compile, device, precision):
         keep_compiled_code(Path(config.data.cache_dir))
     notes.append(compile_block(state.model, settings.compile, device, precision))
-    resumed = load_newest(state, config, storage, task.allow_changes)
+    resumed, threads = load_newest_checkpoint(state, storage, task.allow_changes)
+    resumed = resumed or load_initial_weights(state, config)
     resumed_step = state.step
     if device.type == "cpu":
-        of_checkpoint = state.threads if state.deterministic else None
+        of_checkpoint = threads if state.settings.deterministic else None
         notes.append(set_threads(config.scaling.threads_per_worker, of_checkpoint))
-    if state.deterministic:
-        notes.append(idle_workers(config, micro_batch_size(config, device), host.world_size))
-    batches = host.local_batches(state)
+    if state.settings.deterministic:
+        notes.append(idle_workers(config, micro_batch_size(config, device), connection.world_size))
+    stream: StepStream = ray.train.get_dataset_shard("train")
+    batches = local_batches(stream, state, config)
     if device.type == "cuda":
         # NCCL allocates memory at the first collective of a given size, and the cap has to include this memory.
         with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
             allocate_reduction(state)
         notes.append(update_memory_cap(device, settings.vram_limit_gb))
-    if host.rank == 0:
-        host.emit(_attempt_started(host, state, config, [note for note in notes if note]))
+    if connection.rank == 0:
+        connection.emit(_attempt_started(connection.world_size, state, config, [note for note in notes if note]))
         if resumed is not None:
-            host.emit(resumed)
-    host.prepare(state)
-    finished = train(state, config, batches, host)
+            connection.emit(resumed)
+    host = RayHost(connection, storage, config, tokenizer, stream, task.validation, task.allow_changes, state)
+    try:
+        finished = train(state, config, batches, host)
+    except SavantError:
+        host.finish_saving()
+        raise
     if host.rank == 0:
         saved_step = max(host.saved_step, resumed_step)
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=saved_step), wait=True)
@@ -140,18 +151,18 @@ def idle_workers(config: Config, rows: int, n_workers: int) -> str | None:
     )
 
 
-def _attempt_started(host: RayHost, state: TrainingState, config: Config, notes: list[str]) -> AttemptStarted:
+def _attempt_started(n_workers: int, state: TrainingState, config: Config, notes: list[str]) -> AttemptStarted:
     is_cuda = state.device.type == "cuda"
     return AttemptStarted(
         step=state.step,
-        workers=host.world_size,
+        workers=n_workers,
         device=torch.cuda.get_device_name(state.device) if is_cuda else "cpu",
         parameters=sum(p.numel() for p in state.model.parameters()),
         max_steps=config.training.max_steps,
         effective_batch=config.training.effective_batch,
         validates_first=validation_is_due(state.step, config),
         notes=tuple(notes),
-        precision=state.precision,
+        precision=state.settings.precision,
         threads=torch.get_num_threads(),
         vram_limit_gb=config.training.vram_limit_gb if is_cuda else None,
         versions={"python": platform.python_version(), "torch": str(torch.__version__), "ray": ray.__version__},

@@ -36,8 +36,8 @@ def test_a_step_that_does_not_fit_is_repeated_with_smaller_micro_batches(monkeyp
     rows: list[int] = []
 
     def narrow(state: TrainingState, *inputs: Any) -> StepResult:
-        rows.append(state.fit.rows)
-        return dataclasses.replace(take_step(state, *inputs), out_of_memory=state.fit.rows > 3)
+        rows.append(state.batch_fit.rows)
+        return dataclasses.replace(take_step(state, *inputs), out_of_memory=state.batch_fit.rows > 3)
 
     monkeypatch.setattr(training, "take_step", narrow)
     assert training._ours(Case(32, 3), CPU)().updated

@@ -306,14 +306,15 @@ def test_a_canceled_answer_is_no_longer_decoded() -> None:
     endless = sampling(end_of_document=-1, max_new_tokens=10**9)
 
     async def ask() -> None:
-        engine = Engine(Decoder(model, endless))
+        decoder = Decoder(model, endless)
+        engine = Engine(decoder)
         tasks = [asyncio.create_task(answer(engine, [5, 6], endless)) for _ in range(3)]
         assert await answer(engine, [7], endless, stop_after=5)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         ids = await answer(engine, [8], dataclasses.replace(endless, max_new_tokens=20))
-        assert len(ids) == 20 and engine.n_answers == 0
+        assert len(ids) == 20 and decoder.next_tokens() == {}
 
     asyncio.run(ask())
 

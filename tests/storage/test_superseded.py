@@ -215,7 +215,7 @@ def test_in_a_local_folder_a_superseded_worker_saves_and_deletes_nothing(tmp_pat
     write(tmp_path, 500, data="new")
     told: list[Event] = []
     with LocalStorage(tmp_path).in_use():
-        saver = Saver(worker, {}, told.append)
+        saver = Saver(worker, {}, [], told.append)
         saver.begin(500, "periodic", lambda: content(500), {})
         with pytest.raises(SavantError, match="another process trains this run now"):
             saver.finish()
@@ -239,7 +239,7 @@ def test_in_a_local_folder_a_checkpoint_that_was_being_written_when_the_run_was_
             pass
 
     monkeypatch.setattr(torch, "save", slowly)
-    saver = Saver(worker, {}, lambda event: None)
+    saver = Saver(worker, {}, [], lambda event: None)
     saver.begin(500, "periodic", lambda: content(500), {})
     with pytest.raises(SavantError, match="another process trains this run now"):
         saver.finish()

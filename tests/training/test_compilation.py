@@ -126,7 +126,7 @@ from savant_ray.training.device import compile_block
 from savant_ray.training.step import take_step
 from tests.training.tiny import CPU, never, share, tiny_config, tiny_state
 state = tiny_state(tiny_config())
-compile_block(state.model, True, CPU, state.precision)
+compile_block(state.model, True, CPU, state.settings.precision)
 print(take_step(state, share(0, 4, 0, 1, 4), 1e-2, 1.0, never).loss)
 counters = torch._dynamo.utils.counters["inductor"]
 print(counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"])
@@ -259,7 +259,7 @@ def test_a_validation_has_the_micro_batches_of_training(fit_rows: int, step_sequ
 
     config = tiny_config(deterministic=False)  # otherwise a rank has whole micro-batches
     state, expected = compiled_state(config, counting), tiny_state(config)
-    state.set_fit(dataclasses.replace(state.fit, rows=fit_rows))
+    state.set_batch_fit(dataclasses.replace(state.batch_fit, rows=fit_rows))
     for each in (state, expected):
         take_step(each, share(0, step_sequences, 0, 1, 4), 1e-2, 1.0, never)
     in_training = n_graphs()

@@ -83,7 +83,7 @@ def test_a_smaller_room_gives_the_same_steps(room: int, expected_rows: int, reco
     config = tiny_config()
     free, free_state = trained(config, tiny_state(config))
     host, state = trained(config, with_room_for(tiny_state(config), room, after))
-    assert (state.fit.rows, state.fit.recompute_loops) == (expected_rows, recompute)
+    assert (state.batch_fit.rows, state.batch_fit.recompute_loops) == (expected_rows, recompute)
     assert len(notices(host)) == (recompute + (expected_rows < 4) + (expected_rows < 2)), "each is said once"
     assert steps(host)[-1].micro_batch_size == expected_rows
     for mine, other in zip(steps(host), steps(free), strict=True):
@@ -123,14 +123,14 @@ def test_what_fits_is_remembered_in_the_checkpoint_for_the_same_settings() -> No
     for change in ({"vram_limit_gb": 20.0}, {"batch_size": 6, "accumulation": 2}, {"recompute_loops": False}):
         other = tiny_state(tiny_config(**change))
         other.load_checkpoint(checkpoint)
-        assert other.fit == BatchFit.from_config(tiny_config(**change), CPU), "found for other settings"
+        assert other.batch_fit == BatchFit.from_config(tiny_config(**change), CPU), "found for other settings"
 
 
 def test_a_resumed_run_recomputes_loops_if_the_setting_now_asks_for_it() -> None:
     checkpoint = tiny_state(tiny_config()).to_checkpoint()
     asked = tiny_state(tiny_config(recompute_loops=True))
     asked.load_checkpoint(checkpoint)
-    assert asked.fit.recompute_loops and asked.model.recompute_loops
+    assert asked.batch_fit.recompute_loops and asked.model.recompute_loops
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_a_validation_that_does_not_fit_shrinks_itself_only() -> None:
     assert isinstance(said, Notice) and "at most 2 sequences" in said.text
     assert isinstance(loss, ValidationDone) and isinstance(whole[0], ValidationDone)
     assert loss.validation_loss == pytest.approx(whole[0].validation_loss, rel=1e-6)
-    assert state.fit == BatchFit.from_config(config, CPU)
+    assert state.batch_fit == BatchFit.from_config(config, CPU)
 
 
 def test_an_answer_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +357,7 @@ def _rank(rank: int, folder: str) -> None:
         with_room_for(state, 2, after=1)
     host = RecordingHost(rank)
     train(state, config, shares(state, config, rank, 2), host)
-    torch.save((state.fit.to_record(), weights(state), notices(host)), f"{folder}/{rank}.pt")
+    torch.save((state.batch_fit.to_record(), weights(state), notices(host)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -179,7 +179,7 @@ def test_the_guides_model_takes_a_step_of_twelve_sequences_below_10_gib(compiled
     torch.ones(512, 512, device=device).mm(torch.ones(512, 512, device=device))  # cuBLAS takes its memory
     cap_memory(device, 10.0)
     state = new_state(Config(), device)
-    compile_block(state.model, compiled, device, state.precision)
+    compile_block(state.model, compiled, device, state.settings.precision)
     before = weights(state)["embed.weight"][:10].cpu()
     tokens = torch.randint(0, 10, (12, 1024), device=device)
     share = [unmasked(tokens, torch.zeros_like(tokens))] * 2
@@ -199,7 +199,7 @@ def test_a_validation_compiles_nothing_that_training_does_not(recompute: bool, c
     )
     torch._dynamo.reset()
     state = new_state(config, CUDA)
-    compile_block(state.model, compiled, CUDA, state.precision)
+    compile_block(state.model, compiled, CUDA, state.settings.precision)
     for first in (0, 12):
         take_step(state, on(CUDA, share(first, 12, 0, 1, 4)), 1e-2, 1.0, never)
     before = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -224,8 +224,8 @@ def test_what_is_expected_to_fit_under_a_limit_fits(limit_gb: float) -> None:
     torch.cuda.empty_cache()
     cap_memory(CUDA, limit_gb)
     state = new_state(config, CUDA)
-    state.set_fit(fit)
-    compile_block(state.model, "auto", CUDA, state.precision)
+    state.set_batch_fit(fit)
+    compile_block(state.model, "auto", CUDA, state.settings.precision)
     tokens = torch.randint(0, 10, (fit.rows, 1024), device=CUDA)
     documents = torch.arange(1024, device=CUDA).expand(fit.rows, 1024) // 250
     for _ in range(2):

@@ -165,7 +165,7 @@ def test_a_step_with_a_fully_masked_micro_batch_is_bit_for_bit_the_step_without_
 def test_smaller_micro_batches_after_running_out_of_memory_keep_the_mask(rows: int) -> None:
     batches = [random_mask(batch, seed) for seed, batch in enumerate(share(0, 12, 0, 1, 4))]
     states = [tiny_state(tiny_config()) for _ in range(2)]
-    states[1].set_fit(replace(states[1].fit, rows=rows))
+    states[1].set_batch_fit(replace(states[1].batch_fit, rows=rows))
     whole, parts = (step(state, batches) for state in states)
     assert parts.tokens == whole.tokens == sum(int((batch.targets() != IGNORED).sum()) for batch in batches)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)

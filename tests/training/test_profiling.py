@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from collections import Counter
@@ -153,7 +154,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def profiler_on_cuda(config: Config, host: RecordingHost) -> StepProfiler:
     state = tiny_state(config)
-    state.device = CUDA
+    state.settings = dataclasses.replace(state.settings, device=CUDA)
     return StepProfiler(config.training, state, host)
 
 

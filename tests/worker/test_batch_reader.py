@@ -48,7 +48,7 @@ class TinyStream:
     ) -> None:
         self.effective_batch, self.sequences_per_step, self.fails_at = effective_batch, sequences_per_step, fails_at
         self.is_masked = is_masked
-        self.first_group = 0
+        self.first_micro_batch = 0
         self.closed = threading.Event()
         self.n_read = 0
 
@@ -120,7 +120,7 @@ def test_local_batches_carry_the_loss_mask(device: str, sequences_per_step: int)
 @pytest.mark.parametrize("device", DEVICES)
 def test_micro_batches_are_numbered_from_the_first_of_the_rank(device: str) -> None:
     stream = TinyStream(sequences_per_step=10)
-    stream.first_group = 5
+    stream.first_micro_batch = 5
     for local_batch in BatchReader(stream, 0, 2, tiny_config(deterministic=True), torch.device(device)):
         assert [(batch.index, len(batch.positions)) for batch in local_batch] == [(5, 4), (6, 4), (7, 2)]
 

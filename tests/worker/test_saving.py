@@ -65,8 +65,13 @@ def events() -> list[Event]:
 
 
 @pytest.fixture
-def saver(tmp_path: Path, events: list[Event]) -> Saver:
-    return Saver(LocalStorage(tmp_path), {}, events.append)
+def lines() -> list[dict[str, Any]]:
+    return []
+
+
+@pytest.fixture
+def saver(tmp_path: Path, lines: list[dict[str, Any]], events: list[Event]) -> Saver:
+    return Saver(LocalStorage(tmp_path), {}, lines, events.append)
 
 
 def content(step: int) -> dict[str, Any]:
@@ -111,21 +116,26 @@ def test_a_save_waits_for_the_previous_one(saver: Saver, disk: SlowDisk, ray_tra
 
 
 def test_a_storage_failure_is_reported_and_the_next_checkpoint_has_the_records_of_both(
-    saver: Saver, disk: SlowDisk, ray_train: RayTrain, events: list[Event], tmp_path: Path
+    saver: Saver,
+    disk: SlowDisk,
+    ray_train: RayTrain,
+    lines: list[dict[str, Any]],
+    events: list[Event],
+    tmp_path: Path,
 ) -> None:
     disk.may_write.set()
     disk.error = OSError("no space left")
-    saver.lines.append({"event": "step", "step": 1})
+    lines.append({"event": "step", "step": 1})
     saver.begin(1, "periodic", lambda: content(1), {})
     assert not saver.finish()
     assert ray_train.reported == [(1, None)] and saver.saved_step == 0, "the other ranks wait for the report"
     assert isinstance(events[0], CheckpointFailed) and "no space left" in events[0].text
     disk.error = None
-    saver.lines.append({"event": "step", "step": 2})
+    lines.append({"event": "step", "step": 2})
     saver.begin(2, "periodic", lambda: content(2), {})
     assert saver.finish()
     records = (tmp_path / "step_2" / RECORDS).read_text().splitlines()
-    assert [json.loads(line)["step"] for line in records] == [1, 2] and saver.lines == []
+    assert [json.loads(line)["step"] for line in records] == [1, 2] and lines == []
 
 
 def test_any_other_error_ends_the_run_and_no_rank_waits(saver: Saver, disk: SlowDisk, ray_train: RayTrain) -> None:

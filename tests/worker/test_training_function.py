@@ -15,7 +15,7 @@ from savant_ray.worker import training_function as worker
 from tests.training.tiny import CPU, tiny_config
 
 
-class FakeHost:
+class FakeConnection:
     rank = 0
 
     def __init__(self, events: list[Event]) -> None:
@@ -23,9 +23,6 @@ class FakeHost:
 
     def emit(self, event: Event, wait: bool = False) -> None:
         self._events.append(event)
-
-    def finish_saving(self) -> None:
-        """Return None: no save is pending."""
 
 
 def no_room(*_: Any) -> None:
@@ -45,7 +42,7 @@ def run_worker(
         "ray": SimpleNamespace(get=lambda reference: False, train=train),
         "Tokenizer": SimpleNamespace(load=lambda *_: None),
         "run_storage": lambda *_: None,
-        "RayHost": lambda *_: FakeHost(events),
+        "DriverConnection": lambda *_: FakeConnection(events),
         "get_device": lambda: CPU,
     }
     for name, fake in (fakes | fakes_of_test).items():
@@ -77,7 +74,7 @@ def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_advice(
 def test_running_out_of_memory_elsewhere_is_not_reported_as_a_model_that_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    events = run_worker(monkeypatch, UnexpectedError, load_newest=no_room)
+    events = run_worker(monkeypatch, UnexpectedError, load_newest_checkpoint=no_room)
     assert not any(isinstance(event, RunFailed) for event in events), "Ray Train restarts the worker"
 
 
