@@ -47,7 +47,7 @@ class Conversation:
         temperature: sampling temperature of the next answer.
         n_loops: number of times that the recurrent block is applied in the next answer.
         context: maximum number of tokens of prompt and answer.
-        notes: what is to be known about the last answer: that it is incomplete, or that turns are left out from now on.
+        notes: messages for the user about the last answer, such as that it is incomplete.
     """
 
     def __init__(

@@ -47,7 +47,8 @@ def message_editor(prompt: str, commands: Sequence[str], is_unfinished: Callable
 
     output = create_output()
     if isinstance(output, Vt100_Output):
-        output.enable_cpr = False  # the terminal need not tell where the cursor is, and some cannot, which is warned of
+        # No requests for the cursor position: some terminals do not answer them, and prompt_toolkit then prints a warning.
+        output.enable_cpr = False
     session: PromptSession[str] = PromptSession(
         prompt,
         multiline=True,

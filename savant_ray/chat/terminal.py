@@ -31,7 +31,7 @@ PROMPT = "> "
 BLOCK = '"""'  # begins and ends a message of several lines
 INCAPABLE_TERMINALS = ("", "dumb", "unknown")
 HELP = {
-    "/reset": "forget the conversation; the system message stays",
+    "/reset": "begin a new conversation; the system message stays",
     "/system TEXT": 'set the system message; "" removes it; without TEXT: show it',
     "/temperature T": "set the sampling temperature; 0: always the most likely token; without T: show it",
     "/loops N": "set the number of times that the recurrent block is applied; without N: show it",
@@ -116,7 +116,7 @@ class ChatTerminal:
 
     def _read_with_prompt(self) -> str:
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # before the prompt invites to press Ctrl+C
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # before the prompt is shown
             print(PROMPT, end="", file=sys.stderr, flush=True)
             return read_message()
         except (EOFError, KeyboardInterrupt):
@@ -165,7 +165,7 @@ class ChatTerminal:
     def _reset(self, argument: str) -> None:
         self.conversation.reset()
         self._saved = None
-        self._note("the conversation is forgotten")
+        self._note("conversation reset")
 
     def _system(self, argument: str) -> None:
         if argument:

@@ -45,7 +45,7 @@ class WorkerProgress:
     process_started: float  # seconds since the epoch
     marks: int  # number of marks of its training thread
     activity: str
-    patience: float  # factor of the usual time limit until the next mark
+    limit_factor: float  # factor of the usual time limit until the next mark
     collectives: int  # that it has entered; the same sequence on all ranks
     waits: bool  # whether it may be waiting for the other ranks in the newest of them
     finished: bool  # no more marks will follow

@@ -189,7 +189,7 @@ def check_ray_processes() -> None:
 def check_ray_actors(all_of_them: bool = False) -> None:
     """Check the actors without which training cannot go on, in a Ray that this process started; takes milliseconds.
 
-    With `all_of_them`, check all processes of actors and tasks: workers start with the help of many of them.
+    With `all_of_them`, check all processes of actors and tasks: starting workers depends on many of them.
 
     Raises:
         TrainingError: one of them is stopped (SIGSTOP) and does not continue.

@@ -80,7 +80,7 @@ def used_splits(taken: Sequence[str], available: Sequence[str]) -> str:
 
 
 def names_by_split(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the files of each split by their names, or those of their folders; files that name none are for training."""
+    """Return the files of each split by their names, or those of their folders; others belong to `train`."""
     splits: dict[str, list[str]] = {}
     for name in names:
         splits.setdefault(_split_in(name) or DEFAULT_SPLIT, []).append(name)
@@ -131,7 +131,7 @@ def default_configs(card: str) -> list[str]:
 
 
 def _split_in(name: str) -> str:
-    """Return the split in the name of a file, or of the folder next to it that names one; "" if there is none."""
+    """Return the split in the name of a file, or of its closest parent folder that names one; "" if there is none."""
     *folders, file = PurePosixPath(name).parts
     match = (
         _SPLIT.fullmatch(file.partition(".")[0])

@@ -1,8 +1,8 @@
 """Recognizes workers that make no progress, and kills them, so that Ray Train restarts all from the newest checkpoint.
 
 Every worker sends a heartbeat each second, with the newest mark of its training thread (`training/progress.py`). A worker
-hangs if the mark stays the same, or if the heartbeats stop, for longer than the limit. Of several such workers those are
-killed on which the others wait.
+hangs if the mark stays the same, or if the heartbeats stop, for longer than the limit. If several hang, only those that the
+others wait for are killed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SILENT_SECONDS = 10.0  # without a heartbeat: the process is stopped, or somethi
 ACTORS_CHECK_SECONDS = 10.0  # between two checks of Ray's actors, which take milliseconds
 MAX_CHECK_SECONDS = 5.0  # a longer time between two checks means that this process was suspended
 SHOWN_FRAMES = 8  # of the stack, in the message
-COLLECTIVE_SECONDS = 3600.0  # of an operation between workers, if `HangWatch` has not ended one of them before
+COLLECTIVE_SECONDS = 3600.0  # timeout of a collective, for hangs that `HangWatch` has not ended earlier
 RUNNING = (Phase.LOADING, Phase.TRAINING, Phase.STOP_REQUESTED, Phase.STOPPING)
 
 
@@ -58,8 +58,8 @@ class _Observed:
     """The newest heartbeat and mark of a worker, and when each was new."""
 
     heartbeats: Heartbeats
-    heard: float
-    progressed: float
+    last_heartbeat_time: float
+    last_progress_time: float
 
     @property
     def position(self) -> int:
@@ -91,7 +91,7 @@ class HangWatch:
         self._observed: dict[int, _Observed] = {}  # by rank
         self._heard: set[int] = set()  # ranks that have sent a heartbeat
         self._last_check = clock()
-        self._time = 0.0  # seconds in which this watch was able to see progress
+        self._time = 0.0  # seconds observed so far, without those in which this process was suspended
         self._actors_checked = 0.0
         self._killed_time: float | None = None  # when workers were killed whose loss Ray Train has not reported yet
         self.reason = ""  # why workers were killed since the last start
@@ -158,24 +158,27 @@ class HangWatch:
                 self._observed[progress.rank] = _Observed(beats, self._time, self._time)
                 continue
             if earlier.heartbeats.progress.marks != progress.marks:
-                earlier.progressed = self._time
+                earlier.last_progress_time = self._time
             if earlier.heartbeats.number != beats.number:
-                earlier.heard = self._time
+                earlier.last_heartbeat_time = self._time
             earlier.heartbeats = beats
 
     def _stuck(self, limit: float) -> list[StuckWorker]:
-        """Return the workers that hang and that the others wait for; all that wait for one that does not start."""
+            """Return the hanging workers that the others wait for.
+
+        If a rank has not started, return all workers that wait for it.
+        """
         running = [worker for worker in self._observed.values() if not worker.heartbeats.progress.finished]
-        silent = [worker for worker in running if self._time - worker.heard > SILENT_SECONDS]
+        silent = [worker for worker in running if self._time - worker.last_heartbeat_time > SILENT_SECONDS]
         behind = min((worker.position for worker in running), default=0)
         world_size = max((worker.heartbeats.progress.world_size for worker in running), default=0)
         missing = tuple(rank for rank in range(world_size) if rank not in self._heard)
         stuck = []
         for worker in silent or [worker for worker in running if missing or worker.position == behind]:
-            progress, seconds = worker.heartbeats.progress, self._time - worker.progressed
-            # A process that does not even send heartbeats needs no patience: they do not depend on its training thread.
-            patience = 1.0 if silent else min(progress.patience, SLOW) if missing else progress.patience
-            if seconds > limit * patience:
+            progress, seconds = worker.heartbeats.progress, self._time - worker.last_progress_time
+            # A silent process gets the plain limit: heartbeats do not depend on its training thread.
+            limit_factor = 1.0 if silent else min(progress.limit_factor, SLOW) if missing else progress.limit_factor
+            if seconds > limit * limit_factor:
                 stuck.append(StuckWorker(progress, seconds, () if silent else missing))
         return stuck
 

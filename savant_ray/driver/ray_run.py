@@ -130,7 +130,7 @@ def _follow(
 ) -> None:
     """Report events and pass on a stop request until `fit()` has returned, or is overdue after the last save.
 
-    If Ray fails, workers may have gone on meanwhile, and saved: the record gets these steps, too.
+    If Ray fails, workers may have trained and saved further steps; these are recorded, too.
 
     Raises:
         TrainingError: Ray itself has failed, or workers hang and are not started again.

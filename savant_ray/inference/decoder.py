@@ -102,7 +102,7 @@ class _Batch:
         return new_tokens
 
     def set_lengths(self) -> None:
-        """Tell the cache which rows are in use, and their lengths."""
+        """Pass the row lengths to the cache; 0 for an unused row."""
         self.cache.set_lengths([0 if answer is None else answer.n_cached for answer in self.answers])
 
     def select(self, rows: Sequence[int]) -> None:

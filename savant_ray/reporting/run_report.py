@@ -74,7 +74,7 @@ class RunReport:
         self.close()
 
     def add_event(self, event: Event) -> None:
-        """Record an event and print it; of notices with the same text, which several workers may send, only the first."""
+        """Record and print an event. A notice that several workers send with the same text is printed once."""
         if isinstance(event, Notice):
             if event.text in self._notices:
                 return

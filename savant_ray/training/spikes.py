@@ -10,8 +10,8 @@ Two differences, each for a reason:
   tails: of 97,000 steps of quiet runs, in which no loss was above its limit, 90 had a norm more than 6 standard deviations
   above the mean, at most 7.2 times the mean (docs/LOG.md).
 - Spikes do not count in mean and deviation, because one of 100 standard deviations would hide all smaller ones for the next
-  `WINDOW` steps. If more than `MAX_SPIKES` of the last `WINDOW` steps are spikes, they do count: the text has changed for
-  good, and such steps are no spikes any more.
+  `WINDOW` steps. If more than `MAX_SPIKES` of the last `WINDOW` steps are spikes, they do count: the change is taken as
+  permanent, and such steps soon no longer count as spikes.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Group:
             process_started=0.0,
             marks=mark.number,
             activity=mark.activity,
-            patience=mark.patience,
+            limit_factor=mark.limit_factor,
             collectives=mark.collectives,
             waits=mark.waits,
             finished=mark.finished,
@@ -168,13 +168,13 @@ def test_workers_that_wait_for_one_that_does_not_start_are_killed_so_that_all_ar
     assert hung(group)[0].activity == "waiting for worker 1 (no heartbeat yet)"
 
 
-@pytest.mark.parametrize("patience", [SLOW, STORAGE])
-def test_slow_activities_have_more_time_but_not_a_process_that_sends_no_heartbeats(patience: float) -> None:
+@pytest.mark.parametrize("limit_factor", [SLOW, STORAGE])
+def test_slow_activities_have_more_time_but_not_a_process_that_sends_no_heartbeats(limit_factor: float) -> None:
     group = Group(1)
-    group.workers[0].begin("saving a checkpoint", patience)
-    assert group.pass_time(int(10 * patience)) == [] and group.pass_time(2) == [0]
+    group.workers[0].begin("saving a checkpoint", limit_factor)
+    assert group.pass_time(int(10 * limit_factor)) == [] and group.pass_time(2) == [0]
     group = Group(1)
-    group.workers[0].begin("saving a checkpoint", patience)
+    group.workers[0].begin("saving a checkpoint", limit_factor)
     group.stopped = {0}
     assert group.pass_time(12) == [0]
 
@@ -182,13 +182,13 @@ def test_slow_activities_have_more_time_but_not_a_process_that_sends_no_heartbea
 def test_the_first_step_and_one_after_a_change_of_micro_batches_may_take_long_because_they_compile() -> None:
     progress = Progress()
     progress.begin("computing")
-    assert progress.newest.patience == SLOW
+    assert progress.newest.limit_factor == SLOW
     progress.end_step()
     progress.begin("computing")
-    assert progress.newest.patience == 1
+    assert progress.newest.limit_factor == 1
     progress.expect_compilation()
     progress.mark()
-    assert progress.newest.patience == SLOW
+    assert progress.newest.limit_factor == SLOW
 
 
 def test_the_automatic_limit_is_20_median_steps_and_at_least_a_minute() -> None:
