@@ -597,9 +597,9 @@ def _print_answer(prompt: str, pieces: Iterator[str]) -> str:
 
     Control characters are escaped if standard output is a terminal.
     """
-    from savant_ray.reporting.wording import printable
+    from savant_ray.reporting.wording import escape_controls
 
-    show = printable if sys.stdout.isatty() else str
+    show = escape_controls if sys.stdout.isatty() else str
     text = next(pieces, "")  # before anything is printed, because loading the checkpoint may fail
     print(show(prompt) + show(text), end="", flush=True)
     for piece in pieces:

@@ -25,7 +25,7 @@ from savant_ray.chat.conversation import Conversation
 from savant_ray.command_line import file_path, loops, refuse_undecodable, temperature
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.errors import SavantError, describe, error_context, print_error
-from savant_ray.reporting.wording import printable
+from savant_ray.reporting.wording import escape_controls
 
 PROMPT = "> "
 BLOCK = '"""'  # begins and ends a message of several lines
@@ -150,7 +150,7 @@ class ChatTerminal:
         return True
 
     def _answer(self, message: str) -> None:
-        show = printable if sys.stdout.isatty() else str
+        show = escape_controls if sys.stdout.isatty() else str
         self._stop_requested = False
         with error_context("generating an answer"):
             for piece in self.conversation.ask(message, lambda: self._stop_requested):
@@ -160,7 +160,7 @@ class ChatTerminal:
             self._note(note)
 
     def _note(self, text: str) -> None:
-        self._notes.print(printable(text), style="dim")
+        self._notes.print(escape_controls(text), style="dim")
 
     def _reset(self, argument: str) -> None:
         self.conversation.reset()
@@ -234,7 +234,7 @@ def without_block_marks(text: str) -> str:
 def _unknown_command(name: str, commands: list[str]) -> str:
     close = difflib.get_close_matches(name, commands, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(commands)}"
-    return f"{printable(name)}: no such command; {hint} (a message can begin with / after a space)"
+    return f"{escape_controls(name)}: no such command; {hint} (a message can begin with / after a space)"
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:

@@ -90,7 +90,7 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
     if cluster is None:
         choose_temp_folder(notify)
     address = "local" if cluster is None else cluster.host_port
-    with start_errors_explained(cluster), hangups_blocked():
+    with start_errors_explained(cluster), block_sighup():
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
         )
@@ -133,7 +133,7 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
 
 
 @contextmanager
-def hangups_blocked() -> Iterator[None]:
+def block_sighup() -> Iterator[None]:
     """Block SIGHUP in the processes that are started in the `with` block, so that closing the terminal does not end them.
 
     Child processes inherit the signal mask of the thread that starts them; Ray uses the same method for SIGINT. Only the

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
-from savant_ray.cluster.bridge import Heartbeats, WorkerProgress
+from savant_ray.cluster.bridge import LatestHeartbeat, WorkerProgress
 from savant_ray.cluster.session import check_ray_actors
 from savant_ray.cluster.stuck_process import KilledProcess, kill_process, training_thread
 from savant_ray.driver.phases import Phase
@@ -57,14 +57,14 @@ class StuckWorker:
 class _Observed:
     """The newest heartbeat and mark of a worker, and when each was new."""
 
-    heartbeats: Heartbeats
+    heartbeat: LatestHeartbeat
     last_heartbeat_time: float
     last_progress_time: float
 
     @property
     def position(self) -> int:
         """Return how far the rank is in the sequence of collectives: before, in, or after one."""
-        progress = self.heartbeats.progress
+        progress = self.heartbeat.progress
         return 2 * progress.collectives - progress.waits
 
 
@@ -120,7 +120,7 @@ class HangWatch:
             return max(MIN_SECONDS, MEDIAN_STEPS * median(self._step_seconds)) if self._step_seconds else MIN_SECONDS
         return self._setting
 
-    def check(self, phase: Phase, workers: Sequence[Heartbeats]) -> None:
+    def check(self, phase: Phase, workers: Sequence[LatestHeartbeat]) -> None:
         """Kill workers that hang; to be called at short intervals.
 
         Raises:
@@ -147,35 +147,32 @@ class HangWatch:
         self._update(workers)
         self._end(self._stuck(limit))
 
-    def _update(self, workers: Sequence[Heartbeats]) -> None:
-        ranks = {beats.progress.rank for beats in workers}
+    def _update(self, workers: Sequence[LatestHeartbeat]) -> None:
+        ranks = {heartbeat.progress.rank for heartbeat in workers}
         self._observed = {rank: worker for rank, worker in self._observed.items() if rank in ranks}
-        for beats in workers:
-            progress = beats.progress
+        for heartbeat in workers:
+            progress = heartbeat.progress
             self._heard.add(progress.rank)
             earlier = self._observed.get(progress.rank)
-            if earlier is None or earlier.heartbeats.progress.actor_id != progress.actor_id:
-                self._observed[progress.rank] = _Observed(beats, self._time, self._time)
+            if earlier is None or earlier.heartbeat.progress.actor_id != progress.actor_id:
+                self._observed[progress.rank] = _Observed(heartbeat, self._time, self._time)
                 continue
-            if earlier.heartbeats.progress.marks != progress.marks:
+            if earlier.heartbeat.progress.marks != progress.marks:
                 earlier.last_progress_time = self._time
-            if earlier.heartbeats.number != beats.number:
+            if earlier.heartbeat.number != heartbeat.number:
                 earlier.last_heartbeat_time = self._time
-            earlier.heartbeats = beats
+            earlier.heartbeat = heartbeat
 
     def _stuck(self, limit: float) -> list[StuckWorker]:
-            """Return the hanging workers that the others wait for.
-
-        If a rank has not started, return all workers that wait for it.
-        """
-        running = [worker for worker in self._observed.values() if not worker.heartbeats.progress.finished]
+        """Return the hanging workers that the others wait for; if a rank has not started, all that wait for it."""
+        running = [worker for worker in self._observed.values() if not worker.heartbeat.progress.finished]
         silent = [worker for worker in running if self._time - worker.last_heartbeat_time > SILENT_SECONDS]
         behind = min((worker.position for worker in running), default=0)
-        world_size = max((worker.heartbeats.progress.world_size for worker in running), default=0)
+        world_size = max((worker.heartbeat.progress.world_size for worker in running), default=0)
         missing = tuple(rank for rank in range(world_size) if rank not in self._heard)
         stuck = []
         for worker in silent or [worker for worker in running if missing or worker.position == behind]:
-            progress, seconds = worker.heartbeats.progress, self._time - worker.last_progress_time
+            progress, seconds = worker.heartbeat.progress, self._time - worker.last_progress_time
             # A silent process gets the plain limit: heartbeats do not depend on its training thread.
             limit_factor = 1.0 if silent else min(progress.limit_factor, SLOW) if missing else progress.limit_factor
             if seconds > limit * limit_factor:

@@ -21,7 +21,7 @@ from savant_ray.errors import STOPPED_EARLY, SettingsError
 from savant_ray.locations import is_uri
 from savant_ray.reporting.page import write_page
 from savant_ray.reporting.runs import RunSummary, summarize
-from savant_ray.reporting.wording import printable, relative_path
+from savant_ray.reporting.wording import escape_controls, relative_path
 from savant_ray.storage.lock import is_in_use
 from savant_ray.sweep.search_space import read_space
 from savant_ray.sweep.trial import LOSS, STEP, Trial, run_name
@@ -71,7 +71,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
     if runs:
         page = folder / "report.html"
         write_page(runs[:MAX_COMPARED], page, is_in_use)
-        print(f"{printable(relative_path(page))} compares the best runs; open it in a browser")
+        print(f"{escape_controls(relative_path(page))} compares the best runs; open it in a browser")
     if not all(result.error or (result.metrics or {}).get("done") for result in results) or not results:
         print("stopped; the same command resumes")
         return STOPPED_EARLY
@@ -121,7 +121,7 @@ class _Progress(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         values = ", ".join(f"{name} {_shown(value)}" for name, value in trial.config.items())
-        print(f"{run_name(trial.trial_id)} starts: {printable(values)}", flush=True)
+        print(f"{run_name(trial.trial_id)} starts: {escape_controls(values)}", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result
@@ -132,7 +132,7 @@ class _Progress(tune.Callback):
         lines = Path(trial.error_file).read_text(encoding="utf-8").split("\n") if trial.error_file else []
         reason = next((line.strip() for line in reversed(lines) if line.strip()), "no reason is known")
         message = reason.partition(": ")[2] if reason.startswith("savant_ray.errors.") else reason
-        print(f"{run_name(trial.trial_id)} fails: {printable(message)}", flush=True)
+        print(f"{run_name(trial.trial_id)} fails: {escape_controls(message)}", flush=True)
 
 
 def _shown(value: Any) -> str:
@@ -155,9 +155,9 @@ def _loss(summary: RunSummary | None) -> float:
 
 def _print_table(rows: list[tuple[dict[str, Any], RunSummary | None]], names: list[str]) -> None:
     """Print one row per trial, the best one first."""
-    table = Table("run", *map(printable, names), "state", "step", "best validation", box=None)
+    table = Table("run", *map(escape_controls, names), "state", "step", "best validation", box=None)
     for values, summary in rows:
-        shown = [printable(_shown(values.get(name))) for name in names]
+        shown = [escape_controls(_shown(values.get(name))) for name in names]
         if summary is None:
             table.add_row("–", *shown, "failed", "0", "–")
         else:

@@ -18,6 +18,6 @@ def loops_of_step(config: Config, step: int) -> int:
     return config.model.n_loops * (2 if is_double else 1)
 
 
-def most_loops(config: Config) -> int:
+def max_loops(config: Config) -> int:
     """Return the largest number of loops that a step can have."""
     return config.model.n_loops * (2 if config.training.double_loops_fraction else 1)

@@ -17,7 +17,7 @@ from ray.exceptions import ActorUnavailableError
 from ray.train import WorkerGroupError
 
 from savant_ray.cluster import bridge, session
-from savant_ray.cluster.bridge import Heartbeats, InOrder, NewestHeartbeats, WorkerProgress
+from savant_ray.cluster.bridge import EventReorderer, HeartbeatTable, LatestHeartbeat, WorkerProgress
 from savant_ray.cluster.stuck_process import KilledProcess, kill_local_process, training_thread
 from savant_ray.driver.failures import explain_failure
 from savant_ray.driver.hang_watch import HangWatch, collective_timeout
@@ -76,7 +76,7 @@ class Group:
             self.watch.check(self.phase, [self.heartbeats(rank) for rank in present])
         return self.killed[before:]
 
-    def heartbeats(self, rank: int) -> Heartbeats:
+    def heartbeats(self, rank: int) -> LatestHeartbeat:
         mark = self.workers[rank].newest
         progress = WorkerProgress(
             rank=rank,
@@ -93,7 +93,7 @@ class Group:
             waits=mark.waits,
             finished=mark.finished,
         )
-        return Heartbeats(progress, self.beats[rank])
+        return LatestHeartbeat(progress, self.beats[rank])
 
 
 def hung(group: Group) -> list[WorkerHung]:
@@ -288,27 +288,27 @@ def test_a_stopped_process_of_ray_is_named_unless_it_continues_soon(monkeypatch:
     raylet.wait()
 
 
-def test_events_of_a_sender_are_passed_on_in_the_order_of_their_numbers() -> None:
-    passed_on: list[Event] = []
+def test_events_of_a_sender_are_delivered_in_the_order_of_their_numbers() -> None:
+    delivered: list[Event] = []
     events = [Notice(text=str(number)) for number in range(20)]
     arrival = random.Random(0).sample(range(20), 20)
 
     async def send() -> None:
-        in_order = InOrder(passed_on.append)
+        reorderer = EventReorderer(delivered.append)
         calls = {}
         for number in arrival:
-            calls[number] = asyncio.create_task(in_order.add(events[number], number))
+            calls[number] = asyncio.create_task(reorderer.add(events[number], number))
             for _ in range(10):
                 await asyncio.sleep(0)
             for earlier, call in calls.items():
-                assert call.done() == (earlier < len(passed_on)), "a call returns once its event is passed on"
+                assert call.done() == (earlier < len(delivered)), "a call returns once its event is delivered"
 
     asyncio.run(send())
-    assert passed_on == events
+    assert delivered == events
 
 
 def test_after_each_heartbeat_the_ranks_of_the_current_group_are_known_and_no_others() -> None:
-    newest = NewestHeartbeats()
+    newest = HeartbeatTable()
     for size in (1, 3, 2, 4):
         group = Group(size)
         for rank in range(size):
@@ -339,19 +339,19 @@ def test_while_workers_start_any_stopped_process_of_ray_is_named(monkeypatch: py
     actor.wait()
 
 
-def test_events_after_a_lost_one_are_passed_on_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_after_a_lost_one_are_delivered_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "LOST_SECONDS", 0.05)
-    passed_on: list[Event] = []
+    delivered: list[Event] = []
     events = [Notice(text=str(number)) for number in range(9)]
 
     async def send() -> None:
-        in_order = InOrder(passed_on.append)
-        await asyncio.gather(*(in_order.add(events[number], number) for number in (0, 4, 3, 6, 7)))
-        assert passed_on == [events[number] for number in (0, 3, 4, 6, 7)]
-        await asyncio.gather(*(in_order.add(events[number], number) for number in (8, 2)))
+        reorderer = EventReorderer(delivered.append)
+        await asyncio.gather(*(reorderer.add(events[number], number) for number in (0, 4, 3, 6, 7)))
+        assert delivered == [events[number] for number in (0, 3, 4, 6, 7)]
+        await asyncio.gather(*(reorderer.add(events[number], number) for number in (8, 2)))
 
     asyncio.run(asyncio.wait_for(send(), 10))
-    assert passed_on[-2:] == [events[8], events[2]], "one that was only late is not dropped"
+    assert delivered[-2:] == [events[8], events[2]], "one that was only late is not dropped"
 
 
 def test_a_worker_sends_heartbeats_again_after_its_connection_to_the_driver_has_failed(
