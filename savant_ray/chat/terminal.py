@@ -52,7 +52,7 @@ class ChatTerminal:
         is_capable = sys.stdout.isatty() and os.environ.get("TERM", "") not in INCAPABLE_TERMINALS
         self._has_editor = self._is_interactive and is_capable
         self._stop_requested = False
-        self._saved: Path | None = None  # the file of this conversation, which may be replaced
+        self._saved_file: Path | None = None  # to which this conversation was saved, so it may be replaced
         self._notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._commands = {
             "/reset": self._reset,
@@ -70,9 +70,10 @@ class ChatTerminal:
         if the input is a terminal.
         """
         if self._is_interactive:
-            continues = "continues your text (--conversation: it answers questions)"
-            does = continues if self.conversation.continues_text else "answers your messages"
-            self._note(f"{title} {does}. /help lists the commands, Ctrl+D ends the program.")
+            behavior = "answers your messages"
+            if self.conversation.continues_text:
+                behavior = "continues your text (--conversation: it answers questions)"
+            self._note(f"{title} {behavior}. /help lists the commands, Ctrl+D ends the program.")
         read = self._reader()
         has_failed, is_leaving = False, False
         while True:
@@ -96,7 +97,7 @@ class ChatTerminal:
         return int(has_failed and not self._is_interactive)
 
     def _reader(self) -> Callable[[], str]:
-        """Return the function that reads a message, and handle signals as it needs.
+        """Return the function that reads a message, and install the signal handlers that it needs.
 
         The function raises EOFError at the end of the input, and KeyboardInterrupt after Ctrl+C.
         """
@@ -107,7 +108,7 @@ class ChatTerminal:
         if not self._is_interactive:
             return read_message
         signal.signal(signal.SIGINT, self._request_stop)
-        signal.signal(signal.SIGTERM, _exit)  # with the terminal in its normal mode
+        signal.signal(signal.SIGTERM, _exit)  # by an exception, so that the editor restores the terminal's mode
         if self._has_editor:
             from savant_ray.chat.editor import message_editor
 
@@ -164,7 +165,7 @@ class ChatTerminal:
 
     def _reset(self, argument: str) -> None:
         self.conversation.reset()
-        self._saved = None
+        self._saved_file = None
         self._note("conversation reset")
 
     def _system(self, argument: str) -> None:
@@ -189,12 +190,12 @@ class ChatTerminal:
             raise SavantError("/save: there is no conversation yet")
         path = file_path(argument)
         try:
-            if path != self._saved and path.exists():
+            if path != self._saved_file and path.exists():
                 raise SavantError(f"/save: {argument} exists already; choose another name")
             write_atomically(path, self.conversation.to_jsonl())
         except OSError as error:
             raise SavantError(f"/save: {describe(error)}") from error
-        self._saved = path
+        self._saved_file = path
         self._note(f"{argument} is written")
 
     def _help(self, argument: str) -> None:

@@ -23,9 +23,9 @@ from savant_ray.events import AttemptStarted, Event, StepDone, WorkerHung, Worke
 from savant_ray.reporting.wording import duration
 from savant_ray.training.progress import SLOW
 
-MIN_SECONDS = 60.0
-MEDIAN_STEPS = 20
-RECENT_STEPS = 100
+MIN_SECONDS = 60.0  # smallest limit with `auto`
+LIMIT_STEPS = 20  # the limit with `auto`, in median step times
+RECENT_STEPS = 100  # whose times the median is taken of
 SILENT_SECONDS = 10.0  # without a heartbeat: the process is stopped, or something holds its interpreter lock
 ACTORS_CHECK_SECONDS = 10.0  # between two checks of Ray's actors, which take milliseconds
 MAX_CHECK_SECONDS = 5.0  # a longer time between two checks means that this process was suspended
@@ -63,7 +63,7 @@ class _Observed:
 
     @property
     def position(self) -> int:
-        """Return how far the rank is in the sequence of collectives: before, in, or after one."""
+        """Return the rank's position in the sequence of collectives: 2 per collective, 1 less while it waits in one."""
         progress = self.heartbeat.progress
         return 2 * progress.collectives - progress.waits
 
@@ -89,15 +89,15 @@ class HangWatch:
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._last_step = 0
         self._observed: dict[int, _Observed] = {}  # by rank
-        self._heard: set[int] = set()  # ranks that have sent a heartbeat
+        self._started_ranks: set[int] = set()  # those that have sent a heartbeat
         self._last_check = clock()
         self._time = 0.0  # seconds observed so far, without those in which this process was suspended
         self._actors_checked = 0.0
-        self._killed_time: float | None = None  # when workers were killed whose loss Ray Train has not reported yet
-        self.reason = ""  # why workers were killed since the last start
+        self._kill_time: float | None = None  # when workers were killed; None once Ray Train has reported their loss
+        self.reason = ""  # why workers were killed; "" if none were since the workers last started
 
     def observe(self, event: Event) -> Event:
-        """Take note of an event of the workers; return it, with the reason if workers were lost because of a hang."""
+        """Process an event of the workers and return it, with the reason if they were lost because of a hang."""
         match event:
             case StepDone():
                 self._step_seconds.append(event.step_seconds)
@@ -115,9 +115,9 @@ class HangWatch:
 
     @property
     def limit(self) -> float | None:
-        """Return after how many seconds without progress a worker hangs; None: never."""
+        """Return after how many seconds without progress a worker counts as hanging; None: never."""
         if self._setting == "auto":
-            return max(MIN_SECONDS, MEDIAN_STEPS * median(self._step_seconds)) if self._step_seconds else MIN_SECONDS
+            return max(MIN_SECONDS, LIMIT_STEPS * median(self._step_seconds)) if self._step_seconds else MIN_SECONDS
         return self._setting
 
     def check(self, phase: Phase, workers: Sequence[LatestHeartbeat]) -> None:
@@ -137,22 +137,22 @@ class HangWatch:
         if limit is None or phase not in RUNNING:
             self._forget()
             return
-        if self._killed_time is not None:
-            if self._time - self._killed_time > max(limit, MIN_SECONDS):
+        if self._kill_time is not None:
+            if self._time - self._kill_time > max(limit, MIN_SECONDS):
                 raise TrainingError(
                     f"{self.reason}, but Ray did not restart it: its node, or Ray Train's controller, does not answer.\n"
                     "Run the same command again to resume from the last checkpoint."
                 )
             return
         self._update(workers)
-        self._end(self._stuck(limit))
+        self._kill_workers(self._stuck(limit))
 
     def _update(self, workers: Sequence[LatestHeartbeat]) -> None:
         ranks = {heartbeat.progress.rank for heartbeat in workers}
         self._observed = {rank: worker for rank, worker in self._observed.items() if rank in ranks}
         for heartbeat in workers:
             progress = heartbeat.progress
-            self._heard.add(progress.rank)
+            self._started_ranks.add(progress.rank)
             earlier = self._observed.get(progress.rank)
             if earlier is None or earlier.heartbeat.progress.actor_id != progress.actor_id:
                 self._observed[progress.rank] = _Observed(heartbeat, self._time, self._time)
@@ -167,11 +167,11 @@ class HangWatch:
         """Return the hanging workers that the others wait for; if a rank has not started, all that wait for it."""
         running = [worker for worker in self._observed.values() if not worker.heartbeat.progress.finished]
         silent = [worker for worker in running if self._time - worker.last_heartbeat_time > SILENT_SECONDS]
-        behind = min((worker.position for worker in running), default=0)
+        first_position = min((worker.position for worker in running), default=0)
         world_size = max((worker.heartbeat.progress.world_size for worker in running), default=0)
-        missing = tuple(rank for rank in range(world_size) if rank not in self._heard)
+        missing = tuple(rank for rank in range(world_size) if rank not in self._started_ranks)
         stuck = []
-        for worker in silent or [worker for worker in running if missing or worker.position == behind]:
+        for worker in silent or [worker for worker in running if missing or worker.position == first_position]:
             progress, seconds = worker.heartbeat.progress, self._time - worker.last_progress_time
             # A silent process gets the plain limit: heartbeats do not depend on its training thread.
             limit_factor = 1.0 if silent else min(progress.limit_factor, SLOW) if missing else progress.limit_factor
@@ -179,7 +179,7 @@ class HangWatch:
                 stuck.append(StuckWorker(progress, seconds, () if silent else missing))
         return stuck
 
-    def _end(self, stuck: Sequence[StuckWorker]) -> None:
+    def _kill_workers(self, stuck: Sequence[StuckWorker]) -> None:
         for worker in stuck:
             progress = worker.progress
             try:
@@ -187,7 +187,7 @@ class HangWatch:
             except ProcessLookupError:  # Ray Train has just ended it
                 del self._observed[progress.rank]
                 continue
-            self._killed_time = self._time
+            self._kill_time = self._time
             self.reason = _reason(worker, killed)
             self._emit(
                 WorkerHung(
@@ -203,8 +203,8 @@ class HangWatch:
 
     def _forget(self) -> None:
         self._observed.clear()
-        self._heard.clear()
-        self._killed_time = None
+        self._started_ranks.clear()
+        self._kill_time = None
 
 
 def _activity(worker: StuckWorker) -> str:

@@ -124,7 +124,7 @@ def _words(text: str) -> str:
 def _is_punctuation(text: str, i: int) -> bool:
     """Return whether the character is punctuation that does not change the meaning.
 
-    Kept are characters as in `c#` and `km/h`, characters between two digits, and a minus sign before a number.
+    Characters as in `c#` and `km/h`, between two digits, and a minus sign before a number are not such punctuation.
     """
     char = text[i]
     if not unicodedata.category(char).startswith("P") or char in "%#&@/":

@@ -81,7 +81,7 @@ class Score:
 
 
 def logic_suite() -> list[Question]:
-    """Return the questions, always the same: held-out pairs in trained wordings, then some in held-out wordings."""
+    """Return the questions, always the same: held-out pairs in trained wordings, then others in held-out wordings."""
     trained = problems(SUITE_SEED, N_TRAINED_WORDINGS, held_out=True)
     new = problems(SUITE_SEED, N_NEW_WORDINGS, held_out=True, unseen_wordings=True)
     return [

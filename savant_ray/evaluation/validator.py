@@ -111,8 +111,8 @@ class Validator:
     def __call__(self, state: TrainingState) -> bool:
         """Evaluate the state and return whether a stop was requested on some rank. Collective.
 
-        The weights are averaged ones with `training.ema_decay`. Losses and correct answers are summed over all ranks; rank 0
-        generates the sample. A part that a stop request interrupts emits nothing.
+        With `training.ema_decay` the averaged weights are evaluated. Losses and correct answers are summed over all ranks;
+        rank 0 generates the sample. A part that a stop request interrupts emits nothing.
 
         Raises:
             DeviceMemoryError: the device has no memory for one sequence or one question.
@@ -143,7 +143,7 @@ class Validator:
     def _loss_sums(self, state: TrainingState) -> Tensor:
         """Return the sums over this rank's sequences; while they do not fit into memory, halve the forward passes.
 
-        The micro-batches of training stay as they are.
+        This does not change the micro-batches of training.
 
         Raises:
             DeviceMemoryError: one sequence does not fit.

@@ -35,11 +35,11 @@ TUNE_ENVIRONMENT = {
 }
 MAX_COMPARED = 8  # runs on the page
 PIPE_WIDTH = 120
-TRIAL_MEMORY = 64 << 20  # reserved for a trial's process, which must not reserve cores: the run needs them
+TRIAL_MEMORY = 64 << 20  # bytes that a trial's process reserves instead of cores, which its run needs
 
 
 def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_early: bool, verbose: bool) -> int:
-    """Run or resume the sweep `run.name` with absolute paths in `config`, and print its results.
+    """Run or resume the sweep `run.name` and print its results; all paths in `config` are absolute.
 
     Returns:
         the exit code: `STOPPED_EARLY` after Ctrl+C or SIGTERM, when the runs are saved; otherwise 1 if a trial has failed.
@@ -57,7 +57,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
     with ray_session(verbose):
         if not verbose:
             logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `_Progress` prints why a trial fails
-        settings = _shared(config, concurrent).to_dict()
+        settings = _with_shared_cores(config, concurrent).to_dict()
         settings["run"]["storage_path"] = str(folder)
         tuner = _tuner(folder, settings, space, trials, concurrent, stops_early)
         for number in (signal.SIGTERM, signal.SIGHUP):  # Tune stops the trials after SIGINT only
@@ -86,13 +86,13 @@ def _refuse_other_sweep(folder: Path, description: str) -> None:
         raise SettingsError(f"{folder}: this sweep has other settings or another search space; choose another run.name")
 
 
-def _shared(config: Config, concurrent: int) -> Config:
-    """Return the settings with a fraction of the cores for each worker, so that several trials run at once."""
+def _with_shared_cores(config: Config, concurrent: int) -> Config:
+    """Return settings in which each worker gets a fraction of the cores, so that `concurrent` trials run at once."""
     if concurrent == 1 or config.scaling.resources_per_worker:
         return config
     cores = int(sum(node.get("CPU", 0) for node in node_resources()))
-    of_worker = {"CPU": float(max(1, cores // (concurrent * config.scaling.worker_limits[1])))}
-    return config.model_copy(update={"scaling": config.scaling.model_copy(update={"resources_per_worker": of_worker})})
+    resources = {"CPU": float(max(1, cores // (concurrent * config.scaling.worker_limits[1])))}
+    return config.model_copy(update={"scaling": config.scaling.model_copy(update={"resources_per_worker": resources})})
 
 
 def _tuner(
