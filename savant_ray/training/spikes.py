@@ -10,8 +10,8 @@ Two differences from OLMo-core:
   tails: of 97,000 steps of runs in which no loss was above its limit, 90 had a norm more than 6 standard deviations above
   the mean, at most 7.2 times the mean (docs/LOG.md).
 - Spikes do not count in mean and deviation, because a large one would raise the limits so far that smaller ones would not be
-  found in the next `WINDOW` steps. If more than `MAX_SPIKES` of the last `WINDOW` steps are spikes, they do count: the change
-  is taken as permanent, and such steps soon no longer count as spikes.
+  found in the next `WINDOW` steps. If more than `MAX_SPIKES` of the last `WINDOW` steps are spikes, they do count: the
+  change is taken as permanent, and such steps soon no longer count as spikes.
 """
 
 from __future__ import annotations
