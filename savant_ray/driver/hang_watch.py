@@ -25,7 +25,7 @@ from savant_ray.training.progress import SLOW
 
 MIN_SECONDS = 60.0  # smallest limit with `auto`
 LIMIT_STEPS = 20  # the limit with `auto`, in median step times
-RECENT_STEPS = 100  # whose times the median is taken of
+RECENT_STEPS = 100  # in the median
 SILENT_SECONDS = 10.0  # without a heartbeat: the process is stopped, or something holds its interpreter lock
 ACTORS_CHECK_SECONDS = 10.0  # between two checks of Ray's actors, which take milliseconds
 MAX_CHECK_SECONDS = 5.0  # a longer time between two checks means that this process was suspended
@@ -55,7 +55,7 @@ class StuckWorker:
 
 @dataclass
 class _Observed:
-    """The newest heartbeat and mark of a worker, and when each was new."""
+    """The newest heartbeat of a worker, when it arrived, and when the worker last made progress."""
 
     heartbeat: LatestHeartbeat
     last_heartbeat_time: float

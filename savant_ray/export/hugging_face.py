@@ -37,13 +37,13 @@ PLAIN_TEMPLATE = """\
 {%- set content = content | map(attribute='text') | join -%}
 {%- endif -%}
 {%- if content is not string or message['tool_calls'] -%}
-{{ raise_exception('a message calls a tool or has no text, which has no place in a plain conversation') }}
+{{ raise_exception('a message has a tool call or no text; without a chat template, conversations are text only') }}
 {%- endif -%}
 {%- set content = content | trim -%}
 {%- if message['role'] in ('system', 'developer') -%}{{ content }}
 {%- elif message['role'] == 'user' -%}{{ 'Question: ' + content }}
 {%- elif message['role'] == 'assistant' -%}{{ 'Answer: ' + content }}
-{%- else -%}{{ raise_exception('the role ' + message['role'] + ' has no place in a plain conversation') }}
+{%- else -%}{{ raise_exception('without a chat template, conversations have no role ' + message['role']) }}
 {%- endif -%}
 {%- if not loop.last -%}{{ '\\n' if message['role'] == 'user' else '\\n\\n' }}{%- endif -%}
 {%- endfor -%}

@@ -55,7 +55,7 @@ class Trial(tune.Trainable):
         return {**newest_validation(self._folder), "done": has_ended}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Return nothing: the run in its folder is the checkpoint, and `setup` resumes it."""
+        """Return an empty dict: the run in its folder is the checkpoint, and `setup` resumes it."""
         return {}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
