@@ -278,7 +278,7 @@ def test_messages_of_a_conversation_without_a_chat_template_may_be_in_parts_of_t
     assert text(parts) == text("good day") == "Question: good day"
     with pytest.raises(jinja2.TemplateError, match="a part of a message is not text"):
         text([*parts, {"type": "image", "url": "x.png"}])
-    with pytest.raises(jinja2.TemplateError, match="calls a tool"):
+    with pytest.raises(jinja2.TemplateError, match="has a tool call"):
         text("", tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {}}}])
 
 
