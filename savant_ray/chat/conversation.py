@@ -191,8 +191,8 @@ class Conversation:
         """Yield the text of an answer; in a conversation without leading white space and without a generated question."""
         text = AnswerText(self._tokenizer, prompt, self._turn_end)
         has_begun = self.continues_text
-        for new in self._tokens(prompt, sampling, stop_requested):
-            piece = text.push(new)
+        for new_tokens in self._tokens(prompt, sampling, stop_requested):
+            piece = text.push(new_tokens)
             shown = piece if has_begun else piece.lstrip()
             has_begun |= bool(shown)
             if shown:

@@ -117,8 +117,8 @@ def _value(match: re.Match[str]) -> Fraction:
 def _words(text: str) -> str:
     """Return the text in lower case, without articles, punctuation and repeated spaces; "" if nothing is left."""
     folded = text.casefold()
-    kept = "".join(char for i, char in enumerate(folded) if not _is_punctuation(folded, i))
-    return " ".join(ARTICLES.sub(" ", kept).split())
+    without_punctuation = "".join(char for i, char in enumerate(folded) if not _is_punctuation(folded, i))
+    return " ".join(ARTICLES.sub(" ", without_punctuation).split())
 
 
 def _is_punctuation(text: str, i: int) -> bool:

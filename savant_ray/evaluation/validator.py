@@ -92,8 +92,8 @@ class Validator:
         n_sequences = min(config.validation.batches * config.training.batch_size, cache.n_sequences)
         _, rows = GlobalOrder([cache.n_sequences], [1.0], SEQUENCE_SEED).locate(np.arange(n_sequences))
         # Whole micro-batches, so that the loss has the same bits on any number of ranks.
-        own = rank_slice(n_sequences, rank, world_size, config.training.batch_size)
-        rows = rows[np.asarray(own, dtype=np.int64)]
+        local_slice = rank_slice(n_sequences, rank, world_size, config.training.batch_size)
+        rows = rows[np.asarray(local_slice, dtype=np.int64)]
         with_logic = config.validation.logic_problems > 0
         return cls(
             config=config,

@@ -233,8 +233,8 @@ class SavantForCausalLM(PreTrainedModel, GenerationMixin):
             x = self.recurrent_block(x, loop, window, mask_of, rope, cache)
             states = [*states, x] if returns_states else [x]
         states[-1] = x = self.ln_f(x)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(x[:, kept])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(x[:, positions])
         loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1], **kwargs)
         hidden_states = tuple(states) if returns_states else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE: cache})

@@ -159,10 +159,10 @@ class Api:
         self._n_answers += 1
         self._n_tokens.inc(len(prompt), {"kind": "prompt"})
         try:
-            async for new in generated:
+            async for new_tokens in generated:
                 if not answer.n_tokens:
                     self._first_token.observe(time.perf_counter() - start)
-                text, is_last = answer.push(new), new.is_last
+                text, is_last = answer.push(new_tokens), new_tokens.is_last
                 yield text
                 if answer.is_stopped:
                     break
