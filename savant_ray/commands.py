@@ -567,21 +567,21 @@ COMMANDS = {
     "quickstart": Command(_quickstart, "train a small model on generated text, or resume it", prints_result=False),
     "train": Command(_train, "train a run, or resume it", prints_result=False),
     "prepare": Command(
-        _prepare, "tokenize and pack the training text; train does so too if it is necessary", prints_result=False
+        _prepare, "tokenize and pack the training text; `train` does this automatically", prints_result=False
     ),
     "data": Command(_data, "show what is in the training text: counts, lengths, invalid records, examples"),
     "runs": Command(_runs, "list runs with state, step, loss and last checkpoint"),
     "status": Command(_status, "print the state of a run in five lines"),
     "report": Command(_report, "write an HTML page about a run, or about several side by side", prints_result=False),
     "verify": Command(_verify, "repeat recorded steps and compare them with the run, bit for bit"),
-    "sweep": Command(_sweep, "train runs with other settings each, and compare them", prints_result=False),
+    "sweep": Command(_sweep, "train one run per combination of settings, and compare them", prints_result=False),
     "generate": Command(_generate, "complete a prompt with a checkpoint"),
     "chat": Command(_chat, "talk to a model: questions and answers, or texts that it continues"),
     "evaluate": Command(_evaluate, "score a checkpoint on logic problems, or on your own questions"),
     "serve": Command(_serve, "serve a checkpoint with OpenAI's API, on Ray Serve", prints_result=False),
     "export": Command(_export, "convert a checkpoint for other programs", prints_result=False),
     "init": Command(_init, "write a settings file for your own text", prints_result=False),
-    "doctor": Command(_doctor, "check what a training needs on this machine"),
+    "doctor": Command(_doctor, "check this machine for what training requires"),
     "completion": Command(_completion, "print a script with which your shell completes commands and settings"),
     "config": Command(_config, "print the complete settings"),
     "benchmark": Command(_benchmark, "benchmark parts of the program against straightforward implementations"),
@@ -597,9 +597,9 @@ def _print_answer(prompt: str, pieces: Iterator[str]) -> str:
 
     Control characters are escaped if standard output is a terminal.
     """
-    from savant_ray.reporting.wording import printable
+    from savant_ray.reporting.wording import escape_controls
 
-    show = printable if sys.stdout.isatty() else str
+    show = escape_controls if sys.stdout.isatty() else str
     text = next(pieces, "")  # before anything is printed, because loading the checkpoint may fail
     print(show(prompt) + show(text), end="", flush=True)
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""`savant doctor`: checks what a training needs on this machine, and says how to get what is missing."""
+"""`savant doctor`: checks the machine for what training requires, and prints how to install what is missing."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
     ├── CheckpointError         4   a checkpoint is missing, damaged or does not fit
     ├── MemoryCapError          5   one sequence, or the model's state, does not fit under `training.vram_limit_gb`
     ├── VerificationError       6   a repeated step or checkpoint is not that of the run (`savant verify`)
-    ├── TrainingError           1   training failed: too many steps were skipped, or a worker died too often
+    ├── TrainingError           1   training failed: too many steps were skipped, or workers failed too often
     └── UnexpectedError         1   any other error, with the current activity; the full traceback is stored in a file
 
 Messages name the place, what was found, and what to do. `STOPPED_EARLY` (75, EX_TEMPFAIL of sysexits.h) is not an error: the
@@ -67,7 +67,7 @@ class VerificationError(SavantError):
 
 
 class TrainingError(SavantError):
-    """Training failed: too many steps were skipped, or a worker died too often."""
+    """Training failed: too many steps were skipped, or workers failed more often than `scaling.max_failures`."""
 
 
 class UnexpectedError(SavantError):

@@ -203,7 +203,7 @@ def printable(text: str) -> str:
     r"""Return `text` on one line, with control characters and invalid UTF-8 bytes escaped, as in `r\xe9sum`.
 
     The middle of a text that is longer than `MAX_SHOWN` characters is omitted. It is for paths and settings in messages;
-    `reporting.wording.printable` keeps the lines and the length of longer text.
+    `reporting.wording.escape_controls` keeps the lines and the length of longer text.
     """
     if text.isprintable() and len(text) <= MAX_SHOWN:
         return text

@@ -45,7 +45,7 @@ def test_public_names_exist_and_are_imported_on_first_use() -> None:
 
 
 @pytest.mark.parametrize(
-    ("executable", "said"),
+    ("executable", "pattern"),
     [
         ("/bin/false", "without a result .exit code 1"),
         ("/nowhere/python", "cannot be started"),
@@ -53,10 +53,10 @@ def test_public_names_exist_and_are_imported_on_first_use() -> None:
     ],
 )
 def test_a_training_process_that_cannot_start_raises_a_training_error(
-    executable: str, said: str, monkeypatch: pytest.MonkeyPatch
+    executable: str, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", executable)
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(TrainingError, match=pattern):
         savant_ray.train({})
 
 

@@ -199,16 +199,16 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_and_prin
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("savant_ray.driver.prepare", fail)
     assert main(["prepare"]) == 1
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     (file,) = tmp_path.iterdir()
-    assert said == (
+    assert printed == (
         f"error: while tokenizing train.jsonl: ZeroDivisionError: division by zero (the full traceback is in {file})\n"
     )
     assert "in fail\n" in file.read_text()
     assert main(["prepare", "--verbose"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("Traceback (most recent call last)") and "in fail\n" in said
-    assert "\nerror: while tokenizing" in said
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback (most recent call last)") and "in fail\n" in printed
+    assert "\nerror: while tokenizing" in printed
 
 
 class Panic(BaseException):
@@ -216,7 +216,7 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         (Panic("index out of bounds\nnote: run with RUST_BACKTRACE=1"), "Panic: index out of bounds"),
         (RuntimeError(""), "RuntimeError"),
@@ -228,7 +228,7 @@ class Panic(BaseException):
 )
 def test_any_exception_is_printed_in_one_line_of_limited_length(
     error: BaseException,
-    said: str,
+    expected: str,
     calls: list[Any],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -239,7 +239,7 @@ def test_any_exception_is_printed_in_one_line_of_limited_length(
     monkeypatch.setattr("savant_ray.driver.prepare", fail)
     assert main(["prepare"]) == 1
     printed = capsys.readouterr().err
-    assert printed.startswith("error: while running savant prepare: ") and said in printed
+    assert printed.startswith("error: while running savant prepare: ") and expected in printed
     assert printed.count("\n") == 1 and len(printed) < 1000
 
 
@@ -265,8 +265,8 @@ def test_an_error_in_a_background_thread_is_a_warning_in_one_line(
 
     monkeypatch.setattr("savant_ray.driver.prepare", start_thread)
     assert main(["prepare"]) == 0
-    said = capsys.readouterr().err
-    assert said.startswith("WARNING: the thread reader ended: ZeroDivisionError:") and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("WARNING: the thread reader ended: ZeroDivisionError:") and printed.count("\n") == 1
 
 
 def test_ctrl_c_ends_a_command_with_exit_code_130(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +341,7 @@ def test_generate_refuses_numbers_out_of_range(
 ) -> None:
     assert main(["generate", "--checkpoint", "run", "--prompt", "x", f"{option}={value}"]) == 2
     assert calls == []
-    assert f"argument {option}: " in (told := capsys.readouterr().err.splitlines()[-1]) and message in told
+    assert f"argument {option}: " in (error_line := capsys.readouterr().err.splitlines()[-1]) and message in error_line
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 1])
@@ -420,10 +420,10 @@ def test_environment_variables_that_only_look_like_settings_are_reported(
     monkeypatch.setenv("SAVANT_LR", "1e-3")
     monkeypatch.setenv("SAVANT_HEAD_SVC_SERVICE_HOST", "10.0.0.1")
     assert main(["config"]) == 0
-    told = capsys.readouterr()
-    assert yaml.safe_load(told.out) == Config().to_dict()
+    output = capsys.readouterr()
+    assert yaml.safe_load(output.out) == Config().to_dict()
     assert (
-        told.err == "note: SAVANT_LR is not a setting and is ignored; settings look like SAVANT_TRAINING__MAX_STEPS\n"
+        output.err == "note: SAVANT_LR is not a setting and is ignored; settings look like SAVANT_TRAINING__MAX_STEPS\n"
     )
 
 

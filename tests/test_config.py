@@ -521,7 +521,7 @@ def test_derived_values_are_computed_from_the_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "option"),
     [
         ("run.storage_path", "s3://key:secret@bucket/runs", "run.storage_path"),
         ("run.init_from", "s3://key:secret@bucket/runs/a", "run.init_from"),
@@ -530,9 +530,9 @@ def test_derived_values_are_computed_from_the_settings() -> None:
         ("reporting.mlflow", "postgresql://user:secret@host/mlflow", "reporting.mlflow"),
     ],
 )
-def test_an_address_with_a_password_is_refused_and_not_repeated(name: str, value: str, told: str) -> None:
-    (said,) = refusal(f"--{name}", value)
-    assert said.startswith(f"--{told}: the address contains a password") and "secret@" not in said
+def test_an_address_with_a_password_is_refused_and_not_repeated(name: str, value: str, option: str) -> None:
+    (message,) = refusal(f"--{name}", value)
+    assert message.startswith(f"--{option}: the address contains a password") and "secret@" not in message
 
 
 def test_an_address_without_a_password_may_name_a_user_and_a_port() -> None:

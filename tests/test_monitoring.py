@@ -87,8 +87,8 @@ def test_grafana_is_provisioned_with_this_dashboard_and_the_datasource_of_rays_o
     provisioning = FOLDER / "grafana/provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"]
     assert (source["name"], source["url"]) == (DEFAULT_PROMETHEUS_NAME, "http://127.0.0.1:9090")
-    ours, _ = yaml.safe_load((provisioning / "dashboards/savant.yml").read_text())["providers"]
-    path = ours["options"]["path"].replace("$MONITORING", str(FOLDER))
+    provider, _ = yaml.safe_load((provisioning / "dashboards/savant.yml").read_text())["providers"]
+    path = provider["options"]["path"].replace("$MONITORING", str(FOLDER))
     assert tracked_files("jobs/monitoring/*.json") == [Path(path) / "savant.json"]
 
 

@@ -188,7 +188,7 @@ TABLE: dict[str, Kind] = {
     "reporting.wandb": OPTIONAL_TEXT,
 }
 
-# what stands inside a setting: the setting, its value, the part that is wrong, and what is said of it
+# what stands inside a setting: the setting, its value, the part that is wrong, and the message about it
 INSIDE: list[tuple[str, Any, str, str]] = [
     ("data.sources", [{"weight": 1}], "[0].path", "is missing"),
     ("data.sources", [{"path": "a"}], "[0].weight", "is missing"),
@@ -359,9 +359,9 @@ def test_a_value_of_the_wrong_type_is_reported_in_one_line_from_every_source(
     for value in wrong:
         text, types = in_yaml(value), ROWS[name].types
         stays_text = str in types and not isinstance(value, types)
-        for source, called, said in refusals({name: value}, tmp_path / "settings.yaml", name):
+        for source, called, printed in refusals({name: value}, tmp_path / "settings.yaml", name):
             found = show(text) if stays_text and source != "file" else show(value)
-            assert said == f"{called}: expected {kind.expected}, found {found}"
+            assert printed == f"{called}: expected {kind.expected}, found {found}"
             if kind.takes_any_text:
                 break
 
@@ -372,32 +372,32 @@ def test_a_value_out_of_range_is_reported_in_one_line_from_every_source(name: st
         if value == "" and type(None) in kind.takes:  # on a command line nothing is null, as behind a name in a file
             assert load_config([f"--{name}="], {ROWS[name].variable: ""}) == load_config((), {})
             continue
-        for source, called, said in refusals({name: value}, tmp_path / "settings.yaml", name):
-            assert said == f"{called}: {message}", source
+        for source, called, printed in refusals({name: value}, tmp_path / "settings.yaml", name):
+            assert printed == f"{called}: {message}", source
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_misspelt_name_is_reported_with_the_right_one_from_every_source(name: str, tmp_path: Path) -> None:
     section, field = name.split(".")
     for typo in (name[:-1], f"{section}.{field[1]}{field[0]}{field[2:]}", f"{section[:-1]}.{field}"):
-        for source, called, said in refusals({typo: 1}, tmp_path / "settings.yaml", typo):
+        for source, called, printed in refusals({typo: 1}, tmp_path / "settings.yaml", typo):
             wrong, right = called, ROWS[name].variable if source == "environment" else name
             if source == "file" and not typo.startswith(f"{section}."):
                 wrong, right = called.rpartition(".")[0], section
-            assert said == f"{wrong}: no such setting; did you mean {right}?"
+            assert printed == f"{wrong}: no such setting; did you mean {right}?"
 
 
 @pytest.mark.parametrize(("name", "value", "part", "message"), INSIDE)
 def test_an_invalid_part_of_a_setting_is_reported_in_one_line_from_every_source(
     name: str, value: Any, part: str, message: str, tmp_path: Path
 ) -> None:
-    for source, called, said in refusals({name: value}, tmp_path / "settings.yaml", name):
-        assert said == f"{called}{part}: {message}", source
+    for source, called, printed in refusals({name: value}, tmp_path / "settings.yaml", name):
+        assert printed == f"{called}{part}: {message}", source
 
 
 @pytest.mark.parametrize(("given", "named", "message"), CONTRADICTIONS)
 def test_a_contradiction_is_reported_in_one_line_from_every_source(
     given: dict[str, Any], named: str, message: str, tmp_path: Path
 ) -> None:
-    for source, called, said in refusals(given, tmp_path / "settings.yaml", named):
-        assert said == f"{called}: {message}", source
+    for source, called, printed in refusals(given, tmp_path / "settings.yaml", named):
+        assert printed == f"{called}: {message}", source

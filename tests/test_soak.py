@@ -17,5 +17,5 @@ def test_constant_memory_and_step_times_pass_the_soak() -> None:
 def test_leaks_and_slower_steps_fail_the_soak() -> None:
     assert ["holds" in text for text in growth(looks(mib=200, files=0))] == [True]
     assert ["open files" in text for text in growth(looks(mib=0, files=30))] == [True]
-    (said,) = slowdown([0.001 * (1 + step / 1000) for step in range(2000)])
-    assert "ms at the beginning" in said
+    (message,) = slowdown([0.001 * (1 + step / 1000) for step in range(2000)])
+    assert "ms at the beginning" in message

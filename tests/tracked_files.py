@@ -1,4 +1,4 @@
-"""The project's own files: those that git tracks, whatever else lies in the checkout.
+"""The project's own files: those that git tracks, even if the checkout has other files.
 
 `python tests/tracked_files.py PATTERN…` prints their relative paths, each followed by a NUL, for `xargs -0`.
 """
@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What a source archive consists of, where no git can tell. Generated files that may lie in there are left out.
+# The content of a source archive, which has no git metadata. Generated files in these folders are left out.
 FOLDERS = (".ci", "configs", "docs", "jobs", "savant_ray", "tests")
 FILES = (
     ".gitignore",

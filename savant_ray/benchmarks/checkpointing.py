@@ -46,8 +46,8 @@ def measure_stall(model: dict[str, int], rounds: int) -> Figures:
             ),
         ).fit()
         stalls, blocking, size = json.loads(Path(folder, RESULT).read_text())
-    ours, blocked = (1000 * statistics.median(times) for times in (stalls, blocking))
-    detail = f"{ours:.0f} against {blocked:.0f} ms for {size / 1e6:.0f} MB"
+    stall_ms, blocking_ms = (1000 * statistics.median(times) for times in (stalls, blocking))
+    detail = f"{stall_ms:.0f} against {blocking_ms:.0f} ms for {size / 1e6:.0f} MB"
     return {"checkpoint_stall": figure([a / b for a, b in zip(stalls, blocking, strict=True)], detail)}
 
 
@@ -68,7 +68,7 @@ def _measure(settings: dict[str, Any]) -> None:
     scratch = Path(settings["folder"], "scratch")
     scratch.mkdir()
 
-    def ours() -> float:
+    def in_background() -> float:
         state.step += 1
         stall = seconds(lambda: saver.begin(state.step, "periodic", lambda: host_copy.update(state), {}))
         saver.finish()
@@ -79,6 +79,6 @@ def _measure(settings: dict[str, Any]) -> None:
         torch.save(state.to_checkpoint(), scratch / "state.pt")
         ray.train.report({"step": state.step}, checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
-    stalls, blocked = alternate(settings["rounds"], ours, lambda: seconds(blocking))
+    stalls, blocked = alternate(settings["rounds"], in_background, lambda: seconds(blocking))
     size = (scratch / "state.pt").stat().st_size
     Path(settings["folder"], RESULT).write_text(json.dumps([stalls, blocked, size]))

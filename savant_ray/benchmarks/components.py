@@ -70,8 +70,8 @@ def _attention_figures(n_rows: int) -> Iterator[tuple[str, dict[str, object]]]:
             ("global", masks.full, None),
         ):
             dense = Mask(~(same_document & causal_mask(T, T, window, device)))
-            ours, reference = partial(forward_and_backward, mask), partial(forward_and_backward, dense)
-            yield f"attention_{loop}_{text}", _compare(reference, ours, device)
+            savant, reference = partial(forward_and_backward, mask), partial(forward_and_backward, dense)
+            yield f"attention_{loop}_{text}", _compare(reference, savant, device)
 
 
 def run_loss() -> Figures:
@@ -96,14 +96,14 @@ def _loss_figures(n_rows: int) -> Figures:
 
         loss().backward()
 
-    def ours() -> None:
+    def savant() -> None:
         cross_entropy_sum(x_BTD, head, targets_BT).backward()
 
-    figures: Figures = {"loss": _compare(reference, ours, device)}
+    figures: Figures = {"loss": _compare(reference, savant, device)}
     if device.type == "cuda":
-        our_gb, reference_gb = (_added_gb(function, device) for function in (ours, reference))
-        detail = f"{our_gb:.2f} against {reference_gb:.2f} GiB"
-        figures["loss_memory"] = figure([our_gb / reference_gb], detail)
+        savant_gb, reference_gb = (_added_gb(function, device) for function in (savant, reference))
+        detail = f"{savant_gb:.2f} against {reference_gb:.2f} GiB"
+        figures["loss_memory"] = figure([savant_gb / reference_gb], detail)
     return figures
 
 
@@ -115,7 +115,7 @@ def _added_gb(function: Callable[[], object], device: torch.device) -> float:
     return peak_memory_gb(device) - before
 
 
-def _compare(reference: Callable[[], object], ours: Callable[[], object], device: torch.device) -> dict[str, object]:
+def _compare(reference: Callable[[], object], savant: Callable[[], object], device: torch.device) -> dict[str, object]:
     def timed(function: Callable[[], object]) -> float:
         def call_and_synchronize() -> None:
             function()
@@ -123,9 +123,9 @@ def _compare(reference: Callable[[], object], ours: Callable[[], object], device
 
         return seconds(call_and_synchronize)
 
-    reference_times, our_times = alternate(ROUNDS, lambda: timed(reference), lambda: timed(ours))
-    detail = f"{1000 * statistics.median(our_times):.1f} against {1000 * statistics.median(reference_times):.1f} ms"
-    return figure([a / b for a, b in zip(reference_times, our_times, strict=True)], detail)
+    reference_times, savant_times = alternate(ROUNDS, lambda: timed(reference), lambda: timed(savant))
+    detail = f"{1000 * statistics.median(savant_times):.1f} against {1000 * statistics.median(reference_times):.1f} ms"
+    return figure([a / b for a, b in zip(reference_times, savant_times, strict=True)], detail)
 
 
 def run_generation() -> Figures:

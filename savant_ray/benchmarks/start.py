@@ -78,9 +78,9 @@ def _compare_with_empty_job(folder: Path, variables: dict[str, str]) -> dict[str
     return _figure(*alternate(ROUNDS, empty, lambda: _first_step(folder, variables), warm_up=0))
 
 
-def _figure(plain: list[float], ours: list[float]) -> dict[str, object]:
-    ratios = [b / a for a, b in zip(plain, ours, strict=True)]
-    return figure(ratios, f"{statistics.median(ours):.2f} against {statistics.median(plain):.2f} s")
+def _figure(reference_times: list[float], savant_times: list[float]) -> dict[str, object]:
+    ratios = [b / a for a, b in zip(reference_times, savant_times, strict=True)]
+    return figure(ratios, f"{statistics.median(savant_times):.2f} against {statistics.median(reference_times):.2f} s")
 
 
 def _first_step(folder: Path, variables: dict[str, str]) -> float:

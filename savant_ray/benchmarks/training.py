@@ -61,14 +61,14 @@ def run() -> Figures:
     device = benchmark_device()
     figures: Figures = {}
     for name, case in (CASES_ON_A_GPU if device.type == "cuda" else CASES).items():
-        with _process(_baseline, case, device) as reference, _process(_ours, case, device) as ours:
-            peaks, reference_times, our_times = alternate(
-                ROUNDS, lambda: peak_flops_per_second(device), reference, ours
+        with _process(_baseline, case, device) as reference, _process(_ours, case, device) as savant:
+            peaks, reference_times, savant_times = alternate(
+                ROUNDS, lambda: peak_flops_per_second(device), reference, savant
             )
-            figures |= _figures(name, case, device, peaks, reference_times, our_times)
-            our_gb, reference_gb = ours.peak_gb(), reference.peak_gb()
+            figures |= _figures(name, case, device, peaks, reference_times, savant_times)
+            savant_gb, reference_gb = savant.peak_gb(), reference.peak_gb()
             figures[f"train_{name}_memory"] = figure(
-                [our_gb / reference_gb], f"{our_gb:.2f} against {reference_gb:.2f} GiB"
+                [savant_gb / reference_gb], f"{savant_gb:.2f} against {reference_gb:.2f} GiB"
             )
     return figures | _cost_of_determinism(device)
 
@@ -95,20 +95,20 @@ def _figures(
     device: torch.device,
     peaks: list[float],
     reference_times: list[float],
-    our_times: list[float],
+    savant_times: list[float],
 ) -> Figures:
     tokens = case.document_tokens * case.n_documents
     flops = useful_flops(model_config(device), [case.document_tokens] * case.n_documents)
-    ratios = [a / b for a, b in zip(reference_times, our_times, strict=True)]
+    ratios = [a / b for a, b in zip(reference_times, savant_times, strict=True)]
     # If a step is faster than the measured peak, other processes disturbed all measurements; its speed is then the peak.
-    peak = max(*peaks, flops / min(*reference_times, *our_times))
-    shares = [[flops / time / peak for time in times] for times in (reference_times, our_times)]
-    speeds = [tokens / statistics.median(times) for times in (our_times, reference_times)]
+    peak = max(*peaks, flops / min(*reference_times, *savant_times))
+    fractions_of_peak = [[flops / time / peak for time in times] for times in (reference_times, savant_times)]
+    speeds = [tokens / statistics.median(times) for times in (savant_times, reference_times)]
     detail = (
         f"{speeds[0]:,.0f} against {speeds[1]:,.0f} useful tokens/s; the baseline has "
-        f"{statistics.median(shares[0]):.1%} of the {peak / 1e9:,.0f} GFLOP/s peak"
+        f"{statistics.median(fractions_of_peak[0]):.1%} of the {peak / 1e9:,.0f} GFLOP/s peak"
     )
-    return {f"train_{name}": figure(ratios, detail, shares[1])}
+    return {f"train_{name}": figure(ratios, detail, fractions_of_peak[1])}
 
 
 class StepProcess:

@@ -47,7 +47,7 @@ class Conversation:
         temperature: sampling temperature of the next answer.
         n_loops: number of times that the recurrent block is applied in the next answer.
         context: maximum number of tokens of prompt and answer.
-        notes: what is to be known about the last answer: that it is incomplete, or that turns are left out from now on.
+        notes: messages for the user about the last answer, such as that it is incomplete.
     """
 
     def __init__(
@@ -188,11 +188,11 @@ class Conversation:
         return [_system(self.system)] if self.system else []
 
     def _pieces(self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]) -> Iterator[str]:
-        """Yield the text of an answer: in a conversation without white space before it, and without the next question."""
+        """Yield the text of an answer; in a conversation without leading white space and without a generated question."""
         text = AnswerText(self._tokenizer, prompt, self._turn_end)
         has_begun = self.continues_text
-        for new in self._tokens(prompt, sampling, stop_requested):
-            piece = text.push(new)
+        for new_tokens in self._tokens(prompt, sampling, stop_requested):
+            piece = text.push(new_tokens)
             shown = piece if has_begun else piece.lstrip()
             has_begun |= bool(shown)
             if shown:
@@ -214,7 +214,7 @@ class Conversation:
         yield NewTokens([], is_last=True)
 
     def _add(self, turn: Turn) -> None:
-        """Add a turn unless later prompts could not contain it, because the answer has the name of a special token."""
+        """Add a turn, unless its answer contains the name of a special token, which prompts must not contain."""
         if not self.continues_text:
             try:
                 self._text([*self._system_messages(), *_messages([turn]), {"role": "user", "content": "Question"}])
@@ -231,13 +231,14 @@ class Conversation:
 
 
 def is_for_conversations(config: Config, tokenizer: Tokenizer) -> bool:
-    """Return whether a model with these settings is to answer messages instead of continuing text.
+    """Return whether a model with these settings answers messages instead of continuing text.
 
-    It has a chat template, or one of its sources has conversations: by the settings, or among the first documents of its
-    local files. Files that are not there any more are taken for text.
+    It does if it has a chat template, or if a source has conversations: by the settings, or among the first documents of
+    its local files. Missing files count as text.
     """
-    sources = config.data.sources
-    return tokenizer.chat_template is not None or any(_has_conversations(each, config, tokenizer) for each in sources)
+    return tokenizer.chat_template is not None or any(
+        _has_conversations(source, config, tokenizer) for source in config.data.sources
+    )
 
 
 def _has_conversations(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> bool:

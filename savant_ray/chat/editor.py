@@ -16,8 +16,8 @@ from prompt_toolkit.shortcuts import CompleteStyle
 def message_editor(prompt: str, commands: Sequence[str], is_unfinished: Callable[[str], bool]) -> Callable[[], str]:
     """Return a function that reads a message.
 
-    Enter ends the message unless `is_unfinished` returns True for it. Ctrl+C discards what is written. If nothing is
-    written, the function raises KeyboardInterrupt after Ctrl+C, and EOFError after Ctrl+D or if the terminal is closed.
+    Enter ends the message unless `is_unfinished` returns True for it. Ctrl+C discards the text. If there is no text, the
+    function raises KeyboardInterrupt after Ctrl+C, and EOFError after Ctrl+D or if the terminal is closed.
     """
     keys = KeyBindings()
 
@@ -43,18 +43,19 @@ def message_editor(prompt: str, commands: Sequence[str], is_unfinished: Callable
 
     @keys.add(Keys.Vt100MouseEvent)
     def _(event: KeyPressEvent) -> None:
-        """Ignore it: the mouse is not used, and pasted colors (`ESC[31m`) look like an event, on which the default fails."""
+        """Ignore the event: pasted color codes (`ESC[31m`) look like one, and the default handler fails on them."""
 
     output = create_output()
     if isinstance(output, Vt100_Output):
-        output.enable_cpr = False  # the terminal need not tell where the cursor is, and some cannot, which is warned of
+        # No requests for the cursor position: some terminals do not answer them, and prompt_toolkit then prints a warning.
+        output.enable_cpr = False
     session: PromptSession[str] = PromptSession(
         prompt,
         multiline=True,
         key_bindings=keys,
         completer=WordCompleter(commands, sentence=True),
         complete_while_typing=False,
-        complete_style=CompleteStyle.READLINE_LIKE,  # needs no empty lines below for a menu
+        complete_style=CompleteStyle.READLINE_LIKE,  # reserves no lines below the prompt for a menu
         enable_suspend=True,  # by Ctrl+Z
         output=output,
     )

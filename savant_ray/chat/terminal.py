@@ -25,13 +25,13 @@ from savant_ray.chat.conversation import Conversation
 from savant_ray.command_line import file_path, loops, refuse_undecodable, temperature
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.errors import SavantError, describe, error_context, print_error
-from savant_ray.reporting.wording import printable
+from savant_ray.reporting.wording import escape_controls
 
 PROMPT = "> "
 BLOCK = '"""'  # begins and ends a message of several lines
 INCAPABLE_TERMINALS = ("", "dumb", "unknown")
 HELP = {
-    "/reset": "forget the conversation; the system message stays",
+    "/reset": "begin a new conversation; the system message stays",
     "/system TEXT": 'set the system message; "" removes it; without TEXT: show it',
     "/temperature T": "set the sampling temperature; 0: always the most likely token; without T: show it",
     "/loops N": "set the number of times that the recurrent block is applied; without N: show it",
@@ -52,7 +52,7 @@ class ChatTerminal:
         is_capable = sys.stdout.isatty() and os.environ.get("TERM", "") not in INCAPABLE_TERMINALS
         self._has_editor = self._is_interactive and is_capable
         self._stop_requested = False
-        self._saved: Path | None = None  # the file of this conversation, which may be replaced
+        self._saved_file: Path | None = None  # to which this conversation was saved, so it may be replaced
         self._notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._commands = {
             "/reset": self._reset,
@@ -70,9 +70,10 @@ class ChatTerminal:
         if the input is a terminal.
         """
         if self._is_interactive:
-            continues = "continues your text (--conversation: it answers questions)"
-            does = continues if self.conversation.continues_text else "answers your messages"
-            self._note(f"{title} {does}. /help lists the commands, Ctrl+D ends the program.")
+            behavior = "answers your messages"
+            if self.conversation.continues_text:
+                behavior = "continues your text (--conversation: it answers questions)"
+            self._note(f"{title} {behavior}. /help lists the commands, Ctrl+D ends the program.")
         read = self._reader()
         has_failed, is_leaving = False, False
         while True:
@@ -96,7 +97,7 @@ class ChatTerminal:
         return int(has_failed and not self._is_interactive)
 
     def _reader(self) -> Callable[[], str]:
-        """Return the function that reads a message, and handle signals as it needs.
+        """Return the function that reads a message, and install the signal handlers that it needs.
 
         The function raises EOFError at the end of the input, and KeyboardInterrupt after Ctrl+C.
         """
@@ -107,7 +108,7 @@ class ChatTerminal:
         if not self._is_interactive:
             return read_message
         signal.signal(signal.SIGINT, self._request_stop)
-        signal.signal(signal.SIGTERM, _exit)  # with the terminal in its normal mode
+        signal.signal(signal.SIGTERM, _exit)  # by an exception, so that the editor restores the terminal's mode
         if self._has_editor:
             from savant_ray.chat.editor import message_editor
 
@@ -116,7 +117,7 @@ class ChatTerminal:
 
     def _read_with_prompt(self) -> str:
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # before the prompt invites to press Ctrl+C
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # before the prompt is shown
             print(PROMPT, end="", file=sys.stderr, flush=True)
             return read_message()
         except (EOFError, KeyboardInterrupt):
@@ -150,7 +151,7 @@ class ChatTerminal:
         return True
 
     def _answer(self, message: str) -> None:
-        show = printable if sys.stdout.isatty() else str
+        show = escape_controls if sys.stdout.isatty() else str
         self._stop_requested = False
         with error_context("generating an answer"):
             for piece in self.conversation.ask(message, lambda: self._stop_requested):
@@ -160,12 +161,12 @@ class ChatTerminal:
             self._note(note)
 
     def _note(self, text: str) -> None:
-        self._notes.print(printable(text), style="dim")
+        self._notes.print(escape_controls(text), style="dim")
 
     def _reset(self, argument: str) -> None:
         self.conversation.reset()
-        self._saved = None
-        self._note("the conversation is forgotten")
+        self._saved_file = None
+        self._note("conversation reset")
 
     def _system(self, argument: str) -> None:
         if argument:
@@ -189,12 +190,12 @@ class ChatTerminal:
             raise SavantError("/save: there is no conversation yet")
         path = file_path(argument)
         try:
-            if path != self._saved and path.exists():
+            if path != self._saved_file and path.exists():
                 raise SavantError(f"/save: {argument} exists already; choose another name")
             write_atomically(path, self.conversation.to_jsonl())
         except OSError as error:
             raise SavantError(f"/save: {describe(error)}") from error
-        self._saved = path
+        self._saved_file = path
         self._note(f"{argument} is written")
 
     def _help(self, argument: str) -> None:
@@ -234,7 +235,7 @@ def without_block_marks(text: str) -> str:
 def _unknown_command(name: str, commands: list[str]) -> str:
     close = difflib.get_close_matches(name, commands, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(commands)}"
-    return f"{printable(name)}: no such command; {hint} (a message can begin with / after a space)"
+    return f"{escape_controls(name)}: no such command; {hint} (a message can begin with / after a space)"
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:

@@ -45,21 +45,21 @@ class WorkerProgress:
     process_started: float  # seconds since the epoch
     marks: int  # number of marks of its training thread
     activity: str
-    patience: float  # factor of the usual time limit until the next mark
+    limit_factor: float  # factor of the usual time limit until the next mark
     collectives: int  # that it has entered; the same sequence on all ranks
     waits: bool  # whether it may be waiting for the other ranks in the newest of them
     finished: bool  # no more marks will follow
 
 
 @dataclass(frozen=True)
-class Heartbeats:
+class LatestHeartbeat:
     """The newest progress of a worker and the number of its heartbeats so far."""
 
     progress: WorkerProgress
     number: int
 
 
-class NewestHeartbeats:
+class HeartbeatTable:
     """The newest heartbeat of each rank.
 
     A worker can be stopped at any moment, also right after its first heartbeat, so the first heartbeats of a group are kept
@@ -67,56 +67,56 @@ class NewestHeartbeats:
     """
 
     def __init__(self) -> None:
-        self._by_rank: dict[int, Heartbeats] = {}
+        self._by_rank: dict[int, LatestHeartbeat] = {}
 
     def add(self, progress: WorkerProgress) -> None:
         """Count a heartbeat of a worker; ranks that its group does not have belong to an earlier, larger group."""
         earlier = self._by_rank.get(progress.rank)
-        self._by_rank[progress.rank] = Heartbeats(progress, earlier.number + 1 if earlier else 1)
-        self._by_rank = {rank: beats for rank, beats in self._by_rank.items() if rank < progress.world_size}
+        self._by_rank[progress.rank] = LatestHeartbeat(progress, earlier.number + 1 if earlier else 1)
+        self._by_rank = {rank: heartbeat for rank, heartbeat in self._by_rank.items() if rank < progress.world_size}
 
     def clear(self) -> None:
         """Forget all workers: their group has ended."""
         self._by_rank.clear()
 
     @property
-    def all(self) -> list[Heartbeats]:
+    def all(self) -> list[LatestHeartbeat]:
         """The newest heartbeat of each rank that has sent one."""
         return list(self._by_rank.values())
 
 
-class InOrder:
-    """Passes on the events of a sender in the order in which it numbered them, from 0.
+class EventReorderer:
+    """Delivers the events of a sender in the order in which it numbered them, from 0.
 
     Ray may begin calls of an asynchronous actor in another order than that in which a process has made them. If the
     connection between two nodes fails, it may also lose some of them (`ActorUnavailableError`); events that wait for a lost
-    one are passed on after `LOST_SECONDS`.
+    one are delivered after `LOST_SECONDS`.
     """
 
-    def __init__(self, pass_on: Callable[[Event], None]) -> None:
-        self._pass_on, self._next = pass_on, 0
+    def __init__(self, deliver: Callable[[Event], None]) -> None:
+        self._deliver, self._next = deliver, 0
         self._waiting: dict[int, tuple[Event, asyncio.Event]] = {}
 
     async def add(self, event: Event, number: int) -> None:
-        """Add an event; return after it and all earlier ones have been passed on, or have been lost."""
+        """Add an event; return after it and all earlier ones have been delivered, or have been lost."""
         if number < self._next:  # it was taken for lost
-            self._pass_on(event)
+            self._deliver(event)
             return
-        passed_on = asyncio.Event()
-        self._waiting[number] = (event, passed_on)
-        self._pass_on_from_next()
-        if passed_on.is_set() or await _wait(passed_on, LOST_SECONDS):
+        delivered = asyncio.Event()
+        self._waiting[number] = (event, delivered)
+        self._deliver_from_next()
+        if delivered.is_set() or await _wait(delivered, LOST_SECONDS):
             return
-        while not passed_on.is_set():
+        while not delivered.is_set():
             self._next = min(self._waiting)
-            self._pass_on_from_next()
+            self._deliver_from_next()
 
-    def _pass_on_from_next(self) -> None:
+    def _deliver_from_next(self) -> None:
         while self._next in self._waiting:
-            event, passed_on = self._waiting.pop(self._next)
+            event, delivered = self._waiting.pop(self._next)
             self._next += 1
-            self._pass_on(event)
-            passed_on.set()
+            self._deliver(event)
+            delivered.set()
 
 
 # Ray's annotations lack some of these options and the class that the decorator returns.
@@ -129,13 +129,13 @@ class Bridge:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._senders: dict[str, InOrder] = {}
+        self._senders: dict[str, EventReorderer] = {}
         self._has_events = asyncio.Event()
         self._stop = asyncio.Event()
         self._grace_seconds = 0.0
         self._failed = False
         self._has_workers = False
-        self._heartbeats = NewestHeartbeats()
+        self._heartbeats = HeartbeatTable()
 
     async def send(self, event: Event, sender: str, number: int) -> None:
         """Add an event that a worker, or `FailureCallback` in Ray Train's controller, has sent; `number` counts from 0.
@@ -143,7 +143,7 @@ class Bridge:
         Returns after this event and all earlier ones of the sender have been added.
         """
         if sender not in self._senders:
-            self._senders[sender] = InOrder(self._add)
+            self._senders[sender] = EventReorderer(self._add)
         await self._senders[sender].add(event, number)
 
     def _add(self, event: Event) -> None:
@@ -160,7 +160,7 @@ class Bridge:
         self._events.append(event)
         self._has_events.set()
 
-    async def take(self, seconds: float) -> tuple[list[Event], list[Heartbeats]]:
+    async def take(self, seconds: float) -> tuple[list[Event], list[LatestHeartbeat]]:
         """Return all events since the last call, and the workers' heartbeats; wait up to `seconds` for the first event."""
         await _wait(self._has_events, seconds)
         self._has_events.clear()
@@ -188,7 +188,7 @@ def start_bridge() -> BridgeHandle:
     return Bridge.options(scheduling_strategy=strategy).remote()  # type: ignore[attr-defined]
 
 
-def next_events(bridge: BridgeHandle, seconds: float) -> tuple[list[Event], list[Heartbeats]]:
+def next_events(bridge: BridgeHandle, seconds: float) -> tuple[list[Event], list[LatestHeartbeat]]:
     """Return all events since the last call and the workers' heartbeats, in the driver.
 
     Waits up to `seconds` for the first event.

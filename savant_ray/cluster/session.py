@@ -90,7 +90,7 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
     if cluster is None:
         choose_temp_folder(notify)
     address = "local" if cluster is None else cluster.host_port
-    with start_errors_explained(cluster), hangups_blocked():
+    with start_errors_explained(cluster), block_sighup():
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
         )
@@ -133,7 +133,7 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
 
 
 @contextmanager
-def hangups_blocked() -> Iterator[None]:
+def block_sighup() -> Iterator[None]:
     """Block SIGHUP in the processes that are started in the `with` block, so that closing the terminal does not end them.
 
     Child processes inherit the signal mask of the thread that starts them; Ray uses the same method for SIGINT. Only the
@@ -189,7 +189,7 @@ def check_ray_processes() -> None:
 def check_ray_actors(all_of_them: bool = False) -> None:
     """Check the actors without which training cannot go on, in a Ray that this process started; takes milliseconds.
 
-    With `all_of_them`, check all processes of actors and tasks: workers start with the help of many of them.
+    With `all_of_them`, check all processes of actors and tasks: starting workers depends on many of them.
 
     Raises:
         TrainingError: one of them is stopped (SIGSTOP) and does not continue.

@@ -208,7 +208,7 @@ def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
 
 
 def _is_json_lines(file: SourceFile) -> bool:
-    """Return whether a file is read as JSON lines; opens it if only its content can tell, as of a .txt in object storage.
+    """Return whether a file is read as JSON lines; opens it if its suffix does not determine the format, such as `.txt`.
 
     Raises:
         DataError: the file cannot be read, or its format is not supported.

@@ -257,7 +257,7 @@ def _conversion(settings: TextConfig, chat_template: ChatTemplate | None) -> dic
         "text": settings.text,
         "template": settings.template,
         "messages": settings.messages,
-        # What no record is affected by must not change the identity of a token cache.
+        # A setting without effect on any record must not change the identity of a token cache.
         "train_on": "assistant" if is_text else settings.train_on or "assistant",
         "chat_template": None if is_text else chat_template,
     }

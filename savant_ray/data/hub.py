@@ -105,8 +105,10 @@ class SplitOfConfig(NamedTuple):
     available: list[str]  # all configs and splits, for messages
 
 
-def files_of_split(names: Sequence[str], card: str, config: str | None, wanted: Sequence[str]) -> SplitOfConfig:
-    """Return the files of a config and a split, the first one of `wanted` that the config has.
+def files_of_split(
+    names: Sequence[str], card: str, config: str | None, preferred_splits: Sequence[str]
+) -> SplitOfConfig:
+    """Return the files of a config and a split, the first one of `preferred_splits` that the config has.
 
     `names` are the files of the repository, `card` is its README. Without a config, the default one is used: the one that
     the card marks or calls "default", or the only one.
@@ -118,13 +120,13 @@ def files_of_split(names: Sequence[str], card: str, config: str | None, wanted: 
         candidates = [*default_configs(card), DEFAULT_CONFIG, *(configs if len(configs) == 1 else [])]
         config = next((name for name in candidates if name in configs), None)
     of_config = sorted(split for name, split in splits if name == config)
-    taken = choose_splits(of_config, wanted)
+    taken = choose_splits(of_config, preferred_splits)
     files = list(dict.fromkeys(file for split in taken for file in splits[config or "", split]))
     return SplitOfConfig(files, taken, of_config, [f"{name} ({split})" for name, split in splits])
 
 
 def _find_files(
-    dataset: HubDataset, wanted: Sequence[str], folder: Path, notify: Callable[[str], None]
+    dataset: HubDataset, preferred_splits: Sequence[str], folder: Path, notify: Callable[[str], None]
 ) -> tuple[str, Mapping[str, int]]:
     """Return the commit and the files of the split with their sizes.
 
@@ -135,19 +137,19 @@ def _find_files(
     card = ""
     if CARD in listing.sizes:
         card = _download_file(dataset, CARD, listing.commit, folder).read_text(encoding="utf-8", errors="replace")
-    found = files_of_split(list(listing.sizes), card, dataset.config, wanted)
+    found = files_of_split(list(listing.sizes), card, dataset.config, preferred_splits)
     available = found.available
     if not found.files and dataset.revision is None and (copy := _parquet_copy(dataset, folder, notify)):
-        found = files_of_split(list(copy.sizes), "", dataset.config, wanted)
+        found = files_of_split(list(copy.sizes), "", dataset.config, preferred_splits)
         listing, available = copy, available or found.available
     if found.files:
-        if found.taken != [wanted[0]]:
+        if found.taken != [preferred_splits[0]]:
             notify(f"{printable(dataset.repository)}: {used_splits(found.taken, found.of_config)}")
         return listing.commit, {name: listing.sizes[name] for name in found.files}
     if not available:
         raise DataError("contains no file in a supported format")
     missing = f"config {dataset.config}" if dataset.config else "default config"
-    missing += f" with a split {' or '.join(wanted)}"
+    missing += f" with a split {' or '.join(preferred_splits)}"
     more = f" and {len(available) - MAX_NAMED:,} more" if len(available) > MAX_NAMED else ""
     raise DataError(
         f"has no {missing}; its configs (and splits): {', '.join(available[:MAX_NAMED])}{more}. A config is named as in "

@@ -67,8 +67,9 @@ class GlobalOrder:
 def positions_in_order(positions: Int64s, left_out: Sequence[tuple[int, int]]) -> Int64s:
     """Return the positions in the order above of positions in the order without `left_out`.
 
-    `left_out` are (first position, number of sequences), each in the numbering that the ones before it have left. Positions
-    before a first position keep their sequence, so those that a run has trained on stay the same when more is left out.
+    `left_out` are (first position, number of sequences); each entry counts positions after all earlier entries were removed.
+    Positions before a first position keep their sequence, so those that a run has trained on stay the same when more is left
+    out.
     """
     for first, n_sequences in reversed(left_out):
         positions = np.where(positions >= first, positions + n_sequences, positions)

@@ -92,7 +92,7 @@ class RangeSummary:
     lengths: list[int] = field(default_factory=list)
 
     def count(self, document: Document) -> None:
-        """Count a document, or the line that is none."""
+        """Count a document, or a line without one."""
         self.lines = document.number
         text = document.text
         if text:

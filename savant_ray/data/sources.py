@@ -461,28 +461,29 @@ def _of_folder(
     return _of_named_split(folder, files, read(card) if card in paths else "", splits, warn)
 
 
-def _of_named_split(folder: str, paths: set[str], card: str, wanted: Sequence[str], warn: Warn) -> set[str]:
+def _of_named_split(folder: str, paths: set[str], card: str, preferred_splits: Sequence[str], warn: Warn) -> set[str]:
     """Leave out the files of other splits, if the card or the names of the files tell several splits apart.
 
     Raises:
         DataError: there are splits, but not this one.
     """
     by_name = {os.path.relpath(path, folder): path for path in sorted(paths)}
-    chosen = split_of_folder(list(by_name), card, wanted)
+    chosen = split_of_folder(list(by_name), card, preferred_splits)
     if chosen is None:
         return paths
     available = ", ".join(map(printable, chosen.available))
     if not chosen.files:
-        raise DataError(f"{printable(folder)}: has no split {' or '.join(wanted)}; its splits: {available}")
+        splits = " or ".join(preferred_splits)
+        raise DataError(f"{printable(folder)}: has no split {splits}; its splits: {available}")
     if len(chosen.files) < len(paths):
         warn(f"{printable(folder)}: {used_splits(chosen.taken, chosen.available)}")
     return {by_name[name] for name in chosen.files}
 
 
-def _warn_of_several_splits(pattern: str, paths: Iterable[str], wanted: Sequence[str], warn: Warn) -> None:
+def _warn_of_several_splits(pattern: str, paths: Iterable[str], preferred_splits: Sequence[str], warn: Warn) -> None:
     """Warn of a glob that matches several splits, of which some may not be meant for training."""
     splits = names_by_split([os.path.basename(path) for path in paths])
-    if wanted and len(splits) > 1:
+    if preferred_splits and len(splits) > 1:
         warn(
             f"{printable(pattern)}: matches the splits {', '.join(map(printable, sorted(splits)))}; all are used (to choose "
             "one, name the folder and set split)"
@@ -503,7 +504,7 @@ def _read_remote_text(filesystem: pafs.FileSystem, path: str) -> str:
         return str(stream.read(MAX_CARD_CHARACTERS).decode(errors="replace"))
 
 
-def _of_saved_split(paths: Iterable[str], wanted: Sequence[str], warn: Warn) -> set[str]:
+def _of_saved_split(paths: Iterable[str], preferred_splits: Sequence[str], warn: Warn) -> set[str]:
     """Leave out the other splits of data sets with several splits that `datasets.save_to_disk` has written.
 
     Raises:
@@ -513,12 +514,12 @@ def _of_saved_split(paths: Iterable[str], wanted: Sequence[str], warn: Warn) -> 
     for dataset in [os.path.dirname(path) for path in sorted(paths) if os.path.basename(path) == DATASET_DICT]:
         below = {path for path in paths if path.startswith(f"{dataset}/")}
         splits = sorted({path[len(dataset) + 1 :].partition("/")[0] for path in below if path.endswith(".arrow")})
-        if not wanted or not splits:
+        if not preferred_splits or not splits:
             continue
-        taken = choose_splits(splits, wanted)
+        taken = choose_splits(splits, preferred_splits)
         if not taken:
-            available = ", ".join(map(printable, splits))
-            raise DataError(f"{printable(dataset)}: has no split {' or '.join(wanted)}; its splits: {available}")
+            names, available = " or ".join(preferred_splits), ", ".join(map(printable, splits))
+            raise DataError(f"{printable(dataset)}: has no split {names}; its splits: {available}")
         if len(taken) < len(splits):
             warn(f"{printable(dataset)}: {used_splits(taken, splits)}")
         paths -= {path for path in below if not path.startswith(tuple(f"{dataset}/{split}/" for split in taken))}

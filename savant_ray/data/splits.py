@@ -40,34 +40,36 @@ class SplitOfFolder(NamedTuple):
     available: list[str]
 
 
-def choose_splits(available: Iterable[str], wanted: Sequence[str]) -> list[str]:
-    """Return the first wanted split that is available; none if there is none.
+def choose_splits(available: Iterable[str], preferred_splits: Sequence[str]) -> list[str]:
+    """Return the first of `preferred_splits` that is available; none if there is none.
 
     Without a split of exactly this name, those of the same kind are taken: `training` or `train_sft` for `train`.
     """
     names = sorted(available)
-    chosen = ([split] if split in names else [name for name in names if _kind(name) == split] for split in wanted)
-    return next(filter(None, chosen), [])
+    for split in preferred_splits:
+        if chosen := [split] if split in names else [name for name in names if _kind(name) == split]:
+            return chosen
+    return []
 
 
-def split_of_folder(names: Sequence[str], card: str, wanted: Sequence[str]) -> SplitOfFolder | None:
+def split_of_folder(names: Sequence[str], card: str, preferred_splits: Sequence[str]) -> SplitOfFolder | None:
     """Return the files of a split of a folder; None if all files are used, because they are not divided into splits.
 
-    The result has no files if none of the wanted splits is there.
+    The result has no files if the folder has none of the preferred splits.
 
     Args:
         names: paths of the data files relative to the folder.
         card: content of the folder's README.md.
-        wanted: names of splits, of which the first one that is there is taken, as by `choose_splits`.
+        preferred_splits: as for `choose_splits`.
     """
     by_split: dict[str, list[str]] = {}
     for (_, name), files in splits_of_card(names, card).items():
         by_split.setdefault(name, []).extend(files)
     if not by_split and any(map(_split_in, names)):
         by_split = names_by_split(names)
-    if not by_split or (len(by_split) == 1 and not {*by_split, DEFAULT_SPLIT}.isdisjoint(wanted)):
+    if not by_split or (len(by_split) == 1 and not {*by_split, DEFAULT_SPLIT}.isdisjoint(preferred_splits)):
         return None
-    taken = choose_splits(by_split, wanted)
+    taken = choose_splits(by_split, preferred_splits)
     files = list(dict.fromkeys(file for name in taken for file in by_split[name]))
     return SplitOfFolder(files, taken, sorted(by_split))
 
@@ -80,7 +82,7 @@ def used_splits(taken: Sequence[str], available: Sequence[str]) -> str:
 
 
 def names_by_split(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the files of each split by their names, or those of their folders; files that name none are for training."""
+    """Return the files of each split by their names, or those of their folders; others belong to `train`."""
     splits: dict[str, list[str]] = {}
     for name in names:
         splits.setdefault(_split_in(name) or DEFAULT_SPLIT, []).append(name)
@@ -131,7 +133,7 @@ def default_configs(card: str) -> list[str]:
 
 
 def _split_in(name: str) -> str:
-    """Return the split in the name of a file, or of the folder next to it that names one; "" if there is none."""
+    """Return the split in the name of a file, or of its closest parent folder that names one; "" if there is none."""
     *folders, file = PurePosixPath(name).parts
     match = (
         _SPLIT.fullmatch(file.partition(".")[0])

@@ -24,7 +24,7 @@ from savant_ray.driver.starting_point import (
     find_start,
     records_of,
 )
-from savant_ray.driver.tokenizer_choice import Origin, choose_tokenizer, find_origin
+from savant_ray.driver.tokenizer_choice import WeightsCheckpoint, choose_tokenizer, find_weights_checkpoint
 from savant_ray.errors import STOPPED_EARLY, explain, unexpected_errors_explained
 from savant_ray.original.conversion import convert_newest
 from savant_ray.reporting import RunReport, open_trackers
@@ -59,8 +59,8 @@ class Inputs:
     """The checkpoint, the tokenizer and the files that an attempt starts from, and the settings that result."""
 
     config: Config  # with the settings that the tokenizer determines
-    start: Path | None  # checkpoint of this run to resume from, None for a new run
-    origin: Origin | None  # checkpoint whose weights are loaded: `start`, or that of `run.init_from`
+    resume_checkpoint: Path | None  # checkpoint of this run to resume from, None for a new run
+    weights_checkpoint: WeightsCheckpoint | None  # `resume_checkpoint`, or that of `run.init_from`
     tokenizer: Tokenizer | None  # None: to be trained on the training text
     files: DataFiles
 
@@ -121,7 +121,7 @@ def _check_before_moving_aside(config: Config, storage: RunStorage, allow_change
     if config.run.continue_from is not None:
         with checkpoint_to_continue_from(config.run.continue_from, config, allow_changes, TEXT_FILES):
             pass
-    choose_tokenizer(config, find_origin(None, config, allow_changes), allow_changes)
+    choose_tokenizer(config, find_weights_checkpoint(None, config, allow_changes), allow_changes)
     with (
         missing_text_explained(),
         RunReport(None, console=PlainConsole(None)) as silent_report,  # `find_inputs` prints the same messages
@@ -142,28 +142,30 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
     if storage.filesystem is not None:
         report.begin_stage(f"looking for checkpoints in {storage.location}")
     with storage_errors_explained(storage):
-        start = find_start(
+        resume_checkpoint = find_start(
             storage,
             report.notify,
             lambda newest: convert_newest(
                 storage, config, newest, report.notify, report.add_event, attempt.allow_changes
             ),
         )
-        if start is None and config.run.continue_from is not None:
+        if resume_checkpoint is None and config.run.continue_from is not None:
             check_before_start(config, storage)
-            start = copy_start(storage, config, config.run.continue_from, report.add_event, attempt.allow_changes)
+            resume_checkpoint = copy_start(
+                storage, config, config.run.continue_from, report.add_event, attempt.allow_changes
+            )
     report.backfill(records_of(storage.folder))
-    if start is not None:
-        if message := finished_message(config, storage, start):
+    if resume_checkpoint is not None:
+        if message := finished_message(config, storage, resume_checkpoint):
             report.notify(message)
             return None
-        compare_settings(start, config, attempt.allow_changes, report.notify)
+        compare_settings(resume_checkpoint, config, attempt.allow_changes, report.notify)
     check_before_start(config, storage)
-    origin = find_origin(start, config, attempt.allow_changes)
-    tokenizer = choose_tokenizer(config, origin, attempt.allow_changes)
+    weights_checkpoint = find_weights_checkpoint(resume_checkpoint, config, attempt.allow_changes)
+    tokenizer = choose_tokenizer(config, weights_checkpoint, attempt.allow_changes)
     config = with_tokenizer_settings(config, tokenizer)
     write_atomically(storage.folder / CONFIG, dump_yaml(config))
     with missing_text_explained():
         files = find_data_files(config, report)
     refuse_unencodable(config, files, tokenizer)
-    return Inputs(config, start, origin, tokenizer, files)
+    return Inputs(config, resume_checkpoint, weights_checkpoint, tokenizer, files)

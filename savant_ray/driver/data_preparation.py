@@ -22,7 +22,7 @@ from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line
 from savant_ray.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable, short_name
 from savant_ray.driver.failures import ray_errors_explained
-from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_origin_without_lock, refuse_too_large
+from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_weights_checkpoint_without_lock, refuse_too_large
 from savant_ray.errors import SettingsError, unexpected_errors_explained
 from savant_ray.events import DataPrepared, TextCounts
 from savant_ray.reporting import RunReport
@@ -44,7 +44,7 @@ class PreparedData:
 def prepare_only(config: Config, verbose: bool) -> None:
     """Prepare the data of a run that is not trained; see `savant_ray.driver.prepare`."""
     with RunReport(None) as report, unexpected_errors_explained(activity=lambda: report.activity):
-        tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
+        tokenizer = choose_tokenizer(config, find_weights_checkpoint_without_lock(config), allow_changes=True)
         files = find_data_files(config, report)
         refuse_unencodable(config, files, tokenizer)
         report.begin_stage("starting Ray")

@@ -11,7 +11,7 @@ from savant_ray.config import Config
 from savant_ray.data.cache_builder import train_or_load_tokenizer
 from savant_ray.data.text_statistics import SAMPLE_BYTES, text_statistics
 from savant_ray.driver.data_files import find_data_files, short_name
-from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_origin_without_lock
+from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_weights_checkpoint_without_lock
 from savant_ray.errors import unexpected_errors_explained
 from savant_ray.reporting import RunReport
 
@@ -29,7 +29,7 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
         SettingsError: as `choose_tokenizer`; or the cache folder cannot be created.
     """
     with RunReport(None) as report, unexpected_errors_explained(activity=lambda: report.activity):
-        tokenizer = choose_tokenizer(config, find_origin_without_lock(config), allow_changes=True)
+        tokenizer = choose_tokenizer(config, find_weights_checkpoint_without_lock(config), allow_changes=True)
         files = find_data_files(config, report, needs_validation=False)
         if tokenizer is None:
             report.begin_stage("training the tokenizer")

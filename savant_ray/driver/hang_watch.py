@@ -1,8 +1,8 @@
 """Recognizes workers that make no progress, and kills them, so that Ray Train restarts all from the newest checkpoint.
 
 Every worker sends a heartbeat each second, with the newest mark of its training thread (`training/progress.py`). A worker
-hangs if the mark stays the same, or if the heartbeats stop, for longer than the limit. Of several such workers those are
-killed on which the others wait.
+hangs if the mark stays the same, or if the heartbeats stop, for longer than the limit. If several hang, only those that the
+others wait for are killed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
-from savant_ray.cluster.bridge import Heartbeats, WorkerProgress
+from savant_ray.cluster.bridge import LatestHeartbeat, WorkerProgress
 from savant_ray.cluster.session import check_ray_actors
 from savant_ray.cluster.stuck_process import KilledProcess, kill_process, training_thread
 from savant_ray.driver.phases import Phase
@@ -23,14 +23,14 @@ from savant_ray.events import AttemptStarted, Event, StepDone, WorkerHung, Worke
 from savant_ray.reporting.wording import duration
 from savant_ray.training.progress import SLOW
 
-MIN_SECONDS = 60.0
-MEDIAN_STEPS = 20
-RECENT_STEPS = 100
+MIN_SECONDS = 60.0  # smallest limit with `auto`
+LIMIT_STEPS = 20  # the limit with `auto`, in median step times
+RECENT_STEPS = 100  # in the median
 SILENT_SECONDS = 10.0  # without a heartbeat: the process is stopped, or something holds its interpreter lock
 ACTORS_CHECK_SECONDS = 10.0  # between two checks of Ray's actors, which take milliseconds
 MAX_CHECK_SECONDS = 5.0  # a longer time between two checks means that this process was suspended
 SHOWN_FRAMES = 8  # of the stack, in the message
-COLLECTIVE_SECONDS = 3600.0  # of an operation between workers, if `HangWatch` has not ended one of them before
+COLLECTIVE_SECONDS = 3600.0  # timeout of a collective, for hangs that `HangWatch` has not ended earlier
 RUNNING = (Phase.LOADING, Phase.TRAINING, Phase.STOP_REQUESTED, Phase.STOPPING)
 
 
@@ -55,16 +55,16 @@ class StuckWorker:
 
 @dataclass
 class _Observed:
-    """The newest heartbeat and mark of a worker, and when each was new."""
+    """The newest heartbeat of a worker, when it arrived, and when the worker last made progress."""
 
-    heartbeats: Heartbeats
-    heard: float
-    progressed: float
+    heartbeat: LatestHeartbeat
+    last_heartbeat_time: float
+    last_progress_time: float
 
     @property
     def position(self) -> int:
-        """Return how far the rank is in the sequence of collectives: before, in, or after one."""
-        progress = self.heartbeats.progress
+        """Return the rank's position in the sequence of collectives: 2 per collective, 1 less while it waits in one."""
+        progress = self.heartbeat.progress
         return 2 * progress.collectives - progress.waits
 
 
@@ -89,15 +89,15 @@ class HangWatch:
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._last_step = 0
         self._observed: dict[int, _Observed] = {}  # by rank
-        self._heard: set[int] = set()  # ranks that have sent a heartbeat
+        self._started_ranks: set[int] = set()  # those that have sent a heartbeat
         self._last_check = clock()
-        self._time = 0.0  # seconds in which this watch was able to see progress
+        self._time = 0.0  # seconds observed so far, without those in which this process was suspended
         self._actors_checked = 0.0
-        self._killed_time: float | None = None  # when workers were killed whose loss Ray Train has not reported yet
-        self.reason = ""  # why workers were killed since the last start
+        self._kill_time: float | None = None  # when workers were killed; None once Ray Train has reported their loss
+        self.reason = ""  # why workers were killed; "" if none were since the workers last started
 
     def observe(self, event: Event) -> Event:
-        """Take note of an event of the workers; return it, with the reason if workers were lost because of a hang."""
+        """Process an event of the workers and return it, with the reason if they were lost because of a hang."""
         match event:
             case StepDone():
                 self._step_seconds.append(event.step_seconds)
@@ -115,12 +115,12 @@ class HangWatch:
 
     @property
     def limit(self) -> float | None:
-        """Return after how many seconds without progress a worker hangs; None: never."""
+        """Return after how many seconds without progress a worker counts as hanging; None: never."""
         if self._setting == "auto":
-            return max(MIN_SECONDS, MEDIAN_STEPS * median(self._step_seconds)) if self._step_seconds else MIN_SECONDS
+            return max(MIN_SECONDS, LIMIT_STEPS * median(self._step_seconds)) if self._step_seconds else MIN_SECONDS
         return self._setting
 
-    def check(self, phase: Phase, workers: Sequence[Heartbeats]) -> None:
+    def check(self, phase: Phase, workers: Sequence[LatestHeartbeat]) -> None:
         """Kill workers that hang; to be called at short intervals.
 
         Raises:
@@ -137,49 +137,49 @@ class HangWatch:
         if limit is None or phase not in RUNNING:
             self._forget()
             return
-        if self._killed_time is not None:
-            if self._time - self._killed_time > max(limit, MIN_SECONDS):
+        if self._kill_time is not None:
+            if self._time - self._kill_time > max(limit, MIN_SECONDS):
                 raise TrainingError(
                     f"{self.reason}, but Ray did not restart it: its node, or Ray Train's controller, does not answer.\n"
                     "Run the same command again to resume from the last checkpoint."
                 )
             return
         self._update(workers)
-        self._end(self._stuck(limit))
+        self._kill_workers(self._stuck(limit))
 
-    def _update(self, workers: Sequence[Heartbeats]) -> None:
-        ranks = {beats.progress.rank for beats in workers}
+    def _update(self, workers: Sequence[LatestHeartbeat]) -> None:
+        ranks = {heartbeat.progress.rank for heartbeat in workers}
         self._observed = {rank: worker for rank, worker in self._observed.items() if rank in ranks}
-        for beats in workers:
-            progress = beats.progress
-            self._heard.add(progress.rank)
+        for heartbeat in workers:
+            progress = heartbeat.progress
+            self._started_ranks.add(progress.rank)
             earlier = self._observed.get(progress.rank)
-            if earlier is None or earlier.heartbeats.progress.actor_id != progress.actor_id:
-                self._observed[progress.rank] = _Observed(beats, self._time, self._time)
+            if earlier is None or earlier.heartbeat.progress.actor_id != progress.actor_id:
+                self._observed[progress.rank] = _Observed(heartbeat, self._time, self._time)
                 continue
-            if earlier.heartbeats.progress.marks != progress.marks:
-                earlier.progressed = self._time
-            if earlier.heartbeats.number != beats.number:
-                earlier.heard = self._time
-            earlier.heartbeats = beats
+            if earlier.heartbeat.progress.marks != progress.marks:
+                earlier.last_progress_time = self._time
+            if earlier.heartbeat.number != heartbeat.number:
+                earlier.last_heartbeat_time = self._time
+            earlier.heartbeat = heartbeat
 
     def _stuck(self, limit: float) -> list[StuckWorker]:
-        """Return the workers that hang and that the others wait for; all that wait for one that does not start."""
-        running = [worker for worker in self._observed.values() if not worker.heartbeats.progress.finished]
-        silent = [worker for worker in running if self._time - worker.heard > SILENT_SECONDS]
-        behind = min((worker.position for worker in running), default=0)
-        world_size = max((worker.heartbeats.progress.world_size for worker in running), default=0)
-        missing = tuple(rank for rank in range(world_size) if rank not in self._heard)
+        """Return the hanging workers that the others wait for; if a rank has not started, all that wait for it."""
+        running = [worker for worker in self._observed.values() if not worker.heartbeat.progress.finished]
+        silent = [worker for worker in running if self._time - worker.last_heartbeat_time > SILENT_SECONDS]
+        first_position = min((worker.position for worker in running), default=0)
+        world_size = max((worker.heartbeat.progress.world_size for worker in running), default=0)
+        missing = tuple(rank for rank in range(world_size) if rank not in self._started_ranks)
         stuck = []
-        for worker in silent or [worker for worker in running if missing or worker.position == behind]:
-            progress, seconds = worker.heartbeats.progress, self._time - worker.progressed
-            # A process that does not even send heartbeats needs no patience: they do not depend on its training thread.
-            patience = 1.0 if silent else min(progress.patience, SLOW) if missing else progress.patience
-            if seconds > limit * patience:
+        for worker in silent or [worker for worker in running if missing or worker.position == first_position]:
+            progress, seconds = worker.heartbeat.progress, self._time - worker.last_progress_time
+            # A silent process gets the plain limit: heartbeats do not depend on its training thread.
+            limit_factor = 1.0 if silent else min(progress.limit_factor, SLOW) if missing else progress.limit_factor
+            if seconds > limit * limit_factor:
                 stuck.append(StuckWorker(progress, seconds, () if silent else missing))
         return stuck
 
-    def _end(self, stuck: Sequence[StuckWorker]) -> None:
+    def _kill_workers(self, stuck: Sequence[StuckWorker]) -> None:
         for worker in stuck:
             progress = worker.progress
             try:
@@ -187,7 +187,7 @@ class HangWatch:
             except ProcessLookupError:  # Ray Train has just ended it
                 del self._observed[progress.rank]
                 continue
-            self._killed_time = self._time
+            self._kill_time = self._time
             self.reason = _reason(worker, killed)
             self._emit(
                 WorkerHung(
@@ -203,8 +203,8 @@ class HangWatch:
 
     def _forget(self) -> None:
         self._observed.clear()
-        self._heard.clear()
-        self._killed_time = None
+        self._started_ranks.clear()
+        self._kill_time = None
 
 
 def _activity(worker: StuckWorker) -> str:

@@ -75,7 +75,7 @@ def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
         SavantError: Ray cannot be started, the data cannot be prepared, or training failed.
         ExitWithoutShutdown: as `savant_ray.driver.train`.
     """
-    config, start, report = inputs.config, inputs.start, attempt.report
+    config, resume_checkpoint, report = inputs.config, inputs.resume_checkpoint, attempt.report
     outcome = Outcome()
     with (
         ray_session(attempt.verbose, report.notify) as dashboard,
@@ -88,9 +88,11 @@ def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
         bridge = start_bridge()  # its process starts while the data is prepared
         scaling(config)  # too few resources are an error now, not after hours of tokenizing
         data = prepare_data(config, inputs.files, report, inputs.tokenizer)
-        if start is not None and not attempt.allow_changes:
-            refuse_other_data(start, config, data.fingerprint)
-        if inputs.origin is not None and (change := tokenizer_change(inputs.origin, data.tokenizer)):
+        if resume_checkpoint is not None and not attempt.allow_changes:
+            refuse_other_data(resume_checkpoint, config, data.fingerprint)
+        if inputs.weights_checkpoint is not None and (
+            change := tokenizer_change(inputs.weights_checkpoint, data.tokenizer)
+        ):
             report.notify(change)
         report.begin_stage("starting workers")
         trainer = make_trainer(config, attempt.storage, data, bridge, attempt.allow_changes, attempt.verbose)
@@ -130,7 +132,7 @@ def _follow(
 ) -> None:
     """Report events and pass on a stop request until `fit()` has returned, or is overdue after the last save.
 
-    If Ray fails, workers may have gone on meanwhile, and saved: the record gets these steps, too.
+    If Ray fails, workers may have trained and saved further steps; these are recorded, too.
 
     Raises:
         TrainingError: Ray itself has failed, or workers hang and are not started again.

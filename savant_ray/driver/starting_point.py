@@ -59,15 +59,15 @@ def find_start(
         OSError: the storage cannot be read or written.
     """
     storage.remove_unfinished()
-    start = newest_intact_checkpoint(storage, notify)
-    start = convert(start) or start
-    if start is None and (storage.has_damaged() or saved_a_checkpoint(storage.folder)):
+    resume_checkpoint = newest_intact_checkpoint(storage, notify)
+    resume_checkpoint = convert(resume_checkpoint) or resume_checkpoint
+    if resume_checkpoint is None and (storage.has_damaged() or saved_a_checkpoint(storage.folder)):
         raise CheckpointError(
             f"{storage.location} holds a run, but no complete checkpoint of it. Restore one, or start a new run with "
             "--fresh, which moves this one aside and deletes nothing."
         )
     rebuild_snapshot(storage)
-    return start
+    return resume_checkpoint
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def records_of(run_folder: Path) -> Iterator[dict[str, Any]]:
             yield from read_records(folder / RECORDS)
 
 
-def compare_settings(start: Path, config: Config, allow_changes: bool, notify: Callable[[str], None]) -> None:
+def compare_settings(checkpoint: Path, config: Config, allow_changes: bool, notify: Callable[[str], None]) -> None:
     """Report the settings that changed since the checkpoint was written.
 
     Raises:
@@ -144,12 +144,12 @@ def compare_settings(start: Path, config: Config, allow_changes: bool, notify: C
             or the checkpoint's steps would have had other learning rates with `training.schedule: wsd`, and `allow_changes`
             is False; the message lists all differences.
     """
-    changes = changes_since(start, config)
+    changes = changes_since(checkpoint, config)
     if not allow_changes:
-        _refuse_other_settings(start, config, changes)
+        _refuse_other_settings(checkpoint, config, changes)
     reported = [text for name, text in changes.items() if not name.startswith(UNREPORTED_CHANGES)]
     if reported:
-        notify(f"changed since {start.name}: {'; '.join(reported)}")
+        notify(f"changed since {checkpoint.name}: {'; '.join(reported)}")
     if "training.max_steps" in changes:
         last_stable_step = config.training.last_stable_step
         follows = "follows the schedule of the new length"
@@ -160,15 +160,15 @@ def compare_settings(start: Path, config: Config, allow_changes: bool, notify: C
         )
 
 
-def _refuse_other_settings(start: Path, config: Config, changes: dict[str, str]) -> None:
+def _refuse_other_settings(checkpoint: Path, config: Config, changes: dict[str, str]) -> None:
     differences = [text for name, text in changes.items() if name.startswith(MUST_AGREE)]
-    if config.data.trains_tokenizer and TOKENIZER not in read_manifest(start)["files"]:
+    if config.data.trains_tokenizer and TOKENIZER not in read_manifest(checkpoint)["files"]:
         differences.append(
-            f"data.tokenizer: {config.data.tokenizer} would train a new tokenizer, and {start.name} has none; set it to the "
-            "tokenizer that the weights were trained with"
+            f"data.tokenizer: {config.data.tokenizer} would train a new tokenizer, and {checkpoint.name} has none; set it "
+            "to the tokenizer that the weights were trained with"
         )
-    differences += other_learning_rates(read_settings(start).training, config.training, step_of(start))
-    _raise_if_different(start, differences)
+    differences += other_learning_rates(read_settings(checkpoint).training, config.training, step_of(checkpoint))
+    _raise_if_different(checkpoint, differences)
 
 
 def other_learning_rates(old: TrainingConfig, new: TrainingConfig, step: int) -> list[str]:
@@ -215,23 +215,23 @@ def shortest_length(last_stable_step: int, decay_fraction: float) -> str:
     return f"training.max_steps: {shortest.max_steps}"
 
 
-def changes_since(start: Path, config: Config) -> dict[str, str]:
+def changes_since(checkpoint: Path, config: Config) -> dict[str, str]:
     """Return the settings that changed since the checkpoint was written, as `changed_settings` does."""
-    return changed_settings(read_settings(start).to_dict(), config.to_dict())
+    return changed_settings(read_settings(checkpoint).to_dict(), config.to_dict())
 
 
-def refuse_other_data(start: Path, config: Config, data_fingerprint: str) -> None:
+def refuse_other_data(checkpoint: Path, config: Config, data_fingerprint: str) -> None:
     """Check that text, mixture and tokenizer are those that the checkpoint was trained with.
 
     Raises:
         CheckpointError: they differ.
     """
-    if read_manifest(start)["data_fingerprint"] in (NO_FINGERPRINT, data_fingerprint):
+    if read_manifest(checkpoint)["data_fingerprint"] in (NO_FINGERPRINT, data_fingerprint):
         return
-    change = changes_since(start, config).get("data.sources", "data.sources: a file was added, changed or removed")
+    change = changes_since(checkpoint, config).get("data.sources", "data.sources: a file was added, changed or removed")
     # Not a difference: `choose_tokenizer` kept the checkpoint's tokenizer, which the user may not expect with other text.
-    note = f"the tokenizer remains that of {start.name} (data.tokenizer: {start / TOKENIZER})"
-    _raise_if_different(start, [f"{change}; so the same position in the data order is another sequence", note])
+    note = f"the tokenizer remains that of {checkpoint.name} (data.tokenizer: {checkpoint / TOKENIZER})"
+    _raise_if_different(checkpoint, [f"{change}; so the same position in the data order is another sequence", note])
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = "") -> dict[str, str]:
@@ -246,8 +246,8 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = ""
     return changes
 
 
-def _raise_if_different(start: Path, differences: list[str]) -> None:
+def _raise_if_different(checkpoint: Path, differences: list[str]) -> None:
     if differences:
         raise CheckpointError(
-            f"{start.name} was trained with other settings or data:\n  " + "\n  ".join([*differences, ADVICE])
+            f"{checkpoint.name} was trained with other settings or data:\n  " + "\n  ".join([*differences, ADVICE])
         )

@@ -30,7 +30,7 @@ from savant_ray.training.checkpoint import (
 
 
 @dataclass(frozen=True)
-class Origin:
+class WeightsCheckpoint:
     """The checkpoint whose weights an attempt starts from, and the tokenizer that they were trained with."""
 
     name: str  # for messages, such as "step_500"
@@ -50,8 +50,10 @@ class Difference(NamedTuple):
         return f"{self.setting}: {self.text}"
 
 
-def find_origin(start: Path | None, config: Config, allow_changes: bool = False) -> Origin | None:
-    """Return the checkpoint `start` of this run, else that of `run.init_from`; None if there is neither.
+def find_weights_checkpoint(
+    resume_checkpoint: Path | None, config: Config, allow_changes: bool = False
+) -> WeightsCheckpoint | None:
+    """Return the checkpoint `resume_checkpoint` of this run, else that of `run.init_from`; None if there is neither.
 
     None also for a checkpoint without a tokenizer.
 
@@ -59,24 +61,26 @@ def find_origin(start: Path | None, config: Config, allow_changes: bool = False)
         CheckpointError: there is no checkpoint in `run.init_from`, or it is damaged.
         SettingsError: as `initial_checkpoint`.
     """
-    if start is not None:
-        return _origin(start, start.name, str(start / TOKENIZER), is_resumed=True)
+    if resume_checkpoint is not None:
+        return _weights_checkpoint(
+            resume_checkpoint, resume_checkpoint.name, str(resume_checkpoint / TOKENIZER), is_resumed=True
+        )
     if config.run.init_from is None:
         return None
     with initial_checkpoint(config, (CONFIG, *TOKENIZER_FILES), allow_changes) as path:
         folder = find_checkpoint(path)
         tokenizer_path = "" if is_uri(config.run.init_from) else str(folder / TOKENIZER)
-        return _origin(folder, f"run.init_from = {config.run.init_from}", tokenizer_path, is_resumed=False)
+        return _weights_checkpoint(folder, f"run.init_from = {config.run.init_from}", tokenizer_path, is_resumed=False)
 
 
-def find_origin_without_lock(config: Config) -> Origin | None:
-    """Return the same as `find_origin` for the run's newest checkpoint on this machine, without locking the run."""
+def find_weights_checkpoint_without_lock(config: Config) -> WeightsCheckpoint | None:
+    """Return as `find_weights_checkpoint` does for the run's newest checkpoint on this machine, without locking the run."""
     storage = run_storage(config)
     newest = newest_checkpoint_name(storage) if storage.filesystem is None else None
-    return find_origin(storage.folder / newest if newest else None, config)
+    return find_weights_checkpoint(storage.folder / newest if newest else None, config)
 
 
-def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool) -> Tokenizer | None:
+def choose_tokenizer(config: Config, checkpoint: WeightsCheckpoint | None, allow_changes: bool) -> Tokenizer | None:
     """Return the tokenizer of this attempt, None if one is to be trained on the training text.
 
     Raises:
@@ -88,13 +92,15 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
     """
     data = config.data
     if not data.trains_tokenizer:  # the settings name one
-        tokenizer = _load(config, origin)
+        tokenizer = _load(config, checkpoint)
     # A resumed run with the setting `train` keeps the tokenizer that it trained when it was new.
-    elif origin is not None and (data.tokenizer == "auto" or (origin.is_resumed and origin.settings.trains_tokenizer)):
-        tokenizer = origin.tokenizer.with_settings(data.end_of_document, data.add_special_tokens)
-    elif origin is not None and not allow_changes:
-        text = f"{data.tokenizer} would train a new tokenizer, but {origin.name} has one"
-        raise _change_error(origin, Difference("data.tokenizer", text))
+    elif checkpoint is not None and (
+        data.tokenizer == "auto" or (checkpoint.is_resumed and checkpoint.settings.trains_tokenizer)
+    ):
+        tokenizer = checkpoint.tokenizer.with_settings(data.end_of_document, data.add_special_tokens)
+    elif checkpoint is not None and not allow_changes:
+        text = f"{data.tokenizer} would train a new tokenizer, but {checkpoint.name} has one"
+        raise _change_error(checkpoint, Difference("data.tokenizer", text))
     else:  # to be trained
         if data.end_of_document not in (None, END_OF_DOCUMENT):
             raise SettingsError(
@@ -107,22 +113,24 @@ def choose_tokenizer(config: Config, origin: Origin | None, allow_changes: bool)
                 "tokens around a document; leave it at auto, or set data.tokenizer to one that has a template"
             )
         return None
-    if origin is not None and not allow_changes and not _may_replace(tokenizer, origin):
-        raise _change_error(origin, _difference(origin, tokenizer))
+    if checkpoint is not None and not allow_changes and not _may_replace(tokenizer, checkpoint):
+        raise _change_error(checkpoint, _difference(checkpoint, tokenizer))
     refuse_too_large(tokenizer, config)
     _ = tokenizer.end_of_document  # raises DataError if it has none
     return tokenizer
 
 
-def tokenizer_change(origin: Origin, tokenizer: Tokenizer) -> str | None:
+def tokenizer_change(checkpoint: WeightsCheckpoint, tokenizer: Tokenizer) -> str | None:
     """Return a warning if the tokenizer or its chat template is not the one that the weights were trained with."""
-    if tokenizer.fingerprint != origin.tokenizer.fingerprint:
-        return f"warning: {_difference(origin, tokenizer)}"
-    trained, template = origin.tokenizer.chat_template, tokenizer.chat_template
+    if tokenizer.fingerprint != checkpoint.tokenizer.fingerprint:
+        return f"warning: {_difference(checkpoint, tokenizer)}"
+    trained, template = checkpoint.tokenizer.chat_template, tokenizer.chat_template
     if trained is None or (template is not None and template.source == trained.source):
         return None  # checkpoints of earlier versions contain no chat template
     difference = "has no chat template, unlike" if template is None else "has another chat template than"
-    return f"warning: data.tokenizer: {tokenizer.name} {difference} {origin.name}, so conversations have another form"
+    return (
+        f"warning: data.tokenizer: {tokenizer.name} {difference} {checkpoint.name}, so conversations have another form"
+    )
 
 
 def refuse_too_large(tokenizer: Tokenizer, config: Config) -> None:
@@ -150,33 +158,33 @@ def refuse_unencodable_prompts(tokenizer: Tokenizer, config: Config) -> None:
         raise SettingsError(f"{setting}: {reason}; or {advice}")
 
 
-def _load(config: Config, origin: Origin | None) -> Tokenizer:
+def _load(config: Config, checkpoint: WeightsCheckpoint | None) -> Tokenizer:
     """Return the tokenizer that the settings name; if it is gone, the copy in the checkpoint that was trained with it."""
     data = config.data
     add_special_tokens = data.add_special_tokens
-    if add_special_tokens == "auto" and origin is not None and not origin.tokenizer.adds_special_tokens:
+    if add_special_tokens == "auto" and checkpoint is not None and not checkpoint.tokenizer.adds_special_tokens:
         add_special_tokens = False  # the weights were trained without them
     try:
         return Tokenizer.load(data.tokenizer, data.end_of_document, add_special_tokens)
     except DataError as error:
-        if origin is None or not origin.is_resumed or origin.settings.tokenizer != data.tokenizer:
+        if checkpoint is None or not checkpoint.is_resumed or checkpoint.settings.tokenizer != data.tokenizer:
             raise DataError(f"data.tokenizer: {error}") from error
-        return origin.tokenizer.with_settings(data.end_of_document, add_special_tokens)
+        return checkpoint.tokenizer.with_settings(data.end_of_document, add_special_tokens)
 
 
-def _may_replace(tokenizer: Tokenizer, origin: Origin) -> bool:
+def _may_replace(tokenizer: Tokenizer, checkpoint: WeightsCheckpoint) -> bool:
     """Return whether the weights can be trained with this tokenizer without `--allow-changes`.
 
     A resumed run needs the same tokenizer, because the same text has to yield the same sequences. A new run may use any in
     which all ids are the same tokens and documents have the same special tokens around them.
     """
-    if tokenizer.fingerprint == origin.tokenizer.fingerprint:
+    if tokenizer.fingerprint == checkpoint.tokenizer.fingerprint:
         return True
-    n_same, n_ids = origin.tokenizer.count_same_ids(tokenizer)
+    n_same, n_ids = checkpoint.tokenizer.count_same_ids(tokenizer)
     return (
-        not origin.is_resumed
+        not checkpoint.is_resumed
         and n_same == n_ids
-        and _document_affixes(tokenizer) == _document_affixes(origin.tokenizer)
+        and _document_affixes(tokenizer) == _document_affixes(checkpoint.tokenizer)
     )
 
 
@@ -185,22 +193,22 @@ def _document_affixes(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int,
     return tokenizer.prefix, tokenizer.suffix
 
 
-def _difference(origin: Origin, tokenizer: Tokenizer) -> Difference:
+def _difference(checkpoint: WeightsCheckpoint, tokenizer: Tokenizer) -> Difference:
     """Return how the tokenizer differs from that of the weights."""
-    n_same, n_ids = origin.tokenizer.count_same_ids(tokenizer)
-    adds, origin_adds = tokenizer.adds_special_tokens, origin.tokenizer.adds_special_tokens
-    if n_same == n_ids and adds != origin_adds:
-        text = f"{str(adds).lower()}, but {origin.name} was trained with {str(origin_adds).lower()}"
+    n_same, n_ids = checkpoint.tokenizer.count_same_ids(tokenizer)
+    adds, checkpoint_adds = tokenizer.adds_special_tokens, checkpoint.tokenizer.adds_special_tokens
+    if n_same == n_ids and adds != checkpoint_adds:
+        text = f"{str(adds).lower()}, but {checkpoint.name} was trained with {str(checkpoint_adds).lower()}"
         return Difference("data.add_special_tokens", text)
-    if n_same == n_ids and tokenizer.end_of_document != origin.tokenizer.end_of_document:
-        return Difference("data.end_of_document", f"another token than in {origin.name} ends the documents")
-    text = f"{n_same:,} of {n_ids:,} token ids of {origin.name} are the same tokens in {tokenizer.name}"
+    if n_same == n_ids and tokenizer.end_of_document != checkpoint.tokenizer.end_of_document:
+        return Difference("data.end_of_document", f"another token than in {checkpoint.name} ends the documents")
+    text = f"{n_same:,} of {n_ids:,} token ids of {checkpoint.name} are the same tokens in {tokenizer.name}"
     if n_same == n_ids:
         text += ", but it encodes text differently"
     return Difference("data.tokenizer", text)
 
 
-def _change_error(origin: Origin, difference: Difference) -> SettingsError | CheckpointError:
+def _change_error(checkpoint: WeightsCheckpoint, difference: Difference) -> SettingsError | CheckpointError:
     """Return the error for a tokenizer that must not replace that of the weights without `--allow-changes`."""
     consequence = "with weights that were trained with another tokenizer"
     match difference.setting:
@@ -213,13 +221,13 @@ def _change_error(origin: Origin, difference: Difference) -> SettingsError | Che
             )
             consequence = "with weights that were not trained on text in this form"
         case _:
-            path = f" or set it to {origin.tokenizer_path}" if origin.tokenizer_path else ""
+            path = f" or set it to {checkpoint.tokenizer_path}" if checkpoint.tokenizer_path else ""
             advice = f"leave data.tokenizer at auto{path}, to keep the tokenizer that the weights were trained with"
-    error_class = CheckpointError if origin.is_resumed else SettingsError
+    error_class = CheckpointError if checkpoint.is_resumed else SettingsError
     return error_class(f"{difference}:\n  {advice};\n  --allow-changes continues anyway, {consequence}.")
 
 
-def _origin(folder: Path, name: str, tokenizer_path: str, is_resumed: bool) -> Origin | None:
+def _weights_checkpoint(folder: Path, name: str, tokenizer_path: str, is_resumed: bool) -> WeightsCheckpoint | None:
     """Return the checkpoint in `folder` with its tokenizer, None if it has no tokenizer."""
     verify(folder, CONFIG)
     if TOKENIZER not in read_manifest(folder)["files"]:
@@ -228,4 +236,4 @@ def _origin(folder: Path, name: str, tokenizer_path: str, is_resumed: bool) -> O
     data = read_settings(folder).data
     tokenizer = Tokenizer.load(folder / TOKENIZER, data.end_of_document, data.add_special_tokens)
     tokenizer.name = f"the tokenizer of {name}"
-    return Origin(name, tokenizer, tokenizer_path, data, is_resumed)
+    return WeightsCheckpoint(name, tokenizer, tokenizer_path, data, is_resumed)

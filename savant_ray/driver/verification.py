@@ -320,7 +320,7 @@ def repeat(
 ) -> str:
     """Take the steps again and return what is equal; `progress` receives the number of repeated steps.
 
-    The states of an attempt's end and of the next attempt's beginning are equal, as after any resume.
+    An attempt ends in the state in which the next one begins.
 
     Raises:
         VerificationError: a figure of a step or a part of a checkpoint is not that of the run.

@@ -117,14 +117,14 @@ def _value(match: re.Match[str]) -> Fraction:
 def _words(text: str) -> str:
     """Return the text in lower case, without articles, punctuation and repeated spaces; "" if nothing is left."""
     folded = text.casefold()
-    kept = "".join(char for i, char in enumerate(folded) if not _is_punctuation(folded, i))
-    return " ".join(ARTICLES.sub(" ", kept).split())
+    without_punctuation = "".join(char for i, char in enumerate(folded) if not _is_punctuation(folded, i))
+    return " ".join(ARTICLES.sub(" ", without_punctuation).split())
 
 
 def _is_punctuation(text: str, i: int) -> bool:
     """Return whether the character is punctuation that does not change the meaning.
 
-    Kept are characters as in `c#` and `km/h`, characters between two digits, and a minus sign before a number.
+    Characters as in `c#` and `km/h`, between two digits, and a minus sign before a number are not such punctuation.
     """
     char = text[i]
     if not unicodedata.category(char).startswith("P") or char in "%#&@/":

@@ -50,8 +50,8 @@ MIN_ROW = 128  # tokens in a row for the loss at each depth
 def load_model(checkpoint: Path, raw_weights: bool = False) -> tuple[UniversalTransformer, Tokenizer, Config]:
     """Return the fp32 model of a checkpoint, on the GPU if there is one, with its tokenizer and settings.
 
-    `checkpoint` may be the folder of a run, which means its newest checkpoint. The weights are averaged ones with
-    `training.ema_decay`, unless `raw_weights`.
+    `checkpoint` may be the folder of a run, which means its newest checkpoint. With `training.ema_decay` the weights are the
+    average, or with `raw_weights` those of the last step.
 
     Raises:
         CheckpointError: there is none, it is damaged, has no tokenizer, or its weights do not fit its settings.
@@ -70,7 +70,7 @@ def load_model(checkpoint: Path, raw_weights: bool = False) -> tuple[UniversalTr
 
 
 def load_tokenizer(checkpoint: Path) -> tuple[Tokenizer, Config]:
-    """Return the tokenizer and the settings of a checkpoint, for which `TEXT_FILES` are enough, as `load_model` does.
+    """Return the tokenizer and the settings of a checkpoint, as `load_model` does; reads only `TEXT_FILES`.
 
     Raises:
         CheckpointError: there is no checkpoint, or it has no tokenizer.
@@ -200,8 +200,8 @@ def by_depth(
 def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[MicroBatch]:
     """Yield one sequence `[1, T]` for each of the first validation documents; nothing if they cannot be read.
 
-    T is a power of two from `MIN_ROW` on, or `model.max_seq_len` where that is less, so that there are few lengths. A GPU
-    compiles attention for each length, and computes all T x T scores at once after too many of them.
+    T is the next power of two, at least `MIN_ROW` and at most `model.max_seq_len`, so that there are few lengths: on a GPU
+    attention is compiled for each length, and after too many of them all T x T scores are computed at once.
     """
     try:
         held_out = list(islice(_held_out_documents(config, tokenizer), LOSS_DOCUMENTS))

@@ -81,12 +81,12 @@ class Score:
 
 
 def logic_suite() -> list[Question]:
-    """Return the questions, always the same: held-out pairs in trained wordings, then some in held-out wordings."""
-    trained = problems(SUITE_SEED, N_TRAINED_WORDINGS, held_out=True)
-    new = problems(SUITE_SEED, N_NEW_WORDINGS, held_out=True, unseen_wordings=True)
+    """Return the questions, always the same: held-out pairs in trained wordings, then others in held-out wordings."""
+    trained_wordings = problems(SUITE_SEED, N_TRAINED_WORDINGS, held_out=True)
+    new_wordings = problems(SUITE_SEED, N_NEW_WORDINGS, held_out=True, unseen_wordings=True)
     return [
-        *(Question(problem.template, problem.prompt, str(problem.answer)) for problem in trained),
-        *(Question(f"{problem.template}{NEW_WORDING_SUFFIX}", problem.prompt, str(problem.answer)) for problem in new),
+        *(Question(p.template, p.prompt, str(p.answer)) for p in trained_wordings),
+        *(Question(f"{p.template}{NEW_WORDING_SUFFIX}", p.prompt, str(p.answer)) for p in new_wordings),
     ]
 
 

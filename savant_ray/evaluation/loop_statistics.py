@@ -56,7 +56,7 @@ def loop_statistics(
 
 
 def mean_cosine(x_BTD: Tensor, is_token_BT: Tensor) -> float:
-    """Return the mean cosine between two different tokens of a row, over rows with at least two tokens; 0 without one."""
+    """Return the mean cosine between two different tokens of a row, over rows with at least two tokens; 0 if none has."""
     units_BTD = F.normalize(x_BTD, dim=-1) * is_token_BT[..., None]
     n_B = is_token_BT.sum(dim=1).double()
     pairs_B = n_B * (n_B - 1)

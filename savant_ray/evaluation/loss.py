@@ -39,6 +39,6 @@ def loss_sums(
 def bits_per_byte(nats_per_token: float, target_tokens: int, trained_bytes: int) -> float:
     """Convert a loss per token to bits per UTF-8 byte, which can be compared across tokenizers.
 
-    `target_tokens` and `trained_bytes` are those of the complete text without what is masked; NaN if it has no bytes.
+    `target_tokens` and `trained_bytes` count the complete text except for its masked parts; without bytes, return NaN.
     """
     return nats_per_token / math.log(2) * target_tokens / trained_bytes if trained_bytes else math.nan

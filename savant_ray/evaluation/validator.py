@@ -92,8 +92,8 @@ class Validator:
         n_sequences = min(config.validation.batches * config.training.batch_size, cache.n_sequences)
         _, rows = GlobalOrder([cache.n_sequences], [1.0], SEQUENCE_SEED).locate(np.arange(n_sequences))
         # Whole micro-batches, so that the loss has the same bits on any number of ranks.
-        own = rank_slice(n_sequences, rank, world_size, config.training.batch_size)
-        rows = rows[np.asarray(own, dtype=np.int64)]
+        local_slice = rank_slice(n_sequences, rank, world_size, config.training.batch_size)
+        rows = rows[np.asarray(local_slice, dtype=np.int64)]
         with_logic = config.validation.logic_problems > 0
         return cls(
             config=config,
@@ -111,8 +111,8 @@ class Validator:
     def __call__(self, state: TrainingState) -> bool:
         """Evaluate the state and return whether a stop was requested on some rank. Collective.
 
-        The weights are averaged ones with `training.ema_decay`. Losses and correct answers are summed over all ranks; rank 0
-        generates the sample. A part that a stop request interrupts emits nothing.
+        With `training.ema_decay` the averaged weights are evaluated. Losses and correct answers are summed over all ranks;
+        rank 0 generates the sample. A part that a stop request interrupts emits nothing.
 
         Raises:
             DeviceMemoryError: the device has no memory for one sequence or one question.
@@ -143,7 +143,7 @@ class Validator:
     def _loss_sums(self, state: TrainingState) -> Tensor:
         """Return the sums over this rank's sequences; while they do not fit into memory, halve the forward passes.
 
-        The micro-batches of training stay as they are.
+        This does not change the micro-batches of training.
 
         Raises:
             DeviceMemoryError: one sequence does not fit.

@@ -37,13 +37,13 @@ PLAIN_TEMPLATE = """\
 {%- set content = content | map(attribute='text') | join -%}
 {%- endif -%}
 {%- if content is not string or message['tool_calls'] -%}
-{{ raise_exception('a message calls a tool or has no text, which has no place in a plain conversation') }}
+{{ raise_exception('a message has a tool call or no text; without a chat template, conversations are text only') }}
 {%- endif -%}
 {%- set content = content | trim -%}
 {%- if message['role'] in ('system', 'developer') -%}{{ content }}
 {%- elif message['role'] == 'user' -%}{{ 'Question: ' + content }}
 {%- elif message['role'] == 'assistant' -%}{{ 'Answer: ' + content }}
-{%- else -%}{{ raise_exception('the role ' + message['role'] + ' has no place in a plain conversation') }}
+{%- else -%}{{ raise_exception('without a chat template, conversations have no role ' + message['role']) }}
 {%- endif -%}
 {%- if not loop.last -%}{{ '\\n' if message['role'] == 'user' else '\\n\\n' }}{%- endif -%}
 {%- endfor -%}
@@ -121,8 +121,8 @@ def _model_config(config: Config) -> dict[str, Any]:
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the names of the special tokens as `tokenizer_config.json` has them.
 
-    Those that the chat template uses come first. An end-of-document token that is an ordinary token is left out, because
-    `transformers` would make it a special token, which is not decoded; generation ends by its id.
+    Names from the chat template take precedence. An end-of-document token that is an ordinary token is left out, because
+    `transformers` would make it a special token and not decode it; `generation_config.json` has its id.
     """
     names = {}
     if tokenizer.prefix:
@@ -130,7 +130,7 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     end = tokenizer.token_name(tokenizer.end_of_document)
     if tokenizer.end_of_document in tokenizer.special_ids or end in END_NAMES or re.fullmatch(r"<.+>|\[.+\]", end):
         names["eos_token"] = names["pad_token"] = end
-    for name in reversed(PADDING_NAMES):  # the first one counts
+    for name in reversed(PADDING_NAMES):  # the first name has precedence
         if tokenizer.id_of(name) is not None:
             names["pad_token"] = name
     template = tokenizer.chat_template
@@ -139,7 +139,7 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _generation_config(config: Config, tokenizer: Tokenizer, special: dict[str, str]) -> dict[str, Any]:
-    """Return how the run generates text: to the end of the document, without tokens that are never sampled."""
+    """Return the run's generation settings; generation ends at the end of a document."""
     temperature = config.validation.temperature
     ids: dict[str, Any] = {"eos_token_id": tokenizer.end_of_document}
     ids |= {f"{name}_id": tokenizer.id_of(special[name]) for name in ("bos_token", "pad_token") if name in special}
@@ -150,9 +150,9 @@ def _generation_config(config: Config, tokenizer: Tokenizer, special: dict[str, 
 
 
 def _chat_template(tokenizer: Tokenizer, checkpoint: str) -> str:
-    """Return the template of the tokenizer, or that of the plain form; its texts begin with the tokenizer's prefix.
+    """Return the tokenizer's template, or that of the plain form, with the tokenizer's prefix at the beginning.
 
-    `transformers` adds no special tokens to a text that a chat template has rendered.
+    The prefix is included because `transformers` adds no special tokens to a text that a chat template has rendered.
 
     Raises:
         CheckpointError: the template could not be read.
@@ -174,5 +174,5 @@ def _begins_with(prefix: str, template: ChatTemplate) -> bool:
     conversation = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
     try:
         return dataclasses.replace(template, prefix="", suffix="").render(conversation).text.startswith(prefix)
-    except ConversationError:  # the template is for other conversations
+    except ConversationError:  # the template refuses this conversation
         return True

@@ -1,4 +1,4 @@
-"""The logic suite as a task of lm-eval (EleutherAI's lm-evaluation-harness), with the same rule for answers.
+"""The logic suite as a task of lm-eval (EleutherAI's lm-evaluation-harness), with the same rule for correct answers.
 
 The task is `savant_logic.yaml`, its questions `savant_logic.jsonl`. `savant_logic.py` reads them and decides whether an
 answer is correct; it is a copy of `evaluation/answer_matching.py` with two more functions.
@@ -71,8 +71,8 @@ def write_logic_task(folder: Path, config: Config, tokenizer: Tokenizer) -> None
 def lm_eval_command(folder: str, config: Config, tokenizer: Tokenizer) -> str:
     """Return the command that scores the exported model in `folder`.
 
-    lm-eval cuts prompts so that prompt and answer fit into the length of a training sequence. Where that is too short for
-    the suite, the command names a sufficient length, which the model can generate.
+    lm-eval cuts prompts so that prompt and answer fit into the length of a training sequence. If that is too short for the
+    suite, the command sets a larger `max_length`; the model can generate more tokens than a training sequence has.
     """
     prompts = tokenizer.encode_prompts([question.prompt for question in logic_suite()])
     needed = max(map(len, prompts)) + config.validation.max_new_tokens

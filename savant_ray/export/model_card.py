@@ -128,7 +128,7 @@ def _number(value: float | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return text of which Markdown shows every character as it is."""
+    """Escape the characters that have a meaning in Markdown."""
     return re.sub(r"[\\`*\[\]<>&#~|!$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 

@@ -36,8 +36,8 @@ class SavantConfig(PretrainedConfig):
     Args:
         vocab_size: number of token ids; may be larger than the tokenizer's.
         hidden_size: width of the residual stream.
-        num_attention_heads: attention heads; divides `hidden_size`, with rotary positions into even widths.
-        num_loops: how often the block is applied, from 1 on; `model.config.num_loops = 8` may differ from training.
+        num_attention_heads: attention heads; must divide `hidden_size`, with rotary positions into an even `head_dim`.
+        num_loops: number of times the block is applied, at least 1; can be changed later (`model.config.num_loops = 8`).
         max_position_embeddings: tokens of a training sequence. Generation may continue past it.
         window_size: how many tokens back a windowed loop attends.
         global_every: every n-th loop attends to all earlier tokens.
@@ -233,8 +233,8 @@ class SavantForCausalLM(PreTrainedModel, GenerationMixin):
             x = self.recurrent_block(x, loop, window, mask_of, rope, cache)
             states = [*states, x] if returns_states else [x]
         states[-1] = x = self.ln_f(x)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(x[:, kept])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(x[:, positions])
         loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1], **kwargs)
         hidden_states = tuple(states) if returns_states else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE: cache})
@@ -264,7 +264,7 @@ def causal_mask(
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int | None, soft_cap: float) -> Tensor:
     """Return soft-capped attention `[B, H, T, D]`; scores are fp32 in every precision.
 
-    Chunks of queries, each with the keys that it can see, need less memory, and round as savant_ray does on a CPU.
+    Chunks of queries, each with the keys that it can see, need less memory, and have the rounding of savant_ray on a CPU.
     """
     scale, n_before, parts = 1.0 / (math.sqrt(q.shape[-1]) * soft_cap), k.shape[2] - q.shape[2], []
     for start in range(0, q.shape[2], CHUNK):

@@ -37,7 +37,7 @@ class NewTokens(NamedTuple):
 
 
 @dataclass
-class _Answer:
+class _AnswerInProgress:
     """An answer that has not ended."""
 
     number: int
@@ -61,8 +61,8 @@ class _Batch:
 
     TENSORS = ("temperature_B1", "last_B1", "has_ended_B", "uniform_BN", "group_BN")
 
-    def __init__(self, answers: Sequence[_Answer], cache: KeyValueCache, group_size: int) -> None:
-        self.answers: list[_Answer | None] = list(answers)
+    def __init__(self, answers: Sequence[_AnswerInProgress], cache: KeyValueCache, group_size: int) -> None:
+        self.answers: list[_AnswerInProgress | None] = list(answers)
         self.cache, n_rows, device = cache, len(answers), cache.position_B.device
         temperatures = [[answer.sampling.temperature] for answer in answers]
         self.temperature_B1 = torch.tensor(temperatures, dtype=torch.float64, device=device)
@@ -71,7 +71,7 @@ class _Batch:
         self.uniform_BN = torch.zeros(n_rows, group_size, dtype=torch.float64, device=device)
         self.group_BN = torch.zeros(n_rows, group_size, dtype=torch.int64, device=device)
 
-    def in_use(self) -> list[_Answer]:
+    def in_use(self) -> list[_AnswerInProgress]:
         """Return the answers."""
         return [answer for answer in self.answers if answer is not None]
 
@@ -102,7 +102,7 @@ class _Batch:
         return new_tokens
 
     def set_lengths(self) -> None:
-        """Tell the cache which rows are in use, and their lengths."""
+        """Pass the row lengths to the cache; 0 for an unused row."""
         self.cache.set_lengths([0 if answer is None else answer.n_cached for answer in self.answers])
 
     def select(self, rows: Sequence[int]) -> None:
@@ -166,7 +166,7 @@ class Decoder:
             raise ValueError("the prompt has no tokens")
         cache = self._model.new_cache(list(map(len, prompts)), self._n_loops, static_shapes=self._graph.captures)
         answers = [
-            _Answer(next(self._numbers), sampling, len(prompt))
+            _AnswerInProgress(next(self._numbers), sampling, len(prompt))
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
         new = _Batch(answers, cache, self.group_size)

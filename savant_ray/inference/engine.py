@@ -17,8 +17,8 @@ DELIVERY_SECONDS = 0.1
 DELIVERY_SECONDS_PER_ANSWER = 0.025
 
 
-class _Answer:
-    """A request and its tokens: `new` have not been delivered, `delivered` have not been consumed."""
+class _StreamedAnswer:
+    """An answer to a request: the tokens in `new` are not delivered yet, those in `delivered` are not consumed yet."""
 
     def __init__(self, prompt: list[int], sampling: Sampling, end_tokens: Collection[int]) -> None:
         self.prompt, self.sampling, self.end_tokens, self.number = prompt, sampling, end_tokens, -1
@@ -48,9 +48,9 @@ class Engine:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._joining: list[_Answer] = []
-        self._leaving: list[_Answer] = []
-        self._answers: dict[int, _Answer] = {}  # in progress, by their number in the decoder
+        self._joining: list[_StreamedAnswer] = []
+        self._leaving: list[_StreamedAnswer] = []
+        self._answers: dict[int, _StreamedAnswer] = {}  # in progress, by their number in the decoder
         self._changes = asyncio.Event()  # requests join or leave
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -67,7 +67,7 @@ class Engine:
         Raises:
             RuntimeError: decoding has failed.
         """
-        answer = _Answer(prompt, sampling, end_tokens)
+        answer = _StreamedAnswer(prompt, sampling, end_tokens)
         if self.error is not None:
             raise RuntimeError(f"decoding has failed: {self.error}") from self.error
         self._joining.append(answer)
@@ -84,7 +84,7 @@ class Engine:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        joining: list[_Answer] = []
+        joining: list[_StreamedAnswer] = []
         try:
             with ThreadPoolExecutor(1, "decoder") as thread:
                 while True:
@@ -101,7 +101,9 @@ class Engine:
                 answer.delivered.put_nowait(error)
             raise
 
-    def _decode(self, joining: list[_Answer], leaving: list[_Answer]) -> list[tuple[_Answer, NewTokens]]:
+    def _decode(
+        self, joining: list[_StreamedAnswer], leaving: list[_StreamedAnswer]
+    ) -> list[tuple[_StreamedAnswer, NewTokens]]:
         """Decode until tokens are to be delivered or requests join or leave; return what is to be delivered.
 
         Prompts of similar length are processed together.
@@ -114,7 +116,7 @@ class Engine:
             numbers = self._decoder.add([answer.prompt for answer in answers], [answer.sampling for answer in answers])
             for answer, answer.number in zip(answers, numbers, strict=True):
                 self._answers[answer.number] = answer
-        deliveries: list[tuple[_Answer, NewTokens]] = []
+        deliveries: list[tuple[_StreamedAnswer, NewTokens]] = []
         while self._answers and not deliveries and not self._changes.is_set():
             new_tokens = self._decoder.next_tokens()
             now = time.monotonic()
@@ -128,6 +130,6 @@ class Engine:
                     self._remove(answer)
         return deliveries
 
-    def _remove(self, answer: _Answer) -> None:
+    def _remove(self, answer: _StreamedAnswer) -> None:
         if self._answers.pop(answer.number, None):
             self._decoder.remove(answer.number)

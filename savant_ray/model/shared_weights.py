@@ -168,8 +168,8 @@ def adds_bf16_products_to_fp32(device: torch.device) -> bool:
     try:
         _add_bf16_product(total, factor, factor)
     except (RuntimeError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):  # says nothing about the device
-            raise
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+            raise  # does not show whether the device supports it
         total.zero_()  # not supported: the check below fails
     if bool((total == 16 + 2.0**-9).all()):
         return True

@@ -41,7 +41,7 @@ def blocks(leaves: range) -> list[Block]:
     return found
 
 
-def most_sums(n: int) -> int:
+def max_sums(n: int) -> int:
     """Return the largest number of tensors that a `TreeSum` keeps while the leaves 0 to n - 1 are added, n > 0."""
     return (n + 1).bit_length() - 1  # the number of ones in the binary form of n, or of a smaller number with more ones
 

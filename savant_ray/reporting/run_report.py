@@ -22,7 +22,7 @@ from savant_ray.reporting.record import Follower, Record
 from savant_ray.reporting.wording import (
     describe,
     duration,
-    printable,
+    escape_controls,
     progress_figures,
     skipped_update,
     step_figures,
@@ -70,11 +70,11 @@ class RunReport:
     def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._print_newest_step()
         if isinstance(error, Exception) and self._log is not None:  # the command line prints it on the terminal
-            self._log.write(printable(f"error: {str(error) or type(error).__name__}"))
+            self._log.write(escape_controls(f"error: {str(error) or type(error).__name__}"))
         self.close()
 
     def add_event(self, event: Event) -> None:
-        """Record an event and print it; of notices with the same text, which several workers may send, only the first."""
+        """Record and print an event. A notice that several workers send with the same text is printed once."""
         if isinstance(event, Notice):
             if event.text in self._notices:
                 return
@@ -107,18 +107,18 @@ class RunReport:
         """Begin a stage before the first step, such as "starting Ray"."""
         self._stage = text
         self._print_progress(f"{text} …")
-        self._console.show(printable(text), 0, None, "")
+        self._console.show(escape_controls(text), 0, None, "")
 
     def progress(self, done: float, total: float, unit: str) -> None:
         """Report the progress of the stage; `unit` is "bytes" or a plural noun."""
         figures = progress_figures(done, total, unit)
-        self._console.show(printable(self._stage), done, total, printable(figures))
+        self._console.show(escape_controls(self._stage), done, total, escape_controls(figures))
         if self._line_is_due():
             self._print_progress(f"{self._stage}: {figures}")
 
     def notify(self, text: str) -> None:
         """Print lines on the console and in the log."""
-        text = printable(text)
+        text = escape_controls(text)
         if self._log is not None:
             self._log.write(text)
         self._console.print(text)
@@ -126,7 +126,7 @@ class RunReport:
     def log(self, text: str) -> None:
         """Write lines to the log only."""
         if self._log is not None:
-            self._log.write(printable(text))
+            self._log.write(escape_controls(text))
 
     def close(self) -> None:
         """Restore the terminal and close the files."""
@@ -194,7 +194,7 @@ class RunReport:
             self._unprinted_step = ""
 
     def _print_progress(self, text: str) -> None:
-        text = printable(text)
+        text = escape_controls(text)
         if self._log is not None:
             self._log.write(text)
         self._console.print_progress(text)

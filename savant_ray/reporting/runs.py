@@ -26,7 +26,7 @@ from savant_ray.events import (
     ValidationDone,
 )
 from savant_ray.reporting.record import METRICS, parsed
-from savant_ray.reporting.wording import duration, printable, relative_path
+from savant_ray.reporting.wording import duration, escape_controls, relative_path
 
 STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # most lines are steps; only the last ones are parsed
 RECENT_STEPS = 100
@@ -141,7 +141,7 @@ def print_table(runs: Iterable[RunSummary]) -> None:
         steps = f"{run.step:,}" + ("" if run.max_steps is None else f" of {run.max_steps:,}")
         losses = ("" if loss is None else f"{loss:.4f}" for loss in (run.train_loss, run.validation_loss))
         table.add_row(
-            printable(relative_path(Path(run.folder))),
+            escape_controls(relative_path(Path(run.folder))),
             run.state,
             steps,
             *losses,
@@ -169,7 +169,7 @@ def status(run: RunSummary) -> str:
         f"saved {run.checkpoint}, {ago(run.checkpoint_time)}" if run.checkpoint_time else "no checkpoint yet",
         _sample(run),
     ]
-    return printable("\n".join(line.replace("\n", " ") for line in lines))
+    return escape_controls("\n".join(line.replace("\n", " ") for line in lines))
 
 
 def to_json(runs: Iterable[RunSummary]) -> str:

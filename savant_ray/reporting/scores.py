@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from savant_ray.reporting.wording import percent, printable
+from savant_ray.reporting.wording import escape_controls, percent
 
 Item = TypeVar("Item")
 
@@ -27,7 +27,7 @@ def print_scores(result: dict[str, Any]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, score in result["templates"].items():
-        table.add_row(printable(name), *_row(score))
+        table.add_row(escape_controls(name), *_row(score))
     table.add_section()
     table.add_row("all", *_row(result))
     if result["new_wordings"]["n"]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from savant_ray.reporting.wording import percent, printable
+from savant_ray.reporting.wording import escape_controls, percent
 
 BAR_WIDTH = 40
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
@@ -30,7 +30,7 @@ def print_text_statistics(sources: Sequence[Mapping[str, Any]], plan: Mapping[st
 
 
 def _print_source(console: Console, source: Mapping[str, Any]) -> None:
-    console.print(Text(printable(source["name"]), style="bold"))
+    console.print(Text(escape_controls(source["name"]), style="bold"))
     is_sample, factor = source["bytes_read"] < source["bytes"], source["estimate"]
     about = "about " if is_sample else ""
     scale, unit = next((scale, unit) for scale, unit in UNITS if source["bytes"] >= scale or scale == 1)
@@ -55,7 +55,7 @@ def _print_source(console: Console, source: Mapping[str, Any]) -> None:
     if not source["documents"]:
         console.print(Text("    warning: no documents, so this source cannot be trained on", style="bold red"))
     for problem in source["first_bad_records"]:
-        console.print(Text(f"    {printable(problem)}", style="red"))
+        console.print(Text(f"    {escape_controls(problem)}", style="red"))
     _print_lengths(console, source["lengths"])
     for number, pieces in enumerate(source["examples"], start=1):
         console.print(Text(f"  example {number}", style="dim"))
@@ -78,7 +78,7 @@ def _rendered(pieces: Sequence[tuple[str, bool]]) -> Text:
     """Return a document in which what is not trained on is dim on a terminal, and in ⟦brackets⟧ elsewhere."""
     text = Text("    ")
     for piece, is_trained in pieces:
-        shown = printable(piece).replace("\n", "\n    ")
+        shown = escape_controls(piece).replace("\n", "\n    ")
         if sys.stdout.isatty():
             text.append(shown, style="green" if is_trained else "dim")
         else:
@@ -96,7 +96,7 @@ def _print_plan(console: Console, sources: Sequence[Mapping[str, Any]], plan: Ma
         steps_per_epoch = n_sequences / (fraction * batch)
         epochs = steps / steps_per_epoch if n_sequences else 0.0
         table.add_row(
-            printable(source["name"]),
+            escape_controls(source["name"]),
             percent(fraction),
             f"{n_sequences:,}",
             f"{steps_per_epoch:,.0f}" if steps_per_epoch >= 1 else "less than 1",

@@ -318,7 +318,7 @@ def relative_path(path: Path) -> str:
         return str(path)
 
 
-def printable(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Escape control characters, so that generated text cannot control the terminal."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in _ESCAPED_CATEGORIES else _escaped(c) for c in text

@@ -42,13 +42,15 @@ class ServerSettings:
 
     checkpoint: str  # path or URI that all replicas can read
     name: str = ""  # of the model in requests; "": that of the run folder
-    original: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of a file of the original
+    original: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # settings for a file of the original script
     loops: int | None = None  # None: those of the model
     raw_weights: bool = False  # those of the last step, instead of their average
     max_length: int | None = None  # tokens of prompt and answer; None: `model.max_seq_len` of the run
     replicas: tuple[int, int] = (1, 1)  # smallest and largest number
     max_batch: int = 16  # answers that a replica decodes together
-    max_queue: int = 64  # requests that wait
+    max_queue: int = 64  # requests that wait for a place in a batch
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None  # None: SAVANT_API_KEY of the environment
@@ -60,7 +62,7 @@ class Api:
     def __init__(self, model: Any, tokenizer: Tokenizer, config: Config, settings: ServerSettings) -> None:
         self._model = model.options(method_name="tokens", stream=True)
         self._tokenizer, self._name, self._api_key = tokenizer, settings.name, settings.api_key
-        # Limited here, because a burst of requests passes Ray Serve's own limit.
+        # Limited here, because a burst of requests can exceed Ray Serve's own limit.
         self._n_answers, self._max_answers = 0, settings.replicas[1] * settings.max_batch + settings.max_queue
         self._max_length = settings.max_length or config.model.max_seq_len
         limit, temperature = config.validation.max_new_tokens, config.validation.temperature
@@ -157,10 +159,10 @@ class Api:
         self._n_answers += 1
         self._n_tokens.inc(len(prompt), {"kind": "prompt"})
         try:
-            async for new in generated:
+            async for new_tokens in generated:
                 if not answer.n_tokens:
                     self._first_token.observe(time.perf_counter() - start)
-                text, is_last = answer.push(new), new.is_last
+                text, is_last = answer.push(new_tokens), new_tokens.is_last
                 yield text
                 if answer.is_stopped:
                     break
@@ -172,12 +174,12 @@ class Api:
             if answer.n_tokens:
                 self._n_tokens.inc(answer.n_tokens, {"kind": "answer"})
             if not is_last:
-                with suppress(RayError, RayServeException):  # it has failed
+                with suppress(RayError, RayServeException):  # the replica has failed
                     generated.cancel()
 
 
 async def _body(http: HttpRequest) -> bytes:
-    """Return the body of a request; Starlette's `max_body_size` would refuse it without an error object."""
+    """Return the body of a request; for a large one, Starlette's `max_body_size` would send no error object."""
     body = b""
     async for chunk in http.stream():
         body += chunk
@@ -191,7 +193,7 @@ async def _joined(parts: AsyncIterator[str]) -> str:
 
 
 async def _unless_disconnected(http: HttpRequest, text: Awaitable[str]) -> str:
-    """Return the text; cancel its generation if the user leaves before."""
+    """Return the text; cancel its generation if the client disconnects first."""
     generation, disconnect = asyncio.ensure_future(text), asyncio.ensure_future(http.receive())
     await asyncio.wait((generation, disconnect), return_when=asyncio.FIRST_COMPLETED)
     if not generation.done():
@@ -225,7 +227,7 @@ def _event(content: dict[str, Any]) -> bytes:
 
 def _error_response(http: HttpRequest, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # the user has left
+        return Response(status_code=499)  # nobody receives it
     if isinstance(error, HTTPException):  # there is no such route
         error = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}", "unknown_url")
     if not isinstance(error, ApiError):

@@ -16,7 +16,7 @@ from savant_ray.data.conversations import Message, normalized_messages
 from savant_ray.inference.answer_text import AnswerText
 
 Text = Annotated[str, Field(min_length=1)]
-# Both accept a text instead of a list of one text, and the other way round.
+# `Texts` also accepts a single text, and `Prompt` a list of one text.
 Texts = Annotated[list[Text], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)]
 Prompt = Annotated[
     str | list[Annotated[int, Field(ge=0)]],
@@ -34,7 +34,7 @@ class ApiError(Exception):
 
 
 class _Request(BaseModel):
-    """Parameters of both kinds of requests; for None the server has a default."""
+    """Parameters of both kinds of requests; None means the server's default."""
 
     model_config = ConfigDict(extra="forbid")
     model: str | None = None
@@ -45,7 +45,7 @@ class _Request(BaseModel):
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
     user: str | None = None
-    # Only the values that change nothing:
+    # Only values that have no effect are accepted:
     n: int | None = Field(None, ge=1, le=1)
     top_p: float | None = Field(None, ge=1, le=1)
     presence_penalty: float | None = Field(None, ge=0, le=0)
@@ -87,7 +87,7 @@ def parsed(kind: type[Request], body: bytes) -> Request:
 
 
 class Completion:
-    """The response to a request, or the chunks of a streamed response, with at most `limit` tokens of `answer`."""
+    """The response to a request, or the chunks of a streamed response; `answer` has at most `limit` tokens."""
 
     def __init__(self, request: Request, model: str, n_prompt: int, limit: int, answer: AnswerText) -> None:
         self._request, self._n_prompt, self._limit, self._answer = request, n_prompt, limit, answer

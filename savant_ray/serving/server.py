@@ -73,7 +73,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
         smallest, largest = settings.replicas
         scaling: dict[str, Any] = {"num_replicas": largest}
-        if smallest < largest:  # Ray Serve's controller then takes up to half a core at times
+        if smallest < largest:  # not always, because with autoscaling Ray Serve's controller uses up to half a core
             target = max(1, settings.max_batch // 2)
             limits = {"min_replicas": smallest, "max_replicas": largest, "target_ongoing_requests": target}
             scaling = {"autoscaling_config": limits}

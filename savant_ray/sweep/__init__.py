@@ -1,1 +1,1 @@
-"""Hyperparameter search: runs with other settings each, under Ray Tune."""
+"""Hyperparameter search under Ray Tune: one run per combination of settings."""

@@ -21,7 +21,7 @@ from savant_ray.errors import STOPPED_EARLY, SettingsError
 from savant_ray.locations import is_uri
 from savant_ray.reporting.page import write_page
 from savant_ray.reporting.runs import RunSummary, summarize
-from savant_ray.reporting.wording import printable, relative_path
+from savant_ray.reporting.wording import escape_controls, relative_path
 from savant_ray.storage.lock import is_in_use
 from savant_ray.sweep.search_space import read_space
 from savant_ray.sweep.trial import LOSS, STEP, Trial, run_name
@@ -35,11 +35,11 @@ TUNE_ENVIRONMENT = {
 }
 MAX_COMPARED = 8  # runs on the page
 PIPE_WIDTH = 120
-TRIAL_MEMORY = 64 << 20  # reserved for a trial's process, which must not reserve cores: the run needs them
+TRIAL_MEMORY = 64 << 20  # bytes that a trial's process reserves instead of cores, which its run needs
 
 
 def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_early: bool, verbose: bool) -> int:
-    """Run or resume the sweep `run.name` with absolute paths in `config`, and print its results.
+    """Run or resume the sweep `run.name` and print its results; all paths in `config` are absolute.
 
     Returns:
         the exit code: `STOPPED_EARLY` after Ctrl+C or SIGTERM, when the runs are saved; otherwise 1 if a trial has failed.
@@ -57,7 +57,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
     with ray_session(verbose):
         if not verbose:
             logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `_Progress` prints why a trial fails
-        settings = _shared(config, concurrent).to_dict()
+        settings = _with_shared_cores(config, concurrent).to_dict()
         settings["run"]["storage_path"] = str(folder)
         tuner = _tuner(folder, settings, space, trials, concurrent, stops_early)
         for number in (signal.SIGTERM, signal.SIGHUP):  # Tune stops the trials after SIGINT only
@@ -71,7 +71,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
     if runs:
         page = folder / "report.html"
         write_page(runs[:MAX_COMPARED], page, is_in_use)
-        print(f"{printable(relative_path(page))} compares the best runs; open it in a browser")
+        print(f"{escape_controls(relative_path(page))} compares the best runs; open it in a browser")
     if not all(result.error or (result.metrics or {}).get("done") for result in results) or not results:
         print("stopped; the same command resumes")
         return STOPPED_EARLY
@@ -86,13 +86,13 @@ def _refuse_other_sweep(folder: Path, description: str) -> None:
         raise SettingsError(f"{folder}: this sweep has other settings or another search space; choose another run.name")
 
 
-def _shared(config: Config, concurrent: int) -> Config:
-    """Return the settings with a fraction of the cores for each worker, so that several trials run at once."""
+def _with_shared_cores(config: Config, concurrent: int) -> Config:
+    """Return settings in which each worker gets a fraction of the cores, so that `concurrent` trials run at once."""
     if concurrent == 1 or config.scaling.resources_per_worker:
         return config
     cores = int(sum(node.get("CPU", 0) for node in node_resources()))
-    of_worker = {"CPU": float(max(1, cores // (concurrent * config.scaling.worker_limits[1])))}
-    return config.model_copy(update={"scaling": config.scaling.model_copy(update={"resources_per_worker": of_worker})})
+    resources = {"CPU": float(max(1, cores // (concurrent * config.scaling.worker_limits[1])))}
+    return config.model_copy(update={"scaling": config.scaling.model_copy(update={"resources_per_worker": resources})})
 
 
 def _tuner(
@@ -121,7 +121,7 @@ class _Progress(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         values = ", ".join(f"{name} {_shown(value)}" for name, value in trial.config.items())
-        print(f"{run_name(trial.trial_id)} starts: {printable(values)}", flush=True)
+        print(f"{run_name(trial.trial_id)} starts: {escape_controls(values)}", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result
@@ -132,7 +132,7 @@ class _Progress(tune.Callback):
         lines = Path(trial.error_file).read_text(encoding="utf-8").split("\n") if trial.error_file else []
         reason = next((line.strip() for line in reversed(lines) if line.strip()), "no reason is known")
         message = reason.partition(": ")[2] if reason.startswith("savant_ray.errors.") else reason
-        print(f"{run_name(trial.trial_id)} fails: {printable(message)}", flush=True)
+        print(f"{run_name(trial.trial_id)} fails: {escape_controls(message)}", flush=True)
 
 
 def _shown(value: Any) -> str:
@@ -155,9 +155,9 @@ def _loss(summary: RunSummary | None) -> float:
 
 def _print_table(rows: list[tuple[dict[str, Any], RunSummary | None]], names: list[str]) -> None:
     """Print one row per trial, the best one first."""
-    table = Table("run", *map(printable, names), "state", "step", "best validation", box=None)
+    table = Table("run", *map(escape_controls, names), "state", "step", "best validation", box=None)
     for values, summary in rows:
-        shown = [printable(_shown(values.get(name))) for name in names]
+        shown = [escape_controls(_shown(values.get(name))) for name in names]
         if summary is None:
             table.add_row("–", *shown, "failed", "0", "–")
         else:

@@ -20,7 +20,7 @@ DISTRIBUTIONS = (
     *("uniform", "quniform", "loguniform", "qloguniform", "randn", "qrandn"),
     *("randint", "qrandint", "lograndint", "qlograndint", "choice", "grid_search"),
 )  # functions of ray.tune
-OF_THE_SWEEP = ("run.name", "run.storage_path")  # settings of each trial that the sweep chooses
+CHOSEN_BY_SWEEP = ("run.name", "run.storage_path")  # settings that the sweep sets for each trial
 TAKES_A_LIST = ("choice", "grid_search")
 MAX_COMBINATIONS = 1000  # that are checked; one takes about a millisecond
 MAX_PROBLEMS = 10  # in a message
@@ -28,7 +28,7 @@ SHAPE = "such as training.learning_rate: {loguniform: [0.0001, 0.01]} or trainin
 
 
 def read_space(path: Path, config: Config) -> dict[str, Any]:
-    """Return the search space of a YAML file by setting, as Ray Tune takes it; `config` has the other settings.
+    """Return the search space of a YAML file: Ray Tune's distribution of each setting. `config` has the other settings.
 
     Raises:
         SettingsError: the file cannot be read, an entry is not a setting with a distribution, or a trial could get values
@@ -45,7 +45,7 @@ def read_space(path: Path, config: Config) -> dict[str, Any]:
     lines = key_lines(text)
     places = {name: f"--space {path}:{f' line {lines[name]}:' if name in lines else ''} {name}" for name in content}
     space = {name: _distribution(places[name], name, entry) for name, entry in content.items()}
-    values = {name: _values(*next(iter(entry.items()))) for name, entry in content.items()}
+    values = {name: _values_to_check(*next(iter(entry.items()))) for name, entry in content.items()}
     problems = [*dict.fromkeys(_problems(values, places, config.to_dict()))]
     if problems:
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
@@ -56,18 +56,18 @@ def read_space(path: Path, config: Config) -> dict[str, Any]:
 def _problems(
     values: Mapping[str, Sequence[Any]], places: Mapping[str, str], settings: dict[str, Any]
 ) -> Iterator[str]:
-    """Yield what is wrong with combinations of values: each value in one, and the first `MAX_COMBINATIONS` of all."""
+    """Yield the errors of the first `MAX_COMBINATIONS` combinations of values, and of others until each value occurred."""
     longest = max(map(len, values.values()))
-    of_each_value = ([some[i % len(some)] for some in values.values()] for i in range(longest))
-    for combination in chain(of_each_value, islice(product(*values.values()), MAX_COMBINATIONS)):
+    with_each_value = ([choices[i % len(choices)] for choices in values.values()] for i in range(longest))
+    for combination in chain(with_each_value, islice(product(*values.values()), MAX_COMBINATIONS)):
         changes = dict(zip(values, combination, strict=True))
         yield from setting_errors(with_settings(settings, changes), places)
 
 
-def _values(distribution: str, arguments: list[Any]) -> Sequence[Any]:
-    """Return values that a distribution draws: all listed ones, all integers of a short range, else smallest and largest.
+def _values_to_check(distribution: str, arguments: list[Any]) -> Sequence[Any]:
+    """Return values of a distribution: all of a list or a short range of integers, otherwise the smallest and the largest.
 
-    A normal distribution has no bounds; its mean is returned.
+    A normal distribution has no bounds, so only its mean is returned.
     """
     if distribution in TAKES_A_LIST:
         return arguments
@@ -87,7 +87,7 @@ def _distribution(place: str, name: str, entry: Any) -> Any:
     names = [row.name for row in all_settings()]
     if name not in names:
         raise SettingsError(f"{place}: no such setting{_suggestion(str(name), names)}")
-    if name in OF_THE_SWEEP:
+    if name in CHOSEN_BY_SWEEP:
         raise SettingsError(f"{place}: the sweep names the runs and their folder, so it cannot be varied")
     if not isinstance(entry, Mapping) or len(entry) != 1:
         raise SettingsError(f"{place}: needs one distribution, {SHAPE}")
@@ -103,7 +103,7 @@ def _distribution(place: str, name: str, entry: Any) -> Any:
         if distribution in TAKES_A_LIST:
             return function(arguments)
         domain = function(*arguments)
-        domain.sample()  # checks what Tune does not check before, such as the bounds of randint
+        domain.sample()  # only here does Tune check some arguments, such as the bounds of randint
         return domain
     except (TypeError, ValueError, ArithmeticError, AssertionError) as error:
         raise SettingsError(f"{place}: {distribution}: {error}") from error

@@ -25,7 +25,7 @@ class Trial(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any], settings: dict[str, Any] | None = None) -> None:
-        """Start the run with `settings`, in which those of `config` are replaced."""
+        """Start the run with `settings`, except for those that `config` has."""
         settings = with_settings(settings or {}, config | {"run.name": run_name(self.trial_id)})
         self._folder = Path(settings["run"]["storage_path"], settings["run"]["name"])
         self._stop, self._ended = threading.Event(), threading.Event()
@@ -42,10 +42,10 @@ class Trial(tune.Trainable):
         self._ended.set()
 
     def step(self) -> dict[str, Any]:
-        """Return the newest validation after a while, or at the end of the run.
+        """Wait for `REPORT_SECONDS` or the end of the run, and return its newest validation.
 
         Raises:
-            SavantError: training has failed, or was stopped by something else than Tune.
+            SavantError: training has failed, or was stopped, but not by Tune.
         """
         has_ended = self._ended.wait(REPORT_SECONDS)
         if self._error is not None:
@@ -55,7 +55,7 @@ class Trial(tune.Trainable):
         return {**newest_validation(self._folder), "done": has_ended}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Return nothing: the run in its folder is the checkpoint, and `setup` resumes it."""
+        """Return an empty dict: the run in its folder is the checkpoint, and `setup` resumes it."""
         return {}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
@@ -73,7 +73,7 @@ def run_name(trial_id: str) -> str:
 
 
 def with_settings(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return nested settings in which those of `changes`, by dotted name, are replaced."""
+    """Return a copy of nested settings with the values of `changes`, which has dotted names."""
     changed = deepcopy(settings)
     for name, value in changes.items():
         section, _, field = name.partition(".")
@@ -82,7 +82,7 @@ def with_settings(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str
 
 
 def newest_validation(run_folder: Path) -> dict[str, Any]:
-    """Return the step and the loss of the newest validation, nothing before the first."""
+    """Return the step and the loss of the newest validation; empty before the first."""
     newest: dict[str, Any] = {}
     record = run_folder / METRICS
     for line in read_records(record) if record.exists() else ():

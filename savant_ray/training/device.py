@@ -83,7 +83,7 @@ def use_deterministic_kernels() -> None:
 def set_threads(setting: int | str, of_checkpoint: int | None) -> str | None:
     """Set the number of CPU threads to `scaling.threads_per_worker`; return a note for the user or None.
 
-    `of_checkpoint` are the threads that computed the checkpoint of a run whose bits are promised, else None.
+    `of_checkpoint` is the number of threads that computed the checkpoint of a deterministic run, else None.
     """
     cores = torch.get_num_threads()  # set by Ray (OMP_NUM_THREADS)
     threads = min(cores, of_checkpoint or cores) if setting == AUTO else int(setting)

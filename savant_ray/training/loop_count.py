@@ -1,4 +1,4 @@
-"""How many loops a training step has: a function of settings, seed and step, so equal on all ranks and after a resume."""
+"""The number of loops of a training step: a function of settings, seed and step, so all ranks and resumed runs agree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from savant_ray.training.seeds import derived_seed
 
 
 def loops_of_step(config: Config, step: int) -> int:
-    """Return the number of loops of update `step`, from 1.
+    """Return the number of loops of a step; steps count from 1.
 
     It is twice `model.n_loops` with the probability `training.double_loops_fraction`, otherwise `model.n_loops`.
     """
@@ -18,6 +18,6 @@ def loops_of_step(config: Config, step: int) -> int:
     return config.model.n_loops * (2 if is_double else 1)
 
 
-def most_loops(config: Config) -> int:
+def max_loops(config: Config) -> int:
     """Return the largest number of loops that a step can have."""
     return config.model.n_loops * (2 if config.training.double_loops_fraction else 1)

@@ -16,9 +16,9 @@ from savant_ray.config import Config
 from savant_ray.errors import MemoryCapError
 from savant_ray.model.loss import gpu_chunk_rows
 from savant_ray.model.transformer import ffn_dim, n_parameters
-from savant_ray.optim.tree_sum import most_sums
+from savant_ray.optim.tree_sum import max_sums
 from savant_ray.training.device import GIB, MARGIN_GB
-from savant_ray.training.loop_count import most_loops
+from savant_ray.training.loop_count import max_loops
 from savant_ray.training.state import BatchFit, is_deterministic, micro_batch_size
 
 OUTSIDE_GB = 0.55  # CUDA context, kernels and workspaces of libraries
@@ -39,7 +39,7 @@ def estimated_gb(config: Config, fit: BatchFit) -> float:
     tokens = fit.rows * model.max_seq_len
     loop = OVERHEAD * tokens * value_bytes * (KEPT_VECTORS * model.dim + 3 * ffn_dim(model))
     inputs = tokens * value_bytes * model.dim
-    n_loops = most_loops(config)
+    n_loops = max_loops(config)
     activations = loop + n_loops * inputs if fit.recompute_loops else n_loops * loop
     head = model.vocab_size * model.dim  # as large as the embedding
     average_bytes = 0 if config.training.ema_decay is None else 4
@@ -56,7 +56,7 @@ def kept_sums_bytes(config: Config) -> int:
     if not is_deterministic(config, device):
         return 0
     n_micro_batches = math.ceil(config.training.effective_batch / micro_batch_size(config, device))
-    return 4 * n_parameters(config.model) * most_sums(n_micro_batches)
+    return 4 * n_parameters(config.model) * max_sums(n_micro_batches)
 
 
 def expected_fit(config: Config) -> BatchFit | None:

@@ -1,7 +1,7 @@
 """Profile of some training steps (`training.profile`): a trace of their operations and, on CUDA, of the GPU's memory.
 
-Each profiled rank writes files of its own, which the host stores in the folder `profile` of the run. Whatever fails in the
-profiler is reported in a notice and does not end the run.
+Each profiled rank writes its own files, which the host stores in the folder `profile` of the run. An error in the profiler
+is reported in a notice and does not end the run.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class StepProfiler:
     The trace begins before the first profiled step waits for its data and ends after the last profiled step, or at the end
     of the attempt if that comes first. If an attempt resumes after the first of these steps, it profiles the remaining
     ones. On CUDA, allocations are recorded from the beginning of the attempt until the trace is written, and a snapshot of
-    them is written together with it. If the device runs out of memory before and the attempt therefore ends, the snapshot
-    is written then.
+    them is written together with it. If the attempt ends earlier because the device runs out of memory, the snapshot is
+    written then.
     """
 
     def __init__(self, settings: TrainingConfig, state: TrainingState, host: ProfileHost) -> None:

@@ -1,4 +1,4 @@
-"""Marks of what the training thread of this process does, from which a worker that makes no progress is recognized.
+"""Progress marks of this process's training thread; the driver detects hangs from them.
 
 The thread marks each unit of its work, such as a micro-batch or a token of an answer. Another thread sends the newest mark
 to the driver (`worker/host.py`), which compares those of all ranks (`driver/hang_watch.py`).
@@ -18,7 +18,7 @@ class Mark:
 
     number: int  # of marks in this process so far
     activity: str  # for messages: "computing"
-    patience: float  # factor of the usual time limit until the next mark
+    limit_factor: float  # factor of the usual time limit until the next mark
     collectives: int  # that this rank has entered so far; the same sequence on all ranks
     waits: bool  # whether the newest collective may not have ended
     finished: bool = False  # no more marks will follow
@@ -29,19 +29,19 @@ class Progress:
 
     def __init__(self) -> None:
         self.newest = Mark(0, "starting", SLOW, 0, False)
-        self._activity, self._patience = "starting", SLOW
+        self._activity, self._limit_factor = "starting", SLOW
         self._compiles = True
 
-    def begin(self, activity: str, patience: float = 1.0) -> None:
-        """Mark the beginning of an activity, whose units may take `patience` times the usual limit."""
-        self._activity, self._patience = activity, patience
+    def begin(self, activity: str, limit_factor: float = 1.0) -> None:
+        """Mark the beginning of an activity whose units may take `limit_factor` times the usual limit."""
+        self._activity, self._limit_factor = activity, limit_factor
         self.mark()
 
     def mark(self) -> None:
         """Mark that a unit of the current activity begins or has ended."""
-        patience = max(self._patience, SLOW) if self._compiles else self._patience
+        limit_factor = max(self._limit_factor, SLOW) if self._compiles else self._limit_factor
         self.newest = replace(
-            self.newest, number=self.newest.number + 1, activity=self._activity, patience=patience, waits=False
+            self.newest, number=self.newest.number + 1, activity=self._activity, limit_factor=limit_factor, waits=False
         )
 
     def enter_collective(self) -> None:

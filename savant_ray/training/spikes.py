@@ -4,14 +4,14 @@ As in OLMo-core's SkipStepOptimizer: a step is a spike if its loss or its gradie
 deviations above the mean of the last `WINDOW` steps. Both numbers are those of the whole step, equal on all ranks, so all
 ranks decide the same. The window is part of the checkpoint, so a resumed run decides as an uninterrupted one.
 
-Two differences, each for a reason:
+Two differences from OLMo-core:
 
-- Only values above the mean count, and a gradient norm has to be `NORM_RATIO` times the mean as well. Norms have heavy
-  tails: of 97,000 steps of quiet runs, in which no loss was above its limit, 90 had a norm more than 6 standard deviations
-  above the mean, at most 7.2 times the mean (docs/LOG.md).
-- Spikes do not count in mean and deviation, because one of 100 standard deviations would hide all smaller ones for the next
-  `WINDOW` steps. If more than `MAX_SPIKES` of the last `WINDOW` steps are spikes, they do count: the text has changed for
-  good, and such steps are no spikes any more.
+- Only values above the mean count, and a gradient norm must also be at least `NORM_RATIO` times the mean. Norms have heavy
+  tails: of 97,000 steps of runs in which no loss was above its limit, 90 had a norm more than 6 standard deviations above
+  the mean, at most 7.2 times the mean (docs/LOG.md).
+- Spikes do not count in mean and deviation, because a large one would raise the limits so far that smaller ones would not be
+  found in the next `WINDOW` steps. If more than `MAX_SPIKES` of the last `WINDOW` steps are spikes, they do count: the
+  change is taken as permanent, and such steps soon no longer count as spikes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 WINDOW = 128  # steps
-MIN_STEPS = WINDOW // 2  # before that nothing is a spike
+MIN_STEPS = WINDOW // 2  # in the window; with fewer, no step is a spike
 MAX_SPIKES = WINDOW // 8
 SIGMAS = 6.0
-LOSS_RATIO = 1.01  # to the mean, at least: where all losses are nearly equal, rounding is no spike
-NORM_RATIO = 8.0  # to the mean, at least
+LOSS_RATIO = 1.01  # smallest limit relative to the mean: if all losses are nearly equal, rounding is not a spike
+NORM_RATIO = 8.0  # smallest limit relative to the mean
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,21 @@ class _Step(NamedTuple):
 
 
 class SpikeWindow:
-    """Losses and gradient norms of the last `WINDOW` steps with finite ones, of `effective_batch` sequences each."""
+    """The last `WINDOW` steps with finite loss and gradient norm, each of `effective_batch` sequences."""
 
     def __init__(self, effective_batch: int) -> None:
         self._effective_batch = effective_batch  # smaller batches have other norms
         self._steps: deque[_Step] = deque(maxlen=WINDOW)
 
     def find(self, loss: float, grad_norm: float) -> Spike | None:
-        """Return the step with this loss and gradient norm, both finite, if it is a spike."""
+        """Return a `Spike` if a step with this finite loss and gradient norm is one, else None."""
         if len(self._steps) < MIN_STEPS:
             return None
-        quiet = [step for step in self._steps if not step.is_spike]
-        if len(self._steps) - len(quiet) > MAX_SPIKES:
-            quiet = list(self._steps)
-        loss_limit = limit([step.loss for step in quiet], LOSS_RATIO)
-        grad_norm_limit = limit([step.grad_norm for step in quiet], NORM_RATIO)
+        reference = [step for step in self._steps if not step.is_spike]
+        if len(self._steps) - len(reference) > MAX_SPIKES:
+            reference = list(self._steps)
+        loss_limit = limit([step.loss for step in reference], LOSS_RATIO)
+        grad_norm_limit = limit([step.grad_norm for step in reference], NORM_RATIO)
         is_spike = loss > loss_limit or grad_norm > grad_norm_limit
         return Spike(loss, loss_limit, grad_norm, grad_norm_limit) if is_spike else None
 
@@ -83,7 +83,7 @@ class SpikeWindow:
 
 
 def limit(values: Sequence[float], min_ratio: float) -> float:
-    """Return the largest value that is no spike after these positive values: at least `min_ratio` times their mean."""
+    """Return the limit above which a value is a spike after these positive ones: at least `min_ratio` times their mean."""
     mean = math.fsum(values) / len(values)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
     return max(mean + SIGMAS * deviation, min_ratio * mean)

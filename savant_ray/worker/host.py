@@ -279,7 +279,7 @@ def _progress_of(rank: int, world_size: int) -> Callable[[], WorkerProgress]:
             process_started=started,
             marks=newest.number,
             activity=newest.activity,
-            patience=newest.patience,
+            limit_factor=newest.limit_factor,
             collectives=newest.collectives,
             waits=newest.waits,
             finished=newest.finished,

@@ -18,33 +18,33 @@ CONFIG = ModelConfig(vocab_size=60, dim=32, n_heads=2, n_loops=4, max_seq_len=24
 @pytest.fixture
 def models() -> tuple[baseline.Baseline, UniversalTransformer]:
     torch.manual_seed(0)
-    ours = UniversalTransformer(CONFIG)
-    theirs = baseline.Baseline(CONFIG)
-    assert not theirs.load_state_dict(ours.state_dict(), strict=False).unexpected_keys
-    return theirs, ours
+    model = UniversalTransformer(CONFIG)
+    reference = baseline.Baseline(CONFIG)
+    assert not reference.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+    return reference, model
 
 
 def test_loss_and_gradients_of_padded_documents_are_those_of_packed_ones(
     models: tuple[baseline.Baseline, UniversalTransformer],
 ) -> None:
-    theirs, ours = models
+    reference, model = models
     documents = [torch.randint(1, 60, (length,)) for length in (7, 10, 5)]
-    expected = baseline.loss_sum(theirs, baseline.padded(documents, 24))
+    expected = baseline.loss_sum(reference, baseline.padded(documents, 24))
     expected.backward()
     tokens = torch.cat([*documents, torch.zeros(2, dtype=torch.int64)])[None]
     ids = torch.tensor([[0] * 7 + [1] * 10 + [2] * 5 + [-1] * 2])
-    loss = cross_entropy_sum(ours.hidden_states(tokens, ids), ours.head.weight, next_token_targets(tokens, ids))
+    loss = cross_entropy_sum(model.hidden_states(tokens, ids), model.head.weight, next_token_targets(tokens, ids))
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    gradients = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
+    gradients = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-3, atol=1e-4)
 
 
 def test_baseline_and_package_generate_the_same_tokens(models: tuple[baseline.Baseline, UniversalTransformer]) -> None:
-    theirs, ours = models
+    reference, model = models
     sampling = Sampling(60, end_of_document=99, never_sampled=frozenset(), max_new_tokens=15, temperature=0)
-    assert baseline.generate(theirs, [3, 4, 5], 15) == list(generate(ours, [3, 4, 5], sampling))
+    assert baseline.generate(reference, [3, 4, 5], 15) == list(generate(model, [3, 4, 5], sampling))
 
 
 def test_steps_of_the_baseline_lower_the_loss(models: tuple[baseline.Baseline, UniversalTransformer]) -> None:

@@ -94,7 +94,7 @@ def test_after_reset_a_conversation_begins_anew_with_the_same_system_message(tmp
     assert answer_to(run, prompt) != answer_to(run, prompt.removeprefix("Be 3.\n\n"))
     _, answers, notes = chat(run, "what?\n/system Be 3.\n/reset\n1?\n/system\n", "--conversation")
     assert answers.rstrip().endswith(answer_to(run, prompt))
-    assert "system message: Be 3." in notes and "the conversation is forgotten" in notes
+    assert "system message: Be 3." in notes and "conversation reset" in notes
     _, answers, notes = chat(run, '/system ""\n1?\n', "--conversation", "--system", "Be 3.")
     assert answers.strip() == answer_to(run, "Question: 1?\nAnswer:") and "system message: none" in notes
 

@@ -186,7 +186,7 @@ ODD = "a b#c?d%20 [1]{x}&;$'"
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (["--data.validation", "nothing.jsonl"], "nothing.jsonl"),
         (["--data.sources", "[{path: nothing.jsonl, weight: 1}]"], "nothing.jsonl"),
@@ -198,12 +198,12 @@ ODD = "a b#c?d%20 [1]{x}&;$'"
     ],
 )
 def test_fresh_does_not_move_the_old_run_if_the_new_one_cannot_start(
-    wrong: list[str], said: str, tmp_path: Path
+    wrong: list[str], message: str, tmp_path: Path
 ) -> None:
     run = with_text(tmp_path) / ODD
     write(run, 3)
     done = run_of(tmp_path, "--fresh", *wrong)
-    assert done.returncode in (2, 3, 4) and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    assert done.returncode in (2, 3, 4) and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
     assert (run / "step_3").is_dir() and not run.with_name(f"{ODD}.old").exists()
 
 

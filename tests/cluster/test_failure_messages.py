@@ -17,14 +17,14 @@ from savant_ray.training.rank_comparison import RanksDifferError
 
 
 @pytest.mark.parametrize(
-    "said",
+    "ray_message",
     [
         "The actor 8f6e is unavailable: The actor is temporarily unavailable: RpcError: failed to connect to all addresses",
         "The actor died because its node has died. Node Id: 13ab",
     ],
 )
-def test_an_unreachable_worker_is_reported_with_its_possible_causes(said: str) -> None:
-    assert all(cause in _explain(RuntimeError(said)) for cause in ("killed", "out of memory", "node"))
+def test_an_unreachable_worker_is_reported_with_its_possible_causes(ray_message: str) -> None:
+    assert all(cause in _explain(RuntimeError(ray_message)) for cause in ("killed", "out of memory", "node"))
 
 
 def test_running_out_of_gpu_memory_during_a_save_names_the_save() -> None:
@@ -34,8 +34,11 @@ def test_running_out_of_gpu_memory_during_a_save_names_the_save() -> None:
     try:
         retry_on_oom(no_room, torch.device("cpu"), "copying step 4 for its checkpoint")
     except RuntimeError as error:
-        said = _explain(UserExceptionWithTraceback(error, traceback_str=traceback.format_exc()))
-    assert said.startswith("copying step 4 for its checkpoint ran out of device memory twice") and "\n" not in said
+        explanation = _explain(UserExceptionWithTraceback(error, traceback_str=traceback.format_exc()))
+    assert (
+        explanation.startswith("copying step 4 for its checkpoint ran out of device memory twice")
+        and "\n" not in explanation
+    )
 
 
 def as_a_worker_raises_it(error: Exception, activity: str = "training") -> UnexpectedError:
@@ -48,11 +51,11 @@ def as_a_worker_raises_it(error: Exception, activity: str = "training") -> Unexp
 def test_an_unexpected_error_in_a_worker_is_reported_with_activity_and_traceback() -> None:
     failures: dict[int, Exception] = {0: as_a_worker_raises_it(RuntimeError("broken\nConnection closed by peer"))}
     failures[1] = as_a_worker_raises_it(ValueError("invalid literal"), "saving step_5")
-    told = explain_failure(WorkerGroupError("workers failed", failures), None, "step_4", max_failures=3)
-    first, second = str(told).splitlines()
+    explained = explain_failure(WorkerGroupError("workers failed", failures), None, "step_4", max_failures=3)
+    first, second = str(explained).splitlines()
     assert first == "worker 1: while saving step_5: ValueError: invalid literal"
     assert "restarted 3 times" in second and second.endswith("resume from step_4.")
-    assert isinstance(told, UnexpectedError) and "raise error\n" in told.details
+    assert isinstance(explained, UnexpectedError) and "raise error\n" in explained.details
 
 
 def test_an_error_of_our_code_in_a_ray_task_keeps_its_cause() -> None:
@@ -63,5 +66,5 @@ def test_an_error_of_our_code_in_a_ray_task_keeps_its_cause() -> None:
 def test_ranks_that_differ_are_reported_without_the_python_around_it() -> None:
     error = as_a_worker_raises_it(RanksDifferError("rank 2 has different weights after step 300: an error of memory"))
     failures: dict[int, Exception] = dict.fromkeys(range(3), error)
-    told = explain_failure(WorkerGroupError("workers failed", failures), None, "step_200", max_failures=3)
-    assert str(told).startswith("worker 0: rank 2 has different weights after step 300: an error of memory\n")
+    explained = explain_failure(WorkerGroupError("workers failed", failures), None, "step_200", max_failures=3)
+    assert str(explained).startswith("worker 0: rank 2 has different weights after step 300: an error of memory\n")

@@ -17,7 +17,7 @@ from ray.exceptions import ActorUnavailableError
 from ray.train import WorkerGroupError
 
 from savant_ray.cluster import bridge, session
-from savant_ray.cluster.bridge import Heartbeats, InOrder, NewestHeartbeats, WorkerProgress
+from savant_ray.cluster.bridge import EventReorderer, HeartbeatTable, LatestHeartbeat, WorkerProgress
 from savant_ray.cluster.stuck_process import KilledProcess, kill_local_process, training_thread
 from savant_ray.driver.failures import explain_failure
 from savant_ray.driver.hang_watch import HangWatch, collective_timeout
@@ -76,7 +76,7 @@ class Group:
             self.watch.check(self.phase, [self.heartbeats(rank) for rank in present])
         return self.killed[before:]
 
-    def heartbeats(self, rank: int) -> Heartbeats:
+    def heartbeats(self, rank: int) -> LatestHeartbeat:
         mark = self.workers[rank].newest
         progress = WorkerProgress(
             rank=rank,
@@ -88,12 +88,12 @@ class Group:
             process_started=0.0,
             marks=mark.number,
             activity=mark.activity,
-            patience=mark.patience,
+            limit_factor=mark.limit_factor,
             collectives=mark.collectives,
             waits=mark.waits,
             finished=mark.finished,
         )
-        return Heartbeats(progress, self.beats[rank])
+        return LatestHeartbeat(progress, self.beats[rank])
 
 
 def hung(group: Group) -> list[WorkerHung]:
@@ -168,13 +168,13 @@ def test_workers_that_wait_for_one_that_does_not_start_are_killed_so_that_all_ar
     assert hung(group)[0].activity == "waiting for worker 1 (no heartbeat yet)"
 
 
-@pytest.mark.parametrize("patience", [SLOW, STORAGE])
-def test_slow_activities_have_more_time_but_not_a_process_that_sends_no_heartbeats(patience: float) -> None:
+@pytest.mark.parametrize("limit_factor", [SLOW, STORAGE])
+def test_slow_activities_have_more_time_but_not_a_process_that_sends_no_heartbeats(limit_factor: float) -> None:
     group = Group(1)
-    group.workers[0].begin("saving a checkpoint", patience)
-    assert group.pass_time(int(10 * patience)) == [] and group.pass_time(2) == [0]
+    group.workers[0].begin("saving a checkpoint", limit_factor)
+    assert group.pass_time(int(10 * limit_factor)) == [] and group.pass_time(2) == [0]
     group = Group(1)
-    group.workers[0].begin("saving a checkpoint", patience)
+    group.workers[0].begin("saving a checkpoint", limit_factor)
     group.stopped = {0}
     assert group.pass_time(12) == [0]
 
@@ -182,13 +182,13 @@ def test_slow_activities_have_more_time_but_not_a_process_that_sends_no_heartbea
 def test_the_first_step_and_one_after_a_change_of_micro_batches_may_take_long_because_they_compile() -> None:
     progress = Progress()
     progress.begin("computing")
-    assert progress.newest.patience == SLOW
+    assert progress.newest.limit_factor == SLOW
     progress.end_step()
     progress.begin("computing")
-    assert progress.newest.patience == 1
+    assert progress.newest.limit_factor == 1
     progress.expect_compilation()
     progress.mark()
-    assert progress.newest.patience == SLOW
+    assert progress.newest.limit_factor == SLOW
 
 
 def test_the_automatic_limit_is_20_median_steps_and_at_least_a_minute() -> None:
@@ -288,27 +288,27 @@ def test_a_stopped_process_of_ray_is_named_unless_it_continues_soon(monkeypatch:
     raylet.wait()
 
 
-def test_events_of_a_sender_are_passed_on_in_the_order_of_their_numbers() -> None:
-    passed_on: list[Event] = []
+def test_events_of_a_sender_are_delivered_in_the_order_of_their_numbers() -> None:
+    delivered: list[Event] = []
     events = [Notice(text=str(number)) for number in range(20)]
     arrival = random.Random(0).sample(range(20), 20)
 
     async def send() -> None:
-        in_order = InOrder(passed_on.append)
+        reorderer = EventReorderer(delivered.append)
         calls = {}
         for number in arrival:
-            calls[number] = asyncio.create_task(in_order.add(events[number], number))
+            calls[number] = asyncio.create_task(reorderer.add(events[number], number))
             for _ in range(10):
                 await asyncio.sleep(0)
             for earlier, call in calls.items():
-                assert call.done() == (earlier < len(passed_on)), "a call returns once its event is passed on"
+                assert call.done() == (earlier < len(delivered)), "a call returns once its event is delivered"
 
     asyncio.run(send())
-    assert passed_on == events
+    assert delivered == events
 
 
 def test_after_each_heartbeat_the_ranks_of_the_current_group_are_known_and_no_others() -> None:
-    newest = NewestHeartbeats()
+    newest = HeartbeatTable()
     for size in (1, 3, 2, 4):
         group = Group(size)
         for rank in range(size):
@@ -339,19 +339,19 @@ def test_while_workers_start_any_stopped_process_of_ray_is_named(monkeypatch: py
     actor.wait()
 
 
-def test_events_after_a_lost_one_are_passed_on_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_after_a_lost_one_are_delivered_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "LOST_SECONDS", 0.05)
-    passed_on: list[Event] = []
+    delivered: list[Event] = []
     events = [Notice(text=str(number)) for number in range(9)]
 
     async def send() -> None:
-        in_order = InOrder(passed_on.append)
-        await asyncio.gather(*(in_order.add(events[number], number) for number in (0, 4, 3, 6, 7)))
-        assert passed_on == [events[number] for number in (0, 3, 4, 6, 7)]
-        await asyncio.gather(*(in_order.add(events[number], number) for number in (8, 2)))
+        reorderer = EventReorderer(delivered.append)
+        await asyncio.gather(*(reorderer.add(events[number], number) for number in (0, 4, 3, 6, 7)))
+        assert delivered == [events[number] for number in (0, 3, 4, 6, 7)]
+        await asyncio.gather(*(reorderer.add(events[number], number) for number in (8, 2)))
 
     asyncio.run(asyncio.wait_for(send(), 10))
-    assert passed_on[-2:] == [events[8], events[2]], "one that was only late is not dropped"
+    assert delivered[-2:] == [events[8], events[2]], "one that was only late is not dropped"
 
 
 def test_a_worker_sends_heartbeats_again_after_its_connection_to_the_driver_has_failed(

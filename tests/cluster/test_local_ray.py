@@ -90,8 +90,8 @@ def test_a_killed_process_of_its_own_ray_is_reported_and_the_same_command_resume
             assert code == -9
             continue
         assert code == 1 and printed.count("error: ") == 1 and "Traceback" not in printed, printed
-        said = printed[printed.index("error: ") :]
-        assert "Ray failed: " in said and "killed" in said and "Run the same command again" in said, printed
+        message = printed[printed.index("error: ") :]
+        assert "Ray failed: " in message and "killed" in message and "Run the same command again" in message, printed
 
     newest = newest_checkpoint(workplace / "tiny")
     assert newest is not None

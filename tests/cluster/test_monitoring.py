@@ -158,9 +158,9 @@ def check_log(run: Path) -> None:
     """Check that the figures in the log are those of the record, rounded to the digits shown."""
     log = (run / LOG).read_text()
     steps = {step["step"]: step for step in records(run, "step")}
-    told = re.findall(r"step ([\d,]+)/5,000 · (.*)", log)
-    assert told
-    for number, figures in told:
+    printed = re.findall(r"step ([\d,]+)/5,000 · (.*)", log)
+    assert printed
+    for number, figures in printed:
         step = steps[int(number.replace(",", ""))]
         assert re.findall(r"loss ([\d.]+) · rate ([\d.e-]+) · ([\d,]+) tokens/s", figures) == [
             (f"{step['train_loss']:.4f}", f"{step['learning_rate']:.2e}", f"{step['tokens_per_second']:,.0f}")

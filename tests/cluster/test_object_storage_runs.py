@@ -144,8 +144,8 @@ def test_workers_of_a_driver_that_lost_its_connection_do_not_touch_checkpoints_o
     second = Machine(tmp_path / "second", store)
     job = second.train(**changes)
     wait_for(lambda: second.checkpoints() >= 4)
-    ours = {name for name in store.names("runs/tiny") if ".1/" in name}
-    plain = {name for name in store.names("runs/tiny") if name.startswith("step_")} - ours
+    of_epoch_1 = {name for name in store.names("runs/tiny") if ".1/" in name}
+    of_epoch_0 = {name for name in store.names("runs/tiny") if name.startswith("step_")} - of_epoch_1
     cut_off.send_signal(signal.SIGCONT)
     code, printed = end(cut_off)
     assert code == 1 and "has taken the run over" in printed, printed
@@ -154,7 +154,7 @@ def test_workers_of_a_driver_that_lost_its_connection_do_not_touch_checkpoints_o
     assert code == 75 and "may still train" in printed and "run the same command again" in printed, printed
 
     names = [name for name in store.names("runs/tiny") if name.startswith("step_")]
-    assert ours and {name for name in names if ".1/" not in name} <= plain, (
+    assert of_epoch_1 and {name for name in names if ".1/" not in name} <= of_epoch_0, (
         "the first driver's workers saved nothing more"
     )
     start = find_start(ObjectStorage(store.uri("runs/tiny"), tmp_path / "third"), pytest.fail)

@@ -115,8 +115,8 @@ def test_an_address_where_no_head_answers_is_refused_with_its_origin_and_the_rea
         for address, reason in reasons.items():
             with pytest.raises(SavantError) as refused:
                 check_cluster_answers(ClusterAddress(address, "RAY_ADDRESS"))
-            said = str(refused.value)
-            assert address in said and "from RAY_ADDRESS" in said and reason in said and "unset it" in said
+            message = str(refused.value)
+            assert address in message and "from RAY_ADDRESS" in message and reason in message and "unset it" in message
     assert capfd.readouterr().err == "", "the message is all there is"
 
 
@@ -181,10 +181,10 @@ def test_an_unusable_tmpdir_is_replaced_with_a_notice(tmpdir: str, tmp_path: Pat
     if tmpdir == "long":
         tmpdir = str(tmp_path / ("x" * 100))
         Path(tmpdir).mkdir()
-    environment, said = {"TMPDIR": tmpdir}, list[str]()
-    choose_temp_folder(said.append, environment)
+    environment, messages = {"TMPDIR": tmpdir}, list[str]()
+    choose_temp_folder(messages.append, environment)
     assert environment["RAY_TMPDIR"] == "/tmp"
-    assert len(said) == 1 and f"TMPDIR={tmpdir}" in said[0]
+    assert len(messages) == 1 and f"TMPDIR={tmpdir}" in messages[0]
     assert not Path("/nonexistent").exists()
 
 
@@ -259,8 +259,8 @@ def test_sigterm_between_rays_start_and_our_own_handler_becomes_keyboard_interru
 def test_only_processes_started_with_hangups_blocked_survive_sighup() -> None:
     program = """
 import os, signal, subprocess
-from savant_ray.cluster.session import hangups_blocked
-with hangups_blocked():
+from savant_ray.cluster.session import block_sighup
+with block_sighup():
     inside = subprocess.Popen(["sleep", "60"])
 outside = subprocess.Popen(["sleep", "60"])
 for child in (inside, outside):

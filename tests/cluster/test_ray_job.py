@@ -44,7 +44,7 @@ def test_a_submitted_quickstart_succeeds_and_its_run_folder_remains(head: Head, 
     done = submit(head, folder, home, command)
     assert done.returncode == 0 and "succeeded" in done.stdout.lower(), done.stdout + done.stderr
     run = home / "savant_runs/checkpoints_quickstart"
-    assert str(run) in done.stdout, "where the run is kept is said"
+    assert str(run) in done.stdout, "the folder of the run is printed"
     assert len(losses(run)) == 3 and (run / "step_3/manifest.json").exists()
 
 

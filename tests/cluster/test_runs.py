@@ -123,7 +123,7 @@ def test_a_finished_run_can_be_extended_and_equals_a_run_from_a_file_of_the_orig
         (9, longer[8]),
         (10, longer[9]),
     ]
-    assert original.exists(), "it is not ours to delete"
+    assert original.exists(), "the run must not delete it"
     assert [c["step"] for c in records(workplace / "flat", "checkpoint")] == [8, 10], "converted, then its own"
 
 
@@ -281,15 +281,15 @@ def test_without_a_cluster_a_run_starts_its_own_ray_and_ctrl_c_in_its_terminal_s
 def check_that_the_dashboard_has(run: str, address: str) -> None:
     """Check that the dashboard's API lists the run's attempt and its worker as alive."""
 
-    def told() -> dict[str, Any]:
+    def train_run_on_dashboard() -> dict[str, Any]:
         with urlopen(f"{address}/api/train/v2/runs/v1", timeout=30) as answer:
-            (told,) = json.load(answer)["train_runs"]
-        return told
+            (train_run,) = json.load(answer)["train_runs"]
+        return train_run
 
-    wait_for(lambda: told()["status"] == "RUNNING", seconds=30)
-    (attempt,) = told()["attempts"]
+    wait_for(lambda: train_run_on_dashboard()["status"] == "RUNNING", seconds=30)
+    (attempt,) = train_run_on_dashboard()["attempts"]
     (worker,) = attempt["workers"]
-    assert (told()["name"], attempt["status"]) == (run, "RUNNING")
+    assert (train_run_on_dashboard()["name"], attempt["status"]) == (run, "RUNNING")
     assert (worker["world_rank"], worker["status"]) == (0, "ALIVE") and psutil.pid_exists(worker["pid"])
 
 

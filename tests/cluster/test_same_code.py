@@ -45,8 +45,8 @@ def test_workers_import_the_package_only_from_the_drivers_folder() -> None:
 
 
 def test_the_error_for_other_code_names_both_folders_and_what_to_do() -> None:
-    said = str(other_code_error("/mine", "node 10.0.0.2", "/theirs"))
-    assert "/mine" in said and "/theirs" in said and "10.0.0.2" in said and "make submit" in said
+    message = str(other_code_error("/mine", "node 10.0.0.2", "/theirs"))
+    assert "/mine" in message and "/theirs" in message and "10.0.0.2" in message and "make submit" in message
     assert "cannot import it" in str(other_code_error("/mine", "node 10.0.0.2", ""))
 
 

@@ -35,7 +35,7 @@ def test_workers_that_fit_are_counted_node_by_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "arguments", "told"),
+    ("own", "arguments", "message"),
     [
         (True, ["--scaling.resources_per_worker", "{CPU: 64}"], "1 worker with {CPU: 64} cannot run: this machine has"),
         (False, ["--scaling.resources_per_worker", "{CPU: 64}"], "cannot run: the cluster's largest node has {CPU: 2}"),
@@ -47,28 +47,28 @@ def test_workers_that_fit_are_counted_node_by_node() -> None:
     ],
 )
 def test_insufficient_resources_are_refused_with_numbers(
-    own: bool, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+    own: bool, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "node_resources", lambda: [{"CPU": 2.0}, {"CPU": 1.0}])
     monkeypatch.setattr(trainer, "owns_ray", lambda: own)
     with pytest.raises(SettingsError) as refused:
         trainer.scaling(load_config(arguments, environment={}))
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_missing_resources_are_reported_once_each_time_that_workers_do_not_start(monkeypatch) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     now, phase = 0.0, Phase.WAITING_FOR_WORKERS
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0})
-    watch = WorkerWatch(2, {"CPU": 1.0}, said.append, lambda: now)
+    watch = WorkerWatch(2, {"CPU": 1.0}, messages.append, lambda: now)
 
     def pass_time(seconds: float) -> int:
         nonlocal now
         now += seconds
         watch.check(phase)
         watch.check(phase)
-        return len(said)
+        return len(messages)
 
     assert pass_time(SECONDS_UNTIL_REPORT - 1) == 0
     phase = Phase.LOADING
@@ -76,7 +76,7 @@ def test_missing_resources_are_reported_once_each_time_that_workers_do_not_start
     phase = Phase.WAITING_FOR_WORKERS
     assert pass_time(1) == 0
     assert pass_time(SECONDS_UNTIL_REPORT) == 1
-    assert "2 workers need {CPU: 1} each; the cluster has 1 of 3 CPU free" in said[0]
+    assert "2 workers need {CPU: 1} each; the cluster has 1 of 3 CPU free" in messages[0]
     assert pass_time(1000) == 1
     phase = Phase.TRAINING
     pass_time(1)

@@ -82,14 +82,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(
 ) -> None:
     write(tmp_path, 9900, 10000)
     damage(tmp_path / "step_10000")
-    said: list[str] = []
-    assert find_start(LocalStorage(tmp_path), said.append) == tmp_path / "step_9900"
-    assert len(said) == 1 and words in said[0] and "set aside as step_10000.damaged" in said[0]
+    messages: list[str] = []
+    assert find_start(LocalStorage(tmp_path), messages.append) == tmp_path / "step_9900"
+    assert len(messages) == 1 and words in messages[0] and "set aside as step_10000.damaged" in messages[0]
     assert names(tmp_path) == ["step_10000.damaged", "step_9900"]
     write(tmp_path, 10000)
     damage(tmp_path / "step_10000")
     assert find_start(
-        LocalStorage(tmp_path), said.append
+        LocalStorage(tmp_path), messages.append
     ) == tmp_path / "step_9900" and "step_10000.damaged-2" in names(tmp_path)
 
 
@@ -205,8 +205,8 @@ def test_a_run_without_room_for_a_last_sample_is_finished_when_its_end_is_record
     ]:
         lines.append(last)
         (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        said = finished_message(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5")
-        assert (said is not None) == finished, last
+        message = finished_message(config, LocalStorage(tmp_path / "run"), tmp_path / "run/step_5")
+        assert (message is not None) == finished, last
 
 
 def wsd(max_steps: int, **training: Any) -> Config:

@@ -17,10 +17,10 @@ from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer, with_tokenizer_settings
 from savant_ray.driver.data_files import DataFiles, refuse_unencodable
 from savant_ray.driver.tokenizer_choice import (
-    Origin,
+    WeightsCheckpoint,
     choose_tokenizer,
-    find_origin,
-    find_origin_without_lock,
+    find_weights_checkpoint,
+    find_weights_checkpoint_without_lock,
     tokenizer_change,
 )
 from savant_ray.errors import CheckpointError, DataError, SettingsError
@@ -46,13 +46,13 @@ def run_of(tmp_path: Path, step: int = 6, kept: Tokenizer = BASE, **data: Any) -
     return tmp_path / "A"
 
 
-def resumed(run: Path, config: Config = Config()) -> Origin | None:
-    return find_origin(run / "step_6", config)
+def resumed(run: Path, config: Config = Config()) -> WeightsCheckpoint | None:
+    return find_weights_checkpoint(run / "step_6", config)
 
 
-def started_from(path: Path | str, **data: Any) -> tuple[Config, Origin | None]:
+def started_from(path: Path | str, **data: Any) -> tuple[Config, WeightsCheckpoint | None]:
     config = changed(run={"init_from": str(path)}, data=data)
-    return config, find_origin(None, config)
+    return config, find_weights_checkpoint(None, config)
 
 
 def saved(tokenizer: Tokenizer, path: Path) -> str:
@@ -61,7 +61,7 @@ def saved(tokenizer: Tokenizer, path: Path) -> str:
 
 
 def test_without_a_checkpoint_a_tokenizer_is_trained() -> None:
-    assert find_origin(None, Config()) is None
+    assert find_weights_checkpoint(None, Config()) is None
     for name in ("auto", "train"):
         assert choose_tokenizer(changed(data={"tokenizer": name}), None, allow_changes=False) is None
 
@@ -69,8 +69,8 @@ def test_without_a_checkpoint_a_tokenizer_is_trained() -> None:
 @pytest.mark.parametrize("path", ["A", "A/step_6"])
 def test_a_new_run_uses_the_tokenizer_of_its_initial_weights(path: str, tmp_path: Path) -> None:
     run_of(tmp_path)
-    config, origin = started_from(tmp_path / path)
-    chosen = choose_tokenizer(config, origin, allow_changes=False)
+    config, checkpoint = started_from(tmp_path / path)
+    chosen = choose_tokenizer(config, checkpoint, allow_changes=False)
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
 
 
@@ -84,8 +84,8 @@ def test_the_tokenizer_of_initial_weights_in_object_storage_is_fetched_without_t
     shutil.copytree(run_of(tmp_path), storage_a.folder)
     storage_a.commit(storage_a.folder / "step_6")
     store.filesystem.delete_file(f"{BUCKET}/runs/run/step_6/step_6.pt")
-    config, origin = started_from(store.uri(path))
-    chosen = choose_tokenizer(config, origin, allow_changes=False)
+    config, checkpoint = started_from(store.uri(path))
+    chosen = choose_tokenizer(config, checkpoint, allow_changes=False)
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
     store.write("runs/run/step_6/tokenizer.json", b"{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
@@ -101,8 +101,8 @@ def test_the_chat_template_of_the_weights_is_used_when_resuming_and_by_a_new_run
     run = run_of(tmp_path, kept=tokenizer)
     shutil.rmtree(tmp_path / "tokenizer")
     named = str(run / "step_6/tokenizer.json")
-    for config, origin in [(Config(), resumed(run)), started_from(run), started_from(run, tokenizer=named)]:
-        chosen = choose_tokenizer(config, origin, allow_changes=False)
+    for config, checkpoint in [(Config(), resumed(run)), started_from(run), started_from(run, tokenizer=named)]:
+        chosen = choose_tokenizer(config, checkpoint, allow_changes=False)
         assert chosen is not None and chosen.chat_template is not None
         assert chosen.chat_template == tokenizer.chat_template
         assert repr(chosen.chat_template) == repr(tokenizer.chat_template), "it is part of the identity of token caches"
@@ -124,48 +124,48 @@ def test_the_chat_template_of_initial_weights_in_object_storage_is_fetched(
     shutil.copytree(run_of(tmp_path, kept=tokenizer), storage_a.folder)
     storage_a.commit(storage_a.folder / "step_6")
     store.filesystem.delete_file(f"{BUCKET}/runs/run/step_6/step_6.pt")
-    _, origin = started_from(store.uri("runs/run"))
-    assert origin is not None and origin.tokenizer.chat_template == tokenizer.chat_template
+    _, checkpoint = started_from(store.uri("runs/run"))
+    assert checkpoint is not None and checkpoint.tokenizer.chat_template == tokenizer.chat_template
 
 
 def test_another_chat_template_than_that_of_the_weights_is_reported(tmp_path: Path) -> None:
     tokenizer = with_chat_template(tmp_path / "tokenizer")
-    _, origin = started_from(run_of(tmp_path, kept=tokenizer))
-    assert origin is not None and tokenizer_change(origin, tokenizer) is None
+    _, checkpoint = started_from(run_of(tmp_path, kept=tokenizer))
+    assert checkpoint is not None and tokenizer_change(checkpoint, tokenizer) is None
     (tmp_path / "tokenizer/chat_template.jinja").write_text("{{ messages[0].content }}")
     assert "has another chat template than run.init_from" in (
-        tokenizer_change(origin, Tokenizer.load(tmp_path / "tokenizer")) or ""
+        tokenizer_change(checkpoint, Tokenizer.load(tmp_path / "tokenizer")) or ""
     )
     for file in ("chat_template.jinja", "tokenizer_config.json"):
         (tmp_path / "tokenizer" / file).unlink(missing_ok=True)
     without = Tokenizer.load(tmp_path / "tokenizer")
-    assert "has no chat template, unlike run.init_from" in (tokenizer_change(origin, without) or "")
+    assert "has no chat template, unlike run.init_from" in (tokenizer_change(checkpoint, without) or "")
 
 
 def test_training_a_new_tokenizer_for_initial_weights_requires_allow_changes(tmp_path: Path) -> None:
     run = run_of(tmp_path)
-    config, origin = started_from(run, tokenizer="train")
+    config, checkpoint = started_from(run, tokenizer="train")
     with pytest.raises(SettingsError, match=r"data\.tokenizer: train would train a new tokenizer") as refusal:
-        choose_tokenizer(config, origin, allow_changes=False)
+        choose_tokenizer(config, checkpoint, allow_changes=False)
     for advice in ("leave data.tokenizer at auto", f"{run}/step_6/tokenizer.json", "--allow-changes"):
         assert advice in str(refusal.value)
-    assert choose_tokenizer(config, origin, allow_changes=True) is None
-    assert origin is not None
-    warning = tokenizer_change(origin, OTHER)
+    assert choose_tokenizer(config, checkpoint, allow_changes=True) is None
+    assert checkpoint is not None
+    warning = tokenizer_change(checkpoint, OTHER)
     assert warning is not None and f"{AGREE} of {KNOWN} token ids of run.init_from" in warning
-    assert tokenizer_change(origin, BASE) is None
+    assert tokenizer_change(checkpoint, BASE) is None
 
 
 def test_a_named_tokenizer_for_initial_weights_must_have_the_same_token_for_every_id(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     extended = saved(Tokenizer(EXTENDED), tmp_path / "extended.json")
-    config, origin = started_from(run, tokenizer=extended)
-    chosen = choose_tokenizer(config, origin, allow_changes=False)
+    config, checkpoint = started_from(run, tokenizer=extended)
+    chosen = choose_tokenizer(config, checkpoint, allow_changes=False)
     assert chosen is not None and chosen.vocab_size == BASE.vocab_size + 1
-    config, origin = started_from(run, tokenizer=saved(OTHER, tmp_path / "other.json"))
+    config, checkpoint = started_from(run, tokenizer=saved(OTHER, tmp_path / "other.json"))
     with pytest.raises(SettingsError, match=rf"{AGREE} of {KNOWN} token ids .* in the tokenizer .*other\.json"):
-        choose_tokenizer(config, origin, allow_changes=False)
-    chosen = choose_tokenizer(config, origin, allow_changes=True)
+        choose_tokenizer(config, checkpoint, allow_changes=False)
+    chosen = choose_tokenizer(config, checkpoint, allow_changes=True)
     assert chosen is not None and chosen.fingerprint == OTHER.fingerprint
 
 
@@ -176,53 +176,53 @@ def test_a_resumed_run_keeps_the_tokenizer_that_it_trained(
     before: str, now: str, allow_changes: bool, tmp_path: Path
 ) -> None:
     config = changed(data={"tokenizer": now})
-    origin = resumed(run_of(tmp_path, tokenizer=before), config)
-    chosen = choose_tokenizer(config, origin, allow_changes)
+    checkpoint = resumed(run_of(tmp_path, tokenizer=before), config)
+    chosen = choose_tokenizer(config, checkpoint, allow_changes)
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
 
 
 def test_resuming_with_another_tokenizer_requires_allow_changes(tmp_path: Path) -> None:
     run = run_of(tmp_path)
-    origin = resumed(run)
+    checkpoint = resumed(run)
     for tokenizer, agree in [(OTHER, AGREE), (Tokenizer(EXTENDED), KNOWN)]:
         config = changed(data={"tokenizer": saved(tokenizer, tmp_path / "mine.json")})
         with pytest.raises(CheckpointError, match=f"{agree} of {KNOWN} token ids of step_6") as refusal:
-            choose_tokenizer(config, origin, allow_changes=False)
+            choose_tokenizer(config, checkpoint, allow_changes=False)
         assert f"set it to {run}/step_6/tokenizer.json" in str(refusal.value)
-        chosen = choose_tokenizer(config, origin, allow_changes=True)
+        chosen = choose_tokenizer(config, checkpoint, allow_changes=True)
         assert chosen is not None and chosen.fingerprint == tokenizer.fingerprint
     same = changed(data={"tokenizer": str(run / "step_6/tokenizer.json")})
-    assert choose_tokenizer(same, origin, allow_changes=False) is not None
+    assert choose_tokenizer(same, checkpoint, allow_changes=False) is not None
 
 
 def test_a_resumed_run_with_a_named_tokenizer_does_not_train_one(tmp_path: Path) -> None:
-    origin = resumed(run_of(tmp_path, tokenizer="albert-base-v2"))
-    chosen = choose_tokenizer(Config(), origin, allow_changes=False)
+    checkpoint = resumed(run_of(tmp_path, tokenizer="albert-base-v2"))
+    chosen = choose_tokenizer(Config(), checkpoint, allow_changes=False)
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
     with pytest.raises(CheckpointError, match="train would train a new tokenizer"):
-        choose_tokenizer(changed(data={"tokenizer": "train"}), origin, allow_changes=False)
+        choose_tokenizer(changed(data={"tokenizer": "train"}), checkpoint, allow_changes=False)
 
 
 def test_a_resumed_run_does_not_need_the_file_that_its_tokenizer_was_loaded_from(tmp_path: Path) -> None:
     gone = str(tmp_path / "run/step_3/tokenizer.json")
-    origin = resumed(run_of(tmp_path, tokenizer=gone))
-    chosen = choose_tokenizer(changed(data={"tokenizer": gone}), origin, allow_changes=False)
+    checkpoint = resumed(run_of(tmp_path, tokenizer=gone))
+    chosen = choose_tokenizer(changed(data={"tokenizer": gone}), checkpoint, allow_changes=False)
     assert chosen is not None and chosen.fingerprint == BASE.fingerprint
     with pytest.raises(DataError, match=r"^data\.tokenizer: .*no such tokenizer"):
-        choose_tokenizer(changed(data={"tokenizer": f"{gone}.json"}), origin, allow_changes=False)
+        choose_tokenizer(changed(data={"tokenizer": f"{gone}.json"}), checkpoint, allow_changes=False)
 
 
 def test_the_end_of_document_token_is_kept_with_the_tokenizer(tmp_path: Path) -> None:
     run = run_of(tmp_path, kept=Tokenizer(EXTENDED), end_of_document="<|user|>")
-    for config, origin in [(Config(), resumed(run)), started_from(run)]:
-        chosen = choose_tokenizer(config, origin, allow_changes=False)
+    for config, checkpoint in [(Config(), resumed(run)), started_from(run)]:
+        chosen = choose_tokenizer(config, checkpoint, allow_changes=False)
         assert chosen is not None and chosen.end_of_document == BASE.vocab_size
         assert with_tokenizer_settings(config, chosen).data.end_of_document == "<|user|>"
-    config, origin = started_from(run, end_of_document="<|pad|>")
+    config, checkpoint = started_from(run, end_of_document="<|pad|>")
     with pytest.raises(
         SettingsError, match=r"(?s)data\.end_of_document: another token.* leave data\.end_of_document out"
     ):
-        choose_tokenizer(config, origin, allow_changes=False)
+        choose_tokenizer(config, checkpoint, allow_changes=False)
 
 
 def test_a_trained_tokenizer_ends_documents_only_with_its_own_token() -> None:
@@ -236,9 +236,9 @@ def test_prepare_and_train_choose_the_same_tokenizer(tmp_path: Path) -> None:
         {"storage_path": str(tmp_path), "name": "A"},
         {"storage_path": str(tmp_path), "init_from": str(run)},
     ):
-        origin = find_origin_without_lock(changed(run=settings))
-        assert origin is not None and origin.tokenizer.fingerprint == BASE.fingerprint
-    assert find_origin_without_lock(changed(run={"storage_path": str(tmp_path), "name": "new"})) is None
+        checkpoint = find_weights_checkpoint_without_lock(changed(run=settings))
+        assert checkpoint is not None and checkpoint.tokenizer.fingerprint == BASE.fingerprint
+    assert find_weights_checkpoint_without_lock(changed(run={"storage_path": str(tmp_path), "name": "new"})) is None
 
 
 def test_an_altered_tokenizer_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -300,11 +300,14 @@ def test_weights_keep_the_special_tokens_that_they_were_trained_with(
 ) -> None:
     run = albert_run(tmp_path, trained)
     resumed_config = changed(data={"tokenizer": spec})
-    for config, origin in [(resumed_config, resumed(run, resumed_config)), started_from(run, tokenizer=spec)]:
-        chosen = choose_tokenizer(config, origin, allow_changes=False)
+    for config, checkpoint in [
+        (resumed_config, resumed(run, resumed_config)),
+        started_from(run, tokenizer=spec),
+    ]:
+        chosen = choose_tokenizer(config, checkpoint, allow_changes=False)
         assert chosen is not None and chosen.adds_special_tokens == bool(trained)
         assert with_tokenizer_settings(config, chosen).data.add_special_tokens is bool(trained)
-        assert origin is not None and tokenizer_change(origin, chosen) is None
+        assert checkpoint is not None and tokenizer_change(checkpoint, chosen) is None
 
 
 @pytest.mark.parametrize("spec", ["auto", str(FOLDER)])
@@ -316,19 +319,19 @@ def test_changing_the_special_tokens_of_weights_requires_allow_changes(
     now, before = ("false", "true") if trained else ("true", "false")
     data = {"tokenizer": spec, "add_special_tokens": not trained}
     resumed_config = changed(data=data)
-    for kind, name, config, origin in [
+    for kind, name, config, checkpoint in [
         (CheckpointError, "step_6", resumed_config, resumed(run, resumed_config)),
         (SettingsError, "run.init_from", *started_from(run, **data)),
     ]:
         with pytest.raises(kind, match=rf"^data\.add_special_tokens: {now}, but {name}.* with {before}:") as refusal:
-            choose_tokenizer(config, origin, allow_changes=False)
+            choose_tokenizer(config, checkpoint, allow_changes=False)
         assert "leave data.add_special_tokens and data.tokenizer at auto" in str(refusal.value)
         assert "--allow-changes" in str(refusal.value)
-        chosen = choose_tokenizer(config, origin, allow_changes=True)
+        chosen = choose_tokenizer(config, checkpoint, allow_changes=True)
         assert chosen is not None and chosen.adds_special_tokens == (not trained)
         assert with_tokenizer_settings(config, chosen).data.add_special_tokens is (not trained)
-        assert origin is not None
-        warning = tokenizer_change(origin, chosen)
+        assert checkpoint is not None
+        warning = tokenizer_change(checkpoint, chosen)
         assert warning is not None and warning.startswith(f"warning: data.add_special_tokens: {now}, but {name}")
 
 
@@ -364,11 +367,11 @@ def test_replacing_a_tokenizer_by_one_without_a_template_requires_allow_changes(
     without = tokenizers.Tokenizer.from_str(ALBERT.to_json())
     without.post_processor = processors.Sequence([])
     data = {"tokenizer": saved(Tokenizer(without), tmp_path / "without.json")}
-    for kind, config, origin in [
+    for kind, config, checkpoint in [
         (CheckpointError, changed(data=data), resumed(run, changed(data=data))),
         (SettingsError, *started_from(run, **data)),
     ]:
         with pytest.raises(kind, match=r"data\.add_special_tokens: false, but .* with true"):
-            choose_tokenizer(config, origin, allow_changes=False)
-        chosen = choose_tokenizer(config, origin, allow_changes=True)
+            choose_tokenizer(config, checkpoint, allow_changes=False)
+        chosen = choose_tokenizer(config, checkpoint, allow_changes=True)
         assert chosen is not None and not chosen.adds_special_tokens

@@ -73,16 +73,16 @@ def test_documents_are_read_back_and_a_second_call_reuses_the_cache(
     texts = [f"{'déjà 漢字 ' * (i % 5)}document {i}" for i in range(300)]
     for part in range(3):
         write_jsonl(f"src/part-{part}.jsonl", texts[part::3])
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     files = expand(str(tmp_path / "src"))
     cache = prepare(
-        files, byte_tokenizer, 128, tmp_path / "cache", range_bytes=2_000, progress=lambda *now: told.append(now)
+        files, byte_tokenizer, 128, tmp_path / "cache", range_bytes=2_000, progress=lambda *now: calls.append(now)
     )
     total = sum(file.size for file in files)
     assert_holds(cache, byte_tokenizer, {(f"part-{i % 3}.jsonl", i // 3 + 1): text for i, text in enumerate(texts)})
-    assert told[0] == (0, total)
-    assert told[-1] == (total, total)
-    assert told == sorted(told)
+    assert calls[0] == (0, total)
+    assert calls[-1] == (total, total)
+    assert calls == sorted(calls)
 
     monkeypatch.setattr(cache_builder.ray.data, "from_items", None)
     again = prepare(expand(str(tmp_path / "src")), byte_tokenizer, 128, tmp_path / "cache", range_bytes=2_000)
@@ -351,22 +351,24 @@ def test_only_the_damaged_files_of_a_cache_are_rebuilt(
     byte_tokenizer: Tokenizer,
 ) -> None:
     path = write_jsonl("train.jsonl", [f"document {i} {'x' * (i % 50)}" for i in range(300)])
-    said: list[str] = []
+    messages: list[str] = []
 
     def run() -> TokenCache:
-        return prepare(expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", range_bytes=4_000, log=said.append)
+        return prepare(
+            expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", range_bytes=4_000, log=messages.append
+        )
 
     whole = run()
     run()  # has compared every shard with its checksum
     before, expected = snapshot(whole.folder), whole.take(np.arange(whole.n_sequences))
     damage(whole.folder / name)
     again = run()
-    assert len(said) == 1 and re.search(f"{name}: .*{words}.*; rebuilding it", said[0])
+    assert len(messages) == 1 and re.search(f"{name}: .*{words}.*; rebuilding it", messages[0])
     assert np.array_equal(again.take(np.arange(again.n_sequences)).tokens, expected.tokens)
     changed = {name for name, state in snapshot(again.folder).items() if before.get(name) != state}
     assert changed <= {"manifest.json", "shard-00001.arrow", "shard-00001.json", "shard-00001.documents"}
     run()
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, Path.unlink])

@@ -87,17 +87,17 @@ def test_a_position_far_from_the_start_can_be_located() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
 @pytest.mark.parametrize("effective_batch", [192, 7, 1])
 def test_the_slices_of_all_ranks_together_are_the_step(world_size: int, effective_batch: int) -> None:
-    shares = [rank_slice(effective_batch, rank, world_size) for rank in range(world_size)]
-    assert [position for part in shares for position in part] == list(range(effective_batch))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    slices = [rank_slice(effective_batch, rank, world_size) for rank in range(world_size)]
+    assert [position for part in slices for position in part] == list(range(effective_batch))
+    assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
 @given(n=st.integers(1, 200), world_size=st.integers(1, 20), group=st.integers(1, 30))
 def test_the_slices_are_whole_groups_wherever_they_are_cut(n: int, world_size: int, group: int) -> None:
-    shares = [rank_slice(n, rank, world_size, group) for rank in range(world_size)]
-    assert [position for part in shares for position in part] == list(range(n))
-    assert all(part.start % group == 0 for part in shares)
-    n_groups = [-(-len(part) // group) for part in shares]
+    slices = [rank_slice(n, rank, world_size, group) for rank in range(world_size)]
+    assert [position for part in slices for position in part] == list(range(n))
+    assert all(part.start % group == 0 for part in slices)
+    n_groups = [-(-len(part) // group) for part in slices]
     assert max(n_groups) - min(n_groups) <= 1
 
 

@@ -109,11 +109,11 @@ def test_another_process_writes_the_same_bytes_and_no_other_files(folder, tmp_pa
 
 def test_existing_files_are_kept_unless_force_is_set(tmp_path):
     (tmp_path / TRAIN_FILE).write_text("mine\n")
-    said: list[str] = []
-    write_quickstart(tmp_path, log=said.append)
+    messages: list[str] = []
+    write_quickstart(tmp_path, log=messages.append)
     assert (tmp_path / TRAIN_FILE).read_text() == "mine\n" and (tmp_path / GENIUS_FILE).exists()
-    write_quickstart(tmp_path, log=said.append)
-    assert said[-1] == f"quickstart data: already in {tmp_path}"
+    write_quickstart(tmp_path, log=messages.append)
+    assert messages[-1] == f"quickstart data: already in {tmp_path}"
     write_quickstart(tmp_path, force=True, log=quiet)
     assert (tmp_path / TRAIN_FILE).read_text() != "mine\n"
 

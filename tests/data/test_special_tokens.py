@@ -96,10 +96,10 @@ def test_a_tokenizer_like_alberts_gives_the_same_tokens_as_transformers() -> Non
 
 def assert_as_transformers(path: Path, behind: Sequence[int]) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    hf_tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
     tokenizer = Tokenizer.load(path)
     for text in (TEXT, "", "Déjà vu\nis 12?", " two  spaces "):
-        assert document(tokenizer, text) == [*theirs(text).input_ids, *behind]
+        assert document(tokenizer, text) == [*hf_tokenizer(text).input_ids, *behind]
 
 
 def test_alberts_template_is_detected() -> None:

@@ -69,8 +69,8 @@ def test_a_text_encoded_in_parts_has_the_same_ids(trained: Tokenizer, monkeypatc
 
 def test_incremental_decoding_returns_complete_characters_only(trained: Tokenizer) -> None:
     decoder = IncrementalDecoder(trained)
-    said = [decoder.push(token) for token in trained.encode("🎈ß")]
-    assert [text for text in said if text] == ["🎈", "ß"]
+    pieces = [decoder.push(token) for token in trained.encode("🎈ß")]
+    assert [text for text in pieces if text] == ["🎈", "ß"]
 
 
 def test_incremental_decoding_returns_invalid_bytes_as_replacement_characters(trained: Tokenizer) -> None:

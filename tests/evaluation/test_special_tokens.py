@@ -24,7 +24,7 @@ from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.checkpoint import read_checkpoint, read_settings, write_checkpoint
 from savant_ray.training.state import new_state
 from tests.data.albert_like import CLS, FOLDER, SEP
-from tests.training.tiny import CPU, MODEL, share
+from tests.training.tiny import CPU, MODEL, rank_micro_batches
 
 PROMPT = "a red hen"
 WORDS = ["the", "a", "on", "is"]  # one token each
@@ -94,7 +94,7 @@ def sample_of(checkpoint: Path, prompt: str) -> str:
     state = new_state(config, CPU)
     state.load_weights(read_checkpoint(checkpoint)["model_state_dict"])
     events: list[Event] = []
-    batches = share(0, 4, 0, 1, 4)
+    batches = rank_micro_batches(0, 4, 0, 1, 4)
     counts = dict(target_tokens=1, trained_bytes=1)
     Validator(config, ALBERT, batches, **counts, rank=0, emit=events.append, stop_requested=lambda: False)(state)
     return next(event.text for event in events if isinstance(event, SampleGenerated))

@@ -32,7 +32,15 @@ from savant_ray.training.step import micro_batches
 from tests.data.albert_like import CLS, FOLDER, SEP
 from tests.original.program import OriginalModel
 from tests.original.test_file import original_config
-from tests.training.tiny import LENGTH, RecordingHost, share, shares, tiny_config, tiny_state, tiny_tokenizer
+from tests.training.tiny import (
+    LENGTH,
+    RecordingHost,
+    local_batches,
+    rank_micro_batches,
+    tiny_config,
+    tiny_state,
+    tiny_tokenizer,
+)
 
 BATCHES, NEW_TOKENS = 3, 4
 
@@ -51,7 +59,7 @@ def after(questions: int) -> Callable[[], bool]:
 
 
 def validator(config: Config, emit: Callable[[Event], None], stop_requested: Callable[[], bool]) -> Validator:
-    batches = share(0, 4 * BATCHES, 0, 1, 4)
+    batches = rank_micro_batches(0, 4 * BATCHES, 0, 1, 4)
     return Validator(
         config,
         tiny_tokenizer(),
@@ -101,7 +109,7 @@ def test_with_an_average_of_the_weights_validation_and_sample_are_those_of_the_a
     config = config_of()
     config = config.model_copy(update={"training": config.training.model_copy(update={"ema_decay": 0.9})})
     state = tiny_state(config)
-    train(state, config, shares(state, config), RecordingHost())
+    train(state, config, local_batches(state, config), RecordingHost())
     averaged = tiny_state(config_of())
     averaged.load_weights(state.to_checkpoint()["ema_state_dict"])
     averaged.step = state.step
@@ -227,14 +235,14 @@ def test_an_interrupted_validation_is_repeated_after_the_resume(stop_at: int, qu
     config = config_of()
     straight = ValidatingHost(config)
     state = tiny_state(config)
-    assert train(state, config, shares(state, config), straight)
+    assert train(state, config, local_batches(state, config), straight)
 
     first, state = ValidatingHost(config, stop_at, questions), tiny_state(config)
-    assert not train(state, config, shares(state, config), first)
+    assert not train(state, config, local_batches(state, config), first)
     assert ("sample", stop_at) not in results(first.events)
     second, resumed = ValidatingHost(config), tiny_state(config)
     resumed.load_checkpoint(first.checkpoint)
-    assert train(resumed, config, shares(resumed, config), second)
+    assert train(resumed, config, local_batches(resumed, config), second)
     assert results(first.events) | results(second.events) == results(straight.events)
     assert ("validation", stop_at) in results(second.events) and ("sample", stop_at) in results(second.events)
 
@@ -243,9 +251,9 @@ def test_the_first_validation_of_an_attempt_reports_the_weights_moved_since_its_
     config = config_of()
     first, state = ValidatingHost(config), tiny_state(config)
     first.remember_weights(state)
-    train(state, config, shares(state, config), first)
+    train(state, config, local_batches(state, config), first)
     moved = [event.weights_moved for event in first.events if isinstance(event, ValidationDone)]
-    assert len(moved) == 2 and all(share is not None and share > 0.9 for share in moved)
+    assert len(moved) == 2 and all(fraction is not None and fraction > 0.9 for fraction in moved)
 
 
 def test_a_rank_without_held_out_sequences_reports_the_loss_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,8 +114,8 @@ def test_logits_and_greedy_tokens_are_those_of_savant_past_windows_and_training_
     exported = export(model=model)
     tokens = random_tokens(2, 100)  # the window has 4 tokens, a training sequence 16
     with torch.no_grad():
-        theirs = exported.their_model(tokens).logits
-    torch.testing.assert_close(theirs, logits(exported.model, tokens), rtol=0, atol=1e-5)
+        exported_logits = exported.their_model(tokens).logits
+    torch.testing.assert_close(exported_logits, logits(exported.model, tokens), rtol=0, atol=1e-5)
     (prompt,) = exported.tokenizer.encode_prompts([PROMPT])
     expected = list(generate(exported.model, prompt, exported.sampling(300)))
     assert len(set(expected)) > 1
@@ -174,10 +174,10 @@ def test_the_loss_is_that_of_the_next_tokens_without_ignored_labels_and_has_grad
     labels = tokens.clone()
     labels[0, :11] = -100
     loss = exported.their_model(tokens, labels=labels).loss
-    ours = torch.nn.functional.cross_entropy(
+    expected = torch.nn.functional.cross_entropy(
         logits(exported.model, tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     )
-    torch.testing.assert_close(loss, ours)
+    torch.testing.assert_close(loss, expected)
     loss.backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in exported.their_model.parameters())
 
@@ -203,15 +203,15 @@ def test_saving_and_loading_again_keeps_weights_code_and_settings(exported: Expo
     assert {"model.safetensors", "chat_template.jinja", "generation_config.json"} <= {p.name for p in again.iterdir()}
     tokens = random_tokens(1, 30)
     with torch.no_grad():
-        theirs = exported.load(again)(tokens).logits
-    torch.testing.assert_close(theirs, logits(exported.model, tokens, n_loops=2), rtol=0, atol=1e-5)
+        exported_logits = exported.load(again)(tokens).logits
+    torch.testing.assert_close(exported_logits, logits(exported.model, tokens, n_loops=2), rtol=0, atol=1e-5)
 
 
 def test_the_number_of_loops_can_be_chosen_when_loading(exported: Exported) -> None:
     tokens = random_tokens(1, 30)
     with torch.no_grad():
-        theirs = exported.load(num_loops=7)(tokens).logits
-    torch.testing.assert_close(theirs, logits(exported.model, tokens, n_loops=7), rtol=0, atol=1e-5)
+        exported_logits = exported.load(num_loops=7)(tokens).logits
+    torch.testing.assert_close(exported_logits, logits(exported.model, tokens, n_loops=7), rtol=0, atol=1e-5)
 
 
 def test_settings_that_the_model_cannot_have_are_refused_when_they_are_chosen(exported: Exported) -> None:
@@ -278,7 +278,7 @@ def test_messages_of_a_conversation_without_a_chat_template_may_be_in_parts_of_t
     assert text(parts) == text("good day") == "Question: good day"
     with pytest.raises(jinja2.TemplateError, match="a part of a message is not text"):
         text([*parts, {"type": "image", "url": "x.png"}])
-    with pytest.raises(jinja2.TemplateError, match="calls a tool"):
+    with pytest.raises(jinja2.TemplateError, match="has a tool call"):
         text("", tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {}}}])
 
 
@@ -329,7 +329,7 @@ def test_lm_eval_gives_the_score_of_savant_evaluate(
     )
     run = write_run(model=model, weights=that_answer(min(seen & new), trained_tokenizer))
     export_hugging_face(run, tmp_path / "exported")
-    ours = result(list(answers_of(run, logic_suite())))
+    savant_result = result(list(answers_of(run, logic_suite())))
     command = (tmp_path / "exported/README.md").read_text().split("```sh\n")[1].split("```")[0].strip()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
@@ -342,10 +342,10 @@ def test_lm_eval_gives_the_score_of_savant_evaluate(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (scores,) = tmp_path.glob("scores_*.json")
-    theirs = json.loads(scores.read_text())["results"]["savant_logic"]
-    assert 0 < ours["score"] < 1 and 0 < ours["new_wordings"]["score"] < 1
-    assert theirs["score,none"] == pytest.approx(ours["score"], abs=1e-9)
-    assert theirs["new_wordings,none"] == pytest.approx(ours["new_wordings"]["score"], abs=1e-9)
+    lm_eval_result = json.loads(scores.read_text())["results"]["savant_logic"]
+    assert 0 < savant_result["score"] < 1 and 0 < savant_result["new_wordings"]["score"] < 1
+    assert lm_eval_result["score,none"] == pytest.approx(savant_result["score"], abs=1e-9)
+    assert lm_eval_result["new_wordings,none"] == pytest.approx(savant_result["new_wordings"]["score"], abs=1e-9)
 
 
 def that_answer(answer: str, tokenizer: Tokenizer) -> Callable[[Config], dict[str, torch.Tensor]]:

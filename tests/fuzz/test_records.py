@@ -52,9 +52,9 @@ def test_a_damaged_record_keeps_its_valid_lines_and_can_be_appended_to(content: 
     path: Path = folder / METRICS
     path.write_bytes(content)
     if content:
-        told = summarize(folder, idle)  # `savant runs` looks at what a run is writing
-        assert status(told) and to_json([told])
-        assert read_history(folder, idle).summary == told  # as does `savant report`
+        summary = summarize(folder, idle)  # `savant runs` looks at what a run is writing
+        assert status(summary) and to_json([summary])
+        assert read_history(folder, idle).summary == summary  # as does `savant report`
     file = JsonLines(path)
     remaining = read_records(path)
     assert all(json.loads(line) in remaining for line in content.splitlines(keepends=True) if line in LINES), "in order"

@@ -130,8 +130,12 @@ def test_block_masks_equal_those_of_create_block_mask(window_size: int | None, l
         mask = block_mask(documents, window_size)
         assert torch.equal(mask.to_dense(), expected.to_dense())
         for blocks in ("kv", "full_kv", "q", "full_q"):
-            for mine, theirs in zip(listed(mask, blocks), listed(expected, blocks), strict=True):
-                assert mine.dtype == theirs.dtype and mine.is_contiguous() and torch.equal(mine, theirs), blocks
+            for indices, expected_indices in zip(listed(mask, blocks), listed(expected, blocks), strict=True):
+                assert (
+                    indices.dtype == expected_indices.dtype
+                    and indices.is_contiguous()
+                    and torch.equal(indices, expected_indices)
+                ), blocks
 
 
 def listed(mask: BlockMask, blocks: str) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from savant_ray.optim.tree_sum import Block, TreeSum, blocks, most_sums
+from savant_ray.optim.tree_sum import Block, TreeSum, blocks, max_sums
 
 
 def leaf_values(n: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_the_memory_of_one_rank_is_predicted_exactly() -> None:
     for index in range(300):
         tree.add(Block(index, 1), torch.ones(1))
         most = max(most, len(tree.totals))
-        assert most == most_sums(index + 1)
+        assert most == max_sums(index + 1)
     assert float(tree.total()) == 300
 
 

@@ -47,7 +47,7 @@ class Update:
 
     number: int
     original: Figures
-    ours: Figures
+    savant: Figures
 
 
 def padded_batch(step: int) -> Tensor:
@@ -117,10 +117,10 @@ def side_by_side(program: OriginalProgram, state: TrainingState, first: int) -> 
     batches = [padded_batch(first + update) for update in range(UPDATES)]
     observer = _Observer(state)
     train(state, settings(), ([as_documents(batch)] for batch in batches), observer)
-    theirs = [_figures(program, batch) for batch in batches]
+    original_figures = [_figures(program, batch) for batch in batches]
     return [
-        Update(first + number, original, ours)
-        for number, (original, ours) in enumerate(zip(theirs, observer.figures, strict=True), start=1)
+        Update(first + number, original, savant)
+        for number, (original, savant) in enumerate(zip(original_figures, observer.figures, strict=True), start=1)
     ]
 
 
@@ -140,10 +140,10 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 def table(updates: list[Update]) -> Iterator[str]:
     """Yield the lines of a Markdown table with a row for each update."""
     names = ("loss", "rate", "first moment", "second moment")
-    yield f"| update | {' | '.join(f'{name}, original | ours' for name in names)} |"
+    yield f"| update | {' | '.join(f'{name}, original | savant_ray' for name in names)} |"
     yield "|---" * 9 + "|"
     for update in updates:
-        pairs = zip(asdict(update.original).values(), asdict(update.ours).values(), strict=True)
+        pairs = zip(asdict(update.original).values(), asdict(update.savant).values(), strict=True)
         formats = ("{:.6f}", "{:.3e}", "{:.6f}", "{:.4e}")
         cells = [form.format(value) for form, pair in zip(formats, pairs, strict=True) for value in pair]
         yield f"| {update.number} | {' | '.join(cells)} |"

@@ -52,7 +52,7 @@ def test_generate_answers_as_the_original_does(
     named: str, settings: list[str], tmp_path: Path, capsys: Printed
 ) -> None:
     program = trained(4)
-    folder = tmp_path / "theirs"
+    folder = tmp_path / "original"
     folder.mkdir()
     program.save(folder)
     answer = tmp_path / "answer.json"
@@ -89,7 +89,7 @@ def test_all_contradictions_and_the_missing_tokenizer_are_listed(tmp_path: Path,
     path = trained(2).save(tmp_path)
     given = ["--model.dim=32", "--model.vocab_size=60", "--model.positions=rotary", "--model.n_heads=3"]
     assert generate("--checkpoint", path, *given) == 2
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for problem in (
         "model.dim: 32, but the file has 16",
         "model.vocab_size: 60, but the file has 50",
@@ -97,7 +97,7 @@ def test_all_contradictions_and_the_missing_tokenizer_are_listed(tmp_path: Path,
         "model.n_heads: 3 does not divide",
         "data.tokenizer: ",
     ):
-        assert problem in told
+        assert problem in printed
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["export", "--format", "safetensors", "--output", "out"]])
@@ -122,8 +122,8 @@ def test_settings_for_a_savant_ray_checkpoint_are_refused(
     assert generate("--checkpoint", run) == 0
     capsys.readouterr()
     assert generate("--checkpoint", run / "step_1", *settings) == 2
-    told = capsys.readouterr().err
-    assert "data.tokenizer, model.n_heads, model.n_loops: given for" in told and "settings of its own" in told
+    printed = capsys.readouterr().err
+    assert "data.tokenizer, model.n_heads, model.n_loops: given for" in printed and "settings of its own" in printed
 
 
 def test_a_missing_path_is_reported_even_if_settings_are_given(settings: list[str], capsys: Printed) -> None:
@@ -151,8 +151,8 @@ def test_a_misspelt_setting_is_refused_with_a_suggestion(tmp_path: Path, capsys:
 @pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
 def test_help_names_the_settings_that_a_file_of_the_original_needs(command: str, capsys: Printed) -> None:
     assert main([command, "--help"]) == 0
-    told = capsys.readouterr().out
-    assert "step_X.pt" in told and "--data.tokenizer FOLDER" in told and "--config" in told
+    printed = capsys.readouterr().out
+    assert "step_X.pt" in printed and "--data.tokenizer FOLDER" in printed and "--config" in printed
 
 
 def test_safetensors_have_the_files_weights_settings_and_the_named_tokenizer(
@@ -177,7 +177,7 @@ def test_a_file_of_the_original_is_exported_as_one_without_settings(settings: li
 def test_a_folder_with_damaged_files_only_ends_with_exit_code_4(
     command: str, settings: list[str], tmp_path: Path, capsys: Printed
 ) -> None:
-    folder = tmp_path / "theirs"
+    folder = tmp_path / "original"
     folder.mkdir()
     (folder / "step_5.pt").write_bytes(b"")
     (folder / "step_6.pt").mkdir()
@@ -195,17 +195,17 @@ def test_files_of_the_original_in_object_storage_are_checkpoints_too(
     capsys: Printed,
 ) -> None:
     for updates in (2, 4):
-        store.write(f"runs/theirs/step_{updates - 1}.pt", trained(updates).save(tmp_path).read_bytes())
-    store.write("runs/theirs/step_9.pt", b"damaged")
-    for name, step in (("theirs", 3), ("theirs/step_1.pt", 1)):
+        store.write(f"runs/original/step_{updates - 1}.pt", trained(updates).save(tmp_path).read_bytes())
+    store.write("runs/original/step_9.pt", b"damaged")
+    for name, step in (("original", 3), ("original/step_1.pt", 1)):
         output = tmp_path / f"out{step}"
         arguments = ["--format", "safetensors", "--output", str(output), *settings]
         assert main(["export", store.uri(f"runs/{name}"), *arguments]) == 0
         assert json.loads((output / "config.json").read_text())["step"] == step
     assert "step_9.pt: truncated" in capsys.readouterr().err
-    assert main(["export", store.uri("runs/theirs"), "--format", "original", "--output", f"{tmp_path}/x.pt"]) == 0
+    assert main(["export", store.uri("runs/original"), "--format", "original", "--output", f"{tmp_path}/x.pt"]) == 0
     assert read_file(tmp_path / "x.pt")["step"] == 3
-    assert generate("--checkpoint", store.uri("runs/theirs/step_9.pt"), *settings) == 4
+    assert generate("--checkpoint", store.uri("runs/original/step_9.pt"), *settings) == 4
 
 
 def test_an_export_from_object_storage_is_for_the_optimizer_of_the_originals_file_there(
@@ -241,7 +241,7 @@ def test_status_and_runs_list_files_of_the_original_by_their_names(
     assert (listed["name"], listed["state"]) == ("checkpoints_savant", "file of the original")
     assert (listed["step"], listed["checkpoint"]) == (400, "step_400.pt")
     assert main(["runs"]) == 0
-    assert "checkpoints_savant" in (told := capsys.readouterr().out) and "step_400.pt" in told
+    assert "checkpoints_savant" in (printed := capsys.readouterr().out) and "step_400.pt" in printed
     for named, step in (("checkpoints_savant", 400), ("checkpoints_savant/step_50.pt", 50)):
         assert main(["status", named]) == 0
         first, second, *_ = capsys.readouterr().out.splitlines()

@@ -17,7 +17,7 @@ import torch
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
 from savant_ray.driver.starting_point import compare_settings, find_start, refuse_other_data
-from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_origin
+from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_weights_checkpoint
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.events import CheckpointSaved, Event
 from savant_ray.optim.schedule import learning_rate
@@ -62,16 +62,16 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 def start(run: Path | RunStorage, config: Config, allow_changes: bool = False) -> tuple[Path | None, list[str]]:
     """Return the checkpoint that an attempt continues from, and its messages."""
-    storage, said = LocalStorage(run) if isinstance(run, Path) else run, []
+    storage, messages = LocalStorage(run) if isinstance(run, Path) else run, []
 
     def emit(event: Event) -> None:
         assert isinstance(event, CheckpointSaved)
-        said.append(f"saved {event.step}: {event.reason}")
+        messages.append(f"saved {event.step}: {event.reason}")
 
     def convert(newest: Path | None) -> Path | None:
-        return convert_newest(storage, config, newest, said.append, emit, allow_changes)
+        return convert_newest(storage, config, newest, messages.append, emit, allow_changes)
 
-    return find_start(storage, said.append, convert), said
+    return find_start(storage, messages.append, convert), messages
 
 
 def names(run: Path) -> list[str]:
@@ -81,11 +81,11 @@ def names(run: Path) -> list[str]:
 def test_a_file_is_converted_into_a_checkpoint_and_is_unchanged(run: Path, config: Config) -> None:
     path = trained(4, rate=rate, optimizer=AdamW8bit).save(run)
     before = path.read_bytes()
-    folder, said = start(run, config)
+    folder, messages = start(run, config)
     assert folder == run / "step_3" and names(run) == ["step_3", "step_3.pt"] and path.read_bytes() == before
-    assert len(said) == 1 and said[0].startswith("saved 3: converted from step_3.pt of the original")
-    assert "continues with model.n_heads 2, model.n_loops 4" in said[0]
-    assert "at sequence 36 of the text, step × effective batch" in said[0]
+    assert len(messages) == 1 and messages[0].startswith("saved 3: converted from step_3.pt of the original")
+    assert "continues with model.n_heads 2, model.n_loops 4" in messages[0]
+    assert "at sequence 36 of the text, step × effective batch" in messages[0]
     verify(folder)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     assert read_settings(folder) == with_tokenizer_settings(config, tokenizer)
@@ -143,9 +143,9 @@ def test_hyperparameters_that_differ_from_those_in_the_file_are_reported(run: Pa
     program.optimizer.param_groups[0]["weight_decay"] = 0.1
     program.save(run)
     other = {"learning_rate": 1e-3, "weight_decay": 0.02}
-    folder, said = start(run, changed(config, training=other))
+    folder, messages = start(run, changed(config, training=other))
     assert folder is not None
-    first, second, _ = said
+    first, second, _ = messages
     assert "step_3.pt has a learning rate of 9.698e-03 in the original, but 9.698e-04 with these settings" in first
     assert "peak is 0.01 (training.learning_rate: 0.001)" in first
     assert second == "note: training.weight_decay: 0.02, but step_3.pt was written with 0.1"
@@ -158,8 +158,8 @@ def test_the_rate_of_a_resumed_or_finished_file_is_not_reported_as_different(
     content = trained(4, rate=rate).content()
     schedule = {"last_epoch": last_epoch, "_step_count": last_epoch + 1, "_last_lr": [PEAK * rate(last_epoch)]}
     torch.save({**content, "scheduler_state_dict": content["scheduler_state_dict"] | schedule}, run / "step_3.pt")
-    _, said = start(run, config)
-    assert len(said) == 1
+    _, messages = start(run, config)
+    assert len(messages) == 1
 
 
 def test_a_tokenizer_that_is_too_large_for_the_file_is_refused_before_anything_is_written(
@@ -187,8 +187,8 @@ def test_after_the_conversion_a_run_resumes_like_any_other(run: Path, config: Co
     assert start(run, automatic) == (folder, [])
     compare_settings(folder, automatic, False, print)
     refuse_other_data(folder, config, "any text")
-    origin = find_origin(folder, automatic)
-    chosen = choose_tokenizer(automatic, origin, allow_changes=False)
+    checkpoint = find_weights_checkpoint(folder, automatic)
+    chosen = choose_tokenizer(automatic, checkpoint, allow_changes=False)
     assert chosen is not None and chosen.fingerprint == Tokenizer.load(config.data.tokenizer).fingerprint
 
 
@@ -197,8 +197,8 @@ def test_a_file_is_converted_again_for_other_settings_until_training_continued_f
 ) -> None:
     trained(4, rate=rate).save(run)
     start(run, changed(config, model={"n_loops": 8}))  # a mistake that the file does not show, noticed before training
-    folder, said = start(run, config)
-    assert folder is not None and len(said) == 1
+    folder, messages = start(run, config)
+    assert folder is not None and len(messages) == 1
     assert read_settings(folder).model.n_loops == config.model.n_loops
 
 
@@ -212,24 +212,29 @@ def test_the_newest_of_our_checkpoints_and_the_originals_files_is_used(run: Path
     assert start(run, config) == (folder, [])
     (run / "step_5.pt").unlink()
     (folder / "step_5.pt").write_bytes(b"damaged")
-    taken, said = start(run, config)
-    assert taken == run / "step_3" and "set aside as step_5.damaged" in said[0] and said[1].startswith("saved 3")
+    taken, messages = start(run, config)
+    assert (
+        taken == run / "step_3" and "set aside as step_5.damaged" in messages[0] and messages[1].startswith("saved 3")
+    )
 
 
 def test_a_damaged_newer_file_is_reported_and_the_newest_intact_one_used(run: Path, config: Config) -> None:
     trained(2).save(run)
     newest = trained(4).save(run)
     newest.write_bytes(newest.read_bytes()[:3000])
-    folder, said = start(run, config)
+    folder, messages = start(run, config)
     assert folder == run / "step_1" and newest.exists()
-    assert "step_3.pt: truncated" in said[0] and "left in place" in said[0]
+    assert "step_3.pt: truncated" in messages[0] and "left in place" in messages[0]
 
 
 def test_a_file_of_another_name_is_reported_as_not_used(run: Path, config: Config) -> None:
     trained(2).save(run).rename(run / "final.pt")
-    folder, said = start(run, config)
+    folder, messages = start(run, config)
     assert (
-        folder is None and len(said) == 1 and said[0].startswith("note: final.pt: not used") and "step_N.pt" in said[0]
+        folder is None
+        and len(messages) == 1
+        and messages[0].startswith("note: final.pt: not used")
+        and "step_N.pt" in messages[0]
     )
 
 
@@ -308,7 +313,7 @@ def test_all_contradictions_are_listed_together_and_nothing_is_written(run: Path
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "expected"),
     [
         (lambda w: w.update({"recurrent_block.ffn.0.weight": torch.zeros(64, 16)}), r"ffn\.0\.weight is \[64, 16\]"),
         (lambda w: w.pop("head.weight"), r"head\.weight is missing"),
@@ -320,13 +325,13 @@ def test_all_contradictions_are_listed_together_and_nothing_is_written(run: Path
     ],
 )
 def test_weights_of_another_network_are_refused(
-    spoil: Callable[[dict[str, Any]], None], said: str, run: Path, config: Config
+    spoil: Callable[[dict[str, Any]], None], expected: str, run: Path, config: Config
 ) -> None:
     content = trained(2).content()
     content["model_state_dict"] = dict(content["model_state_dict"])
     spoil(content["model_state_dict"])
     torch.save(content, run / "step_1.pt")
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=expected):
         start(run, config)
 
 
@@ -363,7 +368,7 @@ def test_with_allow_changes_the_checkpoint_has_the_settings_of_the_file(run: Pat
     assert folder is not None
     model = read_settings(folder).model
     assert (model.dim, model.window_size) == (16, 4)
-    assert "tokenizer.json" not in read_manifest(folder)["files"] and find_origin(folder, other) is None
+    assert "tokenizer.json" not in read_manifest(folder)["files"] and find_weights_checkpoint(folder, other) is None
     with pytest.raises(
         CheckpointError, match=r"(?s)model\.dim: 16, now 32.*data\.tokenizer: auto would train a new tokenizer"
     ):
@@ -405,8 +410,8 @@ def test_a_killed_conversion_leaves_no_checkpoint_and_is_repeated(run: Path, con
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (run / "step_1").exists()
-    folder, said = start(run, config)
-    assert folder is not None and len(said) == 1 and names(run) == ["step_1", "step_1.pt"]
+    folder, messages = start(run, config)
+    assert folder is not None and len(messages) == 1 and names(run) == ["step_1", "step_1.pt"]
     verify(folder)
 
 
@@ -418,8 +423,8 @@ def test_a_file_in_object_storage_is_converted(
     path = trained(2).save(tmp_path)
     store.write("runs/run/step_1.pt", path.read_bytes())
     storage_a = ObjectStorage(store.uri("runs/run"), tmp_path / "here")
-    folder, said = start(storage_a, config)
-    assert folder is not None and len(said) == 1
+    folder, messages = start(storage_a, config)
+    assert folder is not None and len(messages) == 1
     verify(folder)
     storage_b = ObjectStorage(store.uri("runs/run"), tmp_path / "elsewhere")
     assert start(storage_b, config) == (tmp_path / "elsewhere/step_1", [])
@@ -442,9 +447,9 @@ def test_a_new_run_can_start_from_the_weights_of_a_file_with_the_tokenizer_of_th
 ) -> None:
     path = trained(2).save(tmp_path)
     config = changed(config, run={"init_from": str(path)})
-    origin = find_origin(None, config)
-    assert origin is not None and not origin.is_resumed
-    assert choose_tokenizer(config, origin, allow_changes=False) is not None
+    checkpoint = find_weights_checkpoint(None, config)
+    assert checkpoint is not None and not checkpoint.is_resumed
+    assert choose_tokenizer(config, checkpoint, allow_changes=False) is not None
 
 
 def test_settings_of_a_new_run_are_compared_with_its_initial_file(config: Config, tmp_path: Path) -> None:
@@ -452,8 +457,10 @@ def test_settings_of_a_new_run_are_compared_with_its_initial_file(config: Config
     new = {"init_from": str(tmp_path)}  # a folder that contains only such files
     other = changed(config, run=new, model={"dim": 32, "window_size": 9}, data={"tokenizer": "train"})
     with pytest.raises(SettingsError) as refusal:
-        find_origin(None, other)
-    told = str(refusal.value)
-    assert told.startswith("run.init_from: ") and "model.dim: 32, but the file has 16" in told
-    assert "model.window_size: 9, but the file has 4" in told and "data.tokenizer: " in told
-    assert find_origin(None, changed(config, run=new, data={"tokenizer": "auto"}), allow_changes=True) is None
+        find_weights_checkpoint(None, other)
+    message = str(refusal.value)
+    assert message.startswith("run.init_from: ") and "model.dim: 32, but the file has 16" in message
+    assert "model.window_size: 9, but the file has 4" in message and "data.tokenizer: " in message
+    assert (
+        find_weights_checkpoint(None, changed(config, run=new, data={"tokenizer": "auto"}), allow_changes=True) is None
+    )

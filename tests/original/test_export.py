@@ -27,7 +27,7 @@ from tests.data.albert_like import with_chat_template
 from tests.original.fixtures import batch
 from tests.original.program import AdamW8bit, OriginalProgram, adamw
 from tests.original.test_file import FLAT, MAKERS, original_config, trained
-from tests.training.tiny import MODEL, never, shares, tiny_state
+from tests.training.tiny import MODEL, local_batches, never, tiny_state
 
 CONFIG = original_config(max_steps=3)
 OPTIMIZERS = {"adamw": adamw, "adamw8bit": AdamW8bit}
@@ -40,8 +40,8 @@ CONSTANTS = (
 @pytest.fixture
 def state() -> TrainingState:
     state = tiny_state(CONFIG)
-    for share in shares(state, CONFIG):
-        take_step(state, share, 1e-3, 1.0, never)
+    for local_batch in local_batches(state, CONFIG):
+        take_step(state, local_batch, 1e-3, 1.0, never)
         state.step += 1
     return state
 
@@ -100,10 +100,10 @@ def test_the_original_continues_from_a_run_that_started_with_its_file(
     assert export_original(run, tmp_path / "step_3.pt") == []
     program = OriginalProgram(optimizer=make)
     program.load(tmp_path / "step_3.pt")
-    mine, by_name, theirs = state.master_weights(), dict(state.model.named_parameters()), program.moments()
+    master_weights, by_name, moments = state.master_weights(), dict(state.model.named_parameters()), program.moments()
     for name, parameter in program.model.named_parameters():
-        assert torch.equal(parameter, mine[name])
-        torch.testing.assert_close(theirs[name], state.optimizer.state[by_name[name]], rtol=0, atol=0)
+        assert torch.equal(parameter, master_weights[name])
+        torch.testing.assert_close(moments[name], state.optimizer.state[by_name[name]], rtol=0, atol=0)
     program.train(batch(3))
 
 
@@ -213,7 +213,7 @@ def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "pattern"),
     [
         ({"global_every": 2}, "model.global_every: 2, but the original's code has 4"),
         ({"global_every": 3}, "model.global_every: 3, but the original's code has 4"),
@@ -228,12 +228,12 @@ def test_a_model_with_positions_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_model_that_the_original_would_compute_differently_is_reported(
-    model: dict[str, Any], said: str, tmp_path: Path
+    model: dict[str, Any], pattern: str, tmp_path: Path
 ) -> None:
     run = changed_run(tmp_path / "run", **model)
     trained(1).save(run)
     warnings = export_original(run, tmp_path / "out.pt")
-    assert len(warnings) == 1 and re.search(said.replace("[", r"\["), warnings[0])
+    assert len(warnings) == 1 and re.search(pattern.replace("[", r"\["), warnings[0])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,17 @@ from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
 from tests.original.fixtures import KINDS, PEAK, batch, expected, file_of, rate
 from tests.original.program import AdamW8bit, OriginalProgram, adamw
-from tests.training.tiny import LENGTH, MODEL, RecordingHost, never, shares, tiny_config, tiny_state, unmasked, weights
+from tests.training.tiny import (
+    LENGTH,
+    MODEL,
+    RecordingHost,
+    local_batches,
+    never,
+    tiny_config,
+    tiny_state,
+    unmasked,
+    weights,
+)
 
 MASKS = {"global_mask", "local_mask"}
 FLAT = functools.partial(AdamW8bit, nested=False)
@@ -69,8 +79,8 @@ def assert_same(state: TrainingState, program: OriginalProgram, **tolerance: flo
 
 
 def take_steps(state: TrainingState, config: Config) -> None:
-    for share in shares(state, config):
-        take_step(state, share, 1e-3, 1.0, never)
+    for local_batch in local_batches(state, config):
+        take_step(state, local_batch, 1e-3, 1.0, never)
         state.step += 1
 
 
@@ -78,8 +88,8 @@ def exported(
     state: TrainingState, path: Path, optimizer: OptimizerName = "adamw", like: Path | None = None
 ) -> dict[str, Any]:
     config = original_config()
-    theirs = read_file(like) if like else None
-    original, lost = to_original(state.to_checkpoint(), config.training, config.model, optimizer, theirs)
+    like_content = read_file(like) if like else None
+    original, lost = to_original(state.to_checkpoint(), config.training, config.model, optimizer, like_content)
     assert lost == []
     write_original(path, original)
     return torch.load(path, weights_only=True)
@@ -123,8 +133,8 @@ def test_training_from_the_originals_file_continues_as_the_original_would(make: 
     state, _ = loaded(program.save(tmp_path))
     for update in range(3, 7 if make is adamw else 4):  # its 8-bit moments are rounded after each update
         tokens = batch(update)
-        share = [unmasked(rows, torch.zeros_like(rows)) for rows in tokens.split(5)]
-        result = take_step(state, share, learning_rate(update, PEAK, 2, 20), 1.0, never)
+        local_batch = [unmasked(rows, torch.zeros_like(rows)) for rows in tokens.split(5)]
+        result = take_step(state, local_batch, learning_rate(update, PEAK, 2, 20), 1.0, never)
         assert result.loss == pytest.approx(program.train(tokens), rel=1e-5)
     assert_weights_of(program, state, rtol=1e-3, atol=2e-5)
     if make is adamw:
@@ -322,12 +332,12 @@ def test_bitsandbytes_continues_from_our_file_and_writes_one_that_we_read(tmp_pa
                     expected, absmax=own[f"absmax{number}"], code=own[f"qmap{number}"], blocksize=256
                 )
             assert torch.equal(mine[moment], expected.float())
-    # and training continues from our export of it
+    # and training continues from its export
     exported(state, tmp_path / "out.pt", "adamw8bit", first)
     resumed = OriginalProgram(PEAK, rate, make, torch.bfloat16)
     assert_continues(resumed, program, tmp_path / "out.pt")
-    for (name, mine), theirs in zip(resumed.model.named_parameters(), program.model.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=2e-3, msg=name)
+    for (name, weight), expected in zip(resumed.model.named_parameters(), program.model.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0.02, atol=2e-3, msg=name)
     _, notes = loaded(resumed.save(tmp_path))
     assert notes == []
     # a file for PyTorch's AdamW is accepted, and fails at the first update
@@ -350,11 +360,11 @@ def test_the_schedule_of_a_file_is_written_as_the_original_writes_it_for_that_st
     for _ in range(3):
         for like in (first, None):
             written = exported(state, tmp_path / "out.pt", optimizer, like)
-            theirs = program.content()
-            torch.testing.assert_close(written["scheduler_state_dict"], theirs["scheduler_state_dict"])
-            mine, group = (content["optimizer_state_dict"]["param_groups"][0] for content in (written, theirs))
-            assert mine["lr"] == pytest.approx(group["lr"]) and mine.keys() == group.keys()
-            assert all(mine[name] == group[name] for name in group.keys() - {"lr"})
+            content = program.content()
+            torch.testing.assert_close(written["scheduler_state_dict"], content["scheduler_state_dict"])
+            written_group, group = (saved["optimizer_state_dict"]["param_groups"][0] for saved in (written, content))
+            assert written_group["lr"] == pytest.approx(group["lr"]) and written_group.keys() == group.keys()
+            assert all(written_group[name] == group[name] for name in group.keys() - {"lr"})
         program.train(batch(program.next))
         state.step += 1
 
@@ -375,18 +385,18 @@ def test_the_schedule_is_one_update_ahead_for_each_resume_of_the_original(
     state, notes = loaded(first, config)
     assert notes == [] and state.step == content["step"]
     again = tiny_state(config)
-    assert again.load_checkpoint(state.to_checkpoint()) == [], "our own checkpoint preserves it"
+    assert again.load_checkpoint(state.to_checkpoint()) == [], "a checkpoint of savant_ray preserves it"
     written = exported(again, tmp_path / "out.pt", "adamw" if make is adamw else "adamw8bit", first)
     torch.testing.assert_close(written["scheduler_state_dict"], content["scheduler_state_dict"])
 
-    host, left = RecordingHost(), list(shares(again, config))
+    host, left = RecordingHost(), list(local_batches(again, config))
     train(again, config, left[:2], host)
     rates = [event.learning_rate for event in host.events if isinstance(event, StepDone)]
-    theirs = []
+    expected = []
     for update in (11, 12):
-        theirs.append(program.scheduler.get_last_lr()[0])
+        expected.append(program.scheduler.get_last_lr()[0])
         program.train(batch(update))
-    assert rates == pytest.approx(theirs)
+    assert rates == pytest.approx(expected)
 
 
 @EACH

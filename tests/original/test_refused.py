@@ -86,7 +86,7 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "pattern"),
     [
         ({"step": None}, "its step is None"),
         ({"step": -1}, "its step is -1"),
@@ -97,10 +97,10 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_was_not_written_by_the_original_is_refused(
-    changes: dict[str, Any], said: str, tmp_path: Path
+    changes: dict[str, Any], pattern: str, tmp_path: Path
 ) -> None:
     torch.save(trained(2).content() | changes, tmp_path / "step_1.pt")
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=pattern):
         read_file(tmp_path / "step_1.pt")
 
 
@@ -139,7 +139,7 @@ def test_files_of_the_original_are_sorted_by_number_and_found_only_directly_in_t
     for name in ("step_x.pt", "step_5.pt.part", "last.pt"):
         (tmp_path / name).touch()
     assert original_files(tmp_path) == [files[2], files[0], files[1]]
-    assert original_files(tmp_path / "step_7") == [], "a checkpoint of ours without its manifest"
+    assert original_files(tmp_path / "step_7") == [], "a checkpoint of savant_ray without its manifest"
 
 
 def test_a_failed_write_leaves_the_older_file_intact(tmp_path: Path) -> None:

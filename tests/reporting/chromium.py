@@ -114,10 +114,10 @@ async def _session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession()
 
 
-async def _tab(session: aiohttp.ClientSession, told: Path) -> str:
+async def _tab(session: aiohttp.ClientSession, port_file: Path) -> str:
     """Return the address of the first tab once the browser has written its port."""
     for _ in range(600):
-        if told.exists() and (lines := told.read_text().split()):
+        if port_file.exists() and (lines := port_file.read_text().split()):
             async with session.get(f"http://127.0.0.1:{lines[0]}/json/list") as answer:
                 tabs = [tab for tab in await answer.json() if tab["type"] == "page"]
             if tabs:

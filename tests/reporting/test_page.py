@@ -67,13 +67,13 @@ def test_the_page_lists_spikes_with_what_followed_and_their_documents(tmp_path: 
     spikes = (spike(7), spike(8, update_skipped=True, documents=("<b>.jsonl:1",)), Rewound(step=5, spike=spike(9)))
     html = html_of(write(tmp_path / "run", *RUN, *spikes), output=tmp_path / "report.html")
     text = seen(html)
-    for told in (
+    for expected in (
         "7 9.5000 6.7500 0.9 2.5 trained on train.jsonl:1, train.jsonl:2, train.jsonl:3 and 2 more",
         "8 9.5000 6.7500 0.9 2.5 update skipped <b>.jsonl:1",
         "9 9.5000 6.7500 0.9 2.5 back to step 5, sequences left out train.jsonl:1",
         "spikes 3",
     ):
-        assert told in text, told
+        assert expected in text, expected
     quiet = html_of(write(tmp_path / "quiet", *RUN), output=tmp_path / "quiet.html")
     assert 'id="spikes"' not in quiet and "spikes 0" in seen(quiet)
 
@@ -90,12 +90,12 @@ def test_a_spike_that_is_found_again_after_a_restart_counts_once(tmp_path: Path)
 def test_the_page_shows_the_contents_of_the_record(tmp_path: Path) -> None:
     html = html_of(write(tmp_path / "run", *RUN), output=tmp_path / "report.html")
     text = seen(html)
-    for told in (
+    for expected in (
         "step 10 of 20", "training loss 8.0000", "validation loss 5.1234", "tokens trained on 1,900,000",
         "train.jsonl 1,234 99,000 – 99 – 1.0 % – 0 0 7", "val.jsonl (validation) 12 990", "torch 2.13.0",
         "training.learning_rate 0.001 2e-05", "1 of", "run interrupted", "Question: X?",
     ):  # fmt: skip
-        assert told in text, told
+        assert expected in text, expected
     loss, validated = drawn(html)[:2]
     raw, smooth, points = (series["values"] for series in loss["series"])
     assert loss["steps"] == list(range(1, 11))
@@ -121,7 +121,7 @@ def test_several_runs_are_compared_and_runs_of_the_same_name_are_shown_by_folder
     three = write(tmp_path / "three", *RUN[:2])
     html = html_of(one, two, three, output=tmp_path / "report.html")
     text = seen(html)
-    assert f"{one} · {two} · three" in text, "names that are the same are told by their folders"
+    assert f"{one} · {two} · three" in text, "names that are the same are distinguished by their folders"
     assert "training.learning_rate 0.001 0.0001 0.001 2e-05" in text
     assert {series["run"] for series in drawn(html)[0]["series"]} == {0, 1}
     assert f"{two} training" in {series["label"] for series in drawn(html)[0]["series"]}
@@ -175,7 +175,7 @@ def test_the_command_writes_to_the_run_folder_or_to_the_working_directory(
 
 def scored(run: Path, step: int, score: float, final: bool, **templates: float) -> Path:
     """Add the line of a logic score at that step to the record."""
-    shares = {name: {"score": share, "n": 50} for name, share in templates.items()}
+    scores = {name: {"score": score, "n": 50} for name, score in templates.items()}
     line = {
         "event": "score",
         "time": "2026-01-31T17:05:00+00:00",
@@ -185,7 +185,7 @@ def scored(run: Path, step: int, score: float, final: bool, **templates: float) 
         "final": final,
     }
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({**line, "low": score - 0.1, "high": score + 0.1, "templates": shares}) + "\n")
+        file.write(json.dumps({**line, "low": score - 0.1, "high": score + 0.1, "templates": scores}) + "\n")
     return run
 
 

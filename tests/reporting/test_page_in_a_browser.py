@@ -41,8 +41,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, factor in (("one", 1.0), ("a_run_with_a_very_long_name_that_would_widen_a_phone", 1.1)):
         steps = (step_done(step, train_loss=factor * (2 + 6 / step), share_of_peak=0.3) for step in STEPS)
-        told = (validation(0), validation(100), sample(100, text=f"{'long ' * 200}{'x' * 300}"), checkpoint(100))
-        write(folder / name, prepared(), attempt(max_steps=300), *steps, *told)
+        results = (validation(0), validation(100), sample(100, text=f"{'long ' * 200}{'x' * 300}"), checkpoint(100))
+        write(folder / name, prepared(), attempt(max_steps=300), *steps, *results)
     write_page(sorted(folder.iterdir(), key=lambda path: len(path.name)), folder / "report.html", idle)
     return folder / "report.html"
 

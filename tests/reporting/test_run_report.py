@@ -58,7 +58,7 @@ def log_of(folder: Path) -> list[str]:
     return [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  | {27}", "", line) for line in text.splitlines()]
 
 
-def tell(report: RunReport, clock: Clock, steps: range, seconds: float = 2.0) -> None:
+def add_steps(report: RunReport, clock: Clock, steps: range, seconds: float = 2.0) -> None:
     for step in steps:
         clock.now += seconds
         report.add_event(step_done(step, step_seconds=seconds))
@@ -69,7 +69,7 @@ def test_a_plain_console_prints_the_first_and_last_step_and_one_every_30_seconds
 ) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
         report.add_event(attempt(max_steps=100))
-        tell(report, clock, range(1, 101))
+        add_steps(report, clock, range(1, 101))
     steps = [int(step) for step in re.findall(r"^step (\d+)/100 · loss 6.3915 ", paper.getvalue(), re.MULTILINE)]
     assert steps == [1, 16, 31, 46, 61, 76, 91, 100]
     assert len(list(read_records(tmp_path / METRICS))) == 101
@@ -79,7 +79,7 @@ def test_the_log_has_the_lines_of_the_plain_console(tmp_path: Path, clock: Clock
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
         report.begin_stage("starting Ray")
         report.add_event(attempt(notes=("a note",)))
-        tell(report, clock, range(1, 40))
+        add_steps(report, clock, range(1, 40))
         for event in (checkpoint(39), validation(39), sample(39), Notice(text="two\nlines")):
             report.add_event(event)
         report.notify("done")
@@ -100,7 +100,7 @@ def test_a_validation_shows_the_time_since_the_last_one_and_prints_no_line_for_i
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
         report.add_event(attempt())
         for step in (1, 2):
-            tell(report, clock, range(step * 5 - 4, step * 5 + 1), seconds=5.0)
+            add_steps(report, clock, range(step * 5 - 4, step * 5 + 1), seconds=5.0)
             report.add_event(validation(step * 5))
     lines = paper.getvalue().splitlines()
     first, second = [line for line in lines if line.startswith("validation")]
@@ -131,10 +131,10 @@ def test_a_rewind_removes_the_steps_that_are_repeated_and_keeps_the_spike(
 ) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
         report.add_event(attempt())
-        tell(report, clock, range(1, 9))
+        add_steps(report, clock, range(1, 9))
         report.add_event(Rewound(step=5, spike=spike(9)))
         assert report.last_step == 5
-        tell(report, clock, range(6, 8))
+        add_steps(report, clock, range(6, 8))
     lines = list(read_records(tmp_path / METRICS))
     kinds = [(line["event"], line["step"]) for line in lines]
     steps = [("step", step) for step in range(1, 8)]
@@ -150,7 +150,7 @@ def test_a_rewind_removes_the_steps_that_are_repeated_and_keeps_the_spike(
 def test_the_newest_step_is_printed_when_a_run_is_stopped(tmp_path: Path, clock: Clock, paper: io.StringIO) -> None:
     with RunReport(tmp_path, console=PlainConsole(paper), clock=clock) as report:
         report.add_event(attempt())
-        tell(report, clock, range(1, 4))
+        add_steps(report, clock, range(1, 4))
         assert report.last_step == 3
     assert "step 3/1,000" in paper.getvalue()
 
@@ -204,7 +204,7 @@ def test_a_terminal_shows_a_live_display_with_events_above_it(tmp_path: Path, cl
     with RunReport(tmp_path, console=open_console(terminal), clock=clock) as report:
         report.begin_stage("starting Ray")
         report.add_event(attempt(max_steps=10))
-        tell(report, clock, range(1, 6))
+        add_steps(report, clock, range(1, 6))
         report.add_event(validation(5))
         report.add_event(sample(5, "[bold]five[/bold] \x1b[2Jten"))
     shown = terminal.getvalue()

@@ -47,10 +47,10 @@ def steps_shown(folder: Path) -> list[int]:
     accumulator, lines = read(folder), list(read_records(folder / METRICS))
     for kind, names in NUMBERS.items():
         for name in names:
-            told = [line for line in lines if line["event"] == kind and line[name] is not None]
+            recorded = [line for line in lines if line["event"] == kind and line[name] is not None]
             tag = f"{kind}/{name}"
-            shown = accumulator.Scalars(tag) if told else []
-            expected = [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in told]
+            shown = accumulator.Scalars(tag) if recorded else []
+            expected = [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in recorded]
             assert [(each.step, each.value) for each in shown] == expected, tag
     return [each.step for each in accumulator.Scalars("step/train_loss")]
 

@@ -34,10 +34,10 @@ class Fake:
         assert identity.isalnum() and settings["training.learning_rate"] == 1e-3
         self.gate.wait()
         self._fail("open")
-        told: dict[str, int] = {}
+        last_steps: dict[str, int] = {}
         for line in self.lines:
-            told[line["event"]] = max(line["step"], told.get(line["event"], -1))
-        return told
+            last_steps[line["event"]] = max(line["step"], last_steps.get(line["event"], -1))
+        return last_steps
 
     def send(self, lines: list[dict[str, Any]]) -> None:
         self._fail("send")
@@ -99,8 +99,8 @@ def test_a_failing_server_is_reported_once_and_gets_missing_lines_in_the_next_at
     fake.fails_at = where
     record = launch(tmp_path, 0, 6, fake)
     record.close()
-    (said,) = record.warnings()
-    assert "nothing more is sent to Fake: no server. The record" in said and record.warnings() == []
+    (warning,) = record.warnings()
+    assert "nothing more is sent to Fake: no server. The record" in warning and record.warnings() == []
     fake.fails_at = ""
     launch(tmp_path, 6, 8, fake).close()
     assert fake.steps("step") == list(range(1, 9)) and fake.steps("sample") == [5]
@@ -154,8 +154,8 @@ def test_mlflow_has_the_numbers_of_the_record_over_all_attempts(
     (run,) = client.search_runs([client.get_experiment_by_name("savant_ray").experiment_id])
     assert run.info.run_name == "tiny" and run.info.status == "FINISHED"
     assert run.data.params["training.learning_rate"] == "0.001"
-    told = [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, "step/train_loss")]
-    assert told == [(step, 10.0 / step) for step in range(1, 21)]
+    sent = [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, "step/train_loss")]
+    assert sent == [(step, 10.0 / step) for step in range(1, 21)]
     validated = client.get_metric_history(run.info.run_id, "validation/validation_loss")
     assert [(each.step, each.value) for each in validated] == [(step, 5.1234) for step in (5, 10, 15, 20)]
     scored = client.get_metric_history(run.info.run_id, "score/score")

@@ -9,8 +9,8 @@ from savant_ray.reporting.run_report import RemainingTime
 from savant_ray.reporting.wording import (
     describe,
     duration,
+    escape_controls,
     percent,
-    printable,
     progress_figures,
     skipped_update,
     step_figures,
@@ -66,7 +66,7 @@ def test_the_text_of_an_event_has_its_important_facts(event: Event, facts: str) 
 
 
 def test_a_failure_has_no_text_because_the_command_prints_it() -> None:
-    assert describe(RunFailed(error="DataError", text="told on the way out", exit_code=3)) == ""
+    assert describe(RunFailed(error="DataError", text="already reported", exit_code=3)) == ""
 
 
 def test_a_step_without_an_update_has_its_reason() -> None:
@@ -98,15 +98,15 @@ def test_a_duration_has_at_most_two_units(seconds: float, text: str) -> None:
 
 
 def test_percentages_and_progress_are_rounded() -> None:
-    assert [percent(share) for share in (0, 0.012, 0.5, 0.971, 1)] == ["0 %", "1.2 %", "50 %", "97.1 %", "100 %"]
+    assert [percent(fraction) for fraction in (0, 0.012, 0.5, 0.971, 1)] == ["0 %", "1.2 %", "50 %", "97.1 %", "100 %"]
     assert progress_figures(3 << 20, 12 << 20, "bytes") == "25 %, 3.0 of 12.0 MiB"
     assert progress_figures(1000, 2000, "documents") == "50 %, 1,000 of 2,000 documents"
     assert progress_figures(0, 0, "files") == "0 of 0 files"
 
 
 def test_control_characters_are_escaped_and_other_text_is_unchanged() -> None:
-    assert printable("\x1b[2J\r\x07\x9b\u202e\u2028\ud800") == r"\x1b[2J\r\x07\x9b\u202e\u2028\ud800"
-    assert printable("Zeile 1\n\tüber → 漢字 🙂 [bold]") == "Zeile 1\n\tüber → 漢字 🙂 [bold]"
+    assert escape_controls("\x1b[2J\r\x07\x9b\u202e\u2028\ud800") == r"\x1b[2J\r\x07\x9b\u202e\u2028\ud800"
+    assert escape_controls("Zeile 1\n\tüber → 漢字 🙂 [bold]") == "Zeile 1\n\tüber → 漢字 🙂 [bold]"
 
 
 def test_one_slow_step_does_not_change_the_remaining_time() -> None:

@@ -71,13 +71,13 @@ def test_a_process_that_lost_its_lease_stops_and_changes_nothing_in_the_run(
 def test_the_lease_of_a_dead_process_is_taken_over(storage_a: ObjectStorage, store: ObjectStore) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    said: list[str] = []
+    messages: list[str] = []
     for host in (socket.gethostname(), "another-machine"):
         mark = {"token": "x", "process": gone.pid, "host": host, "beat": 3}
         store.write(f"runs/run/{LEASE}", json.dumps(mark).encode())
-        with leased(storage_a.filesystem, storage_a.path, said.append):
+        with leased(storage_a.filesystem, storage_a.path, messages.append):
             assert json.loads(store.read(f"runs/run/{LEASE}"))["process"] == os.getpid()
-    assert len(said) == 1 and "process" in said[0] and "on another-machine may still train" in said[0]
+    assert len(messages) == 1 and "process" in messages[0] and "on another-machine may still train" in messages[0]
 
 
 @contextmanager
@@ -148,13 +148,13 @@ def test_a_storage_without_conditional_writes_is_reported_and_a_run_in_use_is_re
     conditions: str, storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
     store.conditions = conditions
-    said: list[str] = []
-    with storage_a.in_use(said.append):
-        assert len(said) == 1 and "no conditional writes" in said[0] and "Start this run once" in said[0]
-        with pytest.raises(SavantError, match="in use by process"), storage_b.in_use(said.append):
+    messages: list[str] = []
+    with storage_a.in_use(messages.append):
+        assert len(messages) == 1 and "no conditional writes" in messages[0] and "Start this run once" in messages[0]
+        with pytest.raises(SavantError, match="in use by process"), storage_b.in_use(messages.append):
             pass
     assert store.names("runs/run") == []
-    with storage_b.in_use(said.append):
+    with storage_b.in_use(messages.append):
         storage_b.check_owner()
 
 
@@ -272,9 +272,9 @@ def test_a_process_of_another_container_or_machine_of_the_same_name_is_not_consi
     gone.wait()
     mark = {"token": "x", "process": gone.pid, "host": socket.gethostname(), "machine": "another", "beat": 3}
     store.write(f"runs/run/{LEASE}", json.dumps(mark).encode())
-    said: list[str] = []
-    with storage_a.in_use(said.append):
-        assert len(said) == 1 and "may still train" in said[0]
+    messages: list[str] = []
+    with storage_a.in_use(messages.append):
+        assert len(messages) == 1 and "may still train" in messages[0]
 
 
 def test_conditional_writes_use_the_access_keys_of_an_aws_profile(
@@ -323,18 +323,18 @@ def test_google_cloud_storage_has_conditional_writes_by_generation(monkeypatch: 
     account |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
     filesystem, _ = pafs.FileSystem.from_uri("gs://bucket/runs")
-    ours, theirs = (conditional_object(filesystem, "bucket/runs/run/.lock") for _ in range(2))
-    assert ours is not None and theirs is not None and ours.read() == theirs.read() == (b"", None)
-    version = ours.write(b"ours", None)
-    assert ours.is_conditional(b"ours")
+    first, second = (conditional_object(filesystem, "bucket/runs/run/.lock") for _ in range(2))
+    assert first is not None and second is not None and first.read() == second.read() == (b"", None)
+    version = first.write(b"first", None)
+    assert first.is_conditional(b"first")
     with pytest.raises(VersionConflictError):
-        theirs.write(b"theirs", None)
-    content, seen = theirs.read()
-    assert content == b"ours"
-    theirs.write(b"taken over", seen)
+        second.write(b"second", None)
+    content, seen = second.read()
+    assert content == b"first"
+    second.write(b"taken over", seen)
     with pytest.raises(VersionConflictError):
-        ours.write(b"renewed", version)
-    assert ours.read()[0] == b"taken over"
+        first.write(b"renewed", version)
+    assert first.read()[0] == b"taken over"
     server.shutdown()
     server.server_close()
 

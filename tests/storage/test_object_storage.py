@@ -86,9 +86,9 @@ def test_the_manifest_is_uploaded_last_so_that_an_interrupted_upload_is_not_a_ch
     assert (
         set(sent) == files - {MANIFEST} and sent[-1] == "step_2.pt" and f"step_2/{sent[0]}" in store.names("runs/run")
     )
-    said: list[str] = []
-    assert find_start(storage_b, said.append) == storage_b.folder / "step_1"
-    assert len(said) == 1 and "set aside as step_2.damaged" in said[0], "weights are never deleted silently"
+    messages: list[str] = []
+    assert find_start(storage_b, messages.append) == storage_b.folder / "step_1"
+    assert len(messages) == 1 and "set aside as step_2.damaged" in messages[0], "weights are never deleted silently"
     assert {f"step_2.damaged/{name}" for name in sent} <= set(store.names("runs/run"))
     store.write("runs/run/step_3/config.yaml", b"the power was gone before the weights were sent")
     assert find_start(storage_b, pytest.fail) == storage_b.folder / "step_1"
@@ -106,14 +106,14 @@ def test_a_damaged_checkpoint_in_object_storage_is_set_aside_and_the_next_older_
 ) -> None:
     keep(storage_a, 1, 2)
     flip(store, "runs/run/step_2/step_2.pt")
-    said: list[str] = []
-    assert find_start(storage_b, said.append) == storage_b.folder / "step_1"
-    assert len(said) == 1 and "SHA-256" in said[0] and "set aside as step_2.damaged" in said[0]
+    messages: list[str] = []
+    assert find_start(storage_b, messages.append) == storage_b.folder / "step_1"
+    assert len(messages) == 1 and "SHA-256" in messages[0] and "set aside as step_2.damaged" in messages[0]
     assert "step_2.damaged/step_2.pt" in store.names("runs/run") and storage_b.checkpoints() == ["step_1"]
     flip(store, "runs/run/step_1/step_1.pt")
     shutil.rmtree(storage_b.folder)
     with pytest.raises(CheckpointError, match="no complete checkpoint of it"):
-        find_start(storage_b, said.append)
+        find_start(storage_b, messages.append)
 
 
 def test_a_damaged_mirror_is_downloaded_again_and_a_stale_one_deleted(

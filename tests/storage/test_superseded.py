@@ -143,9 +143,9 @@ def test_a_superseded_controller_deletes_no_checkpoint_and_writes_no_list(
         with pytest.raises(OSError, match="another process trains this run"):
             worker.send_records()
         assert objects(store, "") == before
-        ours = tolerant_file_system(storage_b.filesystem, storage_b)
+        wrapped = tolerant_file_system(storage_b.filesystem, storage_b)
         for step in (490, 500):
-            ours.delete_dir(f"{worker.path}/step_{step}")
+            wrapped.delete_dir(f"{worker.path}/step_{step}")
         assert not objects(store, "step_")
 
 
@@ -194,11 +194,11 @@ def test_a_run_resumes_from_checkpoints_of_either_owner_and_sets_aside_a_damaged
     damaged = bytearray(store.read("runs/run/step_500.1/step_500.pt"))
     damaged[300] ^= 4
     store.write("runs/run/step_500.1/step_500.pt", bytes(damaged))
-    said: list[str] = []
+    messages: list[str] = []
     with taken(storage_b):
         shutil.rmtree(storage_b.folder / "step_500")
-        assert find_start(storage_b, said.append) == storage_b.folder / "step_490"
-    assert len(said) == 1 and "set aside as step_500.damaged" in said[0]
+        assert find_start(storage_b, messages.append) == storage_b.folder / "step_490"
+    assert len(messages) == 1 and "set aside as step_500.damaged" in messages[0]
 
 
 def outlived(folder: Path) -> LocalStorage:
@@ -213,13 +213,13 @@ def outlived(folder: Path) -> LocalStorage:
 def test_in_a_local_folder_a_superseded_worker_saves_and_deletes_nothing(tmp_path: Path) -> None:
     worker = outlived(tmp_path)
     write(tmp_path, 500, data="new")
-    told: list[Event] = []
+    events: list[Event] = []
     with LocalStorage(tmp_path).in_use():
-        saver = Saver(worker, {}, [], told.append)
+        saver = Saver(worker, {}, [], events.append)
         saver.begin(500, "periodic", lambda: content(500), {})
         with pytest.raises(SavantError, match="another process trains this run now"):
             saver.finish()
-        assert saver.finish() and not told, "it is raised once"
+        assert saver.finish() and not events, "it is raised once"
         tolerant_file_system(None, worker).delete_dir(f"{tmp_path}/step_500")
         assert fingerprint(tmp_path / "step_500") == "new"
     worker.folder.joinpath(LEASE).unlink()

@@ -28,7 +28,7 @@ from savant_ray.training.device import compile_block
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
 from tests.training.test_fitting import validated, validator
-from tests.training.tiny import CPU, micro_batch, never, share, tiny_config, tiny_state, tiny_tokenizer
+from tests.training.tiny import CPU, micro_batch, never, rank_micro_batches, tiny_config, tiny_state, tiny_tokenizer
 
 CUDA = torch.device("cuda")
 
@@ -124,10 +124,10 @@ assert keep_compiled_code(Path(sys.argv[1]))
 from savant_ray.training.compiler_cache import VARIABLE, keep_compiled_code
 from savant_ray.training.device import compile_block
 from savant_ray.training.step import take_step
-from tests.training.tiny import CPU, never, share, tiny_config, tiny_state
+from tests.training.tiny import CPU, never, rank_micro_batches, tiny_config, tiny_state
 state = tiny_state(tiny_config())
 compile_block(state.model, True, CPU, state.settings.precision)
-print(take_step(state, share(0, 4, 0, 1, 4), 1e-2, 1.0, never).loss)
+print(take_step(state, rank_micro_batches(0, 4, 0, 1, 4), 1e-2, 1.0, never).loss)
 counters = torch._dynamo.utils.counters["inductor"]
 print(counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"])
 """
@@ -202,8 +202,9 @@ def validation(state: TrainingState, config: Config) -> ValidationDone:
     """Return the result of a validation of 4 + 4 + 3 sequences."""
     events: list[Event] = []
     Validator(
-        config, tiny_tokenizer(), share(0, 11, 0, 1, 4), target_tokens=9, trained_bytes=9, rank=0, emit=events.append,
-        stop_requested=lambda: False, logic_evaluator=LogicEvaluator(config, LogicTokenizer(), 0, 1, lambda: False),
+        config, tiny_tokenizer(), rank_micro_batches(0, 11, 0, 1, 4), target_tokens=9, trained_bytes=9, rank=0,
+        emit=events.append, stop_requested=lambda: False,
+        logic_evaluator=LogicEvaluator(config, LogicTokenizer(), 0, 1, lambda: False),
     )(state)  # fmt: skip
     return next(event for event in events if isinstance(event, ValidationDone))
 
@@ -230,14 +231,14 @@ def test_a_validation_compiles_nothing_that_training_does_not(
     state = compiled_state(config)
     if validates_first:  # as in a run that resumes at a step with a due validation
         validation(state, config)
-    take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    take_step(state, rank_micro_batches(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     in_training = n_graphs()
     assert in_training >= 1
     compiled = validation(state, config)
-    take_step(state, share(12, 12, 0, 1, 4), 1e-2, 1.0, never)
+    take_step(state, rank_micro_batches(12, 12, 0, 1, 4), 1e-2, 1.0, never)
     assert n_graphs() == in_training
     other = tiny_state(config)
-    take_step(other, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    take_step(other, rank_micro_batches(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     uncompiled = validation(other, config)
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     assert compiled.validation_loss == pytest.approx(uncompiled.validation_loss, rel=tolerance)
@@ -261,7 +262,7 @@ def test_a_validation_has_the_micro_batches_of_training(fit_rows: int, step_sequ
     state, expected = compiled_state(config, counting), tiny_state(config)
     state.set_batch_fit(dataclasses.replace(state.batch_fit, rows=fit_rows))
     for each in (state, expected):
-        take_step(each, share(0, step_sequences, 0, 1, 4), 1e-2, 1.0, never)
+        take_step(each, rank_micro_batches(0, step_sequences, 0, 1, 4), 1e-2, 1.0, never)
     in_training = n_graphs()
     runs.clear()
     events: list[Event] = []
@@ -287,8 +288,8 @@ def test_an_uncompiled_validation_keeps_nothing_for_a_backward_pass(monkeypatch:
     monkeypatch.setattr(state.model.recurrent_block, "forward", recorded)
     events: list[Event] = []
     Validator(
-        config, tiny_tokenizer(), share(0, 11, 0, 1, 4), target_tokens=9, trained_bytes=9, rank=0, emit=events.append,
-        stop_requested=lambda: len(events) > 0,
+        config, tiny_tokenizer(), rank_micro_batches(0, 11, 0, 1, 4), target_tokens=9, trained_bytes=9, rank=0,
+        emit=events.append, stop_requested=lambda: len(events) > 0,
     )(state)  # fmt: skip
     assert rows == [4] * 4 + [3] * 2 + [2] * 2, "no padding either: two loops of each micro-batch and of the statistics"
 
@@ -313,6 +314,6 @@ def test_activations_of_a_validation_are_freed_after_each_loop(model: UniversalT
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_block_is_one_graph_in_training(precision: str, recompute: bool) -> None:
     state = compiled_state(tiny_config(precision=precision, recompute_loops=recompute))
-    take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    take_step(state, rank_micro_batches(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"], counters["graph_break"]

@@ -28,7 +28,16 @@ from savant_ray.training.rank_comparison import RanksDifferError, differing
 from savant_ray.training.reduction import sum_trees
 from savant_ray.training.state import TrainingState, micro_batch_size, new_state
 from savant_ray.training.step import MicroBatch, take_step
-from tests.training.tiny import CPU, MODEL, RecordingHost, micro_batch, never, share, shares, tiny_config, weights
+from tests.training.tiny import (
+    CPU,
+    MODEL,
+    RecordingHost,
+    micro_batch,
+    never,
+    rank_micro_batches,
+    tiny_config,
+    weights,
+)
 
 SEQUENCES = 14
 DAMAGES = ("weights", "exp_avg", "exp_avg_sq", "average")
@@ -42,7 +51,7 @@ def taken_steps(config: Config, rank: int, world_size: int, rows: int | None = N
         state.set_batch_fit(dataclasses.replace(state.batch_fit, rows=rows))
     figures = []
     for step in range(n_steps):
-        batch = share(step * SEQUENCES, SEQUENCES, rank, world_size, micro_batch_size(config, CPU))
+        batch = rank_micro_batches(step * SEQUENCES, SEQUENCES, rank, world_size, micro_batch_size(config, CPU))
         result = take_step(state, batch, 1e-2, 1.0, never, loops_of_step(config, step + 1))
         figures.append((result.loss, result.grad_norm, result.skipped, result.updated))
     return figures, digest(state)
@@ -124,7 +133,7 @@ def damaged_run(rank: int, world_size: int, damage: str) -> tuple[str, list[tupl
     state, host = new_state(config, CPU), RecordingHost(rank)
 
     def local_batches() -> Iterator[list[MicroBatch]]:
-        for step, local_batch in enumerate(shares(state, config, rank, world_size)):
+        for step, local_batch in enumerate(local_batches(state, config, rank, world_size)):
             if step == 2 and rank == world_size - 1:
                 assert state.average is not None
                 parameter = state.model.embed.weight
@@ -178,7 +187,7 @@ def test_the_cases_differ_where_they_should_and_only_there() -> None:
 
 def test_a_micro_batch_without_a_finite_loss_is_as_one_without_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(batch_size=2, accumulation=7)
-    batch = share(0, SEQUENCES, 0, 1, 2)
+    batch = rank_micro_batches(0, SEQUENCES, 0, 1, 2)
     masked = [without_targets(each) if each.index in (0, 3) else each for each in batch]
     expected, state = new_state(config, CPU), new_state(config, CPU)
     clean = take_step(expected, masked, 1e-2, 1.0, never)

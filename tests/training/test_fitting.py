@@ -32,9 +32,9 @@ from savant_ray.training.step import take_step
 from tests.training.tiny import (
     CPU,
     RecordingHost,
+    local_batches,
     never,
-    share,
-    shares,
+    rank_micro_batches,
     tiny_config,
     tiny_state,
     tiny_tokenizer,
@@ -63,7 +63,7 @@ def with_room_for(state: TrainingState, rows: float, after: int = 0) -> Training
 
 def trained(config: Config, state: TrainingState) -> tuple[RecordingHost, TrainingState]:
     host = RecordingHost()
-    assert train(state, config, shares(state, config), host)
+    assert train(state, config, local_batches(state, config), host)
     return host, state
 
 
@@ -84,7 +84,7 @@ def test_a_smaller_room_gives_the_same_steps(room: int, expected_rows: int, reco
     free, free_state = trained(config, tiny_state(config))
     host, state = trained(config, with_room_for(tiny_state(config), room, after))
     assert (state.batch_fit.rows, state.batch_fit.recompute_loops) == (expected_rows, recompute)
-    assert len(notices(host)) == (recompute + (expected_rows < 4) + (expected_rows < 2)), "each is said once"
+    assert len(notices(host)) == (recompute + (expected_rows < 4) + (expected_rows < 2)), "each is printed once"
     assert steps(host)[-1].micro_batch_size == expected_rows
     for mine, other in zip(steps(host), steps(free), strict=True):
         assert mine.train_loss == pytest.approx(other.train_loss, rel=1e-5) and mine.tokens == other.tokens
@@ -95,7 +95,7 @@ def test_a_smaller_room_gives_the_same_steps(room: int, expected_rows: int, reco
 def test_nothing_of_a_step_is_applied_that_did_not_fit() -> None:
     state = with_room_for(tiny_state(tiny_config()), 0, after=2)
     before, moments = weights(state), state.optimizer.state_dict()
-    result = take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    result = take_step(state, rank_micro_batches(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     assert result.out_of_memory and not result.updated
     assert all(torch.equal(before[name], w) for name, w in weights(state).items())
     assert not any(moment["exp_avg"].any() for moment in moments["state"].values())
@@ -258,11 +258,11 @@ def test_a_save_without_device_memory_is_tried_once_more_and_then_fails_as_any_w
     monkeypatch.setattr(state.optimizer, "master", master)
     monkeypatch.setattr(HostCopy, "update", save_without_room)
     if failures == 1:
-        assert train(state, config, shares(state, config), host)
+        assert train(state, config, local_batches(state, config), host)
         assert host.saved == [(2, "periodic"), (4, "periodic"), (6, "final")]
     else:
         with pytest.raises(DeviceMemoryError, match="copying step 4 for its checkpoint ran out of device memory"):
-            train(state, config, shares(state, config), host)
+            train(state, config, local_batches(state, config), host)
         assert host.saved == [(2, "periodic")] and host.step == 4
 
 
@@ -273,7 +273,7 @@ def test_what_training_does_not_depend_on_is_skipped_with_a_notice_if_it_does_no
     state, host = tiny_state(config), RecordingHost()
     monkeypatch.setattr(Peak, "measure", NoRoom(Peak.measure))
     monkeypatch.setattr(WeightChanges, "measure", NoRoom(WeightChanges.measure))
-    assert train(state, config, shares(state, config), host) and len(steps(host)) == 6
+    assert train(state, config, local_batches(state, config), host) and len(steps(host)) == 6
     skipped = "was skipped: the device ran out of memory"
     assert notices(host) == [
         f"rank 0: measuring the speed of matrix products {skipped}",
@@ -321,8 +321,8 @@ def validated(state: TrainingState, config: Config) -> list[Event]:
 
 def validator(config: Config, events: list[Event], step_sequences: int | None = None) -> Validator:
     return Validator(
-        config, tiny_tokenizer(), share(0, 12, 0, 1, 4), target_tokens=9, trained_bytes=9, rank=0, emit=events.append,
-        stop_requested=lambda: False, step_sequences=step_sequences,
+        config, tiny_tokenizer(), rank_micro_batches(0, 12, 0, 1, 4), target_tokens=9, trained_bytes=9, rank=0,
+        emit=events.append, stop_requested=lambda: False, step_sequences=step_sequences,
     )  # fmt: skip
 
 
@@ -330,8 +330,8 @@ def test_a_validation_that_does_not_fit_shrinks_itself_only() -> None:
     config = tiny_config()
     whole = validated(tiny_state(config), config)
     state = with_room_for(tiny_state(config), 4)
-    said, loss, _ = validated(state, config)
-    assert isinstance(said, Notice) and "at most 2 sequences" in said.text
+    notice, loss, _ = validated(state, config)
+    assert isinstance(notice, Notice) and "at most 2 sequences" in notice.text
     assert isinstance(loss, ValidationDone) and isinstance(whole[0], ValidationDone)
     assert loss.validation_loss == pytest.approx(whole[0].validation_loss, rel=1e-6)
     assert state.batch_fit == BatchFit.from_config(config, CPU)
@@ -344,8 +344,8 @@ def test_an_answer_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch
         raise torch.OutOfMemoryError("Tried to allocate")
 
     monkeypatch.setattr(state.model, "decode", no_room)
-    loss, said = validated(state, config)
-    assert isinstance(loss, ValidationDone) and isinstance(said, Notice) and "answer" in said.text
+    loss, notice = validated(state, config)
+    assert isinstance(loss, ValidationDone) and isinstance(notice, Notice) and "answer" in notice.text
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -356,7 +356,7 @@ def _rank(rank: int, folder: str) -> None:
     if rank == 1:
         with_room_for(state, 2, after=1)
     host = RecordingHost(rank)
-    train(state, config, shares(state, config, rank, 2), host)
+    train(state, config, local_batches(state, config, rank, 2), host)
     torch.save((state.batch_fit.to_record(), weights(state), notices(host)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -364,7 +364,9 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_all_ranks_shrink_together_when_one_has_no_room(tmp_path: Path) -> None:
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
-    (fit, first, said), (other_fit, second, silent) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (fit, first, notices_of_0), (other_fit, second, notices_of_1) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in range(2)
+    )
     assert fit == other_fit and fit["rows"] == 2 and fit["recompute_loops"]
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert len(said) == 2 and not silent
+    assert len(notices_of_0) == 2 and not notices_of_1

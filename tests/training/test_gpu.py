@@ -36,7 +36,17 @@ from savant_ray.training.profiling import StepProfiler
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, take_step
 from tests.training.test_fitting import validator
-from tests.training.tiny import CPU, MODEL, RecordingHost, never, share, shares, tiny_config, unmasked, weights
+from tests.training.tiny import (
+    CPU,
+    MODEL,
+    RecordingHost,
+    local_batches,
+    never,
+    rank_micro_batches,
+    tiny_config,
+    unmasked,
+    weights,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +95,7 @@ def three_steps(config: Config, device: torch.device, precision: Precision) -> T
     state = new_state(config, device, precision)
     before, gradients, losses = flat_weights(state), torch.empty(0), []
     for k in range(3):
-        result = take_step(state, on(device, share(k * 12, 12, 0, 1, 4)), 1e-2, 1.0, never)
+        result = take_step(state, on(device, rank_micro_batches(k * 12, 12, 0, 1, 4)), 1e-2, 1.0, never)
         losses.append(result.loss)
         if k == 0:
             gradients = state.gradients.gradients.cpu().clone()
@@ -182,8 +192,8 @@ def test_the_guides_model_takes_a_step_of_twelve_sequences_below_10_gib(compiled
     compile_block(state.model, compiled, device, state.settings.precision)
     before = weights(state)["embed.weight"][:10].cpu()
     tokens = torch.randint(0, 10, (12, 1024), device=device)
-    share = [unmasked(tokens, torch.zeros_like(tokens))] * 2
-    result = step_with_oom_retry(state, share, 2e-5, 1.0, RecordingHost())
+    micro_batches = [unmasked(tokens, torch.zeros_like(tokens))] * 2
+    result = step_with_oom_retry(state, micro_batches, 2e-5, 1.0, RecordingHost())
     assert result.updated and memory_used_gb(device) < 10.0
     assert not torch.equal(weights(state)["embed.weight"][:10].cpu(), before)
 
@@ -201,12 +211,12 @@ def test_a_validation_compiles_nothing_that_training_does_not(recompute: bool, c
     state = new_state(config, CUDA)
     compile_block(state.model, compiled, CUDA, state.settings.precision)
     for first in (0, 12):
-        take_step(state, on(CUDA, share(first, 12, 0, 1, 4)), 1e-2, 1.0, never)
+        take_step(state, on(CUDA, rank_micro_batches(first, 12, 0, 1, 4)), 1e-2, 1.0, never)
     before = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     events: list[Event] = []
     validator(config, events)(state)
     assert int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == before > 0
-    loss, tokens = loss_sums(state.model, on(CUDA, share(0, 12, 0, 1, 4))).tolist()
+    loss, tokens = loss_sums(state.model, on(CUDA, rank_micro_batches(0, 12, 0, 1, 4))).tolist()
     assert [event.validation_loss for event in events if isinstance(event, ValidationDone)] == pytest.approx(
         [loss / tokens], rel=1e-2
     )
@@ -240,7 +250,7 @@ def test_what_is_expected_to_fit_under_a_limit_fits(limit_gb: float) -> None:
 def test_a_profile_on_a_gpu_has_its_kernels_and_a_snapshot_of_its_memory() -> None:
     config = tiny_config(profile={"first_step": 2, "steps": 2})
     host, state = RecordingHost(), new_state(config, CUDA)
-    train(state, config, (on(CUDA, batch) for batch in shares(state, config)), host)
+    train(state, config, (on(CUDA, batch) for batch in local_batches(state, config)), host)
     trace, memory = (host.files[f"profile/rank0-step2{end}"] for end in (".pt.trace.json.gz", "-memory.pickle"))
     events = json.loads(gzip.decompress(trace))["traceEvents"]
     assert any(event.get("cat") == "kernel" for event in events)

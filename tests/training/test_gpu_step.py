@@ -17,7 +17,7 @@ from savant_ray.training.device import MAX_IN_FLIGHT, LaunchQueue, compile_block
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, add_gradients, add_to_tree, take_step
 from tests.training.test_step import assert_ranks_take_the_same_steps, run_ranks, with_bad_losses
-from tests.training.tiny import MODEL, never, share, tiny_config, weights
+from tests.training.tiny import MODEL, never, rank_micro_batches, tiny_config, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,7 +76,7 @@ def test_a_compiled_step_has_the_gradients_of_an_uncompiled_one(precision: str, 
         state = new_state(CONFIG, CUDA, precision)
         state.model.recompute_loops = recompute
         compile_block(state.model, compiled, CUDA, precision)
-        take_step(state, on_gpu(share(0, 12, 0, 1, 4)), 0.0, 1.0, never)
+        take_step(state, on_gpu(rank_micro_batches(0, 12, 0, 1, 4)), 0.0, 1.0, never)
         gradients.append(state.gradients.gradients.clone())
     assert (gradients[1] - gradients[0]).norm() < 2e-2 * gradients[0].norm()
 
@@ -96,7 +96,7 @@ def test_a_micro_batch_is_launched_without_a_wait_for_the_gpu(
 ) -> None:
     for fixture in kernels:
         request.getfixturevalue(fixture)
-    state, (micro_batch, *_) = new_state(CONFIG, CUDA, "bf16"), on_gpu(share(0, 12, 0, 1, 4))
+    state, (micro_batch, *_) = new_state(CONFIG, CUDA, "bf16"), on_gpu(rank_micro_batches(0, 12, 0, 1, 4))
     compile_block(state.model, "auto", CUDA, "bf16")
     first_loss = compute(state, micro_batch)  # compiles, and tries products
     torch.cuda.synchronize()
@@ -120,7 +120,7 @@ def test_few_micro_batches_are_in_the_queue_and_finished_ones_are_counted() -> N
 
 @pytest.mark.parametrize("bad", [(0,), (2,), (0, 1, 2)])
 def test_bad_micro_batches_are_left_out_on_a_gpu_as_well(bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    micro_batches = on_gpu(share(0, 12, 0, 1, 4))
+    micro_batches = on_gpu(rank_micro_batches(0, 12, 0, 1, 4))
     states: list[TrainingState] = []
     results = []
     for is_bad in (True, False):
@@ -145,7 +145,7 @@ def test_deterministic_steps_have_the_same_bits_each_time_and_zeros_for_a_bad_mi
 ) -> None:
     training = tiny_config(deterministic=True, batch_size=2, accumulation=6, optimizer=optimizer).to_dict()["training"]
     config = Config.from_dict(CONFIG.to_dict() | {"training": training})
-    batches = [on_gpu(share(first, 12, 0, 1, 2)) for first in (0, 12)]
+    batches = [on_gpu(rank_micro_batches(first, 12, 0, 1, 2)) for first in (0, 12)]
     monkeypatch.setattr(step_module, "cross_entropy_sum", with_bad_losses([batches[0][3]], math.nan))
     found = []
     for _ in range(3):

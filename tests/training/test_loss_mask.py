@@ -24,7 +24,16 @@ from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch, StepResult, add_gradients, micro_batches, take_step
 from tests.data.without_ray import cache_of
-from tests.training.tiny import LENGTH, RecordingHost, micro_batch, never, share, tiny_config, tiny_state, weights
+from tests.training.tiny import (
+    LENGTH,
+    RecordingHost,
+    micro_batch,
+    never,
+    rank_micro_batches,
+    tiny_config,
+    tiny_state,
+    weights,
+)
 
 TURNS = [("2 + 2?", "4"), ("Say a word.", "hen"), ("And a longer one?", "antidisestablish"), ("", "ok"), ("Hm", "")]
 
@@ -152,7 +161,7 @@ def test_a_mask_that_excludes_nothing_gives_the_same_bits_as_targets_without_a_m
 
 
 def test_a_step_with_a_fully_masked_micro_batch_is_bit_for_bit_the_step_without_it() -> None:
-    batches = [random_mask(batch) for batch in share(0, 12, 0, 1, 4)]
+    batches = [random_mask(batch) for batch in rank_micro_batches(0, 12, 0, 1, 4)]
     first, second = tiny_state(tiny_config()), tiny_state(tiny_config())
     result = step(first, [masked(micro_batch(np.arange(90, 94)), False), *batches])
     expected = step(second, batches)
@@ -163,7 +172,7 @@ def test_a_step_with_a_fully_masked_micro_batch_is_bit_for_bit_the_step_without_
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_smaller_micro_batches_after_running_out_of_memory_keep_the_mask(rows: int) -> None:
-    batches = [random_mask(batch, seed) for seed, batch in enumerate(share(0, 12, 0, 1, 4))]
+    batches = [random_mask(batch, seed) for seed, batch in enumerate(rank_micro_batches(0, 12, 0, 1, 4))]
     states = [tiny_state(tiny_config()) for _ in range(2)]
     states[1].set_batch_fit(replace(states[1].batch_fit, rows=rows))
     whole, parts = (step(state, batches) for state in states)
@@ -177,7 +186,9 @@ def test_a_step_without_a_token_to_train_on_changes_nothing_and_is_reported() ->
     config, host = tiny_config(), RecordingHost()
     state = tiny_state(config)
     before = weights(state)
-    local_batches = [[masked(batch, step != 1) for batch in share(12 * step, 12, 0, 1, 4)] for step in range(3)]
+    local_batches = [
+        [masked(batch, step != 1) for batch in rank_micro_batches(12 * step, 12, 0, 1, 4)] for step in range(3)
+    ]
     assert train(state, config, local_batches[1:2], host)
     assert all(torch.equal(weight, before[name]) for name, weight in weights(state).items())
     (event,) = (event for event in host.events if isinstance(event, StepDone))
@@ -193,7 +204,9 @@ def test_a_step_without_a_token_to_train_on_changes_nothing_and_is_reported() ->
 def test_a_run_whose_steps_have_no_token_to_train_on_ends_with_an_error_that_says_so() -> None:
     config = tiny_config(max_skipped_steps=2)
     state = tiny_state(config)
-    local_batches = ([masked(batch, False) for batch in share(12 * step, 12, 0, 1, 4)] for step in range(6))
+    local_batches = (
+        [masked(batch, False) for batch in rank_micro_batches(12 * step, 12, 0, 1, 4)] for step in range(6)
+    )
     with pytest.raises(TrainingError, match=r"^2 steps in a row \(up to step 2\) did not change .* all were masked"):
         train(state, config, local_batches, RecordingHost())
 

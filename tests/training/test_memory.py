@@ -29,7 +29,7 @@ from savant_ray.training.device import (
 )
 from savant_ray.training.memory import OUTSIDE_GB, estimated_gb, expected_fit
 from savant_ray.training.state import BatchFit
-from tests.training.tiny import CPU, RecordingHost, shares, tiny_config, tiny_state
+from tests.training.tiny import CPU, RecordingHost, local_batches, tiny_config, tiny_state
 
 CUDA = torch.device("cuda")
 
@@ -213,7 +213,7 @@ def test_the_note_of_the_second_cap_is_emitted_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(loop, "update_memory_cap", lambda device, limit_gb: f"{limit_gb:g} are too few")
     config, host = tiny_config(), RecordingHost()
     state = tiny_state(config)
-    loop.train(state, config, shares(state, config), host)
+    loop.train(state, config, local_batches(state, config), host)
     assert [event.text for event in host.events if isinstance(event, Notice)] == ["rank 0: 10 are too few"]
 
 

@@ -19,7 +19,7 @@ from savant_ray.storage.local import LocalStorage
 from savant_ray.training.loop import train
 from savant_ray.training.profiling import StepProfiler
 from savant_ray.training.state import TrainingState
-from tests.training.tiny import RecordingHost, shares, tiny_config, tiny_state, weights
+from tests.training.tiny import RecordingHost, local_batches, tiny_config, tiny_state, weights
 
 CUDA = torch.device("cuda")
 
@@ -30,7 +30,7 @@ def with_profile(**profile: Any) -> Config:
 
 def trained(config: Config, host: RecordingHost, state: TrainingState | None = None) -> TrainingState:
     state = state or tiny_state(config)
-    train(state, config, shares(state, config), host)
+    train(state, config, local_batches(state, config), host)
     return state
 
 
@@ -89,18 +89,18 @@ def test_a_run_that_ends_within_the_profiled_steps_writes_the_steps_it_had() -> 
 
 
 @pytest.mark.parametrize(
-    ("first_step", "resumed_at", "said"),
+    ("first_step", "resumed_at", "steps_text"),
     [(7, 0, "steps 1 to 6 and not step 7"), (2, 4, "steps 5 to 6 and not step 2")],
 )
-def test_a_profile_of_steps_that_the_attempt_does_not_have_is_said_to_be_missing(
-    first_step: int, resumed_at: int, said: str
+def test_a_profile_of_steps_that_the_attempt_does_not_have_is_reported_as_missing(
+    first_step: int, resumed_at: int, steps_text: str
 ) -> None:
     config, host = with_profile(first_step=first_step), RecordingHost()
     state = tiny_state(config)
     state.step = resumed_at
     trained(config, host, state)
     assert not host.files
-    assert notices(host) == [f"rank 0: training.profile: this attempt takes {said}, so nothing is profiled"]
+    assert notices(host) == [f"rank 0: training.profile: this attempt takes {steps_text}, so nothing is profiled"]
 
 
 @pytest.mark.parametrize(("ranks", "profiled"), [(0, [0]), ("all", [0, 1])])

@@ -18,7 +18,15 @@ from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
-from tests.training.tiny import RecordingHost, never, share, shares, tiny_config, tiny_state, weights
+from tests.training.tiny import (
+    RecordingHost,
+    local_batches,
+    never,
+    rank_micro_batches,
+    tiny_config,
+    tiny_state,
+    weights,
+)
 
 HEAD = "head.weight"
 ROOT = Path(__file__).parents[2]
@@ -27,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 def trained() -> dict[str, Any]:
     config = tiny_config(max_steps=3)
     state, host = tiny_state(config), RecordingHost()
-    train(state, config, shares(state, config), host)
+    train(state, config, local_batches(state, config), host)
     return host.checkpoint
 
 
@@ -118,7 +126,7 @@ def test_a_copy_of_bf16_weights_joins_one_weight_at_a_time_and_equals_the_checkp
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = tiny_state(tiny_config(precision="bf16"))
-    take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    take_step(state, rank_micro_batches(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     expected, master = state.to_checkpoint(), state.optimizer.master
     joined: list[weakref.ref[torch.Tensor]] = []
 
@@ -142,7 +150,7 @@ def test_a_second_copy_reuses_the_memory_of_the_first_and_equals_the_current_sta
     copies = HostCopy()
     first = copies.update(state)["model_state_dict"]["embed.weight"]
     before = first.clone()
-    take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    take_step(state, rank_micro_batches(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     assert torch.equal(first, before), "a step does not touch it"
     second = copies.update(state)
     assert second["model_state_dict"]["embed.weight"].data_ptr() == first.data_ptr()
@@ -156,7 +164,7 @@ def test_a_first_copy_into_allocated_memory_equals_the_state(precision: str) -> 
     state = tiny_state(tiny_config(precision=precision))
     copies = HostCopy()
     copies.allocate(state)
-    take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    take_step(state, rank_micro_batches(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     copies._allocation.join()
     allocated = tensors(copies._content)
     copied, expected = tensors(copies.update(state)), tensors(state.to_checkpoint())
@@ -172,13 +180,13 @@ def test_the_first_step_does_not_import_the_compiler() -> None:
     """PyTorch imports SymPy for some operators on meta tensors, which would delay the first step by a second."""
     script = (
         "import sys\n"
-        "from tests.training.tiny import never, share, tiny_config, tiny_state\n"
+        "from tests.training.tiny import never, rank_micro_batches, tiny_config, tiny_state\n"
         "from savant_ray.training.host_copies import HostCopy\n"
         "from savant_ray.training.step import take_step\n"
         "state = tiny_state(tiny_config())\n"
         "copies = HostCopy()\n"
         "copies.allocate(state)\n"
-        "take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)\n"
+        "take_step(state, rank_micro_batches(0, 12, 0, 1, 4), 1e-2, 1.0, never)\n"
         "copies.update(state)\n"
         "print({'sympy', 'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
     )

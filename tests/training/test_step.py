@@ -23,7 +23,17 @@ from savant_ray.training.efficiency import Peak
 from savant_ray.training.loop import train
 from savant_ray.training.state import new_state
 from savant_ray.training.step import MicroBatch, outlasts, take_step
-from tests.training.tiny import CPU, RecordingHost, micro_batch, never, share, shares, tiny_config, tiny_state, weights
+from tests.training.tiny import (
+    CPU,
+    RecordingHost,
+    local_batches,
+    micro_batch,
+    never,
+    rank_micro_batches,
+    tiny_config,
+    tiny_state,
+    weights,
+)
 
 N = 12
 
@@ -36,7 +46,7 @@ def step(state, micro_batches, grace_left=never):
 def test_the_split_into_micro_batches_does_not_matter(batch_size: int) -> None:
     states = [tiny_state(tiny_config()) for _ in range(2)]
     whole = step(states[0], [micro_batch(np.arange(N))])
-    parts = step(states[1], share(0, N, 0, 1, batch_size))
+    parts = step(states[1], rank_micro_batches(0, N, 0, 1, batch_size))
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6) and parts.tokens == whole.tokens
     for a, b in zip(weights(states[0]).values(), weights(states[1]).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
@@ -54,7 +64,7 @@ def _rank(rank: int, world_size: int, folder: str, backend: str) -> None:
     state = new_state(config, device)
 
     def local_batch(first: int, batch_size: int) -> list[MicroBatch]:
-        return [each.to(device) for each in share(first, N, rank, world_size, batch_size)]
+        return [each.to(device) for each in rank_micro_batches(first, N, rank, world_size, batch_size)]
 
     results = []
     for k in range(3):
@@ -110,7 +120,7 @@ def with_bad_losses(bad: list[MicroBatch], value: float) -> Callable[..., torch.
 def test_a_step_with_bad_micro_batches_is_bit_for_bit_the_step_without_them(bad, value, monkeypatch) -> None:
     """First, last, some or all micro-batches; `tests/training/test_equal_bits.py` has the deterministic steps."""
     config = tiny_config(deterministic=False)
-    micro_batches = share(0, N, 0, 1, 4)
+    micro_batches = rank_micro_batches(0, N, 0, 1, 4)
     with monkeypatch.context() as patch:
         patch.setattr(module, "cross_entropy_sum", with_bad_losses([micro_batches[i] for i in bad], value))
         disturbed = tiny_state(config)
@@ -128,7 +138,7 @@ def test_a_step_with_bad_micro_batches_is_bit_for_bit_the_step_without_them(bad,
 
 def test_a_micro_batch_that_is_bad_only_the_second_time_is_skipped_as_well(monkeypatch) -> None:
     """As a GPU's results may differ from one computation to the next."""
-    micro_batches = share(0, N, 0, 1, 4)
+    micro_batches = rank_micro_batches(0, N, 0, 1, 4)
     true_loss, calls = module.cross_entropy_sum, itertools.count()
     monkeypatch.setattr(
         module, "cross_entropy_sum", lambda *a: true_loss(*a) * (math.nan if next(calls) in (0, 4) else 1.0)
@@ -139,7 +149,7 @@ def test_a_micro_batch_that_is_bad_only_the_second_time_is_skipped_as_well(monke
 
 
 def test_a_bad_loss_in_a_step_without_time_to_repeat_it_abandons_the_step(monkeypatch) -> None:
-    micro_batches = share(0, N, 0, 1, 4)
+    micro_batches = rank_micro_batches(0, N, 0, 1, 4)
     monkeypatch.setattr(module, "cross_entropy_sum", with_bad_losses(micro_batches[:1], math.nan))
     state = tiny_state(tiny_config(deterministic=False))
     before, left = weights(state), iter([None, None, None, 0.0, -1.0, -1.0])
@@ -152,7 +162,7 @@ def test_a_non_finite_gradient_norm_skips_the_update() -> None:
     state = tiny_state(tiny_config())
     before = weights(state)
     handle = state.model.head.weight.register_hook(lambda g: g * float("inf"))
-    result = step(state, share(0, N, 0, 1, 4))
+    result = step(state, rank_micro_batches(0, N, 0, 1, 4))
     handle.remove()
     assert not result.updated and all(torch.equal(before[n], w) for n, w in weights(state).items())
 
@@ -168,8 +178,10 @@ def test_a_step_is_abandoned_only_if_its_rest_takes_longer_than_the_grace_period
 def test_an_abandoned_step_does_not_change_the_next_one() -> None:
     straight, hurried = tiny_state(tiny_config()), tiny_state(tiny_config())
     left = iter([None, 60.0, 0.0, 0.0])
-    assert step(hurried, share(0, N, 0, 1, 4), lambda: next(left)).abandoned
-    assert step(hurried, share(0, N, 0, 1, 4)).loss == step(straight, share(0, N, 0, 1, 4)).loss
+    assert step(hurried, rank_micro_batches(0, N, 0, 1, 4), lambda: next(left)).abandoned
+    assert (
+        step(hurried, rank_micro_batches(0, N, 0, 1, 4)).loss == step(straight, rank_micro_batches(0, N, 0, 1, 4)).loss
+    )
     assert all(torch.equal(weights(straight)[name], w) for name, w in weights(hurried).items())
 
 
@@ -198,7 +210,7 @@ def test_the_seconds_of_the_phases_of_a_step_are_right_and_add_up(monkeypatch: p
     monkeypatch.setattr(module, "add_gradients", taking(5.0, module.add_gradients))
     monkeypatch.setattr(module, "reduce_gradients", taking(10.0, module.reduce_gradients))
     monkeypatch.setattr(state.optimizer, "step", taking(8.0, state.optimizer.step))
-    train(state, config, (taking(4.0, lambda each: each)(each) for each in shares(state, config)), host)
+    train(state, config, (taking(4.0, lambda each: each)(each) for each in local_batches(state, config)), host)
     steps = [event for event in host.events if isinstance(event, StepDone)]
     assert len(steps) == 3
     for step_done in steps:

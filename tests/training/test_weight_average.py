@@ -18,7 +18,15 @@ from savant_ray.training.loop import train
 from savant_ray.training.memory import estimated_gb
 from savant_ray.training.state import BatchFit, TrainingState
 from savant_ray.training.step import take_step
-from tests.training.tiny import RecordingHost, never, share, shares, tiny_config, tiny_state, weights
+from tests.training.tiny import (
+    RecordingHost,
+    local_batches,
+    never,
+    rank_micro_batches,
+    tiny_config,
+    tiny_state,
+    weights,
+)
 
 KINDS = [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")]
 DECAY = 0.8
@@ -37,7 +45,7 @@ def trained(config: Config, host: RecordingHost, checkpoint: dict[str, Any] | No
     state = tiny_state(config)
     if checkpoint is not None:
         state.load_checkpoint(checkpoint)
-    train(state, config, shares(state, config), host)
+    train(state, config, local_batches(state, config), host)
     return state
 
 
@@ -47,7 +55,7 @@ def test_the_average_is_that_of_the_formula_over_the_fp32_weights(precision: str
     expected = weights(state)
     assert equal(average(state), expected), "it begins with the initial weights"
     for step in range(6):
-        take_step(state, share(step * 12, 12, 0, 1, 4), 1e-2, 1.0, never)
+        take_step(state, rank_micro_batches(step * 12, 12, 0, 1, 4), 1e-2, 1.0, never)
         decay = min(0.25, (2 + step) / (11 + step))
         expected = {name: decay * expected[name] + (1 - decay) * weight for name, weight in weights(state).items()}
     for name, weight in average(state).items():
@@ -75,7 +83,7 @@ def test_the_average_does_not_change_the_training() -> None:
 
 def test_a_step_without_an_update_does_not_change_the_average() -> None:
     state = tiny_state(tiny_config(ema_decay=DECAY))
-    take_step(state, share(0, 12, 0, 1, 4), 1e-2, 1.0, never)
+    take_step(state, rank_micro_batches(0, 12, 0, 1, 4), 1e-2, 1.0, never)
     before, n_updates = average(state), state.to_checkpoint()["savant"]["average_updates"]
     take_step(state, [], 1e-2, 1.0, never)
     assert equal(average(state), before) and state.to_checkpoint()["savant"]["average_updates"] == n_updates == 1

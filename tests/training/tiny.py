@@ -69,7 +69,9 @@ def unmasked(
     return MicroBatch(tokens, documents, torch.ones_like(tokens, dtype=torch.bool), positions, index=index)
 
 
-def share(first: int, effective_batch: int, rank: int, world_size: int, batch_size: int) -> list[MicroBatch]:
+def rank_micro_batches(
+    first: int, effective_batch: int, rank: int, world_size: int, batch_size: int
+) -> list[MicroBatch]:
     """Return the micro-batches of a rank, which are not divided among ranks."""
     mine = rank_slice(effective_batch, rank, world_size, batch_size)
     starts = range(mine.start, mine.stop, batch_size)
@@ -79,12 +81,14 @@ def share(first: int, effective_batch: int, rank: int, world_size: int, batch_si
     ]
 
 
-def shares(state: TrainingState, config: Config, rank: int = 0, world_size: int = 1) -> Iterator[list[MicroBatch]]:
+def local_batches(
+    state: TrainingState, config: Config, rank: int = 0, world_size: int = 1
+) -> Iterator[list[MicroBatch]]:
     settings = config.training
     first = state.position
     for step in range(settings.max_steps - state.step):
         start = first + step * settings.effective_batch
-        yield share(start, settings.effective_batch, rank, world_size, settings.batch_size)
+        yield rank_micro_batches(start, settings.effective_batch, rank, world_size, settings.batch_size)
 
 
 def weights(state: TrainingState) -> dict[str, torch.Tensor]:
@@ -173,7 +177,7 @@ def trained(
     if checkpoint is not None:
         assert state.load_checkpoint(checkpoint) == []
         host.step = state.step
-    train(state, config, shares(state, config), host)
+    train(state, config, local_batches(state, config), host)
     return state, host
 
 

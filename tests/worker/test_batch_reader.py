@@ -20,7 +20,16 @@ from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch
 from savant_ray.worker.batch_reader import BatchReader
-from tests.training.tiny import LENGTH, RecordingHost, micro_batch, share, shares, tiny_config, tiny_state, weights
+from tests.training.tiny import (
+    LENGTH,
+    RecordingHost,
+    local_batches,
+    micro_batch,
+    rank_micro_batches,
+    tiny_config,
+    tiny_state,
+    weights,
+)
 
 CUDA = torch.device("cuda")
 DEVICES = [
@@ -82,7 +91,7 @@ def reader(state: TrainingState, config: Config, stream: TinyStream | None = Non
 
 
 def local_batch_of_step(step: int) -> list[MicroBatch]:
-    return share(12 * step, 12, 0, 1, 4)
+    return rank_micro_batches(12 * step, 12, 0, 1, 4)
 
 
 def content(batches: list[MicroBatch]) -> list[tuple[Any, ...]]:
@@ -111,7 +120,7 @@ def test_every_step_is_read_once_in_order_onto_the_device(device: str, n_steps: 
 def test_local_batches_carry_the_loss_mask(device: str, sequences_per_step: int) -> None:
     stream = TinyStream(sequences_per_step=sequences_per_step, is_masked=True)
     for step, local_batch in enumerate(BatchReader(stream, 0, 3, tiny_config(), torch.device(device))):
-        expected = [masked(batch) for batch in share(12 * step, sequences_per_step, 0, 1, 4)]
+        expected = [masked(batch) for batch in rank_micro_batches(12 * step, sequences_per_step, 0, 1, 4)]
         assert content(local_batch) == content(expected)
         assert all(batch.is_trained_BT.dtype == torch.bool for batch in local_batch)
         assert not all(batch.is_trained_BT.all() for batch in local_batch)
@@ -152,7 +161,7 @@ def test_an_iterator_that_is_dropped_closes_the_stream(device: str) -> None:
 def test_a_stopped_and_resumed_run_trains_on_the_sequences_of_an_uninterrupted_one() -> None:
     config = tiny_config()
     straight, state = RecordingHost(), tiny_state(config)
-    train(state, config, shares(state, config), straight)
+    train(state, config, local_batches(state, config), straight)
 
     first, stopped = RecordingHost(stop_at=3), tiny_state(config)
     assert not train(stopped, config, reader(stopped, config), first)

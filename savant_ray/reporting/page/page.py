@@ -22,7 +22,7 @@ from savant_ray.errors import SavantError
 from savant_ray.reporting.page.charts import charts, smooth_span
 from savant_ray.reporting.page.history import Attempt, History, read_history
 from savant_ray.reporting.runs import ago
-from savant_ray.reporting.wording import duration, percent, printable
+from savant_ray.reporting.wording import duration, escape_controls, percent
 
 MAX_SAMPLES = 30  # steps with a sample on the page
 MAX_PAUSE = 0.03  # between attempts on the timeline, as a fraction of the training time
@@ -91,7 +91,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters.update(duration=duration, percent=percent, printable=printable, clock=_clock, ago=ago)
+    environment.filters.update(
+        duration=duration, percent=percent, escape_controls=escape_controls, clock=_clock, ago=ago
+    )
     return environment
 
 
