@@ -119,8 +119,8 @@ def test_a_run_that_diverged_equals_its_repetition(plan: StreamPlan, tmp_path: P
 
 
 def test_changed_code_is_found_and_named(plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def clip_to_half(gradients: Tensor, n_tokens: float, max_norm: float) -> Tensor:
-        return clip_to_mean(gradients, n_tokens, max_norm / 2)
+    def clip_to_half(gradients: Tensor, n_tokens: float, norm: Tensor, max_norm: float) -> None:
+        clip_to_mean(gradients, n_tokens, norm, max_norm / 2)
 
     with monkeypatch.context() as other_code:
         other_code.setattr("savant_ray.training.step.clip_to_mean", clip_to_half)
