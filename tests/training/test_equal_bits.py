@@ -218,6 +218,25 @@ def without_targets(batch: MicroBatch) -> MicroBatch:
     return dataclasses.replace(batch, is_trained_BT=torch.zeros_like(batch.is_trained_BT))
 
 
+def test_a_run_resumed_with_another_batch_size_and_the_same_micro_batches_is_bit_for_bit_the_same_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(state_module, "MAX_CPU_ELEMENTS", 2 * 16 * 16)  # micro-batches of 2
+
+    def trained(batch_size: int, accumulation: int, checkpoint: Any = None, stop_at: int | None = None) -> Any:
+        config = tiny_config(batch_size=batch_size, accumulation=accumulation)
+        state, host, n = new_state(config, CPU), RecordingHost(stop_at=stop_at), config.training.effective_batch
+        if checkpoint is not None:
+            state.load_checkpoint(checkpoint)
+        first, n_steps = state.position, config.training.max_steps - state.step
+        train(state, config, (share(first + step * n, n, 0, 1, 2) for step in range(n_steps)), host)
+        return digest(state), host
+
+    expected, (_, stopped) = trained(4, 3)[0], trained(4, 3, stop_at=3)
+    for batch_size, accumulation in ((2, 6), (6, 2), (12, 1)):
+        assert trained(batch_size, accumulation, stopped.checkpoint)[0] == expected
+
+
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(12, 16), (24, 8), (192, 1), (1, 192)])
 def test_on_a_cpu_a_large_model_has_the_same_micro_batches_for_any_batch_size(
     batch_size: int, accumulation: int
