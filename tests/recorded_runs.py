@@ -15,11 +15,13 @@ from savant_ray.data.stream import StepStream, StreamPlan
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.events import AttemptStarted, Event, Rewound
 from savant_ray.reporting.record import Record
-from savant_ray.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from savant_ray.storage.local import LocalStorage
+from savant_ray.training.checkpoint import write_checkpoint
 from savant_ray.training.device import processor_name
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, micro_batches
+from savant_ray.worker.resume import load_newest, load_newest_checkpoint
 from tests.data.without_ray import cache_of
 from tests.training.tiny import CPU, MODEL, RecordingHost
 
@@ -61,7 +63,10 @@ class SavingHost(RecordingHost):
         self._record.append(event)
 
     def restore(self, state: TrainingState) -> None:
-        state.load_checkpoint(read_checkpoint(checkpoints(self._folder)[-1]))
+        load_newest_checkpoint(state, LocalStorage(self._folder), allow_changes=False)
+
+    def store_file(self, file: Path, name: str) -> str:
+        return LocalStorage(self._folder).store_file(file, name)
 
     def local_batches(self, state: TrainingState) -> Iterator[list[MicroBatch]]:
         return local_batches(state, self._config, self._plan, self._before_step)
@@ -82,8 +87,7 @@ def train_recorded(
     folder.mkdir(exist_ok=True)
     torch.manual_seed(config.run.seed)  # as a worker does; checkpoints contain the state of the generator
     state = new_state(config, CPU)
-    if saved := checkpoints(folder):
-        state.load_checkpoint(read_checkpoint(saved[-1]))
+    load_newest(state, config, LocalStorage(folder), allow_changes=False)
     host = SavingHost(folder, config, plan, before_step, stop_at=stop_at)
     host.step = state.step
     host.emit(attempt_event(state, config, **attempt))

@@ -119,8 +119,8 @@ def test_a_run_that_diverged_equals_its_repetition(plan: StreamPlan, tmp_path: P
 
 
 def test_changed_code_is_found_and_named(plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def clip_to_half(gradients: Tensor, n_tokens: float, max_norm: float) -> Tensor:
-        return clip_to_mean(gradients, n_tokens, max_norm / 2)
+    def clip_to_half(gradients: Tensor, n_tokens: float, norm: Tensor, max_norm: float) -> None:
+        clip_to_mean(gradients, n_tokens, norm, max_norm / 2)
 
     with monkeypatch.context() as other_code:
         other_code.setattr("savant_ray.training.step.clip_to_mean", clip_to_half)
@@ -377,9 +377,93 @@ def test_a_run_with_a_spike_equals_its_repetition(
     events = [line["event"] for line in map(json.loads, (tmp_path / "run" / METRICS).read_text().splitlines())]
     assert ("rewind" if on_spike == "rewind" else "spike") in events
     assert verify(tmp_path / "run", plan).startswith("steps 1 to 74 and the checkpoints step_3,")
+    for file in (tmp_path / "run").glob("left_out_*"):  # which older versions did not write
+        file.unlink()
+        assert verify(tmp_path / "run", plan).startswith("steps 1 to 74 and the checkpoints step_3,")
     shutil.rmtree(tmp_path / "run/step_69")
     assert "step_74 are equal" in verify(tmp_path / "run", plan, first=67)
     assert verify(tmp_path / "run", plan, first=73).startswith("steps 73 to 74 and the checkpoint step_74")
+
+
+class KilledError(Exception):
+    """Ends a run as a kill does: without a save."""
+
+
+class Fault:
+    """Makes a spike of step 70 by changed weights or gradients, once; then raises `KilledError` before it, if asked to."""
+
+    def __init__(self, of: str, kills: bool = False) -> None:
+        self._of, self._kills, self._has_occurred = of, kills, False
+
+    def __call__(self, state: TrainingState, step: int) -> None:
+        if step != 70:
+            return
+        if self._has_occurred and self._kills:
+            self._kills = False
+            raise KilledError
+        if not self._has_occurred:
+            weight = state.model.head.weight
+            if self._of == "weights":
+                weight.data.mul_(-1e3)
+            else:
+                handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * 1e6)[1])
+        self._has_occurred = True
+
+
+def spiky_plan(tokenizer: Any, folder: Path, config: Config) -> StreamPlan:
+    documents = [Document(n, "".join("ab"[(n * 7 + i * i) % 2] for i in range(15))) for n in range(400)]
+    cache = cache_of(documents, tokenizer, config.model.max_seq_len, folder)
+    return StreamPlan((str(cache.folder),), (1.0,), config.run.seed, config.training.effective_batch)
+
+
+@pytest.mark.parametrize(("of", "every_steps"), [("weights", 3), ("gradients", 1_000)])
+def test_a_run_that_went_back_because_of_a_fault_equals_its_repetition_also_if_it_was_killed_after_that(
+    of: str,
+    every_steps: int,
+    byte_tokenizer: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    settings = tiny_run_config(max_steps=74, on_spike="rewind").to_dict()
+    settings["checkpoint"]["every_steps"] = every_steps  # without a checkpoint only the step itself is repeated
+    config = Config.from_dict(settings)
+    plan = spiky_plan(byte_tokenizer, tmp_path / "cache", config)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    train_recorded(straight, config, plan, Fault(of))
+    fault = Fault(of, kills=True)
+    with pytest.raises(KilledError):
+        train_recorded(killed, config, plan, fault)
+    change_record(killed, lambda line: line if line["event"] != "rewind" else None)  # the driver was killed as well
+    train_recorded(killed, config, plan, fault)
+    assert content(straight)[0] == content(killed)[0]
+    weights, other_weights = (read_checkpoint(run / "step_74")["model_state_dict"] for run in (straight, killed))
+    assert all(torch.equal(weight, other_weights[name]) for name, weight in weights.items())
+    note = "bit for bit; the sequences of a spike, which the run left out, were left out again"
+    assert verify(straight, plan).startswith("steps 1 to 74") and verify(straight, plan).endswith(note)
+    assert verify(killed, plan, first=67).startswith("steps 67" if every_steps == 3 else "steps 1 to 74")
+    if every_steps == 3:
+        assert verify(straight, plan, first=73).endswith("record of the run, bit for bit")
+
+
+def test_a_spike_that_a_fault_has_caused_is_found_if_the_run_only_skipped_its_step(
+    byte_tokenizer: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = tiny_run_config(max_steps=74, on_spike="skip")
+    plan = spiky_plan(byte_tokenizer, tmp_path / "cache", config)
+    train_recorded(tmp_path / "run", config, plan, Fault("gradients"))
+    with pytest.raises(VerificationError, match="step 70 differs: grad_norm is"):
+        verify(tmp_path / "run", plan, first=70)
+    assert verify(tmp_path / "run", plan, first=73).startswith("steps 73 to 74 and the checkpoint step_74 are equal")
+
+
+def test_a_damaged_file_of_what_was_left_out_is_named(plan: StreamPlan, tmp_path: Path) -> None:
+    train_recorded(tmp_path / "run", CONFIG, plan)
+    for damaged in ("", "[[1]]", "[[1, 2.5]]", "7", "{}x"):
+        (tmp_path / "run/left_out_.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"left_out_\.json is damaged"):
+            verify(tmp_path / "run", plan)
+        with pytest.raises(CheckpointError, match=r"left_out_\.json is damaged"):
+            train_recorded(tmp_path / "run", CONFIG, plan)
 
 
 class Flip:

@@ -8,7 +8,7 @@ the token cache. Ray is started only if a part of that is missing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -38,8 +38,10 @@ from savant_ray.training.checkpoint import (
     MANIFEST,
     checkpoints,
     find_checkpoint,
+    left_out_file,
     newest_of,
     read_checkpoint,
+    read_left_out,
     step_folders,
     step_of,
     tokenizer_file,
@@ -70,6 +72,7 @@ OLDER_FIGURES = FIGURES[:-1]  # those that all versions have recorded
 REQUIRED = {"step": int, "workers": int, "device": str, "precision": str, "settings": dict}
 OPTIONAL = {"threads": int, "versions": dict, "processor": str, "code": str, "data_fingerprint": str}
 NOT_COMPARED = ("savant.torch_rng_state", "savant.fit")  # parts of a checkpoint that do not determine later steps
+LEFT_OUT = "savant.left_out"
 NEVER = 1 << 40  # steps
 SHOWN_DIGITS = 12  # of a digest
 
@@ -333,11 +336,13 @@ def repeat(
         raise CheckpointError(
             f"{run.folder}: the run has deleted step_{start} meanwhile (checkpoint.keep); repeat later steps"
         )
+    start_position = content["savant"]["position"] if content else 0
     compared: list[int] = []
     for attempt in run.attempts_of(steps):
         last = max(step for step in steps if run.attempts[step] is attempt)
         content = repeat_attempt(run, attempt, last, content, data_of, compared, lambda step: progress(step - start))
-    return equal_text(steps, compared)
+    left_out = left_out_before(content["savant"]["position"], content["savant"]["left_out"]) if content else []
+    return equal_text(steps, compared, sum(first >= start_position for first, _ in left_out))
 
 
 def repeat_attempt(
@@ -357,17 +362,31 @@ def repeat_attempt(
     config = settings_of(attempt)
     data = data_of(config)
     state = state_of(attempt, config, data.fingerprint, content)
+    # All of them from the beginning, because the sequences before a first position stay the same. A spike that an error of
+    # the hardware has caused would not be found again.
+    if (file := run.folder / left_out_file(data.fingerprint)).is_file():
+        state.left_out = read_left_out(file)
     host = _ComparingHost(run, state, config, data.plan, last_step, compared, progress)
     train(state, config, host.local_batches(state), host)
     return HostCopy().update(state)
 
 
-def equal_text(steps: range, compared: list[int]) -> str:
-    """Return the result of a verification that found no difference; `compared` are the steps of checkpoints."""
+def left_out_before(position: int, left_out: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Return those of the pairs in `left_out` that begin before `position`; the others have changed nothing so far."""
+    return [[first, n_sequences] for first, n_sequences in left_out if first < position]
+
+
+def equal_text(steps: range, compared: list[int], n_rewinds: int) -> str:
+    """Return the result of a verification that found no difference.
+
+    `compared` are the steps of checkpoints. The sequences of `n_rewinds` steps with spikes were left out.
+    """
     names = ", ".join(f"step_{step}" for step in compared)
     kinds = f"and the checkpoint{'s' if len(compared) > 1 else ''} {names} " if compared else ""
     verb = "is" if len(steps) == 1 and not compared else "are"
-    return f"{steps_text(steps[0], steps[-1])} {kinds}{verb} equal to the record of the run, bit for bit"
+    spikes = "a spike" if n_rewinds == 1 else f"{n_rewinds} spikes"
+    note = f"; the sequences of {spikes}, which the run left out, were left out again" if n_rewinds else ""
+    return f"{steps_text(steps[0], steps[-1])} {kinds}{verb} equal to the record of the run, bit for bit{note}"
 
 
 def settings_of(attempt: Line) -> Config:
@@ -495,7 +514,10 @@ class _ComparingHost:
         """Do nothing: nothing is written."""
 
     def restore(self, state: TrainingState) -> None:
-        """Do nothing: the state before a spike is that of the run when it had gone back and repeated its steps."""
+        """Do nothing: the state before a spike is that of the run when it had gone back and repeated its steps.
+
+        This happens only if the run folder does not have what was left out, such as a run of an older version.
+        """
 
     def store_file(self, file: Path, name: str) -> str:
         """Return the path as it is: nothing is written."""
@@ -540,6 +562,8 @@ def checkpoint_difference(saved: Mapping[str, Any], state: TrainingState) -> str
     """Return what of a checkpoint differs from the repeated state, and by how much, or None."""
     names = _parameter_names(state)
     then, now = (dict(_leaves(content, names)) for content in (saved, state.to_checkpoint()))
+    for leaves in (then, now):  # a checkpoint that is older than a rewind lacks what it left out
+        leaves[LEFT_OUT] = left_out_before(state.position, leaves.get(LEFT_OUT, ()))
     for name in [name for name in then.keys() ^ now.keys() if name.startswith("savant.")]:  # of another version
         (then if name in then else now).pop(name)
     if only_in_one := sorted(then.keys() ^ now.keys()):

@@ -56,12 +56,12 @@ class GradientBuffer:
         self.flat.zero_()
 
 
-def clip_to_mean(gradients: Tensor, n_tokens: float, max_norm: float) -> Tensor:
-    """Divide summed gradients by `n_tokens` and clip them to `max_norm`, in place.
-
-    Returns:
-        The norm of the mean gradient before clipping, a 0-d tensor.
-    """
+def mean_norm(gradients: Tensor, n_tokens: float) -> Tensor:
+    """Return the norm of the mean of gradients that were summed over `n_tokens`, a 0-d tensor."""
     norm: Tensor = torch.linalg.vector_norm(gradients) / n_tokens
-    gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0) / n_tokens)
     return norm
+
+
+def clip_to_mean(gradients: Tensor, n_tokens: float, norm: Tensor, max_norm: float) -> None:
+    """Divide summed gradients by `n_tokens` and clip them to `max_norm`, in place; `norm` is their `mean_norm`."""
+    gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0) / n_tokens)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import operator
 import os
 import pickle
 import re
@@ -230,6 +231,25 @@ def model_weights(content: Mapping[str, Any], raw: bool = False) -> dict[str, to
     """Return the fp32 weights of a checkpoint's content by name: their average if it has one, unless `raw`."""
     weights: dict[str, torch.Tensor] = content[WEIGHTS if raw or AVERAGE not in content else AVERAGE]
     return weights
+
+
+def left_out_file(data_fingerprint: str) -> str:
+    """Return the name of the run folder's file with the sequences of this text that rewinds have left out."""
+    return f"left_out_{data_fingerprint[:16]}.json"
+
+
+def read_left_out(file: Path) -> tuple[tuple[int, int], ...]:
+    """Return the content of a `left_out_file`: pairs of first position and number of sequences, as in data/order.py.
+
+    Raises:
+        CheckpointError: it is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        pairs = json.loads(file.read_bytes())
+        return tuple((operator.index(first), operator.index(n_sequences)) for first, n_sequences in pairs)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error_line(error)}") from error
 
 
 def tokenizer_file(folder: Path) -> Path:

@@ -8,6 +8,8 @@ lines in tests.
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import Protocol, TypeVar
 import torch
 
 from savant_ray.config import Config
-from savant_ray.errors import TrainingError
+from savant_ray.errors import TrainingError, error_context
 from savant_ray.events import Event, MicroBatchSkipped, Notice, Rewound, SpikeFound, StepDone
 from savant_ray.optim.schedule import learning_rate
+from savant_ray.training.checkpoint import left_out_file
 from savant_ray.training.device import memory_used_gb, skip_on_oom, update_memory_cap
 from savant_ray.training.efficiency import Peak
 from savant_ray.training.loop_count import loops_of_step
@@ -225,8 +228,12 @@ def rewind(state: TrainingState, spike: Spike, n_sequences: int, host: Host) -> 
     With equal arithmetic the steps up to the spike are repeated exactly, so it does not matter to which checkpoint training
     goes back, or whether there is one: what an error of the hardware has changed since then is undone.
 
+    What is left out is stored in the run folder first, because it is in no checkpoint until the next one, and because a
+    spike that such an error has caused would not occur again.
+
     Raises:
         TrainingError: there were `MAX_REWINDS` others within the last `WINDOW` steps.
+        SavantError, OSError: it cannot be stored.
     """
     event = spike_found(state, spike, n_sequences, update_skipped=True)
     recent = [first for first, _ in state.left_out if first > state.position - WINDOW * n_sequences]
@@ -238,6 +245,11 @@ def rewind(state: TrainingState, spike: Spike, n_sequences: int, host: Host) -> 
             "training.learning_rate, or set training.on_spike to warn."
         )
     left_out = (*state.left_out, (state.position, n_sequences))
+    if host.rank == 0:
+        with tempfile.TemporaryDirectory() as folder, error_context("storing which sequences are left out"):
+            file = Path(folder, left_out_file(state.data_fingerprint))
+            file.write_text(json.dumps(left_out), encoding="utf-8")
+            host.store_file(file, file.name)
     host.restore(state)
     state.left_out = left_out
     if host.rank == 0:

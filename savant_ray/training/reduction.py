@@ -34,6 +34,14 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def from_rank_0(value: Tensor) -> Tensor:
+    """Set `value` on every rank to that of rank 0 in place. On a GPU the host does not wait."""
+    if n_ranks() > 1:
+        PROGRESS.enter_collective()
+        dist.broadcast(value, src=0)
+    return value
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is set on some rank."""
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device)))

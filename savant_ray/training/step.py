@@ -37,7 +37,7 @@ from torch import Tensor
 from savant_ray.config import Config
 from savant_ray.data.token_cache import Sequences
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
-from savant_ray.optim.gradients import clip_to_mean
+from savant_ray.optim.gradients import clip_to_mean, mean_norm
 from savant_ray.optim.tree_sum import Block
 from savant_ray.training.device import (
     LaunchQueue,
@@ -48,7 +48,7 @@ from savant_ray.training.device import (
 )
 from savant_ray.training.efficiency import document_lengths, useful_flops
 from savant_ray.training.profiling import region
-from savant_ray.training.reduction import all_reduce_sum, gather, n_ranks, sum_trees
+from savant_ray.training.reduction import all_reduce_sum, from_rank_0, gather, n_ranks, sum_trees
 from savant_ray.training.spikes import Spike
 from savant_ray.training.state import LOSS, TOKENS, TrainingState
 
@@ -203,7 +203,7 @@ def take_step(
         abandoned, out_of_memory = any(rank.abandoned for rank in ranks), any(rank.out_of_memory for rank in ranks)
         loss, tokens = (0.0, 0.0) if abandoned or out_of_memory else reduce_gradients(state, ranks)
         reduced = time.perf_counter()
-        norm = clip_to_mean(state.gradients.gradients, tokens, gradient_clip).item() if tokens else math.nan
+        norm = clip(state.gradients.gradients, tokens, gradient_clip) if tokens else math.nan
         mean_loss = loss / tokens if tokens else math.nan
         spike = state.spike_window.find(mean_loss, norm) if math.isfinite(norm) else None
         updated = math.isfinite(norm) and (spike is None or state.settings.updates_on_spike)
@@ -240,6 +240,17 @@ def reduce_gradients(state: TrainingState, ranks: Sequence[RankStatus]) -> tuple
     return loss, tokens
 
 
+def clip(gradients: Tensor, tokens: float, max_norm: float) -> float:
+    """Divide summed gradients by the tokens of all ranks and clip them; return their norm before clipping. Collective.
+
+    All ranks clip and decide with the norm of rank 0. Other processors may round their own norm otherwise, and near a limit
+    one rank would skip an update, or rewind, and another would not.
+    """
+    norm = from_rank_0(mean_norm(gradients, tokens))
+    clip_to_mean(gradients, tokens, norm, max_norm)
+    return norm.item()
+
+
 def allocate_reduction(state: TrainingState) -> None:
     """Reduce zeros, so that NCCL allocates its memory now. Collective."""
     state.gradients.zero()
@@ -248,6 +259,7 @@ def allocate_reduction(state: TrainingState) -> None:
         state.gradients.tree.add(Block(rank, 1), state.gradients.flat)
     gather([0] * len(RankStatus._fields), state.device)
     reduce_gradients(state, [RankStatus(0, 0, 0, 0, index, 1) for index in range(n_ranks())])
+    from_rank_0(state.gradients.sums[LOSS])
 
 
 def accumulate_in_tree(

@@ -6,6 +6,7 @@ Train restarts workers without the driver.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -17,9 +18,42 @@ from savant_ray.config import Config
 from savant_ray.events import RunResumed
 from savant_ray.storage.protocol import RunStorage, newest_checkpoint_name
 from savant_ray.storage.run_storage import initial_checkpoint
-from savant_ray.training.checkpoint import find_checkpoint, model_weights, read_checkpoint
+from savant_ray.training.checkpoint import (
+    find_checkpoint,
+    left_out_file,
+    model_weights,
+    read_checkpoint,
+    read_left_out,
+)
 from savant_ray.training.reduction import broadcast_from_rank_0
 from savant_ray.training.state import TrainingState
+
+
+def load_newest(
+    state: TrainingState, config: Config, storage: RunStorage, allow_changes: bool
+) -> tuple[RunResumed | None, int | None]:
+    """Load on every rank the checkpoint that rank 0 selects, or the weights of `run.init_from`. Collective.
+
+    The sequences that rewinds have left out are those of the run folder, because the last rewind may be newer than the
+    checkpoint.
+
+    Returns:
+        As `load_newest_checkpoint`.
+
+    Raises:
+        CheckpointError: the checkpoint, or the file with the sequences that are left out, is damaged or does not fit.
+        SavantError: another process has taken over the run.
+        OSError: the storage cannot be read.
+    """
+    resumed, threads = load_newest_checkpoint(state, storage, allow_changes)
+    resumed = resumed or load_initial_weights(state, config)
+    name = left_out_file(state.data_fingerprint)
+    stored = broadcast_from_rank_0(
+        lambda: json.dumps(read_left_out(storage.fetch(name))) if name in storage.file_names() else None
+    )
+    if stored is not None:
+        state.left_out = tuple((first, n_sequences) for first, n_sequences in json.loads(stored))
+    return resumed, threads
 
 
 def load_newest_checkpoint(
@@ -31,9 +65,7 @@ def load_newest_checkpoint(
         The event, None without a checkpoint, and the number of CPU threads that computed it, None if it is unknown.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or does not fit.
-        SavantError: another process has taken over the run.
-        OSError: the storage cannot be read.
+        CheckpointError, SavantError, OSError: as in `load_newest`.
     """
     name = broadcast_from_rank_0(lambda: newest_name(storage))
     if name is None:

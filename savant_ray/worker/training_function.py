@@ -42,7 +42,7 @@ from savant_ray.training.state import TrainingState, is_deterministic, micro_bat
 from savant_ray.training.step import allocate_reduction
 from savant_ray.worker.batch_reader import local_batches
 from savant_ray.worker.host import DriverConnection, RayHost
-from savant_ray.worker.resume import load_initial_weights, load_newest_checkpoint
+from savant_ray.worker.resume import load_newest
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ def _train(
     if device.type == "cuda" or wants_compiled(settings.compile, device, precision):
         keep_compiled_code(Path(config.data.cache_dir))
     notes.append(compile_block(state.model, settings.compile, device, precision))
-    resumed, threads = load_newest_checkpoint(state, storage, task.allow_changes)
-    resumed = resumed or load_initial_weights(state, config)
+    resumed, threads = load_newest(state, config, storage, task.allow_changes)
     resumed_step = state.step
     if device.type == "cpu":
         of_checkpoint = threads if state.settings.deterministic else None

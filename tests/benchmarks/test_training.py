@@ -13,7 +13,7 @@ from savant_ray.benchmarks import training
 from savant_ray.benchmarks.registry import Figures, table
 from savant_ray.benchmarks.training import Case
 from savant_ray.config import Config, ModelConfig
-from savant_ray.training.state import TrainingState
+from savant_ray.training.state import TrainingState, micro_batch_size
 from savant_ray.training.step import StepResult, take_step
 
 CPU = torch.device("cpu")
@@ -49,6 +49,29 @@ def test_cases_for_a_gpu_have_the_default_micro_batch_size() -> None:
     for case in training.CASES_ON_A_GPU.values():
         per_row = guide.model.max_seq_len // case.document_tokens
         assert case.n_documents == per_row * guide.training.batch_size
+
+
+def test_the_steps_that_show_the_cost_of_determinism_have_16_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the models of the benchmark
+    for device, case in (("cpu", training.DETERMINISTIC_CASE), ("cuda", training.DETERMINISTIC_CASE_ON_A_GPU)):
+        config = Config.from_dict(
+            {"model": training.model_config(torch.device(device)).model_dump(), "training": {"deterministic": True}}
+        )
+        assert case.document_tokens == config.model.max_seq_len
+        assert case.n_documents == 16 * micro_batch_size(config, torch.device(device))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_steps_on_a_gpu_are_measured_with_deterministic_kernels(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "cap_memory", lambda *arguments: None)
+    try:
+        training._ours(Case(32, 3), torch.device("cuda"), deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _figures(peaks: list[float]) -> Figures:

@@ -22,10 +22,12 @@ from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.storage.ray_snapshot import SNAPSHOT
 from savant_ray.storage.run_storage import local_checkpoint, run_storage, storage_errors_explained
-from savant_ray.training.checkpoint import MANIFEST, read_manifest, verify
+from savant_ray.training.checkpoint import MANIFEST, left_out_file, read_manifest, verify
+from savant_ray.worker.resume import load_newest
 from tests.cluster.conftest import ROOT
 from tests.cluster.test_starting_point import write
 from tests.storage.object_store import BUCKET, ObjectStore
+from tests.training.tiny import tiny_config, tiny_state
 
 
 def keep(storage: ObjectStorage, *steps: int) -> None:
@@ -175,6 +177,22 @@ def test_a_profile_is_stored_beside_the_checkpoints_and_moved_with_them(
     assert "profile/rank0" in store.names("runs/run") and storage_a.checkpoints() == ["step_1"]
     assert storage_a.move_aside() == store.uri("runs/run.old")
     assert "profile/rank0" in store.names("runs/run.old")
+
+
+def test_what_rewinds_have_left_out_is_read_on_another_machine_also_without_a_checkpoint(
+    storage_a: ObjectStorage, storage_b: ObjectStorage, tmp_path: Path
+) -> None:
+    config = tiny_config()
+    for left_out in ([[4, 2]], [[4, 2], [10, 3]]):
+        (tmp_path / "new").write_text(json.dumps(left_out))
+        storage_a.store_file(tmp_path / "new", left_out_file("1234"))
+        state, other_text = tiny_state(config), tiny_state(config)
+        state.data_fingerprint = "1234"
+        load_newest(state, config, storage_b, allow_changes=False)
+        load_newest(other_text, config, storage_b, allow_changes=False)
+        assert state.left_out == tuple(map(tuple, left_out)) and other_text.left_out == ()
+    storage_b.remove_unfinished()
+    assert left_out_file("1234") in storage_b.file_names()
 
 
 def test_the_record_of_a_deleted_run_is_set_aside(storage_a: ObjectStorage) -> None:

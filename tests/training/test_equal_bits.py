@@ -148,27 +148,50 @@ def damaged_run(rank: int, world_size: int, damage: str) -> tuple[str, list[tupl
     return "", host.saved
 
 
+def steps_with_another_norm(rank: int, world_size: int, factor: float, deterministic: bool) -> Figures:
+    """Return the figures of steps in which ranks other than 0 compute a gradient norm that is `factor` times too large."""
+    true_norm = torch.linalg.vector_norm
+    if rank:
+        torch.linalg.vector_norm = lambda *inputs: true_norm(*inputs) * factor
+    try:
+        return taken_steps(
+            tiny_config(batch_size=2, accumulation=7, deterministic=deterministic), rank, world_size, n_steps=3
+        )
+    finally:
+        torch.linalg.vector_norm = true_norm
+
+
+def other_norms(rank: int, world_size: int) -> list[Figures]:
+    """Return the figures with norms that differ in the last bit, or lead to another decision, by ranks other than 0."""
+    return [
+        steps_with_another_norm(rank, world_size, factor, deterministic)
+        for deterministic in (True, False)
+        for factor in (1.0, 1 + 2**-22, math.inf)
+    ]
+
+
 def _rank(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
     damages = {damage: damaged_run(rank, world_size, damage) for damage in DAMAGES}
-    torch.save((all_cases(rank, world_size), damages), f"{folder}/{rank}.pt")
+    torch.save((all_cases(rank, world_size), damages, other_norms(rank, world_size)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_losses_norms_and_weights_are_equal_on_one_to_four_ranks_and_a_rank_that_differs_is_named(
+def test_losses_norms_and_weights_are_equal_on_one_to_six_ranks_and_a_rank_that_differs_is_named(
     tmp_path: Path,
 ) -> None:
     expected = all_cases(0, 1)
-    for world_size in (2, 3, 4):
+    for world_size in (2, 3, 4, 5, 6):
         folder = tmp_path / str(world_size)
         folder.mkdir()
         mp.spawn(_rank, (world_size, str(folder)), nprocs=world_size)
         for rank in range(world_size):
-            found, damages = torch.load(folder / f"{rank}.pt")
+            found, damages, norms = torch.load(folder / f"{rank}.pt")
             different = [name for name in expected if repr(found[name]) != repr(expected[name])]
             assert not different, f"rank {rank} of {world_size}"
+            assert norms[0] == norms[1] == norms[2] and norms[3] == norms[4] == norms[5], "rank 0's norm counts"
             subject = "ranks 0 and 1 have" if world_size == 2 else f"rank {world_size - 1} has"
             for error, saved in damages.values():
                 assert error.startswith(f"{subject} different weights or optimizer state after step 3: "), error
@@ -201,6 +224,25 @@ def test_a_micro_batch_without_a_finite_loss_is_as_one_without_targets(monkeypat
 
 def without_targets(batch: MicroBatch) -> MicroBatch:
     return dataclasses.replace(batch, is_trained_BT=torch.zeros_like(batch.is_trained_BT))
+
+
+def test_a_run_resumed_with_another_batch_size_and_the_same_micro_batches_is_bit_for_bit_the_same_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(state_module, "MAX_CPU_ELEMENTS", 2 * 16 * 16)  # micro-batches of 2
+
+    def trained(batch_size: int, accumulation: int, checkpoint: Any = None, stop_at: int | None = None) -> Any:
+        config = tiny_config(batch_size=batch_size, accumulation=accumulation)
+        state, host, n = new_state(config, CPU), RecordingHost(stop_at=stop_at), config.training.effective_batch
+        if checkpoint is not None:
+            state.load_checkpoint(checkpoint)
+        first, n_steps = state.position, config.training.max_steps - state.step
+        train(state, config, (rank_micro_batches(first + step * n, n, 0, 1, 2) for step in range(n_steps)), host)
+        return digest(state), host
+
+    expected, (_, stopped) = trained(4, 3)[0], trained(4, 3, stop_at=3)
+    for batch_size, accumulation in ((2, 6), (6, 2), (12, 1)):
+        assert trained(batch_size, accumulation, stopped.checkpoint)[0] == expected
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(12, 16), (24, 8), (192, 1), (1, 192)])

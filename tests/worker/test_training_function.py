@@ -74,7 +74,7 @@ def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_advice(
 def test_running_out_of_memory_elsewhere_is_not_reported_as_a_model_that_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    events = run_worker(monkeypatch, UnexpectedError, load_newest_checkpoint=no_room)
+    events = run_worker(monkeypatch, UnexpectedError, load_newest=no_room)
     assert not any(isinstance(event, RunFailed) for event in events), "Ray Train restarts the worker"
 
 
