@@ -57,6 +57,7 @@ class RayHost:
     def __init__(
         self,
         bridge: Any,
+        listener: StopListener,
         storage: RunStorage,
         config: Config,
         tokenizer: Tokenizer,
@@ -66,7 +67,7 @@ class RayHost:
     ) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._bridge, self._storage = bridge, storage
+        self._bridge, self._listener, self._storage = bridge, listener, storage
         self._sender, self._numbers = uuid.uuid4().hex, itertools.count()
         self._config = config
         self._tokenizer = tokenizer
@@ -75,8 +76,6 @@ class RayHost:
         self._allow_changes = allow_changes
         self._metrics = RunMetrics(config.run.name, self.rank)
         PROGRESS.begin("loading the state", STORAGE)
-        allow_stack_dumps()
-        self._listener = StopListener(bridge, _progress_of(self.rank, self.world_size))
         self._drain_reported = False
         files = {CONFIG: dump_yaml(config), **tokenizer.files()}
         self._saver = Saver(storage, files, functools.partial(self.emit, wait=True))
@@ -257,6 +256,13 @@ class RayHost:
                 }
             case SampleGenerated():
                 self._latest_figures |= {"sample": event.text}
+
+
+def start_heartbeats(bridge: Any) -> StopListener:
+    """Start to send this worker's progress to the driver, and to poll for a stop request."""
+    context = ray.train.get_context()
+    allow_stack_dumps()
+    return StopListener(bridge, _progress_of(context.get_world_rank(), context.get_world_size()))
 
 
 def _progress_of(rank: int, world_size: int) -> Callable[[], WorkerProgress]:

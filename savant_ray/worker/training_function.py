@@ -14,12 +14,13 @@ import torch
 from ray.exceptions import RayError
 from ray.train.torch import get_device
 
+from savant_ray.cluster.bridge import StopListener
 from savant_ray.cluster.same_code import other_code_error, own_digest, package_folder
 from savant_ray.config import Config
 from savant_ray.data.stream import StepStream
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError, UnexpectedError, describe
-from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, WorkersStarted
+from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed
 from savant_ray.storage.lease import Owner
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.run_storage import run_storage
@@ -40,7 +41,7 @@ from savant_ray.training.loop import train, validation_is_due
 from savant_ray.training.progress import PROGRESS
 from savant_ray.training.state import TrainingState, is_deterministic, micro_batch_size, new_state
 from savant_ray.training.step import allocate_reduction
-from savant_ray.worker.host import RayHost
+from savant_ray.worker.host import RayHost, start_heartbeats
 from savant_ray.worker.resume import load_newest
 
 
@@ -62,15 +63,20 @@ class WorkerTask:
 def train_worker(settings: dict[str, Any]) -> None:
     """Train in a worker process; `settings` are the fields of a `WorkerTask`."""
     task = WorkerTask(**settings)
-    if ray.get(task.bridge.has_failed.remote()):  # restarted by Ray Train after an error that would occur again
-        return
+    listener = start_heartbeats(task.bridge)  # first, so that the driver notices a hang in anything that follows
+    try:
+        if not ray.get(task.bridge.has_failed.remote()):  # else: restarted after an error that would occur again
+            _start(task, listener)
+    finally:
+        PROGRESS.finish()
+
+
+def _start(task: WorkerTask, listener: StopListener) -> None:
     config = Config.from_validated(task.config)
     tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
     storage = run_storage(config, Owner(**task.owner) if task.owner else None)
     stream: StepStream = ray.train.get_dataset_shard("train")
-    host = RayHost(task.bridge, storage, config, tokenizer, stream, task.validation, task.allow_changes)
-    if host.rank == 0:
-        host.emit(WorkersStarted())
+    host = RayHost(task.bridge, listener, storage, config, tokenizer, stream, task.validation, task.allow_changes)
     try:
         if task.code != own_digest():  # a node that joined after the driver had compared the code of all nodes
             raise other_code_error(task.package, f"worker {host.rank}", str(package_folder()))
@@ -83,8 +89,6 @@ def train_worker(settings: dict[str, Any]) -> None:
         raise
     except BaseException as error:  # Ray Train passes on the message only, without traceback and activity
         raise UnexpectedError(describe(error, "training"), traceback.format_exc()) from error
-    finally:
-        PROGRESS.finish()
 
 
 def _train(task: WorkerTask, config: Config, storage: RunStorage, host: RayHost) -> None:

@@ -45,6 +45,7 @@ def run_worker(
         "ray": SimpleNamespace(get=lambda reference: False, train=train),
         "Tokenizer": SimpleNamespace(load=lambda *_: None),
         "run_storage": lambda *_: None,
+        "start_heartbeats": lambda _: None,
         "RayHost": lambda *_: FakeHost(events),
         "get_device": lambda: CPU,
     }
