@@ -75,8 +75,8 @@ class NewestHeartbeats:
             return False
         for beats in self.all:
             earlier = beats.progress
-            is_same_rank = earlier.rank == progress.rank and earlier.actor_id != progress.actor_id
-            if is_same_rank or earlier.world_size != progress.world_size:
+            is_replaced = earlier.rank == progress.rank and earlier.actor_id != progress.actor_id
+            if is_replaced or earlier.world_size != progress.world_size:
                 self._end(earlier)
         is_first = not self._by_rank
         known = self._by_rank.get(progress.rank)
@@ -187,7 +187,7 @@ class Bridge:
 
     async def wait_for_stop_request(self, progress: WorkerProgress, seconds: float) -> float | None:
         """Wait up to `seconds` for a stop request; return within how many seconds to stop, None if there is none."""
-        if self._heartbeats.add(progress):
+        if self._heartbeats.add(progress) and not self._failed:
             self._add(WorkersStarted())
         return self._grace_seconds if await _wait(self._stop, seconds) else None
 
