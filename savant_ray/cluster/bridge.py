@@ -60,24 +60,37 @@ class LatestHeartbeat:
 
 
 class HeartbeatTable:
-    """The newest heartbeat of each rank.
-
-    A worker can be stopped at any moment, also right after its first heartbeat, so the first heartbeats of a group are kept
-    whether they arrive before or after the event that its workers have started.
-    """
+    """The newest heartbeat of each rank of the current worker group."""
 
     def __init__(self) -> None:
         self._by_rank: dict[int, LatestHeartbeat] = {}
+        self._ended: set[str] = set()  # actors of earlier groups, whose last heartbeats may still arrive
 
-    def add(self, progress: WorkerProgress) -> None:
-        """Count a heartbeat of a worker; ranks that its group does not have belong to an earlier, larger group."""
-        earlier = self._by_rank.get(progress.rank)
-        self._by_rank[progress.rank] = LatestHeartbeat(progress, earlier.number + 1 if earlier else 1)
-        self._by_rank = {rank: heartbeat for rank, heartbeat in self._by_rank.items() if rank < progress.world_size}
+    def add(self, progress: WorkerProgress) -> bool:
+        """Count a heartbeat of a worker; return whether it is the first of a new group.
+
+        Actors of another group size, or with this rank, belong to an earlier group: Ray Train starts new actors to resize.
+        """
+        if progress.actor_id in self._ended:
+            return False
+        for heartbeat in self.all:
+            earlier = heartbeat.progress
+            is_replaced = earlier.rank == progress.rank and earlier.actor_id != progress.actor_id
+            if is_replaced or earlier.world_size != progress.world_size:
+                self._end(earlier)
+        is_first = not self._by_rank
+        known = self._by_rank.get(progress.rank)
+        self._by_rank[progress.rank] = LatestHeartbeat(progress, known.number + 1 if known else 1)
+        return is_first
 
     def clear(self) -> None:
         """Forget all workers: their group has ended."""
-        self._by_rank.clear()
+        for heartbeat in self.all:
+            self._end(heartbeat.progress)
+
+    def _end(self, progress: WorkerProgress) -> None:
+        self._ended.add(progress.actor_id)
+        del self._by_rank[progress.rank]
 
     @property
     def all(self) -> list[LatestHeartbeat]:
@@ -134,7 +147,6 @@ class Bridge:
         self._stop = asyncio.Event()
         self._grace_seconds = 0.0
         self._failed = False
-        self._has_workers = False
         self._heartbeats = HeartbeatTable()
 
     async def send(self, event: Event, sender: str, number: int) -> None:
@@ -150,12 +162,9 @@ class Bridge:
         match event:
             case RunFailed():
                 self._failed = True
-            case WorkersStarted():
-                self._has_workers = True
             case WorkersLost():
-                if self._failed or not self._has_workers:  # a worker has sent its error, or the loss was sent before
+                if self._failed or not self._heartbeats.all:  # a worker has sent its error, or the loss was sent before
                     return
-                self._has_workers = False
                 self._heartbeats.clear()
         self._events.append(event)
         self._has_events.set()
@@ -178,7 +187,8 @@ class Bridge:
 
     async def wait_for_stop_request(self, progress: WorkerProgress, seconds: float) -> float | None:
         """Wait up to `seconds` for a stop request; return within how many seconds to stop, None if there is none."""
-        self._heartbeats.add(progress)
+        if self._heartbeats.add(progress) and not self._failed:
+            self._add(WorkersStarted())
         return self._grace_seconds if await _wait(self._stop, seconds) else None
 
 
@@ -238,7 +248,7 @@ class StopListener:
     def __init__(self, bridge: BridgeHandle, progress: Callable[[], WorkerProgress]) -> None:
         self._bridge, self._progress = bridge, progress
         self._deadline: float | None = None  # by time.monotonic()
-        first = self._heartbeat()  # before any event of this worker
+        first = self._heartbeat()
         threading.Thread(target=self._listen, args=(first,), name="stop-listener", daemon=True).start()
 
     def grace_left(self) -> float | None:

@@ -18,18 +18,20 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-TASK_SECONDS = 30.0  # until the task on another node has ended: a Python process starts there first
-STACK_SECONDS = 10.0
+STACK_SECONDS = 10.0  # to read the stack of a process
+END_SECONDS = 10.0  # until a killed process has ended
+TASK_SECONDS = 30.0 + STACK_SECONDS + END_SECONDS  # of the task on another node, where a Python process starts first
 _PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)  # of prctl(2)
 
 
 @dataclass(frozen=True)
 class KilledProcess:
-    """State and Python stack of a process when it was killed."""
+    """State and Python stack of a process when it was killed, or when the attempt failed."""
 
     state: str  # as `ps` calls it: "stopped", "sleeping", "running", "disk-sleep"
     stack: str  # of all threads, as py-spy prints it; "" if it could not be read
     note: str  # why there is no stack
+    not_killed: str = ""  # why the process could not be killed
 
 
 def allow_stack_dumps() -> None:
@@ -66,6 +68,7 @@ def kill_local_process(pid: int, started: float) -> KilledProcess:
     Raises:
         ProcessLookupError: it does not exist any more.
     """
+    state, stack, note = "not accessible", "", "not permitted"
     try:
         process = psutil.Process(pid)
         if abs(process.create_time() - started) > 60:  # a change of the system's clock moves it by seconds
@@ -74,8 +77,10 @@ def kill_local_process(pid: int, started: float) -> KilledProcess:
         process.kill()
     except psutil.NoSuchProcess as error:
         raise ProcessLookupError(str(error)) from error
+    except psutil.AccessDenied:
+        return KilledProcess(state, stack, note, "not permitted")
     with suppress(psutil.Error):
-        process.wait(STACK_SECONDS)
+        process.wait(END_SECONDS)
     return KilledProcess(state, stack, note)
 
 
@@ -87,10 +92,13 @@ def _stack(pid: int) -> tuple[str, str]:
         return "", "py-spy is not installed"
     # Otherwise py-spy would stop the process while it reads, which fails for one that is stopped already.
     command = [py_spy, "dump", "--nonblocking", "--pid", str(pid)]
-    note = ""
+    note, deadline = "", time.monotonic() + STACK_SECONDS
     for _ in range(3):  # a running thread may change its stack while it is read
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=STACK_SECONDS, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
         except (OSError, subprocess.SubprocessError) as error:
             return "", f"py-spy: {error}"
         if done.returncode == 0 and "Thread " in done.stdout:

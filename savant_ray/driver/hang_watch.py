@@ -140,7 +140,8 @@ class HangWatch:
         if self._kill_time is not None:
             if self._time - self._kill_time > max(limit, MIN_SECONDS):
                 raise TrainingError(
-                    f"{self.reason}, but Ray did not restart it: its node, or Ray Train's controller, does not answer.\n"
+                    f"{self.reason}. Ray did not restart it: its process still runs, or its node or Ray Train's controller "
+                    "does not answer.\n"
                     "Run the same command again to resume from the last checkpoint."
                 )
             return
@@ -221,8 +222,9 @@ def _process(worker: StuckWorker, killed: KilledProcess | None) -> str:
 
 def _reason(worker: StuckWorker, killed: KilledProcess | None) -> str:
     state = " (its process was stopped)" if killed is not None and killed.state in ("stopped", "tracing-stop") else ""
-    end = "could not be killed" if killed is None else "was killed"
-    return f"worker {worker.progress.rank} made no progress for {duration(worker.seconds)}{state} and {end}"
+    end = "was killed" if killed is not None and not killed.not_killed else "could not be killed"
+    why = f" ({killed.not_killed})" if killed is not None and killed.not_killed else ""
+    return f"worker {worker.progress.rank} made no progress for {duration(worker.seconds)}{state} and {end}{why}"
 
 
 def _message(worker: StuckWorker, killed: KilledProcess | None, last_step: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-SLOW = 10.0  # compiling, validating
+SLOW = 10.0  # starting, compiling, validating
 STORAGE = 60.0  # reading and writing checkpoints: storage may be slow, and has time limits of its own
 
 

@@ -50,7 +50,10 @@ from savant_ray.worker.saving import Saver
 
 
 class DriverConnection:
-    """Sends this worker's events to the driver, and receives stop requests; every worker has one from its start on."""
+    """Sends this worker's events and heartbeats to the driver, and receives stop requests.
+
+    Every worker has one before it does anything else, so that the driver notices a hang in whatever follows.
+    """
 
     def __init__(self, bridge: Any, config: Config) -> None:
         context = ray.train.get_context()

@@ -19,7 +19,7 @@ from savant_ray.config import Config
 from savant_ray.data.stream import StepStream
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import SavantError, UnexpectedError, describe
-from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed, WorkersStarted
+from savant_ray.events import AttemptEnded, AttemptStarted, RunFailed
 from savant_ray.storage.lease import Owner
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.run_storage import run_storage
@@ -63,14 +63,18 @@ class WorkerTask:
 def train_worker(settings: dict[str, Any]) -> None:
     """Train in a worker process; `settings` are the fields of a `WorkerTask`."""
     task = WorkerTask(**settings)
-    if ray.get(task.bridge.has_failed.remote()):  # restarted by Ray Train after an error that would occur again
-        return
     config = Config.from_validated(task.config)
+    connection = DriverConnection(task.bridge, config)
+    try:
+        if not ray.get(task.bridge.has_failed.remote()):  # else: restarted after an error that would occur again
+            _start(task, config, connection)
+    finally:
+        PROGRESS.finish()
+
+
+def _start(task: WorkerTask, config: Config, connection: DriverConnection) -> None:
     tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
     storage = run_storage(config, Owner(**task.owner) if task.owner else None)
-    connection = DriverConnection(task.bridge, config)
-    if connection.rank == 0:
-        connection.emit(WorkersStarted())
     try:
         if task.code != own_digest():  # a node that joined after the driver had compared the code of all nodes
             raise other_code_error(task.package, f"worker {connection.rank}", str(package_folder()))
@@ -82,8 +86,6 @@ def train_worker(settings: dict[str, Any]) -> None:
         raise
     except BaseException as error:  # Ray Train passes on the message only, without traceback and activity
         raise UnexpectedError(describe(error, "training"), traceback.format_exc()) from error
-    finally:
-        PROGRESS.finish()
 
 
 def _train(

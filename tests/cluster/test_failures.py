@@ -85,13 +85,17 @@ def test_workers_that_fail_too_often_end_the_run_and_the_message_names_the_last_
 
 
 def training_workers() -> list[psutil.Process]:
+    return processes_of_job("RayTrainWorker")
+
+
+def processes_of_job(title: str) -> list[psutil.Process]:
     """Return those of the one job that runs on the head, which is a child of this process."""
-    workers = []
+    processes = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # it has exited since it was listed, or is a zombie
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                workers.append(process)
-    return workers
+            if title in " ".join(process.cmdline()):
+                processes.append(process)
+    return processes
 
 
 @pytest.mark.parametrize("second", [pytest.param(False, marks=pytest.mark.rare), True], ids=["once", "twice"])

@@ -21,7 +21,7 @@ from savant_ray.cluster.bridge import EventReorderer, HeartbeatTable, LatestHear
 from savant_ray.cluster.stuck_process import KilledProcess, kill_local_process, training_thread
 from savant_ray.driver.failures import explain_failure
 from savant_ray.driver.hang_watch import HangWatch, collective_timeout
-from savant_ray.driver.phases import Phase
+from savant_ray.driver.phases import AttemptPhase, Phase, Trigger
 from savant_ray.driver.worker_watch import SECONDS_UNTIL_REPORT, WorkerWatch
 from savant_ray.errors import TrainingError
 from savant_ray.events import Event, Notice, WorkerHung, WorkersLost, WorkersStarted
@@ -270,6 +270,38 @@ def test_the_stack_of_a_stopped_process_is_read_before_it_is_killed() -> None:
     assert killed.note or any(frame.startswith("blocked (") for frame in training_thread(killed.stack)), killed
 
 
+def test_a_process_that_may_not_be_killed_is_reported_and_ends_the_run_with_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(process: psutil.Process) -> None:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "kill", refuse)
+    process = subprocess.Popen(["sleep", "100"])
+    group = Group(1, killed=kill_local_process(process.pid, psutil.Process(process.pid).create_time()))
+    assert group.pass_time(12) == [0]
+    (event,) = hung(group)
+    assert "could not be killed (not permitted)" in event.text and "was killed" not in event.text
+    with pytest.raises(TrainingError, match="could not be killed"):
+        group.pass_time(200)
+    monkeypatch.undo()
+    process.kill()
+    process.wait()
+
+
+def test_a_bridge_that_does_not_answer_for_a_minute_ends_the_run_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+
+    def wait(calls: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        waited.append(timeout)
+        return [], calls
+
+    monkeypatch.setattr(bridge.ray, "wait", wait)
+    with pytest.raises(TrainingError, match=r"ray::Bridge on this machine, has not answered .*\n.*same command again"):
+        bridge.answer_of(object(), 0.5)
+    assert 60 <= sum(waited) <= 65
+
+
 def test_a_stopped_process_of_ray_is_named_unless_it_continues_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     raylet = subprocess.Popen(["sleep", "100"])
     head = SimpleNamespace(
@@ -307,16 +339,37 @@ def test_events_of_a_sender_are_delivered_in_the_order_of_their_numbers() -> Non
     assert delivered == events
 
 
-def test_after_each_heartbeat_the_ranks_of_the_current_group_are_known_and_no_others() -> None:
-    newest = HeartbeatTable()
-    for size in (1, 3, 2, 4):
+def test_the_first_heartbeat_of_any_rank_begins_a_group_and_late_ones_of_earlier_groups_do_not_count() -> None:
+    newest, chance = HeartbeatTable(), random.Random(0)
+    earlier: list[WorkerProgress] = []
+    for attempt, (size, is_loss) in enumerate([(1, False), (3, False), (2, True), (2, True), (4, False), (1, True)]):
         group = Group(size)
-        for rank in range(size):
-            newest.add(group.heartbeats(rank).progress)
-            assert rank in {beats.progress.rank for beats in newest.all}
+        group.attempt = attempt
+        started = [newest.add(group.heartbeats(rank).progress) for rank in chance.sample(range(size), size)]
+        assert started == [True] + [False] * (size - 1)
+        for progress in earlier:
+            assert not newest.add(progress)
         assert sorted(beats.progress.rank for beats in newest.all) == list(range(size))
-    newest.clear()
-    assert newest.all == []
+        assert all(beats.progress.actor_id.startswith(f"{attempt}-") for beats in newest.all)
+        earlier += [beats.progress for beats in newest.all]
+        if is_loss:
+            newest.clear()
+            assert newest.all == []
+
+
+@pytest.mark.parametrize("absent", range(3))
+def test_whichever_worker_hangs_before_its_first_heartbeat_all_are_restarted(absent: int) -> None:
+    group, newest, phase = Group(3), HeartbeatTable(), AttemptPhase()
+    group.absent = {absent}
+    phase.advance(Trigger.FIT_STARTED)
+    for rank in {0, 1, 2} - group.absent:
+        group.workers[rank].begin("loading the state", STORAGE)
+        if newest.add(group.heartbeats(rank).progress):
+            phase.observe(WorkersStarted())
+            group.watch.observe(WorkersStarted())
+    group.phase = phase.current
+    assert group.pass_time(int(10 * SLOW)) == [] and group.pass_time(2) == sorted({0, 1, 2} - group.absent)
+    assert hung(group)[0].activity == f"waiting for worker {absent} (no heartbeat yet)"
 
 
 def test_while_workers_start_any_stopped_process_of_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

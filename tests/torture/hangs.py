@@ -27,7 +27,7 @@ from tests.torture.hang_site.sitecustomize import PLACES
 from tests.torture.runner import events, last_step
 
 HANG_SECONDS = 5.0
-MAX_SECONDS = 240.0  # until a case is resolved or has ended the attempt; only a validation may take 10 limits
+MAX_SECONDS = 240.0  # until a case is resolved or has ended the attempt; a start and a validation may take 10 limits
 MAX_UNRECORDED = 100  # steps of 10 ms
 ACTORS = ("Bridge", "TrainController")
 HEAD = ("raylet", "gcs_server")
@@ -159,6 +159,8 @@ def perform(case: Case, run: Run, chance: random.Random) -> None:
                 worker.suspend()
         else:
             run.request_hang(chance.randrange(2), case.kind.removeprefix("hang: "))
+            if case.kind == "hang: start":  # of the next workers
+                workers[0].kill()
     elif case.kind == "stop another process":
         skipped = ("RayTrainWorker", *ACTORS, *HEAD)
         others = [p for p, title in run.processes().items() if not any(part in title for part in skipped)]
@@ -199,6 +201,7 @@ def perform(case: Case, run: Run, chance: random.Random) -> None:
     case.outcome = "training went on"
     if expected == "restart":
         hang = events(run.path, "hang")[-1]
+        assert case.kind != "hang: start" or hang["activity"] == "starting", f"{case}\n{printed}"
         case.outcome = f"worker {hang['rank']} killed: {hang['activity']}, {hang['process'].rpartition(', ')[2]}"
 
 

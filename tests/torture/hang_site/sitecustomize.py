@@ -35,6 +35,7 @@ def read_a_pipe_that_nobody_writes() -> None:
 
 # place -> module, function, how it hangs
 PLACES: dict[str, tuple[str, str, Callable[[], None]]] = {
+    "start": ("savant_ray.worker.training_function", "run_storage", sleep),
     "compute": ("savant_ray.worker.host", "RayHost.grace_left", sleep),
     "lock": ("savant_ray.worker.host", "RayHost.grace_left", hold_the_interpreter_lock),
     "read": ("savant_ray.worker.batch_reader", "BatchReader._next", read_a_pipe_that_nobody_writes),
