@@ -63,7 +63,6 @@ class DriverConnection:
         self._bridge, self._grace_seconds = bridge, config.run.grace_seconds
         self._sender, self._numbers = uuid.uuid4().hex, itertools.count()
         self.metrics = RunMetrics(config.run.name, self.rank)
-        PROGRESS.begin("loading the state", STORAGE)
         allow_stack_dumps()
         self._listener = StopListener(bridge, _progress_of(self.rank, self.world_size))
         self._drain_reported = False

@@ -37,7 +37,7 @@ from savant_ray.training.device import (
     wants_compiled,
 )
 from savant_ray.training.loop import train, validation_is_due
-from savant_ray.training.progress import PROGRESS
+from savant_ray.training.progress import PROGRESS, STORAGE
 from savant_ray.training.state import TrainingState, is_deterministic, micro_batch_size, new_state
 from savant_ray.training.step import allocate_reduction
 from savant_ray.worker.batch_reader import local_batches
@@ -75,6 +75,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 def _start(task: WorkerTask, config: Config, connection: DriverConnection) -> None:
     tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
     storage = run_storage(config, Owner(**task.owner) if task.owner else None)
+    PROGRESS.begin("loading the state", STORAGE)
     try:
         if task.code != own_digest():  # a node that joined after the driver had compared the code of all nodes
             raise other_code_error(task.package, f"worker {connection.rank}", str(package_folder()))
