@@ -455,10 +455,10 @@ def _report(arguments: Sequence[str]) -> int:
         help="file to write [RUN/report.html, with several runs ./report.html]",
     )
     options = parser.parse_args(arguments)
-    from savant_ray.reporting.page import write_page
+    from savant_ray.reporting.page import REPORT, write_page
     from savant_ray.storage.lock import is_in_use
 
-    path = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
+    path = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / REPORT
     write_page(options.runs, path, is_in_use)
     print(f"{path} is written; open it in a browser")
     return 0

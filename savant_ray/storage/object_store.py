@@ -36,7 +36,7 @@ from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
 from savant_ray.storage.lease import Lease, Owner, leased, refuse_if_superseded
 from savant_ray.storage.local import DAMAGED
-from savant_ray.storage.lock import free_name, locked, set_aside
+from savant_ray.storage.lock import OLD, free_name, locked, set_aside
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import (
     CONFIG,
@@ -168,10 +168,10 @@ class ObjectStorage(RunStorage):
     def move_aside(self) -> str | None:
         with self.in_use():
             if self.folder.exists():
-                set_aside(self.folder, ".old")
+                set_aside(self.folder, OLD)
             if not self._list():
                 return None
-            target = free_name(f"{self.path}.old", lambda path: bool(self._list(path)))
+            target = free_name(f"{self.path}{OLD}", lambda path: bool(self._list(path)))
             self._move(self.path, target)
         return join_uri(parent_and_name(self.location)[0], quote(target.rpartition("/")[2]))
 
@@ -205,7 +205,7 @@ class ObjectStorage(RunStorage):
                 self._download(name, Path(scratch, name))
             if not stored:
                 for file in filter(Path.exists, (self.folder / name for name in RECORDS)):
-                    set_aside(file, ".old")
+                    set_aside(file, OLD)
             elif last_time(Path(scratch, METRICS)) > last_time(self.folder / METRICS):
                 for name in stored:
                     Path(scratch, name).replace(self.folder / name)
