@@ -292,9 +292,9 @@ class ObjectStorage(RunStorage):
         pafs.copy_files(f"{self.path}/{name}", str(target), source_filesystem=self.filesystem, chunk_size=CHUNK_BYTES)
 
     def _upload(self, file: Path, target: str) -> None:
-        pafs.copy_files(  # several threads can lose parts of an upload: apache/arrow#32372
-            str(file), target, destination_filesystem=self.filesystem, chunk_size=CHUNK_BYTES, use_threads=False
-        )
+        # Not `pyarrow.fs.copy_files`: it does not raise an error if a part of the upload is refused (pyarrow 26.0.1).
+        with file.open("rb") as source, self.filesystem.open_output_stream(target) as stream:
+            shutil.copyfileobj(source, stream, CHUNK_BYTES)
 
     def _move(self, source: str, target: str) -> None:
         """Move all files by copying and then deleting them; if this is interrupted, source or target is complete."""
