@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import threading
 import time
@@ -221,20 +222,22 @@ def test_reading_stays_exactly_one_portion_ahead_from_the_start(
         assert int(path.read_text()) > portion * (of - 1), "a portion is read once the one before it is in use"
 
 
-def test_the_first_step_does_not_wait_for_a_process_of_ray_data(
-    plan: StreamPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    may_read = threading.Event()
+def test_the_first_step_does_not_wait_for_a_process_of_ray_data(plan: StreamPlan, tmp_path: Path) -> None:
+    may_read, own_process = tmp_path / "may-read", os.getpid()
 
-    def delayed(self: StepStream, start_position: int, n_steps: int) -> list[LocalSequences]:
-        assert may_read.wait(60)
-        return read(self, start_position, n_steps)
+    class Delayed(StepStream):
+        """Reads in other processes only when a file is there."""
 
-    read = StepStream._read_portion
-    monkeypatch.setattr(StepStream, "_read_portion", delayed)
-    stream = StepStream(plan, 1, 2).steps(192, 3)
+        def positions(self, start_position: int) -> np.ndarray:
+            deadline = time.monotonic() + 60
+            while os.getpid() != own_process and not may_read.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            return super().positions(start_position)
+
+    stream = Delayed(plan, 1, 2).steps(192, 3)
     steps_read = [next(stream)]
-    may_read.set()
+    may_read.touch()
     for local in [*steps_read, *stream]:
         assert_same(local, plan)
 
