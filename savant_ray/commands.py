@@ -347,7 +347,7 @@ def _serve(arguments: Sequence[str]) -> int:
 
     prepare_environment()
     try:
-        from savant_ray.serving.api import ServerSettings
+        from savant_ray.serving.openai_api import ServerSettings
         from savant_ray.serving.server import run_server
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("savant_ray"):
