@@ -18,7 +18,7 @@ from savant_ray.inference.decoder import Decoder, NewTokens
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
-from savant_ray.serving.protocol import ApiError, ChatRequest, CompletionRequest, parsed
+from savant_ray.serving.openai_protocol import ApiError, ChatRequest, CompletionRequest, parsed
 from tests.inference.test_decoder import sampling
 from tests.inference.test_generate import model_with
 
