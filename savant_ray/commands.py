@@ -130,7 +130,7 @@ def _data(arguments: Sequence[str]) -> int:
     refuse_deleted_folder()
     from savant_ray.driver import resolve_paths
     from savant_ray.driver.data_statistics import data_statistics
-    from savant_ray.reporting.text_statistics import print_text_statistics
+    from savant_ray.reporting.text_tables import print_text_statistics
 
     sources, plan = data_statistics(resolve_paths(config), full=options.full)
     print_text_statistics(sources, plan)
