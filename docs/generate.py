@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from pydantic import BaseModel
@@ -300,31 +300,193 @@ def prose(thing: Any) -> str:
     return "\n".join([text, "", *attributes]).strip()
 
 
-# Source files
+# Files
+
+
+class Entry(NamedTuple):
+    """A file, or a folder and what is in it."""
+
+    name: str
+    meaning: str
+    content: Sequence[Entry] = ()
+
+
+def tree(root: Entry) -> str:
+    """Return a drawing of a folder, with the meaning of each entry beside its name."""
+    lines = [(root.name, root.meaning), *branches(root.content)]
+    width = max(len(drawing) for drawing, _ in lines)
+    return "```text\n" + "".join(f"{drawing:<{width}}  {meaning}\n" for drawing, meaning in lines) + "```\n"
+
+
+def branches(entries: Sequence[Entry], indent: str = "") -> Iterator[tuple[str, str]]:
+    """Yield a drawn branch and its meaning for each entry and for everything below it."""
+    for entry in entries:
+        branch, below = ("└── ", "    ") if entry is entries[-1] else ("├── ", "│   ")
+        yield f"{indent}{branch}{entry.name}", entry.meaning
+        yield from branches(entry.content, indent + below)
+
+
+def run_folder() -> str:
+    """Return the tree of a run folder."""
+    from savant_ray.reporting import tensorboard
+    from savant_ray.reporting.page import REPORT
+    from savant_ray.reporting.record import METRICS, SAMPLES
+    from savant_ray.reporting.run_report import LOG
+    from savant_ray.training import profiling
+    from savant_ray.training.checkpoint import CONFIG
+
+    profile = [
+        Entry(f"rank0-step100{profiling.TRACE}", "the operations of rank 0 from step 100 on"),
+        Entry("rank0-step100-memory.pickle", "the use of GPU memory up to the end of the trace"),
+        Entry("rank0-step100-out-of-memory.pickle", "the use of GPU memory until an attempt ran out of it"),
+    ]
+    files = [
+        Entry("step_500/", "a checkpoint", checkpoint()),
+        Entry(METRICS, "one JSON object per event: every step, validation and checkpoint"),
+        Entry(SAMPLES, "the answers to validation.prompt"),
+        Entry(LOG, "what the terminal showed, over all attempts"),
+        Entry(CONFIG, "the settings of the newest attempt"),
+        Entry(
+            f"{tensorboard.FOLDER}/",
+            f"the numbers of {METRICS}",
+            [Entry("events.out.tfevents.…", "those of an attempt")],
+        ),
+        Entry(f"{profiling.FOLDER}/", "with training.profile", profile),
+        Entry(REPORT, "written by savant report"),
+        Entry(errors.TRACEBACK, "the traceback of an unexpected error, if there was one"),
+    ]
+    return tree(Entry("checkpoints_quickstart/", "<run.storage_path>/<run.name>", files))
+
+
+def checkpoint() -> Sequence[Entry]:
+    """Return the files of a checkpoint."""
+    from savant_ray.data.chat_template import SETTINGS_FILE, TEMPLATE_FILE
+    from savant_ray.reporting.record import METRICS
+    from savant_ray.training.checkpoint import CONFIG, MANIFEST, RECORDS, TOKENIZER, state_file
+
+    return [
+        Entry(state_file("step_500"), "weights, optimizer and position"),
+        Entry(CONFIG, "the settings"),
+        Entry(TOKENIZER, "the tokenizer"),
+        Entry(TEMPLATE_FILE, "the chat template of the tokenizer, if it has one"),
+        Entry(SETTINGS_FILE, "the special tokens of the chat template, if there is one"),
+        Entry(RECORDS, f"the lines of {METRICS} since the previous checkpoint"),
+        Entry(MANIFEST, "step, data fingerprint, size and SHA-256 of each file; written last"),
+    ]
+
+
+def other_files_of_a_run() -> str:
+    """Return the table of files that the program itself needs in a run folder, or that are there for some time."""
+    from savant_ray.reporting.record import DAMAGED_COPY, METRICS
+    from savant_ray.storage.local import DAMAGED
+    from savant_ray.storage.lock import LOCK, OLD
+    from savant_ray.storage.object_store import UNSENT
+    from savant_ray.storage.ray_snapshot import SNAPSHOT
+    from savant_ray.training.checkpoint import REPLACED, TEMPORARY, left_out_file, state_file
+
+    rows = [
+        (LOCK, "the process that trains the run"),
+        (".validate_storage_marker", "written by Ray Train when it checks the storage"),
+        (SNAPSHOT, "Ray Train's list of checkpoints; rewritten at each start"),
+        (f"step_500{DAMAGED}/", "a damaged checkpoint that was set aside; it is never deleted"),
+        (f"step_500.<random>{TEMPORARY}/", "a checkpoint that is being written or deleted"),
+        (f"step_500{REPLACED}/", "a checkpoint that is being replaced"),
+        (f"step_500{UNSENT}/", "with object storage: a checkpoint that could not be uploaded"),
+        (
+            state_file("step_500"),
+            "a file of the original script; converted into `step_500/` when an attempt first finds it, never changed or "
+            "deleted",
+        ),
+        (f"{METRICS}{DAMAGED_COPY}", "a copy of the record as it was before damaged lines were removed"),
+        (
+            left_out_file("<text>"),
+            "the sequences that `training.on_spike: rewind` has left out: pairs of the first position and the number of "
+            "sequences; read by each start and by `savant verify`",
+        ),
+        ("<file>.tmp", "a file that is being written"),
+        (f"<run.name>{OLD}/", "beside the run folder: the earlier run of this name, after `--fresh`"),
+    ]
+    return table(("name", "meaning"), [(f"`{name}`", meaning) for name, meaning in rows])
+
+
+def cache_folder() -> str:
+    """Return the tree of `data.cache_dir`."""
+    from savant_ray.data import content, deduplication, hub, overlap
+    from savant_ray.data.cache_builder import LOCK, TRAINED_TOKENIZER, UNFINISHED
+    from savant_ray.data.chat_template import SETTINGS_FILE, TEMPLATE_FILE
+    from savant_ray.data.shard_writer import shard_name, summary_name
+    from savant_ray.data.token_cache import CHECKED, MANIFEST
+    from savant_ray.data.tokenizer import TOKENIZER_FILE
+    from savant_ray.driver.data_preparation import USED_TOKENIZER
+    from savant_ray.training import compiler_cache
+
+    shard = Path(shard_name(0))
+    rows = [
+        Entry(shard.name, "packed tokens of a part of a file, in Arrow's IPC format"),
+        Entry(overlap.digests_path(shard).name, "64-bit digest of each document of the part"),
+        Entry(summary_name(0), "counts of the part and CRC-32 of the shard"),
+        Entry(MANIFEST, "totals and list of shards; written last"),
+        Entry(CHECKED, "size and times of the shards whose CRC-32 was verified"),
+    ]
+    duplicates = [
+        Entry(deduplication.scan_path(Path(), 0).name, "digests of a part, until the duplicates have been found"),
+        Entry(deduplication.duplicates_path(Path(), 0).name, "the duplicates in a part"),
+        Entry(deduplication.MARKED, "written when the duplicates in all parts have been found"),
+    ]
+    tokenizer = [
+        Entry(TOKENIZER_FILE, "the tokenizer"),
+        Entry(TEMPLATE_FILE, "its chat template, if it has one"),
+        Entry(SETTINGS_FILE, "the special tokens of the chat template, if there is one"),
+    ]
+    files = [
+        Entry("<name>-<hash>/", "token cache of a source, named after its first file", rows),
+        Entry(f"<name>-<hash>{UNFINISHED}/", "token cache that is being built; with data.deduplicate also", duplicates),
+        Entry(f"<name>-<hash>{LOCK}", "lock of the build of a token cache"),
+        Entry(f"{TRAINED_TOKENIZER}<hash>-<checksum>.json", "tokenizer that was trained on the text"),
+        Entry(f"{TRAINED_TOKENIZER}<hash>{LOCK}", "lock of the training of this tokenizer"),
+        Entry(f"{USED_TOKENIZER}<hash>/", "tokenizer of a run, for its workers", tokenizer),
+        Entry(f"{overlap.OVERLAP}<hash>.json", "number of validation documents that are in the training text"),
+        Entry(f"{overlap.DUPLICATES}<hash>.json", "number of duplicates in each source"),
+        Entry(content.HASHES, "SHA-256 of each file of the text"),
+        Entry(f"{hub.FOLDER}/", "downloads from the Hugging Face Hub and lists of the files there"),
+        Entry(f"{compiler_cache.FOLDER}/", "compiled code of the model, by PyTorch"),
+    ]
+    return tree(Entry("cache/", "data.cache_dir", files))
+
+
+def text_folder() -> str:
+    """Return the tree of the folder with the quickstart's text."""
+    from savant_ray.commands import QUICKSTART_FOLDER
+    from savant_ray.data.quickstart import CHAT_FILE, GENIUS_FILE, TRAIN_FILE, VALIDATION_FILE
+
+    files = [
+        Entry(TRAIN_FILE, "prose and word problems"),
+        Entry(VALIDATION_FILE, "held-out prose and problems"),
+        Entry(GENIUS_FILE, "problems of all templates"),
+        Entry(CHAT_FILE, "conversations, for configs/chat.yaml"),
+    ]
+    return tree(Entry(f"{QUICKSTART_FOLDER}/", "in the working directory", files))
 
 
 def source_files() -> str:
     """Return the package as a tree, with the first sentence of each module's docstring."""
     package = ROOT / "savant_ray"
-    lines = [("savant_ray/", module_summary(package / "__init__.py")), *tree_lines(package)]
-    width = max(len(drawing) for drawing, _ in lines)
-    return "```text\n" + "".join(f"{drawing:<{width}}  {text}\n" for drawing, text in lines) + "```\n"
+    return tree(Entry("savant_ray/", module_summary(package / "__init__.py"), modules(package)))
 
 
-def tree_lines(folder: Path, indent: str = "") -> Iterator[tuple[str, str]]:
-    """Yield a drawn branch and a summary for everything in a package: modules first, then subpackages."""
+def modules(folder: Path) -> list[Entry]:
+    """Return everything in a package: modules first, then subpackages."""
     files = tracked_files(f"{folder.relative_to(ROOT)}/*.py")
-    modules = [path for path in files if path.parent == folder and path.name != "__init__.py"]
+    own = [path for path in files if path.parent == folder and path.name != "__init__.py"]
     packages = [path for path in files if path.parent.parent == folder and path.name == "__init__.py"]
-    subpackages = [path.parent for path in packages if path.read_text(encoding="utf-8")]
-    entries = [*modules, *subpackages]
-    for path in entries:
-        branch, below = ("└── ", "    ") if path == entries[-1] else ("├── ", "│   ")
-        if path in modules:
-            yield f"{indent}{branch}{path.name}", module_summary(path)
-        else:
-            yield f"{indent}{branch}{path.name}/", module_summary(path / "__init__.py")
-            yield from tree_lines(path, indent + below)
+    return [
+        *(Entry(path.name, module_summary(path)) for path in own),
+        *(
+            Entry(f"{path.parent.name}/", module_summary(path), modules(path.parent))
+            for path in packages
+            if path.read_text(encoding="utf-8")
+        ),
+    ]
 
 
 def module_summary(module: Path) -> str:
@@ -353,6 +515,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "events": events_of_a_run,
     "ray metrics": ray_metrics,
     "python api": python_api,
+    "run folder": run_folder,
+    "other files of a run": other_files_of_a_run,
+    "cache folder": cache_folder,
+    "text folder": text_folder,
     "source files": source_files,
 }
 

@@ -130,7 +130,7 @@ def _data(arguments: Sequence[str]) -> int:
     refuse_deleted_folder()
     from savant_ray.driver import resolve_paths
     from savant_ray.driver.data_statistics import data_statistics
-    from savant_ray.reporting.text_statistics import print_text_statistics
+    from savant_ray.reporting.text_tables import print_text_statistics
 
     sources, plan = data_statistics(resolve_paths(config), full=options.full)
     print_text_statistics(sources, plan)
@@ -347,7 +347,7 @@ def _serve(arguments: Sequence[str]) -> int:
 
     prepare_environment()
     try:
-        from savant_ray.serving.api import ServerSettings
+        from savant_ray.serving.openai_api import ServerSettings
         from savant_ray.serving.server import run_server
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("savant_ray"):
@@ -455,10 +455,10 @@ def _report(arguments: Sequence[str]) -> int:
         help="file to write [RUN/report.html, with several runs ./report.html]",
     )
     options = parser.parse_args(arguments)
-    from savant_ray.reporting.page import write_page
+    from savant_ray.reporting.page import REPORT, write_page
     from savant_ray.storage.lock import is_in_use
 
-    path = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
+    path = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / REPORT
     write_page(options.runs, path, is_in_use)
     print(f"{path} is written; open it in a browser")
     return 0

@@ -270,22 +270,26 @@ def test_a_machine_without_a_usable_python_gets_the_packages_to_install(tmp_path
 
 @pytest.mark.parametrize("name", ["my conf.yaml", "it's mine.yaml", '"a" (1).yaml', "$HOME & co;#.yaml", "*.yaml"])
 def test_make_passes_the_settings_file_and_arguments_on_unchanged(name: str, tmp_path: Path) -> None:
-    python = tmp_path / "bin/python"
-    python.parent.mkdir()
-    python.write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")
-    python.chmod(0o755)
-    made = [f"VENV={tmp_path}", "--old-file", f"{tmp_path}/.installed"]
-    arguments = """ARGS=--validation.prompt 'one two' --run.name "it's" """
-    outside_make = {"PATH": os.environ["PATH"]}  # inside another make, make also prints the folder that it enters
+    """The settings are invalid, so `savant train` only names file and arguments."""
+    (tmp_path / name).write_text("run: {seed: none}")
+    (tmp_path / "environment").symlink_to(sys.prefix)
+    made = [f"VENV={tmp_path}/environment", "--old-file", f"{tmp_path}/environment/.installed"]  # nothing is installed
+    arguments = """ARGS=--training.max_steps 'one two' --checkpoint.keep "it's" """
+    outside_make = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+    }  # inside another make, make also prints folders
     done = subprocess.run(
-        ["make", "train", *made, f"CONFIG={name}", arguments],
+        ["make", "train", *made, f"CONFIG={tmp_path / name}", arguments],
         cwd=ROOT,
         env=outside_make,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"<jobs/train.py><--config><{name}><--validation.prompt><one two><--run.name><it's>"
+    assert done.returncode != 0
+    for invalid in (f"{tmp_path / name}: run.seed", "--training.max_steps", "--checkpoint.keep"):
+        assert f" {invalid}: expected a whole number, found " in done.stderr
+    assert all(f"found {value}\n" in done.stderr for value in ("none", "one two", "it's"))
 
 
 def test_an_environment_folder_with_spaces_is_refused() -> None:

@@ -20,7 +20,7 @@ from savant_ray.config import Config
 from savant_ray.data.packing import pack
 from savant_ray.data.quickstart.problems import problems
 from savant_ray.data.tokenizer import train_tokenizer
-from savant_ray.evaluation.loss import loss_sums
+from savant_ray.evaluation.held_out_loss import loss_sums
 from savant_ray.model.loss import IGNORED, cross_entropy_sum
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.device import autocast

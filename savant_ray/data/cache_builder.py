@@ -61,7 +61,9 @@ DATA_VERSION = 1  # of the rows: two caches with the same data fingerprint have 
 CONVERSATIONS_VERSION = 2  # of the rows of conversations; 1 had answers of weight 0 trained on
 PROGRESS_BYTES = 2 << 20  # between two progress reports of a task
 MAX_NAMED_EMPTY_FILES = 5  # in `empty_file_report`
-MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and ".unfinished" follow
+UNFINISHED, LOCK = ".unfinished", ".lock"  # suffixes of a cache that is being built, and of the lock of its build
+TRAINED_TOKENIZER = "tokenizer-"  # prefix of the file with a tokenizer that was trained on the text
+MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and `UNFINISHED` follow
 MAX_TRAINING_CHARACTERS = 128 << 20  # for training a tokenizer, which barely changes with more text
 
 Progress = Callable[[int, int], None]  # receives bytes done and total bytes
@@ -147,14 +149,14 @@ def train_or_load_tokenizer(
     files = [file for source in sources for file in source.files]
     hashes = content_hashes(files, cache_dir)
     identity = {"version": DATA_VERSION, "files": hashes, "vocab_size": vocab_size, **_reading_identity(sources)}
-    path = cache_dir / f"tokenizer-{fingerprint(identity)[:16]}.json"
+    path = cache_dir / f"{TRAINED_TOKENIZER}{fingerprint(identity)[:16]}.json"
 
     def train() -> None:
         content = train_tokenizer(_training_texts(sources), vocab_size).to_json()
         refuse_changed(files, hashes)
         write_atomically(_with_checksum(path, content), content)
 
-    _build_once(path.with_suffix(".lock"), lambda: _load_cached_tokenizer(path) is not None, train)
+    _build_once(path.with_suffix(LOCK), lambda: _load_cached_tokenizer(path) is not None, train)
     tokenizer = _load_cached_tokenizer(path)
     if tokenizer is None:
         raise DataError(f"{path.parent}: the tokenizer that was just written there cannot be read back")
@@ -270,8 +272,8 @@ class _Build:
         self._recipe = recipe
         self._identity = identity
         self._cache_dir = cache_dir
-        self._unfinished = self._folder_of(identity.of_rules).with_suffix(".unfinished")
-        self.lock = self._folder_of(identity.of_texts).with_suffix(".lock")
+        self._unfinished = self._folder_of(identity.of_rules).with_suffix(UNFINISHED)
+        self.lock = self._folder_of(identity.of_texts).with_suffix(LOCK)
         self._damage: list[str] = []
 
     @property

@@ -36,6 +36,7 @@ from savant_ray.locations import error_text, printable
 SCHEME = "hf://datasets/"
 PARQUET_COPY = "refs/convert/parquet"
 DEFAULT_REVISION = "main"
+FOLDER = "hub"  # of downloaded files, in `data.cache_dir`
 MAX_NAMED = 10  # configs or splits that an error names
 
 _REFERENCE = re.compile(r"(?P<repository>[^/@]+/[^/@]+)(@(?P<early>[^/]+))?(/(?P<config>[^/@*?]+))?(@(?P<late>.+))?")
@@ -83,7 +84,7 @@ def download(
     Raises:
         DataError: the data set, revision, config or split does not exist, is not accessible, or cannot be downloaded.
     """
-    folder = cache_dir / "hub"
+    folder = cache_dir / FOLDER
     with _errors_explained(dataset):
         commit, files = _find_files(dataset, splits, folder, notify)
         total, done = sum(files.values()), 0

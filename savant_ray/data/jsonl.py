@@ -14,9 +14,9 @@ from typing import Any
 
 import orjson
 
+from savant_ray.data.decoded_stream import DecodedStream, invalid_utf8, over_limit, split_lines
 from savant_ray.data.formats import BYTE_ORDER_MARK, FORMAT_SUFFIXES, data_suffix
 from savant_ray.data.records import InvalidRecordError, Part, Record, json_type
-from savant_ray.data.streams import DecodedStream, invalid_utf8, over_limit, split_lines
 
 
 def json_lines(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterator[Record]:

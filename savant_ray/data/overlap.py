@@ -22,6 +22,7 @@ from savant_ray.data.token_cache import TokenCache
 DIGEST_BYTES = 8
 MAX_DIGESTS = 1 << 22  # of distinct documents that are compared in one pass over all digests
 BLOCK_DIGESTS = 1 << 20  # digests of the training text in memory at a time
+OVERLAP, DUPLICATES = "overlap-", "duplicates-"  # prefixes of files with counts, in the folder of the token caches
 
 Digests = NDArray[np.uint64]
 
@@ -61,7 +62,7 @@ def count_overlapping_documents(validation: TokenCache, sources: Sequence[TokenC
     Returns None if one of the caches was written by a version that stored no digests.
     """
     identity = fingerprint({"validation": validation.fingerprint, "sources": [cache.fingerprint for cache in sources]})
-    path = validation.folder.parent / f"overlap-{identity[:16]}.json"
+    path = validation.folder.parent / f"{OVERLAP}{identity[:16]}.json"
     counts = _cached_counts(path, 1, lambda: [_count(validation, sources)])
     return None if counts is None else counts[0]
 
@@ -72,7 +73,7 @@ def count_duplicates(sources: Sequence[TokenCache], max_digests: int = MAX_DIGES
     Returns None if one of the caches was written by a version that stored no digests.
     """
     identity = fingerprint({"sources": [cache.fingerprint for cache in sources]})
-    path = sources[0].folder.parent / f"duplicates-{identity[:16]}.json"
+    path = sources[0].folder.parent / f"{DUPLICATES}{identity[:16]}.json"
     return _cached_counts(path, len(sources), lambda: _count_duplicates(sources, max_digests))
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+from savant_ray.data.decoded_stream import DecodedStream
 from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule
 from savant_ray.data.formats import TABLES
 from savant_ray.data.jsonl import json_lines
@@ -18,7 +19,6 @@ from savant_ray.data.readers.plain_text import text_blocks, text_document
 from savant_ray.data.readers.tables import TableReader, row_count, table_parts
 from savant_ray.data.records import MAX_RECORD_BYTES, UNBOUNDED, Part, Record
 from savant_ray.data.sources import LISTING_THREADS, SourceFile
-from savant_ray.data.streams import DecodedStream
 from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import error_text, is_uri, printable
 

@@ -28,6 +28,7 @@ from savant_ray.events import DataPrepared, TextCounts
 from savant_ray.reporting import RunReport
 
 MIB = 1 << 20
+USED_TOKENIZER = "tokenizer-used-"  # prefix of the folder with the tokenizer of a run, in `data.cache_dir`
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _write_tokenizer(tokenizer: Tokenizer, cache_dir: Path) -> Path:
     tokenizers do not change it.
     """
     files = tokenizer.files()
-    folder = cache_dir / f"tokenizer-used-{fingerprint(files)[:16]}"
+    folder = cache_dir / f"{USED_TOKENIZER}{fingerprint(files)[:16]}"
     for name, text in files.items():
         try:
             is_written = (folder / name).read_bytes() == text.encode()

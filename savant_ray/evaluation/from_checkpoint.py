@@ -17,6 +17,7 @@ from savant_ray.data.source_files import find_files
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
+from savant_ray.evaluation.held_out_loss import loss_sums
 from savant_ray.evaluation.logic_suite import (
     Answer,
     Question,
@@ -27,7 +28,6 @@ from savant_ray.evaluation.logic_suite import (
     total,
 )
 from savant_ray.evaluation.loop_statistics import loop_statistics
-from savant_ray.evaluation.loss import loss_sums
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
 from savant_ray.model.transformer import UniversalTransformer

@@ -21,6 +21,7 @@ from savant_ray.config import Config
 from savant_ray.data.order import GlobalOrder, rank_slice
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.evaluation.held_out_loss import bits_per_byte, loss_sums
 from savant_ray.evaluation.logic_suite import (
     BATCH_SIZE,
     GPU_BATCH_SIZE,
@@ -32,7 +33,6 @@ from savant_ray.evaluation.logic_suite import (
     total,
 )
 from savant_ray.evaluation.loop_statistics import LoopStatistics, loop_statistics
-from savant_ray.evaluation.loss import bits_per_byte, loss_sums
 from savant_ray.events import Event, LogicScored, Notice, SampleGenerated, ValidationDone
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling

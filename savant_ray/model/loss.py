@@ -48,15 +48,21 @@ def next_token_targets(tokens_BT: Tensor, document_ids_BT: Tensor, is_trained_BT
 
 
 def cross_entropy_sum(
-    x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, memory_limit_gb: float = 10.0, chunk_rows: int | None = None
+    x_BTD: Tensor,
+    head_VD: Tensor,
+    targets_BT: Tensor,
+    memory_limit_gb: float = 10.0,
+    chunk_rows: int | None = None,
+    drops_rows: bool | None = None,
 ) -> Tensor:
     """Return the cross entropy of logits `x @ head.T` summed over the targets that are not IGNORED: nats, fp32 scalar.
 
     `memory_limit_gb` (GiB, of the whole process) bounds the rows that a GPU computes at a time. `chunk_rows` replaces the
-    number of rows that is chosen for the device, CPU or GPU.
+    number of rows that is chosen for the device, and `drops_rows` whether rows without a target are dropped, as on a CPU,
+    or set to zero, as on a GPU.
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-    if x_BTD.device.type == "cpu":
+    if drops_rows if drops_rows is not None else x_BTD.device.type == "cpu":
         chunk_rows = chunk_rows or CPU_CHUNK_ROWS
         x_ND, targets_N = _rows_with_target(x_ND, targets_N)
     else:

@@ -42,6 +42,7 @@ from savant_ray.events import (
 from savant_ray.reporting.tensorboard import TensorBoard
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+DAMAGED_COPY = ".damaged"  # suffix of the copy of a file as it was before damaged lines were removed
 VALIDATION_KINDS = {event.kind for event in (ValidationDone, LogicScored, SampleGenerated)}
 ATTEMPT_KINDS = {  # kept when the record is reset to an earlier step
     event.kind
@@ -243,7 +244,7 @@ def _repair(path: Path) -> None:
     with path.open("rb") as file:
         lines = [parsed(line) for line in file]
     if None in lines:
-        shutil.copy2(path, path.with_name(f"{path.name}.damaged"))
+        shutil.copy2(path, path.with_name(f"{path.name}{DAMAGED_COPY}"))
         _rewrite(path, [line for line in lines if line is not None])
 
 

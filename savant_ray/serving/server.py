@@ -21,7 +21,7 @@ from savant_ray.inference.decoder import Decoder
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.sampling import Sampling
 from savant_ray.locations import absolute_path
-from savant_ray.serving.api import Api, ServerSettings
+from savant_ray.serving.openai_api import Api, ServerSettings
 from savant_ray.storage.run_storage import local_checkpoint
 
 APP = "savant"

@@ -20,6 +20,7 @@ from typing import IO
 from savant_ray.errors import SavantError, SettingsError
 
 LOCK = ".lock"
+OLD = ".old"  # suffix of a run folder that was moved aside
 RETRY_SECONDS = 0.5  # locking is retried for this time, because `is_in_use` of other processes locks the file briefly
 
 
@@ -32,7 +33,7 @@ def move_run_aside(run_folder: Path) -> Path | None:
     if not run_folder.exists():
         return None
     with locked(run_folder):
-        return set_aside(run_folder, ".old")
+        return set_aside(run_folder, OLD)
 
 
 def set_aside(path: Path, suffix: str) -> Path:

@@ -36,7 +36,7 @@ from savant_ray.reporting.record import METRICS, SAMPLES, last_time
 from savant_ray.reporting.run_report import LOG
 from savant_ray.storage.lease import Lease, Owner, leased, refuse_if_superseded
 from savant_ray.storage.local import DAMAGED
-from savant_ray.storage.lock import free_name, locked, set_aside
+from savant_ray.storage.lock import OLD, free_name, locked, set_aside
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import (
     CONFIG,
@@ -168,10 +168,10 @@ class ObjectStorage(RunStorage):
     def move_aside(self) -> str | None:
         with self.in_use():
             if self.folder.exists():
-                set_aside(self.folder, ".old")
+                set_aside(self.folder, OLD)
             if not self._list():
                 return None
-            target = free_name(f"{self.path}.old", lambda path: bool(self._list(path)))
+            target = free_name(f"{self.path}{OLD}", lambda path: bool(self._list(path)))
             self._move(self.path, target)
         return join_uri(parent_and_name(self.location)[0], quote(target.rpartition("/")[2]))
 
@@ -205,7 +205,7 @@ class ObjectStorage(RunStorage):
                 self._download(name, Path(scratch, name))
             if not stored:
                 for file in filter(Path.exists, (self.folder / name for name in RECORDS)):
-                    set_aside(file, ".old")
+                    set_aside(file, OLD)
             elif last_time(Path(scratch, METRICS)) > last_time(self.folder / METRICS):
                 for name in stored:
                     Path(scratch, name).replace(self.folder / name)
@@ -292,9 +292,9 @@ class ObjectStorage(RunStorage):
         pafs.copy_files(f"{self.path}/{name}", str(target), source_filesystem=self.filesystem, chunk_size=CHUNK_BYTES)
 
     def _upload(self, file: Path, target: str) -> None:
-        pafs.copy_files(  # several threads can lose parts of an upload: apache/arrow#32372
-            str(file), target, destination_filesystem=self.filesystem, chunk_size=CHUNK_BYTES, use_threads=False
-        )
+        # Not `pyarrow.fs.copy_files`: it does not raise an error if a part of the upload is refused (pyarrow 26.0.1).
+        with file.open("rb") as source, self.filesystem.open_output_stream(target) as stream:
+            shutil.copyfileobj(source, stream, CHUNK_BYTES)
 
     def _move(self, source: str, target: str) -> None:
         """Move all files by copying and then deleting them; if this is interrupted, source or target is complete."""

@@ -19,7 +19,7 @@ from savant_ray.config import Config, dump_yaml
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.errors import STOPPED_EARLY, SettingsError
 from savant_ray.locations import is_uri
-from savant_ray.reporting.page import write_page
+from savant_ray.reporting.page import REPORT, write_page
 from savant_ray.reporting.runs import RunSummary, summarize
 from savant_ray.reporting.wording import escape_controls, relative_path
 from savant_ray.storage.lock import is_in_use
@@ -69,7 +69,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
     _print_table(rows, list(space))
     runs = [Path(summary.folder) for _, summary in rows if summary is not None]
     if runs:
-        page = folder / "report.html"
+        page = folder / REPORT
         write_page(runs[:MAX_COMPARED], page, is_in_use)
         print(f"{escape_controls(relative_path(page))} compares the best runs; open it in a browser")
     if not all(result.error or (result.metrics or {}).get("done") for result in results) or not results:

@@ -42,10 +42,15 @@ RECORDS = "records.jsonl"
 FORMAT_VERSION = 1
 WEIGHTS, AVERAGE = "model_state_dict", "ema_state_dict"  # the latter only with `training.ema_decay`
 NO_FINGERPRINT = ""  # data fingerprint of a checkpoint whose training text is unknown
-REPLACED = ".replaced"
+TEMPORARY, REPLACED = ".tmp", ".replaced"  # suffixes while a checkpoint is written
 SYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # for folders, on some network file systems
 OLDER_SETTINGS = {"data.add_special_tokens": False}  # of checkpoints that were written before this setting existed
 _FOLDER = re.compile(r"step_(\d+)")
+
+
+def state_file(name: str) -> str:
+    """Return the name of the file with the training state in the checkpoint folder `name`."""
+    return f"{name}.pt"
 
 
 def write_checkpoint(
@@ -106,7 +111,7 @@ def remove_unfinished(run_folder: Path) -> None:
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             replaced.rename(folder)
-    for unfinished in run_folder.glob("step_*.tmp"):
+    for unfinished in run_folder.glob(f"step_*{TEMPORARY}"):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -123,13 +128,13 @@ def delete_folder(folder: Path) -> None:
 
 def _temporary(folder: Path) -> Path:
     """Return a path next to `folder` that no other process uses."""
-    return folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    return folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
 
 
 def _write_files(folder: Path, name: str, content: dict[str, Any], texts: Mapping[str, str]) -> None:
     """Write and sync all files of the checkpoint `name`, the manifest last."""
     folder.mkdir(parents=True)
-    save(content, folder / f"{name}.pt")
+    save(content, folder / state_file(name))
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
     (folder / MANIFEST).write_text(json.dumps(_manifest(folder, content), indent=1))
@@ -217,7 +222,7 @@ def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[st
         CheckpointError: a file is missing, truncated or altered, the folder was renamed, or the format version is unknown.
     """
     verify(folder)
-    content = load(folder / f"{folder.name}.pt", device)
+    content = load(folder / state_file(folder.name), device)
     savant = content.get("savant")
     if (version := savant.get("format_version") if isinstance(savant, dict) else None) != FORMAT_VERSION:
         raise CheckpointError(
@@ -339,7 +344,7 @@ def verify(folder: Path, *names: str) -> None:
         CheckpointError: a file is missing, truncated or altered.
     """
     files = read_manifest(folder)["files"]
-    for name in names or dict.fromkeys([*files, f"{folder.name}.pt"]):
+    for name in names or dict.fromkeys([*files, state_file(folder.name)]):
         if name not in files:
             raise CheckpointError(f"checkpoint {folder.name}: {MANIFEST} does not list {name}; was the folder renamed?")
         _verify_file(folder, name, files[name])

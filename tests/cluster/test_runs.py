@@ -85,6 +85,15 @@ def test_a_finished_run_has_all_its_files_and_records(finished: Finished) -> Non
     assert all(f"validation at step {step}" in log for step in (4, 8)) and samples[0]["prompt"].split("\n")[1] in log
 
 
+def test_the_reference_lists_every_file_of_a_run_its_cache_and_its_text(finished: Finished) -> None:
+    page = (ROOT / "docs/reference/run_folder.md").read_text()
+    listed = re.findall(r"^(?:[│├└─ ]+|\| `)([^ `]+?)/?[ `]", page, re.MULTILINE)
+    patterns = [re.sub(r"\d+", r"\\d+", re.escape(name).replace("…", ".*")) for name in listed]
+    patterns = [re.sub(r"<\w+>", r"\\w+", pattern) for pattern in patterns]
+    files = [path.name for folder in ("tiny", "cache", "dataset") for path in (finished.workplace / folder).rglob("*")]
+    assert [name for name in files if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
+
+
 def test_a_run_prints_missing_optional_sources_and_the_next_command(finished: Finished) -> None:
     assert "optional genius_dataset.jsonl" in finished.printed
     assert f"jobs/generate.py --checkpoint {finished.run}" in finished.printed

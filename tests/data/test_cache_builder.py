@@ -502,7 +502,7 @@ def test_only_the_first_invalid_lines_are_named(tmp_path: Path, byte_tokenizer: 
     report = invalid_line_report(prepare(expand(str(path)), byte_tokenizer, 32, tmp_path, range_bytes=500).manifest)
     assert len(report) == 101
     assert report[99].startswith("many.jsonl line 100: ")
-    assert report[100] == "… and 1,134 more invalid lines"
+    assert "1,134 more" in report[100]
 
 
 def test_a_tokenizer_is_trained_once(tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch) -> None:

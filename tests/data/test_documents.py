@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from savant_ray.config import Config, HeldOutConfig, SourceConfig
-from savant_ray.data import cache_builder, streams
+from savant_ray.data import cache_builder, decoded_stream
 from savant_ray.data.cache_builder import plan_source_parts, within_limits
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import Document, DocumentRule, SourceText, rule_of
@@ -297,7 +297,7 @@ def test_documents_are_counted_with_progress_and_only_if_there_may_be_more_than_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
 ) -> None:
     monkeypatch.setattr(cache_builder, "PROGRESS_BYTES", 100)
-    monkeypatch.setattr(streams, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(decoded_stream, "BLOCK_BYTES", 50)
     rows = [{"text": f"document {number}"} for number in range(40)]
     if name == "a.jsonl":
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from savant_ray.data import streams
+from savant_ray.data import decoded_stream
 from savant_ray.data.content import content_hashes
 from savant_ray.data.documents import TEXT_RULE, DocumentRule
 from savant_ray.data.readers import tables
@@ -131,7 +131,7 @@ def problems(records: list[Record]) -> dict[int, str]:
 
 @pytest.fixture(params=[1 << 20, 7], ids=["large blocks", "small blocks"])
 def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "BLOCK_BYTES", request.param)
+    monkeypatch.setattr(decoded_stream, "BLOCK_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("block_bytes")
@@ -202,7 +202,7 @@ def test_any_parts_of_a_text_have_each_block_once_in_order(
             blocks.append([])
     expected = ["\n".join(lines) for lines in blocks if lines]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "BLOCK_BYTES", block)
+        patch.setattr(decoded_stream, "BLOCK_BYTES", block)
         found = values(read(path, part_bytes, text_blocks=True))
     assert [value["text"] for value in found] == [text for text in expected if not text.isspace()]
 

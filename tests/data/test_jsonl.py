@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 
-from savant_ray.data import streams
+from savant_ray.data import decoded_stream
 from savant_ray.data.documents import TEXT_RULE, Document
 from savant_ray.data.record_reader import documents, open_records, plan_parts
 from savant_ray.data.records import Part
@@ -86,7 +86,7 @@ def test_any_texts_are_read_back_with_any_ranges_and_blocks(
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "BLOCK_BYTES", block_bytes)
+        patch.setattr(decoded_stream, "BLOCK_BYTES", block_bytes)
         assert [line.text for line in read(path, range_bytes) if line.text] == texts
 
 

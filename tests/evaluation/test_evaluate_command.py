@@ -13,8 +13,8 @@ from savant_ray.cli import main
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import train_tokenizer
 from savant_ray.evaluation.from_checkpoint import by_depth, held_out_rows, load_model
+from savant_ray.evaluation.held_out_loss import loss_sums
 from savant_ray.evaluation.logic_suite import logic_suite
-from savant_ray.evaluation.loss import loss_sums
 from savant_ray.model.flex import has_flex
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.original.file import read_file

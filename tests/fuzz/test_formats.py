@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from savant_ray.data import streams
+from savant_ray.data import decoded_stream
 from savant_ray.data.documents import TEXT_RULE
 from savant_ray.data.formats import CODECS, FORMAT_SUFFIXES
 from savant_ray.data.record_reader import open_records, plan_parts
@@ -144,7 +144,7 @@ def read(content: bytes, options: dict[str, Any], part_bytes: int, block: int) -
 def read_file(file: SourceFile, part_bytes: int, block: int) -> list[Record]:
     """Return the records of the parts, numbered from the start of the file."""
     records: list[Record] = []
-    with patch.object(streams, "BLOCK_BYTES", max(block, file.size // 100)):  # at most about 100 blocks
+    with patch.object(decoded_stream, "BLOCK_BYTES", max(block, file.size // 100)):  # at most about 100 blocks
         for part in plan_parts([file], max(part_bytes, file.size // 20)):
             before = len(records)
             with open_records(part, LIMIT) as reader:

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from savant_ray.data import streams
+from savant_ray.data import decoded_stream
 from savant_ray.data.documents import TEXT_RULE, Document
 from savant_ray.data.formats import BYTE_ORDER_MARK, CODECS
 from savant_ray.data.record_reader import open_records
@@ -84,7 +84,7 @@ def read(content: bytes, cuts: list[int], limit: int, block: int, suffix: str = 
     path.write_bytes(content)
     file = SourceFile(str(path), len(content), 0, encoding=CODECS.get(suffix, ""), format="jsonl")
     lines: list[Document] = []
-    with patch.object(streams, "BLOCK_BYTES", max(block, len(content) // 100)):  # at most about 100 blocks
+    with patch.object(decoded_stream, "BLOCK_BYTES", max(block, len(content) // 100)):  # at most about 100 blocks
         for start, stop in pairwise(cuts):
             before = len(lines)
             with open_records(Part(file, start, stop, stop - start), limit) as reader:

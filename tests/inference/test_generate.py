@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from savant_ray.config import ModelConfig
-from savant_ray.evaluation.loss import bits_per_byte, loss_sums
+from savant_ray.evaluation.held_out_loss import bits_per_byte, loss_sums
 from savant_ray.inference import decoder as decoder_module
 from savant_ray.inference.generate import generate, generate_many
 from savant_ray.inference.sampling import Sampling

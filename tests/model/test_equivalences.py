@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from savant_ray.config import ModelConfig
-from savant_ray.model import loss as loss_module
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
 from savant_ray.model.cpu_attention import _tanh_scores
 from savant_ray.model.flex import block_mask, capped_score
@@ -241,24 +241,23 @@ def test_recomputed_loops_give_the_same_loss_and_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.fixture(params=["cpu", "gpu"])
-def row_selection(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Rows without a target are dropped on a CPU, and set to zero in chunks of one size on a GPU, here of 8 rows."""
-    if request.param == "gpu":
-        monkeypatch.setattr(loss_module, "_rows_with_target", partial(loss_module._rows_for_whole_chunks, chunk_rows=8))
-    return str(request.param)
+@pytest.fixture(params=[True, False], ids=["cpu", "gpu"])
+def loss_sum(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """`cross_entropy_sum` as on a CPU, which drops rows without a target, and as on a GPU, which sets them to zero."""
+    return partial(cross_entropy_sum, drops_rows=request.param)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 8, 1000])
-@pytest.mark.usefixtures("row_selection")
-def test_the_loss_in_chunks_is_the_cross_entropy_of_the_full_logits(chunk_rows: int) -> None:
+def test_the_loss_in_chunks_is_the_cross_entropy_of_the_full_logits(
+    loss_sum: Callable[..., Tensor], chunk_rows: int
+) -> None:
     torch.manual_seed(2)
     x = torch.randn(2, 17, 24, dtype=torch.float64, requires_grad=True)
     head = torch.randn(61, 24, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 61, (2, 17))
     targets[0, 7:17] = IGNORED  # all targets of a chunk of 8
     expected = torch.nn.functional.cross_entropy((x @ head.T).flatten(0, 1), targets.flatten(), reduction="sum")
-    loss = cross_entropy_sum(x, head, targets, chunk_rows=chunk_rows)
+    loss = loss_sum(x, head, targets, chunk_rows=chunk_rows)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     for found, exact in zip(
         torch.autograd.grad(3 * loss, (x, head)), torch.autograd.grad(3 * expected, (x, head)), strict=True
@@ -266,14 +265,13 @@ def test_the_loss_in_chunks_is_the_cross_entropy_of_the_full_logits(chunk_rows: 
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("row_selection")
-def test_rows_without_a_target_do_not_affect_the_loss_and_have_zero_gradients() -> None:
+def test_rows_without_a_target_do_not_affect_the_loss_and_have_zero_gradients(loss_sum: Callable[..., Tensor]) -> None:
     x, head = torch.randn(1, 12, 8), torch.randn(5, 8, requires_grad=True)
     targets = torch.tensor([[1, 2, IGNORED, 0, IGNORED, IGNORED, 4, 3, 2, IGNORED, IGNORED, IGNORED]])
     results = []
     for value in (0.0, 1e30, float("nan")):
         values = x.masked_fill((targets == IGNORED)[..., None], value).requires_grad_()
-        loss = cross_entropy_sum(values, head, targets)
+        loss = loss_sum(values, head, targets)
         results.append([loss.detach(), *torch.autograd.grad(loss, (values, head))])
         assert not results[-1][1][targets == IGNORED].any()
     for result in results[1:]:
@@ -349,9 +347,8 @@ def test_a_gpu_computes_a_third_of_the_guides_micro_batch_at_a_time() -> None:
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("row_selection")
 def test_the_loss_under_autocast_is_within_a_thousandth_of_full_fp32_logits_and_two_percent_of_their_gradients(
-    stream: torch.dtype, weights: torch.dtype
+    loss_sum: Callable[..., Tensor], stream: torch.dtype, weights: torch.dtype
 ) -> None:
     torch.manual_seed(2)
     x = torch.randn(2, 40, 64).to(stream).requires_grad_()
@@ -361,7 +358,7 @@ def test_the_loss_under_autocast_is_within_a_thousandth_of_full_fp32_logits_and_
         (x.float() @ head.float().T).flatten(0, 1), targets.flatten(), reduction="sum"
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        loss = cross_entropy_sum(x, head, targets, chunk_rows=32)
+        loss = loss_sum(x, head, targets, chunk_rows=32)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, full, rtol=1e-3, atol=0)
     gradients = (torch.autograd.grad(each, (x, head)) for each in (loss, full))
@@ -378,24 +375,30 @@ def test_the_gradient_of_an_fp32_head_adds_up_in_fp32_under_autocast() -> None:
     assert torch.equal(head.grad, torch.tensor([[-512.0] * 4, [512.0] * 4]))
 
 
-def test_without_autograd_the_loss_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_autograd_the_loss_computes_no_gradients() -> None:
     """The head is a parameter that requires a gradient."""
-    gradients_asked_for, original = [], loss_module._chunk
-    monkeypatch.setattr(
-        loss_module, "_chunk", lambda *inputs: gradients_asked_for.append(inputs[3:]) or original(*inputs)
-    )
+
+    class Products(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.n += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+            return function(*args, **(kwargs or {}))
+
     x, head = torch.randn(1, 4, 8), torch.nn.Parameter(torch.randn(5, 8))
-    with torch.no_grad():
-        loss = cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64))
-    assert gradients_asked_for == [(None, None)] and not loss.requires_grad
-    assert torch.equal(loss, cross_entropy_sum(x, head, torch.ones(1, 4, dtype=torch.int64)))
+    targets = torch.ones(1, 4, dtype=torch.int64)
+    with Products() as products, torch.no_grad():
+        loss = cross_entropy_sum(x, head, targets)
+    with Products() as products_with_gradients:
+        expected = cross_entropy_sum(x, head, targets)
+    assert (products.n, products_with_gradients.n) == (1, 3) and not loss.requires_grad
+    assert torch.equal(loss, expected)
 
 
-@pytest.mark.usefixtures("row_selection")
-def test_a_batch_without_any_target_has_loss_zero_and_zero_gradients() -> None:
+def test_a_batch_without_any_target_has_loss_zero_and_zero_gradients(loss_sum: Callable[..., Tensor]) -> None:
     x = torch.randn(1, 4, 8, requires_grad=True)
     head = torch.randn(5, 8, requires_grad=True)
-    loss = cross_entropy_sum(x, head, torch.full((1, 4), IGNORED))
+    loss = loss_sum(x, head, torch.full((1, 4), IGNORED))
     loss.backward()
     assert loss == 0 and not x.grad.any() and not head.grad.any()
 
@@ -416,15 +419,16 @@ def test_a_token_that_is_not_trained_on_is_no_target_of_the_token_before_it() ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("row_selection")
-def test_hidden_states_before_a_masked_token_have_exactly_zero_gradient(dtype: torch.dtype) -> None:
+def test_hidden_states_before_a_masked_token_have_exactly_zero_gradient(
+    loss_sum: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
     x = torch.randn(2, 20, 8, dtype=dtype, requires_grad=True)
     head = torch.randn(61, 8, dtype=dtype, requires_grad=True)
     tokens, documents = torch.randint(0, 61, (2, 20)), torch.zeros(2, 20, dtype=torch.int64)
     is_trained = torch.rand(2, 20) < 0.4
     results = []
     for replacement in (tokens, torch.where(is_trained, tokens, 7)):
-        loss = cross_entropy_sum(x, head, next_token_targets(replacement, documents, is_trained))
+        loss = loss_sum(x, head, next_token_targets(replacement, documents, is_trained))
         results.append((loss, *torch.autograd.grad(loss, (x, head))))
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
     has_target = torch.nn.functional.pad(is_trained[:, 1:], (0, 1))

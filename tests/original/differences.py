@@ -27,7 +27,7 @@ from savant_ray.data.packing import pack
 from savant_ray.data.quickstart import GENIUS_FILE, TRAIN_FILE, VALIDATION_FILE, write_quickstart
 from savant_ray.data.token_cache import Sequences
 from savant_ray.data.tokenizer import train_tokenizer
-from savant_ray.evaluation.loss import loss_sums
+from savant_ray.evaluation.held_out_loss import loss_sums
 from savant_ray.optim.schedule import learning_rate
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, micro_batches, take_step

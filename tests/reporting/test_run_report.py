@@ -252,11 +252,12 @@ def test_a_notice_from_several_workers_is_printed_and_recorded_once(tmp_path: Pa
 def test_a_live_display_shows_sparkline_memory_limit_and_skipped_micro_batches(
     tmp_path: Path, clock: Clock, terminal: Terminal
 ) -> None:
-    with RunReport(tmp_path, console=open_console(terminal), clock=clock) as report:
+    console = open_console(terminal)
+    with RunReport(tmp_path, console=console, clock=clock) as report:
         report.add_event(attempt(max_steps=100, vram_limit_gb=10.0))
         report.add_event(step_done(1, train_loss=6.0, skipped_micro_batches=2))
         report.add_event(step_done(2, train_loss=5.0, share_of_peak=0.543))
-        report._console.print("drawn")  # above the live part, which is drawn anew with it
+        console.print("drawn")  # above the live part, which is drawn anew with it
     shown = terminal.getvalue()
     assert "loss 5.0000 █▁ · rate 2.00e-05 · gradient norm 0.91" in shown
     assert "54 % of peak · 3.2 of 10 GiB · 2 skipped" in shown

@@ -55,9 +55,9 @@ class Fake:
         return [line["step"] for line in self.lines if line["event"] == event]
 
 
-def launch(folder: Path, first: int, last: int, tracker: Any, finished: bool = False) -> Record:
+def launch(folder: Path, first: int, last: int, tracker: Fake | TrackerFollower, finished: bool = False) -> Record:
     """Record an attempt from after `first` to `last`."""
-    record = Record(folder, [TrackerFollower("Fake", tracker)])
+    record = Record(folder, [TrackerFollower("Fake", tracker) if isinstance(tracker, Fake) else tracker])
     record.append(attempt(first, settings=SETTINGS))
     record.rewind(first, repeats_validation=False)
     for step in range(first + 1, last + 1):
@@ -146,8 +146,8 @@ def test_mlflow_has_the_numbers_of_the_record_over_all_attempts(
     address = f"sqlite:///{tmp_path / 'mlflow.db'}"
     (tmp_path / "run").mkdir()
     for first, last in ((0, 12), (10, 20)):
-        (tracking_,) = open_trackers(ReportingConfig(mlflow=address), "tiny")
-        record = launch(tmp_path / "run", first, last, tracking_._tracker, finished=last == 20)
+        (tracker,) = open_trackers(ReportingConfig(mlflow=address), "tiny")
+        record = launch(tmp_path / "run", first, last, tracker, finished=last == 20)
         record.close()
         assert record.warnings() == []
     client = MlflowClient(tracking_uri=address)
@@ -169,8 +169,8 @@ def test_weights_and_biases_stores_a_run_offline(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(tracking, "CLOSE_TIMEOUT", 60.0)
     (tmp_path / "run").mkdir()
-    (tracking_,) = open_trackers(ReportingConfig(wandb="savant"), "tiny")
-    record = launch(tmp_path / "run", 0, 12, tracking_._tracker, finished=True)
+    (tracker,) = open_trackers(ReportingConfig(wandb="savant"), "tiny")
+    record = launch(tmp_path / "run", 0, 12, tracker, finished=True)
     record.close()
     assert record.warnings() == []
     (kept,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")

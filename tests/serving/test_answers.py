@@ -18,7 +18,7 @@ from savant_ray.inference.decoder import Decoder, NewTokens
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
-from savant_ray.serving.protocol import ApiError, ChatRequest, CompletionRequest, parsed
+from savant_ray.serving.openai_protocol import ApiError, ChatRequest, CompletionRequest, parsed
 from tests.inference.test_decoder import sampling
 from tests.inference.test_generate import model_with
 
@@ -144,7 +144,7 @@ class LocalAnswer:
 def local_api(tokenizer: Tokenizer, replica: LocalReplica, max_answers: int = 10) -> Any:
     """Return the ASGI application of a server with this replica."""
     pytest.importorskip("ray.serve", reason="needs the extra serve")
-    from savant_ray.serving.api import Api, ServerSettings
+    from savant_ray.serving.openai_api import Api, ServerSettings
 
     settings = ServerSettings("tiny", max_batch=1, max_queue=max_answers - 1)
     return Api(replica, tokenizer, Config.from_dict({}), settings).asgi()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import shutil
@@ -9,7 +10,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,6 +18,7 @@ from savant_ray.driver.checks import check_before_start
 from savant_ray.driver.record_upload import RecordUploader
 from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.storage.lease import LEASE
 from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.storage.ray_snapshot import SNAPSHOT
@@ -67,27 +68,24 @@ def test_a_run_in_object_storage_can_have_any_name_that_is_valid_for_a_folder(
 
 
 def test_the_manifest_is_uploaded_last_so_that_an_interrupted_upload_is_not_a_checkpoint(
-    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore
 ) -> None:
     keep(storage_a, 1)
-    sent: list[str] = []
-    upload = ObjectStorage._upload
 
-    def dying(self: ObjectStorage, file: Path, target: str) -> None:
-        if file.name == MANIFEST:
-            raise OSError("the power is gone")
-        sent.append(file.name)
-        upload(self, file, target)
+    def refuse_manifest(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith(f"step_2/{MANIFEST}"):
+            raise PermissionError
 
-    monkeypatch.setattr(ObjectStorage, "_upload", dying)
+    store.before = refuse_manifest
     write(storage_a.folder, 2)
     files = {file.name for file in (storage_a.folder / "step_2").iterdir()}
-    with pytest.raises(OSError, match=r"power.* complete in .*step_2\.unsent on this node"):
+    store.requests.clear()
+    with pytest.raises(OSError, match=r"complete in .*step_2\.unsent on this node"):
         storage_a.commit(storage_a.folder / "step_2")
+    *sent, last = (path.rpartition("/")[2] for method, path in store.requests if method == "PUT" and "/step_2/" in path)
     assert {file.name for file in (storage_a.folder / "step_2.unsent").iterdir()} == files
-    assert (
-        set(sent) == files - {MANIFEST} and sent[-1] == "step_2.pt" and f"step_2/{sent[0]}" in store.names("runs/run")
-    )
+    assert last == MANIFEST and set(sent) == files - {MANIFEST} and sent[-1] == "step_2.pt"
+    assert f"step_2/{sent[0]}" in store.names("runs/run")
     messages: list[str] = []
     assert find_start(storage_b, messages.append) == storage_b.folder / "step_1"
     assert len(messages) == 1 and "set aside as step_2.damaged" in messages[0], "weights are never deleted silently"
@@ -215,14 +213,20 @@ def test_fresh_moves_a_run_in_object_storage_aside_and_loses_nothing(
 
 
 @pytest.mark.parametrize("survived", range(10))
-def test_fresh_killed_at_any_moment_loses_nothing(
-    survived: int, storage_a: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fresh_killed_at_any_moment_loses_nothing(survived: int, storage_a: ObjectStorage, store: ObjectStore) -> None:
     keep(storage_a, 1)
     weights = store.read("runs/run/step_1/step_1.pt")
-    storage_a.filesystem = DyingAfter(storage_a.filesystem, survived)  # type: ignore[assignment]
-    with pytest.raises(OSError, match="the power"):
-        storage_a._move(storage_a.path, f"{storage_a.path}.old")
+    changes = itertools.count()
+
+    def die(method: str, path: str) -> None:
+        """Refuse all changes after the first `survived` ones of files other than the lease."""
+        if method in ("PUT", "POST", "DELETE") and not path.endswith(LEASE) and next(changes) >= survived:
+            raise PermissionError
+
+    store.before = die
+    with pytest.raises(OSError, match="ACCESS_DENIED|AccessDenied|403"):
+        storage_a.move_aside()
+    store.before = lambda method, path: None
     again = ObjectStorage(storage_a.location, storage_a.folder)
     said: list[str] = []
     with suppress(CheckpointError):
@@ -231,20 +235,6 @@ def test_fresh_killed_at_any_moment_loses_nothing(
     assert weights in there.values()
     whole = [name for name in store.names("runs") if name.endswith("step_1/manifest.json")]
     assert whole and all(f"{name.rpartition('/')[0]}/step_1.pt" in there for name in whole)
-
-
-class DyingAfter:
-    """A file system whose process dies after a number of copies and deletions."""
-
-    def __init__(self, filesystem: Any, moments: int) -> None:
-        self._filesystem, self._moments = filesystem, moments
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("copy_file", "delete_file", "delete_dir"):
-            if self._moments == 0:
-                raise OSError("the power is gone")
-            self._moments -= 1
-        return getattr(self._filesystem, name)
 
 
 def test_a_checkpoint_in_object_storage_can_be_named_by_its_uri(storage_a: ObjectStorage, store: ObjectStore) -> None:

@@ -24,7 +24,7 @@ from savant_ray.model import flex
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training import device as device_module
 from savant_ray.training.compiler_cache import VARIABLE, keep_compiled_code
-from savant_ray.training.device import compile_block
+from savant_ray.training.device import compile_block, runs_compiled
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
 from tests.training.test_fitting import validated, validator
@@ -67,7 +67,7 @@ def test_auto_compiles_where_it_pays(
 ) -> None:  # fmt: skip
     with_tools(monkeypatch, compiler=True, headers=True)
     note = compile_block(model, setting, device, precision)
-    assert (model.recurrent_block._compiled_call_impl is not None) == compiles
+    assert runs_compiled(model, CPU) == compiles
     assert (note is not None) == compiles, "the first step takes longer"
 
 
@@ -156,27 +156,44 @@ def test_auto_names_the_tool_that_is_missing_and_continues_uncompiled(
     with_tools(monkeypatch, compiler, headers)
     note = compile_block(model, "auto", device, "bf16") or ""
     assert note.startswith(named) and "not found: training runs uncompiled" in note
-    assert model.recurrent_block._compiled_call_impl is None
+    assert not runs_compiled(model, CPU)
+
+
+@pytest.fixture
+def nothing_known_of_the_device() -> Iterator[None]:
+    flex.has_flex.cache_clear()
+    yield
+    flex.has_flex.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("head_dim", "compiler", "headers", "has"),
     [(64, True, True, True), (8, True, True, False), (64, False, True, False), (64, True, False, False)],
 )
+@pytest.mark.usefixtures("nothing_known_of_the_device")
 def test_a_gpu_needs_a_c_compiler_pythons_headers_and_heads_of_16_for_flex_attention(
     head_dim: int, compiler: bool, headers: bool, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_tools(monkeypatch, compiler, headers)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    assert flex.has_flex.__wrapped__(CUDA, head_dim) == has
-    assert not flex.has_flex.__wrapped__(CPU, head_dim)
+    assert flex.has_flex(CUDA, head_dim) == has
+    assert not flex.has_flex(CPU, head_dim)
 
 
-def test_attention_by_itself_may_be_compiled_for_as_many_shapes_as_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.compile", lambda function, **_: function)
-    flex._compiled.__wrapped__()
-    assert torch._dynamo.config.recompile_limit == flex.MAX_COMPILED_SHAPES == 64
+ATTENTION = """
+import torch
+from types import SimpleNamespace
+from savant_ray.model.flex import flex
+torch.compile = lambda function, **options: lambda *inputs, **named: None
+flex(SimpleNamespace(is_cuda=True), None, None, mask=None, soft_cap=50.0)
+print(torch._dynamo.config.recompile_limit)
+"""
+
+
+def test_attention_by_itself_may_be_compiled_for_as_many_shapes_as_the_block() -> None:
+    done = subprocess.run([sys.executable, "-c", ATTENTION], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == flex.MAX_COMPILED_SHAPES == 64
 
 
 def compiled_state(config: Config, backend: Any = "aot_eager") -> TrainingState:

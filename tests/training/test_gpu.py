@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from savant_ray.config import Config
-from savant_ray.evaluation.loss import loss_sums
+from savant_ray.evaluation.held_out_loss import loss_sums
 from savant_ray.events import Event, ValidationDone
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling

@@ -77,13 +77,33 @@ def test_a_step_on_a_cpu_takes_the_memory_that_the_steps_before_have_freed() -> 
     assert int(output.stdout) < 1000  # in the last round, of 40,960 pages
 
 
+class FakeNVML:
+    """NVML on a machine with one GPU: the bytes that each process holds, the calls, and whether they fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.memory: dict[int, int] = {}
+        self.calls: list[str] = []
+        self.fails_at = ""
+        monkeypatch.setattr(pynvml, "nvmlInit", lambda: self._call("init"))
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: self._call("handle"))
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: self._processes())
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.fails_at:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
+
+    def _processes(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in self.memory.items()]
+
+
 class FakeGPU:
     """A GPU of 12 GiB: memory reserved by the allocator, and memory held outside it, in GiB."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, by_nvml: float | None = None) -> None:
         self.total, self.reserved, self.outside, self.fraction = 12.0, 0.0, 0.5, 1.0
         for name, answer in {
-            "get_device_properties": lambda device: SimpleNamespace(total_memory=int(self.total * GIB)),
+            "get_device_properties": lambda device: SimpleNamespace(total_memory=int(self.total * GIB), uuid="7"),
             "memory_reserved": lambda device: int(self.reserved * GIB),
             "mem_get_info": lambda device: tuple(
                 int(x * GIB) for x in (self.total - self.reserved - self.outside, self.total)
@@ -92,9 +112,8 @@ class FakeGPU:
             "empty_cache": self.empty_cache,
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
-        monkeypatch.setattr(
-            device_module, "_held_by_process", lambda device: None if by_nvml is None else int(by_nvml * GIB)
-        )
+        nvml = FakeNVML(monkeypatch)
+        nvml.memory = {} if by_nvml is None else {os.getpid(): int(by_nvml * GIB)}
 
     def set_fraction(self, fraction: float, index: int | None) -> None:
         assert index is None or isinstance(index, int), "PyTorch refuses a device without a number"
@@ -116,38 +135,30 @@ def test_without_nvml_memory_that_is_not_free_counts_up_to_2_gib(
     assert device_module.outside_allocator_gb(CUDA) == pytest.approx(0.25, abs=1e-6), "NVML can tell processes apart"
 
 
-def test_nvml_that_is_missing_or_does_not_see_the_process_knows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7"))
-    monkeypatch.setattr(pynvml, "nvmlInit", missing)
-    assert device_module._held_by_process(CUDA) is None
-    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
-    other = SimpleNamespace(pid=-1, usedGpuMemory=5)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: [other])
-    assert device_module._held_by_process(CUDA) is None
+@pytest.mark.parametrize("problem", ["cannot be initialized", "knows no such GPU", "does not see the process"])
+def test_nvml_that_is_missing_or_does_not_see_the_process_is_not_used(
+    problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, nvml = FakeGPU(monkeypatch), FakeNVML(monkeypatch)
+    if problem == "does not see the process":
+        nvml.memory = {-1: 5 * GIB}
+    else:
+        nvml.memory, nvml.fails_at = {os.getpid(): 5 * GIB}, "handle"
+        device_module.outside_allocator_gb(CUDA)  # after a failure it is initialized again
+        nvml.fails_at = "init" if problem == "cannot be initialized" else "handle"
+    assert device_module.outside_allocator_gb(CUDA) == pytest.approx(gpu.outside, abs=1e-6)
 
 
 def test_nvml_is_initialized_once_and_again_only_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    def handle(uuid: str) -> str:
-        calls.append("handle")
-        if len(calls) == 2:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
-        return uuid
-
-    mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=5)
-    device_module._initialize_nvml.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7"))
-    monkeypatch.setattr(pynvml, "nvmlInit", lambda: calls.append("init"))
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: [mine])
-    assert [device_module._held_by_process(CUDA) for _ in range(3)] == [None, 5, 5]
-    assert calls == ["init", "handle", "init", "handle", "handle"]
-    device_module._initialize_nvml.cache_clear()
+    FakeGPU(monkeypatch)
+    nvml = FakeNVML(monkeypatch)
+    nvml.memory = {os.getpid(): GIB}
+    for _ in range(2):
+        nvml.fails_at = "handle"
+        device_module.outside_allocator_gb(CUDA)
+        nvml.fails_at, nvml.calls = "", []
+        assert [device_module.outside_allocator_gb(CUDA) for _ in range(3)] == [1.0, 1.0, 1.0]
+        assert nvml.calls == ["init", "handle", "handle", "handle"]
 
 
 def test_the_second_cap_subtracts_what_libraries_hold_and_frees_cached_blocks_beyond_it(

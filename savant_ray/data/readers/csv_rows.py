@@ -13,9 +13,9 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 
+from savant_ray.data.decoded_stream import DecodedStream, invalid_utf8, over_limit, split_lines
 from savant_ray.data.formats import BYTE_ORDER_MARK, data_suffix
 from savant_ray.data.records import InvalidRecordError, Part, Record
-from savant_ray.data.streams import DecodedStream, invalid_utf8, over_limit, split_lines
 from savant_ray.errors import DataError
 from savant_ray.locations import printable
 

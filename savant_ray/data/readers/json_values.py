@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from savant_ray.data.decoded_stream import DecodedStream, over_limit
 from savant_ray.data.formats import BYTE_ORDER_MARK
 from savant_ray.data.jsonl import json_record
 from savant_ray.data.records import Part, Record
-from savant_ray.data.streams import DecodedStream, over_limit
 
 _OUTSIDE_STRING = re.compile(rb'["{}\[\],]')
 _INSIDE_STRING = re.compile(rb'"|\\.', re.DOTALL)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from savant_ray.data.decoded_stream import DecodedStream, invalid_utf8, over_limit, split_lines
 from savant_ray.data.formats import BYTE_ORDER_MARK
 from savant_ray.data.records import Part, Record, is_blank
-from savant_ray.data.streams import DecodedStream, invalid_utf8, over_limit, split_lines
 
 
 def text_document(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iterator[Record]:

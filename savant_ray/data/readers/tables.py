@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from savant_ray.data.decoded_stream import over_limit
 from savant_ray.data.formats import ARROW_STREAM_MAGIC
 from savant_ray.data.records import UNBOUNDED, Part, Record
 from savant_ray.data.sources import SourceFile
-from savant_ray.data.streams import over_limit
 from savant_ray.errors import DataError
 from savant_ray.locations import error_text, is_uri, printable
 

@@ -5,6 +5,6 @@ charts    its curves, reduced to the points that a screen can show
 page      the HTML file, with the timeline of attempts
 """
 
-from savant_ray.reporting.page.page import write_page
+from savant_ray.reporting.page.page import REPORT, write_page
 
-__all__ = ["write_page"]
+__all__ = ["REPORT", "write_page"]

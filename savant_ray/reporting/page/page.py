@@ -24,6 +24,7 @@ from savant_ray.reporting.page.history import Attempt, History, read_history
 from savant_ray.reporting.runs import ago
 from savant_ray.reporting.wording import duration, escape_controls, percent
 
+REPORT = "report.html"  # in the run folder, unless another file is named
 MAX_SAMPLES = 30  # steps with a sample on the page
 MAX_PAUSE = 0.03  # between attempts on the timeline, as a fraction of the training time
 MIN_BAR = 0.004  # width as a fraction of the training time, so that short attempts are visible

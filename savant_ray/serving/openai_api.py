@@ -31,7 +31,7 @@ from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
 from savant_ray.inference.answer_text import AnswerText, TurnEnd, conversation_ids, turn_end
 from savant_ray.inference.sampling import Sampling
-from savant_ray.serving.protocol import ApiError, ChatRequest, Completion, CompletionRequest, Request, parsed
+from savant_ray.serving.openai_protocol import ApiError, ChatRequest, Completion, CompletionRequest, Request, parsed
 
 MAX_BODY_BYTES = 1 << 20
 
