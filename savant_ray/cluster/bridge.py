@@ -67,21 +67,24 @@ class HeartbeatTable:
         self._ended: set[str] = set()  # actors of earlier groups, whose last heartbeats may still arrive
 
     def add(self, progress: WorkerProgress) -> bool:
-        """Count a heartbeat of a worker; return whether it is the first of a new group.
+        """Count a heartbeat of a worker; return whether it shows that a new group has started.
 
         Actors of another group size, or with this rank, belong to an earlier group: Ray Train starts new actors to resize.
+        If the event that they were lost has not arrived, each rank of the new group shows it.
         """
         if progress.actor_id in self._ended:
             return False
+        is_new = False
         for heartbeat in self.all:
             earlier = heartbeat.progress
             is_replaced = earlier.rank == progress.rank and earlier.actor_id != progress.actor_id
             if is_replaced or earlier.world_size != progress.world_size:
                 self._end(earlier)
-        is_first = not self._by_rank
+                is_new = True
+        is_new = is_new or not self._by_rank
         known = self._by_rank.get(progress.rank)
         self._by_rank[progress.rank] = LatestHeartbeat(progress, known.number + 1 if known else 1)
-        return is_first
+        return is_new
 
     def clear(self) -> None:
         """Forget all workers: their group has ended."""

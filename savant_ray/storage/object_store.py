@@ -293,7 +293,8 @@ class ObjectStorage(RunStorage):
 
     def _upload(self, file: Path, target: str) -> None:
         # Not `pyarrow.fs.copy_files`: it does not raise an error if a part of the upload is refused (pyarrow 26.0.1).
-        with file.open("rb") as source, self.filesystem.open_output_stream(target) as stream:
+        # By default the stream would compress files whose names end in .gz once more.
+        with file.open("rb") as source, self.filesystem.open_output_stream(target, compression=None) as stream:
             shutil.copyfileobj(source, stream, CHUNK_BYTES)
 
     def _move(self, source: str, target: str) -> None:

@@ -230,6 +230,7 @@ class RayHost:
             SavantError: another process has taken over the run.
             OSError: the storage failed.
         """
+        PROGRESS.begin("storing a file in the run folder", STORAGE)
         self._storage.check_owner()
         return self._storage.store_file(file, name)
 

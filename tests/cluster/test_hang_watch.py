@@ -357,6 +357,14 @@ def test_the_first_heartbeat_of_any_rank_begins_a_group_and_late_ones_of_earlier
             assert newest.all == []
 
 
+def test_a_group_of_the_same_size_is_new_even_if_the_loss_of_the_earlier_one_was_never_reported() -> None:
+    table, earlier, later = HeartbeatTable(), Group(2), Group(2)
+    later.attempt = earlier.attempt + 1
+    assert [table.add(earlier.heartbeats(rank).progress) for rank in (0, 1)] == [True, False]
+    assert table.add(later.heartbeats(1).progress) and not table.add(earlier.heartbeats(1).progress)
+    assert table.add(later.heartbeats(0).progress) and not table.add(later.heartbeats(0).progress)
+
+
 @pytest.mark.parametrize("absent", range(3))
 def test_whichever_worker_hangs_before_its_first_heartbeat_all_are_restarted(absent: int) -> None:
     group, newest, phase = Group(3), HeartbeatTable(), AttemptPhase()

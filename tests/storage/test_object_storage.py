@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import resource
@@ -168,13 +169,15 @@ def test_a_profile_is_stored_beside_the_checkpoints_and_moved_with_them(
     storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
     keep(storage_a, 1)
-    trace = tmp_path / "trace"
-    trace.write_bytes(b"trace")
-    assert storage_a.store_file(trace, "profile/rank0") == store.uri("runs/run/profile/rank0")
+    trace, name = tmp_path / "trace", "profile/rank0-step2.pt.trace.json.gz"
+    trace.write_bytes(gzip.compress(b"trace"))
+    assert storage_a.store_file(trace, name) == store.uri(f"runs/run/{name}")
+    with storage_a.filesystem.open_input_file(f"{storage_a.path}/{name}") as stored:
+        assert stored.read() == trace.read_bytes(), "not compressed a second time"
     storage_a.remove_unfinished()
-    assert "profile/rank0" in store.names("runs/run") and storage_a.checkpoints() == ["step_1"]
+    assert name in store.names("runs/run") and storage_a.checkpoints() == ["step_1"]
     assert storage_a.move_aside() == store.uri("runs/run.old")
-    assert "profile/rank0" in store.names("runs/run.old")
+    assert name in store.names("runs/run.old")
 
 
 def test_what_rewinds_have_left_out_is_read_on_another_machine_also_without_a_checkpoint(
