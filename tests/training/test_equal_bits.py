@@ -132,7 +132,7 @@ def damaged_run(rank: int, world_size: int, damage: str) -> tuple[str, list[tupl
     config = Config.from_dict(settings)
     state, host = new_state(config, CPU), RecordingHost(rank)
 
-    def local_batches() -> Iterator[list[MicroBatch]]:
+    def ordered_batches() -> Iterator[list[MicroBatch]]:
         for step, local_batch in enumerate(local_batches(state, config, rank, world_size)):
             if step == 2 and rank == world_size - 1:
                 assert state.average is not None
@@ -142,7 +142,7 @@ def damaged_run(rank: int, world_size: int, damage: str) -> tuple[str, list[tupl
             yield local_batch
 
     try:
-        train(state, config, local_batches(), host)
+        train(state, config, ordered_batches(), host)
     except RanksDifferError as error:
         return str(error), host.saved
     return "", host.saved
