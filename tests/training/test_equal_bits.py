@@ -32,6 +32,7 @@ from tests.training.tiny import (
     CPU,
     MODEL,
     RecordingHost,
+    local_batches,
     micro_batch,
     never,
     rank_micro_batches,
