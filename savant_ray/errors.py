@@ -83,7 +83,7 @@ class UnexpectedError(SavantError):
 
 
 def error_class(name: str, default: type[SavantError]) -> type[SavantError]:
-    """Return the subclass of `SavantError` with this name, or `default` if there is none."""
+    """Return the subclass of `SavantError` with this name, or `default`."""
     return next((subclass for subclass in SavantError.__subclasses__() if subclass.__name__ == name), default)
 
 

@@ -5,7 +5,7 @@ allocator. On a CPU the model has half the default dimension; on a GPU it is the
 our process is under the memory cap. Both use the dtype in which the device computes `training.precision: bf16`.
 
 The figures `deterministic` compare our step with itself, with and without `training.deterministic`. Its step has 16
-micro-batches, because the sums that it keeps become more with their number.
+micro-batches, because the number of sums in memory grows with them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run() -> Figures:
     device = benchmark_device()
     figures: Figures = {}
     for name, case in (CASES_ON_A_GPU if device.type == "cuda" else CASES).items():
-        with _process(_baseline, case, device) as reference, _process(_ours, case, device) as savant:
+        with _process(_baseline, case, device) as reference, _process(_savant, case, device) as savant:
             peaks, reference_times, savant_times = alternate(
                 ROUNDS, lambda: peak_flops_per_second(device), reference, savant
             )
@@ -79,7 +79,7 @@ def run() -> Figures:
 def _cost_of_determinism(device: torch.device) -> Figures:
     """Measure the speed and memory of deterministic steps relative to others."""
     case = DETERMINISTIC_CASE_ON_A_GPU if device.type == "cuda" else DETERMINISTIC_CASE
-    processes = [_process(functools.partial(_ours, deterministic=setting), case, device) for setting in (True, False)]
+    processes = [_process(functools.partial(_savant, deterministic=setting), case, device) for setting in (True, False)]
     with processes[0] as deterministic, processes[1] as other:
         times, other_times = alternate(ROUNDS, deterministic, other)
         gb, other_gb = deterministic.peak_gb(), other.peak_gb()
@@ -176,7 +176,7 @@ def _baseline(case: Case, device: torch.device) -> Callable[[], object]:
     return lambda: baseline.take_step(model, optimizer, rows.split(Config().training.batch_size))
 
 
-def _ours(case: Case, device: torch.device, deterministic: bool | Auto = AUTO) -> Callable[[], object]:
+def _savant(case: Case, device: torch.device, deterministic: bool | Auto = AUTO) -> Callable[[], object]:
     """Prepare a step as a worker does: with a memory cap, and with smaller micro-batches if the step does not fit."""
     config = Config.from_dict(
         {"model": model_config(device).model_dump(), "training": {"deterministic": deterministic}}

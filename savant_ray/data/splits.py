@@ -41,7 +41,7 @@ class SplitOfFolder(NamedTuple):
 
 
 def choose_splits(available: Iterable[str], preferred_splits: Sequence[str]) -> list[str]:
-    """Return the first of `preferred_splits` that is available; none if there is none.
+    """Return the first of `preferred_splits` that is available, as a list, which is empty without one.
 
     Without a split of exactly this name, those of the same kind are taken: `training` or `train_sft` for `train`.
     """
@@ -133,7 +133,7 @@ def default_configs(card: str) -> list[str]:
 
 
 def _split_in(name: str) -> str:
-    """Return the split in the name of a file, or of its closest parent folder that names one; "" if there is none."""
+    """Return the split in the name of a file, or of its closest parent folder that names one; "" without one."""
     *folders, file = PurePosixPath(name).parts
     match = (
         _SPLIT.fullmatch(file.partition(".")[0])

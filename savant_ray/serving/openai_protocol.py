@@ -1,4 +1,4 @@
-"""Requests, responses and errors of OpenAI's API, as far as they are supported.
+"""The supported requests, responses and errors of OpenAI's API.
 
 A parameter that would change the answer and is not supported is refused, unless its value means no change.
 """

@@ -73,10 +73,10 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _start(task: WorkerTask, config: Config, connection: DriverConnection) -> None:
-    tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
-    storage = run_storage(config, Owner(**task.owner) if task.owner else None)
-    PROGRESS.begin("loading the state", STORAGE)
     try:
+        tokenizer = Tokenizer.load(task.tokenizer, config.data.end_of_document, config.data.add_special_tokens)
+        storage = run_storage(config, Owner(**task.owner) if task.owner else None)
+        PROGRESS.begin("loading the state", STORAGE)
         if task.code != own_digest():  # a node that joined after the driver had compared the code of all nodes
             raise other_code_error(task.package, f"worker {connection.rank}", str(package_folder()))
         _train(task, config, tokenizer, storage, connection)

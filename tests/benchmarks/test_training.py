@@ -27,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", [Case(10, 4), Case(32, 3)])
 def test_baseline_and_package_train_on_the_same_documents(case: Case) -> None:
-    theirs, ours = training._baseline(case, CPU)(), training._ours(case, CPU)()
+    theirs, ours = training._baseline(case, CPU)(), training._savant(case, CPU)()
     assert ours.tokens == case.n_documents * (case.document_tokens - 1)
     assert theirs == pytest.approx(math.log(60), rel=0.1) and ours.loss == pytest.approx(math.log(60), rel=0.1)
 
@@ -40,7 +40,7 @@ def test_a_step_that_does_not_fit_is_repeated_with_smaller_micro_batches(monkeyp
         return dataclasses.replace(take_step(state, *inputs), out_of_memory=state.batch_fit.rows > 3)
 
     monkeypatch.setattr(training, "take_step", narrow)
-    assert training._ours(Case(32, 3), CPU)().updated
+    assert training._savant(Case(32, 3), CPU)().updated
     assert rows == [12, 12, 6, 3], "first the loops are recomputed"
 
 
@@ -68,14 +68,16 @@ def test_deterministic_steps_on_a_gpu_are_measured_with_deterministic_kernels(
 ) -> None:
     monkeypatch.setattr(training, "cap_memory", lambda *arguments: None)
     try:
-        training._ours(Case(32, 3), torch.device("cuda"), deterministic)
+        training._savant(Case(32, 3), torch.device("cuda"), deterministic)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def _figures(peaks: list[float]) -> Figures:
-    return training._figures("x", Case(10, 4), CPU, peaks, reference_times=[4.0, 2.0, 6.0], our_times=[1.0, 1.0, 2.0])
+    return training._figures(
+        "x", Case(10, 4), CPU, peaks, reference_times=[4.0, 2.0, 6.0], savant_times=[1.0, 1.0, 2.0]
+    )
 
 
 def test_the_figures_are_ratios_within_each_round() -> None:

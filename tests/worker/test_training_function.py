@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from savant_ray.config import Config
-from savant_ray.errors import MemoryCapError, UnexpectedError
+from savant_ray.errors import DataError, MemoryCapError, UnexpectedError
 from savant_ray.events import Event, RunFailed
 from savant_ray.worker import training_function as worker
 from tests.training.tiny import CPU, tiny_config
@@ -76,6 +76,19 @@ def test_running_out_of_memory_elsewhere_is_not_reported_as_a_model_that_does_no
 ) -> None:
     events = run_worker(monkeypatch, UnexpectedError, load_newest=no_room)
     assert not any(isinstance(event, RunFailed) for event in events), "Ray Train restarts the worker"
+
+
+@pytest.mark.parametrize("name", ["Tokenizer", "run_storage"])
+def test_an_error_for_the_user_in_the_start_of_a_worker_is_sent_to_the_driver(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any) -> None:
+        raise DataError("tokenizer.json does not exist on this node")
+
+    fake = SimpleNamespace(load=missing) if name == "Tokenizer" else missing
+    (failed,) = run_worker(monkeypatch, DataError, **{name: fake})
+    assert isinstance(failed, RunFailed) and failed.exit_code == DataError.exit_code
+    assert failed.text == "tokenizer.json does not exist on this node"
 
 
 def test_workers_do_not_validate_again_the_settings_that_the_driver_has_validated(
