@@ -245,7 +245,7 @@ def test_a_folder_that_is_no_complete_checkpoint_is_named(plan: StreamPlan, tmp_
     (tmp_path / "run/step_6/manifest.json").unlink()
     recorded = RecordedRun.read(tmp_path / "run")
     (note,) = recorded.notes(recorded.choose(None, None), None)
-    assert note.startswith("step_6 is no complete checkpoint")
+    assert note.startswith("step_6 is not a complete checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 One process takes the steps again with the loop of `training/loop.py`, from a kept checkpoint or from the initial weights.
 Each step is repeated with what its attempt recorded: settings, precision, threads and micro-batch size. The text comes from
-the token cache. Ray is started only if a part of that is missing.
+the token cache. Ray is started only if a part of the cache is missing.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class RecordedRun:
     steps: Mapping[int, Line]  # by number
     attempts: Mapping[int, Line]  # the attempt that took the step, by number of the step
     kept: Mapping[int, Path]  # checkpoint folders, by step, oldest first
-    damaged: Sequence[int]  # numbers of the lines that are no events
+    damaged: Sequence[int]  # numbers of the lines that cannot be parsed
 
     @classmethod
     def read(cls, folder: Path) -> RecordedRun:
@@ -154,10 +154,10 @@ class RecordedRun:
                 f"step_{self.starts[0]}, so begin at {self.starts[0] + 1}"
             )
         if first is None:
-            start = next((step for step in starts if self._missing(step, last) is None), starts[-1])
+            start = next((step for step in starts if self._first_missing(step, last) is None), starts[-1])
         else:
             start = starts[-1]
-        if (missing := self._missing(start, last)) is not None:
+        if (missing := self._first_missing(start, last)) is not None:
             end = missing - 1 if missing > start + 1 else max(self.steps, default=0)
             advice = f"; try --steps ..{end}" if end in self.steps else ""
             raise SettingsError(f"{self.folder}: {self.gap(missing)}{advice}")
@@ -166,11 +166,11 @@ class RecordedRun:
     def notes(self, steps: range, first: int | None) -> list[str]:
         """Return what a user would expect to be verified and is not; `first` is the first step that was asked for."""
         notes = [
-            f"{folder.name} is no complete checkpoint, because it has no {MANIFEST}, and is not compared"
+            f"{folder.name} is not a complete checkpoint, because it has no {MANIFEST}, and is not compared"
             for folder in step_folders(self.folder)
             if step_of(folder) in steps and step_of(folder) not in self.kept
         ]
-        if first is None and (missing := self._missing(self.starts[0], steps[0] - 1)) is not None:
+        if first is None and (missing := self._first_missing(self.starts[0], steps[0] - 1)) is not None:
             notes.append(f"{self.gap(missing)}, so the repetition begins at step {steps[0]:,}")
         return notes
 
@@ -179,7 +179,8 @@ class RecordedRun:
         place = f"{METRICS}; its line {self.damaged[0]} is damaged" if self.damaged else METRICS
         return f"step {step:,} is not in the record ({place})"
 
-    def _missing(self, start: int, last: int) -> int | None:
+    def _first_missing(self, start: int, last: int) -> int | None:
+        """Return the first step from `start + 1` to `last` that the record lacks, or None."""
         return next((step for step in range(start + 1, last + 1) if step not in self.steps), None)
 
     def attempts_of(self, steps: range) -> list[Line]:
@@ -219,11 +220,11 @@ def refuse_unrepeatable(run: RecordedRun, steps: range) -> None:
     Raises:
         SavantError: it cannot; the message names the steps, the reason, and steps that can be repeated.
     """
-    obstacles = {id(attempt): obstacle(attempt) for attempt in run.attempts_of(steps)}
+    reasons = {id(attempt): reason_not_repeatable(attempt) for attempt in run.attempts_of(steps)}
     refused = [
         (step, reason)
         for step in steps
-        if (reason := unusable_step(run.steps[step]) or obstacles[id(run.attempts[step])])
+        if (reason := reason_not_comparable(run.steps[step]) or reasons[id(run.attempts[step])])
     ]
     if not refused:
         return
@@ -239,7 +240,7 @@ def steps_text(first: int, last: int) -> str:
     return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
 
 
-def unusable_step(step: Line) -> str | None:
+def reason_not_comparable(step: Line) -> str | None:
     """Return why a line of the record about a step cannot be compared, or None."""
     missing = [name for name in OLDER_FIGURES if name not in step]
     rows = step.get("micro_batch_size")
@@ -248,7 +249,7 @@ def unusable_step(step: Line) -> str | None:
     return f"the record ({METRICS}) has no valid {missing[0]}" if missing else None
 
 
-def obstacle(attempt: Line) -> str | None:
+def reason_not_repeatable(attempt: Line) -> str | None:
     """Return why one process on this machine cannot repeat the steps of an attempt bit for bit, or None."""
     types = REQUIRED | {name: kind for name, kind in OPTIONAL.items() if name in attempt}
     for name, kind in types.items():
@@ -323,7 +324,8 @@ def repeat(
 ) -> str:
     """Take the steps again and return what is equal; `progress` receives the number of repeated steps.
 
-    An attempt ends in the state in which the next one begins.
+    The first attempt is repeated from a checkpoint or the initial weights, each later one from the state in which the
+    repetition of the one before it has ended.
 
     Raises:
         VerificationError: a figure of a step or a part of a checkpoint is not that of the run.
@@ -362,8 +364,8 @@ def repeat_attempt(
     config = settings_of(attempt)
     data = data_of(config)
     state = state_of(attempt, config, data.fingerprint, content)
-    # All of them from the beginning, because the sequences before a first position stay the same. A spike that an error of
-    # the hardware has caused would not be found again.
+    # Whatever the run left out at any time is left out from the first step on, which does not change earlier sequences. The
+    # repetition cannot find these spikes itself, because one that a hardware error has caused does not recur.
     if (file := run.folder / left_out_file(data.fingerprint)).is_file():
         state.left_out = read_left_out(file)
     host = _ComparingHost(run, state, config, data.plan, last_step, compared, progress)
@@ -372,7 +374,7 @@ def repeat_attempt(
 
 
 def left_out_before(position: int, left_out: Iterable[Sequence[int]]) -> list[list[int]]:
-    """Return those of the pairs in `left_out` that begin before `position`; the others have changed nothing so far."""
+    """Return the pairs (first position, number of sequences) that begin before `position`; later ones have no effect yet."""
     return [[first, n_sequences] for first, n_sequences in left_out if first < position]
 
 
@@ -390,9 +392,9 @@ def equal_text(steps: range, compared: list[int], n_rewinds: int) -> str:
 
 
 def settings_of(attempt: Line) -> Config:
-    """Return the settings with which an attempt trained, without those that only a run needs: profile and limits.
+    """Return the settings with which an attempt trained, but without profile, validations and limit of skipped steps.
 
-    Older versions, whose settings lack `training.deterministic`, added gradients as without it.
+    If the settings are of an older version and lack `training.deterministic`, it is false.
 
     Raises:
         SettingsError: this version does not know one of them.
@@ -514,9 +516,9 @@ class _ComparingHost:
         """Do nothing: nothing is written."""
 
     def restore(self, state: TrainingState) -> None:
-        """Do nothing: the state before a spike is that of the run when it had gone back and repeated its steps.
+        """Do nothing: the repeated state is already the one that the run reached again after it had gone back.
 
-        This happens only if the run folder does not have what was left out, such as a run of an older version.
+        This is called only if the run folder lacks the file of the sequences that were left out.
         """
 
     def store_file(self, file: Path, name: str) -> str:
@@ -549,29 +551,34 @@ def read_unless_deleted(folder: Path) -> dict[str, Any] | None:
 def step_difference(recorded: Line, repeated: Line) -> str | None:
     """Return the first figure of a step that differs from the record, and by how much, or None."""
     for name in FIGURES:
-        then, now = recorded.get(name), repeated[name]
-        if name not in recorded or then == now:
+        old, new = recorded.get(name), repeated[name]
+        if name not in recorded or old == new:
             continue
-        numbers = type(then) is not bool and isinstance(then, int | float) and isinstance(now, int | float)
-        amount = f" (a difference of {abs(now - then):.2g})" if numbers else ""
-        return f"{name} is {then} in the record, and {now} when the step is repeated{amount}"
+        numbers = type(old) is not bool and isinstance(old, int | float) and isinstance(new, int | float)
+        amount = f" (a difference of {abs(new - old):.2g})" if numbers else ""
+        return f"{name} is {old} in the record, and {new} when the step is repeated{amount}"
     return None
 
 
 def checkpoint_difference(saved: Mapping[str, Any], state: TrainingState) -> str | None:
     """Return what of a checkpoint differs from the repeated state, and by how much, or None."""
     names = _parameter_names(state)
-    then, now = (dict(_leaves(content, names)) for content in (saved, state.to_checkpoint()))
-    for leaves in (then, now):  # a checkpoint that is older than a rewind lacks what it left out
+    saved_parts, repeated_parts = (dict(_leaves(content, names)) for content in (saved, state.to_checkpoint()))
+    for leaves in (saved_parts, repeated_parts):  # a checkpoint written before a rewind lacks what the rewind left out
         leaves[LEFT_OUT] = left_out_before(state.position, leaves.get(LEFT_OUT, ()))
-    for name in [name for name in then.keys() ^ now.keys() if name.startswith("savant.")]:  # of another version
-        (then if name in then else now).pop(name)
-    if only_in_one := sorted(then.keys() ^ now.keys()):
-        return f"{only_in_one[0]} is in only one of them"
-    parts = [f"{name} {text}" for name in then if (text := _leaf_difference(then[name], now[name]))]
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else f"{len(parts)} of {len(then)} parts, the first of them {parts[0]}"
+    only_in_one = saved_parts.keys() ^ repeated_parts.keys()
+    if unexpected := sorted(name for name in only_in_one if not name.startswith("savant.")):
+        return f"{unexpected[0]} is in only one of them"
+    differences = [
+        f"{name} {text}"
+        for name in saved_parts
+        if name not in only_in_one  # fields that only one version of this program has
+        and (text := _leaf_difference(saved_parts[name], repeated_parts[name]))
+    ]
+    if len(differences) < 2:
+        return differences[0] if differences else None
+    n_parts = len(saved_parts.keys() & repeated_parts.keys())
+    return f"{len(differences)} of {n_parts} parts, the first of them {differences[0]}"
 
 
 def _parameter_names(state: TrainingState) -> list[str]:
@@ -601,18 +608,18 @@ def _leaves(value: Any, parameters: list[str], path: str = "") -> Iterator[tuple
         yield from _leaves(item, parameters, name)
 
 
-def _leaf_difference(then: Any, now: Any) -> str | None:
+def _leaf_difference(saved: Any, repeated: Any) -> str | None:
     """Return how two tensors or plain values differ, or None if they have the same bits."""
-    if not isinstance(then, Tensor) or not isinstance(now, Tensor):
-        return None if then == now else f"({then} in the checkpoint, {now} when repeated)"
-    then, now = then.detach().cpu().contiguous().reshape(-1), now.detach().cpu().contiguous().reshape(-1)
-    if then.dtype != now.dtype or then.shape != now.shape:
-        return f"({then.dtype} of {then.numel():,}, {now.dtype} of {now.numel():,} when repeated)"
-    differs = (then.view(torch.uint8) != now.view(torch.uint8)).view(-1, then.element_size()).any(dim=1)
+    if not isinstance(saved, Tensor) or not isinstance(repeated, Tensor):
+        return None if saved == repeated else f"({saved} in the checkpoint, {repeated} when repeated)"
+    saved, repeated = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in (saved, repeated))
+    if saved.dtype != repeated.dtype or saved.shape != repeated.shape:
+        return f"({saved.dtype} of {saved.numel():,}, {repeated.dtype} of {repeated.numel():,} when repeated)"
+    differs = (saved.view(torch.uint8) != repeated.view(torch.uint8)).view(-1, saved.element_size()).any(dim=1)
     if not differs.any():
         return None
-    distance = (then.double() - now.double())[differs].abs().max().item()
-    return f"({int(differs.sum()):,} of {len(then):,} numbers, by up to {distance:.2g})"
+    distance = (saved.double() - repeated.double())[differs].abs().max().item()
+    return f"({int(differs.sum()):,} of {len(saved):,} numbers, by up to {distance:.2g})"
 
 
 def causes(attempt: Line) -> str:
