@@ -132,7 +132,7 @@ def _check_before_moving_aside(config: Config, storage: RunStorage, allow_change
 def find_inputs(attempt: Attempt) -> Inputs | None:
     """Find and check what the attempt starts from; return None if the run is finished already.
 
-    This may also rename damaged checkpoints, copy that of `run.continue_from`, convert a file of the original program, write
+    This may also rename damaged checkpoints, copy that of `run.continue_from`, convert a file of the original script, write
     the quickstart's text, and update the run's record and its file of settings.
 
     Raises:

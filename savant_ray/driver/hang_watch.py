@@ -35,11 +35,11 @@ RUNNING = (Phase.LOADING, Phase.TRAINING, Phase.STOP_REQUESTED, Phase.STOPPING)
 
 
 def collective_timeout(hang_seconds: float | Literal["auto"] | None) -> float:
-    """Return after how many seconds gloo and NCCL end a worker that waits for others.
+    """Return the timeout of collectives in seconds, after which gloo or NCCL ends a worker that waits for others.
 
-    `HangWatch`, which names the worker that the others wait for, ends most hangs earlier: its limit is shorter unless that
-    worker reads or writes checkpoints, or steps take minutes. The timeout also limits how long workers wait for each other
-    when they start.
+    `HangWatch` ends most hangs earlier and names the worker that the others wait for: unless `scaling.hang_seconds` is
+    null, its limit is shorter, except while that worker reads or writes checkpoints, or if steps take minutes. The timeout
+    also limits how long workers wait for each other when they start.
     """
     return COLLECTIVE_SECONDS if hang_seconds in ("auto", None) else max(COLLECTIVE_SECONDS, 20 * float(hang_seconds))
 
@@ -63,7 +63,7 @@ class _Observed:
 
     @property
     def position(self) -> int:
-        """Return the rank's position in the sequence of collectives: 2 per collective, 1 less while it waits in one."""
+        """Return how far the rank is: 2 per collective that it has entered, minus 1 while it waits in the newest one."""
         progress = self.heartbeat.progress
         return 2 * progress.collectives - progress.waits
 
@@ -165,7 +165,11 @@ class HangWatch:
             earlier.heartbeat = heartbeat
 
     def _stuck(self, limit: float) -> list[StuckWorker]:
-        """Return the hanging workers that the others wait for; if a rank has not started, all that wait for it."""
+        """Return the hanging workers that the others wait for.
+
+        The candidates are the silent workers, if there are any; otherwise all running ones if a rank has not sent a
+        heartbeat yet, because its process is not known; otherwise those that are furthest behind in the collectives.
+        """
         running = [worker for worker in self._observed.values() if not worker.heartbeat.progress.finished]
         silent = [worker for worker in running if self._time - worker.last_heartbeat_time > SILENT_SECONDS]
         first_position = min((worker.position for worker in running), default=0)

@@ -99,7 +99,7 @@ class AttemptPhase:
         self.current = Phase.PREPARING
 
     def advance(self, trigger: Trigger) -> Phase:
-        """Return the phase after `trigger`."""
+        """Change the current phase as `trigger` requires, and return it."""
         while True:
             before = self.current
             after = TRANSITIONS.get((before, trigger), before)

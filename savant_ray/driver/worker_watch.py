@@ -25,26 +25,25 @@ class WorkerWatch:
     ) -> None:
         self._workers, self._resources = workers, resources
         self._notify, self._clock = notify, clock
-        self._waiting_since: float | None = None  # or since the last check of Ray's actors
+        self._wait_started: float | None = None  # reset by each check of Ray's actors
         self._is_reported = False
 
     def check(self, phase: Phase) -> None:
         """Report if the wait has been long; to be called at short intervals.
 
         Raises:
-            TrainingError: a process of Ray is stopped, for which the workers may be waiting.
+            TrainingError: a process of Ray is stopped (SIGSTOP), and the workers may be waiting for it.
         """
         if phase is not Phase.WAITING_FOR_WORKERS:
-            self._waiting_since, self._is_reported = None, False
+            self._wait_started, self._is_reported = None, False
             return
-        if self._waiting_since is None:
-            self._waiting_since = self._clock()
-        if self._clock() - self._waiting_since < SECONDS_UNTIL_REPORT:
+        if self._wait_started is None:
+            self._wait_started = self._clock()
+        if self._clock() - self._wait_started < SECONDS_UNTIL_REPORT:
             return
-        self._waiting_since = self._clock()
-        check_ray_actors(
-            all_of_them=True
-        )  # also of workers, which send no heartbeats before they run the training function
+        self._wait_started = self._clock()
+        # Workers are checked as well, because they send no heartbeats before they run the training function.
+        check_ray_actors(all_of_them=True)
         if self._is_reported:
             return
         self._is_reported = True
