@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from savant_ray.optim.adamw import AdamWRule, MasterWeightOptimizer, adamw_group
 
 MOMENTUM = 0.95
-# Of the quintic. Singular values above 0.0015 of the Frobenius norm end between 0.68 and 1.21, smaller ones lower.
+# a, b, c of the polynomial a·s + b·s³ + c·s⁵, which each iteration applies to every singular value s. After five iterations,
+# values that were above 0.0015 of the Frobenius norm are between 0.68 and 1.21, smaller ones lower.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 ADAMW_RMS = 0.2  # root mean square of AdamW's updates, in multiples of the learning rate

@@ -10,7 +10,7 @@ def learning_rate(step: int, peak: float, warmup_steps: int, max_steps: int, dec
 
     With `decay_steps` it stays at `peak` up to update `max_steps - decay_steps`, and then falls linearly (warm-up, stable,
     decay; arXiv 2404.06395), so that only the decay depends on `max_steps`. If warm-up and decay overlap, the lower rate
-    counts. Without, it falls as a cosine from the end of the warm-up on.
+    counts. Without `decay_steps` it falls as a cosine from the end of the warm-up on.
     """
     if decay_steps is not None:
         warmup = step / warmup_steps if step < warmup_steps else 1.0

@@ -1,9 +1,9 @@
-"""Sums in a fixed binary tree, so that their bits do not depend on who adds which part.
+"""Sums in a fixed binary tree, so that their bits do not depend on which rank adds which part.
 
 The addition of floating-point numbers is commutative but not associative: a sum has the same bits wherever it is computed
 if its parentheses are the same. Here they are those of a binary tree over the leaves 0 to n - 1. A node of size s, a power
-of two, covers s leaves from a multiple of s; it is the sum of its two halves, or its left half if no leaf is in the right
-one. The tree depends on n only.
+of two, covers s leaves, the first of which is a multiple of s. It is the sum of its two halves, or its left half alone if
+the right half has no leaves. The tree depends on n only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def blocks(leaves: range) -> list[Block]:
 
 def max_sums(n: int) -> int:
     """Return the largest number of tensors that a `TreeSum` keeps while the leaves 0 to n - 1 are added, n > 0."""
-    return (n + 1).bit_length() - 1  # the number of ones in the binary form of n, or of a smaller number with more ones
+    return (n + 1).bit_length() - 1  # the largest number of ones in the binary form of a number up to n
 
 
 class TreeSum:
@@ -73,7 +73,7 @@ class TreeSum:
         return [total for _, total in self._nodes]
 
     def total(self) -> Tensor:
-        """Return the sum of all leaves, if they are all leaves of the tree, until `clear` or `add` is called."""
+        """Return the sum of the whole tree, whose leaves must all have been added; valid until `clear` or `add`."""
         while len(self._nodes) > 1:
             _, right = self._nodes.pop()
             self._nodes[-1][1].add_(right)

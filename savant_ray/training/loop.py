@@ -90,7 +90,7 @@ def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence
 
     `local_batches` yields this rank's micro-batches of each step on its device, from `state.position` on. A step is saved
     before it is validated. A run resumed from a step with a due validation therefore starts with that validation, which
-    may have been cut short. After a rewind the micro-batches are those of `host`.
+    may have been cut short. After a rewind the micro-batches come from `host.local_batches`.
 
     Raises:
         TrainingError: `training.max_skipped_steps` consecutive steps did not update the weights, or there were more than
@@ -150,8 +150,8 @@ def _train(
                 notify(host, update_memory_cap(state.device, settings.vram_limit_gb))
                 if flops:
                     measure_peak(peak, host, state.device)
-            has_these_flops = n_loops == config.model.n_loops
-            share_of_peak = peak.utilization(flops, seconds) if has_these_flops else None
+            # `useful_flops` are those of a step with `model.n_loops` loops.
+            share_of_peak = peak.utilization(flops, seconds) if n_loops == config.model.n_loops else None
             emit_step(host, state, result, rate, seconds, data_wait, share_of_peak)
             profiler.after_step(state.step)
             raise_if_updates_fail(state, result, settings.max_skipped_steps)
@@ -225,11 +225,11 @@ def validation_is_due(step: int, config: Config) -> bool:
 def rewind(state: TrainingState, spike: Spike, n_sequences: int, host: Host) -> None:
     """Leave out the sequences of the step after `state`, which is a spike, and go back to the newest checkpoint. Collective.
 
-    With equal arithmetic the steps up to the spike are repeated exactly, so it does not matter to which checkpoint training
-    goes back, or whether there is one: what an error of the hardware has changed since then is undone.
+    With deterministic arithmetic the steps up to the spike are repeated bit for bit, so the result does not depend on which
+    checkpoint is the newest, or on whether there is one. What a hardware error has damaged since that checkpoint is undone.
 
-    What is left out is stored in the run folder first, because it is in no checkpoint until the next one, and because a
-    spike that such an error has caused would not occur again.
+    Which sequences are left out is stored in the run folder first. Otherwise a kill before the next checkpoint would lose
+    this, and a spike that a hardware error has caused would not be found again.
 
     Raises:
         TrainingError: there were `MAX_REWINDS` others within the last `WINDOW` steps.

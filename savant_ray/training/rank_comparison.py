@@ -21,8 +21,8 @@ MODULUS = (1 << 61) - 1
 class RanksDifferError(RuntimeError):
     """Ranks have different weights or optimizer state.
 
-    It is no `SavantError`: the worker fails as for any other reason, and all workers are restarted from the newest
-    checkpoint (`scaling.max_failures`).
+    It is not a `SavantError`, which would end the run: all workers are restarted from the newest checkpoint
+    (`scaling.max_failures`).
     """
 
 
@@ -30,7 +30,7 @@ def raise_if_ranks_differ(state: TrainingState) -> None:
     """Compare the weights and the optimizer state of all ranks. Collective.
 
     Raises:
-        RanksDifferError: they are not the same, on all ranks; the message names the ranks that differ from most others.
+        RanksDifferError: they are not the same (raised on all ranks); the message names the ranks that differ from most.
     """
     if n_ranks() == 1:
         return
@@ -44,7 +44,7 @@ def raise_if_ranks_differ(state: TrainingState) -> None:
 
 
 def differing(checksums: list[int]) -> str:
-    """Return subject and verb of a sentence about the ranks that differ from the majority, or about all without one."""
+    """Return subject and verb of a sentence about the ranks that differ from the majority; about all if there is none."""
     (common, count), *others = Counter(checksums).most_common()
     has_majority = not others or count > others[0][1]
     ranks = [str(rank) for rank, value in enumerate(checksums) if not has_majority or value != common]
@@ -64,7 +64,7 @@ def checksum(state: TrainingState) -> int:
 def _sum_as_integers(tensor: Tensor) -> Tensor:
     """Return the sum of the elements, read as integers: 0-d, 64 bits.
 
-    It is computed in parts, because PyTorch first copies integers that it adds to 64 bits each.
+    It is computed in parts, because `sum` first copies int16 and int32 tensors to int64.
     """
     parts = tensor.view(INTEGERS[tensor.element_size()]).flatten().split(SEGMENT)
     return torch.stack([part.sum() for part in parts]).sum()

@@ -1,9 +1,9 @@
 """Exchange between ranks; all functions except `n_ranks` are collective.
 
-`sum_trees` gives the same bits on any number of ranks: the tree of `optim/tree_sum.py`, which each rank has begun with its
-own leaves, is continued across ranks. Each rank adds one part (shard) of all gradients: it receives that part of the nodes
-of all ranks, adds them in the order of the tree, and sends the result to all. If each rank has one node, that moves as many
-bytes as a ring all-reduce.
+`sum_trees` gives the same bits on any number of ranks. Each rank has added its own leaves (micro-batches) in the tree of
+`optim/tree_sum.py`, and holds a few of its nodes, each as large as all gradients. Each rank then receives one shard of the
+nodes of all ranks (all-to-all), adds it in the order of the tree, and all ranks gather the sums (all-gather). If each rank
+has one node, that moves as many bytes as a ring all-reduce.
 """
 
 from __future__ import annotations

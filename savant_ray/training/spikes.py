@@ -4,11 +4,11 @@ As in OLMo-core's SkipStepOptimizer: a step is a spike if its loss or its gradie
 deviations above the mean of the last `WINDOW` steps. Both numbers are those of the whole step, equal on all ranks, so all
 ranks decide the same. The window is part of the checkpoint, so a resumed run decides as an uninterrupted one.
 
-Two differences from OLMo-core:
+Values far below the mean are not spikes. Differences from OLMo-core:
 
-- Only values above the mean count, and a gradient norm must also be at least `NORM_RATIO` times the mean. Norms have heavy
-  tails: of 97,000 steps of runs in which no loss was above its limit, 90 had a norm more than 6 standard deviations above
-  the mean, at most 7.2 times the mean (docs/LOG.md).
+- A loss must also be above `LOSS_RATIO` times the mean, and a gradient norm above `NORM_RATIO` times the mean. Norms have
+  heavy tails: of 97,000 steps of runs in which no loss was above its limit, 90 had a norm more than 6 standard deviations
+  above the mean, at most 7.2 times the mean (docs/LOG.md).
 - Spikes do not count in mean and deviation, because a large one would raise the limits so far that smaller ones would not be
   found in the next `WINDOW` steps. If more than `MAX_SPIKES` of the last `WINDOW` steps are spikes, they do count: the
   change is taken as permanent, and such steps soon no longer count as spikes.
@@ -26,7 +26,7 @@ WINDOW = 128  # steps
 MIN_STEPS = WINDOW // 2  # in the window; with fewer, no step is a spike
 MAX_SPIKES = WINDOW // 8
 SIGMAS = 6.0
-LOSS_RATIO = 1.01  # smallest limit relative to the mean: if all losses are nearly equal, rounding is not a spike
+LOSS_RATIO = 1.01  # smallest limit relative to the mean, so that rounding is no spike if losses are nearly equal
 NORM_RATIO = 8.0  # smallest limit relative to the mean
 
 

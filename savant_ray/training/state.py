@@ -30,8 +30,8 @@ from savant_ray.training.spikes import SpikeWindow
 
 # Indices of the sums that are reduced together with the gradients (training/step.py).
 LOSS, TOKENS = SUMS = range(2)
-# Tokens x dim of a micro-batch. At dim 128 (8 sequences of 256 tokens) a step of twice as many takes 1 to 2 % less time, of
-# half as many 8 % more; smaller micro-batches can be divided among more ranks.
+# Largest tokens x dim of a micro-batch on a CPU: 4 sequences of 256 tokens at dim 128. There a step of 8 such sequences
+# takes 1 to 2 % less time with twice as many, and 8 % more with half as many. Smaller ones can be divided among more ranks.
 MAX_CPU_ELEMENTS = 1 << 17
 
 
@@ -115,7 +115,7 @@ class StepSettings:
 
 @dataclass
 class TrainingState:
-    """What a step changes, after `step` updates, with `position` sequences of the global order consumed."""
+    """What a step changes, after `step` steps, with `position` sequences of the global order consumed."""
 
     settings: StepSettings  # no step changes these, nor the data fingerprint
     model: UniversalTransformer
@@ -130,7 +130,7 @@ class TrainingState:
     skipped_micro_batches: int = 0
     skipped_in_a_row: int = 0  # consecutive steps without an update
     schedule_offset: int = 0  # number of updates by which the schedule is ahead of `step`
-    left_out: tuple[tuple[int, int], ...] = ()  # sequences without positions, as in data/order.py
+    left_out: tuple[tuple[int, int], ...] = ()  # by rewinds: (first position, number of sequences), see data/order.py
     data_fingerprint: str = ""  # of the text that `position` refers to
 
     @property
@@ -186,7 +186,7 @@ class TrainingState:
             self.average.restart()
 
     def to_checkpoint(self, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """Return the checkpoint: the four keys of the original script's files, and `savant` with what else resuming needs.
+        """Return the checkpoint: the four keys of the original script's files, and `savant` for all else that is resumed.
 
         The average of the weights, if there is one, has a key of its own. The tensors are the state's own, except for joined
         bf16 weights: fp32 copies on the device, 4 bytes a weight. `HostCopy` joins one weight at a time instead and passes
@@ -221,8 +221,9 @@ class TrainingState:
         Weights that only the model has keep their initial values; weights that only the checkpoint has are ignored. With
         `allow_changes`, the same applies to weights whose shapes differ. If any weight was not restored or was ignored, or
         the optimizer's state does not fit, the optimizer keeps its initial state. The average of the weights begins with the
-        loaded ones if the checkpoint has none, or another model. The window of spikes stays empty if anything else was not
-        restored, or if the text is another one (`data_fingerprint`), because the loss may then differ.
+        loaded weights if the checkpoint has no average or is of another model. The window of spikes stays empty if weights,
+        optimizer or schedule were not restored, or if the text is another one (`data_fingerprint`), because the loss may
+        then differ.
 
         Raises:
             CheckpointError: weights have other shapes than the model's; all are listed.

@@ -1,13 +1,13 @@
 """One optimizer step from this rank's local batch: its micro-batches of the global (effective) batch.
 
 Losses are SUMMED over tokens, gradients and sums are reduced over all ranks, and the division by the global number of tokens
-comes last. The result therefore does not depend on how the sequences were divided into ranks, and a skipped micro-batch
+comes last. The result therefore does not depend on how the sequences were divided among ranks, and a skipped micro-batch
 needs no correction. Nothing of a step is applied before its end, so when one rank runs out of device memory, all ranks can
 discard the step and repeat it with smaller micro-batches.
 
 With `training.deterministic`, the result has the same bits on any number of ranks. Micro-batch i of a step has the same
-sequences whoever computes it. Its gradients are computed by themselves and set to zero if its loss is not finite, and the
-gradients of all micro-batches are added in a fixed binary tree (`optim/tree_sum.py`), which continues across the ranks
+sequences, whichever rank computes it. Its gradients are computed separately and set to zero if its loss is not finite, and
+the gradients of all micro-batches are added in a fixed binary tree (`optim/tree_sum.py`), which continues across the ranks
 (`training/reduction.py`). On one rank that takes at most log2(micro-batches) + 1 further buffers of 4 bytes a weight, and
 another pass over memory for each micro-batch.
 
@@ -15,7 +15,8 @@ Otherwise all micro-batches of a rank add to one buffer, and one all-reduce adds
 micro-batch is not finite, its rank discards the sums and accumulates the other micro-batches again.
 
 Nothing between the micro-batches waits for a GPU's results: their losses are read once, after the last one. Before the
-reduction the ranks exchange a few integers (`RankStatus`), so that all of them skip it if the step ends on one of them.
+reduction the ranks exchange a few integers (`RankStatus`). If one of them abandons the step or runs out of memory, all skip
+the reduction.
 
 Shapes: B sequences of a micro-batch, T time, N sequences of a local batch.
 """
@@ -243,8 +244,8 @@ def reduce_gradients(state: TrainingState, ranks: Sequence[RankStatus]) -> tuple
 def clip(gradients: Tensor, tokens: float, max_norm: float) -> float:
     """Divide summed gradients by the tokens of all ranks and clip them; return their norm before clipping. Collective.
 
-    All ranks clip and decide with the norm of rank 0. Other processors may round their own norm otherwise, and near a limit
-    one rank would skip an update, or rewind, and another would not.
+    All ranks use the norm of rank 0: on different processors the norms may differ by rounding, and near a limit one rank
+    would skip an update, or rewind, and another would not.
     """
     norm = from_rank_0(mean_norm(gradients, tokens))
     clip_to_mean(gradients, tokens, norm, max_norm)
@@ -280,7 +281,8 @@ def accumulate(
 ) -> Accumulated:
     """Set the buffer to gradients, loss and token count of the micro-batches; leave out those whose loss is not finite.
 
-    Micro-batches are divided into those of `BatchFit.rows`. `skipped` have been left out before.
+    Each micro-batch is divided into parts of at most `BatchFit.rows` sequences. `skipped` are those that an earlier call
+    has left out.
     """
     state.gradients.zero()
     parts = [part for micro_batch in local_batch for part in micro_batch.parts(state.batch_fit.rows)]
@@ -323,7 +325,7 @@ def _not_finite(micro_batches: Sequence[MicroBatch], losses: Sequence[float]) ->
 def add_to_tree(state: TrainingState, micro_batch: MicroBatch, n_loops: int | None = None) -> Tensor:
     """Launch the passes of a micro-batch and add its gradients to the tree; return the loss sum in nats, a 0-d tensor.
 
-    If the sum is not finite, zeros are added instead. On a GPU that is decided there, without a wait for the loss.
+    If the sum is not finite, zeros are added instead. On a GPU the device decides this, and the host does not wait.
     """
     state.gradients.zero()
     for part in micro_batch.parts(state.batch_fit.rows):
