@@ -1,7 +1,8 @@
 """Decides whether an answer is correct: numbers are compared by value, text as in SQuAD's exact match (arXiv 1606.05250).
 
 `3.140`, `1,000`, `1e3`, `3/4`, `-5`, `50%`, `$5.00` and `5 km` are numbers, some with a unit; 50% equals 0.5. Units must be
-equal; they are not converted. Text is compared in lower case, without articles, punctuation and repeated spaces.
+equal; they are not converted. Only the last number of a text may have a unit, or %, that the expected number lacks. Text is
+compared in lower case, without articles, punctuation and repeated spaces.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import islice
 
-# The text after the phrase, if its first line has any character other than points and spaces.
+# The text after the phrase, if its first line has any character other than periods and spaces.
 CONCLUSION = re.compile(r"The answer is:?\s+(?=[^\n]*[^\n.\s])(\S.*)", re.DOTALL)
-SENTENCE_END = re.compile(r"[.!?](?=\s|$)|(?<=\d)\.(?!\d)|(?<=[a-z])\.(?=[A-Z])")  # but not the points in 3.14 and U.S.
+# Not the periods in 3.14 and U.S.
+SENTENCE_END = re.compile(r"[.!?](?=\s|$)|(?<=\d)\.(?!\d)|(?<=[a-z])\.(?=[A-Z])")
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
 SPACED = r"\d{1,3}(?P<separator>[\s_'’])\d{3}(?:(?P=separator)\d{3})*(?!\d)(?:\.\d+)?"
 CURRENCIES = "$€£¥₹₩₽₺₪฿"

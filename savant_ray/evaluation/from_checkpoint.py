@@ -200,8 +200,9 @@ def by_depth(
 def held_out_rows(config: Config, tokenizer: Tokenizer) -> Iterator[MicroBatch]:
     """Yield one sequence `[1, T]` for each of the first validation documents; nothing if they cannot be read.
 
-    T is the next power of two, at least `MIN_ROW` and at most `model.max_seq_len`, so that there are few lengths: on a GPU
-    attention is compiled for each length, and after too many of them all T x T scores are computed at once.
+    T is the next power of two, at least `MIN_ROW` and at most `model.max_seq_len`, so that there are few lengths. On a GPU
+    attention is compiled for each length; after too many lengths PyTorch stops compiling and computes all T x T scores at
+    once.
     """
     try:
         held_out = list(islice(_held_out_documents(config, tokenizer), LOSS_DOCUMENTS))

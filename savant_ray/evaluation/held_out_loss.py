@@ -23,9 +23,10 @@ def loss_sums(
 ) -> Tensor:
     """Return [sum of token losses in nats, number of target tokens] in fp64.
 
-    The sums of fp32 losses are exact in fp64 (29 bits to spare), so they do not depend on the order of the micro-batches.
-    The tensors of `micro_batches` are on the model's device. `memory_limit_gb` is that of `cross_entropy_sum`, GiB;
-    `training_graph` is that of `UniversalTransformer.loop_states`.
+    The losses of the micro-batches are fp32. fp64 has 29 more bits in the mantissa, so their sum is exact (unless they
+    differ by many orders of magnitude) and does not depend on their order. The tensors of `micro_batches` are on the model's
+    device. `memory_limit_gb` is that of `cross_entropy_sum`, GiB; `training_graph` is that of
+    `UniversalTransformer.loop_states`.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for micro_batch in micro_batches:

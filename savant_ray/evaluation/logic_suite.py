@@ -28,7 +28,7 @@ SUITE_SEED = 20_000
 N_TRAINED_WORDINGS, N_NEW_WORDINGS = 600, 120  # questions in wordings of the training text, and in others
 NEW_WORDING_SUFFIX = ", new wording"  # of the template's name; these questions are scored separately
 BATCH_SIZE = 64  # questions
-GPU_BATCH_SIZE = 256  # questions; in bf16 4 GiB of keys and values for the default model and texts of 512 tokens
+GPU_BATCH_SIZE = 256  # questions; 4 GiB of keys and values in bf16 (default model, 512 tokens per question and answer)
 MAX_FILE_BYTES = 256 << 20  # of a file of questions; a device such as /dev/zero never ends
 Z = 1.959964  # 97.5 % quantile of the normal distribution, for a 95 % interval
 
@@ -91,7 +91,7 @@ def logic_suite() -> list[Question]:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Return the questions of a JSONL file with the fields `prompt`, `answer` and, to group them by, `template`.
+    """Return the questions of a JSONL file: `prompt`, `answer` and optionally `template`, the group of the question.
 
     Raises:
         DataError: the file cannot be read, is too large or has no questions, or a line has no valid prompt and answer; the

@@ -20,9 +20,9 @@ COLLAPSE_COSINE = 0.95  # mean cosine between tokens
 
 @dataclass(frozen=True)
 class LoopStatistics:
-    """One number per loop, computed from the residual stream s_k after loop k."""
+    """One number per loop k, computed from the residual stream s_k after it; s_0 is the embedding."""
 
-    residuals: tuple[float, ...]  # |s_k+1 - s_k| / |s_k|, mean over tokens
+    residuals: tuple[float, ...]  # |s_k - s_(k-1)| / |s_(k-1)|, mean over tokens
     cosines: tuple[float, ...]  # between two different tokens of a row, mean over pairs
 
     @property

@@ -65,7 +65,7 @@ class Validator:
     emit: Callable[[Event], None]
     stop_requested: Callable[[], bool]
     logic_evaluator: LogicEvaluator | None = None
-    step_sequences: int | None = None  # of this rank in a training step; None: at least one full micro-batch
+    step_sequences: int | None = None  # of this rank in a training step; None: it has at least one full micro-batch
     max_rows: int | None = None  # sequences that fit into a forward pass; None: no limit is known
     weight_changes: WeightChanges = field(default_factory=WeightChanges)
 

@@ -54,7 +54,7 @@ class BatchReader:
     """Iterable over this rank's local batches; it can be iterated once.
 
     A local batch is the list of a step's micro-batches of this rank, with tensors on `device`. With
-    `training.deterministic` the stream does not divide them among ranks.
+    `training.deterministic` the stream gives each rank whole micro-batches.
 
     - Order: exactly one local batch per step, in the stream's order; it is empty for a rank without sequences.
     - Source: the stream reads in the background from construction on, one portion ahead (`data/stream.py`).

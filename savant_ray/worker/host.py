@@ -52,7 +52,7 @@ from savant_ray.worker.saving import Saver
 class DriverConnection:
     """Sends this worker's events and heartbeats to the driver, and receives stop requests.
 
-    Every worker has one before it does anything else, so that the driver notices a hang in whatever follows.
+    A worker creates it before it does anything else, so that the driver notices every later hang.
     """
 
     def __init__(self, bridge: Any, config: Config) -> None:
@@ -166,8 +166,8 @@ class RayHost:
     def grace_left(self) -> float | None:
         """Return the seconds that the current step may still take, None if it need not stop.
 
-        The time of the final checkpoint is subtracted. The loop asks for each unit of its work, which is therefore marked as
-        progress.
+        The time that the final checkpoint takes is subtracted. Each call is also a progress mark, because the loop calls
+        this for each unit of its work.
         """
         PROGRESS.mark()
         left = self._connection.grace_left()
@@ -199,7 +199,9 @@ class RayHost:
             PROGRESS.enter_collective()
 
     def restore(self, state: TrainingState) -> None:
-        """Load the newest checkpoint of the storage, if there is one; drop the lines of later steps for the next one.
+        """Load the newest checkpoint of the storage, if there is one.
+
+        Lines of later steps are removed from those of the next checkpoint.
 
         Raises:
             CheckpointError: it is damaged or does not fit.

@@ -30,7 +30,7 @@ class PendingCheckpoint:
     step: int
     reason: str
     content: dict[str, Any] | None  # None on ranks other than 0
-    figures: Mapping[str, float | str]  # reported to Ray Train with it, for Ray's dashboard
+    figures: Mapping[str, float | str]  # reported to Ray Train with it, which keeps them in its list of checkpoints
     n_lines: int  # record lines that belong to it
     started: float  # by time.perf_counter()
     stall_seconds: float
@@ -39,8 +39,8 @@ class PendingCheckpoint:
 class Saver:
     """Saves checkpoints; every worker has one.
 
-    `files` are the contents of further files by name. `lines` are those of the record since the newest checkpoint; a save
-    removes them. `emit` sends an event and waits until it has arrived.
+    `files` are the contents of further files by name. `lines` are the lines of the record since the newest checkpoint; a
+    save removes them. `emit` sends an event and waits until it has arrived.
     """
 
     def __init__(

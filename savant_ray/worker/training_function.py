@@ -115,8 +115,8 @@ def _train(
     resumed, threads = load_newest(state, config, storage, task.allow_changes)
     resumed_step = state.step
     if device.type == "cpu":
-        of_checkpoint = threads if state.settings.deterministic else None
-        notes.append(set_threads(config.scaling.threads_per_worker, of_checkpoint))
+        checkpoint_threads = threads if state.settings.deterministic else None
+        notes.append(set_threads(config.scaling.threads_per_worker, checkpoint_threads))
     if state.settings.deterministic:
         notes.append(idle_workers(config, micro_batch_size(config, device), connection.world_size))
     stream: StepStream = ray.train.get_dataset_shard("train")
