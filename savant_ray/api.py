@@ -37,8 +37,8 @@ from savant_ray.streams import open_standard_streams
 
 POLL_SECONDS = 0.5
 BLOCK_BYTES = 1 << 16
-# Characters of a traceback. The caller reads the response only after the child has exited, so the response has to fit into
-# the buffer of the socket.
+# Maximum length of a traceback, characters. The caller reads the response only after the child has exited, so the response
+# has to fit into the buffer of the socket.
 MAX_DETAILS = 50_000
 CHILD_CODE = """
 import signal, sys
@@ -90,7 +90,7 @@ def train(
 
     Raises:
         SavantError: with a message for the user; see `savant_ray.errors` for its subclasses.
-        KeyboardInterrupt: after Ctrl+C in the main thread, and a save if training has begun; a second one skips the save.
+        KeyboardInterrupt: after Ctrl+C in the main thread. If training has begun, it saves first; a second one skips this.
     """
     settings = _config(config).to_dict()
     options = {"fresh": fresh, "allow_changes": allow_changes, "verbose": verbose}

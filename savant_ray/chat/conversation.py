@@ -35,10 +35,10 @@ class Turn(NamedTuple):
 
 
 class Conversation:
-    """A conversation, or, if `continues_text`, texts that the model continues independently of each other.
+    """A conversation with a model. With `continues_text`, each message is instead a text of its own to continue.
 
-    A prompt contains the system message and as many of the newest turns as leave room for the answer: `max_new_tokens`, but
-    at most half of the context.
+    A prompt contains the system message and as many of the newest turns as fit beside the tokens reserved for the answer:
+    `max_new_tokens`, but at most half of the context.
 
     Attributes:
         continues_text: whether messages are texts to continue instead of questions to answer.
@@ -76,7 +76,7 @@ class Conversation:
         self._max_new_tokens = config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
         self._next_seed = seed
         self._template = None if continues_text else tokenizer.chat_template
-        self._first_turn = 0  # of those that still fit into the context
+        self._first_turn = 0  # index of the oldest turn that a prompt may contain
         self._turn_end = TurnEnd() if continues_text else turn_end(tokenizer)
 
     def set_system(self, text: str) -> None:
@@ -86,7 +86,9 @@ class Conversation:
             SavantError: the model continues text, or the chat template refuses or ignores system messages.
         """
         if self.continues_text:
-            raise SavantError("the model continues text, which has no system message; --conversation has one")
+            raise SavantError(
+                "a model that continues text takes no system message; --conversation makes it answer messages"
+            )
         question = {"role": "user", "content": "Question"}
         try:
             has_effect = not text or self._text([_system(text), question]) != self._text([question])
@@ -188,7 +190,7 @@ class Conversation:
         return [_system(self.system)] if self.system else []
 
     def _pieces(self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]) -> Iterator[str]:
-        """Yield the text of an answer; in a conversation without leading white space and without a generated question."""
+        """Yield the text of an answer. In a conversation, strip leading white space, and end before a generated question."""
         text = AnswerText(self._tokenizer, prompt, self._turn_end)
         has_begun = self.continues_text
         for new_tokens in self._tokens(prompt, sampling, stop_requested):
@@ -214,7 +216,7 @@ class Conversation:
         yield NewTokens([], is_last=True)
 
     def _add(self, turn: Turn) -> None:
-        """Add a turn, unless its answer contains the name of a special token, which prompts must not contain."""
+        """Add a turn, unless the chat template refuses its answer, such as one with the name of a special token."""
         if not self.continues_text:
             try:
                 self._text([*self._system_messages(), *_messages([turn]), {"role": "user", "content": "Question"}])
@@ -233,8 +235,8 @@ class Conversation:
 def is_for_conversations(config: Config, tokenizer: Tokenizer) -> bool:
     """Return whether a model with these settings answers messages instead of continuing text.
 
-    It does if it has a chat template, or if a source has conversations: by the settings, or among the first documents of
-    its local files. Missing files count as text.
+    It does if it has a chat template, or if a training source has conversations: its settings say so, or some of the first
+    documents in its local files are conversations. Missing files count as text.
     """
     return tokenizer.chat_template is not None or any(
         _has_conversations(source, config, tokenizer) for source in config.data.sources

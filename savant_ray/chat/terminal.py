@@ -1,7 +1,7 @@
 """The prompt loop of `savant chat`: reads messages and commands, and prints answers while they are generated.
 
-Answers are printed to standard output, everything else to standard error. With a terminal, messages are edited with
-prompt_toolkit. Otherwise, and if the terminal is not capable of that (`TERM=dumb`), they are read line by line.
+If input and output are a terminal that supports it, messages are edited with prompt_toolkit; otherwise, for example with
+`TERM=dumb`, they are read line by line. Answers are printed to standard output, notes and errors to standard error.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from savant_ray.errors import SavantError, describe, error_context, print_error
 from savant_ray.reporting.wording import escape_controls
 
 PROMPT = "> "
-BLOCK = '"""'  # begins and ends a message of several lines
+TRIPLE_QUOTES = '"""'  # begin and end a message of several lines
 INCAPABLE_TERMINALS = ("", "dumb", "unknown")
 HELP = {
     "/reset": "begin a new conversation; the system message stays",
     "/system TEXT": 'set the system message; "" removes it; without TEXT: show it',
     "/temperature T": "set the sampling temperature; 0: always the most likely token; without T: show it",
     "/loops N": "set the number of times that the recurrent block is applied; without N: show it",
-    "/save FILE": "write the conversation as JSON lines, which data.sources reads",
+    "/save FILE": "write the conversation as JSON Lines, a format that data.sources accepts",
     "/help": "show this help",
     "/exit": "end the program; also Ctrl+D",
 }
-INPUT_HELP = f"{BLOCK} begins and ends a message of several lines. Ctrl+C stops an answer."
+INPUT_HELP = f"{TRIPLE_QUOTES} begins and ends a message of several lines. Ctrl+C stops an answer."
 EDITOR_HELP = "Alt+Enter begins a new line."
 
 
@@ -112,7 +112,7 @@ class ChatTerminal:
         if self._has_editor:
             from savant_ray.chat.editor import message_editor
 
-            return message_editor(PROMPT, [*self._commands, "/exit"], is_open_block)
+            return message_editor(PROMPT, [*self._commands, "/exit"], has_open_triple_quotes)
         return self._read_with_prompt
 
     def _read_with_prompt(self) -> str:
@@ -146,7 +146,7 @@ class ChatTerminal:
                 self._commands[name](argument.strip())
             except argparse.ArgumentTypeError as error:
                 raise SavantError(f"{name}: {error}") from error
-        elif message := without_block_marks(text):
+        elif message := without_triple_quotes(text):
             self._answer(message)
         return True
 
@@ -170,7 +170,7 @@ class ChatTerminal:
 
     def _system(self, argument: str) -> None:
         if argument:
-            self.conversation.set_system("" if argument in ('""', "''") else without_block_marks(argument))
+            self.conversation.set_system("" if argument in ('""', "''") else without_triple_quotes(argument))
         self._note(f"system message: {self.conversation.system or 'none'}")
 
     def _temperature(self, argument: str) -> None:
@@ -207,7 +207,7 @@ class ChatTerminal:
 
 
 def read_message() -> str:
-    """Return the next message of standard input: a line, or the lines of a block.
+    """Return the next message of standard input: a line, or the lines between triple quotes.
 
     Raises:
         EOFError: the input has ended.
@@ -215,27 +215,33 @@ def read_message() -> str:
     text = sys.stdin.readline()
     if not text:
         raise EOFError
-    while is_open_block(text) and (line := sys.stdin.readline()):
+    while has_open_triple_quotes(text) and (line := sys.stdin.readline()):
         text += line
     return text.rstrip("\r\n")
 
 
-def is_open_block(text: str) -> bool:
-    """Return whether a message has begun with `BLOCK` and not ended with it."""
+def has_open_triple_quotes(text: str) -> bool:
+    """Return whether a message begins with triple quotes that are not closed yet."""
     stripped = text.strip()
-    return stripped.startswith(BLOCK) and not (len(stripped) >= 2 * len(BLOCK) and stripped.endswith(BLOCK))
+    return stripped.startswith(TRIPLE_QUOTES) and not (
+        len(stripped) >= 2 * len(TRIPLE_QUOTES) and stripped.endswith(TRIPLE_QUOTES)
+    )
 
 
-def without_block_marks(text: str) -> str:
-    """Return a message without white space around it, and without the marks of a block."""
+def without_triple_quotes(text: str) -> str:
+    """Return a message without surrounding white space and triple quotes."""
     stripped = text.strip()
-    return stripped.removeprefix(BLOCK).removesuffix(BLOCK).strip() if stripped.startswith(BLOCK) else stripped
+    return (
+        stripped.removeprefix(TRIPLE_QUOTES).removesuffix(TRIPLE_QUOTES).strip()
+        if stripped.startswith(TRIPLE_QUOTES)
+        else stripped
+    )
 
 
 def _unknown_command(name: str, commands: list[str]) -> str:
     close = difflib.get_close_matches(name, commands, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(commands)}"
-    return f"{escape_controls(name)}: no such command; {hint} (a message can begin with / after a space)"
+    return f"{escape_controls(name)}: no such command; {hint} (to send a message that begins with /, put a space before it)"
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,7 +1,7 @@
 """A checkpoint as a model folder for Hugging Face `transformers`, with a model card and a task for lm-eval.
 
 The weights are those of the checkpoint under the same names. `auto_map` in `config.json` names the classes in
-`modeling_savant.py`, a copy of the file beside this one, which uses nothing of savant_ray.
+`modeling_savant.py`, a copy of the file in this folder, which does not import savant_ray.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ PLAIN_TEMPLATE = """\
 
 
 def export_hugging_face(checkpoint: Path, output: Path, raw_weights: bool = False) -> None:
-    """Write a checkpoint as the folder `output`; for the folder of a run, its newest checkpoint. Needs no `transformers`.
+    """Write a checkpoint to the new folder `output`. Does not need `transformers`.
 
-    `raw_weights` is that of `load_model`.
+    `checkpoint` may be the folder of a run, which means its newest checkpoint. With `training.ema_decay` the weights are
+    the average, or with `raw_weights` those of the last step.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or `transformers` could not use its tokenizer.
@@ -121,8 +122,9 @@ def _model_config(config: Config) -> dict[str, Any]:
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the names of the special tokens as `tokenizer_config.json` has them.
 
-    Names from the chat template take precedence. An end-of-document token that is an ordinary token is left out, because
-    `transformers` would make it a special token and not decode it; `generation_config.json` has its id.
+    Names from the chat template take precedence. The end-of-document token is left out if it is neither a special token nor
+    named like one, because `transformers` would make it a special token and not decode it; `generation_config.json` has
+    its id.
     """
     names = {}
     if tokenizer.prefix:
@@ -165,7 +167,7 @@ def _chat_template(tokenizer: Tokenizer, checkpoint: str) -> str:
     if not prefix or (template is not None and _begins_with(prefix, template)):
         return source
     return (
-        f"{{{{ {json.dumps(prefix)} }}}}{{# special tokens before a text #}}\n{source}"  # the newline is not rendered
+        f"{{{{ {json.dumps(prefix)} }}}}{{# special tokens before a text #}}\n{source}"  # trim_blocks drops the newline
     )
 
 
@@ -174,5 +176,5 @@ def _begins_with(prefix: str, template: ChatTemplate) -> bool:
     conversation = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
     try:
         return dataclasses.replace(template, prefix="", suffix="").render(conversation).text.startswith(prefix)
-    except ConversationError:  # the template refuses this conversation
+    except ConversationError:  # the template refuses this conversation; leave it as it is
         return True

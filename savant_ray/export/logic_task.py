@@ -1,7 +1,7 @@
 """The logic suite as a task of lm-eval (EleutherAI's lm-evaluation-harness), with the same rule for correct answers.
 
 The task is `savant_logic.yaml`, its questions `savant_logic.jsonl`. `savant_logic.py` reads them and decides whether an
-answer is correct; it is a copy of `evaluation/answer_matching.py` with two more functions.
+answer is correct; it is a copy of `evaluation/answer_matching.py` and the two functions that lm-eval calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from savant_ray.evaluation import answer_matching
 from savant_ray.evaluation.logic_suite import NEW_WORDING_SUFFIX, logic_suite
 
 TASK = "savant_logic"
-# lm-eval calls both functions. A question counts for one of the two metrics only.
+# Each question counts towards one of the two metrics only.
 FUNCTIONS = f'''
 
 def questions(**_: object) -> dict[str, object]:

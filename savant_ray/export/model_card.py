@@ -46,7 +46,7 @@ output = model.generate(**inputs, max_new_tokens={max_new_tokens})
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-`from_pretrained(…, num_loops=8)` applies the block another number of times, for experiments: {trained_loops}.
+`from_pretrained(…, num_loops=8)` applies the block a different number of times, for experiments: {trained_loops}.
 Batches are padded on the left. Generation may continue past the {max_seq_len:,} tokens of a training sequence.
 
 ## Evaluate
@@ -90,7 +90,7 @@ def _trained_loops(config: Config) -> str:
 
 
 def _figures_of_run(folder: Path, step: int) -> dict[str, str]:
-    """Return the last losses and scores up to the step, from the record of the run or else that in the checkpoint."""
+    """Return the last losses and scores up to the step, from the run's record, or from the checkpoint's if it has none."""
     figures: dict[str, str] = {}
     for event in _events(folder.parent / METRICS) or _events(folder / RECORDS):
         if event["event"] in FIGURES and event["step"] <= step:
@@ -132,7 +132,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"[\\`*\[\]<>&#~|!$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
-# Kind of event: name of the figure, and its text.
+# Kind of event -> name of the figure, and the function that returns its text.
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     StepDone.kind: ("training loss", _training_loss),
     ValidationDone.kind: ("validation loss", _validation_loss),

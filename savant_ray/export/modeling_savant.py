@@ -5,7 +5,7 @@ earlier tokens in every `global_every`-th loop and over the last `window_size` t
 Both update the residual stream through a learned gate. `savant export --format hf` writes this file beside the weights.
 License: Apache-2.0.
 
-Shapes: B batch, H heads, T new tokens, S visible tokens, D dimensions, F = head_dim / 2, V vocabulary.
+Shapes: B batch, H heads, T new tokens, S keys, D hidden_size, F = head_dim / 2, V vocabulary.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class SavantConfig(PretrainedConfig):
     def layer_types(self) -> list[str]:
         """Kind of attention of each loop; the caches of transformers have a layer for each loop."""
         is_global = ((loop + 1) % self.global_every == 0 for loop in range(self.num_loops))
-        return ["full_attention" if every else "sliding_attention" for every in is_global]
+        return ["full_attention" if full else "sliding_attention" for full in is_global]
 
 
 class LiquidAttention(nn.Module):
@@ -223,7 +223,7 @@ class SavantForCausalLM(PreTrainedModel, GenerationMixin):
 
         @functools.cache
         def mask_of(n_keys: int, window: int | None) -> Tensor:
-            """Return a mask, which is the same in all loops of a kind."""
+            """Return a mask; cached, because all loops with the same window use the same one."""
             return causal_mask(x.shape[1], n_keys, n_cached, window, attention_mask, x.device)
 
         returns_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -243,7 +243,7 @@ class SavantForCausalLM(PreTrainedModel, GenerationMixin):
 def causal_mask(
     n_new: int, n_keys: int, n_cached: int, window: int | None, attention_mask: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Return what to add to the scores of the new tokens over the last `n_keys` tokens, `[B or 1, 1, T, S]` in fp32.
+    """Return the additive mask, 0 or -inf, of the new tokens over the last `n_keys` tokens: `[B or 1, 1, T, S]` in fp32.
 
     Padding attends to padding, so that no row is masked entirely.
     """
@@ -262,9 +262,10 @@ def causal_mask(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int | None, soft_cap: float) -> Tensor:
-    """Return soft-capped attention `[B, H, T, D]`; scores are fp32 in every precision.
+    """Return soft-capped attention `[B, H, T, head_dim]`; scores are fp32 in every precision.
 
-    Chunks of queries, each with the keys that it can see, need less memory, and have the rounding of savant_ray on a CPU.
+    Queries are processed in chunks, each with the keys that it can attend to: this needs less memory, and on a CPU it gives
+    the same rounding as savant_ray.
     """
     scale, n_before, parts = 1.0 / (math.sqrt(q.shape[-1]) * soft_cap), k.shape[2] - q.shape[2], []
     for start in range(0, q.shape[2], CHUNK):
@@ -286,7 +287,7 @@ def gated(x: Tensor, out: Tensor, gate: nn.Linear) -> Tensor:
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int) -> Rope:
-    """Return the rotation angles at positions `[B, T]`, in fp32."""
+    """Return cosine and sine of the rotation angles at positions `[B, T]`, in fp32."""
     n = head_dim // 2
     frequencies = ROPE_BASE ** -(torch.arange(n, device=position_ids.device, dtype=torch.float32) / n)
     angles = position_ids[:, None, :, None].float() * frequencies
@@ -294,6 +295,6 @@ def rotary_angles(position_ids: Tensor, head_dim: int) -> Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys `[B, H, T, D]` in fp32."""
+    """Rotate queries or keys `[B, H, T, head_dim]` in fp32."""
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The text of an answer while it is generated, up to what ends it."""
+"""Decodes an answer while it is generated, and detects where it ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from savant_ray.data.conversations import ConversationError, Message, conversati
 from savant_ray.data.tokenizer import IncrementalDecoder, Tokenizer
 from savant_ray.inference.decoder import NewTokens
 
-NEXT_QUESTION = "\nQuestion:"  # what a model may write after an answer in the plain form
+NEXT_QUESTION = "\nQuestion:"  # without a chat template, a model may continue an answer with it
 
 
 class TurnEnd(NamedTuple):
@@ -22,7 +22,7 @@ class TurnEnd(NamedTuple):
 def turn_end(tokenizer: Tokenizer) -> TurnEnd:
     """Return what ends an answer in a conversation: the first special token that the chat template writes after it.
 
-    Without a chat template it is the next question. All answers end with the end of the document, too.
+    Without a chat template it is the next question. The end-of-document token ends every answer as well.
     """
     if tokenizer.chat_template is None:
         return TurnEnd(texts=(NEXT_QUESTION,))
@@ -51,8 +51,8 @@ class AnswerText:
     """The text of an answer.
 
     Attributes:
-        n_tokens: number of tokens up to its end.
-        is_stopped: whether `end` has been found.
+        n_tokens: number of generated tokens, without a token of `end`.
+        is_stopped: whether a text or token of `end` has been found.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], end: TurnEnd) -> None:
@@ -60,7 +60,7 @@ class AnswerText:
         self.n_tokens, self.is_stopped = 0, False
 
     def push(self, new: NewTokens) -> str:
-        """Return the text that new tokens add, without what may be the beginning of a text that ends the answer."""
+        """Return the text that new tokens add; hold back what may be the beginning of one of `end.texts`."""
         for token in new.ids:
             if token in self._end.tokens:
                 self._held += self._decoder.finish()

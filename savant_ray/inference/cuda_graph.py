@@ -13,11 +13,11 @@ import torch
 class StepGraph:
     """Runs a function eagerly once, captures it as a CUDA graph, and replays the graph from the second call on.
 
-    The function must have no arguments and results, always read and write the same tensors, and not wait for the device.
+    The function must take no arguments, return None, use the same tensors in each call, and not synchronize with the device.
     On a device without CUDA, and if the capture fails, it runs eagerly each time.
 
     Attributes:
-        captures: whether the function is captured.
+        captures: whether calls are captured; False without CUDA and after a failed capture.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class StepGraph:
             function()
 
     def invalidate(self) -> None:
-        """Capture the function again at the next call, because it uses other tensors."""
+        """Capture the function again at the next call; required when it uses other tensors."""
         self._is_current = False  # The old graph stays until then, so that the new one can use its memory.
 
     def release(self) -> None:

@@ -1,8 +1,8 @@
-"""Decoding of several answers together, in a batch that prompts join and leave at any token (continuous batching).
+"""Continuous batching: decodes several answers together, in a batch that answers join and leave at any time.
 
 Everything between two tokens happens on the device: the model, the check for non-finite logits and the choice of the next
 token. On a GPU this decoding step is captured as a CUDA graph, because launching its several hundred small kernels takes
-longer than running them, and the host reads the tokens in groups.
+longer than running them. The host then reads the tokens in groups of `GPU_GROUP`, and answers join and leave between groups.
 
 Shapes: B rows of the batch, T time, V vocabulary, N tokens of a group.
 """
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from savant_ray.inference.cuda_graph import StepGraph
-from savant_ray.inference.sampling import Sampling, are_finite, drawn, logit_bias, uniform_number
+from savant_ray.inference.sampling import Sampling, are_finite, logit_bias, sample_tokens, uniform_number
 from savant_ray.model.kv_cache import KeyValueCache
 from savant_ray.model.transformer import UniversalTransformer
 
-# Attention scores per head. Longer prompts are processed in parts, because scores grow with the square of the length.
+# Maximum number of attention scores per head: longer prompts are processed in parts, so that memory does not grow with the
+# square of the length.
 MAX_PROMPT_SCORES = 1 << 22
-GPU_GROUP = 16  # tokens that are generated before the host reads them
+GPU_GROUP = 16  # tokens of an answer that are generated before the host reads them
 ENDED = -1  # in place of a token after the end of an answer
 
 
@@ -40,7 +41,7 @@ class NewTokens(NamedTuple):
 class _AnswerInProgress:
     """An answer that has not ended."""
 
-    number: int
+    answer_id: int
     sampling: Sampling
     n_cached: int
     n_generated: int = 0
@@ -52,8 +53,8 @@ class _Batch:
     Attributes:
         answers: the answer of each row, None for a row that is not in use.
         cache: keys and values of the rows.
-        temperature_B1: fp64.
-        last_B1: the token that is decoded next.
+        temperature_B1: sampling temperature, fp64.
+        last_B1: newest token, the input of the next step.
         has_ended_B: whether the answer has ended.
         uniform_BN: random numbers for the tokens of a group.
         group_BN: the tokens of a group.
@@ -72,11 +73,11 @@ class _Batch:
         self.group_BN = torch.zeros(n_rows, group_size, dtype=torch.int64, device=device)
 
     def in_use(self) -> list[_AnswerInProgress]:
-        """Return the answers."""
+        """Return the answers that have not ended."""
         return [answer for answer in self.answers if answer is not None]
 
     def modes(self) -> set[bool]:
-        """Return whether answers are sampled: {False}, {True}, or both."""
+        """Return the set of modes of the answers: True for sampled, False for greedy."""
         return {answer.sampling.temperature > 0 for answer in self.in_use()}
 
     def draw_numbers(self, n_tokens: int) -> None:
@@ -91,14 +92,14 @@ class _Batch:
         self.uniform_BN[:, :n_tokens] = torch.tensor(numbers, dtype=torch.float64).T
 
     def take_group(self, n_tokens: int) -> dict[int, NewTokens]:
-        """Return the tokens of a group by the number of the answer, and count them."""
+        """Return the tokens of a group by the id of their answer, and add them to `n_generated`."""
         new_tokens = {}
         for answer, group in zip(self.answers, self.group_BN[:, :n_tokens].tolist(), strict=True):
             if answer is not None:
                 limit = answer.sampling.max_new_tokens - answer.n_generated
                 ids = [token for token in group if token != ENDED][:limit]
                 answer.n_generated += len(ids)
-                new_tokens[answer.number] = NewTokens(ids, ENDED in group or len(ids) == limit)
+                new_tokens[answer.answer_id] = NewTokens(ids, ENDED in group or len(ids) == limit)
         return new_tokens
 
     def set_lengths(self) -> None:
@@ -127,14 +128,16 @@ class _Batch:
 
 
 class Decoder:
-    """Generates answers to prompts, which can be added and removed between any two calls of `next_tokens`.
+    """Generates answers to prompts. Answers can be added and removed between any two calls of `next_tokens`.
 
-    The tokens of an answer depend on weights, prompt and sampling parameters only, except for rounding; the weights must not
-    change meanwhile. Once half of the rows of the batch are not in use, they are removed; until then new answers get them.
+    The tokens of an answer depend on weights, prompt and sampling parameters only, except for rounding. The weights must not
+    change while answers are generated. New answers reuse the rows of answers that have ended; once half of the rows are
+    unused, these are removed.
 
     Args:
         model: the model.
-        tokens: its end of the document and the ids that are never sampled apply to all answers.
+        vocabulary: parameters whose `vocab_size`, `never_sampled` and `end_of_document` apply to all answers; the others are
+            not used.
         n_loops: number of loops; None for that of the model.
 
     Attributes:
@@ -142,22 +145,22 @@ class Decoder:
     """
 
     @torch.no_grad()
-    def __init__(self, model: UniversalTransformer, tokens: Sampling, n_loops: int | None = None) -> None:
+    def __init__(self, model: UniversalTransformer, vocabulary: Sampling, n_loops: int | None = None) -> None:
         self._device = model.head.weight.device
         self._graph = StepGraph(self._device)
         self.group_size = GPU_GROUP if self._graph.captures else 1
-        self._model, self._n_loops, self._end_of_document = model, n_loops, tokens.end_of_document
+        self._model, self._n_loops, self._end_of_document = model, n_loops, vocabulary.end_of_document
         self._weights = model.recurrent_block.prepare_weights()
-        self._bias_V = logit_bias(tokens, model.config.vocab_size).to(self._device)
+        self._bias_V = logit_bias(vocabulary, model.config.vocab_size).to(self._device)
         self._column_1 = torch.zeros(1, dtype=torch.int64, device=self._device)  # index of the next token in its group
-        self._numbers = itertools.count()
+        self._ids = itertools.count()
         self._batch: _Batch | None = None
         self._modes: set[bool] = set()  # of the batch
         self._first_tokens: dict[int, NewTokens] = {}
 
     @torch.no_grad()
     def add(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> list[int]:
-        """Process prompts and choose the first token of each answer; return the numbers of the answers, counted from 0.
+        """Process prompts and choose the first token of each answer; return the ids of the answers, counted from 0.
 
         Raises:
             ValueError: a prompt has no tokens.
@@ -166,7 +169,7 @@ class Decoder:
             raise ValueError("the prompt has no tokens")
         cache = self._model.new_cache(list(map(len, prompts)), self._n_loops, static_shapes=self._graph.captures)
         answers = [
-            _AnswerInProgress(next(self._numbers), sampling, len(prompt))
+            _AnswerInProgress(next(self._ids), sampling, len(prompt))
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
         new = _Batch(answers, cache, self.group_size)
@@ -176,12 +179,12 @@ class Decoder:
         first_tokens = new.take_group(1)
         self._first_tokens |= first_tokens
         self._join(new)
-        self._remove(number for number, tokens in first_tokens.items() if tokens.is_last)
-        return [answer.number for answer in answers]
+        self._remove(answer_id for answer_id, tokens in first_tokens.items() if tokens.is_last)
+        return [answer.answer_id for answer in answers]
 
     @torch.no_grad()
     def next_tokens(self) -> dict[int, NewTokens]:
-        """Return the next tokens of each answer, by its number; {} if there are no answers.
+        """Return the next tokens of each answer, by its id; {} if there are no answers.
 
         After `add` these are the first tokens of the new answers only.
         """
@@ -197,15 +200,16 @@ class Decoder:
             self._graph.run(self._step)
             for answer in in_use:
                 answer.n_cached += 1
-            batch.set_lengths()  # `_step` counts twice in the call that captures it, never in a replay
+            # The cache's own count is wrong here: a call that captures runs `_step` twice, and a replay runs no Python.
+            batch.set_lengths()
         tokens = batch.take_group(n_tokens)
-        self._remove(number for number, new in tokens.items() if new.is_last)
+        self._remove(answer_id for answer_id, new in tokens.items() if new.is_last)
         return tokens
 
-    def remove(self, number: int) -> None:
+    def remove(self, answer_id: int) -> None:
         """End an answer; does nothing if it has ended."""
-        self._first_tokens.pop(number, None)
-        self._remove([number])
+        self._first_tokens.pop(answer_id, None)
+        self._remove([answer_id])
 
     def close(self) -> None:
         """End all answers and free the memory."""
@@ -225,7 +229,7 @@ class Decoder:
         return logits_BV
 
     def _join(self, new: _Batch) -> None:
-        """Put new rows into the batch, into rows that are not in use as far as there are any."""
+        """Put new rows into unused rows of the batch; add rows if there are too few."""
         if self._batch is None:
             self._batch = new
             self._graph.invalidate()
@@ -242,13 +246,13 @@ class Decoder:
                 self._graph.invalidate()
         self._update()
 
-    def _remove(self, numbers: Iterable[int]) -> None:
+    def _remove(self, answer_ids: Iterable[int]) -> None:
         """Stop using the rows of these answers."""
-        ended = set(numbers)
+        ended = set(answer_ids)
         if self._batch is None or not ended:
             return
         batch = self._batch
-        batch.answers = [None if answer and answer.number in ended else answer for answer in batch.answers]
+        batch.answers = [None if answer and answer.answer_id in ended else answer for answer in batch.answers]
         rows = [row for row, answer in enumerate(batch.answers) if answer is not None]
         if not rows:
             self._batch = None
@@ -258,7 +262,7 @@ class Decoder:
         self._update()
 
     def _update(self) -> None:
-        """Adapt cache and step to the answers of the batch."""
+        """Set the lengths in the cache, and capture the step again if the set of modes has changed."""
         if self._batch is not None:
             self._batch.set_lengths()
             modes = self._batch.modes()
@@ -276,9 +280,9 @@ class Decoder:
             self._choose(self._decode(self._batch.last_B1, self._batch.cache), self._batch, self._modes)
 
     def _decode(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
-        """Return logits `[B, V]`; without autocast if weights and residual stream are bf16 anyway.
+        """Return logits `[B, V]`; autocast is off if weights and residual stream are bf16.
 
-        On a GPU autocast would compute each norm in fp32 and cast its input and output: eight kernels more in each loop.
+        On a GPU autocast would compute each norm in fp32 and cast its input and output: eight more kernels in each loop.
         """
         is_bf16 = self._model.head.weight.dtype == torch.bfloat16
         with torch.autocast(tokens_BT.device.type, enabled=False) if is_bf16 else nullcontext():
@@ -290,7 +294,7 @@ class Decoder:
         is_finite_B = are_finite(logits_BV)
         logits_BV = logits_BV + self._bias_V
         if True in modes:
-            token_B = drawn(logits_BV, batch.temperature_B1, batch.uniform_BN.index_select(1, self._column_1))
+            token_B = sample_tokens(logits_BV, batch.temperature_B1, batch.uniform_BN.index_select(1, self._column_1))
             if False in modes:
                 token_B = torch.where(batch.temperature_B1[:, 0] > 0, token_B, logits_BV.argmax(dim=-1))
         else:

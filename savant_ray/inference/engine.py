@@ -18,10 +18,16 @@ DELIVERY_SECONDS_PER_ANSWER = 0.025
 
 
 class _StreamedAnswer:
-    """An answer to a request: the tokens in `new` are not delivered yet, those in `delivered` are not consumed yet."""
+    """An answer to a request.
+
+    Attributes:
+        new: generated tokens that are not delivered yet.
+        due: time from which the next delivery is allowed.
+        delivered: tokens that the request has not consumed yet, or the error that ended decoding.
+    """
 
     def __init__(self, prompt: list[int], sampling: Sampling, end_tokens: Collection[int]) -> None:
-        self.prompt, self.sampling, self.end_tokens, self.number = prompt, sampling, end_tokens, -1
+        self.prompt, self.sampling, self.end_tokens, self.answer_id = prompt, sampling, end_tokens, -1
         self.new, self.is_last, self.due = list[int](), False, 0.0
         self.delivered: asyncio.Queue[NewTokens | Exception] = asyncio.Queue()
 
@@ -41,22 +47,22 @@ class _StreamedAnswer:
 
 
 class Engine:
-    """Runs a decoder in a thread. Requests of an event loop join at the next token, and leave when they are canceled.
+    """Runs a decoder in a thread. Requests join the batch before its next token, on a GPU before its next group of tokens.
 
-    To be created in the event loop.
+    A request leaves it when it is canceled. Must be created in a running event loop.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._joining: list[_StreamedAnswer] = []
         self._leaving: list[_StreamedAnswer] = []
-        self._answers: dict[int, _StreamedAnswer] = {}  # in progress, by their number in the decoder
+        self._answers: dict[int, _StreamedAnswer] = {}  # in progress, by their id in the decoder
         self._changes = asyncio.Event()  # requests join or leave
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
     def error(self) -> BaseException | None:
-        """What has ended decoding."""
+        """The exception that ended decoding, None if it runs."""
         return self._task.exception() if self._task.done() else None
 
     async def tokens(
@@ -113,15 +119,18 @@ class Engine:
         joining.sort(key=lambda answer: len(answer.prompt))
         for _, group in itertools.groupby(joining, key=lambda answer: len(answer.prompt).bit_length()):
             answers = list(group)
-            numbers = self._decoder.add([answer.prompt for answer in answers], [answer.sampling for answer in answers])
-            for answer, answer.number in zip(answers, numbers, strict=True):
-                self._answers[answer.number] = answer
+            answer_ids = self._decoder.add(
+                [answer.prompt for answer in answers], [answer.sampling for answer in answers]
+            )
+            for answer, answer_id in zip(answers, answer_ids, strict=True):
+                answer.answer_id = answer_id
+                self._answers[answer_id] = answer
         deliveries: list[tuple[_StreamedAnswer, NewTokens]] = []
         while self._answers and not deliveries and not self._changes.is_set():
             new_tokens = self._decoder.next_tokens()
             now = time.monotonic()
-            for number, tokens in new_tokens.items():
-                answer = self._answers[number]
+            for answer_id, tokens in new_tokens.items():
+                answer = self._answers[answer_id]
                 answer.add(tokens)
                 if answer.is_last or now >= answer.due:
                     answer.due = now + max(DELIVERY_SECONDS, DELIVERY_SECONDS_PER_ANSWER * len(self._answers))
@@ -131,5 +140,5 @@ class Engine:
         return deliveries
 
     def _remove(self, answer: _StreamedAnswer) -> None:
-        if self._answers.pop(answer.number, None):
-            self._decoder.remove(answer.number)
+        if self._answers.pop(answer.answer_id, None):
+            self._decoder.remove(answer.answer_id)

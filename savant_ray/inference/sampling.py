@@ -1,4 +1,4 @@
-"""The choice of the next token, computed on the device without waiting for a result.
+"""The choice of the next token, computed on the device without synchronization.
 
 Random numbers are a function of the seed and of the index of the new token, computed in integers. The same seed therefore
 draws the same tokens on every device and in a batch of any size, as long as the logits agree.
@@ -45,15 +45,15 @@ def logit_bias(sampling: Sampling, vocab_size: int) -> Tensor:
     return bias_V
 
 
-def drawn(logits_BV: Tensor, temperature_B1: Tensor, uniform_B1: Tensor) -> Tensor:
+def sample_tokens(logits_BV: Tensor, temperature_B1: Tensor, uniform_B1: Tensor) -> Tensor:
     """Return a random token of each row, `[B]`: the first whose cumulative probability exceeds `uniform_B1`.
 
     Computed in fp64 after subtracting the maximum, so that no temperature above 0 overflows.
 
     Args:
         logits_BV: a logit of minus infinity is a probability of 0.
-        temperature_B1: fp64; like `uniform_B1` it may be a tensor without dimensions. A GPU would multiply by the reciprocal
-            of a Python number, which is infinite for the smallest temperatures. For 0 the token is arbitrary.
+        temperature_B1: fp64; for 0 the token is arbitrary. A tensor of any shape that broadcasts, not a Python number: a GPU
+            multiplies by the reciprocal of a number, which is infinite for the smallest temperatures.
         uniform_B1: in [0, 1), fp64.
     """
     logits_BV = logits_BV.double()

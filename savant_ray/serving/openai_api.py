@@ -31,7 +31,14 @@ from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.errors import DataError
 from savant_ray.inference.answer_text import AnswerText, TurnEnd, conversation_ids, turn_end
 from savant_ray.inference.sampling import Sampling
-from savant_ray.serving.openai_protocol import ApiError, ChatRequest, Completion, CompletionRequest, Request, parsed
+from savant_ray.serving.openai_protocol import (
+    ApiError,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    Request,
+    parse_request,
+)
 
 MAX_BODY_BYTES = 1 << 20
 
@@ -41,12 +48,12 @@ class ServerSettings:
     """The options of `savant serve`."""
 
     checkpoint: str  # path or URI that all replicas can read
-    name: str = ""  # of the model in requests; "": that of the run folder
+    name: str = ""  # model name that requests use; "": the name of the run folder
     original: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict
     )  # settings for a file of the original script
-    loops: int | None = None  # None: those of the model
-    raw_weights: bool = False  # those of the last step, instead of their average
+    loops: int | None = None  # None: `model.n_loops` of the run
+    raw_weights: bool = False  # weights of the last step instead of their moving average
     max_length: int | None = None  # tokens of prompt and answer; None: `model.max_seq_len` of the run
     replicas: tuple[int, int] = (1, 1)  # smallest and largest number
     max_batch: int = 16  # answers that a replica decodes together
@@ -68,8 +75,8 @@ class Api:
         limit, temperature = config.validation.max_new_tokens, config.validation.temperature
         self._sampling = Sampling.for_tokenizer(tokenizer, limit, temperature)
         self._turn_end, self._start = turn_end(tokenizer), int(time.time())
-        seconds = [0.01, 0.03, 0.1, 0.3, 1, 3, 10]
-        self._first_token = Histogram("savant_serve_first_token_seconds", "Time to the first token.", seconds)
+        boundaries = [0.01, 0.03, 0.1, 0.3, 1, 3, 10]  # seconds
+        self._first_token = Histogram("savant_serve_first_token_seconds", "Time to the first token.", boundaries)
         self._n_tokens = Counter("savant_serve_tokens", "Tokens of prompts and answers.", ("kind",))
 
     def asgi(self) -> Starlette:
@@ -95,7 +102,7 @@ class Api:
 
     async def _complete(self, kind: type[Request], http: HttpRequest) -> Response:
         self._check_key(http)
-        request = parsed(kind, await _body(http))
+        request = parse_request(kind, await _body(http))
         if request.model not in (None, self._name):
             reason = f"the model {request.model!r} is not served; {self._name!r} is"
             raise ApiError(404, reason, "model_not_found", "model")
@@ -107,8 +114,8 @@ class Api:
         sampling = replace(self._sampling, max_new_tokens=limit, **{"seed": secrets.randbits(63), **options})
         completion = Completion(request, self._name, len(prompt), limit, answer)
         parts = self._parts(answer, prompt, sampling, end.tokens)
-        # Errors before the first part have a status; later ones are events of the stream.
-        text = await _unless_disconnected(http, anext(parts) if request.stream else _joined(parts))
+        # An error before the first part sets the HTTP status; a later one is sent as an event of the stream.
+        text = await _cancel_on_disconnect(http, anext(parts) if request.stream else _joined(parts))
         if not request.stream:
             return JSONResponse({**completion.body(text), "usage": completion.usage()})
         include_usage = (request.stream_options or {}).get("include_usage", False)
@@ -179,7 +186,11 @@ class Api:
 
 
 async def _body(http: HttpRequest) -> bytes:
-    """Return the body of a request; for a large one, Starlette's `max_body_size` would send no error object."""
+    """Return the body of a request.
+
+    Raises:
+        ApiError: it is too large; Starlette's own limit, `max_body_size`, would send no error object.
+    """
     body = b""
     async for chunk in http.stream():
         body += chunk
@@ -192,7 +203,7 @@ async def _joined(parts: AsyncIterator[str]) -> str:
     return "".join([text async for text in parts])
 
 
-async def _unless_disconnected(http: HttpRequest, text: Awaitable[str]) -> str:
+async def _cancel_on_disconnect(http: HttpRequest, text: Awaitable[str]) -> str:
     """Return the text; cancel its generation if the client disconnects first."""
     generation, disconnect = asyncio.ensure_future(text), asyncio.ensure_future(http.receive())
     await asyncio.wait((generation, disconnect), return_when=asyncio.FIRST_COMPLETED)
@@ -228,7 +239,7 @@ def _event(content: dict[str, Any]) -> bytes:
 def _error_response(http: HttpRequest, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody receives it
-    if isinstance(error, HTTPException):  # there is no such route
+    if isinstance(error, HTTPException):  # no such route, or another method
         error = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}", "unknown_url")
     if not isinstance(error, ApiError):
         traceback.print_exception(error)

@@ -1,6 +1,6 @@
 """The supported requests, responses and errors of OpenAI's API.
 
-A parameter that would change the answer and is not supported is refused, unless its value means no change.
+All other parameters are refused, except that some, such as `n`, are accepted with the value that has no effect.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ChatRequest(_Request):
 Request = CompletionRequest | ChatRequest
 
 
-def parsed(kind: type[Request], body: bytes) -> Request:
+def parse_request(kind: type[Request], body: bytes) -> Request:
     """Return the request in a JSON body.
 
     Raises:
@@ -87,7 +87,10 @@ def parsed(kind: type[Request], body: bytes) -> Request:
 
 
 class Completion:
-    """The response to a request, or the chunks of a streamed response; `answer` has at most `limit` tokens."""
+    """Builds the response to a request, or the chunks of a streamed response.
+
+    `n_prompt` is the number of tokens of the prompt, `limit` the maximum number of tokens of `answer`.
+    """
 
     def __init__(self, request: Request, model: str, n_prompt: int, limit: int, answer: AnswerText) -> None:
         self._request, self._n_prompt, self._limit, self._answer = request, n_prompt, limit, answer
@@ -105,6 +108,6 @@ class Completion:
         return {**self.head, "choices": [choice]}
 
     def usage(self) -> dict[str, int]:
-        """Return the numbers of tokens."""
+        """Return the token counts of prompt and answer."""
         n, n_prompt = self._answer.n_tokens, self._n_prompt
         return {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}

@@ -1,4 +1,4 @@
-"""Serves a model: replicas on a Ray of this machine or on a cluster, and an HTTP server in this process."""
+"""Serves a model: replicas on a local Ray or on a cluster, and an HTTP server in this process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
     """Serve a model until SIGINT or SIGTERM.
 
     Raises:
-        SettingsError: other machines could send requests without an API key.
+        SettingsError: `host` is not a loopback address, and there is no API key.
         CheckpointError: there is no checkpoint, or it cannot be read.
         SavantError: the server cannot listen at the address, or a replica cannot be started.
     """
@@ -73,7 +73,9 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
         smallest, largest = settings.replicas
         scaling: dict[str, Any] = {"num_replicas": largest}
-        if smallest < largest:  # not always, because with autoscaling Ray Serve's controller uses up to half a core
+        if (
+            smallest < largest
+        ):  # a fixed number otherwise: autoscaling costs up to half a core in Ray Serve's controller
             target = max(1, settings.max_batch // 2)
             limits = {"min_replicas": smallest, "max_replicas": largest, "target_ongoing_requests": target}
             scaling = {"autoscaling_config": limits}
@@ -92,7 +94,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
                 handle = serve.run(model, name=APP, route_prefix=None)
                 app = Api(handle, tokenizer, config, settings).asgi()
                 _print_address(settings, notify)
-                # Answers that Ctrl+C cuts off would be logged as errors.
+                # uvicorn would log answers that Ctrl+C cuts off as errors.
                 level = "info" if verbose else "critical"
                 options = uvicorn.Config(app, log_level=level, access_log=False, timeout_graceful_shutdown=1)
                 uvicorn.Server(options).run([listener])

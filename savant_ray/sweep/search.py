@@ -34,15 +34,15 @@ TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # otherwise Tune prints a table of its own settings, also with `verbose=0`
 }
 MAX_COMPARED = 8  # runs on the page
-PIPE_WIDTH = 120
-TRIAL_MEMORY = 64 << 20  # bytes that a trial's process reserves instead of cores, which its run needs
+PIPE_WIDTH = 120  # columns of the table if standard output is not a terminal
+TRIAL_MEMORY = 64 << 20  # bytes; a trial's actor requests memory only, so that its run gets the cores
 
 
 def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_early: bool, verbose: bool) -> int:
     """Run or resume the sweep `run.name` and print its results; all paths in `config` are absolute.
 
     Returns:
-        the exit code: `STOPPED_EARLY` after Ctrl+C or SIGTERM, when the runs are saved; otherwise 1 if a trial has failed.
+        the exit code: `STOPPED_EARLY` after Ctrl+C or SIGTERM, which save the runs; otherwise 1 if a trial has failed.
 
     Raises:
         SettingsError: the search space is not valid, the storage is not supported, or a sweep of this name has
@@ -120,7 +120,7 @@ class _Progress(tune.Callback):
     """Prints when a trial starts and ends."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        values = ", ".join(f"{name} {_shown(value)}" for name, value in trial.config.items())
+        values = ", ".join(f"{name} {_format_value(value)}" for name, value in trial.config.items())
         print(f"{run_name(trial.trial_id)} starts: {escape_controls(values)}", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -135,7 +135,7 @@ class _Progress(tune.Callback):
         print(f"{run_name(trial.trial_id)} fails: {escape_controls(message)}", flush=True)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value!s:.20}"
 
 
@@ -157,7 +157,7 @@ def _print_table(rows: list[tuple[dict[str, Any], RunSummary | None]], names: li
     """Print one row per trial, the best one first."""
     table = Table("run", *map(escape_controls, names), "state", "step", "best validation", box=None)
     for values, summary in rows:
-        shown = [escape_controls(_shown(values.get(name))) for name in names]
+        shown = [escape_controls(_format_value(values.get(name))) for name in names]
         if summary is None:
             table.add_row("–", *shown, "failed", "0", "–")
         else:

@@ -21,10 +21,10 @@ DISTRIBUTIONS = (
     *("randint", "qrandint", "lograndint", "qlograndint", "choice", "grid_search"),
 )  # functions of ray.tune
 CHOSEN_BY_SWEEP = ("run.name", "run.storage_path")  # settings that the sweep sets for each trial
-TAKES_A_LIST = ("choice", "grid_search")
+TAKES_A_LIST = ("choice", "grid_search")  # as one argument; the list of another distribution has its arguments
 MAX_COMBINATIONS = 1000  # that are checked; one takes about a millisecond
 MAX_PROBLEMS = 10  # in a message
-SHAPE = "such as training.learning_rate: {loguniform: [0.0001, 0.01]} or training.optimizer: {choice: [adamw, muon]}"
+EXAMPLE = "such as training.learning_rate: {loguniform: [0.0001, 0.01]} or training.optimizer: {choice: [adamw, muon]}"
 
 
 def read_space(path: Path, config: Config) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def read_space(path: Path, config: Config) -> dict[str, Any]:
         reason = str(getattr(error, "strerror", None) or error).strip()
         raise SettingsError(f"--space {path}: {reason}") from error
     if not isinstance(content, Mapping) or not content:
-        raise SettingsError(f"--space {path}: has no settings; {SHAPE}")
+        raise SettingsError(f"--space {path}: has no settings; {EXAMPLE}")
     lines = key_lines(text)
     places = {name: f"--space {path}:{f' line {lines[name]}:' if name in lines else ''} {name}" for name in content}
     space = {name: _distribution(places[name], name, entry) for name, entry in content.items()}
@@ -56,7 +56,7 @@ def read_space(path: Path, config: Config) -> dict[str, Any]:
 def _problems(
     values: Mapping[str, Sequence[Any]], places: Mapping[str, str], settings: dict[str, Any]
 ) -> Iterator[str]:
-    """Yield the errors of the first `MAX_COMBINATIONS` combinations of values, and of others until each value occurred."""
+    """Yield the errors of the first `MAX_COMBINATIONS` combinations, and of a few others that contain each value once."""
     longest = max(map(len, values.values()))
     with_each_value = ([choices[i % len(choices)] for choices in values.values()] for i in range(longest))
     for combination in chain(with_each_value, islice(product(*values.values()), MAX_COMBINATIONS)):
@@ -90,20 +90,20 @@ def _distribution(place: str, name: str, entry: Any) -> Any:
     if name in CHOSEN_BY_SWEEP:
         raise SettingsError(f"{place}: the sweep names the runs and their folder, so it cannot be varied")
     if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise SettingsError(f"{place}: needs one distribution, {SHAPE}")
+        raise SettingsError(f"{place}: needs one distribution, {EXAMPLE}")
     ((distribution, arguments),) = entry.items()
     if distribution not in DISTRIBUTIONS:
         raise SettingsError(
             f"{place}: {distribution}: no such distribution{_suggestion(str(distribution), DISTRIBUTIONS)}"
         )
     if not isinstance(arguments, list) or not arguments:
-        raise SettingsError(f"{place}: {distribution} needs a list, {SHAPE}")
+        raise SettingsError(f"{place}: {distribution} needs a list, {EXAMPLE}")
     try:
         function = getattr(tune, distribution)
         if distribution in TAKES_A_LIST:
             return function(arguments)
         domain = function(*arguments)
-        domain.sample()  # only here does Tune check some arguments, such as the bounds of randint
+        domain.sample()  # Tune checks some arguments, such as the bounds of randint, only when it samples
         return domain
     except (TypeError, ValueError, ArithmeticError, AssertionError) as error:
         raise SettingsError(f"{place}: {distribution}: {error}") from error

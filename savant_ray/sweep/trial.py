@@ -14,7 +14,7 @@ from savant_ray.errors import TrainingError
 from savant_ray.events import ValidationDone
 from savant_ray.reporting.record import METRICS, read_records
 
-STEP, LOSS = "step", "validation_loss"  # names of the results
+STEP, LOSS = "step", "validation_loss"  # keys of a result
 REPORT_SECONDS = 3.0  # between results; a stop request is handled between two results
 
 
@@ -25,7 +25,7 @@ class Trial(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any], settings: dict[str, Any] | None = None) -> None:
-        """Start the run with `settings`, except for those that `config` has."""
+        """Start the run; values in `config` override those in `settings`."""
         settings = with_settings(settings or {}, config | {"run.name": run_name(self.trial_id)})
         self._folder = Path(settings["run"]["storage_path"], settings["run"]["name"])
         self._stop, self._ended = threading.Event(), threading.Event()
@@ -45,7 +45,7 @@ class Trial(tune.Trainable):
         """Wait for `REPORT_SECONDS` or the end of the run, and return its newest validation.
 
         Raises:
-            SavantError: training has failed, or was stopped, but not by Tune.
+            SavantError: training has failed, or something other than Tune has stopped it.
         """
         has_ended = self._ended.wait(REPORT_SECONDS)
         if self._error is not None:

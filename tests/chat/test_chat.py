@@ -181,7 +181,7 @@ def test_a_model_that_is_trained_on_text_continues_each_message_as_a_text_of_its
     assert chat(run, "3 + 4 =\n5 + 2 =\n/save out.jsonl\n")[:2] == (0, " 7\n 7\n")
     assert read_by_training(Path("out.jsonl")) == ["3 + 4 = 7", "5 + 2 = 7"]
     code, _, notes = chat(run, "/system Be brief.\n")
-    assert code == 1 and "--conversation has one" in notes
+    assert code == 1 and "--conversation makes it answer" in notes
 
 
 @pytest.mark.parametrize("is_set", [True, False])
@@ -234,9 +234,9 @@ def test_unknown_commands_and_invalid_values_are_refused_and_the_next_message_is
     code, answers, notes = chat(run, text, "--conversation")
     assert (code, answers) == (1, "7\n")
     assert notes.splitlines() == [
-        "error: /loop: no such command; did you mean /loops? (a message can begin with / after a space)",
+        "error: /loop: no such command; did you mean /loops? (to send a message that begins with /, put a space before it)",
         "error: /xyz\\x1b: no such command; the commands are /reset, /system, /temperature, /loops, /save, /help, /exit "
-        "(a message can begin with / after a space)",
+        "(to send a message that begins with /, put a space before it)",
         "error: /temperature: 'hot' is not a number of at least 0",
         "error: /temperature: '-1' is not a number of at least 0",
         "error: /loops: '0' is not a whole number from 1 to 1,024",

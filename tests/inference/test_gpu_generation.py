@@ -12,7 +12,7 @@ import torch
 from savant_ray.config import ModelConfig
 from savant_ray.inference.cuda_graph import StepGraph
 from savant_ray.inference.generate import generate, generate_many
-from savant_ray.inference.sampling import Sampling, drawn, uniform_number
+from savant_ray.inference.sampling import Sampling, sample_tokens, uniform_number
 from savant_ray.model.attention import Mask, attend
 from savant_ray.model.transformer import UniversalTransformer
 
@@ -183,5 +183,5 @@ def test_the_gpu_draws_the_tokens_of_the_cpu(temperature: float) -> None:
     logits[0, 100:200] = float("-inf")
     for index in range(100):
         numbers = [torch.tensor(x, dtype=torch.float64) for x in (temperature, uniform_number(7, index))]
-        of_cpu = drawn(logits, *numbers)
-        assert torch.equal(drawn(logits.to(CUDA), *(number.to(CUDA) for number in numbers)).cpu(), of_cpu)
+        of_cpu = sample_tokens(logits, *numbers)
+        assert torch.equal(sample_tokens(logits.to(CUDA), *(number.to(CUDA) for number in numbers)).cpu(), of_cpu)

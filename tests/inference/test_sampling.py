@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from savant_ray.inference.sampling import Sampling, are_finite, drawn, logit_bias, uniform_number
+from savant_ray.inference.sampling import Sampling, are_finite, logit_bias, sample_tokens, uniform_number
 
 
 def chosen(logits: torch.Tensor, uniform: float, temperature: float = 1.0) -> int:
     as_tensors = (torch.tensor(number, dtype=torch.float64) for number in (temperature, uniform))
-    return int(drawn(logits[None], *as_tensors))
+    return int(sample_tokens(logits[None], *as_tensors))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])

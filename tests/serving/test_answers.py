@@ -18,7 +18,7 @@ from savant_ray.inference.decoder import Decoder, NewTokens
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
-from savant_ray.serving.openai_protocol import ApiError, ChatRequest, CompletionRequest, parsed
+from savant_ray.serving.openai_protocol import ApiError, ChatRequest, CompletionRequest, parse_request
 from tests.inference.test_decoder import sampling
 from tests.inference.test_generate import model_with
 
@@ -91,7 +91,7 @@ def test_a_malformed_request_is_refused_with_the_parameter(
     kind: type[CompletionRequest | ChatRequest], body: str, param: str | None, message: str
 ) -> None:
     with pytest.raises(ApiError) as raised:
-        parsed(kind, body.encode())
+        parse_request(kind, body.encode())
     error = raised.value.body["error"]
     assert raised.value.status == 400 and error["type"] == "invalid_request_error"
     assert (param is None or error["param"] == param) and message in error["message"]
@@ -99,14 +99,14 @@ def test_a_malformed_request_is_refused_with_the_parameter(
 
 def test_parameters_that_change_nothing_are_accepted() -> None:
     neutral = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "user": "me", "stop": None}
-    completion = parsed(
+    completion = parse_request(
         CompletionRequest, json.dumps({"prompt": ["x"], "best_of": 1, "echo": False, **neutral}).encode()
     )
     assert isinstance(completion, CompletionRequest) and completion.prompt == "x" and completion.stop is None
     content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "user", "content": content}]
     body = {**neutral, "messages": messages, "max_completion_tokens": 3, "stop": "x"}
-    chat = parsed(ChatRequest, json.dumps(body).encode())
+    chat = parse_request(ChatRequest, json.dumps(body).encode())
     assert isinstance(chat, ChatRequest) and chat.messages == [{"role": "user", "content": "ab"}]
     assert chat.max_tokens == 3 and chat.stop == ["x"]
 
