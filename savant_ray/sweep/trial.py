@@ -28,6 +28,7 @@ class Trial(tune.Trainable):
         """Start the run; values in `config` override those in `settings`."""
         settings = with_settings(settings or {}, config | {"run.name": run_name(self.trial_id)})
         self._folder = Path(settings["run"]["storage_path"], settings["run"]["name"])
+        self._max_steps = settings["training"]["max_steps"]
         self._stop, self._ended = threading.Event(), threading.Event()
         self._error: BaseException | None = None
         self._result: savant_ray.Result | None = None
@@ -44,6 +45,9 @@ class Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Wait for `REPORT_SECONDS` or the end of the run, and return its newest validation.
 
+        The validation of the last step is returned after the end of the run only: ASHA stops a trial that has reached the
+        last step, but the run still answers questions there.
+
         Raises:
             SavantError: training has failed, or something other than Tune has stopped it.
         """
@@ -52,7 +56,8 @@ class Trial(tune.Trainable):
             raise self._error
         if has_ended and self._result is not None and not self._result.finished:
             raise TrainingError(f"the run was stopped at step {self._result.step}")
-        return {**newest_validation(self._folder), "done": has_ended}
+        newest = newest_validation(self._folder)
+        return {**(newest if has_ended or newest.get(STEP) != self._max_steps else {}), "done": has_ended}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Return an empty dict: the run in its folder is the checkpoint, and `setup` resumes it."""

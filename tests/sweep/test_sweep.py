@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import savant_ray
 from savant_ray.cli import main
 from savant_ray.config import Config
 from savant_ray.errors import STOPPED_EARLY
+from savant_ray.reporting.record import METRICS
 from savant_ray.settings.yaml_text import load_yaml
 from savant_ray.sweep.search_space import read_space
+from savant_ray.sweep.trial import Trial
 from savant_ray.training.checkpoint import newest_checkpoint
 from tests.cluster.conftest import ROOT, environment, options, records, start_program, wait_for, with_text
 
@@ -95,6 +101,26 @@ def start_sweep(folder: Path, *flags: str) -> subprocess.Popen[str]:
     settings = options(run__name="search", training__max_steps=60, training__accumulation=16, checkpoint__keep=2)
     variables = environment(RAY_AUTH_MODE="disabled", PYTHONPATH=str(ROOT))
     return start_program([*command, *settings], folder, variables)
+
+
+def test_a_trial_reports_its_last_validation_when_its_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_questions_answered = threading.Event()
+
+    def train(settings: dict[str, Any], stop_requested: Any) -> savant_ray.Result:
+        run = Path(settings["run"]["storage_path"], settings["run"]["name"])
+        run.mkdir()
+        lines = [{"event": "validation", "step": step, "validation_loss": loss} for step, loss in ((5, 2.0), (10, 1.0))]
+        (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        all_questions_answered.wait(60)
+        return savant_ray.Result(str(run), None, 10, True, {})
+
+    monkeypatch.setattr(savant_ray, "train", train)
+    trial = Trial({"run.storage_path": str(tmp_path), "training.max_steps": 10})
+    assert trial.step() == {"done": False}, "ASHA would stop a trial that has reached the last step"
+    all_questions_answered.set()
+    assert trial.step() == {"step": 10, "validation_loss": 1.0, "done": True}
 
 
 @pytest.mark.rare
