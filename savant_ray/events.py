@@ -153,7 +153,7 @@ class StepDone(Event):
     data_wait_seconds: float  # waiting for the sequences of the step
     compute_seconds: float  # forward and backward passes of rank 0
     reduce_seconds: float  # sums over all workers, including the wait for the slowest
-    update_seconds: float  # clipping and optimizer update
+    update_seconds: float  # clipping and optimizer update; on a GPU it ends when the update's kernels are launched
     step_seconds: float  # duration of the step, including the wait for data and excluding checkpoints
     share_of_peak: float | None = None  # useful FLOP/s of rank 0 / peak of its matmuls; None: unknown, or other loops
     update_skipped: bool = False  # true: the norm was not finite, all tokens were masked, or a spike was skipped
@@ -217,7 +217,7 @@ class CheckpointSaved(Event):
     kind = "checkpoint"
     step: int
     path: str  # of its folder
-    reason: str  # "periodic", "final", "stop" or "converted from …" (a file of the original script)
+    reason: str  # such as "periodic", "before the decay of the learning rate", "final", "stop" or "copied from …"
     seconds: float  # from the start of the save until it was complete
     stall_seconds: float = 0.0  # part of it during which training was paused
 

@@ -95,7 +95,7 @@ def _is_lost_connection(failure: BaseException) -> bool:
 
 
 def _full_text(failure: BaseException) -> str:
-    """Return the message; of an unexpected error also the end of its traceback, because its message is one line only."""
+    """Return the message, and for an unexpected error the end of its traceback, because its message is one line only."""
     if isinstance(failure, UnexpectedError):
         return f"{failure}\n{failure.details.rpartition('  File ')[2]}"
     return str(failure)

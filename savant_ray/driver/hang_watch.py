@@ -37,9 +37,10 @@ RUNNING = (Phase.LOADING, Phase.TRAINING, Phase.STOP_REQUESTED, Phase.STOPPING)
 def collective_timeout(hang_seconds: float | Literal["auto"] | None) -> float:
     """Return the timeout of collectives in seconds, after which gloo or NCCL ends a worker that waits for others.
 
-    `HangWatch` ends most hangs earlier and names the worker that the others wait for: unless `scaling.hang_seconds` is
-    null, its limit is shorter, except while that worker reads or writes checkpoints, or if steps take minutes. The timeout
-    also limits how long workers wait for each other when they start.
+    `HangWatch` ends most hangs earlier and names the worker that the others wait for. Its limit may be longer than this
+    timeout only while that worker reads or writes checkpoints, and with `auto` if steps are long: from 3 minutes on, or
+    from 18 s on while it starts, compiles or validates. With null it has no limit. The timeout also limits how long workers
+    wait for each other when they start.
     """
     return COLLECTIVE_SECONDS if hang_seconds in ("auto", None) else max(COLLECTIVE_SECONDS, 20 * float(hang_seconds))
 
@@ -124,8 +125,8 @@ class HangWatch:
         """Kill workers that hang; to be called at short intervals.
 
         Raises:
-            TrainingError: workers hang and cannot be killed, Ray Train does not notice their loss, or one of Ray's actors
-                without which training cannot go on is stopped.
+            TrainingError: a worker that hangs cannot be killed; or Ray Train does not notice that it was killed; or an actor
+                that training needs (the bridge, Ray Train's controller) is stopped (SIGSTOP).
         """
         now = self._clock()
         self._time += min(now - self._last_check, MAX_CHECK_SECONDS)

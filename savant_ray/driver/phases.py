@@ -2,8 +2,8 @@
 
 While workers have nothing to save, a signal raises KeyboardInterrupt. Once they train, the first signal requests a stop:
 the current step is finished and saved. After a second Ctrl+C or SIGTERM the driver exits without waiting for the save. It
-first prints from which checkpoint the run resumes and uploads the record, which may take seconds; a third signal ends the
-process immediately.
+first prints from which checkpoint the run resumes and uploads the record, which may take seconds; a third Ctrl+C or
+SIGTERM ends the process immediately.
 
 A terminal that closes sends SIGHUP, often twice (from its shell and from the kernel), so a second SIGHUP has no effect.
 Under `nohup` SIGHUP remains ignored.

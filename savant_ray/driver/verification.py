@@ -65,13 +65,14 @@ from savant_ray.worker.batch_reader import BatchReader
 from savant_ray.worker.resume import load_initial_weights
 
 Line = Mapping[str, Any]  # of metrics.jsonl
-# Figures of a step that are compared, in the order in which a step computes them, so that the first difference is named.
+# Figures of a step that are compared. Only the first difference is reported, so causes come before their effects.
 FIGURES = ("tokens", "learning_rate", "skipped_micro_batches", "train_loss", "grad_norm", "update_skipped")
 OLDER_FIGURES = FIGURES[:-1]  # those that all versions have recorded
-# What is used of an attempt, with types; older versions have not recorded the optional fields.
+# Fields of an attempt's line that are used, with their types; older versions did not record the optional ones.
 REQUIRED = {"step": int, "workers": int, "device": str, "precision": str, "settings": dict}
 OPTIONAL = {"threads": int, "versions": dict, "processor": str, "code": str, "data_fingerprint": str}
-NOT_COMPARED = ("savant.torch_rng_state", "savant.fit")  # parts of a checkpoint that do not determine later steps
+# Parts of a checkpoint that are not compared: steps do not use the generator, and the record has their micro-batch sizes.
+NOT_COMPARED = ("savant.torch_rng_state", "savant.fit")
 LEFT_OUT = "savant.left_out"
 NEVER = 1 << 40  # steps
 SHOWN_DIGITS = 12  # of a digest
@@ -112,7 +113,7 @@ class RecordedRun:
             for number, text in enumerate(file, 1):
                 line = parsed(text)
                 if line is None:
-                    damaged += [number] if text.endswith(b"\n") else []  # the last line may be incomplete still
+                    damaged += [number] if text.endswith(b"\n") else []  # the last line may still be incomplete
                 elif line["event"] == AttemptStarted.kind:
                     attempt = line
                 elif line["event"] == StepDone.kind and attempt is not None:
@@ -164,7 +165,10 @@ class RecordedRun:
         return range(start + 1, last + 1)
 
     def notes(self, steps: range, first: int | None) -> list[str]:
-        """Return what a user would expect to be verified and is not; `first` is the first step that was asked for."""
+        """Return notes about incomplete checkpoints and earlier steps that are not verified although a user may expect it.
+
+        `first` is the first step of `--steps`, None without one.
+        """
         notes = [
             f"{folder.name} is not a complete checkpoint, because it has no {MANIFEST}, and is not compared"
             for folder in step_folders(self.folder)
@@ -188,7 +192,7 @@ class RecordedRun:
         return list({id(self.attempts[step]): self.attempts[step] for step in steps}.values())
 
     def seconds(self, steps: range) -> float:
-        """Return how long the run took for the steps, by its median step."""
+        """Return how many seconds the steps took in the run, estimated from their median duration."""
         seconds = [self.steps[step].get("step_seconds") for step in steps]
         known = [value for value in seconds if isinstance(value, int | float)]
         return len(steps) * median(known) if known else 0.0
@@ -218,7 +222,7 @@ def refuse_unrepeatable(run: RecordedRun, steps: range) -> None:
     """Check that one process on this machine can repeat the steps bit for bit.
 
     Raises:
-        SavantError: it cannot; the message names the steps, the reason, and steps that can be repeated.
+        SavantError: it cannot; the message names the steps, the reason, and later steps that can be repeated, if any.
     """
     reasons = {id(attempt): reason_not_repeatable(attempt) for attempt in run.attempts_of(steps)}
     refused = [
@@ -286,7 +290,7 @@ def tokenizer_of(run: RecordedRun) -> Callable[[Config], Tokenizer]:
 
 
 class _DataOfAttempts:
-    """Finds the training data of each attempt; attempts with the same settings share it."""
+    """Finds the training data of each attempt; attempts whose data, sequence length, seed and batch are equal share it."""
 
     def __init__(self, tokenizer: Callable[[Config], Tokenizer], report: RunReport, verbose: bool) -> None:
         self._tokenizer, self._report, self._verbose = tokenizer, report, verbose
@@ -472,7 +476,7 @@ class _ComparingHost:
     def local_batches(self, state: TrainingState) -> Iterator[list[MicroBatch]]:
         """Yield all micro-batches of each step up to the last one of the attempt.
 
-        Before each of them the micro-batch size is set to that with which the run took the step.
+        Before each step the micro-batch size is set to the one that the run used for this step.
         """
         steps = range(state.step + 1, self._last_step + 1)
         plan = replace(self._plan, left_out=state.left_out)
@@ -484,10 +488,10 @@ class _ComparingHost:
             yield [replace(micro_batch, useful_flops=0.0) for micro_batch in local_batch]
 
     def emit(self, event: Event) -> None:
-        """Compare a finished step.
+        """Compare a finished step with the record, and the state after it with the checkpoint of this step, if it is kept.
 
         Raises:
-            VerificationError: it is not equal to the recorded one.
+            VerificationError: the step or the checkpoint differs.
             CheckpointError: the checkpoint of the step is damaged.
         """
         if not isinstance(event, StepDone):
@@ -516,9 +520,9 @@ class _ComparingHost:
         """Do nothing: nothing is written."""
 
     def restore(self, state: TrainingState) -> None:
-        """Do nothing: the repeated state is already the one that the run reached again after it had gone back.
+        """Do nothing: when the run went back, it repeated its steps up to the spike and reached the present state again.
 
-        This is called only if the run folder lacks the file of the sequences that were left out.
+        This is called only if the run folder lacks the file that lists the sequences that were left out.
         """
 
     def store_file(self, file: Path, name: str) -> str:
@@ -614,7 +618,8 @@ def _leaf_difference(saved: Any, repeated: Any) -> str | None:
         return None if saved == repeated else f"({saved} in the checkpoint, {repeated} when repeated)"
     saved, repeated = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in (saved, repeated))
     if saved.dtype != repeated.dtype or saved.shape != repeated.shape:
-        return f"({saved.dtype} of {saved.numel():,}, {repeated.dtype} of {repeated.numel():,} when repeated)"
+        was, now = (f"{tensor.numel():,} numbers of {tensor.dtype}" for tensor in (saved, repeated))
+        return f"({was} in the checkpoint, {now} when repeated)"
     differs = (saved.view(torch.uint8) != repeated.view(torch.uint8)).view(-1, saved.element_size()).any(dim=1)
     if not differs.any():
         return None
@@ -623,7 +628,7 @@ def _leaf_difference(saved: Any, repeated: Any) -> str | None:
 
 
 def causes(attempt: Line) -> str:
-    """Return one line: what differs between an attempt and this process and can explain other bits."""
+    """Return one line with possible causes of a difference: what is known to differ between an attempt and this process."""
     versions, code = attempt.get("versions", {}), attempt.get("code", "")
     is_cuda = device_of(attempt).type == "cuda"
     processor = torch.cuda.get_device_name() if is_cuda else processor_name()

@@ -1,8 +1,8 @@
 """Decides whether an answer is correct: numbers are compared by value, text as in SQuAD's exact match (arXiv 1606.05250).
 
 `3.140`, `1,000`, `1e3`, `3/4`, `-5`, `50%`, `$5.00` and `5 km` are numbers, some with a unit; 50% equals 0.5. Units must be
-equal; they are not converted. Only the last number of a text may have a unit, or %, that the expected number lacks. Text is
-compared in lower case, without articles, punctuation and repeated spaces.
+equal; they are not converted. If the expected number has no unit or %, a text without "The answer is" is also correct if its
+last number has one. Text is compared in lower case, without articles, punctuation and repeated spaces.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _words(text: str) -> str:
 def _is_punctuation(text: str, i: int) -> bool:
     """Return whether the character is punctuation that does not change the meaning.
 
-    Characters as in `c#` and `km/h`, between two digits, and a minus sign before a number are not such punctuation.
+    Such punctuation does not include `%#&@/` (`c#`, `km/h`), characters between two digits, and minus signs of numbers.
     """
     char = text[i]
     if not unicodedata.category(char).startswith("P") or char in "%#&@/":

@@ -44,7 +44,7 @@ from savant_ray.training.step import MicroBatch
 
 TEXT_FILES = (CONFIG, *TOKENIZER_FILES)  # of a checkpoint, for encoding and decoding text
 LOSS_DOCUMENTS = 100  # held-out documents for the loss at each depth
-MIN_ROW = 128  # tokens in a row for the loss at each depth
+MIN_ROW = 128  # smallest length of a row in tokens, for the loss at each depth
 
 
 def load_model(checkpoint: Path, raw_weights: bool = False) -> tuple[UniversalTransformer, Tokenizer, Config]:

@@ -23,7 +23,7 @@ class LoopStatistics:
     """One number per loop k, computed from the residual stream s_k after it; s_0 is the embedding."""
 
     residuals: tuple[float, ...]  # |s_k - s_(k-1)| / |s_(k-1)|, mean over tokens
-    cosines: tuple[float, ...]  # between two different tokens of a row, mean over pairs
+    cosines: tuple[float, ...]  # between two different tokens of a row, mean over pairs, then over rows
 
     @property
     def has_collapsed(self) -> bool:
@@ -56,7 +56,10 @@ def loop_statistics(
 
 
 def mean_cosine(x_BTD: Tensor, is_token_BT: Tensor) -> float:
-    """Return the mean cosine between two different tokens of a row, over rows with at least two tokens; 0 if none has."""
+    """Return the mean over rows of the mean cosine between two different tokens; rows with fewer than two are left out.
+
+    If no row has two tokens, return 0.
+    """
     units_BTD = F.normalize(x_BTD, dim=-1) * is_token_BT[..., None]
     n_B = is_token_BT.sum(dim=1).double()
     pairs_B = n_B * (n_B - 1)

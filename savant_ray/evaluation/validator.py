@@ -141,7 +141,7 @@ class Validator:
             self._emit_validation(state, mean_loss, weights_moved, time.perf_counter() - started)
 
     def _loss_sums(self, state: TrainingState) -> Tensor:
-        """Return the sums over this rank's sequences; while they do not fit into memory, halve the forward passes.
+        """Return the sums over this rank's sequences; while a forward pass does not fit into memory, halve its size.
 
         This does not change the micro-batches of training.
 

@@ -19,7 +19,7 @@ from savant_ray.optim.tree_sum import TreeSum
 class GradientBuffer:
     """Gradient storage, 4 bytes a parameter: `flat` holds `gradients` followed by `sums`, all fp32.
 
-    With `training.deterministic`, `tree` adds the contents of `flat` for each micro-batch.
+    With `training.deterministic`, the contents of `flat` are added to `tree` after each micro-batch.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], n_sums: int) -> None:

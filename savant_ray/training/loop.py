@@ -78,7 +78,7 @@ class Host(Protocol):
         """Return this rank's micro-batches of each step from `state.position` on, without `state.left_out`."""
 
     def validate(self, state: TrainingState) -> bool:
-        """Run validation, logic problems and sampling; collective. Return True if a stop request cut it short.
+        """Run validation, logic problems and sampling; collective. Return True if a stop was requested before the end.
 
         Raises:
             DeviceMemoryError: the device has no memory for a single sequence.
@@ -183,7 +183,7 @@ def step_with_oom_retry(
     host: Host,
     n_loops: int | None = None,
 ) -> StepResult:
-    """Take a step; while some rank runs out of memory, repeat it on all ranks with smaller micro-batches.
+    """Take a step; while some rank runs out of memory, repeat it on all ranks with `BatchFit.smaller`.
 
     Raises:
         MemoryCapError: one sequence does not fit.
@@ -198,7 +198,7 @@ def step_with_oom_retry(
 
 
 def save(host: Host, state: TrainingState, reason: str, config: Config) -> None:
-    """Begin a checkpoint. Ranks are compared first, so that a checkpoint is never that of a rank that differs.
+    """Begin a checkpoint. Ranks are compared first, unless `compare_ranks_every` is 0; if they differ, nothing is saved.
 
     Raises:
         RanksDifferError: the ranks have different weights or optimizer state.
@@ -241,7 +241,7 @@ def rewind(state: TrainingState, spike: Spike, n_sequences: int, host: Host) -> 
         raise TrainingError(
             f"step {event.step:,} has a spike (loss {event.train_loss:.4f}, limit {event.loss_limit:.4f}; gradient norm "
             f"{event.grad_norm:.4g}, limit {event.grad_norm_limit:.4g}) after the sequences of {len(recent)} others within "
-            f"{WINDOW} steps were left out, so the text is hardly the cause; the last checkpoints are kept. Lower "
+            f"{WINDOW} steps were left out, so the text is probably not the cause; the last checkpoints are kept. Lower "
             "training.learning_rate, or set training.on_spike to warn."
         )
     left_out = (*state.left_out, (state.position, n_sequences))

@@ -14,7 +14,7 @@ from torch import Tensor
 from savant_ray.training.reduction import SEGMENT, gather, n_ranks
 from savant_ray.training.state import TrainingState
 
-INTEGERS = {2: torch.int16, 4: torch.int32}  # by the bytes of an element
+INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of an element in bytes
 MODULUS = (1 << 61) - 1
 
 

@@ -90,7 +90,7 @@ def sum_trees(tree: TreeSum, leaves: Sequence[range], result: Tensor, segment: i
 
 
 def _exchange(own: Sequence[Tensor], nodes: Sequence[Sequence[Block]], result: Tensor) -> None:
-    """Write the sum of the nodes of all ranks to `result`; `own` are the values of this rank's nodes, of its shape."""
+    """Write the sum of the nodes of all ranks to `result`; `own` are this rank's nodes, shaped like `result`."""
     n, n_own = len(nodes), len(own)
     shard = -(-len(result) // n)
     padding = n * shard - len(result)

@@ -26,7 +26,7 @@ WINDOW = 128  # steps
 MIN_STEPS = WINDOW // 2  # in the window; with fewer, no step is a spike
 MAX_SPIKES = WINDOW // 8
 SIGMAS = 6.0
-LOSS_RATIO = 1.01  # smallest limit relative to the mean, so that rounding is no spike if losses are nearly equal
+LOSS_RATIO = 1.01  # smallest limit relative to the mean, so that rounding is not a spike if losses are nearly equal
 NORM_RATIO = 8.0  # smallest limit relative to the mean
 
 
@@ -50,7 +50,7 @@ class SpikeWindow:
     """The last `WINDOW` steps with finite loss and gradient norm, each of `effective_batch` sequences."""
 
     def __init__(self, effective_batch: int) -> None:
-        self._effective_batch = effective_batch  # smaller batches have other norms
+        self._effective_batch = effective_batch  # the gradient norm depends on it
         self._steps: deque[_Step] = deque(maxlen=WINDOW)
 
     def find(self, loss: float, grad_norm: float) -> Spike | None:

@@ -30,8 +30,9 @@ from savant_ray.training.spikes import SpikeWindow
 
 # Indices of the sums that are reduced together with the gradients (training/step.py).
 LOSS, TOKENS = SUMS = range(2)
-# Largest tokens x dim of a micro-batch on a CPU: 4 sequences of 256 tokens at dim 128. There a step of 8 such sequences
-# takes 1 to 2 % less time with twice as many, and 8 % more with half as many. Smaller ones can be divided among more ranks.
+# Largest tokens x dim of a micro-batch on a CPU: 4 sequences of 256 tokens at dim 128. Compared with that, a step of 8 such
+# sequences takes 1 to 2 % less time in micro-batches of 8, and 8 % more in micro-batches of 2. Smaller micro-batches can be
+# divided among more ranks.
 MAX_CPU_ELEMENTS = 1 << 17
 
 
@@ -221,9 +222,9 @@ class TrainingState:
         Weights that only the model has keep their initial values; weights that only the checkpoint has are ignored. With
         `allow_changes`, the same applies to weights whose shapes differ. If any weight was not restored or was ignored, or
         the optimizer's state does not fit, the optimizer keeps its initial state. The average of the weights begins with the
-        loaded weights if the checkpoint has no average or is of another model. The window of spikes stays empty if weights,
-        optimizer or schedule were not restored, or if the text is another one (`data_fingerprint`), because the loss may
-        then differ.
+        loaded weights if the checkpoint has no average or belongs to a different model. The spike window stays empty if
+        weights, optimizer or schedule were not restored, or if the text (`data_fingerprint`) or the effective batch is
+        different, because losses and norms may then differ.
 
         Raises:
             CheckpointError: weights have other shapes than the model's; all are listed.

@@ -3,7 +3,7 @@
 Losses are SUMMED over tokens, gradients and sums are reduced over all ranks, and the division by the global number of tokens
 comes last. The result therefore does not depend on how the sequences were divided among ranks, and a skipped micro-batch
 needs no correction. Nothing of a step is applied before its end, so when one rank runs out of device memory, all ranks can
-discard the step and repeat it with smaller micro-batches.
+discard the step and repeat it with less memory (`BatchFit.smaller`).
 
 With `training.deterministic`, the result has the same bits on any number of ranks. Micro-batch i of a step has the same
 sequences, whichever rank computes it. Its gradients are computed separately and set to zero if its loss is not finite, and
@@ -14,9 +14,9 @@ another pass over memory for each micro-batch.
 Otherwise all micro-batches of a rank add to one buffer, and one all-reduce adds those of all ranks. If the loss of a
 micro-batch is not finite, its rank discards the sums and accumulates the other micro-batches again.
 
-Nothing between the micro-batches waits for a GPU's results: their losses are read once, after the last one. Before the
-reduction the ranks exchange a few integers (`RankStatus`). If one of them abandons the step or runs out of memory, all skip
-the reduction.
+On a GPU a few micro-batches are in flight at a time (`LaunchQueue`), and their losses are read once, after the last one.
+Before the reduction the ranks exchange a few integers (`RankStatus`). If one of them abandons the step or runs out of
+memory, all skip the reduction.
 
 Shapes: B sequences of a micro-batch, T time, N sequences of a local batch.
 """
@@ -68,7 +68,7 @@ class MicroBatch:
     index: int = 0  # among the micro-batches of the step, of all ranks
 
     def parts(self, rows: int) -> Iterator[MicroBatch]:
-        """Yield the same sequences in micro-batches of at most `rows`, whose `useful_flops` are not set."""
+        """Yield the same sequences in micro-batches of at most `rows`, whose `useful_flops` and `index` are not set."""
         for start in range(0, len(self.tokens_BT), rows):
             part = slice(start, start + rows)
             yield MicroBatch(
@@ -129,6 +129,7 @@ class StepSeconds:
 
     compute: float  # forward and backward passes
     reduce: float  # sums over all ranks, including the wait for other ranks
+    # Clipping and update. On a GPU it ends when the update's kernels are launched, which usually run in the next `compute`.
     update: float
 
 
@@ -156,9 +157,9 @@ class RankStatus(NamedTuple):
 class StepResult:
     """Result of a step, equal on all ranks except for `skipped_locally` and `seconds`."""
 
-    loss: float  # nats per target token
+    loss: float  # nats per target token; NaN without target tokens
     tokens: int  # target tokens
-    grad_norm: float  # before clipping; NaN without an update
+    grad_norm: float  # before clipping; NaN without target tokens
     skipped: int  # micro-batches, all ranks
     updated: bool
     stop: bool  # a stop was requested on some rank
@@ -179,7 +180,7 @@ def take_step(
 ) -> StepResult:
     """Accumulate gradients with `n_loops` loops (None: `model.n_loops`), reduce them over all ranks, update the weights.
 
-    Collective: every rank calls it once per step, also with an empty local batch. The tensors of the local batch are on the
+    Collective: every rank calls it once per step, even with an empty local batch. The tensors of the local batch are on the
     state's device. A stop request does not interrupt the step unless the rest of the accumulation would outlast the grace
     period on some rank.
 

@@ -58,7 +58,7 @@ class DriverConnection:
     def __init__(self, bridge: Any, config: Config) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.lines: list[dict[str, Any]] = []  # on rank 0: of the record, for the next checkpoint
+        self.lines: list[dict[str, Any]] = []  # on rank 0: the record since the newest checkpoint
         self.figures: dict[str, float | str] = {}  # the latest ones, reported to Ray Train with each checkpoint
         self._bridge, self._grace_seconds = bridge, config.run.grace_seconds
         self._sender, self._numbers = uuid.uuid4().hex, itertools.count()
@@ -174,7 +174,7 @@ class RayHost:
         return None if left is None else left - self._saver.seconds_to_finish()
 
     def stop_requested(self) -> bool:
-        """Return whether the driver requested a stop or a node of the run is drained."""
+        """Return whether the driver has requested a stop or a node of the run is being drained."""
         return self.grace_left() is not None
 
     def save(self, state: TrainingState, reason: str) -> None:

@@ -63,7 +63,7 @@ METRICS = (
     Metric("savant_grad_norm", StepDone, "grad_norm", "Gradient norm before clipping"),
     Metric("savant_tokens", StepDone, "tokens", "Target tokens that these workers trained on", is_counter=True),
     Metric("savant_tokens_per_second", StepDone, "tokens_per_second", "Target tokens per second of the step"),
-    Metric("savant_share_of_peak", StepDone, "share_of_peak", "Useful FLOPs as a fraction of the peak of the device"),
+    Metric("savant_share_of_peak", StepDone, "share_of_peak", "Useful FLOP/s as a fraction of the device's peak"),
     Metric("savant_step_seconds", StepDone, "step_seconds", "Duration of the step"),
     Metric("savant_compute_seconds", StepDone, "compute_seconds", "Seconds of the step in forward and backward passes"),
     Metric(
@@ -72,7 +72,12 @@ METRICS = (
         "reduce_seconds",
         "Seconds of the step in the sum of gradients over all workers",
     ),
-    Metric("savant_update_seconds", StepDone, "update_seconds", "Seconds of the step in the update by the optimizer"),
+    Metric(
+        "savant_update_seconds",
+        StepDone,
+        "update_seconds",
+        "Seconds of the step in clipping and the optimizer update; on a GPU until the update's kernels are launched",
+    ),
     Metric("savant_data_wait_seconds", StepDone, "data_wait_seconds", "Seconds of waiting for the data of the step"),
     Metric(
         "savant_memory_gb",

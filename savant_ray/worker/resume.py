@@ -62,7 +62,7 @@ def load_newest_checkpoint(
     """Load on every rank the checkpoint that rank 0 selects. Collective.
 
     Returns:
-        The event, None without a checkpoint, and the number of CPU threads that computed it, None if it is unknown.
+        The event, None without a checkpoint, and the number of CPU threads per worker that computed it, None if unknown.
 
     Raises:
         CheckpointError, SavantError, OSError: as in `load_newest`.

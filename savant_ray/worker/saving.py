@@ -1,7 +1,7 @@
 """Writes checkpoints in a background thread; training waits only while the state is copied.
 
 At most one checkpoint is written at a time: the next save, and the end of training, wait for the pending one. Each rank
-reports it to Ray Train from its thread, because `ray.train.report()` waits for all ranks and thus for rank 0's storage.
+reports it to Ray Train from this thread, because `ray.train.report()` waits for all ranks and thus for rank 0's storage.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PendingCheckpoint:
     step: int
     reason: str
     content: dict[str, Any] | None  # None on ranks other than 0
-    figures: Mapping[str, float | str]  # reported to Ray Train with it, which keeps them in its list of checkpoints
+    figures: Mapping[str, float | str]  # reported with it to Ray Train, which keeps them in its list of checkpoints
     n_lines: int  # record lines that belong to it
     started: float  # by time.perf_counter()
     stall_seconds: float
