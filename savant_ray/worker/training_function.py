@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
 import torch
 from ray.exceptions import RayError
-from ray.train.torch import get_device
 
 from savant_ray.cluster.same_code import other_code_error, own_digest, package_folder
 from savant_ray.config import Config
@@ -96,7 +96,7 @@ def _train(
     storage: RunStorage,
     connection: DriverConnection,
 ) -> None:
-    device = get_device()
+    device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives over Python objects allocate on the current device
     torch.manual_seed(config.run.seed)  # for libraries; this package uses no global generator
@@ -118,7 +118,7 @@ def _train(
         of_checkpoint = threads if state.settings.deterministic else None
         notes.append(set_threads(config.scaling.threads_per_worker, of_checkpoint))
     if state.settings.deterministic:
-        notes.append(idle_workers(config, micro_batch_size(config, device), connection.world_size))
+        notes.append(_idle_workers(config, micro_batch_size(config, device), connection.world_size))
     stream: StepStream = ray.train.get_dataset_shard("train")
     batches = local_batches(stream, state, config)
     if device.type == "cuda":
@@ -141,7 +141,7 @@ def _train(
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=saved_step), wait=True)
 
 
-def idle_workers(config: Config, rows: int, n_workers: int) -> str | None:
+def _idle_workers(config: Config, rows: int, n_workers: int) -> str | None:
     """Return a note for the user if some workers have none of a step's micro-batches of `rows` sequences, or None."""
     n_micro_batches = -(-config.training.effective_batch // rows)
     if n_micro_batches >= n_workers:
