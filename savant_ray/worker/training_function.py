@@ -25,15 +25,13 @@ from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.run_storage import run_storage
 from savant_ray.training.compiler_cache import keep_compiled_code
 from savant_ray.training.device import (
-    cap_memory,
     compile_block,
-    keep_freed_memory,
+    prepare_device,
     processor_name,
     raise_memory_cap_error_on_oom,
     set_threads,
     supported_precision,
     update_memory_cap,
-    use_deterministic_kernels,
     wants_compiled,
 )
 from savant_ray.training.loop import train, validation_is_due
@@ -100,12 +98,9 @@ def _train(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives over Python objects allocate on the current device
     torch.manual_seed(config.run.seed)  # for libraries; this package uses no global generator
-    keep_freed_memory(device)
-    if device.type == "cuda" and is_deterministic(config, device):
-        use_deterministic_kernels()
     settings = config.training
     precision, precision_note = supported_precision(settings.precision, device)
-    notes = [cap_memory(device, settings.vram_limit_gb), precision_note]
+    notes = [prepare_device(device, settings.vram_limit_gb, is_deterministic(config, device)), precision_note]
     with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
         state = new_state(config, device, precision)
     state.data_fingerprint = task.data_fingerprint
