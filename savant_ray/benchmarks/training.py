@@ -2,7 +2,8 @@
 
 Two processes alternate, one with the baseline and one with a worker's step, so that each has its own memory and its own
 allocator. On a CPU the model has half the default dimension; on a GPU it is the default model with its micro-batches, and
-our process is under the memory cap. Both use the dtype in which the device computes `training.precision: bf16`.
+our process is under the memory cap. Both use the dtype in which the device computes `training.precision: bf16`. They start
+from the same weights, so that equal losses show that both train on the same documents.
 
 The figures `deterministic` compare our step with itself, with and without `training.deterministic`. Its step has 16
 micro-batches, because the number of sums in memory grows with them.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -23,23 +24,22 @@ import numpy as np
 import torch
 
 from savant_ray.benchmarks import baseline
-from savant_ray.benchmarks.registry import Figures, alternate, figure, seconds
+from savant_ray.benchmarks.registry import Figures, alternate, figure, log_progress, seconds
 from savant_ray.benchmarks.workload import benchmark_device, benchmark_dtype, model_config, peak_flops_per_second
 from savant_ray.config import AUTO, Auto, Config, ModelConfig
+from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.device import (
-    cap_memory,
     compile_block,
-    keep_freed_memory,
     memory_used_gb,
     peak_memory_gb,
+    prepare_device,
     supported_precision,
     synchronize,
     update_memory_cap,
-    use_deterministic_kernels,
 )
 from savant_ray.training.efficiency import useful_flops
 from savant_ray.training.state import is_deterministic, micro_batch_size, new_state
-from savant_ray.training.step import MicroBatch, StepResult, take_step
+from savant_ray.training.step import MicroBatch, take_step
 
 ROUNDS = 3
 SEED = 0
@@ -54,34 +54,46 @@ class Case:
     n_documents: int
 
 
-CASES = {"documents_of_250": Case(250, 4), "full_rows": Case(1024, 4)}
-CASES_ON_A_GPU = {"documents_of_250": Case(250, 48), "full_rows": Case(1024, 12)}  # both are 12 packed rows
-DETERMINISTIC_CASE, DETERMINISTIC_CASE_ON_A_GPU = Case(1024, 16), Case(1024, 192)  # 16 micro-batches of 1 and 12 rows
-
-
 def run() -> Figures:
     """Measure useful tokens per second and peak memory relative to the baseline."""
     device = benchmark_device()
+    if device.type == "cuda":
+        rows = Config().training.batch_size
+        cases = {"documents_of_250": Case(250, 4 * rows), "full_rows": Case(1024, rows)}
+    else:
+        cases = {"documents_of_250": Case(250, 4), "full_rows": Case(1024, 4)}
+    return measure_steps(model_config(device), device, cases, ROUNDS, lambda: peak_flops_per_second(device))
+
+
+def measure_steps(
+    model: ModelConfig,
+    device: torch.device,
+    cases: Mapping[str, Case],
+    rounds: int,
+    measure_peak: Callable[[], float],
+) -> Figures:
+    """Measure with a model of any size; `measure_peak` returns FLOP/s."""
     figures: Figures = {}
-    for name, case in (CASES_ON_A_GPU if device.type == "cuda" else CASES).items():
-        with _process(_baseline, case, device) as reference, _process(_savant, case, device) as savant:
-            peaks, reference_times, savant_times = alternate(
-                ROUNDS, lambda: peak_flops_per_second(device), reference, savant
-            )
-            figures |= _figures(name, case, device, peaks, reference_times, savant_times)
+    for name, case in cases.items():
+        with _process(_baseline, model, case, device) as reference, _process(_savant, model, case, device) as savant:
+            peaks, reference_times, savant_times = alternate(rounds, measure_peak, reference, savant)
+            losses = f"first losses {savant.first_loss():.3f} and {reference.first_loss():.3f}"
+            figures[f"train_{name}"] = _figure(model, case, peaks, reference_times, savant_times, losses)
             savant_gb, reference_gb = savant.peak_gb(), reference.peak_gb()
             figures[f"train_{name}_memory"] = figure(
                 [savant_gb / reference_gb], f"{savant_gb:.2f} against {reference_gb:.2f} GiB"
             )
-    return figures | _cost_of_determinism(device)
+    return figures | _cost_of_determinism(model, device, rounds)
 
 
-def _cost_of_determinism(device: torch.device) -> Figures:
+def _cost_of_determinism(model: ModelConfig, device: torch.device, rounds: int) -> Figures:
     """Measure the speed and memory of deterministic steps relative to others."""
-    case = DETERMINISTIC_CASE_ON_A_GPU if device.type == "cuda" else DETERMINISTIC_CASE
-    processes = [_process(functools.partial(_savant, deterministic=setting), case, device) for setting in (True, False)]
+    case = Case(model.max_seq_len, 16 * micro_batch_size(_config(model, deterministic=True), device))
+    processes = [
+        _process(functools.partial(_savant, deterministic=setting), model, case, device) for setting in (True, False)
+    ]
     with processes[0] as deterministic, processes[1] as other:
-        times, other_times = alternate(ROUNDS, deterministic, other)
+        times, other_times = alternate(rounds, deterministic, other)
         gb, other_gb = deterministic.peak_gb(), other.peak_gb()
     return {
         "train_deterministic": figure(
@@ -92,26 +104,29 @@ def _cost_of_determinism(device: torch.device) -> Figures:
     }
 
 
-def _figures(
-    name: str,
+def _figure(
+    model: ModelConfig,
     case: Case,
-    device: torch.device,
     peaks: list[float],
     reference_times: list[float],
     savant_times: list[float],
-) -> Figures:
+    losses: str,
+) -> dict[str, Any]:
     tokens = case.document_tokens * case.n_documents
-    flops = useful_flops(model_config(device), [case.document_tokens] * case.n_documents)
+    flops = useful_flops(model, [case.document_tokens] * case.n_documents)
     ratios = [a / b for a, b in zip(reference_times, savant_times, strict=True)]
     # If a step is faster than the measured peak, other processes disturbed all measurements; its speed is then the peak.
     peak = max(*peaks, flops / min(*reference_times, *savant_times))
     fractions_of_peak = [[flops / time / peak for time in times] for times in (reference_times, savant_times)]
     speeds = [tokens / statistics.median(times) for times in (savant_times, reference_times)]
     detail = (
-        f"{speeds[0]:,.0f} against {speeds[1]:,.0f} useful tokens/s; the baseline has "
+        f"{speeds[0]:,.0f} against {speeds[1]:,.0f} useful tokens/s, {losses}; the baseline has "
         f"{statistics.median(fractions_of_peak[0]):.1%} of the {peak / 1e9:,.0f} GFLOP/s peak"
     )
-    return {f"train_{name}": figure(ratios, detail, fractions_of_peak[1])}
+    return figure(ratios, detail, fractions_of_peak[1])
+
+
+Steps = Callable[[ModelConfig, Case, torch.device], Iterator[float]]  # takes a step and yields its loss, endlessly
 
 
 class StepProcess:
@@ -121,22 +136,26 @@ class StepProcess:
         self._connection = connection
 
     def __call__(self) -> float:  # noqa: D102 - see the class
-        return float(self._request("step"))
+        return self._request("step")
+
+    def first_loss(self) -> float:
+        """Return the loss of the first step."""
+        return self._request("first loss")
 
     def peak_gb(self) -> float:
         """Return peak GiB: on a GPU of the whole process, on a CPU what the model and its steps added."""
-        return float(self._request("memory"))
+        return self._request("memory")
 
-    def _request(self, name: str) -> Any:
+    def _request(self, name: str) -> float:
         self._connection.send(name)
-        return self._connection.recv()
+        return float(self._connection.recv())
 
 
 @contextmanager
-def _process(prepare: Callable[..., Callable[[], object]], case: Case, device: torch.device) -> Iterator[StepProcess]:
+def _process(steps: Steps, model: ModelConfig, case: Case, device: torch.device) -> Iterator[StepProcess]:
     context = multiprocessing.get_context("spawn")
     parent_end, child_end = context.Pipe()
-    process = context.Process(target=_serve, args=(child_end, prepare, case, str(device)), daemon=True)
+    process = context.Process(target=_serve, args=(child_end, steps, model, case, str(device)), daemon=True)
     process.start()
     child_end.close()  # otherwise `recv` would not notice that the process has ended
     try:
@@ -146,20 +165,24 @@ def _process(prepare: Callable[..., Callable[[], object]], case: Case, device: t
         process.join()
 
 
-def _serve(connection: Connection, prepare: Callable[..., Callable[[], object]], case: Case, device_name: str) -> None:
+def _serve(connection: Connection, steps: Steps, model: ModelConfig, case: Case, device_name: str) -> None:
     device = torch.device(device_name)
     before = 0.0 if device.type == "cuda" else peak_memory_gb(device)
     memory_gb = memory_used_gb if device.type == "cuda" else peak_memory_gb
-    torch.manual_seed(SEED)
-    step = prepare(case, device)
+    losses = steps(model, case, device)
+    first_loss = next(losses)
 
     def step_and_synchronize() -> None:
-        step()
+        next(losses)
         synchronize(device)
 
+    answers = {
+        "step": lambda: seconds(step_and_synchronize),
+        "first loss": lambda: first_loss,
+        "memory": lambda: memory_gb(device) - before,
+    }
     while True:
-        request = connection.recv()
-        connection.send(seconds(step_and_synchronize) if request == "step" else memory_gb(device) - before)
+        connection.send(answers[connection.recv()]())
 
 
 def _documents(case: Case, vocab_size: int) -> list[torch.Tensor]:
@@ -168,37 +191,41 @@ def _documents(case: Case, vocab_size: int) -> list[torch.Tensor]:
     return list(torch.randint(FIRST_TOKEN, vocab_size, shape, generator=generator))
 
 
-def _baseline(case: Case, device: torch.device) -> Callable[[], object]:
-    config = model_config(device)
-    model = baseline.Baseline(config).to(device, benchmark_dtype(device))
+def _config(model: ModelConfig, deterministic: bool | Auto) -> Config:
+    return Config.from_dict({"model": model.model_dump(), "training": {"deterministic": deterministic}})
+
+
+def _baseline(config: ModelConfig, case: Case, device: torch.device) -> Iterator[float]:
+    """Take steps of the baseline, from the initial weights of `_savant`."""
+    model = baseline.Baseline(config)
+    torch.manual_seed(Config().run.seed)
+    model.load_state_dict(UniversalTransformer(config).state_dict(), strict=False)
+    model.to(device, benchmark_dtype(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
     rows = baseline.padded(_documents(case, config.vocab_size), config.max_seq_len).to(device)
-    return lambda: baseline.take_step(model, optimizer, rows.split(Config().training.batch_size))
+    while True:
+        yield baseline.take_step(model, optimizer, rows.split(Config().training.batch_size))
 
 
-def _savant(case: Case, device: torch.device, deterministic: bool | Auto = AUTO) -> Callable[[], object]:
-    """Prepare a step as a worker does: with a memory cap, and with smaller micro-batches if the step does not fit."""
-    config = Config.from_dict(
-        {"model": model_config(device).model_dump(), "training": {"deterministic": deterministic}}
-    )
-    if device.type == "cuda" and is_deterministic(config, device):
-        use_deterministic_kernels()
-    cap_memory(device, config.training.vram_limit_gb)
-    keep_freed_memory(device)
+def _savant(model: ModelConfig, case: Case, device: torch.device, deterministic: bool | Auto = AUTO) -> Iterator[float]:
+    """Take steps as a worker does: with a memory cap, and with smaller micro-batches if a step does not fit."""
+    config = _config(model, deterministic)
+    prepare_device(device, config.training.vram_limit_gb, is_deterministic(config, device))
     state = new_state(config, device, supported_precision("bf16", device)[0])
     compile_block(state.model, config.training.compile, device, state.settings.precision)
     parts = _packed(case, config.model, device).parts(micro_batch_size(config, device))
     local_batch = [replace(part, index=index) for index, part in enumerate(parts)]
 
-    def step() -> StepResult:
+    def step() -> float:
         while (result := take_step(state, local_batch, 2e-5, 1.0, lambda: None)).out_of_memory:
             state.set_batch_fit(state.batch_fit.smaller())
-        return result
+            log_progress(f"a step did not fit into memory: from now on {state.batch_fit}")
+        return result.loss
 
-    if device.type == "cuda":
-        step()
-        update_memory_cap(device, config.training.vram_limit_gb)
-    return step
+    yield step()
+    update_memory_cap(device, config.training.vram_limit_gb)
+    while True:
+        yield step()
 
 
 def _packed(case: Case, config: ModelConfig, device: torch.device) -> MicroBatch:

@@ -50,11 +50,10 @@ from savant_ray.training.checkpoint import (
 from savant_ray.training.checkpoint import verify as verify_files
 from savant_ray.training.compiler_cache import keep_compiled_code
 from savant_ray.training.device import (
-    cap_memory,
     compile_block,
+    prepare_device,
     processor_name,
     supported_precision,
-    use_deterministic_kernels,
     wants_compiled,
 )
 from savant_ray.training.host_copies import HostCopy
@@ -439,9 +438,7 @@ def state_of(attempt: Line, config: Config, data_fingerprint: str, content: dict
     torch.manual_seed(config.run.seed)
     if threads := attempt.get("threads"):
         torch.set_num_threads(threads)
-    if device.type == "cuda" and is_deterministic(config, device):
-        use_deterministic_kernels()
-    cap_memory(device, config.training.vram_limit_gb)
+    prepare_device(device, config.training.vram_limit_gb, is_deterministic(config, device))
     precision = attempt["precision"]
     state = new_state(config, device, precision)
     state.data_fingerprint = data_fingerprint

@@ -197,6 +197,17 @@ def missing_compiler() -> str | None:
     return None if has_python_headers() else "Python.h (package python3-dev)"
 
 
+def prepare_device(device: torch.device, limit_gb: float, is_deterministic: bool) -> str | None:
+    """Prepare a process for training steps: its memory and, for deterministic steps on a GPU, its kernels.
+
+    Call it before the first tensor is allocated. Returns a note for the user, as `cap_memory`, or None.
+    """
+    if device.type == "cuda" and is_deterministic:
+        use_deterministic_kernels()
+    keep_freed_memory(device)
+    return cap_memory(device, limit_gb)
+
+
 def cap_memory(device: torch.device, limit_gb: float) -> str | None:
     """Limit the GPU memory of this process to `limit_gb` GiB; call it before the first tensor is allocated.
 

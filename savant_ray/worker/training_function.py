@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
 import torch
 from ray.exceptions import RayError
-from ray.train.torch import get_device
 
 from savant_ray.cluster.same_code import other_code_error, own_digest, package_folder
 from savant_ray.config import Config
@@ -25,15 +25,13 @@ from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.run_storage import run_storage
 from savant_ray.training.compiler_cache import keep_compiled_code
 from savant_ray.training.device import (
-    cap_memory,
     compile_block,
-    keep_freed_memory,
+    prepare_device,
     processor_name,
     raise_memory_cap_error_on_oom,
     set_threads,
     supported_precision,
     update_memory_cap,
-    use_deterministic_kernels,
     wants_compiled,
 )
 from savant_ray.training.loop import train, validation_is_due
@@ -96,16 +94,13 @@ def _train(
     storage: RunStorage,
     connection: DriverConnection,
 ) -> None:
-    device = get_device()
+    device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives over Python objects allocate on the current device
     torch.manual_seed(config.run.seed)  # for libraries; this package uses no global generator
-    keep_freed_memory(device)
-    if device.type == "cuda" and is_deterministic(config, device):
-        use_deterministic_kernels()
     settings = config.training
     precision, precision_note = supported_precision(settings.precision, device)
-    notes = [cap_memory(device, settings.vram_limit_gb), precision_note]
+    notes = [prepare_device(device, settings.vram_limit_gb, is_deterministic(config, device)), precision_note]
     with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
         state = new_state(config, device, precision)
     state.data_fingerprint = task.data_fingerprint
@@ -118,7 +113,7 @@ def _train(
         checkpoint_threads = threads if state.settings.deterministic else None
         notes.append(set_threads(config.scaling.threads_per_worker, checkpoint_threads))
     if state.settings.deterministic:
-        notes.append(idle_workers(config, micro_batch_size(config, device), connection.world_size))
+        notes.append(_idle_workers(config, micro_batch_size(config, device), connection.world_size))
     stream: StepStream = ray.train.get_dataset_shard("train")
     batches = local_batches(stream, state, config)
     if device.type == "cuda":
@@ -141,7 +136,7 @@ def _train(
         host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=saved_step), wait=True)
 
 
-def idle_workers(config: Config, rows: int, n_workers: int) -> str | None:
+def _idle_workers(config: Config, rows: int, n_workers: int) -> str | None:
     """Return a note for the user if some workers have none of a step's micro-batches of `rows` sequences, or None."""
     n_micro_batches = -(-config.training.effective_batch // rows)
     if n_micro_batches >= n_workers:

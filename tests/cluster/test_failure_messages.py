@@ -10,10 +10,18 @@ from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from savant_ray.driver.failures import _explain, explain_failure, ray_errors_explained
+from savant_ray.driver.failures import explain_failure, ray_errors_explained
 from savant_ray.errors import UnexpectedError, describe
 from savant_ray.training.device import retry_on_oom
 from savant_ray.training.rank_comparison import RanksDifferError
+
+
+def explanation(failure: Exception) -> str:
+    """Return what the error for the user says about the failure of the only worker."""
+    error = explain_failure(WorkerGroupError("a worker failed", {0: failure}), None, "step_4", max_failures=3)
+    worker, cause = str(error).splitlines()[0].split(": ", 1)
+    assert worker == "worker 0"
+    return cause
 
 
 @pytest.mark.parametrize(
@@ -24,7 +32,7 @@ from savant_ray.training.rank_comparison import RanksDifferError
     ],
 )
 def test_an_unreachable_worker_is_reported_with_its_possible_causes(ray_message: str) -> None:
-    assert all(cause in _explain(RuntimeError(ray_message)) for cause in ("killed", "out of memory", "node"))
+    assert all(cause in explanation(RuntimeError(ray_message)) for cause in ("killed", "out of memory", "node"))
 
 
 def test_running_out_of_gpu_memory_during_a_save_names_the_save() -> None:
@@ -34,11 +42,8 @@ def test_running_out_of_gpu_memory_during_a_save_names_the_save() -> None:
     try:
         retry_on_oom(no_room, torch.device("cpu"), "copying step 4 for its checkpoint")
     except RuntimeError as error:
-        explanation = _explain(UserExceptionWithTraceback(error, traceback_str=traceback.format_exc()))
-    assert (
-        explanation.startswith("copying step 4 for its checkpoint ran out of device memory twice")
-        and "\n" not in explanation
-    )
+        explained = explanation(UserExceptionWithTraceback(error, traceback_str=traceback.format_exc()))
+    assert explained.startswith("copying step 4 for its checkpoint ran out of device memory twice")
 
 
 def as_a_worker_raises_it(error: Exception, activity: str = "training") -> UnexpectedError:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from savant_ray.cluster.same_code import code_digest, job_config, other_code_error, own_digest, package_folder
+from savant_ray.data.tokenizer import train_tokenizer
 from savant_ray.errors import SavantError
 from savant_ray.events import RunFailed
 from tests.cluster.conftest import ROOT, Head, environment
-from tests.worker.test_training_function import run_worker
+from tests.training.tiny import tiny_config
+from tests.worker.without_ray import run_worker
 
 
 def package(folder: Path, **files: str) -> Path:
@@ -50,10 +52,13 @@ def test_the_error_for_other_code_names_both_folders_and_what_to_do() -> None:
     assert "cannot import it" in str(other_code_error("/mine", "node 10.0.0.2", ""))
 
 
-def test_a_worker_of_a_node_that_joined_later_with_other_code_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = run_worker(monkeypatch, SavantError, {"package": "/mine", "code": "of another version"})
-    (failed,) = (event for event in events if isinstance(event, RunFailed))
-    assert "from /mine, but worker 0 has another version" in failed.text
+def test_a_worker_of_a_node_that_joined_later_with_other_code_ends_the_run(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(train_tokenizer(iter(()), vocab_size=258).files()[tokenizer.name])
+    events, error = run_worker(tiny_config().to_dict(), str(tokenizer), package="/mine", code="of another version")
+    (failed,) = events
+    assert isinstance(failed, RunFailed) and isinstance(error, SavantError)
+    assert all(part in failed.text for part in ("/mine", "worker 0", str(package_folder())))
 
 
 DRIVER = """

@@ -13,7 +13,13 @@ import savant_ray.training.step as step_module
 from savant_ray.config import Config
 from savant_ray.model import shared_weights
 from savant_ray.model.shared_weights import add_product, adds_bf16_products_to_fp32
-from savant_ray.training.device import MAX_IN_FLIGHT, LaunchQueue, compile_block, use_deterministic_kernels
+from savant_ray.training.device import (
+    MAX_IN_FLIGHT,
+    LaunchQueue,
+    compile_block,
+    prepare_device,
+    use_deterministic_kernels,
+)
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, add_gradients, add_to_tree, take_step
 from tests.training.test_step import assert_ranks_take_the_same_steps, run_ranks, with_bad_losses
@@ -135,6 +141,15 @@ def test_bad_micro_batches_are_left_out_on_a_gpu_as_well(bad: tuple[int, ...], m
     assert results[0].updated == results[1].updated == (len(bad) < 3)
     for found, expected in zip(*(weights(state).values() for state in states), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_deterministic", [True, False])
+def test_a_process_that_takes_deterministic_steps_has_deterministic_kernels(is_deterministic: bool) -> None:
+    try:
+        prepare_device(CUDA, 10_000, is_deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == is_deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -130,7 +130,7 @@ def test_an_error_in_ray_disables_the_metrics_and_does_not_reach_training(monkey
     run_metrics.observe(step_done(1))
     run_metrics.observe_rank(0.25, 1.5)
     assert len(failures) == 1, "Ray is not called again"
-    monkeypatch.setattr(metrics, "_meter", fail)
+    monkeypatch.setattr(metrics.Gauge, "__init__", fail)
     RunMetrics("run", 0).observe(step_done(1))
     assert len(failures) == 2
 

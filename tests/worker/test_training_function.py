@@ -1,114 +1,132 @@
-"""How a worker ends if its device is too small for the model; everything else is a fake."""
+"""What a worker reports to the driver before it trains, and with which errors it ends the run."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from savant_ray.config import Config
-from savant_ray.errors import DataError, MemoryCapError, UnexpectedError
-from savant_ray.events import Event, RunFailed
-from savant_ray.worker import training_function as worker
-from tests.training.tiny import CPU, tiny_config
+from savant_ray.data.stream import StepStream
+from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import DataError, MemoryCapError, SavantError, SettingsError, UnexpectedError
+from savant_ray.events import AttemptStarted, Event, RunFailed, RunResumed
+from tests.data.conftest import byte_tokenizer  # noqa: F401 - a fixture
+from tests.recorded_runs import tiny_plan, tiny_run_config, train_recorded
+from tests.worker.without_ray import run_worker
 
 
-class FakeConnection:
-    rank = 0
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with a tokenizer and a tokenized text."""
 
-    def __init__(self, events: list[Event]) -> None:
-        self._events = events
+    folder: Path
+    tokenizer: Tokenizer
 
-    def emit(self, event: Event, wait: bool = False) -> None:
-        self._events.append(event)
+    @property
+    def tokenizer_file(self) -> str:
+        return str(self.folder / "tokenizer.json")
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def config(self, storage_path: str | None = None, **training: Any) -> Config:
+        settings = tiny_run_config(**training).to_dict()
+        settings["run"] |= {"storage_path": storage_path or str(self.folder), "name": "run"}
+        return Config.from_dict(settings)
+
+    def events(self, config: Config, world_size: int = 1, **task: Any) -> tuple[list[Event], Exception | None]:
+        """Return the events of a worker of rank 0 and the error that ends it; `task` replaces what the driver sends."""
+        plan = tiny_plan(self.tokenizer, self.folder / "cache", config)
+        stream = StepStream(plan, rank=0, world_size=world_size, in_process=True)
+        given = {"settings": config.to_dict(), "tokenizer": self.tokenizer_file, "stream": stream} | task
+        return run_worker(world_size=world_size, **given)
 
 
-def no_room(*_: Any) -> None:
+@pytest.fixture
+def workplace(byte_tokenizer: Tokenizer, tmp_path: Path) -> Workplace:  # noqa: F811
+    for name, content in byte_tokenizer.files().items():
+        (tmp_path / name).write_text(content)
+    return Workplace(tmp_path, byte_tokenizer)
+
+
+def no_room(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def run_worker(
-    monkeypatch: pytest.MonkeyPatch,
-    expected: type[Exception],
-    task: dict[str, Any] | None = None,
-    **fakes_of_test: Any,
-) -> list[Event]:
-    """Return the events of a worker that ends with the `expected` error; `task` replaces fields of the driver's."""
-    events: list[Event] = []
-    train = SimpleNamespace(get_dataset_shard=lambda name: SimpleNamespace(plan=None))
-    fakes = {
-        "ray": SimpleNamespace(get=lambda reference: False, train=train),
-        "Tokenizer": SimpleNamespace(load=lambda *_: None),
-        "run_storage": lambda *_: None,
-        "DriverConnection": lambda *_: FakeConnection(events),
-        "get_device": lambda: CPU,
-    }
-    for name, fake in (fakes | fakes_of_test).items():
-        monkeypatch.setattr(worker, name, fake)
-    bridge = SimpleNamespace(has_failed=SimpleNamespace(remote=lambda: None))
-    with pytest.raises(expected):
-        worker.train_worker(
-            {
-                "config": tiny_config().to_dict(),
-                "tokenizer": "",
-                "validation": "",
-                "data_fingerprint": "",
-                "allow_changes": False,
-                "bridge": bridge,
-                **(task or {}),
-            }
-        )
-    return events
+def of_type(events: list[Event], kind: type[Event]) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
 
 
 def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_advice(
-    monkeypatch: pytest.MonkeyPatch,
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events = run_worker(monkeypatch, MemoryCapError, new_state=no_room)
-    (failed,) = (event for event in events if isinstance(event, RunFailed))
+    monkeypatch.setattr(torch.nn.Module, "to", no_room)
+    events, error = workplace.events(workplace.config())
+    (failed,) = events
+    assert isinstance(failed, RunFailed) and isinstance(error, MemoryCapError)
     assert failed.exit_code == 5 and "training.vram_limit_gb = 10" in failed.text and "lower model.dim" in failed.text
 
 
 def test_running_out_of_memory_elsewhere_is_not_reported_as_a_model_that_does_not_fit(
-    monkeypatch: pytest.MonkeyPatch,
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events = run_worker(monkeypatch, UnexpectedError, load_newest=no_room)
-    assert not any(isinstance(event, RunFailed) for event in events), "Ray Train restarts the worker"
+    config = workplace.config()
+    train_recorded(workplace.run, config, tiny_plan(workplace.tokenizer, workplace.folder / "cache", config), stop_at=4)
+    events, _ = workplace.events(config)
+    assert [event.step for event in of_type(events, RunResumed)] == [4], "the checkpoint is read"
 
+    load = torch.load
 
-@pytest.mark.parametrize("name", ["Tokenizer", "run_storage"])
-def test_an_error_for_the_user_in_the_start_of_a_worker_is_sent_to_the_driver(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(*_: Any) -> None:
-        raise DataError("tokenizer.json does not exist on this node")
+    def load_and_fill_the_device(*arguments: Any, **options: Any) -> Any:
+        content = load(*arguments, **options)
+        monkeypatch.setattr(torch.Tensor, "to", no_room)
+        return content
 
-    fake = SimpleNamespace(load=missing) if name == "Tokenizer" else missing
-    (failed,) = run_worker(monkeypatch, DataError, **{name: fake})
-    assert isinstance(failed, RunFailed) and failed.exit_code == DataError.exit_code
-    assert failed.text == "tokenizer.json does not exist on this node"
-
-
-def test_workers_do_not_validate_again_the_settings_that_the_driver_has_validated(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    settings = tiny_config().to_dict()
-    settings["training"]["max_steps"] = 0  # refused by a validation
-    events = run_worker(monkeypatch, MemoryCapError, task={"config": settings}, new_state=no_room)
-    assert any(isinstance(event, RunFailed) for event in events), "the worker got as far as building the model"
+    monkeypatch.setattr(torch, "load", load_and_fill_the_device)
+    events, error = workplace.events(config)
+    assert not events and isinstance(error, UnexpectedError), "Ray Train restarts the worker"
+    assert "Tried to allocate" in str(error)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "note"),
+    ("absent", "kind"),
     [
-        (1, None),
-        (3, None),
-        (5, "2 of 5 workers have nothing to compute: a step has 3 micro-batches of 4 sequences, which are not divided"),
+        ({"tokenizer": "/absent/tokenizer.json"}, DataError),
+        ({"storage_path": "gopher://absent/runs"}, SettingsError),
+        ({"validation": "/absent/cache"}, DataError),
     ],
 )
-def test_workers_without_a_micro_batch_are_counted_in_a_notice(world_size: int, note: str | None) -> None:
-    config = Config.from_dict({"training": {"batch_size": 5, "accumulation": 2}})
-    found = worker.idle_workers(config, 4, world_size)
-    assert found is None if note is None else (found or "").startswith(note)
+def test_an_error_for_the_user_in_the_start_of_a_worker_is_sent_to_the_driver(
+    absent: dict[str, str], kind: type[SavantError], workplace: Workplace
+) -> None:
+    config = workplace.config(absent.pop("storage_path", None))
+    events, error = workplace.events(config, **absent)
+    (failed,) = of_type(events, RunFailed)
+    assert isinstance(error, kind) and failed.exit_code == kind.exit_code
+    assert failed.text == str(error) and "absent" in failed.text
+
+
+def test_workers_do_not_validate_again_the_settings_that_the_driver_has_validated(workplace: Workplace) -> None:
+    settings = workplace.config().to_dict()
+    settings["training"]["max_steps"] = 0  # refused by a validation
+    with pytest.raises(SettingsError):
+        Config.from_dict(settings)
+    events, _ = workplace.events(workplace.config(), settings=settings)
+    assert [event.max_steps for event in of_type(events, AttemptStarted)] == [0]
+
+
+@pytest.mark.parametrize(("world_size", "n_idle"), [(1, 0), (3, 0), (4, 1), (5, 2)])
+def test_workers_without_a_micro_batch_are_counted_in_a_notice(
+    world_size: int, n_idle: int, workplace: Workplace
+) -> None:
+    config = workplace.config(batch_size=4, accumulation=3)
+    events, _ = workplace.events(config, world_size=world_size)
+    (attempt,) = of_type(events, AttemptStarted)
+    notices = [note for note in attempt.notes if "nothing to compute" in note]
+    assert len(notices) == (n_idle > 0)
+    assert all(f"{n_idle} of {world_size} workers" in note and "3 micro-batches of 4" in note for note in notices)
