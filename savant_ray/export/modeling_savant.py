@@ -264,8 +264,8 @@ def causal_mask(
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int | None, soft_cap: float) -> Tensor:
     """Return soft-capped attention `[B, H, T, head_dim]`; scores are fp32 in every precision.
 
-    Queries are processed in chunks, each with the keys that it can attend to: this needs less memory, and on a CPU it gives
-    the same rounding as savant_ray.
+    Queries are processed in chunks, each with the keys that it can attend to: this needs less memory, and on a CPU the
+    results are rounded as in savant_ray's own model.
     """
     scale, n_before, parts = 1.0 / (math.sqrt(q.shape[-1]) * soft_cap), k.shape[2] - q.shape[2], []
     for start in range(0, q.shape[2], CHUNK):
