@@ -95,7 +95,7 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
         )
     try:
-        with rays_sigterm_interrupts():
+        with sigterm_raises_interrupt():
             if owns_ray():  # the only node is never drained, and Ray's preemption watcher takes 3 s to start
                 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             for name in ("ray", "ray.data", "ray.train"):
@@ -115,7 +115,7 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
 def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
     """Turn an error of `ray.init()`, which may be of any type, into a `SavantError` with advice."""
     try:
-        with rays_sigterm_interrupts():
+        with sigterm_raises_interrupt():
             yield
     except Exception as error:
         text = str(error).strip() or type(error).__name__
@@ -147,7 +147,7 @@ def block_sighup() -> Iterator[None]:
 
 
 @contextmanager
-def rays_sigterm_interrupts() -> Iterator[None]:
+def sigterm_raises_interrupt() -> Iterator[None]:
     """Raise KeyboardInterrupt for a SIGTERM that Ray's own handler receives, as `AttemptPhase` does.
 
     `ray.init()` installs a handler that raises SystemExit, and the driver installs its own again only after it.

@@ -32,7 +32,7 @@ from savant_ray.events import AttemptStarted, Event, StepDone
 from savant_ray.locations import is_uri
 from savant_ray.reporting import RunReport
 from savant_ray.reporting.console import PlainConsole
-from savant_ray.reporting.record import METRICS, parsed, to_line
+from savant_ray.reporting.record import METRICS, parse_event, to_line
 from savant_ray.reporting.wording import duration
 from savant_ray.training.checkpoint import (
     MANIFEST,
@@ -110,7 +110,7 @@ class RecordedRun:
         damaged: list[int] = []
         with (folder / METRICS).open("rb") as file:
             for number, text in enumerate(file, 1):
-                line = parsed(text)
+                line = parse_event(text)
                 if line is None:
                     damaged += [number] if text.endswith(b"\n") else []  # the last line may still be incomplete
                 elif line["event"] == AttemptStarted.kind:

@@ -14,7 +14,7 @@ from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.events import LogicScored, StepDone, ValidationDone
 from savant_ray.export.logic_task import lm_eval_command
 from savant_ray.model.transformer import n_parameters
-from savant_ray.reporting.record import METRICS, parsed
+from savant_ray.reporting.record import METRICS, parse_event
 from savant_ray.reporting.wording import percent
 from savant_ray.training.checkpoint import RECORDS
 
@@ -106,7 +106,7 @@ def _events(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().splitlines()
     except OSError:
         return []
-    return [event for line in lines if (event := parsed(line)) is not None]
+    return [event for line in lines if (event := parse_event(line)) is not None]
 
 
 def _training_loss(event: dict[str, Any]) -> str:

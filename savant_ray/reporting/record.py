@@ -203,7 +203,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 def last_time(path: Path) -> str:
     """Return the time of the last event of a record, or "" if it does not exist or has no events."""
     lines = path.read_bytes().splitlines() if path.exists() else []
-    events = (parsed(line) for line in reversed(lines))
+    events = (parse_event(line) for line in reversed(lines))
     return next((str(event.get("time", "")) for event in events if event is not None), "")
 
 
@@ -242,13 +242,13 @@ def _repair(path: Path) -> None:
         complete = sum(len(line) for line in file if line.endswith(b"\n"))
         file.truncate(complete)
     with path.open("rb") as file:
-        lines = [parsed(line) for line in file]
+        lines = [parse_event(line) for line in file]
     if None in lines:
         shutil.copy2(path, path.with_name(f"{path.name}{DAMAGED_COPY}"))
         _rewrite(path, [line for line in lines if line is not None])
 
 
-def parsed(line: bytes) -> dict[str, Any] | None:
+def parse_event(line: bytes) -> dict[str, Any] | None:
     """Return the JSON object of a line, or None if it is not an event."""
     try:
         value = json.loads(line)

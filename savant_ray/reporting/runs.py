@@ -25,7 +25,7 @@ from savant_ray.events import (
     StepDone,
     ValidationDone,
 )
-from savant_ray.reporting.record import METRICS, parsed
+from savant_ray.reporting.record import METRICS, parse_event
 from savant_ray.reporting.wording import duration, escape_controls, relative_path
 
 STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # most lines are steps; only the last ones are parsed
@@ -193,13 +193,13 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], 
         for text in file:
             if text.startswith(STEP_PREFIX):
                 recent.append(text)
-            elif (line := parsed(text)) is not None:
+            elif (line := parse_event(text)) is not None:
                 newest.pop(line["event"], None)  # inserted again below, so that kinds are ordered by their newest line
                 newest[line["event"]] = line
                 loss = line.get("validation_loss")
                 if loss is not None and loss <= best.get("validation_loss", loss):
                     best = line
-    return [line for text in recent if (line := parsed(text)) is not None], newest, best
+    return [line for text in recent if (line := parse_event(text)) is not None], newest, best
 
 
 def _state(newest: dict[str, dict[str, Any]]) -> str:

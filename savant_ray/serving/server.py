@@ -14,7 +14,7 @@ import ray
 import uvicorn
 from ray import serve
 
-from savant_ray.cluster.session import ray_session, rays_sigterm_interrupts
+from savant_ray.cluster.session import ray_session, sigterm_raises_interrupt
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.evaluation.from_checkpoint import TEXT_FILES, load_model, load_tokenizer
 from savant_ray.inference.decoder import Decoder
@@ -89,7 +89,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         )
         model = deployment(ModelServer).bind(checkpoint, dict(settings.original), settings.loops, settings.raw_weights)
         try:
-            with rays_sigterm_interrupts():
+            with sigterm_raises_interrupt():
                 serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
                 handle = serve.run(model, name=APP, route_prefix=None)
                 app = Api(handle, tokenizer, config, settings).asgi()

@@ -27,7 +27,7 @@ from savant_ray.events import (
     ValidationDone,
     WorkersLost,
 )
-from savant_ray.reporting.record import METRICS, parsed
+from savant_ray.reporting.record import METRICS, parse_event
 from savant_ray.reporting.runs import RunSummary, summarize
 
 COLUMNS = (
@@ -106,7 +106,7 @@ def read_history(run_folder: Path, is_in_use: Callable[[Path], bool]) -> History
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for text in file:
-            if (line := parsed(text)) is not None:
+            if (line := parse_event(text)) is not None:
                 yield line
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from savant_ray.events import AttemptEnded, AttemptStarted, SampleGenerated
-from savant_ray.reporting.record import parsed, read_records
+from savant_ray.reporting.record import parse_event, read_records
 from savant_ray.reporting.tensorboard import NUMERIC_KINDS
 
 SECONDS_BETWEEN_BATCHES = 5.0
@@ -88,7 +88,7 @@ class TrackerFollower:
     def _send_new(self, file: BinaryIO, last_steps: dict[str, int]) -> None:
         lines: list[Line] = []
         while (text := file.readline()).endswith(b"\n"):
-            line = parsed(text)
+            line = parse_event(text)
             if line is not None and line["event"] == AttemptEnded.kind:
                 self._finished = line["finished"]
             if line is not None and line["event"] in SENT_KINDS and line["step"] > last_steps.get(line["event"], -1):
