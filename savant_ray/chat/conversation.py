@@ -190,7 +190,7 @@ class Conversation:
         return [_system(self.system)] if self.system else []
 
     def _pieces(self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]) -> Iterator[str]:
-        """Yield the text of an answer. In a conversation, strip leading white space, and end before a generated question."""
+        """Yield the text of an answer. In a conversation, strip leading white space, and end with the assistant's turn."""
         text = AnswerText(self._tokenizer, prompt, self._turn_end)
         has_begun = self.continues_text
         for new_tokens in self._tokens(prompt, sampling, stop_requested):

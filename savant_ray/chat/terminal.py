@@ -72,7 +72,7 @@ class ChatTerminal:
         if self._is_interactive:
             behavior = "answers your messages"
             if self.conversation.continues_text:
-                behavior = "continues your text (--conversation: it answers questions)"
+                behavior = "continues your text (with --conversation it answers questions)"
             self._note(f"{title} {behavior}. /help lists the commands, Ctrl+D ends the program.")
         read = self._reader()
         has_failed, is_leaving = False, False
@@ -117,7 +117,8 @@ class ChatTerminal:
 
     def _read_with_prompt(self) -> str:
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # before the prompt is shown
+            # First, so that Ctrl+C at the prompt raises KeyboardInterrupt.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             print(PROMPT, end="", file=sys.stderr, flush=True)
             return read_message()
         except (EOFError, KeyboardInterrupt):

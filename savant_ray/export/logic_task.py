@@ -33,7 +33,7 @@ def questions(**_: object) -> dict[str, object]:
 
 
 def score(question: dict[str, str], answers: list[str]) -> dict[str, float]:
-    """Return whether the answer is correct, for questions in wordings of the training text or in new ones."""
+    """Return 1 if the answer is correct, else 0, as the metric `new_wordings` or `score`."""
     metric = "new_wordings" if question["template"].endswith("{NEW_WORDING_SUFFIX}") else "score"
     return {{metric: float(is_correct(answers[0], question["answer"]))}}
 '''

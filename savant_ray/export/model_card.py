@@ -90,7 +90,7 @@ def _trained_loops(config: Config) -> str:
 
 
 def _figures_of_run(folder: Path, step: int) -> dict[str, str]:
-    """Return the last losses and scores up to the step, from the run's record, or from the checkpoint's if it has none."""
+    """Return the last losses and scores up to the step, from the record of the run, or, without one, of the checkpoint."""
     figures: dict[str, str] = {}
     for event in _events(folder.parent / METRICS) or _events(folder / RECORDS):
         if event["event"] in FIGURES and event["step"] <= step:

@@ -156,7 +156,7 @@ class SavantForCausalLM(PreTrainedModel, GenerationMixin):
     """Savant with its language modeling head."""
 
     config_class = SavantConfig
-    base_model_prefix = "savant"  # no module has this name: the head belongs to the base model
+    base_model_prefix = "savant"  # no module has this name, so `base_model` is this model itself
     _no_split_modules = ["RecurrentBlock"]  # noqa: RUF012
     _input_embed_layer = "embed"
 
@@ -264,8 +264,8 @@ def causal_mask(
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int | None, soft_cap: float) -> Tensor:
     """Return soft-capped attention `[B, H, T, head_dim]`; scores are fp32 in every precision.
 
-    Queries are processed in chunks, each with the keys that it can attend to: this needs less memory, and on a CPU the
-    results are rounded as in savant_ray's own model.
+    Queries are processed in chunks, each with the keys that it can attend to, because this needs less memory. The chunks are
+    those of savant_ray's own model on a CPU.
     """
     scale, n_before, parts = 1.0 / (math.sqrt(q.shape[-1]) * soft_cap), k.shape[2] - q.shape[2], []
     for start in range(0, q.shape[2], CHUNK):

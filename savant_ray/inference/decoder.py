@@ -23,8 +23,8 @@ from savant_ray.inference.sampling import Sampling, are_finite, logit_bias, samp
 from savant_ray.model.kv_cache import KeyValueCache
 from savant_ray.model.transformer import UniversalTransformer
 
-# Maximum number of attention scores per head: longer prompts are processed in parts, so that memory does not grow with the
-# square of the length.
+# Maximum number of attention scores per head: prompts that would have more are processed in parts, so that memory does not
+# grow with the square of the length.
 MAX_PROMPT_SCORES = 1 << 22
 GPU_GROUP = 16  # tokens of an answer that are generated before the host reads them
 ENDED = -1  # in place of a token after the end of an answer
@@ -92,7 +92,7 @@ class _Batch:
         self.uniform_BN[:, :n_tokens] = torch.tensor(numbers, dtype=torch.float64).T
 
     def take_group(self, n_tokens: int) -> dict[int, NewTokens]:
-        """Return the tokens of a group by the id of their answer, and add them to `n_generated`."""
+        """Return the tokens of a group by the id of their answer, and count them in `n_generated`."""
         new_tokens = {}
         for answer, group in zip(self.answers, self.group_BN[:, :n_tokens].tolist(), strict=True):
             if answer is not None:

@@ -49,7 +49,7 @@ class _StreamedAnswer:
 class Engine:
     """Runs a decoder in a thread. Requests join the batch before its next token, on a GPU before its next group of tokens.
 
-    A request leaves it when it is canceled. Must be created in a running event loop.
+    A request leaves the batch when its answer ends or it is canceled. Must be created in a running event loop.
     """
 
     def __init__(self, decoder: Decoder) -> None:

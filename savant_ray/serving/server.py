@@ -73,9 +73,8 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
         smallest, largest = settings.replicas
         scaling: dict[str, Any] = {"num_replicas": largest}
-        if (
-            smallest < largest
-        ):  # a fixed number otherwise: autoscaling costs up to half a core in Ray Serve's controller
+        # Only if the number can change: autoscaling costs up to half a core in Ray Serve's controller.
+        if smallest < largest:
             target = max(1, settings.max_batch // 2)
             limits = {"min_replicas": smallest, "max_replicas": largest, "target_ongoing_requests": target}
             scaling = {"autoscaling_config": limits}

@@ -79,6 +79,11 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
 
 
 def _refuse_other_sweep(folder: Path, description: str) -> None:
+    """Write the description of a new sweep, or compare it with that of the existing one.
+
+    Raises:
+        SettingsError: they differ.
+    """
     path = folder / DESCRIPTION
     if not path.exists():
         write_atomically(path, description)

@@ -21,7 +21,8 @@ DISTRIBUTIONS = (
     *("randint", "qrandint", "lograndint", "qlograndint", "choice", "grid_search"),
 )  # functions of ray.tune
 CHOSEN_BY_SWEEP = ("run.name", "run.storage_path")  # settings that the sweep sets for each trial
-TAKES_A_LIST = ("choice", "grid_search")  # as one argument; the list of another distribution has its arguments
+# The list in the file is their only argument; for other distributions it is the list of their arguments.
+TAKES_A_LIST = ("choice", "grid_search")
 MAX_COMBINATIONS = 1000  # that are checked; one takes about a millisecond
 MAX_PROBLEMS = 10  # in a message
 EXAMPLE = "such as training.learning_rate: {loguniform: [0.0001, 0.01]} or training.optimizer: {choice: [adamw, muon]}"
@@ -56,7 +57,7 @@ def read_space(path: Path, config: Config) -> dict[str, Any]:
 def _problems(
     values: Mapping[str, Sequence[Any]], places: Mapping[str, str], settings: dict[str, Any]
 ) -> Iterator[str]:
-    """Yield the errors of the first `MAX_COMBINATIONS` combinations, and of a few others that contain each value once."""
+    """Yield the errors of the first `MAX_COMBINATIONS` combinations, and of others that contain each value at least once."""
     longest = max(map(len, values.values()))
     with_each_value = ([choices[i % len(choices)] for choices in values.values()] for i in range(longest))
     for combination in chain(with_each_value, islice(product(*values.values()), MAX_COMBINATIONS)):
@@ -78,7 +79,7 @@ def _values_to_check(distribution: str, arguments: list[Any]) -> Sequence[Any]:
     if not distribution.endswith("randint"):
         return [float(lower), float(upper) if step else math.nextafter(upper, lower)]
     step = int(step or 1)
-    last = int(upper) - (step == 1)  # Tune excludes `upper` unless there is a step
+    last = int(upper) - (step == 1)  # Tune excludes `upper` unless the step is larger than 1
     integers = range(-(-int(lower) // step) * step, last + 1, step)
     return integers if len(integers) <= MAX_COMBINATIONS else (integers[0], integers[-1])
 

@@ -46,7 +46,7 @@ class Trial(tune.Trainable):
         """Wait for `REPORT_SECONDS` or the end of the run, and return its newest validation.
 
         The validation of the last step is returned after the end of the run only: ASHA stops a trial that has reached the
-        last step, but the run still answers questions there.
+        last step, but the run then still answers the logic suite.
 
         Raises:
             SavantError: training has failed, or something other than Tune has stopped it.
