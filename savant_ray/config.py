@@ -157,7 +157,9 @@ class ModelConfig(Section):
     n_heads: Count = Field(default=16, description="attention heads; must divide dim")
     n_loops: Count = Field(default=12, description="number of times that the recurrent block is applied")
     max_seq_len: int = Field(default=1024, ge=2, description="tokens per training sequence")
-    window_size: Count = Field(default=256, description="length of the attention window, tokens")
+    window_size: Count = Field(
+        default=256, description="how many tokens back windowed attention sees, besides the token itself"
+    )
     global_every: Count = Field(default=4, description="every n-th loop uses global instead of windowed attention")
     positions: Literal["none", "rotary"] = Field(
         default="none", description="positional encoding: none (causal mask and windows only) or rotary embeddings"
@@ -289,7 +291,7 @@ class FilterConfig(Section):
     equals: dict[str, Scalar] | None = Field(
         default=None,
         description="values of fields, such as {lang: en}; a number or boolean can be a text in the data; a "
-        "field that is missing has no value",
+        "document without the field is left out",
     )
 
     @model_validator(mode="after")
@@ -322,7 +324,8 @@ class SourceConfig(TextConfig):
     )
     limit: Count | None = Field(
         default=None,
-        description="number of documents to use, after filter and sample: the first ones in the order of the files' names",
+        description="number of documents to take, after filter and sample and before duplicates and held-out documents are "
+        "left out: the first ones in the order of the files' names",
     )
 
 
@@ -489,7 +492,8 @@ class TrainingConfig(Section):
     )
     precision: Literal["bf16", "bf16-mixed", "fp32"] = Field(
         default="bf16",
-        description="bf16: bf16 weights; bf16-mixed: fp32 weights, bf16 products; fp32: everything in fp32",
+        description="bf16: bf16 weights, updated in fp32 (the optimizer keeps their lower halves); bf16-mixed: fp32 "
+        "weights, bf16 products; fp32: everything in fp32",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         default="adamw",
@@ -586,8 +590,8 @@ class ScalingConfig(Section):
     )
     threads_per_worker: Annotated[int, Field(ge=1, le=MAX_THREADS)] | Auto = Field(
         default="auto",
-        description="threads of a worker on a CPU, on which rounding may depend; auto: as many as its cores, but when "
-        "resuming with training.deterministic at most as many as before",
+        description="threads of a worker on a CPU; rounding may depend on their number; auto: as many as its cores, but "
+        "when resuming with training.deterministic at most as many as before",
     )
     max_failures: int = Field(default=3, ge=0, description="number of times that workers are restarted after a failure")
     hang_seconds: Annotated[float, Field(ge=MIN_HANG_SECONDS, le=MAX_HANG_SECONDS)] | Auto | None = Field(

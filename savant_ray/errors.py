@@ -2,7 +2,7 @@
 
     SavantError                 exit code 1
     ├── SettingsError           2   a setting is unknown, of the wrong type, out of range or contradictory
-    ├── DataError               3   training text is missing, unreadable, or contains no document
+    ├── DataError               3   text or a tokenizer is missing or unreadable, or the text contains no document
     ├── CheckpointError         4   a checkpoint is missing, damaged or does not fit
     ├── MemoryCapError          5   one sequence, or the model's state, does not fit under `training.vram_limit_gb`
     ├── VerificationError       6   a repeated step or checkpoint is not that of the run (`savant verify`)
@@ -43,7 +43,7 @@ class SettingsError(SavantError):
 
 
 class DataError(SavantError):
-    """Training text is missing, unreadable, or contains no document."""
+    """Text or a tokenizer is missing or unreadable, or the text contains no document."""
 
     exit_code = 3
 

@@ -1,7 +1,7 @@
 """Events of a run; most are sent by workers to the driver.
 
 `metrics.jsonl` and `samples.jsonl` contain events only; the console and `training_log.txt` also show messages of the driver.
-Fields are numbers, strings, and tuples and dicts of them, so that events can be converted to JSON.
+Fields are plain values, tuples and dicts of them, and dataclasses with such fields, so that events can be converted to JSON.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class WorkerHung(Event):
     after_step: int  # newest finished step
     seconds: float  # without progress
     activity: str  # of the worker: "computing"
-    process: str  # its number, machine and state: "process 123 on host-1, stopped"
+    process: str  # its process id, machine and state: "process 123 on host-1, stopped"
     stack: str  # Python stack of all its threads, as py-spy prints it; "" if it could not be read
     text: str  # for the user
 
@@ -155,7 +155,7 @@ class StepDone(Event):
     reduce_seconds: float  # sums over all workers, including the wait for the slowest
     update_seconds: float  # clipping and optimizer update; on a GPU it ends when the update's kernels are launched
     step_seconds: float  # duration of the step, including the wait for data and excluding checkpoints
-    share_of_peak: float | None = None  # useful FLOP/s of rank 0 / peak of its matmuls; None: unknown, or other loops
+    share_of_peak: float | None = None  # useful FLOP/s of rank 0 / peak of its matmuls; None: unknown, or 2 × n_loops
     update_skipped: bool = False  # true: the norm was not finite, all tokens were masked, or a spike was skipped
 
 
@@ -264,7 +264,7 @@ class Rewound(Event):
     """Training went back to the last checkpoint because of a spike, and leaves out its sequences from now on."""
 
     kind = "rewind"
-    step: int  # of the checkpoint, without one the last step; later steps are repeated
+    step: int  # of the checkpoint; without one, the last step before the spike; later steps are repeated
     spike: SpikeFound  # in a step that is taken again with other sequences
 
 

@@ -87,11 +87,11 @@ def prepare(
 ) -> TokenCache:
     """Return the token cache of `texts` in `cache_dir`, and build it if it does not exist.
 
-    In a damaged cache only the damaged shards are rebuilt.
+    In a damaged cache only the damaged shards are written again. The files with the digests of documents have no checksums.
 
     Args:
         texts: to tokenize: files, or files with rules.
-        tokenizer: of the documents.
+        tokenizer: encodes the documents.
         sequence_length: tokens per row.
         cache_dir: folder of all caches.
         on_bad_line: "skip" skips and counts invalid lines, "error" raises an error that lists them.
@@ -100,7 +100,7 @@ def prepare(
         deduplicate_after: leave out documents that have occurred before in these texts, or are in these caches; None: keep
             all documents.
         progress: receives bytes done and total bytes.
-        log: receives a message for each damaged shard.
+        log: receives a message for each damaged shard, and for a damaged manifest.
 
     Raises:
         DataError: a file cannot be read, the files contain no document, or a line is invalid and `on_bad_line` is
@@ -445,8 +445,9 @@ def within_limits(
     """Return the parts up to the limit of each source; the rule of its last one has what is left of the limit.
 
     The documents are counted in order and without tokenizing them, up to the limit. Tasks, which know their own part only,
-    could not stop at the same document, and packed shards cannot be cut. Nothing is counted of a source that has no more
-    lines or rows than its limit. `progress` receives the bytes that were counted and the total of all sources with a limit.
+    could not stop at the same document, and packed shards cannot be cut. Nothing is counted of a source of Parquet or local
+    JSON lines that has no more rows or lines than its limit. `progress` receives the bytes that were counted and the total
+    of all sources with a limit.
     """
     limited = [part for part in parts if part.rule.limit is not None]
     total, done = sum(part.part.stored_bytes for part in limited), 0

@@ -13,7 +13,7 @@ have several other names. The plain form is the one of the validation prompt:
     Answer: …
 
 Besides the text, the character ranges that the assistant writes are returned: the content of its messages and what ends
-its turn, so that the model learns to stop. Messages with `weight: 0`, and those in a `prompt`, are left out.
+its turn, so that the model learns to stop. Those of messages with `weight: 0`, and of messages in a `prompt`, are not.
 """
 
 from __future__ import annotations
@@ -42,19 +42,20 @@ ROLES = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool", "function")},
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "model"), "assistant"),
-}  # in any case; other roles are for the chat template
+}  # in upper or lower case; other roles are for the chat template
 ROLES_WITHOUT_CONTENT = ("system", "tool", "function")  # whose content may be null or blank
 SYSTEM_FIELDS = ("system", "system_prompt")  # beside a conversation
 PROMPT_FIELDS = ("prompt", "question", "query", "instruction")
 COMPLETION_FIELDS = ("completion", "response", "answer", "output")
-ADDITION_FIELDS = ("input", "context")  # of which one may be added to a prompt or instruction
+ADDITION_FIELDS = ("input", "context")  # the first of them that has a value is added to a prompt that is a text
 CHOICE_FIELDS = ("choices", "options")  # without which a question is incomplete; they need a template
 WEIGHT = "weight"  # field of a message of the assistant, as OpenAI has it: with 0 the message is not trained on
 TOOL_CALLS = ("tool_calls", "function_call")  # fields of a message, which then may have no content
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a content
 PROBE = "Answer"  # content of an assistant's message that shows where a template writes it
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # mark a range while a template is rendered; Unicode reserves them for internal use
-# Templates that write the current date get this one, so that the same conversations always give the same token cache.
+# Templates that write the current date get this one, so that the same conversations always give the same token cache. Other
+# codes, such as %H, stay in the text as they are.
 FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"}
 SHOWN_CHARACTERS = 200  # of the message of a template
 MAX_NAMED_ROLES = 5  # in a message
@@ -91,13 +92,14 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Render a conversation.
 
-        The ranges are those of the template's `{% generation %}` blocks. A template without such blocks is rendered a second
-        time with marks around the contents of the assistant, and once for the messages up to each of them: what follows the
+        The ranges are those of the template's `{% generation %}` blocks. A template without such blocks is rendered again
+        with marks around the contents of the assistant, and once for the messages up to each of them: what follows the
         content in the latter ends the turn. A space before a range belongs to it, as most tokenizers make it a part of the
         token that follows.
 
         Raises:
-            ConversationError: the template refuses the conversation or alters the assistant's contents.
+            ConversationError: a message contains a special token, or the template refuses the conversation, alters the
+            assistant's contents, or does not show which text belongs to a message of weight 0.
         """
         if self.problem:
             raise ConversationError(self.problem)
@@ -245,7 +247,7 @@ def plain_form(messages: Sequence[Message]) -> Rendered:
     From answers that end a conversation, the model learns to end an answer with the end-of-document token.
 
     Raises:
-        ConversationError: a role is none of system, user and assistant, or a message calls a tool.
+        ConversationError: a role is none of system, developer, user and assistant, or a message calls a tool.
     """
     parts: list[str] = []
     answers: list[tuple[int, int]] = []
@@ -276,7 +278,7 @@ def find_messages(value: dict[str, Any], field: str = AUTO) -> list[Message] | N
     as in CSV. A system message can be in a field beside the messages.
 
     Raises:
-        ConversationError: a message has no role or no content, or the assistant writes nothing.
+        ConversationError: a message has no role or no content, or none is of the assistant.
     """
     messages = _find_messages(value, field)
     if messages is None or messages[0]["role"] in ("system", "developer"):

@@ -28,7 +28,7 @@ LIKELY_FIELDS = (
     "body",
     "document",
     "raw_content",
-)  # what data sets call the text, in any case
+)  # what data sets call the text, in upper or lower case
 QUESTION_FIELDS = ("question", "prompt", "query", "instruction", "input")
 ANSWER_FIELDS = ("answer", "completion", "response", "output")
 MAX_NAMED_FIELDS = 8  # in a message
@@ -49,7 +49,7 @@ class Document(NamedTuple):
     filtered: bool = False  # left out by `filter` or `sample`
     special_tokens: bool = False  # names of special tokens in the text stand for these tokens: a chat template wrote it
     is_duplicate: bool = False  # left out because its text has occurred before
-    is_conversation: bool = False  # whether a conversation or its chat template decides the above
+    is_conversation: bool = False  # whether the record was rendered as a conversation, or could not be
 
 
 class _Text(NamedTuple):
@@ -93,7 +93,7 @@ class DocumentRule:
 
     @property
     def fields(self) -> frozenset[str] | None:
-        """Names of the fields on which a document depends; None: it may depend on any."""
+        """Names of the fields that a table has to be read for; None: all, because a document may depend on any."""
         if self.template is not None:
             names = {name for _, name in parse_template(self.template) if name is not None}
         elif self.messages == AUTO or (self.messages is None and self.text is None):

@@ -28,7 +28,8 @@ def json_lines(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iter
         except orjson.JSONDecodeError:  # also for the length of a line over the limit
             value = None
         record = Record(number, value) if isinstance(value, dict) else _unusual_line(number, raw, max_record_bytes)
-        if record.problem and number == 1 and not part.start and not is_named_so:  # detected only as what is left
+        # A file in which no other format was detected is read as JSON lines, so it may be in another format.
+        if record.problem and number == 1 and not part.start and not is_named_so:
             record = record._replace(problem=f"{record.problem}; if the file is plain text or CSV, set format")
         yield record
 

@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 def plan_parts(files: Sequence[SourceFile], part_bytes: int | None = None) -> list[Part]:
-    """Divide files into parts of about `part_bytes` as they are stored; an empty file, or a table without rows, has none.
+    """Divide files into parts of about `part_bytes` as they are stored; an empty file has none.
 
     JSON lines and text in blocks are divided into byte ranges, tables into row groups or record batches. A compressed file
     and a file of another format is one part. By default `part_bytes` is a 64th of the total, at least 4 and at most 32 MiB:

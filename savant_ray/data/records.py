@@ -32,7 +32,7 @@ class Part:
     file: SourceFile
     start: int
     stop: int
-    stored_bytes: int  # that the part counts of the file's; those of all parts of a file add up to its size
+    stored_bytes: int  # bytes of the file that count as the part's; those of all parts add up to the size of the file
 
 
 class InvalidRecordError(Exception):

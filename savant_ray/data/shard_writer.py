@@ -83,7 +83,7 @@ class RangeSummary:
     first_dropped: tuple[int, str] | None = None  # line number and its dropped characters
     filtered: int = 0  # lines that were left out by a filter or by sampling
     duplicates: int = 0  # lines that were left out because the same text has occurred before
-    conversations: int = 0  # lines with a conversation, also if they are invalid or left out
+    conversations: int = 0  # lines that were read as conversations, also if they are invalid or left out afterwards
     trained_tokens: int = 0  # tokens that are not masked
     cut_documents: int = 0  # documents of which no row has all tokens
     shortest: int = 0  # tokens of a document

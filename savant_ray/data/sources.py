@@ -1,7 +1,8 @@
 """Lists the source files that paths, folders, globs and URIs refer to.
 
-The rules are the same for local files and for all `pyarrow.fs` file systems (s3://, gs://, hdfs://, hf://). Local folders
-are listed with `os`: Arrow raises an error for a name that is not UTF-8, and follows a cycle of symbolic links 40 times.
+The rules are the same for local files and for all `pyarrow.fs` file systems (s3://, gs://, hdfs://, hf://), except that `?`
+begins the options of a URI and is no wildcard there. Local folders are listed with `os`: Arrow raises an error for a name
+that is not UTF-8, and follows a cycle of symbolic links 40 times.
 """
 
 # ruff: noqa: PTH112, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
@@ -136,14 +137,16 @@ def expand(
     """Return the files of a path, folder (recursively), glob or URI, or of a list of them: sorted and without duplicates.
 
     In a glob, `*`, `?` and `[…]` match within a folder and `**` matches across folders. A path that exists is not treated
-    as a glob, so a folder named `[2024-01]` can be used. `warn` (by default the logger) receives a message for everything
-    that is skipped: broken links, names that are not UTF-8, folders without read permission, links to listed files.
+    as a glob, so a folder named `[2024-01]` can be used. `warn` (by default the logger) receives a message for broken links,
+    names that are not UTF-8, folders without read permission and links to listed files, which are skipped. Hidden files, and
+    files of a folder with other suffixes, are skipped without a message.
 
     Of a folder, the files with a suffix of a supported format are listed, or of `file_format` unless it is "auto". Plain
-    text (.txt, .text, .md) is listed only if the folder contains no other files, because a README.md or requirements.txt is
-    not training text; the same holds for plain text that a glob matches. Files in several formats are all listed, with a
-    warning, because they may have the same documents. A file that is named, or `file_format="text"`, is
-    always used. Of a folder that `datasets.save_to_disk` has written, the Arrow files with the data are listed.
+    text (.txt, .text, .md) is listed only if the folder contains no files in other formats, because a README.md or
+    requirements.txt is not training text; the same holds for plain text that a glob matches. Plain text is always listed if
+    its path is given, or with `file_format="text"`. Files in several formats are all listed, with a warning, because they
+    may have the same documents. Of a folder that `datasets.save_to_disk` has written, the Arrow files with the data are
+    listed.
 
     If a folder has several splits, only the files of the first one of `splits` that it has are listed, with a warning;
     without `splits` all are. The splits are the folders that `datasets.save_to_disk` has written, those that the card

@@ -44,7 +44,7 @@ class StreamPlan:
     weights: tuple[Weight, ...]  # of sequences
     seed: int
     effective_batch: int  # sequences per step over all workers
-    left_out: tuple[tuple[int, int], ...] = ()  # sequences without positions, as in `positions_in_order`
+    left_out: tuple[tuple[int, int], ...] = ()  # sequences that are not read, as in `positions_in_order`
 
     @property
     def sizes(self) -> tuple[int, ...]:

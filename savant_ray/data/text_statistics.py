@@ -1,6 +1,7 @@
 """Statistics of text that is not prepared yet, from a sample of each source or from all of it: `savant data`.
 
-Records become documents, ids and rows by the code that prepares text, so what is counted here is what a run would read.
+Records become documents, ids and rows by the code that prepares text. Unlike in a run, duplicates are counted but never left
+out, all documents are packed together, and a sample ignores `limit`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class TextStatistics:
     duplicates: int = 0  # documents with the text of an earlier one, of this or another source
     bad_records: int = 0
     first_bad_records: list[str] = field(default_factory=list)
-    lengths: dict[str, int] = field(default_factory=dict)  # number of documents by length in tokens, such as "256-511"
+    lengths: dict[str, int] = field(default_factory=dict)  # number of documents by length in tokens: "256 to 511"
     shortest: int = 0  # tokens
     median: int = 0
     longest: int = 0

@@ -2,7 +2,7 @@
 
     <name>-<fingerprint>/
     ├── shard-00000.arrow      Arrow IPC: tokens [rows, sequence_length]; of each row the lengths and line numbers of its
-    │                          pieces, and a bit for each token that is masked (null: none is)
+    │                          pieces, and a bit per position, set if its token is masked (null: none is)
     ├── shard-00000.documents  64-bit digest of each document (see overlap.py)
     ├── shard-00000.json       counts of the range and CRC-32 of the shard; written after the shard
     ├── manifest.json          totals and list of shards; written last
@@ -14,8 +14,8 @@ its prediction is not trained on.
 The fingerprint includes the content hashes of the files, so changed files get another cache. Shards are memory-mapped:
 reading a row loads only that row. All nodes need the folder under the same path.
 
-The CRC-32 of a shard is verified once after it was written, and again when its inode or times have changed; starting a run
-therefore usually takes one `stat` call per shard.
+The CRC-32 of a shard is verified once after it was written, and again when its inode or times have changed, so a run usually
+starts without reading the shards. The digests have no checksum.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Manifest:
     first_dropped: LineProblem | None = None  # the first line with such characters
     filtered: int = 0  # lines left out by a filter or by sampling
     duplicates: int = 0  # lines left out because the same text has occurred before
-    conversations: int = 0  # lines with a conversation, also if they are invalid or left out
+    conversations: int = 0  # lines that were read as conversations, also if they are invalid or left out afterwards
     trained_tokens: int = 0  # this and the following as in `RangeSummary`; zero and empty in caches of older versions
     cut_documents: int = 0
     shortest: int = 0
@@ -313,7 +313,7 @@ class TokenCache:
 
     @property
     def fingerprint(self) -> str:
-        """Identifier of the rows: equal for equal files, rules, tokenizers and sequence lengths."""
+        """Identifier of the rows: equal for equal files, rules, tokenizers, sequence lengths and line limits."""
         return self.manifest.fingerprint
 
     def take(self, rows: NDArray[np.int64]) -> Sequences:

@@ -3,7 +3,7 @@
 PyTorch's `flex_attention` has no backward pass on a CPU, and autograd through whole score matrices keeps several of them
 per loop and reads main memory for each elementwise operation. Here the scores of a chunk stay in the CPU's cache, the
 forward pass saves one number per query (the logsumexp of its scores, as in FlashAttention, arXiv 2205.14135), and the
-backward pass recomputes the scores. The result is exact for any mask; scores are fp32.
+backward pass recomputes the scores. The result is exact for any causal mask; scores are fp32.
 
 `torch.compile` sees a custom operator, which it does not trace into. Uncompiled code uses a plain autograd function instead,
 because a custom operator imports the compiler at its first call (1.9 s).

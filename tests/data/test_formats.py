@@ -350,8 +350,8 @@ def test_invalid_rows_of_csv_are_reported_with_their_line_and_the_others_are_rea
         7: "invalid UTF-8 (0xff at byte 2) (line 9 of the file)",
         8: "contains a NUL character (line 10 of the file)",
         9: "line of 2,002 bytes, over the limit of 1,000 (line 11 of the file)",
-        11: "a quote is not closed, so the row has all 2 lines to the end of the file; if quotes are ordinary characters in "
-        "this file, set quotes: false (line 13 of the file)",
+        11: "a quote is not closed: with it, the row would have all 2 lines to the end of the file; if quotes are ordinary "
+        "characters in this file, set quotes: false (line 13 of the file)",
     }
 
 
@@ -458,7 +458,7 @@ def test_invalid_elements_of_an_array_are_reported_and_the_others_are_read(
         (
             "header.csv",
             b'"text\na\n',
-            r"the header cannot be read \(a quote is not closed, so the row has all 2 lines to the end",
+            r"the header cannot be read \(a quote is not closed: with it, the row would have all 2 lines to the end",
         ),
         (
             "mac.csv",

@@ -342,7 +342,7 @@ class Wording:
 
 
 def draw_wording(rng: Random, template: str, unseen: bool) -> Wording:
-    """Draw a wording of the training text; with `unseen` one that is held out, every other one from `UNSEEN`."""
+    """Draw a wording of the training text; with `unseen` a held-out one, on average half of them from `UNSEEN`."""
     patterns = (UNSEEN if unseen and rng.random() < 0.5 else PATTERNS)[template]
     while True:
         operations = rng.choice(list(patterns))

@@ -2,7 +2,8 @@
 
 Many tab-separated files have no quoting, and a quote at the beginning of a field is a part of it. Read as the beginning of a
 quoted field, it would take the following lines into its row. A row that cannot be read with quotes therefore never has more
-than one line if this line has all fields: between tabs it is then read without quotes, otherwise it is invalid.
+than one line if this line has all fields: that line is then read without quotes if the delimiter is a tab, and is invalid
+otherwise.
 """
 
 from __future__ import annotations
@@ -101,10 +102,10 @@ def _header(rows: Iterator[list[str]], lines: _Lines, path: str) -> list[str]:
 
 
 def _problem(error: Exception, n_lines: int) -> str:
-    """Return what is wrong with a row, which ends `n_lines` after its beginning."""
+    """Return what is wrong with a row, for which the reader has taken `n_lines` lines."""
     reason = str(error)
     if reason == "unexpected end of data":
-        return f"a quote is not closed, so the row has all {n_lines:,} lines to the end of the file"
+        return f"a quote is not closed: with it, the row would have all {n_lines:,} lines to the end of the file"
     if reason.startswith("new-line character"):
         return "a carriage return within a line; lines have to end with a newline"
     return printable(reason)
