@@ -296,6 +296,10 @@ def peak_memory_gb(device: torch.device) -> float:
     """Return GiB: on a GPU the peak of allocated tensors, on a CPU the peak resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
+    with suppress(OSError):  # Linux: `ru_maxrss` begins with that of the parent process, which may have been larger
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if (peak := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)) is not None:
+            return int(peak[1]) * 1024 / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
