@@ -349,7 +349,7 @@ def run_folder() -> str:
         Entry(
             f"{tensorboard.FOLDER}/",
             f"the numbers of {METRICS}",
-            [Entry("events.out.tfevents.…", "those of an attempt")],
+            [Entry("events.out.tfevents.…", "from one start of the workers on")],
         ),
         Entry(f"{profiling.FOLDER}/", "with training.profile", profile),
         Entry(REPORT, "written by savant report"),
@@ -394,8 +394,8 @@ def other_files_of_a_run() -> str:
         (f"step_500{UNSENT}/", "with object storage: a checkpoint that could not be uploaded"),
         (
             state_file("step_500"),
-            "a file of the original script; converted into `step_500/` when an attempt first finds it, never changed or "
-            "deleted",
+            "a file of the original script; the newest one is converted into `step_500/` if no checkpoint is newer, none is "
+            "changed or deleted",
         ),
         (f"{METRICS}{DAMAGED_COPY}", "a copy of the record as it was before damaged lines were removed"),
         (

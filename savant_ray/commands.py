@@ -145,7 +145,11 @@ def _sweep(arguments: Sequence[str]) -> int:
         "--space", type=file_path, metavar="FILE.yaml", required=True, help="settings to vary and their distributions"
     )
     parser.add_argument(
-        "--trials", type=trials, metavar="N", default=8, help="number of trials; of a grid: of times that it is run [8]"
+        "--trials",
+        type=trials,
+        metavar="N",
+        default=8,
+        help="number of trials; with a grid: trials of each combination [8]",
     )
     parser.add_argument("--concurrent", type=trials, metavar="N", default=1, help="trials that run at once [1]")
     parser.add_argument(
@@ -410,7 +414,7 @@ def _runs(arguments: Sequence[str]) -> int:
         type=file_path,
         metavar="FOLDER",
         nargs="*",
-        help="folders to search [the current one, and the folder of the runs of Ray jobs]",
+        help="folders to search [the current one and the home folder, below which Ray jobs store runs]",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     options = parser.parse_args(arguments)
@@ -422,7 +426,7 @@ def _runs(arguments: Sequence[str]) -> int:
     folders = options.folders or [Path()]
     if not options.folders:
         with suppress(SettingsError):  # a user without a home folder has no runs there
-            folders.append(home_folder())  # `find_runs` also searches `savant_runs` in it, where Ray jobs store runs
+            folders.append(home_folder())  # because Ray jobs store runs in `savant_runs` in it
     runs = [summarize(folder, is_in_use, newest_by_name) for folder in find_runs(folders, newest_by_name)]
     if options.json:
         print(to_json(runs))

@@ -186,7 +186,7 @@ def _memory(topic: str) -> Iterator[Finding]:
         limit = int(CGROUP_LIMIT.read_text()) - int(CGROUP_LIMIT.with_name("memory.current").read_text())
         available = min(available, limit / 1e9)
     status: Status = "error" if available < MIN_MEMORY_GB else "note" if available < LOW_MEMORY_GB else "ok"
-    remedy = f"end other programs; Ray and a small model need about {LOW_MEMORY_GB:g} GB"
+    remedy = f"end other programs; {LOW_MEMORY_GB:g} GB are enough for Ray and a small model"
     yield Finding(topic, status, f"{available:.1f} GB available", "" if status == "ok" else remedy)
     shared = Path(SHARED_MEMORY)
     if shared.is_dir() and (free := shutil.disk_usage(shared).free / 1e9) < LOW_SHARED_MEMORY_GB:
@@ -215,7 +215,7 @@ def _disk(topic: str) -> Iterator[Finding]:
 def _ray(topic: str) -> Iterator[Finding]:
     import ray
 
-    from savant_ray.cluster.ray_address import cluster_address, unreachable_reason
+    from savant_ray.cluster.ray_address import VARIABLE, cluster_address, unreachable_reason
     from savant_ray.cluster.temp_folder import choose_temp_folder
 
     yield Finding(topic, "ok", ray.__version__)
@@ -225,7 +225,7 @@ def _ray(topic: str) -> Iterator[Finding]:
         yield Finding("Ray cluster", "ok", f"{cluster.host_port} (from {cluster.origin}) is used")
         return
     if cluster is not None:
-        remedy = "ray stop" if cluster.optional else f"start that cluster, or unset {cluster.origin}"
+        remedy = "ray stop" if cluster.optional else f"start that cluster, or unset {VARIABLE}"
         status: Status = "note" if cluster.optional else "error"
         yield Finding("Ray cluster", status, f"{cluster.host_port} (from {cluster.origin}): {reason}", remedy)
         if not cluster.optional:

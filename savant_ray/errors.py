@@ -6,7 +6,7 @@
     ├── CheckpointError         4   a checkpoint is missing, damaged or does not fit
     ├── MemoryCapError          5   one sequence, or the model's state, does not fit under `training.vram_limit_gb`
     ├── VerificationError       6   a repeated step or checkpoint is not that of the run (`savant verify`)
-    ├── TrainingError           1   training failed: too many steps were skipped, or workers failed too often
+    ├── TrainingError           1   training failed: too many skipped steps, too many failures of workers, or Ray failed
     └── UnexpectedError         1   any other error, with the current activity; the full traceback is stored in a file
 
 Messages name the place, what was found, and what to do. `STOPPED_EARLY` (75, EX_TEMPFAIL of sysexits.h) is not an error: the
@@ -67,11 +67,14 @@ class VerificationError(SavantError):
 
 
 class TrainingError(SavantError):
-    """Training failed: too many steps were skipped, or workers failed more often than `scaling.max_failures`."""
+    """Training failed: too many steps were skipped, workers failed more than `scaling.max_failures` times, or Ray failed."""
 
 
 class UnexpectedError(SavantError):
-    """An unexpected error; `details` is its full traceback; with `is_explained` the message says how to see it."""
+    """Any other error; the message says where its full traceback is.
+
+    `details` is the traceback; `is_explained` is whether the message names it already.
+    """
 
     def __init__(self, message: str, details: str = "", is_explained: bool = False) -> None:
         super().__init__(message, details, is_explained)

@@ -278,7 +278,7 @@ class Notice(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFailed(Event):
-    """An error of `savant_ray.errors` ended the run."""
+    """An error of `savant_ray.errors` in a worker ended the attempt; errors of the driver have no event."""
 
     kind = "failure"
     error: str  # class name

@@ -166,7 +166,8 @@ class Bridge:
             case RunFailed():
                 self._failed = True
             case WorkersLost():
-                if self._failed or not self._heartbeats.all:  # a worker has sent its error, or the loss was sent before
+                # A worker has sent its error, or none has sent a heartbeat since the last loss.
+                if self._failed or not self._heartbeats.all:
                     return
                 self._heartbeats.clear()
         self._events.append(event)

@@ -26,7 +26,7 @@ _PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)  # of prct
 
 @dataclass(frozen=True)
 class KilledProcess:
-    """State and Python stack of a process when it was killed, or when the attempt failed."""
+    """State and Python stack of a process before it was killed, or before killing it failed."""
 
     state: str  # as `ps` calls it: "stopped", "sleeping", "running", "disk-sleep"
     stack: str  # of all threads, as py-spy prints it; "" if it could not be read

@@ -2,8 +2,8 @@
 
 `train`, `prepare` and `verify` are the entry points. torch and Ray take seconds to import, and Ray reads environment
 variables when it is imported. All of them therefore set the environment before they import the modules that do the work.
-`train` also installs the signal handlers first, and imports the modules that connect to Ray only after the checks have
-passed.
+`train` also installs the signal handlers before these imports, and imports the modules that connect to Ray only after the
+checks have passed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def prepare(config: Config, verbose: bool = False) -> None:
     Raises:
         DataError: text is missing or unreadable or contains no document, or a line is invalid and `data.on_bad_line` is
             `error`.
-        SettingsError: as `find_data_files` and `choose_tokenizer`.
+        SettingsError: as `find_data_files`, `choose_tokenizer`, `refuse_unencodable` and `prepare_data`.
     """
     prepare_environment()
     from savant_ray.driver.data_preparation import prepare_only

@@ -94,7 +94,7 @@ def find_data_files(config: Config, report: RunReport, needs_validation: bool = 
 
 
 def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | None) -> None:
-    """Check that the tokenizer can encode the beginning of each source, and the prompts of the validation.
+    """Check that the tokenizer can encode the beginning of each source and of the validation text, and its prompts.
 
     A tokenizer that is still to be trained (None) is not checked.
 

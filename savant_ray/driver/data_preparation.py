@@ -60,7 +60,8 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
 
     Raises:
         DataError: text is unreadable or contains no document, or a line is invalid and `data.on_bad_line` is `error`.
-        SettingsError: a source would have less than 1 sequence in 100,000 with `data.mix_by: documents`.
+        SettingsError: a source would have less than 1 sequence in 100,000 with `data.mix_by: documents`, or the trained
+            tokenizer has more entries than `model.vocab_size`.
     """
     cache_dir = Path(config.data.cache_dir)
     if tokenizer is None:
@@ -177,7 +178,7 @@ def _sequence_weights(
 def _source_counts(
     names: list[str], caches: list[TokenCache], plan: StreamPlan, tokenizer: Tokenizer
 ) -> tuple[TextCounts, ...]:
-    """Return the counts of all sources, with how often each is read."""
+    """Return the counts of all sources, with their fractions of the sequences and the steps of an epoch."""
     repeated = count_duplicates(caches) or [0] * len(caches)
     total = sum(Fraction(str(weight)) for weight in plan.weights)
     counts = []

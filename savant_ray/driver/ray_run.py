@@ -46,7 +46,7 @@ class Outcome:
     error: BaseException | None = None
     failure: RunFailed | None = None  # the error that a worker reported
     end: AttemptEnded | None = None  # reported when the workers have finished
-    hang: str = ""  # why workers were killed that were not restarted
+    hang: str = ""  # why workers were killed that have not started again; "" if there are none
     fit: threading.Thread | None = None
 
     @property

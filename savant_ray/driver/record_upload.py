@@ -1,4 +1,4 @@
-"""Uploads the driver's own files (record, samples, log) to where the run is kept, while training continues."""
+"""Uploads the driver's own files (record, samples, log, settings) to object storage, while training continues."""
 
 from __future__ import annotations
 

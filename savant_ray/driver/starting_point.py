@@ -1,8 +1,8 @@
 """Finds the checkpoint that an attempt resumes from, and compares it with the settings and the data.
 
-Runs in the driver before Ray starts. The checkpoint of `run.continue_from` is copied into a new run first. Damaged
-checkpoints are renamed, never deleted. Settings and data with which the weights would be useless (another model, another
-order of the data) are refused with a list of the differences.
+Runs in the driver, before Ray starts except for `refuse_other_data`, which compares data that Ray has prepared. The
+checkpoint of `run.continue_from` is copied into a new run first. Damaged checkpoints are renamed, never deleted. Another
+model, or another order of the data, is refused with a list of the differences unless the user allows changes.
 """
 
 from __future__ import annotations
@@ -140,9 +140,9 @@ def compare_settings(checkpoint: Path, config: Config, allow_changes: bool, noti
     """Report the settings that changed since the checkpoint was written.
 
     Raises:
-        CheckpointError: model, seed or `data.mix_by` are not those of the checkpoint, or a new tokenizer would be trained,
-            or the checkpoint's steps would have had other learning rates with `training.schedule: wsd`, and `allow_changes`
-            is False; the message lists all differences.
+        CheckpointError: model, seed, `data.mix_by` or `training.schedule` are not those of the checkpoint, or a new
+            tokenizer would be trained, or with the schedule `wsd` the checkpoint's steps would have had other learning
+            rates, and `allow_changes` is False; the message lists all differences.
     """
     changes = changes_since(checkpoint, config)
     if not allow_changes:
@@ -228,7 +228,11 @@ def refuse_other_data(checkpoint: Path, config: Config, data_fingerprint: str) -
     """
     if read_manifest(checkpoint)["data_fingerprint"] in (NO_FINGERPRINT, data_fingerprint):
         return
-    change = changes_since(checkpoint, config).get("data.sources", "data.sources: a file was added, changed or removed")
+    change = changes_since(checkpoint, config).get(
+        "data.sources",
+        "data.sources: a file was added, changed or removed, or a setting of data changes what is read, such as "
+        "data.deduplicate or data.validation",
+    )
     # Not a difference: `choose_tokenizer` kept the checkpoint's tokenizer, which the user may not expect with other text.
     note = f"the tokenizer remains that of {checkpoint.name} (data.tokenizer: {checkpoint / TOKENIZER})"
     _raise_if_different(checkpoint, [f"{change}; so the same position in the data order is another sequence", note])

@@ -131,7 +131,7 @@ def _encodable(text: str, console: RichConsole) -> str:
 
 
 class Sparkline:
-    """The recent values of a number as a line of block characters (▇▅▄▃▃▂▂▁), each the mean of the same number of values."""
+    """The recent values of a number as a line of block characters (▇▅▄▃▃▂▂▁), each the mean of consecutive values."""
 
     def __init__(self, per_character: int = 8) -> None:
         self._values: deque[float] = deque(maxlen=SPARKLINE_WIDTH * per_character)

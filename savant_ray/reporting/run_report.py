@@ -74,7 +74,7 @@ class RunReport:
         self.close()
 
     def add_event(self, event: Event) -> None:
-        """Record and print an event. A notice that several workers send with the same text is printed once."""
+        """Record and print an event, except for a notice with the same text as an earlier one, of any worker."""
         if isinstance(event, Notice):
             if event.text in self._notices:
                 return

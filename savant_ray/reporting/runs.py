@@ -43,7 +43,9 @@ class RunSummary:
 
     name: str
     folder: str
-    state: str  # running, not started, finished, stopped, failed, interrupted (killed), or "file of the original"
+    # running, not started, finished, stopped, failed (by an error of a worker), interrupted (without a recorded end: killed,
+    # or ended by an error of the driver), or "file of the original"
+    state: str
     step: int
     max_steps: int | None
     train_loss: float | None
@@ -70,8 +72,8 @@ class RunSummary:
 def find_runs(folders: Iterable[Path], newest_original: NewestOriginal = lambda path: None) -> list[Path]:
     """Return the folders with a record or with files of the original script.
 
-    The search covers `folders`, their subfolders, and all levels below `savant_runs` in them. A path in `folders` may also
-    be a file of the original script, which is then returned itself.
+    The search covers `folders`, the folders directly in them, and all levels below `savant_runs` in them. A path in
+    `folders` may also be a file of the original script, which is then returned itself.
     """
     runs: list[Path] = []
     for folder in folders:

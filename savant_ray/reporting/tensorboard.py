@@ -1,8 +1,8 @@
-"""TensorBoard event files, derived from the record: each number of an event as `event/field`.
+"""TensorBoard event files, derived from the record: numbers of steps, validations, scores and checkpoints, and samples.
 
-Each start of the workers begins a new file. The file starts with a session log, which makes TensorBoard ignore all steps of
-earlier files from a certain step on, and these steps are written again from the record. So no step appears twice, and events
-that a killed driver did not flush are added.
+Each start of the workers, and each rewind, begins a new file. The file starts with a session log, which makes TensorBoard
+ignore all steps of earlier files from a certain step on, and these steps are written again from the record. So no step
+appears twice, and events that a killed driver did not flush are added.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TensorBoard:
     """The event files of one run; `error` is the reason if they cannot be written, which never ends the run."""
 
     # What happens after an `error`; part of the warning about it.
-    consequence = "its curves stop until the next attempt, which adds what is missing from metrics.jsonl"
+    consequence = f"its curves stop until the workers next start; up to {REWRITTEN_STEPS:,} steps are added then"
 
     def __init__(self, run_folder: Path) -> None:
         self.path, self.error = run_folder / FOLDER, ""

@@ -20,7 +20,8 @@ def print_text_statistics(sources: Sequence[Mapping[str, Any]], plan: Mapping[st
     """Print the statistics of all sources, and how long the run would read them.
 
     Args:
-        sources: as `data.text_statistics.TextStatistics` has them, with `estimate`: how many times as much the source has.
+        sources: as `data.text_statistics.TextStatistics` has them, with `estimate`: the factor from what was read to the
+            complete source.
         plan: `sequence_length`, `effective_batch`, `max_steps`, and of each source in `fractions` its part of the sequences.
     """
     console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)

@@ -109,8 +109,8 @@ def _(event: CheckpointSaved) -> str:
 @describe.register
 def _(event: CheckpointFailed) -> str:
     return (
-        f"WARNING: step {event.step:,} could not be saved: {event.text}. Training continues and tries again at the next "
-        "checkpoint; older checkpoints are complete. Free some space, or repair the storage."
+        f"WARNING: step {event.step:,} could not be saved: {event.text}. Older checkpoints are complete. If training is not "
+        "at its end, it continues and saves again at the next checkpoint. Free some space, or repair the storage."
     )
 
 

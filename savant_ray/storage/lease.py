@@ -284,6 +284,6 @@ def _in_use_error(run: str, holder: dict[str, Any]) -> SavantError:
 
 def _superseded_error(run: str, new_owner: dict[str, Any]) -> SavantError:
     return SavantError(
-        f"{run} could not be reached for {EXPIRY_SECONDS:g} s or more, and {_process(new_owner)} has taken the run over; "
+        f"the lease of {run} was not renewed for {EXPIRY_SECONDS:g} s, and {_process(new_owner)} has taken the run over; "
         "this process has stopped and saves nothing. Continue with the other process, or stop it first."
     )

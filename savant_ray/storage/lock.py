@@ -60,7 +60,7 @@ def is_in_use(run_folder: Path) -> bool:
 
 
 def owner_token(run_folder: Path) -> str | None:
-    """Return the token of the process that locked the folder last (see `locked`); None if the lock file was removed."""
+    """Return the token of the process that locked the folder last (see `locked`); None if the lock file has none."""
     try:
         lines = (run_folder / LOCK).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:

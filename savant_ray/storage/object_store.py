@@ -1,8 +1,8 @@
 """A run in object storage (`s3://…`, any URI that `pyarrow.fs` supports), which has no rename, no append and no lock.
 
 The run folder on this machine is a mirror: a checkpoint is written into it as into a local run and then uploaded, its
-manifest last. The driver also uploads its own files (`RECORDS`). The storage is authoritative: a mirror can be deleted
-without loss.
+manifest last. The driver also uploads its own files (`RECORDS`). The storage is authoritative: if a mirror is deleted,
+only what could not be uploaded is lost (a checkpoint in `step_N.unsent`, the newest lines of the record).
 
 No complete checkpoint is overwritten, because a worker of an earlier owner of the run may still write. The checkpoint
 `step_500` is stored in one or more folders with these names:

@@ -4,8 +4,8 @@ After each reported checkpoint, the checkpoint manager in Ray's controller write
 deletes those beyond `checkpoint.keep`, except `RunStorage.permanent`. If the storage fails at that moment (full, read-only,
 unreachable), Ray 2.60 ends the run, although all checkpoints are intact. This file system ignores a failure to write the
 list, because `ray_snapshot.py` rebuilds it at the next start. A deletion that fails is retried when Ray deletes the next
-checkpoint. Workers write checkpoints without this file system, so errors of saving are still reported. Nothing is written
-or deleted in a run that another process has taken over.
+checkpoint. Workers write checkpoints without this file system, so errors of saving are still reported. In a run that
+another process has taken over, no list is written and no checkpoint is deleted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _pending_deletions: list[tuple[TolerantFileSystem, str]] = []
 
 
 class TolerantFileSystem(pafs.FileSystemHandler):  # type: ignore[misc]  # noqa: PLW1641 - pyarrow has no types; not hashed
-    """Handler for `pyarrow.fs.PyFileSystem`. Methods without a docstring are passed on to the wrapped file system."""
+    """Handler for `pyarrow.fs.PyFileSystem`. Operations without a docstring are passed on to the wrapped file system."""
 
     def __init__(self, filesystem: pafs.FileSystem, storage: RunStorage | None) -> None:
         self._filesystem, self._storage = filesystem, storage

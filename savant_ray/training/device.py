@@ -191,7 +191,7 @@ def runs_compiled(model: UniversalTransformer, device: torch.device) -> bool:
 
 
 def missing_compiler() -> str | None:
-    """Return what `torch.compile` needs and this machine has not, with the name of its package, or None."""
+    """Return what `torch.compile` needs and this machine lacks, with the name of its package, or None."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return "g++"
     return None if has_python_headers() else "Python.h (package python3-dev)"

@@ -26,7 +26,7 @@ PRODUCTS_IN_FLIGHT = 10  # that a GPU gets at a time, so that the time of launch
 
 
 class Peak:
-    """FLOP/s of the fastest matrix product measured so far on the device; 0 before the first measurement."""
+    """FLOP/s of the fastest matrix product or training step so far on the device; 0 before the first measurement."""
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
         self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16

@@ -36,7 +36,7 @@ def export_safetensors(checkpoint: Path, output: Path, raw_weights: bool = False
     weights are averaged ones with `training.ema_decay`, unless `raw_weights`.
 
     Raises:
-        CheckpointError: there is no complete checkpoint.
+        CheckpointError: there is no complete checkpoint, or it has no tokenizer.
         SavantError: `output` exists already, or cannot be written.
     """
     with new_output(output):

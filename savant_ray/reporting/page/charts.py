@@ -34,7 +34,7 @@ FIGURES = (
     Figure("Gradient norm", "before clipping", "grad_norm", logarithmic=True),
     Figure("Throughput", "tokens/s", "tokens_per_second"),
     Figure("Share of peak", "% of the speed of a large matrix product", "share_of_peak", scale=100),
-    Figure("Memory", "GiB, peak of rank 0", "memory_gb", smooth=False),
+    Figure("Memory", "GiB, rank 0", "memory_gb", smooth=False),
     Figure("Waiting for data", "ms a step", "data_wait_seconds", scale=1000),
 )
 

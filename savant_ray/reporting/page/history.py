@@ -50,10 +50,10 @@ class Attempt:
     """One start of the workers, from the moment they have built the model to their end; a restart by Ray is another one."""
 
     started: float  # seconds since the epoch, like all times here
-    ended: float  # time of its last event
+    ended: float  # time of its newest step, validation or checkpoint, or of its end
     first_step: int  # updates done before the attempt
     last_step: int
-    ending: str = "killed"  # finished, stopped, failed, workers lost, running or killed
+    ending: str = "killed"  # finished, stopped, failed, workers lost, running, or killed: no event of its end
     reason: str = ""
     checkpoints: list[tuple[float, int]] = field(default_factory=list)  # (time, step)
 
