@@ -28,7 +28,7 @@ from savant_ray.events import (
     WorkersLost,
 )
 from savant_ray.reporting.record import METRICS, parse_event
-from savant_ray.reporting.runs import RunSummary, summarize
+from savant_ray.reporting.runs import RunSummary, ending, not_saved, summarize
 
 COLUMNS = (
     "step",
@@ -53,7 +53,7 @@ class Attempt:
     ended: float  # time of its newest step, validation or checkpoint, or of its end
     first_step: int  # updates done before the attempt
     last_step: int
-    ending: str = "killed"  # finished, stopped, failed, workers lost, running, or killed: no event of its end
+    ending: str = "killed"  # finished, stopped, not saved, failed, workers lost, running, or killed: no event of its end
     reason: str = ""
     checkpoints: list[tuple[float, int]] = field(default_factory=list)  # (time, step)
 
@@ -145,7 +145,8 @@ def _update(attempt: Attempt, kind: str, time: float, line: dict[str, Any]) -> N
     if kind in (AttemptEnded.kind, RunFailed.kind, WorkersLost.kind):
         attempt.ended = time
     if kind == AttemptEnded.kind:
-        attempt.ending = "finished" if line.get("finished") else "stopped"
+        attempt.ending = ending(line)
+        attempt.reason = not_saved(line) if attempt.ending == "not saved" else ""
     elif kind == RunFailed.kind:
         attempt.ending, attempt.reason = "failed", line.get("text", "")
     elif kind == WorkersLost.kind:
