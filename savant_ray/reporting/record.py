@@ -151,16 +151,19 @@ class JsonLines:
         self._write()
 
     def keep(self, predicate: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep only lines that satisfy the predicate: in the file, atomically, and among those that wait for disk space."""
-        waiting = self._unwritten.splitlines(keepends=True)
-        self._unwritten = b"".join(line for line in waiting if predicate(json.loads(line)))
+        """Keep only lines that satisfy the predicate: in the file, atomically, and among those that wait for disk space.
+
+        Raises:
+            OSError: the storage fails; nothing has changed.
+        """
         lines = list(read_records(self.path))
         kept = [line for line in lines if predicate(line)]
-        if len(kept) == len(lines):
-            return
-        self._file.close()
-        _rewrite(self.path, kept)
-        self._file = self.path.open("ab", buffering=0)
+        if len(kept) < len(lines):
+            _rewrite(self.path, kept)
+            self._file.close()
+            self._file = self.path.open("ab", buffering=0)
+        waiting = self._unwritten.splitlines(keepends=True)
+        self._unwritten = b"".join(line for line in waiting if predicate(json.loads(line)))
 
     def close(self) -> None:
         """Write pending lines and close the file."""

@@ -155,7 +155,7 @@ def print_table(runs: Iterable[RunSummary]) -> None:
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
     for run in runs:
         if run.state == "not saved":
-            print(escape_controls(f"{run.name}: {run.failure}"))
+            print(escape_controls(f"{relative_path(Path(run.folder))}: {run.failure}"))
 
 
 def status(run: RunSummary) -> str:
@@ -222,7 +222,7 @@ def _state(newest: dict[str, dict[str, Any]]) -> str:
 def ending(line: dict[str, Any]) -> str:
     """Return how an attempt ended, from its `end` line: finished, stopped, or not saved."""
     saved_step = line.get("saved_step")
-    if isinstance(saved_step, int) and saved_step < line["step"]:
+    if isinstance(saved_step, int) and saved_step < line.get("step", 0):
         return "not saved"
     return "finished" if line.get("finished") else "stopped"
 

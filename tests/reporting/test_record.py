@@ -185,6 +185,23 @@ def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room_again(tmp
     assert history(tmp_path) == [("step", step) for step in (1, 2, 3, 4)]
 
 
+def test_a_disk_that_is_full_when_lost_steps_are_removed_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    write(tmp_path, attempt(0), *(step_done(step) for step in range(1, 30)))
+    recorded = history(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    record = Record(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            record.rewind(20, repeats_validation=False)
+        record.append(attempt(20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    record.close()
+    assert history(tmp_path) == [*recorded, ("attempt", 20)]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_lines_that_wait_for_room_on_the_disk_are_removed_when_their_steps_are_repeated(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.append(step_done(1))
