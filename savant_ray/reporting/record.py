@@ -3,13 +3,14 @@
 TensorBoard files, trackers, `savant status` and the HTML report are derived from them.
 
 A killed run may leave half a line, a power failure a range of zero bytes. When the file is next opened, half a last line is
-cut off, and damaged lines are removed after a copy of the file was made (`metrics.jsonl.damaged`). A run resumed from an
+cut off, and damaged lines are removed after a copy of the file was made (`metrics.jsonl.damaged`, `-2`, …). A run resumed from an
 earlier step removes the lines of later steps, so that each step is in the record once.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -247,8 +248,14 @@ def _repair(path: Path) -> None:
     with path.open("rb") as file:
         lines = [parse_event(line) for line in file]
     if None in lines:
-        shutil.copy2(path, path.with_name(f"{path.name}{DAMAGED_COPY}"))
+        shutil.copy2(path, _new_damaged_copy(path))
         _rewrite(path, [line for line in lines if line is not None])
+
+
+def _new_damaged_copy(path: Path) -> Path:
+    """Return the first of `metrics.jsonl.damaged`, `metrics.jsonl.damaged-2`, … that does not exist."""
+    names = (f"{path.name}{DAMAGED_COPY}{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
+    return next(copy for name in names if not (copy := path.with_name(name)).exists())
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:

@@ -162,6 +162,16 @@ def test_damaged_lines_are_removed_and_a_copy_of_the_file_is_kept(tmp_path: Path
     assert b"\0\0\0" in (tmp_path / f"{METRICS}.damaged").read_bytes()
 
 
+def test_a_second_damage_does_not_replace_the_copy_of_the_first(tmp_path: Path) -> None:
+    for damage in (b"\0\0\0\n", b"[1]\n"):
+        write(tmp_path, step_done(1))
+        with (tmp_path / METRICS).open("ab") as file:
+            file.write(damage)
+    write(tmp_path, step_done(2))
+    copies = b"".join(path.read_bytes() for path in tmp_path.glob(f"{METRICS}.damaged*"))
+    assert b"\0\0\0" in copies and b"[1]" in copies
+
+
 @contextmanager
 def nearly_full_disk(path: Path) -> Iterator[None]:
     """Let files grow to the size of `path` and 10 bytes more."""
