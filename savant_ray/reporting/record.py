@@ -94,9 +94,9 @@ class Record:
         `lines` are what a checkpoint stores: the record since the checkpoint before it. They are missing if the driver was
         killed before it wrote them.
         """
-        present = {(line["event"], line.get("step")) for line in read_records(self._metrics.path)}
+        present = {_key(line) for line in read_records(self._metrics.path)}
         for line in lines:
-            if line["event"] not in ATTEMPT_KINDS and (line["event"], line["step"]) not in present:
+            if line["event"] not in ATTEMPT_KINDS and _key(line) not in present:
                 self._append(line)
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -230,6 +230,11 @@ def has_finished(run_folder: Path, step: int) -> bool:
     attempts = (line for line in read_records(path) if line["event"] in kinds) if path.exists() else ()
     last = next(iter(deque(attempts, maxlen=1)), {"event": AttemptStarted.kind})
     return last["event"] == AttemptEnded.kind and bool(last.get("finished")) and last.get("step") == step
+
+
+def _key(line: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what distinguishes an event from the others: of a step, each rank may have skipped several micro-batches."""
+    return line["event"], line.get("step"), line.get("rank"), str(line.get("positions"))
 
 
 def _is_repeated(line: dict[str, Any], step: int, repeats_validation: bool) -> bool:

@@ -114,6 +114,17 @@ def test_events_that_a_killed_driver_did_not_receive_are_added_from_the_checkpoi
     assert history(tmp_path, SAMPLES) == [("sample", step) for step in (1, 2, 3, 4)]
 
 
+def test_each_skipped_micro_batch_of_a_step_is_added_from_the_checkpoint(tmp_path: Path) -> None:
+    skips = [MicroBatchSkipped(step=3, rank=rank, loss="nan", positions=(n, n + 1)) for rank, n in ((0, 0), (0, 2), (1, 4))]
+    write(tmp_path, skips[0])
+    record = Record(tmp_path)
+    record.backfill([to_line(skip) for skip in skips])
+    record.close()
+    assert [(line["rank"], line["positions"]) for line in read_records(tmp_path / METRICS)] == [
+        (0, [0, 1]), (0, [2, 3]), (1, [4, 5])
+    ]  # fmt: skip
+
+
 def test_a_record_without_lost_steps_is_not_rewritten(tmp_path: Path) -> None:
     write(tmp_path, *one_attempt(1, 2))
     inode = (tmp_path / METRICS).stat().st_ino
