@@ -142,6 +142,8 @@ def _add(line: dict[str, Any], history: History) -> None:
 
 def _update(attempt: Attempt, kind: str, time: float, line: dict[str, Any]) -> None:
     """Update the newest attempt with its progress or its end."""
+    if kind == WorkersLost.kind and attempt.ending != Attempt.ending:
+        return  # it has ended, and these workers were lost before they had built the model
     if kind in (AttemptEnded.kind, RunFailed.kind, WorkersLost.kind):
         attempt.ended = time
     if kind == AttemptEnded.kind:
