@@ -115,7 +115,9 @@ def test_events_that_a_killed_driver_did_not_receive_are_added_from_the_checkpoi
 
 
 def test_each_skipped_micro_batch_of_a_step_is_added_from_the_checkpoint(tmp_path: Path) -> None:
-    skips = [MicroBatchSkipped(step=3, rank=rank, loss="nan", positions=(n, n + 1)) for rank, n in ((0, 0), (0, 2), (1, 4))]
+    skips = [
+        MicroBatchSkipped(step=3, rank=rank, loss="nan", positions=(n, n + 1)) for rank, n in ((0, 0), (0, 2), (1, 4))
+    ]
     write(tmp_path, skips[0])
     record = Record(tmp_path)
     record.backfill([to_line(skip) for skip in skips])

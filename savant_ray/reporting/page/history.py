@@ -53,7 +53,8 @@ class Attempt:
     ended: float  # time of its newest step, validation or checkpoint, or of its end
     first_step: int  # updates done before the attempt
     last_step: int
-    ending: str = "killed"  # finished, stopped, not saved, failed, workers lost, running, or killed: no event of its end
+    # finished, stopped, not saved, failed, workers lost, running, or killed: no event of its end
+    ending: str = "killed"
     reason: str = ""
     checkpoints: list[tuple[float, int]] = field(default_factory=list)  # (time, step)
 
