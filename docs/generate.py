@@ -397,7 +397,10 @@ def other_files_of_a_run() -> str:
             "a file of the original script; the newest one is converted into `step_500/` if no checkpoint is newer, none is "
             "changed or deleted",
         ),
-        (f"{METRICS}{DAMAGED_COPY}", "a copy of the record as it was before damaged lines were removed"),
+        (
+            f"{METRICS}{DAMAGED_COPY}",
+            "a copy of the record as it was before damaged lines were removed (the next: `-2`, …)",
+        ),
         (
             left_out_file("<text>"),
             "the sequences that `training.on_spike: rewind` has left out: pairs of the first position and the number of "

@@ -166,8 +166,7 @@ class Bridge:
             case RunFailed():
                 self._failed = True
             case WorkersLost():
-                # A worker has sent its error, or none has sent a heartbeat since the last loss.
-                if self._failed or not self._heartbeats.all:
+                if self._failed:  # a worker has sent its error
                     return
                 self._heartbeats.clear()
         self._events.append(event)

@@ -13,6 +13,7 @@ from savant_ray.locations import decoded_uri, is_uri, split_query
 from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import has_finished, has_sample
 from savant_ray.reporting.wording import byte_size, generate_command
+from savant_ray.storage.local import DAMAGED
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.run_storage import check_checkpoint_exists
 from savant_ray.training.checkpoint import step_of
@@ -98,15 +99,16 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def check_disk(folder: Path, bytes_per_checkpoint: int, keep: int, fresh: bool = False) -> None:
-    """Check the free space for `keep` checkpoints and the one being written, less those that exist already.
+    """Check the free space for `keep` checkpoints and the one being written, less those that will be deleted for them.
 
-    With `fresh`, existing checkpoints will be moved aside and continue to occupy the disk.
+    Damaged checkpoints are never deleted. With `fresh`, all existing ones are moved aside and continue to occupy the disk.
 
     Raises:
         SettingsError: there is not enough space.
     """
-    existing = 0 if fresh else sum(f.stat().st_size for f in folder.glob("step_*/*") if f.is_file())
-    needed = max(0, bytes_per_checkpoint * (keep + 1) - existing)
+    files = [] if fresh else [file for file in folder.glob("step_*/*") if DAMAGED not in file.parent.name]
+    freed = sum(file.stat().st_size for file in files if file.is_file())
+    needed = max(0, bytes_per_checkpoint * (keep + 1) - freed)
     existing_parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing_parent).free
     if free < needed:

@@ -109,8 +109,9 @@ class HangWatch:
                 self.reason = ""
                 self._forget()
             case WorkersLost():
+                was_killed = self._kill_time is not None
                 self._forget()
-                if self.reason:
+                if was_killed:
                     return replace(event, text=self.reason)
         return event
 

@@ -42,6 +42,8 @@ UNREPORTED_CHANGES = ("run.", "data.", "reporting.")  # sections whose changes b
 MUST_AGREE = ("model.", "run.seed", "data.mix_by")  # sections and settings that must be those of the checkpoint
 TEXT_FILES = (CONFIG, *TOKENIZER_FILES)  # of a checkpoint
 ADVICE = "--allow-changes resumes anyway and keeps what fits; --fresh starts a new run and moves this one aside."
+# A new run would continue from the same checkpoint, and be refused as well.
+ADVICE_TO_CONTINUE = "--allow-changes continues anyway and keeps what fits."
 
 
 def find_start(
@@ -168,7 +170,7 @@ def _refuse_other_settings(checkpoint: Path, config: Config, changes: dict[str, 
             "to the tokenizer that the weights were trained with"
         )
     differences += other_learning_rates(read_settings(checkpoint).training, config.training, step_of(checkpoint))
-    _raise_if_different(checkpoint, differences)
+    _raise_if_different(checkpoint, config, differences)
 
 
 def other_learning_rates(old: TrainingConfig, new: TrainingConfig, step: int) -> list[str]:
@@ -235,7 +237,8 @@ def refuse_other_data(checkpoint: Path, config: Config, data_fingerprint: str) -
     )
     # Not a difference: `choose_tokenizer` kept the checkpoint's tokenizer, which the user may not expect with other text.
     note = f"the tokenizer remains that of {checkpoint.name} (data.tokenizer: {checkpoint / TOKENIZER})"
-    _raise_if_different(checkpoint, [f"{change}; so the same position in the data order is another sequence", note])
+    consequence = "so the same position in the data order is another sequence"
+    _raise_if_different(checkpoint, config, [f"{change}; {consequence}", note])
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = "") -> dict[str, str]:
@@ -250,8 +253,9 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], section: str = ""
     return changes
 
 
-def _raise_if_different(checkpoint: Path, differences: list[str]) -> None:
+def _raise_if_different(checkpoint: Path, config: Config, differences: list[str]) -> None:
     if differences:
+        advice = ADVICE if config.run.continue_from is None else ADVICE_TO_CONTINUE
         raise CheckpointError(
-            f"{checkpoint.name} was trained with other settings or data:\n  " + "\n  ".join([*differences, ADVICE])
+            f"{checkpoint.name} was trained with other settings or data:\n  " + "\n  ".join([*differences, advice])
         )

@@ -23,7 +23,7 @@ from savant_ray.evaluation.from_checkpoint import load_model
 from savant_ray.export.logic_task import write_logic_task
 from savant_ray.export.model_card import model_card
 from savant_ray.training.checkpoint import find_checkpoint, step_of
-from savant_ray.training.safetensors_export import WEIGHTS, new_folder, new_output, write_weights
+from savant_ray.training.safetensors_export import WEIGHTS, new_folder, prepare_output, write_weights
 
 MODELING = Path(__file__).with_name("modeling_savant.py")
 # The plain form of conversations (`plain_form` in data/conversations.py), for the messages that training accepts.
@@ -62,37 +62,37 @@ def export_hugging_face(checkpoint: Path, output: Path, raw_weights: bool = Fals
         DataError: the tokenizer has no end-of-document token.
         SavantError: `output` exists already, or cannot be written.
     """
-    with new_output(output):
-        folder = find_checkpoint(checkpoint)
-        model, tokenizer, config = load_model(folder, raw_weights)
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise CheckpointError(
-                f"checkpoint {folder.name}: its tokenizer has {tokenizer.vocab_size:,} ids, its model only "
-                f"{config.model.vocab_size:,}, so a text could have tokens that the model does not know"
-            )
-        special = _special_tokens(tokenizer)
-        files = {
-            "config.json": _model_config(config),
-            "generation_config.json": _generation_config(config, tokenizer, special),
-            TOKENIZER_FILE: tokenizer.prompt_json(),
-            SETTINGS_FILE: {
-                "tokenizer_class": TOKENIZER_CLASS,
-                "model_input_names": ["input_ids", "attention_mask"],
-                "model_max_length": config.model.max_seq_len,
-                "padding_side": "left",
-                "clean_up_tokenization_spaces": False,
-                **special,
-            },
-            TEMPLATE_FILE: _chat_template(tokenizer, folder.name),
-            "README.md": model_card(folder, step_of(folder), config, tokenizer),
-        }
-        with new_folder(output) as temporary:
-            write_weights({name: weight.cpu() for name, weight in model.state_dict().items()}, temporary / WEIGHTS)
-            for name, content in files.items():
-                text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-                (temporary / name).write_text(text, encoding="utf-8")
-            shutil.copyfile(MODELING, temporary / MODELING.name)
-            write_logic_task(temporary / "lm_eval", config, tokenizer)
+    prepare_output(output)
+    folder = find_checkpoint(checkpoint)
+    model, tokenizer, config = load_model(folder, raw_weights)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise CheckpointError(
+            f"checkpoint {folder.name}: its tokenizer has {tokenizer.vocab_size:,} ids, its model only "
+            f"{config.model.vocab_size:,}, so a text could have tokens that the model does not know"
+        )
+    special = _special_tokens(tokenizer)
+    files = {
+        "config.json": _model_config(config),
+        "generation_config.json": _generation_config(config, tokenizer, special),
+        TOKENIZER_FILE: tokenizer.prompt_json(),
+        SETTINGS_FILE: {
+            "tokenizer_class": TOKENIZER_CLASS,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": config.model.max_seq_len,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            **special,
+        },
+        TEMPLATE_FILE: _chat_template(tokenizer, folder.name),
+        "README.md": model_card(folder, step_of(folder), config, tokenizer),
+    }
+    with new_folder(output) as temporary:
+        write_weights({name: weight.cpu() for name, weight in model.state_dict().items()}, temporary / WEIGHTS)
+        for name, content in files.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (temporary / name).write_text(text, encoding="utf-8")
+        shutil.copyfile(MODELING, temporary / MODELING.name)
+        write_logic_task(temporary / "lm_eval", config, tokenizer)
 
 
 def _model_config(config: Config) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from savant_ray.original.file import (
 from savant_ray.original.file_settings import CONSTANTS, attention_masks, global_loops, visible_keys
 from savant_ray.original.names import original_files
 from savant_ray.training.checkpoint import AVERAGE, find_checkpoint, read_checkpoint, read_settings
-from savant_ray.training.safetensors_export import new_output
+from savant_ray.training.safetensors_export import output_errors_explained, prepare_output
 
 CODE_LITERALS = ("global_every", "soft_cap")  # literals in the original's code, where a user can edit them
 NO_OPTIMIZER_KNOWN = (
@@ -79,11 +79,11 @@ def export_original(checkpoint: Path, output: Path, optimizer: OptimizerName | N
         CheckpointError: there is no intact checkpoint, or its model has a setting without a counterpart in the original.
         SavantError: `output` exists already, or cannot be written.
     """
-    with new_output(output):
-        warnings: list[str] = []
-        if source := find_original(checkpoint, warnings.append):
-            return warnings + _export_file(source, output, optimizer)
-        return warnings + _export_checkpoint(find_checkpoint(checkpoint), output, optimizer)
+    prepare_output(output)
+    warnings: list[str] = []
+    if source := find_original(checkpoint, warnings.append):
+        return warnings + _export_file(source, output, optimizer)
+    return warnings + _export_checkpoint(find_checkpoint(checkpoint), output, optimizer)
 
 
 def _export_file(source: Path, output: Path, optimizer: OptimizerName | None) -> list[str]:
@@ -93,7 +93,9 @@ def _export_file(source: Path, output: Path, optimizer: OptimizerName | None) ->
     if warnings:
         content["optimizer_state_dict"]["state"] = {}
     target = optimizer or optimizer_of(content)
-    write_original(output, for_optimizer(content, target) if target else content)
+    content = for_optimizer(content, target) if target else content
+    with output_errors_explained(output):
+        write_original(output, content)
     return warnings
 
 
@@ -109,7 +111,8 @@ def _export_checkpoint(folder: Path, output: Path, optimizer: OptimizerName | No
     original, warnings_of_conversion = to_original(
         content, config.training, config.model, target or "adamw", reference_content
     )
-    write_original(output, original)
+    with output_errors_explained(output):
+        write_original(output, original)
     warnings += warnings_of_conversion
     warnings += [NO_AVERAGE] if AVERAGE in content else []
     warnings += [OTHER_SCHEDULE] if config.training.schedule == "wsd" else []

@@ -3,13 +3,14 @@
 TensorBoard files, trackers, `savant status` and the HTML report are derived from them.
 
 A killed run may leave half a line, a power failure a range of zero bytes. When the file is next opened, half a last line is
-cut off, and damaged lines are removed after a copy of the file was made (`metrics.jsonl.damaged`). A run resumed from an
+cut off, and damaged lines are removed after a copy of the file was made (`metrics.jsonl.damaged`, `-2`, …). A run resumed from an
 earlier step removes the lines of later steps, so that each step is in the record once.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -93,9 +94,9 @@ class Record:
         `lines` are what a checkpoint stores: the record since the checkpoint before it. They are missing if the driver was
         killed before it wrote them.
         """
-        present = {(line["event"], line.get("step")) for line in read_records(self._metrics.path)}
+        present = {_key(line) for line in read_records(self._metrics.path)}
         for line in lines:
-            if line["event"] not in ATTEMPT_KINDS and (line["event"], line["step"]) not in present:
+            if line["event"] not in ATTEMPT_KINDS and _key(line) not in present:
                 self._append(line)
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -151,16 +152,19 @@ class JsonLines:
         self._write()
 
     def keep(self, predicate: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep only lines that satisfy the predicate: in the file, atomically, and among those that wait for disk space."""
-        waiting = self._unwritten.splitlines(keepends=True)
-        self._unwritten = b"".join(line for line in waiting if predicate(json.loads(line)))
+        """Keep only lines that satisfy the predicate: in the file, atomically, and among those that wait for disk space.
+
+        Raises:
+            OSError: the storage fails; nothing has changed.
+        """
         lines = list(read_records(self.path))
         kept = [line for line in lines if predicate(line)]
-        if len(kept) == len(lines):
-            return
-        self._file.close()
-        _rewrite(self.path, kept)
-        self._file = self.path.open("ab", buffering=0)
+        if len(kept) < len(lines):
+            _rewrite(self.path, kept)
+            self._file.close()
+            self._file = self.path.open("ab", buffering=0)
+        waiting = self._unwritten.splitlines(keepends=True)
+        self._unwritten = b"".join(line for line in waiting if predicate(json.loads(line)))
 
     def close(self) -> None:
         """Write pending lines and close the file."""
@@ -228,6 +232,11 @@ def has_finished(run_folder: Path, step: int) -> bool:
     return last["event"] == AttemptEnded.kind and bool(last.get("finished")) and last.get("step") == step
 
 
+def _key(line: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what distinguishes an event from the others: of a step, each rank may have skipped several micro-batches."""
+    return line["event"], line.get("step"), line.get("rank"), str(line.get("positions"))
+
+
 def _is_repeated(line: dict[str, Any], step: int, repeats_validation: bool) -> bool:
     if line["event"] in ATTEMPT_KINDS:
         return False
@@ -244,8 +253,14 @@ def _repair(path: Path) -> None:
     with path.open("rb") as file:
         lines = [parse_event(line) for line in file]
     if None in lines:
-        shutil.copy2(path, path.with_name(f"{path.name}{DAMAGED_COPY}"))
+        shutil.copy2(path, _new_damaged_copy(path))
         _rewrite(path, [line for line in lines if line is not None])
+
+
+def _new_damaged_copy(path: Path) -> Path:
+    """Return the first of `metrics.jsonl.damaged`, `metrics.jsonl.damaged-2`, … that does not exist."""
+    names = (f"{path.name}{DAMAGED_COPY}{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
+    return next(copy for name in names if not (copy := path.with_name(name)).exists())
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:

@@ -43,8 +43,9 @@ class RunSummary:
 
     name: str
     folder: str
-    # running, not started, finished, stopped, failed (by an error of a worker), interrupted (without a recorded end: killed,
-    # or ended by an error of the driver), or "file of the original"
+    # running, not started, finished, stopped, not saved (finished or stopped, but its last step could not be saved), failed
+    # (by an error of a worker), interrupted (without a recorded end: killed, or ended by an error of the driver), or "file
+    # of the original"
     state: str
     step: int
     max_steps: int | None
@@ -59,7 +60,7 @@ class RunSummary:
     sample: str | None
     sample_step: int | None
     last_time: str
-    failure: str | None
+    failure: str | None  # why it failed, or what is not saved
 
     @property
     def seconds_left(self) -> float | None:
@@ -124,7 +125,7 @@ def summarize(
         sample=sample.get("text"),
         sample_step=sample.get("step"),
         last_time=max((line.get("time", "") for line in [step, *newest.values()] if line), default=""),
-        failure=newest.get(RunFailed.kind, {}).get("text") if state == "failed" else None,
+        failure=_failure(state, newest),
     )
 
 
@@ -137,7 +138,8 @@ def _summarize_original(path: Path, step: int, newest: Path) -> RunSummary:
 
 
 def print_table(runs: Iterable[RunSummary]) -> None:
-    """Print one row per run."""
+    """Print one row per run, and below the table which runs have not saved their last step."""
+    runs = list(runs)
     table = Table("run", "state", "step", "loss", "validation", "last checkpoint", "last event", box=None)
     for run in runs:
         steps = f"{run.step:,}" + ("" if run.max_steps is None else f" of {run.max_steps:,}")
@@ -151,6 +153,9 @@ def print_table(runs: Iterable[RunSummary]) -> None:
             ago(run.last_time),
         )
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+    for run in runs:
+        if run.state == "not saved":
+            print(escape_controls(f"{relative_path(Path(run.folder))}: {run.failure}"))
 
 
 def status(run: RunSummary) -> str:
@@ -210,8 +215,28 @@ def _state(newest: dict[str, dict[str, Any]]) -> str:
     if last == [RunFailed.kind]:
         return "failed"
     if last == [AttemptEnded.kind]:
-        return "finished" if newest[AttemptEnded.kind].get("finished") else "stopped"
+        return ending(newest[AttemptEnded.kind])
     return "interrupted" if last else "not started"
+
+
+def ending(line: dict[str, Any]) -> str:
+    """Return how an attempt ended, from its `end` line: finished, stopped, or not saved."""
+    saved_step = line.get("saved_step")
+    if isinstance(saved_step, int) and saved_step < line.get("step", 0):
+        return "not saved"
+    return "finished" if line.get("finished") else "stopped"
+
+
+def not_saved(line: dict[str, Any]) -> str:
+    """Describe an end without a checkpoint of its last step, from the `end` line."""
+    start = f"resumes after step {line['saved_step']:,}" if line["saved_step"] else "begins again"
+    return f"step {line['step']:,} could not be saved; the same command {start}"
+
+
+def _failure(state: str, newest: dict[str, dict[str, Any]]) -> str | None:
+    if state == "not saved":
+        return not_saved(newest[AttemptEnded.kind])
+    return newest[RunFailed.kind].get("text") if state == "failed" else None
 
 
 def _validation(run: RunSummary) -> str:

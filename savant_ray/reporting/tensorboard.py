@@ -2,13 +2,15 @@
 
 Each start of the workers, and each rewind, begins a new file. The file starts with a session log, which makes TensorBoard
 ignore all steps of earlier files from a certain step on, and these steps are written again from the record. So no step
-appears twice, and events that a killed driver did not flush are added.
+appears twice, and events that a killed driver did not flush, or that a full disk refused, are added.
 """
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,9 @@ if TYPE_CHECKING:  # imported where it is used: the import takes 0.3 s
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 FOLDER = "tensorboard"
-REWRITTEN_STEPS = 1000  # far more than a killed driver can have left unwritten
+REWRITTEN_STEPS = 1000  # before the last one in the files; far more than a power failure can have damaged
+RECORD_HEADER = struct.Struct("<Q4x")  # of an event in a file: its length, and a checksum of the length
+CHECKSUM_BYTES = 4  # behind an event
 FLUSH_SECONDS = 5
 NUMERIC_KINDS = (StepDone.kind, ValidationDone.kind, LogicScored.kind, CheckpointSaved.kind)
 
@@ -29,7 +33,7 @@ class TensorBoard:
     """The event files of one run; `error` is the reason if they cannot be written, which never ends the run."""
 
     # What happens after an `error`; part of the warning about it.
-    consequence = f"its curves stop until the workers next start; up to {REWRITTEN_STEPS:,} steps are added then"
+    consequence = "its curves stop until the workers next start; the missing steps are added then"
 
     def __init__(self, run_folder: Path) -> None:
         self.path, self.error = run_folder / FOLDER, ""
@@ -41,7 +45,8 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.close()
-        first = max(0, step - REWRITTEN_STEPS) if any(self.path.glob("events.*")) else 0
+        self.error = ""
+        first = max(0, min(step, self._last_step()) - REWRITTEN_STEPS)
         with self._errors_recorded():
             self._writer = EventFileWriter(str(self.path), flush_secs=FLUSH_SECONDS)
             self._writer.add_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
@@ -67,12 +72,42 @@ class TensorBoard:
                 self._writer.close()
         self._writer = None
 
+    def _last_step(self) -> int:
+        """Return the newest step in the files, 0 without one."""
+        for path in sorted(self.path.glob("events.*"), reverse=True):
+            with suppress(OSError):
+                if (step := _last_step(path)) is not None:
+                    return step
+        return 0
+
     @contextmanager
     def _errors_recorded(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             self.error = error.strerror or str(error)
+
+
+def _last_step(path: Path) -> int | None:
+    """Return the step of the last complete event of a file, None if it was not written as far as its session log.
+
+    Checksums are not verified: TensorBoard's code takes 10 s for 10,000 steps.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    last, size = b"", path.stat().st_size
+    with path.open("rb") as file:
+        while len(header := file.read(RECORD_HEADER.size)) == RECORD_HEADER.size:
+            (length,) = RECORD_HEADER.unpack(header)
+            if not 0 < length <= size - file.tell() - CHECKSUM_BYTES:
+                break
+            last = file.read(length)
+            file.seek(CHECKSUM_BYTES, os.SEEK_CUR)
+    try:
+        event = Event.FromString(last)
+    except Exception:  # protobuf's DecodeError
+        return None
+    return int(event.step) if event.step or event.HasField("session_log") else None
 
 
 def _values(line: dict[str, Any]) -> Iterator[Summary.Value]:

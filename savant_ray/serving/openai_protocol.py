@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from savant_ray.command_line import MAX_SEED, MIN_SEED
 from savant_ray.data.conversations import Message, normalized_messages
@@ -42,7 +42,7 @@ class _Request(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     seed: int | None = Field(None, ge=MIN_SEED, le=MAX_SEED)
     stop: Texts | None = Field(None, max_length=4)
-    stream: bool = False
+    stream: Annotated[bool, BeforeValidator(lambda x: False if x is None else x)] = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
     user: str | None = None
     # Only values that have no effect are accepted:
@@ -51,6 +51,18 @@ class _Request(BaseModel):
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     logprobs: Literal[False] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_limit(cls, body: Any) -> Any:
+        """Accept both names of `max_tokens` if at most one has a value, or both have the same."""
+        if not isinstance(body, dict) or not {"max_tokens", "max_completion_tokens"} <= body.keys():
+            return body
+        old, new = body["max_tokens"], body["max_completion_tokens"]
+        if None not in (old, new) and old != new:
+            raise ValueError("give max_tokens or max_completion_tokens, not both")
+        others = {name: value for name, value in body.items() if name != "max_tokens"}
+        return {**others, "max_completion_tokens": old if new is None else new}
 
 
 class CompletionRequest(_Request):

@@ -28,6 +28,7 @@ from savant_ray.sweep.trial import LOSS, STEP, Trial, run_name
 
 TUNE_FOLDER = "tune"  # of Tune's own state
 DESCRIPTION = "sweep.yaml"
+OPTIONS = "# savant sweep "  # begins the first line of the description, followed by the options
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # before its first validation, a run has no loss to report
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each run has a record of its own
@@ -46,13 +47,14 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
 
     Raises:
         SettingsError: the search space is not valid, the storage is not supported, or a sweep of this name has
-            other settings.
+            other settings or options.
     """
     if is_uri(config.run.storage_path):
         raise SettingsError("run.storage_path: a sweep needs a folder, not a URI")
     space = read_space(space_file, config)
     folder = Path(config.run.storage_path, config.run.name)
-    _refuse_other_sweep(folder, f"{dump_yaml(config)}\n{space_file.read_text(encoding='utf-8')}")
+    options = f"--trials {trials} --concurrent {concurrent}{'' if stops_early else ' --no-early-stopping'}"
+    _refuse_other_sweep(folder, options, f"{dump_yaml(config)}\n{space_file.read_text(encoding='utf-8')}")
     os.environ |= TUNE_ENVIRONMENT
     with ray_session(verbose):
         if not verbose:
@@ -78,17 +80,29 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
     return int(grid.num_errors > 0)
 
 
-def _refuse_other_sweep(folder: Path, description: str) -> None:
+def _refuse_other_sweep(folder: Path, options: str, settings: str) -> None:
     """Write the description of a new sweep, or compare it with that of the existing one.
+
+    Tune resumes a sweep with the options that it has stored, so others would have no effect.
 
     Raises:
         SettingsError: they differ.
     """
     path = folder / DESCRIPTION
     if not path.exists():
-        write_atomically(path, description)
-    elif path.read_text(encoding="utf-8") != description:
+        write_atomically(path, f"{OPTIONS}{options}\n{settings}")
+        return
+    description = path.read_text(encoding="utf-8")
+    first_line, _, old_settings = description.partition("\n")
+    if not first_line.startswith(OPTIONS):  # written by an older version
+        first_line, old_settings = OPTIONS + options, description
+    if old_settings != settings:
         raise SettingsError(f"{folder}: this sweep has other settings or another search space; choose another run.name")
+    if (old_options := first_line.removeprefix(OPTIONS)) != options:
+        raise SettingsError(
+            f"{folder}: this sweep was started with {old_options}, now {options}; repeat its options to resume it, or choose "
+            "another run.name"
+        )
 
 
 def _with_shared_cores(config: Config, concurrent: int) -> Config:

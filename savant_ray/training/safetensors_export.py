@@ -39,29 +39,38 @@ def export_safetensors(checkpoint: Path, output: Path, raw_weights: bool = False
         CheckpointError: there is no complete checkpoint, or it has no tokenizer.
         SavantError: `output` exists already, or cannot be written.
     """
-    with new_output(output):
-        folder = find_checkpoint(checkpoint)
-        content = read_checkpoint(folder)
-        with new_folder(output) as temporary:
-            write_weights(model_weights(content, raw_weights), temporary / WEIGHTS)
-            description = json.dumps(_description(read_settings(folder), content["step"]), indent=2)
-            (temporary / "config.json").write_text(description + "\n", encoding="utf-8")
-            for path in tokenizer_files(folder):
-                shutil.copyfile(path, temporary / path.name)
+    prepare_output(output)
+    folder = find_checkpoint(checkpoint)
+    content = read_checkpoint(folder)
+    description = json.dumps(_description(read_settings(folder), content["step"]), indent=2) + "\n"
+    texts = {"config.json": description.encode(), **{path.name: path.read_bytes() for path in tokenizer_files(folder)}}
+    with new_folder(output) as temporary:
+        write_weights(model_weights(content, raw_weights), temporary / WEIGHTS)
+        for name, text in texts.items():
+            (temporary / name).write_bytes(text)
 
 
-@contextmanager
-def new_output(output: Path) -> Iterator[None]:
-    """Check that `output` does not exist, create its parent folder, and name `output` in errors of the storage.
+def prepare_output(output: Path) -> None:
+    """Check that `output` does not exist, and create its parent folder.
 
     Raises:
         SettingsError: `output` exists already.
-        SavantError: it cannot be written.
+        SavantError: its parent folder cannot be created.
     """
     if output.exists() or output.is_symlink():  # a symbolic link to nothing does not exist
         raise SettingsError(f"--output {output}: exists already; name another, or move it away")
-    try:
+    with output_errors_explained(output):
         output.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def output_errors_explained(output: Path) -> Iterator[None]:
+    """Name `output` in errors of the storage; only the block that writes it should be enclosed.
+
+    Raises:
+        SavantError: instead of an OSError.
+    """
+    try:
         yield
     except OSError as error:
         raise SavantError(f"--output {output}: {error.strerror or error}") from error
@@ -72,18 +81,19 @@ def new_folder(output: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `output` when the block ends; if the block raises an error, nothing is left.
 
     Raises:
-        OSError: the storage fails.
+        SavantError: it cannot be written.
     """
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync(output.parent)
+    with output_errors_explained(output):
+        try:
+            temporary.mkdir()
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            temporary.rename(output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync(output.parent)
 
 
 def write_weights(weights: dict[str, Tensor], path: Path) -> None:

@@ -145,6 +145,9 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_refused(tmp_path: Path)
     check_disk(tmp_path, bytes_per_checkpoint=10**12, keep=3)
     with pytest.raises(SettingsError, match="4 checkpoints of 1.00 TB need 4.00 TB more"):
         check_disk(tmp_path, bytes_per_checkpoint=10**12, keep=3, fresh=True)
+    (tmp_path / "step_4").rename(tmp_path / "step_4.damaged")
+    with pytest.raises(SettingsError, match="need 4.00 TB more"):
+        check_disk(tmp_path, bytes_per_checkpoint=10**12, keep=3)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,24 @@ def test_a_worker_without_progress_is_killed_after_the_limit_and_named_with_its_
     assert "no progress" in group.watch.observe(WorkersLost(text="it died")).text  # type: ignore[attr-defined]
 
 
+def test_workers_that_die_again_before_their_first_heartbeat_are_reported_with_their_own_error() -> None:
+    group = Group(1)
+    assert group.pass_time(12) == [0]
+    assert "no progress" in group.watch.observe(WorkersLost(text="it died")).text  # type: ignore[attr-defined]
+    assert group.watch.observe(WorkersLost(text="cannot import torch")) == WorkersLost(text="cannot import torch")
+
+
+def test_workers_that_die_before_their_first_heartbeat_are_reported() -> None:
+    async def take() -> list[Event]:
+        actor = bridge.Bridge.__ray_metadata__.modified_class()  # type: ignore[attr-defined]  # the class without Ray
+        for sender, text in enumerate(("cannot import torch", "the same again")):
+            await actor.send(WorkersLost(text=text), str(sender), 0)
+        events, _ = await actor.take(0)
+        return list(events)
+
+    assert asyncio.run(take()) == [WorkersLost(text="cannot import torch"), WorkersLost(text="the same again")]
+
+
 def test_a_worker_that_makes_progress_is_never_killed() -> None:
     group = Group(2)
     assert group.pass_time(1000, 0, 1) == []

@@ -317,10 +317,11 @@ def test_a_run_is_not_moved_aside_for_one_that_cannot_continue_from_a_checkpoint
     with (
         pytest.raises(
             CheckpointError, match=r"(?s)run\.continue_from: .*begin a new run with run\.continue_from: …/step_80"
-        ),
+        ) as refusal,
         open_attempt(Config.from_dict(settings), fresh=True, allow_changes=False, verbose=False, phase=AttemptPhase()),
     ):
         pass
+    assert "--allow-changes" in str(refusal.value) and "--fresh" not in str(refusal.value), "it was given"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "new"] and names(tmp_path / "new") == ["step_1"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import resource
 from pathlib import Path
@@ -276,6 +278,19 @@ def test_a_failing_storage_leaves_no_partial_output(format: str, run: Path, tmp_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("format", ["original", "safetensors"])
+def test_a_checkpoint_that_cannot_be_read_is_not_reported_as_the_output(
+    format: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(torch, "load", fail)
+    assert main(["export", str(run), "--format", format, "--output", str(tmp_path / "out")]) != 0
+    printed = capsys.readouterr().err
+    assert "Input/output error" in printed and "run/step_3" in printed and "--output" not in printed
 
 
 def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None:

@@ -240,21 +240,25 @@ def test_an_attempt_has_the_ending_that_the_record_shows(tmp_path: Path) -> None
     run = write(
         tmp_path / "run",
         *(attempt(), step_done(1), checkpoint(1), AttemptEnded(step=1, finished=False, saved_step=1)),
-        *(attempt(1), step_done(2), WorkersLost(text="a node is gone")),
+        *(attempt(1), step_done(2), WorkersLost(text="a node is gone"), WorkersLost(text="died in its start")),
         *(attempt(1), step_done(2), FAILED),
         *(attempt(1), step_done(2)),
+        *(attempt(2), step_done(3), AttemptEnded(step=3, finished=True, saved_step=2)),
         *(attempt(2), step_done(3), AttemptEnded(step=3, finished=True, saved_step=3)),
     )
     attempts = read_history(run, idle).attempts
     endings = [attempt_.ending for attempt_ in attempts]
-    assert endings == ["stopped", "workers lost", "failed", "killed", "finished"]
+    assert endings == ["stopped", "workers lost", "failed", "killed", "not saved", "finished"]
     assert [(attempt_.first_step, attempt_.last_step) for attempt_ in attempts] == [
         (0, 1),
         (1, 2),
         (1, 2),
         (1, 2),
         (2, 3),
+        (2, 3),
     ]
+    assert attempts[1].reason == "a node is gone"
+    assert attempts[4].reason == "step 3 could not be saved; the same command resumes after step 2"
     assert [step for _, step in attempts[0].checkpoints] == [1]
     assert read_history(run, lambda _: True).attempts[-1].ending == "running"
 

@@ -114,6 +114,19 @@ def test_events_that_a_killed_driver_did_not_receive_are_added_from_the_checkpoi
     assert history(tmp_path, SAMPLES) == [("sample", step) for step in (1, 2, 3, 4)]
 
 
+def test_each_skipped_micro_batch_of_a_step_is_added_from_the_checkpoint(tmp_path: Path) -> None:
+    skips = [
+        MicroBatchSkipped(step=3, rank=rank, loss="nan", positions=(n, n + 1)) for rank, n in ((0, 0), (0, 2), (1, 4))
+    ]
+    write(tmp_path, skips[0])
+    record = Record(tmp_path)
+    record.backfill([to_line(skip) for skip in skips])
+    record.close()
+    assert [(line["rank"], line["positions"]) for line in read_records(tmp_path / METRICS)] == [
+        (0, [0, 1]), (0, [2, 3]), (1, [4, 5])
+    ]  # fmt: skip
+
+
 def test_a_record_without_lost_steps_is_not_rewritten(tmp_path: Path) -> None:
     write(tmp_path, *one_attempt(1, 2))
     inode = (tmp_path / METRICS).stat().st_ino
@@ -162,6 +175,16 @@ def test_damaged_lines_are_removed_and_a_copy_of_the_file_is_kept(tmp_path: Path
     assert b"\0\0\0" in (tmp_path / f"{METRICS}.damaged").read_bytes()
 
 
+def test_a_second_damage_does_not_replace_the_copy_of_the_first(tmp_path: Path) -> None:
+    for damage in (b"\0\0\0\n", b"[1]\n"):
+        write(tmp_path, step_done(1))
+        with (tmp_path / METRICS).open("ab") as file:
+            file.write(damage)
+    write(tmp_path, step_done(2))
+    copies = b"".join(path.read_bytes() for path in tmp_path.glob(f"{METRICS}.damaged*"))
+    assert b"\0\0\0" in copies and b"[1]" in copies
+
+
 @contextmanager
 def nearly_full_disk(path: Path) -> Iterator[None]:
     """Let files grow to the size of `path` and 10 bytes more."""
@@ -183,6 +206,23 @@ def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room_again(tmp
     record.append(step_done(4))
     record.close()
     assert history(tmp_path) == [("step", step) for step in (1, 2, 3, 4)]
+
+
+def test_a_disk_that_is_full_when_lost_steps_are_removed_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    write(tmp_path, attempt(0), *(step_done(step) for step in range(1, 30)))
+    recorded = history(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    record = Record(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            record.rewind(20, repeats_validation=False)
+        record.append(attempt(20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    record.close()
+    assert history(tmp_path) == [*recorded, ("attempt", 20)]
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_lines_that_wait_for_room_on_the_disk_are_removed_when_their_steps_are_repeated(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.reporting.events import attempt, checkpoint, idle, sample, step_done,
 
 TRAINED = (attempt(max_steps=20), *(step_done(step, train_loss=9.0 - step) for step in range(1, 6)), validation(5))
 DONE = AttemptEnded(step=20, finished=True, saved_step=20)
+NOT_SAVED = AttemptEnded(step=20, finished=True, saved_step=5)
 STOPPED = AttemptEnded(step=5, finished=False, saved_step=5)
 FAILED = RunFailed(error="TrainingError", text="it diverged", exit_code=1)
 
@@ -28,6 +29,8 @@ FAILED = RunFailed(error="TrainingError", text="it diverged", exit_code=1)
         ((*TRAINED, STOPPED), "stopped"),
         ((*TRAINED, STOPPED, attempt(5)), "interrupted"),
         ((*TRAINED, DONE), "finished"),
+        ((*TRAINED, NOT_SAVED), "not saved"),
+        ((*TRAINED, NOT_SAVED, attempt(5), DONE), "finished"),
         ((*TRAINED, FAILED), "failed"),
         ((*TRAINED, FAILED, attempt(5), DONE), "finished"),
     ],
@@ -79,6 +82,18 @@ def test_runs_are_found_in_the_working_directory_and_in_the_folder_for_ray_jobs(
     assert [(run["name"], run["state"], run["step"]) for run in listed] == [
         ("one", "finished", 20), ("three", "interrupted", 0), ("two", "interrupted", 5)
     ]  # fmt: skip
+
+
+def test_a_run_whose_last_step_could_not_be_saved_is_not_called_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write(tmp_path / "run", *TRAINED, checkpoint(5), NOT_SAVED)
+    assert main(["runs", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert main(["status", str(run)]) == 0
+    for printed in (table, capsys.readouterr().out):
+        assert "step 20 could not be saved; the same command resumes after step 5" in printed
+        assert "not saved" in printed and "finished" not in printed
 
 
 def test_a_folder_without_a_run_is_an_error_that_names_savant_runs(

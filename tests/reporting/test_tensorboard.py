@@ -88,6 +88,38 @@ def test_events_that_a_killed_driver_did_not_flush_are_added(tmp_path: Path) -> 
     abandoned.close()
 
 
+def test_steps_that_a_full_disk_refused_are_added_however_many_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorboard, "REWRITTEN_STEPS", 5)
+    record = launch(tmp_path, 0, 20)
+    (file,) = (tmp_path / tensorboard.FOLDER).iterdir()
+    record.close()
+    file.write_bytes(file.read_bytes()[:-70])
+    folder = tmp_path / tensorboard.FOLDER
+    folder.rename(tmp_path / "kept")
+    folder.write_text("in the way")
+    record = launch(tmp_path, 20, 60)
+    assert any("tensorboard cannot be written" in warning for warning in record.warnings())
+    folder.unlink()
+    (tmp_path / "kept").rename(folder)
+    record.rewind(60, repeats_validation=False)
+    assert record.warnings() == []
+    record.append(step_done(61))
+    record.close()
+    assert steps_shown(tmp_path) == list(range(1, 62))
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(100), b"\xff" * 100, b"\x08" + bytes(11) + b"\xff" * 12])
+def test_a_damaged_tensorboard_file_is_not_an_error(damage: bytes, tmp_path: Path) -> None:
+    launch(tmp_path, 0, 20).close()
+    (file,) = (tmp_path / tensorboard.FOLDER).iterdir()
+    file.with_name("events.out.tfevents.9999999999").write_bytes(damage)
+    file.write_bytes(file.read_bytes() + damage)
+    launch(tmp_path, 20, 30).close()
+    assert len(list((tmp_path / tensorboard.FOLDER).iterdir())) == 3
+
+
 def test_missing_tensorboard_files_are_written_again_from_the_record(tmp_path: Path) -> None:
     launch(tmp_path, 0, 1500).close()
     for file in (tmp_path / tensorboard.FOLDER).iterdir():

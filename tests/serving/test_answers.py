@@ -79,6 +79,8 @@ def test_text_that_is_no_beginning_of_a_stop_is_sent_at_once(tokenizer: Tokenize
         (CompletionRequest, '{"prompt": [-1]}', "prompt", ""),
         (CompletionRequest, '{"prompt": "x", "best": 1}', "best", "not permitted"),
         (CompletionRequest, '{"prompt": "x", "logprobs": 3}', "logprobs", ""),
+        (CompletionRequest, '{"prompt": "x", "max_tokens": 3, "max_completion_tokens": 4}', None, "not both"),
+        (CompletionRequest, '{"prompt": "x", "max_tokens": 0, "max_completion_tokens": 0}', "max_completion_tokens", "1"),
         (ChatRequest, '{"messages": "x"}', "messages", "array"),
         (ChatRequest, '{"messages": [{"role": "user"}]}', "messages", "missing"),
         (ChatRequest, '{"messages": [{"role": "user", "content": 5}]}', "messages", "not a string"),
@@ -109,6 +111,25 @@ def test_parameters_that_change_nothing_are_accepted() -> None:
     chat = parse_request(ChatRequest, json.dumps(body).encode())
     assert isinstance(chat, ChatRequest) and chat.messages == [{"role": "user", "content": "ab"}]
     assert chat.max_tokens == 3 and chat.stop == ["x"]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        '"max_tokens": 3',
+        '"max_tokens": 3, "max_completion_tokens": 3',
+        '"max_tokens": 3, "max_completion_tokens": null',
+    ],
+)
+def test_the_limit_of_tokens_may_have_both_names_if_they_agree(limits: str) -> None:
+    request = parse_request(CompletionRequest, f'{{"prompt": "x", {limits}}}'.encode())
+    assert request.max_tokens == 3
+
+
+def test_null_means_the_default_for_every_optional_parameter() -> None:
+    names = set(CompletionRequest.model_fields) - {"prompt"}
+    request = parse_request(CompletionRequest, json.dumps({"prompt": "x", **dict.fromkeys(names)}).encode())
+    assert request == parse_request(CompletionRequest, b'{"prompt": "x"}') and request.stream is False
 
 
 class LocalReplica:

@@ -28,7 +28,7 @@ from savant_ray.events import (
     WorkersLost,
 )
 from savant_ray.reporting.record import METRICS, parse_event
-from savant_ray.reporting.runs import RunSummary, summarize
+from savant_ray.reporting.runs import RunSummary, ending, not_saved, summarize
 
 COLUMNS = (
     "step",
@@ -53,7 +53,8 @@ class Attempt:
     ended: float  # time of its newest step, validation or checkpoint, or of its end
     first_step: int  # updates done before the attempt
     last_step: int
-    ending: str = "killed"  # finished, stopped, failed, workers lost, running, or killed: no event of its end
+    # finished, stopped, not saved, failed, workers lost, running, or killed: no event of its end
+    ending: str = "killed"
     reason: str = ""
     checkpoints: list[tuple[float, int]] = field(default_factory=list)  # (time, step)
 
@@ -142,10 +143,13 @@ def _add(line: dict[str, Any], history: History) -> None:
 
 def _update(attempt: Attempt, kind: str, time: float, line: dict[str, Any]) -> None:
     """Update the newest attempt with its progress or its end."""
+    if kind == WorkersLost.kind and attempt.ending != Attempt.ending:
+        return  # it has ended, and these workers were lost before they had built the model
     if kind in (AttemptEnded.kind, RunFailed.kind, WorkersLost.kind):
         attempt.ended = time
     if kind == AttemptEnded.kind:
-        attempt.ending = "finished" if line.get("finished") else "stopped"
+        attempt.ending = ending(line)
+        attempt.reason = not_saved(line) if attempt.ending == "not saved" else ""
     elif kind == RunFailed.kind:
         attempt.ending, attempt.reason = "failed", line.get("text", "")
     elif kind == WorkersLost.kind:
