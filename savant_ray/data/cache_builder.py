@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -27,9 +28,12 @@ import ray.data
 from savant_ray.data import ray_data
 from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.content import content_hashes, refuse_changed
+from savant_ray.data.conversations import AUTO, SYSTEM_FIELDS
 from savant_ray.data.deduplication import is_marked, mark_duplicates, scan_path, write_scan
 from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
+from savant_ray.data.formats import TABLES
 from savant_ray.data.overlap import stored_digests
+from savant_ray.data.readers.tables import column_names
 from savant_ray.data.record_reader import RecordReader, documents, max_records, open_records, plan_parts
 from savant_ray.data.records import MAX_RECORD_BYTES, Part, Record
 from savant_ray.data.shard_writer import (
@@ -41,7 +45,7 @@ from savant_ray.data.shard_writer import (
     tokenizer_of,
     write_shard,
 )
-from savant_ray.data.sources import SourceFile, format_by_suffix
+from savant_ray.data.sources import LISTING_THREADS, SourceFile, format_by_suffix
 from savant_ray.data.token_cache import (
     MANIFEST,
     FileSummary,
@@ -116,6 +120,7 @@ def prepare(
         "version": DATA_VERSION,
         "files": list(zip(_relative_paths(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
+        **_corrected_reading(sources),
     }
     if deduplicate_after is not None:
         common["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
@@ -148,7 +153,13 @@ def train_or_load_tokenizer(
     sources = _with_rules(texts)
     files = [file for source in sources for file in source.files]
     hashes = content_hashes(files, cache_dir)
-    identity = {"version": DATA_VERSION, "files": hashes, "vocab_size": vocab_size, **_reading_identity(sources)}
+    identity = {
+        "version": DATA_VERSION,
+        "files": hashes,
+        "vocab_size": vocab_size,
+        **_corrected_reading(sources),
+        **_reading_identity(sources),
+    }
     path = cache_dir / f"{TRAINED_TOKENIZER}{fingerprint(identity)[:16]}.json"
 
     def train() -> None:
@@ -207,6 +218,28 @@ def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
     if any(source.rule != TEXT_RULE for source in sources):
         identity["rules"] = [(len(source.files), repr(source.rule)) for source in sources]
     return identity
+
+
+def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
+    """Return what an identity contains if an earlier version read other documents; of other text nothing, as before."""
+    corrected: dict[str, Any] = {}
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        for source in sources:
+            if any(threads.map(partial(_had_system_left_out, source.rule), source.files)):
+                corrected["system_columns"] = True
+    return corrected
+
+
+def _had_system_left_out(rule: DocumentRule, file: SourceFile) -> bool:
+    """Return whether earlier versions did not read the system messages, which are in a column beside the conversations."""
+    if rule.messages in (None, AUTO):
+        return False
+    columns_read = {rule.messages, *(name for name, _ in rule.equals)}
+    with suppress(Exception):  # a file that cannot be read is reported when it is divided into parts
+        if (file := file.inspected()).format in TABLES:
+            names = set(column_names(file))
+            return columns_read <= names and not names.isdisjoint({*SYSTEM_FIELDS} - columns_read)
+    return False
 
 
 def _is_json_lines(file: SourceFile) -> bool:

@@ -16,7 +16,15 @@ from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
 
 from savant_ray.config import HeldOutConfig, Scalar, SourceConfig, TextConfig, TrainOn, parse_template
-from savant_ray.data.conversations import AUTO, ChatTemplate, ConversationError, Message, find_messages, plain_form
+from savant_ray.data.conversations import (
+    AUTO,
+    SYSTEM_FIELDS,
+    ChatTemplate,
+    ConversationError,
+    Message,
+    find_messages,
+    plain_form,
+)
 from savant_ray.data.records import Record, is_blank, json_type
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
@@ -93,13 +101,18 @@ class DocumentRule:
 
     @property
     def fields(self) -> frozenset[str] | None:
-        """Names of the fields that a table has to be read for; None: all, because a document may depend on any."""
+        """Names of the fields that a table has to be read for; None: all, because a document may depend on any.
+
+        `SYSTEM_FIELDS` are among them with `messages`, and need not exist.
+        """
         if self.template is not None:
             names = {name for _, name in parse_template(self.template) if name is not None}
         elif self.messages == AUTO or (self.messages is None and self.text is None):
             return None
+        elif self.messages is not None:
+            names = {self.messages, *SYSTEM_FIELDS}
         else:
-            names = {self.messages or self.text or DEFAULT_FIELD}
+            names = {self.text or DEFAULT_FIELD}
         return frozenset(names.union(name for name, _ in self.equals))
 
     def documents(self, records: Iterable[Record]) -> Iterator[Document]:
