@@ -29,10 +29,12 @@ from savant_ray.data import ray_data
 from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.content import content_hashes, refuse_changed
 from savant_ray.data.conversations import AUTO, SYSTEM_FIELDS
+from savant_ray.data.decoded_stream import DecodedStream
 from savant_ray.data.deduplication import is_marked, mark_duplicates, scan_path, write_scan
 from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
 from savant_ray.data.formats import TABLES
 from savant_ray.data.overlap import stored_digests
+from savant_ray.data.readers.csv_rows import was_split_at_bars
 from savant_ray.data.readers.tables import column_names
 from savant_ray.data.record_reader import RecordReader, documents, max_records, open_records, plan_parts
 from savant_ray.data.records import MAX_RECORD_BYTES, Part, Record
@@ -227,6 +229,8 @@ def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
         for source in sources:
             if any(threads.map(partial(_had_system_left_out, source.rule), source.files)):
                 corrected["system_columns"] = True
+            if any(threads.map(_was_split_at_bars, source.files)):
+                corrected["tabs"] = True
     return corrected
 
 
@@ -239,6 +243,16 @@ def _had_system_left_out(rule: DocumentRule, file: SourceFile) -> bool:
         if (file := file.inspected()).format in TABLES:
             names = set(column_names(file))
             return columns_read <= names and not names.isdisjoint({*SYSTEM_FIELDS} - columns_read)
+    return False
+
+
+def _was_split_at_bars(file: SourceFile) -> bool:
+    """Return `was_split_at_bars` of a file."""
+    with suppress(Exception):  # as in `_had_system_left_out`
+        if (file := file.inspected()).format == "csv":
+            filesystem, path = file.resolve()
+            with filesystem.open_input_file(path) as stored:
+                return was_split_at_bars(DecodedStream(stored, file).blocks(), file.path)
     return False
 
 
