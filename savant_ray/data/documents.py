@@ -58,6 +58,9 @@ class Document(NamedTuple):
     special_tokens: bool = False  # names of special tokens in the text stand for these tokens: a chat template wrote it
     is_duplicate: bool = False  # left out because its text has occurred before
     is_conversation: bool = False  # whether the record was rendered as a conversation, or could not be
+    is_other_split: bool = (
+        False  # left out because it belongs to the other side of the split into training and validation
+    )
 
 
 class _Text(NamedTuple):
@@ -126,7 +129,7 @@ class DocumentRule:
             if document.text and remaining is not None:
                 remaining -= 1
             if document.text and not self._takes(document.text):
-                document = Document(record.number, is_conversation=document.is_conversation)
+                document = Document(record.number, is_conversation=document.is_conversation, is_other_split=True)
             yield document
             if remaining == 0:
                 return

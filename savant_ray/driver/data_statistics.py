@@ -51,9 +51,11 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
                 sample_bytes=None if full else SAMPLE_BYTES,
                 progress=_progress(report),
             )
-            estimate = counted.bytes / counted.bytes_read if counted.bytes_read else 1.0
+            estimate = (
+                counted.bytes / counted.bytes_read if counted.bytes_read and not counted.is_limit_reached else 1.0
+            )
             if text.rule.limit is not None and counted.documents:
-                estimate = min(estimate, text.rule.limit / counted.documents)
+                estimate = min(estimate, text.rule.limit * (1 - text.rule.held_out) / counted.documents)
             sources.append({**counted.to_dict(), "estimate": max(estimate, 1.0)})
     total = sum(Fraction(str(source.weight)) for source, _ in files.sources)
     return sources, {

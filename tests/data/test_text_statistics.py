@@ -13,6 +13,7 @@ import pytest
 from savant_ray.cli import main
 from savant_ray.data.documents import Document, DocumentRule, SourceText
 from savant_ray.data.overlap import count_duplicates
+from savant_ray.data.record_reader import documents
 from savant_ray.data.records import Record
 from savant_ray.data.sources import expand
 from savant_ray.data.text_statistics import TextStatistics, named_lengths, shown_example, text_statistics
@@ -122,6 +123,37 @@ def test_a_sample_is_a_part_of_the_source_and_estimates_the_whole(
     assert counted.documents * counted.bytes / counted.bytes_read == pytest.approx(20_000, rel=0.2)
     everything = count(path, byte_tokenizer, sample_bytes=None)
     assert (everything.documents, everything.bytes_read) == (20_000, everything.bytes)
+
+
+@pytest.mark.parametrize("limit", [1, 50, 120, 299])
+@pytest.mark.parametrize("sample_bytes", [None, 8 << 20, 4_000])
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_a_limit_is_that_of_the_source_and_not_of_each_file(
+    tmp_path: Path, byte_tokenizer: Tokenizer, limit: int, sample_bytes: int | None, held_out: float
+) -> None:
+    for name in "abc":
+        write_lines(tmp_path / f"{name}.jsonl", [*({"text": f"{name} {number}"} for number in range(100)), "{"])
+    rule = DocumentRule(limit=limit, held_out=held_out)
+    taken = sum(1 for _ in documents(expand(str(tmp_path)), rule=rule))
+    counted = count(tmp_path, byte_tokenizer, rule, sample_bytes=sample_bytes)
+    if sample_bytes == 4_000 and limit > 120:
+        assert counted.documents < taken and not counted.is_limit_reached
+    else:
+        assert counted.documents == taken
+        assert counted.is_limit_reached
+
+
+def test_the_command_prints_the_documents_up_to_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} {number}"} for number in range(100)])
+    sources = "[{path: [a.jsonl, b.jsonl, c.jsonl], weight: 1, limit: 50}]"
+    for full in ([], ["--full"]):
+        assert main(["data", "--data.sources", sources, "--model.vocab_size", "300", *full]) == 0
+        printed = capsys.readouterr().out
+        assert "documents         50" in printed and "(up to the limit)" in printed
 
 
 def test_the_command_prints_counts_examples_and_steps_per_epoch(
