@@ -173,6 +173,28 @@ def test_the_command_prints_counts_examples_and_steps_per_epoch(
     assert figures["fractions"] == [0.5, 0.5]
 
 
+def test_weights_of_documents_are_printed_as_the_fractions_of_the_sequences_that_a_run_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "short.jsonl", [{"text": f"{number:03d}"} for number in range(320)])
+    write_lines(tmp_path / "long.jsonl", [{"text": f"{number:03d} " + "x y z " * 200} for number in range(20)])
+    write_lines(tmp_path / "blank.jsonl", [{"body": 1}])
+    settings = ["--model.vocab_size", "300", "--model.max_seq_len", "64", "--data.mix_by", "documents"]
+    assert main(["data", "short.jsonl", "long.jsonl", *settings, "--json", "figures.json"]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    sources, fractions = figures["sources"], figures["fractions"]
+    n_documents = [
+        fraction * source["documents"] / source["sequences"]
+        for source, fraction in zip(sources, fractions, strict=True)
+    ]
+    assert sum(fractions) == pytest.approx(1) and fractions[1] > 0.9
+    assert n_documents[0] == pytest.approx(n_documents[1]), "equal weights: equally many documents of both"
+    assert main(["data", "short.jsonl", "blank.jsonl", *settings, "--json", "figures.json"]) == 0, (
+        "one has no documents"
+    )
+
+
 def test_a_source_without_documents_has_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
