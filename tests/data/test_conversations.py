@@ -283,6 +283,19 @@ def test_a_system_message_beside_a_named_conversation_is_read_from_every_format(
     assert document.text.startswith("Be brief.\n\n")
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+@pytest.mark.parametrize("system", [{"meta": {"system": "Be brief."}}, {"system": "Be brief."}, {}])
+def test_the_name_of_a_conversation_can_lead_into_an_object(tmp_path: Path, name: str, system: dict[str, Any]) -> None:
+    record = {**system, "meta": {"messages": [USER, ANSWER], **system.get("meta", {})}}
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist([record]), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps(record))
+    (document,) = documents(expand(str(tmp_path / name)), rule=DocumentRule(messages="meta.messages"))
+    expected = "Be brief.\n\n" * bool(system) + "Question: 1 + 1?\nAnswer: It is 2."
+    assert (document.text, document.is_conversation) == (expected, True)
+
+
 def conversation(user: str = "user", assistant: str = "assistant", **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": user, "content": "1 + 1?"}, {"role": assistant, "content": "2"}], **fields}
 
