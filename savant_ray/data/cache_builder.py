@@ -630,10 +630,14 @@ def _lines_before(origins: Sequence[int], summaries: Sequence[RangeSummary]) -> 
     return before
 
 
-def empty_file_report(manifest: Manifest) -> list[str]:
-    """Return a message for each of the first files without a document, and one with the number of the others."""
+def empty_file_report(manifest: Manifest, has_other_split: bool = False) -> list[str]:
+    """Return a message for each of the first files without a document, and one with the number of the others.
+
+    With `has_other_split`, documents may be in the other one of training and validation text. Then a file is not named if it
+    has lines without a document that were not left out for another reason.
+    """
     messages = [
-        f"{file.path}: no document in {file.lines:,} {file.unit}s"
+        f"{file.path}: no document in {file.lines:,} {file.unit}{'s' * (file.lines != 1)}"
         + f", {file.bad_lines:,} of them invalid" * bool(file.bad_lines)
         + f", {file.filtered:,} left out by filter or sample" * bool(file.filtered)
         + f", {file.duplicates:,} duplicates" * bool(file.duplicates)
@@ -644,6 +648,7 @@ def empty_file_report(manifest: Manifest) -> list[str]:
     return [
         *messages[:MAX_NAMED_EMPTY_FILES],
         *([f"… and {unnamed:,} more files without a document"] if unnamed > 0 else []),
+        and not (has_other_split and file.lines > file.bad_lines + file.filtered + file.duplicates)
     ]
 
 

@@ -1,0 +1,36 @@
+"""What is reported of a token cache, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from savant_ray.data.cache_builder import empty_file_report
+from savant_ray.data.documents import Document, DocumentRule
+from savant_ray.data.record_reader import documents
+from savant_ray.data.sources import expand
+from savant_ray.data.token_cache import FileSummary
+from savant_ray.data.tokenizer import Tokenizer
+from tests.data.without_ray import cache_of
+
+
+def test_a_file_whose_documents_are_held_out_is_not_reported_as_empty(
+    tmp_path: Path, byte_tokenizer: Tokenizer
+) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(f"document number {number}")
+    (tmp_path / "40.txt").touch()
+    files = expand(str(tmp_path))
+    rule = DocumentRule(held_out=0.2)
+    kept = {document.text for document in documents(files, rule=rule)}
+    files_of = [
+        FileSummary(f"{n:02}.txt", 1, int(f"document number {n}" in kept), 0, unit="document") for n in range(40)
+    ]
+    files_of += [FileSummary("40.txt", 0, 0, 0, unit="document"), FileSummary("bad.txt", 1, 0, 1, unit="document")]
+    manifest = cache_of([Document(1, "any")], byte_tokenizer, 32, tmp_path / "cache").manifest
+    manifest = dataclasses.replace(manifest, files=tuple(files_of))
+    assert 0 < len(kept) < 40
+    assert empty_file_report(manifest, has_other_split=True) == [
+        "40.txt: no document in 0 documents",
+        "bad.txt: no document in 1 document, 1 of them invalid",
+    ]
