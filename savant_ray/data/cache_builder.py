@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +33,7 @@ from savant_ray.data.decoded_stream import DecodedStream
 from savant_ray.data.deduplication import is_marked, mark_duplicates, scan_path, write_scan
 from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
 from savant_ray.data.formats import TABLES
-from savant_ray.data.overlap import stored_digests
+from savant_ray.data.overlap import DUPLICATES, OVERLAP, stored_digests
 from savant_ray.data.readers.csv_rows import was_split_at_bars
 from savant_ray.data.readers.tables import column_names
 from savant_ray.data.record_reader import RecordReader, documents, max_records, open_records, plan_parts
@@ -42,6 +42,7 @@ from savant_ray.data.shard_writer import (
     MAX_NAMED_INVALID_LINES,
     RangeSummary,
     Recipe,
+    damaged_digests,
     shard_name,
     sums_by_position,
     tokenizer_of,
@@ -93,7 +94,8 @@ def prepare(
 ) -> TokenCache:
     """Return the token cache of `texts` in `cache_dir`, and build it if it does not exist.
 
-    In a damaged cache only the damaged shards are written again. The files with the digests of documents have no checksums.
+    In a damaged cache only the damaged shards are written again. Of the files with the digests of documents the size is
+    verified; they have no checksums.
 
     Args:
         texts: to tokenize: files, or files with rules.
@@ -346,7 +348,7 @@ class _Build:
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._damage = [f"{folder / MANIFEST}: cannot be used ({error})"]
         else:
-            self._damage = damaged_shards(folder, manifest, progress)
+            self._damage = damaged_shards(folder, manifest, progress) + damaged_digests(folder, manifest)
         return not self._damage
 
     def run(self, progress: Progress, log: Callable[[str], None]) -> None:
@@ -360,6 +362,9 @@ class _Build:
             raise RayRequiredError("a token cache has to be built, and Ray is not initialized")
         for problem in self._damage:
             log(f"{problem}; rebuilding it")
+        if self._damage:  # counts of an earlier version may be of digests that were damaged then
+            for counts in chain.from_iterable(self._cache_dir.glob(f"{name}*.json") for name in (OVERLAP, DUPLICATES)):
+                counts.unlink(missing_ok=True)
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         planned = self._plan()
@@ -643,12 +648,12 @@ def empty_file_report(manifest: Manifest, has_other_split: bool = False) -> list
         + f", {file.duplicates:,} duplicates" * bool(file.duplicates)
         for file in manifest.files
         if not file.documents
+        and not (has_other_split and file.lines > file.bad_lines + file.filtered + file.duplicates)
     ]
     unnamed = len(messages) - MAX_NAMED_EMPTY_FILES
     return [
         *messages[:MAX_NAMED_EMPTY_FILES],
         *([f"… and {unnamed:,} more files without a document"] if unnamed > 0 else []),
-        and not (has_other_split and file.lines > file.bad_lines + file.filtered + file.duplicates)
     ]
 
 
