@@ -354,7 +354,11 @@ class HeldOutConfig(TextConfig):
         if (self.path is None) == (self.fraction is None):
             raise ValueError("needs either a path or a fraction of the sources' documents")
         if self.fraction is not None and self.model_fields_set - {"fraction", "path"}:
-            others = sorted(name for name in self.model_fields_set - {"fraction", "path"} if getattr(self, name))
+            others = sorted(
+                name
+                for name in self.model_fields_set - {"fraction", "path"}
+                if getattr(self, name) or getattr(self, name) != type(self).model_fields[name].default
+            )
             if others:
                 raise ValueError(f"{others[0]} has no effect with fraction; set it in data.sources")
         return self

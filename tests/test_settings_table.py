@@ -267,6 +267,12 @@ INSIDE: list[tuple[str, Any, str, str]] = [
         "needs either a path or a fraction of the sources' documents",
     ),
     ("data.validation", {"fraction": 0.1, "text": "a"}, "", "text has no effect with fraction; set it in data.sources"),
+    (
+        "data.validation",
+        {"fraction": 0.1, "quotes": False},
+        "",
+        "quotes has no effect with fraction; set it in data.sources",
+    ),
     ("data.validation", ["a", 3], "[1]", "expected text, found 3"),
     ("data.validation", ["a", ""], "[1]", "'' must not be empty"),
     ("training.profile", {"first_step": 0}, ".first_step", "0 has to be at least 1"),

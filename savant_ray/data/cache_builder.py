@@ -15,9 +15,10 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,21 +28,27 @@ import ray.data
 from savant_ray.data import ray_data
 from savant_ray.data.atomic_files import fingerprint, write_atomically
 from savant_ray.data.content import content_hashes, refuse_changed
+from savant_ray.data.conversations import AUTO, SYSTEM_FIELDS
+from savant_ray.data.decoded_stream import DecodedStream
 from savant_ray.data.deduplication import is_marked, mark_duplicates, scan_path, write_scan
 from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
-from savant_ray.data.overlap import stored_digests
+from savant_ray.data.formats import TABLES
+from savant_ray.data.overlap import DUPLICATES, OVERLAP, stored_digests
+from savant_ray.data.readers.csv_rows import was_split_at_bars
+from savant_ray.data.readers.tables import column_names
 from savant_ray.data.record_reader import RecordReader, documents, max_records, open_records, plan_parts
 from savant_ray.data.records import MAX_RECORD_BYTES, Part, Record
 from savant_ray.data.shard_writer import (
     MAX_NAMED_INVALID_LINES,
     RangeSummary,
     Recipe,
+    damaged_digests,
     shard_name,
     sums_by_position,
     tokenizer_of,
     write_shard,
 )
-from savant_ray.data.sources import SourceFile, format_by_suffix
+from savant_ray.data.sources import LISTING_THREADS, SourceFile, format_by_suffix
 from savant_ray.data.token_cache import (
     MANIFEST,
     FileSummary,
@@ -87,7 +94,8 @@ def prepare(
 ) -> TokenCache:
     """Return the token cache of `texts` in `cache_dir`, and build it if it does not exist.
 
-    In a damaged cache only the damaged shards are written again. The files with the digests of documents have no checksums.
+    In a damaged cache only the damaged shards are written again. Of the files with the digests of documents the size is
+    verified; they have no checksums.
 
     Args:
         texts: to tokenize: files, or files with rules.
@@ -116,6 +124,7 @@ def prepare(
         "version": DATA_VERSION,
         "files": list(zip(_relative_paths(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
+        **_corrected_reading(sources),
     }
     if deduplicate_after is not None:
         common["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
@@ -148,7 +157,13 @@ def train_or_load_tokenizer(
     sources = _with_rules(texts)
     files = [file for source in sources for file in source.files]
     hashes = content_hashes(files, cache_dir)
-    identity = {"version": DATA_VERSION, "files": hashes, "vocab_size": vocab_size, **_reading_identity(sources)}
+    identity = {
+        "version": DATA_VERSION,
+        "files": hashes,
+        "vocab_size": vocab_size,
+        **_corrected_reading(sources),
+        **_reading_identity(sources),
+    }
     path = cache_dir / f"{TRAINED_TOKENIZER}{fingerprint(identity)[:16]}.json"
 
     def train() -> None:
@@ -207,6 +222,40 @@ def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
     if any(source.rule != TEXT_RULE for source in sources):
         identity["rules"] = [(len(source.files), repr(source.rule)) for source in sources]
     return identity
+
+
+def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
+    """Return what an identity contains if an earlier version read other documents; of other text nothing, as before."""
+    corrected: dict[str, Any] = {}
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        for source in sources:
+            if any(threads.map(partial(_had_system_left_out, source.rule), source.files)):
+                corrected["system_columns"] = True
+            if any(threads.map(_was_split_at_bars, source.files)):
+                corrected["tabs"] = True
+    return corrected
+
+
+def _had_system_left_out(rule: DocumentRule, file: SourceFile) -> bool:
+    """Return whether earlier versions did not read the system messages, which are in a column beside the conversations."""
+    if rule.messages in (None, AUTO):
+        return False
+    columns_read = {rule.messages, *(name for name, _ in rule.equals)}
+    with suppress(Exception):  # a file that cannot be read is reported when it is divided into parts
+        if (file := file.inspected()).format in TABLES:
+            names = set(column_names(file))
+            return columns_read <= names and not names.isdisjoint({*SYSTEM_FIELDS} - columns_read)
+    return False
+
+
+def _was_split_at_bars(file: SourceFile) -> bool:
+    """Return `was_split_at_bars` of a file."""
+    with suppress(Exception):  # as in `_had_system_left_out`
+        if (file := file.inspected()).format == "csv":
+            filesystem, path = file.resolve()
+            with filesystem.open_input_file(path) as stored:
+                return was_split_at_bars(DecodedStream(stored, file).blocks(), file.path)
+    return False
 
 
 def _is_json_lines(file: SourceFile) -> bool:
@@ -299,7 +348,7 @@ class _Build:
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._damage = [f"{folder / MANIFEST}: cannot be used ({error})"]
         else:
-            self._damage = damaged_shards(folder, manifest, progress)
+            self._damage = damaged_shards(folder, manifest, progress) + damaged_digests(folder, manifest)
         return not self._damage
 
     def run(self, progress: Progress, log: Callable[[str], None]) -> None:
@@ -313,6 +362,9 @@ class _Build:
             raise RayRequiredError("a token cache has to be built, and Ray is not initialized")
         for problem in self._damage:
             log(f"{problem}; rebuilding it")
+        if self._damage:  # counts of an earlier version may be of digests that were damaged then
+            for counts in chain.from_iterable(self._cache_dir.glob(f"{name}*.json") for name in (OVERLAP, DUPLICATES)):
+                counts.unlink(missing_ok=True)
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         planned = self._plan()
@@ -583,15 +635,20 @@ def _lines_before(origins: Sequence[int], summaries: Sequence[RangeSummary]) -> 
     return before
 
 
-def empty_file_report(manifest: Manifest) -> list[str]:
-    """Return a message for each of the first files without a document, and one with the number of the others."""
+def empty_file_report(manifest: Manifest, has_other_split: bool = False) -> list[str]:
+    """Return a message for each of the first files without a document, and one with the number of the others.
+
+    With `has_other_split`, documents may be in the other one of training and validation text. Then a file is not named if it
+    has lines without a document that were not left out for another reason.
+    """
     messages = [
-        f"{file.path}: no document in {file.lines:,} {file.unit}s"
+        f"{file.path}: no document in {file.lines:,} {file.unit}{'s' * (file.lines != 1)}"
         + f", {file.bad_lines:,} of them invalid" * bool(file.bad_lines)
         + f", {file.filtered:,} left out by filter or sample" * bool(file.filtered)
         + f", {file.duplicates:,} duplicates" * bool(file.duplicates)
         for file in manifest.files
         if not file.documents
+        and not (has_other_split and file.lines > file.bad_lines + file.filtered + file.duplicates)
     ]
     unnamed = len(messages) - MAX_NAMED_EMPTY_FILES
     return [

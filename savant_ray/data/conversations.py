@@ -32,7 +32,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from savant_ray.data.records import is_blank, json_type
+from savant_ray.data.records import MISSING, is_blank, json_type, look_up
 
 Message = dict[str, Any]  # at least "role" and "content", both strings
 Ranges = tuple[tuple[int, int], ...]  # of characters, [start, stop)
@@ -274,8 +274,8 @@ def plain_form(messages: Sequence[Message]) -> Rendered:
 def find_messages(value: dict[str, Any], field: str = AUTO) -> list[Message] | None:
     """Return the messages of a record; None if it has no conversation.
 
-    `field` is the name of the list of messages, or `AUTO` for the four known shapes. A list can be a JSON array in a text,
-    as in CSV. A system message can be in a field beside the messages.
+    `field` is the name of the list of messages, in which dots lead into objects, or `AUTO` for the four known shapes. A list
+    can be a JSON array in a text, as in CSV. A system message can be in a field beside the messages, or of the record.
 
     Raises:
         ConversationError: a message has no role or no content, or none is of the assistant.
@@ -283,16 +283,17 @@ def find_messages(value: dict[str, Any], field: str = AUTO) -> list[Message] | N
     messages = _find_messages(value, field)
     if messages is None or messages[0]["role"] in ("system", "developer"):
         return messages
-    system = next(
-        (text for text in map(value.get, SYSTEM_FIELDS) if isinstance(text, str) and not is_blank(text)), None
-    )
+    beside = "" if field in value else field.rpartition(".")[0]
+    names = [f"{beside}.{name}" for name in SYSTEM_FIELDS if beside] + [*SYSTEM_FIELDS]
+    texts = (look_up(value, name) for name in names)
+    system = next((text for text in texts if isinstance(text, str) and not is_blank(text)), None)
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
 def _find_messages(value: dict[str, Any], field: str) -> list[Message] | None:
     if field != AUTO:
-        messages = _parsed(value.get(field))
-        return None if messages is None else _messages_of(field, messages)
+        messages = _parsed(look_up(value, field))
+        return None if messages in (None, MISSING) else _messages_of(field, messages)
     for name in ("messages", "conversations"):
         if isinstance(messages := _parsed(value.get(name)), list):
             return _messages_of(name, messages)

@@ -9,15 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
 
 from savant_ray.config import HeldOutConfig, Scalar, SourceConfig, TextConfig, TrainOn, parse_template
-from savant_ray.data.conversations import AUTO, ChatTemplate, ConversationError, Message, find_messages, plain_form
-from savant_ray.data.records import Record, is_blank, json_type
+from savant_ray.data.conversations import (
+    AUTO,
+    SYSTEM_FIELDS,
+    ChatTemplate,
+    ConversationError,
+    Message,
+    find_messages,
+    plain_form,
+)
+from savant_ray.data.records import MISSING, Record, is_blank, json_type, look_up
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
 
@@ -34,9 +41,7 @@ ANSWER_FIELDS = ("answer", "completion", "response", "output")
 MAX_NAMED_FIELDS = 8  # in a message
 MAX_NAME_CHARACTERS = 40
 
-_MISSING = object()
 _BOOLEAN_TEXTS = {True: ("true", "yes", "on"), False: ("false", "no", "off")}
-_INDEX = re.compile("[0-9]{1,9}")  # of an array, from 0
 
 
 class Document(NamedTuple):
@@ -50,6 +55,9 @@ class Document(NamedTuple):
     special_tokens: bool = False  # names of special tokens in the text stand for these tokens: a chat template wrote it
     is_duplicate: bool = False  # left out because its text has occurred before
     is_conversation: bool = False  # whether the record was rendered as a conversation, or could not be
+    is_other_split: bool = (
+        False  # left out because it belongs to the other side of the split into training and validation
+    )
 
 
 class _Text(NamedTuple):
@@ -93,13 +101,18 @@ class DocumentRule:
 
     @property
     def fields(self) -> frozenset[str] | None:
-        """Names of the fields that a table has to be read for; None: all, because a document may depend on any."""
+        """Names of the fields that a table has to be read for; None: all, because a document may depend on any.
+
+        `SYSTEM_FIELDS` are among them with `messages`, and need not exist.
+        """
         if self.template is not None:
             names = {name for _, name in parse_template(self.template) if name is not None}
         elif self.messages == AUTO or (self.messages is None and self.text is None):
             return None
+        elif self.messages is not None:
+            names = {self.messages, *SYSTEM_FIELDS}
         else:
-            names = {self.messages or self.text or DEFAULT_FIELD}
+            names = {self.text or DEFAULT_FIELD}
         return frozenset(names.union(name for name, _ in self.equals))
 
     def documents(self, records: Iterable[Record]) -> Iterator[Document]:
@@ -113,7 +126,7 @@ class DocumentRule:
             if document.text and remaining is not None:
                 remaining -= 1
             if document.text and not self._takes(document.text):
-                document = Document(record.number, is_conversation=document.is_conversation)
+                document = Document(record.number, is_conversation=document.is_conversation, is_other_split=True)
             yield document
             if remaining == 0:
                 return
@@ -128,7 +141,7 @@ class DocumentRule:
         """Return the document of a record, before the split."""
         if record.value is None:
             return Document(record.number, problem=record.problem)
-        if not all(_is_equal(_look_up(record.value, name), expected) for name, expected in self.equals):
+        if not all(_is_equal(look_up(record.value, name), expected) for name, expected in self.equals):
             return Document(record.number, filtered=True)
         try:
             text, trained, special_tokens, is_conversation = text_of(record.value)
@@ -290,9 +303,9 @@ def _field_text(value: dict[str, Any], name: str) -> str:
     Raises:
         _InvalidRecordError: there is no such field, or it is not a string or blank, or not valid Unicode.
     """
-    text = _look_up(value, name)
+    text = look_up(value, name)
     if not isinstance(text, str) or is_blank(text):
-        if text is _MISSING:
+        if text is MISSING:
             raise _InvalidRecordError(_missing(value, name) + _advice(value))
         state = "empty" if isinstance(text, str) else f"{json_type(text)}, not a string"
         raise _InvalidRecordError(f'"{name}" is {state}')
@@ -302,11 +315,11 @@ def _field_text(value: dict[str, Any], name: str) -> str:
 
 def _template_value(value: dict[str, Any], name: str) -> str:
     """Return the text of a field in a template; numbers and booleans are written as in JSON."""
-    found = _look_up(value, name)
+    found = look_up(value, name)
     if isinstance(found, str):
         _refuse_surrogates(f'"{name}"', found)
         return found
-    if found is _MISSING:
+    if found is MISSING:
         raise _InvalidRecordError(_missing(value, name))
     if isinstance(found, float) and not math.isfinite(found):
         raise _InvalidRecordError(f'"{name}" is not a finite number')
@@ -316,21 +329,6 @@ def _template_value(value: dict[str, Any], name: str) -> str:
         return json.dumps(found)
     except ValueError as error:  # an integer of more digits than Python converts
         raise _InvalidRecordError(f'"{name}" is an integer with too many digits') from error
-
-
-def _look_up(value: dict[str, Any], name: str) -> Any:
-    """Return the value of a field; dots lead into objects and arrays, unless a field has the name with the dots."""
-    if name in value:
-        return value[name]
-    inner: Any = value
-    for part in name.split("."):
-        if isinstance(inner, dict) and part in inner:
-            inner = inner[part]
-        elif isinstance(inner, list) and _INDEX.fullmatch(part) and int(part) < len(inner):
-            inner = inner[int(part)]
-        else:
-            return _MISSING
-    return inner
 
 
 def _is_equal(found: Any, expected: Scalar) -> bool:

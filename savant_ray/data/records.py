@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ from savant_ray.data.sources import SourceFile
 
 UNBOUNDED = sys.maxsize
 MAX_RECORD_BYTES = 64 << 20
+MISSING = object()  # the value of a field that a record does not have
+
+_INDEX = re.compile("[0-9]{1,9}")  # of an array, from 0
 
 
 class Record(NamedTuple):
@@ -37,6 +41,24 @@ class Part:
 
 class InvalidRecordError(Exception):
     """A record that has no value; the message is the reason."""
+
+
+def look_up(value: dict[str, Any], name: str) -> Any:
+    """Return the value of a field, `MISSING` without it.
+
+    Dots lead into objects and arrays, unless a field has the name with the dots.
+    """
+    if name in value:
+        return value[name]
+    inner: Any = value
+    for part in name.split("."):
+        if isinstance(inner, dict) and part in inner:
+            inner = inner[part]
+        elif isinstance(inner, list) and _INDEX.fullmatch(part) and int(part) < len(inner):
+            inner = inner[int(part)]
+        else:
+            return MISSING
+    return inner
 
 
 def json_type(value: Any) -> str:

@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
 from savant_ray.data.deduplication import without_duplicates
 from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule, encode
-from savant_ray.data.overlap import digests_path, document_digests
+from savant_ray.data.overlap import DIGEST_BYTES, digests_path, document_digests
 from savant_ray.data.packing import Packing, pack
 from savant_ray.data.record_reader import open_records, plan_parts, records_before
 from savant_ray.data.records import Part
 from savant_ray.data.sources import SourceFile
-from savant_ray.data.token_cache import ShardFile, crc32, shard_batch, shard_schema, token_dtype
+from savant_ray.data.token_cache import Manifest, ShardFile, crc32, shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
 from savant_ray.errors import DataError
+from savant_ray.locations import error_text
 
 BATCH_CHARACTERS = 1 << 18  # tokenized in one call
 CHUNK_TOKENS = 1 << 21  # packed in one call; large enough for the padding of the last row to be negligible
@@ -143,16 +144,33 @@ class RangeSummary:
 
     @classmethod
     def is_complete(cls, folder: Path, index: int) -> bool:
-        """Return whether summary and shard exist and are intact; reads the shard to verify its checksum."""
+        """Return whether summary, shard and digests exist and are intact; reads the shard to verify its checksum."""
         shard = folder / shard_name(index)
         try:
             summary = cls.read(folder, index)
             if not summary.rows:
                 return True
             has_size = shard.stat().st_size == summary.shard_bytes
-            return has_size and crc32(shard) == summary.shard_crc32
+            has_digests = digests_path(shard).stat().st_size == DIGEST_BYTES * summary.documents
+            return has_size and has_digests and crc32(shard) == summary.shard_crc32
         except (OSError, ValueError, TypeError):
             return False
+
+
+def damaged_digests(folder: Path, manifest: Manifest) -> list[str]:
+    """Return a message for each file with the digests of a shard's documents that is missing or has another size."""
+    problems: list[str] = []
+    for shard in manifest.shards:
+        path = digests_path(folder / shard.name)
+        try:
+            expected = DIGEST_BYTES * RangeSummary.read(folder, shard_index(shard.name)).documents
+            size = path.stat().st_size
+        except (OSError, ValueError, TypeError) as error:
+            problems.append(f"{path}: cannot be used ({error_text(error)})")
+        else:
+            if size != expected:
+                problems.append(f"{path}: has {size:,} of {expected:,} bytes")
+    return problems
 
 
 def sums_by_position(lists: Iterable[Sequence[int]]) -> list[int]:
@@ -163,6 +181,11 @@ def sums_by_position(lists: Iterable[Sequence[int]]) -> list[int]:
 def shard_name(index: int) -> str:
     """Return the name of the file with the rows of a range."""
     return f"shard-{index:05d}.arrow"
+
+
+def shard_index(name: str) -> int:
+    """Return the number of the range whose rows are in the file with this name."""
+    return int(Path(name).stem.rpartition("-")[2])
 
 
 def summary_name(index: int) -> str:

@@ -146,7 +146,7 @@ def _split_in(name: str) -> str:
 def _kind(split: str) -> str:
     """Return the kind of a split: train of training and train_sft; "" if it is unknown."""
     match = _SPLIT_WITHIN.match(split)
-    return next((kind for kind, keywords in SPLIT_KINDS.items() if match and match["split"] in keywords), "")
+    return next((kind for kind, keywords in SPLIT_KINDS.items() if match and match["split"].lower() in keywords), "")
 
 
 def _card_configs(card: str) -> list[dict[str, Any]]:

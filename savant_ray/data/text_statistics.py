@@ -1,7 +1,7 @@
 """Statistics of text that is not prepared yet, from a sample of each source or from all of it: `savant data`.
 
 Records become documents, ids and rows by the code that prepares text. Unlike in a run, duplicates are counted but never left
-out, all documents are packed together, and a sample ignores `limit`.
+out, and all documents are packed together.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class TextStatistics:
     files: int
     bytes: int  # as stored
     bytes_read: int = 0
+    is_limit_reached: bool = False  # then the text that was read is all that a run takes
     records: int = 0  # lines, rows, or blocks of text
     documents: int = 0
     tokens: int = 0
@@ -86,7 +87,8 @@ def text_statistics(
         sequence_length: tokens of a packed sequence.
         max_record_bytes: larger records are invalid.
         seen: digests of the documents of earlier sources; those of this source are added.
-        sample_bytes: how much is read, in parts that are spread over the source; None: everything.
+        sample_bytes: how much is read, in parts that are spread over the source, or with a limit from its beginning; None:
+            everything.
         progress: receives the bytes that were read and those that will be.
 
     Raises:
@@ -96,15 +98,15 @@ def text_statistics(
     total = min(statistics.bytes, sample_bytes or statistics.bytes)
     is_sample = total < statistics.bytes
     parts = plan_parts(text.files, -(-total // SAMPLED_PARTS) if is_sample else None)
-    rule = text.rule
-    if is_sample:
+    remaining = text.rule.limit
+    if is_sample and remaining is None:
         parts = random.Random(SAMPLE_SEED).sample(parts, len(parts))
-        rule = dataclasses.replace(rule, limit=None)  # the documents before a part are not counted
     lengths: list[int] = []
     for part in parts:
         budget = total - statistics.bytes_read
-        if budget <= 0:
+        if budget <= 0 or remaining == 0:
             break
+        rule = dataclasses.replace(text.rule, limit=remaining)
         summary = RangeSummary()
         with open_records(part, max_record_bytes, rule.fields) as records:
             documents = rule.documents(records)
@@ -113,6 +115,8 @@ def text_statistics(
                 for document in batch:
                     summary.count(document)
                 with_text = [document for document in batch if document.text]
+                if remaining is not None:
+                    remaining -= len(with_text) + sum(document.is_other_split for document in batch)
                 for document, encoded in zip(with_text, encode(with_text, tokenizer), strict=True):
                     lengths.append(len(encoded.ids))
                     statistics.trained_tokens += int(encoded.is_trained.sum())
@@ -127,9 +131,10 @@ def text_statistics(
                 if is_sample and n_complete >= budget:
                     break
             else:
-                n_complete = part.stored_bytes
+                n_complete = part.stored_bytes if remaining != 0 else records.bytes_read
             statistics.bytes_read += n_complete
         _add_part(statistics, part, summary)
+    statistics.is_limit_reached = remaining == 0
     _add_lengths(statistics, lengths, sequence_length)
     return statistics
 

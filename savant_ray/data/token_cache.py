@@ -15,7 +15,7 @@ The fingerprint includes the content hashes of the files, so changed files get a
 reading a row loads only that row. All nodes need the folder under the same path.
 
 The CRC-32 of a shard is verified once after it was written, and again when its inode or times have changed, so a run usually
-starts without reading the shards. The digests have no checksum.
+starts without reading the shards. The digests have no checksum, but their size is verified.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def _tokenize(
     for message in [
         *invalid_line_report(cache.manifest),
         *filter_report(cache.manifest),
-        *empty_file_report(cache.manifest),
+        *empty_file_report(cache.manifest, has_other_split=any(text.rule.held_out for text in texts)),
         *dropped_report(cache.manifest, tokenizer.name),
     ]:
         report.notify(message)

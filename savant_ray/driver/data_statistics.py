@@ -9,6 +9,7 @@ from typing import Any
 
 from savant_ray.config import Config
 from savant_ray.data.cache_builder import train_or_load_tokenizer
+from savant_ray.data.order import weights_by_documents
 from savant_ray.data.text_statistics import SAMPLE_BYTES, text_statistics
 from savant_ray.driver.data_files import find_data_files, short_name
 from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_weights_checkpoint_without_lock
@@ -51,17 +52,31 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
                 sample_bytes=None if full else SAMPLE_BYTES,
                 progress=_progress(report),
             )
-            estimate = counted.bytes / counted.bytes_read if counted.bytes_read else 1.0
+            estimate = (
+                counted.bytes / counted.bytes_read if counted.bytes_read and not counted.is_limit_reached else 1.0
+            )
             if text.rule.limit is not None and counted.documents:
-                estimate = min(estimate, text.rule.limit / counted.documents)
+                estimate = min(estimate, text.rule.limit * (1 - text.rule.held_out) / counted.documents)
             sources.append({**counted.to_dict(), "estimate": max(estimate, 1.0)})
-    total = sum(Fraction(str(source.weight)) for source, _ in files.sources)
     return sources, {
         "sequence_length": config.model.max_seq_len,
         "effective_batch": config.training.effective_batch,
         "max_steps": config.training.max_steps,
-        "fractions": [float(Fraction(str(source.weight)) / total) for source, _ in files.sources],
+        "fractions": _fractions_of_sequences(config, [source.weight for source, _ in files.sources], sources),
     }
+
+
+def _fractions_of_sequences(config: Config, weights: list[float], sources: list[dict[str, Any]]) -> list[float]:
+    """Return the fraction of the sequences that each source has in the run.
+
+    With `data.mix_by: documents` it depends on the documents in a sequence; of a source without documents it is unknown, and
+    the weights are returned as they are.
+    """
+    documents, sequences = ([source[name] for source in sources] for name in ("documents", "sequences"))
+    if config.data.mix_by == "documents" and all(documents):
+        return [float(fraction) for fraction in weights_by_documents(weights, documents, sequences)]
+    total = sum(Fraction(str(weight)) for weight in weights)
+    return [float(Fraction(str(weight)) / total) for weight in weights]
 
 
 def _progress(report: RunReport) -> Callable[[int, int], None]:

@@ -32,14 +32,19 @@ def print_text_statistics(sources: Sequence[Mapping[str, Any]], plan: Mapping[st
 
 def _print_source(console: Console, source: Mapping[str, Any]) -> None:
     console.print(Text(escape_controls(source["name"]), style="bold"))
-    is_sample, factor = source["bytes_read"] < source["bytes"], source["estimate"]
-    about = "about " if is_sample else ""
+    is_complete = source["is_limit_reached"] or source["bytes_read"] == source["bytes"]
+    factor = source["estimate"]
+    about = "" if is_complete else "about "
     scale, unit = next((scale, unit) for scale, unit in UNITS if source["bytes"] >= scale or scale == 1)
     read = f"{source['bytes_read'] / scale:,.1f} of {source['bytes'] / scale:,.1f} {unit}"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     rows = {
         "read": f"{read} in {source['files']:,} file{'s' * (source['files'] != 1)}"
-        + " (a sample; --full reads all of it)" * is_sample,
+        + (
+            " (up to the limit)"
+            if source["is_limit_reached"]
+            else " (a sample; --full reads all of it)" * (not is_complete)
+        ),
         "documents": f"{about}{round(source['documents'] * factor):,}",
         "tokens": f"{about}{round(source['tokens'] * factor):,}",
         "trained tokens": f"{_percent_of(source['trained_tokens'], source['tokens'])} of the tokens",

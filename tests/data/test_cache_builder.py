@@ -31,7 +31,7 @@ from savant_ray.data.atomic_files import fingerprint
 from savant_ray.data.cache_builder import empty_file_report, prepare, train_or_load_tokenizer
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import DocumentRule, SourceText
-from savant_ray.data.overlap import count_overlapping_documents, stored_digests
+from savant_ray.data.overlap import count_duplicates, count_overlapping_documents, stored_digests
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import TokenCache, dropped_report, invalid_line_report
 from savant_ray.data.tokenizer import Tokenizer
@@ -251,6 +251,24 @@ def test_files_without_a_document_are_named_and_refused_only_if_no_file_has_one(
     write_jsonl("src/good.jsonl", ["fine"])
     manifest = prepare(expand(str(tmp_path / "src")), byte_tokenizer, 32, tmp_path / "cache").manifest
     assert manifest.documents == 1 and empty_file_report(manifest) == without_document
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_cache_whose_digests_are_damaged_is_repaired_and_counted_again(
+    tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer, is_deleted: bool
+) -> None:
+    files = expand(str(write_jsonl("a.jsonl", ["a", "b", "c", "a"])))
+    cache = prepare(files, byte_tokenizer, 32, tmp_path / "cache")
+    (digests,) = cache.folder.glob("*.documents")
+    if is_deleted:
+        digests.unlink()
+    else:
+        digests.write_bytes(digests.read_bytes()[:8])
+    assert count_duplicates([cache]) != [1], "what an earlier version counted, and kept"
+    messages: list[str] = []
+    cache = prepare(files, byte_tokenizer, 32, tmp_path / "cache", log=messages.append)
+    assert len(messages) == 1 and str(digests) in messages[0] and messages[0].endswith("rebuilding it")
+    assert count_duplicates([cache]) == [1]
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_cache_under_the_name_of_its_old_content(

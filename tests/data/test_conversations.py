@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
@@ -262,6 +263,37 @@ def test_all_tokens_of_a_conversation_are_trained_on_if_that_is_set() -> None:
 def test_an_empty_system_message_is_as_good_as_none() -> None:
     empty = [{"role": "system", "content": ""}, *SPOKEN[1:]]
     assert rendered({"messages": empty}, DocumentRule()) == rendered({"messages": SPOKEN[1:]}, DocumentRule())
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.arrow"])
+@pytest.mark.parametrize("rule", [DocumentRule(messages="dialog"), DocumentRule(messages="dialog", equals=(("n", 1),))])
+def test_a_system_message_beside_a_named_conversation_is_read_from_every_format(
+    tmp_path: Path, name: str, rule: DocumentRule
+) -> None:
+    record = {"dialog": SPOKEN[1:], "system_prompt": "Be brief.", "n": 1, "other": "x"}
+    table = pa.Table.from_pylist([record])
+    match name:
+        case "x.jsonl":
+            (tmp_path / name).write_text(json.dumps(record))
+        case "x.parquet":
+            pq.write_table(table, tmp_path / name)
+        case "x.arrow":
+            pyarrow.feather.write_feather(table, tmp_path / name)
+    (document,) = documents(expand(str(tmp_path / name)), rule=rule)
+    assert document.text.startswith("Be brief.\n\n")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+@pytest.mark.parametrize("system", [{"meta": {"system": "Be brief."}}, {"system": "Be brief."}, {}])
+def test_the_name_of_a_conversation_can_lead_into_an_object(tmp_path: Path, name: str, system: dict[str, Any]) -> None:
+    record = {**system, "meta": {"messages": [USER, ANSWER], **system.get("meta", {})}}
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist([record]), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps(record))
+    (document,) = documents(expand(str(tmp_path / name)), rule=DocumentRule(messages="meta.messages"))
+    expected = "Be brief.\n\n" * bool(system) + "Question: 1 + 1?\nAnswer: It is 2."
+    assert (document.text, document.is_conversation) == (expected, True)
 
 
 def conversation(user: str = "user", assistant: str = "assistant", **fields: Any) -> dict[str, Any]:

@@ -407,6 +407,24 @@ def test_csv_is_read_as_different_programs_write_it(tmp_path: Path, content: str
     assert values(read(tmp_path / "x.csv")) == [{"id": "1", "text": "a, b"}]
 
 
+@pytest.mark.parametrize("name", ["x.tsv", "x.TSV", "x.tsv.gz"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("text\na | b\nc, d; e\n", [{"text": "a | b"}, {"text": "c, d; e"}]),
+        ("text\ttags|marks\na | b\tc\n", [{"text": "a | b", "tags|marks": "c"}]),
+        ("id|text\n1|a\n", [{"id": "1", "text": "a"}]),
+    ],
+    ids=["one column", "a bar in a name", "bars"],
+)
+def test_a_file_named_tsv_has_tabs_unless_its_header_has_more_of_another_delimiter(
+    tmp_path: Path, name: str, content: str, expected: list[dict[str, str]]
+) -> None:
+    stored = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(stored) if name.endswith(".gz") else stored)
+    assert values(read(tmp_path / name)) == expected
+
+
 @pytest.mark.parametrize(
     ("content", "texts", "expected"),
     [

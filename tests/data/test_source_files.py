@@ -169,6 +169,13 @@ def test_the_validation_split_of_a_saved_data_set_and_of_one_of_the_hub_is_used(
     assert texts_of(on_hub.model_copy(update={"split": "train"}), tmp_path) == ["data/train.parquet"]
 
 
+def test_splits_are_found_whatever_the_case_of_their_names(tmp_path: Path) -> None:
+    saved = save_splits(tmp_path / "saved", ["Train", "Test"])
+    for split, folder in (("train", "Train"), ("test", "Test"), ("Test", "Test")):
+        (file,) = find_files(SourceConfig(path=str(saved), weight=1, split=split), tmp_path, lambda message: None)
+        assert f"saved/{folder}/" in file.path
+
+
 @pytest.mark.parametrize("names", [["train.jsonl"], ["a.jsonl"], ["test.jsonl"], ["train-0.jsonl", "extra.jsonl"]])
 def test_validation_text_that_has_no_validation_split_is_used(tmp_path: Path, names: list[str]) -> None:
     folder = write_files(tmp_path / "clone", names)

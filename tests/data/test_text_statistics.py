@@ -13,6 +13,7 @@ import pytest
 from savant_ray.cli import main
 from savant_ray.data.documents import Document, DocumentRule, SourceText
 from savant_ray.data.overlap import count_duplicates
+from savant_ray.data.record_reader import documents
 from savant_ray.data.records import Record
 from savant_ray.data.sources import expand
 from savant_ray.data.text_statistics import TextStatistics, named_lengths, shown_example, text_statistics
@@ -124,6 +125,37 @@ def test_a_sample_is_a_part_of_the_source_and_estimates_the_whole(
     assert (everything.documents, everything.bytes_read) == (20_000, everything.bytes)
 
 
+@pytest.mark.parametrize("limit", [1, 50, 120, 299])
+@pytest.mark.parametrize("sample_bytes", [None, 8 << 20, 4_000])
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_a_limit_is_that_of_the_source_and_not_of_each_file(
+    tmp_path: Path, byte_tokenizer: Tokenizer, limit: int, sample_bytes: int | None, held_out: float
+) -> None:
+    for name in "abc":
+        write_lines(tmp_path / f"{name}.jsonl", [*({"text": f"{name} {number}"} for number in range(100)), "{"])
+    rule = DocumentRule(limit=limit, held_out=held_out)
+    taken = sum(1 for _ in documents(expand(str(tmp_path)), rule=rule))
+    counted = count(tmp_path, byte_tokenizer, rule, sample_bytes=sample_bytes)
+    if sample_bytes == 4_000 and limit > 120:
+        assert counted.documents < taken and not counted.is_limit_reached
+    else:
+        assert counted.documents == taken
+        assert counted.is_limit_reached
+
+
+def test_the_command_prints_the_documents_up_to_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} {number}"} for number in range(100)])
+    sources = "[{path: [a.jsonl, b.jsonl, c.jsonl], weight: 1, limit: 50}]"
+    for full in ([], ["--full"]):
+        assert main(["data", "--data.sources", sources, "--model.vocab_size", "300", *full]) == 0
+        printed = capsys.readouterr().out
+        assert "documents         50" in printed and "(up to the limit)" in printed
+
+
 def test_the_command_prints_counts_examples_and_steps_per_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +171,28 @@ def test_the_command_prints_counts_examples_and_steps_per_epoch(
     assert [source["documents"] for source in figures["sources"]] == [50, 2]
     assert [source["duplicates"] for source in figures["sources"]] == [0, 1]
     assert figures["fractions"] == [0.5, 0.5]
+
+
+def test_weights_of_documents_are_printed_as_the_fractions_of_the_sequences_that_a_run_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "short.jsonl", [{"text": f"{number:03d}"} for number in range(320)])
+    write_lines(tmp_path / "long.jsonl", [{"text": f"{number:03d} " + "x y z " * 200} for number in range(20)])
+    write_lines(tmp_path / "blank.jsonl", [{"body": 1}])
+    settings = ["--model.vocab_size", "300", "--model.max_seq_len", "64", "--data.mix_by", "documents"]
+    assert main(["data", "short.jsonl", "long.jsonl", *settings, "--json", "figures.json"]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    sources, fractions = figures["sources"], figures["fractions"]
+    n_documents = [
+        fraction * source["documents"] / source["sequences"]
+        for source, fraction in zip(sources, fractions, strict=True)
+    ]
+    assert sum(fractions) == pytest.approx(1) and fractions[1] > 0.9
+    assert n_documents[0] == pytest.approx(n_documents[1]), "equal weights: equally many documents of both"
+    assert main(["data", "short.jsonl", "blank.jsonl", *settings, "--json", "figures.json"]) == 0, (
+        "one has no documents"
+    )
 
 
 def test_a_source_without_documents_has_a_warning(

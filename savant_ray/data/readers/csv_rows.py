@@ -21,7 +21,9 @@ from savant_ray.errors import DataError
 from savant_ray.locations import printable
 
 QUOTES_HINT = "; if quotes are ordinary characters in this file, set quotes: false"
-DELIMITERS = ",;\t|"  # if the header has none: a comma, in a file named .tsv a tab
+DELIMITERS = ",;\t|"  # the first of the most frequent ones in the header is used
+TSV_DELIMITERS = "\t|;,"  # the same for a file named .tsv
+EARLIER_TSV_DELIMITERS = "|\t;,"  # of versions that did not prefer the tab
 _NAMED_DELIMITER = re.compile(rb'"?sep=([^\w\s"]|\t)"?\s*')  # a line before the header, for Excel
 
 
@@ -114,8 +116,20 @@ def _problem(error: Exception, n_lines: int) -> str:
 def _delimiter(line: bytes, path: str) -> str:
     """Return the most frequent delimiter outside of quotes in the first line."""
     unquoted = _unquoted(line)
-    delimiters = DELIMITERS[::-1] if data_suffix(path) == ".tsv" else DELIMITERS
+    delimiters = TSV_DELIMITERS if data_suffix(path) == ".tsv" else DELIMITERS
     return max(delimiters, key=lambda delimiter: unquoted.count(delimiter.encode()))
+
+
+def was_split_at_bars(blocks: Iterator[bytes], path: str) -> bool:
+    """Return whether earlier versions read other rows of this CSV, because they split them at vertical bars, not at tabs."""
+    if data_suffix(path) != ".tsv":
+        return False
+    lines = (line for line in split_lines(blocks, sys.maxsize) if isinstance(line, bytes))
+    header = next(lines, b"").removeprefix(BYTE_ORDER_MARK)
+    unquoted = _unquoted(header)
+    earlier = max(EARLIER_TSV_DELIMITERS, key=lambda delimiter: unquoted.count(delimiter.encode()))
+    is_other = not _NAMED_DELIMITER.fullmatch(header) and earlier != _delimiter(header, path)
+    return is_other and any(b"\t" in line or b"|" in line for line in lines)
 
 
 def _unquoted(line: bytes) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from savant_ray.data.conversations import SYSTEM_FIELDS
 from savant_ray.data.decoded_stream import over_limit
 from savant_ray.data.formats import ARROW_STREAM_MAGIC
 from savant_ray.data.records import UNBOUNDED, Part, Record
@@ -69,14 +70,27 @@ def row_count(part: Part) -> int:
     return sum(metadata.row_group(index).num_rows for index in groups)
 
 
+def column_names(file: SourceFile) -> list[str]:
+    """Return the names of the columns of a table.
+
+    Raises:
+        Exception: the file is damaged.
+    """
+    table = _open(file)
+    try:
+        return list(table.schema.names)
+    finally:
+        table.close()
+
+
 class TableReader:
     """Iterable of the records of a part.
 
     Args:
         part: row groups of a Parquet file, or record batches of an Arrow file.
         max_record_bytes: larger rows are invalid.
-        fields: columns that are needed; all if None, or if one of them does not exist, so that a message can name those
-            that do.
+        fields: columns that are needed; all if None, or if one of them other than `SYSTEM_FIELDS` does not exist, so that a
+            message can name those that do.
 
     Raises:
         DataError: two columns have the same name, or the file was changed after it was listed.
@@ -152,8 +166,9 @@ class TableReader:
 
 def _columns(names: list[str], fields: Collection[str] | None) -> list[str] | None:
     """Return the columns to read; None: all."""
-    is_subset = fields is not None and set(fields) <= set(names)
-    return sorted(fields) if is_subset and fields else None
+    if fields is None or not set(fields) - set(SYSTEM_FIELDS) <= set(names):
+        return None
+    return sorted(set(fields) & set(names)) or None
 
 
 def _is_valid(batch: pa.RecordBatch) -> bool:

@@ -1,0 +1,58 @@
+"""What is reported of a token cache, and which of its files are damaged, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from savant_ray.data.cache_builder import empty_file_report
+from savant_ray.data.documents import Document, DocumentRule
+from savant_ray.data.record_reader import documents
+from savant_ray.data.shard_writer import RangeSummary, damaged_digests
+from savant_ray.data.sources import expand
+from savant_ray.data.token_cache import FileSummary
+from savant_ray.data.tokenizer import Tokenizer
+from tests.data.without_ray import cache_of
+
+
+def test_a_file_whose_documents_are_held_out_is_not_reported_as_empty(
+    tmp_path: Path, byte_tokenizer: Tokenizer
+) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(f"document number {number}")
+    (tmp_path / "40.txt").touch()
+    files = expand(str(tmp_path))
+    rule = DocumentRule(held_out=0.2)
+    kept = {document.text for document in documents(files, rule=rule)}
+    files_of = [
+        FileSummary(f"{n:02}.txt", 1, int(f"document number {n}" in kept), 0, unit="document") for n in range(40)
+    ]
+    files_of += [FileSummary("40.txt", 0, 0, 0, unit="document"), FileSummary("bad.txt", 1, 0, 1, unit="document")]
+    manifest = cache_of([Document(1, "any")], byte_tokenizer, 32, tmp_path / "cache").manifest
+    manifest = dataclasses.replace(manifest, files=tuple(files_of))
+    assert 0 < len(kept) < 40
+    assert empty_file_report(manifest, has_other_split=True) == [
+        "40.txt: no document in 0 documents",
+        "bad.txt: no document in 1 document, 1 of them invalid",
+    ]
+
+
+@pytest.mark.parametrize("size", [None, 0, 8, 17, 32])
+def test_digests_that_are_missing_or_truncated_are_named_and_written_again(
+    tmp_path: Path, byte_tokenizer: Tokenizer, size: int | None
+) -> None:
+    texts = [Document(number, f"text {number}") for number in range(1, 4)]
+    cache = cache_of(texts, byte_tokenizer, 16, tmp_path)
+    (digests,) = tmp_path.glob("*.documents")
+    intact = digests.read_bytes()
+    assert damaged_digests(tmp_path, cache.manifest) == [] and RangeSummary.is_complete(tmp_path, 0)
+    if size is None:
+        digests.unlink()
+    else:
+        digests.write_bytes((intact * 2)[:size])
+    (problem,) = damaged_digests(tmp_path, cache.manifest)
+    assert problem.startswith(f"{digests}: ") and not RangeSummary.is_complete(tmp_path, 0)
+    cache = cache_of(texts, byte_tokenizer, 16, tmp_path)
+    assert digests.read_bytes() == intact and damaged_digests(tmp_path, cache.manifest) == []
