@@ -3,8 +3,8 @@
 TensorBoard files, trackers, `savant status` and the HTML report are derived from them.
 
 A killed run may leave half a line, a power failure a range of zero bytes. When the file is next opened, half a last line is
-cut off, and damaged lines are removed after a copy of the file was made (`metrics.jsonl.damaged`, `-2`, …). A run resumed from an
-earlier step removes the lines of later steps, so that each step is in the record once.
+cut off, and damaged lines are removed after a copy of the file was made (`metrics.jsonl.damaged`, `-2`, …). A run resumed
+from an earlier step removes the lines of later steps, so that each step is in the record once.
 """
 
 from __future__ import annotations

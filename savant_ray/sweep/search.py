@@ -100,8 +100,8 @@ def _refuse_other_sweep(folder: Path, options: str, settings: str) -> None:
         raise SettingsError(f"{folder}: this sweep has other settings or another search space; choose another run.name")
     if (old_options := first_line.removeprefix(OPTIONS)) != options:
         raise SettingsError(
-            f"{folder}: this sweep was started with {old_options}, now {options}; repeat its options to resume it, or choose "
-            "another run.name"
+            f"{folder}: this sweep was started with {old_options}, now {options}; repeat its options to resume it, or "
+            "choose another run.name"
         )
 
 

@@ -130,16 +130,16 @@ def test_a_sweep_is_resumed_only_with_the_options_that_it_was_started_with(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # no Ray is there, so each sweep ends before its first trial
     Path("space.yaml").write_text("training.learning_rate: {uniform: [0.001, 0.01]}")
 
-    def sweep(*options: str) -> str:
-        assert main(["sweep", "--space", "space.yaml", "--run.name", "search", *options]) != 0
+    def sweep(*arguments: str) -> str:
+        assert main(["sweep", "--space", "space.yaml", "--run.name", "search", *arguments]) != 0
         return capsys.readouterr().err
 
     refusal = "search: this sweep was started with --trials 8 --concurrent 1, now "
     assert refusal not in sweep()
     assert refusal not in sweep("--trials", "8")
-    for options in (("--trials", "9"), ("--concurrent", "2"), ("--no-early-stopping",)):
-        message = sweep(*options)
-        assert refusal in message and " ".join(options) in message.partition("now ")[2]
+    for changed in (("--trials", "9"), ("--concurrent", "2"), ("--no-early-stopping",)):
+        message = sweep(*changed)
+        assert refusal in message and " ".join(changed) in message.partition("now ")[2]
     assert "other settings" in sweep("--trials", "9", "--training.max_steps", "5")
 
     description = Path("search/sweep.yaml")  # as older versions wrote it: without the options

@@ -241,6 +241,9 @@ def test_the_sums_of_deterministic_steps_count_and_give_way_as_everything_else()
 
 def test_the_peak_memory_of_a_process_does_not_include_that_of_its_parent() -> None:
     child = "import torch; from savant_ray.training.device import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')))"
-    parent = f"import subprocess, sys; held = bytes(range(256)) * (4 * 10**6); subprocess.run([sys.executable, '-c', {child!r}])"
+    parent = (
+        "import subprocess, sys; held = bytes(range(256)) * (4 * 10**6); "
+        f"subprocess.run([sys.executable, '-c', {child!r}])"
+    )
     printed = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True).stdout
     assert 0.05 < float(printed) < 0.9, "GiB; the parent has more"
