@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from savant_ray.config import ModelConfig
 from savant_ray.model.attention import Mask, attend, build_masks, causal_mask
+from savant_ray.model.cpu_attention import _tanh_scores
 from savant_ray.model.flex import block_mask, capped_score
 from savant_ray.model.kv_cache import KeyValueCache
 from savant_ray.model.loss import (
@@ -105,6 +106,8 @@ def test_attention_in_bf16_has_fp32_scores_and_the_error_of_rounded_outputs(
             torch.autograd.grad(out.float().square().sum(), (q, k, v)), gradients, strict=True
         ):
             assert relative_error(found, exact_gradient) < 0.012
+    capped = 50 * _tanh_scores(q.detach(), k.detach(), 50.0)
+    assert (capped - scores).abs().max() < 1e-4, "0.06 to 0.10 where the product is rounded to bf16"
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
