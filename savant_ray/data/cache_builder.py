@@ -32,7 +32,7 @@ from savant_ray.data.conversations import AUTO, SYSTEM_FIELDS
 from savant_ray.data.decoded_stream import DecodedStream
 from savant_ray.data.deduplication import is_marked, mark_duplicates, scan_path, write_scan
 from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
-from savant_ray.data.formats import TABLES
+from savant_ray.data.formats import TABLES, data_suffix
 from savant_ray.data.overlap import DUPLICATES, OVERLAP, stored_digests
 from savant_ray.data.readers.csv_rows import was_split_at_bars
 from savant_ray.data.readers.tables import column_names
@@ -249,7 +249,9 @@ def _had_system_left_out(rule: DocumentRule, file: SourceFile) -> bool:
 
 
 def _was_split_at_bars(file: SourceFile) -> bool:
-    """Return `was_split_at_bars` of a file."""
+    """Return whether `was_split_at_bars`; only files named .tsv are opened, because this runs whenever a run starts."""
+    if data_suffix(file.path) != ".tsv":
+        return False
     with suppress(Exception):  # as in `_had_system_left_out`
         if (file := file.inspected()).format == "csv":
             filesystem, path = file.resolve()

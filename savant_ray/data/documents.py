@@ -55,9 +55,7 @@ class Document(NamedTuple):
     special_tokens: bool = False  # names of special tokens in the text stand for these tokens: a chat template wrote it
     is_duplicate: bool = False  # left out because its text has occurred before
     is_conversation: bool = False  # whether the record was rendered as a conversation, or could not be
-    is_other_split: bool = (
-        False  # left out because it belongs to the other side of the split into training and validation
-    )
+    is_other_split: bool = False  # left out: it belongs to the validation text, or is not of it
 
 
 class _Text(NamedTuple):

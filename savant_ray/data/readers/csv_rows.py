@@ -121,9 +121,7 @@ def _delimiter(line: bytes, path: str) -> str:
 
 
 def was_split_at_bars(blocks: Iterator[bytes], path: str) -> bool:
-    """Return whether earlier versions read other rows of this CSV, because they split them at vertical bars, not at tabs."""
-    if data_suffix(path) != ".tsv":
-        return False
+    """Return whether earlier versions split the rows of this file, named .tsv, at vertical bars and not at tabs."""
     lines = (line for line in split_lines(blocks, sys.maxsize) if isinstance(line, bytes))
     header = next(lines, b"").removeprefix(BYTE_ORDER_MARK)
     unquoted = _unquoted(header)
