@@ -2,8 +2,7 @@
 
 `train`, `prepare` and `verify` are the entry points. torch and Ray take seconds to import, and Ray reads environment
 variables when it is imported. All of them therefore set the environment before they import the modules that do the work.
-`train` also installs the signal handlers before these imports, and imports the modules that connect to Ray only after the
-checks have passed.
+`train` installs the signal handlers first, and imports the modules that connect to Ray only after the checks have passed.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ def train(config: Config, fresh: bool = False, allow_changes: bool = False, verb
         ExitWithoutShutdown: after Ctrl+C, or because `TorchTrainer.fit()` still runs; the process has to end with
             `exit_without_shutdown`.
     """
-    prepare_environment()
     phase = AttemptPhase()
     phase.handle_signals()
     try:
+        prepare_environment()  # may wait 10 s for a cluster
         from savant_ray.driver.attempt import find_inputs, open_attempt
 
         with open_attempt(config, fresh, allow_changes, verbose, phase) as attempt:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ray.cluster_utils import Cluster
 
 from savant_ray.config import Config
 from savant_ray.data.stream import StreamPlan
 from savant_ray.model.loss import IGNORED, next_token_targets
-from tests.cluster.conftest import Head, losses, records, running_cluster, start_job, steps_done, wait_for
+from savant_ray.training.checkpoint import newest_checkpoint
+from tests.cluster.conftest import losses, records, start_job, steps_done, wait_for
+from tests.cluster.nodes import Nodes, running_nodes
 from tests.cluster.test_failures import training_workers
 
 pytestmark = pytest.mark.slow
@@ -34,44 +35,64 @@ RUN: dict[str, Any] = {
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """Yield a cluster of a head without CPUs and two nodes with one CPU each."""
-    with running_cluster(num_cpus=0, object_store_memory=100 << 20, include_dashboard=False) as cluster:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-        yield cluster
+def nodes() -> Iterator[Nodes]:
+    with running_nodes() as nodes:
+        yield nodes
 
 
-@pytest.mark.parametrize("comes_back", [False, pytest.param(True, marks=pytest.mark.rare)])
-def test_an_elastic_run_continues_when_a_node_is_lost_and_when_one_joins(
-    comes_back: bool, cluster: Cluster, workplace: Path
+def test_an_elastic_run_goes_on_without_a_lost_node_and_saves_when_its_last_node_is_drained(
+    nodes: Nodes, workplace: Path
 ) -> None:
     run = workplace / "tiny"
-    job = start_job(Head(cluster.address, ""), workplace, **RUN)
+    lost, drained = nodes.add(), nodes.add()
+    job = start_job(nodes.head, workplace, **RUN)
     wait_for(lambda: steps_done(run) > EVERY)
-    lost = next(iter(cluster.worker_nodes))
     before = steps_done(run)
-    cluster.remove_node(lost, allow_graceful=False)
+    nodes.kill(lost)
     wait_for(lambda: len(attempts(run)) == 2)
-    assert attempts(run)[0]["workers"] == 2 and attempts(run)[1]["workers"] == 1
+    assert [attempt["workers"] for attempt in attempts(run)] == [2, 1]
     assert before - EVERY <= attempts(run)[1]["step"], "no more is repeated than the steps since the last checkpoint"
-    if comes_back:
-        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-        wait_for(lambda: len(attempts(run)) == 3)
-        assert attempts(run)[2]["workers"] == 2
-    n = attempts(run)[-1]["step"] + 10
+    n = attempts(run)[1]["step"] + 10
     wait_for(lambda: steps_done(run) >= n)
-    stop(job)
-
-    (cache,) = (workplace / "cache").glob("savant_dataset_train-*/")
-    plan = StreamPlan((str(cache),), (1.0,), seed=Config().run.seed, effective_batch=12)
-    expected = [target_tokens(plan, step) for step in range(n)]
-    assert len(losses(run)) >= n and len(set(expected)) > 5
-    assert [step["tokens"] for step in records(run, "step")][:n] == expected, "the same batches, whoever took them"
+    nodes.drain(drained)
+    printed, _ = job.communicate(timeout=120)
+    assert job.returncode == 75 and "is being drained" in printed, printed
+    assert newest_checkpoint(run) == run / f"step_{steps_done(run)}"
+    assert tokens(run)[:n] == expected_tokens(workplace, n), "the same batches, whoever took them"
 
 
 @pytest.mark.rare
-def test_an_elastic_run_with_kills_is_bit_for_bit_the_run_of_one_worker(cluster: Cluster, workplace: Path) -> None:
+def test_an_elastic_run_uses_a_node_that_joins(nodes: Nodes, workplace: Path) -> None:
+    run = workplace / "tiny"
+    nodes.add()
+    job = start_job(nodes.head, workplace, **RUN)
+    wait_for(lambda: steps_done(run) > EVERY)
+    nodes.add()
+    wait_for(lambda: len(attempts(run)) == 2)
+    assert [attempt["workers"] for attempt in attempts(run)] == [1, 2]
+    n = attempts(run)[1]["step"] + 10
+    wait_for(lambda: steps_done(run) >= n)
+    stop(job)
+    assert tokens(run)[:n] == expected_tokens(workplace, n), "the same batches, whoever took them"
+
+
+def tokens(run: Path) -> list[int]:
+    """Return the number of trained tokens of each step."""
+    assert len(losses(run)) > 0, "each step once, in order"
+    return [step["tokens"] for step in records(run, "step")]
+
+
+def expected_tokens(workplace: Path, steps: int) -> list[int]:
+    """Compute the number of trained tokens of each of the first steps from the token cache."""
+    (cache,) = (workplace / "cache").glob("savant_dataset_train-*/")
+    plan = StreamPlan((str(cache),), (1.0,), seed=Config().run.seed, effective_batch=12)
+    expected = [target_tokens(plan, step) for step in range(steps)]
+    assert len(set(expected)) > 5, "the comparison is worth nothing otherwise"
+    return expected
+
+
+@pytest.mark.rare
+def test_an_elastic_run_with_kills_is_bit_for_bit_the_run_of_one_worker(nodes: Nodes, workplace: Path) -> None:
     """Nodes are lost and join, and workers are killed, at random moments."""
     settings = RUN | {
         "training__accumulation": 11,
@@ -81,15 +102,16 @@ def test_an_elastic_run_with_kills_is_bit_for_bit_the_run_of_one_worker(cluster:
         "scaling__threads_per_worker": 1,
     }
     chance, run = random.Random(0), workplace / "tiny"
-    job = start_job(Head(cluster.address, ""), workplace, **settings)
+    present = [nodes.add(), nodes.add()]
+    job = start_job(nodes.head, workplace, **settings)
     for n_attempts in range(1, INTERRUPTIONS + 1):
         wait_for(lambda n=n_attempts: run.exists() and len(attempts(run)) == n)
         n_steps = attempts(run)[-1]["step"] + chance.randint(1, 2 * EVERY)
         wait_for(lambda n=n_steps: steps_done(run) >= n)
-        if len(cluster.worker_nodes) == 1:
-            cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+        if len(present) == 1:
+            present.append(nodes.add())
         elif chance.random() < 0.5:
-            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+            nodes.kill(present.pop())
         else:
             os.kill(chance.choice(training_workers()).pid, signal.SIGKILL)
     wait_for(lambda: len(attempts(run)) == INTERRUPTIONS + 1)
@@ -98,9 +120,7 @@ def test_an_elastic_run_with_kills_is_bit_for_bit_the_run_of_one_worker(cluster:
     stop(job)
 
     alone = workplace / "alone"
-    job = start_job(
-        Head(cluster.address, ""), workplace, **settings | {"run__name": "alone", "scaling__num_workers": 1}
-    )
+    job = start_job(nodes.head, workplace, **settings | {"run__name": "alone", "scaling__num_workers": 1})
     wait_for(lambda: alone.exists() and steps_done(alone) >= n, seconds=600)
     stop(job)
     assert {attempt["workers"] for attempt in attempts(run)} == {1, 2}

@@ -21,7 +21,7 @@ from tests.cluster.conftest import (
 )
 from tests.cluster.nodes import Nodes, running_nodes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rare]
 
 
 @pytest.fixture
@@ -40,9 +40,8 @@ def end(job: subprocess.Popen[str]) -> tuple[int, str]:
     return job.returncode, printed
 
 
-@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.rare)])
 def test_draining_a_node_saves_the_step_and_the_same_command_resumes(
-    resumes: bool, nodes: Nodes, workplace: Path, uninterrupted_losses: list[float]
+    nodes: Nodes, workplace: Path, uninterrupted_losses: list[float]
 ) -> None:
     run = workplace / "tiny"
     _, leaving = nodes.add(), nodes.add()
@@ -56,8 +55,6 @@ def test_draining_a_node_saves_the_step_and_the_same_command_resumes(
     assert records(run, "checkpoint")[-1]["reason"] == "stop"
     assert len(records(run, "attempt")) == 1, "not tried again on its own where there is no room"
     assert losses(run) == uninterrupted_losses[:stopped_at]
-    if not resumes:
-        return
 
     nodes.add()
     code, printed = run_job(nodes.head, workplace, **RUN)
@@ -65,7 +62,6 @@ def test_draining_a_node_saves_the_step_and_the_same_command_resumes(
     assert losses(run) == uninterrupted_losses
 
 
-@pytest.mark.rare
 def test_a_run_recovers_from_lost_nodes_and_can_be_stopped_while_it_waits_for_new_ones(
     nodes: Nodes, workplace: Path, uninterrupted_losses: list[float]
 ) -> None:

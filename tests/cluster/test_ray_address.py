@@ -31,7 +31,7 @@ from savant_ray.cluster.ray_address import (
 from savant_ray.cluster.session import prepare_environment, ray_session, start_errors_explained
 from savant_ray.cluster.temp_folder import choose_temp_folder, unusable_reason
 from savant_ray.errors import SavantError
-from tests.cluster.conftest import free_port
+from tests.cluster.conftest import ROOT, environment, free_port, options, start_program
 
 
 @contextmanager
@@ -167,6 +167,21 @@ def test_an_address_file_left_by_a_crashed_cluster_does_not_prevent_a_local_star
     assert cluster is not None and not cluster.optional
     with pytest.raises(SavantError, match=f"from {file}.* nothing listens there"):
         check_cluster_answers(cluster)
+
+
+def test_a_signal_while_a_cluster_that_may_be_gone_is_asked_ends_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "ray/ray_current_cluster"
+    file.parent.mkdir()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        file.write_text(f"127.0.0.1:{listener.getsockname()[1]}\n")
+        command = [sys.executable, str(ROOT / "jobs/train.py"), *options()]
+        run = start_program(command, tmp_path, environment(RAY_TMPDIR=str(tmp_path)))
+        with listener.accept()[0]:  # never responds
+            run.send_signal(signal.SIGTERM)
+            printed, _ = run.communicate(timeout=60)
+    assert (run.returncode, printed) == (75, "stopped before the run was opened\n")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])

@@ -108,20 +108,28 @@ def test_generate_completes_a_prompt_with_a_checkpoint(finished: Finished) -> No
     assert done.stdout.strip() == "one two" + answer["text"].rstrip() and answer["prompt"] == "one two"
 
 
-def test_a_finished_run_can_be_extended_and_equals_a_run_from_a_file_of_the_original(
+def test_a_finished_run_can_be_extended(head: Head, finished: Finished, tmp_path: Path) -> None:
+    workplace = copied(finished, tmp_path)
+    code, printed = run_job(head, workplace)
+    assert code == 0 and "has done its 8 steps" in printed
+    code, printed = run_job(head, workplace, training__max_steps=10)
+    assert code == 0 and "step_8" in printed, printed
+    assert "changed since step_8: training.max_steps: 8, now 10" in printed and "schedule of the new length" in printed
+    longer = losses(workplace / "tiny")
+    assert longer[:8] == losses(finished.run) and len(longer) == 10
+
+
+@pytest.mark.rare
+def test_a_run_from_a_file_of_the_original_equals_one_that_was_extended(
     head: Head, finished: Finished, tmp_path: Path
 ) -> None:
     workplace = copied(finished, tmp_path)
     original = workplace / "flat/step_8.pt"
     original.parent.mkdir()
     assert main(["export", str(workplace / "tiny"), "--format", "original", "--output", str(original)]) == 0
-    code, printed = run_job(head, workplace)
-    assert code == 0 and "has done its 8 steps" in printed
     code, printed = run_job(head, workplace, training__max_steps=10)
-    assert code == 0 and "step_8" in printed, printed
-    assert "changed since step_8: training.max_steps: 8, now 10" in printed and "schedule of the new length" in printed
+    assert code == 0, printed
     longer, tokenizer = losses(workplace / "tiny"), workplace / "tiny/step_8/tokenizer.json"
-    assert longer[:8] == losses(finished.run) and len(longer) == 10
     taken_over = dict(run__name="flat", training__max_steps=10, data__tokenizer=tokenizer)
     code, printed = run_job(head, workplace, **taken_over)
     assert code == 4 and "model.global_every: 2, but the original has 4" in printed, printed
@@ -191,6 +199,7 @@ def test_a_new_run_starts_from_the_weights_and_tokenizer_of_another(
     assert tokenizer_of(workplace / "second/step_2") == tokenizer_of(workplace / "tiny/step_8")
 
 
+@pytest.mark.rare
 def test_a_new_run_that_continues_from_a_checkpoint_equals_the_run_of_the_checkpoint(
     head: Head, finished: Finished, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from tests.cluster.conftest import ROOT, environment, free_port, losses, steps_d
 from tests.cluster.test_ray_job import copy_repository, submission, write_config
 from tests.test_docs import split_commands, without_environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rare]
 SECTION = "From one machine to a cluster"
 DASHBOARD = "http://127.0.0.1:8265"  # in the documentation
 
@@ -129,7 +129,6 @@ def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without_one(clu
     assert token.read_text() not in printed + logs.stdout
 
 
-@pytest.mark.rare
 def test_a_second_machine_joins_with_the_token(cluster: Cluster) -> None:
     wait_for(lambda: cluster.nodes() == ["ALIVE"])
     start = without_environment(typed("RAY_AUTH_MODE=token ray start"))
