@@ -13,21 +13,21 @@ from tests.torture.promises import assert_same_run
 from tests.torture.runner import STOPS, Torture, head_with_windows
 
 Interruptions = tuple[tuple[str, str], ...]  # pairs of means and window; `make torture N=100` draws all of them
-ONE_OF_EACH_KIND: Interruptions = (
+A_STOP_AND_A_KILL: Interruptions = (
     ("SIGTERM", "validation"),
     ("kill -9 a worker", "update"),
-    ("kill -9 the driver", "generation"),
 )
 OTHERS: Interruptions = (
     ("job stop", "background write"),
     ("SIGINT", "handover"),
     ("SIGSTOP a worker", "accumulation"),
     ("SIGHUP", "save"),
+    ("kill -9 the driver", "generation"),
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interruptions", [ONE_OF_EACH_KIND, pytest.param(OTHERS, marks=pytest.mark.rare)])
+@pytest.mark.parametrize("interruptions", [A_STOP_AND_A_KILL, pytest.param(OTHERS, marks=pytest.mark.rare)])
 def test_an_interrupted_run_equals_an_uninterrupted_one(interruptions: Interruptions, tmp_path: Path) -> None:
     folder = with_text(tmp_path)
     with head_with_windows(folder / "windows") as head:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from typing import Any
 
-import ray.train
 from ray.train.torch import TorchConfig
 
 # Also exported by `ray.train`, where a type checker sees the classes of Ray Train v1.
-from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from savant_ray.cluster.session import node_resources, owns_ray, resources_text
 from savant_ray.config import Config
-from savant_ray.data.stream import StepStream, StreamPlan
 from savant_ray.driver.data_preparation import PreparedData
 from savant_ray.driver.failures import FailureCallback
 from savant_ray.driver.hang_watch import collective_timeout
+from savant_ray.driver.train_configs import StepDataConfig, StoredRunConfig
 from savant_ray.errors import SettingsError
-from savant_ray.ray_internals import storage_context
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.worker.metrics import ascii_name
@@ -54,7 +51,7 @@ def make_trainer(
         train_loop_config={name: getattr(task, name) for name in task.__dataclass_fields__},
         torch_config=TorchConfig(timeout_s=round(collective_timeout(config.scaling.hang_seconds))),
         scaling_config=scaling(config),
-        run_config=_RunConfig(
+        run_config=StoredRunConfig(
             name=ascii_name(config.run.name),
             folder=os.path.basename(storage.path),  # noqa: PTH119
             storage_path=os.path.dirname(storage.path),  # noqa: PTH120 - a path in `storage_filesystem`
@@ -67,46 +64,6 @@ def make_trainer(
         datasets={"train": data.plan},  # type: ignore[dict-item]  # read by `StepDataConfig` only
         dataset_config=StepDataConfig(),
     )
-
-
-@dataclass
-class _RunConfig(RunConfig):
-    """A `RunConfig` with a setting for the run's folder.
-
-    Ray would call the folder `name`, but also uses `name` in metrics and requires it to be ASCII.
-    """
-
-    folder: str = ""  # below `storage_path`
-
-    @cached_property
-    def storage_context(self) -> Any:
-        """Return where Ray Train stores the run: in `folder` instead of `name`."""
-        return storage_context(str(self.storage_path), self.folder, self.storage_filesystem)
-
-
-class StepDataConfig(ray.train.DataConfig):
-    """Passes a `StepStream` to each worker, for `TorchTrainer(datasets={name: StreamPlan}, …)`.
-
-    Ray's default `DataConfig` distributes complete blocks. The sequences of a step would then depend on the number of
-    workers, and a resumed run could not start at a position (ray #37633, #48224, #58658). A `StepStream` reads this rank's
-    sequences with Ray Data from any position of the global order.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(datasets_to_split=[])
-
-    def configure(  # type: ignore[override]  # Ray annotates `datasets` as Ray Datasets, but passes on any values
-        self,
-        datasets: dict[str, StreamPlan],
-        world_size: int,
-        worker_handles: Any = None,
-        worker_node_ids: Any = None,
-        **_: Any,
-    ) -> list[dict[str, StepStream]]:
-        """Return one stream per rank and dataset."""
-        return [
-            {name: StepStream(plan, rank, world_size) for name, plan in datasets.items()} for rank in range(world_size)
-        ]
 
 
 def scaling(config: Config) -> ScalingConfig:

@@ -52,6 +52,7 @@ SETTINGS = {
 FAST_RAY = {
     "OMP_NUM_THREADS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # only for the dashboard; takes a tenth of an attempt's start
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # only for nodes that are drained; a process that takes as long
     "RAY_worker_niceness": "0",  # with Ray's default of 15, workers wait for other processes of this machine
 }
 RUN: dict[str, Any] = {  # long enough to be interrupted
@@ -125,6 +126,8 @@ class Head:
 
     address: str
     dashboard: str
+    can_drain: bool = False
+    """Whether its jobs watch for nodes that are drained."""
 
 
 @pytest.fixture(scope="session")
@@ -186,8 +189,8 @@ def free_port() -> int:
 def start_job(head: Head, workplace: Path, *flags: str, **changes: Any) -> subprocess.Popen[str]:
     """Start `python jobs/train.py` in the workplace, on the running head."""
     command = [sys.executable, str(ROOT / "jobs/train.py"), *flags, *options(**changes)]
-    variables = environment(RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
-    return start_program(command, workplace, variables)
+    watch = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(head.can_drain))}
+    return start_program(command, workplace, environment(RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled", **watch))
 
 
 def start_program(command: list[str], folder: Path, variables: dict[str, str]) -> subprocess.Popen[str]:

@@ -18,7 +18,7 @@ class Nodes:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.head = Head(cluster.address, "")
+        self.head = Head(cluster.address, "", can_drain=True)
 
     def add(self) -> Any:
         return self.cluster.add_node(num_cpus=1, object_store_memory=100 << 20)

@@ -41,6 +41,7 @@ from tests.training.tiny import (
 )
 
 SEQUENCES = 14
+WORLD_SIZES = (2, 3, 4, 5, 6)
 DAMAGES = ("weights", "exp_avg", "exp_avg_sq", "average")
 Figures = tuple[list[tuple[float, float, int, bool]], str]
 
@@ -171,12 +172,16 @@ def other_norms(rank: int, world_size: int) -> list[Figures]:
     ]
 
 
-def _rank(rank: int, world_size: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def _rank(rank: int, folder: str) -> None:
+    """Compute all cases as this rank of each of the `WORLD_SIZES` that has it."""
     torch.set_num_threads(1)
-    damages = {damage: damaged_run(rank, world_size, damage) for damage in DAMAGES}
-    torch.save((all_cases(rank, world_size), damages, other_norms(rank, world_size)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    for world_size in (size for size in WORLD_SIZES if rank < size):
+        rendezvous = f"file://{folder}/rendezvous{world_size}"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+        damages = {damage: damaged_run(rank, world_size, damage) for damage in DAMAGES}
+        figures = all_cases(rank, world_size), damages, other_norms(rank, world_size)
+        torch.save(figures, f"{folder}/{rank}of{world_size}.pt")
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -184,12 +189,10 @@ def test_losses_norms_and_weights_are_equal_on_one_to_six_ranks_and_a_rank_that_
     tmp_path: Path,
 ) -> None:
     expected = all_cases(0, 1)
-    for world_size in (2, 3, 4, 5, 6):
-        folder = tmp_path / str(world_size)
-        folder.mkdir()
-        mp.spawn(_rank, (world_size, str(folder)), nprocs=world_size)
+    mp.spawn(_rank, (str(tmp_path),), nprocs=max(WORLD_SIZES))
+    for world_size in WORLD_SIZES:
         for rank in range(world_size):
-            found, damages, norms = torch.load(folder / f"{rank}.pt")
+            found, damages, norms = torch.load(tmp_path / f"{rank}of{world_size}.pt")
             different = [name for name in expected if repr(found[name]) != repr(expected[name])]
             assert not different, f"rank {rank} of {world_size}"
             assert norms[0] == norms[1] == norms[2] and norms[3] == norms[4] == norms[5], "rank 0's norm counts"
