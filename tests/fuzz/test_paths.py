@@ -161,6 +161,7 @@ def texts_or_refusal(pattern: str) -> Iterator[str]:
 
 @holds_for(
     "folders with up to 6 files and 4 links or pipes under unusual names, and a path, glob or URI in them or elsewhere",
+    quick=40,
     case=from_seed(tree_and_pattern),
 )
 def test_any_pattern_yields_each_file_once_or_a_one_line_message_per_problem(
