@@ -394,8 +394,8 @@ def other_files_of_a_run() -> str:
         (f"step_500{UNSENT}/", "with object storage: a checkpoint that could not be uploaded"),
         (
             state_file("step_500"),
-            "a file of the original script; the newest one is converted into `step_500/` if no checkpoint is newer, none is "
-            "changed or deleted",
+            "a file of the original script; the newest one is converted into `step_500/` if no checkpoint is newer; these "
+            "files are never changed or deleted",
         ),
         (
             f"{METRICS}{DAMAGED_COPY}",

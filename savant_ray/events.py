@@ -155,7 +155,7 @@ class StepDone(Event):
     reduce_seconds: float  # sums over all workers, including the wait for the slowest
     update_seconds: float  # clipping and optimizer update; on a GPU it ends when the update's kernels are launched
     step_seconds: float  # duration of the step, including the wait for data and excluding checkpoints
-    share_of_peak: float | None = None  # useful FLOP/s of rank 0 / peak of its matmuls; None: unknown, or 2 × n_loops
+    share_of_peak: float | None = None  # useful FLOP/s of rank 0 / peak of its matmuls; None: unknown, or loops doubled
     update_skipped: bool = False  # true: the norm was not finite, all tokens were masked, or a spike was skipped
 
 

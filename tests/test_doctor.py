@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from savant_ray import doctor
 from savant_ray.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,19 @@ def test_a_machine_that_can_train_has_no_errors(capsys: pytest.CaptureFixture[st
     assert shown.endswith("\ntraining can run here\n")
     for topic in ("Python", "packages", "torch", "GPU", "compiler", "memory", "disk", "Ray", "ports", "extra mlflow"):
         assert f" {topic} " in shown
+
+
+def test_the_page_cache_of_a_container_counts_as_available_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "memory.max": "1000000000\n",
+        "memory.current": "999000000\n",
+        "memory.stat": "anon 99000000\nactive_file 100000000\ninactive_file 800000000\n",
+    }.items():
+        (folder / name).write_text(text)
+    monkeypatch.setattr(doctor, "CGROUP_LIMIT", folder / "memory.max")
+    assert next(finding.text for finding in doctor.diagnose() if finding.topic == "memory") == "0.9 GB available"
 
 
 @pytest.mark.parametrize(

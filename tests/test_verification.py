@@ -240,6 +240,15 @@ def test_a_gap_in_the_record_is_named_with_the_damaged_line_and_the_steps_that_r
     assert verify(run, plan, last=5).startswith("steps 1 to 5 and the checkpoint step_3 are equal")
 
 
+def test_the_steps_that_are_advised_if_the_record_has_a_gap_can_be_verified(plan: StreamPlan, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_recorded(run, CONFIG, plan)
+    change_record(run, lambda line: None if line["event"] == "step" and line["step"] == 7 else line)
+    with pytest.raises(SettingsError, match=r"step 7 is not in the record .*; try --steps \.\.6$"):
+        verify(run, plan)
+    assert verify(run, plan, last=6).startswith("steps 1 to 6")
+
+
 def test_a_folder_that_is_no_complete_checkpoint_is_named(plan: StreamPlan, tmp_path: Path) -> None:
     train_recorded(tmp_path / "run", CONFIG, plan)
     (tmp_path / "run/step_6/manifest.json").unlink()

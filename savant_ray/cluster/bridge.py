@@ -69,8 +69,8 @@ class HeartbeatTable:
     def add(self, progress: WorkerProgress) -> bool:
         """Count a heartbeat of a worker; return whether it shows that a new group has started.
 
-        Actors of another group size, or with this rank, belong to an earlier group: Ray Train starts new actors to resize.
-        If the event that they were lost has not arrived, each rank of the new group shows it.
+        Other actors with its rank, or with another world size, belong to an earlier group: Ray Train starts new actors to
+        resize. Until the loss of that group is reported, several ranks of the new one may return True.
         """
         if progress.actor_id in self._ended:
             return False

@@ -31,8 +31,8 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the working directory of the driver
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # processes without GPUs in Ray keep CUDA_VISIBLE_DEVICES; Ray 2.60's default
     "RAY_task_events_max_num_tasks_in_gcs": "10000",  # the default of 100,000 takes 0.3 GB on a head that runs for days
-    # Ray ends idle workers as soon as there are more processes than cores, which a run has on 2 cores without any. Each read
-    # of Ray Data then starts a Python process (about 1 s of processor time) and leaves an open socket in Ray's gcs_server.
+    # By default Ray ends idle workers as soon as there are more processes than cores, as in any run on 2 cores. Each read of
+    # Ray Data then starts a Python process (about 1 s of processor time) and leaves an open socket in Ray's gcs_server.
     "RAY_num_workers_soft_limit": str(max(16, os.cpu_count() or 1)),
     "RAY_DEDUP_LOGS": "0",  # print lines of all workers, even if they are the same
     "RAY_USAGE_STATS_ENABLED": "0",

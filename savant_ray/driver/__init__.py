@@ -17,7 +17,7 @@ from savant_ray.storage.paths import with_absolute_paths
 
 
 def resolve_paths(config: Config) -> Config:
-    """Return the settings with absolute paths; relative ones are relative to the working directory of the command.
+    """Return the settings with absolute paths: relative inputs are in the working directory, outputs in `output_folder`.
 
     Raises:
         SettingsError: a setting cannot be a path.
@@ -63,6 +63,7 @@ def prepare(config: Config, verbose: bool = False) -> None:
     Raises:
         DataError: text is missing or unreadable or contains no document, or a line is invalid and `data.on_bad_line` is
             `error`.
+        CheckpointError: as `find_weights_checkpoint`.
         SettingsError: as `find_data_files`, `choose_tokenizer`, `refuse_unencodable` and `prepare_data`.
     """
     prepare_environment()

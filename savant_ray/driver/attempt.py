@@ -118,10 +118,12 @@ def _check_before_moving_aside(config: Config, storage: RunStorage, allow_change
     """
     refuse_inputs_in_the_run(config, storage)
     check_before_start(config, storage, fresh=True)
-    if config.run.continue_from is not None:
-        with checkpoint_to_continue_from(config.run.continue_from, config, allow_changes, TEXT_FILES):
-            pass
-    choose_tokenizer(config, find_weights_checkpoint(None, config, allow_changes), allow_changes)
+    if config.run.continue_from is None:
+        checkpoint = find_weights_checkpoint(None, config, allow_changes)
+    else:
+        with checkpoint_to_continue_from(config.run.continue_from, config, allow_changes, TEXT_FILES) as folder:
+            checkpoint = find_weights_checkpoint(folder, config, allow_changes)
+    choose_tokenizer(config, checkpoint, allow_changes)
     with (
         missing_text_explained(),
         RunReport(None, console=PlainConsole(None)) as silent_report,  # `find_inputs` prints the same messages

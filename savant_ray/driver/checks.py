@@ -99,7 +99,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def check_disk(folder: Path, bytes_per_checkpoint: int, keep: int, fresh: bool = False) -> None:
-    """Check the free space for `keep` checkpoints and the one being written, less those that will be deleted for them.
+    """Check the free space for `keep` checkpoints and the one being written, less those that are in the folder already.
 
     Damaged checkpoints are never deleted. With `fresh`, all existing ones are moved aside and continue to occupy the disk.
 

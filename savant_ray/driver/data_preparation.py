@@ -77,7 +77,7 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
         earlier = list(caches) if config.data.deduplicate else None
         caches.append(_tokenize(f"tokenizing {name}", [text], tokenizer, config, report, earlier))
     validation_texts = files.validation_texts(tokenizer.chat_template)
-    # Text in files of its own is evaluated as it is.
+    # Validation text in files of its own keeps its duplicates.
     earlier = [] if config.data.deduplicate and files.held_out.fraction else None
     validation = _tokenize("tokenizing the validation text", validation_texts, tokenizer, config, report, earlier)
     if overlap := count_overlapping_documents(validation, caches):

@@ -26,6 +26,7 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
     tokenizer that a run would train is trained.
 
     Raises:
+        CheckpointError: as `find_weights_checkpoint`.
         DataError: text is missing or unreadable, or the tokenizer cannot encode it.
         SettingsError: as `choose_tokenizer`; or the cache folder cannot be created.
     """

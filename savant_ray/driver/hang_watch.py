@@ -37,12 +37,14 @@ RUNNING = (Phase.LOADING, Phase.TRAINING, Phase.STOP_REQUESTED, Phase.STOPPING)
 def collective_timeout(hang_seconds: float | Literal["auto"] | None) -> float:
     """Return the timeout of collectives in seconds, after which gloo or NCCL ends a worker that waits for others.
 
-    `HangWatch` ends most hangs earlier and names the worker that the others wait for. Its limit may be longer than this
-    timeout only while that worker reads or writes checkpoints, and with `auto` if steps are long: from 3 minutes on, or
-    from 18 s on while it starts, compiles or validates. With null it has no limit. The timeout also limits how long workers
-    wait for each other when they start.
+    `HangWatch` ends most hangs earlier and names the worker that the others wait for. Its limit is longer than this timeout
+    only while that worker reads or writes checkpoints, and with `auto` if steps are long (more than 3 minutes; 18 s while it
+    starts, compiles or validates). With null there is no limit. The timeout also limits how long workers wait for each other
+    when they start.
     """
-    return COLLECTIVE_SECONDS if hang_seconds in ("auto", None) else max(COLLECTIVE_SECONDS, 20 * float(hang_seconds))
+    if hang_seconds in ("auto", None):
+        return COLLECTIVE_SECONDS
+    return max(COLLECTIVE_SECONDS, 2 * SLOW * float(hang_seconds))
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class HangWatch:
         """Return the hanging workers that the others wait for.
 
         The candidates are the silent workers, if there are any; otherwise all running ones if a rank has not sent a
-        heartbeat yet, because its process is not known; otherwise those that are furthest behind in the collectives.
+        heartbeat yet, because its process id is not known; otherwise those that are furthest behind in the collectives.
         """
         running = [worker for worker in self._observed.values() if not worker.heartbeat.progress.finished]
         silent = [worker for worker in running if self._time - worker.last_heartbeat_time > SILENT_SECONDS]

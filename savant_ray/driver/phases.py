@@ -78,8 +78,8 @@ TRANSITIONS = {
     (Phase.TRAINING, Trigger.HANGUP): Phase.STOP_REQUESTED,
     (Phase.STOP_REQUESTED, Trigger.SIGNAL): Phase.EXITING,
     (Phase.STOPPING, Trigger.SIGNAL): Phase.EXITING,
-    # A stop ends early if all workers that could save were lost.
     (Phase.STOP_REQUESTED, Trigger.REQUEST_SENT): Phase.STOPPING,
+    # A stop ends early if the workers that could save were lost.
     (Phase.STOP_REQUESTED, Trigger.WORKERS_LOST): Phase.EXITING,
     (Phase.STOPPING, Trigger.WORKERS_LOST): Phase.EXITING,
 } | {(phase, Trigger.EXIT): Phase.EXITING for phase in Phase}

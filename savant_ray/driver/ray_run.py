@@ -36,7 +36,7 @@ POLL_SECONDS = 0.5
 # kills parts of Ray's dashboard, and Ray Train then waits 8 s for an answer from it (Ray 2.60). The driver need not wait,
 # because it kills Ray's processes when it exits.
 FIT_RETURN_SECONDS = 2.0
-CLUSTER_FIT_RETURN_SECONDS = 60.0  # in a cluster, which ends the workers of a driver that has exited
+CLUSTER_FIT_RETURN_SECONDS = 60.0  # on a cluster, where Ray ends the workers as soon as the driver exits
 
 
 @dataclass

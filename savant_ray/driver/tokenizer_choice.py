@@ -16,7 +16,7 @@ from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.evaluation.logic_suite import logic_suite
 from savant_ray.locations import is_uri
 from savant_ray.storage.protocol import newest_checkpoint_name
-from savant_ray.storage.run_storage import initial_checkpoint, run_storage
+from savant_ray.storage.run_storage import fetched, initial_checkpoint, run_storage
 from savant_ray.training.checkpoint import (
     CONFIG,
     TOKENIZER,
@@ -35,7 +35,7 @@ class WeightsCheckpoint:
 
     name: str  # for messages, such as "step_500"
     tokenizer: Tokenizer
-    tokenizer_path: str  # what `data.tokenizer` can be set to; "" in object storage
+    tokenizer_path: str  # what `data.tokenizer` can be set to, if it exists; "" in object storage
     settings: DataConfig  # with which the weights were trained
     is_resumed: bool  # whether it is a checkpoint of this run; otherwise it is `run.init_from`
 
@@ -74,9 +74,15 @@ def find_weights_checkpoint(
 
 
 def find_weights_checkpoint_without_lock(config: Config) -> WeightsCheckpoint | None:
-    """Return as `find_weights_checkpoint` does for the run's newest checkpoint on this machine, without locking the run."""
+    """Return as `find_weights_checkpoint` does for the run's newest checkpoint on this machine, without locking the run.
+
+    For a run without one, `run.continue_from` is used if it is set.
+    """
     storage = run_storage(config)
     newest = newest_checkpoint_name(storage) if storage.filesystem is None else None
+    if newest is None and config.run.continue_from is not None:
+        with fetched(config.run.continue_from, (CONFIG, *TOKENIZER_FILES)) as path:
+            return find_weights_checkpoint(find_checkpoint(path), config)
     return find_weights_checkpoint(storage.folder / newest if newest else None, config)
 
 
@@ -221,7 +227,7 @@ def _change_error(checkpoint: WeightsCheckpoint, difference: Difference) -> Sett
             )
             consequence = "with weights that were not trained on text in this form"
         case _:
-            path = f" or set it to {checkpoint.tokenizer_path}" if checkpoint.tokenizer_path else ""
+            path = f" or set it to {checkpoint.tokenizer_path}" if Path(checkpoint.tokenizer_path).is_file() else ""
             advice = f"leave data.tokenizer at auto{path}, to keep the tokenizer that the weights were trained with"
     error_class = CheckpointError if checkpoint.is_resumed else SettingsError
     return error_class(f"{difference}:\n  {advice};\n  --allow-changes continues anyway, {consequence}.")

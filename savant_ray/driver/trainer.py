@@ -124,7 +124,12 @@ def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu:
 
 def workers_that_fit(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> int:
     """Return how many workers with these `resources` each fit on the nodes if nothing else runs there."""
-    required = {name: amount for name, amount in resources.items() if amount > 0}
+    required = {name: units for name, amount in resources.items() if (units := _resource_units(amount)) > 0}
     if not required:
         return sys.maxsize
-    return sum(int(min(node.get(name, 0) // amount for name, amount in required.items())) for node in nodes)
+    return sum(min(_resource_units(node.get(name, 0)) // units for name, units in required.items()) for node in nodes)
+
+
+def _resource_units(amount: float) -> int:
+    """Return an amount of a resource in Ray's units of 0.0001: in floating point, 0.2 fits only 4 times into 1."""
+    return round(amount * 10_000)

@@ -158,8 +158,8 @@ class RecordedRun:
         else:
             start = starts[-1]
         if (missing := self._first_missing(start, last)) is not None:
-            end = missing - 1 if missing > start + 1 else max(self.steps, default=0)
-            advice = f"; try --steps ..{end}" if end in self.steps else ""
+            end = max((step for step in self.steps if step < missing), default=None)
+            advice = "" if end is None else f"; try --steps ..{end}"
             raise SettingsError(f"{self.folder}: {self.gap(missing)}{advice}")
         return range(start + 1, last + 1)
 

@@ -2,9 +2,9 @@
 
 TensorBoard files, trackers, `savant status` and the HTML report are derived from them.
 
-A killed run may leave half a line, a power failure a range of zero bytes. When the file is next opened, half a last line is
-cut off, and damaged lines are removed after a copy of the file was made (`metrics.jsonl.damaged`, `-2`, …). A run resumed
-from an earlier step removes the lines of later steps, so that each step is in the record once.
+A killed run may leave an incomplete last line, a power failure a range of zero bytes. When the file is next opened, the
+incomplete line is removed, and damaged lines are after a copy of the file was made (`metrics.jsonl.damaged`, `-2`, …). A run
+resumed from an earlier step removes the lines of later steps, so that each step is in the record once.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def has_finished(run_folder: Path, step: int) -> bool:
 
 
 def _key(line: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what distinguishes an event from the others: of a step, each rank may have skipped several micro-batches."""
+    """Return what identifies an event; in one step, each rank may skip several micro-batches."""
     return line["event"], line.get("step"), line.get("rank"), str(line.get("positions"))
 
 
@@ -273,9 +273,9 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_event(line: dict[str, Any]) -> bool:
-    """Return whether a line has a kind, a step unless its kind is about an attempt, and a valid time if it has one."""
+    """Return whether a line has a kind, a valid time, and a step unless its kind is about an attempt."""
     kind = line.get("event")
-    if not isinstance(kind, str) or ("time" in line and not _is_time(line["time"])):
+    if not isinstance(kind, str) or not _is_time(line.get("time")):
         return False
     return type(line.get("step", 0 if kind in ATTEMPT_KINDS else None)) is int
 

@@ -17,12 +17,12 @@ UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 
 
 def print_text_statistics(sources: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
-    """Print the statistics of all sources, and how long the run would read them.
+    """Print the statistics of all sources, and how many epochs of each the run would read.
 
     Args:
         sources: as `data.text_statistics.TextStatistics` has them, with `estimate`: the factor from what was read to the
             complete source.
-        plan: `sequence_length`, `effective_batch`, `max_steps`, and of each source in `fractions` its part of the sequences.
+        plan: `sequence_length`, `effective_batch`, `max_steps`, and `fractions`: of the sequences, for each source.
     """
     console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
     for source in sources:

@@ -151,7 +151,7 @@ def _spike(event: SpikeFound) -> str:
     figures = [f"{loss} is above {event.loss_limit:.4f}"] if event.train_loss > event.loss_limit else []
     if event.grad_norm > event.grad_norm_limit:
         figures.append(f"{norm} is above {event.grad_norm_limit:.4g}")
-    return f"step {event.step:,} is a spike: {' and '.join(figures)}, the limit by recent steps"
+    return f"step {event.step:,} is a spike: {' and '.join(figures)}, the limit derived from recent steps"
 
 
 @describe.register

@@ -1,7 +1,7 @@
 """A run in object storage (`s3://…`, any URI that `pyarrow.fs` supports), which has no rename, no append and no lock.
 
 The run folder on this machine is a mirror: a checkpoint is written into it as into a local run and then uploaded, its
-manifest last. The driver also uploads its own files (`RECORDS`). The storage is authoritative: if a mirror is deleted,
+manifest last. The driver also uploads its own files (`DRIVER_FILES`). The storage is authoritative: if a mirror is deleted,
 only what could not be uploaded is lost (a checkpoint in `step_N.unsent`, the newest lines of the record).
 
 No complete checkpoint is overwritten, because a worker of an earlier owner of the run may still write. The checkpoint
@@ -49,7 +49,7 @@ from savant_ray.training.checkpoint import (
     verify,
 )
 
-RECORDS = (METRICS, SAMPLES, LOG, CONFIG)  # files in the run folder that only the driver writes
+DRIVER_FILES = (METRICS, SAMPLES, LOG, CONFIG)  # files in the run folder that only the driver writes
 CHUNK_BYTES = 64 << 20
 UNSENT = ".unsent"  # suffix of a checkpoint in the mirror that could not be uploaded
 _STORED = re.compile(r"(step_\d+)(?:\.(\d+))?(?:-(\d+))?")  # checkpoint, epoch, number
@@ -199,12 +199,12 @@ class ObjectStorage(RunStorage):
     def fetch_records(self) -> None:
         """Download the records if they are newer than the local ones; if the storage has none, rename the local ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        stored = [name for name in RECORDS if name in self._list()]
+        stored = [name for name in DRIVER_FILES if name in self._list()]
         with TemporaryDirectory(dir=self.folder, prefix="fetch-") as scratch:
             for name in stored:
                 self._download(name, Path(scratch, name))
             if not stored:
-                for file in filter(Path.exists, (self.folder / name for name in RECORDS)):
+                for file in filter(Path.exists, (self.folder / name for name in DRIVER_FILES)):
                     set_aside(file, OLD)
             elif last_time(Path(scratch, METRICS)) > last_time(self.folder / METRICS):
                 for name in stored:
@@ -215,7 +215,7 @@ class ObjectStorage(RunStorage):
             self.check_owner()
         except SavantError as superseded:  # the stored records are those of the new owner
             raise OSError("another process trains this run") from superseded
-        for file in filter(Path.exists, (self.folder / name for name in RECORDS)):
+        for file in filter(Path.exists, (self.folder / name for name in DRIVER_FILES)):
             self._upload(file, f"{self.path}/{file.name}")
 
     def _upload_checkpoint(self, folder: Path) -> None:

@@ -156,7 +156,7 @@ def fetched(
     The URI of a run stands for its newest checkpoint or, if it has none, the newest intact file of the original. If
     `files` is not empty, only these files of a checkpoint are downloaded, for callers that need no weights. With
     `with_original`, the run's newest intact file of the original, if any, is downloaded into the same parent
-    folder, where `export_original` looks for it; with `with_record`, the record of the run is, too.
+    folder, where `export_original` looks for it; with `with_record`, the record of the run.
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be fetched.

@@ -32,6 +32,7 @@ def test_workers_that_fit_are_counted_node_by_node() -> None:
     assert workers_that_fit(nodes, {"CPU": 0.5, "GPU": 1}) == 1
     assert workers_that_fit(nodes, {"CPU": 4}) == 0
     assert workers_that_fit(nodes, {"CPU": 0}) > 1000
+    assert [workers_that_fit([{"CPU": 1.0}], {"CPU": 1 / n}) for n in (2, 3, 5, 10)] == [2, 3, 5, 10]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from tokenizers import models, processors
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.sources import expand
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer, with_tokenizer_settings
+from savant_ray.driver.attempt import open_attempt
 from savant_ray.driver.data_files import DataFiles, refuse_unencodable
+from savant_ray.driver.phases import AttemptPhase
 from savant_ray.driver.tokenizer_choice import (
     WeightsCheckpoint,
     choose_tokenizer,
@@ -235,10 +237,30 @@ def test_prepare_and_train_choose_the_same_tokenizer(tmp_path: Path) -> None:
     for settings in (
         {"storage_path": str(tmp_path), "name": "A"},
         {"storage_path": str(tmp_path), "init_from": str(run)},
+        {"storage_path": str(tmp_path), "name": "new", "continue_from": str(run)},
     ):
         checkpoint = find_weights_checkpoint_without_lock(changed(run=settings))
         assert checkpoint is not None and checkpoint.tokenizer.fingerprint == BASE.fingerprint
     assert find_weights_checkpoint_without_lock(changed(run={"storage_path": str(tmp_path), "name": "new"})) is None
+
+
+def test_a_run_is_moved_aside_only_for_one_that_can_continue_with_the_tokenizer_of_a_checkpoint(tmp_path: Path) -> None:
+    run = run_of(tmp_path, kept=Tokenizer(EXTENDED), end_of_document="<|user|>")
+    (tmp_path / "text.jsonl").write_text('{"text": "red green"}\n{"text": "blue one"}\n')
+    (tmp_path / "new").mkdir()
+
+    def start(**data: Any) -> None:
+        data |= {"sources": [{"path": str(tmp_path / "text.jsonl"), "weight": 1}], "validation": {"fraction": 0.5}}
+        settings = {"storage_path": str(tmp_path), "name": "new", "continue_from": str(run)}
+        config = changed(run=settings, data=data | {"cache_dir": str(tmp_path / "cache")})
+        with open_attempt(config, fresh=True, allow_changes=False, verbose=False, phase=AttemptPhase()):
+            pass
+
+    with pytest.raises(CheckpointError, match=r"^data\.tokenizer: .* of step_6 are the same tokens"):
+        start(tokenizer=saved(OTHER, tmp_path / "other.json"))
+    assert not (tmp_path / "new.old").exists()
+    start(end_of_document="<|user|>")
+    assert (tmp_path / "new.old").exists()
 
 
 def test_an_altered_tokenizer_in_a_checkpoint_is_refused(tmp_path: Path) -> None:

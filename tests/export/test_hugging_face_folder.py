@@ -101,16 +101,16 @@ def test_the_card_says_with_how_many_loops_the_model_works(write_run: WriteRun, 
 @pytest.mark.parametrize(
     "damaged",
     [
-        '{"event": "step", "step": 3}',
-        '{"event": "step", "step": 3, "train_loss": "low"}',
-        '{"event": "score", "step": 3, "score": null, "low": [], "high": 1, "n": "x"}',
-        '{"event": "validation", "step": "3"}',
+        '{"event": "step", "time": "2026-11-25T03:19:47.281+00:00", "step": 3}',
+        '{"event": "step", "time": "2026-11-25T03:19:47.281+00:00", "step": 3, "train_loss": "low"}',
+        '{"event": "score", "time": "2026-11-25T03:19:47.281+00:00", "step": 3, "score": null, "low": [], "n": "x"}',
+        '{"event": "validation", "time": "2026-11-25T03:19:47.281+00:00", "step": "3"}',
         "[[",
     ],
 )
 def test_damaged_lines_of_the_record_are_left_out_of_the_card(write_run: WriteRun, output: Path, damaged: str) -> None:
     run = write_run()
-    loss = {"event": "step", "step": 2, "train_loss": 1.25}
+    loss = {"event": "step", "time": "2026-11-25T03:19:47.281+00:00", "step": 2, "train_loss": 1.25}
     (run / "metrics.jsonl").write_text(f"{json.dumps(loss)}\n{damaged}\n")
     export_hugging_face(run, output)
     card = (output / "README.md").read_text()

@@ -260,6 +260,10 @@ def test_an_attempt_has_the_ending_that_the_record_shows(tmp_path: Path) -> None
     assert attempts[1].reason == "a node is gone"
     assert attempts[4].reason == "step 3 could not be saved; the same command resumes after step 2"
     assert [step for _, step in attempts[0].checkpoints] == [1]
+    assert read_history(run, lambda _: True).attempts[-1].ending == "finished", (
+        "the next one has not built the model yet"
+    )
+    write(run, attempt(3))
     assert read_history(run, lambda _: True).attempts[-1].ending == "running"
 
 

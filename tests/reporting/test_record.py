@@ -139,26 +139,38 @@ def test_a_record_without_lost_steps_is_not_rewritten(tmp_path: Path) -> None:
     "line",
     [
         b"[" * 100_000,
-        b'{"event": "step"}',
-        b'{"event": "step", "step": "3"}',
-        b'{"event": ["step"], "step": 3}',
+        b'{"event": "step", "step": 3}',
+        b'{"event": "step", "time": "2026-11-25T03:19:47.281+00:00"}',
+        b'{"event": "step", "step": "3", "time": "2026-11-25T03:19:47.281+00:00"}',
+        b'{"event": ["step"], "step": 3, "time": "2026-11-25T03:19:47.281+00:00"}',
         b'{"event": "step", "step": 3, "time": "2026-11-25T03:19:47.281+00:0{0"}',
         b'{"event": "step", "step": 3, "time": "2026-11-25T03:19:47"}',
-        b'{"event": "end", "step": null}',
+        b'{"event": "end", "step": null, "time": "2026-11-25T03:19:47.281+00:00"}',
     ],
 )
 def test_a_line_that_is_not_an_event_is_removed(line: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"event": "step", "step": 1}\n' + line + b"\n")
-    file = JsonLines(path)
-    file.keep(lambda line: not line["step"] > 1)
-    file.close()
-    assert list(read_records(path)) == [{"event": "step", "step": 1}]
+    write(tmp_path, step_done(1))
+    with (tmp_path / METRICS).open("ab") as file:
+        file.write(line + b"\n")
+    write(tmp_path, after=1)
+    assert history(tmp_path) == [("step", 1)]
+
+
+def test_a_run_continues_although_a_bit_of_its_record_has_flipped(tmp_path: Path) -> None:
+    write(tmp_path, step_done(1), step_done(2))
+    content = (tmp_path / METRICS).read_bytes()
+    for position in range(content.index(b', "train_loss"')):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        (tmp_path / METRICS).write_bytes(damaged)
+        write(tmp_path, after=2)
+        assert history(tmp_path)[-1] == ("step", 2)
 
 
 def test_an_unpaired_surrogate_is_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"event": "notice", "text": "\\ud83d"}\n' + bytes(20) + b"\n")
+    line = b'{"event": "notice", "time": "2026-11-25T03:19:47.281+00:00", "text": "\\ud83d"}\n'
+    path.write_bytes(line + bytes(20) + b"\n")
     file = JsonLines(path)
     file.append({"event": "notice", "text": "\ud83d é"})
     file.close()
@@ -169,7 +181,7 @@ def test_an_unpaired_surrogate_is_unchanged(tmp_path: Path) -> None:
 def test_damaged_lines_are_removed_and_a_copy_of_the_file_is_kept(tmp_path: Path) -> None:
     write(tmp_path, step_done(1), step_done(2))
     with (tmp_path / METRICS).open("ab") as file:
-        file.write(b"\0\0\0\n[1]\n" + json.dumps({"event": "step", "step": 3}).encode() + b'\n{"event": "st')
+        file.write(b"\0\0\0\n[1]\n" + json.dumps(to_line(step_done(3))).encode() + b'\n{"event": "st')
     write(tmp_path, step_done(4))
     assert history(tmp_path) == [("step", step) for step in (1, 2, 3, 4)]
     assert b"\0\0\0" in (tmp_path / f"{METRICS}.damaged").read_bytes()

@@ -111,7 +111,8 @@ def test_a_trial_reports_its_last_validation_when_its_run_has_ended(
     def train(settings: dict[str, Any], stop_requested: Any) -> savant_ray.Result:
         run = Path(settings["run"]["storage_path"], settings["run"]["name"])
         run.mkdir()
-        lines = [{"event": "validation", "step": step, "validation_loss": loss} for step, loss in ((5, 2.0), (10, 1.0))]
+        event = {"event": "validation", "time": "2026-11-25T03:19:47.281+00:00"}
+        lines = [event | {"step": step, "validation_loss": loss} for step, loss in ((5, 2.0), (10, 1.0))]
         (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
         all_questions_answered.wait(60)
         return savant_ray.Result(str(run), None, 10, True, {})

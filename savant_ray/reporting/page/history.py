@@ -99,7 +99,7 @@ def read_history(run_folder: Path, is_in_use: Callable[[Path], bool]) -> History
                 values.append(math.nan if value is None else value)
         _add(line, history)
     history.steps = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
-    if history.attempts and history.summary.state == "running":
+    if history.attempts and history.summary.state == "running" and history.attempts[-1].ending == Attempt.ending:
         history.attempts[-1].ending = "running"
     return history
 
@@ -112,8 +112,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _add(line: dict[str, Any], history: History) -> None:
-    if "time" not in line:  # a damaged line
-        return
     time = datetime.fromisoformat(line["time"]).timestamp()
     kind = line["event"]
     if kind == DataPrepared.kind:
@@ -135,7 +133,7 @@ def _add(line: dict[str, Any], history: History) -> None:
     elif kind == Rewound.kind:
         with suppress(ValidationError):
             rewound = TypeAdapter(Rewound).validate_python(line)
-            if (rewound.spike, rewound.step) not in history.spikes:  # else it was found again after a restart
+            if (rewound.spike, rewound.step) not in history.spikes:  # restarted workers find it again
                 history.spikes.append((rewound.spike, rewound.step))
     if history.attempts and kind != DataPrepared.kind:
         _update(history.attempts[-1], kind, time, line)

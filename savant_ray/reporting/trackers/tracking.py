@@ -1,8 +1,8 @@
 """A thread that sends the record to a tracker in batches, so that a slow server does not slow down training.
 
-Each attempt first asks the tracker for the last step that it has received and sends later lines only. So lines that were not
-sent because the server failed or the driver was killed are sent later (to W&B except those of its last step), and repeated
-steps are not sent twice.
+Each attempt first asks the tracker for the last step that it has received (of each kind of line, from W&B of all kinds), and
+sends later lines only. So lines that a failed server or a killed driver has left out are sent later, and repeated steps are
+not sent twice.
 """
 
 from __future__ import annotations
