@@ -1,4 +1,4 @@
-# `make install` creates the environment in .venv and changes nothing else; all other targets depend on it.
+# `make install` creates the environment in .venv and changes nothing else; every target that runs Python depends on it.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -41,7 +41,7 @@ help:
 	make test-all     install the extras and run all tests, fuzz, torture, hangs and soak (about 2 hours)
 	make fuzz         read N=10000 invalid inputs per reader; each must give a clear error and lose nothing
 	make torture      interrupt runs N=100 times in 7 ways (SEED=0); each must have the result of an uninterrupted run
-	make preemptions  preempt runs of 400 steps four times, announced and not; prints what it costs
+	make preemptions  preempt three runs four times each, with and without notice; prints what it costs
 	make hangs        make N=50 processes hang in a run; each must be resolved or end with a clear error
 	make soak         run 80,000 tiny steps; memory, open files and step time must stay constant
 	make lint         check format, lint, types and spelling, and build the documentation

@@ -90,7 +90,7 @@ def train(
 
     Raises:
         SavantError: with a message for the user; see `savant_ray.errors` for its subclasses.
-        KeyboardInterrupt: after Ctrl+C in the main thread. If training has begun, it saves first; a second one skips this.
+        KeyboardInterrupt: after Ctrl+C in the main thread. A run that trains is saved first, unless Ctrl+C is pressed again.
     """
     settings = _config(config).to_dict()
     options = {"fresh": fresh, "allow_changes": allow_changes, "verbose": verbose}
@@ -156,6 +156,8 @@ def _start_child(connection: socket.socket) -> subprocess.Popen[bytes]:
     """Start the child process in its own session, so that Ctrl+C reaches only the caller, which forwards it."""
     replaced = sys.stdout is not sys.__stdout__ or sys.__stdout__ is None  # by a notebook, or redirect_stdout
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if replaced else {}
+    # The child inherits this: a stop request is delayed until `_train` can return a result.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         return subprocess.Popen(
             [sys.executable or "", "-c", CHILD_CODE.format(path=sys.path, descriptor=connection.fileno())],
@@ -168,6 +170,8 @@ def _start_child(connection: socket.socket) -> subprocess.Popen[bytes]:
     except OSError as error:
         reason = error.strerror or error
         raise TrainingError(f"the training process cannot be started: {sys.executable}: {reason}") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _ray_address() -> dict[str, str]:
@@ -254,10 +258,12 @@ def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dic
     config, error, code = Config.from_validated(settings), None, 0
     try:
         config = resolve_paths(config)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the driver installs its handler
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         code = train(config, **options)
     except ExitWithoutShutdown as end:
         code, error = end.code, end.error
-    except KeyboardInterrupt:  # Ctrl+C just before or after `train`, which handles it itself
+    except KeyboardInterrupt:  # Ctrl+C or SIGTERM just before or after `train`, which handles them itself
         code = SavantError.exit_code
     except Exception as unexpected:
         error = unexpected

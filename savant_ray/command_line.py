@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from savant_ray.config import Config
 
 HELP_FOR_ORIGINAL = (
-    "A checkpoint may also be a file of the original program (step_X.pt), or a folder or s3://… that contains only such "
+    "A checkpoint may also be a file of the original script (step_X.pt), or a folder or s3://… that contains only such "
     "files. It includes neither a tokenizer nor all settings of the model: pass them with --config, or as --section.setting "
     "VALUE, for instance --data.tokenizer FOLDER --model.n_heads 16 --model.n_loops 12. Widths are derived from the "
     "weights. `savant config --help` lists all settings."
 )
 MAX_NEW_TOKENS = 1_000_000  # a token takes milliseconds, and memory in the cache of each loop with global attention
+MAX_COUNT = 1_000_000  # of replicas or requests
 MAX_TRIALS = 10_000
 MAX_STEP = 10**12
 MAX_LOOPS = 1024  # each loop caches keys and values of its own
@@ -66,7 +67,12 @@ class _ConfigFile(argparse.Action):
 
 
 def new_parser(
-    command: str, summary: str, settings: bool = False, takes_original: bool = False, own_config: bool = True
+    command: str,
+    summary: str,
+    settings: bool = False,
+    takes_original: bool = False,
+    shows_config: bool = True,
+    arguments: str = "",
 ) -> argparse.ArgumentParser:
     """Return the parser of a command.
 
@@ -75,9 +81,12 @@ def new_parser(
         summary: description in its `--help`.
         settings: whether the command takes --config and settings; its `--help` then lists all settings.
         takes_original: whether the command takes --config and settings for files of the original.
-        own_config: whether the user chooses the file of --config; otherwise the command does.
+        shows_config: whether `--help` shows --config; not if the command itself passes it.
+        arguments: positional arguments and required options in the usage of a command with settings.
     """
-    usage = f"%(prog)s {'[--config FILE.yaml] ' if own_config else ''}[--section.setting VALUE …]" if settings else None
+    config = "[--config FILE.yaml]" if shows_config else ""
+    parts = ("%(prog)s", arguments, config, "[options] [--section.setting VALUE …]")
+    usage = " ".join(filter(None, parts)) if settings else None
     parser = argparse.ArgumentParser(
         prog=f"savant {command}",
         usage=usage,
@@ -89,9 +98,11 @@ def new_parser(
     if settings:
         parser.add_argument("-h", "--help", action=_HelpWithSettings, nargs=0, help="print this help and all settings")
     if settings or takes_original:
-        content = "settings for a file of the original" if takes_original else "settings that differ from the defaults"
+        content = (
+            f"settings {'for a file of the original script' if takes_original else 'that differ from the defaults'}"
+        )
         shipped = "" if takes_original else ", or the name of a shipped file such as quickstart"
-        help_text = f"YAML file with {content}{shipped}" if own_config else argparse.SUPPRESS
+        help_text = f"YAML file with {content}{shipped}" if shows_config else argparse.SUPPRESS
         parser.add_argument("--config", action=_ConfigFile, metavar="FILE.yaml", help=help_text)
     parser.add_argument(
         "--verbose", action="store_true", help="also print the output of Ray, and the traceback of an unexpected error"
@@ -106,7 +117,7 @@ def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str
         SettingsError: a setting is invalid.
     """
     options, settings = parser.parse_known_args(arguments)
-    return options, _load_settings(options, settings)
+    return options, _load_settings(parser, options, settings)
 
 
 def parse_paths_with_settings(
@@ -121,16 +132,16 @@ def parse_paths_with_settings(
     """
     own_arguments, settings = split_settings(arguments)
     options, unknown = parser.parse_known_args(own_arguments)
-    return options, _load_settings(options, [*unknown, *settings, *settings_of(options)])
+    return options, _load_settings(parser, options, [*unknown, *settings, *settings_of(options)])
 
 
-def _load_settings(options: argparse.Namespace, settings: Sequence[str]) -> Config:
+def _load_settings(parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Sequence[str]) -> Config:
     """Load the settings from --config, environment and arguments, among which may be misspelt options of the command.
 
     Raises:
         SettingsError: a setting is invalid, or an argument resembles an option.
     """
-    own_options = [f"--{name.replace('_', '-')}" for name in vars(options)]
+    own_options = [option for option in parser._option_string_actions if option.startswith("--")]
     for previous, argument in zip(["", *settings], settings, strict=False):
         follows_option = previous.startswith("--") and "=" not in previous
         refuse_undecodable(argument, previous if follows_option else "")
@@ -153,7 +164,7 @@ def _load_settings(options: argparse.Namespace, settings: Sequence[str]) -> Conf
 def parse_with_original_settings(
     parser: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> tuple[argparse.Namespace, dict[str, dict[str, Any]]]:
-    """Parse the options of a command, and the settings of --config and `--section.setting VALUE` by section.
+    """Parse the options of a command; return them and the settings of --config and `--section.setting VALUE` by section.
 
     Raises:
         SettingsError: a name is not a setting, or a value is missing.
@@ -269,7 +280,7 @@ def step_range(text: str) -> tuple[int | None, int | None]:
 
 def count(text: str) -> int:
     """Return a number of at least 1."""
-    return _integer(text, 1, MAX_NEW_TOKENS)
+    return _integer(text, 1, MAX_COUNT)
 
 
 def port(text: str) -> int:
@@ -280,8 +291,10 @@ def port(text: str) -> int:
 def replicas(text: str) -> tuple[int, int]:
     """Return the smallest and the largest number of replicas, from a number or a range such as 1-4."""
     first, dash, last = text.partition("-")
+    if not first or (dash and not last):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of at least 1 nor a range such as 1-4")
     smallest = count(first)
-    return smallest, _integer(last, smallest, MAX_NEW_TOKENS) if dash else smallest
+    return smallest, _integer(last, smallest, MAX_COUNT) if dash else smallest
 
 
 def seed(text: str) -> int:

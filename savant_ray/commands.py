@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from savant_ray.config import Config
 
 QUICKSTART_FOLDER = Path("dataset")
-CHECKPOINT_HELP = "run folder, step_N folder in it, or file of the original; also s3://…"
+CHECKPOINT_HELP = "run folder, step_N folder in it, or file of the original script; also s3://…"
 
 
 class Command(NamedTuple):
@@ -60,7 +60,7 @@ def _train(arguments: Sequence[str]) -> int:
 def _quickstart(arguments: Sequence[str]) -> int:
     from savant_ray.settings.files import shipped_files
 
-    parser = new_parser("quickstart", COMMANDS["quickstart"].summary, settings=True, own_config=False)
+    parser = new_parser("quickstart", COMMANDS["quickstart"].summary, settings=True, shows_config=False)
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
         raise SettingsError("--config: savant quickstart has its own settings file; use savant train for another one")
     code, config = _run_training(parser, ["--config", str(shipped_files()["quickstart"]), *arguments])
@@ -113,7 +113,7 @@ def _prepare(arguments: Sequence[str]) -> int:
 
 
 def _data(arguments: Sequence[str]) -> int:
-    parser = _parser("data", settings=True)
+    parser = _parser("data", settings=True, arguments="[SOURCE …]")
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="*", help="files, folders, globs or URIs [data.sources of the settings]"
     )
@@ -124,7 +124,7 @@ def _data(arguments: Sequence[str]) -> int:
         if not options.sources:
             return []
         sources = json.dumps([{"path": path, "weight": 1} for path in options.sources])
-        return ["--data.sources", sources, "--data.quickstart", "false"]  # its files are other sources
+        return ["--data.sources", sources, "--data.quickstart", "false"]  # its files are not among the sources
 
     options, config = parse_paths_with_settings(parser, arguments, sources_of)
     refuse_deleted_folder()
@@ -140,7 +140,7 @@ def _data(arguments: Sequence[str]) -> int:
 
 
 def _sweep(arguments: Sequence[str]) -> int:
-    parser = _parser("sweep", settings=True)
+    parser = _parser("sweep", settings=True, arguments="--space FILE.yaml")
     parser.add_argument(
         "--space", type=file_path, metavar="FILE.yaml", required=True, help="settings to vary and their distributions"
     )
@@ -252,10 +252,12 @@ def _chat(arguments: Sequence[str]) -> int:
     form.add_argument(
         "--conversation",
         action="store_true",
-        help="answer messages, written by the chat template or as Question: …, Answer: … [if the model has a chat template "
-        "or is trained on conversations]",
+        help="answer messages, rendered by the chat template or as Question: …, Answer: … [default if the model has a "
+        "chat template or is trained on conversations]",
     )
-    form.add_argument("--plain", action="store_true", help="continue each message as a text of its own [otherwise]")
+    form.add_argument(
+        "--plain", action="store_true", help="continue each message as a text of its own [default otherwise]"
+    )
     parser.add_argument("--system", type=utf8_text, metavar="TEXT", default="", help="system message [none]")
     _add_generation_options(parser)
     _add_sampling_options(parser)
@@ -294,10 +296,12 @@ def _evaluate(arguments: Sequence[str]) -> int:
         "--depths",
         type=depths,
         metavar="N,N,…",
-        help="score and loss for each of these numbers of loops instead, such as 1,2,4,8,16,32",
+        help="print score and loss for each of these numbers of loops, such as 1,2,4,8,16,32, instead of scores by template",
     )
     parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
     options, settings = parse_with_original_settings(parser, arguments)
+    if options.depths and options.loops is not None:
+        parser.error("--depths and --loops exclude each other")
     refuse_deleted_folder()
     from savant_ray.evaluation.from_checkpoint import answers_of, by_depth, result
     from savant_ray.evaluation.logic_suite import logic_suite, read_questions
@@ -338,10 +342,13 @@ def _serve(arguments: Sequence[str]) -> int:
         "--max-batch", type=count, metavar="N", default=16, help="answers that a replica decodes together [16]"
     )
     parser.add_argument(
-        "--max-queue", type=count, metavar="N", default=64, help="requests that wait; further ones are refused [64]"
+        "--max-queue", type=count, metavar="N", default=64, help="requests that may wait; further ones are refused [64]"
     )
     parser.add_argument(
-        "--max-length", type=count, metavar="N", help="tokens of prompt and answer [model.max_seq_len of the run]"
+        "--max-length",
+        type=count,
+        metavar="N",
+        help="maximum length of prompt and answer together, tokens [model.max_seq_len of the run]",
     )
     _add_loops_option(parser)
     _add_weights_option(parser)
@@ -371,14 +378,14 @@ def _export(arguments: Sequence[str]) -> int:
         "--format",
         choices=("original", "safetensors", "hf"),
         required=True,
-        help="original: a file that the original program loads; safetensors: a folder with weights, settings and tokenizer; "
+        help="original: a file that the original script loads; safetensors: a folder with weights, settings and tokenizer; "
         "hf: a folder that transformers and lm-eval load",
     )
     parser.add_argument("--output", type=file_path, metavar="PATH", required=True, help="file or folder to write")
     parser.add_argument(
         "--optimizer",
         choices=("adamw", "adamw8bit"),
-        help="with --format original: optimizer of the original, PyTorch's AdamW or bitsandbytes' AdamW8bit "
+        help="with --format original: optimizer of the original script, PyTorch's AdamW or bitsandbytes' AdamW8bit "
         "[that of the newest step_X.pt in the run folder]",
     )
     _add_weights_option(parser)
@@ -439,7 +446,7 @@ def _runs(arguments: Sequence[str]) -> int:
 
 def _status(arguments: Sequence[str]) -> int:
     parser = _parser("status")
-    parser.add_argument("run", type=file_path, metavar="RUN", help="run folder, or file of the original")
+    parser.add_argument("run", type=file_path, metavar="RUN", help="run folder, or file of the original script")
     options = parser.parse_args(arguments)
     from savant_ray.original.names import newest_by_name
     from savant_ray.reporting.runs import status, summarize
@@ -592,8 +599,10 @@ COMMANDS = {
 }
 
 
-def _parser(command: str, settings: bool = False, takes_original: bool = False) -> argparse.ArgumentParser:
-    return new_parser(command, COMMANDS[command].summary, settings, takes_original)
+def _parser(
+    command: str, settings: bool = False, takes_original: bool = False, arguments: str = ""
+) -> argparse.ArgumentParser:
+    return new_parser(command, COMMANDS[command].summary, settings, takes_original, arguments=arguments)
 
 
 def _print_answer(prompt: str, pieces: Iterator[str]) -> str:

@@ -18,7 +18,7 @@ INSTALLATION = {
     "zsh": 'eval "$(savant completion zsh)" in ~/.zshrc, after compinit',
     "fish": "savant completion fish > ~/.config/fish/completions/savant.fish",
 }
-_OPTION = re.compile(r"^  (?:-\w, )?(--[\w.-]+)(?: (\{[^}]*\}|[A-Z]))?", re.MULTILINE)
+_OPTION = re.compile(r"^  (?:-\w, )?(--[\w.-]+)(?: (\{[^}]*\}))?", re.MULTILINE)
 _POSITIONAL_CHOICES = re.compile(r"^  (\{[^}]*\})", re.MULTILINE)
 
 
@@ -33,7 +33,7 @@ class CommandHelp(NamedTuple):
         return {name: _choices(value) for name, value in _OPTION.findall(self.text)}
 
     def arguments(self) -> list[str]:
-        """Return the values of an argument that accepts only these."""
+        """Return the values of a positional argument that accepts only listed values; empty if there is none."""
         return [word for choices in _POSITIONAL_CHOICES.findall(self.text) for word in _choices(choices)]
 
 
@@ -71,14 +71,14 @@ def _fish(commands: Mapping[str, CommandHelp]) -> str:
     lines = []
     for name, command in commands.items():
         lines.append(f"-n __fish_use_subcommand -f -a {name} -d {_fish_quoted(command.summary)}")
-        here = f"-n '__fish_seen_subcommand_from {name}'"
+        condition = f"-n '__fish_seen_subcommand_from {name}'"
         for option, values in command.options().items():
             accepted = [*shipped_files(), "(__fish_complete_suffix .yaml)"] if option == "--config" else values
             lines.append(
-                f"{here} -l {option.removeprefix('--')}" + (f" -x -a {_fish_quoted(accepted)}" if accepted else "")
+                f"{condition} -l {option.removeprefix('--')}" + (f" -x -a {_fish_quoted(accepted)}" if accepted else "")
             )
         if allowed := command.arguments():
-            lines.append(f"{here} -f -a {_fish_quoted(allowed)}")
+            lines.append(f"{condition} -f -a {_fish_quoted(allowed)}")
     return "".join(f"complete -c {PROGRAM} {line}\n" for line in lines)
 
 

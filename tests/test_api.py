@@ -83,6 +83,11 @@ def test_errors_of_the_training_process_are_raised_in_the_caller(
         savant_ray.train(savant_ray.Config.from_dict(settings(run__init_from=str(tmp_path / "nothing"))))
 
 
+def test_a_stop_that_is_requested_at_once_returns_the_state_of_the_run(tmp_path: Path) -> None:
+    result = savant_ray.train(settings(run__storage_path=tmp_path), stop_requested=lambda: True)
+    assert (result.step, result.finished, result.checkpoint) == (0, False, None)
+
+
 SCRIPT = """
 import subprocess, sys, json
 mine = subprocess.Popen(["sleep", "120"])

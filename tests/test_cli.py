@@ -104,6 +104,14 @@ def test_help_of_a_command_with_settings_lists_each_with_meaning_and_default(
         assert f"--{row.name} {row.description} [" in help_text
 
 
+@pytest.mark.parametrize(("command", "arguments"), [("sweep", "--space FILE.yaml"), ("data", "[SOURCE …]")])
+def test_the_usage_of_a_command_with_settings_names_its_arguments(
+    command: str, arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: savant {command} {arguments} [")
+
+
 @pytest.mark.parametrize("command", ["generate", "benchmark"])
 def test_help_of_a_command_without_settings_lists_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "-h"]) == 0
@@ -382,6 +390,23 @@ def test_export_passes_its_options_and_prints_warnings(calls: list[Any], capsys:
 def test_export_refuses_invalid_options(arguments: list[str], calls: list[Any]) -> None:
     assert main(["export", *arguments]) == 2
     assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "run", "--replicas", "-1"], "'-1' is neither a number of at least 1 nor a range such as 1-4"),
+        (["serve", "run", "--replicas", "2-"], "'2-' is neither a number of at least 1 nor a range such as 1-4"),
+        (["serve", "run", "--replicas", "4-2"], "'2' is not a whole number from 4 to "),
+        (["evaluate", "run", "--depths", "1,2", "--loops", "3"], "--depths and --loops exclude each other"),
+        (["data", "--sources", "text.jsonl"], "error: --sources: no such setting"),
+    ],
+)
+def test_options_that_have_no_meaning_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_config_prints_the_complete_settings(capsys: pytest.CaptureFixture[str]) -> None:

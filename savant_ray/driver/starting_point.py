@@ -54,7 +54,7 @@ def find_start(
     """Return the local folder of the newest complete checkpoint, downloaded if necessary; None if the run has none.
 
     Sets damaged checkpoints aside, which `notify` prints, and rewrites Ray's list of checkpoints. `convert` is called with
-    the newest complete checkpoint and may return a newer one that it converts from a file of the original program.
+    the newest complete checkpoint and may return a newer one that it converts from a file of the original script.
 
     Raises:
         CheckpointError: the run had checkpoints, and none of them is complete.

@@ -120,11 +120,10 @@ def _model_config(config: Config) -> dict[str, Any]:
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the names of the special tokens as `tokenizer_config.json` has them.
+    """Return the entries of `tokenizer_config.json` that name special tokens; the chat template's variables take precedence.
 
-    Names from the chat template take precedence. The end-of-document token is left out if it is neither a special token nor
-    named like one, because `transformers` would make it a special token and not decode it; `generation_config.json` has
-    its id.
+    The end-of-document token is left out if it is neither a special token nor named like one, because `transformers` would
+    make it a special token and leave it out of decoded text; `generation_config.json` has its id.
     """
     names = {}
     if tokenizer.prefix:
@@ -176,5 +175,5 @@ def _begins_with(prefix: str, template: ChatTemplate) -> bool:
     conversation = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
     try:
         return dataclasses.replace(template, prefix="", suffix="").render(conversation).text.startswith(prefix)
-    except ConversationError:  # the template refuses this conversation; leave it as it is
+    except ConversationError:  # the template refuses this conversation and is not changed
         return True

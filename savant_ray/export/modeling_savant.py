@@ -1,9 +1,9 @@
 """Savant for Hugging Face `transformers` (4.56 or newer): configuration and causal language model.
 
 One recurrent block is applied `num_loops` times with the same weights. Each loop has soft-capped attention, over all
-earlier tokens in every `global_every`-th loop and over the last `window_size` tokens in the others, and a SwiGLU network.
-Both update the residual stream through a learned gate. `savant export --format hf` writes this file beside the weights.
-License: Apache-2.0.
+earlier tokens in every `global_every`-th loop and over the previous `window_size` tokens in the others, and a SwiGLU
+network. Both update the residual stream through a learned gate. `savant export --format hf` writes this file beside the
+weights. License: Apache-2.0.
 
 Shapes: B batch, H heads, T new tokens, S keys, D hidden_size, F = head_dim / 2, V vocabulary.
 """
@@ -138,12 +138,10 @@ class RecurrentBlock(nn.Module):
 
     def __init__(self, config: SavantConfig) -> None:
         super().__init__()
-        dim, hidden_dim = config.hidden_size, int(2 * 4 * config.hidden_size / 3)
+        dim, ffn_dim = config.hidden_size, int(2 * 4 * config.hidden_size / 3)
         self.attn = LiquidAttention(config)
         self.ln_ffn = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, 2 * hidden_dim, bias=False), SwiGLU(), nn.Linear(hidden_dim, dim, bias=False)
-        )
+        self.ffn = nn.Sequential(nn.Linear(dim, 2 * ffn_dim, bias=False), SwiGLU(), nn.Linear(ffn_dim, dim, bias=False))
         self.liquid_gate_ffn = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, loop: int, window: int | None, mask_of: Any, rope: Rope | None, cache: Any) -> Tensor:

@@ -1,4 +1,4 @@
 """Checkpoint files of the original script: conversion into savant_ray checkpoints, and export from them.
 
-The original is the training guide's script, which savant_ray reimplements as a Ray Train job.
+The original is the training script that savant_ray reimplements as a Ray Train job.
 """

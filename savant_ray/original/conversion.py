@@ -71,10 +71,10 @@ def convert_newest(
 ) -> Path | None:
     """Convert the newest intact file of the original into a checkpoint of the run, if its step is after that of `newest`.
 
-    `newest` is the newest intact savant_ray checkpoint of the run. If it was converted from a file of the original with
-    other settings and nothing was trained from it, that file is converted again, unless the settings name no tokenizer to
-    compare. The files are not changed; damaged ones are reported to `log`. With `allow_changes` the settings may differ
-    from those of the file.
+    `newest` is the newest intact savant_ray checkpoint of the run. If it was converted from a file of the original and
+    nothing was trained from it, that file is converted again if `config` names a tokenizer, and settings or tokenizer have
+    changed. The files are not changed; damaged ones are reported to `log`. With `allow_changes` the settings may differ from
+    those of the file.
 
     Returns:
         The new checkpoint; None if there is nothing to convert.
@@ -83,7 +83,7 @@ def convert_newest(
         CheckpointError: there is no savant_ray checkpoint and all files of the original are damaged, or the file's model
             has other settings; all differences are listed.
         DataError: the tokenizer of the settings cannot be read.
-        SettingsError: it has more entries than the file's model.
+        SettingsError: the tokenizer has more entries than the file's model.
         SavantError: another process owns the run.
         OSError: the storage cannot be read or written; no partial checkpoint remains.
     """

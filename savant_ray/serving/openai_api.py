@@ -74,7 +74,7 @@ class Api:
         self._max_length = settings.max_length or config.model.max_seq_len
         limit, temperature = config.validation.max_new_tokens, config.validation.temperature
         self._sampling = Sampling.for_tokenizer(tokenizer, limit, temperature)
-        self._turn_end, self._start = turn_end(tokenizer), int(time.time())
+        self._turn_end, self._created = turn_end(tokenizer), int(time.time())
         boundaries = [0.01, 0.03, 0.1, 0.3, 1, 3, 10]  # seconds
         self._first_token = Histogram("savant_serve_first_token_seconds", "Time to the first token.", boundaries)
         self._n_tokens = Counter("savant_serve_tokens", "Tokens of prompts and answers.", ("kind",))
@@ -97,7 +97,7 @@ class Api:
 
     async def _models(self, http: HttpRequest) -> Response:
         self._check_key(http)
-        model = {"id": self._name, "object": "model", "created": self._start, "owned_by": "savant_ray"}
+        model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "savant_ray"}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def _complete(self, kind: type[Request], http: HttpRequest) -> Response:

@@ -54,7 +54,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
     space = read_space(space_file, config)
     folder = Path(config.run.storage_path, config.run.name)
     options = f"--trials {trials} --concurrent {concurrent}{'' if stops_early else ' --no-early-stopping'}"
-    _refuse_other_sweep(folder, options, f"{dump_yaml(config)}\n{space_file.read_text(encoding='utf-8')}")
+    _write_or_compare_description(folder, options, f"{dump_yaml(config)}\n{space_file.read_text(encoding='utf-8')}")
     os.environ |= TUNE_ENVIRONMENT
     with ray_session(verbose):
         if not verbose:
@@ -80,7 +80,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
     return int(grid.num_errors > 0)
 
 
-def _refuse_other_sweep(folder: Path, options: str, settings: str) -> None:
+def _write_or_compare_description(folder: Path, options: str, settings: str) -> None:
     """Write the description of a new sweep, or compare it with that of the existing one.
 
     Tune resumes a sweep with the options that it has stored, so others would have no effect.
