@@ -430,6 +430,8 @@ def _runs(arguments: Sequence[str]) -> int:
     from savant_ray.reporting.runs import find_runs, print_table, summarize, to_json
     from savant_ray.storage.lock import is_in_use
 
+    if missing := [str(folder) for folder in options.folders if not folder.exists()]:
+        raise SettingsError(f"{', '.join(missing)}: no such folder")
     folders = options.folders or [Path()]
     if not options.folders:
         with suppress(SettingsError):  # a user without a home folder has no runs there

@@ -586,6 +586,13 @@ def test_runs_are_listed_for_a_user_without_a_home_folder(
     assert capsys.readouterr().out.startswith("no runs found")
 
 
+def test_folders_to_search_for_runs_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["runs", str(tmp_path / "empty")]) == 0
+    assert main(["runs", str(tmp_path / "empty"), str(tmp_path / "nowhere")]) == 2
+    assert f"{tmp_path}/nowhere: no such folder" in capsys.readouterr().err
+
+
 def test_writing_to_a_closed_pipe_prints_no_traceback() -> None:
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--help"]
     read, write = os.pipe()

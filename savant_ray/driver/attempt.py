@@ -25,7 +25,7 @@ from savant_ray.driver.starting_point import (
     records_of,
 )
 from savant_ray.driver.tokenizer_choice import WeightsCheckpoint, choose_tokenizer, find_weights_checkpoint
-from savant_ray.errors import STOPPED_EARLY, explain, unexpected_errors_explained
+from savant_ray.errors import STOPPED_EARLY, SavantError, explain, unexpected_errors_explained
 from savant_ray.original.conversion import convert_newest
 from savant_ray.reporting import RunReport, open_trackers
 from savant_ray.reporting.console import PlainConsole
@@ -49,8 +49,9 @@ class Attempt:
     def newest_checkpoint(self) -> str:
         """Return the name of the run's newest checkpoint, for messages."""
         try:
-            return newest_checkpoint_name(self.storage) or "the beginning (no checkpoint yet)"
-        except OSError:  # object storage that cannot be reached
+            with storage_errors_explained(self.storage):
+                return newest_checkpoint_name(self.storage) or "the beginning (no checkpoint yet)"
+        except (OSError, SavantError):  # storage that cannot be reached
             return "its newest checkpoint"
 
 

@@ -45,7 +45,7 @@ def explain_failure(
         return UnexpectedError(f"training ended: {reason}\n{advice}", details)
     _, root_cause = _root_failure(error.worker_failures)
     summary = hang or _summarize(error.worker_failures)
-    message = f"{summary}\nWorkers were restarted {max_failures} times (scaling.max_failures)."
+    message = f"{summary}\nThe workers were restarted as often as scaling.max_failures: {max_failures} allows."
     if isinstance(root_cause, UnexpectedError):
         return UnexpectedError(f"{message} {advice}", root_cause.details)
     return TrainingError(f"{message} Ray's error is in training_log.txt. {advice}")
