@@ -146,9 +146,10 @@ def compare_settings(checkpoint: Path, config: Config, allow_changes: bool, noti
             tokenizer would be trained, or with the schedule `wsd` the checkpoint's steps would have had other learning
             rates, and `allow_changes` is False; the message lists all differences.
     """
-    changes = changes_since(checkpoint, config)
+    old = read_settings(checkpoint)
+    changes = changed_settings(old.to_dict(), config.to_dict())
     if not allow_changes:
-        _refuse_other_settings(checkpoint, config, changes)
+        _refuse_other_settings(checkpoint, config, changes, old.training)
     reported = [text for name, text in changes.items() if not name.startswith(UNREPORTED_CHANGES)]
     if reported:
         notify(f"changed since {checkpoint.name}: {'; '.join(reported)}")
@@ -162,14 +163,16 @@ def compare_settings(checkpoint: Path, config: Config, allow_changes: bool, noti
         )
 
 
-def _refuse_other_settings(checkpoint: Path, config: Config, changes: dict[str, str]) -> None:
+def _refuse_other_settings(
+    checkpoint: Path, config: Config, changes: dict[str, str], old_training: TrainingConfig
+) -> None:
     differences = [text for name, text in changes.items() if name.startswith(MUST_AGREE)]
     if config.data.trains_tokenizer and TOKENIZER not in read_manifest(checkpoint)["files"]:
         differences.append(
             f"data.tokenizer: {config.data.tokenizer} would train a new tokenizer, and {checkpoint.name} has none; set it "
             "to the tokenizer that the weights were trained with"
         )
-    differences += other_learning_rates(read_settings(checkpoint).training, config.training, step_of(checkpoint))
+    differences += other_learning_rates(old_training, config.training, step_of(checkpoint))
     _raise_if_different(checkpoint, config, differences)
 
 
@@ -217,11 +220,6 @@ def shortest_length(last_stable_step: int, decay_fraction: float) -> str:
     return f"training.max_steps: {shortest.max_steps}"
 
 
-def changes_since(checkpoint: Path, config: Config) -> dict[str, str]:
-    """Return the settings that changed since the checkpoint was written, as `changed_settings` does."""
-    return changed_settings(read_settings(checkpoint).to_dict(), config.to_dict())
-
-
 def refuse_other_data(checkpoint: Path, config: Config, data_fingerprint: str) -> None:
     """Check that text, mixture and tokenizer are those that the checkpoint was trained with.
 
@@ -230,7 +228,7 @@ def refuse_other_data(checkpoint: Path, config: Config, data_fingerprint: str) -
     """
     if read_manifest(checkpoint)["data_fingerprint"] in (NO_FINGERPRINT, data_fingerprint):
         return
-    change = changes_since(checkpoint, config).get(
+    change = changed_settings(read_settings(checkpoint).to_dict(), config.to_dict()).get(
         "data.sources",
         "data.sources: a file was added, changed or removed, or a setting of data changes what is read, such as "
         "data.deduplicate or data.validation",

@@ -24,7 +24,6 @@ from savant_ray.training.checkpoint import (
     find_checkpoint,
     read_manifest,
     read_settings,
-    tokenizer_files,
     verify,
 )
 
@@ -235,10 +234,10 @@ def _change_error(checkpoint: WeightsCheckpoint, difference: Difference) -> Sett
 
 def _weights_checkpoint(folder: Path, name: str, tokenizer_path: str, is_resumed: bool) -> WeightsCheckpoint | None:
     """Return the checkpoint in `folder` with its tokenizer, None if it has no tokenizer."""
-    verify(folder, CONFIG)
-    if TOKENIZER not in read_manifest(folder)["files"]:
+    listed = read_manifest(folder)["files"]
+    verify(folder, CONFIG, *(file for file in TOKENIZER_FILES if file in listed))
+    if TOKENIZER not in listed:
         return None
-    verify(folder, *(path.name for path in tokenizer_files(folder)))
     data = read_settings(folder).data
     tokenizer = Tokenizer.load(folder / TOKENIZER, data.end_of_document, data.add_special_tokens)
     tokenizer.name = f"the tokenizer of {name}"

@@ -1,4 +1,4 @@
-"""Makes the paths in a run's settings absolute, and locates the run folder on this machine."""
+"""Makes the paths in a run's settings absolute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from savant_ray.config import Config, HeldOutConfig
 from savant_ray.errors import SettingsError
-from savant_ray.locations import absolute_path, is_uri, local_path, printable, runs_below_home, split_query
+from savant_ray.locations import absolute_path, is_uri, local_path, printable
 
 
 def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path) -> Config:
@@ -43,20 +43,6 @@ def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path)
     return config.model_copy(
         update={"run": config.run.model_copy(update=run), "data": config.data.model_copy(update=data)}
     )
-
-
-def run_folder(config: Config) -> Path:
-    """Return `<run.storage_path>/<run.name>`; for a URI, the folder on this machine that mirrors the run.
-
-    The mirror of a run in `s3://bucket/runs` is `~/savant_runs/s3/bucket/runs/<run.name>`.
-
-    Raises:
-        SettingsError: the mirror needs a home folder, and the user has none.
-    """
-    if not is_uri(config.run.storage_path):
-        return Path(config.run.storage_path) / config.run.name
-    scheme, _, rest = split_query(config.run.storage_path)[0].partition("://")
-    return runs_below_home() / scheme / rest.strip("/") / config.run.name
 
 
 def _absolute(path: str | list[str], folder: Path, setting: str) -> str | list[str]:

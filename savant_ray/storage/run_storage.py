@@ -17,14 +17,21 @@ from urllib.parse import quote
 
 from savant_ray.config import Config
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.locations import checkpoint_path, error_text, is_uri, join_uri, parent_and_name
+from savant_ray.locations import (
+    checkpoint_path,
+    error_text,
+    is_uri,
+    join_uri,
+    parent_and_name,
+    runs_below_home,
+    split_query,
+)
 from savant_ray.original.conversion import converted, find_original, no_intact_file_message
 from savant_ray.original.file import newest_intact
 from savant_ray.original.names import is_original_name, original_names
 from savant_ray.storage.lease import Owner
 from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.object_store import ObjectStorage, step_name
-from savant_ray.storage.paths import run_folder
 from savant_ray.storage.protocol import RunStorage, newest_checkpoint_name
 from savant_ray.training.checkpoint import MANIFEST, find_checkpoint
 
@@ -34,16 +41,21 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def run_storage(config: Config, owner: Owner | None = None) -> RunStorage:
     """Return the storage of the run with these settings; workers pass the fencing token of their driver.
 
+    The mirror of a run in `s3://bucket/runs` is the folder `~/savant_runs/s3/bucket/runs/<run.name>`.
+
     Raises:
-        SettingsError: `run.storage_path` is not the URI of a storage that pyarrow supports.
+        SettingsError: `run.storage_path` is not the URI of a storage that pyarrow supports; or it is a URI, and the user has
+            no home folder for the mirror.
     """
     storage: RunStorage
+    parent, name = config.run.storage_path, config.run.name
     try:
-        if is_uri(config.run.storage_path):
-            uri = join_uri(config.run.storage_path, quote(config.run.name))
-            storage = ObjectStorage(uri, run_folder(config), owner)
+        if is_uri(parent):
+            scheme, _, path = split_query(parent)[0].partition("://")
+            mirror = runs_below_home() / scheme / path.strip("/") / name
+            storage = ObjectStorage(join_uri(parent, quote(name)), mirror, owner)
         else:
-            storage = LocalStorage(run_folder(config), owner)
+            storage = LocalStorage(Path(parent, name), owner)
     except SettingsError as error:
         raise SettingsError(f"run.storage_path: {error}") from error
     if config.training.last_stable_step:  # not None, and not 0

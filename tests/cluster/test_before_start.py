@@ -33,7 +33,8 @@ from savant_ray.reporting import RunReport
 from savant_ray.reporting.wording import byte_size, own_command
 from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.lock import LOCK, is_in_use, locked, move_run_aside
-from savant_ray.storage.paths import run_folder, with_absolute_paths
+from savant_ray.storage.paths import with_absolute_paths
+from savant_ray.storage.run_storage import run_storage
 from tests.cluster.conftest import environment, with_text
 from tests.cluster.conftest import options as tiny_options
 from tests.cluster.test_starting_point import write
@@ -62,7 +63,7 @@ def test_a_run_in_object_storage_has_a_local_mirror_and_the_cache_must_be_local(
     config = load_config(["--run.storage_path", "s3://bucket/my/runs?region=eu-west-1"], environment={})
     resolved = with_absolute_paths(config, Path("/in"), Path("/out"))
     assert resolved.run.storage_path == config.run.storage_path
-    assert run_folder(resolved) == Path.home() / "savant_runs/s3/bucket/my/runs/checkpoints_savant"
+    assert run_storage(resolved).folder == Path.home() / "savant_runs/s3/bucket/my/runs/checkpoints_savant"
     uri = join_uri(config.run.storage_path, "step_5")
     assert uri == "s3://bucket/my/runs/step_5?region=eu-west-1"
     assert parent_and_name(uri) == (config.run.storage_path, "step_5")
@@ -116,7 +117,7 @@ def test_a_missing_home_folder_is_reported_only_if_one_is_needed(monkeypatch: py
     with pytest.raises(SettingsError, match=f"user {os.getuid()} has no home folder.*set HOME"):
         output_folder({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"})
     with pytest.raises(SettingsError, match="set HOME"):
-        run_folder(load_config(["--run.storage_path", "s3://bucket/runs"], environment={}))
+        run_storage(load_config(["--run.storage_path", "s3://bucket/runs"], environment={}))
     assert output_folder({}) == Path.cwd()
 
 
@@ -128,7 +129,7 @@ def test_a_missing_home_folder_is_replaced_for_libraries_but_not_for_runs(
     replace_missing_home()
     assert Path.home().is_dir() and not list(Path.home().iterdir())
     with pytest.raises(SettingsError, match="set HOME"):
-        run_folder(load_config(["--run.storage_path", "s3://bucket/runs"], environment={}))
+        run_storage(load_config(["--run.storage_path", "s3://bucket/runs"], environment={}))
 
 
 def test_a_checkpoint_of_the_default_model_is_about_a_gigabyte() -> None:
