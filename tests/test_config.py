@@ -349,6 +349,8 @@ def test_a_duplicate_key_is_refused_with_both_lines(file: Path) -> None:
         ("[" * 5000, " line 1: not valid YAML: nested more than 50 levels deep"),
         (f"run: {{seed: {'[' * 400}{']' * 400}}}\n", " line 1: not valid YAML: nested more than 50 levels deep"),
         ("- a\n", ": expected sections with settings, found [a]"),
+        ("[]\n", ": expected sections with settings, found []"),
+        ("false\n", ": expected sections with settings, found false"),
         ("training: 3\n", ": training: expected settings below it, found 3"),
     ],
 )

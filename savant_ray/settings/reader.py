@@ -138,7 +138,8 @@ class SettingsReader:
     def _read_sections(self, content: Any, path: Path) -> None:
         sections = sorted({name.split(".")[0] for name in self.settings})
         if not isinstance(content, dict):
-            self.problems += [f"{path}: expected sections with settings, found {show(content)}"] if content else []
+            if content is not None:  # the file is not empty
+                self.problems.append(f"{path}: expected sections with settings, found {show(content)}")
             return
         for section, fields in content.items():
             if section not in sections:

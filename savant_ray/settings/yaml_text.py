@@ -152,7 +152,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 # An integer of more than 18 digits is read as a float: it may not fit into 64 bits, and Python converts a limited number of
 # digits.
 _INT = r"[-+]?[0-9](?:_?[0-9]){0,17}"
-_FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+_FLOAT = r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 _BOOL = "(?i:true|false|yes|no|on|off)"
 
 
