@@ -42,11 +42,7 @@ MAX_THREADS = 1024  # of a worker; OpenMP ends the process if it cannot start th
 WEIGHT_RESOLUTION = 100_000  # smallest weight: 1 sequence in this many; equal to `MAX_PERIOD` in data/order.py
 CONTROL_CATEGORIES = ("Cc", "Zl", "Zp")  # of Unicode: control characters, line and paragraph separators
 MAX_FOLDER_NAME_BYTES = 255
-VALIDATION_SPLITS = (
-    "validation",
-    "test",
-    "train",
-)  # of a folder or data set with validation text; the first one counts
+VALIDATION_SPLITS = ("validation", "test", "train")  # the first one that the data set has is the validation text
 LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
 _PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")  # as in scheme://user:password@host
 
@@ -189,7 +185,7 @@ def parse_template(template: str) -> list[TemplatePart]:
     """Return the parts of a template such as `Question: {question}`; `{{` and `}}` stand for braces.
 
     Raises:
-        ValueError: a brace has no counterpart, or there is something else than the name of a field between two.
+        ValueError: a brace has no counterpart, or what is between two braces is not the name of a field.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -242,14 +238,14 @@ class TextConfig(Section):
     )
     messages: Text | None = Field(
         default=None,
-        description="name of the field with a conversation, a list of {role, content} or {from, value}; auto: that in "
-        "messages or conversations, or instruction, input and output, or prompt and completion; rendered by the tokenizer's "
-        "chat template, otherwise as Question: … and Answer: …",
+        description="name of the field with a conversation, a list of {role, content} or {from, value}; auto: the field "
+        "messages or conversations, or the fields instruction, input and output, or prompt and completion; rendered by the "
+        "tokenizer's chat template, otherwise as Question: … and Answer: …",
     )
     train_on: TrainOn | None = Field(
         default=None,
-        description="tokens of a conversation that are trained on: those of the assistant, except in messages of weight 0 "
-        "and in a prompt, or all; null: assistant; all tokens of other documents are",
+        description="tokens of a conversation that are trained on; assistant: those of the assistant's messages, except in "
+        "a prompt and in messages with weight 0; null: assistant. All tokens of other documents are trained on",
     )
 
     @property
@@ -290,8 +286,8 @@ class FilterConfig(Section):
     max_chars: Count | None = Field(default=None, description="maximum number of characters of a document")
     equals: dict[str, Scalar] | None = Field(
         default=None,
-        description="values of fields, such as {lang: en}; a number or boolean can be a text in the data; a "
-        "document without the field is left out",
+        description="values that fields must have, such as {lang: en}; a number or boolean also equals a text that is "
+        "written like it, as in CSV; a document without the field is left out",
     )
 
     @model_validator(mode="after")
@@ -335,7 +331,7 @@ class HeldOutConfig(TextConfig):
     path: Texts | None = Field(default=None, description="held-out text; same forms as the path of a source")
     split: Text = Field(
         default=AUTO,
-        description="split of the same data sets and folders as in a source; auto: validation, else test, else train",
+        description="split, as for a source; auto: validation, otherwise test, otherwise train",
     )
     fraction: float | None = Field(
         default=None,
@@ -701,7 +697,7 @@ def load_config(
 
 
 def setting_errors(settings: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
-    """Return one message per error in nested settings, with the place of the setting if `origins` has it by dotted name."""
+    """Return one message per error in nested settings; `origins` maps dotted names to what a message names, such as a file."""
     reader = SettingsReader(all_settings())
     reader.values = {name: SettingValue(None, origin) for name, origin in origins.items()}
     try:

@@ -225,7 +225,7 @@ def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
 
 
 def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
-    """Return what an identity contains if an earlier version read other documents; of other text nothing, as before."""
+    """Return what is added to the identity of text of which earlier versions read other documents; empty for other text."""
     corrected: dict[str, Any] = {}
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         for source in sources:
@@ -640,8 +640,8 @@ def _lines_before(origins: Sequence[int], summaries: Sequence[RangeSummary]) -> 
 def empty_file_report(manifest: Manifest, has_other_split: bool = False) -> list[str]:
     """Return a message for each of the first files without a document, and one with the number of the others.
 
-    With `has_other_split`, documents may be in the other one of training and validation text. Then a file is not named if it
-    has lines without a document that were not left out for another reason.
+    With `has_other_split`, a line without a document that is neither invalid, filtered nor a duplicate may have its document
+    in the other of training and validation text; a file with such lines is not named.
     """
     messages = [
         f"{file.path}: no document in {file.lines:,} {file.unit}{'s' * (file.lines != 1)}"

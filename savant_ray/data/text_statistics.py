@@ -110,7 +110,7 @@ def text_statistics(
         summary = RangeSummary()
         with open_records(part, max_record_bytes, rule.fields) as records:
             documents = rule.documents(records)
-            n_read = n_complete = 0  # bytes; the records of all but the last block that was read are complete
+            n_read = n_complete = 0  # bytes that were read, and those before the last block: all their records are counted
             while batch := list(islice(documents, BATCH_RECORDS)):
                 for document in batch:
                     summary.count(document)

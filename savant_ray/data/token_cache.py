@@ -365,7 +365,7 @@ class TokenCache:
 
 
 def _documents_of(document_ids: NDArray[np.int32]) -> list[NDArray[np.bool_]]:
-    """Return for each document of a row [T] which positions are its."""
+    """Return for each document of a row the positions that it has, as a mask [T]."""
     return [document_ids == number for number in range(document_ids.max() + 1)]
 
 
