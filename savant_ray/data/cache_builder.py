@@ -40,7 +40,7 @@ from savant_ray.data.record_reader import RecordReader, documents, max_records, 
 from savant_ray.data.records import MAX_RECORD_BYTES, Part, Record
 from savant_ray.data.shard_writer import (
     MAX_NAMED_INVALID_LINES,
-    RangeSummary,
+    PartSummary,
     Recipe,
     damaged_digests,
     shard_name,
@@ -87,7 +87,7 @@ def prepare(
     cache_dir: str | Path,
     on_bad_line: Literal["skip", "error"] = "skip",
     max_line_bytes: int = MAX_RECORD_BYTES,
-    range_bytes: int | None = None,
+    part_bytes: int | None = None,
     deduplicate_after: Sequence[TokenCache] | None = None,
     progress: Progress | None = None,
     log: Callable[[str], None] = print,
@@ -104,7 +104,7 @@ def prepare(
         cache_dir: folder of all caches.
         on_bad_line: "skip" skips and counts invalid lines, "error" raises an error that lists them.
         max_line_bytes: longer lines are invalid.
-        range_bytes: length of the part that one task reads; None: the default of `plan_parts`.
+        part_bytes: length of the part that one task reads; None: the default of `plan_parts`.
         deduplicate_after: leave out documents that have occurred before in these texts, or are in these caches; None: keep
             all documents.
         progress: receives bytes done and total bytes.
@@ -123,7 +123,7 @@ def prepare(
     common: dict[str, Any] = {
         "version": DATA_VERSION,
         "files": list(zip(_relative_paths(files), hashes, strict=True)),
-        "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
+        "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, part_bytes],
         **_corrected_reading(sources),
     }
     if deduplicate_after is not None:
@@ -133,7 +133,7 @@ def prepare(
         of_texts=fingerprint({**common, **_reading_identity(texts_only)}),
         of_rules=fingerprint({**common, **_reading_identity(sources)}),
     )
-    plan = partial(plan_source_parts, sources, range_bytes)
+    plan = partial(plan_source_parts, sources, part_bytes)
     build = _Build(plan, files, hashes, recipe, identity, cache_dir, deduplicate_after)
     progress = progress or (lambda done, total: None)
     _build_once(build.lock, partial(build.is_complete, progress), partial(build.run, progress, log))
@@ -270,13 +270,13 @@ def _is_json_lines(file: SourceFile) -> bool:
     return (file.inspected().format if suffix_format in ("csv", "text") else suffix_format) == "jsonl"
 
 
-def plan_source_parts(sources: Sequence[SourceText], range_bytes: int | None) -> list[SourcePart]:
+def plan_source_parts(sources: Sequence[SourceText], part_bytes: int | None) -> list[SourcePart]:
     """Divide the files of all sources into parts."""
     parts: list[SourcePart] = []
     n_files = 0
     for number, source in enumerate(sources):
         numbers = {file.path: n_files + index for index, file in enumerate(source.files)}
-        planned = plan_parts(source.files, range_bytes)
+        planned = plan_parts(source.files, part_bytes)
         parts += [SourcePart(part, numbers[part.file.path], number, source.rule) for part in planned]
         n_files += len(source.files)
     return parts
@@ -382,7 +382,7 @@ class _Build:
         manifest = _merge_summaries(
             {index: name for index, name in enumerate(_relative_paths(self._files)) if index not in unread},
             parts,
-            [RangeSummary.read(folder, index) for index in range(len(parts))],
+            [PartSummary.read(folder, index) for index in range(len(parts))],
             fingerprint="",
             sequence_length=self._recipe.sequence_length,
         )
@@ -406,7 +406,7 @@ class _Build:
     def _write_missing(self, folder: Path, parts: Sequence[SourcePart], progress: Progress) -> None:
         """Write the shards that are missing. Raises errors as `_run_tasks`."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(parts))))
+            complete = list(threads.map(partial(PartSummary.is_complete, folder), range(len(parts))))
         missing = {index: parts[index] for index, is_complete in enumerate(complete) if not is_complete}
         total, remaining = (sum(part.part.stored_bytes for part in some) for some in (parts, missing.values()))
         self._run_tasks(folder, missing, "write", lambda done, _: progress(total - remaining + done, total))
@@ -414,7 +414,7 @@ class _Build:
     def _run_tasks(
         self, folder: Path, parts: Mapping[int, SourcePart], work: Literal["scan", "write"], progress: Progress
     ) -> None:
-        """Run one Ray Data task per range.
+        """Run one Ray Data task per part.
 
         Raises:
             DataError: a file cannot be read or written.
@@ -553,7 +553,7 @@ def _add_progress(progress: Progress, done: int, total: int, n_bytes: int) -> No
 
 
 def _merge_summaries(
-    names: Mapping[int, str], parts: Sequence[SourcePart], summaries: Sequence[RangeSummary], **identity: Any
+    names: Mapping[int, str], parts: Sequence[SourcePart], summaries: Sequence[PartSummary], **identity: Any
 ) -> Manifest:
     """Combine the summaries of all parts into a manifest, whose line numbers are counted from the start of each file.
 
@@ -619,16 +619,16 @@ def _merge_summaries(
     )
 
 
-def _per_file(origins: Sequence[int], summaries: Sequence[RangeSummary], key: str) -> Counter[int]:
-    """Return the sum of one count over the ranges of each file; `origins` are the files of the ranges."""
+def _per_file(origins: Sequence[int], summaries: Sequence[PartSummary], key: str) -> Counter[int]:
+    """Return the sum of one count over the parts of each file; `origins` are the files of the parts."""
     totals: Counter[int] = Counter()
     for origin, summary in zip(origins, summaries, strict=True):
         totals[origin] += getattr(summary, key)
     return totals
 
 
-def _lines_before(origins: Sequence[int], summaries: Sequence[RangeSummary]) -> list[int]:
-    """Return for each range the number of lines of its file before it."""
+def _lines_before(origins: Sequence[int], summaries: Sequence[PartSummary]) -> list[int]:
+    """Return for each part the number of lines of its file before it."""
     seen: Counter[int] = Counter()
     before = []
     for origin, summary in zip(origins, summaries, strict=True):
