@@ -35,7 +35,7 @@ from savant_ray.settings.reader import SettingsReader, SettingValue
 from savant_ray.settings.table import Setting, list_settings
 from savant_ray.settings.yaml_text import show, to_yaml
 
-MAX_SEED = 10**18 - 1  # all numbers of up to 18 digits fit into 64 bits
+MAX_INTEGER = 10**18 - 1  # YAML integers of more digits are loaded as floats, because they may not fit into 64 bits
 MIN_HANG_SECONDS = 5  # workers send their progress once a second
 MAX_HANG_SECONDS = 604_800  # a week; gloo and NCCL, which wait 20 times as long, count nanoseconds in 64 bits
 MAX_THREADS = 1024  # of a worker; OpenMP ends the process if it cannot start the requested number of threads
@@ -122,8 +122,8 @@ class RunConfig(Section):
     @field_validator("seed", mode="before")
     @classmethod
     def _check_seed(cls, seed: Any) -> Any:
-        if isinstance(seed, int | float) and seed > MAX_SEED:  # YAML integers of more digits are loaded as floats
-            raise ValueError(f"run.seed: {seed} is not a whole number from 0 to {MAX_SEED}")
+        if isinstance(seed, int | float) and seed > MAX_INTEGER:
+            raise ValueError(f"run.seed: {seed} is not a whole number from 0 to {MAX_INTEGER}")
         return seed
 
     @field_validator("name")
@@ -289,6 +289,14 @@ class FilterConfig(Section):
         description="values that fields must have, such as {lang: en}; a number or boolean also equals a text that is "
         "written like it, as in CSV; a document without the field is left out",
     )
+
+    @field_validator("equals")
+    @classmethod
+    def _check_equals(cls, equals: dict[str, Scalar] | None) -> dict[str, Scalar] | None:
+        for name, value in (equals or {}).items():
+            if isinstance(value, float) and value.is_integer() and abs(value) > MAX_INTEGER:
+                raise ValueError(f"the value of {name} has more than 18 digits, so it cannot be compared exactly")
+        return equals
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -697,7 +705,7 @@ def load_config(
 
 
 def setting_errors(settings: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
-    """Return one message per error in nested settings; `origins` maps dotted names to what a message names, such as a file."""
+    """Return one message per error in nested settings; `origins` has what messages call a setting, by dotted name."""
     reader = SettingsReader(all_settings())
     reader.values = {name: SettingValue(None, origin) for name, origin in origins.items()}
     try:

@@ -48,7 +48,7 @@ from savant_ray.data.shard_writer import (
     tokenizer_of,
     write_shard,
 )
-from savant_ray.data.sources import LISTING_THREADS, SourceFile, format_by_suffix
+from savant_ray.data.sources import LISTING_THREADS, SourceFile, format_by_suffix, relative_paths
 from savant_ray.data.token_cache import (
     MANIFEST,
     FileSummary,
@@ -122,7 +122,7 @@ def prepare(
     hashes = content_hashes(files, cache_dir)
     common: dict[str, Any] = {
         "version": DATA_VERSION,
-        "files": list(zip(_relative_paths(files), hashes, strict=True)),
+        "files": list(zip(_identity_paths(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, part_bytes],
         **_corrected_reading(sources),
     }
@@ -229,14 +229,14 @@ def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
     corrected: dict[str, Any] = {}
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         for source in sources:
-            if any(threads.map(partial(_had_system_left_out, source.rule), source.files)):
+            if any(threads.map(partial(_system_messages_were_ignored, source.rule), source.files)):
                 corrected["system_columns"] = True
             if any(threads.map(_was_split_at_bars, source.files)):
                 corrected["tabs"] = True
     return corrected
 
 
-def _had_system_left_out(rule: DocumentRule, file: SourceFile) -> bool:
+def _system_messages_were_ignored(rule: DocumentRule, file: SourceFile) -> bool:
     """Return whether earlier versions did not read the system messages, which are in a column beside the conversations."""
     if rule.messages in (None, AUTO):
         return False
@@ -252,7 +252,7 @@ def _was_split_at_bars(file: SourceFile) -> bool:
     """Return whether `was_split_at_bars`; only files named .tsv are opened, because this runs whenever a run starts."""
     if data_suffix(file.path) != ".tsv":
         return False
-    with suppress(Exception):  # as in `_had_system_left_out`
+    with suppress(Exception):  # as in `_system_messages_were_ignored`
         if (file := file.inspected()).format == "csv":
             filesystem, path = file.resolve()
             with filesystem.open_input_file(path) as stored:
@@ -380,7 +380,7 @@ class _Build:
         self._refuse_changed(folder)
         unread = {part.file for part in planned} - {part.file for part in parts}
         manifest = _merge_summaries(
-            {index: name for index, name in enumerate(_relative_paths(self._files)) if index not in unread},
+            {index: name for index, name in enumerate(relative_paths(self._files)) if index not in unread},
             parts,
             [PartSummary.read(folder, index) for index in range(len(parts))],
             fingerprint="",
@@ -707,8 +707,11 @@ def refuse_if_all_masked(manifest: Manifest) -> None:
         )
 
 
-def _relative_paths(files: Sequence[SourceFile]) -> list[str]:
-    """Return the paths relative to the deepest common folder, so that moving this folder does not change them."""
+def _identity_paths(files: Sequence[SourceFile]) -> list[str]:
+    """Return the paths relative to the deepest common folder, so that moving a local folder does not change them.
+
+    Those of URIs begin with the last character of the folder, as in earlier versions, whose caches stay valid.
+    """
     if not files:
         raise DataError("no file to prepare")
     folders = [os.path.dirname(file.path) for file in files]  # noqa: PTH120 - also of URIs
@@ -719,7 +722,7 @@ def _relative_paths(files: Sequence[SourceFile]) -> list[str]:
 
 def _title(files: Sequence[SourceFile]) -> str:
     """Return what the cache folder's name begins with: the first file's name, truncated to `MAX_TITLE_BYTES`."""
-    name = _relative_paths(files)[0].partition(".")[0].replace("/", "-")
+    name = _identity_paths(files)[0].partition(".")[0].replace("/", "-")
     return name.encode()[:MAX_TITLE_BYTES].decode(errors="ignore")
 
 

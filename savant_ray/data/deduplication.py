@@ -3,7 +3,7 @@
 A task per part writes a scan: the 64-bit digest and the record number of each document. The first document with a digest
 stays, in the order of sources, files and records; the record numbers of the others are written into a file that the task
 which writes the shard reads. A preparation that is interrupted continues with the scans, or with this result, if they are
-written. Digests of earlier sources are in their token caches, so each source is scanned once. The driver needs about 40
+written. Digests of earlier sources are in their token caches, so each source is scanned once. The driver needs about 60
 bytes of memory per document of the source that is scanned.
 """
 

@@ -171,6 +171,13 @@ def expand(
     return _without_links([files[path] for path in sorted(files)], warn)
 
 
+def relative_paths(files: Sequence[SourceFile]) -> list[str]:
+    """Return the paths relative to the deepest common folder; unchanged if the files are in several file systems."""
+    parts = [file.path.split("/") for file in files]
+    folder = os.path.commonprefix([path[:-1] for path in parts])  # noqa: RUF071 - compares lists element by element
+    return ["/".join(path[len(folder) :]) for path in parts]
+
+
 def refuse_empty(files: Sequence[SourceFile]) -> None:
     """Check that at least one file is not empty.
 

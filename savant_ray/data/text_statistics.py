@@ -110,7 +110,7 @@ def text_statistics(
         summary = PartSummary()
         with open_records(part, max_record_bytes, rule.fields) as records:
             documents = rule.documents(records)
-            n_read = n_complete = 0  # bytes that were read, and those before the last block: all their records are counted
+            n_read = n_complete = 0  # bytes read, and those before the last block, whose records are all counted
             while batch := list(islice(documents, BATCH_RECORDS)):
                 for document in batch:
                     summary.count(document)

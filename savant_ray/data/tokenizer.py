@@ -498,7 +498,7 @@ class IncrementalDecoder:
 
 
 def text_pieces(tokenizer: Tokenizer, document: MaskedDocument) -> list[tuple[str, bool]]:
-    """Return the text of a document, divided where training on it begins or ends; for each piece whether it is trained on.
+    """Return the text of a document, divided where training on it begins or ends, and whether each piece is trained on.
 
     Special tokens appear by name. A character of several tokens is trained on if one of them is.
     """

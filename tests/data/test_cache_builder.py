@@ -372,9 +372,7 @@ def test_only_the_damaged_files_of_a_cache_are_rebuilt(
     messages: list[str] = []
 
     def run() -> TokenCache:
-        return prepare(
-            expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", part_bytes=4_000, log=messages.append
-        )
+        return prepare(expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", part_bytes=4_000, log=messages.append)
 
     whole = run()
     run()  # has compared every shard with its checksum

@@ -324,7 +324,7 @@ UNSEEN: dict[str, dict[str, tuple[str, ...]]] = {
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SYNONYM = re.compile(r"<([a-z ]+)>")
-_SAME_PLACEHOLDER = str.maketrans("yzbc", "xxaa")
+_SAME_SLOT = str.maketrans("yzbc", "xxaa")
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def is_held_out_form(form: str) -> bool:
 
 def _skeleton(form: str) -> str:
     """Return the form with the same placeholder for all operands, for all letters and for all names."""
-    return re.sub(r"\{([xyzabc])\}", lambda match: match[0].translate(_SAME_PLACEHOLDER), form).replace("{other}", "{name}")
+    return re.sub(r"\{([xyzabc])\}", lambda match: match[0].translate(_SAME_SLOT), form).replace("{other}", "{name}")
 
 
 @cache
