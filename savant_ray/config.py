@@ -35,18 +35,14 @@ from savant_ray.settings.reader import SettingsReader, SettingValue
 from savant_ray.settings.table import Setting, list_settings
 from savant_ray.settings.yaml_text import show, to_yaml
 
-MAX_SEED = 10**18 - 1  # all numbers of up to 18 digits fit into 64 bits
+MAX_INTEGER = 10**18 - 1  # YAML integers of more digits are loaded as floats, because they may not fit into 64 bits
 MIN_HANG_SECONDS = 5  # workers send their progress once a second
 MAX_HANG_SECONDS = 604_800  # a week; gloo and NCCL, which wait 20 times as long, count nanoseconds in 64 bits
 MAX_THREADS = 1024  # of a worker; OpenMP ends the process if it cannot start the requested number of threads
 WEIGHT_RESOLUTION = 100_000  # smallest weight: 1 sequence in this many; equal to `MAX_PERIOD` in data/order.py
 CONTROL_CATEGORIES = ("Cc", "Zl", "Zp")  # of Unicode: control characters, line and paragraph separators
 MAX_FOLDER_NAME_BYTES = 255
-VALIDATION_SPLITS = (
-    "validation",
-    "test",
-    "train",
-)  # of a folder or data set with validation text; the first one counts
+VALIDATION_SPLITS = ("validation", "test", "train")  # the first one that the data set has is the validation text
 LOGIC_PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer: Let's think step by step:"
 _PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")  # as in scheme://user:password@host
 
@@ -126,8 +122,8 @@ class RunConfig(Section):
     @field_validator("seed", mode="before")
     @classmethod
     def _check_seed(cls, seed: Any) -> Any:
-        if isinstance(seed, int | float) and seed > MAX_SEED:  # YAML integers of more digits are loaded as floats
-            raise ValueError(f"run.seed: {seed} is not a whole number from 0 to {MAX_SEED}")
+        if isinstance(seed, int | float) and seed > MAX_INTEGER:
+            raise ValueError(f"run.seed: {seed} is not a whole number from 0 to {MAX_INTEGER}")
         return seed
 
     @field_validator("name")
@@ -189,7 +185,7 @@ def parse_template(template: str) -> list[TemplatePart]:
     """Return the parts of a template such as `Question: {question}`; `{{` and `}}` stand for braces.
 
     Raises:
-        ValueError: a brace has no counterpart, or there is something else than the name of a field between two.
+        ValueError: a brace has no counterpart, or what is between two braces is not the name of a field.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -242,14 +238,14 @@ class TextConfig(Section):
     )
     messages: Text | None = Field(
         default=None,
-        description="name of the field with a conversation, a list of {role, content} or {from, value}; auto: that in "
-        "messages or conversations, or instruction, input and output, or prompt and completion; rendered by the tokenizer's "
-        "chat template, otherwise as Question: … and Answer: …",
+        description="name of the field with a conversation, a list of {role, content} or {from, value}; auto: the field "
+        "messages or conversations, or the fields instruction, input and output, or prompt and completion; rendered by the "
+        "tokenizer's chat template, otherwise as Question: … and Answer: …",
     )
     train_on: TrainOn | None = Field(
         default=None,
-        description="tokens of a conversation that are trained on: those of the assistant, except in messages of weight 0 "
-        "and in a prompt, or all; null: assistant; all tokens of other documents are",
+        description="tokens of a conversation that are trained on; assistant: those of the assistant's messages, except in "
+        "a prompt and in messages with weight 0; null: assistant. All tokens of other documents are trained on",
     )
 
     @property
@@ -290,9 +286,17 @@ class FilterConfig(Section):
     max_chars: Count | None = Field(default=None, description="maximum number of characters of a document")
     equals: dict[str, Scalar] | None = Field(
         default=None,
-        description="values of fields, such as {lang: en}; a number or boolean can be a text in the data; a "
-        "document without the field is left out",
+        description="values that fields must have, such as {lang: en}; a number or boolean also equals a text that is "
+        "written like it, as in CSV; a document without the field is left out",
     )
+
+    @field_validator("equals")
+    @classmethod
+    def _check_equals(cls, equals: dict[str, Scalar] | None) -> dict[str, Scalar] | None:
+        for name, value in (equals or {}).items():
+            if isinstance(value, float) and value.is_integer() and abs(value) > MAX_INTEGER:
+                raise ValueError(f"the value of {name} has more than 18 digits, so it cannot be compared exactly")
+        return equals
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -335,7 +339,7 @@ class HeldOutConfig(TextConfig):
     path: Texts | None = Field(default=None, description="held-out text; same forms as the path of a source")
     split: Text = Field(
         default=AUTO,
-        description="split of the same data sets and folders as in a source; auto: validation, else test, else train",
+        description="split, as for a source; auto: validation, otherwise test, otherwise train",
     )
     fraction: float | None = Field(
         default=None,
@@ -701,7 +705,7 @@ def load_config(
 
 
 def setting_errors(settings: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
-    """Return one message per error in nested settings, with the place of the setting if `origins` has it by dotted name."""
+    """Return one message per error in nested settings; `origins` has what messages call a setting, by dotted name."""
     reader = SettingsReader(all_settings())
     reader.values = {name: SettingValue(None, origin) for name, origin in origins.items()}
     try:

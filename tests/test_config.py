@@ -276,6 +276,7 @@ def test_a_variable_or_an_option_that_is_not_utf_8_is_named() -> None:
         ("training.max_steps", "80k", "expected a whole number, found 80k; write 80000"),
         ("training.max_steps", "1,5", "expected a whole number, found 1,5"),
         ("training.learning_rate", "0,5", "expected a number, found 0,5; write 0.5"),
+        ("training.learning_rate", "0,001", "expected a number, found 0,001; write 0.001"),
         ("training.learning_rate", "2,5e-5", "expected a number, found 2,5e-5; write 2.5e-5"),
         (
             "training.max_steps",
@@ -291,6 +292,15 @@ def test_a_number_in_another_notation_is_refused_with_the_right_one(name: str, t
     variable = PREFIX + name.replace(".", "__").upper()
     assert refusal(f"--{name}", text) == [f"--{name}: {message}"]
     assert refusal(environment={variable: text}) == [f"{variable}: {message}"]
+
+
+def test_a_filter_by_a_number_that_would_be_rounded_is_refused() -> None:
+    sources = "[{path: x.jsonl, weight: 1, filter: {equals: {id: %s}}}]"
+    assert refusal("--data.sources", sources % "1234567890123456789") == [
+        "--data.sources[0].filter.equals: the value of id has more than 18 digits, so it cannot be compared exactly"
+    ]
+    config = load_config(["--data.sources", sources % "123456789012345678"], {})
+    assert config.data.sources[0].filter.equals == {"id": 123456789012345678}
 
 
 def test_underscores_may_separate_thousands() -> None:

@@ -40,7 +40,7 @@ from savant_ray.data.record_reader import RecordReader, documents, max_records, 
 from savant_ray.data.records import MAX_RECORD_BYTES, Part, Record
 from savant_ray.data.shard_writer import (
     MAX_NAMED_INVALID_LINES,
-    RangeSummary,
+    PartSummary,
     Recipe,
     damaged_digests,
     shard_name,
@@ -48,7 +48,7 @@ from savant_ray.data.shard_writer import (
     tokenizer_of,
     write_shard,
 )
-from savant_ray.data.sources import LISTING_THREADS, SourceFile, format_by_suffix
+from savant_ray.data.sources import LISTING_THREADS, SourceFile, format_by_suffix, relative_paths
 from savant_ray.data.token_cache import (
     MANIFEST,
     FileSummary,
@@ -87,7 +87,7 @@ def prepare(
     cache_dir: str | Path,
     on_bad_line: Literal["skip", "error"] = "skip",
     max_line_bytes: int = MAX_RECORD_BYTES,
-    range_bytes: int | None = None,
+    part_bytes: int | None = None,
     deduplicate_after: Sequence[TokenCache] | None = None,
     progress: Progress | None = None,
     log: Callable[[str], None] = print,
@@ -104,7 +104,7 @@ def prepare(
         cache_dir: folder of all caches.
         on_bad_line: "skip" skips and counts invalid lines, "error" raises an error that lists them.
         max_line_bytes: longer lines are invalid.
-        range_bytes: length of the part that one task reads; None: the default of `plan_parts`.
+        part_bytes: length of the part that one task reads; None: the default of `plan_parts`.
         deduplicate_after: leave out documents that have occurred before in these texts, or are in these caches; None: keep
             all documents.
         progress: receives bytes done and total bytes.
@@ -122,8 +122,8 @@ def prepare(
     hashes = content_hashes(files, cache_dir)
     common: dict[str, Any] = {
         "version": DATA_VERSION,
-        "files": list(zip(_relative_paths(files), hashes, strict=True)),
-        "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, range_bytes],
+        "files": list(zip(_identity_paths(files), hashes, strict=True)),
+        "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, part_bytes],
         **_corrected_reading(sources),
     }
     if deduplicate_after is not None:
@@ -133,7 +133,7 @@ def prepare(
         of_texts=fingerprint({**common, **_reading_identity(texts_only)}),
         of_rules=fingerprint({**common, **_reading_identity(sources)}),
     )
-    plan = partial(plan_source_parts, sources, range_bytes)
+    plan = partial(plan_source_parts, sources, part_bytes)
     build = _Build(plan, files, hashes, recipe, identity, cache_dir, deduplicate_after)
     progress = progress or (lambda done, total: None)
     _build_once(build.lock, partial(build.is_complete, progress), partial(build.run, progress, log))
@@ -225,18 +225,18 @@ def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
 
 
 def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
-    """Return what an identity contains if an earlier version read other documents; of other text nothing, as before."""
+    """Return what is added to the identity of text of which earlier versions read other documents; empty for other text."""
     corrected: dict[str, Any] = {}
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         for source in sources:
-            if any(threads.map(partial(_had_system_left_out, source.rule), source.files)):
+            if any(threads.map(partial(_system_messages_were_ignored, source.rule), source.files)):
                 corrected["system_columns"] = True
             if any(threads.map(_was_split_at_bars, source.files)):
                 corrected["tabs"] = True
     return corrected
 
 
-def _had_system_left_out(rule: DocumentRule, file: SourceFile) -> bool:
+def _system_messages_were_ignored(rule: DocumentRule, file: SourceFile) -> bool:
     """Return whether earlier versions did not read the system messages, which are in a column beside the conversations."""
     if rule.messages in (None, AUTO):
         return False
@@ -252,7 +252,7 @@ def _was_split_at_bars(file: SourceFile) -> bool:
     """Return whether `was_split_at_bars`; only files named .tsv are opened, because this runs whenever a run starts."""
     if data_suffix(file.path) != ".tsv":
         return False
-    with suppress(Exception):  # as in `_had_system_left_out`
+    with suppress(Exception):  # as in `_system_messages_were_ignored`
         if (file := file.inspected()).format == "csv":
             filesystem, path = file.resolve()
             with filesystem.open_input_file(path) as stored:
@@ -270,13 +270,13 @@ def _is_json_lines(file: SourceFile) -> bool:
     return (file.inspected().format if suffix_format in ("csv", "text") else suffix_format) == "jsonl"
 
 
-def plan_source_parts(sources: Sequence[SourceText], range_bytes: int | None) -> list[SourcePart]:
+def plan_source_parts(sources: Sequence[SourceText], part_bytes: int | None) -> list[SourcePart]:
     """Divide the files of all sources into parts."""
     parts: list[SourcePart] = []
     n_files = 0
     for number, source in enumerate(sources):
         numbers = {file.path: n_files + index for index, file in enumerate(source.files)}
-        planned = plan_parts(source.files, range_bytes)
+        planned = plan_parts(source.files, part_bytes)
         parts += [SourcePart(part, numbers[part.file.path], number, source.rule) for part in planned]
         n_files += len(source.files)
     return parts
@@ -380,9 +380,9 @@ class _Build:
         self._refuse_changed(folder)
         unread = {part.file for part in planned} - {part.file for part in parts}
         manifest = _merge_summaries(
-            {index: name for index, name in enumerate(_relative_paths(self._files)) if index not in unread},
+            {index: name for index, name in enumerate(relative_paths(self._files)) if index not in unread},
             parts,
-            [RangeSummary.read(folder, index) for index in range(len(parts))],
+            [PartSummary.read(folder, index) for index in range(len(parts))],
             fingerprint="",
             sequence_length=self._recipe.sequence_length,
         )
@@ -406,7 +406,7 @@ class _Build:
     def _write_missing(self, folder: Path, parts: Sequence[SourcePart], progress: Progress) -> None:
         """Write the shards that are missing. Raises errors as `_run_tasks`."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            complete = list(threads.map(partial(RangeSummary.is_complete, folder), range(len(parts))))
+            complete = list(threads.map(partial(PartSummary.is_complete, folder), range(len(parts))))
         missing = {index: parts[index] for index, is_complete in enumerate(complete) if not is_complete}
         total, remaining = (sum(part.part.stored_bytes for part in some) for some in (parts, missing.values()))
         self._run_tasks(folder, missing, "write", lambda done, _: progress(total - remaining + done, total))
@@ -414,7 +414,7 @@ class _Build:
     def _run_tasks(
         self, folder: Path, parts: Mapping[int, SourcePart], work: Literal["scan", "write"], progress: Progress
     ) -> None:
-        """Run one Ray Data task per range.
+        """Run one Ray Data task per part.
 
         Raises:
             DataError: a file cannot be read or written.
@@ -553,7 +553,7 @@ def _add_progress(progress: Progress, done: int, total: int, n_bytes: int) -> No
 
 
 def _merge_summaries(
-    names: Mapping[int, str], parts: Sequence[SourcePart], summaries: Sequence[RangeSummary], **identity: Any
+    names: Mapping[int, str], parts: Sequence[SourcePart], summaries: Sequence[PartSummary], **identity: Any
 ) -> Manifest:
     """Combine the summaries of all parts into a manifest, whose line numbers are counted from the start of each file.
 
@@ -619,16 +619,16 @@ def _merge_summaries(
     )
 
 
-def _per_file(origins: Sequence[int], summaries: Sequence[RangeSummary], key: str) -> Counter[int]:
-    """Return the sum of one count over the ranges of each file; `origins` are the files of the ranges."""
+def _per_file(origins: Sequence[int], summaries: Sequence[PartSummary], key: str) -> Counter[int]:
+    """Return the sum of one count over the parts of each file; `origins` are the files of the parts."""
     totals: Counter[int] = Counter()
     for origin, summary in zip(origins, summaries, strict=True):
         totals[origin] += getattr(summary, key)
     return totals
 
 
-def _lines_before(origins: Sequence[int], summaries: Sequence[RangeSummary]) -> list[int]:
-    """Return for each range the number of lines of its file before it."""
+def _lines_before(origins: Sequence[int], summaries: Sequence[PartSummary]) -> list[int]:
+    """Return for each part the number of lines of its file before it."""
     seen: Counter[int] = Counter()
     before = []
     for origin, summary in zip(origins, summaries, strict=True):
@@ -640,8 +640,8 @@ def _lines_before(origins: Sequence[int], summaries: Sequence[RangeSummary]) -> 
 def empty_file_report(manifest: Manifest, has_other_split: bool = False) -> list[str]:
     """Return a message for each of the first files without a document, and one with the number of the others.
 
-    With `has_other_split`, documents may be in the other one of training and validation text. Then a file is not named if it
-    has lines without a document that were not left out for another reason.
+    With `has_other_split`, a line without a document that is neither invalid, filtered nor a duplicate may have its document
+    in the other of training and validation text; a file with such lines is not named.
     """
     messages = [
         f"{file.path}: no document in {file.lines:,} {file.unit}{'s' * (file.lines != 1)}"
@@ -707,8 +707,11 @@ def refuse_if_all_masked(manifest: Manifest) -> None:
         )
 
 
-def _relative_paths(files: Sequence[SourceFile]) -> list[str]:
-    """Return the paths relative to the deepest common folder, so that moving this folder does not change them."""
+def _identity_paths(files: Sequence[SourceFile]) -> list[str]:
+    """Return the paths relative to the deepest common folder, so that moving a local folder does not change them.
+
+    Those of URIs begin with the last character of the folder, as in earlier versions, whose caches stay valid.
+    """
     if not files:
         raise DataError("no file to prepare")
     folders = [os.path.dirname(file.path) for file in files]  # noqa: PTH120 - also of URIs
@@ -719,7 +722,7 @@ def _relative_paths(files: Sequence[SourceFile]) -> list[str]:
 
 def _title(files: Sequence[SourceFile]) -> str:
     """Return what the cache folder's name begins with: the first file's name, truncated to `MAX_TITLE_BYTES`."""
-    name = _relative_paths(files)[0].partition(".")[0].replace("/", "-")
+    name = _identity_paths(files)[0].partition(".")[0].replace("/", "-")
     return name.encode()[:MAX_TITLE_BYTES].decode(errors="ignore")
 
 

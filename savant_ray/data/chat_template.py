@@ -15,8 +15,8 @@ from savant_ray.data.conversations import ChatTemplate
 from savant_ray.locations import error_text
 
 TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
-DEFAULT_NAME = "default"  # of the one that is used if there are several
-SHOWN_CHARACTERS = 200  # of an error
+DEFAULT_NAME = "default"  # name of the template that is used if a tokenizer has several
+SHOWN_CHARACTERS = 200  # of an error message
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # with which `transformers` loads any tokenizer.json
 
 

@@ -42,7 +42,7 @@ ROLES = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool", "function")},
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "model"), "assistant"),
-}  # in upper or lower case; other roles are for the chat template
+}  # in upper or lower case; other roles are passed to the chat template
 ROLES_WITHOUT_CONTENT = ("system", "tool", "function")  # whose content may be null or blank
 SYSTEM_FIELDS = ("system", "system_prompt")  # beside a conversation
 PROMPT_FIELDS = ("prompt", "question", "query", "instruction")
@@ -57,8 +57,8 @@ OPEN, CLOSE = "\ufdd0", "\ufdd1"  # mark a range while a template is rendered; U
 # Templates that write the current date get this one, so that the same conversations always give the same token cache. Other
 # codes, such as %H, stay in the text as they are.
 FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"}
-SHOWN_CHARACTERS = 200  # of the message of a template
-MAX_NAMED_ROLES = 5  # in a message
+SHOWN_CHARACTERS = 200  # of text that an error quotes
+MAX_NAMED_ROLES = 5  # in an error
 
 
 class ConversationError(ValueError):
@@ -85,7 +85,7 @@ class ChatTemplate:
     special_tokens: tuple[str, ...] = ()  # of the vocabulary; contents must not contain them
     prefix: str = ""
     suffix: str = ""
-    # Why there is no template that could be rendered; then `source` is empty. The reason is no part of an identity.
+    # Why there is no template that could be rendered; then `source` is empty. Not part of the identity of a token cache.
     problem: str = field(default="", repr=False)
     version: int = field(default=2, init=False)  # of the ranges; a part of the identity of a token cache
 

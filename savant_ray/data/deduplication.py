@@ -1,9 +1,9 @@
 """Finds exact duplicates among the documents of a source before its shards are written.
 
-A task per range writes a scan: the 64-bit digest and the record number of each document. The first document with a digest
+A task per part writes a scan: the 64-bit digest and the record number of each document. The first document with a digest
 stays, in the order of sources, files and records; the record numbers of the others are written into a file that the task
 which writes the shard reads. A preparation that is interrupted continues with the scans, or with this result, if they are
-written. Digests of earlier sources are in their token caches, so each source is scanned once. The driver needs about 40
+written. Digests of earlier sources are in their token caches, so each source is scanned once. The driver needs about 60
 bytes of memory per document of the source that is scanned.
 """
 
@@ -23,27 +23,27 @@ from savant_ray.data.overlap import Digests, document_digests
 from savant_ray.data.record_reader import open_records
 from savant_ray.data.records import Part
 
-MARKED = "duplicates-marked"  # name of the file that exists when the duplicates in all ranges have been found
+MARKED = "duplicates-marked"  # name of the file that exists when the duplicates in all parts have been found
 DOCUMENTS_PER_REPORT = 1 << 10
 
 
 def scan_path(folder: Path, index: int) -> Path:
-    """Return the path of the scan of a range."""
+    """Return the path of the scan of a part."""
     return folder / f"scan-{index:05d}.npz"
 
 
 def duplicates_path(folder: Path, index: int) -> Path:
-    """Return the path of the file with the record numbers of the duplicates in a range; there is none without duplicates."""
+    """Return the path of the file with the record numbers of the duplicates in a part; there is none without duplicates."""
     return folder / f"duplicates-{index:05d}.npy"
 
 
 def is_marked(folder: Path) -> bool:
-    """Return whether the duplicates in all ranges have been found."""
+    """Return whether the duplicates in all parts have been found."""
     return (folder / MARKED).exists()
 
 
 def write_scan(folder: Path, index: int, part: Part, max_line_bytes: int, rule: DocumentRule) -> Iterator[int]:
-    """Write the scan of a range; yield the number of its bytes that have been read so far.
+    """Write the scan of a part; yield the number of its bytes that have been read so far.
 
     Raises:
         DataError: the file cannot be read.
@@ -64,12 +64,12 @@ def write_scan(folder: Path, index: int, part: Part, max_line_bytes: int, rule: 
         yield records.bytes_read
 
 
-def mark_duplicates(folder: Path, n_ranges: int, earlier: Iterable[Digests]) -> None:
-    """Write the record numbers of the duplicates in each range, and delete the scans.
+def mark_duplicates(folder: Path, n_parts: int, earlier: Iterable[Digests]) -> None:
+    """Write the record numbers of the duplicates in each part, and delete the scans.
 
     `earlier` are digests of documents that come before those of the scans.
     """
-    scans = [_load(scan_path(folder, index)) for index in range(n_ranges)]
+    scans = [_load(scan_path(folder, index)) for index in range(n_parts)]
     digests = np.concatenate([np.empty(0, np.uint64), *(digests for digests, _ in scans)])
     unique, first = np.unique(digests, return_index=True)
     occurred = np.zeros(len(unique), dtype=bool)
@@ -86,12 +86,12 @@ def mark_duplicates(folder: Path, n_ranges: int, earlier: Iterable[Digests]) -> 
             with duplicates_path(folder, index).open("wb") as file:
                 np.save(file, duplicates)
     write_atomically(folder / MARKED, "")
-    for index in range(n_ranges):
+    for index in range(n_parts):
         scan_path(folder, index).unlink(missing_ok=True)
 
 
 def without_duplicates(documents: Iterable[Document], folder: Path, index: int) -> Iterator[Document]:
-    """Yield the documents of a range with a mark in place of each duplicate."""
+    """Yield the documents of a part with a mark in place of each duplicate."""
     path = duplicates_path(folder, index)
     if not path.exists():
         yield from documents

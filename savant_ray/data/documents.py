@@ -55,7 +55,7 @@ class Document(NamedTuple):
     special_tokens: bool = False  # names of special tokens in the text stand for these tokens: a chat template wrote it
     is_duplicate: bool = False  # left out because its text has occurred before
     is_conversation: bool = False  # whether the record was rendered as a conversation, or could not be
-    is_other_split: bool = False  # left out: it belongs to the validation text, or is not of it
+    is_other_split: bool = False  # left out because it belongs to the other of training and validation text
 
 
 class _Text(NamedTuple):
@@ -94,7 +94,7 @@ class DocumentRule:
 
     @property
     def for_texts(self) -> DocumentRule:
-        """The rule without what has no effect on a source in which no record is taken as a conversation."""
+        """The rule without the fields that affect conversations only, unless `messages` is set."""
         return self if self.messages is not None else replace(self, train_on="assistant", chat_template=None)
 
     @property

@@ -155,7 +155,8 @@ def format_of(head: bytes, name: str, encoding: str = "", setting: str = "auto")
     codec = CODECS.get(PurePosixPath(name).suffix.lower())
     by_suffix = next((kind for kind in ("csv", "text") if data_suffix(name) in FORMAT_SUFFIXES[kind]), "")
     start = head.removeprefix(BYTE_ORDER_MARK)
-    if codec and not encoding and start.lstrip()[:1] not in (b"{", b"[", b"") and (not by_suffix or b"\0" in head):
+    may_be_json = start.lstrip()[:1] in (b"{", b"[", b"")
+    if codec and not encoding and not may_be_json and (not by_suffix or b"\0" in head):
         suffix = PurePosixPath(name).suffix.lower()
         raise DataError(f"{name}: is named {suffix}, but is neither {codec} nor JSON lines")
     if by_suffix and not _JSON_OBJECT.match(start):

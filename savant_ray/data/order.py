@@ -65,7 +65,7 @@ class GlobalOrder:
 
 
 def positions_in_order(positions: Int64s, left_out: Sequence[tuple[int, int]]) -> Int64s:
-    """Return the positions in the order above of positions in the order without `left_out`.
+    """Map positions in the order without `left_out` to positions in the complete order.
 
     `left_out` are (first position, number of sequences); each entry counts positions after all earlier entries were removed.
     Positions before a first position keep their sequence, so those that a run has trained on stay the same when more is left
@@ -107,7 +107,7 @@ def weights_by_documents(
 def permute(slots: Int64s, size: int, keys: UInt64s) -> Int64s:
     """Map each slot with the permutation of range(size) that its key selects; `slots` and `keys` have shape [N].
 
-    The Feistel network permutes the next power of two; values ≥ `size` are permuted again (cycle walking).
+    The Feistel network permutes all numbers below a power of two; values ≥ `size` are permuted again (cycle walking).
     """
     bits = max((size - 1).bit_length(), 2)
     images = slots.astype(np.uint64)

@@ -32,7 +32,7 @@ from savant_ray.locations import error_text
 
 BATCH_CHARACTERS = 1 << 18  # tokenized in one call
 CHUNK_TOKENS = 1 << 21  # packed in one call; large enough for the padding of the last row to be negligible
-MAX_NAMED_INVALID_LINES = 100  # stored with line number and reason, per range and per cache
+MAX_NAMED_INVALID_LINES = 100  # stored with line number and reason, per part and per cache
 MAX_NAMED_CHARACTERS = 10  # at most this many dropped characters are stored, from the first line that has any
 
 
@@ -61,7 +61,7 @@ class Recipe:
 
 
 @dataclass
-class RangeSummary:
+class PartSummary:
     """Counts of one part; numbers of lines (rows, blocks) start from 1 at the beginning of the part.
 
     The fields are the keys of the summary file. `bad_lines` is the number of invalid lines; `target_tokens`, `text_bytes`
@@ -134,8 +134,8 @@ class RangeSummary:
             self.first_dropped = (document.number, characters[:MAX_NAMED_CHARACTERS])
 
     @classmethod
-    def read(cls, folder: Path, index: int) -> RangeSummary:
-        """Load the summary of a range from `folder`.
+    def read(cls, folder: Path, index: int) -> PartSummary:
+        """Load the summary of a part from `folder`.
 
         Raises:
             OSError, ValueError, TypeError: it is missing or damaged.
@@ -163,7 +163,7 @@ def damaged_digests(folder: Path, manifest: Manifest) -> list[str]:
     for shard in manifest.shards:
         path = digests_path(folder / shard.name)
         try:
-            expected = DIGEST_BYTES * RangeSummary.read(folder, shard_index(shard.name)).documents
+            expected = DIGEST_BYTES * PartSummary.read(folder, shard_index(shard.name)).documents
             size = path.stat().st_size
         except (OSError, ValueError, TypeError) as error:
             problems.append(f"{path}: cannot be used ({error_text(error)})")
@@ -179,22 +179,22 @@ def sums_by_position(lists: Iterable[Sequence[int]]) -> list[int]:
 
 
 def shard_name(index: int) -> str:
-    """Return the name of the file with the rows of a range."""
+    """Return the name of the file with the rows of a part."""
     return f"shard-{index:05d}.arrow"
 
 
 def shard_index(name: str) -> int:
-    """Return the number of the range whose rows are in the file with this name."""
+    """Return the number of the part whose rows are in the file with this name."""
     return int(Path(name).stem.rpartition("-")[2])
 
 
 def summary_name(index: int) -> str:
-    """Return the name of the file with the summary of a range; the file is written when the shard is complete."""
+    """Return the name of the file with the summary of a part; the file is written when the shard is complete."""
     return f"shard-{index:05d}.json"
 
 
 def write_shard(folder: Path, index: int, part: Part, recipe: Recipe, rule: DocumentRule = TEXT_RULE) -> Iterator[int]:
-    """Write shard and summary of a range; yield the number of its bytes that have been read so far.
+    """Write shard and summary of a part; yield the number of its bytes that have been read so far.
 
     Raises:
         DataError: the file cannot be read, or the tokenizer cannot encode one of the lines.
@@ -217,7 +217,7 @@ def write_documents(folder: Path, index: int, documents: Iterable[Document], rec
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one CPU
     tokenizer = tokenizer_of(recipe)
-    summary = RangeSummary()
+    summary = PartSummary()
     chunk = _Chunk(recipe.sequence_length, tokenizer)
     shard = ShardFile(folder / shard_name(index), chunk.schema)
     digests = digests_path(folder / shard_name(index))
@@ -244,7 +244,7 @@ def tokenizer_of(recipe: Recipe) -> Tokenizer:
     )
 
 
-def _batches(documents: Iterable[Document], summary: RangeSummary) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document], summary: PartSummary) -> Iterator[list[Document]]:
     """Yield the documents that have a text in batches of about BATCH_CHARACTERS."""
     batch: list[Document] = []
     characters = 0
@@ -280,7 +280,7 @@ def check_encodable(
 
 
 class UnencodableDocumentError(Exception):
-    """A document that the tokenizer cannot encode; `number` is its number in the range."""
+    """A document that the tokenizer cannot encode; `number` is its number in the part."""
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(reason)
@@ -304,7 +304,7 @@ class _Chunk:
         self._masked: list[NDArray[np.bool_]] = []
         self._lines: list[int] = []
 
-    def add(self, batch: Sequence[Document], summary: RangeSummary) -> None:
+    def add(self, batch: Sequence[Document], summary: PartSummary) -> None:
         """Tokenize the documents.
 
         Raises:
@@ -328,7 +328,7 @@ class _Chunk:
                     raise UnencodableDocumentError(document.number, str(error)) from error
             raise
 
-    def pack_rows(self, summary: RangeSummary) -> pa.RecordBatch:
+    def pack_rows(self, summary: PartSummary) -> pa.RecordBatch:
         """Pack the documents into rows, add their counts to `summary`, and clear the chunk."""
         lengths = np.array([len(document) for document in self._documents], dtype=np.int64)
         packing = pack(lengths.tolist(), self._sequence_length)

@@ -42,7 +42,7 @@ from savant_ray.locations import (
     split_query,
 )
 
-PLAIN_SUFFIXES = tuple(dict.fromkeys(suffix for suffixes in FORMAT_SUFFIXES.values() for suffix in suffixes))
+DATA_SUFFIXES = tuple(dict.fromkeys(suffix for suffixes in FORMAT_SUFFIXES.values() for suffix in suffixes))
 DATASET_FILES = ("dataset_info.json", "state.json")  # beside the Arrow files that `datasets.save_to_disk` writes
 DATASET_DICT = "dataset_dict.json"  # above their folders
 MAX_CARD_CHARACTERS = 1 << 20  # of the card of a data set that are read
@@ -169,6 +169,13 @@ def expand(
         for file in listed:
             files.setdefault(file.path, replace(file, text_blocks=text_blocks, quotes=quotes))
     return _without_links([files[path] for path in sorted(files)], warn)
+
+
+def relative_paths(files: Sequence[SourceFile]) -> list[str]:
+    """Return the paths relative to the deepest common folder; unchanged if the files are in several file systems."""
+    parts = [file.path.split("/") for file in files]
+    folder = os.path.commonprefix([path[:-1] for path in parts])  # noqa: RUF071 - compares lists element by element
+    return ["/".join(path[len(folder) :]) for path in parts]
 
 
 def refuse_empty(files: Sequence[SourceFile]) -> None:
@@ -530,7 +537,7 @@ def _of_saved_split(paths: Iterable[str], preferred_splits: Sequence[str], warn:
 
 
 def format_by_suffix(path: str, file_format: str = "auto") -> str:
-    """Return the format that the suffix suggests, if it is the given one or that is "auto"; otherwise ""."""
+    """Return the format that the suffix suggests; "" if it suggests none, or another one than `file_format`."""
     suffix, is_compressed = data_suffix(path), path.lower().endswith(tuple(CODECS))
     for candidate, suffixes in FORMAT_SUFFIXES.items():
         if file_format in ("auto", candidate) and suffix in suffixes and not (is_compressed and candidate in TABLES):
@@ -588,7 +595,7 @@ def _warn_of_several_formats(pattern: str, files: Sequence[SourceFile], file_for
 def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders: bool = False) -> str:
     shown = printable(pattern)
     if is_folder:
-        suffixes = PLAIN_SUFFIXES if file_format == "auto" else FORMAT_SUFFIXES[file_format]
+        suffixes = DATA_SUFFIXES if file_format == "auto" else FORMAT_SUFFIXES[file_format]
         return f"{shown}: the folder contains no {', '.join(suffixes)} …"
     if only_folders:
         return (

@@ -53,9 +53,10 @@ def choose_splits(available: Iterable[str], preferred_splits: Sequence[str]) -> 
 
 
 def split_of_folder(names: Sequence[str], card: str, preferred_splits: Sequence[str]) -> SplitOfFolder | None:
-    """Return the files of a split of a folder; None if all files are used, because they are not divided into splits.
+    """Return the files of a split of a folder; None if all files are used.
 
-    The result has no files if the folder has none of the preferred splits.
+    All are without splits, and with a single one if it or `train` is preferred. The result has no files if the folder has
+    none of the preferred splits.
 
     Args:
         names: paths of the data files relative to the folder.

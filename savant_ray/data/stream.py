@@ -97,7 +97,7 @@ class StepStream:
     plan: StreamPlan
     rank: int
     world_size: int
-    micro_batch_rows: int = 1  # sequences that are not divided among ranks, counted from the first of the step
+    micro_batch_rows: int = 1  # a rank reads whole groups of this many sequences of a step (`rank_slice`)
     in_process: bool = False  # all steps are read in this process when they are requested, without Ray Data
 
     def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:

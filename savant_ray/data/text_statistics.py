@@ -21,7 +21,7 @@ from savant_ray.data.overlap import document_digests
 from savant_ray.data.packing import pack
 from savant_ray.data.record_reader import open_records, plan_parts
 from savant_ray.data.records import Part
-from savant_ray.data.shard_writer import RangeSummary
+from savant_ray.data.shard_writer import PartSummary
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer, text_pieces
 from savant_ray.locations import printable
 
@@ -107,10 +107,10 @@ def text_statistics(
         if budget <= 0 or remaining == 0:
             break
         rule = dataclasses.replace(text.rule, limit=remaining)
-        summary = RangeSummary()
+        summary = PartSummary()
         with open_records(part, max_record_bytes, rule.fields) as records:
             documents = rule.documents(records)
-            n_read = n_complete = 0  # bytes; the records of all but the last block that was read are complete
+            n_read = n_complete = 0  # bytes read, and those before the last block, whose records are all counted
             while batch := list(islice(documents, BATCH_RECORDS)):
                 for document in batch:
                     summary.count(document)
@@ -140,7 +140,7 @@ def text_statistics(
 
 
 def named_lengths(lengths: Sequence[int]) -> dict[str, int]:
-    """Return numbers of documents, as `RangeSummary.lengths` has them, by the range of their lengths: "256 to 511"."""
+    """Return numbers of documents, as `PartSummary.lengths` has them, by the range of their lengths: "256 to 511"."""
     first = next((power for power, n_documents in enumerate(lengths) if n_documents), len(lengths))
     return {f"{1 << (power - 1)} to {(1 << power) - 1}": lengths[power] for power in range(first, len(lengths))}
 
@@ -157,7 +157,7 @@ def shown_example(tokenizer: Tokenizer, document: MaskedDocument) -> list[tuple[
     return shown
 
 
-def _add_part(statistics: TextStatistics, part: Part, summary: RangeSummary) -> None:
+def _add_part(statistics: TextStatistics, part: Part, summary: PartSummary) -> None:
     """Add the counts of the records of a part."""
     statistics.records += summary.lines
     statistics.filtered += summary.filtered
@@ -173,7 +173,7 @@ def _add_lengths(statistics: TextStatistics, lengths: Sequence[int], sequence_le
     """Count documents and tokens, and pack the documents as a run would."""
     if not lengths:
         return
-    summary = RangeSummary()
+    summary = PartSummary()
     summary.count_packed(np.array(lengths), statistics.trained_tokens, pack(lengths, sequence_length))
     statistics.documents = len(lengths)
     statistics.tokens = summary.tokens

@@ -4,7 +4,7 @@
     ├── shard-00000.arrow      Arrow IPC: tokens [rows, sequence_length]; of each row the lengths and line numbers of its
     │                          pieces, and a bit per position, set if its token is masked (null: none is)
     ├── shard-00000.documents  64-bit digest of each document (see overlap.py)
-    ├── shard-00000.json       counts of the range and CRC-32 of the shard; written after the shard
+    ├── shard-00000.json       counts of the part and CRC-32 of the shard; written after the shard
     ├── manifest.json          totals and list of shards; written last
     └── checked.json           size, inode and times of the shards whose CRC-32 was verified
 
@@ -135,7 +135,7 @@ class Manifest:
     filtered: int = 0  # lines left out by a filter or by sampling
     duplicates: int = 0  # lines left out because the same text has occurred before
     conversations: int = 0  # lines that were read as conversations, also if they are invalid or left out afterwards
-    trained_tokens: int = 0  # this and the following as in `RangeSummary`; zero and empty in caches of older versions
+    trained_tokens: int = 0  # this and the following as in `PartSummary`; zero and empty in caches of older versions
     cut_documents: int = 0
     shortest: int = 0
     longest: int = 0
@@ -365,7 +365,7 @@ class TokenCache:
 
 
 def _documents_of(document_ids: NDArray[np.int32]) -> list[NDArray[np.bool_]]:
-    """Return for each document of a row [T] which positions are its."""
+    """Return for each document of a row the positions that it has, as a mask [T]."""
     return [document_ids == number for number in range(document_ids.max() + 1)]
 
 
@@ -406,7 +406,7 @@ class _Batch:
         return np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=length).view(bool)
 
     def lines(self, row: int) -> Unsigned:
-        """Return the line numbers of the pieces of a row, counted from the start of the range."""
+        """Return the line numbers of the pieces of a row, counted from the start of the part."""
         return self._lines[self._offsets[row] : self._offsets[row + 1]]
 
 

@@ -239,7 +239,7 @@ class Tokenizer:
         template, end = self._template_suffix, self.end_of_document
         if template[-1:] == (end,):
             return template
-        # `end` is not the template's last token: keep what is before `end`, or replace the last token if it has no `end`.
+        # The template's last token is another one: keep what is before `end`, or without an `end` replace the last token.
         before_end = template[: template.index(end)] if end in template else template[:-1]
         return (*before_end, end)
 
@@ -498,10 +498,9 @@ class IncrementalDecoder:
 
 
 def text_pieces(tokenizer: Tokenizer, document: MaskedDocument) -> list[tuple[str, bool]]:
-    """Return the text of a document in pieces, and for each whether it is trained on.
+    """Return the text of a document, divided where training on it begins or ends, and whether each piece is trained on.
 
-    Neighboring pieces differ in that. Special tokens appear by name. A character of several tokens is trained on if one of
-    them is.
+    Special tokens appear by name. A character of several tokens is trained on if one of them is.
     """
     special = {*tokenizer.special_ids, *tokenizer.prefix, *tokenizer.suffix}
     pieces: list[tuple[str, bool]] = []

@@ -34,7 +34,7 @@ def settings_file(path: Path) -> Path:
 
 
 def shadowed_file(path: Path) -> Path | None:
-    """Return the shipped file that is not used because the working directory has another one of the name, or None."""
+    """Return the shipped file that is not used because the working directory has a file of the same name, or None."""
     used, shipped = settings_file(path), shipped_files().get(path.name)
     if shipped is None or not _is_name(path) or used == shipped or used.samefile(shipped):
         return None

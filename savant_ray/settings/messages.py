@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from savant_ray.settings.yaml_text import show
 
 TYPOGRAPHIC_QUOTES = "“”„‟‘‚‛«»‹›″"
-_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?P<mark>[,'’ \u00a0\u2009\u202f])\d{3})(?:(?P=mark)\d{3})*")
+_THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:(?P<mark>[,'’ \u00a0\u2009\u202f])\d{3})(?:(?P=mark)\d{3})*")
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+(?:[eE][-+]?\d+)?")
 _MULTIPLES = {"k": 1_000, "m": 1_000_000}
 

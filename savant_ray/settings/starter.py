@@ -18,7 +18,7 @@ def starter_text(run: str, texts: Sequence[str], text_blocks: bool = False) -> s
 
     Args:
         run: name of the run.
-        texts: paths of the text; without any, the file has that of the example.
+        texts: paths of the text; if empty, the path of the example is kept.
         text_blocks: whether blocks of lines are documents.
     """
     content = shipped_files()[STARTER].read_text(encoding="utf-8").replace(_NAME, f"name: {_in_one_line(run)}", 1)

@@ -76,7 +76,7 @@ def test_documents_are_read_back_and_a_second_call_reuses_the_cache(
     calls: list[tuple[int, int]] = []
     files = expand(str(tmp_path / "src"))
     cache = prepare(
-        files, byte_tokenizer, 128, tmp_path / "cache", range_bytes=2_000, progress=lambda *now: calls.append(now)
+        files, byte_tokenizer, 128, tmp_path / "cache", part_bytes=2_000, progress=lambda *now: calls.append(now)
     )
     total = sum(file.size for file in files)
     assert_holds(cache, byte_tokenizer, {(f"part-{i % 3}.jsonl", i // 3 + 1): text for i, text in enumerate(texts)})
@@ -85,7 +85,7 @@ def test_documents_are_read_back_and_a_second_call_reuses_the_cache(
     assert calls == sorted(calls)
 
     monkeypatch.setattr(cache_builder.ray.data, "from_items", None)
-    again = prepare(expand(str(tmp_path / "src")), byte_tokenizer, 128, tmp_path / "cache", range_bytes=2_000)
+    again = prepare(expand(str(tmp_path / "src")), byte_tokenizer, 128, tmp_path / "cache", part_bytes=2_000)
     assert again.fingerprint == cache.fingerprint
 
 
@@ -113,19 +113,19 @@ def test_the_manifest_has_the_counts_of_documents_bytes_tokens_and_rows(
 
 
 @pytest.mark.parametrize(
-    ("name", "range_bytes"),
+    ("name", "part_bytes"),
     [("all.jsonl", None), ("all.jsonl", 64), ("all.jsonl.gz", None), ("all.jsonl.zst", None)],
     ids=["plain", "many ranges", "gz", "zst"],
 )
 def test_every_kind_of_invalid_line_is_reported_with_its_line_number(
-    tmp_path: Path, byte_tokenizer: Tokenizer, name: str, range_bytes: int | None
+    tmp_path: Path, byte_tokenizer: Tokenizer, name: str, part_bytes: int | None
 ) -> None:
     with pa.output_stream(str(tmp_path / name), compression="detect") as stream:
         stream.write(CONTENT)
 
     def run(on_bad_line: str) -> TokenCache:
         files = expand(str(tmp_path / name))
-        return prepare(files, byte_tokenizer, 64, tmp_path, on_bad_line, MAX_LINE_BYTES, range_bytes)
+        return prepare(files, byte_tokenizer, 64, tmp_path, on_bad_line, MAX_LINE_BYTES, part_bytes)
 
     cache = run("skip")
     good_lines = [line for line, (raw, reason) in enumerate(LINES, 1) if not reason and raw.strip()]
@@ -165,7 +165,7 @@ def test_intact_shards_of_an_unfinished_build_are_kept_and_damaged_ones_rebuilt(
     path = write_jsonl("train.jsonl", [f"document {i} {'x' * (i % 50)}" for i in range(400)])
 
     def run() -> TokenCache:
-        return prepare(expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", range_bytes=4_000)
+        return prepare(expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", part_bytes=4_000)
 
     whole = run()
     before, expected = snapshot(whole.folder), whole.take(np.arange(whole.n_sequences))
@@ -193,7 +193,7 @@ from savant_ray.data.tokenizer import Tokenizer
 ray.init(address=sys.argv[1], log_to_driver=False)
 after = [] if sys.argv[5] else None
 prepare(
-    expand(sys.argv[2]), Tokenizer.load(sys.argv[3]), 64, sys.argv[4], range_bytes=400_000, deduplicate_after=after
+    expand(sys.argv[2]), Tokenizer.load(sys.argv[3]), 64, sys.argv[4], part_bytes=400_000, deduplicate_after=after
 )
 """
 
@@ -225,7 +225,7 @@ def test_a_killed_preparation_resumes_with_its_complete_shards(
         byte_tokenizer,
         64,
         tmp_path / "cache",
-        range_bytes=400_000,
+        part_bytes=400_000,
         deduplicate_after=after,
         progress=lambda done, total: reported.append(done),
     )
@@ -302,9 +302,9 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_cache_under_the_name_of_
 def test_validation_documents_in_the_training_text_are_counted_and_the_count_is_cached(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
-    def cache(name: str, texts: list[str], range_bytes: int | None = None) -> TokenCache:
+    def cache(name: str, texts: list[str], part_bytes: int | None = None) -> TokenCache:
         files = expand(str(write_jsonl(name, texts)))
-        return prepare(files, byte_tokenizer, 32, tmp_path / "cache", range_bytes=range_bytes)
+        return prepare(files, byte_tokenizer, 32, tmp_path / "cache", part_bytes=part_bytes)
 
     sources = [cache("a.jsonl", [f"text {i}" for i in range(200)], 500), cache("b.jsonl", ["böse", "gut"])]
     validation = cache("val.jsonl", ["text 7", "text 7", "new", "böse", "text", "text 199"])
@@ -372,9 +372,7 @@ def test_only_the_damaged_files_of_a_cache_are_rebuilt(
     messages: list[str] = []
 
     def run() -> TokenCache:
-        return prepare(
-            expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", range_bytes=4_000, log=messages.append
-        )
+        return prepare(expand(str(path)), byte_tokenizer, 64, tmp_path / "cache", part_bytes=4_000, log=messages.append)
 
     whole = run()
     run()  # has compared every shard with its checksum
@@ -430,7 +428,7 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_reported_with_file_and_line(
     inner.save(str(tmp_path / "unigram.json"))
     path = write_jsonl("train.jsonl", ["abc " * (1 + i % 7) for i in range(600)] + ["", "abc 1"])
     with pytest.raises(DataError) as refused:
-        prepare(expand(str(path)), Tokenizer.load(tmp_path / "unigram.json"), 32, tmp_path / "cache", range_bytes=1_500)
+        prepare(expand(str(path)), Tokenizer.load(tmp_path / "unigram.json"), 32, tmp_path / "cache", part_bytes=1_500)
     assert str(refused.value).startswith(f"{path} line 602: the tokenizer {tmp_path / 'unigram.json'} cannot encode")
     assert "set data.tokenizer to one with an unknown token" in str(refused.value)
 
@@ -439,7 +437,7 @@ def test_characters_that_a_tokenizer_drops_are_counted(tmp_path: Path, write_jso
     vocabulary = {letter: i for i, letter in enumerate("abc")} | {"</s>": 3}
     tokenizer = Tokenizer(tokenizers.Tokenizer(models.BPE(vocabulary, [])), "the tokenizer bpe.json")
     path = write_jsonl("train.jsonl", ["abc"] * 300 + ["a漢b é é", "é"] + ["cab"] * 300)
-    manifest = prepare(expand(str(path)), tokenizer, 32, tmp_path / "cache", range_bytes=2_000).manifest
+    manifest = prepare(expand(str(path)), tokenizer, 32, tmp_path / "cache", part_bytes=2_000).manifest
     (report,) = dropped_report(manifest, tokenizer.name)
     assert all(fact in report for fact in ("bpe.json", "4 of 1,808 characters", "train.jsonl line 301", "é 漢"))
     path = write_jsonl("other.jsonl", ["漢字", "é"])
@@ -517,7 +515,7 @@ def test_special_tokens_give_another_cache_and_do_not_count_as_text(tmp_path: Pa
 def test_only_the_first_invalid_lines_are_named(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("{}\n" * 1_234 + json.dumps({"text": "good"}))
-    report = invalid_line_report(prepare(expand(str(path)), byte_tokenizer, 32, tmp_path, range_bytes=500).manifest)
+    report = invalid_line_report(prepare(expand(str(path)), byte_tokenizer, 32, tmp_path, part_bytes=500).manifest)
     assert len(report) == 101
     assert report[99].startswith("many.jsonl line 100: ")
     assert "1,134 more" in report[100]
@@ -554,7 +552,7 @@ def test_a_cache_has_the_documents_that_the_rules_of_its_sources_take(
     files = expand(str(tmp_path / "*.jsonl"))
 
     def cache(*sources: SourceText, after: list[TokenCache] | None = None) -> TokenCache:
-        return prepare(sources, byte_tokenizer, 64, tmp_path / "cache", range_bytes=900, deduplicate_after=after)
+        return prepare(sources, byte_tokenizer, 64, tmp_path / "cache", part_bytes=900, deduplicate_after=after)
 
     def digests(cache: TokenCache) -> list[int]:
         return [digest for block in stored_digests(cache) for digest in block.tolist()]

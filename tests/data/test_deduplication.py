@@ -25,17 +25,17 @@ TEXTS = st.lists(st.integers(0, 12), max_size=20)
 
 @settings(max_examples=100, deadline=None)
 @given(
-    files=st.lists(TEXTS, min_size=1, max_size=3), earlier=st.lists(TEXTS, max_size=2), range_bytes=st.integers(5, 300)
+    files=st.lists(TEXTS, min_size=1, max_size=3), earlier=st.lists(TEXTS, max_size=2), part_bytes=st.integers(5, 300)
 )
 def test_the_first_of_equal_documents_stays(
-    tmp_path_factory: pytest.TempPathFactory, files: Sequence[list[int]], earlier: Sequence[list[int]], range_bytes: int
+    tmp_path_factory: pytest.TempPathFactory, files: Sequence[list[int]], earlier: Sequence[list[int]], part_bytes: int
 ) -> None:
     folder = tmp_path_factory.mktemp("texts")
     for number, texts in enumerate(files):
         lines = (json.dumps({"body": f"text {text}"}) + "\n\n{}\n" for text in texts)
         (folder / f"{number}.jsonl").write_text("".join(lines))
     rule = DocumentRule(text="body")
-    parts = plan_source_parts([SourceText(expand(str(folder)), rule)], range_bytes)
+    parts = plan_source_parts([SourceText(expand(str(folder)), rule)], part_bytes)
     cache = folder / "cache"
     cache.mkdir()
     for index, part in enumerate(parts):

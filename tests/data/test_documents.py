@@ -267,12 +267,12 @@ def test_a_limit_counts_documents_only_and_before_they_are_held_out() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     limit=st.integers(1, 45),
-    range_bytes=st.integers(20, 2_000),
+    part_bytes=st.integers(20, 2_000),
     sizes=st.lists(st.integers(0, 15), min_size=1, max_size=4),
     sample=st.sampled_from([1.0, 0.5]),
 )
 def test_a_limit_takes_the_first_documents_for_any_division_into_parts(
-    tmp_path_factory: pytest.TempPathFactory, limit: int, range_bytes: int, sizes: Sequence[int], sample: float
+    tmp_path_factory: pytest.TempPathFactory, limit: int, part_bytes: int, sizes: Sequence[int], sample: float
 ) -> None:
     folder = tmp_path_factory.mktemp("texts")
     texts = [[f"file {file} document {number}" for number in range(size)] for file, size in enumerate(sizes)]
@@ -284,7 +284,7 @@ def test_a_limit_takes_the_first_documents_for_any_division_into_parts(
     expected = texts_of(DocumentRule(sample=sample), all_texts)[:limit]
     found: list[str] = []
     sources = [SourceText(files, rule), SourceText(files, rule)]
-    for part in within_limits(plan_source_parts(sources, range_bytes), MAX_RECORD_BYTES):
+    for part in within_limits(plan_source_parts(sources, part_bytes), MAX_RECORD_BYTES):
         with open_records(part.part) as records:
             found += [document.text for document in part.rule.documents(records) if document.text]
     assert found == expected * 2, "each source has a limit of its own"

@@ -23,21 +23,21 @@ from savant_ray.errors import DataError
 MIB = 1 << 20
 
 
-def read(path: Path, range_bytes: int | None = None, max_line_bytes: int = MAX_LINE_BYTES) -> list[Document]:
+def read(path: Path, part_bytes: int | None = None, max_line_bytes: int = MAX_LINE_BYTES) -> list[Document]:
     """Read a file range by range; return all lines, numbered from the start of the file."""
     lines: list[Document] = []
-    for part in plan_parts(expand(str(path)), range_bytes):
+    for part in plan_parts(expand(str(path)), part_bytes):
         with open_records(part, max_line_bytes) as reader:
             before = len(lines)
             lines += [line._replace(number=line.number + before) for line in TEXT_RULE.documents(reader)]
     return lines
 
 
-@pytest.mark.parametrize("range_bytes", [1, 7, 64, 1_000, 2_013, 8 * MIB, None])
-def test_every_kind_of_line_is_classified_correctly_for_any_ranges(tmp_path: Path, range_bytes: int | None) -> None:
+@pytest.mark.parametrize("part_bytes", [1, 7, 64, 1_000, 2_013, 8 * MIB, None])
+def test_every_kind_of_line_is_classified_correctly_for_any_ranges(tmp_path: Path, part_bytes: int | None) -> None:
     path = tmp_path / "all.jsonl"
     path.write_bytes(CONTENT)
-    lines = read(path, range_bytes)
+    lines = read(path, part_bytes)
     assert [line.number for line in lines] == list(range(1, len(LINES) + 1))
     assert [line.text for line in lines if line.text] == GOOD
     assert {line.number: line.problem for line in lines if line.problem} == PROBLEMS
@@ -71,7 +71,7 @@ def test_a_truncated_compressed_file_is_reported_by_name(tmp_path: Path, cut: in
     texts=st.lists(st.text(min_size=1, max_size=30).filter(lambda text: not text.isspace()), max_size=12),
     end=st.sampled_from([b"\n", b"\r\n", b"\n\n"]),
     final=st.booleans(),
-    range_bytes=st.integers(1, 200),
+    part_bytes=st.integers(1, 200),
     block_bytes=st.sampled_from([1, 3, 16, MIB]),
 )
 def test_any_texts_are_read_back_with_any_ranges_and_blocks(
@@ -79,7 +79,7 @@ def test_any_texts_are_read_back_with_any_ranges_and_blocks(
     texts: list[str],
     end: bytes,
     final: bool,
-    range_bytes: int,
+    part_bytes: int,
     block_bytes: int,
 ) -> None:
     raw = end.join(json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts) + end * final
@@ -87,7 +87,7 @@ def test_any_texts_are_read_back_with_any_ranges_and_blocks(
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoded_stream, "BLOCK_BYTES", block_bytes)
-        assert [line.text for line in read(path, range_bytes) if line.text] == texts
+        assert [line.text for line in read(path, part_bytes) if line.text] == texts
 
 
 def test_an_empty_file_has_no_ranges(tmp_path: Path) -> None:

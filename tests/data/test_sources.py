@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from savant_ray.data.sources import SourceFile, expand
+from savant_ray.data.sources import SourceFile, expand, relative_paths
 from savant_ray.errors import DataError, SavantError
 
 NAMES = [
@@ -59,6 +59,23 @@ def test_a_file_keeps_the_options_of_its_uri() -> None:
     file = SourceFile("s3://bucket/a.jsonl.gz", 1, 0, "?region=eu-central-1&scheme=http")
     filesystem, path = file.resolve()
     assert (filesystem.type_name, filesystem.region, path) == ("s3", "eu-central-1", "bucket/a.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["/data/text/a.jsonl", "/data/text/b/c.jsonl"], ["a.jsonl", "b/c.jsonl"]),
+        (["/data/text/a.jsonl", "/data/text2/a.jsonl"], ["text/a.jsonl", "text2/a.jsonl"]),
+        (["/a.jsonl"], ["a.jsonl"]),
+        (["s3://bucket/a.jsonl"], ["a.jsonl"]),
+        (["s3://bucket/text/a.jsonl", "s3://bucket/text/b/c.jsonl"], ["a.jsonl", "b/c.jsonl"]),
+        (["s3://one/a.jsonl", "s3://two/a.jsonl"], ["one/a.jsonl", "two/a.jsonl"]),
+        (["gs://one/a.jsonl", "s3://two/a.jsonl"], ["gs://one/a.jsonl", "s3://two/a.jsonl"]),
+        (["/data/a.jsonl", "s3://two/a.jsonl"], ["/data/a.jsonl", "s3://two/a.jsonl"]),
+    ],
+)
+def test_files_are_named_relative_to_the_folder_that_all_are_in(paths: list[str], expected: list[str]) -> None:
+    assert relative_paths([SourceFile(path, 1, 0) for path in paths]) == expected
 
 
 def test_a_file_that_matches_several_patterns_is_returned_once(folder: Path) -> None:

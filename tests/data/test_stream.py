@@ -36,7 +36,7 @@ def plan(real_ray: None, tmp_path_factory: pytest.TempPathFactory, byte_tokenize
     for name, count in (("train", DOCUMENTS), ("logic", 40)):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": f"{name} {i:03d}".ljust(31, ".")}) + "\n" for i in range(count)))
-        cache = prepare(expand(str(path)), byte_tokenizer, SEQUENCE_LENGTH, folder / "cache", range_bytes=1_000)
+        cache = prepare(expand(str(path)), byte_tokenizer, SEQUENCE_LENGTH, folder / "cache", part_bytes=1_000)
         assert cache.n_sequences == count
         folders.append(str(cache.folder))
     return StreamPlan(tuple(folders), (0.8, 0.2), seed=5, effective_batch=192)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from savant_ray.data.documents import Document
-from savant_ray.data.shard_writer import RangeSummary, Recipe, shard_name, write_documents
+from savant_ray.data.shard_writer import PartSummary, Recipe, shard_name, write_documents
 from savant_ray.data.token_cache import MANIFEST, FileSummary, Manifest, ShardInfo, TokenCache
 from savant_ray.data.tokenizer import Tokenizer
 
@@ -15,7 +15,7 @@ def cache_of(documents: Sequence[Document], tokenizer: Tokenizer, sequence_lengt
     """Return a token cache of one shard with these documents, each of which has its number."""
     folder.mkdir(parents=True, exist_ok=True)
     list(write_documents(folder, 0, documents, Recipe.of(tokenizer, sequence_length, 1 << 20)))
-    counts = RangeSummary.read(folder, 0)
+    counts = PartSummary.read(folder, 0)
     manifest = Manifest(
         fingerprint="",
         sequence_length=sequence_length,

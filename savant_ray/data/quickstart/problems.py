@@ -113,7 +113,7 @@ def _draw_problem(rng: Random, template: str, held_out: bool, unseen_wordings: b
         wording = draw_wording(rng, template, unseen_wordings)
         operands = _draw_operands(rng, wording.operations, held_out)
         if operands is not None:
-            return _write(rng, template, wording, operands)
+            return _make_problem(rng, template, wording, operands)
 
 
 def _draw_operands(rng: Random, operations: Sequence[str], held_out: bool) -> tuple[int, ...] | None:
@@ -163,7 +163,7 @@ def _fits(operands: Sequence[int], operations: Sequence[str]) -> bool:
     return True
 
 
-def _write(rng: Random, template: str, wording: Wording, operands: tuple[int, ...]) -> Problem:
+def _make_problem(rng: Random, template: str, wording: Wording, operands: tuple[int, ...]) -> Problem:
     name, other = rng.sample(NAMES, 2)
     slots: dict[str, object] = {"name": name, "other": other, "items": rng.choice(ITEMS), "unit": rng.choice(UNITS)}
     slots |= dict(zip("abc", rng.choice(LETTERS), strict=True)) | dict(zip("xyz", operands, strict=False))

@@ -121,7 +121,7 @@ class _Tense(NamedTuple):
 
     has: str
     events: dict[str, str]  # by operation; the subject is {name}
-    events_by_other: dict[str, str]
+    events_by_other: dict[str, str]  # by operation; the subject is {other}
 
 
 _PRESENT = _Tense(
@@ -144,10 +144,10 @@ _PAST = _Tense(
 
 def _story(operations: str) -> tuple[str, ...]:
     """Return patterns of a story with one or two events that add or remove items."""
-    return tuple(pattern for tense in (_PRESENT, _PAST) for pattern in _told(operations, tense))
+    return tuple(pattern for tense in (_PRESENT, _PAST) for pattern in _in_tense(operations, tense))
 
 
-def _told(operations: str, tense: _Tense) -> tuple[str, ...]:
+def _in_tense(operations: str, tense: _Tense) -> tuple[str, ...]:
     ask = "How many {items} [does {name} have|does {name} own|has {name} got][| now| then| in the end| after that]?"
     if operations[-1] == "-":
         ask = f"[{ask}|<left>|How many {{items}} does {{name}} [still have|have left|keep]?]"
@@ -324,7 +324,7 @@ UNSEEN: dict[str, dict[str, tuple[str, ...]]] = {
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SYNONYM = re.compile(r"<([a-z ]+)>")
-_KINDS = str.maketrans("yzbc", "xxaa")
+_SAME_SLOT = str.maketrans("yzbc", "xxaa")
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def is_held_out_form(form: str) -> bool:
 
 def _skeleton(form: str) -> str:
     """Return the form with the same placeholder for all operands, for all letters and for all names."""
-    return re.sub(r"\{([xyzabc])\}", lambda match: match[0].translate(_KINDS), form).replace("{other}", "{name}")
+    return re.sub(r"\{([xyzabc])\}", lambda match: match[0].translate(_SAME_SLOT), form).replace("{other}", "{name}")
 
 
 @cache

@@ -1,9 +1,8 @@
 """Reads the rows of CSV with a header; the delimiter is a comma, a semicolon, a tab or a vertical bar.
 
-Many tab-separated files have no quoting, and a quote at the beginning of a field is a part of it. Read as the beginning of a
-quoted field, it would take the following lines into its row. A row that cannot be read with quotes therefore never has more
-than one line if this line has all fields: that line is then read without quotes if the delimiter is a tab, and is invalid
-otherwise.
+In many tab-separated files, a quote at the beginning of a field is part of the text. A parser that takes it for an opening
+quote joins the following lines to the row. If such a row cannot be parsed and its first line alone has all fields, the row
+is therefore that line: read without quotes if the delimiter is a tab, otherwise invalid.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class TableReader:
 
     @property
     def bytes_read(self) -> int:
-        """Number of the part's bytes that its rows read so far have, on average."""
+        """Estimate of the bytes of the part that have been read, in proportion to rows or record batches."""
         return int(self._part.stored_bytes * self._read)
 
     def close(self) -> None:
