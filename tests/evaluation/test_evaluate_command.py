@@ -133,6 +133,11 @@ def test_each_number_of_loops_has_its_own_score_loss_and_residual(
     assert main([*arguments[:5], "1,x"]) == 2
 
 
+def test_a_number_of_loops_beside_depths_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--depths", "1,2", "--loops", "4"]) == 2
+    assert "--loops cannot be combined with --depths" in capsys.readouterr().err
+
+
 def test_the_loss_at_the_trained_depth_is_the_models(run: Path) -> None:
     (scored,) = by_depth(run, logic_suite()[:1], [2])
     state = torch.load(run / "step_3/step_3.pt", weights_only=True)
