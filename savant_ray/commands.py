@@ -303,7 +303,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     if options.depths and options.loops is not None:
         parser.error("--depths and --loops exclude each other")
     refuse_deleted_folder()
-    from savant_ray.evaluation.from_checkpoint import answers_of, by_depth, result
+    from savant_ray.evaluation.from_checkpoint import answers_of, by_depth, evaluation_result
     from savant_ray.evaluation.logic_suite import logic_suite, read_questions
     from savant_ray.reporting.scores import print_depths, print_scores, with_progress
     from savant_ray.storage.run_storage import local_checkpoint
@@ -315,7 +315,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
             scored = {"depths": list(with_progress(by_loops, len(options.depths)))}
         else:
             answers = answers_of(checkpoint, questions, options.max_new_tokens, options.loops, options.raw_weights)
-            scored = result(list(with_progress(answers, len(questions))))
+            scored = evaluation_result(list(with_progress(answers, len(questions))))
     (print_depths if options.depths else print_scores)(scored)
     if options.json is not None:
         _write_json(options.json, {"checkpoint": options.checkpoint, **scored})

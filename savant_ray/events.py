@@ -41,9 +41,7 @@ class TextCounts:
     longest: int = 0
     lengths: dict[str, int] = field(default_factory=dict)  # number of documents by length in tokens: "256 to 511"
     first_bad_lines: tuple[str, ...] = ()  # file, line and reason
-    examples: tuple[
-        tuple[tuple[str, bool], ...], ...
-    ] = ()  # beginnings of documents: text, and whether it is trained on
+    examples: tuple[tuple[tuple[str, bool], ...], ...] = ()  # document beginnings: [text, whether it is trained on]
     fraction: float = 0.0  # of the sequences of the training text
     steps_per_epoch: float = 0.0  # optimizer steps in which all of its sequences are read once
 
@@ -189,8 +187,8 @@ class LogicScored(Event):
 
     kind = "score"
     step: int
-    score: float  # fraction of exact matches
-    n: int  # number of problems
+    score: float  # fraction of correct answers
+    n: int  # number of problems, without those in new wordings
     low: float  # lower end of the interval
     high: float  # upper end of the interval
     templates: dict[str, dict[str, float]]  # name -> {"score": …, "n": …}; problems in new wordings count here only

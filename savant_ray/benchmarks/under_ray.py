@@ -26,9 +26,10 @@ from savant_ray.benchmarks.workload import ROOT, as_options, run_command, write_
 from savant_ray.config import Config, load_config
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.events import Event, StepDone
+from savant_ray.training.device import prepare_device
 from savant_ray.training.loop import train
-from savant_ray.training.state import TrainingState, new_state
-from savant_ray.training.step import MicroBatch
+from savant_ray.training.state import TrainingState, is_deterministic, micro_batch_size, new_state
+from savant_ray.training.step import MicroBatch, micro_batches
 
 ROUNDS = 3
 WARM_UP = 5  # steps
@@ -43,6 +44,7 @@ SETTINGS = {
     "training.accumulation": 2,
     "training.max_steps": 40,
     "training.precision": "fp32",
+    "scaling.use_gpu": False,  # the bare loop trains on the CPU
     "validation.every_steps": 1000,
     "validation.max_new_tokens": 1,
     "checkpoint.every_steps": 1000,
@@ -138,26 +140,19 @@ class _Host:
 
 
 def train_without_ray(folder: str) -> None:
-    """Train the same steps on the job's token cache in this process."""
-    config = load_config(as_options(SETTINGS), environment={})
+    """Train on the job's token cache in this process, with memory settings and micro-batches as in the job."""
+    config, device = load_config(as_options(SETTINGS), environment={}), torch.device("cpu")
     (train_cache,) = Path(folder, "cache").glob("savant_dataset_train-*/")
     host = _Host()
-    train(
-        new_state(config, torch.device("cpu")), config, _local_batches(TokenCache.open(str(train_cache)), config), host
-    )
+    prepare_device(device, config.training.vram_limit_gb, is_deterministic(config, device))
+    batches = local_batches(TokenCache.open(str(train_cache)), config, device)
+    train(new_state(config, device), config, batches, host)
     Path(folder, "bare.json").write_text(json.dumps(host.ends))
 
 
-def _local_batches(cache: TokenCache, config: Config) -> Iterator[list[MicroBatch]]:
-    settings, size = config.training, config.training.batch_size
-    for step in range(settings.max_steps):
-        local_batch = []
-        for micro_batch in range(settings.accumulation):
-            first = step * settings.effective_batch + micro_batch * size
-            rows = np.arange(first, first + size) % cache.n_sequences
-            sequences = cache.take(rows)
-            tokens = torch.from_numpy(sequences.tokens.copy())
-            ids = torch.from_numpy(sequences.document_ids.copy())
-            is_trained = torch.from_numpy(sequences.is_trained.copy())
-            local_batch.append(MicroBatch(tokens, ids, is_trained, tuple(rows.tolist()), index=micro_batch))
-        yield local_batch
+def local_batches(cache: TokenCache, config: Config, device: torch.device) -> Iterator[list[MicroBatch]]:
+    """Yield the micro-batches of each step, of the size that a worker uses."""
+    n_sequences, size = config.training.effective_batch, micro_batch_size(config, device)
+    for step in range(config.training.max_steps):
+        rows = np.arange(step * n_sequences, (step + 1) * n_sequences) % cache.n_sequences
+        yield micro_batches(cache.take(rows), rows, config, size)

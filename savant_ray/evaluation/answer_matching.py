@@ -27,7 +27,7 @@ QUANTITY = re.compile(
     r"(?!\s*[-.,:/]?\s*\d)(?P<unit>.*)",  # excludes dates, times, versions and lists
     re.DOTALL | re.IGNORECASE,
 )
-LAST_NUMBER = re.compile(rf"-?(?:{DECIMAL})")
+LAST_NUMBER = re.compile(rf"-?(?:(?:\d+ )?\d+/\d+|{DECIMAL})")
 MAX_SENTENCES = 100  # compared per answer, because a model that repeats itself may generate thousands
 MAX_DIGITS = 400  # also the largest exponent; larger numbers are compared as text
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")

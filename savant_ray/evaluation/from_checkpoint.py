@@ -144,7 +144,7 @@ def _load_for_questions(
     return model, tokenizer, config, config.validation.max_new_tokens if max_new_tokens is None else max_new_tokens
 
 
-def result(answers: Sequence[Answer]) -> dict[str, Any]:
+def evaluation_result(answers: Sequence[Answer]) -> dict[str, Any]:
     """Return scores and answers as plain values: for all trained wordings, for new wordings, and for each template."""
     templates = scores(answers)
     return {

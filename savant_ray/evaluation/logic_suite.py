@@ -1,7 +1,7 @@
 """The logic suite: arithmetic and comparison problems with held-out operands, and the score of a model on them.
 
 The pairs of operands are held out from every generated training text, whatever the operation; in one part of the suite
-the wordings are held out too (see `savant_ray/data/quickstart/problems.py`). Answers are decoded greedily.
+the wordings are new as well (see `savant_ray/data/quickstart/problems.py`). Answers are decoded greedily.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Score:
 
 
 def logic_suite() -> list[Question]:
-    """Return the questions, always the same: held-out pairs in trained wordings, then others in held-out wordings."""
+    """Return the questions, always the same: held-out pairs in trained wordings, then held-out pairs in new wordings."""
     trained_wordings = problems(SUITE_SEED, N_TRAINED_WORDINGS, held_out=True)
     new_wordings = problems(SUITE_SEED, N_NEW_WORDINGS, held_out=True, unseen_wordings=True)
     return [

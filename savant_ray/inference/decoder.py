@@ -28,6 +28,7 @@ from savant_ray.model.transformer import UniversalTransformer
 MAX_PROMPT_SCORES = 1 << 22
 GPU_GROUP = 16  # tokens of an answer that are generated before the host reads them
 ENDED = -1  # in place of a token after the end of an answer
+SAMPLED, GREEDY = True, False  # how the tokens of an answer are chosen
 
 
 class NewTokens(NamedTuple):
@@ -77,7 +78,7 @@ class _Batch:
         return [answer for answer in self.answers if answer is not None]
 
     def modes(self) -> set[bool]:
-        """Return the set of modes of the answers: True for sampled, False for greedy."""
+        """Return how the tokens of the answers are chosen: a set of `SAMPLED`, `GREEDY`, or both."""
         return {answer.sampling.temperature > 0 for answer in self.in_use()}
 
     def draw_numbers(self, n_tokens: int) -> None:
@@ -272,7 +273,7 @@ class Decoder:
 
     def _start_group(self, batch: _Batch, n_tokens: int) -> None:
         self._column_1.zero_()
-        if True in batch.modes():
+        if SAMPLED in batch.modes():
             batch.draw_numbers(n_tokens)
 
     def _step(self) -> None:
@@ -293,9 +294,9 @@ class Decoder:
         logits_BV = logits_BV.float()
         is_finite_B = are_finite(logits_BV)
         logits_BV = logits_BV + self._bias_V
-        if True in modes:
+        if SAMPLED in modes:
             token_B = sample_tokens(logits_BV, batch.temperature_B1, batch.uniform_BN.index_select(1, self._column_1))
-            if False in modes:
+            if GREEDY in modes:
                 token_B = torch.where(batch.temperature_B1[:, 0] > 0, token_B, logits_BV.argmax(dim=-1))
         else:
             token_B = logits_BV.argmax(dim=-1)

@@ -15,8 +15,8 @@ def generate(
     """Yield new token ids until the end of the document (not yielded) or `max_new_tokens`.
 
     The ids depend on weights, prompt and sampling parameters only; the weights must not change until the end. On a GPU
-    the ids after the first one arrive in groups of `decoder.GPU_GROUP`. Only the keys and values of
-    global loops grow with the number of tokens. Generation also ends when the logits are not finite.
+    the ids after the first one arrive in groups of `decoder.GPU_GROUP`. Only the keys and values of global loops grow with
+    the number of tokens. Generation also ends when the logits are not finite.
 
     Raises:
         ValueError: the prompt has no tokens.

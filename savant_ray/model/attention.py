@@ -24,7 +24,7 @@ from savant_ray.model.flex import block_mask, flex, has_flex
 class Mask(NamedTuple):
     """Masked positions in the form that the implementation needs."""
 
-    masked: Tensor | None  # [B, 1, T, S] or [T, S]; True = masked; None = nothing is masked
+    masked: Tensor | None  # [B, 1, T, S] or [T, S]; True = masked; None = nothing is masked, or see `blocks`
     first_key_N: Tensor | None = None  # first visible key of each chunk of queries, for `cpu_attention`
     blocks: BlockMask | None = None  # for `flex`
 

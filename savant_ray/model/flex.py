@@ -69,8 +69,8 @@ def block_mask(document_ids_BT: Tensor, window_size: int | None) -> BlockMask:
         return (key <= query) & (key >= first_key_BT[row, query])
 
     partial, full = (blocks[:, None] for blocks in (is_needed_BNM & ~is_full_BNM, is_full_BNM))
-    (n_partial, partial_keys), (n_full, full_keys) = _listed(partial), _listed(full)
-    (n_partial_t, partial_queries), (n_full_t, full_queries) = _listed(partial.mT), _listed(full.mT)
+    (n_partial, partial_keys), (n_full, full_keys) = _block_lists(partial), _block_lists(full)
+    (n_partial_t, partial_queries), (n_full_t, full_queries) = _block_lists(partial.mT), _block_lists(full.mT)
     return BlockMask(
         seq_lengths=(length, length),
         kv_num_blocks=n_partial,
@@ -95,8 +95,8 @@ def _first_keys(document_ids_BT: Tensor, window_size: int | None) -> Tensor:
     return first_key_BT if window_size is None else first_key_BT.maximum(position_T - window_size)
 
 
-def _listed(blocks_B1NM: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of blocks in each row, and their columns in ascending order followed by the other columns; int32."""
+def _block_lists(blocks_B1NM: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of true blocks in each row, and their columns followed by the other columns; int32."""
     columns = blocks_B1NM.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks_B1NM.sum(-1, dtype=torch.int32), columns.to(torch.int32, memory_format=torch.contiguous_format)
 

@@ -40,7 +40,7 @@ class KeyValueCache:
         static_shapes: whether a single new token attends to all slots, with those that are not in use masked.
 
     Attributes:
-        length: number of tokens that all loops have cached of the longest row in use.
+        length: number of cached tokens of the longest row in use, without those that are being appended.
         position_B: number of tokens of each row, on the device.
     """
 
@@ -114,7 +114,7 @@ class KeyValueCache:
         return keys[:, :, :n_visible], values[:, :, :n_visible]
 
     def last_tokens(self, x_BTD: Tensor) -> Tensor:
-        """Return what belongs to the last new token of each row, `[B, D]`; that of padding for a prompt that has ended."""
+        """Return the state of the last new token of each row, `[B, D]`, of a padding token if its prompt ended before."""
         n_new = x_BTD.shape[1]
         if n_new == 1 or (self._has_one_length and n_new == self._missing):
             return x_BTD[:, -1]
@@ -143,7 +143,7 @@ class KeyValueCache:
         self._buffers = {loop: (keys[index], values[index]) for loop, (keys, values) in self._buffers.items()}
 
     def replace(self, rows: Sequence[int], other: KeyValueCache) -> None:
-        """Overwrite these rows, in place, by those of another cache. They must have room for them."""
+        """Overwrite these rows, in place, by those of another cache, after `reserve` has made room for their lengths."""
         index = torch.tensor(rows, device=self.position_B.device)
         self.position_B[index] = other.position_B
         for loop, buffers in self._buffers.items():

@@ -47,7 +47,7 @@ class WeightPacking(NamedTuple):
 # On an H100 products with 2,730 columns, the hidden dimension at dim 1024, take twice as long as with 2,752. A CPU gains
 # nothing from either.
 WEIGHT_PACKING = {"cuda": WeightPacking(ffn_multiple=64, one_qkv=True)}
-CacheReader = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (new keys, new values) -> (all visible keys, values)
+CacheUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (new keys, new values) -> (all visible keys, values)
 
 
 def n_parameters(config: ModelConfig) -> int:
@@ -147,8 +147,10 @@ class UniversalTransformer(nn.Module):
         x_BTD = self.embed(tokens_BT)
         for loop in range(n_loops or self.config.n_loops):
             # `.forward` bypasses a compiled block, which would recompile for each length of the cache.
-            reader = functools.partial(cache.append, loop)
-            x_BTD = self.recurrent_block.forward(x_BTD, masks.for_loop(self.is_global(loop)), rope, reader, weights)
+            update_cache = functools.partial(cache.append, loop)
+            x_BTD = self.recurrent_block.forward(
+                x_BTD, masks.for_loop(self.is_global(loop)), rope, update_cache, weights
+            )
         logits_BV: Tensor = self.head(self.ln_f(cache.last_tokens(x_BTD)))
         cache.advance(n_new)
         return logits_BV
@@ -213,24 +215,24 @@ class RecurrentBlock(nn.Module):
         x_BTD: Tensor,
         mask: Mask,
         rope: RotaryEmbedding | None,
-        reader: CacheReader | None,
+        update_cache: CacheUpdate | None,
         weights: BlockWeights,
     ) -> Tensor:
-        """Apply one loop to whole sequences, or to new tokens whose keys and values `reader` adds to a cache.
+        """Apply one loop to whole sequences, or to new tokens whose keys and values `update_cache` stores.
 
         `weights` are those of `prepare_weights`.
         """
-        x_BTD = self.attn(x_BTD, mask, rope, reader, weights)
+        x_BTD = self.attn(x_BTD, mask, rope, update_cache, weights)
         hidden = swiglu(linear(self.ln_ffn(x_BTD), weights.ffn_in))
         out_BTD = linear(hidden, weights.ffn_out)
-        return liquid_update(x_BTD, out_BTD, weights.ffn_gate, weights.ffn_gate_bias, reader is not None)
+        return liquid_update(x_BTD, out_BTD, weights.ffn_gate, weights.ffn_gate_bias, update_cache is not None)
 
     def prepare_weights(self) -> BlockWeights:
         """Return the weights in the dtype of the matrix products, laid out for the device; for any number of loops.
 
-        If autograd is on, they have sums for gradients, which `with_summed_gradients` has to return to it. On a CPU weights
-        in the dtype of the products are not copied. On a GPU the copies of the default model take 22 MiB in bf16, 28 MiB if
-        its parameters are fp32, and 44 MiB in fp32.
+        If autograd is on, they have sums for gradients, which `with_summed_gradients` passes to the parameters. On a CPU
+        weights in the dtype of the products are not copied. On a GPU the copies of the default model take 22 MiB in bf16,
+        28 MiB if its parameters are fp32, and 44 MiB in fp32.
         """
         weight = self.attn.q_proj.weight
         device, dtype = weight.device.type, weight.dtype
@@ -286,17 +288,22 @@ class LiquidAttention(nn.Module):
         self.liquid_gate = nn.Linear(config.dim, config.dim)
 
     def forward(
-        self, x_BTD: Tensor, mask: Mask, rope: RotaryEmbedding | None, reader: CacheReader | None, weights: BlockWeights
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        rope: RotaryEmbedding | None,
+        update_cache: CacheUpdate | None,
+        weights: BlockWeights,
     ) -> Tensor:
         """Return the residual stream `[B, T, D]` after attention."""
         normed, dim = self.ln(x_BTD), x_BTD.shape[2]
         q, k, v = (self._heads(out) for matrix in weights.qkv for out in linear(normed, matrix).split(dim, dim=2))
         if rope is not None:
             q, k = apply_rotary(q, rope), apply_rotary(k, rope)
-        if reader is not None:
-            k, v = reader(k, v)
+        if update_cache is not None:
+            k, v = update_cache(k, v)
         out_BTD = linear(attend(q, k, v, mask, self.soft_cap).transpose(1, 2).flatten(2), weights.attn_out)
-        return liquid_update(x_BTD, out_BTD, weights.attn_gate, weights.attn_gate_bias, reader is not None)
+        return liquid_update(x_BTD, out_BTD, weights.attn_gate, weights.attn_gate_bias, update_cache is not None)
 
     def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """Return the projections to queries, keys and values."""

@@ -1,4 +1,4 @@
-"""All gradients of a model in one flat fp32 buffer, followed by the sums that are reduced with them.
+"""All gradients of a model in one flat fp32 buffer, followed by the sums of losses and token counts.
 
 Each parameter's `.grad` is a view of the buffer, so accumulation needs no copy, and one reduction carries gradients, loss
 and token count. Ranks that did different work therefore make the same number of collective calls; a DDP hook that runs on

@@ -15,18 +15,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Block:
-    """The leaves `first` to `first + size - 1` of a node; `size` is a power of two that divides `first`."""
+class Node:
+    """A node over the leaves `first` to `first + size - 1`; `size` is a power of two that divides `first`."""
 
     first: int
     size: int
 
-    def is_left_of(self, other: Block) -> bool:
+    def is_left_of(self, other: Node) -> bool:
         """Return whether the two are the halves of a node, this one the left half."""
         return self.size == other.size and self.first + self.size == other.first and self.first % (2 * self.size) == 0
 
 
-def blocks(leaves: range) -> list[Block]:
+def largest_nodes(leaves: range) -> list[Node]:
     """Return the largest nodes that cover consecutive leaves, in their order.
 
     There are at most log2(n) + 1 for n leaves that begin at 0, and at most 2 log2(n) for n > 1 leaves anywhere.
@@ -36,7 +36,7 @@ def blocks(leaves: range) -> list[Block]:
         size = 1 << (leaves.stop - first).bit_length() - 1
         if first:
             size = min(size, first & -first)  # the largest power of two that divides `first`
-        found.append(Block(first, size))
+        found.append(Node(first, size))
         first += size
     return found
 
@@ -49,27 +49,27 @@ def max_sums(n: int) -> int:
 class TreeSum:
     """Adds tensors of one shape, which arrive in the order of their leaves, and keeps the largest complete nodes.
 
-    As many tensors are kept as `blocks` returns for the leaves so far. Their memory is used again after `clear`.
+    As many tensors are kept as `largest_nodes` returns for the leaves so far. Their memory is used again after `clear`.
     """
 
     def __init__(self) -> None:
-        self._nodes: list[tuple[Block, Tensor]] = []
+        self._nodes: list[tuple[Node, Tensor]] = []
         self._unused: list[Tensor] = []
 
-    def add(self, block: Block, values: Tensor) -> None:
+    def add(self, node: Node, values: Tensor) -> None:
         """Add the sum of a node's leaves; `values` is copied, or added to a sum that is kept."""
         total = values
-        while self._nodes and self._nodes[-1][0].is_left_of(block):
+        while self._nodes and self._nodes[-1][0].is_left_of(node):
             left, left_total = self._nodes.pop()
             left_total.add_(total)
             if total is not values:
                 self._unused.append(total)
-            block, total = Block(left.first, 2 * left.size), left_total
-        self._nodes.append((block, self._copy(values) if total is values else total))
+            node, total = Node(left.first, 2 * left.size), left_total
+        self._nodes.append((node, self._copy(values) if total is values else total))
 
     @property
     def totals(self) -> Sequence[Tensor]:
-        """Return the sums of `blocks(range(first leaf, last leaf + 1))`; later additions change them."""
+        """Return the sums of `largest_nodes(range(first leaf, last leaf + 1))`; later additions change them."""
         return [total for _, total in self._nodes]
 
     def total(self) -> Tensor:

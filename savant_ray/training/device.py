@@ -146,7 +146,7 @@ class LaunchQueue:
         self._unfinished: deque[torch.cuda.Event] = deque()
 
     def wait_for_room(self) -> None:
-        """Wait until less than `MAX_IN_FLIGHT` launches are unfinished."""
+        """Wait until fewer than `MAX_IN_FLIGHT` launches are unfinished."""
         while len(self._unfinished) >= MAX_IN_FLIGHT:
             self._unfinished.popleft().synchronize()
             self.finished += 1
@@ -225,8 +225,8 @@ def cap_memory(device: torch.device, limit_gb: float) -> str | None:
 def keep_freed_memory(device: torch.device) -> None:
     """Let glibc keep the memory that a step on a CPU frees for the next step.
 
-    Otherwise it may return the memory after each step, depending on the order in which tensors are freed. The system then
-    provides thousands of pages again, in 4 % of the time of a step at dim 128. The peak of the memory is the same. Has no
+    Otherwise it may return the memory to the system after each step, depending on the order in which tensors are freed.
+    Getting it back causes thousands of page faults, 4 % of a step at dim 128. The peak of the memory is the same. Has no
     effect on a GPU and with other C libraries.
     """
     if device.type == "cpu":

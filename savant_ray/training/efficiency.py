@@ -36,7 +36,7 @@ class Peak:
     def measure(self, max_seconds: float = MAX_SECONDS) -> None:
         """Measure again and keep the higher value; sizes whose product would take longer than `max_seconds` are left out.
 
-        Out of memory, the largest sizes are left out; the largest takes 0.5 GiB in bf16.
+        Sizes that do not fit into memory are left out as well; the largest takes 0.5 GiB in bf16.
         """
         for side in SIDES:
             if self.flops_per_second and 2 * side**3 / self.flops_per_second > max_seconds:

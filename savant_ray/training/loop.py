@@ -98,6 +98,7 @@ def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence
         MemoryCapError: one sequence, or the model with its gradients and optimizer state, does not fit.
         DeviceMemoryError: a save or a validation does not fit.
         RanksDifferError: the ranks have different weights or optimizer state.
+        SavantError, OSError: as `rewind`.
     """
     with StepProfiler(config.training, state, host) as profiler:
         return _train(state, config, local_batches, host, profiler)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+# Factors of the usual time limit.
 SLOW = 10.0  # starting, compiling, validating
 STORAGE = 60.0  # reading and writing checkpoints: storage may be slow, and has time limits of its own
 
@@ -20,7 +21,7 @@ class Mark:
     activity: str  # for messages: "computing"
     limit_factor: float  # factor of the usual time limit until the next mark
     collectives: int  # that this rank has entered so far; the same sequence on all ranks
-    waits: bool  # whether the newest collective may not have ended
+    waits: bool  # whether it may be waiting for the other ranks in the newest of them
     finished: bool = False  # no more marks will follow
 
 

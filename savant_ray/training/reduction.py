@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from savant_ray.optim.tree_sum import Block, TreeSum, blocks
+from savant_ray.optim.tree_sum import Node, TreeSum, largest_nodes
 from savant_ray.training.progress import PROGRESS
 
 SEGMENT = 1 << 22  # elements that are exchanged at a time: 16 MiB, which bounds the memory of the exchange
@@ -81,7 +81,7 @@ def sum_trees(tree: TreeSum, leaves: Sequence[range], result: Tensor, segment: i
         result.copy_(tree.total())
     else:
         PROGRESS.enter_collective()
-        nodes = [blocks(of_rank) for of_rank in leaves]
+        nodes = [largest_nodes(of_rank) for of_rank in leaves]
         for part in result.split(segment):
             start = part.storage_offset() - result.storage_offset()
             own = [total[start : start + len(part)] for total in tree.totals]
@@ -89,7 +89,7 @@ def sum_trees(tree: TreeSum, leaves: Sequence[range], result: Tensor, segment: i
     tree.clear()
 
 
-def _exchange(own: Sequence[Tensor], nodes: Sequence[Sequence[Block]], result: Tensor) -> None:
+def _exchange(own: Sequence[Tensor], nodes: Sequence[Sequence[Node]], result: Tensor) -> None:
     """Write the sum of the nodes of all ranks to `result`; `own` are this rank's nodes, shaped like `result`."""
     n, n_own = len(nodes), len(own)
     shard = -(-len(result) // n)
@@ -103,8 +103,8 @@ def _exchange(own: Sequence[Tensor], nodes: Sequence[Sequence[Block]], result: T
         input_split_sizes=[n_own * shard] * n,
     )
     tree = TreeSum()
-    for block, values in zip((block for of_rank in nodes for block in of_rank), received, strict=True):
-        tree.add(block, values)
+    for node, values in zip((node for of_rank in nodes for node in of_rank), received, strict=True):
+        tree.add(node, values)
     gathered = result.new_empty(n, shard)
     dist.all_gather(list(gathered), tree.total())
     result.copy_(gathered.flatten()[: len(result)])

@@ -83,7 +83,7 @@ class SpikeWindow:
 
 
 def limit(values: Sequence[float], min_ratio: float) -> float:
-    """Return the limit above which a value is a spike after these positive ones: at least `min_ratio` times their mean."""
+    """Return the limit for a value that follows these, all positive; it is at least `min_ratio` times their mean."""
     mean = math.fsum(values) / len(values)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
     return max(mean + SIGMAS * deviation, min_ratio * mean)

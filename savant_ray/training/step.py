@@ -1,4 +1,4 @@
-"""One optimizer step from this rank's local batch: its micro-batches of the global (effective) batch.
+"""One optimizer step from a rank's local batch: the micro-batches of the step that this rank computes.
 
 Losses are SUMMED over tokens, gradients and sums are reduced over all ranks, and the division by the global number of tokens
 comes last. The result therefore does not depend on how the sequences were divided among ranks, and a skipped micro-batch
@@ -39,7 +39,7 @@ from savant_ray.config import Config
 from savant_ray.data.token_cache import Sequences
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.optim.gradients import clip_to_mean, mean_norm
-from savant_ray.optim.tree_sum import Block
+from savant_ray.optim.tree_sum import Node
 from savant_ray.training.device import (
     LaunchQueue,
     autocast,
@@ -258,7 +258,7 @@ def allocate_reduction(state: TrainingState) -> None:
     state.gradients.zero()
     if state.settings.deterministic:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        state.gradients.tree.add(Block(rank, 1), state.gradients.flat)
+        state.gradients.tree.add(Node(rank, 1), state.gradients.flat)
     gather([0] * len(RankStatus._fields), state.device)
     reduce_gradients(state, [RankStatus(0, 0, 0, 0, index, 1) for index in range(n_ranks())])
     from_rank_0(state.gradients.sums[LOSS])
@@ -336,7 +336,7 @@ def add_to_tree(state: TrainingState, micro_batch: MicroBatch, n_loops: int | No
         flat.masked_fill_(~loss.isfinite(), 0)
     elif not loss.isfinite():
         flat.zero_()
-    state.gradients.tree.add(Block(micro_batch.index, 1), flat)
+    state.gradients.tree.add(Node(micro_batch.index, 1), flat)
     return loss
 
 

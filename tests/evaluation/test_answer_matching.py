@@ -37,6 +37,8 @@ from savant_ray.evaluation.answer_matching import is_correct
         ("The answer is 0.75.", "3/4"),
         ("The answer is 1 1/2.", "1.5"),
         ("We get -3.5 in the end", "-3.5"),
+        ("It is 3/4, I think", "0.75"),
+        ("It takes 1 1/2 hours", "1.5"),
         # units
         ("The answer is 50%.", "50%"),
         ("The answer is 50 percent.", "50%"),
@@ -83,6 +85,7 @@ def test_the_expected_answer_is_correct_in_any_notation(text: str, expected: str
         ("The answer is 5. The answer is 61.", "61"),
         ("The answer is 42.5.", "42"),
         ("So 3.5", "5"),
+        ("It is 3/4, I think", "4"),
         ("The answer is 3.15.", "3.14"),
         ("The answer is 314.", "3.14"),
         ("The answer is 3,14.", "314"),

@@ -145,9 +145,9 @@ def test_a_loops_gradients_may_be_saved_by_autograd_although_other_loops_change_
     model.recompute_loops = recompute
     forward = model.recurrent_block.forward
 
-    def recorded(x: Tensor, mask: Mask, rope: None, reader: None, weights: BlockWeights) -> Tensor:
+    def recorded(x: Tensor, mask: Mask, rope: None, update_cache: None, weights: BlockWeights) -> Tensor:
         passed.append(weights.ffn_out.gradient)
-        return forward(x, mask, rope, reader, weights)
+        return forward(x, mask, rope, update_cache, weights)
 
     monkeypatch.setattr(model.recurrent_block, "forward", recorded)
     assert_close(loss_and_gradients(model), from_parameters(new_model()))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from savant_ray.optim.tree_sum import Block, TreeSum, blocks, max_sums
+from savant_ray.optim.tree_sum import Node, TreeSum, largest_nodes, max_sums
 
 
 def leaf_values(n: int) -> torch.Tensor:
@@ -43,9 +43,9 @@ def test_any_division_among_ranks_gives_the_bits_of_the_tree(division: tuple[int
     for own in ranks:
         tree = TreeSum()
         for index in own:
-            tree.add(Block(index, 1), leaves[index])
-        for block, total in zip(blocks(own), tree.totals, strict=True):
-            combined.add(block, total)
+            tree.add(Node(index, 1), leaves[index])
+        for node, total in zip(largest_nodes(own), tree.totals, strict=True):
+            combined.add(node, total)
     assert torch.equal(combined.total(), by_definition(leaves, 0, 128))
     assert torch.equal(leaves, leaf_values(n)), "the leaves themselves are not changed"
 
@@ -57,7 +57,7 @@ def test_a_rank_keeps_few_sums_and_uses_their_memory_again(division: tuple[int, 
     for own in ranks:
         tree.clear()
         for index in own:
-            tree.add(Block(index, 1), torch.ones(1))
+            tree.add(Node(index, 1), torch.ones(1))
             most = max(most, len(tree.totals))
             storages |= {total.data_ptr() for total in tree.totals}
     assert most <= 2 * n.bit_length() and len(storages) <= most
@@ -66,7 +66,7 @@ def test_a_rank_keeps_few_sums_and_uses_their_memory_again(division: tuple[int, 
 def test_the_memory_of_one_rank_is_predicted_exactly() -> None:
     tree, most = TreeSum(), 0
     for index in range(300):
-        tree.add(Block(index, 1), torch.ones(1))
+        tree.add(Node(index, 1), torch.ones(1))
         most = max(most, len(tree.totals))
         assert most == max_sums(index + 1)
     assert float(tree.total()) == 300
@@ -74,9 +74,9 @@ def test_the_memory_of_one_rank_is_predicted_exactly() -> None:
 
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_the_nodes_of_consecutive_leaves_are_as_large_as_possible(first: int, n: int) -> None:
-    found = blocks(range(first, first + n))
-    assert [leaf for block in found for leaf in range(block.first, block.first + block.size)] == list(
+    found = largest_nodes(range(first, first + n))
+    assert [leaf for node in found for leaf in range(node.first, node.first + node.size)] == list(
         range(first, first + n)
     )
-    assert all(block.first % block.size == 0 for block in found)
+    assert all(node.first % node.size == 0 for node in found)
     assert not any(left.is_left_of(right) for left, right in pairwise(found))

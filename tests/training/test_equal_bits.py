@@ -19,7 +19,7 @@ import savant_ray.training.state as state_module
 import savant_ray.training.step as step_module
 from savant_ray.config import Config
 from savant_ray.model.loss import next_token_targets
-from savant_ray.optim.tree_sum import Block, TreeSum
+from savant_ray.optim.tree_sum import Node, TreeSum
 from savant_ray.training import rank_comparison
 from savant_ray.training.device import set_threads
 from savant_ray.training.loop import train
@@ -117,7 +117,7 @@ def sum_of_leaves(rank: int, world_size: int, n: int, segment: int) -> list[floa
     leaves = [range(*pair) for pair in pairwise(cuts)]
     tree, result = TreeSum(), torch.full((23,), math.nan)
     for index in leaves[rank]:
-        tree.add(Block(index, 1), values[index])
+        tree.add(Node(index, 1), values[index])
     sum_trees(tree, leaves, result, segment)
     return result.tolist()
 
