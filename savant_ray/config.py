@@ -290,14 +290,6 @@ class FilterConfig(Section):
         "written like it, as in CSV; a document without the field is left out",
     )
 
-    @field_validator("equals")
-    @classmethod
-    def _check_equals(cls, equals: dict[str, Scalar] | None) -> dict[str, Scalar] | None:
-        for name, value in (equals or {}).items():
-            if isinstance(value, float) and value.is_integer() and abs(value) > MAX_INTEGER:
-                raise ValueError(f"the value of {name} has more than 18 digits, so it cannot be compared exactly")
-        return equals
-
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
         if self.min_chars and self.max_chars and self.min_chars > self.max_chars:

@@ -183,12 +183,14 @@ def _memory(topic: str) -> Iterator[Finding]:
 
     available = psutil.virtual_memory().available / 1e9
     with suppress(OSError, ValueError, KeyError):  # no such file, or "max"
-        limit, current, statistics = (
-            CGROUP_LIMIT.with_name(name).read_text() for name in (CGROUP_LIMIT.name, "memory.current", "memory.stat")
+        limit, current = (
+            int(CGROUP_LIMIT.with_name(name).read_text()) for name in (CGROUP_LIMIT.name, "memory.current")
         )
-        in_use = dict(line.split() for line in statistics.splitlines())
-        page_cache = int(in_use["active_file"]) + int(in_use["inactive_file"])  # the kernel frees it for programs
-        available = min(available, (int(limit) - int(current) + page_cache) / 1e9)
+        page_cache = 0  # the kernel frees it for programs
+        with suppress(OSError):
+            in_use = dict(line.split() for line in CGROUP_LIMIT.with_name("memory.stat").read_text().splitlines())
+            page_cache = int(in_use["active_file"]) + int(in_use["inactive_file"])
+        available = min(available, (limit - current + page_cache) / 1e9)
     status: Status = "error" if available < MIN_MEMORY_GB else "note" if available < LOW_MEMORY_GB else "ok"
     remedy = f"end other programs; {LOW_MEMORY_GB:g} GB are enough for Ray and a small model"
     yield Finding(topic, status, f"{available:.1f} GB available", "" if status == "ok" else remedy)

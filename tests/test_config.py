@@ -294,15 +294,6 @@ def test_a_number_in_another_notation_is_refused_with_the_right_one(name: str, t
     assert refusal(environment={variable: text}) == [f"{variable}: {message}"]
 
 
-def test_a_filter_by_a_number_that_would_be_rounded_is_refused() -> None:
-    sources = "[{path: x.jsonl, weight: 1, filter: {equals: {id: %s}}}]"
-    assert refusal("--data.sources", sources % "1234567890123456789") == [
-        "--data.sources[0].filter.equals: the value of id has more than 18 digits, so it cannot be compared exactly"
-    ]
-    config = load_config(["--data.sources", sources % "123456789012345678"], {})
-    assert config.data.sources[0].filter.equals == {"id": 123456789012345678}
-
-
 def test_underscores_may_separate_thousands() -> None:
     assert load_config(["--training.max_steps", "1_000"], {}).training.max_steps == 1000
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from savant_ray.config import Config, HeldOutConfig, SourceConfig
+from savant_ray.config import MAX_INTEGER, Config, HeldOutConfig, SourceConfig
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import SourceText, rule_of, validation_texts
 from savant_ray.data.overlap import split_held_out
@@ -17,7 +17,7 @@ from savant_ray.data.source_files import HUB_SCHEME, find_files, path_list
 from savant_ray.data.sources import SourceFile, refuse_empty
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.tokenizer_choice import refuse_unencodable_prompts
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, SettingsError
 from savant_ray.locations import create_writable_folder, is_uri, parent_and_name
 from savant_ray.reporting import RunReport
 
@@ -52,8 +52,9 @@ def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, 
 
     Raises:
         DataError: a source that is not optional is missing, empty or unreadable, or there is none.
-        SettingsError: the cache folder cannot be created.
+        SettingsError: the cache folder cannot be created, or a filter compares with a number that is rounded.
     """
+    _refuse_rounded_numbers(config.data.sources)
     if config.data.quickstart:
         _write_missing_quickstart(config, report)
     cache_dir = Path(config.data.cache_dir)
@@ -79,7 +80,7 @@ def find_data_files(config: Config, report: RunReport, needs_validation: bool = 
     Raises:
         DataError: a source that is not optional is missing, empty or unreadable; so is the validation text, and
             `needs_validation` is true.
-        SettingsError: the cache folder cannot be created.
+        SettingsError: as `find_sources`.
     """
     cache_dir = Path(config.data.cache_dir)
     sources = find_sources(config, report)
@@ -123,6 +124,16 @@ def _is_missing_default(path: str | list[str]) -> bool:
     if not isinstance(path, str) or is_uri(path) or Path(path).name != TRAIN_FILE:
         return False
     return not os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name too long
+
+
+def _refuse_rounded_numbers(sources: Sequence[SourceConfig]) -> None:
+    for number, source in enumerate(sources):
+        for name, value in (source.filter.equals or {}).items():
+            if isinstance(value, int | float) and abs(value) > MAX_INTEGER and float(value).is_integer():
+                raise SettingsError(
+                    f"data.sources[{number}].filter.equals: the value of {name} has more than 18 digits, so it cannot be "
+                    "compared exactly"
+                )
 
 
 def _write_missing_quickstart(config: Config, report: RunReport) -> None:

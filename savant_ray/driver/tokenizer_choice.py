@@ -75,13 +75,21 @@ def find_weights_checkpoint(
 def find_weights_checkpoint_without_lock(config: Config) -> WeightsCheckpoint | None:
     """Return as `find_weights_checkpoint` does for the run's newest checkpoint on this machine, without locking the run.
 
-    For a run without one, `run.continue_from` is used if it is set.
+    For a run without a checkpoint on this machine, `run.continue_from` is used if it is set. A run in object storage may
+    have begun elsewhere, so that it needs `run.continue_from` no longer, which may then be missing.
+
+    Raises:
+        CheckpointError, SettingsError: as `find_weights_checkpoint`, also for `run.continue_from`.
     """
     storage = run_storage(config)
     newest = newest_checkpoint_name(storage) if storage.filesystem is None else None
     if newest is None and config.run.continue_from is not None:
-        with fetched(config.run.continue_from, (CONFIG, *TOKENIZER_FILES)) as path:
-            return find_weights_checkpoint(find_checkpoint(path), config)
+        try:
+            with fetched(config.run.continue_from, (CONFIG, *TOKENIZER_FILES)) as path:
+                return find_weights_checkpoint(find_checkpoint(path), config)
+        except CheckpointError as error:
+            if storage.filesystem is None:
+                raise CheckpointError(f"run.continue_from: {error}") from error
     return find_weights_checkpoint(storage.folder / newest if newest else None, config)
 
 

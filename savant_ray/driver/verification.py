@@ -159,7 +159,7 @@ class RecordedRun:
             start = starts[-1]
         if (missing := self._first_missing(start, last)) is not None:
             end = max((step for step in self.steps if step < missing), default=None)
-            advice = "" if end is None else f"; try --steps ..{end}"
+            advice = f"; try --steps ..{end}" if end is not None and self.starts[0] < end else ""
             raise SettingsError(f"{self.folder}: {self.gap(missing)}{advice}")
         return range(start + 1, last + 1)
 

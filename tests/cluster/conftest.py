@@ -189,8 +189,10 @@ def free_port() -> int:
 def start_job(head: Head, workplace: Path, *flags: str, **changes: Any) -> subprocess.Popen[str]:
     """Start `python jobs/train.py` in the workplace, on the running head."""
     command = [sys.executable, str(ROOT / "jobs/train.py"), *flags, *options(**changes)]
-    watch = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(head.can_drain))}
-    return start_program(command, workplace, environment(RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled", **watch))
+    variables = environment(RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
+    if head.can_drain:
+        del variables["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"]  # as users have it
+    return start_program(command, workplace, variables)
 
 
 def start_program(command: list[str], folder: Path, variables: dict[str, str]) -> subprocess.Popen[str]:

@@ -384,6 +384,28 @@ def test_held_out_documents_come_from_the_files_of_the_sources(tmp_path: Path) -
     assert texts("{path: c.jsonl, text: story}") == (everything, ["c"])
 
 
+@pytest.mark.parametrize(("number", "is_refused"), [(1234567890123456789, True), (123456789012345678, False)])
+@pytest.mark.parametrize("written", ["YAML", "Python"])
+def test_a_filter_by_a_number_that_would_be_rounded_is_refused(
+    number: int, is_refused: bool, written: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "id": {number}}}\n')
+    source = {"path": str(tmp_path / "a.jsonl"), "weight": 1, "filter": {"equals": {"id": number}}}
+    data = {"sources": [source], "validation": str(tmp_path / "a.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    if written == "YAML":
+        config = load_config([part for name, value in data.items() for part in (f"--data.{name}", str(value))], {})
+    else:
+        config = Config.from_dict({"data": data})
+    with RunReport(None) as report:
+        if is_refused:
+            with pytest.raises(
+                SettingsError, match=r"data\.sources\[0\]\.filter\.equals: the value of id has more than 18"
+            ):
+                find_data_files(config, report)
+        else:
+            assert find_data_files(config, report).sources
+
+
 def test_text_is_checked_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data").mkdir()
     for name, content in {"train.jsonl": "a", "copy.jsonl": "held out", "empty.jsonl": ""}.items():

@@ -108,6 +108,16 @@ def test_generate_completes_a_prompt_with_a_checkpoint(finished: Finished) -> No
     assert done.stdout.strip() == "one two" + answer["text"].rstrip() and answer["prompt"] == "one two"
 
 
+def test_a_finished_run_can_be_extended(head: Head, finished: Finished, tmp_path: Path) -> None:
+    workplace = copied(finished, tmp_path)
+    code, printed = run_job(head, workplace)
+    assert code == 0 and "has done its 8 steps" in printed
+    code, printed = run_job(head, workplace, training__max_steps=10)
+    assert code == 0 and "step_8" in printed, printed
+    assert "changed since step_8: training.max_steps: 8, now 10" in printed and "schedule of the new length" in printed
+    assert losses(workplace / "tiny")[:8] == losses(finished.run) and len(losses(workplace / "tiny")) == 10
+
+
 @pytest.mark.rare
 def test_a_run_from_a_file_of_the_original_equals_one_that_was_extended(
     head: Head, finished: Finished, tmp_path: Path
@@ -119,6 +129,7 @@ def test_a_run_from_a_file_of_the_original_equals_one_that_was_extended(
     code, printed = run_job(head, workplace, training__max_steps=10)
     assert code == 0, printed
     longer, tokenizer = losses(workplace / "tiny"), workplace / "tiny/step_8/tokenizer.json"
+    assert longer[:8] == losses(finished.run) and len(longer) == 10
     taken_over = dict(run__name="flat", training__max_steps=10, data__tokenizer=tokenizer)
     code, printed = run_job(head, workplace, **taken_over)
     assert code == 4 and "model.global_every: 2, but the original has 4" in printed, printed
@@ -133,16 +144,14 @@ def test_a_run_from_a_file_of_the_original_equals_one_that_was_extended(
     assert [c["step"] for c in records(workplace / "flat", "checkpoint")] == [8, 10], "converted, then its own"
 
 
-def test_a_finished_run_can_be_extended_also_with_other_text_and_keeps_its_tokenizer(
+@pytest.mark.rare
+def test_allow_changes_resumes_with_other_text_and_keeps_the_tokenizer(
     head: Head, finished: Finished, tmp_path: Path
 ) -> None:
     workplace = copied(finished, tmp_path)
-    code, printed = run_job(head, workplace)
-    assert code == 0 and "has done its 8 steps" in printed
     add_other_words(workplace / "dataset/savant_dataset_train.jsonl")
     code, printed = run_job(head, workplace, "--allow-changes", training__max_steps=9)
     assert code == 0 and "step_8" in printed, printed
-    assert "changed since step_8: training.max_steps: 8, now 9" in printed and "schedule of the new length" in printed
     assert losses(workplace / "tiny")[:8] == losses(finished.run) and len(losses(workplace / "tiny")) == 9
     assert tokenizer_of(workplace / "tiny/step_9") == tokenizer_of(workplace / "tiny/step_8")
 

@@ -21,7 +21,7 @@ from tests.cluster.conftest import ROOT, environment, free_port, losses, steps_d
 from tests.cluster.test_ray_job import copy_repository, submission, write_config
 from tests.test_docs import split_commands, without_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.rare]
+pytestmark = pytest.mark.slow
 SECTION = "From one machine to a cluster"
 DASHBOARD = "http://127.0.0.1:8265"  # in the documentation
 
@@ -102,7 +102,7 @@ def end_with_all_below(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
-def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without_one(cluster: Cluster, workplace: Path) -> None:
+def test_a_cluster_with_a_token_refuses_who_has_none_or_another(cluster: Cluster) -> None:
     token = cluster.home / ".ray/auth_token"
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) >= 32
     jobs = typed("ray job list")
@@ -111,6 +111,10 @@ def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without_one(clu
         answer = cluster.run(*jobs, **refused)
         assert answer.returncode != 0 and re.search("40[13]|[Aa]uthenticat", answer.stdout + answer.stderr)
 
+
+@pytest.mark.rare
+def test_a_job_is_submitted_and_stopped_with_a_token(cluster: Cluster, workplace: Path) -> None:
+    wait_for(lambda: cluster.run(*typed("ray job list")).returncode == 0)
     folder, run = copy_repository(workplace / "repository"), workplace / "tiny"
     write_config(folder / "configs/cluster.yaml", workplace, max_steps=10_000)
     venv = Path(sys.executable).parent.parent
@@ -126,9 +130,10 @@ def test_a_job_is_submitted_and_stopped_with_a_token_and_refused_without_one(clu
     status, logs = (cluster.run(*named(typed(f"ray job {what}"), name)) for what in ("status", "logs"))
     assert status.returncode == 0 and "stopped" in (status.stdout + status.stderr).lower()
     assert logs.returncode == 0 and f"saved as step_{stopped_at}" in logs.stdout
-    assert token.read_text() not in printed + logs.stdout
+    assert (cluster.home / ".ray/auth_token").read_text() not in printed + logs.stdout
 
 
+@pytest.mark.rare
 def test_a_second_machine_joins_with_the_token(cluster: Cluster) -> None:
     wait_for(lambda: cluster.nodes() == ["ALIVE"])
     start = without_environment(typed("RAY_AUTH_MODE=token ray start"))

@@ -19,7 +19,7 @@ import torch
 from savant_ray.config import Config
 from savant_ray.data.conversations import conversation_prompt, plain_form
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.evaluation.from_checkpoint import answers_of, load_model, result
+from savant_ray.evaluation.from_checkpoint import answers_of, evaluation_result, load_model
 from savant_ray.evaluation.logic_suite import NEW_WORDING_SUFFIX, logic_suite
 from savant_ray.export.hugging_face import export_hugging_face
 from savant_ray.inference.generate import generate, generate_many
@@ -329,7 +329,7 @@ def test_lm_eval_gives_the_score_of_savant_evaluate(
     )
     run = write_run(model=model, weights=that_answer(min(seen & new), trained_tokenizer))
     export_hugging_face(run, tmp_path / "exported")
-    savant_result = result(list(answers_of(run, logic_suite())))
+    savant_result = evaluation_result(list(answers_of(run, logic_suite())))
     command = (tmp_path / "exported/README.md").read_text().split("```sh\n")[1].split("```")[0].strip()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
