@@ -90,7 +90,7 @@ def test_a_stop_that_is_requested_at_once_returns_the_state_of_the_run(tmp_path:
 
 SCRIPT = """
 import subprocess, sys, json
-mine = subprocess.Popen(["sleep", "120"])
+mine = subprocess.Popen(["sleep", "600"])
 import savant_ray
 try:
     result = savant_ray.train(json.loads(sys.argv[1]))
@@ -109,7 +109,7 @@ async def kernel():
     cell, real = Cell(), sys.stdout
     sys.stdout = cell
     shell = code.InteractiveInterpreter({"settings": json.loads(sys.argv[1])})
-    shell.runsource("import subprocess, ray, savant_ray, asyncio; mine = subprocess.Popen(['sleep', '120'])")
+    shell.runsource("import subprocess, ray, savant_ray, asyncio; mine = subprocess.Popen(['sleep', '600'])")
     shell.runsource("info = ray.init(num_cpus=2, include_dashboard=False)")
     shell.runsource("first = savant_ray.train(settings)")
     shell.runsource("settings['training']['max_steps'] = 10")

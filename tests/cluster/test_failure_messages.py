@@ -59,7 +59,7 @@ def test_an_unexpected_error_in_a_worker_is_reported_with_activity_and_traceback
     explained = explain_failure(WorkerGroupError("workers failed", failures), None, "step_4", max_failures=3)
     first, second = str(explained).splitlines()
     assert first == "worker 1: while saving step_5: ValueError: invalid literal"
-    assert "restarted 3 times" in second and second.endswith("resume from step_4.")
+    assert "scaling.max_failures: 3" in second and second.endswith("resume from step_4.")
     assert isinstance(explained, UnexpectedError) and "raise error\n" in explained.details
 
 

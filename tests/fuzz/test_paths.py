@@ -108,7 +108,10 @@ def random_pattern(rng: Random, tree: list[tuple[str, bytes | str]]) -> str:
         at = rng.randrange(len(parts) + 1)
         piece = rng.choice((*PARTS, "**", "*", "?", random_text(rng)))
         parts[at : at + rng.randrange(2)] = [piece]
-    return rng.choice(PREFIXES) + "/".join(parts)
+    pattern = rng.choice(PREFIXES) + "/".join(parts)
+    absolute = os.path.abspath(os.path.expanduser(pattern))  # noqa: PTH100, PTH111 - by its text, and for any user
+    is_whole_disk = ".." in pattern and absolute.count("/") < 2
+    return "/nowhere" if is_whole_disk else pattern  # to search it would take a minute
 
 
 def tree_and_pattern(rng: Random) -> tuple[list[tuple[str, bytes | str]], str]:
@@ -161,7 +164,6 @@ def texts_or_refusal(pattern: str) -> Iterator[str]:
 
 @holds_for(
     "folders with up to 6 files and 4 links or pipes under unusual names, and a path, glob or URI in them or elsewhere",
-    quick=40,
     case=from_seed(tree_and_pattern),
 )
 def test_any_pattern_yields_each_file_once_or_a_one_line_message_per_problem(
