@@ -127,7 +127,6 @@ THIRD_PARTY = {
         "jinja2",
         "numpy",
         "orjson",
-        "pandas",
         "pyarrow",
         "ray",
         "tokenizers",
