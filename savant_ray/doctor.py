@@ -187,7 +187,7 @@ def _memory(topic: str) -> Iterator[Finding]:
             int(CGROUP_LIMIT.with_name(name).read_text()) for name in (CGROUP_LIMIT.name, "memory.current")
         )
         page_cache = 0  # the kernel frees it for programs
-        with suppress(OSError):
+        with suppress(OSError, ValueError, KeyError):  # cannot be read, or names other values
             in_use = dict(line.split() for line in CGROUP_LIMIT.with_name("memory.stat").read_text().splitlines())
             page_cache = int(in_use["active_file"]) + int(in_use["inactive_file"])
         available = min(available, (limit - current + page_cache) / 1e9)

@@ -129,7 +129,8 @@ def _is_missing_default(path: str | list[str]) -> bool:
 def _refuse_rounded_numbers(sources: Sequence[SourceConfig]) -> None:
     for number, source in enumerate(sources):
         for name, value in (source.filter.equals or {}).items():
-            if isinstance(value, int | float) and abs(value) > MAX_INTEGER and float(value).is_integer():
+            is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            if is_whole and abs(value) > MAX_INTEGER:  # type: ignore[arg-type]  # a number
                 raise SettingsError(
                     f"data.sources[{number}].filter.equals: the value of {name} has more than 18 digits, so it cannot be "
                     "compared exactly"

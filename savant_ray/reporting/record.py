@@ -3,8 +3,8 @@
 TensorBoard files, trackers, `savant status` and the HTML report are derived from them.
 
 A killed run may leave an incomplete last line, a power failure a range of zero bytes. When the file is next opened, the
-incomplete line is removed, and damaged lines are after a copy of the file was made (`metrics.jsonl.damaged`, `-2`, …). A run
-resumed from an earlier step removes the lines of later steps, so that each step is in the record once.
+incomplete line is removed; damaged lines are removed after a copy of the file was made (`metrics.jsonl.damaged`, `-2`, …). A
+run resumed from an earlier step removes the lines of later steps, so that each step is in the record once.
 """
 
 from __future__ import annotations

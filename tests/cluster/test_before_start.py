@@ -384,10 +384,18 @@ def test_held_out_documents_come_from_the_files_of_the_sources(tmp_path: Path) -
     assert texts("{path: c.jsonl, text: story}") == (everything, ["c"])
 
 
-@pytest.mark.parametrize(("number", "is_refused"), [(1234567890123456789, True), (123456789012345678, False)])
-@pytest.mark.parametrize("written", ["YAML", "Python"])
+@pytest.mark.parametrize(
+    ("written", "number", "is_refused"),
+    [
+        ("YAML", 1234567890123456789, True),
+        ("YAML", 123456789012345678, False),
+        ("Python", 1234567890123456789, True),
+        ("Python", 123456789012345678, False),
+        pytest.param("Python", 10**400, True, id="more than a float can be"),
+    ],
+)
 def test_a_filter_by_a_number_that_would_be_rounded_is_refused(
-    number: int, is_refused: bool, written: str, tmp_path: Path
+    written: str, number: int, is_refused: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "id": {number}}}\n')
     source = {"path": str(tmp_path / "a.jsonl"), "weight": 1, "filter": {"equals": {"id": number}}}
