@@ -33,7 +33,7 @@ def scan_path(folder: Path, index: int) -> Path:
 
 
 def duplicates_path(folder: Path, index: int) -> Path:
-    """Return the path of the file with the record numbers of the duplicates in a part; there is none without duplicates."""
+    """Return the path of the file with the record numbers of the duplicates in a part; absent if the part has none."""
     return folder / f"duplicates-{index:05d}.npy"
 
 
