@@ -11,7 +11,7 @@ from savant_ray.config import MAX_INTEGER, Config, HeldOutConfig, SourceConfig
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import SourceText, rule_of, validation_texts
 from savant_ray.data.overlap import split_held_out
-from savant_ray.data.quickstart import TRAIN_FILE, write_quickstart
+from savant_ray.data.quickstart import FILES, TRAIN_FILE, write_quickstart
 from savant_ray.data.shard_writer import check_encodable
 from savant_ray.data.source_files import HUB_SCHEME, find_files, path_list
 from savant_ray.data.sources import SourceFile, refuse_empty
@@ -48,7 +48,7 @@ class DataFiles:
 def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, list[SourceFile]]]:
     """Return each source with its files, except for optional sources that are missing, which are reported.
 
-    Writes the quickstart's files first if they are needed and missing.
+    Writes the quickstart's files first if the settings name one that is missing.
 
     Raises:
         DataError: a source that is not optional is missing, empty or unreadable, or there is none.
@@ -138,12 +138,17 @@ def _refuse_rounded_numbers(sources: Sequence[SourceConfig]) -> None:
 
 
 def _write_missing_quickstart(config: Config, report: RunReport) -> None:
-    """Write the quickstart's files into the folder of the first source if one of the configured files is missing."""
+    """Write the quickstart's files into the folders in which the settings name one that is missing."""
     paths = [path for source in config.data.sources for path in path_list(source.path)]
-    if all(os.path.exists(path) for path in paths + path_list(config.data.held_out.path)):  # noqa: PTH110 - Path.exists raises for a name too long
-        return
-    report.begin_stage("writing the quickstart's text")
-    write_quickstart(Path(paths[0]).parent, log=report.notify)
+    paths += path_list(config.data.held_out.path)
+    missing = [
+        Path(path)
+        for path in paths
+        if not (is_uri(path) or os.path.exists(path))  # noqa: PTH110 - Path.exists raises for a name too long
+    ]
+    for folder in dict.fromkeys(path.parent for path in missing if path.name in FILES):
+        report.begin_stage("writing the quickstart's text")
+        write_quickstart(folder, log=report.notify)
 
 
 def _without_validation(
