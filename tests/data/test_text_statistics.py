@@ -279,7 +279,9 @@ def test_the_quickstarts_text_is_not_written_beside_other_text(
         """
         data:
           quickstart: true  # as in configs/quickstart.yaml, of which this is a copy
-          sources: [{path: own/*.jsonl, weight: 1}, {path: "other://host/savant_dataset_train.jsonl", weight: 1, optional: true}]
+          sources:
+            - {path: own/*.jsonl, weight: 1}
+            - {path: "other://host/savant_dataset_train.jsonl", weight: 1, optional: true}
           validation: {fraction: 0.5}
         """
     )
