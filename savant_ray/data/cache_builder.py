@@ -144,11 +144,14 @@ def prepare(
 
 
 def train_or_load_tokenizer(
-    texts: Sequence[SourceFile] | Sequence[SourceText], cache_dir: str | Path, vocab_size: int = 32_000
+    texts: Sequence[SourceFile] | Sequence[SourceText],
+    cache_dir: str | Path,
+    vocab_size: int = 32_000,
+    max_line_bytes: int = MAX_RECORD_BYTES,
 ) -> Tokenizer:
     """Load the tokenizer that was trained on these texts from `cache_dir`; train it if it is not there.
 
-    At most about `MAX_TRAINING_CHARACTERS` are used, in whole documents.
+    At most about `MAX_TRAINING_CHARACTERS` are used, in whole documents; lines of more than `max_line_bytes` are not.
 
     Raises:
         DataError: a file cannot be read.
@@ -161,13 +164,14 @@ def train_or_load_tokenizer(
         "version": DATA_VERSION,
         "files": hashes,
         "vocab_size": vocab_size,
+        **({} if max_line_bytes == MAX_RECORD_BYTES else {"max_line_bytes": max_line_bytes}),
         **_corrected_reading(sources),
         **_reading_identity(sources),
     }
     path = cache_dir / f"{TRAINED_TOKENIZER}{fingerprint(identity)[:16]}.json"
 
     def train() -> None:
-        content = train_tokenizer(_training_texts(sources), vocab_size).to_json()
+        content = train_tokenizer(_training_texts(sources, max_line_bytes), vocab_size).to_json()
         refuse_changed(files, hashes)
         write_atomically(_with_checksum(path, content), content)
 
@@ -726,7 +730,7 @@ def _title(files: Sequence[SourceFile]) -> str:
     return name.encode()[:MAX_TITLE_BYTES].decode(errors="ignore")
 
 
-def _training_texts(sources: Sequence[SourceText]) -> Iterator[str]:
+def _training_texts(sources: Sequence[SourceText], max_line_bytes: int) -> Iterator[str]:
     """Yield documents from the start of each file, or of each source with a limit, which is counted over all of its files.
 
     Their number of characters is proportional to the size of the file or source.
@@ -735,7 +739,7 @@ def _training_texts(sources: Sequence[SourceText]) -> Iterator[str]:
     for source in sources:
         for files in [[file] for file in source.files] if source.rule.limit is None else [source.files]:
             remaining = MAX_TRAINING_CHARACTERS * sum(file.size for file in files) // max(total, 1)
-            for document in documents(files, rule=source.rule):
+            for document in documents(files, max_line_bytes, source.rule):
                 if remaining <= 0:
                     break
                 remaining -= len(document.text)
