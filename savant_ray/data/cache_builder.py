@@ -391,7 +391,7 @@ class _Build:
             sequence_length=self._recipe.sequence_length,
         )
         manifest = dataclasses.replace(manifest, fingerprint=self._identity.of(manifest))
-        _refuse_empty(manifest, [part.rule for part in parts])
+        refuse_without_documents(manifest, [part.rule for part in parts])
         _refuse_if_all_dropped(manifest, self._recipe)
         refuse_if_all_masked(manifest)
         for needless in [*folder.glob("*.tmp"), *folder.glob("duplicates-*")]:
@@ -666,22 +666,40 @@ def empty_file_report(manifest: Manifest, has_other_split: bool = False) -> list
 def filter_report(manifest: Manifest) -> list[str]:
     """Return messages about the documents that `filter`, `sample` and `data.deduplicate` leave out, if there are any."""
     total = manifest.filtered + manifest.duplicates + manifest.documents
-    first = manifest.files[0].path + f" and {len(manifest.files) - 1:,} more" * (len(manifest.files) > 1)
     reasons = (("by filter or sample", manifest.filtered), ("as duplicates", manifest.duplicates))
-    return [f"{first}: {count:,} of {total:,} documents left out {reason}" for reason, count in reasons if count]
+    return [
+        f"{_first_name(manifest)}: {count:,} of {total:,} documents left out {reason}"
+        for reason, count in reasons
+        if count
+    ]
 
 
-def _refuse_empty(manifest: Manifest, rules: Sequence[DocumentRule]) -> None:
-    """Raise `DataError` if no file contains a document."""
-    if not manifest.documents:
-        if any(rule.split == "validation" for rule in rules):
-            raise DataError(
-                f"data.validation: no document of the sources is in the fraction {max(rule.held_out for rule in rules):g}; "
-                "raise it, or name a file"
-            )
-        raise DataError(
-            "\n".join([*empty_file_report(manifest), *invalid_line_report(manifest, verdict="refused")[:10]])
-        )
+def _first_name(manifest: Manifest) -> str:
+    """Return the name of the first file, and the number of the others."""
+    return manifest.files[0].path + f" and {len(manifest.files) - 1:,} more" * (len(manifest.files) > 1)
+
+
+def refuse_without_documents(manifest: Manifest, rules: Sequence[DocumentRule]) -> None:
+    """Check that a file contains a document.
+
+    Raises:
+        DataError: none does, or `data.validation` holds out all of them or none.
+    """
+    if manifest.documents:
+        return
+    reasons = [*empty_file_report(manifest), *invalid_line_report(manifest, verdict="refused")[:10]]
+    fraction = max((rule.held_out for rule in rules), default=0.0)
+    # Blank lines, and lines whose documents belong to the other of training and validation text.
+    if fraction and any(file.lines > file.bad_lines + file.filtered + file.duplicates for file in manifest.files):
+        is_validation = any(rule.split == "validation" for rule in rules)
+        side, change = ("in", "raise") if is_validation else ("outside", "lower")
+        advice = f"{change} it, or name a file"
+        if any(file.unit == "document" for file in manifest.files):
+            advice += "; text_blocks: true makes a document of each block of lines of a text file"
+        reasons = [
+            f"data.validation: {_first_name(manifest)}: no document is {side} the fraction {fraction:g}; {advice}"
+        ]
+    raise DataError("\n".join(reasons))
 
 
 def _refuse_if_all_dropped(manifest: Manifest, recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ begins the options of a URI and is no wildcard there. Local folders are listed w
 that is not UTF-8, and follows a cycle of symbolic links 40 times.
 """
 
-# ruff: noqa: PTH112, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
+# ruff: noqa: PTH112, PTH113, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
 # For names that are not UTF-8, link cycles and missing permissions, os.path returns a result where Path raises an error.
 
 from __future__ import annotations
@@ -265,9 +265,7 @@ def _errors_as_data_error(pattern: str) -> Iterator[None]:
         raise DataError(f"{printable(pattern)}: cannot be listed ({error_text(error)})") from error
 
 
-def _local_files(
-    pattern: str, file_format: str, splits: Sequence[str], warn: Warn, cache_dir: str
-) -> list[SourceFile]:
+def _local_files(pattern: str, file_format: str, splits: Sequence[str], warn: Warn, cache_dir: str) -> list[SourceFile]:
     path = _resolve_parent_references(absolute_path(pattern, error=DataError))
     problems: list[str] = []
     with _errors_as_data_error(pattern):

@@ -531,15 +531,6 @@ def test_a_tokenizer_is_trained_once(tmp_path: Path, write_jsonl: WriteJsonl, mo
     assert train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270).fingerprint == first.fingerprint
 
 
-def test_a_tokenizer_is_trained_on_the_lines_within_the_limit(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
-    files = expand(str(write_jsonl("a.jsonl", ["one two three four " * 50])))
-    sizes = [
-        train_or_load_tokenizer(files, tmp_path / "cache", vocab_size=270, max_line_bytes=limit).vocab_size
-        for limit in (100, 10_000)
-    ]
-    assert sizes[0] < sizes[1] == 270
-
-
 def test_json_lines_named_txt_have_one_identity_whether_the_listing_knows_their_format_or_not(
     tmp_path: Path, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
