@@ -60,8 +60,8 @@ from savant_ray.data.token_cache import (
     invalid_line_report,
 )
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.errors import DataError, UnexpectedError, describe
-from savant_ray.locations import absolute_path
+from savant_ray.errors import DataError, SettingsError, UnexpectedError, describe
+from savant_ray.locations import absolute_path, error_text
 
 FORMAT_VERSION = 2  # of token caches; 1 had no loss mask. Those of other versions are built again
 DATA_VERSION = 1  # of the rows: two caches with the same data fingerprint have the same rows, whatever their format is
@@ -114,6 +114,7 @@ def prepare(
         DataError: a file cannot be read, the files contain no document, or a line is invalid and `on_bad_line` is
             "error".
         RayRequiredError: the cache has to be built, and Ray is not initialized.
+        SettingsError: the file system of `cache_dir` has no locks.
     """
     cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     recipe = Recipe.of(tokenizer, sequence_length, max_line_bytes)
@@ -155,6 +156,7 @@ def train_or_load_tokenizer(
 
     Raises:
         DataError: a file cannot be read.
+        SettingsError: the file system of `cache_dir` has no locks.
     """
     cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     sources = _with_rules(texts)
@@ -765,11 +767,21 @@ def _training_texts(sources: Sequence[SourceText], max_line_bytes: int) -> Itera
 
 
 def _build_once(lock_path: Path, is_complete: Callable[[], bool], build: Callable[[], None]) -> None:
-    """Call `build` unless it is complete; the lock makes other processes wait for the one that builds it."""
+    """Call `build` unless it is complete; the lock makes other processes wait for the one that builds it.
+
+    Raises:
+        SettingsError: the file system has no locks.
+    """
     if is_complete():
         return
     lock_path.parent.mkdir(parents=True, exist_ok=True)
     with lock_path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise SettingsError(
+                f"data.cache_dir: {lock_path} cannot be locked ({error_text(error)}); mount its file system with locks "
+                "(NFS: a running lockd, without nolock; Lustre: -o flock), or choose a folder on another one"
+            ) from error
         if not is_complete():
             build()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -16,7 +17,7 @@ from savant_ray.data.shard_writer import PartSummary, damaged_digests
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import FileSummary
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.errors import DataError
+from savant_ray.errors import DataError, SettingsError
 from tests.data.without_ray import cache_of
 
 
@@ -70,6 +71,20 @@ def test_a_tokenizer_is_trained_on_the_lines_within_the_limit(
         for limit in (100, 10_000)
     ]
     assert sizes[0] < sizes[1] == 270
+
+
+def test_a_cache_folder_without_locks_is_named_with_advice(
+    tmp_path: Path, write_jsonl: Callable[[str, Iterable[str]], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:  # as on Lustre without -o flock
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    files = expand(str(write_jsonl("a.jsonl", ["a"])))
+    with pytest.raises(
+        SettingsError, match=r"^data.cache_dir: .* cannot be locked \(Function not implemented\); mount"
+    ):
+        train_or_load_tokenizer(files, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("size", [None, 0, 8, 17, 32])
