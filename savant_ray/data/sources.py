@@ -637,6 +637,11 @@ def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders
 
 def _remote_files(pattern: str, file_format: str, splits: Sequence[str], warn: Warn) -> list[SourceFile]:
     uri, query = split_query(canonical_uri(pattern, error=DataError))
+    if uri.startswith(("http://", "https://")):
+        raise DataError(
+            f"{printable(pattern)}: web addresses are not read; download the file, or name a data set of the Hugging Face "
+            "Hub as hf://datasets/OWNER/NAME"
+        )
     uri = decoded_uri(uri)
     uri = uri if uri.endswith("://") else uri.rstrip("/")
     filesystem, path = file_system(with_short_retries(encoded_uri(uri) + query), DataError)
