@@ -515,7 +515,7 @@ def _init(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     refuse_deleted_folder()
-    from savant_ray.config import Config
+    from savant_ray.config import Config, DataConfig
     from savant_ray.locations import is_uri
     from savant_ray.reporting.wording import own_command
     from savant_ray.settings.starter import starter_text, write_new
@@ -526,7 +526,7 @@ def _init(arguments: Sequence[str]) -> int:
     if local:
         from savant_ray.data.sources import expand
 
-        plain_text = {file.format for file in expand(local)} == {"text"}
+        plain_text = {file.format for file in expand(local, cache_dir=DataConfig().cache_dir)} == {"text"}
     content = starter_text(f"checkpoints_{options.output.stem}", options.texts, text_blocks=plain_text)
     Config.from_dict(load_yaml(content))
     write_new(options.output, content)

@@ -284,6 +284,7 @@ def test_a_variable_or_an_option_that_is_not_utf_8_is_named() -> None:
             "expected a whole number, found “5”; use ' or \" instead of typographic quotes",
         ),
         ("training.max_steps", "", "a value is missing"),
+        ("data.sources", "a.jsonl", "expected a list, found a.jsonl"),
         ("data.quickstart", "", "a value is missing"),
         ("scaling.num_workers", "", "a value is missing"),
     ],
@@ -292,6 +293,25 @@ def test_a_number_in_another_notation_is_refused_with_the_right_one(name: str, t
     variable = PREFIX + name.replace(".", "__").upper()
     assert refusal(f"--{name}", text) == [f"--{name}: {message}"]
     assert refusal(environment={variable: text}) == [f"{variable}: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("data.sources", "[{path: a.jsonl weight: 1}]", " line 1: not valid YAML: expected ',' or '}', but got ':'"),
+        ("data.sources", "[{path: *.jsonl, weight: 1}]", "but found '.'; a text that begins with * needs quotes"),
+        ("training.profile", "{steps: 1, steps: 2}", " line 1: steps was already given in line 1"),
+        ("scaling.num_workers", "[1, 4", " line 1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+    ],
+)
+def test_a_list_or_mapping_that_is_not_valid_yaml_is_refused_with_the_reason(
+    name: str, text: str, message: str
+) -> None:
+    variable = PREFIX + name.replace(".", "__").upper()
+    (of_option,) = refusal(f"--{name}", text)
+    (of_variable,) = refusal(environment={variable: text})
+    assert of_option.startswith(f"--{name} line 1: ") and of_option.endswith(message)
+    assert of_variable == of_option.replace(f"--{name}", variable)
 
 
 def test_underscores_may_separate_thousands() -> None:
@@ -334,6 +354,16 @@ def test_a_duplicate_key_is_refused_with_both_lines(file: Path) -> None:
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
+        (
+            "a:\n  b: **/*.jsonl\n",
+            " line 2: not valid YAML: expected alphabetic or numeric character, but found '*'; a text that begins with * "
+            "needs quotes",
+        ),
+        (
+            "a: Question: {x}\n",
+            " line 1: not valid YAML: mapping values are not allowed here; check the indentation, or quote a text that "
+            "contains ': '",
+        ),
         ("a: [1\nb: 2\n", " line 2: not valid YAML: expected ',' or ']', but got ':'"),
         (
             "run:\n\tname: x\n",

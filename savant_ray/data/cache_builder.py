@@ -60,8 +60,8 @@ from savant_ray.data.token_cache import (
     invalid_line_report,
 )
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.errors import DataError, UnexpectedError, describe
-from savant_ray.locations import absolute_path
+from savant_ray.errors import DataError, SettingsError, UnexpectedError, describe
+from savant_ray.locations import absolute_path, error_text
 
 FORMAT_VERSION = 2  # of token caches; 1 had no loss mask. Those of other versions are built again
 DATA_VERSION = 1  # of the rows: two caches with the same data fingerprint have the same rows, whatever their format is
@@ -114,6 +114,7 @@ def prepare(
         DataError: a file cannot be read, the files contain no document, or a line is invalid and `on_bad_line` is
             "error".
         RayRequiredError: the cache has to be built, and Ray is not initialized.
+        SettingsError: the file system of `cache_dir` has no locks.
     """
     cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     recipe = Recipe.of(tokenizer, sequence_length, max_line_bytes)
@@ -144,14 +145,18 @@ def prepare(
 
 
 def train_or_load_tokenizer(
-    texts: Sequence[SourceFile] | Sequence[SourceText], cache_dir: str | Path, vocab_size: int = 32_000
+    texts: Sequence[SourceFile] | Sequence[SourceText],
+    cache_dir: str | Path,
+    vocab_size: int = 32_000,
+    max_line_bytes: int = MAX_RECORD_BYTES,
 ) -> Tokenizer:
     """Load the tokenizer that was trained on these texts from `cache_dir`; train it if it is not there.
 
-    At most about `MAX_TRAINING_CHARACTERS` are used, in whole documents.
+    At most about `MAX_TRAINING_CHARACTERS` are used, in whole documents; lines of more than `max_line_bytes` are not.
 
     Raises:
         DataError: a file cannot be read.
+        SettingsError: the file system of `cache_dir` has no locks.
     """
     cache_dir = Path(absolute_path(str(cache_dir), setting="data.cache_dir"))
     sources = _with_rules(texts)
@@ -161,13 +166,14 @@ def train_or_load_tokenizer(
         "version": DATA_VERSION,
         "files": hashes,
         "vocab_size": vocab_size,
+        **({} if max_line_bytes == MAX_RECORD_BYTES else {"max_line_bytes": max_line_bytes}),
         **_corrected_reading(sources),
         **_reading_identity(sources),
     }
     path = cache_dir / f"{TRAINED_TOKENIZER}{fingerprint(identity)[:16]}.json"
 
     def train() -> None:
-        content = train_tokenizer(_training_texts(sources), vocab_size).to_json()
+        content = train_tokenizer(_training_texts(sources, max_line_bytes), vocab_size).to_json()
         refuse_changed(files, hashes)
         write_atomically(_with_checksum(path, content), content)
 
@@ -387,7 +393,7 @@ class _Build:
             sequence_length=self._recipe.sequence_length,
         )
         manifest = dataclasses.replace(manifest, fingerprint=self._identity.of(manifest))
-        _refuse_empty(manifest, [part.rule for part in parts])
+        refuse_without_documents(manifest, [part.rule for part in parts])
         _refuse_if_all_dropped(manifest, self._recipe)
         refuse_if_all_masked(manifest)
         for needless in [*folder.glob("*.tmp"), *folder.glob("duplicates-*")]:
@@ -662,22 +668,40 @@ def empty_file_report(manifest: Manifest, has_other_split: bool = False) -> list
 def filter_report(manifest: Manifest) -> list[str]:
     """Return messages about the documents that `filter`, `sample` and `data.deduplicate` leave out, if there are any."""
     total = manifest.filtered + manifest.duplicates + manifest.documents
-    first = manifest.files[0].path + f" and {len(manifest.files) - 1:,} more" * (len(manifest.files) > 1)
     reasons = (("by filter or sample", manifest.filtered), ("as duplicates", manifest.duplicates))
-    return [f"{first}: {count:,} of {total:,} documents left out {reason}" for reason, count in reasons if count]
+    return [
+        f"{_first_name(manifest)}: {count:,} of {total:,} documents left out {reason}"
+        for reason, count in reasons
+        if count
+    ]
 
 
-def _refuse_empty(manifest: Manifest, rules: Sequence[DocumentRule]) -> None:
-    """Raise `DataError` if no file contains a document."""
-    if not manifest.documents:
-        if any(rule.split == "validation" for rule in rules):
-            raise DataError(
-                f"data.validation: no document of the sources is in the fraction {max(rule.held_out for rule in rules):g}; "
-                "raise it, or name a file"
-            )
-        raise DataError(
-            "\n".join([*empty_file_report(manifest), *invalid_line_report(manifest, verdict="refused")[:10]])
-        )
+def _first_name(manifest: Manifest) -> str:
+    """Return the name of the first file, and the number of the others."""
+    return manifest.files[0].path + f" and {len(manifest.files) - 1:,} more" * (len(manifest.files) > 1)
+
+
+def refuse_without_documents(manifest: Manifest, rules: Sequence[DocumentRule]) -> None:
+    """Check that a file contains a document.
+
+    Raises:
+        DataError: none does, or `data.validation` holds out all of them or none.
+    """
+    if manifest.documents:
+        return
+    reasons = [*empty_file_report(manifest), *invalid_line_report(manifest, verdict="refused")[:10]]
+    fraction = max((rule.held_out for rule in rules), default=0.0)
+    # Blank lines, and lines whose documents belong to the other of training and validation text.
+    if fraction and any(file.lines > file.bad_lines + file.filtered + file.duplicates for file in manifest.files):
+        is_validation = any(rule.split == "validation" for rule in rules)
+        side, change = ("in", "raise") if is_validation else ("outside", "lower")
+        advice = f"{change} it, or name a file"
+        if any(file.unit == "document" for file in manifest.files):
+            advice += "; text_blocks: true makes a document of each block of lines of a text file"
+        reasons = [
+            f"data.validation: {_first_name(manifest)}: no document is {side} the fraction {fraction:g}; {advice}"
+        ]
+    raise DataError("\n".join(reasons))
 
 
 def _refuse_if_all_dropped(manifest: Manifest, recipe: Recipe) -> None:
@@ -726,7 +750,7 @@ def _title(files: Sequence[SourceFile]) -> str:
     return name.encode()[:MAX_TITLE_BYTES].decode(errors="ignore")
 
 
-def _training_texts(sources: Sequence[SourceText]) -> Iterator[str]:
+def _training_texts(sources: Sequence[SourceText], max_line_bytes: int) -> Iterator[str]:
     """Yield documents from the start of each file, or of each source with a limit, which is counted over all of its files.
 
     Their number of characters is proportional to the size of the file or source.
@@ -735,7 +759,7 @@ def _training_texts(sources: Sequence[SourceText]) -> Iterator[str]:
     for source in sources:
         for files in [[file] for file in source.files] if source.rule.limit is None else [source.files]:
             remaining = MAX_TRAINING_CHARACTERS * sum(file.size for file in files) // max(total, 1)
-            for document in documents(files, rule=source.rule):
+            for document in documents(files, max_line_bytes, source.rule):
                 if remaining <= 0:
                     break
                 remaining -= len(document.text)
@@ -743,11 +767,21 @@ def _training_texts(sources: Sequence[SourceText]) -> Iterator[str]:
 
 
 def _build_once(lock_path: Path, is_complete: Callable[[], bool], build: Callable[[], None]) -> None:
-    """Call `build` unless it is complete; the lock makes other processes wait for the one that builds it."""
+    """Call `build` unless it is complete; the lock makes other processes wait for the one that builds it.
+
+    Raises:
+        SettingsError: the file system has no locks.
+    """
     if is_complete():
         return
     lock_path.parent.mkdir(parents=True, exist_ok=True)
     with lock_path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise SettingsError(
+                f"data.cache_dir: {lock_path} cannot be locked ({error_text(error)}); mount its file system with locks "
+                "(NFS: a running lockd, without nolock; Lustre: -o flock), or choose a folder on another one"
+            ) from error
         if not is_complete():
             build()

@@ -20,7 +20,8 @@ def find_files(
     """Return the files that the path of these settings refers to.
 
     A data set of the Hub is downloaded into `cache_dir` if it is not there yet; `progress` receives the bytes of it that are
-    there and the total. `notify` receives the messages of `expand` about files that are skipped.
+    there and the total. `notify` receives the messages of `expand` about files that are skipped. Of a folder that contains
+    `cache_dir`, its files are skipped, too.
 
     Raises:
         DataError: there are none, or one cannot be read, downloaded or has an unsupported format.
@@ -28,7 +29,9 @@ def find_files(
     local: list[str] = []
     for path in path_list(settings.path):
         local += _downloaded(path, settings.splits, Path(cache_dir), notify, progress) or [path]
-    return expand(local, notify, settings.format, settings.text_blocks, settings.splits, settings.quotes)
+    return expand(
+        local, notify, settings.format, settings.text_blocks, settings.splits, settings.quotes, str(cache_dir)
+    )
 
 
 def path_list(paths: str | list[str] | None) -> list[str]:

@@ -5,7 +5,7 @@ begins the options of a URI and is no wildcard there. Local folders are listed w
 that is not UTF-8, and follows a cycle of symbolic links 40 times.
 """
 
-# ruff: noqa: PTH112, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
+# ruff: noqa: PTH112, PTH113, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
 # For names that are not UTF-8, link cycles and missing permissions, os.path returns a result where Path raises an error.
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from savant_ray.locations import (
 DATA_SUFFIXES = tuple(dict.fromkeys(suffix for suffixes in FORMAT_SUFFIXES.values() for suffix in suffixes))
 DATASET_FILES = ("dataset_info.json", "state.json")  # beside the Arrow files that `datasets.save_to_disk` writes
 DATASET_DICT = "dataset_dict.json"  # above their folders
+RUN_FILES = ("metrics.jsonl", "training_log.txt")  # in the folder of a run, from the start of its first attempt on
 MAX_CARD_CHARACTERS = 1 << 20  # of the card of a data set that are read
 MAX_NAMED = 5  # files that a warning or error names
 GCS_RETRY_SECONDS = 30  # without a network the client would retry for 15 minutes by default
@@ -133,6 +134,7 @@ def expand(
     text_blocks: bool = False,
     splits: Sequence[str] = (),
     quotes: bool = True,
+    cache_dir: str = "",
 ) -> list[SourceFile]:
     """Return the files of a path, folder (recursively), glob or URI, or of a list of them: sorted and without duplicates.
 
@@ -153,6 +155,9 @@ def expand(
     (README.md) of a data set of the Hub lists, or those in the names of files and folders (train.jsonl,
     data/test-00000-of-00001.parquet).
 
+    What this program writes is no text: of a local folder or glob, the files in `cache_dir` (the folder of the token caches)
+    and in run folders are skipped without a message, unless the path is in such a folder itself.
+
     Raises:
         DataError: there is no file, or a file cannot be read or has an unsupported format; the message names it or the
             pattern.
@@ -165,7 +170,11 @@ def expand(
         raise DataError(f"format: {printable(file_format)} is not one of auto, {', '.join(FORMATS)}")
     files: dict[str, SourceFile] = {}
     for item in patterns:
-        listed = (_remote_files if is_uri(item) else _local_files)(item, file_format, splits, warn)
+        listed = (
+            _remote_files(item, file_format, splits, warn)
+            if is_uri(item)
+            else _local_files(item, file_format, splits, warn, cache_dir)
+        )
         for file in listed:
             files.setdefault(file.path, replace(file, text_blocks=text_blocks, quotes=quotes))
     return _without_links([files[path] for path in sorted(files)], warn)
@@ -256,7 +265,7 @@ def _errors_as_data_error(pattern: str) -> Iterator[None]:
         raise DataError(f"{printable(pattern)}: cannot be listed ({error_text(error)})") from error
 
 
-def _local_files(pattern: str, file_format: str, splits: Sequence[str], warn: Warn) -> list[SourceFile]:
+def _local_files(pattern: str, file_format: str, splits: Sequence[str], warn: Warn, cache_dir: str) -> list[SourceFile]:
     path = _resolve_parent_references(absolute_path(pattern, error=DataError))
     problems: list[str] = []
     with _errors_as_data_error(pattern):
@@ -265,9 +274,11 @@ def _local_files(pattern: str, file_format: str, splits: Sequence[str], warn: Wa
             return [_local_file(path, pattern, file_format)]
         if is_folder:
             os.scandir(path).close()  # raises if the user may not list it
-            paths = _of_folder(path, _files_below(path, problems), file_format, splits, _read_text, warn)
+            below = _without_outputs(path, _files_below(path, problems), cache_dir)
+            paths = _of_folder(path, below, file_format, splits, _read_text, warn)
         else:
-            paths = _without_dataset_files(_local_matches(path, problems))
+            matches = _without_outputs(_fixed_folder(path)[0], _local_matches(path, problems), cache_dir)
+            paths = _without_dataset_files(matches)
             _warn_of_several_splits(pattern, paths, splits, warn)
         folders = {match for match in paths if os.path.isdir(match)}
     files, errors = _read_heads(sorted(paths - folders), file_format, problems)
@@ -405,6 +416,21 @@ def _entries(folder: str, problems: list[str]) -> list[os.DirEntry[str]]:
         if (problem := f"{printable(folder)}: cannot be listed ({error_text(error)}); skipped") not in problems:
             problems.append(problem)
         return []
+
+
+def _without_outputs(folder: str, paths: Iterable[str], cache_dir: str) -> Iterator[str]:
+    """Leave out the paths that are, below `folder`, in the folder of the token caches or in that of a run."""
+    cache_folder = os.path.realpath(cache_dir) if cache_dir else ""
+
+    @cache
+    def is_output(subfolder: str) -> bool:
+        if len(subfolder) <= len(folder):
+            return False
+        if is_output(os.path.dirname(subfolder)) or os.path.realpath(subfolder) == cache_folder:
+            return True
+        return all(os.path.isfile(os.path.join(subfolder, name)) for name in RUN_FILES)
+
+    return (path for path in paths if not is_output(os.path.dirname(path)))
 
 
 def _local_matches(path: str, problems: list[str]) -> list[str]:
@@ -611,6 +637,11 @@ def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders
 
 def _remote_files(pattern: str, file_format: str, splits: Sequence[str], warn: Warn) -> list[SourceFile]:
     uri, query = split_query(canonical_uri(pattern, error=DataError))
+    if uri.startswith(("http://", "https://")):
+        raise DataError(
+            f"{printable(pattern)}: web addresses are not read; download the file, or name a data set of the Hugging Face "
+            "Hub as hf://datasets/OWNER/NAME"
+        )
     uri = decoded_uri(uri)
     uri = uri if uri.endswith("://") else uri.rstrip("/")
     filesystem, path = file_system(with_short_retries(encoded_uri(uri) + query), DataError)

@@ -11,7 +11,7 @@ from savant_ray.config import MAX_INTEGER, Config, HeldOutConfig, SourceConfig
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import SourceText, rule_of, validation_texts
 from savant_ray.data.overlap import split_held_out
-from savant_ray.data.quickstart import TRAIN_FILE, write_quickstart
+from savant_ray.data.quickstart import FILES, TRAIN_FILE, VALIDATION_FILE, write_quickstart
 from savant_ray.data.shard_writer import check_encodable
 from savant_ray.data.source_files import HUB_SCHEME, find_files, path_list
 from savant_ray.data.sources import SourceFile, refuse_empty
@@ -21,9 +21,12 @@ from savant_ray.errors import DataError, SettingsError
 from savant_ray.locations import create_writable_folder, is_uri, parent_and_name
 from savant_ray.reporting import RunReport
 
-SHOWN_FILES = 5  # in a message
+SHOWN_FILES = 5  # in a message or the name of a source
 NO_TEXT_HINT = (
     "; `savant init TEXT` writes a settings file for your own text, `savant quickstart` trains on generated text"
+)
+NO_VALIDATION_HINT = (
+    "; set data.validation to held-out text, or to {fraction: 0.01} to hold out a part of the sources' documents"
 )
 
 
@@ -48,7 +51,7 @@ class DataFiles:
 def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, list[SourceFile]]]:
     """Return each source with its files, except for optional sources that are missing, which are reported.
 
-    Writes the quickstart's files first if they are needed and missing.
+    Writes the quickstart's files first if the settings name one that is missing.
 
     Raises:
         DataError: a source that is not optional is missing, empty or unreadable, or there is none.
@@ -65,7 +68,7 @@ def find_sources(config: Config, report: RunReport) -> list[tuple[SourceConfig, 
             existing.append((source, _find(source, f"data.sources[{number}].path", cache_dir, report)))
         except DataError as error:
             if not source.optional:
-                if not config.data.quickstart and _is_missing_default(source.path):
+                if not config.data.quickstart and _is_missing_default(source.path, TRAIN_FILE):
                     raise DataError(f"{error}{NO_TEXT_HINT}") from error
                 raise
             report.notify(f"continuing without the optional {short_name(source.path)} ({error})")
@@ -87,9 +90,10 @@ def find_data_files(config: Config, report: RunReport, needs_validation: bool = 
     held_out = config.data.held_out
     try:
         validation = _find(held_out, "data.validation", cache_dir, report) if held_out.path is not None else []
-    except DataError:
+    except DataError as error:
         if needs_validation:
-            raise
+            hint = NO_VALIDATION_HINT if _is_missing_default(held_out.path, VALIDATION_FILE) else ""
+            raise DataError(f"{error}{hint}") from error
         validation = []
     return DataFiles(_without_validation(sources, validation, cache_dir, report.notify), held_out, validation)
 
@@ -115,13 +119,15 @@ def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | 
 
 
 def short_name(paths: str | list[str] | None) -> str:
-    """Return the last parts of the paths, for messages."""
-    return ", ".join(parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in path_list(paths))
+    """Return the last parts of the first paths, and the number of the others, for messages."""
+    listed = path_list(paths)
+    names = [parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in listed[:SHOWN_FILES]]
+    return ", ".join(names) + f" and {len(listed) - SHOWN_FILES:,} more" * (len(listed) > SHOWN_FILES)
 
 
-def _is_missing_default(path: str | list[str]) -> bool:
-    """Return whether `path` is a missing file with the name of the default source, as in a folder without any settings."""
-    if not isinstance(path, str) or is_uri(path) or Path(path).name != TRAIN_FILE:
+def _is_missing_default(path: str | list[str] | None, name: str) -> bool:
+    """Return whether `path` is a missing file with this name, that of a default, so that the user has probably set none."""
+    if not isinstance(path, str) or is_uri(path) or Path(path).name != name:
         return False
     return not os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name too long
 
@@ -138,12 +144,17 @@ def _refuse_rounded_numbers(sources: Sequence[SourceConfig]) -> None:
 
 
 def _write_missing_quickstart(config: Config, report: RunReport) -> None:
-    """Write the quickstart's files into the folder of the first source if one of the configured files is missing."""
+    """Write the quickstart's files into the folders in which the settings name one that is missing."""
     paths = [path for source in config.data.sources for path in path_list(source.path)]
-    if all(os.path.exists(path) for path in paths + path_list(config.data.held_out.path)):  # noqa: PTH110 - Path.exists raises for a name too long
-        return
-    report.begin_stage("writing the quickstart's text")
-    write_quickstart(Path(paths[0]).parent, log=report.notify)
+    paths += path_list(config.data.held_out.path)
+    missing = [
+        Path(path)
+        for path in paths
+        if not (is_uri(path) or os.path.exists(path))  # noqa: PTH110 - Path.exists raises for a name too long
+    ]
+    for folder in dict.fromkeys(path.parent for path in missing if path.name in FILES):
+        report.begin_stage("writing the quickstart's text")
+        write_quickstart(folder, log=report.notify)
 
 
 def _without_validation(

@@ -67,7 +67,9 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
     if tokenizer is None:
         report.begin_stage("training the tokenizer")
         training_texts = files.training_texts(chat_template=None)
-        tokenizer = train_or_load_tokenizer(training_texts, cache_dir, config.model.vocab_size)
+        tokenizer = train_or_load_tokenizer(
+            training_texts, cache_dir, config.model.vocab_size, int(config.data.max_line_mb * MIB)
+        )
         refuse_too_large(tokenizer, config)
     tokenizer_path = _write_tokenizer(tokenizer, cache_dir)
     names = [short_name(source.path) for source, _ in files.sources]

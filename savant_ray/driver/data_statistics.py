@@ -33,10 +33,13 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
     with RunReport(None) as report, unexpected_errors_explained(activity=lambda: report.activity):
         tokenizer = choose_tokenizer(config, find_weights_checkpoint_without_lock(config), allow_changes=True)
         files = find_data_files(config, report, needs_validation=False)
+        max_line_bytes = int(config.data.max_line_mb * MIB)
         if tokenizer is None:
             report.begin_stage("training the tokenizer")
             texts = files.training_texts(chat_template=None)
-            tokenizer = train_or_load_tokenizer(texts, Path(config.data.cache_dir), config.model.vocab_size)
+            tokenizer = train_or_load_tokenizer(
+                texts, Path(config.data.cache_dir), config.model.vocab_size, max_line_bytes
+            )
         seen: set[bytes] = set()
         sources = []
         texts = files.training_texts(tokenizer.chat_template)
@@ -48,7 +51,7 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
                 text,
                 tokenizer,
                 config.model.max_seq_len,
-                int(config.data.max_line_mb * MIB),
+                max_line_bytes,
                 seen,
                 sample_bytes=None if full else SAMPLE_BYTES,
                 progress=_progress(report),

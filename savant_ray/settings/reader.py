@@ -127,7 +127,10 @@ class SettingsReader:
         elif any(0xD800 <= ord(character) <= 0xDFFF for character in text):  # Python's form of undecodable bytes
             self.problems.append(f"{origin}: not UTF-8 text")
         else:
-            self.values[setting.name] = SettingValue(_convert(text, setting.types), origin)
+            try:
+                self.values[setting.name] = SettingValue(_convert(text, setting.types), origin)
+            except YamlError as error:
+                self.problems += [f"{origin}{message}" for message in error.args]
 
     def _suggest_option(self, name: str) -> str:
         positive = closest(name.removeprefix("no-"), self.settings) if name.startswith("no-") else None
@@ -224,10 +227,15 @@ def _convert(text: str, types: tuple[type, ...]) -> Any:
     """Convert a value of the environment or the command line as YAML.
 
     It stays a string if the setting accepts strings, but not the type that the value has in YAML.
+
+    Raises:
+        YamlError: it looks like a list or mapping, which the setting requires, but is not valid.
     """
     try:
         value = load_yaml(text)
     except YamlError:
+        if str not in types and text.lstrip().startswith(("[", "{")):
+            raise
         return text
     is_number = float in types and type(value) is int
     is_text = isinstance(value, str) or (str in types and not isinstance(value, types) and not is_number)

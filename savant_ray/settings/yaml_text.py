@@ -93,6 +93,10 @@ def _error_message(error: Exception) -> str:
     reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
     if "'\\t'" in str(reason):
         reason = f"{reason}; write spaces instead of tabs"
+    elif getattr(error, "context", None) == "while scanning an alias":  # a glob
+        reason = f"{reason}; a text that begins with * needs quotes"
+    elif reason == "mapping values are not allowed here":  # a template, or a prompt
+        reason = f"{reason}; check the indentation, or quote a text that contains ': '"
     return f"{line}: not valid YAML: {reason}"
 
 

@@ -439,6 +439,11 @@ def test_text_is_checked_before_ray_starts(tmp_path: Path, capsys: pytest.Captur
         ({"path": "data", "validation": "nowhere"}, DataError, r"data\.validation: .*/nowhere: no such file or folder"),
         ({"path": "data", "cache_dir": "val.jsonl"}, SettingsError, r"data\.cache_dir: .*cannot be used as a folder"),
         ({"path": Config().data.sources[0].path}, DataError, "no such file or folder; `savant init TEXT` writes"),
+        (
+            {"path": "data", "validation": str(Config().data.validation)},
+            DataError,
+            r"no such file or folder; set data\.validation to held-out text, or to {fraction: 0\.01}",
+        ),
     ):
         with pytest.raises(error, match=message):
             look(**wrong)

@@ -75,6 +75,8 @@ FILES = {
     "lines.jsonl": LINES,
     "array.json": ARRAY,
     "indented.json": json.dumps(ROWS, indent=2).encode(),
+    "brackets in one line.json": b"[ " + b", ".join(json.dumps(row, indent=1).encode() for row in ROWS) + b" ]\n",
+    "comma first.json": ARRAY.replace(b"}, {", b"}\n,{"),
     "byte order mark.json": b"\xef\xbb\xbf" + ARRAY,
     "objects.json": "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),
     "x.parquet": parquet(ROWS, row_group_size=3),
@@ -434,6 +436,7 @@ def test_a_file_named_tsv_has_tabs_unless_its_header_has_more_of_another_delimit
             ["not JSON: Invalid control character", "a number, not an object", "not JSON: Extra data"],
         ),
         (b"[]\n", [], []),
+        (b'[{"text": "a"}]\n\n\n', ["a"], []),
         (b'[\n{"text": "a"},\n{"text": "cut', ["a"], ["truncated JSON"]),
         (b'[\n{"text": "a"},\n', ["a"], ["the JSON array has no closing bracket; the file is truncated"]),
         (

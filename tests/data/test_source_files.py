@@ -14,6 +14,8 @@ from savant_ray.data.documents import DocumentRule
 from savant_ray.data.record_reader import documents
 from savant_ray.data.source_files import find_files
 from savant_ray.errors import DataError
+from savant_ray.reporting import RunReport
+from savant_ray.reporting.console import PlainConsole
 from tests.data.hub_on_loopback import MAIN, Hub
 
 
@@ -62,6 +64,22 @@ def test_format_and_blocks_are_settings_of_a_source(
 def test_a_source_that_the_hub_does_not_have_is_an_error(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="^hf://datasets/owner/other: does not exist"):
         texts_of(SourceConfig(path="hf://datasets/owner/other", weight=1), tmp_path)
+
+
+@pytest.mark.parametrize("path", [".", "**/*", "**/*.txt", "*/*.txt"])
+def test_what_a_run_has_written_into_the_folder_of_the_text_is_not_read_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, ["books/one.txt", "books/two.txt", "cache/tokenizer-1.json", "cache/hub/notes.txt"])
+    with RunReport(tmp_path / "run", console=PlainConsole(None)) as report:
+        report.notify("started")
+    write_files(tmp_path / "run/step_5", ["records.jsonl", "notes.txt"])
+    noticed: list[str] = []
+    files = find_files(SourceConfig(path=path, weight=1), tmp_path / "cache", noticed.append)
+    assert [Path(file.path).name for file in files] == ["one.txt", "two.txt"] and not noticed
+    (named,) = find_files(SourceConfig(path="run/step_*/*.jsonl", weight=1), tmp_path / "cache", noticed.append)
+    assert Path(named.path).name == "records.jsonl"
 
 
 def save_splits(folder: Path, splits: list[str]) -> Path:

@@ -203,6 +203,7 @@ def test_a_thousand_broken_links_give_a_few_messages(tmp_path: Path) -> None:
         ("", "no file, folder, glob or URI is given"),
         ([], "no file, folder, glob or URI is given"),
         ("foo://x/y", "the file system cannot be used"),
+        ("HTTPS://huggingface.co/a/b", "web addresses are not read; download the file, or name a data set"),
         ("s3://b/[x?no-option", "the file system cannot be used"),
         ("S3://b/a b\n", "control characters"),
         ("hdfs://[/", "the file system cannot be used"),

@@ -249,6 +249,17 @@ def test_validation_files_in_the_folder_of_a_source_are_not_counted(
         assert is_named == (n_documents == 50)
 
 
+def test_of_a_source_with_many_paths_the_first_ones_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [str(write_lines(tmp_path / f"{number}.jsonl", [{"text": "a"}])) for number in range(900)]
+    (tmp_path / "many.yaml").write_text(json.dumps({"data": {"sources": [{"path": paths, "weight": 1}]}}))
+    assert main(["data", "--config", "many.yaml", "--model.vocab_size", "300"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl and 895 more" in printed and "899.jsonl" not in printed
+
+
 def test_the_command_writes_the_quickstarts_text_unless_other_sources_are_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,3 +277,25 @@ def test_the_command_writes_the_quickstarts_text_unless_other_sources_are_given(
     assert not (tmp_path / "dataset").exists()
     assert main(["data", *settings]) == 0
     assert "documents         7" in capsys.readouterr().out
+
+
+def test_the_quickstarts_text_is_not_written_beside_other_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_files, "write_quickstart", lambda folder, log: pytest.fail(f"written into {folder}"))
+    (tmp_path / "own").mkdir()
+    write_lines(tmp_path / "own/a.jsonl", [{"text": f"text {number}"} for number in range(9)])
+    (tmp_path / "copy.yaml").write_text(
+        """
+        data:
+          quickstart: true  # as in configs/quickstart.yaml, of which this is a copy
+          sources:
+            - {path: own/*.jsonl, weight: 1}
+            - {path: "other://host/savant_dataset_train.jsonl", weight: 1, optional: true}
+          validation: {fraction: 0.5}
+        """
+    )
+    assert main(["data", "--config", "copy.yaml", "--model.vocab_size", "300"]) == 0
+    assert "1 file" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "copy.yaml", "own"]

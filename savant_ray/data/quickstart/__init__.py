@@ -27,6 +27,7 @@ from savant_ray.errors import DataError
 
 __all__ = [
     "CHAT_FILE",
+    "FILES",
     "GENIUS_FILE",
     "TRAIN_FILE",
     "VALIDATION_FILE",
@@ -40,6 +41,7 @@ TRAIN_FILE = "savant_dataset_train.jsonl"
 VALIDATION_FILE = "savant_dataset_val.jsonl"
 GENIUS_FILE = "genius_dataset.jsonl"
 CHAT_FILE = "conversations.jsonl"
+FILES = (TRAIN_FILE, VALIDATION_FILE, GENIUS_FILE, CHAT_FILE)
 
 _GENIUS_PROBLEMS = 26_000
 _WORD_PROBLEMS = 6_000
@@ -61,8 +63,7 @@ def write_quickstart(folder: Path, force: bool = False, log: Callable[[str], Non
     Raises:
         DataError: the folder cannot be written to, or Python was installed without the sources of its library.
     """
-    names = (TRAIN_FILE, VALIDATION_FILE, GENIUS_FILE, CHAT_FILE)
-    missing = [name for name in names if force or not (folder / name).exists()]
+    missing = [name for name in FILES if force or not (folder / name).exists()]
     if not missing:
         log(f"quickstart data: already in {folder}")
         return
