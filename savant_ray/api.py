@@ -156,11 +156,12 @@ def _start_child(connection: socket.socket) -> subprocess.Popen[bytes]:
     """Start the child process in its own session, so that Ctrl+C reaches only the caller, which forwards it."""
     replaced = sys.stdout is not sys.__stdout__ or sys.__stdout__ is None  # by a notebook, or redirect_stdout
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if replaced else {}
+    path = [entry for entry in sys.path if isinstance(entry, str)]  # Python ignores others, such as a `Path`
     # The child inherits this: a stop request is delayed until `_train` can return a result.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         return subprocess.Popen(
-            [sys.executable or "", "-c", CHILD_CODE.format(path=sys.path, descriptor=connection.fileno())],
+            [sys.executable or "", "-c", CHILD_CODE.format(path=path, descriptor=connection.fileno())],
             env=os.environ | _ray_address(),
             stdin=subprocess.DEVNULL,
             pass_fds=[connection.fileno()],

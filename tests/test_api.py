@@ -77,6 +77,7 @@ def test_errors_of_the_training_process_are_raised_in_the_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])  # Python ignores what is not a string
     with pytest.raises(DataError, match="savant_dataset_train"):
         savant_ray.train(settings(run__storage_path=tmp_path))
     with pytest.raises(CheckpointError, match="no checkpoint there"):
