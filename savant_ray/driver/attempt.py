@@ -73,10 +73,12 @@ def open_attempt(
     """Lock the run, open its report, and upload its records when the attempt ends.
 
     Raises:
-        SavantError: the run is in use or its storage cannot be used; or, with `fresh`, the new run could not start.
+        SavantError: the run is in use, its storage cannot be used, or the package of a tracker is not installed; or, with
+            `fresh`, the new run could not start.
         ExitWithoutShutdown: the block raised it, or was interrupted.
     """
     storage = run_storage(config)
+    followers = open_trackers(config.reporting, config.run.name)
     with ExitStack() as stack:
         with storage_errors_explained(storage):
             if fresh:
@@ -85,7 +87,6 @@ def open_attempt(
             stack.enter_context(storage.in_use())
             storage.fetch_records()
         uploader = stack.enter_context(RecordUploader(storage))
-        followers = open_trackers(config.reporting, config.run.name)
         report = stack.enter_context(RunReport(storage.folder, config.training.max_steps, followers=followers))
         stack.enter_context(unexpected_errors_explained(storage.folder, lambda: report.activity))
         if moved is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from savant_ray.storage.ray_snapshot import SNAPSHOT
 from savant_ray.storage.run_storage import run_storage
 from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from tests.cluster.conftest import with_text
 
 TEXTS = ["red green blue one two three", "blue two", "three four red"]
 
@@ -323,6 +325,25 @@ def test_a_run_is_not_moved_aside_for_one_that_cannot_continue_from_a_checkpoint
         pass
     assert "--allow-changes" in str(refusal.value) and "--fresh" not in str(refusal.value), "it was given"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "new"] and names(tmp_path / "new") == ["step_1"]
+
+
+def test_a_run_is_not_moved_aside_for_one_whose_tracker_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    write(tmp_path / "run", 1)
+    text = with_text(tmp_path) / "dataset/savant_dataset_train.jsonl"
+    config = changed(
+        run={"storage_path": str(tmp_path), "name": "run"},
+        data={"sources": [{"path": str(text), "weight": 1}], "validation": {"fraction": 0.1}},
+        reporting={"wandb": "project"},
+    )
+    with (
+        pytest.raises(SettingsError, match="the package wandb is not installed"),
+        open_attempt(config, fresh=True, allow_changes=False, verbose=False, phase=AttemptPhase()),
+    ):
+        pass
+    assert names(tmp_path / "run") == ["step_1"] and not (tmp_path / "run.old").exists()
 
 
 def test_the_last_checkpoint_before_the_decay_is_never_deleted(tmp_path: Path) -> None:
