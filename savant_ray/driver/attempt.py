@@ -12,7 +12,12 @@ from savant_ray.cluster.session import ExitWithoutShutdown
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
-from savant_ray.driver.checks import check_before_start, finished_message, refuse_inputs_in_the_run
+from savant_ray.driver.checks import (
+    check_before_start,
+    finished_message,
+    refuse_inputs_in_the_run,
+    refuse_start_in_the_run,
+)
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable
 from savant_ray.driver.phases import AttemptPhase, Trigger
 from savant_ray.driver.record_upload import RecordUploader
@@ -153,7 +158,9 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
                 storage, config, newest, report.notify, report.add_event, attempt.allow_changes
             ),
         )
-        if resume_checkpoint is None and config.run.continue_from is not None:
+        if resume_checkpoint is not None:
+            refuse_start_in_the_run(config, storage, resume_checkpoint)
+        elif config.run.continue_from is not None:
             check_before_start(config, storage)
             resume_checkpoint = copy_start(
                 storage, config, config.run.continue_from, report.add_event, attempt.allow_changes
@@ -164,7 +171,7 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
             report.notify(message)
             return None
         compare_settings(resume_checkpoint, config, attempt.allow_changes, report.notify)
-    check_before_start(config, storage)
+    check_before_start(config, storage, resumes=resume_checkpoint is not None)
     weights_checkpoint = find_weights_checkpoint(resume_checkpoint, config, attempt.allow_changes)
     tokenizer = choose_tokenizer(config, weights_checkpoint, attempt.allow_changes)
     config = with_tokenizer_settings(config, tokenizer)

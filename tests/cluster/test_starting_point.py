@@ -12,7 +12,7 @@ import torch
 
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.driver.attempt import open_attempt
+from savant_ray.driver.attempt import Inputs, find_inputs, open_attempt
 from savant_ray.driver.checks import finished_message
 from savant_ray.driver.phases import AttemptPhase
 from savant_ray.driver.starting_point import (
@@ -325,6 +325,38 @@ def test_a_run_is_not_moved_aside_for_one_that_cannot_continue_from_a_checkpoint
         pass
     assert "--allow-changes" in str(refusal.value) and "--fresh" not in str(refusal.value), "it was given"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "new"] and names(tmp_path / "new") == ["step_1"]
+
+
+def inputs_of(folder: Path, name: str, **start: str) -> Inputs | None:
+    """Return what an attempt at the run starts from; its text is in the folder, and `start` are settings of `run`."""
+    settings = wsd(200).to_dict()
+    settings["run"] |= {"storage_path": str(folder), "name": name, **start}
+    text = with_text(folder) / "dataset"
+    settings["data"] |= {
+        "sources": [{"path": str(text / "savant_dataset_train.jsonl"), "weight": 1}],
+        "validation": str(text / "savant_dataset_val.jsonl"),
+    }
+    config = Config.from_dict(settings)
+    with open_attempt(config, fresh=False, allow_changes=False, verbose=False, phase=AttemptPhase()) as attempt:
+        return find_inputs(attempt)
+
+
+@pytest.mark.parametrize("setting", ["init_from", "continue_from"])
+def test_a_run_resumes_although_the_checkpoint_that_it_once_started_from_is_gone(setting: str, tmp_path: Path) -> None:
+    write(tmp_path / "new", 5, config=wsd(200))
+    inputs = inputs_of(tmp_path, "new", **{setting: str(tmp_path / "deleted/step_3")})
+    assert inputs is not None and inputs.resume_checkpoint == tmp_path / "new/step_5"
+
+
+@pytest.mark.parametrize("setting", ["init_from", "continue_from"])
+def test_a_run_that_would_ignore_which_of_its_own_checkpoints_it_is_to_start_from_is_refused(
+    setting: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "base", 3, 5, config=wsd(200))
+    with pytest.raises(
+        SettingsError, match=rf"^run\.{setting}: .*/base/step_3 lies in the run itself.*step_5.*run\.name"
+    ):
+        inputs_of(tmp_path, "base", **{setting: str(tmp_path / "base/step_3")})
 
 
 def test_a_run_is_not_moved_aside_for_one_whose_tracker_is_not_installed(
