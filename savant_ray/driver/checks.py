@@ -38,11 +38,12 @@ def finished_message(config: Config, storage: RunStorage, newest: Path) -> str |
     # contain the `end` event of this step.
     if not has_sample(storage.folder, step) and not has_finished(storage.folder, step):
         return None
-    longer = (
-        "raise training.max_steps to continue training"
-        if storage.permanent is None
-        else f"to train longer, begin a new run with run.continue_from: {storage.locate(storage.permanent)}"
-    )
+    if config.training.last_stable_step is None:
+        longer = "raise training.max_steps to continue training"
+    else:
+        longer = "to train longer, begin a new run"
+        if storage.permanent is not None:
+            longer += f" with run.continue_from: {storage.locate(storage.permanent)}"
     return f"{folder} has done its {step:,} steps; {longer}, or: {generate_command(folder)}"
 
 

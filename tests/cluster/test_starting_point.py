@@ -196,6 +196,18 @@ def test_a_finished_wsd_run_names_the_checkpoint_to_continue_from_for_a_longer_o
     )
 
 
+def test_a_run_whose_learning_rate_falls_from_its_first_step_on_has_no_checkpoint_for_a_longer_one(
+    tmp_path: Path,
+) -> None:
+    config = wsd(100, decay_fraction=1.0)
+    write(tmp_path, 100, config=config)
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"event": "sample", "step": 100}) + "\n")
+    message = finished_message(config, LocalStorage(tmp_path), tmp_path / "step_100") or ""
+    assert "to train longer, begin a new run, or: " in message
+    with pytest.raises(CheckpointError, match="to train longer, begin a new run\n"):
+        compare_settings(tmp_path / "step_100", wsd(200, decay_fraction=1.0), False, print)
+
+
 def test_a_run_without_room_for_a_last_sample_is_finished_when_its_end_is_recorded(tmp_path: Path) -> None:
     config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
     write(tmp_path / "run", 5)
