@@ -37,9 +37,6 @@ from savant_ray.streams import open_standard_streams
 
 POLL_SECONDS = 0.5
 BLOCK_BYTES = 1 << 16
-# Maximum length of a traceback, characters. The caller reads the response only after the child has exited, so the response
-# has to fit into the buffer of the socket.
-MAX_DETAILS = 50_000
 CHILD_CODE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save before the driver installs its handler
@@ -102,9 +99,7 @@ def train(
             threading.Thread(target=_stop_on_request, args=(child, stop_requested), daemon=True).start()
         with suppress(ConnectionError):  # the child has exited already
             connection.sendall(json.dumps({"settings": settings, "options": options}).encode() + b"\n")
-        interrupted, response = _wait(child), b""
-        with suppress(ConnectionError):
-            response = connection.makefile("rb").read()
+        interrupted, response = _wait(child, connection)
     if not response and not interrupted:
         raise TrainingError(
             f"the training process exited without a result ({_exit_reason(child.returncode)}); "
@@ -156,11 +151,12 @@ def _start_child(connection: socket.socket) -> subprocess.Popen[bytes]:
     """Start the child process in its own session, so that Ctrl+C reaches only the caller, which forwards it."""
     replaced = sys.stdout is not sys.__stdout__ or sys.__stdout__ is None  # by a notebook, or redirect_stdout
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if replaced else {}
+    path = [entry for entry in sys.path if isinstance(entry, str)]  # Python ignores others, such as a `Path`
     # The child inherits this: a stop request is delayed until `_train` can return a result.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         return subprocess.Popen(
-            [sys.executable or "", "-c", CHILD_CODE.format(path=sys.path, descriptor=connection.fileno())],
+            [sys.executable or "", "-c", CHILD_CODE.format(path=path, descriptor=connection.fileno())],
             env=os.environ | _ray_address(),
             stdin=subprocess.DEVNULL,
             pass_fds=[connection.fileno()],
@@ -191,26 +187,40 @@ def _stop_on_request(child: subprocess.Popen[bytes], stop_requested: Callable[[]
         time.sleep(POLL_SECONDS)
 
 
-def _wait(child: subprocess.Popen[bytes]) -> bool:
-    """Forward the child's output and Ctrl+C until it has exited; return whether Ctrl+C was pressed."""
+def _wait(child: subprocess.Popen[bytes], connection: socket.socket) -> tuple[bool, bytes]:
+    """Forward the child's output and Ctrl+C until it has exited; return whether Ctrl+C was pressed, and its response.
+
+    The response is read meanwhile: a child whose response does not fit into the socket's buffer waits for its reader.
+    """
     interrupted = False
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    response: list[bytes] = []
+    reader = threading.Thread(target=_receive, args=(connection, response), daemon=True)
     try:
+        reader.start()
         while True:
             try:
                 _forward_output(child, decoder)
                 child.wait()
+                reader.join()
             except KeyboardInterrupt:
                 interrupted = True
                 child.send_signal(signal.SIGINT)
             else:
-                return interrupted
+                return interrupted, b"".join(response)
     finally:  # also after an exception that a signal handler of the caller raised
         if child.poll() is None:
             child.terminate()
             child.wait()
         if child.stdout is not None:
             child.stdout.close()
+
+
+def _receive(connection: socket.socket, response: list[bytes]) -> None:
+    """Add what the child sends to `response` until it closes its end of the socket."""
+    with suppress(ConnectionError):
+        while block := connection.recv(BLOCK_BYTES):
+            response.append(block)
 
 
 def _forward_output(child: subprocess.Popen[bytes], decoder: codecs.IncrementalDecoder) -> None:
@@ -270,7 +280,7 @@ def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dic
     if error is None:
         return code, asdict(_result(config, finished=code == 0))
     explained = explain(error)
-    details = explained.details[-MAX_DETAILS:] if isinstance(explained, UnexpectedError) else ""
+    details = explained.details if isinstance(explained, UnexpectedError) else ""
     return explained.exit_code, {"error": type(explained).__name__, "text": str(explained), "details": details}
 
 

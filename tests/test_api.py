@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import savant_ray
-from savant_ray.errors import CheckpointError, DataError, SettingsError, TrainingError
+from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError, TrainingError
 from savant_ray.training.checkpoint import newest_checkpoint
 from tests.cluster.conftest import SETTINGS, environment, start_program, steps_done, wait_for, with_text
 
@@ -77,10 +77,13 @@ def test_errors_of_the_training_process_are_raised_in_the_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])  # Python ignores what is not a string
     with pytest.raises(DataError, match="savant_dataset_train"):
         savant_ray.train(settings(run__storage_path=tmp_path))
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         savant_ray.train(savant_ray.Config.from_dict(settings(run__init_from=str(tmp_path / "nothing"))))
+    with pytest.raises(SavantError, match="File name too long"):  # the message is longer than the buffer of a socket
+        savant_ray.train(settings(run__init_from="/nothing" * 50_000))
 
 
 def test_a_stop_that_is_requested_at_once_returns_the_state_of_the_run(tmp_path: Path) -> None:

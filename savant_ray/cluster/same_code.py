@@ -52,9 +52,12 @@ def package_folder() -> Path:
 
 
 def code_digest(folder: Path) -> str:
-    """Return a hash over names and content of all Python files of the package in `folder`."""
+    """Return a hash over names and content of all Python files of the package in `folder`.
+
+    Links to nothing are left out: Emacs creates `.#loop.py` while the changes of `loop.py` are not saved.
+    """
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
+    for file in sorted(filter(Path.is_file, folder.rglob("*.py"))):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

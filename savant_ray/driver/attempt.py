@@ -12,7 +12,12 @@ from savant_ray.cluster.session import ExitWithoutShutdown
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
-from savant_ray.driver.checks import check_before_start, finished_message, refuse_inputs_in_the_run
+from savant_ray.driver.checks import (
+    check_before_start,
+    finished_message,
+    refuse_inputs_in_the_run,
+    refuse_start_in_the_run,
+)
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable
 from savant_ray.driver.phases import AttemptPhase, Trigger
 from savant_ray.driver.record_upload import RecordUploader
@@ -73,10 +78,12 @@ def open_attempt(
     """Lock the run, open its report, and upload its records when the attempt ends.
 
     Raises:
-        SavantError: the run is in use or its storage cannot be used; or, with `fresh`, the new run could not start.
+        SavantError: the run is in use, its storage cannot be used, or the package of a tracker is not installed; or, with
+            `fresh`, the new run could not start.
         ExitWithoutShutdown: the block raised it, or was interrupted.
     """
     storage = run_storage(config)
+    followers = open_trackers(config.reporting, config.run.name)
     with ExitStack() as stack:
         with storage_errors_explained(storage):
             if fresh:
@@ -85,7 +92,6 @@ def open_attempt(
             stack.enter_context(storage.in_use())
             storage.fetch_records()
         uploader = stack.enter_context(RecordUploader(storage))
-        followers = open_trackers(config.reporting, config.run.name)
         report = stack.enter_context(RunReport(storage.folder, config.training.max_steps, followers=followers))
         stack.enter_context(unexpected_errors_explained(storage.folder, lambda: report.activity))
         if moved is not None:
@@ -152,7 +158,9 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
                 storage, config, newest, report.notify, report.add_event, attempt.allow_changes
             ),
         )
-        if resume_checkpoint is None and config.run.continue_from is not None:
+        if resume_checkpoint is not None:
+            refuse_start_in_the_run(config, storage, resume_checkpoint)
+        elif config.run.continue_from is not None:
             check_before_start(config, storage)
             resume_checkpoint = copy_start(
                 storage, config, config.run.continue_from, report.add_event, attempt.allow_changes
@@ -163,7 +171,7 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
             report.notify(message)
             return None
         compare_settings(resume_checkpoint, config, attempt.allow_changes, report.notify)
-    check_before_start(config, storage)
+    check_before_start(config, storage, resumes=resume_checkpoint is not None)
     weights_checkpoint = find_weights_checkpoint(resume_checkpoint, config, attempt.allow_changes)
     tokenizer = choose_tokenizer(config, weights_checkpoint, attempt.allow_changes)
     config = with_tokenizer_settings(config, tokenizer)

@@ -38,30 +38,46 @@ def finished_message(config: Config, storage: RunStorage, newest: Path) -> str |
     # contain the `end` event of this step.
     if not has_sample(storage.folder, step) and not has_finished(storage.folder, step):
         return None
-    longer = (
-        "raise training.max_steps to continue training"
-        if storage.permanent is None
-        else f"to train longer, begin a new run with run.continue_from: {storage.locate(storage.permanent)}"
-    )
+    if config.training.last_stable_step is None:
+        longer = "raise training.max_steps to continue training"
+    else:
+        longer = "to train longer, begin a new run"
+        if storage.permanent is not None:
+            longer += f" with run.continue_from: {storage.locate(storage.permanent)}"
     return f"{folder} has done its {step:,} steps; {longer}, or: {generate_command(folder)}"
 
 
-def check_before_start(config: Config, storage: RunStorage, fresh: bool = False) -> None:
+def check_before_start(config: Config, storage: RunStorage, fresh: bool = False, resumes: bool = False) -> None:
     """Check where the run starts and the free disk space; with `fresh`, an older run will be moved aside afterwards.
+
+    A run that `resumes` from a checkpoint of its own needs no other one, which may have been deleted since it started.
 
     Raises:
         SettingsError: `run.init_from` or `run.continue_from` is no usable URI, or the disk is too small for the checkpoints.
         CheckpointError: `run.init_from` or `run.continue_from` names no checkpoint.
     """
-    for name in ("init_from", "continue_from"):
-        if (checkpoint := getattr(config.run, name)) is not None:
-            try:
-                check_checkpoint_exists(checkpoint)
-            except SavantError as error:
-                raise type(error)(f"run.{name}: {error}") from error
+    for name, checkpoint in () if resumes else _starts(config):
+        try:
+            check_checkpoint_exists(checkpoint)
+        except SavantError as error:
+            raise type(error)(f"{name}: {error}") from error
     keep = config.checkpoint.keep + (storage.permanent is not None)
     keep = keep if storage.filesystem is None else 1  # of a run in object storage, this machine keeps only the newest
     check_disk(storage.folder, checkpoint_bytes(config), keep, fresh)
+
+
+def refuse_start_in_the_run(config: Config, storage: RunStorage, newest: Path) -> None:
+    """Check that a run that resumes from `newest` is not to start from one of its own checkpoints: it would ignore that.
+
+    Raises:
+        SettingsError: `run.init_from` or `run.continue_from` lies in the folder of the run.
+    """
+    for name, checkpoint in _starts(config):
+        if _lies_in(checkpoint, storage.location):
+            raise SettingsError(
+                f"{name}: {checkpoint} lies in the run itself, which would resume from {newest.name} instead; give the new "
+                "run another run.name"
+            )
 
 
 def refuse_inputs_in_the_run(config: Config, storage: RunStorage) -> None:
@@ -70,16 +86,21 @@ def refuse_inputs_in_the_run(config: Config, storage: RunStorage) -> None:
     Raises:
         SettingsError: the checkpoint that it starts from, the tokenizer or text lies in the folder of the run.
     """
-    inputs = [(f"run.{name}", getattr(config.run, name)) for name in ("init_from", "continue_from")]
-    inputs.append(("data.tokenizer", config.data.tokenizer))
+    inputs = [*_starts(config), ("data.tokenizer", config.data.tokenizer)]
     inputs += [("data.validation", path) for path in path_list(config.data.held_out.path)]
     for number, source in enumerate(config.data.sources):
         inputs += [(f"data.sources[{number}].path", path) for path in path_list(source.path)]
     for setting, path in inputs:
-        if path is not None and _lies_in(path, storage.location):
+        if _lies_in(path, storage.location):
             raise SettingsError(
                 f"{setting}: {path} lies in the run that --fresh would move aside; give the new run another run.name"
             )
+
+
+def _starts(config: Config) -> list[tuple[str, str]]:
+    """Return the settings that name a checkpoint from which a new run starts, with their values, without unset ones."""
+    settings = {"run.init_from": config.run.init_from, "run.continue_from": config.run.continue_from}
+    return [(name, checkpoint) for name, checkpoint in settings.items() if checkpoint is not None]
 
 
 def _lies_in(path: str, run: str) -> bool:

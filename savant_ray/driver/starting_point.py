@@ -194,7 +194,9 @@ def other_learning_rates(old: TrainingConfig, new: TrainingConfig, step: int) ->
         )
     old_decay, new_decay = (old.last_stable_step, old.max_steps), (new.last_stable_step, new.max_steps)
     if old_decay != new_decay and min(old.last_stable_step, new.last_stable_step) < step:
-        if old.last_stable_step < step:
+        if old.last_stable_step == 0:
+            advice = "to train longer, begin a new run"
+        elif old.last_stable_step < step:
             advice = (
                 f"to train longer, begin a new run with run.continue_from: …/step_{old.last_stable_step}, or earlier"
             )

@@ -204,11 +204,15 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def last_time(path: Path) -> str:
-    """Return the time of the last event of a record, or "" if it does not exist or has no events."""
+def first_and_last_time(path: Path) -> tuple[str, str]:
+    """Return the times of the first and the last event of a record, two empty strings if it is missing or has no events."""
     lines = path.read_bytes().splitlines() if path.exists() else []
-    events = (parse_event(line) for line in reversed(lines))
-    return next((str(event.get("time", "")) for event in events if event is not None), "")
+    return _time_of_first_event(lines), _time_of_first_event(reversed(lines))
+
+
+def _time_of_first_event(lines: Iterable[bytes]) -> str:
+    events = (parse_event(line) for line in lines)
+    return next((str(event["time"]) for event in events if event is not None), "")
 
 
 def saved_a_checkpoint(run_folder: Path) -> bool:

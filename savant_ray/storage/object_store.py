@@ -32,8 +32,9 @@ import pyarrow.fs as pafs
 from savant_ray.data.sources import file_system, with_short_retries
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.locations import join_uri, parent_and_name
-from savant_ray.reporting.record import METRICS, SAMPLES, last_time
+from savant_ray.reporting.record import METRICS, SAMPLES, first_and_last_time
 from savant_ray.reporting.run_report import LOG
+from savant_ray.reporting.tensorboard import FOLDER as TENSORBOARD
 from savant_ray.storage.lease import Lease, Owner, leased, refuse_if_superseded
 from savant_ray.storage.local import DAMAGED
 from savant_ray.storage.lock import OLD, free_name, locked, set_aside
@@ -197,16 +198,23 @@ class ObjectStorage(RunStorage):
             self._lease.workers_may_live = True
 
     def fetch_records(self) -> None:
-        """Download the records if they are newer than the local ones; if the storage has none, rename the local ones."""
+        """Download the records if they are newer than the local ones.
+
+        Local ones of another run, which has or had the same name, are renamed: those whose first event is not that of the
+        stored record, and all if the storage has none.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         stored = [name for name in DRIVER_FILES if name in self._list()]
         with TemporaryDirectory(dir=self.folder, prefix="fetch-") as scratch:
             for name in stored:
                 self._download(name, Path(scratch, name))
-            if not stored:
-                for file in filter(Path.exists, (self.folder / name for name in DRIVER_FILES)):
+            first, last = first_and_last_time(Path(scratch, METRICS))
+            local_first, local_last = first_and_last_time(self.folder / METRICS)
+            is_other_run = bool(first and local_first and first != local_first)
+            if is_other_run or not stored:
+                for file in filter(Path.exists, (self.folder / name for name in (*DRIVER_FILES, TENSORBOARD))):
                     set_aside(file, OLD)
-            elif last_time(Path(scratch, METRICS)) > last_time(self.folder / METRICS):
+            if is_other_run or last > local_last:
                 for name in stored:
                     Path(scratch, name).replace(self.folder / name)
 

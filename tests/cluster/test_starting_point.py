@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
-from savant_ray.driver.attempt import open_attempt
+from savant_ray.driver.attempt import Inputs, find_inputs, open_attempt
 from savant_ray.driver.checks import finished_message
 from savant_ray.driver.phases import AttemptPhase
 from savant_ray.driver.starting_point import (
@@ -30,6 +31,7 @@ from savant_ray.storage.ray_snapshot import SNAPSHOT
 from savant_ray.storage.run_storage import run_storage
 from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
+from tests.cluster.conftest import with_text
 
 TEXTS = ["red green blue one two three", "blue two", "three four red"]
 
@@ -194,6 +196,18 @@ def test_a_finished_wsd_run_names_the_checkpoint_to_continue_from_for_a_longer_o
     )
 
 
+def test_a_run_whose_learning_rate_falls_from_its_first_step_on_has_no_checkpoint_for_a_longer_one(
+    tmp_path: Path,
+) -> None:
+    config = wsd(100, decay_fraction=1.0)
+    write(tmp_path, 100, config=config)
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"event": "sample", "step": 100}) + "\n")
+    message = finished_message(config, LocalStorage(tmp_path), tmp_path / "step_100") or ""
+    assert "to train longer, begin a new run, or: " in message
+    with pytest.raises(CheckpointError, match="to train longer, begin a new run\n"):
+        compare_settings(tmp_path / "step_100", wsd(200, decay_fraction=1.0), False, print)
+
+
 def test_a_run_without_room_for_a_last_sample_is_finished_when_its_end_is_recorded(tmp_path: Path) -> None:
     config = changed(run={"storage_path": str(tmp_path), "name": "run"}, training={"max_steps": 5})
     write(tmp_path / "run", 5)
@@ -323,6 +337,57 @@ def test_a_run_is_not_moved_aside_for_one_that_cannot_continue_from_a_checkpoint
         pass
     assert "--allow-changes" in str(refusal.value) and "--fresh" not in str(refusal.value), "it was given"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "new"] and names(tmp_path / "new") == ["step_1"]
+
+
+def inputs_of(folder: Path, name: str, **start: str) -> Inputs | None:
+    """Return what an attempt at the run starts from; its text is in the folder, and `start` are settings of `run`."""
+    settings = wsd(200).to_dict()
+    settings["run"] |= {"storage_path": str(folder), "name": name, **start}
+    text = with_text(folder) / "dataset"
+    settings["data"] |= {
+        "sources": [{"path": str(text / "savant_dataset_train.jsonl"), "weight": 1}],
+        "validation": str(text / "savant_dataset_val.jsonl"),
+    }
+    config = Config.from_dict(settings)
+    with open_attempt(config, fresh=False, allow_changes=False, verbose=False, phase=AttemptPhase()) as attempt:
+        return find_inputs(attempt)
+
+
+@pytest.mark.parametrize("setting", ["init_from", "continue_from"])
+def test_a_run_resumes_although_the_checkpoint_that_it_once_started_from_is_gone(setting: str, tmp_path: Path) -> None:
+    write(tmp_path / "new", 5, config=wsd(200))
+    inputs = inputs_of(tmp_path, "new", **{setting: str(tmp_path / "deleted/step_3")})
+    assert inputs is not None and inputs.resume_checkpoint == tmp_path / "new/step_5"
+
+
+@pytest.mark.parametrize("setting", ["init_from", "continue_from"])
+def test_a_run_that_would_ignore_which_of_its_own_checkpoints_it_is_to_start_from_is_refused(
+    setting: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "base", 3, 5, config=wsd(200))
+    with pytest.raises(
+        SettingsError, match=rf"^run\.{setting}: .*/base/step_3 lies in the run itself.*step_5.*run\.name"
+    ):
+        inputs_of(tmp_path, "base", **{setting: str(tmp_path / "base/step_3")})
+
+
+def test_a_run_is_not_moved_aside_for_one_whose_tracker_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    write(tmp_path / "run", 1)
+    text = with_text(tmp_path) / "dataset/savant_dataset_train.jsonl"
+    config = changed(
+        run={"storage_path": str(tmp_path), "name": "run"},
+        data={"sources": [{"path": str(text), "weight": 1}], "validation": {"fraction": 0.1}},
+        reporting={"wandb": "project"},
+    )
+    with (
+        pytest.raises(SettingsError, match="the package wandb is not installed"),
+        open_attempt(config, fresh=True, allow_changes=False, verbose=False, phase=AttemptPhase()),
+    ):
+        pass
+    assert names(tmp_path / "run") == ["step_1"] and not (tmp_path / "run.old").exists()
 
 
 def test_the_last_checkpoint_before_the_decay_is_never_deleted(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from savant_ray.reporting.page.history import read_history
 from savant_ray.reporting.record import (
     METRICS,
     JsonLines,
+    first_and_last_time,
     has_finished,
-    last_time,
     read_records,
     saved_a_checkpoint,
     to_line,
@@ -62,7 +62,7 @@ def test_a_damaged_record_keeps_its_valid_lines_and_can_be_appended_to(content: 
     file.keep(lambda line: line["event"] in ("attempt", "end") or line["step"] > 4)
     file.close()
     assert list(read_records(path))[-1] == {"event": "step", "step": 6}
-    last_time(path), saved_a_checkpoint(folder), has_finished(folder, 5)
+    first_and_last_time(path), saved_a_checkpoint(folder), has_finished(folder, 5)
 
 
 def random_questions(rng: Random) -> bytes:

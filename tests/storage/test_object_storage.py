@@ -165,6 +165,24 @@ def test_the_newer_record_is_used_wherever_it_was_written(storage_a: ObjectStora
     assert log_of(storage_a) == "log until 10:06", "a killed driver had not uploaded it"
 
 
+def test_the_record_of_an_earlier_run_of_that_name_is_not_mixed_with_the_present_one(
+    storage_a: ObjectStorage, storage_b: ObjectStorage
+) -> None:
+    """The clock of the machine with the earlier run is fast, so its record has the newer last line."""
+    record(storage_a, "10:00", "11:00")
+    storage_a.send_records()
+    assert storage_b.move_aside() is not None, "--fresh on another machine"
+    record(storage_b, "10:30", "10:35")
+    storage_b.send_records()
+    (storage_a.folder / "samples.jsonl").write_text("of the earlier run")
+    (storage_a.folder / "tensorboard").mkdir()
+    storage_a.fetch_records()
+    assert log_of(storage_a) == "log until 10:35"
+    kept = {path.name for path in storage_a.folder.iterdir()}
+    assert {"training_log.txt.old", "samples.jsonl.old", "tensorboard.old"} <= kept
+    assert not {"samples.jsonl", "tensorboard"} & kept
+
+
 def test_a_profile_is_stored_beside_the_checkpoints_and_moved_with_them(
     storage_a: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
