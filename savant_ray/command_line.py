@@ -236,6 +236,21 @@ def file_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def output_file(text: str) -> Path:
+    """Return the path of a file that a command writes at its end, unless it is plain already that it cannot be written."""
+    path = file_path(text)
+    try:
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text} is not writable by this user")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    return path
+
+
 def _local_path(text: str) -> Path:
     from savant_ray.locations import is_uri, local_path, working_directory
 
