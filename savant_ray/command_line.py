@@ -29,6 +29,7 @@ MAX_TRIALS = 10_000
 MAX_STEP = 10**12
 MAX_LOOPS = 1024  # each loop caches keys and values of its own
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # of torch.Generator
+API_KEY_VARIABLE = "SAVANT_API_KEY"  # of `savant serve`; other commands ignore it without a note
 _SETTING = re.compile(r"--\w+\.[\w.]+(=.*)?", re.DOTALL)
 
 
@@ -153,7 +154,7 @@ def _load_settings(parser: argparse.ArgumentParser, options: argparse.Namespace,
     from savant_ray.config import ignored_variables, load_config
 
     config = load_config(settings, file=options.config)
-    for variable in ignored_variables():
+    for variable in sorted({*ignored_variables()} - {API_KEY_VARIABLE}):
         print(
             f"note: {variable} is not a setting and is ignored; settings look like SAVANT_TRAINING__MAX_STEPS",
             file=sys.stderr,

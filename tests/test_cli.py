@@ -457,6 +457,7 @@ def test_environment_variables_that_only_look_like_settings_are_reported(
 ) -> None:
     monkeypatch.setenv("SAVANT_LR", "1e-3")
     monkeypatch.setenv("SAVANT_HEAD_SVC_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("SAVANT_API_KEY", "that of savant serve")
     assert main(["config"]) == 0
     output = capsys.readouterr()
     assert yaml.safe_load(output.out) == Config().to_dict()

@@ -15,6 +15,7 @@ import uvicorn
 from ray import serve
 
 from savant_ray.cluster.session import node_resources, owns_ray, ray_session, sigterm_raises_interrupt
+from savant_ray.command_line import API_KEY_VARIABLE
 from savant_ray.errors import CheckpointError, SavantError, SettingsError, error_in_traceback
 from savant_ray.evaluation.from_checkpoint import TEXT_FILES, load_model, load_tokenizer
 from savant_ray.inference.decoder import Decoder
@@ -25,7 +26,6 @@ from savant_ray.serving.openai_api import Api, ServerSettings
 from savant_ray.storage.object_store import step_name
 from savant_ray.storage.run_storage import local_checkpoint
 
-KEY_VARIABLE = "SAVANT_API_KEY"
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")  # hosts that other machines cannot reach
 
 
@@ -55,12 +55,12 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
     """
     checkpoint = absolute_path(settings.checkpoint, setting="checkpoint", error=CheckpointError)
     name = settings.name or _run_name(checkpoint)
-    settings = replace(settings, name=name, api_key=settings.api_key or os.environ.get(KEY_VARIABLE) or None)
+    settings = replace(settings, name=name, api_key=settings.api_key or os.environ.get(API_KEY_VARIABLE) or None)
     host, port = settings.host, settings.port
     if settings.api_key is None and not LOOPBACK.fullmatch(host):
         raise SettingsError(
             f"--host {host}: other machines can reach this address, so requests need a key: --api-key KEY, or "
-            f"{KEY_VARIABLE} in the environment"
+            f"{API_KEY_VARIABLE} in the environment"
         )
     with local_checkpoint(checkpoint, TEXT_FILES, settings.original) as path:
         tokenizer, config = load_tokenizer(path)
