@@ -29,6 +29,7 @@ MAX_TRIALS = 10_000
 MAX_STEP = 10**12
 MAX_LOOPS = 1024  # each loop caches keys and values of its own
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # of torch.Generator
+API_KEY_VARIABLE = "SAVANT_API_KEY"  # of `savant serve`; other commands ignore it without a note
 _SETTING = re.compile(r"--\w+\.[\w.]+(=.*)?", re.DOTALL)
 
 
@@ -153,7 +154,7 @@ def _load_settings(parser: argparse.ArgumentParser, options: argparse.Namespace,
     from savant_ray.config import ignored_variables, load_config
 
     config = load_config(settings, file=options.config)
-    for variable in ignored_variables():
+    for variable in sorted({*ignored_variables()} - {API_KEY_VARIABLE}):
         print(
             f"note: {variable} is not a setting and is ignored; settings look like SAVANT_TRAINING__MAX_STEPS",
             file=sys.stderr,
@@ -234,6 +235,21 @@ def file_path(text: str) -> Path:
         return _local_path(text)
     except SettingsError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def output_file(text: str) -> Path:
+    """Return the path of a file that a command writes at its end, unless it is plain already that it cannot be written."""
+    path = file_path(text)
+    try:
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text} is not writable by this user")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    return path
 
 
 def _local_path(text: str) -> Path:

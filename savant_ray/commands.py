@@ -23,6 +23,7 @@ from savant_ray.command_line import (
     loops,
     new_parser,
     new_tokens,
+    output_file,
     parse_paths_with_settings,
     parse_with_original_settings,
     parse_with_settings,
@@ -118,7 +119,7 @@ def _data(arguments: Sequence[str]) -> int:
         "sources", metavar="SOURCE", nargs="*", help="files, folders, globs or URIs [data.sources of the settings]"
     )
     parser.add_argument("--full", action="store_true", help="read all of each source instead of a sample of 8 MiB")
-    parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the figures to this file")
 
     def sources_of(options: argparse.Namespace) -> list[str]:
         if not options.sources:
@@ -184,7 +185,7 @@ def _generate(arguments: Sequence[str]) -> int:
     _add_generation_options(parser)
     _add_sampling_options(parser)
     parser.add_argument(
-        "--json", type=file_path, metavar="FILE", help="also write prompt, text and checkpoint to this file"
+        "--json", type=output_file, metavar="FILE", help="also write prompt, text and checkpoint to this file"
     )
     options, settings = parse_with_original_settings(parser, arguments)
     refuse_deleted_folder()
@@ -298,7 +299,12 @@ def _evaluate(arguments: Sequence[str]) -> int:
         metavar="N,N,…",
         help="print score and loss for each of these numbers of loops, such as 1,2,4,8,16,32, instead of scores by template",
     )
-    parser.add_argument("--json", type=file_path, metavar="FILE", help="also write scores and answers to this file")
+    parser.add_argument(
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help="also write scores and answers, with --depths the table, to this file",
+    )
     options, settings = parse_with_original_settings(parser, arguments)
     if options.depths and options.loops is not None:
         parser.error("--depths and --loops exclude each other")
@@ -567,7 +573,7 @@ def _benchmark(arguments: Sequence[str]) -> int:
     parser = _parser("benchmark")
     names = "train, attention, loss, generate, checkpoint, precision, data, ray, scaling or start"
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"{names} [all of them]")
-    parser.add_argument("--json", type=file_path, metavar="FILE", help="also write the measurements to this file")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the measurements to this file")
     options = parser.parse_args(arguments)
     refuse_deleted_folder()
     from savant_ray.benchmarks.registry import run
@@ -625,8 +631,10 @@ def _print_answer(prompt: str, pieces: Iterator[str]) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    from savant_ray.reporting.record import finite
+
     try:
-        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        text = json.dumps(finite(content), ensure_ascii=False, indent=2) + "\n"
         path.write_text(
             text, encoding="utf-8", errors="backslashreplace"
         )  # a lone surrogate is written as an escape sequence

@@ -142,7 +142,11 @@ def _gpu() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().item()
+        try:
+            torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().item()
+        except RuntimeError as error:  # its memory is full, or another process has it for itself
+            remedy = "nvidia-smi lists the processes that use it; with CUDA_VISIBLE_DEVICES= training uses the CPU"
+            return Finding("GPU", "error", describe(error), remedy)
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return Finding("GPU", "ok", ", ".join(f"{d.name} {d.total_memory / 2**30:.0f} GiB" for d in devices))
     if not _has_nvidia_gpu():

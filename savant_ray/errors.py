@@ -16,6 +16,7 @@ run was stopped, normally after its current step was saved, and the same command
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import tempfile
 import textwrap
@@ -147,6 +148,17 @@ def describe(error: BaseException, activity: str = "") -> str:
     else:
         reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"while {activity}: {reason}" if activity else reason
+
+
+def error_in_traceback(text: str) -> str:
+    """Return the message of the last error in a traceback, as Ray prints an error of another process.
+
+    That of a `SavantError` may have several lines; of other errors it is the last line.
+    """
+    *_, last = re.split(rf"^{__name__}\.\w+: ", text, flags=re.MULTILINE)
+    if last != text:
+        return last.strip()
+    return next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "no reason is known")
 
 
 def is_disk_full(error: BaseException) -> bool:

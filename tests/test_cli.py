@@ -359,12 +359,25 @@ def test_every_accepted_seed_can_seed_a_generator(seed: int, calls: list[Any]) -
     torch.Generator().manual_seed(seed)
 
 
-def test_generate_names_the_file_that_it_could_not_write(
-    calls: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("none/answer.json", "none/answer.json: there is no folder none"),
+        (".", ". is a folder"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named_before_the_answer_is_generated(
+    file: str,
+    reason: str,
+    calls: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file = tmp_path / "none" / "answer.json"
-    assert main(["generate", "--checkpoint", "run", "--prompt", "x", "--json", str(file)]) == 1
-    assert capsys.readouterr().err == f"error: --json {file}: No such file or directory\n"
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--checkpoint", "run", "--prompt", "x", "--json", file]) == 2
+    assert calls == [] and f"argument --json: {reason}" in capsys.readouterr().err.replace(f"{'x' * 300}: ", "")
 
 
 def test_export_passes_its_options_and_prints_warnings(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -444,6 +457,7 @@ def test_environment_variables_that_only_look_like_settings_are_reported(
 ) -> None:
     monkeypatch.setenv("SAVANT_LR", "1e-3")
     monkeypatch.setenv("SAVANT_HEAD_SVC_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("SAVANT_API_KEY", "that of savant serve")
     assert main(["config"]) == 0
     output = capsys.readouterr()
     assert yaml.safe_load(output.out) == Config().to_dict()

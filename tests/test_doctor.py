@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from savant_ray import doctor
 from savant_ray.cli import main
@@ -42,6 +43,23 @@ def test_the_page_cache_of_a_container_counts_as_available_memory(
         (folder / name).write_text(text)
     monkeypatch.setattr(doctor, "CGROUP_LIMIT", folder / "memory.max")
     assert next(finding.text for finding in doctor.diagnose() if finding.topic == "memory") == "0.9 GB available"
+
+
+def test_a_gpu_that_another_program_uses_is_named_and_nothing_is_to_be_reinstalled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **options: object) -> object:
+        if options.get("device") == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        return ones(*_, **options)
+
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", full)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "error   GPU          OutOfMemoryError: CUDA out of memory." in shown
+    assert "nvidia-smi" in shown and "--force-reinstall" not in shown
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 `3.140`, `1,000`, `1e3`, `3/4`, `-5`, `50%`, `$5.00` and `5 km` are numbers, some with a unit; 50% equals 0.5. Units must be
 equal; they are not converted. If the expected number has no unit or %, a text without "The answer is" is also correct if its
-last number has one. Text is compared in lower case, without articles, punctuation and repeated spaces.
+last number has one. Text is compared in lower case, without articles, punctuation and repeated spaces; articles count if
+there is nothing else, as in the choice `(A)`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def is_correct(text: str, expected: str) -> bool:
 def normalized(text: str) -> Quantity | str:
     """Return value and unit of a number, or any other text in the form in which it is compared."""
     text = unicodedata.normalize("NFC", text).translate(DASHES).strip(" \t\r\n\"'`*_“”‘’")
-    return _quantity(text.rstrip(".,;:!?")) or _words(text) or " ".join(text.casefold().split())
+    quantity = _quantity(text.rstrip(".,;:!?"))
+    return quantity or _words(text) or _without_punctuation(text) or " ".join(text.casefold().split())
 
 
 def _candidates(text: str) -> Iterator[str]:
@@ -118,9 +120,13 @@ def _value(match: re.Match[str]) -> Fraction:
 
 def _words(text: str) -> str:
     """Return the text in lower case, without articles, punctuation and repeated spaces; "" if nothing is left."""
+    return " ".join(ARTICLES.sub(" ", _without_punctuation(text)).split())
+
+
+def _without_punctuation(text: str) -> str:
+    """Return the text in lower case, without punctuation and repeated spaces."""
     folded = text.casefold()
-    without_punctuation = "".join(char for i, char in enumerate(folded) if not _is_punctuation(folded, i))
-    return " ".join(ARTICLES.sub(" ", without_punctuation).split())
+    return " ".join("".join(char for i, char in enumerate(folded) if not _is_punctuation(folded, i)).split())
 
 
 def _is_punctuation(text: str, i: int) -> bool:

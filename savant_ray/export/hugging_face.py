@@ -20,7 +20,7 @@ from savant_ray.data.conversations import ChatTemplate, ConversationError
 from savant_ray.data.tokenizer import END_NAMES, PADDING_NAMES, TOKENIZER_FILE, Tokenizer
 from savant_ray.errors import CheckpointError
 from savant_ray.evaluation.from_checkpoint import load_model
-from savant_ray.export.logic_task import write_logic_task
+from savant_ray.export.logic_task import can_encode_suite, write_logic_task
 from savant_ray.export.model_card import model_card
 from savant_ray.training.checkpoint import find_checkpoint, step_of
 from savant_ray.training.safetensors_export import WEIGHTS, new_folder, prepare_output, write_weights
@@ -92,7 +92,8 @@ def export_hugging_face(checkpoint: Path, output: Path, raw_weights: bool = Fals
             text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")
         shutil.copyfile(MODELING, temporary / MODELING.name)
-        write_logic_task(temporary / "lm_eval", config, tokenizer)
+        if can_encode_suite(tokenizer):
+            write_logic_task(temporary / "lm_eval", config, tokenizer)
 
 
 def _model_config(config: Config) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import yaml
 
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
+from savant_ray.errors import DataError
 from savant_ray.evaluation import answer_matching
 from savant_ray.evaluation.logic_suite import NEW_WORDING_SUFFIX, logic_suite
 
@@ -66,6 +67,15 @@ def write_logic_task(folder: Path, config: Config, tokenizer: Tokenizer) -> None
     functions = f"custom_dataset: !function {TASK}.questions\nprocess_results: !function {TASK}.score\n"
     text = yaml.safe_dump(task, sort_keys=False, allow_unicode=True)
     (folder / f"{TASK}.yaml").write_text(text + functions, encoding="utf-8")
+
+
+def can_encode_suite(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer can encode the questions; one that was made for another kind of text may not."""
+    try:
+        tokenizer.encode_prompts([question.prompt for question in logic_suite()])
+    except DataError:
+        return False
+    return True
 
 
 def lm_eval_command(folder: str, config: Config, tokenizer: Tokenizer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +13,7 @@ import savant_ray
 from savant_ray.config import Config
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.events import LogicScored, StepDone, ValidationDone
-from savant_ray.export.logic_task import lm_eval_command
+from savant_ray.export.logic_task import can_encode_suite, lm_eval_command
 from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import METRICS, parse_event
 from savant_ray.reporting.wording import percent
@@ -41,14 +42,16 @@ folder = "."  # this folder
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # runs modeling_savant.py
 
-inputs = tokenizer("Question: If X = 5 and Y = 10, what is X + Y?\\nAnswer:", return_tensors="pt")
+inputs = tokenizer({prompt}, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens={max_new_tokens})
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
 `from_pretrained(…, num_loops=8)` applies the block a different number of times, for experiments: {trained_loops}.
 Batches are padded on the left. Generation may continue past the {max_seq_len:,} tokens of a training sequence.
-
+"""
+PROMPT = "Question: If X = 5 and Y = 10, what is X + Y?\nAnswer:"
+EVALUATION = """
 ## Evaluate
 
 The folder `lm_eval` has the logic suite as a task of lm-eval:
@@ -69,7 +72,8 @@ def model_card(folder: Path, step: int, config: Config, tokenizer: Tokenizer) ->
         **_figures_of_run(folder, step),
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    return CARD.format(
+    has_suite = can_encode_suite(tokenizer)
+    card = CARD.format(
         name=_escaped(config.run.name),
         n_loops=config.model.n_loops,
         trained_loops=_trained_loops(config),
@@ -77,8 +81,9 @@ def model_card(folder: Path, step: int, config: Config, tokenizer: Tokenizer) ->
         figures=f"| | |\n|---|---|\n{rows}",
         max_new_tokens=config.validation.max_new_tokens,
         max_seq_len=config.model.max_seq_len,
-        command=lm_eval_command(".", config, tokenizer),
+        prompt=json.dumps(PROMPT if has_suite else config.validation.prompt, ensure_ascii=False),
     )
+    return card + EVALUATION.format(command=lm_eval_command(".", config, tokenizer)) if has_suite else card
 
 
 def _trained_loops(config: Config) -> str:

@@ -188,7 +188,7 @@ def to_line(event: Event) -> dict[str, Any]:
     """Return the event as a JSON object with the current time; NaN and infinity, which JSON lacks, become null."""
     fields = event.to_record()
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line: dict[str, Any] = _finite({"event": fields.pop("event"), "time": now, **fields})
+    line: dict[str, Any] = finite({"event": fields.pop("event"), "time": now, **fields})
     return line
 
 
@@ -310,9 +310,10 @@ def _encoded(line: str) -> bytes:
     return line.encode(errors="backslashreplace") + b"\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return plain values with NaN and infinity, which JSON lacks, as None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -123,7 +123,8 @@ class Api:
 
     def _check_key(self, http: HttpRequest) -> None:
         key = http.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._api_key is not None and not hmac.compare_digest(key.encode(), self._api_key.encode()):
+        # Starlette decodes headers as Latin-1, whose bytes are those that the client has sent.
+        if self._api_key is not None and not hmac.compare_digest(key.encode("latin-1"), self._api_key.encode()):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
 
     def _prompt_ids(self, request: Request) -> list[int]:

@@ -16,12 +16,23 @@ from savant_ray.data.conversations import Message, normalized_messages
 from savant_ray.inference.answer_text import AnswerText
 
 Text = Annotated[str, Field(min_length=1)]
-# `Texts` also accepts a single text, and `Prompt` a list of one text.
-Texts = Annotated[list[Text], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)]
-Prompt = Annotated[
-    str | list[Annotated[int, Field(ge=0)]],
-    BeforeValidator(lambda x: x[0] if isinstance(x, list) and len(x) == 1 and isinstance(x[0], str) else x),
-]
+Texts = Annotated[list[Text], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)]  # or a single text
+
+
+def _single_prompt(prompt: Any) -> Any:
+    """Return the text of a list of one text; other prompts are returned unchanged.
+
+    Raises:
+        ValueError: there are several prompts.
+    """
+    if not isinstance(prompt, list) or all(isinstance(item, int) for item in prompt):
+        return prompt
+    if len(prompt) == 1 and isinstance(prompt[0], str):
+        return prompt[0]
+    raise ValueError("a request has one prompt: a text, a list of one text, or a list of token ids")
+
+
+Prompt = Annotated[str | list[Annotated[int, Field(strict=True, ge=0)]], BeforeValidator(_single_prompt)]
 
 
 class ApiError(Exception):

@@ -14,18 +14,18 @@ import ray
 import uvicorn
 from ray import serve
 
-from savant_ray.cluster.session import ray_session, sigterm_raises_interrupt
-from savant_ray.errors import CheckpointError, SavantError, SettingsError
+from savant_ray.cluster.session import node_resources, owns_ray, ray_session, sigterm_raises_interrupt
+from savant_ray.command_line import API_KEY_VARIABLE
+from savant_ray.errors import CheckpointError, SavantError, SettingsError, error_in_traceback
 from savant_ray.evaluation.from_checkpoint import TEXT_FILES, load_model, load_tokenizer
 from savant_ray.inference.decoder import Decoder
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.sampling import Sampling
-from savant_ray.locations import absolute_path
+from savant_ray.locations import absolute_path, parent_and_name
 from savant_ray.serving.openai_api import Api, ServerSettings
+from savant_ray.storage.object_store import step_name
 from savant_ray.storage.run_storage import local_checkpoint
 
-APP = "savant"
-KEY_VARIABLE = "SAVANT_API_KEY"
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")  # hosts that other machines cannot reach
 
 
@@ -49,19 +49,18 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
     """Serve a model until SIGINT or SIGTERM.
 
     Raises:
-        SettingsError: `host` is not a loopback address, and there is no API key.
+        SettingsError: `host` is not a loopback address, and there is no API key; or this machine has too few cores or GPUs.
         CheckpointError: there is no checkpoint, or it cannot be read.
         SavantError: the server cannot listen at the address, or a replica cannot be started.
     """
     checkpoint = absolute_path(settings.checkpoint, setting="checkpoint", error=CheckpointError)
-    *parents, last = checkpoint.rstrip("/").split("/")
-    name = settings.name or (parents[-1] if re.fullmatch(r"step_\d+", last) else last)
-    settings = replace(settings, name=name, api_key=settings.api_key or os.environ.get(KEY_VARIABLE) or None)
+    name = settings.name or _run_name(checkpoint)
+    settings = replace(settings, name=name, api_key=settings.api_key or os.environ.get(API_KEY_VARIABLE) or None)
     host, port = settings.host, settings.port
     if settings.api_key is None and not LOOPBACK.fullmatch(host):
         raise SettingsError(
             f"--host {host}: other machines can reach this address, so requests need a key: --api-key KEY, or "
-            f"{KEY_VARIABLE} in the environment"
+            f"{API_KEY_VARIABLE} in the environment"
         )
     with local_checkpoint(checkpoint, TEXT_FILES, settings.original) as path:
         tokenizer, config = load_tokenizer(path)
@@ -72,6 +71,8 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
     with listener, ray_session(verbose, notify):
         logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
         smallest, largest = settings.replicas
+        needed = {"CPU": 1.0, "GPU": float(min(1, ray.cluster_resources().get("GPU", 0)))}
+        _check_room(smallest, needed, notify)
         scaling: dict[str, Any] = {"num_replicas": largest}
         # Only if the number can change: autoscaling costs up to half a core in Ray Serve's controller.
         if smallest < largest:
@@ -81,17 +82,18 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         deployment: Any = serve.deployment(
             name="model",
             max_ongoing_requests=settings.max_batch,
-            ray_actor_options={"num_cpus": 1, "num_gpus": min(1, ray.cluster_resources().get("GPU", 0))},
+            ray_actor_options={"num_cpus": needed["CPU"], "num_gpus": needed["GPU"]},
             health_check_period_s=5,
             graceful_shutdown_timeout_s=5,
             **scaling,
         )
         model = deployment(ModelServer).bind(checkpoint, dict(settings.original), settings.loops, settings.raw_weights)
+        # Several servers may use a cluster. One that was killed leaves its application there, and its successor replaces it.
+        application = f"savant-{socket.gethostname()}-{port}"
         try:
             with sigterm_raises_interrupt():
                 serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
-                handle = serve.run(model, name=APP, route_prefix=None)
-                app = Api(handle, tokenizer, config, settings).asgi()
+                app = Api(_deployed(model, application), tokenizer, config, settings).asgi()
                 _print_address(settings, notify)
                 # uvicorn would log answers that Ctrl+C cuts off as errors.
                 level = "info" if verbose else "critical"
@@ -99,14 +101,57 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
                 uvicorn.Server(options).run([listener])
         except KeyboardInterrupt:
             notify("stopping")
-        except RuntimeError as error:  # a deployment failed
-            raise SavantError(f"the server could not be started: {error}") from error
         finally:
-            serve.delete(APP)
+            serve.delete(application)
+
+
+def _run_name(checkpoint: str) -> str:
+    """Return the name of the run folder of a checkpoint, given its absolute path or URI."""
+    parent, name = parent_and_name(checkpoint)
+    return parent_and_name(parent)[1] if step_name(name) else name
+
+
+def _check_room(n_replicas: int, needed: Mapping[str, float], notify: Callable[[str], None]) -> None:
+    """Check that replicas that need these resources fit on the nodes; Ray Serve would wait for them without a message.
+
+    A cluster may grow, and other jobs may end, so there it is only a notice.
+
+    Raises:
+        SettingsError: they do not fit on this machine, on which this process has started Ray.
+    """
+    each = "a core and a GPU" if needed["GPU"] else "a core"
+    room = sum(_n_fitting(needed, node) for node in node_resources())
+    if room < n_replicas:
+        text = f"--replicas {n_replicas}: there is room for {room}, because each replica needs {each}"
+        if owns_ray():
+            raise SettingsError(text)
+        notify(f"{text}; waiting until the cluster has more")
+    elif not owns_ray() and _n_fitting(needed, ray.available_resources()) < n_replicas:
+        notify(f"the cluster is busy; waiting until each replica has {each}")
+
+
+def _deployed(model: Any, application: str) -> Any:
+    """Start the replicas and return the handle of the deployment.
+
+    Raises:
+        SavantError: a replica could not be started.
+    """
+    try:
+        return serve.run(model, name=application, route_prefix=None)
+    except RuntimeError as error:  # it says only that the deployment failed
+        status = serve.status().applications.get(application)
+        messages = [] if status is None else [each.message for each in status.deployments.values() if each.message]
+        reason = error_in_traceback(messages[0]) if messages else str(error)
+        raise SavantError(f"the server could not be started: {reason}") from error
+
+
+def _n_fitting(needed: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    return min(int(resources.get(name, 0) // amount) for name, amount in needed.items() if amount)
 
 
 def _print_address(settings: ServerSettings, notify: Callable[[str], None]) -> None:
-    metrics = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()]
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    metrics = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
     notify(f"Prometheus finds metrics at {', '.join(metrics)}")
     host = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host  # noqa: S104 - compared, not bound
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/v1"

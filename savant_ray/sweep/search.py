@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from rich.table import Table
 from savant_ray.cluster.session import node_resources, ray_session
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.atomic_files import write_atomically
-from savant_ray.errors import STOPPED_EARLY, SettingsError
+from savant_ray.errors import STOPPED_EARLY, SettingsError, error_in_traceback
 from savant_ray.locations import is_uri
 from savant_ray.reporting.page import REPORT, write_page
 from savant_ray.reporting.runs import RunSummary, summarize
@@ -66,7 +67,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
             signal.signal(number, lambda number, frame: signal.raise_signal(signal.SIGINT))
         grid = tuner.fit()
     results = [grid[index] for index in range(len(grid))]
-    rows = [(result.config or {}, _summary(folder, result)) for result in results]
+    rows = [(result, _summary(folder, result)) for result in results]
     rows.sort(key=lambda row: _loss(row[1]))
     _print_table(rows, list(space))
     runs = [Path(summary.folder) for _, summary in rows if summary is not None]
@@ -148,10 +149,9 @@ class _Progress(tune.Callback):
         print(f"{run_name(trial.trial_id)} ends: {loss}", flush=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        lines = Path(trial.error_file).read_text(encoding="utf-8").split("\n") if trial.error_file else []
-        reason = next((line.strip() for line in reversed(lines) if line.strip()), "no reason is known")
-        message = reason.partition(": ")[2] if reason.startswith("savant_ray.errors.") else reason
-        print(f"{run_name(trial.trial_id)} fails: {escape_controls(message)}", flush=True)
+        errors = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+        newest = errors.rpartition("Failure # ")[2]  # Tune adds the errors of each attempt
+        print(f"{run_name(trial.trial_id)} fails: {escape_controls(error_in_traceback(newest))}", flush=True)
 
 
 def _format_value(value: Any) -> str:
@@ -172,13 +172,15 @@ def _loss(summary: RunSummary | None) -> float:
     return float("inf") if loss is None else loss
 
 
-def _print_table(rows: list[tuple[dict[str, Any], RunSummary | None]], names: list[str]) -> None:
-    """Print one row per trial, the best one first."""
+def _print_table(rows: list[tuple[Any, RunSummary | None]], names: list[str]) -> None:
+    """Print one row per trial, from its result in Tune and the state of its run; the best one first."""
     table = Table("run", *map(escape_controls, names), "state", "step", "best validation", box=None)
-    for values, summary in rows:
-        shown = [escape_controls(_format_value(values.get(name))) for name in names]
+    for result, summary in rows:
+        shown = [escape_controls(_format_value((result.config or {}).get(name))) for name in names]
         if summary is None:
-            table.add_row("–", *shown, "failed", "0", "–")
+            table.add_row("–", *shown, "failed" if result.error else "not started", "0", "–")
         else:
-            table.add_row(summary.name, *shown, summary.state, f"{summary.step:,}", f"{_loss(summary):.4f}")
+            loss = _loss(summary)
+            best = f"{loss:.4f}" if math.isfinite(loss) else "–"
+            table.add_row(summary.name, *shown, summary.state, f"{summary.step:,}", best)
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

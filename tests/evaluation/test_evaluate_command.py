@@ -133,6 +133,18 @@ def test_each_number_of_loops_has_its_own_score_loss_and_residual(
     assert main([*arguments[:5], "1,x"]) == 2
 
 
+def test_a_loss_that_is_not_finite_is_null_in_the_file(run: Path, tmp_path: Path) -> None:
+    content = read_checkpoint(run / "step_3")
+    content["model_state_dict"]["head.weight"].fill_(float("nan"))
+    texts = {name: (run / "step_3" / name).read_text() for name in ("config.yaml", "tokenizer.json")}
+    diverged = write_checkpoint(tmp_path / "diverged", content, texts)
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2}) + "\n")
+    options = ["--problems", str(tmp_path / "own.jsonl"), "--depths", "2", "--json", str(tmp_path / "depths.json")]
+    assert main(["evaluate", str(diverged), *options]) == 0
+    (row,) = json.loads((tmp_path / "depths.json").read_text(), parse_constant=pytest.fail)["depths"]
+    assert row["loss"] is None and row["score"] == 0
+
+
 def test_the_loss_at_the_trained_depth_is_the_models(run: Path) -> None:
     (scored,) = by_depth(run, logic_suite()[:1], [2])
     state = torch.load(run / "step_3/step_3.pt", weights_only=True)

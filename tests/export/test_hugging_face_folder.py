@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 
@@ -240,6 +241,18 @@ def test_an_unfinished_folder_of_a_process_with_the_same_number_is_left_alone(
     unfinished.mkdir(parents=True)
     export_hugging_face(write_run(), output)
     assert unfinished.is_dir() and output.is_dir()
+
+
+def test_a_model_whose_tokenizer_cannot_encode_the_logic_suite_is_exported_without_it(
+    write_run: WriteRun, output: Path
+) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"A": 0, "C": 1, "</s>": 2}))  # has no unknown token
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    run = write_run(tokenizer_json=words.to_str(), validation={"prompt": "A C", "logic_problems": 0})
+    assert main(["export", str(run), "--format", "hf", "--output", str(output)]) == 0
+    assert {path.name for path in output.iterdir()} == FILES - {"lm_eval"}
+    card = (output / "README.md").read_text()
+    assert 'inputs = tokenizer("A C", return' in card and "lm_eval" not in card
 
 
 def test_all_files_have_the_permissions_of_new_files(write_run: WriteRun, output: Path) -> None:

@@ -75,7 +75,10 @@ def test_text_that_is_no_beginning_of_a_stop_is_sent_at_once(tokenizer: Tokenize
         (CompletionRequest, '{"prompt": "x", "n": 2}', "n", "less than"),
         (CompletionRequest, '{"prompt": "x", "stop": ["a","b","c","d","e"]}', "stop", "at most 4"),
         (CompletionRequest, '{"prompt": "x", "stop": ""}', "stop", "at least 1"),
-        (CompletionRequest, '{"prompt": ["x", "y"]}', "prompt", ""),
+        (CompletionRequest, '{"prompt": ["x", "y"]}', "prompt", "one prompt"),
+        (CompletionRequest, '{"prompt": ["5", "7"]}', "prompt", "one prompt"),
+        (CompletionRequest, '{"prompt": [[5], [7]]}', "prompt", "one prompt"),
+        (CompletionRequest, '{"prompt": [true, false]}', "prompt", ""),
         (CompletionRequest, '{"prompt": [-1]}', "prompt", ""),
         (CompletionRequest, '{"prompt": "x", "best": 1}', "best", "not permitted"),
         (CompletionRequest, '{"prompt": "x", "logprobs": 3}', "logprobs", ""),
@@ -162,18 +165,19 @@ class LocalAnswer:
         self._replica.n_canceled += 1
 
 
-def local_api(tokenizer: Tokenizer, replica: LocalReplica, max_answers: int = 10) -> Any:
+def local_api(tokenizer: Tokenizer, replica: LocalReplica, max_answers: int = 10, **settings: Any) -> Any:
     """Return the ASGI application of a server with this replica."""
     pytest.importorskip("ray.serve", reason="needs the extra serve")
     from savant_ray.serving.openai_api import Api, ServerSettings
 
-    settings = ServerSettings("tiny", max_batch=1, max_queue=max_answers - 1)
-    return Api(replica, tokenizer, Config.from_dict({}), settings).asgi()
+    server = ServerSettings("tiny", max_batch=1, max_queue=max_answers - 1, **settings)
+    return Api(replica, tokenizer, Config.from_dict({}), server).asgi()
 
 
-async def send_to(app: Any, left: list[dict[str, Any]]) -> list[dict[str, Any]]:
+async def send_to(app: Any, left: list[dict[str, Any]], authorization: bytes = b"") -> list[dict[str, Any]]:
     """Send a completion's body, whose messages are removed from `left`; return the messages of the response."""
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    headers = [(b"authorization", authorization)]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
     sent = list[dict[str, Any]]()
 
     async def receive() -> dict[str, Any]:
@@ -241,6 +245,19 @@ def test_a_body_is_received_up_to_its_limit_only(tokenizer: Tokenizer) -> None:
 async def never(*_: Any) -> AsyncIterator[NewTokens]:
     await asyncio.Event().wait()
     yield NewTokens([], is_last=True)
+
+
+def test_a_key_may_have_any_characters(tokenizer: Tokenizer) -> None:
+    async def one_token(*_: Any) -> AsyncIterator[NewTokens]:
+        yield NewTokens([], is_last=True)
+
+    async def status(key: str) -> int:
+        app = local_api(tokenizer, LocalReplica(one_token), api_key="schlüssel 1")
+        body = {"type": "http.request", "body": json.dumps({"prompt": "one"}).encode(), "more_body": False}
+        sent = await send_to(app, [body], f"Bearer {key}".encode())
+        return int(sent[0]["status"])
+
+    assert [asyncio.run(status(key)) for key in ("schlüssel 1", "schlussel 1")] == [200, 401]
 
 
 @pytest.mark.parametrize("stream", [True, False])

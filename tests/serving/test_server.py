@@ -12,8 +12,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -30,7 +31,7 @@ from savant_ray.inference.generate import generate
 from savant_ray.inference.sampling import Sampling
 from savant_ray.training.checkpoint import write_checkpoint
 from savant_ray.training.state import new_state
-from tests.cluster.conftest import ROOT, environment
+from tests.cluster.conftest import ROOT, environment, free_port
 from tests.training.tiny import CPU, MODEL
 
 openai = pytest.importorskip("openai")
@@ -94,12 +95,96 @@ def test_an_address_that_is_in_use_is_named_before_ray_starts(
     assert f"--port {port}: Address already in use" in capsys.readouterr().err
 
 
+@pytest.fixture
+def without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace Ray by two nodes on which no replica can be started; return the names of the applications."""
+    import ray
+    import uvicorn
+    from ray import serve
+
+    from savant_ray.serving import server
+
+    run, applications = write_run(tmp_path), list[str]()
+    message = "The deployment failed.\nsavant_ray.errors.CheckpointError: step_3.pt is damaged\nCopy it again."
+
+    def deploy(_: Any, name: str, **__: Any) -> None:
+        applications.append(name)
+        raise RuntimeError("Failed to update the deployments ['model'].")
+
+    def status() -> Any:
+        application = SimpleNamespace(deployments={"model": SimpleNamespace(message=message)})
+        return SimpleNamespace(applications=dict.fromkeys(applications, application))
+
+    monkeypatch.setattr(server, "ray_session", lambda *_: nullcontext())
+    monkeypatch.setattr(server, "local_checkpoint", lambda *_: nullcontext(run))
+    monkeypatch.setattr(server, "node_resources", lambda: [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 0.5, "GPU": 1.0}])
+    monkeypatch.setattr(server, "owns_ray", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.5, "GPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_: None)
+    for name, replacement in {
+        "start": lambda **_: None,
+        "run": deploy,
+        "status": status,
+        "delete": lambda _: None,
+    }.items():
+        monkeypatch.setattr(serve, name, replacement)
+    return applications
+
+
+def test_two_servers_on_a_cluster_have_applications_of_their_own_and_a_killed_one_is_replaced(
+    without_ray: list[str],
+) -> None:
+    ports = [*(str(free_port()) for _ in range(2))]
+    for port in [*ports, ports[0]]:
+        assert main(["serve", "run", "--port", port]) == 1
+    assert without_ray[0] == without_ray[2] != without_ray[1]
+
+
+def test_why_a_replica_cannot_be_started_is_printed(without_ray: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "run", "--port", str(free_port())]) == 1
+    assert capsys.readouterr().err == (
+        "error: the server could not be started: step_3.pt is damaged\n       Copy it again.\n"
+    )
+
+
+@pytest.mark.parametrize("replicas", ["2", "2-4"])
+def test_replicas_for_which_this_machine_has_no_room_are_refused(
+    replicas: str, without_ray: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "run", "--port", str(free_port()), "--replicas", replicas]) == 2
+    message = "--replicas 2: there is room for 1, because each replica needs a core and a GPU"
+    assert message in capsys.readouterr().err and not without_ray
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("/runs/one", "one"),
+        ("/runs/one/step_3/", "one"),
+        ("s3://bucket/runs/one", "one"),
+        ("s3://bucket/one?endpoint_override=127.0.0.1:9000&scheme=http", "one"),
+        ("s3://bucket/one/step_3?endpoint_override=http://127.0.0.1:9000", "one"),
+    ],
+)
+def test_the_model_has_the_name_of_the_run_folder(
+    checkpoint: str,
+    name: str,
+    without_ray: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from ray import serve
+
+    monkeypatch.setattr(serve, "run", lambda *_, **__: SimpleNamespace(options=lambda **_: None))
+    assert main(["serve", checkpoint, "--port", str(free_port())]) == 0
+    assert f"\n{name} is served at http://127.0.0.1:" in capsys.readouterr().out
+
+
 @contextmanager
 def serving(run: Path, *options: str) -> Iterator[tuple[str, psutil.Process]]:
     """Serve a run with these options; yield the URL of the server and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "savant_ray.cli", "serve", str(run), "--port", str(port), *options]
     log = run / LOG
     with log.open("w") as output:
@@ -296,7 +381,7 @@ def test_requests_of_a_killed_replica_get_an_error_and_later_ones_are_served(
         tasks += [asyncio.create_task(consumed(stream)) for stream in streams]
         assert not any(task.done() for task in tasks)
         for child in process.children(recursive=True):
-            if any("ServeReplica:savant:model" in part for part in child.cmdline()):
+            if any("ServeReplica:savant-" in part for part in child.cmdline()):
                 child.kill()
         errors = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(error, openai.APIError) and error.code == "replica_failed" for error in errors), errors

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from savant_ray.config import Config
 from savant_ray.errors import STOPPED_EARLY
 from savant_ray.reporting.record import METRICS
 from savant_ray.settings.yaml_text import load_yaml
+from savant_ray.sweep import search
 from savant_ray.sweep.search_space import read_space
 from savant_ray.sweep.trial import Trial
 from savant_ray.training.checkpoint import newest_checkpoint
@@ -147,6 +150,54 @@ def test_a_sweep_is_resumed_only_with_the_options_that_it_was_started_with(
     description.write_text(description.read_text().partition("\n")[2])
     assert "this sweep" not in sweep("--trials", "9")
     assert "other settings" in sweep("--training.max_steps", "5")
+
+
+def test_a_trial_that_was_stopped_before_its_run_began_or_was_validated_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def result(trial: str, error: Exception | None = None) -> Any:
+        return SimpleNamespace(config={"training.learning_rate": 0.5}, metrics={"trial_id": trial}, error=error)
+
+    class Stopped(list[Any]):
+        num_errors = 1
+
+    class Tuner:
+        can_restore = staticmethod(lambda _: False)
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            return
+
+        def fit(self) -> Stopped:
+            run = tmp_path / "search/trial_00000"
+            run.mkdir()
+            event = {"event": "attempt", "time": "2026-11-25T03:19:47.281+00:00", "max_steps": 9}
+            (run / METRICS).write_text(json.dumps(event) + "\n")
+            return Stopped([result("x_00000"), result("x_00001"), result("x_00002", ValueError())])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search, "ray_session", lambda *_: nullcontext())
+    monkeypatch.setattr(search.tune, "Tuner", Tuner)
+    monkeypatch.setattr(search.signal, "signal", lambda *_: None)
+    Path("space.yaml").write_text("training.learning_rate: {uniform: [0.1, 0.9]}")
+    assert main(["sweep", "--space", "space.yaml", "--run.name", "search"]) == STOPPED_EARLY
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if " 0.5 " in line]
+    assert rows == [
+        ["trial_00000", "0.5", "interrupted", "0", "–"],
+        ["–", "0.5", "not", "started", "0", "–"],
+        ["–", "0.5", "failed", "0", "–"],
+    ]
+
+
+def test_the_whole_reason_of_a_failed_trial_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    errors = tmp_path / "error.txt"
+    traceback = 'ray::Trial.train() (pid=5)\n  File "trial.py", line 1\nsavant_ray.errors.TrainingError: '
+    errors.write_text(
+        f"Failure # 1 (occurred at noon)\n{traceback}an older reason\n"
+        f"Failure # 2 (occurred at one)\n{traceback}Ray failed: its raylet was killed.\nRun the same command again.\n"
+    )
+    search._Progress().on_trial_error(0, [], SimpleNamespace(trial_id="x_00003", error_file=str(errors)))
+    printed = capsys.readouterr().out
+    assert printed == "trial_00003 fails: Ray failed: its raylet was killed.\nRun the same command again.\n"
 
 
 @pytest.mark.rare
