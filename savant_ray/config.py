@@ -502,7 +502,8 @@ class TrainingConfig(Section):
     vram_limit_gb: Positive = Field(default=10.0, description="hard limit of a worker's GPU memory, GiB")
     compile: bool | Auto = Field(
         default="auto",
-        description="compile the model with torch.compile; auto: if a compiler is installed, except in fp32 on a CPU",
+        description="compile the model with torch.compile; auto: if a compiler for the device is installed, except in fp32 "
+        "on a CPU",
     )
     recompute_loops: bool | Auto = Field(
         default="auto",

@@ -116,6 +116,8 @@ def test_a_run_that_diverged_equals_its_repetition(plan: StreamPlan, tmp_path: P
     lines = RecordedRun.read(tmp_path / "run").steps.values()
     assert any(line["update_skipped"] and line["skipped_micro_batches"] for line in lines)
     assert verify(tmp_path / "run", plan).startswith("steps 1 to 8")
+    only_skipped = verify(tmp_path / "run", plan, first=4)
+    assert only_skipped.startswith("steps 4 to 8 and the checkpoints step_6, step_8 are equal")
 
 
 def test_changed_code_is_found_and_named(plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from savant_ray.benchmarks.registry import Figures, alternate, figure, seconds
-from savant_ray.benchmarks.workload import ROOT, as_options, run_command, write_text
+from savant_ray.benchmarks.workload import MAIN, run_command, train_command, write_text
 from savant_ray.cluster.session import ray_session
 
 ROUNDS = 3
@@ -31,7 +31,6 @@ TorchTrainer(
     train, scaling_config=ScalingConfig(num_workers=1), run_config=RunConfig(name="empty", storage_path=FOLDER)
 ).fit()
 """
-HELP = "from savant_ray.cli import main; main(['--help'])"
 OPTIONS = {
     "run.name": "run",
     "model.vocab_size": 400,
@@ -63,7 +62,7 @@ def _compare_help() -> dict[str, object]:
     python, savant = alternate(
         HELP_ROUNDS,
         lambda: seconds(lambda: run_command([sys.executable, "-c", "pass"])),
-        lambda: seconds(lambda: run_command([sys.executable, "-c", HELP])),
+        lambda: seconds(lambda: run_command([sys.executable, "-c", MAIN, "--help"])),
     )
     return _figure(python, savant)
 
@@ -86,7 +85,7 @@ def _figure(reference_times: list[float], savant_times: list[float]) -> dict[str
 def _first_step(folder: Path, variables: dict[str, str]) -> float:
     """Return the seconds from the command to the first step in `metrics.jsonl`."""
     started = time.time()
-    run_command([sys.executable, str(ROOT / "jobs/train.py"), "--fresh", *as_options(OPTIONS)], folder, variables)
+    run_command(train_command(OPTIONS), folder, variables)
     lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
     first = next(line["time"] for line in lines if line["event"] == "step")
     return datetime.fromisoformat(first).timestamp() - started

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from savant_ray.benchmarks.registry import Figures, alternate, figure
-from savant_ray.benchmarks.workload import ROOT, as_options, run_command, write_text
+from savant_ray.benchmarks.workload import as_options, run_command, train_command, write_text
 from savant_ray.config import Config, load_config
 from savant_ray.data.token_cache import TokenCache
 from savant_ray.events import Event, StepDone
@@ -74,7 +74,7 @@ def _compare_with_bare_loop(folder: Path, waits: list[float], threads: int) -> d
 
 
 def _under_ray(folder: Path, waits: list[float], variables: dict[str, str]) -> float:
-    run_command([sys.executable, str(ROOT / "jobs/train.py"), "--fresh", *as_options(SETTINGS)], folder, variables)
+    run_command(train_command(SETTINGS), folder, variables)
     lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if line["event"] == "step"]
     waits.append(

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from savant_ray.training.efficiency import Peak
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_SECONDS = 1.0  # of a matrix product
+MAIN = "import sys; from savant_ray.cli import main; sys.exit(main())"  # `savant`, also if it is not installed
 
 
 def benchmark_device() -> torch.device:
@@ -46,13 +48,21 @@ def as_options(settings: Mapping[str, object]) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name}", str(value).lower())]
 
 
+def train_command(settings: Mapping[str, object]) -> list[str]:
+    """Return the command that trains a new run with these settings."""
+    return [sys.executable, "-c", MAIN, "train", "--fresh", *as_options(settings)]
+
+
 def run_command(command: list[str], folder: Path | None = None, variables: dict[str, str] | None = None) -> None:
-    """Run a command in `folder` (default: the checkout) with `variables` added to the environment.
+    """Run a command in `folder` (default: that of this package) with `variables` added to the environment.
+
+    Python imports this package also if it is not installed.
 
     Raises:
         RuntimeError: the command failed; the message contains its output.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    inherited["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(  # noqa: PLW1510 - the error below contains the output
         command, cwd=folder or ROOT, env=inherited | {"RAY_AUTH_MODE": "disabled"} | (variables or {}), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

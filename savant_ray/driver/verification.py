@@ -70,8 +70,9 @@ OLDER_FIGURES = FIGURES[:-1]  # those that all versions have recorded
 # Fields of an attempt's line that are used, with their types; older versions did not record the optional ones.
 REQUIRED = {"step": int, "workers": int, "device": str, "precision": str, "settings": dict}
 OPTIONAL = {"threads": int, "versions": dict, "processor": str, "code": str, "data_fingerprint": str}
-# Parts of a checkpoint that are not compared: steps do not use the generator, and the record has their micro-batch sizes.
-NOT_COMPARED = ("savant.torch_rng_state", "savant.fit")
+# Parts of a checkpoint that are not compared: steps do not use the generator, and the record has their micro-batch sizes and
+# learning rates. The parameter groups have the rate of the last update, which may be before the first repeated step.
+NOT_COMPARED = ("savant.torch_rng_state", "savant.fit", "optimizer_state_dict.param_groups")
 LEFT_OUT = "savant.left_out"
 NEVER = 1 << 40  # steps
 SHOWN_DIGITS = 12  # of a digest

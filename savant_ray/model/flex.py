@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 MIN_CAPABILITY = (8, 0)  # compute capability; the first with bf16 tensor cores
+TRITON_CAPABILITY = (7, 0)  # compute capability; for older GPUs PyTorch's compiler raises an error
 MIN_HEAD_DIM = 16  # PyTorch raises an error below it
 BLOCK = 128  # queries or keys in a block; every tile size that PyTorch may choose divides 128; some do not divide 64
 KERNEL_OPTIONS: Any = None  # `FlexKernelOptions`: tile sizes, warps, stages; None = PyTorch's choice for this GPU
@@ -37,11 +38,18 @@ def has_flex(device: torch.device, head_dim: int) -> bool:
 
 def builds_triton_kernels(device: torch.device) -> bool:
     """Return whether kernels can be compiled for the device; Triton builds their launchers with a C compiler."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if not has_triton(device) or not has_python_headers():
         return False
-    if not has_python_headers() or not any(shutil.which(compiler) for compiler in ("gcc", "clang", "cc")):
+    if not any(shutil.which(compiler) for compiler in ("gcc", "clang", "cc")):
         return False
     return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+
+
+def has_triton(device: torch.device) -> bool:
+    """Return whether the device is a GPU for which Triton, the compiler of kernels, is installed."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
 
 
 def has_python_headers() -> bool:

@@ -32,7 +32,7 @@ import torch
 
 from savant_ray.config import AUTO
 from savant_ray.errors import MemoryCapError, SavantError
-from savant_ray.model.flex import MAX_COMPILED_SHAPES, has_python_headers
+from savant_ray.model.flex import MAX_COMPILED_SHAPES, has_python_headers, has_triton
 from savant_ray.model.transformer import UniversalTransformer
 
 Precision = str  # "bf16" | "bf16-mixed" | "fp32", checked by savant_ray.config
@@ -166,13 +166,15 @@ def compile_block(
 ) -> str | None:
     """Compile the recurrent block as `training.compile` says; return a note for the user or None.
 
-    "auto" compiles if a C++ compiler and the headers of Python are installed, except in fp32 on a CPU, where compiling takes
-    half a minute and gains 0 to 4 % (docs/LOG.md). Each input shape gets its own graph (`dynamic=False`), so that a run and
-    its resumption run the same kernels.
+    "auto" compiles if a C++ compiler and the headers of Python are installed and, for a GPU, a Triton that supports it; but
+    not in fp32 on a CPU, where compiling takes half a minute and gains 0 to 4 % (docs/LOG.md). Each input shape gets its own
+    graph (`dynamic=False`), so that a run and its resumption run the same kernels.
     """
     if not wants_compiled(setting, device, precision):
         return None
     missing = missing_compiler()
+    if missing is None and device.type == "cuda" and not has_triton(device):
+        missing = "Triton for this GPU"
     if missing and setting == "auto":
         return f"{missing} not found: training runs uncompiled (slower, same results up to rounding)"
     torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from savant_ray.benchmarks import components
+from savant_ray.benchmarks import components, registry
 from savant_ray.config import ModelConfig
+from savant_ray.errors import SettingsError
 
 SMALL = ModelConfig(vocab_size=60, dim=32, n_heads=2, n_loops=2, max_seq_len=32, window_size=8, global_every=2)
 
@@ -30,3 +33,14 @@ def test_generation_is_measured_for_one_prompt_and_for_several() -> None:
     figures = components.run_generation()
     assert {"generate_float32", "generate_float32_8_at_once"} <= set(figures)
     assert all(figure["ratio"] > 0 for figure in figures.values())
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(components, "run_loss", lambda: measured.append("loss"))
+    for path, reason in {tmp_path / "missing" / "figures.json": "No such file", tmp_path: "Is a directory"}.items():
+        with pytest.raises(SettingsError, match=f"--json {path}: {reason}"):
+            registry.run("loss", path)
+    assert not measured

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+import savant_ray
+from savant_ray.benchmarks import workload
 from savant_ray.benchmarks.under_ray import SETTINGS, local_batches
-from savant_ray.benchmarks.workload import as_options
+from savant_ray.benchmarks.workload import as_options, run_command, train_command
 from savant_ray.config import load_config
 from savant_ray.data.documents import Document
 from savant_ray.data.stream import LocalSequences
@@ -40,3 +44,15 @@ def test_the_loop_outside_of_ray_has_the_micro_batches_of_a_worker(tmp_path: Pat
     stream = CacheStream(cache, config.training.effective_batch)
     of_worker = [[len(part.positions) for part in batch] for batch in BatchReader(stream, 0, 2, config, CPU)]
     assert [[len(part.positions) for part in batch] for batch in local_batches(cache, config, CPU)] == of_worker
+
+
+def test_benchmarks_train_in_any_folder_also_without_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package that was installed from a wheel has no folder `jobs` beside it."""
+    shutil.copytree(Path(savant_ray.__file__).parent, tmp_path / "site/savant_ray")
+    monkeypatch.setattr(workload, "ROOT", tmp_path / "site")
+    (tmp_path / "text").mkdir()
+    run_command([*train_command(SETTINGS), "--help"], tmp_path / "text")
+    with pytest.raises(RuntimeError, match="no such setting"):
+        run_command(train_command({"training.steps": 1}), tmp_path / "text")

@@ -44,10 +44,19 @@ def model() -> UniversalTransformer:
     return tiny_state(tiny_config()).model
 
 
-def with_tools(monkeypatch: pytest.MonkeyPatch, compiler: bool, headers: bool) -> None:
+def with_tools(
+    monkeypatch: pytest.MonkeyPatch,
+    compiler: bool,
+    headers: bool,
+    capability: tuple[int, int] = (9, 0),
+    triton: bool = True,
+) -> None:
+    """Simulate a machine with these tools and a GPU of this compute capability."""
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if compiler else None)
     for module in (flex, device_module):
         monkeypatch.setattr(module, "has_python_headers", lambda: headers)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +168,17 @@ def test_auto_names_the_tool_that_is_missing_and_continues_uncompiled(
     assert not runs_compiled(model, CPU)
 
 
+@pytest.mark.parametrize(("capability", "triton"), [((6, 1), True), ((9, 0), False)])
+def test_auto_continues_uncompiled_on_a_gpu_that_pytorchs_compiler_refuses(
+    capability: tuple[int, int], triton: bool, model: UniversalTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises an error for a GPU before compute capability 7.0 (a GeForce GTX 1080 Ti has 6.1), or without Triton."""
+    with_tools(monkeypatch, compiler=True, headers=True, capability=capability, triton=triton)
+    note = compile_block(model, "auto", CUDA, "bf16") or ""
+    assert note.startswith("Triton for this GPU not found: training runs uncompiled")
+    assert not runs_compiled(model, CPU)
+
+
 @pytest.fixture
 def nothing_known_of_the_device() -> Iterator[None]:
     flex.has_flex.cache_clear()
@@ -175,8 +195,6 @@ def test_a_gpu_needs_a_c_compiler_pythons_headers_and_heads_of_16_for_flex_atten
     head_dim: int, compiler: bool, headers: bool, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_tools(monkeypatch, compiler, headers)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     assert flex.has_flex(CUDA, head_dim) == has
     assert not flex.has_flex(CPU, head_dim)
 

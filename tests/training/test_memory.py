@@ -220,12 +220,19 @@ def test_each_smaller_choice_needs_less_memory_and_a_model_larger_than_the_card_
     assert expected_fit(under(6.0, dim=4096, n_heads=64)) is None
 
 
-def test_the_note_of_the_second_cap_is_emitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "update_memory_cap", lambda device, limit_gb: f"{limit_gb:g} are too few")
-    config, host = tiny_config(), RecordingHost()
+def test_what_libraries_hold_is_subtracted_from_the_cap_after_the_first_step_and_after_each_validation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = tiny_config().to_dict()
+    settings["validation"]["every_steps"] = 4
+    config, host = Config.from_dict(settings), RecordingHost()
     state = tiny_state(config)
+    monkeypatch.setattr(
+        loop, "update_memory_cap", lambda device, limit_gb: f"step {state.step}: {limit_gb:g} are too few"
+    )
     loop.train(state, config, local_batches(state, config), host)
-    assert [event.text for event in host.events if isinstance(event, Notice)] == ["rank 0: 10 are too few"]
+    notes = [event.text for event in host.events if isinstance(event, Notice)]
+    assert notes == [f"rank 0: step {step}: 10 are too few" for step in (1, 4, 6)]
 
 
 def test_the_sums_of_deterministic_steps_count_and_give_way_as_everything_else() -> None:
