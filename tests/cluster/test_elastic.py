@@ -46,7 +46,7 @@ def test_an_elastic_run_goes_on_without_a_lost_node_and_saves_when_its_last_node
     run = workplace / "tiny"
     lost, drained = nodes.add(), nodes.add()
     job = start_job(nodes.head, workplace, **RUN)
-    wait_for(lambda: (run / f"step_{EVERY}").exists())
+    wait_for((run / f"step_{EVERY}").exists)
     nodes.kill(lost)
     wait_for(lambda: attempts(run)[-1]["workers"] == 1)
     assert attempts(run)[0]["workers"] == 2
