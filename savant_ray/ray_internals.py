@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,22 @@ def require_token_if_authentication_is_enabled() -> None:
     from ray._private.authentication import authentication_token_setup
 
     authentication_token_setup.ensure_token_if_auth_enabled(create_token_if_missing=False)
+
+
+@contextmanager
+def processes_in_own_groups() -> Iterator[None]:
+    """Start Ray's processes within the `with` block in process groups of their own; Ray has no setting for it.
+
+    A signal for the group of this process, as `timeout` and terminals send it, then reaches this process only.
+    """
+    from ray._private import services
+
+    popen: Any = services.ConsolePopen
+    services.ConsolePopen = partial(popen, process_group=0)  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen  # type: ignore[misc]
 
 
 def request_cluster_id(address: str) -> None:

@@ -6,10 +6,12 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -17,7 +19,7 @@ from savant_ray.cluster.ray_address import ClusterAddress, check_cluster_answers
 from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
 from savant_ray.errors import SavantError, TrainingError
 from savant_ray.locations import replace_missing_home
-from savant_ray.ray_internals import draining_nodes, started_head
+from savant_ray.ray_internals import draining_nodes, processes_in_own_groups, started_head
 
 # Ray reads these when it is imported or started, so they are set earlier. Variables that the user has set are kept.
 ENVIRONMENT = {
@@ -90,14 +92,16 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
     if cluster is None:
         choose_temp_folder(notify)
     address = "local" if cluster is None else cluster.host_port
-    with start_errors_explained(cluster), block_sighup():
+    with start_errors_explained(cluster), block_sighup(), processes_in_own_groups():
         context = ray.init(
             address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
         )
     try:
         with sigterm_raises_interrupt():
-            if owns_ray():  # the only node is never drained, and Ray's preemption watcher takes 3 s to start
+            if owns_ray():
+                # The only node is never drained, and Ray's preemption watcher takes 3 s to start.
                 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+                suspend_ray_with_this_process()
             for name in ("ray", "ray.data", "ray.train"):
                 logging.getLogger(name).setLevel(level)
             if cluster is not None:
@@ -144,6 +148,23 @@ def block_sighup() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+
+
+def suspend_ray_with_this_process() -> None:
+    """Let Ctrl+Z suspend the Ray that this process started, too, whose processes are not in the terminal's process group."""
+
+    def suspend(_signal: int, _frame: FrameType | None) -> None:
+        processes = _own_processes()
+        for process in processes:
+            with suppress(psutil.Error):
+                process.suspend()
+        os.kill(os.getpid(), signal.SIGSTOP)  # until `fg` or `bg`
+        for process in processes:
+            with suppress(psutil.Error):
+                process.resume()
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+        signal.signal(signal.SIGTSTP, suspend)
 
 
 @contextmanager

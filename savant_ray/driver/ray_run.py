@@ -32,9 +32,9 @@ from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Eve
 from savant_ray.reporting.wording import generate_command
 
 POLL_SECONDS = 0.5
-# How long `fit()` may take to return after the workers have finished, if this process started Ray. A terminal's Ctrl+C also
-# kills parts of Ray's dashboard, and Ray Train then waits 8 s for an answer from it (Ray 2.60). The driver need not wait,
-# because it kills Ray's processes when it exits.
+# How long `fit()` may take to return after the workers have finished, if this process started Ray. If parts of Ray's
+# dashboard have died, Ray Train waits 8 s for an answer from it (Ray 2.60). The driver need not wait, because it kills Ray's
+# processes when it exits.
 FIT_RETURN_SECONDS = 2.0
 CLUSTER_FIT_RETURN_SECONDS = 60.0  # on a cluster, where Ray ends the workers as soon as the driver exits
 

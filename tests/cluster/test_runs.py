@@ -277,8 +277,11 @@ def test_a_run_keeps_the_special_tokens_of_its_tokenizer_around_each_document(he
     assert code == 0 and len(losses(workplace / "tiny")) == 3, printed
 
 
-def test_without_a_cluster_a_run_starts_its_own_ray_and_ctrl_c_in_its_terminal_saves(workplace: Path) -> None:
-    """A terminal's Ctrl+C goes to the whole process group, Ray's own processes included."""
+@pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.rare)])
+def test_without_a_cluster_a_run_starts_its_own_ray_and_a_signal_to_its_process_group_saves(
+    stop: signal.Signals, workplace: Path
+) -> None:
+    """A terminal's Ctrl+C and Ctrl+Z, and the SIGTERM of `timeout`, go to the whole process group."""
     command = [sys.executable, str(ROOT / "jobs/train.py"), *options(training__max_steps=5000)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     tracked = environment(RAY_TRAIN_ENABLE_STATE_TRACKING="1")  # as it is shipped
@@ -289,12 +292,22 @@ def test_without_a_cluster_a_run_starts_its_own_ray_and_ctrl_c_in_its_terminal_s
     assert any(process.name() == "raylet" for process in started), "its own"
     (address,) = re.findall(r"Ray's dashboard: (http://127\.0\.0\.1:\d+)\n", (run / "training_log.txt").read_text())
     check_that_the_dashboard_has(run.name, address)
-    os.killpg(job.pid, signal.SIGINT)
+    os.killpg(job.pid, signal.SIGTSTP)
+    wait_for(lambda: {process.status() for process in with_children(job.pid)} <= {"stopped", "zombie"})
+    os.killpg(job.pid, signal.SIGCONT)
+    steps = len(records(run, "step"))
+    wait_for(lambda: len(records(run, "step")) > steps)
+    os.killpg(job.pid, stop)
     printed, noise = job.communicate(timeout=60)
     assert job.returncode == 75 and "stopped and saved as" in printed and "run the same command" in printed, printed
     assert checkpoints(run)[-1].name == f"step_{len(losses(run))}"
     assert noise == "", "the noise of a healthy Ray is not the user's"
     wait_for(lambda: not any(process.is_running() for process in started))
+
+
+def with_children(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
 
 
 def check_that_the_dashboard_has(run: str, address: str) -> None:
