@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -294,6 +294,19 @@ def node_resources() -> list[dict[str, float]]:
 
     draining = draining_nodes()
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+
+
+def processes_that_fit(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> int:
+    """Return how many processes with these `resources` each fit on the nodes if nothing else runs there."""
+    required = {name: units for name, amount in resources.items() if (units := _resource_units(amount)) > 0}
+    if not required:
+        return sys.maxsize
+    return sum(min(_resource_units(node.get(name, 0)) // units for name, units in required.items()) for node in nodes)
+
+
+def _resource_units(amount: float) -> int:
+    """Return an amount of a resource in Ray's units of 0.0001: in floating point, 0.2 fits only 4 times into 1."""
+    return round(amount * 10_000)
 
 
 def resources_text(resources: Mapping[str, float]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +13,7 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from savant_ray.cluster.session import node_resources, owns_ray, resources_text
+from savant_ray.cluster.session import node_resources, owns_ray, processes_that_fit, resources_text
 from savant_ray.config import Config
 from savant_ray.driver.data_preparation import PreparedData
 from savant_ray.driver.failures import FailureCallback
@@ -90,7 +89,7 @@ def scaling(config: Config) -> ScalingConfig:
     except ValueError as error:  # such as GPUs in `resources_per_worker` of workers without GPUs
         raise SettingsError(f"scaling.resources_per_worker: {error}") from error
     resources = worker_resources(scaling_config)
-    if (n_fitting := workers_that_fit(nodes, resources)) < fewest:
+    if (n_fitting := processes_that_fit(nodes, resources)) < fewest:
         raise SettingsError(_insufficient_resources(fewest, n_fitting, resources, nodes))
     return scaling_config
 
@@ -118,18 +117,5 @@ def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu:
     """Return the largest number of cores per worker with which all workers fit; a worker runs on one node."""
     gpu = {"GPU": 1.0} if use_gpu else {}
     largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
-    fitting = (n for n in range(largest, 0, -1) if workers_that_fit(nodes, gpu | {"CPU": n}) >= workers)
+    fitting = (n for n in range(largest, 0, -1) if processes_that_fit(nodes, gpu | {"CPU": n}) >= workers)
     return next(fitting, 1)
-
-
-def workers_that_fit(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> int:
-    """Return how many workers with these `resources` each fit on the nodes if nothing else runs there."""
-    required = {name: units for name, amount in resources.items() if (units := _resource_units(amount)) > 0}
-    if not required:
-        return sys.maxsize
-    return sum(min(_resource_units(node.get(name, 0)) // units for name, units in required.items()) for node in nodes)
-
-
-def _resource_units(amount: float) -> int:
-    """Return an amount of a resource in Ray's units of 0.0001: in floating point, 0.2 fits only 4 times into 1."""
-    return round(amount * 10_000)

@@ -70,9 +70,8 @@ OLDER_FIGURES = FIGURES[:-1]  # those that all versions have recorded
 # Fields of an attempt's line that are used, with their types; older versions did not record the optional ones.
 REQUIRED = {"step": int, "workers": int, "device": str, "precision": str, "settings": dict}
 OPTIONAL = {"threads": int, "versions": dict, "processor": str, "code": str, "data_fingerprint": str}
-# Parts of a checkpoint that are not compared: steps do not use the generator, and the record has their micro-batch sizes and
-# learning rates. The parameter groups have the rate of the last update, which may be before the first repeated step.
-NOT_COMPARED = ("savant.torch_rng_state", "savant.fit", "optimizer_state_dict.param_groups")
+# Parts of a checkpoint that are not compared: steps do not use the generator, and the record has their micro-batch sizes.
+NOT_COMPARED = ("savant.torch_rng_state", "savant.fit")
 LEFT_OUT = "savant.left_out"
 NEVER = 1 << 40  # steps
 SHOWN_DIGITS = 12  # of a digest
@@ -592,6 +591,10 @@ def _parameter_names(state: TrainingState) -> list[str]:
 def _leaves(value: Any, parameters: list[str], path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the tensors and plain values of a checkpoint by names such as `exp_avg of head.weight`."""
     if path in NOT_COMPARED:
+        return
+    if path == "optimizer_state_dict.param_groups":
+        # Their rate is that of the last update, maybe before the first repeated step; the record has the rate of each step.
+        yield path, [{key: item for key, item in group.items() if key != "lr"} for group in value]
         return
     if not isinstance(value, Mapping):
         yield path, value

@@ -14,7 +14,13 @@ import ray
 import uvicorn
 from ray import serve
 
-from savant_ray.cluster.session import node_resources, owns_ray, ray_session, sigterm_raises_interrupt
+from savant_ray.cluster.session import (
+    node_resources,
+    owns_ray,
+    processes_that_fit,
+    ray_session,
+    sigterm_raises_interrupt,
+)
 from savant_ray.command_line import API_KEY_VARIABLE
 from savant_ray.errors import CheckpointError, SavantError, SettingsError, error_in_traceback
 from savant_ray.evaluation.from_checkpoint import TEXT_FILES, load_model, load_tokenizer
@@ -120,13 +126,13 @@ def _check_room(n_replicas: int, needed: Mapping[str, float], notify: Callable[[
         SettingsError: they do not fit on this machine, on which this process has started Ray.
     """
     each = "a core and a GPU" if needed["GPU"] else "a core"
-    room = sum(_n_fitting(needed, node) for node in node_resources())
+    room = processes_that_fit(node_resources(), needed)
     if room < n_replicas:
         text = f"--replicas {n_replicas}: there is room for {room}, because each replica needs {each}"
         if owns_ray():
             raise SettingsError(text)
         notify(f"{text}; waiting until the cluster has more")
-    elif not owns_ray() and _n_fitting(needed, ray.available_resources()) < n_replicas:
+    elif not owns_ray() and processes_that_fit([ray.available_resources()], needed) < n_replicas:
         notify(f"the cluster is busy; waiting until each replica has {each}")
 
 
@@ -138,15 +144,11 @@ def _deployed(model: Any, application: str) -> Any:
     """
     try:
         return serve.run(model, name=application, route_prefix=None)
-    except RuntimeError as error:  # it says only that the deployment failed
+    except RuntimeError as error:  # its message does not contain the reason
         status = serve.status().applications.get(application)
         messages = [] if status is None else [each.message for each in status.deployments.values() if each.message]
         reason = error_in_traceback(messages[0]) if messages else str(error)
         raise SavantError(f"the server could not be started: {reason}") from error
-
-
-def _n_fitting(needed: Mapping[str, float], resources: Mapping[str, float]) -> int:
-    return min(int(resources.get(name, 0) // amount) for name, amount in needed.items() if amount)
 
 
 def _print_address(settings: ServerSettings, notify: Callable[[str], None]) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from savant_ray.benchmarks import components, registry
+from savant_ray.benchmarks import components
+from savant_ray.cli import main
 from savant_ray.config import ModelConfig
-from savant_ray.errors import SettingsError
 
 SMALL = ModelConfig(vocab_size=60, dim=32, n_heads=2, n_loops=2, max_seq_len=32, window_size=8, global_every=2)
 
@@ -36,11 +36,11 @@ def test_generation_is_measured_for_one_prompt_and_for_several() -> None:
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured: list[str] = []
     monkeypatch.setattr(components, "run_loss", lambda: measured.append("loss"))
-    for path, reason in {tmp_path / "missing" / "figures.json": "No such file", tmp_path: "Is a directory"}.items():
-        with pytest.raises(SettingsError, match=f"--json {path}: {reason}"):
-            registry.run("loss", path)
+    for path, reason in {tmp_path / "missing" / "figures.json": "there is no folder", tmp_path: "is a folder"}.items():
+        assert main(["benchmark", "loss", "--json", str(path)]) == 2
+        assert f"argument --json: {path}" in (printed := capsys.readouterr().err) and reason in printed
     assert not measured

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from savant_ray.cluster.session import processes_that_fit
 from savant_ray.config import load_config
 from savant_ray.driver import trainer
 from savant_ray.driver.phases import Phase
-from savant_ray.driver.trainer import cpus_per_worker, workers_that_fit
+from savant_ray.driver.trainer import cpus_per_worker
 from savant_ray.driver.worker_watch import SECONDS_UNTIL_REPORT, WorkerWatch, waiting_message
 from savant_ray.errors import SettingsError
 
@@ -28,11 +29,11 @@ def test_a_worker_takes_no_more_cores_than_one_node_has() -> None:
 
 def test_workers_that_fit_are_counted_node_by_node() -> None:
     nodes = [{"CPU": 3.0}, {"CPU": 3.0, "GPU": 1.0}]
-    assert workers_that_fit(nodes, {"CPU": 2}) == 2
-    assert workers_that_fit(nodes, {"CPU": 0.5, "GPU": 1}) == 1
-    assert workers_that_fit(nodes, {"CPU": 4}) == 0
-    assert workers_that_fit(nodes, {"CPU": 0}) > 1000
-    assert [workers_that_fit([{"CPU": 1.0}], {"CPU": 1 / n}) for n in (2, 3, 5, 10)] == [2, 3, 5, 10]
+    assert processes_that_fit(nodes, {"CPU": 2}) == 2
+    assert processes_that_fit(nodes, {"CPU": 0.5, "GPU": 1}) == 1
+    assert processes_that_fit(nodes, {"CPU": 4}) == 0
+    assert processes_that_fit(nodes, {"CPU": 0}) > 1000
+    assert [processes_that_fit([{"CPU": 1.0}], {"CPU": 1 / n}) for n in (2, 3, 5, 10)] == [2, 3, 5, 10]
 
 
 @pytest.mark.parametrize(

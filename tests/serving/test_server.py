@@ -135,7 +135,7 @@ def without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_two_servers_on_a_cluster_have_applications_of_their_own_and_a_killed_one_is_replaced(
     without_ray: list[str],
 ) -> None:
-    ports = [*(str(free_port()) for _ in range(2))]
+    ports = [str(free_port()), str(free_port())]
     for port in [*ports, ports[0]]:
         assert main(["serve", "run", "--port", port]) == 1
     assert without_ray[0] == without_ray[2] != without_ray[1]
