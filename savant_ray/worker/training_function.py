@@ -80,7 +80,8 @@ def _start(task: WorkerTask, config: Config, connection: DriverConnection) -> No
         _train(task, config, tokenizer, storage, connection)
     except SavantError as error:
         connection.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
-        raise
+        if connection.world_size > 1:
+            raise  # Ray Train then ends the other workers, which may be waiting for this one, and starts them once more
     except (RayError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # Ray Train passes on the message only, without traceback and activity

@@ -68,7 +68,7 @@ def test_a_model_that_does_not_fit_ends_the_run_with_exit_code_5_and_advice(
     monkeypatch.setattr(torch.nn.Module, "to", no_room)
     events, error = workplace.events(workplace.config())
     (failed,) = events
-    assert isinstance(failed, RunFailed) and isinstance(error, MemoryCapError)
+    assert isinstance(failed, RunFailed) and failed.error == MemoryCapError.__name__ and error is None
     assert failed.exit_code == 5 and "training.vram_limit_gb = 10" in failed.text and "lower model.dim" in failed.text
 
 
@@ -101,14 +101,16 @@ def test_running_out_of_memory_elsewhere_is_not_reported_as_a_model_that_does_no
         ({"validation": "/absent/cache"}, DataError),
     ],
 )
-def test_an_error_for_the_user_in_the_start_of_a_worker_is_sent_to_the_driver(
-    absent: dict[str, str], kind: type[SavantError], workplace: Workplace
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_error_for_the_user_is_sent_to_the_driver_and_ends_the_other_workers(
+    world_size: int, absent: dict[str, str], kind: type[SavantError], workplace: Workplace
 ) -> None:
-    config = workplace.config(absent.pop("storage_path", None))
-    events, error = workplace.events(config, **absent)
+    config = workplace.config(absent.get("storage_path"))
+    task = {name: value for name, value in absent.items() if name != "storage_path"}
+    events, error = workplace.events(config, world_size, **task)
     (failed,) = of_type(events, RunFailed)
-    assert isinstance(error, kind) and failed.exit_code == kind.exit_code
-    assert failed.text == str(error) and "absent" in failed.text
+    assert (failed.error, failed.exit_code) == (kind.__name__, kind.exit_code) and "absent" in failed.text
+    assert (type(error), str(error)) == (kind, failed.text) if world_size > 1 else error is None
 
 
 def test_workers_do_not_validate_again_the_settings_that_the_driver_has_validated(workplace: Workplace) -> None:

@@ -60,9 +60,9 @@ def run_worker(
     world_size: int = 1,
     **task: Any,
 ) -> tuple[list[Event], Exception | None]:
-    """Return the events that a worker sends to the driver, and the error that ends it.
+    """Return the events that a worker sends to the driver, and the error that it raises.
 
-    A worker that has built the model and announced the attempt ends with an error, because there is no validation text.
+    A worker that has built the model and announced the attempt reports an error, because there is no validation text.
     """
     driver = DriverActor()
     driver_task = {
