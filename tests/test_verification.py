@@ -511,7 +511,7 @@ def content(folder: Path) -> Any:
     return figures, files
 
 
-@pytest.mark.parametrize("trials", [6, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.rare])])
+@pytest.mark.parametrize("trials", [3, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.rare])])
 def test_a_flipped_bit_in_weights_moments_or_a_gradient_is_found(trials: int, plan: StreamPlan, tmp_path: Path) -> None:
     train_recorded(tmp_path / "intact", CONFIG, plan)
     intact, chance, without_effect = content(tmp_path / "intact"), random.Random(trials), 0

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from savant_ray.cli import main
 from savant_ray.cluster.ray_job import grace_seconds, in_ray_job, missing_text_explained, output_folder
 from savant_ray.config import Config, load_config
 from savant_ray.data.record_reader import documents
@@ -202,12 +203,18 @@ ODD = "a b#c?d%20 [1]{x}&;$'"
     ],
 )
 def test_fresh_does_not_move_the_old_run_if_the_new_one_cannot_start(
-    wrong: list[str], message: str, tmp_path: Path
+    wrong: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = with_text(tmp_path) / ODD
     write(run, 3)
-    done = run_of(tmp_path, "--fresh", *wrong)
-    assert done.returncode in (2, 3, 4) and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *tiny_options(**{"run.name": ODD}), "--fresh", *wrong]) in (2, 3, 4)
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and message in printed, printed
     assert (run / "step_3").is_dir() and not run.with_name(f"{ODD}.old").exists()
 
 

@@ -35,6 +35,7 @@ os.rename = full
 """
 
 
+@pytest.mark.rare
 def test_training_continues_with_a_warning_if_a_checkpoint_cannot_be_written(workplace: Path) -> None:
     run, site = workplace / "tiny", workplace / "site"
     site.mkdir()

@@ -11,7 +11,6 @@ import pytest
 
 from savant_ray.cluster.same_code import code_digest, job_config, other_code_error, own_digest, package_folder
 from savant_ray.data.tokenizer import train_tokenizer
-from savant_ray.errors import SavantError
 from savant_ray.events import RunFailed
 from tests.cluster.conftest import ROOT, Head, environment
 from tests.training.tiny import tiny_config

@@ -193,7 +193,7 @@ from savant_ray.data.tokenizer import Tokenizer
 ray.init(address=sys.argv[1], log_to_driver=False)
 after = [] if sys.argv[5] else None
 prepare(
-    expand(sys.argv[2]), Tokenizer.load(sys.argv[3]), 64, sys.argv[4], part_bytes=400_000, deduplicate_after=after
+    expand(sys.argv[2]), Tokenizer.load(sys.argv[3]), 64, sys.argv[4], part_bytes=200_000, deduplicate_after=after
 )
 """
 
@@ -204,7 +204,7 @@ def test_a_killed_preparation_resumes_with_its_complete_shards(
 ) -> None:
     import ray
 
-    path = write_jsonl("train.jsonl", [f"document {i} {'some words ' * 30}" for i in range(12_000)])
+    path = write_jsonl("train.jsonl", [f"document {i} {'some words ' * 30}" for i in range(6_000)])
     byte_tokenizer.save(tmp_path / "tokenizer.json")
     address = ray.get_runtime_context().gcs_address
     arguments = [address, str(path), str(tmp_path / "tokenizer.json"), str(tmp_path / "cache")]
@@ -225,12 +225,12 @@ def test_a_killed_preparation_resumes_with_its_complete_shards(
         byte_tokenizer,
         64,
         tmp_path / "cache",
-        part_bytes=400_000,
+        part_bytes=200_000,
         deduplicate_after=after,
         progress=lambda done, total: reported.append(done),
     )
     assert {name: (cache.folder / name).stat().st_mtime_ns for name in before} == before
-    assert cache.manifest.documents == 12_000
+    assert cache.manifest.documents == 6_000
     assert reported == sorted(reported) and reported[0] > 0, "duplicates are not searched again"
     assert not list(cache.folder.glob("duplicates*"))
 

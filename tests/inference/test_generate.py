@@ -70,8 +70,8 @@ def test_greedy_answers_to_prompts_of_different_lengths_equal_full_recomputation
 ) -> None:
     model = model_with(window_size=window_size, positions=positions)
     prompts = [[5], [3 + i % 30 for i in range(25)], PROMPT]
-    parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=40)
-    expected = [recomputed(model, prompt, 40, n_loops) for prompt in prompts]
+    parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=20)
+    expected = [recomputed(model, prompt, 20, n_loops) for prompt in prompts]
     assert generate_many(model, prompts, parameters, n_loops) == expected
 
 

@@ -98,6 +98,7 @@ def assert_ranks_take_the_same_steps(ranks: list, alone: tuple[list, dict[str, t
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_one_and_five_workers_take_the_same_steps(tmp_path: Path) -> None:
     alone = run_ranks(1, tmp_path / "1")[0]
     for world_size in (5,):  # does not divide 12
