@@ -74,9 +74,10 @@ def test_exit_without_shutdown_kills_the_processes_of_its_own_ray_and_no_others(
     psutil.Process(other).kill()
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("victims", "resumes"),
-    [(("raylet",), False), pytest.param(("Bridge", "driver"), True, marks=pytest.mark.rare)],
+    [(("raylet",), False), (("Bridge", "driver"), True)],
     ids=["raylet", "Bridge then driver"],
 )
 def test_a_killed_process_of_its_own_ray_is_reported_and_the_same_command_resumes(

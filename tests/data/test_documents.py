@@ -146,7 +146,7 @@ JSON = st.recursive(
 NAMES = ("a", "b", "a.b", "text", "messages", "conversations", "instruction", "input", "output")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(value=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=5))
 @pytest.mark.parametrize(
     "rule",

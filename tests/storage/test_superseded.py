@@ -86,7 +86,9 @@ def test_a_superseded_worker_saves_nothing_and_names_the_new_owner(
     assert newest(storage_b, tmp_path) == "step_500 of new"
 
 
-@pytest.mark.parametrize("moment", ["config.yaml", "step_500.pt", MANIFEST])
+@pytest.mark.parametrize(
+    "moment", [*(pytest.param(file, marks=pytest.mark.rare) for file in ("config.yaml", "step_500.pt")), MANIFEST]
+)
 def test_an_upload_that_was_running_when_the_run_was_taken_over_does_not_change_new_checkpoints(
     moment: str, worker: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, tmp_path: Path
 ) -> None:
