@@ -78,6 +78,7 @@ def test_text_that_is_no_beginning_of_a_stop_is_sent_at_once(tokenizer: Tokenize
         (CompletionRequest, '{"prompt": ["x", "y"]}', "prompt", "one prompt"),
         (CompletionRequest, '{"prompt": ["5", "7"]}', "prompt", "one prompt"),
         (CompletionRequest, '{"prompt": [[5], [7]]}', "prompt", "one prompt"),
+        (CompletionRequest, '{"prompt": [["x"]]}', "prompt", ""),
         (CompletionRequest, '{"prompt": [true, false]}', "prompt", ""),
         (CompletionRequest, '{"prompt": [-1]}', "prompt", ""),
         (CompletionRequest, '{"prompt": "x", "best": 1}', "best", "not permitted"),
@@ -90,6 +91,8 @@ def test_text_that_is_no_beginning_of_a_stop_is_sent_at_once(tokenizer: Tokenize
         (ChatRequest, '{"messages": ["x"]}', "messages", "not an object"),
         (ChatRequest, '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages", ""),
         (ChatRequest, '{"messages": [], "tools": []}', "tools", "not permitted"),
+        (ChatRequest, '{"messages": [], "logit_bias": {"5": 1}}', "logit_bias", "at most 0"),
+        (ChatRequest, '{"messages": [], "response_format": {"type": "json_object"}}', "response_format", "text"),
     ],
 )  # fmt: skip
 def test_a_malformed_request_is_refused_with_the_parameter(
@@ -104,6 +107,7 @@ def test_a_malformed_request_is_refused_with_the_parameter(
 
 def test_parameters_that_change_nothing_are_accepted() -> None:
     neutral = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "user": "me", "stop": None}
+    neutral |= {"logit_bias": {}, "response_format": {"type": "text"}}
     completion = parse_request(
         CompletionRequest, json.dumps({"prompt": ["x"], "best_of": 1, "echo": False, **neutral}).encode()
     )
@@ -129,8 +133,14 @@ def test_the_limit_of_tokens_may_have_both_names_if_they_agree(limits: str) -> N
     assert request.max_tokens == 3
 
 
+def test_the_prompt_may_be_a_list_of_one_prompt() -> None:
+    for prompt in ("x", [5, 7]):  # lm-eval sends [[5, 7]]
+        request = parse_request(CompletionRequest, json.dumps({"prompt": [prompt]}).encode())
+        assert isinstance(request, CompletionRequest) and request.prompt == prompt
+
+
 def test_null_means_the_default_for_every_optional_parameter() -> None:
-    names = set(CompletionRequest.model_fields) - {"prompt"}
+    names = {*CompletionRequest.model_fields, "suffix", "tools", "tool_choice", "top_logprobs"} - {"prompt"}
     request = parse_request(CompletionRequest, json.dumps({"prompt": "x", **dict.fromkeys(names)}).encode())
     assert request == parse_request(CompletionRequest, b'{"prompt": "x"}') and request.stream is False
 
