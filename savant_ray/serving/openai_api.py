@@ -107,8 +107,10 @@ class Api:
             reason = f"the model {request.model!r} is not served; {self._name!r} is"
             raise ApiError(404, reason, "model_not_found", "model")
         prompt = self._prompt_ids(request)
-        end = self._turn_end if kind is ChatRequest else TurnEnd()
-        answer = AnswerText(self._tokenizer, prompt, end._replace(texts=(*end.texts, *(request.stop or ()))))
+        is_chat = kind is ChatRequest
+        end = self._turn_end if is_chat else TurnEnd()
+        ends = end._replace(texts=(*end.texts, *(request.stop or ())))
+        answer = AnswerText(self._tokenizer, prompt, ends, strips=is_chat)
         limit = min(request.max_tokens or self._sampling.max_new_tokens, self._max_length - len(prompt))
         options = request.model_dump(include={"temperature", "seed"}, exclude_none=True)
         sampling = replace(self._sampling, max_new_tokens=limit, **{"seed": secrets.randbits(63), **options})

@@ -139,10 +139,8 @@ def test_an_answer_that_was_stopped_at_once_may_be_in_the_conversation(template:
 
 
 def test_templates_have_the_options_of_tojson_that_transformers_gives_them() -> None:
-    arguments = (
-        "ensure_ascii=False, separators=(',', ':'), sort_keys=True"  # as the templates of GLM and Kimi have them
-    )
-    written = "{{ {'b': 1, 'a': 'ü'} | tojson(%s) }}" % arguments
+    # The templates of GLM and Kimi use them.
+    written = "{{ {'b': 1, 'a': 'ü'} | tojson(ensure_ascii=False, separators=(',', ':'), sort_keys=True) }}"
     question = [{"role": "user", "content": "1 + 1?"}]
     assert conversation_prompt(question, ChatTemplate(written + CHATML)).startswith('{"a":"ü","b":1}<|im_start|>user')
 

@@ -184,10 +184,12 @@ def local_api(tokenizer: Tokenizer, replica: LocalReplica, max_answers: int = 10
     return Api(replica, tokenizer, Config.from_dict({}), server).asgi()
 
 
-async def send_to(app: Any, left: list[dict[str, Any]], authorization: bytes = b"") -> list[dict[str, Any]]:
-    """Send a completion's body, whose messages are removed from `left`; return the messages of the response."""
+async def send_to(
+    app: Any, left: list[dict[str, Any]], authorization: bytes = b"", path: str = "/v1/completions"
+) -> list[dict[str, Any]]:
+    """Send a request's body, whose messages are removed from `left`; return the messages of the response."""
     headers = [(b"authorization", authorization)]
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
     sent = list[dict[str, Any]]()
 
     async def receive() -> dict[str, Any]:
@@ -268,6 +270,24 @@ def test_a_key_may_have_any_characters(tokenizer: Tokenizer) -> None:
         return int(sent[0]["status"])
 
     assert [asyncio.run(status(key)) for key in ("schlüssel 1", "schlussel 1")] == [200, 401]
+
+
+@pytest.mark.parametrize(("path", "expected"), [("/v1/chat/completions", "one two"), ("/v1/completions", " one two")])
+def test_an_answer_in_a_conversation_begins_without_the_space_before_it(
+    tokenizer: Tokenizer, path: str, expected: str
+) -> None:
+    ids = tokenizer.encode(" one two")
+
+    async def tokens(*_: Any) -> AsyncIterator[NewTokens]:
+        for token in ids:
+            yield NewTokens([token], is_last=False)
+        yield NewTokens([], is_last=True)
+
+    body = {"messages": [{"role": "user", "content": "1?"}]} if "chat" in path else {"prompt": "1?"}
+    request = {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+    sent = asyncio.run(send_to(local_api(tokenizer, LocalReplica(tokens)), [request], path=path))
+    choice = json.loads(sent[1]["body"])["choices"][0]
+    assert choice.get("text", choice.get("message", {}).get("content")) == expected
 
 
 @pytest.mark.parametrize("stream", [True, False])
