@@ -332,7 +332,11 @@ def _serve(arguments: Sequence[str]) -> int:
     parser = _parser("serve", takes_original=True)
     parser.add_argument("checkpoint", metavar="RUN", help=CHECKPOINT_HELP)
     parser.add_argument(
-        "--name", metavar="NAME", default="", help="name of the model in requests [name of the run folder]"
+        "--name",
+        type=utf8_text,
+        metavar="NAME",
+        default="",
+        help="name of the model in requests [name of the run folder]",
     )
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on [127.0.0.1]")
     parser.add_argument("--port", type=port, metavar="N", default=8000, help="port to listen on [8000]")

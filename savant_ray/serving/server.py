@@ -32,6 +32,9 @@ from savant_ray.serving.openai_api import Api, ServerSettings
 from savant_ray.storage.object_store import step_name
 from savant_ray.storage.run_storage import local_checkpoint
 
+KEEP_ALIVE_SECONDS = (
+    120  # of idle connections; clients and proxies keep them up to 90 s, and would lose a request otherwise
+)
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")  # hosts that other machines cannot reach
 
 
@@ -61,7 +64,9 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
     """
     checkpoint = absolute_path(settings.checkpoint, setting="checkpoint", error=CheckpointError)
     name = settings.name or _run_name(checkpoint)
-    settings = replace(settings, name=name, api_key=settings.api_key or os.environ.get(API_KEY_VARIABLE) or None)
+    # No request can have a key that ends with the newline of a secret's file.
+    api_key = (settings.api_key or os.environ.get(API_KEY_VARIABLE, "")).strip() or None
+    settings = replace(settings, name=name, api_key=api_key)
     host, port = settings.host, settings.port
     if settings.api_key is None and not LOOPBACK.fullmatch(host):
         raise SettingsError(
@@ -103,7 +108,13 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
                 _print_address(settings, notify)
                 # uvicorn would log answers that Ctrl+C cuts off as errors.
                 level = "info" if verbose else "critical"
-                options = uvicorn.Config(app, log_level=level, access_log=False, timeout_graceful_shutdown=1)
+                options = uvicorn.Config(
+                    app,
+                    log_level=level,
+                    access_log=False,
+                    timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                    timeout_graceful_shutdown=1,
+                )
                 uvicorn.Server(options).run([listener])
         except KeyboardInterrupt:
             notify("stopping")
@@ -114,7 +125,9 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
 def _run_name(checkpoint: str) -> str:
     """Return the name of the run folder of a checkpoint, given its absolute path or URI."""
     parent, name = parent_and_name(checkpoint)
-    return parent_and_name(parent)[1] if step_name(name) else name
+    while step_name(name.removesuffix(".pt")):  # a checkpoint, its file, or a file of the original script
+        parent, name = parent_and_name(parent)
+    return name
 
 
 def _check_room(n_replicas: int, needed: Mapping[str, float], notify: Callable[[str], None]) -> None:

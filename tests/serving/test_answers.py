@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
@@ -260,16 +261,30 @@ async def never(*_: Any) -> AsyncIterator[NewTokens]:
 
 
 def test_a_key_may_have_any_characters(tokenizer: Tokenizer) -> None:
-    async def one_token(*_: Any) -> AsyncIterator[NewTokens]:
-        yield NewTokens([], is_last=True)
-
-    async def status(key: str) -> int:
-        app = local_api(tokenizer, LocalReplica(one_token), api_key="schlüssel 1")
+    async def status(key: str, authorization: bytes) -> int:
+        app = local_api(tokenizer, LocalReplica(one_token), api_key=key)
         body = {"type": "http.request", "body": json.dumps({"prompt": "one"}).encode(), "more_body": False}
-        sent = await send_to(app, [body], f"Bearer {key}".encode())
-        return int(sent[0]["status"])
+        return int((await send_to(app, [body], authorization))[0]["status"])
 
-    assert [asyncio.run(status(key)) for key in ("schlüssel 1", "schlussel 1")] == [200, 401]
+    for key, authorization, expected in (
+        ("schlüssel 1", "Bearer schlüssel 1".encode(), 200),
+        ("schlüssel 1", b"Bearer schlussel 1", 401),
+        ("schlüssel 1", "bearer schlüssel 1".encode(), 200),
+        ("schlüssel 1", b"", 401),
+        (os.fsdecode(b"\xff1"), b"Bearer \xff1", 200),
+        (os.fsdecode(b"\xff1"), b"Bearer \xfe1", 401),
+    ):
+        assert asyncio.run(status(key, authorization)) == expected
+
+
+async def one_token(*_: Any) -> AsyncIterator[NewTokens]:
+    yield NewTokens([], is_last=True)
+
+
+def test_proxies_are_told_not_to_keep_back_a_stream(tokenizer: Tokenizer) -> None:
+    body = json.dumps({"prompt": "one", "stream": True}).encode()
+    sent, _ = post(tokenizer, LocalReplica(one_token), [{"type": "http.request", "body": body, "more_body": False}])
+    assert {(b"x-accel-buffering", b"no"), (b"cache-control", b"no-cache")} <= set(sent[0]["headers"])
 
 
 @pytest.mark.parametrize(("path", "expected"), [("/v1/chat/completions", "one two"), ("/v1/completions", " one two")])

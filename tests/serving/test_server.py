@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +63,14 @@ def test_an_address_that_others_can_reach_is_refused_without_a_key(
 ) -> None:
     monkeypatch.delenv("SAVANT_API_KEY", raising=False)
     assert main(["serve", str(tmp_path), "--host", host]) == 2
+    assert "--api-key" in capsys.readouterr().err
+
+
+def test_a_key_of_white_space_is_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SAVANT_API_KEY", " \n")
+    assert main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "--api-key" in capsys.readouterr().err
 
 
@@ -165,6 +174,8 @@ def test_replicas_for_which_this_machine_has_no_room_are_refused(
         ("s3://bucket/runs/one", "one"),
         ("s3://bucket/one?endpoint_override=127.0.0.1:9000&scheme=http", "one"),
         ("s3://bucket/one/step_3?endpoint_override=http://127.0.0.1:9000", "one"),
+        ("/runs/one/step_3.pt", "one"),  # of the original script
+        ("/runs/one/step_3/step_3.pt", "one"),
     ],
 )
 def test_the_model_has_the_name_of_the_run_folder(
@@ -179,6 +190,25 @@ def test_the_model_has_the_name_of_the_run_folder(
     monkeypatch.setattr(serve, "run", lambda *_, **__: SimpleNamespace(options=lambda **_: None))
     assert main(["serve", checkpoint, "--port", str(free_port())]) == 0
     assert f"\n{name} is served at http://127.0.0.1:" in capsys.readouterr().out
+
+
+def test_a_key_from_a_file_may_end_with_a_newline_and_idle_connections_are_kept_longer_than_clients_keep_them(
+    without_ray: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvicorn
+    from ray import serve
+    from starlette.testclient import TestClient
+
+    servers = list[uvicorn.Server]()
+    monkeypatch.setattr(serve, "run", lambda *_, **__: SimpleNamespace(options=lambda **_: None))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, _: servers.append(server))
+    monkeypatch.setenv("SAVANT_API_KEY", "secret\n")
+    assert main(["serve", "/runs/one", "--host", "0.0.0.0", "--port", str(free_port())]) == 0
+    (config,) = (server.config for server in servers)
+    models = partial(TestClient(config.app).get, "/v1/models")
+    assert models(headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert models(headers={"Authorization": "Bearer other"}).status_code == 401
+    assert config.timeout_keep_alive > 90
 
 
 @contextmanager
