@@ -43,7 +43,8 @@ KEY = "a key"
 LOG = "serve.log"  # in the run folder: what the command prints
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, head: float = 20) -> Path:
+    """Write a run with random weights; those of the head are multiplied by `head`."""
     text = "Question: what is one plus two? The answer is three, not four or five.\n"
     model = MODEL | {"vocab_size": 400, "dim": 32, "max_seq_len": 64, "window_size": 16}
     config = Config.from_dict({"model": model, "training": {"precision": "fp32"}, "validation": {"max_new_tokens": 9}})
@@ -52,7 +53,7 @@ def write_run(folder: Path) -> Path:
     torch.manual_seed(0)
     state = new_state(config, CPU)
     with torch.no_grad():
-        state.model.head.weight.mul_(20)  # an untrained head is nearly flat
+        state.model.head.weight.mul_(head)  # an untrained head is nearly flat
         state.model.head.weight[tokenizer.end_of_document] = 0
     return write_checkpoint(folder / "tiny", {**state.to_checkpoint(), "step": 3}, texts).parent
 
@@ -92,6 +93,14 @@ def test_text_is_encoded_without_the_weights_of_a_checkpoint(tmp_path: Path) -> 
     assert tokenizer.fingerprint == expected.fingerprint and config.model.max_seq_len == 64
     with pytest.raises(CheckpointError):
         load_model(run)
+
+
+def test_a_replica_of_a_model_that_cannot_answer_does_not_start(tmp_path: Path) -> None:
+    from savant_ray.serving.server import ModelServer
+
+    run = write_run(tmp_path, head=float("nan"))
+    with pytest.raises(CheckpointError, match="not finite"):
+        ModelServer(str(run), {}, None, raw_weights=False)
 
 
 def test_an_address_that_is_in_use_is_named_before_ray_starts(
