@@ -125,7 +125,11 @@ def _tuner(
     if tune.Tuner.can_restore(str(state)):
         return tune.Tuner.restore(str(state), trainable, resume_errored=True, param_space=space)
     max_steps, first = settings["training"]["max_steps"], settings["validation"]["every_steps"]
-    scheduler = ASHAScheduler(STEP, max_t=max_steps, grace_period=min(first, max_steps)) if stops_early else None
+    scheduler = None
+    if stops_early:
+        # A run ends by itself at its last step, which is later than `max_t` if `training.max_steps` is varied.
+        limits = {"max_t": max_steps, "grace_period": min(first, max_steps), "stop_last_trials": False}
+        scheduler = ASHAScheduler(STEP, **limits)
     return tune.Tuner(
         trainable,
         param_space=space,
