@@ -364,7 +364,7 @@ def _serve(arguments: Sequence[str]) -> int:
     _add_weights_option(parser)
     options, original = parse_with_original_settings(parser, arguments)
     refuse_deleted_folder()
-    from savant_ray.cluster.session import prepare_environment
+    from savant_ray.cluster.session import ExitWithoutShutdown, exit_without_shutdown, prepare_environment
 
     prepare_environment()
     try:
@@ -377,7 +377,10 @@ def _serve(arguments: Sequence[str]) -> int:
             "`savant serve` needs Ray Serve: pip install 'savant-ray[serve]' (in a checkout: make extras)"
         ) from error
     values = {name: value for name, value in vars(options).items() if name not in ("config", "verbose")}
-    run_server(ServerSettings(original=original, **values), options.verbose)
+    try:
+        run_server(ServerSettings(original=original, **values), options.verbose)
+    except ExitWithoutShutdown as end:
+        return exit_without_shutdown(end.code if end.error is None else print_error(end.error, options.verbose))
     return 0
 
 

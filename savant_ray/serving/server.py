@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import socket
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +17,8 @@ import uvicorn
 from ray import serve
 
 from savant_ray.cluster.session import (
+    ExitWithoutShutdown,
+    check_ray_processes,
     node_resources,
     owns_ray,
     processes_that_fit,
@@ -40,6 +44,7 @@ from savant_ray.storage.run_storage import local_checkpoint
 KEEP_ALIVE_SECONDS = (
     120  # of idle connections; clients and proxies keep them up to 90 s, and would lose a request otherwise
 )
+CHECK_SECONDS = 0.5  # between checks of Ray's processes
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")  # hosts that other machines cannot reach
 
 
@@ -67,6 +72,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         SettingsError: `host` is not a loopback address, and there is no API key; or this machine has too few cores or GPUs.
         CheckpointError: there is no checkpoint, or it cannot be read.
         SavantError: the server cannot listen at the address, or a replica cannot be started.
+        ExitWithoutShutdown: Ray has failed.
     """
     checkpoint = absolute_path(settings.checkpoint, setting="checkpoint", error=CheckpointError)
     name = settings.name or _run_name(checkpoint)
@@ -107,6 +113,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         model = deployment(ModelServer).bind(checkpoint, dict(settings.original), settings.loops, settings.raw_weights)
         # Several servers may use a cluster. One that was killed leaves its application there, and its successor replaces it.
         application = f"savant-{socket.gethostname()}-{port}"
+        failure: SavantError | None = None
         try:
             with sigterm_raises_interrupt():
                 serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
@@ -121,11 +128,36 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
                     timeout_keep_alive=KEEP_ALIVE_SECONDS,
                     timeout_graceful_shutdown=1,
                 )
-                uvicorn.Server(options).run([listener])
+                failure = _run_until_ray_fails(uvicorn.Server(options), listener)
         except KeyboardInterrupt:
             notify("stopping")
         finally:
-            serve.delete(application)
+            if failure is None:
+                serve.delete(application)
+        if failure is not None:
+            raise ExitWithoutShutdown(error=failure)
+
+
+def _run_until_ray_fails(server: uvicorn.Server, listener: socket.socket) -> SavantError | None:
+    """Run the HTTP server; return an error if a Ray that this process has started fails.
+
+    Ray ends this process then, after up to a minute in which requests wait.
+    """
+    failures = list[SavantError]()
+
+    def watch() -> None:
+        while not server.should_exit:
+            try:
+                check_ray_processes()
+            except SavantError as error:
+                reason = str(error).splitlines()[0]
+                failures.append(SavantError(f"{reason}\nRun the same command again to serve the model."))
+                server.should_exit = True
+            time.sleep(CHECK_SECONDS)
+
+    threading.Thread(target=watch, name="watching Ray", daemon=True).start()
+    server.run([listener])
+    return failures[0] if failures else None
 
 
 def _run_name(checkpoint: str) -> str:

@@ -220,6 +220,28 @@ def test_a_key_from_a_file_may_end_with_a_newline_and_idle_connections_are_kept_
     assert config.timeout_keep_alive > 90
 
 
+def test_a_server_whose_ray_fails_ends_with_the_reason(
+    without_ray: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+    import uvicorn
+    from ray import serve
+
+    from savant_ray.cluster import session
+
+    def wait_until_it_should_exit(server: uvicorn.Server, _: Any) -> None:
+        wait_until(lambda: server.should_exit, 60)
+
+    head = SimpleNamespace(all_processes={}, dead_processes=lambda: [("gcs_server", None)])
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # otherwise the command ends this process
+    monkeypatch.setattr(session, "started_head", lambda: head)
+    monkeypatch.setattr(serve, "run", lambda *_, **__: SimpleNamespace(options=lambda **_: None))
+    monkeypatch.setattr(serve, "delete", lambda _: pytest.fail("Ray would not answer"))
+    monkeypatch.setattr(uvicorn.Server, "run", wait_until_it_should_exit)
+    assert main(["serve", "/runs/one", "--port", str(free_port())]) == 1
+    assert "Ray failed: its gcs_server on this machine was killed" in capsys.readouterr().err
+
+
 @contextmanager
 def serving(run: Path, *options: str) -> Iterator[tuple[str, psutil.Process]]:
     """Serve a run with these options; yield the URL of the server and its process."""
