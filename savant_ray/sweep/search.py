@@ -6,13 +6,11 @@ import logging
 import math
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
-from rich.console import Console
 from rich.table import Table
 
 from savant_ray.cluster.session import node_resources, ray_session
@@ -22,6 +20,7 @@ from savant_ray.errors import STOPPED_EARLY, SettingsError, error_in_traceback
 from savant_ray.locations import is_uri
 from savant_ray.reporting.page import REPORT, write_page
 from savant_ray.reporting.runs import RunSummary, summarize
+from savant_ray.reporting.text_tables import table_console
 from savant_ray.reporting.wording import escape_controls, relative_path
 from savant_ray.storage.lock import is_in_use
 from savant_ray.sweep.search_space import read_space
@@ -187,4 +186,4 @@ def _print_table(rows: list[tuple[Any, RunSummary | None]], names: list[str]) ->
             loss = _loss(summary)
             best = f"{loss:.4f}" if math.isfinite(loss) else "–"
             table.add_row(summary.name, *shown, summary.state, f"{summary.step:,}", best)
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+    table_console(PIPE_WIDTH).print(table)

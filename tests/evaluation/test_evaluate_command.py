@@ -105,9 +105,10 @@ def test_the_suite_is_scored_per_template_with_an_interval(
 
 def test_a_file_of_problems_replaces_the_suite(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "own.jsonl"
-    own.write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2}) + "\n")
+    own.write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2, "template": "sum [hard][/5] :cat:"}) + "\n")
     assert main(["evaluate", str(run), "--problems", str(own), "--json", str(tmp_path / "scores.json")]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["n"] == 1
+    assert "sum [hard][/5] :cat:" in capsys.readouterr().out
 
 
 def test_each_number_of_loops_has_its_own_score_loss_and_residual(
