@@ -332,7 +332,11 @@ def _serve(arguments: Sequence[str]) -> int:
     parser = _parser("serve", takes_original=True)
     parser.add_argument("checkpoint", metavar="RUN", help=CHECKPOINT_HELP)
     parser.add_argument(
-        "--name", metavar="NAME", default="", help="name of the model in requests [name of the run folder]"
+        "--name",
+        type=utf8_text,
+        metavar="NAME",
+        default="",
+        help="name of the model in requests [name of the run folder]",
     )
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on [127.0.0.1]")
     parser.add_argument("--port", type=port, metavar="N", default=8000, help="port to listen on [8000]")
@@ -360,7 +364,7 @@ def _serve(arguments: Sequence[str]) -> int:
     _add_weights_option(parser)
     options, original = parse_with_original_settings(parser, arguments)
     refuse_deleted_folder()
-    from savant_ray.cluster.session import prepare_environment
+    from savant_ray.cluster.session import ExitWithoutShutdown, exit_without_shutdown, prepare_environment
 
     prepare_environment()
     try:
@@ -373,7 +377,10 @@ def _serve(arguments: Sequence[str]) -> int:
             "`savant serve` needs Ray Serve: pip install 'savant-ray[serve]' (in a checkout: make extras)"
         ) from error
     values = {name: value for name, value in vars(options).items() if name not in ("config", "verbose")}
-    run_server(ServerSettings(original=original, **values), options.verbose)
+    try:
+        run_server(ServerSettings(original=original, **values), options.verbose)
+    except ExitWithoutShutdown as end:
+        return exit_without_shutdown(end.code if end.error is None else print_error(end.error, options.verbose))
     return 0
 
 

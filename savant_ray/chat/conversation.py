@@ -191,14 +191,10 @@ class Conversation:
 
     def _pieces(self, prompt: Sequence[int], sampling: Sampling, stop_requested: Callable[[], bool]) -> Iterator[str]:
         """Yield the text of an answer. In a conversation, strip leading white space, and end with the assistant's turn."""
-        text = AnswerText(self._tokenizer, prompt, self._turn_end)
-        has_begun = self.continues_text
+        text = AnswerText(self._tokenizer, prompt, self._turn_end, strips=not self.continues_text)
         for new_tokens in self._tokens(prompt, sampling, stop_requested):
-            piece = text.push(new_tokens)
-            shown = piece if has_begun else piece.lstrip()
-            has_begun |= bool(shown)
-            if shown:
-                yield shown
+            if piece := text.push(new_tokens):
+                yield piece
             if text.is_stopped:
                 return
 

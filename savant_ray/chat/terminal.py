@@ -53,7 +53,7 @@ class ChatTerminal:
         self._has_editor = self._is_interactive and is_capable
         self._stop_requested = False
         self._saved_file: Path | None = None  # to which this conversation was saved, so it may be replaced
-        self._notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._notes = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._commands = {
             "/reset": self._reset,
             "/system": self._system,

@@ -131,6 +131,9 @@ class ChatTemplate:
         answers = []
         ranges = iter(contents)
         for index in indices:
+            if not _is_marked(messages[index]) and not _has_tool_calls(messages[index]):
+                answers.append((0, 0))  # an answer that was stopped at once, of which nothing is trained on
+                continue
             until_here = text if index == len(messages) - 1 else self._prefix(messages[: index + 1])
             if not _is_marked(messages[index]):
                 before = self._before_tool_calls(messages[: index + 1])
@@ -480,8 +483,14 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

@@ -69,6 +69,19 @@ def load_model(checkpoint: Path, raw_weights: bool = False) -> tuple[UniversalTr
     return model.to(device).eval(), *load_tokenizer(folder)
 
 
+def refuse_non_finite_weights(model: UniversalTransformer) -> None:
+    """Check that a model can answer: one whose logits are not finite generates no tokens.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite.
+    """
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise CheckpointError(
+            "the weights of the checkpoint are not finite (NaN or infinite), so the model has no answers; use an earlier "
+            "checkpoint"
+        )
+
+
 def load_tokenizer(checkpoint: Path) -> tuple[Tokenizer, Config]:
     """Return the tokenizer and the settings of a checkpoint, as `load_model` does; reads only `TEXT_FILES`.
 
@@ -94,10 +107,11 @@ def stream_answer(
     `raw_weights` is that of `load_model`.
 
     Raises:
-        CheckpointError: there is no readable checkpoint.
+        CheckpointError: there is no readable checkpoint, or its weights are not finite.
         SettingsError: the prompt has no tokens.
     """
     model, tokenizer, config = load_model(checkpoint, raw_weights)
+    refuse_non_finite_weights(model)
     (prompt_ids,) = tokenizer.encode_prompts([prompt])
     if not prompt_ids:
         raise SettingsError("--prompt: the prompt has no tokens")

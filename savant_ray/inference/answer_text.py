@@ -48,15 +48,19 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[
 
 
 class AnswerText:
-    """The text of an answer.
+    """The text of an answer. With `strips`, it begins with its first character that is not white space.
+
+    A chat template may write a space before an answer. If the answer had it too, it would be there twice when the answer is
+    a part of the next prompt.
 
     Attributes:
         n_tokens: number of generated tokens, without a token of `end`.
         is_stopped: whether a text or token of `end` has been found.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], end: TurnEnd) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], end: TurnEnd, strips: bool = False) -> None:
         self._decoder, self._end, self._held = IncrementalDecoder(tokenizer, prompt), end, ""
+        self._strips = strips
         self.n_tokens, self.is_stopped = 0, False
 
     def push(self, new: NewTokens) -> str:
@@ -86,4 +90,7 @@ class AnswerText:
 
     def _take(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
+        if self._strips:
+            text = text.lstrip()
+            self._strips = not text
         return text

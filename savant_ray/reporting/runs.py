@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -12,7 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from savant_ray.errors import SettingsError
@@ -26,6 +24,7 @@ from savant_ray.events import (
     ValidationDone,
 )
 from savant_ray.reporting.record import METRICS, parse_event
+from savant_ray.reporting.text_tables import table_console
 from savant_ray.reporting.wording import duration, escape_controls, relative_path
 
 STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # most lines are steps; only the last ones are parsed
@@ -152,7 +151,7 @@ def print_table(runs: Iterable[RunSummary]) -> None:
             run.checkpoint or "none",
             ago(run.last_time),
         )
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+    table_console(PIPE_WIDTH).print(table)
     for run in runs:
         if run.state == "not saved":
             print(escape_controls(f"{relative_path(Path(run.folder))}: {run.failure}"))

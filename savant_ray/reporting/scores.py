@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -10,9 +9,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from savant_ray.reporting.text_tables import table_console
 from savant_ray.reporting.wording import escape_controls, percent
 
 Item = TypeVar("Item")
+PIPE_WIDTH = 100  # columns of the tables if standard output is not a terminal
 
 
 def with_progress(items: Iterable[Item], total: int) -> Iterable[Item]:
@@ -32,7 +33,7 @@ def print_scores(result: dict[str, Any]) -> None:
     table.add_row("all", *_row(result))
     if result["new_wordings"]["n"]:
         table.add_row("all, new wording", *_row(result["new_wordings"]))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    table_console(PIPE_WIDTH).print(table)
 
 
 def print_depths(result: dict[str, Any]) -> None:
@@ -43,7 +44,7 @@ def print_depths(result: dict[str, Any]) -> None:
     for row in result["depths"]:
         figures = (row["loss"], row.get("residual"), row.get("cosine"))
         table.add_row(str(row["loops"]), *_row(row), *("–" if x is None else f"{x:.4f}" for x in figures))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    table_console(PIPE_WIDTH).print(table)
 
 
 def _row(score: dict[str, Any]) -> list[str]:

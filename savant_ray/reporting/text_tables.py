@@ -1,4 +1,4 @@
-"""The output of `savant data`: counts, lengths and examples of each source."""
+"""The console for tables, and the output of `savant data`: counts, lengths and examples of each source."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ BAR_WIDTH = 40
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 
 
+def table_console(pipe_width: int, soft_wrap: bool = False) -> Console:
+    """Return a console for standard output with `pipe_width` columns if it is not a terminal.
+
+    It prints texts as they are: names of files, runs and questions may contain `[a]` or `:a:`, which rich would interpret.
+    """
+    width = None if sys.stdout.isatty() else pipe_width
+    return Console(width=width, soft_wrap=soft_wrap, markup=False, emoji=False)
+
+
 def print_text_statistics(sources: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
     """Print the statistics of all sources, and how many epochs of each the run would read.
 
@@ -24,7 +33,7 @@ def print_text_statistics(sources: Sequence[Mapping[str, Any]], plan: Mapping[st
             complete source.
         plan: `sequence_length`, `effective_batch`, `max_steps`, and `fractions`: of the sequences, for each source.
     """
-    console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
+    console = table_console(120, soft_wrap=True)
     for source in sources:
         _print_source(console, source)
     _print_plan(console, sources, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import secrets
 import time
 import traceback
@@ -41,6 +42,8 @@ from savant_ray.serving.openai_protocol import (
 )
 
 MAX_BODY_BYTES = 1 << 20
+# Without them, a proxy may keep the events of a stream until it ends; nginx does by default.
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,10 @@ class Api:
             reason = f"the model {request.model!r} is not served; {self._name!r} is"
             raise ApiError(404, reason, "model_not_found", "model")
         prompt = self._prompt_ids(request)
-        end = self._turn_end if kind is ChatRequest else TurnEnd()
-        answer = AnswerText(self._tokenizer, prompt, end._replace(texts=(*end.texts, *(request.stop or ()))))
+        is_chat = kind is ChatRequest
+        end = self._turn_end if is_chat else TurnEnd()
+        ends = end._replace(texts=(*end.texts, *(request.stop or ())))
+        answer = AnswerText(self._tokenizer, prompt, ends, strips=is_chat)
         limit = min(request.max_tokens or self._sampling.max_new_tokens, self._max_length - len(prompt))
         options = request.model_dump(include={"temperature", "seed"}, exclude_none=True)
         sampling = replace(self._sampling, max_new_tokens=limit, **{"seed": secrets.randbits(63), **options})
@@ -119,12 +124,16 @@ class Api:
         if not request.stream:
             return JSONResponse({**completion.body(text), "usage": completion.usage()})
         include_usage = (request.stream_options or {}).get("include_usage", False)
-        return StreamingResponse(_events(completion, text, parts, include_usage), media_type="text/event-stream")
+        events = _events(completion, text, parts, include_usage)
+        return StreamingResponse(events, headers=STREAM_HEADERS, media_type="text/event-stream")
 
     def _check_key(self, http: HttpRequest) -> None:
-        key = http.headers.get("authorization", "").removeprefix("Bearer ")
-        # Starlette decodes headers as Latin-1, whose bytes are those that the client has sent.
-        if self._api_key is not None and not hmac.compare_digest(key.encode("latin-1"), self._api_key.encode()):
+        if self._api_key is None:
+            return
+        key = re.sub(r"^bearer +", "", http.headers.get("authorization", ""), flags=re.IGNORECASE)
+        # Starlette decodes headers as Latin-1, whose bytes are those that the client has sent. In a key of the command line,
+        # surrogates stand for bytes that are not UTF-8.
+        if not hmac.compare_digest(key.encode("latin-1"), self._api_key.encode(errors="surrogateescape")):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
 
     def _prompt_ids(self, request: Request) -> list[int]:

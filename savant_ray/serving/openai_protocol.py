@@ -20,16 +20,16 @@ Texts = Annotated[list[Text], BeforeValidator(lambda x: [x] if isinstance(x, str
 
 
 def _single_prompt(prompt: Any) -> Any:
-    """Return the text of a list of one text; other prompts are returned unchanged.
+    """Return the prompt of a list of one prompt; a single prompt is returned unchanged.
 
     Raises:
         ValueError: there are several prompts.
     """
     if not isinstance(prompt, list) or all(isinstance(item, int) for item in prompt):
         return prompt
-    if len(prompt) == 1 and isinstance(prompt[0], str):
+    if len(prompt) == 1 and isinstance(prompt[0], str | list):
         return prompt[0]
-    raise ValueError("a request has one prompt: a text, a list of one text, or a list of token ids")
+    raise ValueError("a request has one prompt: a text or a list of token ids, or a list of one of these")
 
 
 Prompt = Annotated[str | list[Annotated[int, Field(strict=True, ge=0)]], BeforeValidator(_single_prompt)]
@@ -53,7 +53,7 @@ class _Request(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     seed: int | None = Field(None, ge=MIN_SEED, le=MAX_SEED)
     stop: Texts | None = Field(None, max_length=4)
-    stream: Annotated[bool, BeforeValidator(lambda x: False if x is None else x)] = False
+    stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
     user: str | None = None
     # Only values that have no effect are accepted:
@@ -62,18 +62,24 @@ class _Request(BaseModel):
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     logprobs: Literal[False] | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _one_limit(cls, body: Any) -> Any:
-        """Accept both names of `max_tokens` if at most one has a value, or both have the same."""
-        if not isinstance(body, dict) or not {"max_tokens", "max_completion_tokens"} <= body.keys():
+    def _without_nulls(cls, body: Any) -> Any:
+        """Leave out all parameters that are null, also unsupported ones: clients send null for what is not set.
+
+        Both names of `max_tokens` are accepted if they have the same value.
+        """
+        if not isinstance(body, dict):
             return body
-        old, new = body["max_tokens"], body["max_completion_tokens"]
-        if None not in (old, new) and old != new:
-            raise ValueError("give max_tokens or max_completion_tokens, not both")
-        others = {name: value for name, value in body.items() if name != "max_tokens"}
-        return {**others, "max_completion_tokens": old if new is None else new}
+        present = {name: value for name, value in body.items() if value is not None}
+        if "max_completion_tokens" in present:
+            limit = present["max_completion_tokens"]
+            if present.pop("max_tokens", limit) != limit:
+                raise ValueError("give max_tokens or max_completion_tokens, not both")
+        return present
 
 
 class CompletionRequest(_Request):

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import socket
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +17,8 @@ import uvicorn
 from ray import serve
 
 from savant_ray.cluster.session import (
+    ExitWithoutShutdown,
+    check_ray_processes,
     node_resources,
     owns_ray,
     processes_that_fit,
@@ -23,7 +27,12 @@ from savant_ray.cluster.session import (
 )
 from savant_ray.command_line import API_KEY_VARIABLE
 from savant_ray.errors import CheckpointError, SavantError, SettingsError, error_in_traceback
-from savant_ray.evaluation.from_checkpoint import TEXT_FILES, load_model, load_tokenizer
+from savant_ray.evaluation.from_checkpoint import (
+    TEXT_FILES,
+    load_model,
+    load_tokenizer,
+    refuse_non_finite_weights,
+)
 from savant_ray.inference.decoder import Decoder
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.sampling import Sampling
@@ -32,6 +41,10 @@ from savant_ray.serving.openai_api import Api, ServerSettings
 from savant_ray.storage.object_store import step_name
 from savant_ray.storage.run_storage import local_checkpoint
 
+KEEP_ALIVE_SECONDS = (
+    120  # of idle connections; clients and proxies keep them up to 90 s, and would lose a request otherwise
+)
+CHECK_SECONDS = 0.5  # between checks of Ray's processes
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")  # hosts that other machines cannot reach
 
 
@@ -43,6 +56,7 @@ class ModelServer(Engine):
     ) -> None:
         with local_checkpoint(checkpoint, settings=settings) as path:
             model, tokenizer, _ = load_model(path, raw_weights)
+        refuse_non_finite_weights(model)
         super().__init__(Decoder(model, Sampling.for_tokenizer(tokenizer, 1, 0), n_loops))
 
     def check_health(self) -> None:
@@ -58,10 +72,13 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         SettingsError: `host` is not a loopback address, and there is no API key; or this machine has too few cores or GPUs.
         CheckpointError: there is no checkpoint, or it cannot be read.
         SavantError: the server cannot listen at the address, or a replica cannot be started.
+        ExitWithoutShutdown: Ray has failed.
     """
     checkpoint = absolute_path(settings.checkpoint, setting="checkpoint", error=CheckpointError)
     name = settings.name or _run_name(checkpoint)
-    settings = replace(settings, name=name, api_key=settings.api_key or os.environ.get(API_KEY_VARIABLE) or None)
+    # No request can have a key that ends with the newline of a secret's file.
+    api_key = (settings.api_key or os.environ.get(API_KEY_VARIABLE, "")).strip() or None
+    settings = replace(settings, name=name, api_key=api_key)
     host, port = settings.host, settings.port
     if settings.api_key is None and not LOOPBACK.fullmatch(host):
         raise SettingsError(
@@ -96,6 +113,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
         model = deployment(ModelServer).bind(checkpoint, dict(settings.original), settings.loops, settings.raw_weights)
         # Several servers may use a cluster. One that was killed leaves its application there, and its successor replaces it.
         application = f"savant-{socket.gethostname()}-{port}"
+        failure: SavantError | None = None
         try:
             with sigterm_raises_interrupt():
                 serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
@@ -103,18 +121,51 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
                 _print_address(settings, notify)
                 # uvicorn would log answers that Ctrl+C cuts off as errors.
                 level = "info" if verbose else "critical"
-                options = uvicorn.Config(app, log_level=level, access_log=False, timeout_graceful_shutdown=1)
-                uvicorn.Server(options).run([listener])
+                options = uvicorn.Config(
+                    app,
+                    log_level=level,
+                    access_log=False,
+                    timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                    timeout_graceful_shutdown=1,
+                )
+                failure = _run_until_ray_fails(uvicorn.Server(options), listener)
         except KeyboardInterrupt:
             notify("stopping")
         finally:
-            serve.delete(application)
+            if failure is None:
+                serve.delete(application)
+        if failure is not None:
+            raise ExitWithoutShutdown(error=failure)
+
+
+def _run_until_ray_fails(server: uvicorn.Server, listener: socket.socket) -> SavantError | None:
+    """Run the HTTP server; return an error if a Ray that this process has started fails.
+
+    Ray ends this process then, after up to a minute in which requests wait.
+    """
+    failures = list[SavantError]()
+
+    def watch() -> None:
+        while not server.should_exit:
+            try:
+                check_ray_processes()
+            except SavantError as error:
+                reason = str(error).splitlines()[0]
+                failures.append(SavantError(f"{reason}\nRun the same command again to serve the model."))
+                server.should_exit = True
+            time.sleep(CHECK_SECONDS)
+
+    threading.Thread(target=watch, name="watching Ray", daemon=True).start()
+    server.run([listener])
+    return failures[0] if failures else None
 
 
 def _run_name(checkpoint: str) -> str:
     """Return the name of the run folder of a checkpoint, given its absolute path or URI."""
     parent, name = parent_and_name(checkpoint)
-    return parent_and_name(parent)[1] if step_name(name) else name
+    while step_name(name.removesuffix(".pt")):  # a checkpoint, its file, or a file of the original script
+        parent, name = parent_and_name(parent)
+    return name
 
 
 def _check_room(n_replicas: int, needed: Mapping[str, float], notify: Callable[[str], None]) -> None:

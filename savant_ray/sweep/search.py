@@ -6,13 +6,11 @@ import logging
 import math
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
-from rich.console import Console
 from rich.table import Table
 
 from savant_ray.cluster.session import node_resources, ray_session
@@ -22,6 +20,7 @@ from savant_ray.errors import STOPPED_EARLY, SettingsError, error_in_traceback
 from savant_ray.locations import is_uri
 from savant_ray.reporting.page import REPORT, write_page
 from savant_ray.reporting.runs import RunSummary, summarize
+from savant_ray.reporting.text_tables import table_console
 from savant_ray.reporting.wording import escape_controls, relative_path
 from savant_ray.storage.lock import is_in_use
 from savant_ray.sweep.search_space import read_space
@@ -125,7 +124,11 @@ def _tuner(
     if tune.Tuner.can_restore(str(state)):
         return tune.Tuner.restore(str(state), trainable, resume_errored=True, param_space=space)
     max_steps, first = settings["training"]["max_steps"], settings["validation"]["every_steps"]
-    scheduler = ASHAScheduler(STEP, max_t=max_steps, grace_period=min(first, max_steps)) if stops_early else None
+    scheduler = None
+    if stops_early:
+        # A run ends by itself at its last step, which is later than `max_t` if `training.max_steps` is varied.
+        limits = {"max_t": max_steps, "grace_period": min(first, max_steps), "stop_last_trials": False}
+        scheduler = ASHAScheduler(STEP, **limits)
     return tune.Tuner(
         trainable,
         param_space=space,
@@ -183,4 +186,4 @@ def _print_table(rows: list[tuple[Any, RunSummary | None]], names: list[str]) ->
             loss = _loss(summary)
             best = f"{loss:.4f}" if math.isfinite(loss) else "–"
             table.add_row(summary.name, *shown, summary.state, f"{summary.step:,}", best)
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+    table_console(PIPE_WIDTH).print(table)

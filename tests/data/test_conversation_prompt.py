@@ -130,6 +130,21 @@ def test_a_prompt_ends_where_the_answer_begins() -> None:
     assert conversation_prompt(question, ChatTemplate(CHATML)).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("content", ["", " \n"])
+@pytest.mark.parametrize("template", [CHATML, LLAMA, MISTRAL, ZEPHYR, MARKED])
+def test_an_answer_that_was_stopped_at_once_may_be_in_the_conversation(template: str, content: str) -> None:
+    messages = [*conversation(2, False)[:-1], {"role": "assistant", "content": content}, *conversation(1, False)[:1]]
+    prompt = conversation_prompt(messages, ChatTemplate(template, TOKENS))
+    assert prompt.count("It is 2.") == 1 and prompt.count(QUESTIONS[0]) == 2
+
+
+def test_templates_have_the_options_of_tojson_that_transformers_gives_them() -> None:
+    # The templates of GLM and Kimi use them.
+    written = "{{ {'b': 1, 'a': 'ü'} | tojson(ensure_ascii=False, separators=(',', ':'), sort_keys=True) }}"
+    question = [{"role": "user", "content": "1 + 1?"}]
+    assert conversation_prompt(question, ChatTemplate(written + CHATML)).startswith('{"a":"ü","b":1}<|im_start|>user')
+
+
 @pytest.mark.parametrize(
     ("messages", "template", "reason"),
     [

@@ -105,9 +105,10 @@ def test_the_suite_is_scored_per_template_with_an_interval(
 
 def test_a_file_of_problems_replaces_the_suite(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "own.jsonl"
-    own.write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2}) + "\n")
+    own.write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2, "template": "sum [hard][/5] :cat:"}) + "\n")
     assert main(["evaluate", str(run), "--problems", str(own), "--json", str(tmp_path / "scores.json")]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["n"] == 1
+    assert "sum [hard][/5] :cat:" in capsys.readouterr().out
 
 
 def test_each_number_of_loops_has_its_own_score_loss_and_residual(
@@ -133,11 +134,22 @@ def test_each_number_of_loops_has_its_own_score_loss_and_residual(
     assert main([*arguments[:5], "1,x"]) == 2
 
 
-def test_a_loss_that_is_not_finite_is_null_in_the_file(run: Path, tmp_path: Path) -> None:
+def write_diverged(run: Path, folder: Path) -> Path:
+    """Write the checkpoint of the run with weights that are not finite."""
     content = read_checkpoint(run / "step_3")
     content["model_state_dict"]["head.weight"].fill_(float("nan"))
     texts = {name: (run / "step_3" / name).read_text() for name in ("config.yaml", "tokenizer.json")}
-    diverged = write_checkpoint(tmp_path / "diverged", content, texts)
+    return write_checkpoint(folder / "diverged", content, texts)
+
+
+def test_a_checkpoint_that_cannot_answer_says_so(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--checkpoint", str(write_diverged(run, tmp_path)), "--prompt", "1 + 1 ="]) == 4
+    out, err = capsys.readouterr()
+    assert "not finite (NaN or infinite)" in err and not out
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_file(run: Path, tmp_path: Path) -> None:
+    diverged = write_diverged(run, tmp_path)
     (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2}) + "\n")
     options = ["--problems", str(tmp_path / "own.jsonl"), "--depths", "2", "--json", str(tmp_path / "depths.json")]
     assert main(["evaluate", str(diverged), *options]) == 0

@@ -84,6 +84,15 @@ def test_runs_are_found_in_the_working_directory_and_in_the_folder_for_ray_jobs(
     ]  # fmt: skip
 
 
+def test_names_of_runs_are_printed_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "run[a]:cat:", *TRAINED)
+    assert main(["runs", "."]) == 0
+    assert " run[a]:cat: " in capsys.readouterr().out
+
+
 def test_a_run_whose_last_step_could_not_be_saved_is_not_called_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
@@ -78,6 +79,7 @@ def test_text_that_is_no_beginning_of_a_stop_is_sent_at_once(tokenizer: Tokenize
         (CompletionRequest, '{"prompt": ["x", "y"]}', "prompt", "one prompt"),
         (CompletionRequest, '{"prompt": ["5", "7"]}', "prompt", "one prompt"),
         (CompletionRequest, '{"prompt": [[5], [7]]}', "prompt", "one prompt"),
+        (CompletionRequest, '{"prompt": [["x"]]}', "prompt", ""),
         (CompletionRequest, '{"prompt": [true, false]}', "prompt", ""),
         (CompletionRequest, '{"prompt": [-1]}', "prompt", ""),
         (CompletionRequest, '{"prompt": "x", "best": 1}', "best", "not permitted"),
@@ -90,6 +92,8 @@ def test_text_that_is_no_beginning_of_a_stop_is_sent_at_once(tokenizer: Tokenize
         (ChatRequest, '{"messages": ["x"]}', "messages", "not an object"),
         (ChatRequest, '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages", ""),
         (ChatRequest, '{"messages": [], "tools": []}', "tools", "not permitted"),
+        (ChatRequest, '{"messages": [], "logit_bias": {"5": 1}}', "logit_bias", "at most 0"),
+        (ChatRequest, '{"messages": [], "response_format": {"type": "json_object"}}', "response_format", "text"),
     ],
 )  # fmt: skip
 def test_a_malformed_request_is_refused_with_the_parameter(
@@ -104,6 +108,7 @@ def test_a_malformed_request_is_refused_with_the_parameter(
 
 def test_parameters_that_change_nothing_are_accepted() -> None:
     neutral = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "user": "me", "stop": None}
+    neutral |= {"logit_bias": {}, "response_format": {"type": "text"}}
     completion = parse_request(
         CompletionRequest, json.dumps({"prompt": ["x"], "best_of": 1, "echo": False, **neutral}).encode()
     )
@@ -129,8 +134,14 @@ def test_the_limit_of_tokens_may_have_both_names_if_they_agree(limits: str) -> N
     assert request.max_tokens == 3
 
 
+def test_the_prompt_may_be_a_list_of_one_prompt() -> None:
+    for prompt in ("x", [5, 7]):  # lm-eval sends [[5, 7]]
+        request = parse_request(CompletionRequest, json.dumps({"prompt": [prompt]}).encode())
+        assert isinstance(request, CompletionRequest) and request.prompt == prompt
+
+
 def test_null_means_the_default_for_every_optional_parameter() -> None:
-    names = set(CompletionRequest.model_fields) - {"prompt"}
+    names = {*CompletionRequest.model_fields, "suffix", "tools", "tool_choice", "top_logprobs"} - {"prompt"}
     request = parse_request(CompletionRequest, json.dumps({"prompt": "x", **dict.fromkeys(names)}).encode())
     assert request == parse_request(CompletionRequest, b'{"prompt": "x"}') and request.stream is False
 
@@ -174,10 +185,12 @@ def local_api(tokenizer: Tokenizer, replica: LocalReplica, max_answers: int = 10
     return Api(replica, tokenizer, Config.from_dict({}), server).asgi()
 
 
-async def send_to(app: Any, left: list[dict[str, Any]], authorization: bytes = b"") -> list[dict[str, Any]]:
-    """Send a completion's body, whose messages are removed from `left`; return the messages of the response."""
+async def send_to(
+    app: Any, left: list[dict[str, Any]], authorization: bytes = b"", path: str = "/v1/completions"
+) -> list[dict[str, Any]]:
+    """Send a request's body, whose messages are removed from `left`; return the messages of the response."""
     headers = [(b"authorization", authorization)]
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
     sent = list[dict[str, Any]]()
 
     async def receive() -> dict[str, Any]:
@@ -248,16 +261,48 @@ async def never(*_: Any) -> AsyncIterator[NewTokens]:
 
 
 def test_a_key_may_have_any_characters(tokenizer: Tokenizer) -> None:
-    async def one_token(*_: Any) -> AsyncIterator[NewTokens]:
+    async def status(key: str, authorization: bytes) -> int:
+        app = local_api(tokenizer, LocalReplica(one_token), api_key=key)
+        body = {"type": "http.request", "body": json.dumps({"prompt": "one"}).encode(), "more_body": False}
+        return int((await send_to(app, [body], authorization))[0]["status"])
+
+    for key, authorization, expected in (
+        ("schlüssel 1", "Bearer schlüssel 1".encode(), 200),
+        ("schlüssel 1", b"Bearer schlussel 1", 401),
+        ("schlüssel 1", "bearer schlüssel 1".encode(), 200),
+        ("schlüssel 1", b"", 401),
+        (os.fsdecode(b"\xff1"), b"Bearer \xff1", 200),
+        (os.fsdecode(b"\xff1"), b"Bearer \xfe1", 401),
+    ):
+        assert asyncio.run(status(key, authorization)) == expected
+
+
+async def one_token(*_: Any) -> AsyncIterator[NewTokens]:
+    yield NewTokens([], is_last=True)
+
+
+def test_proxies_are_told_not_to_keep_back_a_stream(tokenizer: Tokenizer) -> None:
+    body = json.dumps({"prompt": "one", "stream": True}).encode()
+    sent, _ = post(tokenizer, LocalReplica(one_token), [{"type": "http.request", "body": body, "more_body": False}])
+    assert {(b"x-accel-buffering", b"no"), (b"cache-control", b"no-cache")} <= set(sent[0]["headers"])
+
+
+@pytest.mark.parametrize(("path", "expected"), [("/v1/chat/completions", "one two"), ("/v1/completions", " one two")])
+def test_an_answer_in_a_conversation_begins_without_the_space_before_it(
+    tokenizer: Tokenizer, path: str, expected: str
+) -> None:
+    ids = tokenizer.encode(" one two")
+
+    async def tokens(*_: Any) -> AsyncIterator[NewTokens]:
+        for token in ids:
+            yield NewTokens([token], is_last=False)
         yield NewTokens([], is_last=True)
 
-    async def status(key: str) -> int:
-        app = local_api(tokenizer, LocalReplica(one_token), api_key="schlüssel 1")
-        body = {"type": "http.request", "body": json.dumps({"prompt": "one"}).encode(), "more_body": False}
-        sent = await send_to(app, [body], f"Bearer {key}".encode())
-        return int(sent[0]["status"])
-
-    assert [asyncio.run(status(key)) for key in ("schlüssel 1", "schlussel 1")] == [200, 401]
+    body = {"messages": [{"role": "user", "content": "1?"}]} if "chat" in path else {"prompt": "1?"}
+    request = {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+    sent = asyncio.run(send_to(local_api(tokenizer, LocalReplica(tokens)), [request], path=path))
+    choice = json.loads(sent[1]["body"])["choices"][0]
+    assert choice.get("text", choice.get("message", {}).get("content")) == expected
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,8 @@ KEY = "a key"
 LOG = "serve.log"  # in the run folder: what the command prints
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, head: float = 20) -> Path:
+    """Write a run with random weights; those of the head are multiplied by `head`."""
     text = "Question: what is one plus two? The answer is three, not four or five.\n"
     model = MODEL | {"vocab_size": 400, "dim": 32, "max_seq_len": 64, "window_size": 16}
     config = Config.from_dict({"model": model, "training": {"precision": "fp32"}, "validation": {"max_new_tokens": 9}})
@@ -51,7 +53,7 @@ def write_run(folder: Path) -> Path:
     torch.manual_seed(0)
     state = new_state(config, CPU)
     with torch.no_grad():
-        state.model.head.weight.mul_(20)  # an untrained head is nearly flat
+        state.model.head.weight.mul_(head)  # an untrained head is nearly flat
         state.model.head.weight[tokenizer.end_of_document] = 0
     return write_checkpoint(folder / "tiny", {**state.to_checkpoint(), "step": 3}, texts).parent
 
@@ -62,6 +64,14 @@ def test_an_address_that_others_can_reach_is_refused_without_a_key(
 ) -> None:
     monkeypatch.delenv("SAVANT_API_KEY", raising=False)
     assert main(["serve", str(tmp_path), "--host", host]) == 2
+    assert "--api-key" in capsys.readouterr().err
+
+
+def test_a_key_of_white_space_is_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SAVANT_API_KEY", " \n")
+    assert main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "--api-key" in capsys.readouterr().err
 
 
@@ -83,6 +93,14 @@ def test_text_is_encoded_without_the_weights_of_a_checkpoint(tmp_path: Path) -> 
     assert tokenizer.fingerprint == expected.fingerprint and config.model.max_seq_len == 64
     with pytest.raises(CheckpointError):
         load_model(run)
+
+
+def test_a_replica_of_a_model_that_cannot_answer_does_not_start(tmp_path: Path) -> None:
+    from savant_ray.serving.server import ModelServer
+
+    run = write_run(tmp_path, head=float("nan"))
+    with pytest.raises(CheckpointError, match="not finite"):
+        ModelServer(str(run), {}, None, raw_weights=False)
 
 
 def test_an_address_that_is_in_use_is_named_before_ray_starts(
@@ -165,6 +183,8 @@ def test_replicas_for_which_this_machine_has_no_room_are_refused(
         ("s3://bucket/runs/one", "one"),
         ("s3://bucket/one?endpoint_override=127.0.0.1:9000&scheme=http", "one"),
         ("s3://bucket/one/step_3?endpoint_override=http://127.0.0.1:9000", "one"),
+        ("/runs/one/step_3.pt", "one"),  # of the original script
+        ("/runs/one/step_3/step_3.pt", "one"),
     ],
 )
 def test_the_model_has_the_name_of_the_run_folder(
@@ -179,6 +199,47 @@ def test_the_model_has_the_name_of_the_run_folder(
     monkeypatch.setattr(serve, "run", lambda *_, **__: SimpleNamespace(options=lambda **_: None))
     assert main(["serve", checkpoint, "--port", str(free_port())]) == 0
     assert f"\n{name} is served at http://127.0.0.1:" in capsys.readouterr().out
+
+
+def test_a_key_from_a_file_may_end_with_a_newline_and_idle_connections_are_kept_longer_than_clients_keep_them(
+    without_ray: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvicorn
+    from ray import serve
+    from starlette.testclient import TestClient
+
+    servers = list[uvicorn.Server]()
+    monkeypatch.setattr(serve, "run", lambda *_, **__: SimpleNamespace(options=lambda **_: None))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, _: servers.append(server))
+    monkeypatch.setenv("SAVANT_API_KEY", "secret\n")
+    assert main(["serve", "/runs/one", "--host", "0.0.0.0", "--port", str(free_port())]) == 0
+    (config,) = (server.config for server in servers)
+    models = partial(TestClient(config.app).get, "/v1/models")
+    assert models(headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert models(headers={"Authorization": "Bearer other"}).status_code == 401
+    assert config.timeout_keep_alive > 90
+
+
+def test_a_server_whose_ray_fails_ends_with_the_reason(
+    without_ray: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+    import uvicorn
+    from ray import serve
+
+    from savant_ray.cluster import session
+
+    def wait_until_it_should_exit(server: uvicorn.Server, _: Any) -> None:
+        wait_until(lambda: server.should_exit, 60)
+
+    head = SimpleNamespace(all_processes={}, dead_processes=lambda: [("gcs_server", None)])
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # otherwise the command ends this process
+    monkeypatch.setattr(session, "started_head", lambda: head)
+    monkeypatch.setattr(serve, "run", lambda *_, **__: SimpleNamespace(options=lambda **_: None))
+    monkeypatch.setattr(serve, "delete", lambda _: pytest.fail("Ray would not answer"))
+    monkeypatch.setattr(uvicorn.Server, "run", wait_until_it_should_exit)
+    assert main(["serve", "/runs/one", "--port", str(free_port())]) == 1
+    assert "Ray failed: its gcs_server on this machine was killed" in capsys.readouterr().err
 
 
 @contextmanager

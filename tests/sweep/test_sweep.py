@@ -188,6 +188,33 @@ def test_a_trial_that_was_stopped_before_its_run_began_or_was_validated_has_not_
     ]
 
 
+def test_a_trial_with_more_steps_than_the_settings_have_is_not_stopped_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedulers = list[Any]()
+
+    class Tuner:
+        can_restore = staticmethod(lambda _: False)
+
+        def __init__(self, *_: Any, tune_config: Any, **__: Any) -> None:
+            schedulers.append(tune_config.scheduler)
+
+        def fit(self) -> list[Any]:
+            return []
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search, "ray_session", lambda *_: nullcontext())
+    monkeypatch.setattr(search.tune, "Tuner", Tuner)
+    monkeypatch.setattr(search.signal, "signal", lambda *_: None)
+    Path("space.yaml").write_text("training.max_steps: {choice: [500, 4000]}")
+    main(["sweep", "--space", "space.yaml", "--run.name", "search", "--training.max_steps", "1000"])
+    (scheduler,), trial = schedulers, SimpleNamespace(trial_id="x_00000")
+    scheduler.set_search_properties("validation_loss", "min")
+    scheduler.on_trial_add(None, trial)
+    results = [{"step": step, "validation_loss": 2.0} for step in (500, 1000, 1500, 4000)]
+    assert {scheduler.on_trial_result(None, trial, result) for result in results} == {"CONTINUE"}
+
+
 def test_the_whole_reason_of_a_failed_trial_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     errors = tmp_path / "error.txt"
     traceback = 'ray::Trial.train() (pid=5)\n  File "trial.py", line 1\nsavant_ray.errors.TrainingError: '
