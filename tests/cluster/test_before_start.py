@@ -151,6 +151,17 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_refused(tmp_path: Path)
         check_disk(tmp_path, bytes_per_checkpoint=10**12, keep=3)
 
 
+def test_no_more_disk_space_is_required_than_the_run_can_write(tmp_path: Path) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "run": {"storage_path": str(tmp_path)},
+        "model": {"dim": 64, "vocab_size": 512},
+        "training": {"max_steps": 4000},
+        "checkpoint": {"keep": 10**9},  # all
+    }
+    config = Config.from_dict(settings)
+    check_before_start(config, run_storage(config))
+
+
 @pytest.mark.parametrize(
     ("n_bytes", "shown"),
     [
