@@ -207,7 +207,7 @@ ODD = "a b#c?d%20 [1]{x}&;$'"
         (["--data.sources", "[{path: nothing.jsonl, weight: 1}]"], "nothing.jsonl"),
         (["--data.tokenizer", "./nothing.json"], "nothing.json"),
         (["--run.init_from", "nothing"], "error: run.init_from: "),
-        (["--checkpoint.keep", "1000000000"], "run.storage_path: "),
+        (["--model.vocab_size", "1000000000000000"], "run.storage_path: "),
         (["--run.init_from", f"{ODD}/step_3"], "/step_3 lies in the run that --fresh would move aside"),
         (["--data.tokenizer", f"./{ODD}/step_3/tokenizer.json"], "lies in the run that --fresh would move aside"),
     ],
