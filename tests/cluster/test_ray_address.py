@@ -293,7 +293,9 @@ import ray.train  # RAY_TRAIN_V2_ENABLED=0 would make it the trainer of Ray Trai
 from ray._private.worker import _maybe_modify_runtime_env
 print(_maybe_modify_runtime_env(None, False), ray.train.UserCallback.__name__)
 """
-    (tmp_path / "run").write_text('"$PYTHON" -c "$PROGRAM"; exit $?')  # the second argument of the process, as of `uv run`
+    (tmp_path / "run").write_text(
+        '"$PYTHON" -c "$PROGRAM"; exit $?'
+    )  # the second argument of the process, as of `uv run`
     variables = {"PYTHON": sys.executable, "PROGRAM": program, "RAY_ADDRESS": "local", "RAY_TRAIN_V2_ENABLED": "0"}
     result = subprocess.run(
         ["uv", "run"],

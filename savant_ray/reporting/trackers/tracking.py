@@ -69,8 +69,10 @@ class TrackerFollower:
         while True:
             is_last_try = self._ended.is_set()
             try:
-                last_steps = self._tracker.open(*_identity(record))
-                self._follow(record, last_steps)
+                identity, settings = _identity(record)
+                if not identity:
+                    return  # an empty record
+                self._follow(record, self._tracker.open(identity, settings))
                 self._tracker.close(self._finished)
             except Exception as error:  # any error of the tracker's library
                 reason = (str(error).strip().split("\n")[0] or type(error).__name__).removesuffix(".")
