@@ -84,6 +84,16 @@ def test_runs_are_found_in_the_working_directory_and_in_the_folder_for_ray_jobs(
     ]  # fmt: skip
 
 
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "mine", *TRAINED, DONE)
+    (tmp_path / "theirs/metrics.jsonl").mkdir(parents=True)
+    assert main(["runs", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "mine" in printed.out and printed.err.startswith("left out: ") and "theirs" in printed.err
+
+
 def test_a_run_whose_last_step_could_not_be_saved_is_not_called_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
