@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from savant_ray.events import SampleGenerated
@@ -51,7 +52,8 @@ def _no_prompt() -> Iterator[None]:
     It would wait forever below the output of the run, and Python aborts at its exit if a thread reads standard input.
     """
     stdin = sys.stdin
-    with open(os.devnull) as sys.stdin:  # noqa: PTH123
+    with Path(os.devnull).open() as nothing:
+        sys.stdin = nothing
         try:
             yield
         finally:
