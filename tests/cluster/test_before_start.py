@@ -54,6 +54,11 @@ def test_relative_paths_become_absolute_and_uris_are_unchanged(tmp_path: Path) -
         config = load_config(["--data.tokenizer", learnt], environment={})
         assert with_absolute_paths(config, tmp_path / "in", tmp_path / "out").data.tokenizer == learnt
     assert with_absolute_paths(resolved, Path("/elsewhere"), Path("/elsewhere")) == resolved
+    # The working directory of a Ray job is deleted with the job.
+    for mlflow in ("sqlite:///mlflow.db", f"sqlite:///{tmp_path}/out/mlflow.db", "sqlite:///:memory:", "http://h:5000"):
+        config = load_config(["--reporting.mlflow", mlflow], environment={})
+        kept = f"sqlite:///{tmp_path}/out/mlflow.db" if "mlflow.db" in mlflow else mlflow
+        assert with_absolute_paths(config, tmp_path / "in", tmp_path / "out").reporting.mlflow == kept
     for validation, path in (("{path: a.jsonl, text: body}", f"{tmp_path}/in/a.jsonl"), ("{fraction: 0.1}", None)):
         config = load_config(["--data.validation", validation], environment={})
         assert with_absolute_paths(config, tmp_path / "in", tmp_path / "out").data.held_out.path == path
