@@ -113,8 +113,8 @@ def other_code_error(driver_folder: str, process: str, folder: str) -> SavantErr
     if folder == driver_folder:
         return SavantError(
             f"{process} has another version of {PACKAGE} in {folder} than this command had when it started.\n"
-            "If the files were changed since then, run the same command again; it resumes with the new ones. If that node has "
-            "a copy of its own there, install the same version on it."
+            "If the files were changed since then, run the same command again; it resumes with the new ones. If that node "
+            "has a copy of its own there, install the same version on it."
         )
     difference = f"has another version of it in {folder}" if folder else "cannot import it"
     return SavantError(
