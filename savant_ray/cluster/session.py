@@ -133,7 +133,7 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         if cluster is not None:
-            advice = f"The address comes from {cluster.origin}."
+            advice = f"The address comes from {cluster.origin}; RAY_ADDRESS=local starts Ray on this machine instead."
         elif "authentication token" in text or "RAY_AUTH_TOKEN" in text:
             advice = "Ray on this machine alone needs no token: unset RAY_AUTH_MODE."
         else:

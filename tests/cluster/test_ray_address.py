@@ -256,6 +256,7 @@ def test_any_error_of_rays_start_becomes_a_savant_error(error: Exception) -> Non
         with pytest.raises(SavantError) as raised, start_errors_explained(cluster):
             raise error
         assert where in str(raised.value) and (str(error) or "AssertionError") in str(raised.value)
+        assert (cluster is not None) == ("RAY_ADDRESS=local" in str(raised.value))  # it may be another user's cluster
 
 
 def test_sigterm_during_rays_start_becomes_keyboard_interrupt() -> None:
