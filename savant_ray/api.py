@@ -80,7 +80,8 @@ def train(
     If the caller is connected to a Ray cluster, training runs in that cluster, otherwise in the one that RAY_ADDRESS names
     or that `ray start` started on this machine. If there is none, a local Ray is started and shut down.
 
-    `stop_requested` is called about twice a second in a thread; when it has returned True, the run is saved and stopped.
+    `stop_requested` is called about twice a second in a thread; when it has returned True, the run is saved and stopped. So
+    it is if `stop_requested` raises an error, which is then raised here.
 
     Progress is printed to `sys.stdout`. The call blocks and works in any thread; in an asyncio program use
     `await asyncio.to_thread(savant_ray.train, config)`. If the caller's process dies, the run saves a checkpoint and stops.
@@ -95,11 +96,15 @@ def train(
     with connection:
         with child_connection:
             child = _start_child(child_connection)
+        stop_errors: list[BaseException] = []  # raised by `stop_requested`
         if stop_requested is not None:
-            threading.Thread(target=_stop_on_request, args=(child, stop_requested), daemon=True).start()
+            arguments = (child, stop_requested, stop_errors)
+            threading.Thread(target=_stop_on_request, args=arguments, daemon=True).start()
         with suppress(ConnectionError):  # the child has exited already
             connection.sendall(json.dumps({"settings": settings, "options": options}).encode() + b"\n")
         interrupted, response = _wait(child, connection)
+    if stop_errors:
+        raise stop_errors[0]
     if not response and not interrupted:
         raise TrainingError(
             f"the training process exited without a result ({_exit_reason(child.returncode)}); "
@@ -178,10 +183,17 @@ def _ray_address() -> dict[str, str]:
     return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
-def _stop_on_request(child: subprocess.Popen[bytes], stop_requested: Callable[[], bool]) -> None:
-    """Send SIGTERM to the child once a stop is requested."""
+def _stop_on_request(
+    child: subprocess.Popen[bytes], stop_requested: Callable[[], bool], errors: list[BaseException]
+) -> None:
+    """Send SIGTERM to the child once a stop is requested or `stop_requested` raises an error; add the error to `errors`."""
     while child.poll() is None:
-        if stop_requested():
+        try:
+            is_requested = stop_requested()
+        except BaseException as error:
+            errors.append(error)
+            is_requested = True
+        if is_requested:
             child.terminate()
             return
         time.sleep(POLL_SECONDS)

@@ -36,7 +36,7 @@ from savant_ray.command_line import (
     trials,
     utf8_text,
 )
-from savant_ray.errors import SavantError, SettingsError, print_error
+from savant_ray.errors import SavantError, SettingsError, explain, print_error
 
 if TYPE_CHECKING:
     from savant_ray.config import Config
@@ -449,7 +449,12 @@ def _runs(arguments: Sequence[str]) -> int:
     if not options.folders:
         with suppress(SettingsError):  # a user without a home folder has no runs there
             folders.append(home_folder())  # because Ray jobs store runs in `savant_runs` in it
-    runs = [summarize(folder, is_in_use, newest_by_name) for folder in find_runs(folders, newest_by_name)]
+    runs = []
+    for folder in find_runs(folders, newest_by_name):
+        try:
+            runs.append(summarize(folder, is_in_use, newest_by_name))
+        except (OSError, SavantError) as error:  # such as the run of another user, who does not let others read it
+            print(f"left out: {explain(error)}", file=sys.stderr)
     if options.json:
         print(to_json(runs))
     elif runs:

@@ -87,6 +87,13 @@ def request_cluster_id(address: str) -> None:
     GcsClient(address=address)
 
 
+def detected_cores() -> int:
+    """Return the number of cores that Ray would use on this machine; Ray tells it only once it has started."""
+    from ray._private.utils import get_num_cpus
+
+    return int(get_num_cpus(override_docker_cpu_warning=True))
+
+
 def set_driver_import_path(config: JobConfig, path: list[str]) -> None:
     """Set the list of folders that workers of this job put before `sys.path`.
 

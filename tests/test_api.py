@@ -89,6 +89,8 @@ def test_errors_of_the_training_process_are_raised_in_the_caller(
 def test_a_stop_that_is_requested_at_once_returns_the_state_of_the_run(tmp_path: Path) -> None:
     result = savant_ray.train(settings(run__storage_path=tmp_path), stop_requested=lambda: True)
     assert (result.step, result.finished, result.checkpoint) == (0, False, None)
+    with pytest.raises(ZeroDivisionError):  # not a run that can no longer be stopped
+        savant_ray.train(settings(run__storage_path=tmp_path), stop_requested=lambda: bool(1 / 0))
 
 
 SCRIPT = """

@@ -354,6 +354,7 @@ def test_attempts_of_versions_without_deterministic_steps_are_repeated_as_they_w
     ("arguments", "message"),
     [
         (["s3://bucket/run"], "only a run folder on this machine can be verified"),
+        (["file:///no/run"], "/no/run: no run"),
         (["nothing_here"], "no run"),
         (["run", "--steps", "8"], "not a range such as 100..200"),
         (["run", "--steps", "8..4"], "ends before it begins"),

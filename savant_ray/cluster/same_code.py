@@ -110,6 +110,12 @@ def _folder_and_digest(package: str) -> tuple[str, str]:
 
 def other_code_error(driver_folder: str, process: str, folder: str) -> SavantError:
     """Return the error for a process that imports another version of the package from `folder`, or none (`folder` is "")."""
+    if folder == driver_folder:
+        return SavantError(
+            f"{process} has another version of {PACKAGE} in {folder} than this command had when it started.\n"
+            "If the files were changed since then, run the same command again; it resumes with the new ones. If that node "
+            "has a copy of its own there, install the same version on it."
+        )
     difference = f"has another version of it in {folder}" if folder else "cannot import it"
     return SavantError(
         f"this command runs {PACKAGE} from {driver_folder}, but {process} {difference}.\n"

@@ -19,7 +19,7 @@ from savant_ray.cluster.ray_address import ClusterAddress, check_cluster_answers
 from savant_ray.cluster.temp_folder import choose_temp_folder, ray_temp_folder
 from savant_ray.errors import SavantError, TrainingError
 from savant_ray.locations import replace_missing_home
-from savant_ray.ray_internals import draining_nodes, processes_in_own_groups, started_head
+from savant_ray.ray_internals import detected_cores, draining_nodes, processes_in_own_groups, started_head
 
 # Ray reads these when it is imported or started, so they are set earlier. Variables that the user has set are kept.
 ENVIRONMENT = {
@@ -58,8 +58,12 @@ def prepare_environment() -> ClusterAddress | None:
     replace_missing_home()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # other programs may have to disable it; this one does not run without it
     cluster = cluster_address()
     if cluster is None or (cluster.optional and unreachable_reason(cluster.host_port)):
+        # Under `uv run` Ray would pack the working directory, up to 512 MiB, and start each worker by `uv run` in a copy of
+        # it. On this machine the workers run in the environment of this process.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         # A Ray that this process starts accepts connections from this machine only, so it needs no token.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     return cluster
@@ -94,7 +98,12 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
     address = "local" if cluster is None else cluster.host_port
     with start_errors_explained(cluster), block_sighup(), processes_in_own_groups():
         context = ray.init(
-            address, job_config=job_config(), log_to_driver=verbose, logging_level=level, configure_logging=True
+            address,
+            num_cpus=usable_cores() if cluster is None else None,
+            job_config=job_config(),
+            log_to_driver=verbose,
+            logging_level=level,
+            configure_logging=True,
         )
     try:
         with sigterm_raises_interrupt():
@@ -124,7 +133,7 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         if cluster is not None:
-            advice = f"The address comes from {cluster.origin}."
+            advice = f"The address comes from {cluster.origin}; RAY_ADDRESS=local starts Ray on this machine instead."
         elif "authentication token" in text or "RAY_AUTH_TOKEN" in text:
             advice = "Ray on this machine alone needs no token: unset RAY_AUTH_MODE."
         else:
@@ -179,6 +188,16 @@ def sigterm_raises_interrupt() -> Iterator[None]:
         if end.code == signal.SIGTERM:
             raise KeyboardInterrupt from None
         raise
+
+
+def usable_cores() -> int:
+    """Return the number of cores for a Ray that is started on this machine, at least 1.
+
+    Ray counts those of the machine or container, and none in a container with a part of a core. A scheduler such as Slurm,
+    or `taskset`, may leave this process fewer, and threads for the others would slow down its workers.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else sys.maxsize
+    return max(1, min(allowed, detected_cores()))
 
 
 def owns_ray() -> bool:

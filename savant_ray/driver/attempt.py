@@ -169,6 +169,7 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
     if resume_checkpoint is not None:
         if message := finished_message(config, storage, resume_checkpoint):
             report.notify(message)
+            report.complete_trackers()
             return None
         compare_settings(resume_checkpoint, config, attempt.allow_changes, report.notify)
     check_before_start(config, storage, resumes=resume_checkpoint is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -61,7 +62,9 @@ def check_before_start(config: Config, storage: RunStorage, fresh: bool = False,
             check_checkpoint_exists(checkpoint)
         except SavantError as error:
             raise type(error)(f"{name}: {error}") from error
-    keep = config.checkpoint.keep + (storage.permanent is not None)
+    # A large `checkpoint.keep` means all of them.
+    keep = min(config.checkpoint.keep, math.ceil(config.training.max_steps / config.checkpoint.every_steps))
+    keep += storage.permanent is not None
     keep = keep if storage.filesystem is None else 1  # of a run in object storage, this machine keeps only the newest
     check_disk(storage.folder, checkpoint_bytes(config), keep, fresh)
 

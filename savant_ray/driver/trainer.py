@@ -78,7 +78,10 @@ def scaling(config: Config) -> ScalingConfig:
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     use_gpu = gpus >= fewest if config.scaling.use_gpu == "auto" else bool(config.scaling.use_gpu)
     if use_gpu and gpus < fewest:
-        raise SettingsError(f"scaling.num_workers: {fewest} GPU workers need {fewest} GPUs, the cluster has {gpus}")
+        wait = "" if owns_ray() else " now; if more are to join (`ray status`), wait for them"
+        raise SettingsError(
+            f"scaling.num_workers: {fewest} GPU workers need {fewest} GPUs, the cluster has {gpus}{wait}"
+        )
     try:
         scaling_config = ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
@@ -100,10 +103,16 @@ def _insufficient_resources(
     resources = resources_text(required)
     subject = f"1 worker with {resources}" if workers == 1 else f"{workers} workers with {resources} each"
     largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in required}
-    owner = "this machine has" if owns_ray() else "the cluster's largest node has"
+    owner, advice = "this machine has", ""
+    if not owns_ray():
+        # An autoscaler would add nodes only for workers that are requested, which happens after this check.
+        owner, advice = (
+            "the cluster's largest node has",
+            "wait until its nodes have joined (`ray status` lists them), or ",
+        )
     return (
         f"scaling.num_workers: {subject} cannot run: {owner} {resources_text(largest)}, room for {n_fitting}; "
-        "lower scaling.num_workers or scaling.resources_per_worker"
+        f"{advice}lower scaling.num_workers or scaling.resources_per_worker"
     )
 
 

@@ -29,7 +29,7 @@ from savant_ray.driver.failures import ray_errors_explained
 from savant_ray.driver.tokenizer_choice import refuse_too_large
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError, VerificationError
 from savant_ray.events import AttemptStarted, Event, StepDone
-from savant_ray.locations import is_uri
+from savant_ray.locations import is_uri, local_path
 from savant_ray.reporting import RunReport
 from savant_ray.reporting.console import PlainConsole
 from savant_ray.reporting.record import METRICS, parse_event, to_line
@@ -201,7 +201,7 @@ def verify_run(run: str, first: int | None, last: int | None, verbose: bool) -> 
     """Repeat steps of a run and return what is equal; see `savant_ray.driver.verify`."""
     if is_uri(run):
         raise SettingsError(f"{run}: only a run folder on this machine can be verified; copy the run here first")
-    recorded = RecordedRun.read(Path(run))
+    recorded = RecordedRun.read(local_path(run, "run"))
     steps = recorded.choose(first, last)
     refuse_unrepeatable(recorded, steps)
     with RunReport(None) as report:

@@ -110,6 +110,10 @@ class Record:
         for file in (self._metrics, self._samples):
             file.keep(lambda line: not _is_repeated(line, step, repeats_validation))
         self._board.begin(step, read_records(self._metrics.path))
+        self.start_followers()
+
+    def start_followers(self) -> None:
+        """Let the followers read the record, which is only appended to until the next call."""
         for follower in self._followers:
             follower.begin(self._metrics.path)
 

@@ -98,6 +98,11 @@ class RunReport:
         if self._record is not None:
             self._record.backfill(lines)
 
+    def complete_trackers(self) -> None:
+        """Send the trackers what they lack of a run that is finished, so that no attempt will send it."""
+        if self._record is not None:
+            self._record.start_followers()
+
     @property
     def activity(self) -> str:
         """Current activity of the run, such as "starting Ray" or "training", for the message of an unexpected error."""

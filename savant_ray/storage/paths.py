@@ -10,12 +10,14 @@ from savant_ray.config import Config, HeldOutConfig
 from savant_ray.errors import SettingsError
 from savant_ray.locations import absolute_path, is_uri, local_path, printable
 
+SQLITE = "sqlite:///"  # an absolute path follows as `sqlite:////data/mlflow.db`
+
 
 def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path) -> Config:
     """Return settings whose paths are absolute; `file:` URIs become paths, other URIs are unchanged.
 
-    Text and tokenizer are relative to `input_folder`; run folder, token cache, `run.init_from` and
-    `run.continue_from` to `output_folder`. Absolute paths are unchanged.
+    Text and tokenizer are relative to `input_folder`; run folder, token cache, `run.init_from`, `run.continue_from` and an
+    SQLite database of MLflow to `output_folder`. Absolute paths are unchanged.
 
     Raises:
         SettingsError: a setting cannot be a path (`~` of an unknown user, NUL, not UTF-8), or `data.cache_dir` is a URI,
@@ -40,8 +42,13 @@ def with_absolute_paths(config: Config, input_folder: Path, output_folder: Path)
     }
     if not config.data.trains_tokenizer:
         data["tokenizer"] = _absolute_tokenizer(config.data.tokenizer, input_folder)
+    reporting = {"mlflow": _absolute_database(config.reporting.mlflow, output_folder)}
     return config.model_copy(
-        update={"run": config.run.model_copy(update=run), "data": config.data.model_copy(update=data)}
+        update={
+            "run": config.run.model_copy(update=run),
+            "data": config.data.model_copy(update=data),
+            "reporting": config.reporting.model_copy(update=reporting),
+        }
     )
 
 
@@ -49,6 +56,12 @@ def _absolute(path: str | list[str], folder: Path, setting: str) -> str | list[s
     if isinstance(path, list):
         return [absolute_path(item, folder, f"{setting}[{number}]") for number, item in enumerate(path)]
     return absolute_path(path, folder, setting)
+
+
+def _absolute_database(uri: str | None, folder: Path) -> str | None:
+    """Return `sqlite:///mlflow.db` with an absolute path, and any other address unchanged."""
+    path = uri.removeprefix(SQLITE) if uri is not None else ""
+    return uri if path == uri or path.startswith(("/", ":")) or not path else f"{SQLITE}{folder / path}"
 
 
 def _absolute_validation(validation: str | list[str] | HeldOutConfig, folder: Path) -> str | list[str] | HeldOutConfig:

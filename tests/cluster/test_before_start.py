@@ -55,6 +55,11 @@ def test_relative_paths_become_absolute_and_uris_are_unchanged(tmp_path: Path) -
         config = load_config(["--data.tokenizer", learnt], environment={})
         assert with_absolute_paths(config, tmp_path / "in", tmp_path / "out").data.tokenizer == learnt
     assert with_absolute_paths(resolved, Path("/elsewhere"), Path("/elsewhere")) == resolved
+    # The working directory of a Ray job is deleted with the job.
+    for mlflow in ("sqlite:///mlflow.db", f"sqlite:///{tmp_path}/out/mlflow.db", "sqlite:///:memory:", "http://h:5000"):
+        config = load_config(["--reporting.mlflow", mlflow], environment={})
+        kept = f"sqlite:///{tmp_path}/out/mlflow.db" if "mlflow.db" in mlflow else mlflow
+        assert with_absolute_paths(config, tmp_path / "in", tmp_path / "out").reporting.mlflow == kept
     for validation, path in (("{path: a.jsonl, text: body}", f"{tmp_path}/in/a.jsonl"), ("{fraction: 0.1}", None)):
         config = load_config(["--data.validation", validation], environment={})
         assert with_absolute_paths(config, tmp_path / "in", tmp_path / "out").data.held_out.path == path
@@ -152,6 +157,17 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_refused(tmp_path: Path)
         check_disk(tmp_path, bytes_per_checkpoint=10**12, keep=3)
 
 
+def test_no_more_disk_space_is_required_than_the_run_can_write(tmp_path: Path) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "run": {"storage_path": str(tmp_path)},
+        "model": {"dim": 64, "vocab_size": 512},
+        "training": {"max_steps": 4000},
+        "checkpoint": {"keep": 10**9},  # all
+    }
+    config = Config.from_dict(settings)
+    check_before_start(config, run_storage(config))
+
+
 @pytest.mark.parametrize(
     ("n_bytes", "shown"),
     [
@@ -197,7 +213,7 @@ ODD = "a b#c?d%20 [1]{x}&;$'"
         (["--data.sources", "[{path: nothing.jsonl, weight: 1}]"], "nothing.jsonl"),
         (["--data.tokenizer", "./nothing.json"], "nothing.json"),
         (["--run.init_from", "nothing"], "error: run.init_from: "),
-        (["--checkpoint.keep", "1000000000"], "run.storage_path: "),
+        (["--model.vocab_size", "1000000000000000"], "run.storage_path: "),
         (["--run.init_from", f"{ODD}/step_3"], "/step_3 lies in the run that --fresh would move aside"),
         (["--data.tokenizer", f"./{ODD}/step_3/tokenizer.json"], "lies in the run that --fresh would move aside"),
     ],

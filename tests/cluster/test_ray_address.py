@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.flight
 import pytest
 import ray
 
-from savant_ray.cluster import ray_address
+from savant_ray.cluster import ray_address, session
 from savant_ray.cluster.ray_address import (
     ClusterAddress,
     check_cluster_answers,
@@ -255,6 +256,7 @@ def test_any_error_of_rays_start_becomes_a_savant_error(error: Exception) -> Non
         with pytest.raises(SavantError) as raised, start_errors_explained(cluster):
             raise error
         assert where in str(raised.value) and (str(error) or "AssertionError") in str(raised.value)
+        assert (cluster is not None) == ("RAY_ADDRESS=local" in str(raised.value))  # it may be another user's cluster
 
 
 def test_sigterm_during_rays_start_becomes_keyboard_interrupt() -> None:
@@ -269,6 +271,43 @@ def test_sigterm_between_rays_start_and_our_own_handler_becomes_keyboard_interru
     monkeypatch.setattr(ray, "init", lambda *_, **__: SimpleNamespace(dashboard_url=""))
     with pytest.raises(KeyboardInterrupt), ray_session():
         sys.exit(signal.SIGTERM)  # as Ray's handler does
+
+
+@pytest.mark.parametrize(("allowed", "detected", "used"), [({3}, 64, 1), ({0, 1}, 2, 2), ({0, 1}, 0, 1)])
+def test_ray_gets_the_cores_that_this_process_may_use(
+    allowed: set[int], detected: int, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: dict[str, Any] = {}
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)  # as Slurm and taskset set it
+    monkeypatch.setattr(session, "detected_cores", lambda: detected)
+    monkeypatch.setattr(ray, "init", lambda *_, **options: started.update(options) or SimpleNamespace(dashboard_url=""))
+    with ray_session():
+        assert started["num_cpus"] == used
+
+
+def test_neither_uv_run_nor_a_disabled_train_v2_changes_how_workers_start(tmp_path: Path) -> None:
+    program = """
+from savant_ray.cluster.session import prepare_environment
+prepare_environment()
+import ray.train  # RAY_TRAIN_V2_ENABLED=0 would make it the trainer of Ray Train v1
+from ray._private.worker import _maybe_modify_runtime_env
+print(_maybe_modify_runtime_env(None, False), ray.train.UserCallback.__name__)
+"""
+    (tmp_path / "run").write_text(
+        '"$PYTHON" -c "$PROGRAM"; exit $?'
+    )  # the second argument of the process, as of `uv run`
+    variables = {"PYTHON": sys.executable, "PROGRAM": program, "RAY_ADDRESS": "local", "RAY_TRAIN_V2_ENABLED": "0"}
+    result = subprocess.run(
+        ["uv", "run"],
+        executable="/bin/sh",
+        cwd=tmp_path,
+        env={**environment(), **variables},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "None UserCallback\n"
 
 
 def test_only_processes_started_with_hangups_blocked_survive_sighup() -> None:

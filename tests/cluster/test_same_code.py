@@ -50,6 +50,8 @@ def test_the_error_for_other_code_names_both_folders_and_what_to_do() -> None:
     message = str(other_code_error("/mine", "node 10.0.0.2", "/theirs"))
     assert "/mine" in message and "/theirs" in message and "10.0.0.2" in message and "make submit" in message
     assert "cannot import it" in str(other_code_error("/mine", "node 10.0.0.2", ""))
+    message = str(other_code_error("/mine", "worker 0", "/mine"))  # the files were changed while the run trained
+    assert "run the same command again" in message and "make submit" not in message
 
 
 def test_a_worker_of_a_node_that_joined_later_with_other_code_ends_the_run(tmp_path: Path) -> None:

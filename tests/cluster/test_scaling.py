@@ -45,7 +45,17 @@ def test_workers_that_fit_are_counted_node_by_node() -> None:
         (True, ["--scaling.resources_per_worker", "{TPU: 1}"], "scaling.resources_per_worker: `use_tpu` is False"),
         (True, ["--scaling.resources_per_worker", "{GPU: 1}"], "scaling.resources_per_worker: `use_gpu` is False"),
         (True, ["--scaling.num_workers", "5"], "5 workers with {CPU: 1} each cannot run: this machine has {CPU: 2}"),
+        (
+            False,
+            ["--scaling.num_workers", "5"],
+            "room for 3; wait until its nodes have joined (`ray status` lists them)",
+        ),
         (True, ["--scaling.use_gpu", "true"], "1 GPU workers need 1 GPUs, the cluster has 0"),
+        (
+            False,
+            ["--scaling.use_gpu", "true"],
+            "the cluster has 0 now; if more are to join (`ray status`), wait for them",
+        ),
     ],
 )
 def test_insufficient_resources_are_refused_with_numbers(

@@ -93,6 +93,16 @@ def test_names_of_runs_are_printed_as_they_are(
     assert " run[a]:cat: " in capsys.readouterr().out
 
 
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "mine", *TRAINED, DONE)
+    (tmp_path / "theirs/metrics.jsonl").mkdir(parents=True)
+    assert main(["runs", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "mine" in printed.out and printed.err.startswith("left out: ") and "theirs" in printed.err
+
+
 def test_a_run_whose_last_step_could_not_be_saved_is_not_called_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from savant_ray.events import AttemptEnded
 from savant_ray.reporting import trackers
 from savant_ray.reporting.record import Record
 from savant_ray.reporting.trackers import TrackerFollower, open_trackers, tracking
+from savant_ray.reporting.trackers.wandb import Wandb
 from tests.reporting.events import attempt, checkpoint, sample, score, step_done, validation
 
 SETTINGS = Config.from_dict({"training": {"learning_rate": 1e-3}}).to_dict()
@@ -26,7 +29,7 @@ class Fake:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
-        self.fails_at, self.gate = "", threading.Event()
+        self.fails_at, self.failed, self.gate = "", threading.Event(), threading.Event()
         self.gate.set()
         self.ends: list[bool] = []
 
@@ -49,6 +52,7 @@ class Fake:
 
     def _fail(self, where: str) -> None:
         if self.fails_at == where:
+            self.failed.set()
             raise ConnectionError("no server\nand much more")
 
     def steps(self, event: str) -> list[int]:
@@ -100,10 +104,36 @@ def test_a_failing_server_is_reported_once_and_gets_missing_lines_in_the_next_at
     record = launch(tmp_path, 0, 6, fake)
     record.close()
     (warning,) = record.warnings()
-    assert "nothing more is sent to Fake: no server. The record" in warning and record.warnings() == []
+    assert "nothing is sent to Fake now: no server. The record" in warning and record.warnings() == []
     fake.fails_at = ""
     launch(tmp_path, 6, 8, fake).close()
     assert fake.steps("step") == list(range(1, 9)) and fake.steps("sample") == [5]
+
+
+@pytest.mark.parametrize("where", ["open", "send"])
+def test_a_server_that_was_gone_for_a_while_gets_every_line_in_the_same_attempt(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.01)
+    fake = Fake()
+    fake.fails_at = where
+    record = launch(tmp_path, 0, 6, fake)
+    assert fake.failed.wait(10)
+    fake.fails_at = ""
+    record.close()
+    assert fake.steps("step") == list(range(1, 7)) and fake.ends == [False]
+
+
+def test_a_finished_run_sends_what_a_tracker_lacks(tmp_path: Path) -> None:
+    fake = Fake()
+    fake.fails_at = "open"
+    launch(tmp_path, 0, 6, fake, finished=True).close()
+    fake.fails_at = ""
+    for _ in range(2):
+        record = Record(tmp_path, [TrackerFollower("Fake", fake)])
+        record.start_followers()
+        record.close()
+    assert fake.steps("step") == list(range(1, 7)) and fake.ends == [True, True]
 
 
 def test_a_server_that_never_answers_does_not_delay_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +191,25 @@ def test_mlflow_has_the_numbers_of_the_record_over_all_attempts(
     scored = client.get_metric_history(run.info.run_id, "score/score")
     assert [(each.step, each.value) for each in scored] == [(step, 0.375) for step in (5, 10, 15, 20)]
     assert len(client.list_artifacts(run.info.run_id, "samples")) == 4
+
+
+def test_weights_and_biases_never_asks_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def init(**_: Any) -> None:
+        assert not sys.stdin.isatty()  # else W&B asks for an API key there and waits
+        raise RuntimeError("No API key configured. Use `wandb login` to log in.")
+
+    fake = SimpleNamespace(init=init, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    record = launch(tmp_path, 0, 6, TrackerFollower("Weights & Biases", Wandb("mine", "run")))
+    record.close()
+    (warning,) = record.warnings()
+    assert "Weights & Biases now: No API key configured. Use `wandb login` to log in. The" in warning
+    assert sys.stdin.isatty()
 
 
 def test_weights_and_biases_stores_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

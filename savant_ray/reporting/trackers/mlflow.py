@@ -42,12 +42,14 @@ class Mlflow:
         experiment_id = self._client.create_experiment(EXPERIMENT) if experiment is None else experiment.experiment_id
         existing = self._client.search_runs([experiment_id], f"tags.`{IDENTITY}` = '{identity}'", max_results=1)
         if existing:
-            self._id = existing[0].info.run_id
-            self._client.update_run(self._id, status="RUNNING")
-            return self._last_steps()
-        self._id = self._client.create_run(experiment_id, run_name=self._name, tags={IDENTITY: identity}).info.run_id
-        self._client.log_batch(self._id, params=[Param(name, str(value)) for name, value in settings.items()])
-        return {}
+            run = existing[0]
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            run = self._client.create_run(experiment_id, run_name=self._name, tags={IDENTITY: identity})
+        self._id = run.info.run_id
+        if not run.data.params:  # also if the server failed after it had created the run
+            self._client.log_batch(self._id, params=[Param(name, str(value)) for name, value in settings.items()])
+        return self._last_steps() if existing else {}
 
     def send(self, lines: list[Line]) -> None:
         """See `Tracker`."""

@@ -1,8 +1,8 @@
 """A thread that sends the record to a tracker in batches, so that a slow server does not slow down training.
 
-Each attempt first asks the tracker for the last step that it has received (of each kind of line, from W&B of all kinds), and
+The thread first asks the tracker for the last step that it has received (of each kind of line, from W&B of all kinds), and
 sends later lines only. So lines that a failed server or a killed driver has left out are sent later, and repeated steps are
-not sent twice.
+not sent twice. After an error it begins again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from savant_ray.reporting.record import parse_event, read_records
 from savant_ray.reporting.tensorboard import NUMERIC_KINDS
 
 SECONDS_BETWEEN_BATCHES = 5.0
+RETRY_SECONDS = 60.0  # after an error
 MAX_LINES = 500  # of a batch
 CLOSE_TIMEOUT = 10.0  # seconds for the last lines when an attempt ends
 SENT_KINDS = (*NUMERIC_KINDS, SampleGenerated.kind)
@@ -37,7 +38,7 @@ class Tracker(Protocol):
 
 
 class TrackerFollower:
-    """A `Follower` of the record that sends it to one tracker; an error ends the tracking, not the run."""
+    """A `Follower` of the record that sends it to one tracker; an error delays the tracking and does not end the run."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
@@ -64,16 +65,27 @@ class TrackerFollower:
             self._thread.join(CLOSE_TIMEOUT)
 
     def _run(self, record: Path) -> None:
-        try:
-            last_steps = self._tracker.open(*_identity(record))
-            self._follow(record, last_steps)
-            self._tracker.close(self._finished)
-        except Exception as error:  # any error of the tracker's library
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            self._warning = (
-                f"WARNING: nothing more is sent to {self._name}: {reason}. The record is complete, and the next attempt "
-                "sends the missing lines."
-            )
+        reported = ""
+        while True:
+            is_last_try = self._ended.is_set()
+            try:
+                identity, settings = _identity(record)
+                if not identity:
+                    return  # an empty record
+                self._follow(record, self._tracker.open(identity, settings))
+                self._tracker.close(self._finished)
+            except Exception as error:  # any error of the tracker's library
+                reason = (str(error).strip().split("\n")[0] or type(error).__name__).removesuffix(".")
+                if reason != reported:
+                    self._warning = (
+                        f"WARNING: nothing is sent to {self._name} now: {reason}. The record is complete; the missing lines "
+                        "are sent as soon as that works, or when the same command is run again."
+                    )
+                reported = reason
+                self._ended.wait(RETRY_SECONDS)
+                if not is_last_try:
+                    continue
+            return
 
     def _follow(self, record: Path, last_steps: dict[str, int]) -> None:
         ended = False

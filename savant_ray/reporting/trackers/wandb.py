@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from savant_ray.events import SampleGenerated
@@ -20,7 +25,8 @@ class Wandb:
         import wandb
 
         quiet = wandb.Settings(silent=True, console="off", x_disable_stats=True)
-        self._run = wandb.init(project=self._project, name=self._name, id=identity, resume="allow", settings=quiet)
+        with _no_prompt():
+            self._run = wandb.init(project=self._project, name=self._name, id=identity, resume="allow", settings=quiet)
         self._run.config.update(settings, allow_val_change=True)
         self._last_step = self._run.starting_step - 1
         return dict.fromkeys(SENT_KINDS, self._last_step)
@@ -37,3 +43,18 @@ class Wandb:
     def close(self, finished: bool) -> None:
         """See `Tracker`."""
         self._run.finish(exit_code=0 if finished else 1)
+
+
+@contextmanager
+def _no_prompt() -> Iterator[None]:
+    """Replace standard input, so that W&B raises an error without an API key instead of asking for one in this thread.
+
+    It would wait forever below the output of the run, and Python aborts at its exit if a thread reads standard input.
+    """
+    stdin = sys.stdin
+    with Path(os.devnull).open() as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
