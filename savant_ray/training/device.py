@@ -50,7 +50,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # parameters of mall
 HEAP_BYTES = 2**26  # glibc's size of a heap; Ray Train trains in a thread, which has heaps of its own
 MAX_MMAP_THRESHOLD = 2**25  # bytes; glibc raises the threshold to it by itself, unless another parameter is set
 OUT_OF_MEMORY_MESSAGES = re.compile(  # libraries that allocate without PyTorch raise a plain RuntimeError
-    r"CUDA error: out of memory"
+    r"CUDA (driver )?error: out of memory"  # of the driver: when Inductor loads a kernel
     r"|Triton Error \[CUDA\]: out of memory"
     r"|CUBLAS_STATUS_ALLOC_FAILED"
     r"|CUDNN_STATUS_ALLOC_FAILED"
