@@ -122,8 +122,8 @@ def _explain(failure: BaseException) -> str:
             return _last_line(failure).rpartition(f"{own_error.__name__}: ")[2]
     if "CUDA out of memory" in text:
         return (
-            "its GPU memory was not sufficient; stop other programs that use the GPU, or raise training.vram_limit_gb if the "
-            "GPU has more"
+            "its GPU memory was not sufficient; stop other programs that use the GPU, or raise training.vram_limit_gb if "
+            "the GPU has more"
         )
     if "out of resource" in text:  # a kernel needs more registers or shared memory than the GPU has
         return _last_line(failure)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import platform
 import re
@@ -78,6 +79,10 @@ def use_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # True by default, which is another pass over each new tensor, to find code that reads memory before writing it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Backward passes are compiled in the thread that compiles the forward pass. By default they are compiled when they are
+    # first run, for a GPU in a thread of autograd, and from torch 2.13 on settings of the compiler belong to a thread: it
+    # would choose kernels by timing them there.
+    importlib.import_module("torch._functorch.config").force_non_lazy_backward_lowering = True
 
 
 def set_threads(setting: int | str, of_checkpoint: int | None) -> str | None:
