@@ -208,6 +208,17 @@ def test_auto_continues_uncompiled_on_a_gpu_that_pytorchs_compiler_refuses(
     assert not runs_compiled(model, CPU)
 
 
+@pytest.mark.parametrize(("precision", "compiles"), [("bf16", False), ("bf16-mixed", False), ("fp32", True)])
+def test_auto_compiles_fp32_only_on_a_gpu_without_bf16_instructions(
+    precision: str, compiles: bool, model: UniversalTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's compiler leaves out functions with bf16 inputs on a T4 (compute capability 7.5)."""
+    with_tools(monkeypatch, compiler=True, headers=True, capability=(7, 5))
+    note = compile_block(model, "auto", CUDA, precision) or ""
+    assert ("no bf16 instructions" in note) != compiles
+    assert runs_compiled(model, CPU) == compiles
+
+
 @pytest.fixture
 def nothing_known_of_the_device() -> Iterator[None]:
     flex.has_flex.cache_clear()
