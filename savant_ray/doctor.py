@@ -141,12 +141,20 @@ def _torch(topic: str) -> Iterator[Finding]:
 def _gpu() -> Finding:
     import torch
 
+    from savant_ray.training.device import NO_KERNELS
+
     if torch.cuda.is_available():
         try:
             torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().item()
-        except RuntimeError as error:  # its memory is full, or another process has it for itself
-            remedy = "nvidia-smi lists the processes that use it; with CUDA_VISIBLE_DEVICES= training uses the CPU"
-            return Finding("GPU", "error", describe(error), remedy)
+        except (
+            RuntimeError
+        ) as error:  # its memory is full, another process has it for itself, or it is too old or too new
+            remedy = "nvidia-smi lists the processes that use it"
+            if NO_KERNELS in str(error):
+                remedy = "install a torch for another version of CUDA: pytorch.org, Get Started"
+            return Finding(
+                "GPU", "error", describe(error), f"{remedy}; with CUDA_VISIBLE_DEVICES= training uses the CPU"
+            )
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return Finding("GPU", "ok", ", ".join(f"{d.name} {d.total_memory / 2**30:.0f} GiB" for d in devices))
     if not _has_nvidia_gpu():

@@ -45,21 +45,36 @@ def test_the_page_cache_of_a_container_counts_as_available_memory(
     assert next(finding.text for finding in doctor.diagnose() if finding.topic == "memory") == "0.9 GB available"
 
 
-def test_a_gpu_that_another_program_uses_is_named_and_nothing_is_to_be_reinstalled(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "shown", "remedy"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+            "OutOfMemoryError: CUDA",
+            "nvidia-smi",
+        ),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+            "RuntimeError: CUDA error: no kernel image",
+            "install a torch for another version of CUDA",
+        ),
+    ],
+)
+def test_a_gpu_that_another_program_uses_or_that_torch_does_not_support_is_named_with_what_to_do(
+    error: Exception, shown: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object, **options: object) -> object:
+    def fail_on_gpu(*_: object, **options: object) -> object:
         if options.get("device") == "cuda":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+            raise error
         return ones(*_, **options)
 
     ones = torch.ones
-    monkeypatch.setattr(torch, "ones", full)
+    monkeypatch.setattr(torch, "ones", fail_on_gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert main(["doctor"]) == 1
-    shown = capsys.readouterr().out
-    assert "error   GPU          OutOfMemoryError: CUDA out of memory." in shown
-    assert "nvidia-smi" in shown and "--force-reinstall" not in shown
+    printed = capsys.readouterr().out
+    assert f"error   GPU          {shown}" in printed
+    assert remedy in printed and "--force-reinstall" not in printed
 
 
 @pytest.mark.parametrize(

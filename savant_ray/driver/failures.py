@@ -19,7 +19,18 @@ from savant_ray.training.rank_comparison import RanksDifferError
 # Parts of messages. Ray Train wraps Ray's errors, so their types are lost.
 DEAD_ACTOR = ("died", "is unavailable")
 OUT_OF_MEMORY = ("outofmemoryerror", "memory monitor", "running low on memory", "due to oom", "out of memory issue")
-LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
+# Not each error of NCCL: others are two workers on one GPU, too little shared memory, or no memory of the GPU.
+LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection closed by remote peer",
+    "Connection refused",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclInternalError",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+    "WorkNCCL",
+)
 
 
 def explain_failure(
@@ -110,7 +121,12 @@ def _explain(failure: BaseException) -> str:
         if own_error.__name__ in text:
             return _last_line(failure).rpartition(f"{own_error.__name__}: ")[2]
     if "CUDA out of memory" in text:
-        return "its GPU memory, training.vram_limit_gb, was not sufficient; lower training.batch_size and raise accumulation"
+        return (
+            "its GPU memory was not sufficient; stop other programs that use the GPU, or raise training.vram_limit_gb if "
+            "the GPU has more"
+        )
+    if "out of resource" in text:  # a kernel needs more registers or shared memory than the GPU has
+        return _last_line(failure)
     if any(part in text.lower() for part in OUT_OF_MEMORY):
         return (
             "its node ran out of memory, so Ray ended it; reduce its memory use (a lower training.batch_size or "

@@ -18,6 +18,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from savant_ray.cluster.bridge import BridgeHandle, answer_of, last_events, next_events, start_bridge
 from savant_ray.cluster.ray_job import grace_seconds
 from savant_ray.cluster.session import ExitWithoutShutdown, check_ray_processes, owns_ray, ray_session
+from savant_ray.config import AUTO
 from savant_ray.driver.attempt import Attempt, Inputs
 from savant_ray.driver.data_preparation import prepare_data
 from savant_ray.driver.failures import explain_failure, ray_errors_explained
@@ -25,7 +26,7 @@ from savant_ray.driver.hang_watch import HangWatch
 from savant_ray.driver.phases import Phase, Trigger
 from savant_ray.driver.starting_point import records_of, refuse_other_data
 from savant_ray.driver.tokenizer_choice import tokenizer_change
-from savant_ray.driver.trainer import make_trainer, scaling, worker_resources
+from savant_ray.driver.trainer import make_trainer, scaling, unusable_gpus, worker_resources
 from savant_ray.driver.worker_watch import WorkerWatch
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed
@@ -87,6 +88,8 @@ def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
             report.notify(f"Ray's dashboard: {dashboard}")
         bridge = start_bridge()  # its process starts while the data is prepared
         scaling(config)  # too few resources are an error now, not after hours of tokenizing
+        if config.scaling.use_gpu == AUTO and (problem := unusable_gpus()) is not None:
+            report.notify(f"training uses the CPU: {problem}")
         data = prepare_data(config, inputs.files, report, inputs.tokenizer)
         if resume_checkpoint is not None and not attempt.allow_changes:
             refuse_other_data(resume_checkpoint, config, data.fingerprint)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from ray.train.torch import TorchConfig
 
 # Also exported by `ray.train`, where a type checker sees the classes of Ray Train v1.
@@ -68,15 +69,18 @@ def make_trainer(
 def scaling(config: Config) -> ScalingConfig:
     """Return number and resources of the workers for the cluster that this process is connected to.
 
-    `use_gpu: auto` uses GPUs if there are enough for the smallest number of workers. Unless `resources_per_worker` is set,
-    the cores are divided among the largest number of workers.
+    `use_gpu: auto` uses GPUs if there are enough for the smallest number of workers, and PyTorch can use them. Unless
+    `resources_per_worker` is set, the cores are divided among the largest number of workers.
 
     Raises:
         SettingsError: the cluster cannot run the smallest number of workers.
     """
     (fewest, most), nodes = config.scaling.worker_limits, node_resources()
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    unusable = unusable_gpus()
+    gpus = 0 if unusable else int(sum(node.get("GPU", 0) for node in nodes))
     use_gpu = gpus >= fewest if config.scaling.use_gpu == "auto" else bool(config.scaling.use_gpu)
+    if use_gpu and unusable:
+        raise SettingsError(f"scaling.use_gpu: {unusable}")
     if use_gpu and gpus < fewest:
         wait = "" if owns_ray() else " now; if more are to join (`ray status`), wait for them"
         raise SettingsError(
@@ -95,6 +99,18 @@ def scaling(config: Config) -> ScalingConfig:
     if (n_fitting := processes_that_fit(nodes, resources)) < fewest:
         raise SettingsError(_insufficient_resources(fewest, n_fitting, resources, nodes))
     return scaling_config
+
+
+def unusable_gpus() -> str | None:
+    """Return why PyTorch cannot use the GPUs of a Ray that this process has started, None if it can or there are none.
+
+    Ray counts the GPUs that the driver of the system knows. Workers of a PyTorch that cannot use them would end with an
+    error, because Ray Train connects workers with GPUs by NCCL.
+    """
+    if not owns_ray() or not any(node.get("GPU") for node in node_resources()) or torch.cuda.is_available():
+        return None
+    problem = "is a CPU build" if torch.version.cuda is None else "cannot use it"
+    return f"this machine has a GPU, but PyTorch {torch.__version__} {problem}; `savant doctor` says what to install"
 
 
 def _insufficient_resources(

@@ -42,6 +42,11 @@ def builds_triton_kernels(device: torch.device) -> bool:
         return False
     if not any(shutil.which(compiler) for compiler in ("gcc", "clang", "cc")):
         return False
+    return has_bf16_instructions(device)
+
+
+def has_bf16_instructions(device: torch.device) -> bool:
+    """Return whether a GPU has tensor cores for bf16; PyTorch's compiler refuses bf16 for others."""
     return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import platform
 import re
@@ -32,7 +33,7 @@ import torch
 
 from savant_ray.config import AUTO
 from savant_ray.errors import MemoryCapError, SavantError
-from savant_ray.model.flex import MAX_COMPILED_SHAPES, has_python_headers, has_triton
+from savant_ray.model.flex import MAX_COMPILED_SHAPES, has_bf16_instructions, has_python_headers, has_triton
 from savant_ray.model.transformer import UniversalTransformer
 
 Precision = str  # "bf16" | "bf16-mixed" | "fp32", checked by savant_ray.config
@@ -49,8 +50,9 @@ KEPT_FREED_BYTES = 2**30
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt in glibc's malloc.h
 HEAP_BYTES = 2**26  # glibc's size of a heap; Ray Train trains in a thread, which has heaps of its own
 MAX_MMAP_THRESHOLD = 2**25  # bytes; glibc raises the threshold to it by itself, unless another parameter is set
+NO_KERNELS = "no kernel image is available"  # of CUDA's message: this PyTorch was not built for this GPU
 OUT_OF_MEMORY_MESSAGES = re.compile(  # libraries that allocate without PyTorch raise a plain RuntimeError
-    r"CUDA error: out of memory"
+    r"CUDA (driver )?error: out of memory"  # of the driver: when Inductor loads a kernel
     r"|Triton Error \[CUDA\]: out of memory"
     r"|CUBLAS_STATUS_ALLOC_FAILED"
     r"|CUDNN_STATUS_ALLOC_FAILED"
@@ -78,6 +80,10 @@ def use_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # True by default, which is another pass over each new tensor, to find code that reads memory before writing it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Backward passes are compiled in the thread that compiles the forward pass. By default they are compiled when they are
+    # first run, for a GPU in a thread of autograd, and from torch 2.13 on settings of the compiler belong to a thread: it
+    # would choose kernels by timing them there.
+    importlib.import_module("torch._functorch.config").force_non_lazy_backward_lowering = True
 
 
 def set_threads(setting: int | str, of_checkpoint: int | None) -> str | None:
@@ -167,8 +173,9 @@ def compile_block(
     """Compile the recurrent block as `training.compile` says; return a note for the user or None.
 
     "auto" compiles if a C++ compiler and the headers of Python are installed and, for a GPU, a Triton that supports it; but
-    not in fp32 on a CPU, where compiling takes half a minute and gains 0 to 4 % (docs/LOG.md). Each input shape gets its own
-    graph (`dynamic=False`), so that a run and its resumption run the same kernels.
+    not in fp32 on a CPU, where compiling takes half a minute and gains 0 to 4 % (docs/LOG.md), and not in bf16 on a GPU
+    without bf16 instructions, for which PyTorch compiles nothing. Each input shape gets its own graph (`dynamic=False`), so
+    that a run and its resumption run the same kernels.
     """
     if not wants_compiled(setting, device, precision):
         return None
@@ -177,6 +184,11 @@ def compile_block(
         missing = "Triton for this GPU"
     if missing and setting == "auto":
         return f"{missing} not found: training runs uncompiled (slower, same results up to rounding)"
+    if setting == "auto" and device.type == "cuda" and precision != "fp32" and not has_bf16_instructions(device):
+        return (
+            "this GPU has no bf16 instructions (they need compute capability 8.0): PyTorch emulates them, and training runs "
+            "uncompiled; training.precision: fp32 is compiled"
+        )
     torch._dynamo.config.recompile_limit = MAX_COMPILED_SHAPES
     model.recurrent_block.compile(dynamic=False)
     return "compiling the model: the first step takes up to a minute longer"
@@ -208,6 +220,25 @@ def prepare_device(device: torch.device, limit_gb: float, is_deterministic: bool
         use_deterministic_kernels()
     keep_freed_memory(device)
     return cap_memory(device, limit_gb)
+
+
+def refuse_gpu_without_kernels(device: torch.device) -> None:
+    """Run a kernel on a GPU.
+
+    Raises:
+        SavantError: this PyTorch was not built for this GPU; it may be too old or too new.
+    """
+    try:
+        torch.ones(1, device=device)
+    except RuntimeError as error:
+        if NO_KERNELS not in str(error):
+            raise
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise SavantError(
+            f"PyTorch {torch.__version__} was not built for {torch.cuda.get_device_name(device)} (compute capability "
+            f"{capability}); install a build of it for another version of CUDA (pytorch.org, Get Started), or train on the "
+            "CPU (scaling.use_gpu: false)"
+        ) from error
 
 
 def cap_memory(device: torch.device, limit_gb: float) -> str | None:

@@ -29,6 +29,7 @@ from savant_ray.training.device import (
     prepare_device,
     processor_name,
     raise_memory_cap_error_on_oom,
+    refuse_gpu_without_kernels,
     set_threads,
     supported_precision,
     update_memory_cap,
@@ -103,6 +104,7 @@ def _train(
     precision, precision_note = supported_precision(settings.precision, device)
     notes = [prepare_device(device, settings.vram_limit_gb, is_deterministic(config, device)), precision_note]
     with raise_memory_cap_error_on_oom(settings.vram_limit_gb):
+        refuse_gpu_without_kernels(device)
         state = new_state(config, device, precision)
     state.data_fingerprint = task.data_fingerprint
     if device.type == "cuda" or wants_compiled(settings.compile, device, precision):

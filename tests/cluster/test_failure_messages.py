@@ -46,6 +46,33 @@ def test_running_out_of_gpu_memory_during_a_save_names_the_save() -> None:
     assert explained.startswith("copying step 4 for its checkpoint ran out of device memory twice")
 
 
+SHARED_MEMORY = (
+    "Error while creating shared memory segment /dev/shm/nccl-ZfJ (size 33030528), error: No space left on device"
+)
+KERNEL = "No valid triton configs. OutOfMemoryError: out of resource: fused_0 Required: 114688 Hardware limit:101376"
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        ("NCCL error: ncclRemoteError: A call failed\nLast error:\nNET/Socket : peer", "it lost its connection"),
+        (
+            "NCCL error: unhandled system error\nncclSystemError: System call failed\nLast error:\n" + SHARED_MEMORY,
+            "/dev/shm",
+        ),
+        (
+            "NCCL error: ncclInvalidUsage\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA",
+            "Duplicate GPU",
+        ),
+        ("Distributed package doesn't have NCCL built in", "doesn't have NCCL built in"),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", "raise training.vram_limit_gb if the GPU has more"),
+        (KERNEL, "Hardware limit:101376"),
+    ],
+)
+def test_errors_of_nccl_and_of_kernels_keep_their_cause(message: str, cause: str) -> None:
+    assert cause in explanation(RuntimeError(message))
+
+
 def as_a_worker_raises_it(error: Exception, activity: str = "training") -> UnexpectedError:
     try:
         raise error

@@ -68,6 +68,23 @@ def test_insufficient_resources_are_refused_with_numbers(
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize(("build", "problem"), [(None, "is a CPU build"), ("13.0", "cannot use it")])
+def test_a_gpu_that_pytorch_cannot_use_is_not_used_and_the_reason_is_named(
+    build: str | None, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray finds GPUs without PyTorch, and would connect the workers by NCCL, which a CPU build does not have."""
+    monkeypatch.setattr(trainer, "node_resources", lambda: [{"CPU": 2.0, "GPU": 1.0}])
+    monkeypatch.setattr(trainer, "owns_ray", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", build)
+    assert not trainer.scaling(load_config([], environment={})).use_gpu
+    assert problem in (trainer.unusable_gpus() or "")
+    with pytest.raises(SettingsError, match=f"scaling.use_gpu: this machine has a GPU, but PyTorch .* {problem}"):
+        trainer.scaling(load_config(["--scaling.use_gpu", "true"], environment={}))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert trainer.scaling(load_config([], environment={})).use_gpu and trainer.unusable_gpus() is None
+
+
 def test_missing_resources_are_reported_once_each_time_that_workers_do_not_start(monkeypatch) -> None:
     messages: list[str] = []
     now, phase = 0.0, Phase.WAITING_FOR_WORKERS

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from savant_ray.config import Config
 from savant_ray.evaluation.validator import LogicEvaluator, Validator
@@ -24,7 +27,7 @@ from savant_ray.model import flex
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training import device as device_module
 from savant_ray.training.compiler_cache import VARIABLE, keep_compiled_code
-from savant_ray.training.device import compile_block, runs_compiled
+from savant_ray.training.device import compile_block, runs_compiled, use_deterministic_kernels
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import take_step
 from tests.training.test_fitting import validated, validator
@@ -156,6 +159,32 @@ def test_a_second_attempt_compiles_nothing_anew(tmp_path: Path) -> None:
     assert first_counters == "0 2" and second_counters == "2 0", "forward and backward pass: hits and misses"
 
 
+@pytest.fixture
+def deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # restored afterwards
+    settings = importlib.import_module("torch._functorch.config")
+    with settings.patch(force_non_lazy_backward_lowering=settings.force_non_lazy_backward_lowering):
+        use_deterministic_kernels()
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic_kernels")
+def test_deterministic_backward_passes_are_compiled_as_such_although_a_gpus_run_in_another_thread() -> None:
+    found: list[bool] = []
+
+    def record_setting(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        found.append(torch._inductor.config.deterministic)
+        return graph
+
+    backend = aot_autograd(fw_compiler=record_setting, bw_compiler=record_setting)
+    loss = torch.compile(torch.sin, backend=backend)(torch.zeros((), requires_grad=True))
+    backward_pass = threading.Thread(target=loss.backward)
+    backward_pass.start()
+    backward_pass.join()
+    assert found == [True, True], "forward and backward pass"
+
+
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize(("compiler", "headers", "named"), [(False, True, "g++"), (True, False, "Python.h")])
 def test_auto_names_the_tool_that_is_missing_and_continues_uncompiled(
@@ -177,6 +206,17 @@ def test_auto_continues_uncompiled_on_a_gpu_that_pytorchs_compiler_refuses(
     note = compile_block(model, "auto", CUDA, "bf16") or ""
     assert note.startswith("Triton for this GPU not found: training runs uncompiled")
     assert not runs_compiled(model, CPU)
+
+
+@pytest.mark.parametrize(("precision", "compiles"), [("bf16", False), ("bf16-mixed", False), ("fp32", True)])
+def test_auto_compiles_fp32_only_on_a_gpu_without_bf16_instructions(
+    precision: str, compiles: bool, model: UniversalTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's compiler leaves out functions with bf16 inputs on a T4 (compute capability 7.5)."""
+    with_tools(monkeypatch, compiler=True, headers=True, capability=(7, 5))
+    note = compile_block(model, "auto", CUDA, precision) or ""
+    assert ("no bf16 instructions" in note) != compiles
+    assert runs_compiled(model, CPU) == compiles
 
 
 @pytest.fixture

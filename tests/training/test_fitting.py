@@ -172,6 +172,7 @@ Cuda failure %s"""
     ("text", "expected"),
     [
         ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA driver error: out of memory", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
         ("Triton Error [CUDA]: out of memory", True),

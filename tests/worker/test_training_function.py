@@ -132,3 +132,17 @@ def test_workers_without_a_micro_batch_are_counted_in_a_notice(
     notices = [note for note in attempt.notes if "nothing to compute" in note]
     assert len(notices) == (n_idle > 0)
     assert all(f"{n_idle} of {world_size} workers" in note and "3 micro-batches of 4" in note for note in notices)
+
+
+def test_a_gpu_for_which_pytorch_was_not_built_ends_the_run_with_what_to_install(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_kernel(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 0))
+    events, error = workplace.events(workplace.config())
+    assert isinstance(events[0], RunFailed) and isinstance(error, SavantError)
+    assert "was not built for Tesla V100 (compute capability 7.0)" in events[0].text
