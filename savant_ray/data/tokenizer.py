@@ -82,7 +82,7 @@ class Tokenizer:
             name: for messages.
             end_of_document: token of the vocabulary that ends each document, in place of the last token of the template; the
                 property of the same name is its id. None: the last token of the template; without one, the first of
-                `END_NAMES` in the vocabulary.
+                `END_NAMES` that is a special token, or is in the vocabulary.
             add_special_tokens: whether to use the template; `auto`: use it if there is one.
 
         Raises:
@@ -201,8 +201,11 @@ class Tokenizer:
         canonical = json.dumps(json.loads(self.to_json()), sort_keys=True, separators=(",", ":"))
         if self.adds_special_tokens:
             canonical += " with special tokens"
-        if self.end_name is not None and self._ids_of([self.end_name]) != self._default_ends[:1]:
-            canonical += f" end of document: {self.end_name}"
+        # The token that earlier versions chose by default is not in the fingerprint, so that their token caches are used.
+        first = list(self._template_suffix[-1:]) or self._ids_of(END_NAMES)
+        end = self._default_ends if self.end_name is None else self._ids_of([self.end_name])
+        if end[:1] != first[:1]:
+            canonical += f" end of document: {self.token_name(end[0])}"
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
@@ -436,8 +439,12 @@ class Tokenizer:
 
     @cached_property
     def _default_ends(self) -> list[int]:
-        """Candidates for the end-of-document token if none was set, in order of preference."""
-        return list(self._template_suffix[-1:]) or self._ids_of(END_NAMES)
+        """Candidates for the end-of-document token if none was set, in order of preference.
+
+        Special tokens are first: Gemma has `</s>` as a tag of HTML, beside its special token `<eos>`.
+        """
+        by_name = sorted(self._ids_of(END_NAMES), key=lambda number: number not in self.special_ids)
+        return list(self._template_suffix[-1:]) or by_name
 
     @cached_property
     def _can_drop(self) -> bool:

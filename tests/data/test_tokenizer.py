@@ -103,6 +103,13 @@ def test_common_special_tokens_of_other_tokenizers_are_detected(end: str) -> Non
     assert tokenizer.never_sampled == {0, 1, 2, 4, 5, 6}  # 5 and 6 are nobody's
 
 
+def test_a_special_token_ends_documents_rather_than_a_tag_of_html_that_is_named_like_one() -> None:
+    like_gemma = word_level("<unk>", "</s>", "a", special="<eos>")
+    assert like_gemma.end_of_document == 3
+    assert like_gemma.with_settings("<eos>").fingerprint == like_gemma.fingerprint
+    assert like_gemma.with_settings("</s>").fingerprint != like_gemma.fingerprint
+
+
 def test_padding_and_truncation_of_a_loaded_tokenizer_are_disabled(trained: Tokenizer) -> None:
     inner = tokenizers.Tokenizer.from_str(trained.to_json())
     inner.enable_truncation(3)
