@@ -83,7 +83,7 @@ def use_deterministic_kernels() -> None:
     # Backward passes are compiled in the thread that compiles the forward pass. By default they are compiled when they are
     # first run, for a GPU in a thread of autograd, and from torch 2.13 on settings of the compiler belong to a thread: it
     # would choose kernels by timing them there.
-    importlib.import_module("torch._functorch.config").force_non_lazy_backward_lowering = True
+    importlib.import_module("torch._functorch.config").force_non_lazy_backward_lowering = True  # type: ignore[attr-defined]
 
 
 def set_threads(setting: int | str, of_checkpoint: int | None) -> str | None:
