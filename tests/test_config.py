@@ -284,7 +284,7 @@ def test_a_variable_or_an_option_that_is_not_utf_8_is_named() -> None:
             "expected a whole number, found “5”; use ' or \" instead of typographic quotes",
         ),
         ("training.max_steps", "", "a value is missing"),
-        ("data.sources", "a.jsonl", "expected a list, found a.jsonl"),
+        ("data.sources", "a.jsonl", "expected a list, found a.jsonl; write [{path: PATH, weight: 1}]"),
         ("data.quickstart", "", "a value is missing"),
         ("scaling.num_workers", "", "a value is missing"),
     ],

@@ -206,7 +206,12 @@ INSIDE: list[tuple[str, Any, str, str]] = [
         "[0].optoinal",
         "no such setting; did you mean optional?",
     ),
-    ("data.sources", [{"path": "a", "weight": 1}, "b"], "[1]", "expected names with values, found b"),
+    (
+        "data.sources",
+        [{"path": "a", "weight": 1}, "b"],
+        "[1]",
+        "expected names with values, found b; write {path: PATH, weight: 1}",
+    ),
     *(
         ("data.sources", [{"path": "a", "weight": 1, **fields}], f"[0]{part}", message)
         for fields, part, message in [
@@ -367,7 +372,8 @@ def test_a_value_of_the_wrong_type_is_reported_in_one_line_from_every_source(
         stays_text = str in types and not isinstance(value, types)
         for source, called, printed in refusals({name: value}, tmp_path / "settings.yaml", name):
             found = show(text) if stays_text and source != "file" else show(value)
-            assert printed == f"{called}: expected {kind.expected}, found {found}"
+            advice = "; write [{path: PATH, weight: 1}]" if name == "data.sources" and isinstance(value, str) else ""
+            assert printed == f"{called}: expected {kind.expected}, found {found}{advice}"
             if kind.takes_any_text:
                 break
 

@@ -632,6 +632,8 @@ def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders
         hint = "; {a,b} is not supported in a pattern; use a list of two patterns"
     elif "\\" in pattern:
         hint = "; folders are separated by /, not by \\"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not format_by_suffix(pattern):
+        hint = f"; a data set of the Hugging Face Hub is hf://datasets/{shown}"
     return f"{shown}: no such {'match' if _is_glob(pattern) else 'file or folder'}{hint}"
 
 

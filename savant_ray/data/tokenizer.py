@@ -41,6 +41,7 @@ NEVER_SAMPLED_NAMES = (
     *(*PADDING_NAMES, "<unk>", "<|unk|>", "[UNK]", "<s>", "<bos>", "[BOS]", "[CLS]"),
     *("<|startoftext|>", "<|begin_of_text|>", "[MASK]", "<mask>"),
 )
+OTHER_FORMATS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
 SEGMENT_CHARACTERS = 1 << 20  # longer texts are encoded in parts
 BETWEEN_WORDS = re.compile(r"(?<=\w)(?= \w)")
 MAX_CHARACTER_BYTES = 4  # UTF-8
@@ -129,7 +130,9 @@ class Tokenizer:
             if is_file:
                 inner = tokenizers.Tokenizer.from_file(str(path))
             elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(spec)) or path.suffix == ".json":
-                raise DataError(f"tokenizer {spec}: no such tokenizer.json, nor a folder that contains one")
+                raise DataError(
+                    f"tokenizer {spec}: no such tokenizer.json, nor a folder that contains one{_other_format(path)}"
+                )
             else:
                 inner = tokenizers.Tokenizer.from_pretrained(str(spec))
         except DataError:
@@ -608,10 +611,29 @@ def _is_from_tokenizers(error: BaseException) -> bool:
 
 def _load_error(spec: str | os.PathLike[str], path: Path, error: BaseException) -> str:
     if os.path.isfile(path):  # noqa: PTH113
-        return f"tokenizer {path}: not a tokenizer.json ({error})"
+        hint = _other_format(path)
+        if "did not match any variant" in str(error):  # of the models, normalizers, … that the package has
+            hint = f"; if it is one, a newer version of the package tokenizers than {tokenizers.__version__} has written it"
+        return f"tokenizer {path}: not a tokenizer.json ({error}){hint}"
     return (
         f"tokenizer {spec}: no such file or folder, and no Hugging Face model of that name could be fetched ({error}); "
         f"set it to a tokenizer.json, or to `auto` to train one on the training text"
+    )
+
+
+def _other_format(path: Path) -> str:
+    """Return what to do if `path`, or a file in the folder where it would be, is a tokenizer in another format."""
+    names = (
+        {path.name}
+        if path.name != TOKENIZER_FILE
+        else {name for name in OTHER_FORMATS if (path.parent / name).is_file()}
+    )
+    found = sorted(names.intersection(OTHER_FORMATS))
+    if not found:
+        return ""
+    return (
+        f"; {' and '.join(found)} {'is' if len(found) == 1 else 'are'} in another format. Of a model's folder, "
+        "`transformers` makes a tokenizer.json: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
     )
 
 

@@ -86,11 +86,13 @@ def _message(name: str, problems: list[Any], names: Sequence[str]) -> tuple[str,
     *others, last = [text for problem in problems for text in _expected(problem)]
     expected = f"{', '.join(others)} or {last}" if others else last
     value = problems[0]["input"]
-    return name, f"expected {expected}, found {show(value)}{_correction(value, expected)}"
+    return name, f"expected {expected}, found {show(value)}{_correction(name, value, expected)}"
 
 
-def _correction(value: Any, expected: str) -> str:
-    """Return `; write …` if the intended number is clear, such as 8000 for `8,000`, else an empty string."""
+def _correction(name: str, value: Any, expected: str) -> str:
+    """Return `; write …` if the intended value is clear, such as 8000 for `8,000`, else an empty string."""
+    if isinstance(value, str) and re.fullmatch(r"data\.sources(\[\d+\])?", name):
+        return "; write {path: PATH, weight: 1}" if name.endswith("]") else "; write [{path: PATH, weight: 1}]"
     is_integer = expected.startswith("a whole number")
     if is_integer and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return f"; write {int(value)}"

@@ -359,6 +359,24 @@ def test_a_chat_template_writes_tool_calls_which_are_trained_on(tmp_path: Path) 
     assert trained(document) == ["[add(1, 1)]</>", "It is 2.</>"]
 
 
+def test_a_tool_call_in_a_table_has_its_own_arguments_only(tmp_path: Path) -> None:
+    def asks(name: str, **arguments: str) -> dict[str, Any]:
+        call = {"function": {"name": name, "arguments": arguments}}
+        return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+    table = pa.Table.from_pylist(
+        [asks("add", a="1"), asks("now"), asks("look", where="up")]
+    )  # each has `a` and `where`
+    pq.write_table(table, tmp_path / "a.parquet")
+    template = ChatTemplate(TOOLS.replace("arguments", "arguments | tojson"))
+    found = documents(expand(str(tmp_path / "a.parquet")), rule=DocumentRule(chat_template=template))
+    assert [trained(document) for document in found] == [
+        ['[add{"a": "1"}]</>'],
+        ["[now{}]</>"],
+        ['[look{"where": "up"}]</>'],
+    ]
+
+
 def test_tool_calls_that_the_chat_template_leaves_out_make_a_conversation_invalid() -> None:
     (document,) = DocumentRule(chat_template=ChatTemplate(CHATML)).documents([Record(1, {"messages": WITH_A_CALL})])
     assert document.problem == "the chat template does not write the tool calls of message 2"

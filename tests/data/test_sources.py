@@ -191,6 +191,7 @@ def test_a_thousand_broken_links_give_a_few_messages(tmp_path: Path) -> None:
         ("x" * 300, "File name too long"),
         ("x/" * 5_000, "File name too long"),
         ("x.jsonl/y.jsonl", "no such file or folder"),
+        ("roneneldan/TinyStories", "; a data set of the Hugging Face Hub is hf://datasets/roneneldan/TinyStories"),
         ("broken.jsonl", "a broken link to gone"),
         ("itself.jsonl", "a link that leads back to itself"),
         ("/dev/zero", "is a device, not a file"),

@@ -230,6 +230,23 @@ def test_a_missing_tokenizer_is_reported(tmp_path: Path) -> None:
             Tokenizer.load(spec)
 
 
+@pytest.mark.parametrize("names", [["tokenizer.model"], ["vocab.json", "merges.txt"]])
+def test_a_tokenizer_in_another_format_is_refused_with_the_conversion(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    advice = rf"{' and '.join(sorted(names))} (is|are) in another format\. .*save_pretrained"
+    with pytest.raises(DataError, match=advice):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(DataError, match=rf"not a tokenizer\.json \(.*\); {names[0]} is in another format"):
+        Tokenizer.load(tmp_path / names[0])
+
+
+def test_a_tokenizer_of_a_newer_version_is_refused_as_one(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Future", "vocab": {}}}))
+    with pytest.raises(DataError, match=r"a newer version of the package tokenizers than \d+\."):
+        Tokenizer.load(tmp_path)
+
+
 METASPACE = Tokenizer.load(FOLDER)
 
 

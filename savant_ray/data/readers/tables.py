@@ -302,7 +302,9 @@ class _ArrowStream:
 def _values(column: pa.Array) -> list[Any]:
     """Return the values of a column as JSON has them.
 
-    Times, decimals and the like are strings, binary values are decoded as UTF-8.
+    Times, decimals and the like are strings, binary values are decoded as UTF-8. In a column of lists of objects, such as
+    messages, objects within the items have no fields without a value: a table has the fields of all rows in each, and a tool
+    call would be written with the arguments of all tools.
 
     Raises:
         Exception: one of them has no such value.
@@ -312,11 +314,29 @@ def _values(column: pa.Array) -> list[Any]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if _is_json(column.type):
-        return list(column.to_pylist())
+        values = list(column.to_pylist())
+        return list(map(_without_nulls_in_items, values)) if _has_nested_items(column.type) else values
     if pa.types.is_temporal(column.type) or pa.types.is_decimal(column.type):
         with suppress(pa.ArrowNotImplementedError):  # of durations
             column = column.cast(pa.string())
     return [_json_value(value) for value in column.to_pylist()]
+
+
+def _has_nested_items(type_: pa.DataType) -> bool:
+    """Return whether a type is a list of objects with a field that is an object or a list."""
+    if not (pa.types.is_list(type_) or pa.types.is_large_list(type_)) or not pa.types.is_struct(type_.value_type):
+        return False
+    return any(pa.types.is_nested(type_.value_type.field(index).type) for index in range(type_.value_type.num_fields))
+
+
+def _without_nulls_in_items(items: list[dict[str, Any] | None] | None) -> Any:
+    return items and [item and {name: _without_nulls(value) for name, value in item.items()} for item in items]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_json(type_: pa.DataType) -> bool:
