@@ -249,15 +249,16 @@ def _raise_if_stopped(processes: Mapping[int, str]) -> None:
     Raises:
         TrainingError: one of them does not continue.
     """
-    deadline = time.monotonic() + STOPPED_SECONDS
+    waited = 0.0  # not by the clock, which runs on while Ctrl+Z suspends this process and Ray
     while stopped := {pid: name for pid, name in processes.items() if _is_stopped(pid)}:
-        if time.monotonic() > deadline:
+        if waited > STOPPED_SECONDS:
             named = " and ".join(f"{name} (pid {pid})" for pid, name in stopped.items())
             raise TrainingError(
                 f"Ray failed: {named} on this machine is stopped (by SIGSTOP, a debugger or job control).\n"
                 "Run the same command again to resume from the last checkpoint."
             )
         time.sleep(0.1)
+        waited += 0.1
 
 
 def _is_stopped(pid: int) -> bool:

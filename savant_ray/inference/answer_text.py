@@ -22,7 +22,8 @@ class TurnEnd(NamedTuple):
 def turn_end(tokenizer: Tokenizer) -> TurnEnd:
     """Return what ends an answer in a conversation: the first special token that the chat template writes after it.
 
-    Without a chat template it is the next question. The end-of-document token ends every answer as well.
+    If the template writes a text there that is no special token of the vocabulary, it is this text, and without a chat
+    template the next question. The end-of-document token ends every answer as well.
     """
     if tokenizer.chat_template is None:
         return TurnEnd(texts=(NEXT_QUESTION,))
@@ -32,7 +33,7 @@ def turn_end(tokenizer: Tokenizer) -> TurnEnd:
         return TurnEnd()
     (ids,) = tokenizer.encode_prompts([end], special_tokens=True)
     special = [token for token in ids[len(tokenizer.prefix) :] if token in tokenizer.special_ids]
-    return TurnEnd(tokens=frozenset(special[:1]))
+    return TurnEnd(tokens=frozenset(special[:1]), texts=() if special or not end.strip() else (end.strip(),))
 
 
 def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

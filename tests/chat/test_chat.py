@@ -135,7 +135,10 @@ def test_a_message_that_does_not_fit_is_refused_and_the_conversation_stays_as_it
 
 
 def test_with_a_chat_template_an_answer_ends_where_the_assistants_turn_does(tmp_path: Path, chat: Chat) -> None:
-    run = write_run(tmp_path, "Hi!", after="\n", end=END_OF_TURN, template=CHATML)
+    run = write_run(tmp_path / "token", "Hi!", after="\n", end=END_OF_TURN, template=CHATML)
+    assert chat(run, "who?\nwhy?\n") == (0, "Hi!\nHi!\n", "")
+    no_token = CHATML.replace(END_OF_TURN, "</end>")  # as a tokenizer that was made for other text has it
+    run = write_run(tmp_path / "text", "Hi!</end>", after="\n", end=None, template=no_token)
     assert chat(run, "who?\nwhy?\n") == (0, "Hi!\nHi!\n", "")
 
 

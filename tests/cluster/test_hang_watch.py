@@ -327,6 +327,7 @@ def test_a_stopped_process_of_ray_is_named_unless_it_continues_soon(monkeypatch:
     )  # what `check_ray_processes` uses of Ray's head
     monkeypatch.setattr(session, "started_head", lambda: head)
     raylet.send_signal(signal.SIGSTOP)
+    wait_for(lambda: psutil.Process(raylet.pid).status() == psutil.STATUS_STOPPED)
     threading.Timer(0.3, raylet.send_signal, [signal.SIGCONT]).start()
     session.check_ray_processes()
     monkeypatch.setattr(session, "STOPPED_SECONDS", 0.2)
