@@ -41,7 +41,8 @@ def has_flex(device: torch.device, head_dim: int) -> bool:
         return False
     if head_dim <= NARROW_HEAD_DIM:
         return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED_BYTES_FOR_WIDE_HEADS
+    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's annotations lack the attribute
+    return bool(properties.shared_memory_per_block_optin >= SHARED_BYTES_FOR_WIDE_HEADS)
 
 
 def builds_triton_kernels(device: torch.device) -> bool:
