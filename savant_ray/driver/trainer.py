@@ -102,14 +102,17 @@ def scaling(config: Config) -> ScalingConfig:
 
 
 def unusable_gpus() -> str | None:
-    """Return why PyTorch cannot use the GPUs of a Ray that this process has started, None if it can or there are none.
+    """Return why PyTorch cannot use the GPUs of this machine, None if it can, there are none, or there are other machines.
 
     Ray counts the GPUs that the driver of the system knows. Workers of a PyTorch that cannot use them would end with an
-    error, because Ray Train connects workers with GPUs by NCCL.
+    error, because Ray Train connects workers with GPUs by NCCL. In a Ray that another process has started, this process may
+    not see the GPUs that its workers get, so there only a CPU build of PyTorch is a reason.
     """
-    if not owns_ray() or not any(node.get("GPU") for node in node_resources()) or torch.cuda.is_available():
+    nodes, is_cpu_build = node_resources(), torch.version.cuda is None
+    is_known = owns_ray() or (is_cpu_build and len(nodes) == 1)
+    if not is_known or not any(node.get("GPU") for node in nodes) or torch.cuda.is_available():
         return None
-    problem = "is a CPU build" if torch.version.cuda is None else "cannot use it"
+    problem = "is a CPU build" if is_cpu_build else "cannot use it"
     return f"this machine has a GPU, but PyTorch {torch.__version__} {problem}; `savant doctor` says what to install"
 
 

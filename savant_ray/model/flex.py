@@ -24,6 +24,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 MIN_CAPABILITY = (8, 0)  # compute capability; the first with bf16 tensor cores
 TRITON_CAPABILITY = (7, 0)  # compute capability; for older GPUs PyTorch's compiler raises an error
 MIN_HEAD_DIM = 16  # PyTorch raises an error below it
+# PyTorch's tiles for wider heads need more shared memory than an H100 has (263 of 232 kB, NVIDIA-NeMo/Automodel#3064).
+MAX_HEAD_DIM = 256
+# Those for heads wider than 128 need more than the 101 kB of a GeForce or RTX card (pytorch#180278, pytorch#198224).
+NARROW_HEAD_DIM, SHARED_BYTES_FOR_WIDE_HEADS = 128, 160 * 1024
 BLOCK = 128  # queries or keys in a block; every tile size that PyTorch may choose divides 128; some do not divide 64
 KERNEL_OPTIONS: Any = None  # `FlexKernelOptions`: tile sizes, warps, stages; None = PyTorch's choice for this GPU
 MAX_SIGMOID_CAP = 100.0  # above it the error of a score could exceed 1e-4
@@ -33,7 +37,12 @@ MAX_COMPILED_SHAPES = 64  # PyTorch falls back to eager execution beyond it, whi
 @functools.cache
 def has_flex(device: torch.device, head_dim: int) -> bool:
     """Return whether `flex_attention` can be compiled for the device and a head dimension."""
-    return head_dim >= MIN_HEAD_DIM and builds_triton_kernels(device)
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or not builds_triton_kernels(device):
+        return False
+    if head_dim <= NARROW_HEAD_DIM:
+        return True
+    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's annotations lack the attribute
+    return bool(properties.shared_memory_per_block_optin >= SHARED_BYTES_FOR_WIDE_HEADS)
 
 
 def builds_triton_kernels(device: torch.device) -> bool:

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import pynvml
@@ -83,7 +83,8 @@ def use_deterministic_kernels() -> None:
     # Backward passes are compiled in the thread that compiles the forward pass. By default they are compiled when they are
     # first run, for a GPU in a thread of autograd, and from torch 2.13 on settings of the compiler belong to a thread: it
     # would choose kernels by timing them there.
-    importlib.import_module("torch._functorch.config").force_non_lazy_backward_lowering = True  # type: ignore[attr-defined]
+    compiler_settings: Any = importlib.import_module("torch._functorch.config")
+    compiler_settings.force_non_lazy_backward_lowering = True
 
 
 def set_threads(setting: int | str, of_checkpoint: int | None) -> str | None:

@@ -68,13 +68,16 @@ def test_insufficient_resources_are_refused_with_numbers(
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize(("build", "problem"), [(None, "is a CPU build"), ("13.0", "cannot use it")])
+@pytest.mark.parametrize(
+    ("own", "build", "problem"),
+    [(True, None, "is a CPU build"), (True, "13.0", "cannot use it"), (False, None, "is a CPU build")],
+)
 def test_a_gpu_that_pytorch_cannot_use_is_not_used_and_the_reason_is_named(
-    build: str | None, problem: str, monkeypatch: pytest.MonkeyPatch
+    own: bool, build: str | None, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray finds GPUs without PyTorch, and would connect the workers by NCCL, which a CPU build does not have."""
     monkeypatch.setattr(trainer, "node_resources", lambda: [{"CPU": 2.0, "GPU": 1.0}])
-    monkeypatch.setattr(trainer, "owns_ray", lambda: True)
+    monkeypatch.setattr(trainer, "owns_ray", lambda: own)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", build)
     assert not trainer.scaling(load_config([], environment={})).use_gpu
@@ -83,6 +86,17 @@ def test_a_gpu_that_pytorch_cannot_use_is_not_used_and_the_reason_is_named(
         trainer.scaling(load_config(["--scaling.use_gpu", "true"], environment={}))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert trainer.scaling(load_config([], environment={})).use_gpu and trainer.unusable_gpus() is None
+
+
+@pytest.mark.parametrize(("build", "n_nodes"), [("13.0", 1), (None, 2)])
+def test_gpus_of_a_cluster_are_used_although_the_driver_does_not_see_them(
+    build: str | None, n_nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "node_resources", lambda: [{"CPU": 2.0, "GPU": 1.0}] * n_nodes)
+    monkeypatch.setattr(trainer, "owns_ray", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", build)
+    assert trainer.scaling(load_config([], environment={})).use_gpu
 
 
 def test_missing_resources_are_reported_once_each_time_that_workers_do_not_start(monkeypatch) -> None:

@@ -239,6 +239,21 @@ def test_a_gpu_needs_a_c_compiler_pythons_headers_and_heads_of_16_for_flex_atten
     assert not flex.has_flex(CPU, head_dim)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "shared_bytes", "has"),
+    [(128, 101_376, True), (192, 101_376, False), (192, 166_912, True), (256, 232_448, True), (512, 232_448, False)],
+)
+@pytest.mark.usefixtures("nothing_known_of_the_device")
+def test_wide_heads_use_flex_attention_only_on_gpus_with_enough_shared_memory(
+    head_dim: int, shared_bytes: int, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels fail to compile on an RTX 3080 with heads wider than 128, and on an H100 with heads wider than 256."""
+    with_tools(monkeypatch, compiler=True, headers=True, capability=(8, 6))
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_bytes)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    assert flex.has_flex(CUDA, head_dim) == has
+
+
 ATTENTION = """
 import torch
 from types import SimpleNamespace
