@@ -591,8 +591,9 @@ class ScalingConfig(Section):
     )
     threads_per_worker: Annotated[int, Field(ge=1, le=MAX_THREADS)] | Auto = Field(
         default="auto",
-        description="threads of a worker on a CPU; rounding may depend on their number; auto: as many as its cores, but "
-        "when resuming with training.deterministic at most as many as before",
+        description="threads of a worker on a CPU; rounding may depend on their number; auto: OMP_NUM_THREADS if the "
+        "environment has it, else as many as its cores, but when resuming with training.deterministic at most as many as "
+        "before",
     )
     max_failures: int = Field(default=3, ge=0, description="number of times that workers are restarted after a failure")
     hang_seconds: Annotated[float, Field(ge=MIN_HANG_SECONDS, le=MAX_HANG_SECONDS)] | Auto | None = Field(

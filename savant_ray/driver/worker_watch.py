@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import ray
 
-from savant_ray.cluster.session import check_ray_actors, resources_text
+from savant_ray.cluster.session import check_ray_actors, owns_ray, resources_text
 from savant_ray.driver.phases import Phase
 
 SECONDS_UNTIL_REPORT = 30.0
@@ -47,6 +47,12 @@ class WorkerWatch:
         if self._is_reported:
             return
         self._is_reported = True
+        if owns_ray():  # nothing else uses it, and `scaling` has checked that the workers fit
+            self._notify(
+                "the workers are still starting, which takes long on a busy machine, or if Python's packages are on a slow "
+                "disk"
+            )
+            return
         self._notify(
             waiting_message(self._workers, self._resources, ray.available_resources(), ray.cluster_resources())
         )

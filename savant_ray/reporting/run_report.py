@@ -79,12 +79,13 @@ class RunReport:
             if event.text in self._notices:
                 return
             self._notices.add(event.text)
-        if isinstance(event, AttemptStarted):
+        if self._record is not None:
+            self._record.append(event)
+        if isinstance(event, AttemptStarted):  # after it is recorded, because trackers read the settings from its line
             self._on_attempt_started(event)
         elif isinstance(event, Rewound):
             self._on_rewound(event)
         if self._record is not None:
-            self._record.append(event)
             self._print_warnings(self._record)
         if isinstance(event, StepDone):
             self._on_step(event)

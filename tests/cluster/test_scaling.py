@@ -6,7 +6,7 @@ import pytest
 
 from savant_ray.cluster.session import processes_that_fit
 from savant_ray.config import load_config
-from savant_ray.driver import trainer
+from savant_ray.driver import trainer, worker_watch
 from savant_ray.driver.phases import Phase
 from savant_ray.driver.trainer import cpus_per_worker
 from savant_ray.driver.worker_watch import SECONDS_UNTIL_REPORT, WorkerWatch, waiting_message
@@ -126,6 +126,19 @@ def test_missing_resources_are_reported_once_each_time_that_workers_do_not_start
     phase = Phase.WAITING_FOR_WORKERS
     pass_time(1)
     assert pass_time(SECONDS_UNTIL_REPORT) == 2
+
+
+def test_workers_that_start_slowly_in_a_ray_of_their_own_are_not_said_to_lack_resources(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    messages: list[str] = []
+    times = iter([0.0, SECONDS_UNTIL_REPORT + 1])
+    monkeypatch.setattr(worker_watch, "owns_ray", lambda: True)
+    watch = WorkerWatch(1, {"CPU": 2.0}, messages.append, lambda: next(times, SECONDS_UNTIL_REPORT + 1))
+    watch.check(Phase.WAITING_FOR_WORKERS)
+    watch.check(Phase.WAITING_FOR_WORKERS)
+    (message,) = messages
+    assert "still starting" in message and "CPU" not in message
 
 
 def test_a_missing_resource_is_named() -> None:

@@ -16,7 +16,9 @@ from savant_ray.config import Config, ReportingConfig
 from savant_ray.errors import SettingsError
 from savant_ray.events import AttemptEnded
 from savant_ray.reporting import trackers
-from savant_ray.reporting.record import Record
+from savant_ray.reporting.console import PlainConsole
+from savant_ray.reporting.record import Record, read_records
+from savant_ray.reporting.run_report import RunReport
 from savant_ray.reporting.trackers import TrackerFollower, open_trackers, tracking
 from savant_ray.reporting.trackers.wandb import Wandb
 from tests.reporting.events import attempt, checkpoint, sample, score, step_done, validation
@@ -83,6 +85,24 @@ def test_a_tracker_gets_each_line_once_over_resumed_attempts(tmp_path: Path, mon
     assert fake.steps("step") == list(range(1, 24))
     assert fake.steps("validation") == fake.steps("sample") == fake.steps("checkpoint") == [5, 10, 15, 20]
     assert fake.ends == [False, False, True]
+
+
+def test_a_tracker_starts_when_the_settings_of_the_attempt_are_recorded(tmp_path: Path) -> None:
+    class Reader:
+        def begin(self, record: Path) -> None:
+            (line,) = read_records(record)
+            self.settings = line["settings"]
+
+        def warning(self) -> str:
+            return ""
+
+        def close(self) -> None:
+            pass
+
+    reader = Reader()
+    with RunReport(tmp_path, console=PlainConsole(None), followers=[reader]) as report:
+        report.add_event(attempt(settings=SETTINGS))
+    assert reader.settings == SETTINGS
 
 
 def test_restarted_workers_send_no_line_twice(tmp_path: Path) -> None:
