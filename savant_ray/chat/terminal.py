@@ -11,9 +11,12 @@ import codecs
 import difflib
 import io
 import os
+import select
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -113,6 +116,10 @@ class ChatTerminal:
             from savant_ray.chat.editor import message_editor
 
             return message_editor(PROMPT, [*self._commands, "/exit"], has_open_triple_quotes)
+        self._signals, written = socket.socketpair()  # Python writes a byte for each signal
+        self._signals.setblocking(False)
+        written.setblocking(False)
+        signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
         return self._read_with_prompt
 
     def _read_with_prompt(self) -> str:
@@ -120,12 +127,22 @@ class ChatTerminal:
             # First, so that Ctrl+C at the prompt raises KeyboardInterrupt.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             print(PROMPT, end="", file=sys.stderr, flush=True)
-            return read_message()
+            return read_message(self._read_line)
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             raise
         finally:
             signal.signal(signal.SIGINT, self._request_stop)
+
+    def _read_line(self) -> str:
+        """Return the next line of the terminal.
+
+        If Ctrl+C is pressed just before `readline` waits, it alone would notice it only after the next line.
+        """
+        with suppress(BlockingIOError):
+            self._signals.recv(4096)  # of signals whose handlers have been called
+        select.select([sys.stdin, self._signals], [], [])
+        return sys.stdin.readline()
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_requested = True
@@ -207,16 +224,17 @@ class ChatTerminal:
         self._note(f"{INPUT_HELP} {EDITOR_HELP}" if self._has_editor else INPUT_HELP)
 
 
-def read_message() -> str:
-    """Return the next message of standard input: a line, or the lines between triple quotes.
+def read_message(read_line: Callable[[], str] | None = None) -> str:
+    """Return the next message: a line, or the lines between triple quotes. `read_line` is `sys.stdin.readline` by default.
 
     Raises:
         EOFError: the input has ended.
     """
-    text = sys.stdin.readline()
+    read_line = read_line or sys.stdin.readline
+    text = read_line()
     if not text:
         raise EOFError
-    while has_open_triple_quotes(text) and (line := sys.stdin.readline()):
+    while has_open_triple_quotes(text) and (line := read_line()):
         text += line
     return text.rstrip("\r\n")
 

@@ -35,7 +35,7 @@ from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
 from savant_ray.data.formats import TABLES, data_suffix
 from savant_ray.data.overlap import DUPLICATES, OVERLAP, stored_digests
 from savant_ray.data.readers.csv_rows import was_split_at_bars
-from savant_ray.data.readers.tables import column_names
+from savant_ray.data.readers.tables import column_names, has_nested_items
 from savant_ray.data.record_reader import RecordReader, documents, max_records, open_records, plan_parts
 from savant_ray.data.records import MAX_RECORD_BYTES, Part, Record
 from savant_ray.data.shard_writer import (
@@ -239,6 +239,8 @@ def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
                 corrected["system_columns"] = True
             if any(threads.map(_was_split_at_bars, source.files)):
                 corrected["tabs"] = True
+            if any(threads.map(partial(_absent_fields_were_null, source.rule), source.files)):
+                corrected["absent_fields"] = True
     return corrected
 
 
@@ -251,6 +253,16 @@ def _system_messages_were_ignored(rule: DocumentRule, file: SourceFile) -> bool:
         if (file := file.inspected()).format in TABLES:
             names = set(column_names(file))
             return columns_read <= names and not names.isdisjoint({*SYSTEM_FIELDS} - columns_read)
+    return False
+
+
+def _absent_fields_were_null(rule: DocumentRule, file: SourceFile) -> bool:
+    """Return whether earlier versions may have written absent fields of messages, such as the arguments of tool calls."""
+    if rule.messages is None:
+        return False
+    with suppress(Exception):  # as in `_system_messages_were_ignored`
+        if (file := file.inspected()).format in TABLES:
+            return has_nested_items(file, None if rule.messages == AUTO else rule.messages)
     return False
 
 

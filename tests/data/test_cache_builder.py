@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -479,6 +480,30 @@ def test_a_chat_template_is_part_of_the_identity_of_conversations_only(
     mixed = [built(template) for template in (*templates, ChatTemplate("", problem="no access"))]
     assert [cache.manifest.documents for cache in mixed] == [3, 3, 2, 2]
     assert len({cache.fingerprint for cache in mixed}) == len({cache.folder for cache in mixed}) == 3
+
+
+@pytest.mark.parametrize(
+    ("message", "changed"),
+    [
+        ({"role": "assistant", "content": "b"}, False),
+        ({"role": "assistant", "content": "b", "tags": ["x"]}, True),
+        ({"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f"}}]}, True),
+    ],
+)
+def test_only_tables_that_earlier_versions_may_have_read_otherwise_have_another_identity(
+    message: dict[str, Any], changed: bool, tmp_path: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"messages": [{"role": "user", "content": "a"}, message]}]), path)
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+
+    def built() -> str:
+        texts = [SourceText(expand(str(path)), DocumentRule(messages="messages", chat_template=template))]
+        return prepare(texts, byte_tokenizer, 32, tmp_path / "cache").fingerprint
+
+    now = built()
+    monkeypatch.setattr("savant_ray.data.cache_builder.has_nested_items", lambda *_: False)  # as before
+    assert (built() != now) == changed
 
 
 def test_another_end_of_document_token_gives_another_cache(

@@ -83,6 +83,19 @@ def column_names(file: SourceFile) -> list[str]:
         table.close()
 
 
+def has_nested_items(file: SourceFile, name: str | None) -> bool:
+    """Return whether a column of a table, or any if `name` is None, has lists of objects that contain objects or lists.
+
+    Raises:
+        Exception: the file is damaged.
+    """
+    table = _open(file)
+    try:
+        return any(_has_nested_items(field.type) for field in table.schema if name in (None, field.name))
+    finally:
+        table.close()
+
+
 class TableReader:
     """Iterable of the records of a part.
 
