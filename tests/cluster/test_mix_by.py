@@ -42,6 +42,7 @@ def plan_of(config: Config, tokenizer: Tokenizer) -> tuple[StreamPlan, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_weights_are_fractions_of_the_documents(
     real_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

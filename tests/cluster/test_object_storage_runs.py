@@ -87,7 +87,8 @@ def test_a_run_in_object_storage_resumes_on_another_machine(
 ) -> None:
     upload_text(store, tmp_path)
     first = Machine(tmp_path / "first", store)
-    job = first.train(training__max_steps=40)
+    changes = {"training__max_steps": 40, "scaling__num_workers": 1}
+    job = first.train(**changes)
     wait_for(lambda: first.steps() >= 12)
     job.send_signal(signal.SIGINT)
     code, printed = end(job)
@@ -99,7 +100,7 @@ def test_a_run_in_object_storage_resumes_on_another_machine(
     )
 
     second = Machine(tmp_path / "second", store)
-    code, printed = end(second.train(training__max_steps=40))
+    code, printed = end(second.train(**changes))
     assert code == 0 and f"step_{stopped_at}" in printed, printed
     kept = {name.partition("/")[0] for name in store.names("runs/tiny") if name.startswith("step_")}
     assert kept == {"step_20", "step_30", "step_40"}
