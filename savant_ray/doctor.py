@@ -146,9 +146,8 @@ def _gpu() -> Finding:
     if torch.cuda.is_available():
         try:
             torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().item()
-        except (
-            RuntimeError
-        ) as error:  # its memory is full, another process has it for itself, or it is too old or too new
+        except RuntimeError as error:
+            # Its memory is full, another process has it for itself, or this PyTorch has no kernels for it.
             remedy = "nvidia-smi lists the processes that use it"
             if NO_KERNELS in str(error):
                 remedy = "install a torch for another version of CUDA: pytorch.org, Get Started"

@@ -41,9 +41,8 @@ from savant_ray.serving.openai_api import Api, ServerSettings
 from savant_ray.storage.object_store import step_name
 from savant_ray.storage.run_storage import local_checkpoint
 
-KEEP_ALIVE_SECONDS = (
-    120  # of idle connections; clients and proxies keep them up to 90 s, and would lose a request otherwise
-)
+# Of idle connections. Clients and proxies keep them up to 90 s, and would lose a request if this were shorter.
+KEEP_ALIVE_SECONDS = 120
 CHECK_SECONDS = 0.5  # between checks of Ray's processes
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")  # hosts that other machines cannot reach
 
