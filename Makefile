@@ -36,7 +36,7 @@ help:
 	make extras       also install the optional packages that only some tests need (requirements-extras.txt)
 	make train        train with $(CONFIG), or resume the run
 	make submit       the same as a Ray job on the cluster at ADDRESS
-	make test         run the checks and all tests except those of rare faults (about 15 minutes on 2 cores)
+	make test         run the checks and all tests except those of rare faults (15 to 20 minutes on 2 cores)
 	make test-quick   run the fast tests, which do not start Ray
 	make test-all     install the extras and run all tests, fuzz, torture, hangs and soak (about 2 hours)
 	make fuzz         read N=10000 invalid inputs per reader; each must give a clear error and lose nothing
