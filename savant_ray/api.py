@@ -80,8 +80,8 @@ def train(
     If the caller is connected to a Ray cluster, training runs in that cluster, otherwise in the one that RAY_ADDRESS names
     or that `ray start` started on this machine. If there is none, a local Ray is started and shut down.
 
-    `stop_requested` is called about twice a second in a thread; when it has returned True, the run is saved and stopped. So
-    it is if `stop_requested` raises an error, which is then raised here.
+    `stop_requested` is called about twice a second in a thread; when it has returned True, the run is saved and stopped. An
+    error that it raises also saves and stops the run, and is then raised by `train`.
 
     Progress is printed to `sys.stdout`. The call blocks and works in any thread; in an asyncio program use
     `await asyncio.to_thread(savant_ray.train, config)`. If the caller's process dies, the run saves a checkpoint and stops.

@@ -88,7 +88,7 @@ def request_cluster_id(address: str) -> None:
 
 
 def detected_cores() -> int:
-    """Return the number of cores that Ray would use on this machine; Ray tells it only once it has started."""
+    """Return the number of cores that Ray would use on this machine; Ray itself reports it only after its start."""
     from ray._private.utils import get_num_cpus
 
     return int(get_num_cpus(override_docker_cpu_warning=True))

@@ -507,11 +507,20 @@ def test_a_command_needs_neither_stdin_nor_stderr(redirection: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("redirection", [">&-", "> /dev/full", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full 2> /dev/full"])
-def test_a_command_whose_result_is_not_its_output_works_without_stdout(redirection: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        (["init", "text.jsonl"], "mine.yaml"),
+        pytest.param(["prepare", "--quickstart"], "dataset/savant_dataset_train.jsonl", marks=pytest.mark.rare),
+    ],
+)
+def test_a_command_whose_result_is_not_its_output_works_without_stdout(
+    arguments: list[str], written: str, redirection: str, tmp_path: Path
+) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "one two three"}\n' * 100)
-    done = in_a_shell(["init", "text.jsonl"], redirection, tmp_path)
+    done = in_a_shell(arguments, redirection, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    assert "path: text.jsonl" in (tmp_path / "mine.yaml").read_text()
+    assert (tmp_path / written).read_text().endswith("\n")
 
 
 def in_a_shell(arguments: list[str], redirection: str, folder: Path) -> subprocess.CompletedProcess[str]:

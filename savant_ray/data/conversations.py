@@ -132,7 +132,7 @@ class ChatTemplate:
         ranges = iter(contents)
         for index in indices:
             if not _is_marked(messages[index]) and not _has_tool_calls(messages[index]):
-                answers.append((0, 0))  # an answer that was stopped at once, of which nothing is trained on
+                answers.append((0, 0))  # an empty answer, of which nothing is trained on
                 continue
             until_here = text if index == len(messages) - 1 else self._prefix(messages[: index + 1])
             if not _is_marked(messages[index]):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,15 +158,23 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_refused(tmp_path: Path)
         check_disk(tmp_path, bytes_per_checkpoint=10**12, keep=3)
 
 
-def test_no_more_disk_space_is_required_than_the_run_can_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keep", "needed"), [(3, 4), (10**9, 9)])
+def test_disk_space_is_required_for_the_checkpoints_that_are_kept_and_that_the_run_can_write(
+    keep: int, needed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings: dict[str, dict[str, Any]] = {
         "run": {"storage_path": str(tmp_path)},
-        "model": {"dim": 64, "vocab_size": 512},
         "training": {"max_steps": 4000},
-        "checkpoint": {"keep": 10**9},  # all
+        "checkpoint": {"keep": keep, "every_steps": 500},
     }
     config = Config.from_dict(settings)
+    free = needed * checkpoint_bytes(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free - 1))
+    with pytest.raises(SettingsError, match=f"{needed} checkpoints of .* need"):
+        check_before_start(config, run_storage(config))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     check_before_start(config, run_storage(config))
+    assert not list(tmp_path.iterdir()), "the check writes nothing"
 
 
 @pytest.mark.parametrize(
