@@ -281,7 +281,7 @@ async def one_token(*_: Any) -> AsyncIterator[NewTokens]:
     yield NewTokens([], is_last=True)
 
 
-def test_proxies_are_told_not_to_keep_back_a_stream(tokenizer: Tokenizer) -> None:
+def test_a_stream_has_the_headers_that_keep_proxies_from_buffering_it(tokenizer: Tokenizer) -> None:
     body = json.dumps({"prompt": "one", "stream": True}).encode()
     sent, _ = post(tokenizer, LocalReplica(one_token), [{"type": "http.request", "body": body, "more_body": False}])
     assert {(b"x-accel-buffering", b"no"), (b"cache-control", b"no-cache")} <= set(sent[0]["headers"])
