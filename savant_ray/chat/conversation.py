@@ -8,7 +8,6 @@ from itertools import islice
 from typing import NamedTuple
 
 import orjson
-import torch
 
 from savant_ray.config import Config, SourceConfig
 from savant_ray.data.conversations import ConversationError, Message, conversation_prompt
@@ -20,7 +19,7 @@ from savant_ray.errors import SavantError
 from savant_ray.inference.answer_text import AnswerText, TurnEnd, conversation_ids, turn_end
 from savant_ray.inference.decoder import NewTokens
 from savant_ray.inference.generate import generate
-from savant_ray.inference.sampling import Sampling, are_finite
+from savant_ray.inference.sampling import Sampling
 from savant_ray.locations import is_uri
 from savant_ray.model.transformer import UniversalTransformer
 
@@ -123,12 +122,8 @@ class Conversation:
             yield piece
         if answer.strip():
             self._add(Turn(message, answer if self.continues_text else answer.strip()))
-        elif self._has_finite_logits(prompt):
-            self.notes.append("the answer is empty, so the message is not part of the conversation")
         else:
-            self.notes.append(
-                "no answer: the model's logits are not finite (NaN or infinite); try an earlier checkpoint"
-            )
+            self.notes.append("the answer is empty, so the message is not part of the conversation")
 
     def to_jsonl(self) -> str:
         """Return the conversation as one record, or each continued text as a record, as `data.sources` reads them."""
@@ -220,12 +215,6 @@ class Conversation:
                 self.notes.append(f"the answer cannot become part of the conversation: {error}")
                 return
         self.turns.append(turn)
-
-    @torch.no_grad()
-    def _has_finite_logits(self, prompt: Sequence[int]) -> bool:
-        tokens_BT = torch.tensor([prompt], device=self._model.head.weight.device)
-        logits_BV = self._model.decode(tokens_BT, self._model.new_cache([len(prompt)], self.n_loops), self.n_loops)
-        return bool(are_finite(logits_BV.float()).all())
 
 
 def is_for_conversations(config: Config, tokenizer: Tokenizer) -> bool:

@@ -54,7 +54,8 @@ def load_model(checkpoint: Path, raw_weights: bool = False) -> tuple[UniversalTr
     average, or with `raw_weights` those of the last step.
 
     Raises:
-        CheckpointError: there is none, it is damaged, has no tokenizer, or its weights do not fit its settings.
+        CheckpointError: there is none, it is damaged, has no tokenizer, or its weights do not fit its settings or are not
+            finite: the model would have no answers.
     """
     folder = find_checkpoint(checkpoint)
     config = read_settings(folder)
@@ -66,20 +67,12 @@ def load_model(checkpoint: Path, raw_weights: bool = False) -> tuple[UniversalTr
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"checkpoint {folder.name}: its weights do not fit its settings: {error}") from error
-    return model.to(device).eval(), *load_tokenizer(folder)
-
-
-def refuse_non_finite_weights(model: UniversalTransformer) -> None:
-    """Check that a model can answer: one whose logits are not finite generates no tokens.
-
-    Raises:
-        CheckpointError: a weight is NaN or infinite.
-    """
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise CheckpointError(
-            "the weights of the checkpoint are not finite (NaN or infinite), so the model has no answers; use an earlier "
-            "checkpoint"
+            f"checkpoint {folder.name}: its weights are not finite (NaN or infinite), so the model has no answers; use an "
+            "earlier checkpoint"
         )
+    return model.to(device).eval(), *load_tokenizer(folder)
 
 
 def load_tokenizer(checkpoint: Path) -> tuple[Tokenizer, Config]:
@@ -107,11 +100,10 @@ def stream_answer(
     `raw_weights` is that of `load_model`.
 
     Raises:
-        CheckpointError: there is no readable checkpoint, or its weights are not finite.
+        CheckpointError: as `load_model`.
         SettingsError: the prompt has no tokens.
     """
     model, tokenizer, config = load_model(checkpoint, raw_weights)
-    refuse_non_finite_weights(model)
     (prompt_ids,) = tokenizer.encode_prompts([prompt])
     if not prompt_ids:
         raise SettingsError("--prompt: the prompt has no tokens")
@@ -137,7 +129,7 @@ def answers_of(
     """Yield the checkpoint's answers; None means the value of its settings. `raw_weights` is that of `load_model`.
 
     Raises:
-        CheckpointError: there is no readable checkpoint.
+        CheckpointError: as `load_model`.
         DataError: a question's prompt has no tokens.
     """
     model, tokenizer, _, limit = _load_for_questions(checkpoint, questions, max_new_tokens, raw_weights)
@@ -150,7 +142,7 @@ def _load_for_questions(
     """Return model, tokenizer and settings of a checkpoint, and the maximum length of an answer in tokens.
 
     Raises:
-        CheckpointError: there is no readable checkpoint.
+        CheckpointError: as `load_model`.
         DataError: a question's prompt has no tokens.
     """
     model, tokenizer, config = load_model(checkpoint, raw_weights)
@@ -195,7 +187,7 @@ def by_depth(
     last loop on the first document. If the text cannot be read, the loss is None, and residual and cosine are absent.
 
     Raises:
-        CheckpointError: there is no readable checkpoint.
+        CheckpointError: as `load_model`.
         DataError: a question's prompt has no tokens.
     """
     model, tokenizer, config, limit = _load_for_questions(checkpoint, questions, max_new_tokens, raw_weights)

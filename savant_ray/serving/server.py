@@ -27,12 +27,7 @@ from savant_ray.cluster.session import (
 )
 from savant_ray.command_line import API_KEY_VARIABLE
 from savant_ray.errors import CheckpointError, SavantError, SettingsError, error_in_traceback
-from savant_ray.evaluation.from_checkpoint import (
-    TEXT_FILES,
-    load_model,
-    load_tokenizer,
-    refuse_non_finite_weights,
-)
+from savant_ray.evaluation.from_checkpoint import TEXT_FILES, load_model, load_tokenizer
 from savant_ray.inference.decoder import Decoder
 from savant_ray.inference.engine import Engine
 from savant_ray.inference.sampling import Sampling
@@ -55,7 +50,6 @@ class ModelServer(Engine):
     ) -> None:
         with local_checkpoint(checkpoint, settings=settings) as path:
             model, tokenizer, _ = load_model(path, raw_weights)
-        refuse_non_finite_weights(model)
         super().__init__(Decoder(model, Sampling.for_tokenizer(tokenizer, 1, 0), n_loops))
 
     def check_health(self) -> None:

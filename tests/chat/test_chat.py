@@ -274,16 +274,13 @@ def test_help_names_every_command(tmp_path: Path, chat: Chat) -> None:
 # --- errors
 
 
-def test_a_model_with_non_finite_logits_says_so_and_one_that_ends_at_once_too(tmp_path: Path, chat: Chat) -> None:
-    run = write_run(tmp_path / "nan", " 7", weight=float("nan"))
-    code, answers, notes = chat(run, "who?\nwhy?\n/save a.jsonl\n", "--conversation")
-    assert (code, answers) == (1, "\n\n") and notes.count("logits are not finite") == 2
-    assert "/save: there is no conversation yet" in notes
+def test_a_model_without_answers_says_so(tmp_path: Path, chat: Chat) -> None:
+    code, answers, notes = chat(write_run(tmp_path / "nan", " 7", weight=float("nan")), "who?\n", "--conversation")
+    assert (code, answers) == (4, "") and "not finite (NaN or infinite)" in notes
     run = write_run(tmp_path / "silent", "")
-    assert chat(run, "who?\n", "--conversation") == (
-        *(0, "\n"),
-        "the answer is empty, so the message is not part of the conversation\n",
-    )
+    code, answers, notes = chat(run, "who?\nwhy?\n/save a.jsonl\n", "--conversation")
+    assert (code, answers) == (1, "\n\n") and "/save: there is no conversation yet" in notes
+    assert notes.count("the answer is empty, so the message is not part of the conversation\n") == 2
 
 
 def test_without_a_checkpoint_the_exit_code_is_4(tmp_path: Path, chat: Chat) -> None:

@@ -134,22 +134,33 @@ def test_each_number_of_loops_has_its_own_score_loss_and_residual(
     assert main([*arguments[:5], "1,x"]) == 2
 
 
-def write_diverged(run: Path, folder: Path) -> Path:
-    """Write the checkpoint of the run with weights that are not finite."""
+def write_diverged(run: Path, folder: Path, head: float) -> Path:
+    """Write the checkpoint of the run with this number as all weights of the head."""
     content = read_checkpoint(run / "step_3")
-    content["model_state_dict"]["head.weight"].fill_(float("nan"))
+    content["model_state_dict"]["head.weight"].fill_(head)
     texts = {name: (run / "step_3" / name).read_text() for name in ("config.yaml", "tokenizer.json")}
     return write_checkpoint(folder / "diverged", content, texts)
 
 
-def test_a_checkpoint_that_cannot_answer_says_so(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--checkpoint", str(write_diverged(run, tmp_path)), "--prompt", "1 + 1 ="]) == 4
-    out, err = capsys.readouterr()
-    assert "not finite (NaN or infinite)" in err and not out
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_every_command_refuses_a_model_that_cannot_answer(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: float
+) -> None:
+    diverged = str(write_diverged(run, tmp_path, number))
+    for arguments in (
+        ["generate", "--checkpoint", diverged, "--prompt", "1 + 1 ="],
+        ["evaluate", diverged],
+        ["evaluate", diverged, "--depths", "1,2"],
+        ["export", diverged, "--output", str(tmp_path / "exported"), "--format", "hf"],
+    ):
+        assert main(arguments) == 4
+        out, err = capsys.readouterr()
+        assert "not finite (NaN or infinite)" in err and not out, arguments
+    assert not (tmp_path / "exported").exists()
 
 
 def test_a_loss_that_is_not_finite_is_null_in_the_file(run: Path, tmp_path: Path) -> None:
-    diverged = write_diverged(run, tmp_path)
+    diverged = write_diverged(run, tmp_path, head=3e38)
     (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "answer": 2}) + "\n")
     options = ["--problems", str(tmp_path / "own.jsonl"), "--depths", "2", "--json", str(tmp_path / "depths.json")]
     assert main(["evaluate", str(diverged), *options]) == 0
