@@ -1,12 +1,12 @@
-"""Phases of an attempt, and what Ctrl+C, SIGTERM and SIGHUP do in each of them.
+"""Phases of an attempt, and what Ctrl+C, SIGTERM, SIGHUP and SIGUSR1 do in each of them.
 
 While workers have nothing to save, a signal raises KeyboardInterrupt. Once they train, the first signal requests a stop:
 the current step is finished and saved. After a second Ctrl+C or SIGTERM the driver exits without waiting for the save. It
 first prints from which checkpoint the run resumes and uploads the record, which may take seconds; a third Ctrl+C or
 SIGTERM ends the process immediately.
 
-A terminal that closes sends SIGHUP, often twice (from its shell and from the kernel), so a second SIGHUP has no effect.
-Under `nohup` SIGHUP remains ignored.
+A terminal that closes sends SIGHUP, often twice (from its shell and from the kernel), so a second SIGHUP has no effect, nor
+has a second SIGUSR1, which batch systems such as Slurm send before they end a job. Under `nohup` SIGHUP remains ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from types import FrameType
 from savant_ray.errors import STOPPED_EARLY
 from savant_ray.events import AttemptStarted, Event, WorkersLost, WorkersStarted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Phase(Enum):
@@ -52,8 +52,8 @@ class Trigger(Enum):
     WORKERS_LOST = auto()
     SIGNAL = auto()
     """SIGINT or SIGTERM."""
-    HANGUP = auto()
-    """SIGHUP."""
+    NOTICE = auto()
+    """SIGHUP or SIGUSR1."""
     REQUEST_SENT = auto()
     """The stop request has reached the bridge."""
     EXIT = auto()
@@ -69,13 +69,13 @@ TRANSITIONS = {
     (Phase.TRAINING, Trigger.WORKERS_LOST): Phase.WAITING_FOR_WORKERS,
     # A signal exits if there is nothing to save, otherwise requests a stop; a second one ends the wait for the save.
     (Phase.PREPARING, Trigger.SIGNAL): Phase.EXITING,
-    (Phase.PREPARING, Trigger.HANGUP): Phase.EXITING,
+    (Phase.PREPARING, Trigger.NOTICE): Phase.EXITING,
     (Phase.WAITING_FOR_WORKERS, Trigger.SIGNAL): Phase.EXITING,
-    (Phase.WAITING_FOR_WORKERS, Trigger.HANGUP): Phase.EXITING,
+    (Phase.WAITING_FOR_WORKERS, Trigger.NOTICE): Phase.EXITING,
     (Phase.LOADING, Trigger.SIGNAL): Phase.EXITING,
-    (Phase.LOADING, Trigger.HANGUP): Phase.EXITING,
+    (Phase.LOADING, Trigger.NOTICE): Phase.EXITING,
     (Phase.TRAINING, Trigger.SIGNAL): Phase.STOP_REQUESTED,
-    (Phase.TRAINING, Trigger.HANGUP): Phase.STOP_REQUESTED,
+    (Phase.TRAINING, Trigger.NOTICE): Phase.STOP_REQUESTED,
     (Phase.STOP_REQUESTED, Trigger.SIGNAL): Phase.EXITING,
     (Phase.STOPPING, Trigger.SIGNAL): Phase.EXITING,
     (Phase.STOP_REQUESTED, Trigger.REQUEST_SENT): Phase.STOPPING,
@@ -122,13 +122,13 @@ class AttemptPhase:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Advance by a signal; raise KeyboardInterrupt if the process has to exit because of it."""
-        is_hangup = number == signal.SIGHUP
-        if is_hangup:
+        if number == signal.SIGHUP:
             silence_closed_terminal()
+        trigger = Trigger.NOTICE if number in (signal.SIGHUP, signal.SIGUSR1) else Trigger.SIGNAL
         if self.current is not Phase.EXITING:
-            if self.advance(Trigger.HANGUP if is_hangup else Trigger.SIGNAL) is Phase.EXITING:
+            if self.advance(trigger) is Phase.EXITING:
                 raise KeyboardInterrupt
-        elif not is_hangup:
+        elif trigger is Trigger.SIGNAL:
             os._exit(STOPPED_EARLY)
 
 
