@@ -70,7 +70,7 @@ class Api:
     """Answers HTTP requests with the tokens that `model`, the handle of a Serve deployment, generates."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, config: Config, settings: ServerSettings) -> None:
-        self._model = model.options(method_name="tokens", stream=True)
+        self._replicas = model.options(method_name="tokens", stream=True)
         self._tokenizer, self._name, self._api_key = tokenizer, settings.name, settings.api_key
         # Limited here, because a burst of requests can exceed Ray Serve's own limit.
         self._n_answers, self._max_answers = 0, settings.replicas[1] * settings.max_batch + settings.max_queue
@@ -87,6 +87,7 @@ class Api:
         routes = [
             Route("/health", self._health),
             Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
             Route("/v1/completions", partial(self._complete, CompletionRequest), methods=["POST"]),
             Route("/v1/chat/completions", partial(self._complete, ChatRequest), methods=["POST"]),
         ]
@@ -94,21 +95,27 @@ class Api:
         return Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, _error_response))
 
     async def _health(self, _: HttpRequest) -> Response:
-        application = (await asyncio.to_thread(serve.status)).applications[self._model.app_name]
-        replicas: dict[Any, int] = dict(application.deployments[self._model.deployment_name].replica_states)
+        application = (await asyncio.to_thread(serve.status)).applications[self._replicas.app_name]
+        replicas: dict[Any, int] = dict(application.deployments[self._replicas.deployment_name].replica_states)
         return JSONResponse({"replicas": replicas}, 200 if replicas.get("RUNNING") else 503)
 
     async def _models(self, http: HttpRequest) -> Response:
         self._check_key(http)
-        model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "savant_ray"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._description()]})
+
+    async def _model(self, http: HttpRequest) -> Response:
+        self._check_key(http)
+        self._check_name(http.path_params["name"])
+        return JSONResponse(self._description())
+
+    def _description(self) -> dict[str, Any]:
+        return {"id": self._name, "object": "model", "created": self._created, "owned_by": "savant_ray"}
 
     async def _complete(self, kind: type[Request], http: HttpRequest) -> Response:
         self._check_key(http)
         request = parse_request(kind, await _body(http))
-        if request.model not in (None, self._name):
-            reason = f"the model {request.model!r} is not served; {self._name!r} is"
-            raise ApiError(404, reason, "model_not_found", "model")
+        if request.model is not None:
+            self._check_name(request.model)
         prompt = self._prompt_ids(request)
         is_chat = kind is ChatRequest
         end = self._turn_end if is_chat else TurnEnd()
@@ -126,6 +133,11 @@ class Api:
         include_usage = (request.stream_options or {}).get("include_usage", False)
         events = _events(completion, text, parts, include_usage)
         return StreamingResponse(events, headers=STREAM_HEADERS, media_type="text/event-stream")
+
+    def _check_name(self, name: str) -> None:
+        if name != self._name:
+            reason = f"the model {name!r} is not served; {self._name!r} is"
+            raise ApiError(404, reason, "model_not_found", "model")
 
     def _check_key(self, http: HttpRequest) -> None:
         if self._api_key is None:
@@ -172,7 +184,7 @@ class Api:
         if self._n_answers == self._max_answers:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
         start, is_last = time.perf_counter(), False
-        generated = self._model.remote(prompt, sampling, end)
+        generated = self._replicas.remote(prompt, sampling, end)
         self._n_answers += 1
         self._n_tokens.inc(len(prompt), {"kind": "prompt"})
         try:

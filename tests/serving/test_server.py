@@ -13,7 +13,6 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,9 +213,12 @@ def test_a_key_from_a_file_may_end_with_a_newline_and_idle_connections_are_kept_
     monkeypatch.setenv("SAVANT_API_KEY", "secret\n")
     assert main(["serve", "/runs/one", "--host", "0.0.0.0", "--port", str(free_port())]) == 0
     (config,) = (server.config for server in servers)
-    models = partial(TestClient(config.app).get, "/v1/models")
-    assert models(headers={"Authorization": "Bearer secret"}).status_code == 200
-    assert models(headers={"Authorization": "Bearer other"}).status_code == 401
+    client, key = TestClient(config.app), {"Authorization": "Bearer secret"}
+    models = client.get("/v1/models", headers=key)
+    assert models.status_code == 200 and client.get("/v1/models/one", headers=key).json() == models.json()["data"][0]
+    assert client.get("/v1/models/other", headers=key).json()["error"]["code"] == "model_not_found"
+    for path in ("/v1/models", "/v1/models/one"):
+        assert client.get(path, headers={"Authorization": "Bearer other"}).status_code == 401
     assert config.timeout_keep_alive > 90
 
 
