@@ -48,21 +48,26 @@ class StepGraph:
     def _run_and_capture(self, function: Callable[[], None]) -> None:
         stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream), _without_deterministic_mode():
-            function()  # loads kernels and initializes cuBLAS, which a capture cannot do
-            graph = torch.cuda.CUDAGraph()
-            pool = torch.cuda.graph_pool_handle() if self._graph is None else self._graph.pool()
-            try:
-                # "thread_local": other threads of a worker may copy batches and checkpoints meanwhile.
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    function()
-            except RuntimeError as error:  # out of memory, or an operation that cannot be captured
-                _close_pool(self._device, pool)
-                warnings.warn(f"generating without a CUDA graph, which is slower: {error}", stacklevel=2)
-                self.captures = False
-            else:
-                self._graph, self._is_current = graph, True
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream), _without_deterministic_mode():
+                function()  # loads kernels and initializes cuBLAS, which a capture cannot do
+                self._capture(function, stream)
+        finally:  # also if the function raised an error, because the kernels that it launched before may still run
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def _capture(self, function: Callable[[], None], stream: torch.cuda.Stream) -> None:
+        graph = torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle() if self._graph is None else self._graph.pool()
+        try:
+            # "thread_local": other threads of a worker may copy batches and checkpoints meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                function()
+        except RuntimeError as error:  # out of memory, or an operation that cannot be captured
+            _close_pool(self._device, pool)
+            warnings.warn(f"generating without a CUDA graph, which is slower: {error}", stacklevel=3)
+            self.captures = False
+        else:
+            self._graph, self._is_current = graph, True
 
 
 @contextmanager

@@ -55,6 +55,7 @@ OUT_OF_MEMORY_MESSAGES = re.compile(  # libraries that allocate without PyTorch 
     r"CUDA (driver )?error: out of memory"  # of the driver: when Inductor loads a kernel
     r"|Triton Error \[CUDA\]: out of memory"
     r"|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `?cublas(Lt)?Create"  # which allocates the library's workspace
     r"|CUDNN_STATUS_ALLOC_FAILED"
     r"|Cuda failure (\d+ )?'out of memory'"  # NCCL's "last error"
 )

@@ -174,6 +174,8 @@ Cuda failure %s"""
         ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
         ("CUDA driver error: out of memory", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm( handle, opa, opb)`", False),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
         ("Triton Error [CUDA]: out of memory", True),
         (NCCL % "2 'out of memory'", True),
