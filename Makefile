@@ -26,6 +26,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export config_file := $(value CONFIG)
 export dashboard := $(value ADDRESS)
 
+ifeq ($(filter oneshell,$(.FEATURES)),)
+$(error GNU make $(MAKE_VERSION) is too old, 3.82 is needed; on macOS: `brew install make`, then gmake instead of make)
+endif
 ifneq ($(word 2,$(VENV)),)
 $(error VENV=$(VENV): make cannot handle spaces in this path; choose another folder)
 endif

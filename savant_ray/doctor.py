@@ -80,6 +80,8 @@ def _python(topic: str) -> Iterator[Finding]:
 
     package = Path(__file__).parent
     yield Finding(topic, "ok", f"{platform.python_version()}, {sys.executable}, {platform.machine()}")
+    if sys.platform != "linux":
+        yield Finding("system", "note", f"{platform.system()}: savant_ray is tested on Linux only")
     if shipped_files():
         yield Finding("savant_ray", "ok", f"{__version__}, {package}")
     else:

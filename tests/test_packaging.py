@@ -297,6 +297,11 @@ def test_an_environment_folder_with_spaces_is_refused() -> None:
     assert done.returncode != 0 and "VENV=my env: make cannot handle spaces in this path" in done.stderr
 
 
+def test_a_make_that_cannot_run_the_recipes_is_named() -> None:
+    done = subprocess.run(["make", "help", ".FEATURES="], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "too old, 3.82 is needed" in done.stderr, "macOS comes with 3.81"
+
+
 def test_make_without_a_target_lists_the_targets() -> None:
     outside_make = {"PATH": os.environ["PATH"]}
     said = subprocess.run(["make"], cwd=ROOT, env=outside_make, capture_output=True, text=True).stdout

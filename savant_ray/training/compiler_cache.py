@@ -30,7 +30,8 @@ def keep_compiled_code(cache_dir: Path) -> Path | None:
         return None
     folder = cache_dir / FOLDER
     try:
-        if _file_system(cache_dir).startswith(REMOTE) or os.statvfs(cache_dir).f_flag & os.ST_NOEXEC:
+        no_execution = getattr(os, "ST_NOEXEC", 0)  # Linux
+        if _file_system(cache_dir).startswith(REMOTE) or os.statvfs(cache_dir).f_flag & no_execution:
             return None
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.stat()
