@@ -61,6 +61,7 @@ class Problem:
         return f"{self.prompt} {self.answer_text}"
 
 
+@cache
 def is_held_out(x: int, y: int) -> bool:
     """Return whether the pair of x and y, in either order, is held out from the training text."""
     low, high = sorted((x, y))

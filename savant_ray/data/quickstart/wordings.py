@@ -360,6 +360,7 @@ def compose(rng: Random, pattern: str) -> str:
     return pattern[:1].upper() + pattern[1:]
 
 
+@cache
 def is_held_out_form(form: str) -> bool:
     """Return whether a form is held out from the training text."""
     skeleton = _skeleton(form)
