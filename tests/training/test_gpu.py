@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -132,6 +134,25 @@ def test_attention_and_its_gradients_are_those_of_all_scores_at_once(
         torch.testing.assert_close(other, one, rtol=tolerance, atol=4 * tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("head_dim", [128, 192, 256, 512])
+def test_attention_with_wide_heads_is_that_of_all_scores_at_once(
+    head_dim: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Kernels for wide heads need more shared memory than some GPUs have; there the mask is dense."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 300, head_dim, device=CUDA, dtype=dtype, requires_grad=True) for _ in range(3))
+    documents = torch.randint(0, 3, (1, 300), device=CUDA).sort(dim=1).values
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    dense = Mask(~(same & causal_mask(300, 300, 100, CUDA)))
+    here = build_masks(documents, 100, head_dim).for_loop(is_global=False)
+    ways = [attend(q, k, v, mask, 2.0) for mask in (dense, here)]
+    gradients = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in ways]
+    torch.testing.assert_close(ways[1], ways[0], rtol=tolerance, atol=tolerance)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=tolerance, atol=4 * tolerance)
+
+
 def test_the_loss_and_its_gradients_are_those_of_full_fp32_logits() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 128, 64, device=CUDA, requires_grad=True)
@@ -161,6 +182,28 @@ def test_the_cap_holds() -> None:
         torch.empty(int(1.3 * GIB), dtype=torch.uint8, device=device)
     assert 0.6 < memory_used_gb(device) < 2.0 and kept.numel()
     assert "capped at that" in (cap_memory(device, 10_000) or "")
+
+
+HOLDER = """
+import sys, torch
+held = torch.empty(3 * 2**30, dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.usefixtures("uncapped_afterwards")
+def test_the_memory_of_another_process_does_not_count() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdin is not None and other.stdout is not None and other.stdout.readline() == "held\n"
+        assert cap_memory(CUDA, 4.0) is None
+        kept = torch.empty(int(1.5 * GIB), dtype=torch.uint8, device=CUDA)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(int(2.5 * GIB), dtype=torch.uint8, device=CUDA)
+        assert 1.5 < memory_used_gb(CUDA) < 4.0 and kept.numel()
+        other.stdin.close()
 
 
 @pytest.mark.usefixtures("uncapped_afterwards")

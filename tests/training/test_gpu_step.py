@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +33,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda")
 CONFIG = Config.from_dict(tiny_config().to_dict() | {"model": MODEL | {"dim": 128}})  # heads of 64, 341 wide
 
@@ -152,14 +156,18 @@ def test_a_process_that_takes_deterministic_steps_has_deterministic_kernels(is_d
         torch.use_deterministic_algorithms(False)
 
 
+def deterministic_config(**training: str) -> Config:
+    changed = tiny_config(deterministic=True, batch_size=2, accumulation=6, **training)
+    return Config.from_dict(CONFIG.to_dict() | {"training": changed.to_dict()["training"]})
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["bf16", "bf16-mixed", "fp32"])
 @pytest.mark.usefixtures("deterministic_kernels")
 def test_deterministic_steps_have_the_same_bits_each_time_and_zeros_for_a_bad_micro_batch(
     precision: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = tiny_config(deterministic=True, batch_size=2, accumulation=6, optimizer=optimizer).to_dict()["training"]
-    config = Config.from_dict(CONFIG.to_dict() | {"training": training})
+    config = deterministic_config(optimizer=optimizer)
     batches = [on_gpu(rank_micro_batches(first, 12, 0, 1, 2)) for first in (0, 12)]
     monkeypatch.setattr(step_module, "cross_entropy_sum", with_bad_losses([batches[0][3]], math.nan))
     found = []
@@ -175,6 +183,41 @@ def test_deterministic_steps_have_the_same_bits_each_time_and_zeros_for_a_bad_mi
 def flat_state(state: TrainingState) -> torch.Tensor:
     """Return all weights and moments."""
     return torch.cat([tensor.float().flatten() for tensor in state.optimizer.tensors()])
+
+
+IN_A_PROCESS_OF_ITS_OWN = """
+import hashlib
+from savant_ray.training.device import compile_block, prepare_device
+from savant_ray.training.state import new_state
+from savant_ray.training.step import take_step
+from tests.training.test_gpu_step import CUDA, deterministic_config, flat_state, on_gpu
+from tests.training.tiny import never, rank_micro_batches
+
+prepare_device(CUDA, 10_000, is_deterministic=True)
+state = new_state(deterministic_config(), CUDA, "bf16")
+compile_block(state.model, True, CUDA, "bf16")
+for first in (0, 12, 24):
+    result = take_step(state, on_gpu(rank_micro_batches(first, 12, 0, 1, 2)), 1e-2, 1.0, never)
+    print(result.loss, result.grad_norm)
+print(hashlib.sha256(flat_state(state).cpu().numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_compile_for_themselves_take_steps_of_the_same_bits(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN]
+    printed = [
+        subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name)},
+            text=True,
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        for name in ("one", "other")
+    ]
+    assert printed[0] == printed[1] and len(printed[0].splitlines()) == 4
 
 
 @pytest.mark.slow
