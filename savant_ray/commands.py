@@ -303,7 +303,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
         "--json",
         type=output_file,
         metavar="FILE",
-        help="also write scores and answers, with --depths the table, to this file",
+        help="also write scores and answers (with --depths: the table) to this file",
     )
     options, settings = parse_with_original_settings(parser, arguments)
     if options.depths and options.loops is not None:
@@ -643,10 +643,10 @@ def _print_answer(prompt: str, pieces: Iterator[str]) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    from savant_ray.reporting.record import finite
+    from savant_ray.reporting.record import non_finite_as_none
 
     try:
-        text = json.dumps(finite(content), ensure_ascii=False, indent=2) + "\n"
+        text = json.dumps(non_finite_as_none(content), ensure_ascii=False, indent=2) + "\n"
         path.write_text(
             text, encoding="utf-8", errors="backslashreplace"
         )  # a lone surrogate is written as an escape sequence

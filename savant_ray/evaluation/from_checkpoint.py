@@ -109,6 +109,7 @@ def stream_answer(
     Raises:
         CheckpointError: there is no readable checkpoint, or its weights are not finite.
         SettingsError: the prompt has no tokens.
+        DataError: the tokenizer cannot encode the prompt.
     """
     model, tokenizer, config = load_model(checkpoint, raw_weights)
     refuse_non_finite_weights(model)

@@ -1,6 +1,6 @@
 """The supported requests, responses and errors of OpenAI's API.
 
-All other parameters are refused, except that some, such as `n`, are accepted with the value that has no effect.
+Other parameters are refused, unless they are null or, such as `n`, have the value that has no effect.
 """
 
 from __future__ import annotations

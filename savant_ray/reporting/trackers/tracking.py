@@ -1,8 +1,8 @@
 """A thread that sends the record to a tracker in batches, so that a slow server does not slow down training.
 
-The thread first asks the tracker for the last step that it has received (of each kind of line, from W&B of all kinds), and
-sends later lines only. So lines that a failed server or a killed driver has left out are sent later, and repeated steps are
-not sent twice. After an error it begins again.
+The thread first asks the tracker for the last step that it has received (for each kind of line; W&B has one step for all
+kinds), and sends later lines only. So lines that a failed server or a killed driver has left out are sent later, and
+repeated steps are not sent twice. After an error it begins again.
 """
 
 from __future__ import annotations
