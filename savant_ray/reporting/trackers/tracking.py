@@ -102,8 +102,8 @@ class TrackerFollower:
         lines: list[Line] = []
         while (text := file.readline()).endswith(b"\n"):
             line = parse_event(text)
-            if line is not None and line["event"] == AttemptEnded.kind:
-                self._finished = line["finished"]
+            if line is not None and line["event"] in (AttemptStarted.kind, AttemptEnded.kind):
+                self._finished = line["event"] == AttemptEnded.kind and line["finished"]
             if line is not None and line["event"] in SENT_KINDS and line["step"] > last_steps.get(line["event"], -1):
                 last_steps[line["event"]] = line["step"]
                 lines.append(line)
