@@ -103,14 +103,16 @@ def train(
         with suppress(ConnectionError):  # the child has exited already
             connection.sendall(json.dumps({"settings": settings, "options": options}).encode() + b"\n")
         interrupted, response = _wait(child, connection)
-    if stop_errors:
-        raise stop_errors[0]
-    if not response and not interrupted:
-        raise TrainingError(
-            f"the training process exited without a result ({_exit_reason(child.returncode)}); "
-            "run it again to resume from the last checkpoint"
-        )
-    result = _parse_response(json.loads(response)) if response else None
+    try:
+        if not response and not interrupted:
+            raise TrainingError(
+                f"the training process exited without a result ({_exit_reason(child.returncode)}); "
+                "run it again to resume from the last checkpoint"
+            )
+        result = _parse_response(json.loads(response)) if response else None
+    finally:
+        if stop_errors:
+            raise stop_errors[0]  # with an error of the training as its context
     if result is None or interrupted:
         raise KeyboardInterrupt
     return result
@@ -223,6 +225,7 @@ def _wait(child: subprocess.Popen[bytes], connection: socket.socket) -> tuple[bo
     finally:  # also after an exception that a signal handler of the caller raised
         if child.poll() is None:
             child.terminate()
+            _forward_output(child, decoder)  # otherwise it may wait for room in the pipe
             child.wait()
         if child.stdout is not None:
             child.stdout.close()
