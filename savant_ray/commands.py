@@ -338,7 +338,9 @@ def _serve(arguments: Sequence[str]) -> int:
         default="",
         help="name of the model in requests [name of the run folder]",
     )
-    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on [127.0.0.1]")
+    parser.add_argument(
+        "--host", type=utf8_text, metavar="ADDRESS", default="127.0.0.1", help="address to listen on [127.0.0.1]"
+    )
     parser.add_argument("--port", type=port, metavar="N", default=8000, help="port to listen on [8000]")
     parser.add_argument(
         "--api-key",

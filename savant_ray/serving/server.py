@@ -9,12 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
 import uvicorn
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from savant_ray.cluster.session import (
     ExitWithoutShutdown,
@@ -132,7 +134,8 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
             notify("stopping")
         finally:
             if failure is None:
-                serve.delete(application)
+                with suppress(RayServeException):  # Serve has not started
+                    serve.delete(application)
         if failure is not None:
             raise ExitWithoutShutdown(error=failure)
 
