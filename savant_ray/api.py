@@ -233,7 +233,7 @@ def _wait(child: subprocess.Popen[bytes], connection: socket.socket) -> tuple[bo
 
 def _receive(connection: socket.socket, response: list[bytes]) -> None:
     """Add what the child sends to `response` until it closes its end of the socket."""
-    with suppress(ConnectionError):
+    with suppress(OSError):  # such as EBADF, after an exception in the caller
         while block := connection.recv(BLOCK_BYTES):
             response.append(block)
 
@@ -242,9 +242,11 @@ def _forward_output(child: subprocess.Popen[bytes], decoder: codecs.IncrementalD
     """Forward the output until the child has exited, even if one of its child processes keeps the pipe open."""
     if child.stdout is None:
         return
+    output = select.poll()
+    output.register(child.stdout, select.POLLIN)
     while True:
         exited = child.poll() is not None
-        if select.select([child.stdout], [], [], 0 if exited else POLL_SECONDS)[0]:
+        if output.poll(0 if exited else 1000 * POLL_SECONDS):
             block = os.read(child.stdout.fileno(), BLOCK_BYTES)
             with suppress(OSError, ValueError, AttributeError):  # the caller's stdout may be closed or full
                 sys.stdout.write(decoder.decode(block))

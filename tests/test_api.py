@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -108,6 +109,20 @@ def test_an_error_of_stop_requested_does_not_hide_that_training_failed(
     with pytest.raises(ZeroDivisionError) as raised:
         savant_ray.train({}, stop_requested=lambda: bool(1 / 0))
     assert isinstance(raised.value.__context__, TrainingError)
+
+
+def test_a_program_with_thousands_of_open_files_can_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    descriptors = [os.dup(2) for _ in range(1100)]
+    try:
+        with pytest.raises(TrainingError, match="without a result"):
+            savant_ray.train({})
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 STOPS_WITH_MUCH_OUTPUT = """
