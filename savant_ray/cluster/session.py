@@ -116,7 +116,7 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
             if cluster is not None:
                 refuse_other_code()
             yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
-    except (KeyboardInterrupt, ExitWithoutShutdown):  # `exit_without_shutdown` follows
+    except (KeyboardInterrupt, ExitWithoutShutdown):  # the process ends; `fit()` may still run
         raise
     except BaseException:
         ray.shutdown()
