@@ -103,14 +103,16 @@ def train(
         with suppress(ConnectionError):  # the child has exited already
             connection.sendall(json.dumps({"settings": settings, "options": options}).encode() + b"\n")
         interrupted, response = _wait(child, connection)
-    if stop_errors:
-        raise stop_errors[0]
-    if not response and not interrupted:
-        raise TrainingError(
-            f"the training process exited without a result ({_exit_reason(child.returncode)}); "
-            "run it again to resume from the last checkpoint"
-        )
-    result = _parse_response(json.loads(response)) if response else None
+    try:
+        if not response and not interrupted:
+            raise TrainingError(
+                f"the training process exited without a result ({_exit_reason(child.returncode)}); "
+                "run it again to resume from the last checkpoint"
+            )
+        result = _parse_response(json.loads(response)) if response else None
+    finally:
+        if stop_errors:
+            raise stop_errors[0]  # with an error of the training as its context
     if result is None or interrupted:
         raise KeyboardInterrupt
     return result
@@ -223,6 +225,7 @@ def _wait(child: subprocess.Popen[bytes], connection: socket.socket) -> tuple[bo
     finally:  # also after an exception that a signal handler of the caller raised
         if child.poll() is None:
             child.terminate()
+            _forward_output(child, decoder)  # otherwise it may wait for room in the pipe
             child.wait()
         if child.stdout is not None:
             child.stdout.close()
@@ -230,7 +233,7 @@ def _wait(child: subprocess.Popen[bytes], connection: socket.socket) -> tuple[bo
 
 def _receive(connection: socket.socket, response: list[bytes]) -> None:
     """Add what the child sends to `response` until it closes its end of the socket."""
-    with suppress(ConnectionError):
+    with suppress(OSError):  # such as EBADF, after an exception in the caller
         while block := connection.recv(BLOCK_BYTES):
             response.append(block)
 
@@ -239,9 +242,11 @@ def _forward_output(child: subprocess.Popen[bytes], decoder: codecs.IncrementalD
     """Forward the output until the child has exited, even if one of its child processes keeps the pipe open."""
     if child.stdout is None:
         return
+    output = select.poll()
+    output.register(child.stdout, select.POLLIN)
     while True:
         exited = child.poll() is not None
-        if select.select([child.stdout], [], [], 0 if exited else POLL_SECONDS)[0]:
+        if output.poll(0 if exited else 1000 * POLL_SECONDS):
             block = os.read(child.stdout.fileno(), BLOCK_BYTES)
             with suppress(OSError, ValueError, AttributeError):  # the caller's stdout may be closed or full
                 sys.stdout.write(decoder.decode(block))

@@ -238,7 +238,7 @@ def file_path(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """Return the path of a file that a command writes at its end, unless it is plain already that it cannot be written."""
+    """Return the path of a file that a command writes at its end; refuse one that cannot be written."""
     path = file_path(text)
     try:
         if path.is_dir():

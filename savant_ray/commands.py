@@ -303,7 +303,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
         "--json",
         type=output_file,
         metavar="FILE",
-        help="also write scores and answers, with --depths the table, to this file",
+        help="also write scores and answers (with --depths: the table) to this file",
     )
     options, settings = parse_with_original_settings(parser, arguments)
     if options.depths and options.loops is not None:
@@ -338,7 +338,9 @@ def _serve(arguments: Sequence[str]) -> int:
         default="",
         help="name of the model in requests [name of the run folder]",
     )
-    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on [127.0.0.1]")
+    parser.add_argument(
+        "--host", type=utf8_text, metavar="ADDRESS", default="127.0.0.1", help="address to listen on [127.0.0.1]"
+    )
     parser.add_argument("--port", type=port, metavar="N", default=8000, help="port to listen on [8000]")
     parser.add_argument(
         "--api-key",
@@ -643,10 +645,10 @@ def _print_answer(prompt: str, pieces: Iterator[str]) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    from savant_ray.reporting.record import finite
+    from savant_ray.reporting.record import non_finite_as_none
 
     try:
-        text = json.dumps(finite(content), ensure_ascii=False, indent=2) + "\n"
+        text = json.dumps(non_finite_as_none(content), ensure_ascii=False, indent=2) + "\n"
         path.write_text(
             text, encoding="utf-8", errors="backslashreplace"
         )  # a lone surrogate is written as an escape sequence

@@ -154,7 +154,7 @@ def _gpu() -> Finding:
             if NO_KERNELS in str(error):
                 remedy = "install a torch for another version of CUDA: pytorch.org, Get Started"
             return Finding(
-                "GPU", "error", describe(error), f"{remedy}; with CUDA_VISIBLE_DEVICES= training uses the CPU"
+                "GPU", "error", describe(error), f"{remedy}; training uses the CPU if CUDA_VISIBLE_DEVICES is empty"
             )
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return Finding("GPU", "ok", ", ".join(f"{d.name} {d.total_memory / 2**30:.0f} GiB" for d in devices))

@@ -151,9 +151,9 @@ def describe(error: BaseException, activity: str = "") -> str:
 
 
 def error_in_traceback(text: str) -> str:
-    """Return the message of the last error in a traceback, as Ray prints an error of another process.
+    """Return the message of the error with which a traceback ends, as Ray prints an error of another process.
 
-    That of a `SavantError` may have several lines; of other errors it is the last line.
+    The message of a `SavantError` may have several lines; for other errors the last line is returned.
     """
     *_, last = re.split(rf"^{__name__}\.\w+: ", text, flags=re.MULTILINE)
     if last != text:

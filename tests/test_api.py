@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -91,6 +92,65 @@ def test_a_stop_that_is_requested_at_once_returns_the_state_of_the_run(tmp_path:
     assert (result.step, result.finished, result.checkpoint) == (0, False, None)
     with pytest.raises(ZeroDivisionError):  # not a run that can no longer be stopped
         savant_ray.train(settings(run__storage_path=tmp_path), stop_requested=lambda: bool(1 / 0))
+
+
+def training_process(folder: Path, code: str) -> str:
+    """Return a program to run in place of Python as the training process; it ends after at most 30 s."""
+    program = folder / "program"
+    program.write_text(f"#!{sys.executable}\nimport os, signal, time\nsignal.alarm(30)\n{code}")
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_an_error_of_stop_requested_does_not_hide_that_training_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", training_process(tmp_path, "time.sleep(1)\nos._exit(1)"))
+    with pytest.raises(ZeroDivisionError) as raised:
+        savant_ray.train({}, stop_requested=lambda: bool(1 / 0))
+    assert isinstance(raised.value.__context__, TrainingError)
+
+
+def test_a_program_with_thousands_of_open_files_can_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    descriptors = [os.dup(2) for _ in range(1100)]
+    try:
+        with pytest.raises(TrainingError, match="without a result"):
+            savant_ray.train({})
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+STOPS_WITH_MUCH_OUTPUT = """
+def stop(*_):
+    os.write(1, b"x" * 200_000)  # more than a pipe holds
+    os._exit(1)
+signal.signal(signal.SIGTERM, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+time.sleep(60)
+"""
+
+
+def test_output_of_a_run_that_an_exception_of_the_caller_stops_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def time_is_over(*_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(sys, "executable", training_process(tmp_path, STOPS_WITH_MUCH_OUTPUT))
+    previous = signal.signal(signal.SIGALRM, time_is_over)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(TimeoutError):
+            savant_ray.train({})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert capsys.readouterr().out.count("x") == 200_000
 
 
 SCRIPT = """

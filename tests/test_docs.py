@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -201,6 +203,37 @@ def test_the_pages_name_the_apt_packages_that_ci_installs(page):
     line = next(line for line in page.read_text().splitlines() if line.startswith("sudo apt install"))
     for package in re.findall(r"missing\+=\(([^)]*)\)", (ROOT / ".ci/run").read_text()):
         assert set(package.split()) <= set(line.split())
+
+
+@pytest.fixture
+def slurm_job(tmp_path):
+    """Return a function that starts the page's batch script for Slurm with a shell script in place of `savant`."""
+
+    def start(run: str) -> subprocess.Popen[bytes]:
+        for program, script in {"savant": run, "scontrol": "echo $* > scontrol.txt"}.items():
+            (tmp_path / program).write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / program).chmod(0o755)
+        (script,) = blocks(ROOT / "docs/guides/stop_and_resume.md", "bash")
+        variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
+        return subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=variables)
+
+    return start
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_batch_script_for_slurm_ends_with_the_exit_code_of_the_run(code, slurm_job, tmp_path):
+    assert slurm_job(f"exit {code}").wait(20) == code
+    assert not (tmp_path / "scontrol.txt").exists()
+
+
+def test_the_batch_script_for_slurm_queues_the_job_again_after_a_stop(slurm_job, tmp_path):
+    job = slurm_job("trap 'exit 75' TERM; touch begun; for _ in $(seq 200); do sleep 0.1; done")
+    while not (tmp_path / "begun").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.terminate()
+    job.wait(30)
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 12\n"
 
 
 def test_every_generated_part_is_on_one_page():

@@ -18,7 +18,7 @@ from savant_ray.training.efficiency import Peak
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_SECONDS = 1.0  # of a matrix product
-MAIN = "import sys; from savant_ray.cli import main; sys.exit(main())"  # `savant`, also if it is not installed
+MAIN = "import sys; from savant_ray.cli import main; sys.exit(main())"  # the command `savant`, even if not installed
 
 
 def benchmark_device() -> torch.device:
@@ -54,9 +54,9 @@ def train_command(settings: Mapping[str, object]) -> list[str]:
 
 
 def run_command(command: list[str], folder: Path | None = None, variables: dict[str, str] | None = None) -> None:
-    """Run a command in `folder` (default: that of this package) with `variables` added to the environment.
+    """Run a command in `folder` (default: `ROOT`) with `variables` added to the environment.
 
-    Python imports this package also if it is not installed.
+    With `ROOT` in PYTHONPATH, the command imports this package even if it is not installed.
 
     Raises:
         RuntimeError: the command failed; the message contains its output.

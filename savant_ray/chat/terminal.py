@@ -137,7 +137,7 @@ class ChatTerminal:
     def _read_line(self) -> str:
         """Return the next line of the terminal.
 
-        If Ctrl+C is pressed just before `readline` waits, it alone would notice it only after the next line.
+        `select` also returns at a signal. With `readline` alone, a Ctrl+C just before it is noticed after the next line.
         """
         with suppress(BlockingIOError):
             self._signals.recv(4096)  # of signals whose handlers have been called

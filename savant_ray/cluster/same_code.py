@@ -54,7 +54,7 @@ def package_folder() -> Path:
 def code_digest(folder: Path) -> str:
     """Return a hash over names and content of all Python files of the package in `folder`.
 
-    Links to nothing are left out: Emacs creates `.#loop.py` while the changes of `loop.py` are not saved.
+    Broken links are left out: Emacs creates `.#loop.py` while `loop.py` has unsaved changes.
     """
     digest = hashlib.sha256()
     for file in sorted(filter(Path.is_file, folder.rglob("*.py"))):
@@ -88,7 +88,7 @@ def refuse_other_code() -> None:
             folder, digest = ray.get(reference)
         except RuntimeEnvSetupError as error:
             raise SavantError(f"the job's runtime environment cannot be set up: {str(error).strip()}") from error
-        except RayError:  # the node has died
+        except RayError:  # the node has died, or its files cannot be read; checked when it starts a worker
             continue
         if digest != own_digest():
             raise other_code_error(str(package_folder()), f"node {nodes[reference]['NodeManagerAddress']}", folder)

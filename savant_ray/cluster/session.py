@@ -116,7 +116,7 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
             if cluster is not None:
                 refuse_other_code()
             yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
-    except (KeyboardInterrupt, ExitWithoutShutdown):  # `exit_without_shutdown` follows
+    except (KeyboardInterrupt, ExitWithoutShutdown):  # the process ends; `fit()` may still run
         raise
     except BaseException:
         ray.shutdown()
@@ -193,8 +193,8 @@ def sigterm_raises_interrupt() -> Iterator[None]:
 def usable_cores() -> int:
     """Return the number of cores for a Ray that is started on this machine, at least 1.
 
-    Ray counts those of the machine or container, and none in a container with a part of a core. A scheduler such as Slurm,
-    or `taskset`, may leave this process fewer, and threads for the others would slow down its workers.
+    Ray counts the cores of the machine or container, 0 if the container has less than one. A scheduler such as Slurm, or
+    `taskset`, may leave this process fewer, and threads for the others would slow down its workers.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else sys.maxsize
     return max(1, min(allowed, detected_cores()))

@@ -102,6 +102,7 @@ def stream_answer(
     Raises:
         CheckpointError: as `load_model`.
         SettingsError: the prompt has no tokens.
+        DataError: the tokenizer cannot encode the prompt.
     """
     model, tokenizer, config = load_model(checkpoint, raw_weights)
     (prompt_ids,) = tokenizer.encode_prompts([prompt])

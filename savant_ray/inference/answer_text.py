@@ -22,8 +22,8 @@ class TurnEnd(NamedTuple):
 def turn_end(tokenizer: Tokenizer) -> TurnEnd:
     """Return what ends an answer in a conversation: the first special token that the chat template writes after it.
 
-    If the template writes a text there that is no special token of the vocabulary, it is this text, and without a chat
-    template the next question. The end-of-document token ends every answer as well.
+    If it writes only text there, such as a token that the vocabulary lacks, this text ends the answer; without a chat
+    template the next question does. The end-of-document token ends every answer as well.
     """
     if tokenizer.chat_template is None:
         return TurnEnd(texts=(NEXT_QUESTION,))

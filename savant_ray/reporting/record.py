@@ -192,7 +192,7 @@ def to_line(event: Event) -> dict[str, Any]:
     """Return the event as a JSON object with the current time; NaN and infinity, which JSON lacks, become null."""
     fields = event.to_record()
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line: dict[str, Any] = finite({"event": fields.pop("event"), "time": now, **fields})
+    line: dict[str, Any] = non_finite_as_none({"event": fields.pop("event"), "time": now, **fields})
     return line
 
 
@@ -314,10 +314,10 @@ def _encoded(line: str) -> bytes:
     return line.encode(errors="backslashreplace") + b"\n"
 
 
-def finite(value: Any) -> Any:
-    """Return plain values with NaN and infinity, which JSON lacks, as None."""
+def non_finite_as_none(value: Any) -> Any:
+    """Return plain values with None in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: non_finite_as_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [non_finite_as_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

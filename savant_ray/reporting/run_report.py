@@ -100,7 +100,7 @@ class RunReport:
             self._record.backfill(lines)
 
     def complete_trackers(self) -> None:
-        """Send the trackers what they lack of a run that is finished, so that no attempt will send it."""
+        """Send the trackers what they lack of a finished run, which no later attempt would send."""
         if self._record is not None:
             self._record.start_followers()
 

@@ -143,8 +143,8 @@ class Api:
         if self._api_key is None:
             return
         key = re.sub(r"^bearer +", "", http.headers.get("authorization", ""), flags=re.IGNORECASE)
-        # Starlette decodes headers as Latin-1, whose bytes are those that the client has sent. In a key of the command line,
-        # surrogates stand for bytes that are not UTF-8.
+        # Starlette decodes headers as Latin-1, so encoding restores the bytes that the client has sent. In a key from the
+        # command line or the environment, surrogates stand for bytes that are not UTF-8.
         if not hmac.compare_digest(key.encode("latin-1"), self._api_key.encode(errors="surrogateescape")):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
 

@@ -1,6 +1,6 @@
 """The supported requests, responses and errors of OpenAI's API.
 
-All other parameters are refused, except that some, such as `n`, are accepted with the value that has no effect.
+Other parameters are refused, unless they are null or, such as `n`, have the value that has no effect.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ Texts = Annotated[list[Text], BeforeValidator(lambda x: [x] if isinstance(x, str
 
 
 def _single_prompt(prompt: Any) -> Any:
-    """Return the prompt of a list of one prompt; a single prompt is returned unchanged.
+    """Return the only prompt of a request, which may be in a list.
 
     Raises:
-        ValueError: there are several prompts.
+        ValueError: it is neither a text nor a list of token ids, or there are several.
     """
-    if not isinstance(prompt, list) or all(isinstance(item, int) for item in prompt):
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        (prompt,) = prompt
+    is_ids = isinstance(prompt, list) and all(type(item) is int and item >= 0 for item in prompt)
+    if isinstance(prompt, str) or is_ids:
         return prompt
-    if len(prompt) == 1 and isinstance(prompt[0], str | list):
-        return prompt[0]
     raise ValueError("a request has one prompt: a text or a list of token ids, or a list of one of these")
 
 
-Prompt = Annotated[str | list[Annotated[int, Field(strict=True, ge=0)]], BeforeValidator(_single_prompt)]
+Prompt = Annotated[str | list[int], BeforeValidator(_single_prompt)]
 
 
 class ApiError(Exception):

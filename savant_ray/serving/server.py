@@ -9,12 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
 import uvicorn
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from savant_ray.cluster.session import (
     ExitWithoutShutdown,
@@ -69,7 +71,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
     """
     checkpoint = absolute_path(settings.checkpoint, setting="checkpoint", error=CheckpointError)
     name = settings.name or _run_name(checkpoint)
-    # No request can have a key that ends with the newline of a secret's file.
+    # A key that was read from a file may end with a newline, which no request can send.
     api_key = (settings.api_key or os.environ.get(API_KEY_VARIABLE, "")).strip() or None
     settings = replace(settings, name=name, api_key=api_key)
     host, port = settings.host, settings.port
@@ -126,7 +128,8 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
             notify("stopping")
         finally:
             if failure is None:
-                serve.delete(application)
+                with suppress(RayServeException):  # Serve has not started
+                    serve.delete(application)
         if failure is not None:
             raise ExitWithoutShutdown(error=failure)
 
@@ -134,7 +137,7 @@ def run_server(settings: ServerSettings, verbose: bool = False, notify: Callable
 def _run_until_ray_fails(server: uvicorn.Server, listener: socket.socket) -> SavantError | None:
     """Run the HTTP server; return an error if a Ray that this process has started fails.
 
-    Ray ends this process then, after up to a minute in which requests wait.
+    Otherwise Ray would end this process, after up to a minute in which requests wait.
     """
     failures = list[SavantError]()
 
@@ -169,15 +172,15 @@ def _check_room(n_replicas: int, needed: Mapping[str, float], notify: Callable[[
     Raises:
         SettingsError: they do not fit on this machine, on which this process has started Ray.
     """
-    each = "a core and a GPU" if needed["GPU"] else "a core"
+    per_replica = "a core and a GPU" if needed["GPU"] else "a core"
     room = processes_that_fit(node_resources(), needed)
     if room < n_replicas:
-        text = f"--replicas {n_replicas}: there is room for {room}, because each replica needs {each}"
+        text = f"--replicas {n_replicas}: there is room for {room}, because each replica needs {per_replica}"
         if owns_ray():
             raise SettingsError(text)
         notify(f"{text}; waiting until the cluster has more")
     elif not owns_ray() and processes_that_fit([ray.available_resources()], needed) < n_replicas:
-        notify(f"the cluster is busy; waiting until each replica has {each}")
+        notify(f"the cluster is busy; waiting until each replica has {per_replica}")
 
 
 def _deployed(model: Any, application: str) -> Any:
@@ -190,7 +193,7 @@ def _deployed(model: Any, application: str) -> Any:
         return serve.run(model, name=application, route_prefix=None)
     except RuntimeError as error:  # its message does not contain the reason
         status = serve.status().applications.get(application)
-        messages = [] if status is None else [each.message for each in status.deployments.values() if each.message]
+        messages = [] if status is None else [state.message for state in status.deployments.values() if state.message]
         reason = error_in_traceback(messages[0]) if messages else str(error)
         raise SavantError(f"the server could not be started: {reason}") from error
 

@@ -126,7 +126,7 @@ def _tuner(
     max_steps, first = settings["training"]["max_steps"], settings["validation"]["every_steps"]
     scheduler = None
     if stops_early:
-        # A run ends by itself at its last step, which is later than `max_t` if `training.max_steps` is varied.
+        # A run ends by itself at its last step, which may be later than `max_t` if `training.max_steps` is varied.
         limits = {"max_t": max_steps, "grace_period": min(first, max_steps), "stop_last_trials": False}
         scheduler = ASHAScheduler(STEP, **limits)
     return tune.Tuner(

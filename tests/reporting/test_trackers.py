@@ -156,6 +156,17 @@ def test_a_finished_run_sends_what_a_tracker_lacks(tmp_path: Path) -> None:
     assert fake.steps("step") == list(range(1, 7)) and fake.ends == [True, True]
 
 
+def test_an_attempt_that_fails_after_a_finished_one_does_not_close_the_run_as_finished(tmp_path: Path) -> None:
+    fake = Fake()
+    launch(tmp_path, 0, 6, fake, finished=True).close()
+    record = Record(tmp_path, [TrackerFollower("Fake", fake)])
+    record.append(attempt(6, settings=SETTINGS))  # with a larger training.max_steps
+    record.rewind(6, repeats_validation=False)
+    record.append(step_done(7))
+    record.close()
+    assert fake.steps("step") == list(range(1, 8)) and fake.ends == [True, False]
+
+
 def test_a_server_that_never_answers_does_not_delay_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "CLOSE_TIMEOUT", 0.01)
     fake = Fake()

@@ -102,6 +102,11 @@ def test_a_replica_of_a_model_that_cannot_answer_does_not_start(tmp_path: Path) 
         ModelServer(str(run), {}, None, raw_weights=False)
 
 
+def test_an_address_that_is_not_text_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "run", "--host", "\udcff"]) == 2
+    assert "--host: \\xff is not UTF-8 text" in capsys.readouterr().err
+
+
 def test_an_address_that_is_in_use_is_named_before_ray_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +161,25 @@ def test_two_servers_on_a_cluster_have_applications_of_their_own_and_a_killed_on
     for port in [*ports, ports[0]]:
         assert main(["serve", "run", "--port", port]) == 1
     assert without_ray[0] == without_ray[2] != without_ray[1]
+
+
+def test_ctrl_c_before_ray_serve_has_started_ends_the_command_without_an_error(
+    without_ray: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    def interrupted(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def not_started(_: str) -> None:
+        raise RayServeException("There is no Serve instance running on this Ray cluster.")
+
+    monkeypatch.setattr(serve, "start", interrupted)
+    monkeypatch.setattr(serve, "delete", not_started)
+    assert main(["serve", "run", "--port", str(free_port())]) == 0
+    printed = capsys.readouterr()
+    assert "stopping" in printed.out and printed.err == ""
 
 
 def test_why_a_replica_cannot_be_started_is_printed(without_ray: list[str], capsys: pytest.CaptureFixture[str]) -> None:

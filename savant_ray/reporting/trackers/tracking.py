@@ -1,8 +1,8 @@
 """A thread that sends the record to a tracker in batches, so that a slow server does not slow down training.
 
-The thread first asks the tracker for the last step that it has received (of each kind of line, from W&B of all kinds), and
-sends later lines only. So lines that a failed server or a killed driver has left out are sent later, and repeated steps are
-not sent twice. After an error it begins again.
+The thread first asks the tracker for the last step that it has received (for each kind of line; W&B has one step for all
+kinds), and sends later lines only. So lines that a failed server or a killed driver has left out are sent later, and
+repeated steps are not sent twice. After an error it begins again.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class TrackerFollower:
         lines: list[Line] = []
         while (text := file.readline()).endswith(b"\n"):
             line = parse_event(text)
-            if line is not None and line["event"] == AttemptEnded.kind:
-                self._finished = line["finished"]
+            if line is not None and line["event"] in (AttemptStarted.kind, AttemptEnded.kind):
+                self._finished = line["event"] == AttemptEnded.kind and line["finished"]
             if line is not None and line["event"] in SENT_KINDS and line["step"] > last_steps.get(line["event"], -1):
                 last_steps[line["event"]] = line["step"]
                 lines.append(line)

@@ -49,7 +49,7 @@ class Wandb:
 def _no_prompt() -> Iterator[None]:
     """Replace standard input, so that W&B raises an error without an API key instead of asking for one in this thread.
 
-    It would wait forever below the output of the run, and Python aborts at its exit if a thread reads standard input.
+    The prompt would wait forever among the output of the run, and Python aborts at exit if a thread reads standard input.
     """
     stdin = sys.stdin
     with Path(os.devnull).open() as nothing:
