@@ -18,9 +18,9 @@ from savant_ray.data.readers.json_values import json_values
 from savant_ray.data.readers.plain_text import text_blocks, text_document
 from savant_ray.data.readers.tables import TableReader, row_count, table_parts
 from savant_ray.data.records import MAX_RECORD_BYTES, UNBOUNDED, Part, Record
-from savant_ray.data.sources import LISTING_THREADS, SourceFile
-from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import error_text, is_uri, printable
+from savant_ray.data.sources import LISTING_THREADS, SourceFile, errors_as_data_error
+from savant_ray.errors import DataError
+from savant_ray.locations import is_uri, printable
 
 MIB = 1 << 20
 
@@ -180,11 +180,8 @@ def _divide(file: SourceFile, step: int) -> list[Part]:
 @contextmanager
 def _errors_as_data_error(file: SourceFile) -> Iterator[None]:
     """Convert exceptions of file systems and decoders into a `DataError` that names the file."""
-    try:
-        yield
-    except SavantError:
-        raise
-    except UnicodeError as error:
-        raise DataError(f"{printable(file.path)}: not valid {file.encoding or 'UTF-8'} ({error})") from error
-    except Exception as error:  # a file system that is implemented in Python may raise any exception
-        raise DataError(f"{printable(file.path)}: cannot be read ({error_text(error)})") from error
+    with errors_as_data_error(file.path, "read"):
+        try:
+            yield
+        except UnicodeError as error:
+            raise DataError(f"{printable(file.path)}: not valid {file.encoding or 'UTF-8'} ({error})") from error
