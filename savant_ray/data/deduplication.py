@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.documents import Document, DocumentRule
 from savant_ray.data.overlap import Digests, document_digests
-from savant_ray.data.record_reader import open_records
+from savant_ray.data.record_reader import RecordReader
 from savant_ray.data.records import Part
 
 MARKED = "duplicates-marked"  # name of the file that exists when the duplicates in all parts have been found
@@ -49,7 +49,7 @@ def write_scan(folder: Path, index: int, part: Part, max_line_bytes: int, rule: 
         DataError: the file cannot be read.
     """
     digests, numbers = bytearray(), array("L")
-    with open_records(part, max_line_bytes, rule.fields) as records:
+    with RecordReader(part, max_line_bytes, rule.fields) as records:
         for document in rule.documents(records):
             if document.text:
                 digests += document_digests([document.text])

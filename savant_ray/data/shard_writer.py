@@ -22,7 +22,7 @@ from savant_ray.data.deduplication import without_duplicates
 from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule, encode
 from savant_ray.data.overlap import DIGEST_BYTES, digests_path, document_digests
 from savant_ray.data.packing import Packing, pack
-from savant_ray.data.record_reader import open_records, plan_parts, records_before
+from savant_ray.data.record_reader import RecordReader, plan_parts, records_before
 from savant_ray.data.records import Part
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import Manifest, ShardFile, crc32, shard_batch, shard_schema, token_dtype
@@ -199,7 +199,7 @@ def write_shard(folder: Path, index: int, part: Part, recipe: Recipe, rule: Docu
     Raises:
         DataError: the file cannot be read, or the tokenizer cannot encode one of the lines.
     """
-    with open_records(part, recipe.max_line_bytes, rule.fields) as records:
+    with RecordReader(part, recipe.max_line_bytes, rule.fields) as records:
         try:
             documents = without_duplicates(rule.documents(records), folder, index)
             for _ in write_documents(folder, index, documents, recipe):
@@ -268,7 +268,7 @@ def check_encodable(
         DataError: the tokenizer cannot encode one of the lines, or the file cannot be read.
     """
     for part in plan_parts([file])[:1]:
-        with open_records(part, fields=rule.fields) as records:
+        with RecordReader(part, fields=rule.fields) as records:
             for document in rule.documents(records):
                 try:
                     tokenizer.encode(document.text[:characters])
