@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -61,10 +60,6 @@ class TextStatistics:
     median: int = 0
     longest: int = 0
     examples: list[list[tuple[str, bool]]] = field(default_factory=list)  # text, and whether it is trained on
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the counts as a dict for JSON."""
-        return dataclasses.asdict(self)
 
 
 def text_statistics(
