@@ -10,7 +10,8 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -145,6 +146,18 @@ def create_writable_folder(path: Path, setting: str) -> None:
         ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise SettingsError(f"{setting}: {printable(str(path))} is not writable by this user")
+
+
+@contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[None]:
+    """Rename `temporary`, which the `with` block writes, to `path` at its end; after an error, delete it instead."""
+    try:
+        yield
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def free_name(name: str, is_taken: Callable[[str], bool]) -> str:

@@ -28,7 +28,7 @@ from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import Manifest, ShardFile, crc32, shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
 from savant_ray.errors import DataError
-from savant_ray.locations import error_text
+from savant_ray.locations import error_text, replacing
 
 BATCH_CHARACTERS = 1 << 18  # tokenized in one call
 CHUNK_TOKENS = 1 << 21  # packed in one call; large enough for the padding of the last row to be negligible
@@ -222,7 +222,7 @@ def write_documents(folder: Path, index: int, documents: Iterable[Document], rec
     shard = ShardFile(folder / shard_name(index), chunk.schema)
     digests = digests_path(folder / shard_name(index))
     temporary_digests = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
-    with shard, temporary_digests.open("wb") as digests_file:
+    with shard, replacing(digests, temporary_digests), temporary_digests.open("wb") as digests_file:
         for batch in _batches(documents, summary):
             chunk.add(batch, summary)
             digests_file.write(document_digests(document.text for document in batch))
@@ -231,7 +231,6 @@ def write_documents(folder: Path, index: int, documents: Iterable[Document], rec
             yield
         if chunk.tokens:
             shard.write(chunk.pack_rows(summary))
-    temporary_digests.replace(digests)
     summary.shard_bytes, summary.shard_crc32 = shard.bytes, shard.crc32
     write_atomically(folder / summary_name(index), dump_with_checksum(dataclasses.asdict(summary)))
 

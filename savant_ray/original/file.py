@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from savant_ray.errors import CheckpointError
-from savant_ray.locations import error_text
+from savant_ray.locations import error_text, replacing
 from savant_ray.optim.adamw import MOMENTS
 from savant_ray.original.adamw8bit import from_adamw8bit, to_adamw8bit
 from savant_ray.original.names import is_original_name, original_step
@@ -131,12 +131,9 @@ def write_original(path: Path, content: Mapping[str, Any]) -> None:
         OSError: the storage fails; an existing file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path, temporary):
         save({key: content[key] for key in (*KEYS, SCHEDULER) if key in content}, temporary)
         sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -39,7 +39,7 @@ from savant_ray.events import (
     WorkersLost,
     WorkersStarted,
 )
-from savant_ray.locations import free_name
+from savant_ray.locations import free_name, replacing
 from savant_ray.reporting.tensorboard import TensorBoard
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -291,16 +291,10 @@ def _is_time(text: Any) -> bool:
 
 def _rewrite(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    with error_context(f"writing {path}"):
-        try:
-            with temporary.open("wb") as file:
-                file.writelines(_encoded(json.dumps(line, ensure_ascii=False)) for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+    with error_context(f"writing {path}"), replacing(path, temporary), temporary.open("wb") as file:
+        file.writelines(_encoded(json.dumps(line, ensure_ascii=False)) for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _encoded(line: str) -> bytes:
