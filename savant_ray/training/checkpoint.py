@@ -216,14 +216,14 @@ def find_checkpoint(path: Path) -> Path:
     return newest
 
 
-def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+def read_checkpoint(folder: Path) -> dict[str, Any]:
     """Verify a checkpoint and return its content. Executes no code from the file.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered, the folder was renamed, or the format version is unknown.
     """
     verify(folder)
-    content = load(folder / state_file(folder.name), device)
+    content = load(folder / state_file(folder.name))
     savant = content.get("savant")
     if (version := savant.get("format_version") if isinstance(savant, dict) else None) != FORMAT_VERSION:
         raise CheckpointError(
@@ -293,7 +293,7 @@ def read_settings(folder: Path) -> Config:
     return load_config(file=folder / CONFIG, environment={}, defaults=OLDER_SETTINGS)
 
 
-def load(path: Path, device: str | torch.device) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """Read a file that `save` wrote. Executes no code from the file.
 
     Raises:
@@ -301,7 +301,7 @@ def load(path: Path, device: str | torch.device) -> dict[str, Any]:
         OSError: the storage fails.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds objects other than tensors, numbers and text; not loaded, because it could execute code"
