@@ -6,9 +6,12 @@ name of the setting. A `file:` URI is a local path; URIs of other schemes are op
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -143,6 +146,24 @@ def create_writable_folder(path: Path, setting: str) -> None:
         ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise SettingsError(f"{setting}: {printable(str(path))} is not writable by this user")
+
+
+@contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[None]:
+    """Rename `temporary`, which the `with` block writes, to `path` at its end; after an error, delete it instead."""
+    try:
+        yield
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
+    """Return the first of `name`, `name-2`, `name-3`, … that is not taken."""
+    candidates = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(candidate for candidate in candidates if not is_taken(candidate))
 
 
 def split_query(path: str) -> tuple[str, str]:

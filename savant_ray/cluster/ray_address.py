@@ -46,11 +46,6 @@ class ClusterAddress:
     origin: str
     optional: bool = False
 
-    @property
-    def is_from_file(self) -> bool:
-        """Whether `ray start` wrote the address on this machine."""
-        return self.origin != VARIABLE
-
 
 def cluster_address(environment: Mapping[str, str] = os.environ) -> ClusterAddress | None:
     """Return the cluster to connect to, or None if Ray is to be started on this machine.
@@ -167,7 +162,7 @@ def _check_token(cluster: ClusterAddress) -> None:
     """Raise SavantError if authentication is enabled and there is no token; Ray's own client would end the process."""
     from ray.exceptions import AuthenticationError
 
-    if cluster.is_from_file:  # for other clusters Ray uses a token only with RAY_AUTH_MODE=token
+    if cluster.origin != VARIABLE:  # with the variable Ray uses a token only with RAY_AUTH_MODE=token
         enable_token_authentication_if_token_exists()
     try:
         require_token_if_authentication_is_enabled()

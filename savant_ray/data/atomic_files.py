@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from savant_ray.errors import error_context
+from savant_ray.locations import replacing
 
 CHECKSUM = "sha256"  # key of the checksum in the object
 
@@ -25,13 +26,8 @@ def write_atomically(path: Path, text: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with error_context(f"writing {path}"):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+    with error_context(f"writing {path}"), replacing(path, temporary):
+        temporary.write_text(text, encoding="utf-8")
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

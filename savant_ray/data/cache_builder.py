@@ -36,7 +36,7 @@ from savant_ray.data.formats import TABLES, data_suffix
 from savant_ray.data.overlap import DUPLICATES, OVERLAP, stored_digests
 from savant_ray.data.readers.csv_rows import was_split_at_bars
 from savant_ray.data.readers.tables import column_names, has_nested_items
-from savant_ray.data.record_reader import RecordReader, documents, max_records, open_records, plan_parts
+from savant_ray.data.record_reader import RecordReader, documents, max_records, plan_parts
 from savant_ray.data.records import MAX_RECORD_BYTES, Part, Record
 from savant_ray.data.shard_writer import (
     MAX_NAMED_INVALID_LINES,
@@ -535,7 +535,7 @@ def within_limits(
             if not remaining:
                 continue
             rule = dataclasses.replace(rule, limit=remaining)
-            with open_records(part.part, max_line_bytes, rule.fields) as records:
+            with RecordReader(part.part, max_line_bytes, rule.fields) as records:
                 n_documents = rule.count(_with_progress(records, partial(_add_progress, progress, done, total)))
             counted[part.source] += n_documents
             done += part.part.stored_bytes

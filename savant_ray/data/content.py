@@ -18,9 +18,9 @@ from pathlib import Path
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
 from savant_ray.data.formats import HEAD_BYTES, encoding_of, format_of
-from savant_ray.data.sources import LISTING_THREADS, SourceFile
-from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import error_text, printable
+from savant_ray.data.sources import LISTING_THREADS, SourceFile, errors_as_data_error
+from savant_ray.errors import DataError
+from savant_ray.locations import printable
 
 HASHES = "content-hashes.json"
 BLOCK_BYTES = 1 << 20
@@ -90,17 +90,12 @@ def _hash(file: SourceFile) -> str:
     digest = hashlib.sha256()
     filesystem, path = file.resolve()
     remaining = file.size
-    try:
-        with filesystem.open_input_stream(path, compression=None) as stream:
-            while remaining and (block := stream.read(min(BLOCK_BYTES, remaining))):
-                if remaining == file.size and not file.format and not encoding_of(block):
-                    format_of(block[:HEAD_BYTES], printable(file.path), setting=file.format_setting)  # raises early
-                digest.update(block)
-                remaining -= len(block)
-    except SavantError:
-        raise
-    except Exception as error:  # a file system that is implemented in Python may raise any exception
-        raise DataError(f"{printable(file.path)}: cannot be read ({error_text(error)})") from error
+    with errors_as_data_error(file.path, "read"), filesystem.open_input_stream(path, compression=None) as stream:
+        while remaining and (block := stream.read(min(BLOCK_BYTES, remaining))):
+            if remaining == file.size and not file.format and not encoding_of(block):
+                format_of(block[:HEAD_BYTES], printable(file.path), setting=file.format_setting)  # raises early
+            digest.update(block)
+            remaining -= len(block)
     if remaining:
         raise DataError(
             f"{printable(file.path)}: has {file.size - remaining:,} of the {file.size:,} bytes it had when it was listed"

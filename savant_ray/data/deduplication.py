@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.documents import Document, DocumentRule
 from savant_ray.data.overlap import Digests, document_digests
-from savant_ray.data.record_reader import open_records
+from savant_ray.data.record_reader import RecordReader
 from savant_ray.data.records import Part
+from savant_ray.locations import replacing
 
 MARKED = "duplicates-marked"  # name of the file that exists when the duplicates in all parts have been found
 DOCUMENTS_PER_REPORT = 1 << 10
@@ -49,7 +50,7 @@ def write_scan(folder: Path, index: int, part: Part, max_line_bytes: int, rule: 
         DataError: the file cannot be read.
     """
     digests, numbers = bytearray(), array("L")
-    with open_records(part, max_line_bytes, rule.fields) as records:
+    with RecordReader(part, max_line_bytes, rule.fields) as records:
         for document in rule.documents(records):
             if document.text:
                 digests += document_digests([document.text])
@@ -58,9 +59,8 @@ def write_scan(folder: Path, index: int, part: Part, max_line_bytes: int, rule: 
                     yield records.bytes_read
         path = scan_path(folder, index)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with replacing(path, temporary), temporary.open("wb") as file:
             np.savez(file, digests=np.frombuffer(digests, np.uint64), numbers=np.array(numbers, dtype=np.uint32))
-        temporary.replace(path)
         yield records.bytes_read
 
 

@@ -18,9 +18,9 @@ from savant_ray.data.readers.json_values import json_values
 from savant_ray.data.readers.plain_text import text_blocks, text_document
 from savant_ray.data.readers.tables import TableReader, row_count, table_parts
 from savant_ray.data.records import MAX_RECORD_BYTES, UNBOUNDED, Part, Record
-from savant_ray.data.sources import LISTING_THREADS, SourceFile
-from savant_ray.errors import DataError, SavantError
-from savant_ray.locations import error_text, is_uri, printable
+from savant_ray.data.sources import LISTING_THREADS, SourceFile, errors_as_data_error
+from savant_ray.errors import DataError
+from savant_ray.locations import is_uri, printable
 
 MIB = 1 << 20
 
@@ -47,12 +47,12 @@ def documents(
     """Yield the documents of the files in order; invalid records are skipped.
 
     Raises:
-        DataError: as `plan_parts` and `open_records`.
+        DataError: as `plan_parts` and `RecordReader`.
     """
 
     def records() -> Iterator[Record]:
         for part in plan_parts(files):
-            with open_records(part, max_record_bytes, rule.fields) as part_records:
+            with RecordReader(part, max_record_bytes, rule.fields) as part_records:
                 yield from part_records
 
     yield from (document for document in rule.documents(records()) if document.text)
@@ -62,7 +62,7 @@ def records_before(part: Part, max_record_bytes: int = MAX_RECORD_BYTES) -> int:
     """Count the records of the file that start before the part, by reading the file up to the part."""
     if not part.start:
         return 0
-    with open_records(dataclasses.replace(part, start=0, stop=part.start), max_record_bytes) as records:
+    with RecordReader(dataclasses.replace(part, start=0, stop=part.start), max_record_bytes) as records:
         return max((record.number for record in records), default=0)
 
 
@@ -89,10 +89,8 @@ def max_records(part: Part) -> int | None:
         return n_lines
 
 
-def open_records(
-    part: Part, max_record_bytes: int = MAX_RECORD_BYTES, fields: Collection[str] | None = None
-) -> RecordReader:
-    """Open a part for reading.
+class RecordReader:
+    """Iterable of the records of a part, which is a context manager.
 
     Args:
         part: to read.
@@ -100,19 +98,12 @@ def open_records(
         fields: the fields that are needed, which limits the columns that are read of a table; None: all.
 
     Raises:
-        DataError: the file cannot be opened.
-    """
-    return RecordReader(part, max_record_bytes, fields)
-
-
-class RecordReader:
-    """Iterable of the records of a part, which is a context manager.
-
-    Raises:
         DataError: the file cannot be opened, read or decompressed.
     """
 
-    def __init__(self, part: Part, max_record_bytes: int, fields: Collection[str] | None) -> None:
+    def __init__(
+        self, part: Part, max_record_bytes: int = MAX_RECORD_BYTES, fields: Collection[str] | None = None
+    ) -> None:
         self._file = part.file
         with _errors_as_data_error(part.file):
             self._file = part.file.inspected()
@@ -180,11 +171,8 @@ def _divide(file: SourceFile, step: int) -> list[Part]:
 @contextmanager
 def _errors_as_data_error(file: SourceFile) -> Iterator[None]:
     """Convert exceptions of file systems and decoders into a `DataError` that names the file."""
-    try:
-        yield
-    except SavantError:
-        raise
-    except UnicodeError as error:
-        raise DataError(f"{printable(file.path)}: not valid {file.encoding or 'UTF-8'} ({error})") from error
-    except Exception as error:  # a file system that is implemented in Python may raise any exception
-        raise DataError(f"{printable(file.path)}: cannot be read ({error_text(error)})") from error
+    with errors_as_data_error(file.path, "read"):
+        try:
+            yield
+        except UnicodeError as error:
+            raise DataError(f"{printable(file.path)}: not valid {file.encoding or 'UTF-8'} ({error})") from error

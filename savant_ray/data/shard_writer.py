@@ -22,13 +22,13 @@ from savant_ray.data.deduplication import without_duplicates
 from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule, encode
 from savant_ray.data.overlap import DIGEST_BYTES, digests_path, document_digests
 from savant_ray.data.packing import Packing, pack
-from savant_ray.data.record_reader import open_records, plan_parts, records_before
+from savant_ray.data.record_reader import RecordReader, plan_parts, records_before
 from savant_ray.data.records import Part
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import Manifest, ShardFile, crc32, shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
 from savant_ray.errors import DataError
-from savant_ray.locations import error_text
+from savant_ray.locations import error_text, replacing
 
 BATCH_CHARACTERS = 1 << 18  # tokenized in one call
 CHUNK_TOKENS = 1 << 21  # packed in one call; large enough for the padding of the last row to be negligible
@@ -199,7 +199,7 @@ def write_shard(folder: Path, index: int, part: Part, recipe: Recipe, rule: Docu
     Raises:
         DataError: the file cannot be read, or the tokenizer cannot encode one of the lines.
     """
-    with open_records(part, recipe.max_line_bytes, rule.fields) as records:
+    with RecordReader(part, recipe.max_line_bytes, rule.fields) as records:
         try:
             documents = without_duplicates(rule.documents(records), folder, index)
             for _ in write_documents(folder, index, documents, recipe):
@@ -222,7 +222,7 @@ def write_documents(folder: Path, index: int, documents: Iterable[Document], rec
     shard = ShardFile(folder / shard_name(index), chunk.schema)
     digests = digests_path(folder / shard_name(index))
     temporary_digests = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
-    with shard, temporary_digests.open("wb") as digests_file:
+    with shard, replacing(digests, temporary_digests), temporary_digests.open("wb") as digests_file:
         for batch in _batches(documents, summary):
             chunk.add(batch, summary)
             digests_file.write(document_digests(document.text for document in batch))
@@ -231,7 +231,6 @@ def write_documents(folder: Path, index: int, documents: Iterable[Document], rec
             yield
         if chunk.tokens:
             shard.write(chunk.pack_rows(summary))
-    temporary_digests.replace(digests)
     summary.shard_bytes, summary.shard_crc32 = shard.bytes, shard.crc32
     write_atomically(folder / summary_name(index), dump_with_checksum(dataclasses.asdict(summary)))
 
@@ -268,7 +267,7 @@ def check_encodable(
         DataError: the tokenizer cannot encode one of the lines, or the file cannot be read.
     """
     for part in plan_parts([file])[:1]:
-        with open_records(part, fields=rule.fields) as records:
+        with RecordReader(part, fields=rule.fields) as records:
             for document in rule.documents(records):
                 try:
                     tokenizer.encode(document.text[:characters])

@@ -79,13 +79,8 @@ class SourceFile:
         if self.format:
             return self
         filesystem, path = self.resolve()
-        try:
-            with filesystem.open_input_file(path) as stored:
-                encoding, detected = inspect(stored, printable(self.path), self.format_setting)
-        except SavantError:
-            raise
-        except Exception as error:  # a file system in Python may raise any exception
-            raise DataError(f"{printable(self.path)}: cannot be read ({error_text(error)})") from error
+        with errors_as_data_error(self.path, "read"), filesystem.open_input_file(path) as stored:
+            encoding, detected = inspect(stored, printable(self.path), self.format_setting)
         return replace(self, encoding=encoding, format=detected)
 
     @property
@@ -120,7 +115,7 @@ class SourceFile:
         if not is_uri(self.path):
             return _local_file(self.path, self.path, self.format_setting, self.text_blocks)
         filesystem, path = self.resolve()
-        with _errors_as_data_error(self.path):
+        with errors_as_data_error(self.path, "listed"):
             info = filesystem.get_file_info(path)
         if info.type != pafs.FileType.File:
             raise DataError(f"{printable(self.path)}: was removed after it was listed")
@@ -255,20 +250,20 @@ def _shortened(messages: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _errors_as_data_error(pattern: str) -> Iterator[None]:
-    """Convert exceptions of a file system into a `DataError` that names the pattern."""
+def errors_as_data_error(path: str, action: str) -> Iterator[None]:
+    """Convert exceptions of file systems and decoders into a `DataError`: `path` cannot be read, or listed (`action`)."""
     try:
         yield
     except SavantError:
         raise
     except Exception as error:  # a file system in Python may raise any exception
-        raise DataError(f"{printable(pattern)}: cannot be listed ({error_text(error)})") from error
+        raise DataError(f"{printable(path)}: cannot be {action} ({error_text(error)})") from error
 
 
 def _local_files(pattern: str, file_format: str, splits: Sequence[str], warn: Warn, cache_dir: str) -> list[SourceFile]:
     path = _resolve_parent_references(absolute_path(pattern, error=DataError))
     problems: list[str] = []
-    with _errors_as_data_error(pattern):
+    with errors_as_data_error(pattern, "listed"):
         is_folder = os.path.isdir(path)
         if not is_folder and (is_standard_stream(path) or _exists(path)):
             return [_local_file(path, pattern, file_format)]
@@ -647,7 +642,7 @@ def _remote_files(pattern: str, file_format: str, splits: Sequence[str], warn: W
     uri = decoded_uri(uri)
     uri = uri if uri.endswith("://") else uri.rstrip("/")
     filesystem, path = file_system(with_short_retries(encoded_uri(uri) + query), DataError)
-    with _errors_as_data_error(pattern):
+    with errors_as_data_error(pattern, "listed"):
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:
             return [SourceFile(uri, info.size, info.mtime_ns or 0, query, format_setting=file_format)]

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from statistics import median
-from typing import Any
 
 import numpy as np
 
 from savant_ray.data.documents import SourceText, encode
 from savant_ray.data.overlap import document_digests
 from savant_ray.data.packing import pack
-from savant_ray.data.record_reader import open_records, plan_parts
+from savant_ray.data.record_reader import RecordReader, plan_parts
 from savant_ray.data.records import Part
 from savant_ray.data.shard_writer import PartSummary
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer, text_pieces
@@ -61,10 +60,6 @@ class TextStatistics:
     median: int = 0
     longest: int = 0
     examples: list[list[tuple[str, bool]]] = field(default_factory=list)  # text, and whether it is trained on
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the counts as a dict for JSON."""
-        return dataclasses.asdict(self)
 
 
 def text_statistics(
@@ -108,7 +103,7 @@ def text_statistics(
             break
         rule = dataclasses.replace(text.rule, limit=remaining)
         summary = PartSummary()
-        with open_records(part, max_record_bytes, rule.fields) as records:
+        with RecordReader(part, max_record_bytes, rule.fields) as records:
             documents = rule.documents(records)
             n_read = n_complete = 0  # bytes read, and those before the last block, whose records are all counted
             while batch := list(islice(documents, BATCH_RECORDS)):

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from savant_ray.config import Config
-from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.chat_template import chat_template_files, load_chat_template
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.errors import DataError, SettingsError
@@ -190,10 +189,6 @@ class Tokenizer:
     def files(self) -> dict[str, str]:
         """Return the files from which `load` loads the tokenizer with its chat template, as text by name."""
         return {TOKENIZER_FILE: self.to_json(), **chat_template_files(self._chat)}
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `tokenizer.json` atomically, without the chat template."""
-        write_atomically(Path(path), self.to_json())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,14 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
                 max_line_bytes,
                 seen,
                 sample_bytes=None if full else SAMPLE_BYTES,
-                progress=_progress(report),
+                progress=lambda done, total: report.progress(done, total, "bytes"),
             )
             estimate = (
                 counted.bytes / counted.bytes_read if counted.bytes_read and not counted.is_limit_reached else 1.0
             )
             if text.rule.limit is not None and counted.documents:
                 estimate = min(estimate, text.rule.limit * (1 - text.rule.held_out) / counted.documents)
-            sources.append({**counted.to_dict(), "estimate": max(estimate, 1.0)})
+            sources.append({**asdict(counted), "estimate": max(estimate, 1.0)})
     return sources, {
         "sequence_length": config.model.max_seq_len,
         "effective_batch": config.training.effective_batch,
@@ -81,7 +81,3 @@ def _fractions_of_sequences(config: Config, weights: list[float], sources: list[
         return [float(fraction) for fraction in weights_by_documents(weights, documents, sequences)]
     total = sum(Fraction(str(weight)) for weight in weights)
     return [float(Fraction(str(weight)) / total) for weight in weights]
-
-
-def _progress(report: RunReport) -> Callable[[int, int], None]:
-    return lambda done, total: report.progress(done, total, "bytes")

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import math
 
+from savant_ray.config import TrainingConfig
+
+
+def scheduled_rate(step: int, settings: TrainingConfig) -> float:
+    """Return the learning rate of update `step` (from 1) with these settings."""
+    return learning_rate(
+        step, settings.learning_rate, settings.n_warmup_steps, settings.max_steps, settings.n_decay_steps
+    )
+
 
 def learning_rate(step: int, peak: float, warmup_steps: int, max_steps: int, decay_steps: int | None = None) -> float:
     """Return the learning rate of update `step` (from 1): `peak` at the end of the warm-up, 0 from `max_steps` on.

@@ -21,7 +21,7 @@ from savant_ray.config import Config, TrainingConfig, dump_yaml
 from savant_ray.data.tokenizer import Tokenizer, with_tokenizer_settings
 from savant_ray.errors import CheckpointError, DataError, SettingsError
 from savant_ray.events import CheckpointSaved, Event
-from savant_ray.optim.schedule import learning_rate
+from savant_ray.optim.schedule import scheduled_rate
 from savant_ray.original.file import MASKS, SCHEDULER, newest_intact, read_file, renumbered
 from savant_ray.original.file_settings import FileSettings, complete_settings, parameter_shapes
 from savant_ray.original.names import original_files, original_names, original_step
@@ -209,13 +209,7 @@ def _hyperparameter_differences(
     """
     scheduler, groups = content.get(SCHEDULER, {}), content["optimizer_state_dict"]["param_groups"]
     offset = checkpoint["savant"]["schedule_offset"]
-    rate = learning_rate(
-        content["step"] + 1 + offset,
-        training.learning_rate,
-        training.n_warmup_steps,
-        training.max_steps,
-        training.n_decay_steps,
-    )
+    rate = scheduled_rate(content["step"] + 1 + offset, training)
     match scheduler:
         case {"_last_lr": [float(file_rate)], "base_lrs": [float(peak)]} if not _is_close(rate, file_rate):
             yield (

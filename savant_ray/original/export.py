@@ -13,7 +13,7 @@ from torch import Tensor
 from savant_ray.config import ModelConfig, TrainingConfig
 from savant_ray.errors import CheckpointError
 from savant_ray.optim.adamw import BETAS, EPS, MOMENTS
-from savant_ray.optim.schedule import learning_rate
+from savant_ray.optim.schedule import scheduled_rate
 from savant_ray.original.conversion import find_original
 from savant_ray.original.file import (
     MASKS,
@@ -209,9 +209,7 @@ def to_original(
     names = _in_order(weights, reference_weights or PARAMETER_ORDER)
     moments = renumbered(state, list(weights), names)["state"] if _is_adamw(state, weights) else {}
     last_epoch = content["step"] + 1 + content["savant"].get("schedule_offset", 0)
-    rate = learning_rate(
-        last_epoch, training.learning_rate, training.n_warmup_steps, training.max_steps, training.n_decay_steps
-    )
+    rate = scheduled_rate(last_epoch, training)
     hyperparameters = {"lr": rate, "betas": BETAS, "eps": EPS, "weight_decay": training.weight_decay}
     group = {**hyperparameters, "initial_lr": training.learning_rate, "params": list(range(len(names)))}
     schedule = {

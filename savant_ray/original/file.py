@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from savant_ray.errors import CheckpointError
-from savant_ray.locations import error_text
+from savant_ray.locations import error_text, replacing
 from savant_ray.optim.adamw import MOMENTS
 from savant_ray.original.adamw8bit import from_adamw8bit, to_adamw8bit
 from savant_ray.original.names import is_original_name, original_step
@@ -53,7 +53,7 @@ def newest_intact(files: Iterable[Path], log: Callable[[str], None]) -> Path | N
     return None
 
 
-def read_file(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
     """Verify a file and return its content under the same keys; weights and moments are converted to fp32.
 
     Their order is that of the file, and the masks are unchanged. The moments have the format of `torch.optim.AdamW`,
@@ -65,7 +65,7 @@ def read_file(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         CheckpointError: the file is missing, truncated or altered, lacks a key or contains code, or its name has another
             step than its content.
     """
-    stored = _load_verified(path, device)
+    stored = _load_verified(path)
     weights = stored["model_state_dict"]
     content = {
         "step": stored["step"],
@@ -131,23 +131,20 @@ def write_original(path: Path, content: Mapping[str, Any]) -> None:
         OSError: the storage fails; an existing file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path, temporary):
         save({key: content[key] for key in (*KEYS, SCHEDULER) if key in content}, temporary)
         sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
-def _load_verified(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+def _load_verified(path: Path) -> dict[str, Any]:
     """Verify and load a file; return its content unchanged.
 
     Raises:
         CheckpointError: as `read_file`.
     """
     _verify_records(path)
-    content = load(path, device)
+    content = load(path)
     if missing := [key for key in KEYS if key not in content]:
         raise CheckpointError(f"{path}: not a file of the original: {', '.join(missing)} missing")
     step, weights = content["step"], content["model_state_dict"]

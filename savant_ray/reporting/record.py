@@ -10,7 +10,6 @@ run resumed from an earlier step removes the lines of later steps, so that each 
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import math
 import os
@@ -40,6 +39,7 @@ from savant_ray.events import (
     WorkersLost,
     WorkersStarted,
 )
+from savant_ray.locations import free_name, replacing
 from savant_ray.reporting.tensorboard import TensorBoard
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -261,14 +261,8 @@ def _repair(path: Path) -> None:
     with path.open("rb") as file:
         lines = [parse_event(line) for line in file]
     if None in lines:
-        shutil.copy2(path, _new_damaged_copy(path))
+        shutil.copy2(path, free_name(f"{path}{DAMAGED_COPY}", os.path.exists))
         _rewrite(path, [line for line in lines if line is not None])
-
-
-def _new_damaged_copy(path: Path) -> Path:
-    """Return the first of `metrics.jsonl.damaged`, `metrics.jsonl.damaged-2`, … that does not exist."""
-    names = (f"{path.name}{DAMAGED_COPY}{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
-    return next(copy for name in names if not (copy := path.with_name(name)).exists())
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
@@ -297,16 +291,10 @@ def _is_time(text: Any) -> bool:
 
 def _rewrite(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    with error_context(f"writing {path}"):
-        try:
-            with temporary.open("wb") as file:
-                file.writelines(_encoded(json.dumps(line, ensure_ascii=False)) for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+    with error_context(f"writing {path}"), replacing(path, temporary), temporary.open("wb") as file:
+        file.writelines(_encoded(json.dumps(line, ensure_ascii=False)) for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _encoded(line: str) -> bytes:

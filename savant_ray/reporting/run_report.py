@@ -62,7 +62,6 @@ class RunReport:
         self._is_first_step = True
         self._notices: set[str] = set()
         self._log_failure_reported = False
-        self.last_step = 0
 
     def __enter__(self) -> Self:
         return self
@@ -148,7 +147,7 @@ class RunReport:
         if self._record is not None:
             self._record.rewind(event.step, event.validates_first)
         self._stage = "training"
-        self.last_step, self._max_steps, self._limit_gb = event.step, event.max_steps, event.vram_limit_gb
+        self._max_steps, self._limit_gb = event.max_steps, event.vram_limit_gb
         self._loss_sparkline, self._skipped = Sparkline(), 0
         self._remaining_time, self._is_first_step, self._unprinted_step = RemainingTime(), True, ""
         self._previous_validation = ("the start", self._clock())
@@ -157,10 +156,9 @@ class RunReport:
         """Reset the record to `event.step`, since later steps are repeated."""
         if self._record is not None:
             self._record.rewind(event.step, repeats_validation=False)
-        self.last_step, self._unprinted_step = event.step, ""
+        self._unprinted_step = ""
 
     def _on_step(self, event: StepDone) -> None:
-        self.last_step = event.step
         self._remaining_time.observe(event.step_seconds, self._clock())
         label = step_label(event.step, self._max_steps)
         seconds_left = self._remaining_time.seconds(self._max_steps - event.step)

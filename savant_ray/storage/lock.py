@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import itertools
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from savant_ray.errors import SavantError, SettingsError
+from savant_ray.locations import free_name
 
 LOCK = ".lock"
 OLD = ".old"  # suffix of a run folder that was moved aside
@@ -39,12 +39,6 @@ def move_run_aside(run_folder: Path) -> Path | None:
 def set_aside(path: Path, suffix: str) -> Path:
     """Append `suffix` to the name of a file or folder, and a number if that name is taken; return the new path."""
     return path.rename(free_name(f"{path}{suffix}", os.path.exists))
-
-
-def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
-    """Return the first of `name`, `name-2`, `name-3`, … that is not taken."""
-    candidates = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
-    return next(candidate for candidate in candidates if not is_taken(candidate))
 
 
 def is_in_use(run_folder: Path) -> bool:

@@ -31,13 +31,13 @@ import pyarrow.fs as pafs
 
 from savant_ray.data.sources import file_system, with_short_retries
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
-from savant_ray.locations import join_uri, parent_and_name
+from savant_ray.locations import free_name, join_uri, parent_and_name
 from savant_ray.reporting.record import METRICS, SAMPLES, first_and_last_time
 from savant_ray.reporting.run_report import LOG
 from savant_ray.reporting.tensorboard import FOLDER as TENSORBOARD
 from savant_ray.storage.lease import Lease, Owner, leased, refuse_if_superseded
 from savant_ray.storage.local import DAMAGED
-from savant_ray.storage.lock import OLD, free_name, locked, set_aside
+from savant_ray.storage.lock import OLD, locked, set_aside
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import (
     CONFIG,

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import torch
 
 from savant_ray.config import Config, load_config
+from savant_ray.data.atomic_files import CHECKSUM, dump_with_checksum, fingerprint
 from savant_ray.data.chat_template import SETTINGS_FILE, TEMPLATE_FILE
 from savant_ray.data.tokenizer import TOKENIZER_FILE
 from savant_ray.errors import CheckpointError
@@ -137,7 +138,7 @@ def _write_files(folder: Path, name: str, content: dict[str, Any], texts: Mappin
     save(content, folder / state_file(name))
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
-    (folder / MANIFEST).write_text(json.dumps(_manifest(folder, content), indent=1))
+    (folder / MANIFEST).write_text(dump_with_checksum(_manifest(folder, content), indent=1))
     for path in [*folder.iterdir(), folder]:
         sync(path)
 
@@ -215,14 +216,14 @@ def find_checkpoint(path: Path) -> Path:
     return newest
 
 
-def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+def read_checkpoint(folder: Path) -> dict[str, Any]:
     """Verify a checkpoint and return its content. Executes no code from the file.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered, the folder was renamed, or the format version is unknown.
     """
     verify(folder)
-    content = load(folder / state_file(folder.name), device)
+    content = load(folder / state_file(folder.name))
     savant = content.get("savant")
     if (version := savant.get("format_version") if isinstance(savant, dict) else None) != FORMAT_VERSION:
         raise CheckpointError(
@@ -292,7 +293,7 @@ def read_settings(folder: Path) -> Config:
     return load_config(file=folder / CONFIG, environment={}, defaults=OLDER_SETTINGS)
 
 
-def load(path: Path, device: str | torch.device) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """Read a file that `save` wrote. Executes no code from the file.
 
     Raises:
@@ -300,7 +301,7 @@ def load(path: Path, device: str | torch.device) -> dict[str, Any]:
         OSError: the storage fails.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds objects other than tensors, numbers and text; not loaded, because it could execute code"
@@ -328,7 +329,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-        if manifest.pop("sha256") != _sha256_of(manifest) or not _is_valid(manifest):
+        if manifest.pop(CHECKSUM) != fingerprint(manifest) or not _is_valid(manifest):
             raise ValueError
     except (FileNotFoundError, IsADirectoryError):
         raise CheckpointError(f"checkpoint {folder.name}: no {MANIFEST}, so it was never completed") from None
@@ -352,8 +353,7 @@ def verify(folder: Path, *names: str) -> None:
 
 def _manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    manifest = {"step": content["step"], "data_fingerprint": content["savant"]["data_fingerprint"], "files": files}
-    return {**manifest, "sha256": _sha256_of(manifest)}
+    return {"step": content["step"], "data_fingerprint": content["savant"]["data_fingerprint"], "files": files}
 
 
 def _is_valid(manifest: dict[str, Any]) -> bool:
@@ -378,10 +378,6 @@ def _verify_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256_of(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:

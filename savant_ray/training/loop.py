@@ -20,7 +20,7 @@ import torch
 from savant_ray.config import Config
 from savant_ray.errors import TrainingError, error_context
 from savant_ray.events import Event, MicroBatchSkipped, Notice, Rewound, SpikeFound, StepDone
-from savant_ray.optim.schedule import learning_rate
+from savant_ray.optim.schedule import scheduled_rate
 from savant_ray.training.checkpoint import left_out_file
 from savant_ray.training.device import memory_used_gb, skip_on_oom, update_memory_cap
 from savant_ray.training.efficiency import Peak
@@ -121,13 +121,7 @@ def _train(
     steps = timed(local_batches)
     while (timed_step := next(steps, None)) is not None:
         local_batch, data_wait = timed_step
-        rate = learning_rate(
-            state.next_in_schedule,
-            settings.learning_rate,
-            settings.n_warmup_steps,
-            settings.max_steps,
-            settings.n_decay_steps,
-        )
+        rate = scheduled_rate(state.next_in_schedule, settings)
         n_loops = loops_of_step(config, state.step + 1)
         started = time.perf_counter()
         result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host, n_loops)

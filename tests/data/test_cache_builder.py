@@ -206,7 +206,7 @@ def test_a_killed_preparation_resumes_with_its_complete_shards(
     import ray
 
     path = write_jsonl("train.jsonl", [f"document {i} {'some words ' * 30}" for i in range(6_000)])
-    byte_tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer.to_json(), encoding="utf-8")
     address = ray.get_runtime_context().gcs_address
     arguments = [address, str(path), str(tmp_path / "tokenizer.json"), str(tmp_path / "cache")]
     arguments.append("" if after is None else "deduplicate")

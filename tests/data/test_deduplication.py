@@ -16,7 +16,7 @@ from savant_ray.data.cache_builder import plan_source_parts
 from savant_ray.data.deduplication import mark_duplicates, without_duplicates, write_scan
 from savant_ray.data.documents import DocumentRule, SourceText
 from savant_ray.data.overlap import document_digests
-from savant_ray.data.record_reader import open_records
+from savant_ray.data.record_reader import RecordReader
 from savant_ray.data.records import MAX_RECORD_BYTES
 from savant_ray.data.sources import expand
 
@@ -44,7 +44,7 @@ def test_the_first_of_equal_documents_stays(
     mark_duplicates(cache, len(parts), [np.frombuffer(content, np.uint64) for content in digests])
     kept, duplicates = [], 0
     for index, part in enumerate(parts):
-        with open_records(part.part) as records:
+        with RecordReader(part.part) as records:
             for document in without_duplicates(rule.documents(records), cache, index):
                 duplicates += document.is_duplicate
                 if document.text:
@@ -61,7 +61,7 @@ def test_a_range_without_duplicates_is_read_as_it_is(tmp_path: Path) -> None:
     *_, n_bytes = write_scan(tmp_path, 0, part.part, MAX_RECORD_BYTES, part.rule)
     assert n_bytes == (tmp_path / "a.jsonl").stat().st_size
     mark_duplicates(tmp_path, 1, [])
-    with open_records(part.part) as records:
+    with RecordReader(part.part) as records:
         documents = list(without_duplicates(part.rule.documents(records), tmp_path, 0))
     assert [document.text for document in documents] == ["a", "b"]
     assert not list(tmp_path.glob("*.np*")), "no scan and no duplicates"

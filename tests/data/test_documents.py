@@ -20,7 +20,7 @@ from savant_ray.data import cache_builder, decoded_stream
 from savant_ray.data.cache_builder import plan_source_parts, within_limits
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import Document, DocumentRule, SourceText, rule_of
-from savant_ray.data.record_reader import documents, open_records
+from savant_ray.data.record_reader import RecordReader, documents
 from savant_ray.data.records import MAX_RECORD_BYTES, Record
 from savant_ray.data.sources import expand
 from savant_ray.errors import SettingsError
@@ -285,7 +285,7 @@ def test_a_limit_takes_the_first_documents_for_any_division_into_parts(
     found: list[str] = []
     sources = [SourceText(files, rule), SourceText(files, rule)]
     for part in within_limits(plan_source_parts(sources, part_bytes), MAX_RECORD_BYTES):
-        with open_records(part.part) as records:
+        with RecordReader(part.part) as records:
             found += [document.text for document in part.rule.documents(records) if document.text]
     assert found == expected * 2, "each source has a limit of its own"
     assert [document.text for document in documents(files, rule=rule)] == expected

@@ -25,7 +25,7 @@ from savant_ray.data import decoded_stream
 from savant_ray.data.content import content_hashes
 from savant_ray.data.documents import TEXT_RULE, DocumentRule
 from savant_ray.data.readers import tables
-from savant_ray.data.record_reader import documents, open_records, plan_parts, records_before
+from savant_ray.data.record_reader import RecordReader, documents, plan_parts, records_before
 from savant_ray.data.records import Record
 from savant_ray.data.sources import SourceFile, expand
 from savant_ray.errors import DataError
@@ -112,7 +112,7 @@ def read(path: Path, part_bytes: int | None = None, limit: int = 1 << 20, **opti
     """Read a file part by part; return all records, numbered from the start of the file."""
     records: list[Record] = []
     for part in plan_parts(expand(str(path), **options), part_bytes):
-        with open_records(part, limit) as reader:
+        with RecordReader(part, limit) as reader:
             before = len(records)
             records += [record._replace(number=record.number + before) for record in reader]
             assert reader.bytes_read <= part.stored_bytes or part_bytes
@@ -181,7 +181,7 @@ def test_any_parts_of_a_table_have_each_row_once_in_order(
     before = 0
     for part in parts:
         assert records_before(part) == before
-        with open_records(part) as records:
+        with RecordReader(part) as records:
             before += len(list(records))
             assert records.bytes_read == part.stored_bytes
 
@@ -264,7 +264,7 @@ def test_only_the_requested_columns_are_read_if_they_exist(tmp_path: Path) -> No
         (tmp_path / name).write_bytes(FILES[name])
         (part, *_) = plan_parts(expand(str(tmp_path / name)))
         for fields, keys in ({"text"}, {"text"}), ({"text", "gone"}, {"text", "lang"}), (None, {"text", "lang"}):
-            with open_records(part, fields=fields) as records:
+            with RecordReader(part, fields=fields) as records:
                 assert all(set(record.value or {}) == keys for record in records)
 
 
@@ -280,7 +280,7 @@ def test_columns_that_the_rule_does_not_name_cannot_make_a_row_invalid(tmp_path:
     def results(**rule: Any) -> list[tuple[str, str]]:
         (part,) = plan_parts(files)
         chosen = DocumentRule(**rule)
-        with open_records(part, fields=chosen.fields) as records:
+        with RecordReader(part, fields=chosen.fields) as records:
             return [(document.text, document.problem) for document in chosen.documents(records)]
 
     assert results(text="body") == [("a", ""), ("b", ""), ("", '"body" is null, not a string')]
@@ -311,7 +311,7 @@ def test_a_table_without_rows_has_no_records(tmp_path: Path, name: str) -> None:
 def test_a_row_without_a_text_is_reported_with_its_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None], "id": [1, 2]}), tmp_path / "x.parquet")
     (part,) = plan_parts(expand(str(tmp_path / "x.parquet")))
-    with open_records(part) as records:
+    with RecordReader(part) as records:
         (good, bad) = TEXT_RULE.documents(records)
     assert (good.text, bad.problem) == ("a", '"text" is null, not a string')
     assert part.file.record_name == "row"

@@ -15,7 +15,7 @@ from invalid_lines import CONTENT, GOOD, LINES, MAX_LINE_BYTES, PROBLEMS
 
 from savant_ray.data import decoded_stream
 from savant_ray.data.documents import TEXT_RULE, Document
-from savant_ray.data.record_reader import documents, open_records, plan_parts
+from savant_ray.data.record_reader import RecordReader, documents, plan_parts
 from savant_ray.data.records import Part
 from savant_ray.data.sources import SourceFile, expand
 from savant_ray.errors import DataError
@@ -27,7 +27,7 @@ def read(path: Path, part_bytes: int | None = None, max_line_bytes: int = MAX_LI
     """Read a file range by range; return all lines, numbered from the start of the file."""
     lines: list[Document] = []
     for part in plan_parts(expand(str(path)), part_bytes):
-        with open_records(part, max_line_bytes) as reader:
+        with RecordReader(part, max_line_bytes) as reader:
             before = len(lines)
             lines += [line._replace(number=line.number + before) for line in TEXT_RULE.documents(reader)]
     return lines
@@ -118,7 +118,7 @@ def test_a_reader_reports_the_bytes_read(tmp_path: Path) -> None:
     path = tmp_path / "all.jsonl"
     path.write_bytes(CONTENT)
     (file,) = expand(str(path))
-    with open_records(Part(file, 100, 300, 200)) as reader:
+    with RecordReader(Part(file, 100, 300, 200)) as reader:
         assert list(reader)
         assert reader.bytes_read == 200
 
@@ -146,4 +146,4 @@ def test_an_integer_with_too_many_digits_for_python_is_reported(tmp_path: Path) 
 def test_a_missing_file_is_reported_by_name(tmp_path: Path) -> None:
     gone = SourceFile(str(tmp_path / "gone.jsonl"), 10, 0)
     with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read"):
-        open_records(Part(gone, 0, 10, 10))
+        RecordReader(Part(gone, 0, 10, 10))

@@ -8,7 +8,7 @@ from typing import Any
 
 from savant_ray.data.conversations import ChatTemplate
 from savant_ray.data.documents import DocumentRule
-from savant_ray.data.record_reader import open_records, plan_parts
+from savant_ray.data.record_reader import RecordReader, plan_parts
 from savant_ray.data.sources import SourceFile
 from tests.data.test_conversations import CHATML, LLAMA, MARKED, MISTRAL, TOKENS, WITHOUT_THOUGHTS
 from tests.fuzz.drawing import damaged, from_seed, random_text, random_value
@@ -121,7 +121,7 @@ def test_any_record_is_a_document_a_problem_or_left_out_by_any_rule(case: tuple[
     INPUTS["conversations and templates"] += 1
     number = 0
     for part in plan_parts([SourceFile(str(path), len(content), 0, format="jsonl")]):
-        with open_records(part, fields=rule.fields) as records:
+        with RecordReader(part, fields=rule.fields) as records:
             for document in rule.documents(records):
                 number += 1
                 assert document.number == number, "lost or duplicated"

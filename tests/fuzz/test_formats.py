@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from savant_ray.data import decoded_stream
 from savant_ray.data.documents import TEXT_RULE
 from savant_ray.data.formats import CODECS, FORMAT_SUFFIXES
-from savant_ray.data.record_reader import open_records, plan_parts
+from savant_ray.data.record_reader import RecordReader, plan_parts
 from savant_ray.data.records import Record
 from savant_ray.data.sources import SourceFile, expand
 from savant_ray.errors import DataError
@@ -147,7 +147,7 @@ def read_file(file: SourceFile, part_bytes: int, block: int) -> list[Record]:
     with patch.object(decoded_stream, "BLOCK_BYTES", max(block, file.size // 100)):  # at most about 100 blocks
         for part in plan_parts([file], max(part_bytes, file.size // 20)):
             before = len(records)
-            with open_records(part, LIMIT) as reader:
+            with RecordReader(part, LIMIT) as reader:
                 records += [record._replace(number=record.number + before) for record in reader]
     return records
 

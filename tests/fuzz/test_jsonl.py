@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from savant_ray.data import decoded_stream
 from savant_ray.data.documents import TEXT_RULE, Document
 from savant_ray.data.formats import BYTE_ORDER_MARK, CODECS
-from savant_ray.data.record_reader import open_records
+from savant_ray.data.record_reader import RecordReader
 from savant_ray.data.records import UNBOUNDED, Part
 from savant_ray.data.sources import SourceFile
 from savant_ray.errors import DataError
@@ -87,7 +87,7 @@ def read(content: bytes, cuts: list[int], limit: int, block: int, suffix: str = 
     with patch.object(decoded_stream, "BLOCK_BYTES", max(block, len(content) // 100)):  # at most about 100 blocks
         for start, stop in pairwise(cuts):
             before = len(lines)
-            with open_records(Part(file, start, stop, stop - start), limit) as reader:
+            with RecordReader(Part(file, start, stop, stop - start), limit) as reader:
                 lines += [line._replace(number=line.number + before) for line in TEXT_RULE.documents(reader)]
     return lines
 

@@ -24,6 +24,7 @@ from typing import Any
 from savant_ray.data.quickstart.problems import TEMPLATES, Problem, is_held_out, problems
 from savant_ray.data.quickstart.prose import Document, prose
 from savant_ray.errors import DataError
+from savant_ray.locations import replacing
 
 __all__ = [
     "CHAT_FILE",
@@ -139,14 +140,9 @@ def _shuffled(documents: list[Document]) -> list[dict[str, Any]]:
 def _write(path: Path, rows: list[dict[str, Any]]) -> int:
     """Write the file atomically and return its size in bytes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        size = temporary.stat().st_size
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return size
+    with replacing(path, temporary), temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return path.stat().st_size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -19,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from savant_ray import __version__
 from savant_ray.config import all_settings
 from savant_ray.errors import SavantError
+from savant_ray.locations import replacing
 from savant_ray.reporting.page.charts import charts, smooth_span
 from savant_ray.reporting.page.history import Attempt, History, read_history
 from savant_ray.reporting.runs import ago
@@ -43,20 +43,11 @@ def write_page(run_folders: Sequence[Path], path: Path, is_in_use: Callable[[Pat
         if is_special:  # must not be replaced by a file
             path.write_text(page, encoding="utf-8")
         else:
-            _replace(path, page)
+            temporary = path.with_name(f"{path.name}.tmp")
+            with replacing(path, temporary):
+                temporary.write_text(page, encoding="utf-8")
     except OSError as error:
         raise SavantError(f"{path}: {error.strerror}") from error
-
-
-def _replace(path: Path, page: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def render(histories: Sequence[History]) -> str:
