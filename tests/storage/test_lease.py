@@ -208,7 +208,7 @@ def test_a_holder_that_continues_after_its_lease_was_taken_over_stops(
     storage_a: ObjectStorage, storage_b: ObjectStorage, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The holder is suspended, as by Ctrl+Z, and continues when the run has another owner."""
-    monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 0.1)
+    monkeypatch.setattr(lease_module, "RENEWAL_SECONDS", 1.0)  # a renewal during the takeover would prevent it
     with storage_a.in_use():
         with taken(storage_b):
             wait_for(lambda: is_lost(storage_a), 20)
