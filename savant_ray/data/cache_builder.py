@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import traceback
 from collections import Counter
@@ -71,6 +72,9 @@ MAX_NAMED_EMPTY_FILES = 5  # in `empty_file_report`
 UNFINISHED, LOCK = ".unfinished", ".lock"  # suffixes of a cache that is being built, and of the lock of its build
 TRAINED_TOKENIZER = "tokenizer-"  # prefix of the file with a tokenizer that was trained on the text
 MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and `UNFINISHED` follow
+OPTIONS_OF_TOJSON = re.compile(
+    r"\btojson\s*\([^)]*\b(ensure_ascii|separators|sort_keys)\b"
+)  # refused by earlier versions
 MAX_TRAINING_CHARACTERS = 128 << 20  # for training a tokenizer, which barely changes with more text
 
 Progress = Callable[[int, int], None]  # receives bytes done and total bytes
@@ -132,7 +136,7 @@ def prepare(
     texts_only = [source._replace(rule=source.rule.for_texts) for source in sources]
     identity = _Identity(
         of_texts=fingerprint({**common, **_reading_identity(texts_only)}),
-        of_rules=fingerprint({**common, **_reading_identity(sources)}),
+        of_rules=fingerprint({**common, **_reading_identity(sources), **_corrected_conversations(sources)}),
     )
     plan = partial(plan_source_parts, sources, part_bytes)
     build = _Build(plan, files, hashes, recipe, identity, cache_dir, deduplicate_after)
@@ -168,6 +172,7 @@ def train_or_load_tokenizer(
         "vocab_size": vocab_size,
         **({} if max_line_bytes == MAX_RECORD_BYTES else {"max_line_bytes": max_line_bytes}),
         **_corrected_reading(sources),
+        **_corrected_conversations(sources),
         **_reading_identity(sources),
     }
     path = cache_dir / f"{TRAINED_TOKENIZER}{fingerprint(identity)[:16]}.json"
@@ -231,7 +236,7 @@ def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
 
 
 def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
-    """Return what is added to the identity of text of which earlier versions read other documents; empty for other text."""
+    """Return what distinguishes an identity from that of earlier versions, for text that they read differently."""
     corrected: dict[str, Any] = {}
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         for source in sources:
@@ -239,8 +244,18 @@ def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
                 corrected["system_columns"] = True
             if any(threads.map(_was_split_at_bars, source.files)):
                 corrected["tabs"] = True
+    return corrected
+
+
+def _corrected_conversations(sources: Sequence[SourceText]) -> dict[str, Any]:
+    """Return what `_corrected_reading` does, for conversations only."""
+    corrected: dict[str, Any] = {}
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        for source in sources:
             if any(threads.map(partial(_absent_fields_were_null, source.rule), source.files)):
                 corrected["absent_fields"] = True
+            if source.rule.chat_template is not None and OPTIONS_OF_TOJSON.search(source.rule.chat_template.source):
+                corrected["tojson"] = True
     return corrected
 
 
@@ -257,8 +272,8 @@ def _system_messages_were_ignored(rule: DocumentRule, file: SourceFile) -> bool:
 
 
 def _absent_fields_were_null(rule: DocumentRule, file: SourceFile) -> bool:
-    """Return whether earlier versions may have written absent fields of messages, such as the arguments of tool calls."""
-    if rule.messages is None:
+    """Return whether earlier versions may have written fields that a message lacks, such as arguments of other tools."""
+    if rule.text is not None or rule.template is not None:
         return False
     with suppress(Exception):  # as in `_system_messages_were_ignored`
         if (file := file.inspected()).format in TABLES:
