@@ -159,8 +159,8 @@ def expand(
     and in run folders are skipped without a message, unless the path is in such a folder itself.
 
     Raises:
-        DataError: there is no file, or a file cannot be read or has an unsupported format; the message names it or the
-            pattern.
+        DataError: there is no file, or a file cannot be read or has an unsupported format; or a folder is `cache_dir`. The
+            message names the file or the pattern.
     """
     warn = warn or logging.getLogger(__name__).warning
     patterns = [pattern] if isinstance(pattern, str) else pattern
@@ -274,6 +274,11 @@ def _local_files(pattern: str, file_format: str, splits: Sequence[str], warn: Wa
             return [_local_file(path, pattern, file_format)]
         if is_folder:
             os.scandir(path).close()  # raises if the user may not list it
+            if cache_dir and os.path.realpath(path) == os.path.realpath(cache_dir):
+                raise DataError(
+                    f"{printable(pattern)}: is data.cache_dir, where the program writes files; keep the text in another "
+                    "folder, or set data.cache_dir to one"
+                )
             below = _without_outputs(path, _files_below(path, problems), cache_dir)
             paths = _of_folder(path, below, file_format, splits, _read_text, warn)
         else:

@@ -622,13 +622,9 @@ def _load_error(spec: str | os.PathLike[str], path: Path, error: BaseException) 
 
 
 def _other_format(path: Path) -> str:
-    """Return what to do if `path`, or a file in the folder where it would be, is a tokenizer in another format."""
-    names = (
-        {path.name}
-        if path.name != TOKENIZER_FILE
-        else {name for name in OTHER_FORMATS if (path.parent / name).is_file()}
-    )
-    found = sorted(names.intersection(OTHER_FORMATS))
+    """Return what to do if `path`, or beside a `tokenizer.json` another file, is a tokenizer in another format."""
+    names = sorted(OTHER_FORMATS) if path.name == TOKENIZER_FILE else [path.name]
+    found = [name for name in names if name in OTHER_FORMATS and (path.parent / name).is_file()]
     if not found:
         return ""
     return (
