@@ -718,7 +718,7 @@ def refuse_without_documents(manifest: Manifest, rules: Sequence[DocumentRule]) 
         return
     reasons = [*empty_file_report(manifest), *invalid_line_report(manifest, verdict="refused")[:10]]
     fraction = max((rule.held_out for rule in rules), default=0.0)
-    # Blank lines, and lines whose documents belong to the other of training and validation text.
+    # Other lines are blank, or their documents belong to the other of training and validation text.
     if fraction and any(file.lines > file.bad_lines + file.filtered + file.duplicates for file in manifest.files):
         is_validation = any(rule.split == "validation" for rule in rules)
         side, change = ("in", "raise") if is_validation else ("outside", "lower")

@@ -83,7 +83,7 @@ class Tokenizer:
             name: for messages.
             end_of_document: token of the vocabulary that ends each document, in place of the last token of the template; the
                 property of the same name is its id. None: the last token of the template; without one, the first of
-                `END_NAMES` that is a special token, or is in the vocabulary.
+                `END_NAMES` that is a special token, otherwise the first in the vocabulary.
             add_special_tokens: whether to use the template; `auto`: use it if there is one.
 
         Raises:
@@ -199,15 +199,15 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON, which does not depend on the layout of the file.
 
-        It also depends on whether the template is used, and on an end-of-document token other than the default one.
+        It also depends on whether the template is used, and on the end-of-document token if it is not `earlier_default`.
         """
         canonical = json.dumps(json.loads(self.to_json()), sort_keys=True, separators=(",", ":"))
         if self.adds_special_tokens:
             canonical += " with special tokens"
-        # The token that earlier versions chose by default is not in the fingerprint, so that their token caches are used.
-        first = list(self._template_suffix[-1:]) or self._ids_of(END_NAMES)
+        # What earlier versions chose by default is not in the fingerprint, so that their token caches are used.
+        earlier_default = list(self._template_suffix[-1:]) or self._ids_of(END_NAMES)
         end = self._default_ends if self.end_name is None else self._ids_of([self.end_name])
-        if end[:1] != first[:1]:
+        if end[:1] != earlier_default[:1]:
             canonical += f" end of document: {self.token_name(end[0])}"
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -51,7 +51,7 @@ def finished_message(config: Config, storage: RunStorage, newest: Path) -> str |
 def check_before_start(config: Config, storage: RunStorage, fresh: bool = False, resumes: bool = False) -> None:
     """Check where the run starts and the free disk space; with `fresh`, an older run will be moved aside afterwards.
 
-    A run that `resumes` from a checkpoint of its own needs no other one, which may have been deleted since it started.
+    A run that `resumes` does not need the checkpoint that it once started from, which may have been deleted.
 
     Raises:
         SettingsError: `run.init_from` or `run.continue_from` is no usable URI, or the disk is too small for the checkpoints.
@@ -62,7 +62,7 @@ def check_before_start(config: Config, storage: RunStorage, fresh: bool = False,
             check_checkpoint_exists(checkpoint)
         except SavantError as error:
             raise type(error)(f"{name}: {error}") from error
-    # A large `checkpoint.keep` means all of them.
+    # A `checkpoint.keep` above the number of checkpoints keeps all.
     keep = min(config.checkpoint.keep, math.ceil(config.training.max_steps / config.checkpoint.every_steps))
     keep += storage.permanent is not None
     keep = keep if storage.filesystem is None else 1  # of a run in object storage, this machine keeps only the newest
