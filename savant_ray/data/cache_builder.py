@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -133,13 +133,8 @@ def prepare(
     }
     if deduplicate_after is not None:
         common["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
-    texts_only = [source._replace(rule=source.rule.for_texts) for source in sources]
-    identity = _Identity(
-        of_texts=fingerprint({**common, **_reading_identity(texts_only)}),
-        of_rules=fingerprint({**common, **_reading_identity(sources), **_corrected_conversations(sources)}),
-    )
     plan = partial(plan_source_parts, sources, part_bytes)
-    build = _Build(plan, files, hashes, recipe, identity, cache_dir, deduplicate_after)
+    build = _Build(plan, files, hashes, recipe, _Identity(common, sources), cache_dir, deduplicate_after)
     progress = progress or (lambda done, total: None)
     _build_once(build.lock, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
@@ -172,7 +167,6 @@ def train_or_load_tokenizer(
         "vocab_size": vocab_size,
         **({} if max_line_bytes == MAX_RECORD_BYTES else {"max_line_bytes": max_line_bytes}),
         **_corrected_reading(sources),
-        **_corrected_conversations(sources),
         **_reading_identity(sources),
     }
     path = cache_dir / f"{TRAINED_TOKENIZER}{fingerprint(identity)[:16]}.json"
@@ -315,7 +309,8 @@ def plan_source_parts(sources: Sequence[SourceText], part_bytes: int | None) -> 
     return parts
 
 
-class _Identity(NamedTuple):
+@dataclass(frozen=True)
+class _Identity:
     """Fingerprints of what a token cache contains.
 
     Whether there are conversations is known when the records have been read. Without any, the chat template of a tokenizer
@@ -323,8 +318,20 @@ class _Identity(NamedTuple):
     read no conversations.
     """
 
-    of_texts: str  # if no record is a conversation
-    of_rules: str  # with everything that may have an effect
+    common: Mapping[str, Any]
+    sources: Sequence[SourceText]
+
+    @cached_property
+    def of_texts(self) -> str:
+        """The fingerprint if no record is a conversation."""
+        texts_only = [source._replace(rule=source.rule.for_texts) for source in self.sources]
+        return fingerprint({**self.common, **_reading_identity(texts_only)})
+
+    @cached_property
+    def of_rules(self) -> str:
+        """The fingerprint of everything that may have an effect; opens the tables that may have conversations."""
+        corrected = _corrected_conversations(self.sources)
+        return fingerprint({**self.common, **_reading_identity(self.sources), **corrected})
 
     @property
     def of_conversations(self) -> str:
@@ -356,15 +363,17 @@ class _Build:
         self._recipe = recipe
         self._identity = identity
         self._cache_dir = cache_dir
-        self._unfinished = self._folder_of(identity.of_rules).with_suffix(UNFINISHED)
         self.lock = self._folder_of(identity.of_texts).with_suffix(LOCK)
         self._damage: list[str] = []
 
     @property
     def folder(self) -> Path:
         """The folder of the cache if it exists, otherwise the unfinished one."""
-        folders = map(self._folder_of, (self._identity.of_texts, self._identity.of_conversations))
-        return next((folder for folder in folders if folder.exists()), self._unfinished)
+        if (texts := self._folder_of(self._identity.of_texts)).exists():
+            return texts
+        conversations = self._folder_of(self._identity.of_conversations)
+        unfinished = self._folder_of(self._identity.of_rules).with_suffix(UNFINISHED)
+        return conversations if conversations.exists() else unfinished
 
     def _folder_of(self, data_fingerprint: str) -> Path:
         name = fingerprint({"format": FORMAT_VERSION, "data": data_fingerprint})
@@ -374,7 +383,7 @@ class _Build:
         """Return whether the cache exists and is intact; a message for each damaged file is kept in `_damage`."""
         self._damage = []
         folder = self.folder
-        if folder == self._unfinished:
+        if folder.suffix == UNFINISHED:
             return False
         try:
             manifest = Manifest.from_json((folder / MANIFEST).read_text())
@@ -426,7 +435,7 @@ class _Build:
         for needless in [*folder.glob("*.tmp"), *folder.glob("duplicates-*")]:
             needless.unlink(missing_ok=True)
         write_atomically(folder / MANIFEST, manifest.to_json())
-        if folder == self._unfinished:
+        if folder.suffix == UNFINISHED:
             folder.rename(self._folder_of(manifest.fingerprint))
 
     def _refuse_changed(self, folder: Path) -> None:

@@ -199,12 +199,12 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON, which does not depend on the layout of the file.
 
-        It also depends on whether the template is used, and on the end-of-document token if it is not `earlier_default`.
+        It also depends on whether the template is used, and on the end-of-document token unless earlier versions chose it by
+        default, so that their token caches are used.
         """
         canonical = json.dumps(json.loads(self.to_json()), sort_keys=True, separators=(",", ":"))
         if self.adds_special_tokens:
             canonical += " with special tokens"
-        # What earlier versions chose by default is not in the fingerprint, so that their token caches are used.
         earlier_default = list(self._template_suffix[-1:]) or self._ids_of(END_NAMES)
         end = self._default_ends if self.end_name is None else self._ids_of([self.end_name])
         if end[:1] != earlier_default[:1]:

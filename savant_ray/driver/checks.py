@@ -108,7 +108,7 @@ def _starting_checkpoints(config: Config) -> list[tuple[str, str]]:
 
 
 def _place_in(run: str, path: str) -> str | None:
-    """Return a path or URI relative to the folder or URI of the run, "" for the run itself; None if it does not lie in it."""
+    """Return a path or URI relative to that of the run, "" for the run itself; None if it does not lie in the run."""
     if is_uri(path) != is_uri(run):
         return None
     if is_uri(path):
