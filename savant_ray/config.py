@@ -342,7 +342,7 @@ class HeldOutConfig(TextConfig):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """As for a source."""
+        """As in `TextConfig`; with `auto` those of `VALIDATION_SPLITS`."""
         return VALIDATION_SPLITS if self.split == AUTO else (self.split,)
 
     @model_validator(mode="after")

@@ -406,7 +406,7 @@ class _Build:
             raise RayRequiredError("a token cache has to be built, and Ray is not initialized")
         for problem in self._damage:
             log(f"{problem}; rebuilding it")
-        if self._damage:  # counts of an earlier version may be of digests that were damaged then
+        if self._damage:  # counts that an earlier version has stored may be those of damaged digests
             for counts in chain.from_iterable(self._cache_dir.glob(f"{name}*.json") for name in (OVERLAP, DUPLICATES)):
                 counts.unlink(missing_ok=True)
         folder = self.folder

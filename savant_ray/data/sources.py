@@ -5,7 +5,7 @@ begins the options of a URI and is no wildcard there. Local folders are listed w
 that is not UTF-8, and follows a cycle of symbolic links 40 times.
 """
 
-# ruff: noqa: PTH112, PTH113, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
+# ruff: noqa: PTH109, PTH112, PTH113, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
 # For names that are not UTF-8, link cycles and missing permissions, os.path returns a result where Path raises an error.
 
 from __future__ import annotations
@@ -633,12 +633,14 @@ def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders
             f"{shown}: no such match: it matches only folders; for the files in them use {shown.rstrip('/')}/**/*.jsonl"
         )
     hint = ""
+    # The paths of settings have been made absolute.
+    name = pattern.removeprefix(f"{os.getcwd()}/") if os.path.isdir(".") else pattern
     if "{" in pattern and "," in pattern:
         hint = "; {a,b} is not supported in a pattern; use a list of two patterns"
     elif "\\" in pattern:
         hint = "; folders are separated by /, not by \\"
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not format_by_suffix(pattern):
-        hint = f"; a data set of the Hugging Face Hub is hf://datasets/{shown}"
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not format_by_suffix(name):
+        hint = f"; a data set of the Hugging Face Hub is hf://datasets/{name}"
     return f"{shown}: no such {'match' if _is_glob(pattern) else 'file or folder'}{hint}"
 
 
