@@ -72,9 +72,8 @@ MAX_NAMED_EMPTY_FILES = 5  # in `empty_file_report`
 UNFINISHED, LOCK = ".unfinished", ".lock"  # suffixes of a cache that is being built, and of the lock of its build
 TRAINED_TOKENIZER = "tokenizer-"  # prefix of the file with a tokenizer that was trained on the text
 MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and `UNFINISHED` follow
-OPTIONS_OF_TOJSON = re.compile(
-    r"\btojson\s*\([^)]*\b(ensure_ascii|separators|sort_keys)\b"
-)  # refused by earlier versions
+# In chat templates; earlier versions refused conversations for them.
+OPTIONS_OF_TOJSON = re.compile(r"\btojson\s*\([^)]*\b(ensure_ascii|separators|sort_keys)\b")
 MAX_TRAINING_CHARACTERS = 128 << 20  # for training a tokenizer, which barely changes with more text
 
 Progress = Callable[[int, int], None]  # receives bytes done and total bytes
