@@ -342,7 +342,7 @@ class HeldOutConfig(TextConfig):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """As for a source."""
+        """As in `TextConfig`; with `auto` those of `VALIDATION_SPLITS`."""
         return VALIDATION_SPLITS if self.split == AUTO else (self.split,)
 
     @model_validator(mode="after")
@@ -502,8 +502,8 @@ class TrainingConfig(Section):
     vram_limit_gb: Positive = Field(default=10.0, description="hard limit of a worker's GPU memory, GiB")
     compile: bool | Auto = Field(
         default="auto",
-        description="compile the model with torch.compile; auto: if a compiler for the device is installed, except in fp32 "
-        "on a CPU",
+        description="compile the model with torch.compile; auto: if an installed compiler supports the device and the "
+        "precision, except in fp32 on a CPU",
     )
     recompute_loops: bool | Auto = Field(
         default="auto",
@@ -591,9 +591,8 @@ class ScalingConfig(Section):
     )
     threads_per_worker: Annotated[int, Field(ge=1, le=MAX_THREADS)] | Auto = Field(
         default="auto",
-        description="threads of a worker on a CPU; rounding may depend on their number; auto: OMP_NUM_THREADS if the "
-        "environment has it, else as many as its cores, but when resuming with training.deterministic at most as many as "
-        "before",
+        description="threads of a worker on a CPU; rounding may depend on their number; auto: OMP_NUM_THREADS if it is set, "
+        "otherwise the number of its cores; a run resumed with training.deterministic uses no more than before",
     )
     max_failures: int = Field(default=3, ge=0, description="number of times that workers are restarted after a failure")
     hang_seconds: Annotated[float, Field(ge=MIN_HANG_SECONDS, le=MAX_HANG_SECONDS)] | Auto | None = Field(

@@ -60,9 +60,9 @@ def require_token_if_authentication_is_enabled() -> None:
 
 @contextmanager
 def processes_in_own_groups() -> Iterator[None]:
-    """Start Ray's processes within the `with` block in process groups of their own; Ray has no setting for it.
+    """Let Ray start its processes in process groups of their own within the `with` block; Ray has no setting for it.
 
-    A signal for the group of this process, as `timeout` and terminals send it, then reaches this process only.
+    A signal to the group of this process, as `timeout` and terminals send it, then does not reach Ray's processes.
     """
     from ray._private import services
 

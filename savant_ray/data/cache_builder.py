@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import traceback
 from collections import Counter
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -71,6 +72,8 @@ MAX_NAMED_EMPTY_FILES = 5  # in `empty_file_report`
 UNFINISHED, LOCK = ".unfinished", ".lock"  # suffixes of a cache that is being built, and of the lock of its build
 TRAINED_TOKENIZER = "tokenizer-"  # prefix of the file with a tokenizer that was trained on the text
 MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and `UNFINISHED` follow
+# In chat templates; earlier versions refused conversations for them.
+OPTIONS_OF_TOJSON = re.compile(r"\btojson\s*\([^)]*\b(ensure_ascii|separators|sort_keys)\b")
 MAX_TRAINING_CHARACTERS = 128 << 20  # for training a tokenizer, which barely changes with more text
 
 Progress = Callable[[int, int], None]  # receives bytes done and total bytes
@@ -129,13 +132,8 @@ def prepare(
     }
     if deduplicate_after is not None:
         common["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
-    texts_only = [source._replace(rule=source.rule.for_texts) for source in sources]
-    identity = _Identity(
-        of_texts=fingerprint({**common, **_reading_identity(texts_only)}),
-        of_rules=fingerprint({**common, **_reading_identity(sources)}),
-    )
     plan = partial(plan_source_parts, sources, part_bytes)
-    build = _Build(plan, files, hashes, recipe, identity, cache_dir, deduplicate_after)
+    build = _Build(plan, files, hashes, recipe, _Identity(common, sources), cache_dir, deduplicate_after)
     progress = progress or (lambda done, total: None)
     _build_once(build.lock, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
@@ -231,7 +229,7 @@ def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
 
 
 def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
-    """Return what is added to the identity of text of which earlier versions read other documents; empty for other text."""
+    """Return what distinguishes an identity from that of earlier versions, for text that they read differently."""
     corrected: dict[str, Any] = {}
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         for source in sources:
@@ -239,8 +237,18 @@ def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
                 corrected["system_columns"] = True
             if any(threads.map(_was_split_at_bars, source.files)):
                 corrected["tabs"] = True
+    return corrected
+
+
+def _corrected_conversations(sources: Sequence[SourceText]) -> dict[str, Any]:
+    """Return what `_corrected_reading` does, for conversations only."""
+    corrected: dict[str, Any] = {}
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        for source in sources:
             if any(threads.map(partial(_absent_fields_were_null, source.rule), source.files)):
                 corrected["absent_fields"] = True
+            if source.rule.chat_template is not None and OPTIONS_OF_TOJSON.search(source.rule.chat_template.source):
+                corrected["tojson"] = True
     return corrected
 
 
@@ -257,8 +265,8 @@ def _system_messages_were_ignored(rule: DocumentRule, file: SourceFile) -> bool:
 
 
 def _absent_fields_were_null(rule: DocumentRule, file: SourceFile) -> bool:
-    """Return whether earlier versions may have written absent fields of messages, such as the arguments of tool calls."""
-    if rule.messages is None:
+    """Return whether earlier versions may have written fields that a message lacks, such as arguments of other tools."""
+    if rule.text is not None or rule.template is not None:
         return False
     with suppress(Exception):  # as in `_system_messages_were_ignored`
         if (file := file.inspected()).format in TABLES:
@@ -300,7 +308,8 @@ def plan_source_parts(sources: Sequence[SourceText], part_bytes: int | None) -> 
     return parts
 
 
-class _Identity(NamedTuple):
+@dataclass(frozen=True)
+class _Identity:
     """Fingerprints of what a token cache contains.
 
     Whether there are conversations is known when the records have been read. Without any, the chat template of a tokenizer
@@ -308,8 +317,20 @@ class _Identity(NamedTuple):
     read no conversations.
     """
 
-    of_texts: str  # if no record is a conversation
-    of_rules: str  # with everything that may have an effect
+    common: Mapping[str, Any]
+    sources: Sequence[SourceText]
+
+    @cached_property
+    def of_texts(self) -> str:
+        """The fingerprint if no record is a conversation."""
+        texts_only = [source._replace(rule=source.rule.for_texts) for source in self.sources]
+        return fingerprint({**self.common, **_reading_identity(texts_only)})
+
+    @cached_property
+    def of_rules(self) -> str:
+        """The fingerprint of everything that may have an effect; opens the tables that may have conversations."""
+        corrected = _corrected_conversations(self.sources)
+        return fingerprint({**self.common, **_reading_identity(self.sources), **corrected})
 
     @property
     def of_conversations(self) -> str:
@@ -341,15 +362,17 @@ class _Build:
         self._recipe = recipe
         self._identity = identity
         self._cache_dir = cache_dir
-        self._unfinished = self._folder_of(identity.of_rules).with_suffix(UNFINISHED)
         self.lock = self._folder_of(identity.of_texts).with_suffix(LOCK)
         self._damage: list[str] = []
 
     @property
     def folder(self) -> Path:
         """The folder of the cache if it exists, otherwise the unfinished one."""
-        folders = map(self._folder_of, (self._identity.of_texts, self._identity.of_conversations))
-        return next((folder for folder in folders if folder.exists()), self._unfinished)
+        if (texts := self._folder_of(self._identity.of_texts)).exists():
+            return texts
+        conversations = self._folder_of(self._identity.of_conversations)
+        unfinished = self._folder_of(self._identity.of_rules).with_suffix(UNFINISHED)
+        return conversations if conversations.exists() else unfinished
 
     def _folder_of(self, data_fingerprint: str) -> Path:
         name = fingerprint({"format": FORMAT_VERSION, "data": data_fingerprint})
@@ -359,7 +382,7 @@ class _Build:
         """Return whether the cache exists and is intact; a message for each damaged file is kept in `_damage`."""
         self._damage = []
         folder = self.folder
-        if folder == self._unfinished:
+        if folder.suffix == UNFINISHED:
             return False
         try:
             manifest = Manifest.from_json((folder / MANIFEST).read_text())
@@ -382,7 +405,7 @@ class _Build:
             raise RayRequiredError("a token cache has to be built, and Ray is not initialized")
         for problem in self._damage:
             log(f"{problem}; rebuilding it")
-        if self._damage:  # counts of an earlier version may be of digests that were damaged then
+        if self._damage:  # counts that an earlier version has stored may be those of damaged digests
             for counts in chain.from_iterable(self._cache_dir.glob(f"{name}*.json") for name in (OVERLAP, DUPLICATES)):
                 counts.unlink(missing_ok=True)
         folder = self.folder
@@ -411,7 +434,7 @@ class _Build:
         for needless in [*folder.glob("*.tmp"), *folder.glob("duplicates-*")]:
             needless.unlink(missing_ok=True)
         write_atomically(folder / MANIFEST, manifest.to_json())
-        if folder == self._unfinished:
+        if folder.suffix == UNFINISHED:
             folder.rename(self._folder_of(manifest.fingerprint))
 
     def _refuse_changed(self, folder: Path) -> None:
@@ -703,7 +726,7 @@ def refuse_without_documents(manifest: Manifest, rules: Sequence[DocumentRule]) 
         return
     reasons = [*empty_file_report(manifest), *invalid_line_report(manifest, verdict="refused")[:10]]
     fraction = max((rule.held_out for rule in rules), default=0.0)
-    # Blank lines, and lines whose documents belong to the other of training and validation text.
+    # Other lines are blank, or their documents belong to the other of training and validation text.
     if fraction and any(file.lines > file.bad_lines + file.filtered + file.duplicates for file in manifest.files):
         is_validation = any(rule.split == "validation" for rule in rules)
         side, change = ("in", "raise") if is_validation else ("outside", "lower")

@@ -93,8 +93,8 @@ class ChatTemplate:
         """Render a conversation.
 
         The ranges are those of the template's `{% generation %}` blocks. A template without such blocks is rendered again
-        with marks around the contents of the assistant, and once for the messages up to each of them: what follows the
-        content in the latter ends the turn. A space before a range belongs to it, as most tokenizers make it a part of the
+        with marks around the contents of the assistant, and once for each of them with the messages up to it: what follows
+        the content there ends the turn. A space before a range belongs to it, as most tokenizers make it a part of the
         token that follows.
 
         Raises:

@@ -57,7 +57,7 @@ _DESCRIPTIONS = {
     "text": "plain text",
 }
 _MULTILINE_JSON = re.compile(rb"\s*[\[{]\s*\n")  # the first line is only a bracket
-# The first line begins an object and does not end the array, or is the only one; or the array is empty.
+# An empty array, or one whose first line begins an object and does not end with a bracket, unless it is the only line.
 _JSON_ARRAY = re.compile(rb"\s*\[\s*(\{[^\n]*((?<![\]\s])\s*\n|\s*$)|\]\s*$)")
 _JSON_OBJECT = re.compile(rb'\s*(\[\s*)?\{\s*"')  # begins like an object with a key, or an array of them
 _WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)

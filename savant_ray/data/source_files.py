@@ -21,7 +21,7 @@ def find_files(
 
     A data set of the Hub is downloaded into `cache_dir` if it is not there yet; `progress` receives the bytes of it that are
     there and the total. `notify` receives the messages of `expand` about files that are skipped. Of a folder that contains
-    `cache_dir`, its files are skipped, too.
+    `cache_dir`, the files in `cache_dir` are left out.
 
     Raises:
         DataError: there are none, or one cannot be read, downloaded or has an unsupported format.

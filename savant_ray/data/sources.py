@@ -5,7 +5,7 @@ begins the options of a URI and is no wildcard there. Local folders are listed w
 that is not UTF-8, and follows a cycle of symbolic links 40 times.
 """
 
-# ruff: noqa: PTH112, PTH113, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
+# ruff: noqa: PTH109, PTH112, PTH113, PTH114, PTH115, PTH116, PTH118, PTH119, PTH120, PTH123, PTH207
 # For names that are not UTF-8, link cycles and missing permissions, os.path returns a result where Path raises an error.
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def expand(
     and in run folders are skipped without a message, unless the path is in such a folder itself.
 
     Raises:
-        DataError: there is no file, or a file cannot be read or has an unsupported format; the message names it or the
-            pattern.
+        DataError: there is no file, or a file cannot be read or has an unsupported format; or a folder is `cache_dir`. The
+            message names the file or the pattern.
     """
     warn = warn or logging.getLogger(__name__).warning
     patterns = [pattern] if isinstance(pattern, str) else pattern
@@ -269,6 +269,11 @@ def _local_files(pattern: str, file_format: str, splits: Sequence[str], warn: Wa
             return [_local_file(path, pattern, file_format)]
         if is_folder:
             os.scandir(path).close()  # raises if the user may not list it
+            if cache_dir and os.path.realpath(path) == os.path.realpath(cache_dir):
+                raise DataError(
+                    f"{printable(pattern)}: is data.cache_dir, where the program writes files; keep the text in another "
+                    "folder, or set data.cache_dir to one"
+                )
             below = _without_outputs(path, _files_below(path, problems), cache_dir)
             paths = _of_folder(path, below, file_format, splits, _read_text, warn)
         else:
@@ -623,12 +628,14 @@ def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders
             f"{shown}: no such match: it matches only folders; for the files in them use {shown.rstrip('/')}/**/*.jsonl"
         )
     hint = ""
+    # The paths of settings have been made absolute.
+    name = pattern.removeprefix(f"{os.getcwd()}/") if os.path.isdir(".") else pattern
     if "{" in pattern and "," in pattern:
         hint = "; {a,b} is not supported in a pattern; use a list of two patterns"
     elif "\\" in pattern:
         hint = "; folders are separated by /, not by \\"
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not format_by_suffix(pattern):
-        hint = f"; a data set of the Hugging Face Hub is hf://datasets/{shown}"
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not format_by_suffix(name):
+        hint = f"; a data set of the Hugging Face Hub is hf://datasets/{name}"
     return f"{shown}: no such {'match' if _is_glob(pattern) else 'file or folder'}{hint}"
 
 

@@ -82,7 +82,7 @@ class Tokenizer:
             name: for messages.
             end_of_document: token of the vocabulary that ends each document, in place of the last token of the template; the
                 property of the same name is its id. None: the last token of the template; without one, the first of
-                `END_NAMES` that is a special token, or is in the vocabulary.
+                `END_NAMES` that is a special token, otherwise the first in the vocabulary.
             add_special_tokens: whether to use the template; `auto`: use it if there is one.
 
         Raises:
@@ -194,15 +194,15 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON, which does not depend on the layout of the file.
 
-        It also depends on whether the template is used, and on an end-of-document token other than the default one.
+        It also depends on whether the template is used, and on the end-of-document token unless earlier versions chose it by
+        default, so that their token caches are used.
         """
         canonical = json.dumps(json.loads(self.to_json()), sort_keys=True, separators=(",", ":"))
         if self.adds_special_tokens:
             canonical += " with special tokens"
-        # The token that earlier versions chose by default is not in the fingerprint, so that their token caches are used.
-        first = list(self._template_suffix[-1:]) or self._ids_of(END_NAMES)
+        earlier_default = list(self._template_suffix[-1:]) or self._ids_of(END_NAMES)
         end = self._default_ends if self.end_name is None else self._ids_of([self.end_name])
-        if end[:1] != first[:1]:
+        if end[:1] != earlier_default[:1]:
             canonical += f" end of document: {self.token_name(end[0])}"
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -617,13 +617,9 @@ def _load_error(spec: str | os.PathLike[str], path: Path, error: BaseException) 
 
 
 def _other_format(path: Path) -> str:
-    """Return what to do if `path`, or a file in the folder where it would be, is a tokenizer in another format."""
-    names = (
-        {path.name}
-        if path.name != TOKENIZER_FILE
-        else {name for name in OTHER_FORMATS if (path.parent / name).is_file()}
-    )
-    found = sorted(names.intersection(OTHER_FORMATS))
+    """Return what to do if `path`, or beside a `tokenizer.json` another file, is a tokenizer in another format."""
+    names = sorted(OTHER_FORMATS) if path.name == TOKENIZER_FILE else [path.name]
+    found = [name for name in names if name in OTHER_FORMATS and (path.parent / name).is_file()]
     if not found:
         return ""
     return (

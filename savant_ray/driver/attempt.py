@@ -16,7 +16,7 @@ from savant_ray.driver.checks import (
     check_before_start,
     finished_message,
     refuse_inputs_in_the_run,
-    refuse_start_in_the_run,
+    refuse_own_checkpoint_as_start,
 )
 from savant_ray.driver.data_files import DataFiles, find_data_files, refuse_unencodable
 from savant_ray.driver.phases import AttemptPhase, Trigger
@@ -159,7 +159,7 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
             ),
         )
         if resume_checkpoint is not None:
-            refuse_start_in_the_run(config, storage, resume_checkpoint)
+            refuse_own_checkpoint_as_start(config, storage, resume_checkpoint)
         elif config.run.continue_from is not None:
             check_before_start(config, storage)
             resume_checkpoint = copy_start(

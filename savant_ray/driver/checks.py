@@ -51,32 +51,33 @@ def finished_message(config: Config, storage: RunStorage, newest: Path) -> str |
 def check_before_start(config: Config, storage: RunStorage, fresh: bool = False, resumes: bool = False) -> None:
     """Check where the run starts and the free disk space; with `fresh`, an older run will be moved aside afterwards.
 
-    A run that `resumes` from a checkpoint of its own needs no other one, which may have been deleted since it started.
+    A run that `resumes` does not need the checkpoint that it once started from, which may have been deleted.
 
     Raises:
         SettingsError: `run.init_from` or `run.continue_from` is no usable URI, or the disk is too small for the checkpoints.
         CheckpointError: `run.init_from` or `run.continue_from` names no checkpoint.
     """
-    for name, checkpoint in () if resumes else _starts(config):
+    for name, checkpoint in () if resumes else _starting_checkpoints(config):
         try:
             check_checkpoint_exists(checkpoint)
         except SavantError as error:
             raise type(error)(f"{name}: {error}") from error
-    # A large `checkpoint.keep` means all of them.
+    # A `checkpoint.keep` above the number of checkpoints keeps all.
     keep = min(config.checkpoint.keep, math.ceil(config.training.max_steps / config.checkpoint.every_steps))
     keep += storage.permanent is not None
     keep = keep if storage.filesystem is None else 1  # of a run in object storage, this machine keeps only the newest
     check_disk(storage.folder, checkpoint_bytes(config), keep, fresh)
 
 
-def refuse_start_in_the_run(config: Config, storage: RunStorage, newest: Path) -> None:
+def refuse_own_checkpoint_as_start(config: Config, storage: RunStorage, newest: Path) -> None:
     """Check that a run that resumes from `newest` is not to start from one of its own checkpoints: it would ignore that.
 
     Raises:
-        SettingsError: `run.init_from` or `run.continue_from` lies in the folder of the run.
+        SettingsError: `run.init_from` or `run.continue_from` is the run or one of its checkpoints.
     """
-    for name, checkpoint in _starts(config):
-        if _lies_in(checkpoint, storage.location):
+    for name, checkpoint in _starting_checkpoints(config):
+        place = _place_in(storage.location, checkpoint)
+        if place is not None and (not place or place.startswith("step_")):  # others may be what it has started from
             raise SettingsError(
                 f"{name}: {checkpoint} lies in the run itself, which would resume from {newest.name} instead; give the new "
                 "run another run.name"
@@ -89,31 +90,34 @@ def refuse_inputs_in_the_run(config: Config, storage: RunStorage) -> None:
     Raises:
         SettingsError: the checkpoint that it starts from, the tokenizer or text lies in the folder of the run.
     """
-    inputs = [*_starts(config), ("data.tokenizer", config.data.tokenizer)]
+    inputs = [*_starting_checkpoints(config), ("data.tokenizer", config.data.tokenizer)]
     inputs += [("data.validation", path) for path in path_list(config.data.held_out.path)]
     for number, source in enumerate(config.data.sources):
         inputs += [(f"data.sources[{number}].path", path) for path in path_list(source.path)]
     for setting, path in inputs:
-        if _lies_in(path, storage.location):
+        if _place_in(storage.location, path) is not None:
             raise SettingsError(
                 f"{setting}: {path} lies in the run that --fresh would move aside; give the new run another run.name"
             )
 
 
-def _starts(config: Config) -> list[tuple[str, str]]:
-    """Return the settings that name a checkpoint from which a new run starts, with their values, without unset ones."""
+def _starting_checkpoints(config: Config) -> list[tuple[str, str]]:
+    """Return name and value of the settings that name a checkpoint from which a new run starts, if they are set."""
     settings = {"run.init_from": config.run.init_from, "run.continue_from": config.run.continue_from}
     return [(name, checkpoint) for name, checkpoint in settings.items() if checkpoint is not None]
 
 
-def _lies_in(path: str, run: str) -> bool:
-    """Return whether a path or URI is the folder or URI of the run, or lies in it."""
+def _place_in(run: str, path: str) -> str | None:
+    """Return a path or URI relative to that of the run, "" for the run itself; None if it does not lie in the run."""
     if is_uri(path) != is_uri(run):
-        return False
+        return None
     if is_uri(path):
-        path, run = (decoded_uri(split_query(uri)[0]) for uri in (path, run))
-        return f"{path.rstrip('/')}/".startswith(f"{run.rstrip('/')}/")
-    return Path(path).is_absolute() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(run))
+        path, run = (f"{decoded_uri(split_query(uri)[0]).rstrip('/')}/" for uri in (path, run))
+        return path.removeprefix(run) if path.startswith(run) else None
+    real_path, real_run = Path(os.path.realpath(path)), os.path.realpath(run)
+    if not Path(path).is_absolute() or not real_path.is_relative_to(real_run):
+        return None
+    return "/".join(real_path.relative_to(real_run).parts)
 
 
 def checkpoint_bytes(config: Config) -> int:

@@ -126,7 +126,7 @@ def short_name(paths: str | list[str] | None) -> str:
 
 
 def _is_missing_default(path: str | list[str] | None, name: str) -> bool:
-    """Return whether `path` is a missing file with this name, that of a default, so that the user has probably set none."""
+    """Return whether `path` is a missing file with the name of a default, which the user has probably not set."""
     if not isinstance(path, str) or is_uri(path) or Path(path).name != name:
         return False
     return not os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name too long
@@ -144,7 +144,7 @@ def _refuse_rounded_numbers(sources: Sequence[SourceConfig]) -> None:
 
 
 def _write_missing_quickstart(config: Config, report: RunReport) -> None:
-    """Write the quickstart's files into the folders in which the settings name one that is missing."""
+    """Write the quickstart's files into each folder in which one is missing that the settings name."""
     paths = [path for source in config.data.sources for path in path_list(source.path)]
     paths += path_list(config.data.held_out.path)
     missing = [

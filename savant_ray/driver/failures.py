@@ -19,7 +19,7 @@ from savant_ray.training.rank_comparison import RanksDifferError
 # Parts of messages. Ray Train wraps Ray's errors, so their types are lost.
 DEAD_ACTOR = ("died", "is unavailable")
 OUT_OF_MEMORY = ("outofmemoryerror", "memory monitor", "running low on memory", "due to oom", "out of memory issue")
-# Not each error of NCCL: others are two workers on one GPU, too little shared memory, or no memory of the GPU.
+# Not every error of NCCL: it also reports two workers on one GPU, or too little shared or GPU memory.
 LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection closed by remote peer",

@@ -73,7 +73,8 @@ def scaling(config: Config) -> ScalingConfig:
     `resources_per_worker` is set, the cores are divided among the largest number of workers.
 
     Raises:
-        SettingsError: the cluster cannot run the smallest number of workers.
+        SettingsError: the cluster cannot run the smallest number of workers, PyTorch cannot use its GPUs, or
+            `resources_per_worker` is not valid.
     """
     (fewest, most), nodes = config.scaling.worker_limits, node_resources()
     unusable = unusable_gpus()
@@ -102,11 +103,11 @@ def scaling(config: Config) -> ScalingConfig:
 
 
 def unusable_gpus() -> str | None:
-    """Return why PyTorch cannot use the GPUs of this machine, None if it can, there are none, or there are other machines.
+    """Return why PyTorch cannot use the GPUs that Ray counts on this machine; None if it can, or if that is not known.
 
-    Ray counts the GPUs that the driver of the system knows. Workers of a PyTorch that cannot use them would end with an
-    error, because Ray Train connects workers with GPUs by NCCL. In a Ray that another process has started, this process may
-    not see the GPUs that its workers get, so there only a CPU build of PyTorch is a reason.
+    Ray counts the GPUs that NVIDIA's driver lists. Workers whose PyTorch cannot use them would end with an error, because
+    Ray Train connects workers with GPUs by NCCL. In a Ray that another process has started, workers may see GPUs that this
+    process does not, so there only a CPU build is a reason, and only if there is no other node.
     """
     nodes, is_cpu_build = node_resources(), torch.version.cuda is None
     is_known = owns_ray() or (is_cpu_build and len(nodes) == 1)

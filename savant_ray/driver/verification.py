@@ -593,7 +593,7 @@ def _leaves(value: Any, parameters: list[str], path: str = "") -> Iterator[tuple
     if path in NOT_COMPARED:
         return
     if path == "optimizer_state_dict.param_groups":
-        # Their rate is that of the last update, maybe before the first repeated step; the record has the rate of each step.
+        # A group's rate is that of its last update, which may be before the first repeated step. Steps compare their rates.
         yield path, [{key: item for key, item in group.items() if key != "lr"} for group in value]
         return
     if not isinstance(value, Mapping):

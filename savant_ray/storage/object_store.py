@@ -200,8 +200,8 @@ class ObjectStorage(RunStorage):
     def fetch_records(self) -> None:
         """Download the records if they are newer than the local ones.
 
-        Local ones of another run, which has or had the same name, are renamed: those whose first event is not that of the
-        stored record, and all if the storage has none.
+        Local records of another run with the same name are renamed first: those that begin with another event than the
+        stored ones, or, if the storage has none, any.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         stored = [name for name in DRIVER_FILES if name in self._list()]

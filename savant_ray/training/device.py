@@ -81,9 +81,9 @@ def use_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # True by default, which is another pass over each new tensor, to find code that reads memory before writing it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # Backward passes are compiled in the thread that compiles the forward pass. By default they are compiled when they are
-    # first run, for a GPU in a thread of autograd, and from torch 2.13 on settings of the compiler belong to a thread: it
-    # would choose kernels by timing them there.
+    # Compile backward passes in the thread that compiles the forward pass. By default they are compiled when they first
+    # run, for a GPU in a thread of autograd. From torch 2.13 on, settings of the compiler belong to a thread, so in that one
+    # it would choose kernels by timing them.
     compiler_settings: Any = importlib.import_module("torch._functorch.config")
     compiler_settings.force_non_lazy_backward_lowering = True
 
@@ -175,8 +175,8 @@ def compile_block(
     """Compile the recurrent block as `training.compile` says; return a note for the user or None.
 
     "auto" compiles if a C++ compiler and the headers of Python are installed and, for a GPU, a Triton that supports it; but
-    not in fp32 on a CPU, where compiling takes half a minute and gains 0 to 4 % (docs/LOG.md), and not in bf16 on a GPU
-    without bf16 instructions, for which PyTorch compiles nothing. Each input shape gets its own graph (`dynamic=False`), so
+    not in fp32 on a CPU, where compiling takes half a minute and gains 0 to 4 % (docs/LOG.md), nor in bf16 on a GPU without
+    bf16 instructions, where PyTorch's compiler raises an error. Each input shape gets its own graph (`dynamic=False`), so
     that a run and its resumption run the same kernels.
     """
     if not wants_compiled(setting, device, precision):
@@ -225,7 +225,7 @@ def prepare_device(device: torch.device, limit_gb: float, is_deterministic: bool
 
 
 def refuse_gpu_without_kernels(device: torch.device) -> None:
-    """Run a kernel on a GPU.
+    """Check that PyTorch can run a kernel on the device.
 
     Raises:
         SavantError: this PyTorch was not built for this GPU; it may be too old or too new.

@@ -160,7 +160,7 @@ def _train(
         if not stop and validation_is_due(state.step, config):
             stop = host.validate(state)
             measure_peak(peak, host, state.device)
-            # CUDA graphs and kernels of generation have taken memory outside of the allocator.
+            # Generation has loaded kernels and CUDA graphs, which take memory outside of the allocator.
             notify(host, update_memory_cap(state.device, settings.vram_limit_gb))
         if stop:
             # A saved step is saved again only if its write failed: Ray drops a checkpoint that is reported twice.

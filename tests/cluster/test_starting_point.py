@@ -371,6 +371,20 @@ def test_a_run_that_would_ignore_which_of_its_own_checkpoints_it_is_to_start_fro
         inputs_of(tmp_path, "base", **{setting: str(tmp_path / "base/step_3")})
 
 
+@pytest.mark.parametrize("setting", ["init_from", "continue_from"])
+def test_a_run_resumes_that_has_started_from_a_checkpoint_in_another_folder_of_its_own(
+    setting: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "new/base", 3, config=wsd(200))
+    for step in (3, 5):
+        inputs = inputs_of(tmp_path, "new", **{setting: str(tmp_path / "new/base/step_3")})
+        if setting == "init_from" and step == 3:
+            assert inputs is not None and inputs.resume_checkpoint is None
+        else:
+            assert inputs is not None and inputs.resume_checkpoint == tmp_path / f"new/step_{step}"
+        write(tmp_path / "new", 5, config=wsd(200))
+
+
 def test_a_run_is_not_moved_aside_for_one_whose_tracker_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

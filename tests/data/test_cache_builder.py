@@ -483,27 +483,65 @@ def test_a_chat_template_is_part_of_the_identity_of_conversations_only(
 
 
 @pytest.mark.parametrize(
-    ("message", "changed"),
+    ("field", "message", "changed"),
     [
-        ({"role": "assistant", "content": "b"}, False),
-        ({"role": "assistant", "content": "b", "tags": ["x"]}, True),
-        ({"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f"}}]}, True),
+        ("messages", {"role": "assistant", "content": "b"}, False),
+        ("messages", {"role": "assistant", "content": "b", "tags": ["x"]}, True),
+        ("messages", {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f"}}]}, True),
+        (None, {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f"}}]}, True),
+        ("meta.messages", {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f"}}]}, True),
     ],
 )
 def test_only_tables_that_earlier_versions_may_have_read_otherwise_have_another_identity(
-    message: dict[str, Any], changed: bool, tmp_path: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    field: str | None,
+    message: dict[str, Any],
+    changed: bool,
+    tmp_path: Path,
+    byte_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.Table.from_pylist([{"messages": [{"role": "user", "content": "a"}, message]}]), path)
+    record = {"messages": [{"role": "user", "content": "a"}, message]}
+    pq.write_table(pa.Table.from_pylist([{"meta": record} if field == "meta.messages" else record]), path)
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
 
     def built() -> str:
-        texts = [SourceText(expand(str(path)), DocumentRule(messages="messages", chat_template=template))]
+        texts = [SourceText(expand(str(path)), DocumentRule(messages=field, chat_template=template))]
         return prepare(texts, byte_tokenizer, 32, tmp_path / "cache").fingerprint
 
     now = built()
     monkeypatch.setattr("savant_ray.data.cache_builder.has_nested_items", lambda *_: False)  # as before
     assert (built() != now) == changed
+
+
+def test_texts_in_a_table_with_nested_lists_keep_their_identity(
+    tmp_path: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.Table.from_pylist([{"text": "ab", "links": [{"tags": ["x"]}]}]), tmp_path / "a.parquet")
+    texts = [SourceText(expand(str(tmp_path / "a.parquet")))]
+    now = prepare(texts, byte_tokenizer, 32, tmp_path / "cache").fingerprint
+    monkeypatch.setattr("savant_ray.data.cache_builder.has_nested_items", lambda *_: False)  # as before
+    assert prepare(texts, byte_tokenizer, 32, tmp_path / "cache").fingerprint == now
+
+
+@pytest.mark.parametrize(("call", "changed"), [("tojson", False), ("tojson(ensure_ascii=False)", True)])
+def test_conversations_that_earlier_versions_refused_for_their_template_have_another_identity(
+    tmp_path: Path, byte_tokenizer: Tokenizer, call: str, changed: bool
+) -> None:
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    files = expand(str(tmp_path / "a.jsonl"))
+    template = ChatTemplate(f"{{% for m in messages %}}{{{{ m.content | {call} }}}}{{% endfor %}}")
+    rule = DocumentRule(train_on="all", chat_template=template)
+    identity = {
+        "version": 1,
+        "files": [["a.jsonl", hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()]],
+        "recipe": [byte_tokenizer.fingerprint, 32, 1_000, None],
+        "rules": [[1, repr(rule)]],
+    }
+    earlier = fingerprint({"data": fingerprint(identity), "conversations": cache_builder.CONVERSATIONS_VERSION})
+    cache = prepare([SourceText(files, rule)], byte_tokenizer, 32, tmp_path / "cache", max_line_bytes=1_000)
+    assert (cache.fingerprint != earlier) == changed
 
 
 def test_another_end_of_document_token_gives_another_cache(

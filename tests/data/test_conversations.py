@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -359,17 +360,21 @@ def test_a_chat_template_writes_tool_calls_which_are_trained_on(tmp_path: Path) 
     assert trained(document) == ["[add(1, 1)]</>", "It is 2.</>"]
 
 
-def test_a_tool_call_in_a_table_has_its_own_arguments_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [{}, {"created": datetime(2024, 7, 26)}], ids=["", "with a time"])
+@pytest.mark.parametrize("field", ["messages", "meta.messages"])
+def test_a_tool_call_in_a_table_has_its_own_arguments_only(tmp_path: Path, others: dict[str, Any], field: str) -> None:
     def asks(name: str, **arguments: str) -> dict[str, Any]:
         call = {"function": {"name": name, "arguments": arguments}}
-        return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call], **others}]
+        return {"meta": {"messages": messages}} if "." in field else {"messages": messages}
 
     table = pa.Table.from_pylist(
         [asks("add", a="1"), asks("now"), asks("look", where="up")]
     )  # each has `a` and `where`
     pq.write_table(table, tmp_path / "a.parquet")
     template = ChatTemplate(TOOLS.replace("arguments", "arguments | tojson"))
-    found = documents(expand(str(tmp_path / "a.parquet")), rule=DocumentRule(chat_template=template))
+    rule = DocumentRule(messages=field, chat_template=template)
+    found = documents(expand(str(tmp_path / "a.parquet")), rule=rule)
     assert [trained(document) for document in found] == [
         ['[add{"a": "1"}]</>'],
         ["[now{}]</>"],

@@ -82,6 +82,14 @@ def test_what_a_run_has_written_into_the_folder_of_the_text_is_not_read_as_text(
     assert Path(named.path).name == "records.jsonl"
 
 
+def test_a_folder_of_text_that_is_the_cache_folder_is_refused(tmp_path: Path) -> None:
+    write_files(tmp_path, ["one.jsonl"])
+    with pytest.raises(DataError, match=r"is data\.cache_dir.*keep the text in another folder"):
+        find_files(SourceConfig(path=f"{tmp_path}/", weight=1), tmp_path, notify=print)
+    (file,) = find_files(SourceConfig(path=f"{tmp_path}/*.jsonl", weight=1), tmp_path, notify=print)
+    assert Path(file.path).name == "one.jsonl"
+
+
 def save_splits(folder: Path, splits: list[str]) -> Path:
     """Write what `datasets.DatasetDict.save_to_disk` writes."""
     table = pa.table({"text": ["a"]})

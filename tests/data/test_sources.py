@@ -179,6 +179,18 @@ def test_a_thousand_broken_links_give_a_few_messages(tmp_path: Path) -> None:
     assert len(warned) == 6 and warned[-1] == "… and 995 more like this"
 
 
+def test_the_name_of_a_data_set_that_is_no_path_is_refused_with_its_uri(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("owner/name", f"{tmp_path}/owner/name"):  # as the settings have it after paths were made absolute
+        with pytest.raises(DataError, match=r"; a data set of the Hugging Face Hub is hf://datasets/owner/name$"):
+            expand(pattern)
+    for pattern in ("../name", "/owner/name"):
+        with pytest.raises(DataError, match=r"no such file or folder$"):
+            expand(pattern)
+
+
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [

@@ -224,6 +224,7 @@ def test_a_missing_tokenizer_is_reported(tmp_path: Path) -> None:
     for spec, reason in [
         (tmp_path, "not a tokenizer.json"),
         (tmp_path / "gone.json", "no such tokenizer.json"),
+        (tmp_path / "gone/vocab.json", "no such tokenizer.json, nor a folder that contains one$"),
         ("nobody/has-such-a-model", "no Hugging Face model of that name could be fetched"),
     ]:
         with pytest.raises(DataError, match=reason):

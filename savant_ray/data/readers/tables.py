@@ -84,14 +84,15 @@ def column_names(file: SourceFile) -> list[str]:
 
 
 def has_nested_items(file: SourceFile, name: str | None) -> bool:
-    """Return whether a column of a table, or any if `name` is None, has lists of objects that contain objects or lists.
+    """Return whether a table has lists of objects that contain objects or lists, in the field `name` or, if None, anywhere.
 
     Raises:
         Exception: the file is damaged.
     """
     table = _open(file)
     try:
-        return any(_has_nested_items(field.type) for field in table.schema if name in (None, field.name))
+        columns = [field for field in table.schema if name is None or f"{name}.".startswith(f"{field.name}.")]
+        return any(_has_nested_items(column.type) for column in columns)
     finally:
         table.close()
 
@@ -315,9 +316,9 @@ class _ArrowStream:
 def _values(column: pa.Array) -> list[Any]:
     """Return the values of a column as JSON has them.
 
-    Times, decimals and the like are strings, binary values are decoded as UTF-8. In a column of lists of objects, such as
-    messages, objects within the items have no fields without a value: a table has the fields of all rows in each, and a tool
-    call would be written with the arguments of all tools.
+    Times, decimals and the like are strings, binary values are decoded as UTF-8. Within the items of a list, such as
+    messages, objects have no fields without a value: a table has the fields of all rows in each object, so a tool call would
+    be written with the arguments of all tools.
 
     Raises:
         Exception: one of them has no such value.
@@ -326,24 +327,39 @@ def _values(column: pa.Array) -> list[Any]:
         column = column.storage
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    has_nested_items = _has_nested_items(column.type)
     if _is_json(column.type):
         values = list(column.to_pylist())
-        return list(map(_without_nulls_in_items, values)) if _has_nested_items(column.type) else values
-    if pa.types.is_temporal(column.type) or pa.types.is_decimal(column.type):
-        with suppress(pa.ArrowNotImplementedError):  # of durations
-            column = column.cast(pa.string())
-    return [_json_value(value) for value in column.to_pylist()]
+    else:
+        if pa.types.is_temporal(column.type) or pa.types.is_decimal(column.type):
+            with suppress(pa.ArrowNotImplementedError):  # of durations
+                column = column.cast(pa.string())
+        values = [_json_value(value) for value in column.to_pylist()]
+    return list(map(_without_nulls_in_items, values)) if has_nested_items else values
 
 
 def _has_nested_items(type_: pa.DataType) -> bool:
-    """Return whether a type is a list of objects with a field that is an object or a list."""
+    """Return whether a type is, or contains in an object, a list of objects with a field that is an object or a list."""
+    if pa.types.is_struct(type_):
+        return any(map(_has_nested_items, _field_types(type_)))
     if not (pa.types.is_list(type_) or pa.types.is_large_list(type_)) or not pa.types.is_struct(type_.value_type):
         return False
-    return any(pa.types.is_nested(type_.value_type.field(index).type) for index in range(type_.value_type.num_fields))
+    return any(map(pa.types.is_nested, _field_types(type_.value_type)))
 
 
-def _without_nulls_in_items(items: list[dict[str, Any] | None] | None) -> Any:
-    return items and [item and {name: _without_nulls(value) for name, value in item.items()} for item in items]
+def _field_types(type_: pa.DataType) -> list[pa.DataType]:
+    return [type_.field(index).type for index in range(type_.num_fields)]
+
+
+def _without_nulls_in_items(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls_in_items(field) for name, field in value.items()}
+    if not isinstance(value, list):
+        return value
+    return [
+        {name: _without_nulls(field) for name, field in item.items()} if isinstance(item, dict) else item
+        for item in value
+    ]
 
 
 def _without_nulls(value: Any) -> Any:
