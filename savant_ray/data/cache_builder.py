@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import hashlib
 import os
-import re
 import shutil
 import traceback
 from collections import Counter
@@ -73,7 +72,6 @@ UNFINISHED, LOCK = ".unfinished", ".lock"  # suffixes of a cache that is being b
 TRAINED_TOKENIZER = "tokenizer-"  # prefix of the file with a tokenizer that was trained on the text
 MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and `UNFINISHED` follow
 # In chat templates; earlier versions refused conversations for them.
-OPTIONS_OF_TOJSON = re.compile(r"\btojson\s*\([^)]*\b(ensure_ascii|separators|sort_keys)\b")
 MAX_TRAINING_CHARACTERS = 128 << 20  # for training a tokenizer, which barely changes with more text
 
 Progress = Callable[[int, int], None]  # receives bytes done and total bytes
@@ -242,14 +240,9 @@ def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
 
 def _corrected_conversations(sources: Sequence[SourceText]) -> dict[str, Any]:
     """Return what `_corrected_reading` does, for conversations only."""
-    corrected: dict[str, Any] = {}
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        for source in sources:
-            if any(threads.map(partial(_absent_fields_were_null, source.rule), source.files)):
-                corrected["absent_fields"] = True
-            if source.rule.chat_template is not None and OPTIONS_OF_TOJSON.search(source.rule.chat_template.source):
-                corrected["tojson"] = True
-    return corrected
+        were_null = (threads.map(partial(_absent_fields_were_null, rule), files) for files, rule in sources)
+        return {"absent_fields": True} if any(map(any, were_null)) else {}
 
 
 def _system_messages_were_ignored(rule: DocumentRule, file: SourceFile) -> bool:

@@ -524,26 +524,6 @@ def test_texts_in_a_table_with_nested_lists_keep_their_identity(
     assert prepare(texts, byte_tokenizer, 32, tmp_path / "cache").fingerprint == now
 
 
-@pytest.mark.parametrize(("call", "changed"), [("tojson", False), ("tojson(ensure_ascii=False)", True)])
-def test_conversations_that_earlier_versions_refused_for_their_template_have_another_identity(
-    tmp_path: Path, byte_tokenizer: Tokenizer, call: str, changed: bool
-) -> None:
-    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    (tmp_path / "a.jsonl").write_text(json.dumps(record))
-    files = expand(str(tmp_path / "a.jsonl"))
-    template = ChatTemplate(f"{{% for m in messages %}}{{{{ m.content | {call} }}}}{{% endfor %}}")
-    rule = DocumentRule(train_on="all", chat_template=template)
-    identity = {
-        "version": 1,
-        "files": [["a.jsonl", hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()]],
-        "recipe": [byte_tokenizer.fingerprint, 32, 1_000, None],
-        "rules": [[1, repr(rule)]],
-    }
-    earlier = fingerprint({"data": fingerprint(identity), "conversations": cache_builder.CONVERSATIONS_VERSION})
-    cache = prepare([SourceText(files, rule)], byte_tokenizer, 32, tmp_path / "cache", max_line_bytes=1_000)
-    assert (cache.fingerprint != earlier) == changed
-
-
 def test_another_end_of_document_token_gives_another_cache(
     tmp_path: Path, write_jsonl: WriteJsonl, byte_tokenizer: Tokenizer
 ) -> None:
