@@ -93,7 +93,9 @@ def alternate(rounds: int, *measures: Callable[[], float], warm_up: int = 1) -> 
 
 def log_progress(text: str) -> None:
     """Print a line to standard error; some benchmarks take minutes, and standard output is for their tables."""
-    print(f"  {text}", file=sys.stderr, flush=True)
+    # In one write, so that lines of several processes stay whole; `print` would write the newline by itself.
+    sys.stderr.write(f"  {text}\n")
+    sys.stderr.flush()
 
 
 def figure(ratios: Sequence[float], detail: str, shares_of_peak: Sequence[float] = ()) -> dict[str, Any]:
