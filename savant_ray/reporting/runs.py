@@ -191,7 +191,10 @@ def ago(time: str | None) -> str:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the recent steps, the newest line of each other kind, and the best validation."""
+    """Return the recent steps, the newest line of each other kind, and the best validation.
+
+    The end of an attempt is left out if another attempt has started after it.
+    """
     recent: deque[bytes] = deque(maxlen=RECENT_STEPS)
     newest: dict[str, dict[str, Any]] = {}
     best: dict[str, Any] = {}
@@ -200,6 +203,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], 
             if text.startswith(STEP_PREFIX):
                 recent.append(text)
             elif (line := parse_event(text)) is not None:
+                if line["event"] == AttemptStarted.kind:
+                    newest.pop(AttemptEnded.kind, None)  # an attempt may resume from an earlier step than that of an end
                 newest.pop(line["event"], None)  # inserted again below, so that kinds are ordered by their newest line
                 newest[line["event"]] = line
                 loss = line.get("validation_loss")
