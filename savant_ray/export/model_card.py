@@ -16,7 +16,7 @@ from savant_ray.events import LogicScored, StepDone, ValidationDone
 from savant_ray.export.logic_task import can_encode_suite, lm_eval_command
 from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import METRICS, parse_event
-from savant_ray.reporting.wording import percent
+from savant_ray.reporting.wording import figure, percent
 from savant_ray.training.checkpoint import RECORDS
 
 CARD = """\
@@ -115,21 +115,17 @@ def _events(path: Path) -> list[dict[str, Any]]:
 
 
 def _training_loss(event: dict[str, Any]) -> str:
-    return f"{_number(event['train_loss'])} nats per token (step {event['step']:,})"
+    return f"{figure(event['train_loss'])} nats per token (step {event['step']:,})"
 
 
 def _validation_loss(event: dict[str, Any]) -> str:
-    loss, bits = _number(event["validation_loss"]), _number(event["bits_per_byte"])
+    loss, bits = figure(event["validation_loss"]), figure(event["bits_per_byte"])
     return f"{loss} nats per token, {bits} bits per byte (step {event['step']:,})"
 
 
 def _score(event: dict[str, Any]) -> str:
     interval = f"95 % interval {percent(event['low'])} – {percent(event['high'])}"
     return f"{percent(event['score'])} of {event['n']:,} held-out problems, {interval} (step {event['step']:,})"
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _escaped(text: str) -> str:

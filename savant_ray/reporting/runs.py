@@ -25,7 +25,7 @@ from savant_ray.events import (
 )
 from savant_ray.reporting.record import METRICS, parse_event
 from savant_ray.reporting.text_tables import table_console
-from savant_ray.reporting.wording import duration, escape_controls, relative_path
+from savant_ray.reporting.wording import duration, escape_controls, figure, relative_path
 
 STEP_PREFIX = json.dumps({"event": StepDone.kind})[:-1].encode()  # most lines are steps; only the last ones are parsed
 RECENT_STEPS = 100
@@ -49,7 +49,8 @@ class RunSummary:
     step: int
     max_steps: int | None
     train_loss: float | None
-    validation_loss: float | None
+    validation_loss: float | None  # also None if it is not finite
+    validation_step: int | None
     best_validation_loss: float | None
     best_validation_step: int | None
     tokens_per_second: float | None
@@ -115,6 +116,7 @@ def summarize(
         max_steps=attempt.get("max_steps"),
         train_loss=step.get("train_loss"),
         validation_loss=validated.get("validation_loss"),
+        validation_step=validated.get("step"),
         best_validation_loss=best.get("validation_loss"),
         best_validation_step=best.get("step"),
         tokens_per_second=step.get("tokens_per_second"),
@@ -244,10 +246,12 @@ def _failure(state: str, newest: dict[str, dict[str, Any]]) -> str | None:
 
 
 def _validation(run: RunSummary) -> str:
-    if run.validation_loss is None:
+    if run.validation_step is None:
         return "no validation yet"
-    best = f" · best {run.best_validation_loss:.4f} at step {run.best_validation_step:,}"
-    return f"validation loss {run.validation_loss:.4f}{best}"
+    newest = f"validation loss {figure(run.validation_loss)}"
+    if run.best_validation_loss is None:
+        return newest
+    return f"{newest} · best {run.best_validation_loss:.4f} at step {run.best_validation_step:,}"
 
 
 def _sample(run: RunSummary) -> str:

@@ -237,6 +237,11 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %" if 0 < fraction < 0.1 or 0.9 < fraction < 1 else f"{100 * fraction:.0f} %"
 
 
+def figure(value: float | None, digits: int = 4) -> str:
+    """Return a number of the record, in which NaN and infinity are None."""
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
 def byte_size(n_bytes: float) -> str:
     """Return `812 bytes`, `45.1 KB` or `1.23 GB`: powers of 1,000, three digits."""
     for unit, factor in _BYTE_UNITS:

@@ -64,8 +64,9 @@ def spike(step: int, **changes: Any) -> SpikeFound:
     return SpikeFound(step=step, **(fields | changes))
 
 
-def validation(step: int) -> ValidationDone:
-    return ValidationDone(step=step, validation_loss=5.1234, bits_per_byte=2.1, weights_moved=0.971, seconds=3.2)
+def validation(step: int, **changes: Any) -> ValidationDone:
+    fields: dict[str, Any] = {"validation_loss": 5.1234, "bits_per_byte": 2.1, "weights_moved": 0.971, "seconds": 3.2}
+    return ValidationDone(step=step, **(fields | changes))
 
 
 def score(step: int) -> LogicScored:

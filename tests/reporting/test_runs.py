@@ -61,6 +61,17 @@ def test_status_shows_five_lines_about_a_run_without_steps(tmp_path: Path) -> No
     assert lines[1:] == ["step 0 of 1,000", "no validation yet", "no checkpoint yet", "no sample yet"]
 
 
+def test_status_and_report_show_a_validation_whose_figures_are_not_finite(tmp_path: Path) -> None:
+    nan = {"validation_loss": float("nan"), "bits_per_byte": float("nan")}
+    run = write(tmp_path / "run", *TRAINED, validation(10, **nan))
+    assert status(summarize(run, idle)).splitlines()[2] == "validation loss not finite · best 5.1234 at step 5"
+    first = write(tmp_path / "first", attempt(), validation(10, **nan))
+    assert status(summarize(first, idle)).splitlines()[2] == "validation loss not finite"
+    without_bytes = write(tmp_path / "without bytes", attempt(), validation(10, bits_per_byte=float("nan")))
+    assert main(["report", *map(str, (run, first, without_bytes)), "--output", str(tmp_path / "report.html")]) == 0
+    assert (tmp_path / "report.html").read_text().count("<dd>not finite</dd>") == 5
+
+
 def test_runs_are_found_in_the_working_directory_and_in_the_folder_for_ray_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

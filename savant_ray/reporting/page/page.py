@@ -22,7 +22,7 @@ from savant_ray.locations import replacing
 from savant_ray.reporting.page.charts import charts, smooth_span
 from savant_ray.reporting.page.history import Attempt, History, read_history
 from savant_ray.reporting.runs import ago
-from savant_ray.reporting.wording import duration, escape_controls, percent
+from savant_ray.reporting.wording import duration, escape_controls, figure, percent
 
 REPORT = "report.html"  # in the run folder, unless another file is named
 MAX_SAMPLES = 30  # steps with a sample on the page
@@ -142,9 +142,10 @@ def _overview(history: History) -> Iterator[tuple[str, str]]:
     yield "step", f"{run.step:,}" + ("" if run.max_steps is None else f" of {run.max_steps:,}")
     if run.train_loss is not None:
         yield "training loss", f"{run.train_loss:.4f}"
-    if run.validation_loss is not None:
-        yield "validation loss", f"{run.validation_loss:.4f}"
-        yield "bits per byte", f"{history.validations[-1]['bits_per_byte']:.3f}"
+    if run.validation_step is not None:
+        yield "validation loss", figure(run.validation_loss)
+        yield "bits per byte", figure(history.validations[-1]["bits_per_byte"], digits=3)
+    if run.best_validation_loss is not None:
         yield "best validation loss", f"{run.best_validation_loss:.4f} at step {run.best_validation_step:,}"
     if len(steps["step"]):
         yield "tokens trained on", f"{np.nansum(steps['tokens']):,.0f}"
