@@ -69,7 +69,8 @@ def _quickstart(arguments: Sequence[str]) -> int:
         from savant_ray.reporting.wording import next_commands
         from savant_ray.storage.run_storage import run_storage
 
-        print(f"\nTo try next:\n{next_commands(run_storage(config).location, COMMANDS)}")
+        storage = run_storage(config)
+        print(f"\nTo try next:\n{next_commands(storage.location, storage.folder, COMMANDS)}")
     return code
 
 

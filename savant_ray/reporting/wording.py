@@ -291,16 +291,19 @@ def own_command(name: str, script: Path = Path(sys.argv[0]), python: Path = Path
     return f"{shlex.quote(_shortest_path(python, 'python'))} -m savant_ray.cli {name}"
 
 
-def next_commands(run: str, known: Collection[str]) -> str:
-    """Return what can be done with the trained quickstart: for each `known` command a line and its meaning."""
+def next_commands(run: str, folder: Path, known: Collection[str]) -> str:
+    """Return what can be done with the trained quickstart: for each `known` command a line and its meaning.
+
+    `run` is the path or URI of the run, `folder` its folder on this machine, in which a run in object storage has its record.
+    """
     quoted = shlex.quote(run if is_uri(run) else relative_path(Path(run)))
     question = '"Question: If X = 7 and Y = 12, what is X + Y?\nAnswer: Let\'s think step by step:"'
     rows = [
         ("generate", f"--checkpoint {quoted} --prompt {question}", "answers a question"),
         ("chat", f"{quoted} --conversation", "answers one question after another"),
         ("evaluate", quoted, "asks the 720 problems again"),
-        ("report", quoted, "writes a page with curves, samples and settings"),
-        ("train", "--config chat", "teaches the model the form of a conversation (1 min)"),
+        ("report", shlex.quote(relative_path(folder)), "writes a page with curves, samples and settings"),
+        ("train", f"--config chat --run.init_from {quoted}", "teaches the model the form of a conversation (1 min)"),
         ("init", "TEXT.jsonl", "writes a settings file for your own text"),
     ]
     return "".join(f"\n  {own_command(name)} {rest}\n      {meaning}" for name, rest, meaning in rows if name in known)

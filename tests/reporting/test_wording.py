@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from savant_ray.commands import COMMANDS
 from savant_ray.events import Event, MicroBatchSkipped, Notice, Rewound, RunFailed, RunResumed, WorkerHung
 from savant_ray.reporting.run_report import RemainingTime
 from savant_ray.reporting.wording import (
     describe,
     duration,
     escape_controls,
+    next_commands,
     percent,
     progress_figures,
     skipped_update,
@@ -107,6 +111,14 @@ def test_percentages_and_progress_are_rounded() -> None:
 def test_control_characters_are_escaped_and_other_text_is_unchanged() -> None:
     assert escape_controls("\x1b[2J\r\x07\x9b\u202e\u2028\ud800") == r"\x1b[2J\r\x07\x9b\u202e\u2028\ud800"
     assert escape_controls("Zeile 1\n\tüber → 漢字 🙂 [bold]") == "Zeile 1\n\tüber → 漢字 🙂 [bold]"
+
+
+@pytest.mark.parametrize("run", ["/elsewhere/my run", "s3://bucket/my run"])
+def test_the_commands_to_try_next_name_the_run_and_its_folder(run: str, tmp_path: Path) -> None:
+    shown = next_commands(run, tmp_path / "my run", COMMANDS)
+    assert f"train --config chat --run.init_from '{run}'" in shown, "the shipped file names the run checkpoints_quickstart"
+    assert f"chat '{run}' --conversation" in shown
+    assert f"report '{tmp_path}/my run'" in shown, "a report needs the record, which is on this machine"
 
 
 def test_one_slow_step_does_not_change_the_remaining_time() -> None:
