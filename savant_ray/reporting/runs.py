@@ -181,8 +181,8 @@ def status(run: RunSummary) -> str:
 
 
 def to_json(runs: Iterable[RunSummary]) -> str:
-    """Return the summaries as JSON."""
-    return json.dumps([{**asdict(run), "seconds_left": run.seconds_left} for run in runs], ensure_ascii=False, indent=2)
+    """Return the summaries as JSON in ASCII, because in standard output other characters may become invalid escapes."""
+    return json.dumps([{**asdict(run), "seconds_left": run.seconds_left} for run in runs], indent=2)
 
 
 def ago(time: str | None) -> str:

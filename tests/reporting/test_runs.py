@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -93,6 +94,17 @@ def test_runs_are_found_in_the_working_directory_and_in_the_folder_for_ray_jobs(
     assert [(run["name"], run["state"], run["step"]) for run in listed] == [
         ("one", "finished", 20), ("three", "interrupted", 0), ("two", "interrupted", 5)
     ]  # fmt: skip
+
+
+def test_the_json_of_runs_is_valid_if_the_terminal_has_no_unicode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "é", *TRAINED, sample(5, text="😀"))
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    (run,) = json.loads(stdout.buffer.getvalue())
+    assert (run["name"], run["sample"]) == ("é", "😀")
 
 
 def test_names_of_runs_are_printed_as_they_are(
