@@ -28,7 +28,7 @@ from savant_ray.original.file import (
     write_original,
 )
 from savant_ray.original.file_settings import CONSTANTS, attention_masks, global_loops, visible_keys
-from savant_ray.original.names import original_files
+from savant_ray.original.names import is_original_name, original_files, original_step
 from savant_ray.training.checkpoint import AVERAGE, find_checkpoint, read_checkpoint, read_settings
 from savant_ray.training.safetensors_export import output_errors_explained, prepare_output
 
@@ -96,7 +96,7 @@ def _export_file(source: Path, output: Path, optimizer: OptimizerName | None) ->
     content = for_optimizer(content, target) if target else content
     with output_errors_explained(output):
         write_original(output, content)
-    return warnings
+    return warnings + _wrong_name(output, content["step"])
 
 
 def _export_checkpoint(folder: Path, output: Path, optimizer: OptimizerName | None) -> list[str]:
@@ -119,7 +119,15 @@ def _export_checkpoint(folder: Path, output: Path, optimizer: OptimizerName | No
     warnings += [OTHER_LOOPS] if config.training.double_loops_fraction else []
     if target is None and NO_MOMENTS not in warnings:  # any optimizer of the original can load a file without moments
         warnings.append(NO_OPTIMIZER_KNOWN)
-    return warnings + _differences(config.model, original["model_state_dict"], reference, reference_content)
+    warnings += _differences(config.model, original["model_state_dict"], reference, reference_content)
+    return warnings + _wrong_name(output, content["step"])
+
+
+def _wrong_name(output: Path, step: int) -> list[str]:
+    """Return a warning if the name of the file has another step than its content."""
+    if not is_original_name(output.name) or original_step(output.name) == step:
+        return []
+    return [f"{output} contains step {step}: rename it to step_{step}.pt, otherwise savant refuses to read it"]
 
 
 def _refuse_unsupported_model(folder: Path, model: ModelConfig) -> None:

@@ -94,6 +94,14 @@ def test_a_checkpoint_can_be_named_by_its_run_its_folder_or_its_file(named: str,
     export_safetensors(run / named, tmp_path / "folder")
 
 
+def test_a_name_with_another_step_than_the_checkpoint_is_reported(run: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "step_1000.pt"
+    assert "contains step 3: rename it to step_3.pt" in export_original(run, wrong)[-1]
+    wrong.rename(tmp_path / "step_3.pt")
+    assert "contains step 3: rename it" in export_original(tmp_path / "step_3.pt", tmp_path / "step_4.pt")[-1]
+    assert not any("rename" in warning for warning in export_original(run, tmp_path / "other.pt"))
+
+
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_the_original_continues_from_a_run_that_started_with_its_file(
     make: Any, run: Path, state: TrainingState, tmp_path: Path
