@@ -147,6 +147,11 @@ def _load_verified(path: Path) -> dict[str, Any]:
     content = load(path)
     if missing := [key for key in KEYS if key not in content]:
         raise CheckpointError(f"{path}: not a file of the original: {', '.join(missing)} missing")
+    if "savant" in content:
+        raise CheckpointError(
+            f"{path}: not a file of the original, but the weights of a savant_ray checkpoint without its settings and "
+            "tokenizer; use the complete folder step_N of that checkpoint"
+        )
     step, weights = content["step"], content["model_state_dict"]
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{path}: not a file of the original: its step is {step!r}")

@@ -12,9 +12,10 @@ import torch
 from savant_ray.errors import CheckpointError
 from savant_ray.original.file import read_file, write_original
 from savant_ray.original.names import original_files
+from savant_ray.training.checkpoint import write_checkpoint
 from tests.original.program import AdamW8bit, OriginalProgram
-from tests.original.test_file import loaded, trained
-from tests.training.tiny import Code
+from tests.original.test_file import loaded, original_config, trained
+from tests.training.tiny import Code, tiny_state
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,13 @@ def test_a_changed_number_in_a_weight_is_refused(whole: bytes, tmp_path: Path) -
     assert torch.load(path, weights_only=True)["step"] == 2, "PyTorch does not notice"
     with pytest.raises(CheckpointError, match="altered since it was written"):
         read_file(path)
+
+
+def test_the_weights_of_a_savant_ray_checkpoint_without_its_folder_are_refused(tmp_path: Path) -> None:
+    config = original_config(max_steps=3)
+    folder = write_checkpoint(tmp_path / "run", tiny_state(config).to_checkpoint() | {"step": 3}, {})
+    with pytest.raises(CheckpointError, match="use the complete folder step_N"):
+        read_file((folder / "step_3.pt").rename(tmp_path / "step_3.pt"))
 
 
 def test_code_in_a_file_is_refused_and_not_executed(tmp_path: Path) -> None:
