@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -72,7 +73,10 @@ def print_findings(findings: Iterator[Finding]) -> int:
 
 
 def _reinstall() -> str:
-    return f"{sys.executable} -m pip install --force-reinstall {DISTRIBUTION}"
+    """Return the command that installs this program again: from its checkout, or from the package index."""
+    root = Path(__file__).parents[1]
+    target = f"-e {shlex.quote(str(root))}" if (root / "pyproject.toml").is_file() else DISTRIBUTION
+    return f"{sys.executable} -m pip install --force-reinstall {target}"
 
 
 def _python(topic: str) -> Iterator[Finding]:
