@@ -8,6 +8,7 @@ from pathlib import Path
 
 from savant_ray.errors import CheckpointError
 
+MANIFEST = "manifest.json"  # that of `training/checkpoint.py`, which imports torch
 _FILE = re.compile(r"step_(\d+)\.pt")
 
 
@@ -36,9 +37,12 @@ def original_names(names: Iterable[str]) -> list[str]:
 def original_files(folder: Path) -> list[Path]:
     """Return the files of the original directly in a folder, intact or not, oldest first.
 
-    A subfolder with such a name is included, because it is to be reported as damaged. `step_5/step_5.pt` and
-    `step_5.damaged/step_5.pt` are not included: they are the weights of a savant_ray checkpoint.
+    A subfolder with such a name is included, because it is to be reported as damaged. `step_5/step_5.pt`,
+    `step_5.damaged/step_5.pt` and files beside a manifest, as in a renamed copy of a checkpoint, are not included: they are
+    the weights of a savant_ray checkpoint.
     """
+    if any(folder.glob(MANIFEST)):  # unlike is_file(), without an error if the folder may not be searched
+        return []
     weights_name = f"{folder.absolute().name.partition('.')[0]}.pt"
     names = original_names(path.name for path in folder.glob("step_*.pt"))
     return [folder / name for name in names if name != weights_name]

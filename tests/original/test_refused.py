@@ -148,6 +148,9 @@ def test_files_of_the_original_are_sorted_by_number_and_found_only_directly_in_t
         (tmp_path / name).touch()
     assert original_files(tmp_path) == [files[2], files[0], files[1]]
     assert original_files(tmp_path / "step_7") == [], "a checkpoint of savant_ray without its manifest"
+    copied = (tmp_path / "step_7").rename(tmp_path / "best")
+    (copied / "manifest.json").touch()
+    assert original_files(copied) == [], "a renamed copy of a checkpoint of savant_ray"
 
 
 def test_a_failed_write_leaves_the_older_file_intact(tmp_path: Path) -> None:
