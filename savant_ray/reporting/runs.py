@@ -206,7 +206,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], 
                 recent.append(text)
             elif (line := parse_event(text)) is not None:
                 if line["event"] == AttemptStarted.kind:
-                    newest.pop(AttemptEnded.kind, None)  # an attempt may resume from an earlier step than that of an end
+                    newest.pop(AttemptEnded.kind, None)  # its step may be after those that this attempt repeats
                 newest.pop(line["event"], None)  # inserted again below, so that kinds are ordered by their newest line
                 newest[line["event"]] = line
                 loss = line.get("validation_loss")

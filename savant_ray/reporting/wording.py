@@ -294,7 +294,7 @@ def own_command(name: str, script: Path = Path(sys.argv[0]), python: Path = Path
 def next_commands(run: str, folder: Path, known: Collection[str]) -> str:
     """Return what can be done with the trained quickstart: for each `known` command a line and its meaning.
 
-    `run` is the path or URI of the run, `folder` its folder on this machine, in which a run in object storage has its record.
+    `run` is the path or URI of the run, `folder` its folder on this machine, which contains its record.
     """
     quoted = shlex.quote(run if is_uri(run) else relative_path(Path(run)))
     question = '"Question: If X = 7 and Y = 12, what is X + Y?\nAnswer: Let\'s think step by step:"'

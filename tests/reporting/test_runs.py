@@ -139,7 +139,9 @@ def test_a_run_whose_last_step_could_not_be_saved_is_not_called_finished(
 
 
 def test_a_run_that_resumes_before_the_end_of_its_last_attempt_is_at_the_step_that_it_repeats(tmp_path: Path) -> None:
-    run = write(tmp_path / "run", attempt(max_steps=20), checkpoint(5), NOT_SAVED, attempt(5, max_steps=20), step_done(6))
+    run = write(
+        tmp_path / "run", attempt(max_steps=20), checkpoint(5), NOT_SAVED, attempt(5, max_steps=20), step_done(6)
+    )
     running = summarize(run, lambda _: True)
     assert (running.step, running.seconds_left) == (6, 28.0)
 

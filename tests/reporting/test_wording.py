@@ -116,7 +116,9 @@ def test_control_characters_are_escaped_and_other_text_is_unchanged() -> None:
 @pytest.mark.parametrize("run", ["/elsewhere/my run", "s3://bucket/my run"])
 def test_the_commands_to_try_next_name_the_run_and_its_folder(run: str, tmp_path: Path) -> None:
     shown = next_commands(run, tmp_path / "my run", COMMANDS)
-    assert f"train --config chat --run.init_from '{run}'" in shown, "the shipped file names the run checkpoints_quickstart"
+    assert f"train --config chat --run.init_from '{run}'" in shown, (
+        "the shipped file names the run checkpoints_quickstart"
+    )
     assert f"chat '{run}' --conversation" in shown
     assert f"report '{tmp_path}/my run'" in shown, "a report needs the record, which is on this machine"
 
