@@ -50,7 +50,7 @@ def explain_failure(
     if reported is not None:
         return error_class(reported.error, TrainingError)(reported.text)
     advice = f"When the cause is fixed, run the same command again to resume from {newest}."
-    if not isinstance(error, WorkerGroupError):
+    if not isinstance(error, WorkerGroupError) or not error.worker_failures:  # Ray Train's `NCCLHangError` has none
         details = "" if error is None else "".join(traceback.format_exception(error))
         reason = "no reason was given" if error is None else describe(error)
         return UnexpectedError(f"training ended: {reason}\n{advice}", details)
