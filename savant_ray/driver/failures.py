@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError
-from ray.train import UserCallback, WorkerGroupError
+from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from savant_ray.errors import SavantError, TrainingError, UnexpectedError, describe, error_class
 from savant_ray.events import RunFailed, WorkersLost
 from savant_ray.training.device import DeviceMemoryError
 from savant_ray.training.rank_comparison import RanksDifferError
 
+HEADING = "Training failed due to worker errors"
 # Parts of messages. Ray Train wraps Ray's errors, so their types are lost.
 DEAD_ACTOR = ("died", "is unavailable")
 OUT_OF_MEMORY = ("outofmemoryerror", "memory monitor", "running low on memory", "due to oom", "out of memory issue")
@@ -50,9 +51,9 @@ def explain_failure(
     if reported is not None:
         return error_class(reported.error, TrainingError)(reported.text)
     advice = f"When the cause is fixed, run the same command again to resume from {newest}."
-    if not isinstance(error, WorkerGroupError):
+    if not isinstance(error, WorkerGroupError) or not error.worker_failures:  # Ray Train's `NCCLHangError` has none
         details = "" if error is None else "".join(traceback.format_exception(error))
-        reason = "no reason was given" if error is None else describe(error)
+        reason = "no reason was given" if error is None else _reason(error)
         return UnexpectedError(f"training ended: {reason}\n{advice}", details)
     _, root_cause = _root_failure(error.worker_failures)
     summary = hang or _summarize(error.worker_failures)
@@ -60,6 +61,14 @@ def explain_failure(
     if isinstance(root_cause, UnexpectedError):
         return UnexpectedError(f"{message} {advice}", root_cause.details)
     return TrainingError(f"{message} Ray's error is in training_log.txt. {advice}")
+
+
+def _reason(error: BaseException) -> str:
+    """Return one line as `describe`, without the heading with which Ray Train's messages begin."""
+    if isinstance(error, ControllerError):
+        return describe(error.controller_failure)
+    heading, _, text = str(error).partition(":\n")
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if heading == HEADING and text else describe(error)
 
 
 @contextmanager

@@ -92,6 +92,12 @@ class MasterWeightOptimizer(torch.optim.Optimizer):
         """Return which rows (first dimension) of the parameter have had a gradient so far, `[rows]` bool."""
         return self._rules[parameter].had_gradient(self.state[parameter])
 
+    def restart(self) -> None:
+        """Set the state to that before the first update; weights and hyperparameters stay as they are."""
+        for parameter, rule in self._rules.items():
+            for name, initial in rule.new_state(parameter).items():
+                self.state[parameter][name].copy_(initial)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load saved state without rounding. Hyperparameters of the groups are not loaded: they follow the settings.
 

@@ -255,7 +255,10 @@ def read_left_out(file: Path) -> tuple[tuple[int, int], ...]:
         pairs = json.loads(file.read_bytes())
         return tuple((operator.index(first), operator.index(n_sequences)) for first, n_sequences in pairs)
     except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error_line(error)}") from error
+        raise CheckpointError(
+            f"{file} is damaged: {error_line(error)}. Restore it, or delete it: then the sequences are left out that the "
+            "newest checkpoint names, and a spike since then is found again"
+        ) from error
 
 
 def tokenizer_file(folder: Path) -> Path:

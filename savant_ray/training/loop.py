@@ -233,7 +233,8 @@ def rewind(state: TrainingState, spike: Spike, n_sequences: int, host: Host) -> 
         SavantError, OSError: it cannot be stored.
     """
     event = spike_found(state, spike, n_sequences, update_skipped=True)
-    recent = [first for first, _ in state.left_out if first > state.position - WINDOW * n_sequences]
+    # What was left out later in the order is of steps that are repeated, because checkpoints after them were removed.
+    recent = [first for first, _ in state.left_out if state.position - WINDOW * n_sequences < first <= state.position]
     if len(recent) >= MAX_REWINDS:
         raise TrainingError(
             f"step {event.step:,} has a spike (loss {event.train_loss:.4f}, limit {event.loss_limit:.4f}; gradient norm "

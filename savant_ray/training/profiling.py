@@ -92,8 +92,13 @@ class StepProfiler:
             self._report_errors(self._stop_recording_memory)
 
     def before_step(self, step: int) -> None:
-        """Start the trace if `step`, the next one, is the first that is profiled."""
+        """Start the trace if `step`, the next one, is the first that is profiled.
+
+        After a rewind to an earlier step, a trace that has begun is discarded and starts again with the repeated step.
+        """
         self._current = step
+        if self._trace is not None and step <= self._first:
+            self._report_errors(self._discard)
         if self._trace is None and step in self._steps:
             self._first = step
             self._report_errors(self._start)
@@ -111,6 +116,11 @@ class StepProfiler:
         trace = profile(activities=activities, record_shapes=True, acc_events=True)
         trace.start()
         self._trace = trace
+
+    def _discard(self) -> None:
+        trace, self._trace = self._trace, None
+        if trace is not None:
+            trace.stop()
 
     def _finish(self) -> None:
         trace, self._trace = self._trace, None

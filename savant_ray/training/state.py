@@ -221,10 +221,10 @@ class TrainingState:
 
         Weights that only the model has keep their initial values; weights that only the checkpoint has are ignored. With
         `allow_changes`, the same applies to weights whose shapes differ. If any weight was not restored or was ignored, or
-        the optimizer's state does not fit, the optimizer keeps its initial state. The average of the weights begins with the
-        loaded weights if the checkpoint has no average or belongs to a different model. The spike window stays empty if
-        weights, optimizer or schedule were not restored, or if the text (`data_fingerprint`) or the effective batch is
-        different, because losses and norms may then differ.
+        the optimizer's state does not fit, the optimizer starts from its initial state. The average of the weights begins
+        with the loaded weights if the checkpoint has no average or belongs to a different model. The spike window stays
+        empty if weights, optimizer or schedule were not restored, or if the text (`data_fingerprint`) or the effective batch
+        is different, because losses and norms may then differ.
 
         Raises:
             CheckpointError: weights have other shapes than the model's; all are listed.
@@ -233,6 +233,7 @@ class TrainingState:
         average_note = self._load_average(content, is_changed=bool(notes))
         problem = "the model has changed" if notes else self._load_optimizer(content["optimizer_state_dict"])
         if problem:
+            self.optimizer.restart()  # a rewind loads the checkpoint after steps with this optimizer
             notes.append(f"the optimizer starts from its initial state: {problem}")
         if (epoch := content["scheduler_state_dict"].get("last_epoch")) != content["step"]:
             notes.append(f"the saved schedule is at {epoch}; it continues at step {content['step']:,}")

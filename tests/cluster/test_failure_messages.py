@@ -7,8 +7,9 @@ import traceback
 import pytest
 import torch
 from ray.exceptions import RayTaskError
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2.api.exceptions import NCCLHangError
 
 from savant_ray.driver.failures import explain_failure, ray_errors_explained
 from savant_ray.errors import UnexpectedError, describe
@@ -88,6 +89,18 @@ def test_an_unexpected_error_in_a_worker_is_reported_with_activity_and_traceback
     assert first == "worker 1: while saving step_5: ValueError: invalid literal"
     assert "scaling.max_failures: 3" in second and second.endswith("resume from step_4.")
     assert isinstance(explained, UnexpectedError) and "raise error\n" in explained.details
+
+
+def test_a_hang_that_ray_trains_own_detector_reports_without_a_worker_is_reported_with_ray_trains_text() -> None:
+    explained = explain_failure(NCCLHangError("1 of 3 communicators made no progress", {}), None, "step_4", 3)
+    assert str(explained).startswith("training ended: NCCLHangError: 1 of 3 communicators made no progress\n")
+    assert isinstance(explained, UnexpectedError) and str(explained).endswith("resume from step_4.")
+
+
+def test_an_error_in_ray_trains_controller_is_reported_with_its_cause() -> None:
+    error = ControllerError(PermissionError(13, "Permission denied", "/runs/quickstart"))
+    explained = explain_failure(error, None, "step_4", max_failures=3)
+    assert str(explained).startswith("training ended: /runs/quickstart: Permission denied\n")
 
 
 def test_an_error_of_our_code_in_a_ray_task_keeps_its_cause() -> None:

@@ -17,7 +17,7 @@ from savant_ray.errors import MemoryCapError, SavantError
 from savant_ray.events import Notice, StepDone
 from savant_ray.storage.local import LocalStorage
 from savant_ray.training.loop import train
-from savant_ray.training.profiling import StepProfiler
+from savant_ray.training.profiling import StepProfiler, region
 from savant_ray.training.state import TrainingState
 from tests.training.tiny import RecordingHost, local_batches, tiny_config, tiny_state, weights
 
@@ -80,6 +80,21 @@ def test_a_stop_writes_the_steps_that_were_profiled_until_then_and_a_resumed_att
         "profile/rank0-step4.pt.trace.json.gz": 2,
     }
     assert "of steps 2 to 3 is in" in notices(first)[0] and "of steps 4 to 5 is in" in notices(second)[0]
+
+
+def test_after_a_rewind_to_an_earlier_step_the_profile_begins_again_with_its_first_step() -> None:
+    config, host = with_profile(first_step=3, steps=2), RecordingHost()
+    with StepProfiler(config.training, tiny_state(config), host) as profiler:
+        profiler.before_step(3)
+        with region("update"):  # of a spike, after which training goes back to the beginning
+            pass
+        for step in (1, 2, 3, 4):
+            profiler.before_step(step)
+            with region("update"):
+                pass
+            profiler.after_step(step)
+    ((name, content),) = host.files.items()
+    assert name == "profile/rank0-step3.pt.trace.json.gz" and regions(content)["update"] == 2
 
 
 def test_a_run_that_ends_within_the_profiled_steps_writes_the_steps_it_had() -> None:

@@ -298,6 +298,14 @@ def test_the_same_spike_after_several_rewinds_ends_the_run_with_advice() -> None
     assert [event.step for event in host.of(Rewound)] == [SAVED] * 3 and not host.saved
 
 
+def test_what_was_left_out_later_in_the_order_does_not_count_as_recent_rewinds() -> None:
+    config = spiky(on_spike="rewind")
+    host, state = Host(config, positions_of(QUIET + 1)), loaded(config, quiet_checkpoint())
+    state.left_out = later = tuple(((STEPS + n) * BATCH, BATCH) for n in range(3))
+    host.train(state)
+    assert state.step == STEPS and state.left_out == (*later, (QUIET * BATCH, BATCH))
+
+
 def test_skipping_too_many_spikes_in_a_row_ends_the_run_with_advice() -> None:
     config = spiky(on_spike="skip", max_skipped_steps=3)
     host = Host(config, positions_of(QUIET + 1, n_steps=100))

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from savant_ray.errors import CheckpointError
+from savant_ray.events import StepDone
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
@@ -95,6 +96,16 @@ def test_an_optimizer_state_that_does_not_fit_is_reported_and_initialized(
     assert not any(moment.any() for moment in moments(state))
     assert all(torch.equal(w, content["model_state_dict"][name]) for name, w in weights(state).items())
     assert (state.step, state.position) == (3, 36)
+
+
+def test_a_rewind_to_a_checkpoint_of_another_optimizer_repeats_the_same_steps() -> None:
+    config, content = tiny_config(optimizer="muon"), trained()
+    state, hosts = tiny_state(config), [RecordingHost(), RecordingHost()]
+    for host in hosts:
+        state.load_checkpoint(content)
+        train(state, config, local_batches(state, config), host)
+    first, repeated = ([(e.step, e.train_loss) for e in h.events if isinstance(e, StepDone)] for h in hosts)
+    assert first == repeated and first[0][0] == 4
 
 
 def test_added_and_removed_weights_are_reported_and_the_others_restored() -> None:
