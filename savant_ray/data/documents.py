@@ -352,7 +352,9 @@ def _advice(value: dict[str, Any]) -> str:
     likely = [texts[name] for name in LIKELY_FIELDS if texts.get(name, DEFAULT_FIELD) != DEFAULT_FIELD]
     if len(likely) == 1:
         return f"; if {likely[0]} has the text, set text: {likely[0]}"
-    question, answer = ([texts[name] for name in names if name in texts] for names in (QUESTION_FIELDS, ANSWER_FIELDS))
+    numbers = {name.strip().lower(): name for name, number in value.items() if isinstance(number, bool | int | float)}
+    known = texts | numbers  # a template writes both
+    question, answer = ([known[name] for name in names if name in known] for names in (QUESTION_FIELDS, ANSWER_FIELDS))
     if question and answer:
         return f'; set a template, such as "Question: {{{question[0]}}}\\nAnswer: {{{answer[0]}}}"'
     for name, items in value.items():

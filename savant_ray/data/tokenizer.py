@@ -612,7 +612,7 @@ def _load_error(spec: str | os.PathLike[str], path: Path, error: BaseException) 
         return f"tokenizer {path}: not a tokenizer.json ({error}){hint}"
     return (
         f"tokenizer {spec}: no such file or folder, and no Hugging Face model of that name could be fetched ({error}); "
-        f"set it to a tokenizer.json, or to `auto` to train one on the training text"
+        "set it to a tokenizer.json; a new run can also train one on its text (`auto`)"
     )
 
 

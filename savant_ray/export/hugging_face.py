@@ -23,7 +23,7 @@ from savant_ray.evaluation.from_checkpoint import load_model
 from savant_ray.export.logic_task import can_encode_suite, write_logic_task
 from savant_ray.export.model_card import model_card
 from savant_ray.training.checkpoint import find_checkpoint, step_of
-from savant_ray.training.safetensors_export import WEIGHTS, new_folder, prepare_output, write_weights
+from savant_ray.training.safetensors_export import WEIGHTS, new_folder, refuse_existing_output, write_weights
 
 MODELING = Path(__file__).with_name("modeling_savant.py")
 # The plain form of conversations (`plain_form` in data/conversations.py), for the messages that training accepts.
@@ -62,7 +62,7 @@ def export_hugging_face(checkpoint: Path, output: Path, raw_weights: bool = Fals
         DataError: the tokenizer has no end-of-document token.
         SavantError: `output` exists already, or cannot be written.
     """
-    prepare_output(output)
+    refuse_existing_output(output)
     folder = find_checkpoint(checkpoint)
     model, tokenizer, config = load_model(folder, raw_weights)
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -30,7 +30,7 @@ from savant_ray.original.file import (
 from savant_ray.original.file_settings import CONSTANTS, attention_masks, global_loops, visible_keys
 from savant_ray.original.names import is_original_name, original_files, original_step
 from savant_ray.training.checkpoint import AVERAGE, find_checkpoint, read_checkpoint, read_settings
-from savant_ray.training.safetensors_export import output_errors_explained, prepare_output
+from savant_ray.training.safetensors_export import output_errors_explained, refuse_existing_output
 
 CODE_LITERALS = ("global_every", "soft_cap")  # literals in the original's code, where a user can edit them
 NO_OPTIMIZER_KNOWN = (
@@ -79,7 +79,7 @@ def export_original(checkpoint: Path, output: Path, optimizer: OptimizerName | N
         CheckpointError: there is no intact checkpoint, or its model has a setting without a counterpart in the original.
         SavantError: `output` exists already, or cannot be written.
     """
-    prepare_output(output)
+    refuse_existing_output(output)
     warnings: list[str] = []
     if source := find_original(checkpoint, warnings.append):
         return warnings + _export_file(source, output, optimizer)

@@ -127,9 +127,12 @@ def renumbered(optimizer: dict[str, Any], old_order: Sequence[str], new_order: S
 def write_original(path: Path, content: Mapping[str, Any]) -> None:
     """Write `KEYS` and, if `content` has it, the schedule to a file for the original; replace an existing file atomically.
 
+    The folders above it are created.
+
     Raises:
         OSError: the storage fails; an existing file is unchanged.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with replacing(path, temporary):
         save({key: content[key] for key in (*KEYS, SCHEDULER) if key in content}, temporary)

@@ -39,7 +39,7 @@ def export_safetensors(checkpoint: Path, output: Path, raw_weights: bool = False
         CheckpointError: there is no complete checkpoint, or it has no tokenizer.
         SavantError: `output` exists already, or cannot be written.
     """
-    prepare_output(output)
+    refuse_existing_output(output)
     folder = find_checkpoint(checkpoint)
     content = read_checkpoint(folder)
     description = json.dumps(_description(read_settings(folder), content["step"]), indent=2) + "\n"
@@ -50,17 +50,14 @@ def export_safetensors(checkpoint: Path, output: Path, raw_weights: bool = False
             (temporary / name).write_bytes(text)
 
 
-def prepare_output(output: Path) -> None:
-    """Check that `output` does not exist, and create its parent folder.
+def refuse_existing_output(output: Path) -> None:
+    """Check that `output` does not exist.
 
     Raises:
-        SettingsError: `output` exists already.
-        SavantError: its parent folder cannot be created.
+        SettingsError: it exists already.
     """
     if output.exists() or output.is_symlink():  # a symbolic link to nothing does not exist
         raise SettingsError(f"--output {output}: exists already; name another, or move it away")
-    with output_errors_explained(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -78,7 +75,9 @@ def output_errors_explained(output: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `output` when the block ends; if the block raises an error, nothing is left.
+    """Yield an empty folder that becomes `output` when the block ends; if the block raises an error, it is removed.
+
+    The folders above `output` are created.
 
     Raises:
         SavantError: it cannot be written.
@@ -86,7 +85,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     with output_errors_explained(output):
         try:
-            temporary.mkdir()
+            temporary.mkdir(parents=True)
             yield temporary
             for path in [*temporary.rglob("*"), temporary]:
                 sync(path)

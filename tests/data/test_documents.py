@@ -106,6 +106,11 @@ def test_a_record_gives_the_text_that_the_rule_describes(rule: DocumentRule, val
         ),
         (
             AUTO,
+            {"question": "1 + 1?", "answer": 2},
+            'no "text" field (found: answer, question); set a template, such as "Question: {question}\\nAnswer: {answer}"',
+        ),
+        (
+            AUTO,
             {"dialog": [{"role": "user", "content": "a"}]},
             'no "text" field (found: dialog); if dialog is a conversation, set messages: dialog',
         ),

@@ -308,6 +308,20 @@ def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("format", ["original", "safetensors", "hf"])
+def test_a_refused_export_creates_no_folder(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "models/of/june"
+    assert main(["export", str(tmp_path / "no_run"), "--format", format, "--output", str(output)]) == 4
+    assert "no checkpoint there" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["original", "safetensors"])
+def test_the_folders_above_the_output_are_created(format: str, run: Path, tmp_path: Path) -> None:
+    EXPORTS[format](run, tmp_path / "models/of/june")
+    assert (tmp_path / "models/of/june").exists()
+
+
 def test_savant_export_prints_what_it_wrote(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["export", str(run), "--format", "safetensors", "--output", str(tmp_path / "out")]
     assert main(arguments) == 0
