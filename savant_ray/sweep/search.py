@@ -19,6 +19,7 @@ from savant_ray.data.atomic_files import write_atomically
 from savant_ray.errors import STOPPED_EARLY, SettingsError, error_in_traceback
 from savant_ray.locations import is_uri
 from savant_ray.reporting.page import REPORT, write_page
+from savant_ray.reporting.record import METRICS
 from savant_ray.reporting.runs import RunSummary, summarize
 from savant_ray.reporting.text_tables import table_console
 from savant_ray.reporting.wording import escape_controls, relative_path
@@ -46,8 +47,8 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
         the exit code: `STOPPED_EARLY` after Ctrl+C or SIGTERM, which save the runs; otherwise 1 if a trial has failed.
 
     Raises:
-        SettingsError: the search space is not valid, the storage is not supported, or a sweep of this name has
-            other settings or options.
+        SettingsError: the search space is not valid, the storage is not supported, or a sweep of this name has other
+            settings or options, or a run has this name.
     """
     if is_uri(config.run.storage_path):
         raise SettingsError("run.storage_path: a sweep needs a folder, not a URI")
@@ -86,10 +87,12 @@ def _write_or_compare_description(folder: Path, options: str, settings: str) -> 
     Tune resumes a sweep with the options that it has stored, so others would have no effect.
 
     Raises:
-        SettingsError: they differ.
+        SettingsError: they differ, or the folder is that of a run, whose report the sweep's would replace.
     """
     path = folder / DESCRIPTION
     if not path.exists():
+        if (folder / METRICS).exists():
+            raise SettingsError(f"{folder}: is the folder of a run; choose another run.name for the sweep")
         write_atomically(path, f"{OPTIONS}{options}\n{settings}")
         return
     description = path.read_text(encoding="utf-8")

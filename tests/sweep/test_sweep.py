@@ -152,6 +152,16 @@ def test_a_sweep_is_resumed_only_with_the_options_that_it_was_started_with(
     assert "other settings" in sweep("--training.max_steps", "5")
 
 
+def test_a_sweep_does_not_write_into_the_folder_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "space.yaml").write_text("training.learning_rate: {uniform: [0.001, 0.01]}")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done/metrics.jsonl").write_text("")
+    options = ["--run.storage_path", str(tmp_path), "--run.name", "done"]
+    assert main(["sweep", "--space", str(tmp_path / "space.yaml"), *options]) == 2
+    assert "done: is the folder of a run; choose another run.name" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "done").iterdir()] == ["metrics.jsonl"]
+
+
 def test_a_trial_that_was_stopped_before_its_run_began_or_was_validated_has_not_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
