@@ -113,7 +113,9 @@ def test_an_error_of_stop_requested_does_not_hide_that_training_failed(
 
 def test_a_program_with_thousands_of_open_files_can_train(monkeypatch: pytest.MonkeyPatch) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if 0 <= hard < 2000:
+        pytest.skip("this process may not have 2,000 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     descriptors = [os.dup(2) for _ in range(1100)]
     try:
