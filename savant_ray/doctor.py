@@ -54,7 +54,7 @@ def diagnose() -> Iterator[Finding]:
         except SavantError as error:
             findings = [Finding(topic, "error", str(error))]
         except Exception as error:
-            findings = [Finding(topic, "error", describe(error), _reinstall())]
+            findings = [Finding(topic, "error", describe(error), f"if a package is missing: {_install()}")]
         yield from findings
 
 
@@ -72,11 +72,14 @@ def print_findings(findings: Iterator[Finding]) -> int:
     return n_errors
 
 
-def _reinstall() -> str:
-    """Return the command that installs this program again: from its checkout, or from the package index."""
+def _install(options: str = "") -> str:
+    """Return the command that installs this program and what it requires, from its checkout or from the package index.
+
+    With `--force-reinstall` alone, pip would also install all requirements again, PyTorch in the build of the index.
+    """
     root = Path(__file__).parents[1]
     target = f"-e {shlex.quote(str(root))}" if (root / "pyproject.toml").is_file() else DISTRIBUTION
-    return f"{sys.executable} -m pip install --force-reinstall {target}"
+    return f"{sys.executable} -m pip install {options}{target}"
 
 
 def _python(topic: str) -> Iterator[Finding]:
@@ -89,7 +92,8 @@ def _python(topic: str) -> Iterator[Finding]:
     if shipped_files():
         yield Finding("savant_ray", "ok", f"{__version__}, {package}")
     else:
-        yield Finding("savant_ray", "error", f"{package}: the shipped settings files are missing", _reinstall())
+        again = _install("--force-reinstall --no-deps ")
+        yield Finding("savant_ray", "error", f"{package}: the shipped settings files are missing", again)
 
 
 def _packages(topic: str) -> Iterator[Finding]:
@@ -107,7 +111,7 @@ def _packages(topic: str) -> Iterator[Finding]:
     needed = by_extra.pop("")
     problems = [problem for requirement in needed if (problem := _problem(requirement))]
     for problem in problems:
-        yield Finding(topic, "error", problem, _reinstall())
+        yield Finding(topic, "error", problem, _install())
     if not problems:
         yield Finding(topic, "ok", f"{len(needed)} requirements are installed")
     for extra, requirements in by_extra.items():

@@ -105,7 +105,7 @@ def test_packages_that_cannot_be_imported_are_errors_and_the_other_checks_are_ma
     assert done.returncode == 1 and done.stderr == ""
     assert "error   torch        ImportError: libcudart.so.13: cannot open shared object file" in done.stdout
     assert "error   Ray          ModuleNotFoundError: No module named 'no_such_module'" in done.stdout
-    assert f"-m pip install --force-reinstall -e {ROOT}\n" in done.stdout, "a package index may not have this program"
+    assert f"-m pip install -e {ROOT}\n" in done.stdout, "a package index may not have this program"
     assert "ok      disk " in done.stdout
 
 
