@@ -114,7 +114,7 @@ def unusable_gpus() -> str | None:
     if not is_known or not any(node.get("GPU") for node in nodes) or torch.cuda.is_available():
         return None
     problem = "is a CPU build" if is_cpu_build else "cannot use it"
-    return f"this machine has a GPU, but PyTorch {torch.__version__} {problem}; `savant doctor` names a build that can"
+    return f"this machine has a GPU, but PyTorch {torch.__version__} {problem}; `savant doctor` prints what to install"
 
 
 def _insufficient_resources(

@@ -54,8 +54,8 @@ def load_model(checkpoint: Path, raw_weights: bool = False) -> tuple[UniversalTr
     average, or with `raw_weights` those of the last step.
 
     Raises:
-        CheckpointError: there is none, it is damaged, has no tokenizer, or its weights do not fit its settings or are not
-            finite: the model would have no answers.
+        CheckpointError: there is no checkpoint, it is damaged or has no tokenizer, its weights do not fit its settings, or
+            a weight is NaN or infinite, so that the model could not generate text.
     """
     folder = find_checkpoint(checkpoint)
     config = read_settings(folder)
