@@ -15,6 +15,7 @@ LENGTH_OF_TIME = len("2026-01-31 17:05:00+00:00")  # in front of each line of th
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # .ci/run runs `make train` itself
 def test_make_train_ends_with_a_checkpoint_a_sample_and_the_next_command(tmp_path: Path) -> None:
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("this environment was not made by `make install`")

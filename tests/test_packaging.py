@@ -316,7 +316,9 @@ def test_ci_runs_make_train_then_make_test_and_fails_if_either_does(train, test,
     (tmp_path / "Makefile").write_text(
         f"train:\n\t@echo trained; exit {train}\ntest:\n\t@echo '1 failed, 2 passed in 0.10s'; exit {test}\n"
     )
-    outside_make = {"PATH": os.environ["PATH"]}
+    (tmp_path / "apt-get").write_text("#!/bin/sh\n")  # .ci/run would install what this machine lacks
+    (tmp_path / "apt-get").chmod(0o755)
+    outside_make = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, env=outside_make, capture_output=True, text=True)
     assert (result.returncode != 0) == fails
     said = result.stdout.splitlines()

@@ -31,7 +31,7 @@ OTHERS: Interruptions = (
 def test_an_interrupted_run_equals_an_uninterrupted_one(interruptions: Interruptions, tmp_path: Path) -> None:
     folder = with_text(tmp_path)
     with head_with_windows(folder / "windows") as head:
-        torture = Torture(head, folder, folder / "windows", sys.executable, max_steps=30)
+        torture = Torture(head, folder, folder / "windows", sys.executable, max_steps=20)
         uninterrupted = torture.train_uninterrupted()
         torture.interrupt(interruptions, random.Random(0), log=print)
     for run in torture.trained:

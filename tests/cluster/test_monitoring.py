@@ -109,7 +109,7 @@ def of_rank(samples: list[Sample], rank: int) -> float:
 def test_exported_metrics_equal_the_record_and_have_labels_for_run_and_rank(scraped: Scraped, workplace: Path) -> None:
     run = workplace / "tiny"
     job = start_job(scraped.head, workplace, **RUN, validation__logic_problems=12)
-    wait_for(lambda: job.poll() is not None or steps_done(run) >= 25)
+    wait_for(lambda: job.poll() is not None or steps_done(run) >= 12)
     wait_for(lambda: len(scrape(scraped.targets).get("ray_savant_memory_gb", [])) == 2, seconds=30)
     found = scrape(scraped.targets)
     job.send_signal(signal.SIGTERM)

@@ -109,6 +109,7 @@ def test_generate_completes_a_prompt_with_a_checkpoint(finished: Finished) -> No
     assert done.stdout.strip() == "one two" + answer["text"].rstrip() and answer["prompt"] == "one two"
 
 
+@pytest.mark.rare
 def test_a_finished_run_can_be_extended(head: Head, finished: Finished, tmp_path: Path) -> None:
     workplace = copied(finished, tmp_path)
     code, printed = run_job(head, workplace, training__max_steps=10)
