@@ -22,6 +22,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -35,7 +36,7 @@ from savant_ray.data.documents import TEXT_RULE, DocumentRule, SourceText
 from savant_ray.data.formats import TABLES, data_suffix
 from savant_ray.data.overlap import DUPLICATES, OVERLAP, stored_digests
 from savant_ray.data.readers.csv_rows import was_split_at_bars
-from savant_ray.data.readers.tables import column_names, has_nested_items
+from savant_ray.data.readers.tables import has_nested_items, read_schema
 from savant_ray.data.record_reader import RecordReader, documents, max_records, plan_parts
 from savant_ray.data.records import MAX_RECORD_BYTES, Part, Record
 from savant_ray.data.shard_writer import (
@@ -71,7 +72,6 @@ MAX_NAMED_EMPTY_FILES = 5  # in `empty_file_report`
 UNFINISHED, LOCK = ".unfinished", ".lock"  # suffixes of a cache that is being built, and of the lock of its build
 TRAINED_TOKENIZER = "tokenizer-"  # prefix of the file with a tokenizer that was trained on the text
 MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and `UNFINISHED` follow
-# In chat templates; earlier versions refused conversations for them.
 MAX_TRAINING_CHARACTERS = 128 << 20  # for training a tokenizer, which barely changes with more text
 
 Progress = Callable[[int, int], None]  # receives bytes done and total bytes
@@ -250,28 +250,30 @@ def _system_messages_were_ignored(rule: DocumentRule, file: SourceFile) -> bool:
     if rule.messages in (None, AUTO):
         return False
     columns_read = {rule.messages, *(name for name, _ in rule.equals)}
-    with suppress(Exception):  # a file that cannot be read is reported when it is divided into parts
-        if (file := file.inspected()).format in TABLES:
-            names = set(column_names(file))
-            return columns_read <= names and not names.isdisjoint({*SYSTEM_FIELDS} - columns_read)
-    return False
+    names = set(_columns(file).names)
+    return columns_read <= names and not names.isdisjoint({*SYSTEM_FIELDS} - columns_read)
 
 
 def _absent_fields_were_null(rule: DocumentRule, file: SourceFile) -> bool:
     """Return whether earlier versions may have written fields that a message lacks, such as arguments of other tools."""
     if rule.text is not None or rule.template is not None:
         return False
-    with suppress(Exception):  # as in `_system_messages_were_ignored`
+    return has_nested_items(_columns(file), None if rule.messages == AUTO else rule.messages)
+
+
+def _columns(file: SourceFile) -> pa.Schema:
+    """Return the columns of a table; none of other files, and of one that cannot be read, which `plan_parts` reports."""
+    with suppress(Exception):
         if (file := file.inspected()).format in TABLES:
-            return has_nested_items(file, None if rule.messages == AUTO else rule.messages)
-    return False
+            return read_schema(file)
+    return pa.schema([])
 
 
 def _was_split_at_bars(file: SourceFile) -> bool:
     """Return whether `was_split_at_bars`; only files named .tsv are opened, because this runs whenever a run starts."""
     if data_suffix(file.path) != ".tsv":
         return False
-    with suppress(Exception):  # as in `_system_messages_were_ignored`
+    with suppress(Exception):  # as in `_columns`
         if (file := file.inspected()).format == "csv":
             filesystem, path = file.resolve()
             with filesystem.open_input_file(path) as stored:

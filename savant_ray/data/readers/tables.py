@@ -6,11 +6,12 @@ validated before their values are used, because Arrow itself trusts the offsets 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,11 +40,8 @@ def table_parts(file: SourceFile, step: int) -> list[Part]:
     Raises:
         Exception: the file is damaged.
     """
-    table = _open(file)
-    try:
+    with closing(_open(file)) as table:
         weights = table.weights()
-    finally:
-        table.close()
     total = max(sum(weights), 1)
     starts, done = [0], 0
     ends: list[int] = []  # in bytes of the file
@@ -70,31 +68,21 @@ def row_count(part: Part) -> int:
     return sum(metadata.row_group(index).num_rows for index in groups)
 
 
-def column_names(file: SourceFile) -> list[str]:
-    """Return the names of the columns of a table.
+def read_schema(file: SourceFile) -> pa.Schema:
+    """Return the columns of a table.
 
     Raises:
         Exception: the file is damaged.
     """
-    table = _open(file)
-    try:
-        return list(table.schema.names)
-    finally:
-        table.close()
+    with closing(_open(file)) as table:
+        return table.schema
 
 
-def has_nested_items(file: SourceFile, name: str | None) -> bool:
-    """Return whether a table has lists of objects that contain objects or lists, in the field `name` or, if None, anywhere.
-
-    Raises:
-        Exception: the file is damaged.
-    """
-    table = _open(file)
-    try:
-        columns = [field for field in table.schema if name is None or f"{name}.".startswith(f"{field.name}.")]
-        return any(_has_nested_items(column.type) for column in columns)
-    finally:
-        table.close()
+def has_nested_items(schema: pa.Schema, name: str | None) -> bool:
+    """Return whether the field `name`, or any field if None, has lists of objects that contain objects or lists."""
+    return any(
+        _has_nested_items(column.type) for column in schema if name is None or f"{name}.".startswith(f"{column.name}.")
+    )
 
 
 class TableReader:
@@ -193,18 +181,27 @@ def _is_valid(batch: pa.RecordBatch) -> bool:
     return True
 
 
-class _Table(Protocol):
-    schema: pa.Schema
-    is_truncated: bool  # known when all its batches have been read
+class _Table(ABC):
+    """An open table."""
 
+    schema: pa.Schema
+    is_truncated = (
+        False  # of a stream, known when all its batches have been read; other truncated files cannot be opened
+    )
+
+    def __init__(self, stored: pa.NativeFile) -> None:
+        self._stored = stored
+
+    @abstractmethod
     def weights(self) -> list[int]:
         """Return the relative size of each row group or record batch."""
 
+    @abstractmethod
     def batches(self, part: Part, columns: list[str] | None) -> Batches:
         """Yield the rows of a part."""
 
     def close(self) -> None:
-        """Close the file."""
+        self._stored.close()
 
 
 def _open(file: SourceFile) -> _Table:
@@ -221,14 +218,13 @@ def _open(file: SourceFile) -> _Table:
     return _ArrowStream(file, stored) if is_stream else _ArrowFile(stored)
 
 
-class _Parquet:
+class _Parquet(_Table):
     def __init__(self, file: SourceFile, stored: pa.NativeFile) -> None:
         if stored.size() != file.size:
             raise DataError(f"{printable(file.path)}: was changed after it was listed; run the same command again")
-        self._stored = stored
+        super().__init__(stored)
         self._metadata = pq.read_metadata(stored)
         buffer_bytes = max(min(COLUMN_BUFFER_BYTES, BUFFER_BYTES // max(self._metadata.num_columns, 1)), 4096)
-        self.is_truncated = False  # such a file cannot be opened
         self._file = pq.ParquetFile(stored, metadata=self._metadata, buffer_size=buffer_bytes, pre_buffer=False)
         self.schema = self._file.schema_arrow
 
@@ -252,14 +248,11 @@ class _Parquet:
     def _group(self, index: int) -> pq.RowGroupMetaData:
         return self._metadata.row_group(index)
 
-    def close(self) -> None:
-        self._stored.close()
 
 
-class _ArrowFile:
+class _ArrowFile(_Table):
     def __init__(self, stored: pa.NativeFile) -> None:
-        self._stored = stored
-        self.is_truncated = False  # such a file cannot be opened
+        super().__init__(stored)
         self._reader = pa.ipc.open_file(stored, options=pa.ipc.IpcReadOptions(use_threads=False))
         self.schema = self._reader.schema
 
@@ -272,11 +265,9 @@ class _ArrowFile:
             batch = self._reader.get_batch(index)
             yield batch if columns is None else batch.select(columns), (index + 1 - part.start) / (stop - part.start)
 
-    def close(self) -> None:
-        self._stored.close()
 
 
-class _ArrowStream:
+class _ArrowStream(_Table):
     """A stream has no index: a part begins with a pass over the batches before it, which reads only their headers.
 
     A stream in object storage would be read again for each part, so it is one part.
@@ -284,8 +275,7 @@ class _ArrowStream:
 
     def __init__(self, file: SourceFile, stored: pa.NativeFile) -> None:
         self._file = file
-        self._stored = stored
-        self.is_truncated = False
+        super().__init__(stored)
         self._reader = pa.ipc.open_stream(stored, options=pa.ipc.IpcReadOptions(use_threads=False))
         self.schema = self._reader.schema
 
@@ -309,8 +299,6 @@ class _ArrowStream:
         self._stored.seek(max(self._file.size - len(END_OF_STREAM), 0))
         self.is_truncated = self._stored.read(len(END_OF_STREAM)) != END_OF_STREAM
 
-    def close(self) -> None:
-        self._stored.close()
 
 
 def _values(column: pa.Array) -> list[Any]:
@@ -372,7 +360,7 @@ def _is_json(type_: pa.DataType) -> bool:
     """Return whether the Python values of an Arrow type are JSON values."""
     types = pa.types
     if types.is_struct(type_):
-        return all(_is_json(type_.field(index).type) for index in range(type_.num_fields))
+        return all(map(_is_json, _field_types(type_)))
     if types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
         return _is_json(type_.value_type)
     checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_boolean, types.is_integer)
