@@ -11,10 +11,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-from savant_ray.config import HeldOutConfig, Scalar, SourceConfig, TextConfig, TrainOn, parse_template
+from savant_ray.config import HeldOutConfig, Scalar, SourceConfig, TrainOn, parse_template
 from savant_ray.data.conversations import (
     AUTO,
     SYSTEM_FIELDS,
@@ -24,18 +24,13 @@ from savant_ray.data.conversations import (
     find_messages,
     plain_form,
 )
-from savant_ray.data.records import MISSING, Record, is_blank, json_type, look_up
+from savant_ray.data.records import MISSING, InvalidRecordError, Record, is_blank, json_type, look_up
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
 
 DEFAULT_FIELD = "text"
-LIKELY_FIELDS = (
-    DEFAULT_FIELD,
-    "content",
-    "body",
-    "document",
-    "raw_content",
-)  # what data sets call the text, in upper or lower case
+# What data sets call the text, in upper or lower case.
+LIKELY_FIELDS = (DEFAULT_FIELD, "content", "body", "document", "raw_content")
 QUESTION_FIELDS = ("question", "prompt", "query", "instruction", "input")
 ANSWER_FIELDS = ("answer", "completion", "response", "output")
 MAX_NAMED_FIELDS = 8  # in a message
@@ -66,10 +61,6 @@ class _Text(NamedTuple):
 
 
 _TextFunction = Callable[[dict[str, Any]], _Text]
-
-
-class _InvalidRecordError(Exception):
-    """A record that is not a document; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +114,17 @@ class DocumentRule:
             document = self._document(record, text_of)
             if document.text and remaining is not None:
                 remaining -= 1
-            if document.text and not self._takes(document.text):
-                document = Document(record.number, is_conversation=document.is_conversation, is_other_split=True)
+            if document.text and self.held_out:
+                is_validation = _is_chosen(document.text, self.held_out, purpose=b"validation")
+                if is_validation != (self.split == "validation"):
+                    document = Document(record.number, is_conversation=document.is_conversation, is_other_split=True)
             yield document
             if remaining == 0:
                 return
 
     def count(self, records: Iterable[Record]) -> int:
         """Return the number of documents that count towards `limit`, at most `limit`."""
-        text_of = self._text_function()
-        with_text = (record for record in records if self._document(record, text_of).text)
-        return sum(1 for _ in islice(with_text, self.limit))
+        return sum(1 for document in replace(self, held_out=0.0).documents(records) if document.text)
 
     def _document(self, record: Record, text_of: _TextFunction) -> Document:
         """Return the document of a record, before the split."""
@@ -143,7 +134,7 @@ class DocumentRule:
             return Document(record.number, filtered=True)
         try:
             text, trained, special_tokens, is_conversation = text_of(record.value)
-        except (_InvalidRecordError, ConversationError) as error:
+        except (InvalidRecordError, ConversationError) as error:
             is_conversation = isinstance(error, ConversationError)
             return Document(record.number, problem=_printable(str(error)), is_conversation=is_conversation)
         left_out = Document(record.number, filtered=True, is_conversation=is_conversation)
@@ -155,20 +146,14 @@ class DocumentRule:
             record.number, text, trained=trained, special_tokens=special_tokens, is_conversation=is_conversation
         )
 
-    def _takes(self, text: str) -> bool:
-        """Return whether the text belongs to the side of the split that the rule takes."""
-        if not self.held_out:
-            return True
-        return _is_chosen(text, self.held_out, purpose=b"validation") == (self.split == "validation")
-
     def _text_function(self) -> _TextFunction:
         """Return the function that returns the text of a record or raises an error with the reason why there is none."""
         if self.template is not None:
             return _from_template(self.template)
         if self.messages is not None:
             return self._conversation
-        if self.text is not None:
-            return _from_field(self.text)
+        if (name := self.text) is not None:
+            return lambda value: _Text(_field_text(value, name))
         return self._text_or_conversation
 
     def _text_or_conversation(self, value: dict[str, Any]) -> _Text:
@@ -181,8 +166,8 @@ class DocumentRule:
         if (messages := find_messages(value, field)) is not None:
             return self._rendered(messages)
         if field != AUTO:
-            raise _InvalidRecordError(_missing(value, field))
-        raise _InvalidRecordError(
+            raise InvalidRecordError(_missing(value, field))
+        raise InvalidRecordError(
             'no conversation in "messages", "conversations", "instruction" and "output" or "prompt" and "completion" '
             f"(found: {_names(value)})"
         )
@@ -231,15 +216,22 @@ def rule_of(
 
     `held_out` is the fraction of the documents of all sources that is validation text; None: it is in other files.
     """
-    conversion = _conversion(settings, chat_template)
+    is_text = settings.text is not None or settings.template is not None
+    rule = DocumentRule(
+        text=settings.text,
+        template=settings.template,
+        messages=settings.messages,
+        # A setting without effect on any record must not change the identity of a token cache.
+        train_on="assistant" if is_text else settings.train_on or "assistant",
+        chat_template=None if is_text else chat_template,
+    )
     if not isinstance(settings, SourceConfig):
-        return DocumentRule(**conversion)
-    conditions = settings.filter
-    return DocumentRule(
-        **conversion,
-        min_chars=conditions.min_chars or 0,
-        max_chars=conditions.max_chars,
-        equals=tuple(sorted((conditions.equals or {}).items())),
+        return rule
+    return replace(
+        rule,
+        min_chars=settings.filter.min_chars or 0,
+        max_chars=settings.filter.max_chars,
+        equals=tuple(sorted((settings.filter.equals or {}).items())),
         sample=settings.sample,
         limit=settings.limit,
         held_out=held_out or 0.0,
@@ -261,23 +253,6 @@ def validation_texts(
         yield SourceText(source_files, rule_of(source, chat_template, held_out.fraction, "validation"))
 
 
-def _conversion(settings: TextConfig, chat_template: ChatTemplate | None) -> dict[str, Any]:
-    """Return the fields of a rule that determine the text of a record."""
-    is_text = settings.text is not None or settings.template is not None
-    return {
-        "text": settings.text,
-        "template": settings.template,
-        "messages": settings.messages,
-        # A setting without effect on any record must not change the identity of a token cache.
-        "train_on": "assistant" if is_text else settings.train_on or "assistant",
-        "chat_template": None if is_text else chat_template,
-    }
-
-
-def _from_field(name: str) -> _TextFunction:
-    return lambda value: _Text(_field_text(value, name))
-
-
 def _from_template(template: str) -> _TextFunction:
     parts = parse_template(template)
 
@@ -289,7 +264,7 @@ def _from_template(template: str) -> _TextFunction:
                 texts.append(_template_value(value, name))
         text = "".join(texts)
         if is_blank(text):
-            raise _InvalidRecordError("all fields of the template are empty")
+            raise InvalidRecordError("all fields of the template are empty")
         return _Text(text)
 
     return fill
@@ -299,14 +274,14 @@ def _field_text(value: dict[str, Any], name: str) -> str:
     """Return the text in a field.
 
     Raises:
-        _InvalidRecordError: there is no such field, or it is not a string or blank, or not valid Unicode.
+        InvalidRecordError: there is no such field, or it is not a string or blank, or not valid Unicode.
     """
     text = look_up(value, name)
     if not isinstance(text, str) or is_blank(text):
         if text is MISSING:
-            raise _InvalidRecordError(_missing(value, name) + _advice(value))
+            raise InvalidRecordError(_missing(value, name) + _advice(value))
         state = "empty" if isinstance(text, str) else f"{json_type(text)}, not a string"
-        raise _InvalidRecordError(f'"{name}" is {state}')
+        raise InvalidRecordError(f'"{name}" is {state}')
     _refuse_surrogates(f'"{name}"', text)
     return text
 
@@ -318,15 +293,15 @@ def _template_value(value: dict[str, Any], name: str) -> str:
         _refuse_surrogates(f'"{name}"', found)
         return found
     if found is MISSING:
-        raise _InvalidRecordError(_missing(value, name))
+        raise InvalidRecordError(_missing(value, name))
     if isinstance(found, float) and not math.isfinite(found):
-        raise _InvalidRecordError(f'"{name}" is not a finite number')
+        raise InvalidRecordError(f'"{name}" is not a finite number')
     if not isinstance(found, bool | int | float):
-        raise _InvalidRecordError(f'"{name}" is {json_type(found)}, not a string, number or boolean')
+        raise InvalidRecordError(f'"{name}" is {json_type(found)}, not a string, number or boolean')
     try:
         return json.dumps(found)
     except ValueError as error:  # an integer of more digits than Python converts
-        raise _InvalidRecordError(f'"{name}" is an integer with too many digits') from error
+        raise InvalidRecordError(f'"{name}" is an integer with too many digits') from error
 
 
 def _is_equal(found: Any, expected: Scalar) -> bool:
@@ -374,7 +349,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _refuse_surrogates(name: str, text: str, refusal: type[Exception] = _InvalidRecordError) -> None:
+def _refuse_surrogates(name: str, text: str, refusal: type[Exception] = InvalidRecordError) -> None:
     """Raise `refusal` if UTF-8 cannot hold the text."""
     if text.isascii():
         return

@@ -40,7 +40,7 @@ class Part:
 
 
 class InvalidRecordError(Exception):
-    """A record that has no value; the message is the reason."""
+    """A record that is invalid; the message is the reason."""
 
 
 def look_up(value: dict[str, Any], name: str) -> Any:
