@@ -34,12 +34,20 @@ def json_lines(stream: DecodedStream, part: Part, max_record_bytes: int) -> Iter
         yield record
 
 
-def json_record(number: int, raw: bytes) -> Record:
-    """Return the record of one JSON object."""
+def json_record(number: int, raw: bytes | int, limit: int, what: str) -> Record:
+    """Return the record of one JSON object; of an object over the limit, `raw` is the length."""
+    if isinstance(raw, int):
+        return Record(number, problem=over_limit(what, raw, limit))
     try:
-        return Record(number, _parse_object(raw))
+        try:
+            value = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            value = _loads_leniently(raw)
     except InvalidRecordError as error:
         return Record(number, problem=str(error))
+    if not isinstance(value, dict):
+        return Record(number, problem=f"{json_type(value)}, not an object")
+    return Record(number, value)
 
 
 def _range_blocks(stream: DecodedStream, part: Part) -> Iterator[bytes]:
@@ -80,22 +88,11 @@ def _until_line_end(stream: DecodedStream, block: bytes, last: int) -> Iterator[
 
 
 def _unusual_line(number: int, raw: bytes | int, max_line_bytes: int) -> Record:
-    if isinstance(raw, int):
-        return Record(number, problem=over_limit("line", raw, max_line_bytes))
-    raw = raw.removeprefix(BYTE_ORDER_MARK)  # on any line, because files with a mark may have been concatenated
-    if not raw or raw.isspace():
-        return Record(number)
-    return json_record(number, raw)
-
-
-def _parse_object(raw: bytes) -> dict[str, Any]:
-    try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        value = _loads_leniently(raw)
-    if not isinstance(value, dict):
-        raise InvalidRecordError(f"{json_type(value)}, not an object")
-    return value
+    if isinstance(raw, bytes):
+        raw = raw.removeprefix(BYTE_ORDER_MARK)  # on any line, because files with a mark may have been concatenated
+        if not raw or raw.isspace():
+            return Record(number)
+    return json_record(number, raw, max_line_bytes, "line")
 
 
 def _loads_leniently(raw: bytes) -> Any:

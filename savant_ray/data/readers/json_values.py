@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from savant_ray.data.decoded_stream import DecodedStream, over_limit
+from savant_ray.data.decoded_stream import DecodedStream
 from savant_ray.data.formats import BYTE_ORDER_MARK
 from savant_ray.data.jsonl import json_record
 from savant_ray.data.records import Part, Record
@@ -26,17 +26,11 @@ def json_values(stream: DecodedStream, part: Part, max_record_bytes: int) -> Ite
     for block in stream.blocks():
         for raw in values.of_block(block):
             number += 1
-            yield _record(number, raw, max_record_bytes)
+            yield json_record(number, raw, max_record_bytes, "JSON value")
     if (rest := values.rest()) is not None:
-        yield _record(number + 1, rest, max_record_bytes)
+        yield json_record(number + 1, rest, max_record_bytes, "JSON value")
     elif values.in_array:
         yield Record(number + 1, problem=UNCLOSED)
-
-
-def _record(number: int, raw: bytes | int, limit: int) -> Record:
-    if isinstance(raw, int):
-        return Record(number, problem=over_limit("JSON value", raw, limit))
-    return json_record(number, raw)
 
 
 class _Values:
