@@ -410,8 +410,7 @@ class _Build:
         if self._deduplicate_after is not None and not is_marked(folder):
             unscanned = {i: part for i, part in enumerate(parts) if not scan_path(folder, i).exists()}
             self._run_tasks(folder, unscanned, "scan", progress)
-            earlier = (digests for cache in self._deduplicate_after for digests in stored_digests(cache))
-            mark_duplicates(folder, len(parts), earlier)
+            mark_duplicates(folder, len(parts), stored_digests(*self._deduplicate_after))
         self._write_missing(folder, parts, progress)
         self._refuse_changed(folder)
         unread = {part.file for part in planned} - {part.file for part in parts}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from savant_ray.data.atomic_files import write_atomically
 from savant_ray.data.documents import Document, DocumentRule
-from savant_ray.data.overlap import Digests, document_digests
+from savant_ray.data.overlap import Digests, document_digests, which_occur
 from savant_ray.data.record_reader import RecordReader
 from savant_ray.data.records import Part
 from savant_ray.locations import replacing
@@ -72,13 +72,8 @@ def mark_duplicates(folder: Path, n_parts: int, earlier: Iterable[Digests]) -> N
     scans = [_load(scan_path(folder, index)) for index in range(n_parts)]
     digests = np.concatenate([np.empty(0, np.uint64), *(digests for digests, _ in scans)])
     unique, first = np.unique(digests, return_index=True)
-    occurred = np.zeros(len(unique), dtype=bool)
-    for block in earlier:
-        if len(unique):
-            nearest = np.minimum(np.searchsorted(unique, block), len(unique) - 1)
-            occurred[nearest[unique[nearest] == block]] = True
     is_kept = np.zeros(len(digests), dtype=bool)
-    is_kept[first[~occurred]] = True
+    is_kept[first[~which_occur(unique, earlier)]] = True
     ends = np.cumsum([len(numbers) for _, numbers in scans], dtype=np.int64)
     for index, ((_, numbers), end) in enumerate(zip(scans, ends.tolist(), strict=True)):
         duplicates = numbers[~is_kept[end - len(numbers) : end]]

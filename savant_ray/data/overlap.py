@@ -122,19 +122,22 @@ def _concatenated(blocks: Iterable[Digests], min_digests: int) -> Iterator[Diges
 def _count(validation: TokenCache, sources: Sequence[TokenCache]) -> int:
     held_out = np.concatenate([np.empty(0, np.uint64), *stored_digests(validation)])
     unique, counts = np.unique(held_out, return_counts=True)
-    if not len(unique):
-        return 0
+    return int(counts[which_occur(unique, stored_digests(*sources))].sum())
+
+
+def which_occur(unique: Digests, blocks: Iterable[Digests]) -> NDArray[np.bool_]:
+    """Return for each of the digests, which are sorted and distinct, whether it is in one of the blocks."""
     occurs = np.zeros(len(unique), dtype=bool)
-    for source in sources:
-        for digests in stored_digests(source):
-            index = np.minimum(np.searchsorted(unique, digests), len(unique) - 1)
-            occurs[index[unique[index] == digests]] = True
-    return int(counts[occurs].sum())
+    for block in blocks if len(unique) else ():
+        nearest = np.minimum(np.searchsorted(unique, block), len(unique) - 1)
+        occurs[nearest[unique[nearest] == block]] = True
+    return occurs
 
 
-def stored_digests(cache: TokenCache) -> Iterator[Digests]:
-    """Yield the digests of all shards in blocks; raise FileNotFoundError if the cache has none."""
-    for shard in cache.manifest.shards:
-        with digests_path(cache.folder / shard.name).open("rb") as file:
-            while len(digests := np.fromfile(file, np.uint64, BLOCK_DIGESTS)):
-                yield digests
+def stored_digests(*caches: TokenCache) -> Iterator[Digests]:
+    """Yield the digests of all shards in blocks; raise FileNotFoundError if a cache has none."""
+    for cache in caches:
+        for shard in cache.manifest.shards:
+            with digests_path(cache.folder / shard.name).open("rb") as file:
+                while len(digests := np.fromfile(file, np.uint64, BLOCK_DIGESTS)):
+                    yield digests
