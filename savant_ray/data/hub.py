@@ -20,7 +20,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
-from savant_ray.data.sources import format_by_suffix
+from savant_ray.data.sources import HUB_SCHEME, format_by_suffix
 from savant_ray.data.splits import (
     CARD,
     DEFAULT_CONFIG,
@@ -33,13 +33,14 @@ from savant_ray.data.splits import (
 from savant_ray.errors import DataError, SavantError
 from savant_ray.locations import error_text, printable
 
-SCHEME = "hf://datasets/"
 PARQUET_COPY = "refs/convert/parquet"
 DEFAULT_REVISION = "main"
 FOLDER = "hub"  # of downloaded files, in `data.cache_dir`
 MAX_NAMED = 10  # configs or splits that an error names
 
-_REFERENCE = re.compile(r"(?P<repository>[^/@]+/[^/@]+)(@(?P<early>[^/]+))?(/(?P<config>[^/@*?]+))?(@(?P<late>.+))?")
+_REFERENCE = re.compile(
+    HUB_SCHEME + r"(?P<repository>[^/@]+/[^/@]+)(@(?P<early>[^/]+))?(/(?P<config>[^/@*?]+))?(@(?P<late>.+))?"
+)
 
 Progress = Callable[[int, int], None]
 
@@ -55,7 +56,7 @@ class HubDataset:
     @classmethod
     def parse(cls, uri: str) -> HubDataset | None:
         """Return the data set that a URI names; None if it names files of the Hub, or is another kind of path."""
-        if not uri.startswith(SCHEME) or not (match := _REFERENCE.fullmatch(uri.removeprefix(SCHEME).rstrip("/"))):
+        if not (match := _REFERENCE.fullmatch(uri.rstrip("/"))):
             return None
         config, revision = match["config"], match["late"] or match["early"]
         if config is not None and format_by_suffix(config):
@@ -154,7 +155,7 @@ def _find_files(
     more = f" and {len(available) - MAX_NAMED:,} more" if len(available) > MAX_NAMED else ""
     raise DataError(
         f"has no {missing}; its configs (and splits): {', '.join(available[:MAX_NAMED])}{more}. A config is named as in "
-        f"{SCHEME}{dataset.repository}/CONFIG"
+        f"{HUB_SCHEME}{dataset.repository}/CONFIG"
     )
 
 
@@ -187,7 +188,7 @@ def _listing(dataset: HubDataset, revision: str, folder: Path, notify: Callable[
         return listing
     if listed := _load_listing(path):
         notify(
-            f"{SCHEME}{dataset.repository}: the Hub cannot be reached ({error_text(reason)}); using commit "
+            f"{HUB_SCHEME}{dataset.repository}: the Hub cannot be reached ({error_text(reason)}); using commit "
             f"{listed.commit[:12]}, which was {revision} when it was downloaded"
         )
         return listed
@@ -221,7 +222,7 @@ def _endpoint() -> str | None:
 @contextmanager
 def _errors_explained(dataset: HubDataset) -> Iterator[None]:
     """Turn errors into a `DataError` that names the data set and says what to do."""
-    uri = f"{SCHEME}{dataset.repository}"
+    uri = f"{HUB_SCHEME}{dataset.repository}"
     try:
         yield
     except SavantError as error:

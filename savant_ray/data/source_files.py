@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from savant_ray.config import HeldOutConfig, SourceConfig
-from savant_ray.data.sources import SourceFile, expand
-
-HUB_SCHEME = "hf://datasets/"
+from savant_ray.data.sources import HUB_SCHEME, SourceFile, expand
 
 
 def find_files(

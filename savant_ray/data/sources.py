@@ -42,6 +42,7 @@ from savant_ray.locations import (
     split_query,
 )
 
+HUB_SCHEME = "hf://datasets/"
 DATA_SUFFIXES = tuple(dict.fromkeys(suffix for suffixes in FORMAT_SUFFIXES.values() for suffix in suffixes))
 DATASET_FILES = ("dataset_info.json", "state.json")  # beside the Arrow files that `datasets.save_to_disk` writes
 DATASET_DICT = "dataset_dict.json"  # above their folders
@@ -635,7 +636,7 @@ def _nothing_found(pattern: str, is_folder: bool, file_format: str, only_folders
     elif "\\" in pattern:
         hint = "; folders are separated by /, not by \\"
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not format_by_suffix(name):
-        hint = f"; a data set of the Hugging Face Hub is hf://datasets/{name}"
+        hint = f"; a data set of the Hugging Face Hub is {HUB_SCHEME}{name}"
     return f"{shown}: no such {'match' if _is_glob(pattern) else 'file or folder'}{hint}"
 
 

@@ -13,8 +13,8 @@ from savant_ray.data.documents import SourceText, rule_of, validation_texts
 from savant_ray.data.overlap import split_held_out
 from savant_ray.data.quickstart import FILES, TRAIN_FILE, VALIDATION_FILE, write_quickstart
 from savant_ray.data.shard_writer import check_encodable
-from savant_ray.data.source_files import HUB_SCHEME, find_files, path_list
-from savant_ray.data.sources import SourceFile, refuse_empty
+from savant_ray.data.source_files import find_files, path_list
+from savant_ray.data.sources import HUB_SCHEME, SourceFile, refuse_empty
 from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.driver.tokenizer_choice import refuse_unencodable_prompts
 from savant_ray.errors import DataError, SettingsError
