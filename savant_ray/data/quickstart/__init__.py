@@ -21,22 +21,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from savant_ray.data.quickstart.problems import TEMPLATES, Problem, is_held_out, problems
+from savant_ray.data.quickstart.problems import TEMPLATES, Problem, problems
 from savant_ray.data.quickstart.prose import Document, prose
 from savant_ray.errors import DataError
 from savant_ray.locations import replacing
-
-__all__ = [
-    "CHAT_FILE",
-    "FILES",
-    "GENIUS_FILE",
-    "TRAIN_FILE",
-    "VALIDATION_FILE",
-    "Problem",
-    "is_held_out",
-    "problems",
-    "write_quickstart",
-]
 
 TRAIN_FILE = "savant_dataset_train.jsonl"
 VALIDATION_FILE = "savant_dataset_val.jsonl"

@@ -23,7 +23,6 @@ All functions are pure: the same seed gives the same problems.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from itertools import combinations, cycle, islice
 from operator import add, mul, sub
 from random import Random
 
-from savant_ray.data.quickstart.wordings import ITEMS, LETTERS, NAMES, PATTERNS, UNITS, Wording, draw_wording
+from savant_ray.data.quickstart.wordings import ITEMS, LETTERS, NAMES, PATTERNS, UNITS, Wording, draw_wording, is_chosen
 
 TEMPLATES = tuple(PATTERNS)
 LARGEST_OPERAND = 99
@@ -69,8 +68,7 @@ def is_held_out(x: int, y: int) -> bool:
         return True
     if not 0 <= low <= high <= LARGEST_OPERAND or (_is_round(low) and _is_round(high)):
         return False
-    digest = hashlib.blake2b(f"{low} {high}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < HELD_OUT_FRACTION * 2**64
+    return is_chosen(f"{low} {high}", HELD_OUT_FRACTION)
 
 
 def problems(

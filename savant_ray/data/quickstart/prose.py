@@ -12,7 +12,6 @@ are dropped.
 from __future__ import annotations
 
 import ast
-import hashlib
 import re
 import sysconfig
 import tokenize
@@ -22,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from savant_ray.data.quickstart.problems import is_held_out
+from savant_ray.data.quickstart.wordings import is_chosen
 
 HELD_OUT_FRACTION = 0.04
 DOCUMENT_CHARACTERS = 3000  # a document ends with the paragraph that reaches this length
@@ -163,9 +163,7 @@ def _join(source: str, paragraphs: Iterable[str]) -> Iterator[str]:
 
 def _is_held_out_source(source: str) -> bool:
     """Return whether a source is held out; modules of a package are held out together, because their texts are similar."""
-    name = source.partition(".")[0]
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < HELD_OUT_FRACTION * 2**64
+    return is_chosen(source.partition(".")[0], HELD_OUT_FRACTION)
 
 
 def _shingles(text: str) -> Iterator[str]:

@@ -366,8 +366,13 @@ def is_held_out_form(form: str) -> bool:
     skeleton = _skeleton(form)
     if any(unseen in skeleton for unseen in _unseen_skeletons()):
         return True
-    digest = hashlib.blake2b(skeleton.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < HELD_OUT_FRACTION * 2**64
+    return is_chosen(skeleton, HELD_OUT_FRACTION)
+
+
+def is_chosen(text: str, fraction: float) -> bool:
+    """Return whether the hash of a text is among the first `fraction` of all hashes."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def _skeleton(form: str) -> str:
