@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -73,6 +73,12 @@ UNFINISHED, LOCK = ".unfinished", ".lock"  # suffixes of a cache that is being b
 TRAINED_TOKENIZER = "tokenizer-"  # prefix of the file with a tokenizer that was trained on the text
 MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and `UNFINISHED` follow
 MAX_TRAINING_CHARACTERS = 128 << 20  # for training a tokenizer, which barely changes with more text
+# Counts of a part whose sums over the parts of a file, or over all parts, are in the manifest under the same name.
+SUMS_OF_FILES = ("lines", "documents", "bad_lines", "filtered", "duplicates")
+SUMS = (
+    *("rows", "documents", "tokens", "target_tokens", "text_bytes", "trained_bytes", "bad_lines", "characters"),
+    *("dropped_characters", "filtered", "duplicates", "conversations", "trained_tokens", "cut_documents"),
+)
 
 Progress = Callable[[int, int], None]  # receives bytes done and total bytes
 
@@ -130,8 +136,7 @@ def prepare(
     }
     if deduplicate_after is not None:
         common["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
-    plan = partial(plan_source_parts, sources, part_bytes)
-    build = _Build(plan, files, hashes, recipe, _Identity(common, sources), cache_dir, deduplicate_after)
+    build = _Build(_Identity(common, sources), files, hashes, recipe, part_bytes, cache_dir, deduplicate_after)
     progress = progress or (lambda done, total: None)
     _build_once(build.lock, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
@@ -337,41 +342,36 @@ class _Identity:
         return self.of_conversations if manifest.conversations else self.of_texts
 
 
+@dataclass
 class _Build:
     """Build of one token cache, in a folder with the suffix `.unfinished` until it is complete."""
 
-    def __init__(
-        self,
-        plan: Callable[[], list[SourcePart]],
-        files: Sequence[SourceFile],
-        hashes: Sequence[str],
-        recipe: Recipe,
-        identity: _Identity,
-        cache_dir: Path,
-        deduplicate_after: Sequence[TokenCache] | None,
-    ) -> None:
-        self._deduplicate_after = deduplicate_after
-        self._files = files
-        self._hashes = hashes
-        self._plan = plan  # called only for a build, because it reads the footers of tables
-        self._recipe = recipe
-        self._identity = identity
-        self._cache_dir = cache_dir
-        self.lock = self._folder_of(identity.of_texts).with_suffix(LOCK)
-        self._damage: list[str] = []
+    identity: _Identity
+    files: Sequence[SourceFile]
+    hashes: Sequence[str]
+    recipe: Recipe
+    part_bytes: int | None
+    cache_dir: Path
+    deduplicate_after: Sequence[TokenCache] | None
+    _damage: list[str] = field(default_factory=list, init=False)
+
+    @property
+    def lock(self) -> Path:
+        """The lock file of the build."""
+        return self._folder_of(self.identity.of_texts).with_suffix(LOCK)
 
     @property
     def folder(self) -> Path:
         """The folder of the cache if it exists, otherwise the unfinished one."""
-        if (texts := self._folder_of(self._identity.of_texts)).exists():
+        if (texts := self._folder_of(self.identity.of_texts)).exists():
             return texts
-        conversations = self._folder_of(self._identity.of_conversations)
-        unfinished = self._folder_of(self._identity.of_rules).with_suffix(UNFINISHED)
+        conversations = self._folder_of(self.identity.of_conversations)
+        unfinished = self._folder_of(self.identity.of_rules).with_suffix(UNFINISHED)
         return conversations if conversations.exists() else unfinished
 
     def _folder_of(self, data_fingerprint: str) -> Path:
         name = fingerprint({"format": FORMAT_VERSION, "data": data_fingerprint})
-        return self._cache_dir / f"{_title(self._files)}-{name[:16]}"
+        return self.cache_dir / f"{_title(self.files)}-{name[:16]}"
 
     def is_complete(self, progress: Progress) -> bool:
         """Return whether the cache exists and is intact; a message for each damaged file is kept in `_damage`."""
@@ -381,7 +381,7 @@ class _Build:
             return False
         try:
             manifest = Manifest.from_json((folder / MANIFEST).read_text())
-            if manifest.fingerprint != self._identity.of(manifest):
+            if manifest.fingerprint != self.identity.of(manifest):
                 raise ValueError("it belongs to another cache")
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._damage = [f"{folder / MANIFEST}: cannot be used ({error})"]
@@ -401,29 +401,33 @@ class _Build:
         for problem in self._damage:
             log(f"{problem}; rebuilding it")
         if self._damage:  # counts that an earlier version has stored may be those of damaged digests
-            for counts in chain.from_iterable(self._cache_dir.glob(f"{name}*.json") for name in (OVERLAP, DUPLICATES)):
+            for counts in chain.from_iterable(self.cache_dir.glob(f"{name}*.json") for name in (OVERLAP, DUPLICATES)):
                 counts.unlink(missing_ok=True)
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
-        planned = self._plan()
-        parts = within_limits(planned, self._recipe.max_line_bytes, progress)
-        if self._deduplicate_after is not None and not is_marked(folder):
+        planned = plan_source_parts(self.identity.sources, self.part_bytes)
+        parts = within_limits(planned, self.recipe.max_line_bytes, progress)
+        if self.deduplicate_after is not None and not is_marked(folder):
             unscanned = {i: part for i, part in enumerate(parts) if not scan_path(folder, i).exists()}
-            self._run_tasks(folder, unscanned, "scan", progress)
-            mark_duplicates(folder, len(parts), stored_digests(*self._deduplicate_after))
+            scan = partial(write_scan, folder, max_line_bytes=self.recipe.max_line_bytes)
+            _run_tasks(folder, scan, unscanned, progress)
+            mark_duplicates(folder, len(parts), stored_digests(*self.deduplicate_after))
         self._write_missing(folder, parts, progress)
-        self._refuse_changed(folder)
+        try:
+            refuse_changed(self.files, self.hashes)
+        except DataError:
+            shutil.rmtree(folder)  # its shards may contain the new content under the fingerprint of the old one
+            raise
         unread = {part.file for part in planned} - {part.file for part in parts}
         manifest = _merge_summaries(
-            {index: name for index, name in enumerate(relative_paths(self._files)) if index not in unread},
+            {index: name for index, name in enumerate(relative_paths(self.files)) if index not in unread},
             parts,
             [PartSummary.read(folder, index) for index in range(len(parts))],
-            fingerprint="",
-            sequence_length=self._recipe.sequence_length,
+            self.recipe.sequence_length,
         )
-        manifest = dataclasses.replace(manifest, fingerprint=self._identity.of(manifest))
+        manifest = dataclasses.replace(manifest, fingerprint=self.identity.of(manifest))
         refuse_without_documents(manifest, [part.rule for part in parts])
-        _refuse_if_all_dropped(manifest, self._recipe)
+        _refuse_if_all_dropped(manifest, self.recipe)
         refuse_if_all_masked(manifest)
         for needless in [*folder.glob("*.tmp"), *folder.glob("duplicates-*")]:
             needless.unlink(missing_ok=True)
@@ -431,51 +435,41 @@ class _Build:
         if folder.suffix == UNFINISHED:
             folder.rename(self._folder_of(manifest.fingerprint))
 
-    def _refuse_changed(self, folder: Path) -> None:
-        try:
-            refuse_changed(self._files, self._hashes)
-        except DataError:
-            shutil.rmtree(folder)  # its shards may contain the new content under the fingerprint of the old one
-            raise
-
     def _write_missing(self, folder: Path, parts: Sequence[SourcePart], progress: Progress) -> None:
         """Write the shards that are missing. Raises errors as `_run_tasks`."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             complete = list(threads.map(partial(PartSummary.is_complete, folder), range(len(parts))))
         missing = {index: parts[index] for index, is_complete in enumerate(complete) if not is_complete}
         total, remaining = (sum(part.part.stored_bytes for part in some) for some in (parts, missing.values()))
-        self._run_tasks(folder, missing, "write", lambda done, _: progress(total - remaining + done, total))
+        write = partial(write_shard, folder, recipe=self.recipe)
+        _run_tasks(folder, write, missing, lambda done, _: progress(total - remaining + done, total))
 
-    def _run_tasks(
-        self, folder: Path, parts: Mapping[int, SourcePart], work: Literal["scan", "write"], progress: Progress
-    ) -> None:
-        """Run one Ray Data task per part.
 
-        Raises:
-            DataError: a file cannot be read or written.
-            UnexpectedError: a task raised any other exception; contains its traceback.
-        """
-        done, total = 0, sum(part.part.stored_bytes for part in parts.values())
+def _run_tasks(
+    folder: Path, work: Callable[..., Iterator[int]], parts: Mapping[int, SourcePart], progress: Progress
+) -> None:
+    """Call `work` with number, part and rule in one Ray Data task per part; it yields the bytes read so far.
+
+    Raises:
+        DataError: a file cannot be read, or one in `folder` cannot be written.
+        UnexpectedError: a task raised any other exception; contains its traceback.
+    """
+    done, total = 0, sum(part.part.stored_bytes for part in parts.values())
+    progress(done, total)
+    if not parts:
+        return
+    rules = {repr(part.rule): part.rule for part in parts.values()}
+    items = [{"index": i, "rule": repr(part.rule), **_as_row(part.part)} for i, part in parts.items()]
+    with ray_data.settings():
+        tasks = ray.data.from_items(items, override_num_blocks=len(items))
+        results = tasks.flat_map(_PartTask(folder, work, rules), num_cpus=1)
+    for row in ray_data.rows(results):
+        if error := row["error"].as_py():
+            details = row["traceback"].as_py()
+            raise UnexpectedError(error, details) if details else DataError(error)
+        # Ray retries a task whose worker has died, which then reports the same bytes again.
+        done = min(done + row["bytes"].as_py(), total)
         progress(done, total)
-        for row in self._task_rows(folder, parts, work):
-            if error := row["error"].as_py():
-                details = row["traceback"].as_py()
-                raise UnexpectedError(error, details) if details else DataError(error)
-            # Ray retries a task whose worker has died, which then reports the same bytes again.
-            done = min(done + row["bytes"].as_py(), total)
-            progress(done, total)
-
-    def _task_rows(
-        self, folder: Path, parts: Mapping[int, SourcePart], work: Literal["scan", "write"]
-    ) -> Iterator[dict[str, Any]]:
-        if not parts:
-            return iter(())
-        rules = {repr(part.rule): part.rule for part in parts.values()}
-        items = [{"index": i, "rule": repr(part.rule), **_as_row(part.part)} for i, part in parts.items()]
-        with ray_data.settings():
-            tasks = ray.data.from_items(items, override_num_blocks=len(items))
-            rows = tasks.flat_map(_PartTask(folder, self._recipe, rules, work), num_cpus=1)
-        return ray_data.rows(rows)
 
 
 @dataclass(frozen=True)
@@ -486,15 +480,14 @@ class _PartTask:
     """
 
     folder: Path
-    recipe: Recipe
+    work: Callable[..., Iterator[int]]
     rules: Mapping[str, DocumentRule]  # by their repr, which a row contains
-    work: Literal["scan", "write"]
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         index, rule, path = row.pop("index"), self.rules[row.pop("rule")], row["path"]
         reported, done = 0, 0
         try:
-            for done in self._run(index, _from_row(row), rule):
+            for done in self.work(index, _from_row(row), rule=rule):
                 if done - reported >= PROGRESS_BYTES:
                     yield _task_row(done - reported)
                     reported = done
@@ -507,11 +500,6 @@ class _PartTask:
             raise
         except BaseException as error:  # a Rust panic in `tokenizers` is not an Exception
             yield _task_row(0, describe(error, f"tokenizing {path}"), traceback.format_exc())
-
-    def _run(self, index: int, part: Part, rule: DocumentRule) -> Iterator[int]:
-        if self.work == "scan":
-            return write_scan(self.folder, index, part, self.recipe.max_line_bytes, rule)
-        return write_shard(self.folder, index, part, self.recipe, rule)
 
 
 def _task_row(n_bytes: int, error: str = "", details: str = "") -> dict[str, Any]:
@@ -553,7 +541,7 @@ def within_limits(
                 continue
             rule = dataclasses.replace(rule, limit=remaining)
             with RecordReader(part.part, max_line_bytes, rule.fields) as records:
-                n_documents = rule.count(_with_progress(records, partial(_add_progress, progress, done, total)))
+                n_documents = rule.count(_with_progress(records, progress, done, total))
             counted[part.source] += n_documents
             done += part.part.stored_bytes
             progress(done, total)
@@ -573,36 +561,31 @@ def _is_within_limit(parts: Iterable[SourcePart]) -> bool:
     return True
 
 
-def _with_progress(records: RecordReader, report: Callable[[int], None]) -> Iterator[Record]:
-    """Yield the records; `report` receives the bytes of the part that have been read so far."""
+def _with_progress(records: RecordReader, progress: Progress, done: int, total: int) -> Iterator[Record]:
+    """Yield the records; `progress` receives `done` and the bytes of the part that have been read so far, and `total`."""
     reported = 0
     for record in records:
         yield record
         if records.bytes_read - reported >= PROGRESS_BYTES:
             reported = records.bytes_read
-            report(reported)
-
-
-def _add_progress(progress: Progress, done: int, total: int, n_bytes: int) -> None:
-    progress(done + n_bytes, total)
+            progress(done + reported, total)
 
 
 def _merge_summaries(
-    names: Mapping[int, str], parts: Sequence[SourcePart], summaries: Sequence[PartSummary], **identity: Any
+    names: Mapping[int, str], parts: Sequence[SourcePart], summaries: Sequence[PartSummary], sequence_length: int
 ) -> Manifest:
     """Combine the summaries of all parts into a manifest, whose line numbers are counted from the start of each file.
 
-    `names` are the names of the files by their number.
+    `names` are the names of the files by their number. The manifest has no fingerprint yet.
     """
-    origins = [part.file for part in parts]
     units = {part.file: part.part.file.record_name for part in parts}
-    lines, documents, invalid, filtered, duplicates = (
-        _per_file(origins, summaries, key) for key in ("lines", "documents", "bad_lines", "filtered", "duplicates")
-    )
-    before = _lines_before(origins, summaries)
-    counted = [
-        (names[file], n_before, summary) for file, n_before, summary in zip(origins, before, summaries, strict=True)
-    ]
+    of_file: dict[int, list[PartSummary]] = {file: [] for file in names}
+    lines: Counter[int] = Counter()  # of each file
+    counted = []  # name of the file of each part, the number of its lines before the part, and the summary
+    for part, summary in zip(parts, summaries, strict=True):
+        counted.append((names[part.file], lines[part.file], summary))
+        lines[part.file] += summary.lines
+        of_file[part.file].append(summary)
     first_dropped = (
         LineProblem(name, lines_before + summary.first_dropped[0], summary.first_dropped[1])
         for name, lines_before, summary in counted
@@ -614,16 +597,10 @@ def _merge_summaries(
         for line, reason in summary.first_bad_lines
     ]
     return Manifest(
+        fingerprint="",
+        sequence_length=sequence_length,
         files=tuple(
-            FileSummary(
-                name,
-                lines[file],
-                documents[file],
-                invalid[file],
-                filtered[file],
-                duplicates[file],
-                units.get(file, "line"),
-            )
+            FileSummary(path=name, unit=units.get(file, "line"), **_sums(of_file[file], SUMS_OF_FILES))
             for file, name in names.items()
         ),
         shards=tuple(
@@ -631,45 +608,18 @@ def _merge_summaries(
             for index, (name, lines_before, summary) in enumerate(counted)
             if summary.rows
         ),
-        rows=sum(summary.rows for summary in summaries),
-        documents=documents.total(),
-        tokens=sum(summary.tokens for summary in summaries),
-        target_tokens=sum(summary.target_tokens for summary in summaries),
-        text_bytes=sum(summary.text_bytes for summary in summaries),
-        trained_bytes=sum(summary.trained_bytes for summary in summaries),
-        bad_lines=invalid.total(),
         first_bad_lines=tuple(invalid_lines[:MAX_NAMED_INVALID_LINES]),
-        characters=sum(summary.characters for summary in summaries),
-        dropped_characters=sum(summary.dropped_characters for summary in summaries),
         first_dropped=next(first_dropped, None),
-        filtered=filtered.total(),
-        duplicates=duplicates.total(),
-        conversations=sum(summary.conversations for summary in summaries),
-        trained_tokens=sum(summary.trained_tokens for summary in summaries),
-        cut_documents=sum(summary.cut_documents for summary in summaries),
         shortest=min((summary.shortest for summary in summaries if summary.shortest), default=0),
         longest=max((summary.longest for summary in summaries), default=0),
         lengths=tuple(sums_by_position(summary.lengths for summary in summaries)),
-        **identity,
+        **_sums(summaries, SUMS),
     )
 
 
-def _per_file(origins: Sequence[int], summaries: Sequence[PartSummary], key: str) -> Counter[int]:
-    """Return the sum of one count over the parts of each file; `origins` are the files of the parts."""
-    totals: Counter[int] = Counter()
-    for origin, summary in zip(origins, summaries, strict=True):
-        totals[origin] += getattr(summary, key)
-    return totals
-
-
-def _lines_before(origins: Sequence[int], summaries: Sequence[PartSummary]) -> list[int]:
-    """Return for each part the number of lines of its file before it."""
-    seen: Counter[int] = Counter()
-    before = []
-    for origin, summary in zip(origins, summaries, strict=True):
-        before.append(seen[origin])
-        seen[origin] += summary.lines
-    return before
+def _sums(summaries: Sequence[PartSummary], names: Sequence[str]) -> dict[str, Any]:
+    """Return the sum of each of these counts."""
+    return {name: sum(getattr(summary, name) for summary in summaries) for name in names}
 
 
 def empty_file_report(manifest: Manifest, has_other_split: bool = False) -> list[str]:
