@@ -417,7 +417,7 @@ def cache_folder() -> str:
     from savant_ray.data import content, deduplication, hub, overlap
     from savant_ray.data.cache_builder import LOCK, TRAINED_TOKENIZER, UNFINISHED
     from savant_ray.data.chat_template import SETTINGS_FILE, TEMPLATE_FILE
-    from savant_ray.data.shard_writer import shard_name, summary_name
+    from savant_ray.data.shard_writer import shard_name, summary_path
     from savant_ray.data.token_cache import CHECKED, MANIFEST
     from savant_ray.data.tokenizer import TOKENIZER_FILE
     from savant_ray.driver.data_preparation import USED_TOKENIZER
@@ -427,7 +427,7 @@ def cache_folder() -> str:
     rows = [
         Entry(shard.name, "packed tokens of a part of a file, in Arrow's IPC format"),
         Entry(overlap.digests_path(shard).name, "64-bit digest of each document of the part"),
-        Entry(summary_name(0), "counts of the part and CRC-32 of the shard"),
+        Entry(summary_path(shard).name, "counts of the part and CRC-32 of the shard"),
         Entry(MANIFEST, "totals and list of shards; written last"),
         Entry(CHECKED, "size and times of the shards whose CRC-32 was verified"),
     ]

@@ -149,10 +149,14 @@ def create_writable_folder(path: Path, setting: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path, temporary: Path) -> Iterator[None]:
-    """Rename `temporary`, which the `with` block writes, to `path` at its end; after an error, delete it instead."""
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Rename a temporary file, which the `with` block writes, to `path` at its end; after an error, delete it instead.
+
+    The value of the block is the path of the temporary file; by default its name has the number of the process.
+    """
+    temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        yield
+        yield temporary
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ def write_atomically(path: Path, text: str) -> None:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with error_context(f"writing {path}"), replacing(path, temporary):
+    with error_context(f"writing {path}"), replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -422,7 +422,7 @@ class _Build:
         manifest = _merge_summaries(
             {index: name for index, name in enumerate(relative_paths(self.files)) if index not in unread},
             parts,
-            [PartSummary.read(folder, index) for index in range(len(parts))],
+            [PartSummary.read(folder / shard_name(index)) for index in range(len(parts))],
             self.recipe.sequence_length,
         )
         manifest = dataclasses.replace(manifest, fingerprint=self.identity.of(manifest))
@@ -438,7 +438,8 @@ class _Build:
     def _write_missing(self, folder: Path, parts: Sequence[SourcePart], progress: Progress) -> None:
         """Write the shards that are missing. Raises errors as `_run_tasks`."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            complete = list(threads.map(partial(PartSummary.is_complete, folder), range(len(parts))))
+            shards = [folder / shard_name(index) for index in range(len(parts))]
+            complete = list(threads.map(PartSummary.is_complete, shards))
         missing = {index: parts[index] for index, is_complete in enumerate(complete) if not is_complete}
         total, remaining = (sum(part.part.stored_bytes for part in some) for some in (parts, missing.values()))
         write = partial(write_shard, folder, recipe=self.recipe)

@@ -9,7 +9,6 @@ bytes of memory per document of the source that is scanned.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -58,8 +57,7 @@ def write_scan(folder: Path, index: int, part: Part, max_line_bytes: int, rule: 
                 if not len(numbers) % DOCUMENTS_PER_REPORT:
                     yield records.bytes_read
         path = scan_path(folder, index)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with replacing(path, temporary), temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, digests=np.frombuffer(digests, np.uint64), numbers=np.array(numbers, dtype=np.uint32))
         yield records.bytes_read
 

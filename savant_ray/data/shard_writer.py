@@ -134,20 +134,19 @@ class PartSummary:
             self.first_dropped = (document.number, characters[:MAX_NAMED_CHARACTERS])
 
     @classmethod
-    def read(cls, folder: Path, index: int) -> PartSummary:
-        """Load the summary of a part from `folder`.
+    def read(cls, shard: Path) -> PartSummary:
+        """Load the summary of a part, which is beside its shard.
 
         Raises:
             OSError, ValueError, TypeError: it is missing or damaged.
         """
-        return cls(**load_with_checksum((folder / summary_name(index)).read_text()))
+        return cls(**load_with_checksum(summary_path(shard).read_text()))
 
     @classmethod
-    def is_complete(cls, folder: Path, index: int) -> bool:
+    def is_complete(cls, shard: Path) -> bool:
         """Return whether summary, shard and digests exist and are intact; reads the shard to verify its checksum."""
-        shard = folder / shard_name(index)
         try:
-            summary = cls.read(folder, index)
+            summary = cls.read(shard)
             if not summary.rows:
                 return True
             has_size = shard.stat().st_size == summary.shard_bytes
@@ -163,13 +162,11 @@ def damaged_digests(folder: Path, manifest: Manifest) -> list[str]:
     for shard in manifest.shards:
         path = digests_path(folder / shard.name)
         try:
-            expected = DIGEST_BYTES * PartSummary.read(folder, shard_index(shard.name)).documents
-            size = path.stat().st_size
+            expected = DIGEST_BYTES * PartSummary.read(folder / shard.name).documents
+            if (size := path.stat().st_size) != expected:
+                problems.append(f"{path}: has {size:,} of {expected:,} bytes")
         except (OSError, ValueError, TypeError) as error:
             problems.append(f"{path}: cannot be used ({error_text(error)})")
-        else:
-            if size != expected:
-                problems.append(f"{path}: has {size:,} of {expected:,} bytes")
     return problems
 
 
@@ -183,14 +180,9 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.arrow"
 
 
-def shard_index(name: str) -> int:
-    """Return the number of the part whose rows are in the file with this name."""
-    return int(Path(name).stem.rpartition("-")[2])
-
-
-def summary_name(index: int) -> str:
-    """Return the name of the file with the summary of a part; the file is written when the shard is complete."""
-    return f"shard-{index:05d}.json"
+def summary_path(shard: Path) -> Path:
+    """Return the path of the file with the summary of a shard's part; the file is written when the shard is complete."""
+    return shard.with_suffix(".json")
 
 
 def write_shard(folder: Path, index: int, part: Part, recipe: Recipe, rule: DocumentRule = TEXT_RULE) -> Iterator[int]:
@@ -219,10 +211,9 @@ def write_documents(folder: Path, index: int, documents: Iterable[Document], rec
     tokenizer = tokenizer_of(recipe)
     summary = PartSummary()
     chunk = _Chunk(recipe.sequence_length, tokenizer)
-    shard = ShardFile(folder / shard_name(index), chunk.schema)
-    digests = digests_path(folder / shard_name(index))
-    temporary_digests = digests.with_name(f"{digests.name}.{os.getpid()}.tmp")
-    with shard, replacing(digests, temporary_digests), temporary_digests.open("wb") as digests_file:
+    path = folder / shard_name(index)
+    shard = ShardFile(path, chunk.schema)
+    with shard, replacing(digests_path(path)) as temporary, temporary.open("wb") as digests_file:
         for batch in _batches(documents, summary):
             chunk.add(batch, summary)
             digests_file.write(document_digests(document.text for document in batch))
@@ -232,7 +223,7 @@ def write_documents(folder: Path, index: int, documents: Iterable[Document], rec
         if chunk.tokens:
             shard.write(chunk.pack_rows(summary))
     summary.shard_bytes, summary.shard_crc32 = shard.bytes, shard.crc32
-    write_atomically(folder / summary_name(index), dump_with_checksum(dataclasses.asdict(summary)))
+    write_atomically(summary_path(path), dump_with_checksum(dataclasses.asdict(summary)))
 
 
 @lru_cache(maxsize=1)

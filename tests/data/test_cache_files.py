@@ -13,7 +13,7 @@ import pytest
 from savant_ray.data.cache_builder import empty_file_report, refuse_without_documents, train_or_load_tokenizer
 from savant_ray.data.documents import Document, DocumentRule
 from savant_ray.data.record_reader import documents
-from savant_ray.data.shard_writer import PartSummary, damaged_digests
+from savant_ray.data.shard_writer import PartSummary, damaged_digests, shard_name
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import FileSummary
 from savant_ray.data.tokenizer import Tokenizer
@@ -95,12 +95,12 @@ def test_digests_that_are_missing_or_truncated_are_named_and_written_again(
     cache = cache_of(texts, byte_tokenizer, 16, tmp_path)
     (digests,) = tmp_path.glob("*.documents")
     intact = digests.read_bytes()
-    assert damaged_digests(tmp_path, cache.manifest) == [] and PartSummary.is_complete(tmp_path, 0)
+    assert damaged_digests(tmp_path, cache.manifest) == [] and PartSummary.is_complete(tmp_path / shard_name(0))
     if size is None:
         digests.unlink()
     else:
         digests.write_bytes((intact * 2)[:size])
     (problem,) = damaged_digests(tmp_path, cache.manifest)
-    assert problem.startswith(f"{digests}: ") and not PartSummary.is_complete(tmp_path, 0)
+    assert problem.startswith(f"{digests}: ") and not PartSummary.is_complete(tmp_path / shard_name(0))
     cache = cache_of(texts, byte_tokenizer, 16, tmp_path)
     assert digests.read_bytes() == intact and damaged_digests(tmp_path, cache.manifest) == []

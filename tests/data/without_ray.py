@@ -15,7 +15,7 @@ def cache_of(documents: Sequence[Document], tokenizer: Tokenizer, sequence_lengt
     """Return a token cache of one shard with these documents, each of which has its number."""
     folder.mkdir(parents=True, exist_ok=True)
     list(write_documents(folder, 0, documents, Recipe.of(tokenizer, sequence_length, 1 << 20)))
-    counts = PartSummary.read(folder, 0)
+    counts = PartSummary.read(folder / shard_name(0))
     manifest = Manifest(
         fingerprint="",
         sequence_length=sequence_length,

@@ -249,7 +249,6 @@ class _Parquet(_Table):
         return self._metadata.row_group(index)
 
 
-
 class _ArrowFile(_Table):
     def __init__(self, stored: pa.NativeFile) -> None:
         super().__init__(stored)
@@ -264,7 +263,6 @@ class _ArrowFile(_Table):
         for index in range(part.start, stop):
             batch = self._reader.get_batch(index)
             yield batch if columns is None else batch.select(columns), (index + 1 - part.start) / (stop - part.start)
-
 
 
 class _ArrowStream(_Table):
@@ -298,7 +296,6 @@ class _ArrowStream(_Table):
                 yield batch if columns is None else batch.select(columns), fraction
         self._stored.seek(max(self._file.size - len(END_OF_STREAM), 0))
         self.is_truncated = self._stored.read(len(END_OF_STREAM)) != END_OF_STREAM
-
 
 
 def _values(column: pa.Array) -> list[Any]:
