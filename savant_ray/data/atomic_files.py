@@ -54,3 +54,11 @@ def load_with_checksum(text: str) -> dict[str, Any]:
     if checksum is not None and checksum != fingerprint(values):
         raise ValueError("its checksum differs")
     return values
+
+
+def read_with_checksum(path: Path) -> dict[str, Any]:
+    """Return the values in a file that `dump_with_checksum` made; none if it is missing or damaged."""
+    try:
+        return load_with_checksum(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

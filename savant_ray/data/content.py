@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
+from savant_ray.data.atomic_files import dump_with_checksum, read_with_checksum, write_atomically
 from savant_ray.data.formats import HEAD_BYTES, encoding_of, format_of
 from savant_ray.data.sources import LISTING_THREADS, SourceFile, errors_as_data_error
 from savant_ray.errors import DataError
@@ -33,7 +33,7 @@ def content_hashes(files: Sequence[SourceFile], cache_dir: Path) -> list[str]:
     Raises:
         DataError: a file cannot be read, has become shorter, or has an unsupported format.
     """
-    hashes = _load_hashes(cache_dir / HASHES)
+    hashes = read_with_checksum(cache_dir / HASHES)
     unknown = [file for file in files if _key(file) not in hashes]
     if unknown:
         started = time.time()
@@ -43,7 +43,7 @@ def content_hashes(files: Sequence[SourceFile], cache_dir: Path) -> list[str]:
         settled = {_key(file) for file in unknown if _changed_at(file) < started - SETTLED_SECONDS}
         cacheable = {key: digest for key, digest in computed.items() if key in settled}
         if cacheable:
-            stored = _load_hashes(cache_dir / HASHES)
+            stored = read_with_checksum(cache_dir / HASHES)
             write_atomically(cache_dir / HASHES, dump_with_checksum(stored | cacheable, indent=0))
     return [hashes[_key(file)] for file in files]
 
@@ -76,14 +76,6 @@ def _changed_at(file: SourceFile) -> float:
     """Return the later of modification and change time, in seconds since the epoch."""
     ctime_ns = int(file.version.rpartition("-")[2] or 0)
     return max(file.mtime_ns, ctime_ns) / 1e9
-
-
-def _load_hashes(path: Path) -> dict[str, str]:
-    """Load cached hashes; none if the file is missing or damaged."""
-    try:
-        return load_with_checksum(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _hash(file: SourceFile) -> str:

@@ -36,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, write_atomically
+from savant_ray.data.atomic_files import dump_with_checksum, load_with_checksum, read_with_checksum, write_atomically
 from savant_ray.data.tokenizer import MaskedDocument
 from savant_ray.errors import DataError
 
@@ -205,7 +205,7 @@ def damaged_shards(folder: Path, manifest: Manifest, progress: Callable[[int, in
     Reads the shards that have changed since their checksums were verified, several in parallel; `progress` receives the
     number of bytes read and the total.
     """
-    checked, states = _read_checked(folder), {}
+    checked, states = read_with_checksum(folder / CHECKED), {}
     problems: list[str] = []
     unchecked: list[ShardInfo] = []
     for shard in manifest.shards:
@@ -261,13 +261,6 @@ def _file_state(path: Path) -> list[int]:
     """Return size, inode and times of a file; at least one of them changes when the file is written."""
     status = path.stat()
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def _read_checked(folder: Path) -> dict[str, Any]:
-    try:
-        return load_with_checksum((folder / CHECKED).read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 class TokenCache:
