@@ -201,9 +201,8 @@ class Tokenizer:
         if self.adds_special_tokens:
             canonical += " with special tokens"
         earlier_default = list(self._template_suffix[-1:]) or self._ids_of(END_NAMES)
-        end = self._default_ends if self.end_name is None else self._ids_of([self.end_name])
-        if end[:1] != earlier_default[:1]:
-            canonical += f" end of document: {self.token_name(end[0])}"
+        if self._ends[:1] != earlier_default[:1]:
+            canonical += f" end of document: {self.token_name(self._ends[0])}"
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
@@ -219,8 +218,7 @@ class Tokenizer:
         Raises:
             DataError: no token was set, the template has none, and the vocabulary has none with a common name.
         """
-        ids = self._default_ends if self.end_name is None else self._ids_of([self.end_name])
-        if not ids:
+        if not self._ends:
             special = ", ".join(_special_tokens(self._inner)[:12])
             raise DataError(
                 f"{self.name} has no end-of-document token with a common name ({', '.join(END_NAMES)}); set "
@@ -228,7 +226,7 @@ class Tokenizer:
                 + f" (special tokens: {special})"
                 * bool(special)
             )
-        return ids[0]
+        return self._ends[0]
 
     @cached_property
     def suffix(self) -> tuple[int, ...]:
@@ -310,11 +308,11 @@ class Tokenizer:
             DataError: as `encode_documents`.
         """
         pairs = list(zip(texts, trained, strict=True))
-        plain = iter(self.encode_documents([text for text, ranges in pairs if ranges is None], special_tokens))
+        plain = self.encode_documents([text for text, ranges in pairs if ranges is None], special_tokens)
+        all_trained = (MaskedDocument(ids, np.ones(len(ids), dtype=bool)) for ids in plain)
         with self._names_as_special_tokens(special_tokens):
             return [
-                _all_trained(next(plain)) if ranges is None else self._encode_masked(text, ranges)
-                for text, ranges in pairs
+                next(all_trained) if ranges is None else self._encode_masked(text, ranges) for text, ranges in pairs
             ]
 
     @contextmanager
@@ -352,7 +350,7 @@ class Tokenizer:
             DataError: the tokenizer has neither tokens nor an unknown token for one of them.
         """
         if any(len(text) > SEGMENT_CHARACTERS for text in texts):
-            return [self._encode_long(text) for text in texts]
+            return [[token for part in _segments(text) for token in self.encode(part)] for text in texts]
         with self._errors_as_data_error():
             return [encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -432,15 +430,14 @@ class Tokenizer:
         copy.post_processor = None
         return copy
 
-    def _encode_long(self, text: str) -> list[int]:
-        return [token for part in _segments(text) for token in self.encode_batch([part])[0]]
-
     @cached_property
-    def _default_ends(self) -> list[int]:
-        """Candidates for the end-of-document token if none was set, in order of preference.
+    def _ends(self) -> list[int]:
+        """Id of the end-of-document token that was set; otherwise the candidates, in order of preference.
 
         Special tokens are first: Gemma has `</s>` as a tag of HTML, beside its special token `<eos>`.
         """
+        if self.end_name is not None:
+            return self._ids_of([self.end_name])
         by_name = sorted(self._ids_of(END_NAMES), key=lambda number: number not in self.special_ids)
         return list(self._template_suffix[-1:]) or by_name
 
@@ -554,10 +551,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = 32_000) -> Tokenizer
     )
     inner.train_from_iterator(texts, trainer)
     return Tokenizer(inner)
-
-
-def _all_trained(ids: list[int]) -> MaskedDocument:
-    return MaskedDocument(ids, np.ones(len(ids), dtype=bool))
 
 
 def _segments(text: str) -> Iterator[str]:
