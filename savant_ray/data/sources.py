@@ -114,7 +114,7 @@ class SourceFile:
             DataError: it was removed or cannot be accessed.
         """
         if not is_uri(self.path):
-            return _local_file(self.path, self.path, self.format_setting, self.text_blocks)
+            return _local_file(self.path, self.path, self.format_setting)
         filesystem, path = self.resolve()
         with errors_as_data_error(self.path, "listed"):
             info = filesystem.get_file_info(path)
@@ -320,11 +320,13 @@ class _NotAFileError(DataError):
     """Broken link, device, pipe, or name that is not UTF-8; skipped if a folder or glob contains it."""
 
 
-def _local_file(path: str, name: str, format_setting: str, text_blocks: bool = False) -> SourceFile:
+def _local_file(path: str, name: str, format_setting: str) -> SourceFile:
     """List a regular file, which messages call `name`; raise `DataError` for anything else, and open no device or pipe."""
     name = printable(name)
-    if not _is_utf8(path):
-        raise _NotAFileError(f"{name}: its name is not UTF-8; rename it")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise _NotAFileError(f"{name}: its name is not UTF-8; rename it") from None
     if is_standard_stream(path):
         raise _NotAFileError(f"{name}: is not the same file in every process; write the text to a file first")
     try:
@@ -342,9 +344,7 @@ def _local_file(path: str, name: str, format_setting: str, text_blocks: bool = F
             raise _NotAFileError(f"{name}: a link that leads back to itself") from error
         raise DataError(f"{name}: cannot be read ({error_text(error)})") from error
     version = f"{status.st_ino}-{status.st_ctime_ns}"
-    return SourceFile(
-        path, status.st_size, status.st_mtime_ns, "", version, encoding, detected, format_setting, text_blocks
-    )
+    return SourceFile(path, status.st_size, status.st_mtime_ns, "", version, encoding, detected, format_setting)
 
 
 def _exists(path: str) -> bool:
@@ -352,14 +352,6 @@ def _exists(path: str) -> bool:
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
         return False
     return True
 
