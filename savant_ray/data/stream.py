@@ -56,11 +56,6 @@ class StreamPlan:
         """Return tokens per sequence."""
         return _cache(self.folders[0]).sequence_length
 
-    @property
-    def order(self) -> GlobalOrder:
-        """Return the global order of sequences."""
-        return _order(self.sizes, self.weights, self.seed)
-
     def read(self, positions: NDArray[np.int64]) -> Sequences:
         """Return the sequences at positions `[N]`."""
         sources, rows = self.locate(positions)
@@ -74,7 +69,7 @@ class StreamPlan:
 
     def locate(self, positions: Int64s) -> tuple[Int64s, Int64s]:
         """Return source and row of each position."""
-        return self.order.locate(positions_in_order(positions, self.left_out))
+        return _order(self.sizes, self.weights, self.seed).locate(positions_in_order(positions, self.left_out))
 
     def documents(self, position: int) -> list[tuple[str, int]]:
         """Return file and line of each document in the sequence at this position."""

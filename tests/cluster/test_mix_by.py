@@ -64,13 +64,13 @@ def test_weights_are_fractions_of_the_documents(
 
     by_sequences, other = plan_of(settings(tmp_path, [0.4, 0.4, 0.2]), tokenizer)
     assert fingerprint != other and "mixed by documents" not in capsys.readouterr().out
-    counts = np.bincount(by_sequences.order.locate(np.arange(100))[0])
+    counts = np.bincount(by_sequences.locate(np.arange(100))[0])
     assert counts.tolist() == [40, 40, 20]
 
     rare = settings(tmp_path, [1, 1, 1e-4], mix_by="documents")
     with pytest.raises(SettingsError, match=r"weight 0\.0001 of logic\.jsonl .* 1 sequence in 100,000 \(160 documents"):
         plan_of(rare, tokenizer)
     few = settings(tmp_path, [5e-6, 1, 1], mix_by="documents")
-    assert plan_of(few, tokenizer)[0].order.locate(np.arange(100_000))[0].min() == 0, (
+    assert plan_of(few, tokenizer)[0].locate(np.arange(100_000))[0].min() == 0, (
         "1 document in 400,000, 1.6 sequences in 100,000"
     )

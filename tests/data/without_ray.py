@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from savant_ray.data.documents import Document
@@ -16,24 +17,14 @@ def cache_of(documents: Sequence[Document], tokenizer: Tokenizer, sequence_lengt
     folder.mkdir(parents=True, exist_ok=True)
     list(write_documents(folder, 0, documents, Recipe.of(tokenizer, sequence_length, 1 << 20)))
     counts = PartSummary.read(folder / shard_name(0))
+    names = {field.name for field in fields(Manifest)} & {field.name for field in fields(PartSummary)}
     manifest = Manifest(
         fingerprint="",
         sequence_length=sequence_length,
         files=(FileSummary("made.jsonl", counts.lines, counts.documents, counts.bad_lines),),
         shards=(ShardInfo(shard_name(0), counts.shard_bytes, counts.rows, "made.jsonl", 0, counts.shard_crc32),),
-        rows=counts.rows,
-        documents=counts.documents,
-        tokens=counts.tokens,
-        target_tokens=counts.target_tokens,
-        text_bytes=counts.text_bytes,
-        trained_bytes=counts.trained_bytes,
-        bad_lines=counts.bad_lines,
         first_bad_lines=(),
-        trained_tokens=counts.trained_tokens,
-        cut_documents=counts.cut_documents,
-        shortest=counts.shortest,
-        longest=counts.longest,
-        lengths=tuple(counts.lengths),
+        **{name: getattr(counts, name) for name in names - {"first_bad_lines", "first_dropped"}},
     )
     (folder / MANIFEST).write_text(manifest.to_json())
     return TokenCache.open(folder)
