@@ -147,7 +147,7 @@ class _Lines:
         first = first.removeprefix(BYTE_ORDER_MARK) if isinstance(first, bytes) else first
         self._next: deque[bytes | int] = deque([first])  # before those of `raw_lines`
         self._row: list[bytes | int] = []  # lines since the row began
-        self._has_problem = False  # whether one of them is invalid
+        self._problems: list[tuple[int, str]] = []  # of its lines, which are numbered from 1
         self.first = first if isinstance(first, bytes) else b""
         self.number = 0
 
@@ -159,19 +159,21 @@ class _Lines:
         self.number += 1
         self._row.append(raw)
         if isinstance(raw, int):
-            self._has_problem = True
-            raise InvalidRecordError(over_limit("line", raw, self._limit))
-        self._has_problem |= b"\0" in raw
+            problem = over_limit("line", raw, self._limit)
+            self._problems.append((len(self._row), problem))
+            raise InvalidRecordError(problem)
+        if b"\0" in raw:
+            self._problems.append((len(self._row), "contains a NUL character"))
         try:
             return raw.decode() + "\n"
-        except UnicodeDecodeError:
-            self._has_problem = True
+        except UnicodeDecodeError as error:
+            self._problems.append((len(self._row), invalid_utf8(raw, error)))
             return raw.decode(errors="replace") + "\n"
 
     def begin_row(self) -> None:
         """Begin a row with the next line."""
         self._row.clear()
-        self._has_problem = False
+        self._problems.clear()
 
     @property
     def has_quotes(self) -> bool:
@@ -189,17 +191,9 @@ class _Lines:
         self._next.extendleft(reversed(others))
         self.number -= len(others)
         self._row = [first]
+        self._problems = [(line, problem) for line, problem in self._problems if line == 1]
         return first.decode(errors="replace") if isinstance(first, bytes) else ""
 
     def problem(self) -> str:
         """Return why one of the lines of the row is invalid; "" if none is."""
-        for raw in self._row if self._has_problem else ():
-            if isinstance(raw, int):
-                return over_limit("line", raw, self._limit)
-            if b"\0" in raw:
-                return "contains a NUL character"
-            try:
-                raw.decode()
-            except UnicodeDecodeError as error:
-                return invalid_utf8(raw, error)
-        return ""
+        return self._problems[0][1] if self._problems else ""
