@@ -96,7 +96,7 @@ def prepare(
     max_line_bytes: int = MAX_RECORD_BYTES,
     part_bytes: int | None = None,
     deduplicate_after: Sequence[TokenCache] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
     log: Callable[[str], None] = print,
 ) -> TokenCache:
     """Return the token cache of `texts` in `cache_dir`, and build it if it does not exist.
@@ -137,7 +137,6 @@ def prepare(
     if deduplicate_after is not None:
         common["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
     build = _Build(_Identity(common, sources), files, hashes, recipe, part_bytes, cache_dir, deduplicate_after)
-    progress = progress or (lambda done, total: None)
     _build_once(build.lock, partial(build.is_complete, progress), partial(build.run, progress, log))
     cache = TokenCache.open(build.folder)
     if on_bad_line == "error" and cache.manifest.bad_lines:

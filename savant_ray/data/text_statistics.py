@@ -32,8 +32,6 @@ MAX_NAMED_RECORDS = 5  # invalid records that are kept with their reason
 N_EXAMPLES = 3  # rendered documents
 MAX_EXAMPLE_CHARACTERS = 800
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass
 class TextStatistics:
@@ -71,7 +69,7 @@ def text_statistics(
     seen: set[bytes],
     *,
     sample_bytes: int | None = SAMPLE_BYTES,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TextStatistics:
     """Read a source and count.
 
