@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -400,7 +400,7 @@ class _Build:
         for problem in self._damage:
             log(f"{problem}; rebuilding it")
         if self._damage:  # counts that an earlier version has stored may be those of damaged digests
-            for counts in chain.from_iterable(self.cache_dir.glob(f"{name}*.json") for name in (OVERLAP, DUPLICATES)):
+            for counts in [*self.cache_dir.glob(f"{OVERLAP}*.json"), *self.cache_dir.glob(f"{DUPLICATES}*.json")]:
                 counts.unlink(missing_ok=True)
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
