@@ -230,23 +230,20 @@ def _reading_identity(sources: Sequence[SourceText]) -> dict[str, Any]:
     return identity
 
 
-def _corrected_reading(sources: Sequence[SourceText]) -> dict[str, Any]:
-    """Return what distinguishes an identity from that of earlier versions, for text that they read differently."""
-    corrected: dict[str, Any] = {}
-    with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        for source in sources:
-            if any(threads.map(partial(_system_messages_were_ignored, source.rule), source.files)):
-                corrected["system_columns"] = True
-            if any(threads.map(_was_split_at_bars, source.files)):
-                corrected["tabs"] = True
-    return corrected
+def _corrected_reading(sources: Sequence[SourceText], of_conversations: bool = False) -> dict[str, Any]:
+    """Return what distinguishes an identity from that of earlier versions, for text that they read differently.
 
-
-def _corrected_conversations(sources: Sequence[SourceText]) -> dict[str, Any]:
-    """Return what `_corrected_reading` does, for conversations only."""
+    With `of_conversations` it is what has an effect on conversations only.
+    """
+    checks = {"system_columns": _system_messages_were_ignored, "tabs": _was_split_at_bars}
+    if of_conversations:
+        checks = {"absent_fields": _absent_fields_were_null}
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        were_null = (threads.map(partial(_absent_fields_were_null, rule), files) for files, rule in sources)
-        return {"absent_fields": True} if any(map(any, were_null)) else {}
+        return {
+            name: True
+            for name, is_other in checks.items()
+            if any(any(threads.map(partial(is_other, rule), files)) for files, rule in sources)
+        }
 
 
 def _system_messages_were_ignored(rule: DocumentRule, file: SourceFile) -> bool:
@@ -273,7 +270,7 @@ def _columns(file: SourceFile) -> pa.Schema:
     return pa.schema([])
 
 
-def _was_split_at_bars(file: SourceFile) -> bool:
+def _was_split_at_bars(_: DocumentRule, file: SourceFile) -> bool:
     """Return whether `was_split_at_bars`; only files named .tsv are opened, because this runs whenever a run starts."""
     if data_suffix(file.path) != ".tsv":
         return False
@@ -328,7 +325,7 @@ class _Identity:
     @cached_property
     def of_rules(self) -> str:
         """The fingerprint of everything that may have an effect; opens the tables that may have conversations."""
-        corrected = _corrected_conversations(self.sources)
+        corrected = _corrected_reading(self.sources, of_conversations=True)
         return fingerprint({**self.common, **_reading_identity(self.sources), **corrected})
 
     @property
