@@ -230,7 +230,7 @@ def losses(run: Path) -> list[float]:
     return [step["train_loss"] for step in steps]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 300) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 900) -> None:
     """Wait for the condition; the limit is for hangs, many times what a busy machine needs."""
     deadline = time.monotonic() + seconds
     while not condition():
