@@ -35,7 +35,6 @@ from savant_ray.training.checkpoint import (
     read_settings,
     step_of,
     verify,
-    write_checkpoint,
 )
 
 UNREPORTED_CHANGES = ("run.", "data.", "reporting.")  # sections whose changes between attempts are not printed
@@ -114,9 +113,7 @@ def copy_start(
         content = read_checkpoint(folder)
         names = [name for name in TEXT_FILES if name in read_manifest(folder)["files"]]
         texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    storage.check_owner()
-    copy = write_checkpoint(storage.folder, content, {**texts, RECORDS: ""}, storage.check_owner)
-    storage.commit(copy)
+    copy = storage.save(content, {**texts, RECORDS: ""})
     rebuild_snapshot(storage)
     emit(
         CheckpointSaved(

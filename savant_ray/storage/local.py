@@ -49,8 +49,8 @@ class LocalStorage(RunStorage):
     def has_damaged(self) -> bool:
         return any(self.folder.glob(f"step_*{DAMAGED}*"))
 
-    def commit(self, folder: Path) -> str:
-        return str(folder)
+    def commit(self, folder: Path) -> None:
+        """Do nothing: the checkpoint is in the run folder."""
 
     def delete(self, name: str) -> None:
         self.check_owner()

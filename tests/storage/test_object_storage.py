@@ -35,7 +35,7 @@ from tests.training.tiny import tiny_config, tiny_state
 def keep(storage: ObjectStorage, *steps: int) -> None:
     for step in steps:
         write(storage.folder, step)
-        assert storage.commit(storage.folder / f"step_{step}") == f"{BUCKET}/runs/run/step_{step}"
+        storage.commit(storage.folder / f"step_{step}")
 
 
 def test_an_uploaded_checkpoint_is_intact_on_another_machine(

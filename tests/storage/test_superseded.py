@@ -46,10 +46,10 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving.ray.train, "report", lambda *_, **__: None)
 
 
-def save(storage: ObjectStorage, step: int, data: str) -> str:
+def save(storage: ObjectStorage, step: int, data: str) -> None:
     """Write and upload a checkpoint; `data` distinguishes it from another one of that step."""
     write(storage.folder, step, data=data)
-    return storage.commit(storage.folder / f"step_{step}")
+    storage.commit(storage.folder / f"step_{step}")
 
 
 def fingerprint(folder: Path) -> str:
